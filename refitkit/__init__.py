@@ -1,0 +1,114 @@
+"""Put new weights into compiled inference engines, in milliseconds and provably right.
+
+Importing this imports no torch: everything below is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from refitkit.api import compile, inspect, load, plan, refit, verify  # noqa: A004
+    from refitkit.config import Config
+    from refitkit.errors import (
+        CompileError,
+        ConfigError,
+        EngineError,
+        InputMismatchError,
+        ModuleLostError,
+        NotRefittableError,
+        PlanMismatchError,
+        PluginError,
+        Problem,
+        RefitError,
+        RefitInProgressError,
+        SourceError,
+        ToolchainError,
+        UnmappedSlotError,
+        UnsupportedTargetError,
+        VerificationError,
+        WeightMismatchError,
+    )
+    from refitkit.hookspecs import hookimpl
+    from refitkit.model import RefitReport, VerificationResult
+    from refitkit.pipeline import CompiledModule, Pipeline, RefitResult
+    from refitkit.recipe import RefitPlan
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "refitkit.api": ("compile", "inspect", "load", "plan", "refit", "verify"),
+    "refitkit.config": ("Config",),
+    "refitkit.errors": (
+        "CompileError",
+        "ConfigError",
+        "EngineError",
+        "InputMismatchError",
+        "ModuleLostError",
+        "NotRefittableError",
+        "PlanMismatchError",
+        "PluginError",
+        "Problem",
+        "RefitError",
+        "RefitInProgressError",
+        "SourceError",
+        "ToolchainError",
+        "UnmappedSlotError",
+        "UnsupportedTargetError",
+        "VerificationError",
+        "WeightMismatchError",
+    ),
+    "refitkit.hookspecs": ("hookimpl",),
+    "refitkit.model": ("RefitReport", "VerificationResult"),
+    "refitkit.pipeline": ("CompiledModule", "Pipeline", "RefitResult"),
+    "refitkit.recipe": ("RefitPlan",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "CompileError",
+    "CompiledModule",
+    "Config",
+    "ConfigError",
+    "EngineError",
+    "InputMismatchError",
+    "ModuleLostError",
+    "NotRefittableError",
+    "Pipeline",
+    "PlanMismatchError",
+    "PluginError",
+    "Problem",
+    "RefitError",
+    "RefitInProgressError",
+    "RefitPlan",
+    "RefitReport",
+    "RefitResult",
+    "SourceError",
+    "ToolchainError",
+    "UnmappedSlotError",
+    "UnsupportedTargetError",
+    "VerificationError",
+    "VerificationResult",
+    "WeightMismatchError",
+    "__version__",
+    "compile",
+    "hookimpl",
+    "inspect",
+    "load",
+    "plan",
+    "refit",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'refitkit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,75 @@
+"""The verbs as plain functions, each on a pipeline of its own with all installed plugins.
+
+Build a :class:`refitkit.Pipeline` once where they are called often, or with plugins and settings.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from refitkit.pipeline import CompiledModule, Pipeline, RefitResult
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch.export import ExportedProgram
+
+    from refitkit.model import VerificationResult
+    from refitkit.recipe import RefitPlan
+
+
+def compile(  # noqa: A001 - the name that users expect, as in torch.compile
+    program: ExportedProgram,
+    backend: str = "aotinductor",
+    options: Mapping[str, Any] | None = None,
+) -> CompiledModule:
+    """Compile a program; see :meth:`refitkit.Pipeline.compile`."""
+    return Pipeline().compile(program, backend, options)
+
+
+def load(target: object) -> CompiledModule:
+    """Open what was compiled or saved before; see :meth:`refitkit.Pipeline.load`.
+
+    A saved module holds machine code: loading it runs that code.
+    """
+    return Pipeline().load(target)
+
+
+def plan(program: ExportedProgram, target: object = None, backend: str | None = None) -> RefitPlan:
+    """Make a plan; see :meth:`refitkit.Pipeline.plan`."""
+    return Pipeline().plan(program, target, backend)
+
+
+def refit(
+    target: object,
+    weights: object,
+    *,
+    plan: RefitPlan | None = None,
+    inputs: Any = None,
+    reference: Any = None,
+    verify: str | None = None,
+    partial: bool = False,
+    copy: bool = False,
+) -> RefitResult:
+    """Put new weights into a compiled module; see :meth:`refitkit.Pipeline.refit`."""
+    return Pipeline().refit(
+        target,
+        weights,
+        plan=plan,
+        inputs=inputs,
+        reference=reference,
+        verify=verify,
+        partial=partial,
+        copy=copy,
+    )
+
+
+def verify(target: object, weights: object, **how: Any) -> VerificationResult:
+    """Judge whether a module holds weights; see :meth:`refitkit.Pipeline.verify`."""
+    return Pipeline().verify(target, weights, **how)
+
+
+def inspect(path: str | Path) -> Mapping[str, Any]:
+    """What a saved module holds, without running it; see :meth:`refitkit.Pipeline.describe`."""
+    return Pipeline().describe(path)

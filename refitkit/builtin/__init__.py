@@ -1,0 +1,1 @@
+"""Built-in plugins. They use only what a third party may use."""

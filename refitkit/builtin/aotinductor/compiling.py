@@ -1,0 +1,135 @@
+"""Compiling a program with AOTInductor into an opened module."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from refitkit.builtin.aotinductor import container, options, toolchain
+from refitkit.builtin.aotinductor.engine import AOTInductorEngine
+from refitkit.builtin.aotinductor.inputs import spec_of
+from refitkit.builtin.aotinductor.module import AOTInductorModule, Files
+from refitkit.builtin.aotinductor.package import Folder
+from refitkit.errors import CompileError, RefitError
+from refitkit.program import facts_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch.export import ExportedProgram
+
+_NOT_KEPT = {".cpp", ".blob", ".o"}
+
+
+def compile_program(program: ExportedProgram, chosen: Mapping[str, Any]) -> AOTInductorModule:
+    """Compile; see ``refitkit.protocols.Backend.compile``."""
+    configured = options.merged(chosen)
+    toolchain.check()
+    written = [Path(file) for file in _inductor(program, configured)]
+    folder = Folder()
+    for file in written:
+        if file.suffix not in _NOT_KEPT:
+            shutil.copyfile(file, folder.path / file.name)
+    library = _the_library(written)
+    device = _device_of(program)
+    if device != "cpu":
+        container.try_in_child(folder.path / library.name, device)
+    runner = container.open_container(folder.path / library.name, device)
+    blob = next((file for file in written if file.suffix == ".blob"), None)
+    if blob is not None:
+        container.fill_from_blob(runner, blob)
+    facts = facts_of(program)
+    files = Files(
+        folder=folder,
+        library=library.name,
+        device=device,
+        weights_beside=blob is not None,
+        blob_bytes=blob.stat().st_size if blob else 0,
+        inputs=spec_of(program),
+        mutable=frozenset(leaf.fqn for leaf in facts.leaves if leaf.mutated),
+        versions=versions(),
+        settings={name: repr(value) for name, value in sorted(configured.items())},
+    )
+    return AOTInductorModule(files, AOTInductorEngine(runner, files.mutable), {})
+
+
+def versions() -> dict[str, str]:
+    """Versions of what makes an engine here."""
+    return {"torch": str(torch.__version__), "python": platform.python_version()}
+
+
+def _inductor(program: ExportedProgram, configured: Mapping[str, Any]) -> Sequence[str]:
+    if program.example_inputs is None:
+        raise CompileError(
+            "The program has no example inputs, which AOTInductor needs.",
+            hint="Export it again: torch.export.export(model, inputs).",
+        )
+    args, kwargs = program.example_inputs
+    module = _own_weights(program.module(check_guards=False))
+    patches = {**configured, "aot_inductor.package": True}
+    try:
+        files = torch._inductor.aot_compile(module, args, kwargs, options=patches)  # type: ignore[attr-defined]
+    except RefitError:
+        raise
+    except Exception as exc:
+        raise CompileError(f"AOTInductor cannot compile the program: {exc}") from exc
+    return [file for file in files if isinstance(file, str)]
+
+
+def _own_weights(module: torch.nn.Module) -> torch.nn.Module:
+    """Give every weight that is a view with an offset, gaps or overlaps memory of its own.
+
+    Inductor would store such a weight with the whole memory that it looks into. Only this module
+    is changed, which was made for compiling and is thrown away; the program's tensors are not.
+    Names of one tensor stay names of one tensor.
+    """
+    copies: dict[tuple[Any, ...], torch.Tensor] = {}
+    named = [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+    for name, tensor in named:
+        if not _is_view(tensor):
+            continue
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if key not in copies:
+            copies[key] = _packed(tensor)
+        owner, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(owner), attribute, copies[key])
+    return module
+
+
+def _is_view(tensor: torch.Tensor) -> bool:
+    return bool(tensor.numel()) and (
+        tensor.storage_offset() != 0 or tensor.untyped_storage().nbytes() != tensor.nbytes
+    )
+
+
+def _packed(tensor: torch.Tensor) -> torch.Tensor:
+    copy = tensor.detach().clone(memory_format=torch.preserve_format)
+    if _is_view(copy):
+        copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+    if isinstance(tensor, torch.nn.Parameter):
+        return torch.nn.Parameter(copy, requires_grad=tensor.requires_grad)
+    return copy
+
+
+def _the_library(files: Sequence[Path]) -> Path:
+    libraries = [file for file in files if file.suffix == ".so"]
+    wrappers = [file for file in libraries if ".wrapper" in file.name] or libraries
+    if len(wrappers) != 1:
+        raise CompileError(f"AOTInductor wrote {len(wrappers)} shared libraries instead of one.")
+    return wrappers[0]
+
+
+def _device_of(program: ExportedProgram) -> str:
+    tensors = [*program.state_dict.values(), *program.constants.values()]
+    kinds = {t.device.type for t in tensors if isinstance(t, torch.Tensor)}
+    values = (node.meta.get("val") for node in program.graph.nodes)
+    kinds |= {value.device.type for value in values if isinstance(value, torch.Tensor)}
+    others = kinds - {"cpu"}
+    return others.pop() if others else "cpu"

@@ -1,0 +1,83 @@
+"""Opening a shared library as a container with weights in it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from refitkit.errors import CompileError, UnsupportedTargetError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from refitkit.model import Slot
+
+_ALIGNMENT = 64  # of weights in a blob: ALIGN_BYTES in torch/_inductor/codecache.py
+_TRIAL_SECONDS = 300
+
+
+def open_container(library: Path, device: str) -> Any:
+    """A container on a shared library. Runs code of the library.
+
+    Raises:
+        UnsupportedTargetError: The device is not there, or the library cannot be loaded.
+    """
+    from torch._C import _aoti
+
+    try:
+        if device == "cpu":
+            return _aoti.AOTIModelContainerRunnerCpu(str(library), 1)
+        if not torch.cuda.is_available():
+            raise UnsupportedTargetError(
+                f"The module was compiled for {device!r}, and this machine has no CUDA device.",
+                hint="Open it on a machine with an NVIDIA GPU, or compile the program for the CPU.",
+            )
+        return _aoti.AOTIModelContainerRunnerCuda(str(library), 1, device, str(library.parent))
+    except (RuntimeError, OSError) as exc:
+        message = f"The shared library {library.name!r} cannot be loaded: {exc}."
+        raise UnsupportedTargetError(message) from exc
+
+
+def fill_from_blob(runner: Any, blob: Path) -> None:
+    """Give a container the weights that its compilation wrote."""
+    runner.update_constant_buffer_from_blob(str(blob))
+
+
+def fill_with_zeros(runner: Any, blob_bytes: int, slots: Iterable[Slot]) -> None:
+    """Have a container allocate and lay out its weights itself, as zeros.
+
+    It copies its layout from a file of zeros that takes no space. The file is made at least as
+    large as the slots need, whatever the manifest says: reading past its end would be a crash.
+    """
+    needed = sum(-(-slot.nbytes // _ALIGNMENT) * _ALIGNMENT for slot in slots)
+    with tempfile.NamedTemporaryFile(prefix="refitkit-zeros-") as file:
+        file.truncate(max(blob_bytes, needed, _ALIGNMENT))
+        fill_from_blob(runner, Path(file.name))
+
+
+def try_in_child(library: Path, device: str) -> None:
+    """Load a library in a process of its own, so that one that crashes on loading harms nobody.
+
+    Raises:
+        CompileError: The child died; says what has helped.
+    """
+    code = (
+        "import sys; from pathlib import Path;"
+        "from refitkit.builtin.aotinductor.container import open_container;"
+        "open_container(Path(sys.argv[1]), sys.argv[2])"
+    )
+    command = [sys.executable, "-c", code, str(library), device]
+    done = subprocess.run(  # noqa: S603 - our own interpreter and code
+        command, capture_output=True, text=True, timeout=_TRIAL_SECONDS, check=False
+    )
+    if done.returncode:
+        raise CompileError(
+            f"The compiled library cannot be loaded (a trial process ended with {done.returncode}).",
+            hint="A compiler with a static libstdc++ makes such libraries: set CXX=/usr/bin/g++ and "
+            f"compile again. The trial said: {done.stderr.strip()[-500:]}",
+        )

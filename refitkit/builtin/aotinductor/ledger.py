@@ -1,0 +1,130 @@
+"""How the slots of an AOTInductor engine follow from the program that was compiled."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from refitkit.builtin.aotinductor.engine import same_bits
+from refitkit.errors import NotRefittableError, PlanMismatchError, Problem
+from refitkit.model import LedgerRow, PinnedRef, Slot, SlotState, SourceRef
+from refitkit.program import facts_of
+from refitkit.program.facts import tensors_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch.export import ExportedProgram
+
+    from refitkit.builtin.aotinductor.engine import AOTInductorEngine
+    from refitkit.model import Leaf
+
+
+class Ledger:
+    """Rows and pinned tensors of one engine.
+
+    Attributes:
+        rows: One row for every slot.
+        pinned: Values of the pinned ones, and of all constants of the program.
+    """
+
+    def __init__(self, program: ExportedProgram, engine: AOTInductorEngine) -> None:
+        """Match a program's leaves with an engine's slots.
+
+        Raises:
+            NotRefittableError: The engine holds weights of the program where no refit reaches.
+            PlanMismatchError: The program is not the one that was compiled.
+        """
+        self._engine = engine
+        self._facts = facts_of(program)
+        self._twins = {name: tie for tie in self._facts.ties for name in tie}
+        self._leaves = {leaf.fqn: leaf for leaf in self._facts.leaves}
+        self._tensors = tensors_of(program)
+        self.pinned: dict[str, torch.Tensor] = {
+            leaf.fqn: self._tensors[leaf.fqn].detach().clone()
+            for leaf in self._facts.leaves
+            if not leaf.persistent
+        }
+        self.rows = tuple(self._row(slot) for slot in engine.slots.values())
+        problems = [*self._unlike(), *self._foreign()]
+        if problems:
+            raise PlanMismatchError(
+                "The program is not the one that was compiled into this engine.", problems=problems
+            )
+        self._check_reachable()
+
+    def _row(self, slot: Slot) -> LedgerRow:
+        leaf = self._leaves.get(slot.name)
+        if leaf is None:
+            return self._anonymous(slot)
+        names = self._twins.get(leaf.fqn, (leaf.fqn,))
+        if leaf.persistent:
+            return LedgerRow(
+                slot=slot, state=SlotState.RECIPE, value=SourceRef(fqn=leaf.fqn), sources=names
+            )
+        return LedgerRow(
+            slot=slot,
+            state=SlotState.PINNED,
+            value=PinnedRef(name=leaf.fqn),
+            sources=names,
+            reason=f"a {leaf.kind.value.replace('-buffer', ' buffer')}: no state_dict holds it",
+        )
+
+    def _anonymous(self, slot: Slot) -> LedgerRow:
+        """A constant that inductor named itself: its value is read off the engine."""
+        live = self._engine.read(slot.name)
+        same = [
+            leaf.fqn
+            for leaf in self._facts.leaves
+            if not leaf.persistent and _same(self._tensors[leaf.fqn], live)
+        ]
+        self.pinned[slot.name] = live.detach().clone()
+        return LedgerRow(
+            slot=slot,
+            state=SlotState.PINNED,
+            value=PinnedRef(name=slot.name),
+            sources=tuple(same) if len(same) == 1 else (),
+            reason="a constant of the graph",
+        )
+
+    def _unlike(self) -> Iterator[Problem]:
+        for row in self.rows:
+            leaf, slot = self._leaves.get(row.slot.name), row.slot
+            if leaf and (leaf.dtype, leaf.shape) != (slot.dtype, slot.shape):
+                found = f"{leaf.dtype} {leaf.shape}"
+                yield Problem(slot.name, "differs", found, f"{slot.dtype} {slot.shape}")
+
+    def _foreign(self) -> Iterator[Problem]:
+        """Slots that can be no constant of this program: they have names of a module's own."""
+        for row in self.rows:
+            name = row.slot.name
+            if name not in self._leaves and not name.startswith(("_tensor_constant", "lifted_")):
+                if not row.sources:
+                    yield Problem(name, "in the engine, not in the program")
+
+    def _check_reachable(self) -> None:
+        """Every weight that the graph reads must be a slot, or a refit could not change it."""
+        slots = self._engine.slots.keys()
+        problems = [
+            Problem(leaf.fqn, "folded into the engine's code")
+            for leaf in self._facts.leaves
+            if _matters(leaf) and not set(self._twins.get(leaf.fqn, (leaf.fqn,))) & slots
+        ]
+        if problems:
+            raise NotRefittableError(
+                "Weights of the program are not weights of the engine.",
+                problems=problems,
+                hint="Compile with refitkit.compile, or with always_keep_tensor_constants=True and "
+                "freezing=False.",
+            )
+
+
+def _matters(leaf: Leaf) -> bool:
+    return leaf.used and leaf.persistent
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return same_bits(a.detach().to(b.device), b)

@@ -1,0 +1,135 @@
+"""An opened AOTInductor module: call it, read it, save it, open it a second time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch.utils import _pytree as pytree
+
+from refitkit.builtin.aotinductor import NAME, container, package
+from refitkit.builtin.aotinductor.engine import ENGINE, AOTInductorEngine
+from refitkit.builtin.aotinductor.inputs import InputChecker, InputSpec
+from refitkit.builtin.aotinductor.package import Folder
+from refitkit.recipe.archive import replacing
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where an engine's files are and what is known of them; shared by copies of a module.
+
+    Attributes:
+        folder: Holds the files that are saved with the module, and no others.
+        library: Name of the shared library.
+        device: Kind of device that it was compiled for.
+        weights_beside: Whether the library expects its weights from outside.
+        blob_bytes: Size of the blob that it expects.
+        inputs: What inputs it takes.
+        mutable: Slots that calls change in place.
+        versions: Versions of what made it.
+        settings: Compilation options, as text.
+    """
+
+    folder: Folder
+    library: str
+    device: str
+    weights_beside: bool
+    blob_bytes: int
+    inputs: InputSpec | None
+    mutable: frozenset[str] = frozenset()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        """The folder as a path."""
+        return self.folder.path
+
+
+class AOTInductorModule:
+    """An opened module; see ``refitkit.protocols.OpenedModule``."""
+
+    def __init__(
+        self, files: Files, engine: AOTInductorEngine, attachments: Mapping[str, bytes]
+    ) -> None:
+        """Made by the backend."""
+        self.files = files
+        self.attachments = attachments
+        self._engine = engine
+        in_spec, out_spec = engine.runner.get_call_spec()
+        self._out_spec = pytree.treespec_loads(out_spec)
+        self._inputs = InputChecker(files.inputs, pytree.treespec_loads(in_spec))
+
+    @property
+    def backend(self) -> str:
+        """``aotinductor``."""
+        return NAME
+
+    @property
+    def engines(self) -> Mapping[str, AOTInductorEngine]:
+        """The one engine."""
+        return {ENGINE: self._engine}
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Call it like the model; outputs have no gradient history."""
+        flat = self._inputs.flatten(args, kwargs)
+        return pytree.tree_unflatten(self._engine.runner.run(flat), self._out_spec)
+
+    def probe(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Call it, then put back the buffers that it changed."""
+        kept = self._engine.mutable_values()
+        try:
+            return self.run(args, kwargs)
+        finally:
+            self._engine.write_active(kept)
+
+    def drain(self) -> None:
+        """Wait for pending work of its devices."""
+        self._engine.drain()
+
+    def save(self, path: Path, attachments: Mapping[str, bytes]) -> None:
+        """Write it with its present weights."""
+        files, folder = self.files, self.files.path
+        manifest = package.Manifest(
+            device=files.device,
+            library=files.library,
+            files={f.name: f.stat().st_size for f in sorted(folder.iterdir())},
+            weights_beside=files.weights_beside,
+            blob_bytes=files.blob_bytes,
+            slots=tuple(self._engine.slots.values()),
+            inputs=files.inputs,
+            versions=dict(files.versions),
+            settings=dict(files.settings),
+            attachments=tuple(attachments),
+        )
+        scratch = Folder()
+        weights = scratch.path / "weights.safetensors"
+        save_file(self._packed(), weights)
+        with replacing(path) as file:
+            package.write(file, manifest, folder, weights, attachments)
+
+    def _packed(self) -> dict[str, torch.Tensor]:
+        """Live values, contiguous and on the CPU, as safetensors stores them."""
+        values = {name: self._engine.read(name) for name in self._engine.slots}
+        return {name: value.detach().cpu().contiguous() for name, value in values.items()}
+
+    def reopen(self) -> AOTInductorModule:
+        """A second container on the same files, with the same present weights."""
+        files = self.files
+        runner = container.open_container(files.path / files.library, files.device)
+        if files.weights_beside:
+            slots = self._engine.slots.values()
+            container.fill_with_zeros(runner, files.blob_bytes, slots)
+        engine = AOTInductorEngine(runner, files.mutable)
+        engine.write_active({name: self._engine.read(name) for name in self._engine.slots})
+        return AOTInductorModule(files, engine, self.attachments)
+
+    def close(self) -> None:
+        """Free the second buffer; the rest goes with the object."""
+        self._engine.free_spare()

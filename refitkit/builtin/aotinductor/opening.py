@@ -1,0 +1,169 @@
+"""Opening files as modules: those that refitkit wrote, and those that torch wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from refitkit.builtin.aotinductor import container, package
+from refitkit.builtin.aotinductor.engine import AOTInductorEngine
+from refitkit.builtin.aotinductor.module import AOTInductorModule, Files
+from refitkit.builtin.aotinductor.package import Folder, Manifest
+from refitkit.errors import NotRefittableError, Problem, UnsupportedTargetError
+from refitkit.recipe import Archive, ArchiveError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+_ZIP_MAGIC = b"PK"
+
+
+def open_file(path: Path) -> AOTInductorModule | None:
+    """Open a saved module; None where the file is none of this backend's.
+
+    This loads a shared library from the file, and so runs code of whoever made it.
+
+    Raises:
+        UnsupportedTargetError: It is damaged, of another version, or for a device that is missing.
+        NotRefittableError: It cannot be refitted.
+    """
+    if not _is_zip(path):
+        return None
+    try:
+        with Archive(path) as archive:
+            if package.is_ours(archive):
+                return _open_ours(archive, path)
+            if package.is_torchs(archive):
+                return _open_torchs(archive, path)
+    except ArchiveError as exc:
+        raise package.broken(path, exc) from exc
+    return None
+
+
+def describe_file(path: Path) -> Mapping[str, Any] | None:
+    """What a saved module holds, without running any of it."""
+    if not _is_zip(path):
+        return None
+    try:
+        with Archive(path) as archive:
+            if package.is_ours(archive):
+                manifest = package.read_manifest(archive, path)
+                described = manifest.model_dump(mode="json")
+                described["bytes"] = sum(slot.nbytes for slot in manifest.slots)
+                return described
+            if package.is_torchs(archive):
+                members = {name: archive.size(name) for name in archive.names()}
+                return {"format": "torch AOTInductor package", "members": members}
+    except ArchiveError as exc:
+        raise package.broken(path, exc) from exc
+    return None
+
+
+def read_attachment(path: Path, name: str) -> bytes | None:
+    """What is kept beside the engine under a name, without opening the engine."""
+    with Archive(path) as archive:
+        manifest = package.read_manifest(archive, path)
+        return package.read_attachments(archive, manifest).get(name)
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == _ZIP_MAGIC
+
+
+def _open_ours(archive: Archive, path: Path) -> AOTInductorModule:
+    manifest = package.read_manifest(archive, path)
+    folder, scratch = Folder(), Folder()
+    package.extract_code(archive, manifest, folder.path)
+    weights = scratch.path / "weights.safetensors"
+    archive.extract(package.WEIGHTS, weights)
+    attachments = package.read_attachments(archive, manifest)
+    runner = container.open_container(folder.path / manifest.library, manifest.device)
+    _check_names(runner, manifest, path)
+    if manifest.weights_beside:
+        container.fill_with_zeros(runner, manifest.blob_bytes, manifest.slots)
+    mutable = frozenset(slot.name for slot in manifest.slots if slot.mutable)
+    engine = AOTInductorEngine(runner, mutable)
+    _fill(engine, weights, path)
+    files = Files(
+        folder=folder,
+        library=manifest.library,
+        device=manifest.device,
+        weights_beside=manifest.weights_beside,
+        blob_bytes=manifest.blob_bytes,
+        inputs=manifest.inputs,
+        mutable=mutable,
+        versions=manifest.versions,
+        settings=manifest.settings,
+    )
+    return AOTInductorModule(files, engine, attachments)
+
+
+def _check_names(runner: Any, manifest: Manifest, path: Path) -> None:
+    """Check that the library is the manifest's, before it is given any weights."""
+    found = set(runner.get_constant_names_to_original_fqns().values())
+    wanted = {slot.name for slot in manifest.slots}
+    if found != wanted:
+        problems = [Problem(name, "not in the library") for name in sorted(wanted - found)]
+        problems += [Problem(name, "not in the manifest") for name in sorted(found - wanted)]
+        message = f"{str(path)!r} holds a library and a manifest of different models."
+        raise UnsupportedTargetError(message, problems=problems)
+
+
+def _fill(engine: AOTInductorEngine, weights: Path, path: Path) -> None:
+    """Write the file's weights into the engine, one at a time, checked against its slots."""
+    try:
+        with safe_open(weights, framework="pt") as file:
+            names = set(file.keys())
+            problems = [Problem(n, "no value") for n in sorted(engine.slots.keys() - names)]
+            problems += list(_misfits(engine, file, names))
+            if problems:
+                message = f"{str(path)!r} holds weights of another model."
+                raise UnsupportedTargetError(message, problems=problems)
+            for name in engine.slots:
+                engine.write_active({name: file.get_tensor(name)})
+    except SafetensorError as exc:
+        raise package.broken(path, exc) from exc
+
+
+def _misfits(engine: AOTInductorEngine, file: Any, names: set[str]) -> Iterator[Problem]:
+    for name in sorted(names):
+        if name not in engine.slots:
+            yield Problem(name, "no such slot")
+            continue
+        shape, slot = tuple(file.get_slice(name).get_shape()), engine.slots[name]
+        if shape != slot.shape:
+            yield Problem(name, "shape", str(shape), str(slot.shape))
+
+
+def _open_torchs(archive: Archive, path: Path) -> AOTInductorModule:
+    folder = Folder()
+    package.extract_torchs(archive, folder.path)
+    library = next(folder.path.glob("*.so"))
+    metadata = next(folder.path.glob("*wrapper_metadata.json"), None)
+    device = json.loads(metadata.read_text())["AOTI_DEVICE_KEY"] if metadata else "cpu"
+    blob = next(folder.path.glob("*_weights.blob"), None)
+    runner = container.open_container(library, device)
+    blob_bytes = blob.stat().st_size if blob else 0
+    if blob is not None:
+        container.fill_from_blob(runner, blob)
+        blob.unlink()
+    if not runner.extract_constants_map(False):  # noqa: FBT003
+        raise NotRefittableError(
+            f"{str(path)!r} was packaged without its weights.",
+            hint="Compile it with refitkit.compile, or leave aot_inductor.package_constants_in_so on.",
+        )
+    for source in [*folder.path.glob("*.cpp"), *folder.path.glob("*.o")]:
+        source.unlink()
+    files = Files(
+        folder=folder,
+        library=library.name,
+        device=device,
+        weights_beside=blob is not None,
+        blob_bytes=blob_bytes,
+        inputs=None,
+    )
+    return AOTInductorModule(files, AOTInductorEngine(runner), {})

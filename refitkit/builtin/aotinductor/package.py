@@ -1,0 +1,164 @@
+"""The file of a saved module, and the files of torch's own packages.
+
+A file that refitkit writes is an uncompressed zip archive:
+
+====================================  ==========================================================
+``refitkit/manifest.json``            :class:`Manifest`
+``refitkit/weights.safetensors``      present values of all slots, by slot name, packed
+``refitkit/attachments/NAME``         what the pipeline keeps beside them: plan and program
+``aotinductor/NAME``                  files of the engine: the shared library, its kernels
+====================================  ==========================================================
+
+The shared library is code: opening the file runs it. Nothing else in it is executed or unpickled.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, ValidationError
+
+from refitkit.builtin.aotinductor.inputs import InputSpec
+from refitkit.errors import UnsupportedTargetError
+from refitkit.model import Slot
+from refitkit.model.base import Frozen
+from refitkit.recipe import Archive, ArchiveError, write_archive
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MANIFEST = "refitkit/manifest.json"
+WEIGHTS = "refitkit/weights.safetensors"
+ATTACHMENTS = "refitkit/attachments/"
+CODE = "aotinductor/"
+_TEXT_LIMIT = 1 << 28
+_TORCH_CODE = "/data/aotinductor/model/"
+
+
+class Manifest(Frozen):
+    """What a saved module is.
+
+    Attributes:
+        format: Name and version of the format.
+        backend: Always ``aotinductor``.
+        device: Kind of device that it was compiled for.
+        library: Name of the shared library among the engine's files.
+        files: Names and sizes in bytes of the engine's files.
+        weights_beside: Whether the library expects its weights from outside. A library that holds
+            the weights of its compilation gets those of the file written over them.
+        blob_bytes: Size of the blob that the library expects.
+        slots: All slots.
+        inputs: What inputs it takes; None where they have a form that is only checked loosely.
+        versions: Versions of what made it.
+        settings: Compilation options, as text.
+        attachments: Names of what is kept beside the engine.
+    """
+
+    format: Literal["refitkit-aotinductor/1"] = "refitkit-aotinductor/1"
+    backend: Literal["aotinductor"] = "aotinductor"
+    device: str
+    library: str
+    files: dict[str, Annotated[int, Field(ge=0)]]
+    weights_beside: bool
+    blob_bytes: Annotated[int, Field(ge=0)] = 0
+    slots: tuple[Slot, ...]
+    inputs: InputSpec | None
+    versions: dict[str, str] = Field(default_factory=dict)
+    settings: dict[str, str] = Field(default_factory=dict)
+    attachments: tuple[str, ...] = ()
+
+
+class Folder:
+    """A private folder for the files of an opened module, removed when the last user is gone.
+
+    Attributes:
+        path: Where it is.
+    """
+
+    def __init__(self) -> None:
+        """Make it, empty, readable by this user alone."""
+        self.path = Path(tempfile.mkdtemp(prefix="refitkit-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
+def is_ours(archive: Archive) -> bool:
+    """Whether refitkit wrote this archive."""
+    return MANIFEST in archive.names()
+
+
+def is_torchs(archive: Archive) -> bool:
+    """Whether torch wrote it, with an AOTInductor model named ``model`` in it."""
+    return any(_TORCH_CODE in f"/{name}" and name.endswith(".so") for name in archive.names())
+
+
+def read_manifest(archive: Archive, path: Path) -> Manifest:
+    """The manifest, checked against the archive's members.
+
+    Raises:
+        UnsupportedTargetError: It is damaged or of another version.
+    """
+    try:
+        manifest = Manifest.model_validate_json(archive.read(MANIFEST, _TEXT_LIMIT))
+        for name, size in manifest.files.items():
+            if not _is_plain(name) or archive.size(CODE + name) != size:
+                raise ArchiveError(f"member {name!r} is not the one in the manifest")
+        if manifest.library not in manifest.files:
+            raise ArchiveError("its shared library is not among its files")
+    except ValidationError as exc:
+        message = f"{str(path)!r} was saved by another version of refitkit, or is damaged."
+        raise UnsupportedTargetError(message, hint=str(exc)) from exc
+    except ArchiveError as exc:
+        raise broken(path, exc) from exc
+    return manifest
+
+
+def broken(path: Path, why: object) -> UnsupportedTargetError:
+    """The error for a file that cannot be used."""
+    return UnsupportedTargetError(
+        f"{str(path)!r} cannot be opened: {why}.", hint="Save or copy the file again."
+    )
+
+
+def extract_code(archive: Archive, manifest: Manifest, folder: Path) -> None:
+    """Unpack the engine's files into a folder, under the names of the manifest."""
+    for name in manifest.files:
+        archive.extract(CODE + name, folder / name)
+
+
+def extract_torchs(archive: Archive, folder: Path) -> None:
+    """Unpack the model ``model`` of one of torch's packages into a folder."""
+    for member in archive.names():
+        name = PurePosixPath(member).name
+        if _TORCH_CODE in f"/{member}" and _is_plain(name):
+            archive.extract(member, folder / name)
+
+
+def read_attachments(archive: Archive, manifest: Manifest) -> dict[str, bytes]:
+    """Everything that is kept beside the engine, by name."""
+    return {name: archive.read(ATTACHMENTS + name, _TEXT_LIMIT) for name in manifest.attachments}
+
+
+def write(
+    file: IO[bytes],
+    manifest: Manifest,
+    folder: Path,
+    weights: Path,
+    attachments: Mapping[str, bytes],
+) -> None:
+    """Write a whole file."""
+    members: dict[str, bytes | Path] = {
+        MANIFEST: manifest.model_dump_json(indent=1).encode(),
+        **{ATTACHMENTS + name: content for name, content in attachments.items()},
+        **{CODE + name: folder / name for name in manifest.files},
+        WEIGHTS: weights,
+    }
+    write_archive(file, members)
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name is that of a file, not a path, so that it stays in our folder."""
+    return bool(name) and name not in {".", ".."} and not set(name) & {"/", "\\", "\0", ":"}

@@ -1,0 +1,32 @@
+"""Built-in checks: what must be true of weights before anything is staged."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from refitkit.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from refitkit.config import Config
+    from refitkit.errors import Problem
+    from refitkit.protocols import OpenedModule, Plan, WeightSource
+
+
+@hookimpl
+def refitkit_check(
+    plan: Plan,
+    module: OpenedModule,
+    source: WeightSource,
+    partial: bool,  # noqa: FBT001 - passed by name, as the hook says
+    config: Config,
+) -> Iterable[Problem]:
+    """Names, ties, dtypes, shapes, layouts; then, of what passed, finiteness."""
+    from refitkit.builtin.checks import finite, names
+
+    found = names.Names(plan, source)
+    problems = list(found.problems(partial=partial))
+    if config.check_finite:
+        problems += finite.problems(plan, module, source, found.usable())
+    return problems

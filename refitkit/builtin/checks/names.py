@@ -1,0 +1,122 @@
+"""Missing and unexpected names, broken ties, wrong dtypes and shapes, unusable tensors."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+from refitkit.errors import Problem
+from refitkit.model import SlotState, TensorInfo
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from refitkit.model import Leaf
+    from refitkit.protocols import Plan, WeightSource
+
+
+class Names:
+    """A source held against what a plan's program reads."""
+
+    def __init__(self, plan: Plan, source: WeightSource) -> None:
+        """Look at every name of the source once, at headers only."""
+        self._plan, self._source = plan, source
+        self._leaves = {leaf.fqn: leaf for leaf in plan.data.leaves}
+        self._twins = {name: tie for tie in plan.data.ties for name in tie}
+        self._infos = {name: source.info(name) for name in source.names()}
+        self._needed = {
+            name
+            for row in plan.data.ledger
+            if row.state in {SlotState.RECIPE, SlotState.PINNED}
+            for name in row.sources
+        }
+        self._bad = {p.subject for p in self._misfits()}
+
+    def problems(self, *, partial: bool) -> Iterator[Problem]:
+        """Everything that is wrong, missing names last."""
+        yield from self._unexpected()
+        yield from self._misfits()
+        yield from self._broken_ties()
+        if partial:
+            yield from self._nothing_at_all()
+        else:
+            yield from self._missing()
+
+    def usable(self) -> list[str]:
+        """Names that slots will be filled from and whose headers are right."""
+        return [n for n in self._infos if n in self._needed and n not in self._bad]
+
+    def _unexpected(self) -> Iterator[Problem]:
+        known = {leaf.fqn for leaf in self._plan.data.leaves} | self._needed
+        for name, info in self._infos.items():
+            if name not in known and info.persistent:
+                near = get_close_matches(name, known, n=1, cutoff=0.8)
+                hint = f"did you mean {near[0]!r}?" if near else "the model has no such name"
+                yield Problem(name, "unexpected", _text(info), hint=hint)
+
+    def _misfits(self) -> Iterator[Problem]:
+        for name, info in self._infos.items():
+            if name not in self._needed:
+                continue
+            leaf = self._leaves.get(name)
+            if info.unusable:
+                yield Problem(name, "unusable", info.unusable, _leaf_text(leaf))
+            elif leaf:
+                yield from _differences(leaf, info)
+
+    def _broken_ties(self) -> Iterator[Problem]:
+        """Names of one tensor for which the source has different tensors."""
+        for tie in self._plan.data.ties:
+            present = [n for n in tie if n in self._infos and n not in self._bad]
+            if len(present) > 1 and self._needed & set(tie):
+                first = self._source.get(present[0])
+                for other in present[1:]:
+                    if not _equal(first, self._source.get(other)):
+                        yield Problem(
+                            other,
+                            "tie broken",
+                            f"values other than those of {present[0]!r}",
+                            "the same: the engine has one weight for both names",
+                        )
+
+    def _missing(self) -> Iterator[Problem]:
+        for row in self._plan.data.ledger:
+            if row.state is SlotState.RECIPE and not any(n in self._infos for n in row.sources):
+                leaf = self._leaves.get(row.sources[0]) if row.sources else None
+                others = f", or its other names {row.sources[1:]}" if row.sources[1:] else ""
+                name = row.sources[0] if row.sources else row.slot.name
+                hint = f"pass it{others}; to leave such slots as they are: partial=True"
+                yield Problem(name, "missing", wanted=_leaf_text(leaf), hint=hint)
+
+    def _nothing_at_all(self) -> Iterator[Problem]:
+        if not self._needed & self._infos.keys():
+            found = f"{len(self._infos)} names, none of a slot"
+            yield Problem(self._source.description, "nothing to refit", found)
+
+
+def _differences(leaf: Leaf, info: TensorInfo) -> Iterator[Problem]:
+    if info.dtype != leaf.dtype:
+        hint = "convert it yourself: refitkit never casts weights silently"
+        yield Problem(leaf.fqn, "dtype", info.dtype, leaf.dtype, hint)
+    if info.shape != leaf.shape:
+        hint = "the transposed shape" if info.shape == leaf.shape[::-1] else ""
+        yield Problem(leaf.fqn, "shape", str(info.shape), str(leaf.shape), hint)
+
+
+def _equal(a: object, b: object) -> bool:
+    import torch
+
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return False
+    if a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
+        return True
+    a, b = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(a, b.to(a.device))
+
+
+def _text(info: TensorInfo) -> str:
+    return f"{info.dtype} {info.shape}"
+
+
+def _leaf_text(leaf: Leaf | None) -> str:
+    return f"{leaf.dtype} {leaf.shape}" if leaf else ""

@@ -1,0 +1,19 @@
+"""Built-in verifiers: ``outputs`` and ``weights``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from refitkit.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from refitkit.protocols import Verifier
+
+
+@hookimpl
+def refitkit_verifiers() -> list[Verifier]:
+    """Offer both."""
+    from refitkit.builtin.verify.outputs import OutputsVerifier
+    from refitkit.builtin.verify.weights import WeightsVerifier
+
+    return [OutputsVerifier(), WeightsVerifier()]

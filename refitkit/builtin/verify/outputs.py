@@ -1,0 +1,165 @@
+"""The verifier ``outputs``: compare every output with a reference.
+
+An output passes if no element differs by more than ``absolute + relative * scale``, where scale is
+the largest absolute element of the reference output, and the two numbers belong to the dtype
+(:data:`refitkit.config.TOLERANCES`). NaN and infinity never pass, on either side. Integers,
+booleans and everything that is no tensor have to be equal.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from refitkit.errors import ConfigError
+from refitkit.model import OutputMeasure, VerificationResult
+from refitkit.program.dtypes import dtype_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from refitkit.protocols import OpenedModule, VerifyRequest
+
+NAME = "outputs"
+_EXACT = (0.0, 0.0)
+
+
+class OutputsVerifier:
+    """Compares what the module answers with what it should answer."""
+
+    @property
+    def name(self) -> str:
+        """``outputs``."""
+        return NAME
+
+    def prepare(self, request: VerifyRequest) -> Callable[[OpenedModule], VerificationResult]:
+        """Compute what the module should answer, before anything is written.
+
+        Raises:
+            ConfigError: There are no inputs, or nothing to compare with.
+        """
+        if request.inputs is None:
+            raise ConfigError(
+                "The verifier 'outputs' needs inputs to call the module with.",
+                hint="Pass inputs=(x,), or choose verify='weights' or verify='none'.",
+            )
+        args, kwargs = request.inputs
+        with torch.no_grad():
+            expected = _expected(request, _copied(args), _copied(dict(kwargs)))
+
+        def judge(module: OpenedModule) -> VerificationResult:
+            with torch.no_grad():
+                found = module.probe(_copied(args), _copied(dict(kwargs)))
+            return compare(found, expected, request.tolerances)
+
+        return judge
+
+
+def _expected(request: VerifyRequest, args: Any, kwargs: Any) -> Any:
+    reference = request.reference
+    if reference is None and request.program is None:
+        raise ConfigError(
+            "The verifier 'outputs' has nothing to compare with: no reference was given and the "
+            "module was not saved with its program.",
+            hint="Pass reference=, a callable or the expected outputs, or choose verify='weights'.",
+        )
+    if reference is None and request.program is not None:
+        reference = request.program.bind(_Merged(request), request.plan.pinned)
+    return reference(*args, **kwargs) if callable(reference) else reference
+
+
+class _Merged:
+    """The new weights, and for names that they lack what the module holds now.
+
+    A partial refit changes some weights and keeps the others: the reference must do the same.
+    """
+
+    def __init__(self, request: VerifyRequest) -> None:
+        self._source = request.source
+        self.description = request.source.description
+        self._kept = {
+            name: (row.slot.engine, row.slot.name)
+            for row in request.plan.data.ledger
+            if row.slot.key not in request.values
+            for name in row.sources
+        }
+        self._module = request.module
+        self._names = frozenset(request.source.names()) | self._kept.keys()
+
+    def names(self) -> frozenset[str]:
+        """Names of both."""
+        return self._names
+
+    def info(self, fqn: str) -> Any:
+        """What the new weights have."""
+        return self._source.info(fqn)
+
+    def get(self, fqn: str) -> torch.Tensor:
+        """The new value, else the one that the module holds."""
+        if fqn not in self._kept:
+            return self._source.get(fqn)
+        engine, slot = self._kept[fqn]
+        tensor: torch.Tensor = self._module.engines[engine].read(slot).clone()  # type: ignore[attr-defined]
+        return tensor
+
+
+def compare(
+    found: Any, expected: Any, tolerances: Mapping[str, tuple[float, float]]
+) -> VerificationResult:
+    """Compare two results, leaf by leaf.
+
+    Args:
+        found: What the module answered.
+        expected: What it should have answered.
+        tolerances: ``(absolute, relative)`` by dtype name.
+    """
+    mine, structure = pytree.tree_flatten_with_path(found)
+    theirs, wanted = pytree.tree_flatten_with_path(expected)
+    if structure != wanted:
+        note = f"the outputs have the structure {structure}, not {wanted}"
+        return VerificationResult(verifier=NAME, ok=False, note=note)
+    measures = tuple(
+        _measure(pytree.keystr(path) or "output", a, b, tolerances)
+        for (path, a), (_, b) in zip(mine, theirs, strict=True)
+    )
+    wrong = sum(not m.ok for m in measures)
+    note = f"{len(measures)} outputs compared, {wrong} differ"
+    return VerificationResult(verifier=NAME, ok=not wrong, measures=measures, note=note)
+
+
+def _measure(
+    name: str, found: Any, expected: Any, tolerances: Mapping[str, tuple[float, float]]
+) -> OutputMeasure:
+    if not isinstance(found, torch.Tensor) or not isinstance(expected, torch.Tensor):
+        return _measure_values(name, found, expected)
+    if found.dtype != expected.dtype or found.shape != expected.shape:
+        a, b = (f"{dtype_name(t.dtype)} {tuple(t.shape)}" for t in (found, expected))
+        return OutputMeasure(name=name, ok=False, note=f"is {a}, should be {b}")
+    if not expected.numel():
+        return OutputMeasure(name=name, ok=True)
+    kind = torch.complex128 if expected.is_complex() else torch.float64
+    a, b = (t.detach().to("cpu", kind) for t in (found, expected))
+    if not bool(torch.isfinite(a).all()) or not bool(torch.isfinite(b).all()):
+        return OutputMeasure(name=name, ok=False, note="has NaN or infinite elements")
+    scale, error = float(b.abs().max()), float((a - b).abs().max())
+    absolute, relative = tolerances.get(dtype_name(expected.dtype), _EXACT)
+    limit = absolute + relative * scale
+    ok = error <= limit
+    note = "" if ok else f"differs by up to {error:.3g}, at most {limit:.3g} passes"
+    return OutputMeasure(name=name, ok=ok, max_abs_error=error, limit=limit, scale=scale, note=note)
+
+
+def _measure_values(name: str, found: Any, expected: Any) -> OutputMeasure:
+    """Compare leaves of which at least one is no tensor; a 0-dim tensor stands for its number."""
+    a, b = (
+        v.item() if isinstance(v, torch.Tensor) and v.dim() == 0 else v for v in (found, expected)
+    )
+    ok = not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor) and bool(a == b)
+    return OutputMeasure(name=name, ok=ok, note="" if ok else f"is {a!r}, should be {b!r}"[:200])
+
+
+def _copied(inputs: Any) -> Any:
+    """The inputs with tensors of their own, so that a model that writes to them harms nobody."""
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), inputs)

@@ -1,0 +1,60 @@
+"""Weights that are in memory already: state_dicts, live modules, programs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.export import ExportedProgram
+
+from refitkit.errors import Problem, SourceError
+from refitkit.recipe import TensorMap
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from refitkit.protocols import WeightSource
+
+
+def from_mapping(state: Mapping[Any, Any]) -> WeightSource:
+    """A state_dict. Tensors are read where they are, never copied or changed.
+
+    Raises:
+        SourceError: Keys are not names.
+    """
+    odd = [key for key in state if not isinstance(key, str)]
+    if odd:
+        problems = [Problem(repr(key), "key", type(key).__name__, "str") for key in odd]
+        raise SourceError("A state_dict maps names to tensors.", problems=problems)
+    extra = {k: v for k, v in state.items() if not k.endswith("_extra_state")}
+    return TensorMap(extra, f"a state_dict of {len(state)} entries")
+
+
+def from_object(thing: object) -> WeightSource | None:
+    """A live module or a program; None for anything else."""
+    if isinstance(thing, torch.nn.Module):
+        return _from_module(thing)
+    if isinstance(thing, ExportedProgram):
+        return _from_program(thing)
+    return None
+
+
+def _from_module(module: torch.nn.Module) -> TensorMap:
+    """Parameters and buffers, as they are when they are read; gradients do not matter."""
+    state = {
+        name: value
+        for name, value in module.state_dict(keep_vars=True).items()
+        if not name.endswith("_extra_state")
+    }
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    others = {name: value for name, value in buffers.items() if name not in state}
+    return TensorMap(
+        {**state, **others}, f"a live {type(module).__name__}", not_persistent=others.keys()
+    )
+
+
+def _from_program(program: ExportedProgram) -> TensorMap:
+    constants = {k: v for k, v in program.constants.items() if isinstance(v, torch.Tensor)}
+    return TensorMap(
+        {**program.state_dict, **constants}, "an ExportedProgram", not_persistent=constants.keys()
+    )

@@ -1,0 +1,85 @@
+"""Settings of a pipeline."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Self
+
+from pydantic import Field, ValidationError, field_validator
+
+from refitkit.errors import ConfigError, Problem
+from refitkit.model.base import Frozen
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+NO_PLUGIN_VARIABLE = "REFITKIT_NO_PLUGIN"
+"""Environment variable: names of plugins to switch off, separated by commas."""
+
+TOLERANCES: dict[str, tuple[float, float]] = {
+    "float64": (1e-9, 1e-9),
+    "float32": (1e-5, 1e-4),
+    "float16": (1e-3, 1e-2),
+    "bfloat16": (1e-2, 5e-2),
+    "complex64": (1e-5, 1e-4),
+    "complex128": (1e-9, 1e-9),
+}
+"""``(absolute, relative)`` by dtype of an output. Every other dtype has to be equal."""
+
+
+class Config(Frozen):
+    """Settings of a pipeline; all have a default.
+
+    Attributes:
+        no_plugins: Names of plugins to switch off, built-in ones included. Names in the
+            environment variable ``REFITKIT_NO_PLUGIN`` are added.
+        strategies: Names of the mapping strategies to try, in this order; empty: all, by priority.
+        check_finite: Whether new values must be finite wherever the present ones are.
+        rollback_limit: Most bytes that one refit may hold for the way back; None: no limit.
+        tolerances: ``(absolute, relative)`` by dtype: an output passes the verifier ``outputs`` if
+            no element differs by more than absolute + relative x the largest absolute element of
+            the reference output.
+    """
+
+    no_plugins: frozenset[str] = frozenset()
+    strategies: tuple[str, ...] = ()
+    check_finite: bool = True
+    rollback_limit: int | None = Field(default=None, ge=0)
+    tolerances: dict[str, tuple[float, float]] = Field(default_factory=lambda: dict(TOLERANCES))
+
+    @field_validator("tolerances")
+    @classmethod
+    def _over_defaults(
+        cls, value: dict[str, tuple[float, float]]
+    ) -> dict[str, tuple[float, float]]:
+        return {**TOLERANCES, **value}
+
+    @classmethod
+    def of(cls, settings: Config | Mapping[str, object] | None) -> Self:
+        """A config from a config, from plain settings, or from nothing.
+
+        Raises:
+            ConfigError: A setting does not exist or has a wrong type; names all of them.
+        """
+        if settings is None:
+            return cls()
+        if isinstance(settings, cls):
+            return settings
+        try:
+            return cls.model_validate(settings)
+        except ValidationError as exc:
+            problems = [
+                Problem(
+                    subject=".".join(map(str, error["loc"])) or "config",
+                    kind=error["type"].replace("_", " "),
+                    found=repr(error["input"]),
+                    hint=error["msg"],
+                )
+                for error in exc.errors()
+            ]
+            raise ConfigError("These settings cannot be used.", problems=problems) from exc
+
+    def switched_off(self) -> frozenset[str]:
+        """Names of all plugins to switch off: those of the settings and of the environment."""
+        named = os.environ.get(NO_PLUGIN_VARIABLE, "").split(",")
+        return self.no_plugins | {name.strip() for name in named if name.strip()}

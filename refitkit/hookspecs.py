@@ -1,0 +1,203 @@
+"""Every hook that a plugin can implement.
+
+A plugin is a module or an object with methods that are marked with ``@refitkit.hookimpl`` and have
+the names below. A method takes as many of the arguments as it needs, by name. It is found through
+the entry-point group ``refitkit``, or given explicitly: ``refitkit.Pipeline(plugins=[MyPlugin()])``.
+
+Two kinds of hooks:
+
+* *first*: implementations are asked one after another, third parties before built-ins, the latest
+  registered first, until one returns something that is not None;
+* *all*: every implementation is called.
+
+No hook is called once per tensor.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    import click
+    import torch
+
+    from refitkit.config import Config
+    from refitkit.errors import Problem
+    from refitkit.model import Event, RefitReport
+    from refitkit.protocols import (
+        Backend,
+        MappingStrategy,
+        OpenedModule,
+        Plan,
+        Verifier,
+        WeightSource,
+    )
+
+PROJECT = "refitkit"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def refitkit_register_backends(register: Callable[[Backend], None]) -> None:
+    """Register backends. Kind: all.
+
+    Called once for each host, when a backend is first needed.
+
+    Args:
+        register: Call it with each backend. Two backends of one name are a ``PluginError``
+            that names both plugins. Import heavy packages inside the backend, on first use.
+    """
+
+
+@hookspec(firstresult=True)
+def refitkit_load_module(target: object, config: Config) -> OpenedModule | None:
+    """Open what a user has compiled. Kind: first.
+
+    Called by ``refitkit.load`` and wherever a target is given that is not open yet.
+
+    Args:
+        target: A path (``pathlib.Path``), a ``GraphModule``, an ``ExportedProgram``: anything.
+        config: Settings of the pipeline.
+
+    Returns:
+        The opened module; None when the target is not this plugin's.
+
+    Raises:
+        UnsupportedTargetError: The target is this plugin's, and broken.
+        NotRefittableError: The target is this plugin's, and cannot be refitted.
+    """
+
+
+@hookspec(firstresult=True)
+def refitkit_load_weights(source: object, config: Config) -> WeightSource | None:
+    """Open what a user calls weights. Kind: first.
+
+    Called once for each refit, before anything is checked. Read lazily: headers now, data on
+    demand.
+
+    Args:
+        source: A mapping, a module, a program, a path (``pathlib.Path``): anything.
+        config: Settings of the pipeline.
+
+    Returns:
+        The source; None when it is not this plugin's.
+
+    Raises:
+        SourceError: It is this plugin's, and cannot be read.
+    """
+
+
+@hookspec(firstresult=True)
+def refitkit_partition(
+    program: torch.export.ExportedProgram, module: OpenedModule | None, backend: str, config: Config
+) -> Mapping[str, Any] | None:
+    """Cut a program into parts that match a module's engines. Kind: first.
+
+    Called when a plan is made.
+
+    Args:
+        program: The program; not to be changed.
+        module: The opened target; None when planning offline.
+        backend: Name of the backend that the parts are for.
+        config: Settings of the pipeline.
+
+    Returns:
+        A part for each engine, by the engine's name, in the form that the backend's ``draft``
+        understands; None when the backend is not this plugin's.
+
+    Raises:
+        PlanMismatchError: The parts do not match the engines; says what differs.
+    """
+
+
+@hookspec
+def refitkit_mapping_strategies() -> Iterable[MappingStrategy]:
+    """Offer mapping strategies. Kind: all.
+
+    Called once for each refit. Strategies are tried in the order of ``Config.strategies``, or by
+    priority. Two of one name are a ``PluginError`` that names both plugins.
+
+    Returns:
+        The strategies.
+    """
+
+
+@hookspec
+def refitkit_check(
+    plan: Plan,
+    module: OpenedModule,
+    source: WeightSource,
+    partial: bool,  # noqa: FBT001 - hook arguments have no defaults and are passed by name
+    config: Config,
+) -> Iterable[Problem]:
+    """Find what forbids a refit. Kind: all.
+
+    Called once for each refit, after mapping and before anything is staged. All problems of all
+    implementations are reported at once, in one ``WeightMismatchError``.
+
+    Args:
+        plan: The plan, bound to the module.
+        module: The opened target, with its present weights.
+        source: The new weights.
+        partial: Whether slots that the source has nothing for keep their present values.
+        config: Settings of the pipeline.
+
+    Returns:
+        Every problem; nothing when all is well.
+    """
+
+
+@hookspec
+def refitkit_verifiers() -> Iterable[Verifier]:
+    """Offer ways to judge a refitted module. Kind: all.
+
+    Called once for each refit. Two of one name are a ``PluginError`` that names both plugins.
+
+    Returns:
+        The verifiers; users choose one by name with ``verify=``.
+    """
+
+
+@hookspec
+def refitkit_weights_changed(module: OpenedModule, report: RefitReport) -> None:
+    """Drop what was derived from old weights: captured CUDA graphs, KV caches. Kind: all.
+
+    Called inside the transaction, after every commit and after every rollback of a commit, before
+    any other thread's call is let in again. Calls of the module from here go through.
+
+    Args:
+        module: The opened target; its live weights have just changed.
+        report: What is known so far; ``outcome`` tells commit from rollback.
+
+    Raises:
+        Exception: After a commit, any exception rolls it back. After a rollback it makes the
+            module refuse calls: what was derived from the rejected weights may still be in use.
+    """
+
+
+@hookspec
+def refitkit_event(event: Event) -> None:
+    """Hear of progress. Kind: all.
+
+    Called when a stage starts, advances and ends. Hang progress bars, logs and metrics here.
+
+    Args:
+        event: One of the classes in :mod:`refitkit.model.events`.
+    """
+
+
+@hookspec
+def refitkit_register_commands(cli: click.Group) -> None:
+    """Add commands to the command line. Kind: all.
+
+    Called once, when the command line starts. Keep imports inside the commands: ``--help`` is
+    fast.
+
+    Args:
+        cli: The group ``refitkit``. A command of a name that is taken is a ``PluginError``.
+    """

@@ -1,0 +1,251 @@
+"""The plugin host: who is registered, in which order, and whose fault a failure is."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from refitkit import hookspecs
+from refitkit.config import Config
+from refitkit.errors import PluginError, RefitError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from refitkit.model import Event
+
+GROUP = "refitkit"
+"""The entry-point group in which plugins are found."""
+
+BUILTINS = ("weights", "checks", "strategies", "verify", "aotinductor")
+"""Built-in plugins, by their module in ``refitkit.builtin``."""
+
+
+@dataclass(frozen=True, slots=True)
+class PluginInfo:
+    """One registered plugin.
+
+    Attributes:
+        name: The name to switch it off by.
+        origin: ``built-in``, ``explicit``, or the distribution that brings it, with its version.
+        hooks: Names of the hooks that it implements.
+    """
+
+    name: str
+    origin: str
+    hooks: tuple[str, ...]
+
+
+class _Manager(pluggy.PluginManager):
+    """pluggy's manager, which in addition refuses hooks that lost their decorator."""
+
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> Any:
+        options = super().parse_hookimpl_opts(plugin, name)
+        if options is None and name.startswith("refitkit_") and callable(getattr(plugin, name)):
+            raise PluginError(
+                f"{name} of the plugin {_name_of(plugin)!r} is not marked as a hook.",
+                hint="Decorate it with @refitkit.hookimpl, or give it another name.",
+            )
+        return options
+
+
+class Host:
+    """All plugins of one pipeline. Made by :func:`make_host`."""
+
+    def __init__(self, manager: pluggy.PluginManager, origins: dict[str, str]) -> None:
+        """Use ``make_host``."""
+        self._manager = manager
+        self._origins = origins
+
+    def plugins(self) -> tuple[PluginInfo, ...]:
+        """All registered plugins, in the order of registration."""
+        return tuple(
+            PluginInfo(name, self._origins[name], self._hooks_of(plugin))
+            for name, plugin in self._manager.list_name_plugin()
+            if plugin is not None
+        )
+
+    def call(self, hook: str, **arguments: Any) -> Any:
+        """Call a hook.
+
+        Returns:
+            The first result that is not None, or a list of all, as the hook's kind is.
+
+        Raises:
+            RefitError: As the implementation raised it.
+            PluginError: An implementation raised anything else; names its plugin.
+        """
+        return self._guarded(hook, getattr(self._manager.hook, hook), arguments)
+
+    def emit(self, event: Event) -> None:
+        """Tell all listeners of progress."""
+        self.call("refitkit_event", event=event)
+
+    def collect(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
+        """Call a hook of kind *all* one plugin at a time: ``(plugin, result)``.
+
+        Built-ins come first; results that are None are left out.
+        """
+        for info in self.plugins():
+            if hook in info.hooks:
+                results = self.call_one(info.name, hook, **arguments)
+                yield from ((info.name, item) for item in results if item is not None)
+
+    def call_one(self, plugin: str, hook: str, **arguments: Any) -> Any:
+        """Call a hook of one plugin only; otherwise as ``call``."""
+        named = self._manager.list_name_plugin()
+        others = [other for name, other in named if name != plugin and other is not None]
+        caller = self._manager.subset_hook_caller(hook, remove_plugins=others)
+        return self._guarded(hook, caller, arguments)
+
+    def _guarded(self, hook: str, caller: Any, arguments: dict[str, Any]) -> Any:
+        try:
+            return caller(**arguments)
+        except RefitError:
+            raise
+        except Exception as exc:
+            raise self._fault(hook, exc) from exc
+
+    def named(self, hook: str) -> dict[str, Any]:
+        """Objects that plugins offer through a hook, by their name.
+
+        Raises:
+            PluginError: Two plugins offer one of the same name; names both. Or an offer has no
+                name.
+        """
+        owners: dict[str, str] = {}
+        offers: dict[str, Any] = {}
+        for plugin, items in self.collect(hook):
+            for item in _listed(items, plugin, hook):
+                self.claim(owners, item, plugin, hook)
+                offers[item.name] = item
+        return offers
+
+    @staticmethod
+    def claim(owners: dict[str, str], item: Any, plugin: str, hook: str) -> None:
+        """Note that a plugin offers something under a name.
+
+        Raises:
+            PluginError: The name is taken, or there is none.
+        """
+        name = getattr(item, "name", None)
+        if not isinstance(name, str):
+            raise PluginError(f"The plugin {plugin!r} offers {item!r} in {hook}, without a name.")
+        if name in owners:
+            raise PluginError(
+                f"The plugins {owners[name]!r} and {plugin!r} both offer {name!r} in {hook}.",
+                hint=f"Switch one of them off: no_plugins={{{plugin!r}}} or --no-plugin {plugin}.",
+            )
+        owners[name] = plugin
+
+    def _hooks_of(self, plugin: object) -> tuple[str, ...]:
+        callers = self._manager.get_hookcallers(plugin) or ()
+        return tuple(sorted(caller.name for caller in callers))
+
+    def _fault(self, hook: str, exc: Exception) -> PluginError:
+        name = self._culprit(hook, exc)
+        return PluginError(
+            f"The plugin {name!r} failed in {hook}: {type(exc).__name__}: {exc}",
+            hint=f"Report it to its authors; to go on without it: --no-plugin {name}.",
+        )
+
+    def _culprit(self, hook: str, exc: Exception) -> str:
+        """Name of the plugin whose implementation stands in the traceback."""
+        owners = {}
+        for impl in getattr(self._manager.hook, hook).get_hookimpls():
+            function = getattr(impl.function, "__func__", impl.function)
+            owners[getattr(function, "__code__", None)] = impl.plugin_name
+        trace, found = exc.__traceback__, "unknown"
+        while trace is not None:
+            found = owners.get(trace.tb_frame.f_code, found)
+            trace = trace.tb_next
+        return found
+
+
+def make_host(config: Config | None = None, plugins: Iterable[object] = ()) -> Host:
+    """A host with the built-ins, then what is installed, then explicit plugins.
+
+    For hooks of kind *first* the latest registered is asked first, so explicit plugins win over
+    installed ones, and those over built-ins.
+
+    Args:
+        config: Says which plugins are switched off.
+        plugins: Objects or modules with hook implementations.
+
+    Raises:
+        PluginError: A plugin cannot be imported or registered; names it.
+    """
+    off = (config or Config()).switched_off()
+    manager = _Manager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    origins: dict[str, str] = {}
+    for name, plugin, origin in _candidates(off, plugins):
+        if name in off:
+            continue
+        if name in origins:
+            raise PluginError(
+                f"Two plugins are called {name!r}: one is {origins[name]}, the other {origin}.",
+                hint="Rename one, or uninstall it.",
+            )
+        _register(manager, name, plugin)
+        origins[name] = origin
+    return Host(manager, origins)
+
+
+def _candidates(
+    off: frozenset[str], plugins: Iterable[object]
+) -> Iterator[tuple[str, object, str]]:
+    """``(name, plugin, origin)`` in the order of registration; what is off is not imported."""
+    for name in BUILTINS:
+        if name not in off:
+            yield name, importlib.import_module(f"refitkit.builtin.{name}"), "built-in"
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+        if entry.name not in off:
+            yield entry.name, _loaded(entry), _origin(entry)
+    for plugin in plugins:
+        yield _name_of(plugin), plugin, "explicit"
+
+
+def _loaded(entry: EntryPoint) -> object:
+    try:
+        return entry.load()
+    except Exception as exc:
+        raise PluginError(
+            f"The plugin {entry.name!r} of {_origin(entry)} cannot be imported: "
+            f"{type(exc).__name__}: {exc}",
+            hint=f"Mend or uninstall it; to go on without it: --no-plugin {entry.name}.",
+        ) from exc
+
+
+def _origin(entry: EntryPoint) -> str:
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
+
+
+def _register(manager: pluggy.PluginManager, name: str, plugin: object) -> None:
+    hint = f"See docs/reference/hooks.md; to go on without it: --no-plugin {name}."
+    try:
+        manager.register(plugin, name)
+        for caller in manager.get_hookcallers(plugin) or ():
+            if not caller.has_spec():
+                raise PluginError(
+                    f"The plugin {name!r} implements {caller.name}, which is no hook.", hint=hint
+                )
+    except pluggy.PluginValidationError as exc:
+        raise PluginError(f"The plugin {name!r} does not fit a hook: {exc}", hint=hint) from exc
+
+
+def _name_of(plugin: object) -> str:
+    given = getattr(plugin, "name", None) or getattr(plugin, "__name__", None)
+    return given if isinstance(given, str) else type(plugin).__name__
+
+
+def _listed(items: Any, plugin: str, hook: str) -> list[Any]:
+    try:
+        return list(items)
+    except TypeError as exc:
+        message = f"The plugin {plugin!r} returned {type(items).__name__} from {hook}, not a list."
+        raise PluginError(message) from exc

@@ -1,0 +1,165 @@
+"""The plan: for every slot of every engine, how its value follows from the model's own state.
+
+This is also the schema of ``manifest.json`` inside a plan file (see :mod:`refitkit.recipe.store`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from refitkit.model.base import Frozen
+from refitkit.model.slot import Dim, Slot
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+FORMAT = "refitplan/1"
+"""Name and version of the format. A reader refuses every other."""
+
+
+class LeafKind(StrEnum):
+    """What a leaf of a program is."""
+
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    NON_PERSISTENT_BUFFER = "non-persistent-buffer"
+    CONSTANT = "constant"
+
+
+class Leaf(Frozen):
+    """One tensor that a program reads: a parameter, a buffer or a lifted constant.
+
+    Attributes:
+        fqn: Fully qualified name, as in the model's state_dict.
+        kind: Parameter, persistent or non-persistent buffer, or constant.
+        dtype: torch's name without the ``torch.``.
+        shape: Sizes of all dimensions.
+        device: Where the program keeps it.
+        used: Whether the graph reads it (``num_batches_tracked`` is seldom read).
+        mutated: Whether the graph changes it in place.
+    """
+
+    fqn: str
+    kind: LeafKind
+    dtype: str
+    shape: tuple[Dim, ...]
+    device: str = "cpu"
+    used: bool = True
+    mutated: bool = False
+
+    @property
+    def persistent(self) -> bool:
+        """Whether the model's state_dict holds it."""
+        return self.kind in {LeafKind.PARAMETER, LeafKind.BUFFER}
+
+
+class SourceRef(Frozen):
+    """The value is that of a source's tensor, unchanged."""
+
+    kind: Literal["source"] = "source"
+    fqn: str
+
+
+class PinnedRef(Frozen):
+    """The value is kept in the plan, under this name."""
+
+    kind: Literal["pinned"] = "pinned"
+    name: str
+
+
+Value = Annotated[SourceRef | PinnedRef, Field(discriminator="kind")]
+
+
+class SlotState(StrEnum):
+    """Where the value of a slot comes from."""
+
+    RECIPE = "recipe"
+    PINNED = "pinned"
+    FROZEN = "frozen"
+    UNMAPPED = "unmapped"
+
+
+class LedgerRow(Frozen):
+    """One slot and how it is served.
+
+    Attributes:
+        slot: The slot, as the engine describes it.
+        state: ``recipe`` (computed from ``sources``), ``pinned`` (its value is in the plan, a
+            source that has one of ``sources`` overrides it), ``frozen`` (a literal of the graph:
+            never changes) or ``unmapped`` (nobody knows: stops a refit).
+        value: The recipe; None where the state is ``frozen`` or ``unmapped``.
+        sources: FQNs that the value follows from; for one value under several names (tied
+            weights) all of them.
+        reason: Why the slot is frozen, pinned or unmapped.
+    """
+
+    slot: Slot
+    state: SlotState
+    value: Value | None = None
+    sources: tuple[str, ...] = ()
+    reason: str = ""
+
+
+class PinnedTensor(Frozen):
+    """Index entry of one tensor that the plan keeps.
+
+    Attributes:
+        dtype: torch's name without the ``torch.``.
+        shape: Sizes of all dimensions.
+        sha256: Of its bytes, C-contiguous, little endian.
+    """
+
+    dtype: str
+    shape: tuple[Dim, ...]
+    sha256: str
+
+
+class Fingerprint(Frozen):
+    """What a plan belongs to. It never depends on values of weights.
+
+    Attributes:
+        graph: sha256 over ops, FQNs, shapes and dtypes of the program.
+        slots: sha256 over all slots, sorted; see :func:`fingerprint_of_slots`.
+        settings: Compilation settings, as text by name.
+        versions: Versions of what made the engine, by package.
+        platform: Operating system, machine and device kind.
+    """
+
+    graph: str
+    slots: str
+    settings: dict[str, str] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+    platform: str = ""
+
+
+class PlanData(Frozen):
+    """A whole plan: the ledgers of all engines of one model.
+
+    Attributes:
+        format: Always :data:`FORMAT`.
+        backend: Name of the backend that made the engines.
+        leaves: Everything that the program reads.
+        ties: Classes of FQNs that are one tensor.
+        ledger: One row for every slot of every engine.
+        pinned: Index of the tensors that the plan keeps.
+        fingerprint: What the plan belongs to.
+    """
+
+    format: Literal["refitplan/1"] = FORMAT
+    backend: str
+    leaves: tuple[Leaf, ...]
+    ties: tuple[tuple[str, ...], ...] = ()
+    ledger: tuple[LedgerRow, ...]
+    pinned: dict[str, PinnedTensor] = Field(default_factory=dict)
+    fingerprint: Fingerprint
+
+
+def fingerprint_of_slots(slots: Iterable[Slot]) -> str:
+    """sha256 over engine, name, dtype and count of all slots, in sorted order."""
+    rows = sorted((slot.engine, slot.name, slot.dtype, slot.count) for slot in slots)
+    return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()

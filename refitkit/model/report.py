@@ -1,0 +1,138 @@
+"""What a refit tells of itself."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from refitkit.model.base import Frozen
+from refitkit.model.plan import SlotState
+
+
+class StageTime(Frozen):
+    """How long one stage took.
+
+    Attributes:
+        stage: ``load``, ``map``, ``check``, ``prepare``, ``stage``, ``commit``, ``verify``, ...
+        seconds: Wall-clock time.
+    """
+
+    stage: str
+    seconds: float
+
+
+class EngineMemory(Frozen):
+    """What keeping the way back costs one engine.
+
+    Attributes:
+        engine: Name of the engine.
+        kind: Where the previous weights are: ``inactive-buffer``, ``device``, ``pinned-host``,
+            ``mapped-file``, ``engine-bytes`` or ``none``.
+        bytes: Size of what is held.
+    """
+
+    engine: str
+    kind: str
+    bytes: int
+
+
+class ReportRow(Frozen):
+    """One slot in the report.
+
+    Attributes:
+        engine: Name of the engine.
+        slot: The engine's own name of the weight.
+        state: Its state in the plan's ledger.
+        strategy: Which strategy gave the new value; empty where the slot was left as it is.
+        sources: FQNs that the value came from.
+        reason: Why the slot was left as it is, or why other strategies did not serve it.
+    """
+
+    engine: str
+    slot: str
+    state: SlotState
+    strategy: str = ""
+    sources: tuple[str, ...] = ()
+    reason: str = ""
+
+
+class OutputMeasure(Frozen):
+    """How one thing that was compared differs from what it should be.
+
+    Attributes:
+        name: Path of the output in the result (``['logits']``), or a slot's name.
+        ok: Whether it passes.
+        max_abs_error: Largest absolute difference of two elements, in units of the output.
+        limit: Largest absolute difference that passes; 0 where bits are compared.
+        scale: Largest absolute value of what it should be.
+        note: What is wrong, in words; empty if nothing is.
+    """
+
+    name: str
+    ok: bool
+    max_abs_error: float = 0.0
+    limit: float = 0.0
+    scale: float = 0.0
+    note: str = ""
+
+
+class VerificationResult(Frozen):
+    """What a verifier found.
+
+    Attributes:
+        verifier: Its name.
+        ok: Whether the module is what it should be.
+        measures: One entry for each thing compared.
+        note: What was checked and what was not.
+    """
+
+    verifier: str
+    ok: bool
+    measures: tuple[OutputMeasure, ...] = ()
+    note: str = ""
+
+    @property
+    def max_abs_error(self) -> float:
+        """Largest absolute difference over all measures; 0 where nothing was measured."""
+        return max((m.max_abs_error for m in self.measures), default=0.0)
+
+
+class RefitReport(Frozen):
+    """What a refit did.
+
+    Attributes:
+        outcome: ``committed`` or ``rolled-back``.
+        backend: Name of the backend.
+        source: What the weights were, in words.
+        version: Number of the weights that the module holds after this: 0 as compiled or loaded,
+            then counting up with every commit.
+        partial: Whether slots without a new value were left as they are.
+        changed: Whether any bit of any slot changed; None where no engine can tell.
+        slots_written: Number of slots that got a value.
+        bytes_written: Bytes of those slots.
+        stages: Time of each stage, in order.
+        memory: What keeping the way back costs.
+        ledger: One row for every slot.
+        verification: What the verifier found; None where none ran.
+        notes: Things a user should know (only staging was checked, nothing changed, ...).
+    """
+
+    outcome: Literal["committed", "rolled-back"]
+    backend: str
+    source: str
+    version: int
+    partial: bool = False
+    changed: bool | None = None
+    slots_written: int = 0
+    bytes_written: int = 0
+    stages: tuple[StageTime, ...] = ()
+    memory: tuple[EngineMemory, ...] = ()
+    ledger: tuple[ReportRow, ...] = ()
+    verification: VerificationResult | None = None
+    notes: tuple[str, ...] = Field(default_factory=tuple)
+
+    @property
+    def seconds(self) -> float:
+        """Sum of all stages."""
+        return sum(stage.seconds for stage in self.stages)

@@ -1,0 +1,6 @@
+"""The pipeline: one file a stage, and :mod:`refitkit.pipeline.pipeline`, which runs them."""
+
+from refitkit.pipeline.compiled import CompiledModule
+from refitkit.pipeline.pipeline import Pipeline, RefitResult
+
+__all__ = ["CompiledModule", "Pipeline", "RefitResult"]

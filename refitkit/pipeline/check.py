@@ -1,0 +1,59 @@
+"""The stage ``check``: everything that forbids the refit, all at once, before anything is staged."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from refitkit.errors import NotRefittableError, Problem, WeightMismatchError
+from refitkit.protocols import SupportsPartial
+
+if TYPE_CHECKING:
+    from refitkit.config import Config
+    from refitkit.host import Host
+    from refitkit.protocols import OpenedModule, Plan, WeightSource
+
+
+def check_weights(
+    host: Host,
+    plan: Plan,
+    module: OpenedModule,
+    source: WeightSource,
+    *,
+    partial: bool,
+    config: Config,
+) -> None:
+    """Collect the problems of all checks.
+
+    Raises:
+        WeightMismatchError: There are some; lists all of them.
+    """
+    found = host.call(
+        "refitkit_check", plan=plan, module=module, source=source, partial=partial, config=config
+    )
+    problems = [problem for some in reversed(found) for problem in some]
+    if problems:
+        raise WeightMismatchError(
+            f"{source.description} does not fit the module.", problems=problems
+        )
+
+
+def check_abilities(module: OpenedModule, *, partial: bool, config: Config) -> None:
+    """Check that the engines can do what is asked within the limits that were set.
+
+    Raises:
+        NotRefittableError: They cannot; names the setting.
+    """
+    if partial:
+        lacking = [n for n, e in module.engines.items() if not isinstance(e, SupportsPartial)]
+        if lacking:
+            problems = [Problem(name, "no partial refit") for name in lacking]
+            raise NotRefittableError("These engines take all weights at once.", problems=problems)
+    if config.rollback_limit is None:
+        return
+    needed = sum(engine.memory.bytes for engine in module.engines.values())
+    if needed > config.rollback_limit:
+        raise NotRefittableError(
+            f"Keeping the way back takes {needed} bytes, and rollback_limit is "
+            f"{config.rollback_limit}.",
+            hint="Raise rollback_limit in the config; refitkit writes no weights it cannot take back.",
+        )

@@ -1,0 +1,98 @@
+"""Commit, verdict, rollback: everything that happens while calls wait."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from refitkit.errors import EngineError, ModuleLostError, RefitError
+from refitkit.pipeline.gate import lost_error
+from refitkit.pipeline.stage import discard
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from refitkit.pipeline.gate import Gate
+    from refitkit.protocols import OpenedModule, StagedRefit
+
+
+class Transaction:
+    """Staged engines on their way to being live, or back.
+
+    Either ``run`` returns and all new weights are live and judged good, or it raises and all old
+    ones are, unless it is a ``ModuleLostError``.
+    """
+
+    def __init__(
+        self,
+        module: OpenedModule,
+        gate: Gate,
+        staged: list[tuple[str, StagedRefit]],
+        *,
+        on_rollback: Callable[[], None],
+    ) -> None:
+        """Prepare one.
+
+        Args:
+            module: The opened module.
+            gate: Its gate.
+            staged: What ``stage`` gave.
+            on_rollback: Called when old weights are back after new ones were live, while calls
+                still wait; if it raises, the module is lost.
+        """
+        self._module, self._gate, self._staged = module, gate, staged
+        self._on_rollback = on_rollback
+        self._touched: list[tuple[str, StagedRefit]] = []
+
+    def run(self, judge: Callable[[], None], timed: AbstractContextManager[None]) -> None:
+        """Commit all engines and have the result judged, while calls wait.
+
+        Args:
+            judge: Raises if the new weights must not stay.
+            timed: Times the commit itself, without waiting and judging.
+
+        Raises:
+            EngineError: An engine failed to commit; the old weights are back.
+            ModuleLostError: Rolling back failed; the module refuses calls.
+            BaseException: What ``judge`` raised; the old weights are back.
+        """
+        with self._gate.alone():
+            try:
+                self._module.drain()
+                with timed:
+                    self._commit()
+                judge()
+            except BaseException as exc:
+                self._back(exc)
+                raise
+
+    def _commit(self) -> None:
+        for name, one in self._staged:
+            self._touched.append((name, one))
+            try:
+                one.commit()
+            except RefitError:
+                raise
+            except Exception as exc:
+                message = f"The engine {name!r} failed to commit: {type(exc).__name__}: {exc}"
+                raise EngineError(message) from exc
+
+    def _back(self, cause: BaseException) -> None:
+        """Bring all old weights back, or poison the module."""
+        discard(self._staged[len(self._touched) :])
+        failure: BaseException | None = None
+        for _, one in reversed(self._touched):
+            try:
+                one.rollback()
+            except BaseException as exc:  # noqa: BLE001 - every engine must be tried
+                failure = exc
+        if failure is None and self._touched:
+            try:
+                self._on_rollback()
+            except BaseException as exc:  # noqa: BLE001 - it decides whether calls are safe
+                failure = exc
+        if failure is not None:
+            self._gate.poison(failure)
+            lost: ModuleLostError = lost_error(failure)
+            lost.add_note(f"The rollback was because of: {type(cause).__name__}: {cause}")
+            raise lost from failure

@@ -1,0 +1,113 @@
+"""The handle that users hold: an opened module, its plan, its program, and its gate."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from refitkit.pipeline.gate import Gate
+from refitkit.protocols import SupportsReadback, SupportsSpareBuffer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    import torch
+
+    from refitkit.model import Slot
+    from refitkit.program import KeptProgram
+    from refitkit.protocols import Engine, OpenedModule
+    from refitkit.recipe import RefitPlan
+
+
+class CompiledModule:
+    """A compiled model: callable like the model, and refittable.
+
+    Attributes:
+        plan: How its slots follow from the model's state; None where nobody made one.
+        program: The program that was compiled, without its weights; None where it was not kept.
+        version: Number of the weights that it holds: 0 as compiled or loaded, one more with every
+            committed refit.
+    """
+
+    def __init__(
+        self,
+        opened: OpenedModule,
+        plan: RefitPlan | None,
+        program: KeptProgram | None,
+        saver: Callable[[CompiledModule, str | Path], None],
+    ) -> None:
+        """Made by ``refitkit.compile`` and ``refitkit.load``."""
+        self.plan = plan
+        self.program = program
+        self.version = 0
+        self.gate = Gate()
+        self._opened = opened
+        self._saver = saver
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Answer like the model; from a commit to its verdict, calls wait.
+
+        Raises:
+            InputMismatchError: The inputs are not those that the model was compiled for.
+            ModuleLostError: A rollback failed earlier.
+        """
+        with self.gate.call():
+            return self._opened.run(args, kwargs)
+
+    def __repr__(self) -> str:
+        slots = sum(len(engine.slots) for engine in self.engines.values())
+        return f"<CompiledModule {self.backend}, {slots} slots, weights version {self.version}>"
+
+    @property
+    def opened(self) -> OpenedModule:
+        """What the backend handed over."""
+        return self._opened
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend."""
+        return self._opened.backend
+
+    @property
+    def engines(self) -> Mapping[str, Engine]:
+        """All engines by name."""
+        return self._opened.engines
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """All slots of all engines."""
+        return tuple(slot for engine in self.engines.values() for slot in engine.slots.values())
+
+    def read(self, slot: str, engine: str | None = None) -> torch.Tensor:
+        """A copy of what a slot holds now.
+
+        Args:
+            slot: Name of the slot.
+            engine: Name of the engine; not needed where there is one.
+
+        Raises:
+            KeyError: There is no such slot, or its engine cannot be read.
+        """
+        for name, one in self.engines.items():
+            if engine in {None, name} and slot in one.slots and isinstance(one, SupportsReadback):
+                with self.gate.call():
+                    return one.read(slot).clone()
+        raise KeyError(slot)
+
+    def save(self, path: str | Path) -> None:
+        """Write it with its present weights, plan and program: beside ``path``, then renamed.
+
+        Raises:
+            ModuleLostError: A rollback failed earlier: nobody knows its weights.
+        """
+        with self.gate.call():
+            self._saver(self, path)
+
+    def free_spare(self) -> int:
+        """Free what engines keep of the weights before the last refit; returns its bytes.
+
+        The next refit allocates it again.
+        """
+        with self.gate.refit():
+            engines = self.engines.values()
+            return sum(e.free_spare() for e in engines if isinstance(e, SupportsSpareBuffer))

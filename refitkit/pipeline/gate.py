@@ -1,0 +1,112 @@
+"""Who may use a module's weights when: calls share it, a commit has it alone."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from refitkit.errors import ModuleLostError, RefitInProgressError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Gate:
+    """Calls go through side by side; from commit to verdict they wait outside.
+
+    A thread that holds the gate alone passes through it freely, so that verifiers and hooks can
+    call the module. A poisoned gate lets nobody through.
+    """
+
+    def __init__(self) -> None:
+        """Open, and well."""
+        self._changed = threading.Condition()
+        self._calls = 0
+        self._owner: int | None = None
+        self._refitting = threading.Lock()
+        self._refitting_thread: int | None = None
+        self._lost: BaseException | str | None = None
+
+    @property
+    def lost(self) -> bool:
+        """Whether it was poisoned."""
+        return self._lost is not None
+
+    def poison(self, why: BaseException | str) -> None:
+        """Let nobody through any more."""
+        self._lost = why
+
+    def check(self) -> None:
+        """Raise if it was poisoned.
+
+        Raises:
+            ModuleLostError: It was.
+        """
+        if self._lost is not None:
+            raise lost_error(self._lost)
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Go through as one of many calls; waits while somebody has the gate alone."""
+        me = threading.get_ident()
+        if self._owner == me:
+            yield
+            return
+        with self._changed:
+            self._changed.wait_for(lambda: self._owner is None)
+            self.check()
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._calls -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Have the gate alone: new calls wait, running ones are waited for."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._owner is None)
+            self._owner = threading.get_ident()
+            self._changed.wait_for(lambda: self._calls == 0)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._owner = None
+                self._changed.notify_all()
+
+    @contextmanager
+    def refit(self) -> Iterator[None]:
+        """Be the one refit of the module; another thread's waits, one's own is an error.
+
+        Raises:
+            RefitInProgressError: This thread is inside a refit of this module.
+            ModuleLostError: The module is lost.
+        """
+        me = threading.get_ident()
+        if self._refitting_thread == me:
+            raise RefitInProgressError(
+                "A refit of this module was started from inside a refit of it.",
+                hint="Plugins must not refit the module whose refit they take part in.",
+            )
+        with self._refitting:
+            self.check()
+            self._refitting_thread = me
+            try:
+                yield
+            finally:
+                self._refitting_thread = None
+
+
+def lost_error(why: BaseException | str) -> ModuleLostError:
+    """The error that a poisoned module answers with."""
+    error = ModuleLostError(
+        f"A rollback failed, and the module may hold a mixture of weights: {why}",
+        hint="Load or compile it again.",
+    )
+    if isinstance(why, BaseException):
+        error.__cause__ = why
+    return error

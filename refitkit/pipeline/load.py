@@ -1,0 +1,61 @@
+"""The stage ``load``: targets into compiled modules, weights into sources."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from refitkit.errors import SourceError, UnsupportedTargetError
+from refitkit.protocols import WeightSource
+
+if TYPE_CHECKING:
+    from refitkit.config import Config
+    from refitkit.host import Host
+    from refitkit.protocols import OpenedModule
+
+
+def open_target(host: Host, target: object, config: Config) -> OpenedModule:
+    """Open a target with the first plugin that can.
+
+    Raises:
+        UnsupportedTargetError: It is missing, or no plugin can.
+    """
+    target = _as_path(target)
+    if isinstance(target, Path) and not target.exists():
+        raise UnsupportedTargetError(f"There is no file {str(target)!r}.")
+    opened: OpenedModule | None = host.call("refitkit_load_module", target=target, config=config)
+    if opened is None:
+        raise UnsupportedTargetError(
+            f"No plugin can open {_shown(target)}.",
+            hint="refitkit plugins list shows which are there; refitkit doctor, what is possible here.",
+        )
+    return opened
+
+
+def open_weights(host: Host, weights: object, config: Config) -> WeightSource:
+    """Open anything that a user calls weights with the first plugin that can.
+
+    Raises:
+        SourceError: It is missing, or no plugin can.
+    """
+    if isinstance(weights, WeightSource):
+        return weights
+    weights = _as_path(weights)
+    if isinstance(weights, Path) and not weights.exists():
+        raise SourceError(f"There is no file {str(weights)!r}.")
+    source: WeightSource | None = host.call("refitkit_load_weights", source=weights, config=config)
+    if source is None:
+        raise SourceError(
+            f"No plugin can read weights from {_shown(weights)}.",
+            hint="Pass a state_dict, an nn.Module, an ExportedProgram, or the path of a "
+            ".safetensors or torch.save file.",
+        )
+    return source
+
+
+def _as_path(thing: Any) -> Any:
+    return Path(thing) if isinstance(thing, str) else thing
+
+
+def _shown(thing: object) -> str:
+    return repr(str(thing)) if isinstance(thing, Path) else f"a {type(thing).__name__}"

@@ -1,0 +1,113 @@
+"""The stage ``map``: a value for every slot, from the first strategy that has one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from refitkit.errors import ConfigError, PluginError, Problem, UnmappedSlotError
+from refitkit.model import LedgerRow, ReportRow, SlotState
+from refitkit.protocols import MapRequest
+
+if TYPE_CHECKING:
+    from refitkit.config import Config
+    from refitkit.host import Host
+    from refitkit.protocols import MappingStrategy, OpenedModule, Plan, SlotValue, WeightSource
+
+
+@dataclass
+class Mapping:
+    """What the strategies gave.
+
+    Attributes:
+        plan: The plan that was followed.
+        values: Values by ``(engine, slot)``.
+        reasons: For each slot, what strategies said that did not serve it.
+    """
+
+    plan: Plan
+    values: dict[tuple[str, str], SlotValue] = field(default_factory=dict)
+    reasons: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+
+    def unserved(self) -> list[LedgerRow]:
+        """Rows without a value that are not frozen."""
+        return [
+            row
+            for row in self.plan.data.ledger
+            if row.slot.key not in self.values and row.state is not SlotState.FROZEN
+        ]
+
+    def rows(self) -> tuple[ReportRow, ...]:
+        """One row of the report for every slot."""
+        return tuple(self._row(row) for row in self.plan.data.ledger)
+
+    def _row(self, row: LedgerRow) -> ReportRow:
+        value = self.values.get(row.slot.key)
+        said = "; ".join(self.reasons.get(row.slot.key, ()))
+        return ReportRow(
+            engine=row.slot.engine,
+            slot=row.slot.name,
+            state=row.state,
+            strategy=value.strategy if value else "",
+            sources=value.sources if value else (),
+            reason=said or row.reason,
+        )
+
+
+def map_slots(
+    host: Host, plan: Plan, module: OpenedModule, source: WeightSource, config: Config
+) -> Mapping:
+    """Ask the strategies, in order, for what is still without a value."""
+    mapping = Mapping(plan)
+    for strategy in _in_order(host, config):
+        wanted = tuple(mapping.unserved())
+        if not wanted:
+            break
+        answer = strategy.map(MapRequest(plan, module, source, wanted))
+        _check_answer(strategy, answer.values.keys(), {row.slot.key for row in wanted})
+        mapping.values.update(answer.values)
+        for key, reason in answer.declined.items():
+            mapping.reasons.setdefault(key, []).append(f"{strategy.name}: {reason}")
+    return mapping
+
+
+def require_all(mapping: Mapping, source: WeightSource) -> None:
+    """Stop where slots are without a value; called once the checks found nothing.
+
+    Raises:
+        UnmappedSlotError: Lists all of them, with what each strategy said.
+    """
+    problems = [
+        Problem(
+            f"{row.slot.engine}/{row.slot.name}",
+            str(row.state),
+            hint="; ".join(mapping.reasons.get(row.slot.key, [row.reason])),
+        )
+        for row in mapping.unserved()
+    ]
+    if problems:
+        raise UnmappedSlotError(
+            f"No strategy has a value for some slots, with {source.description}.",
+            problems=problems,
+            hint="Leave these slots as they are with partial=True, or install a plugin that maps them.",
+        )
+
+
+def _in_order(host: Host, config: Config) -> list[MappingStrategy]:
+    offered: dict[str, MappingStrategy] = host.named("refitkit_mapping_strategies")
+    if not config.strategies:
+        return sorted(offered.values(), key=lambda strategy: strategy.priority)
+    unknown = [Problem(n, "no such strategy") for n in config.strategies if n not in offered]
+    if unknown:
+        hint = f"There are: {', '.join(sorted(offered))}."
+        raise ConfigError(
+            "Config.strategies names what no plugin offers.", problems=unknown, hint=hint
+        )
+    return [offered[name] for name in config.strategies]
+
+
+def _check_answer(strategy: MappingStrategy, given: object, wanted: set[tuple[str, str]]) -> None:
+    foreign = set(given) - wanted  # type: ignore[call-overload]
+    if foreign:
+        names = ", ".join("/".join(key) for key in sorted(foreign))
+        raise PluginError(f"The strategy {strategy.name!r} gave values nobody asked for: {names}.")

@@ -1,0 +1,346 @@
+"""The pipeline: plugins, settings, and the verbs that run on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from refitkit.config import Config
+from refitkit.errors import ConfigError, UnsupportedTargetError, VerificationError
+from refitkit.host import Host, make_host
+from refitkit.pipeline import load as loading
+from refitkit.pipeline import verify
+from refitkit.pipeline.clock import Clock
+from refitkit.pipeline.compiled import CompiledModule
+from refitkit.pipeline.mapping import map_slots
+from refitkit.pipeline.plan import make_plan
+from refitkit.pipeline.refit import Refit, Wish
+from refitkit.protocols import VerifyRequest
+from refitkit.recipe import RefitPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from torch.export import ExportedProgram
+
+    from refitkit.model import RefitReport, VerificationResult
+    from refitkit.protocols import Backend, OpenedModule, WeightSource
+
+PLAN = "plan.refitplan"
+PROGRAM = "program.json"
+
+
+@dataclass(frozen=True)
+class RefitResult:
+    """What a refit gives back.
+
+    Attributes:
+        module: The refitted module: the one that was given, or with ``copy=True`` a second one.
+        report: What was done and measured.
+    """
+
+    module: CompiledModule
+    report: RefitReport
+
+
+class Pipeline:
+    """The verbs ``compile``, ``load``, ``plan``, ``refit``, ``verify``, with plugins and settings.
+
+    Attributes:
+        config: Its settings.
+        host: Its plugins.
+    """
+
+    def __init__(
+        self,
+        config: Config | Mapping[str, object] | None = None,
+        plugins: Iterable[object] = (),
+    ) -> None:
+        """Register all plugins.
+
+        Args:
+            config: Settings, as a ``Config`` or as plain data.
+            plugins: Plugins beside the built-in and installed ones; they win over both.
+
+        Raises:
+            ConfigError: A setting does not exist or has a wrong type.
+            PluginError: A plugin cannot be registered; names it.
+        """
+        self.config = Config.of(config)
+        self.host: Host = make_host(self.config, plugins)
+        self._backends: dict[str, Backend] | None = None
+
+    # -- backends ---------------------------------------------------------------------------
+
+    @property
+    def backends(self) -> Mapping[str, Backend]:
+        """All backends by name."""
+        if self._backends is None:
+            self._backends = self._registered()
+        return self._backends
+
+    def _registered(self) -> dict[str, Backend]:
+        hook = "refitkit_register_backends"
+        owners: dict[str, str] = {}
+        backends: dict[str, Backend] = {}
+        for info in self.host.plugins():
+            given: list[Backend] = []
+            if hook in info.hooks:
+                self.host.call_one(info.name, hook, register=given.append)
+            for backend in given:
+                self.host.claim(owners, backend, info.name, hook)
+                backends[backend.name] = backend
+        return backends
+
+    def backend(self, name: str) -> Backend:
+        """A backend by name.
+
+        Raises:
+            ConfigError: There is none of this name; lists those that there are.
+        """
+        if name not in self.backends:
+            hint = f"There are: {', '.join(sorted(self.backends))}."
+            raise ConfigError(f"There is no backend {name!r}.", hint=hint)
+        return self.backends[name]
+
+    # -- verbs ------------------------------------------------------------------------------
+
+    def compile(
+        self,
+        program: ExportedProgram,
+        backend: str = "aotinductor",
+        options: Mapping[str, Any] | None = None,
+    ) -> CompiledModule:
+        """Compile a program into a refittable module, planned in the same pass.
+
+        The program, its tensors and the model that it came from are not changed.
+
+        Args:
+            program: What ``torch.export.export(model, inputs)`` gives.
+            backend: Name of a backend.
+            options: The backend's options.
+
+        Raises:
+            UnsupportedTargetError: It is no ExportedProgram.
+            ConfigError: There is no such backend or option.
+            CompileError: The compiler refused the program, or a tool is missing.
+            NotRefittableError: An option makes the engine unfit for refits.
+        """
+        from refitkit.program import KeptProgram  # noqa: PLC0415 - imports torch
+
+        _check_program(program)
+        chosen, clock = self.backend(backend), Clock(self.host, "compile")
+        with clock.stage("compile"):
+            opened = chosen.compile(program, dict(options or {}))
+        with clock.stage("plan"):
+            plan = make_plan(self.host, program, opened, chosen, self.config, self.open_weights)
+            kept = KeptProgram.of(program)
+        return CompiledModule(opened, plan, kept, self._save)
+
+    def load(self, target: object) -> CompiledModule:
+        """Open what was compiled or saved before.
+
+        A saved module holds machine code: loading it runs that code. Load only files that you
+        trust as you would a program.
+
+        Args:
+            target: A path, or an object that a plugin knows.
+
+        Raises:
+            UnsupportedTargetError: It is missing, damaged, or no plugin can open it.
+            PlanMismatchError: The plan inside it is damaged.
+        """
+        with Clock(self.host, "load").stage("open"):
+            return self._handle(loading.open_target(self.host, target, self.config))
+
+    def _handle(self, opened: OpenedModule) -> CompiledModule:
+        from refitkit.program import KeptProgram  # noqa: PLC0415 - imports torch
+
+        attached = opened.attachments
+        if PLAN not in attached:
+            return CompiledModule(opened, None, None, self._save)
+        plan = RefitPlan.from_bytes(attached[PLAN], "the plan of this module", self.open_weights)
+        data = plan.data
+        kept = (
+            KeptProgram(attached[PROGRAM], data.leaves, data.ties) if PROGRAM in attached else None
+        )
+        return CompiledModule(opened, plan, kept, self._save)
+
+    def plan(
+        self,
+        program: ExportedProgram,
+        target: object = None,
+        backend: str | None = None,
+    ) -> RefitPlan:
+        """Make a plan for a program and the module that was compiled from it.
+
+        Args:
+            program: The very program that was compiled.
+            target: The module, or anything ``load`` opens; None: plan offline, where the backend
+                can.
+            backend: Name of the backend; needed without a target.
+
+        Raises:
+            PlanMismatchError: The program is not the one that was compiled.
+            NotRefittableError: Weights of the program are not weights of the engines.
+            ConfigError: Neither target nor backend was given.
+        """
+        _check_program(program)
+        compiled = self._compiled(target) if target is not None else None
+        name = backend or (compiled.backend if compiled else None)
+        if name is None:
+            raise ConfigError(
+                "A plan is for a target or, offline, for a backend: pass one of them."
+            )
+        opened = compiled.opened if compiled else None
+        with Clock(self.host, "plan").stage("plan"):
+            return make_plan(
+                self.host, program, opened, self.backend(name), self.config, self.open_weights
+            )
+
+    def refit(
+        self,
+        target: object,
+        weights: object,
+        *,
+        plan: RefitPlan | None = None,
+        inputs: Any = None,
+        reference: Any = None,
+        verify: str | None = None,
+        partial: bool = False,
+        copy: bool = False,
+    ) -> RefitResult:
+        """Put new weights into a compiled module: wholly and verified, or not at all.
+
+        Args:
+            target: A compiled module, changed in place, or anything ``load`` opens.
+            weights: A state_dict, module, program, path: anything a plugin can read.
+            plan: How weights become slots; the module's own if it has one.
+            inputs: Inputs for the verifier ``outputs``: a tuple of positional ones or a dict of
+                keyword ones.
+            reference: What outputs are compared with: a callable or the outputs themselves. The
+                program that the module was compiled from, bound to the new weights, where None.
+            verify: Name of a verifier, or ``none``. Where None: ``outputs`` when inputs are given,
+                else ``weights`` where engines can be read, else nothing.
+            partial: Whether slots that the weights have nothing for keep what they hold. Otherwise
+                something missing is an error.
+            copy: Whether to refit a second module and leave this one alone.
+
+        Raises:
+            SourceError: The weights cannot be read.
+            WeightMismatchError: They do not fit; lists every problem.
+            PlanMismatchError: The plan is for another module.
+            VerificationError: The result is not right; the old weights are back.
+            ModuleLostError: The old weights could not be brought back; the module refuses calls.
+            RefitError: Any other reason; the module answers as before.
+        """
+        compiled = self._compiled(target)
+        if copy:
+            compiled = self.copy(compiled)
+        wish = Wish(weights, plan, inputs, reference, verify, partial)
+        report = Refit(self.host, self.config, compiled, wish).run()
+        return RefitResult(compiled, report)
+
+    def copy(self, compiled: CompiledModule) -> CompiledModule:
+        """A second module with the same weights, plan and program, refitted on its own."""
+        with compiled.gate.refit(), compiled.gate.call():
+            opened = compiled.opened.reopen()
+        return CompiledModule(opened, compiled.plan, compiled.program, self._save)
+
+    def verify(
+        self,
+        target: object,
+        weights: object,
+        *,
+        plan: RefitPlan | None = None,
+        inputs: Any = None,
+        reference: Any = None,
+        with_: str | None = None,
+    ) -> VerificationResult:
+        """Judge whether a module holds these weights, without changing it.
+
+        Args:
+            target: A compiled module, or anything ``load`` opens.
+            weights: What it should hold.
+            plan: The module's own where None.
+            inputs: As for ``refit``.
+            reference: As for ``refit``.
+            with_: Name of a verifier; as ``verify`` of ``refit``.
+
+        Raises:
+            VerificationError: It does not; ``problems`` lists what differs.
+        """
+        compiled = self._compiled(target)
+        plan = plan or compiled.plan
+        if plan is None:
+            raise ConfigError("The module has no plan: pass plan=.")
+        given = verify.as_inputs(inputs)
+        verifier = verify.choose(self.host, with_, compiled.opened, with_inputs=given is not None)
+        if verifier is None:
+            raise ConfigError(
+                "Nothing can be verified: the engines cannot be read and no inputs were given."
+            )
+        source = self.open_weights(weights)
+        values = map_slots(self.host, plan, compiled.opened, source, self.config).values
+        request = VerifyRequest(
+            plan,
+            compiled.opened,
+            source,
+            values,
+            given,
+            reference,
+            compiled.program,
+            self.config.tolerances,
+        )
+        with compiled.gate.refit(), compiled.gate.alone():
+            result: VerificationResult = verifier.prepare(request)(compiled.opened)
+        if not result.ok:
+            message = f"The module does not hold {source.description}."
+            raise VerificationError(message, problems=verify.problems_of(result), report=result)
+        return result
+
+    def open_weights(self, weights: object) -> WeightSource:
+        """Anything that a plugin can read, as a weight source.
+
+        Raises:
+            SourceError: It cannot be read.
+        """
+        return loading.open_weights(self.host, weights, self.config)
+
+    def describe(self, path: str | Path) -> Mapping[str, Any]:
+        """What a saved module holds, without running any of its code.
+
+        Raises:
+            UnsupportedTargetError: It is missing, damaged, or of no backend.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise UnsupportedTargetError(f"There is no file {str(path)!r}.")
+        for backend in self.backends.values():
+            found = backend.describe(path)
+            if found is not None:
+                return found
+        raise UnsupportedTargetError(f"{str(path)!r} is no saved module of any backend.")
+
+    def _compiled(self, target: object) -> CompiledModule:
+        return target if isinstance(target, CompiledModule) else self.load(target)
+
+    def _save(self, compiled: CompiledModule, path: str | Path) -> None:
+        attachments: dict[str, bytes] = {}
+        if compiled.plan is not None:
+            attachments[PLAN] = compiled.plan.to_bytes()
+        if compiled.program is not None:
+            attachments[PROGRAM] = compiled.program.to_bytes()
+        with Clock(self.host, "save").stage("save"):
+            compiled.opened.save(Path(path), attachments)
+
+
+def _check_program(program: object) -> None:
+    from torch.export import ExportedProgram  # noqa: PLC0415 - slow to import
+
+    if not isinstance(program, ExportedProgram):
+        raise UnsupportedTargetError(
+            f"A {type(program).__name__} cannot be compiled or planned.",
+            hint="Export it first: program = torch.export.export(model, inputs).",
+        )

@@ -1,0 +1,64 @@
+"""The stage ``verify``: choose a verifier, and turn what it finds into a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from refitkit.errors import ConfigError, Problem
+from refitkit.protocols import SupportsReadback
+
+if TYPE_CHECKING:
+    from refitkit.host import Host
+    from refitkit.model import VerificationResult
+    from refitkit.protocols import OpenedModule, Verifier
+
+NONE = "none"
+UNVERIFIED = "nothing was verified after the commit: only staging was checked"
+
+
+def choose(
+    host: Host, wanted: str | None, module: OpenedModule, *, with_inputs: bool
+) -> Verifier | None:
+    """The verifier that was asked for, or the best that this refit allows.
+
+    Returns:
+        None where ``none`` was asked for, or nothing can be verified.
+
+    Raises:
+        ConfigError: There is no verifier of this name; lists those that there are.
+    """
+    if wanted == NONE:
+        return None
+    offered: dict[str, Verifier] = host.named("refitkit_verifiers")
+    if wanted is not None and wanted not in offered:
+        names = ", ".join([*sorted(offered), NONE])
+        raise ConfigError(f"There is no verifier {wanted!r}.", hint=f"There are: {names}.")
+    if wanted is None:
+        readable = all(isinstance(e, SupportsReadback) for e in module.engines.values())
+        wanted = "outputs" if with_inputs else "weights" if readable else NONE
+    return offered.get(wanted)
+
+
+def as_inputs(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
+    """Inputs as users give them: a sequence of positional ones, or a mapping of keyword ones.
+
+    Raises:
+        ConfigError: Anything else.
+    """
+    if inputs is None:
+        return None
+    if isinstance(inputs, Mapping):
+        return (), inputs
+    if isinstance(inputs, Sequence) and not isinstance(inputs, str):
+        return tuple(inputs), {}
+    raise ConfigError(
+        f"inputs= is a {type(inputs).__name__}.",
+        hint="Pass positional inputs as a tuple, inputs=(x,), or keyword inputs as a dict.",
+    )
+
+
+def problems_of(result: VerificationResult) -> list[Problem]:
+    """What a verifier found wrong."""
+    wrong = [Problem(m.name, m.note or "differs") for m in result.measures if not m.ok]
+    return wrong or [Problem(result.verifier, result.note or "failed")]

@@ -1,0 +1,120 @@
+"""A program kept without its weights, to be bound to other weights later.
+
+Stored as the JSON text that ``torch.export.save`` writes for the graph
+(``torch/_export/serde/schema.py``), and nothing else: no weights, no constants, no example inputs,
+and so no pickle.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from refitkit.errors import SourceError
+from refitkit.model import LeafKind
+from refitkit.program.dtypes import dtype_of
+from refitkit.program.facts import facts_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch.export import ExportedProgram
+
+    from refitkit.model import Leaf
+    from refitkit.protocols import WeightSource
+
+
+class KeptProgram:
+    """A program without weights."""
+
+    def __init__(
+        self, graph: bytes, leaves: tuple[Leaf, ...], ties: tuple[tuple[str, ...], ...]
+    ) -> None:
+        """Use ``of`` or, for what ``to_bytes`` gave, this."""
+        self._graph = graph
+        self._leaves = leaves
+        self._twins = {name: tie for tie in ties for name in tie}
+
+    @classmethod
+    def of(cls, program: ExportedProgram) -> KeptProgram | None:
+        """Keep a program; None where it holds what has no form but a pickle (custom objects)."""
+        from torch._export.serde import serialize as serde  # noqa: PLC0415 - slow to import
+
+        if any(not isinstance(v, torch.Tensor) for v in program.constants.values()):
+            return None
+        serializer = serde.ExportedProgramSerializer()
+        flags = [n for n in inspect.signature(serializer.serialize).parameters if "serialize_" in n]
+        # torch 2.14 can leave the tensors out; older ones pickle them, which is thrown away here
+        parts = serializer.serialize(program, **dict.fromkeys(flags, False))
+        facts = facts_of(program)
+        text = json.dumps(
+            serde._dataclass_to_dict(parts.exported_program),  # noqa: SLF001 - no public way
+            cls=serde.EnumEncoder,
+            allow_nan=False,
+        )
+        return cls(text.encode(), facts.leaves, facts.ties)
+
+    def to_bytes(self) -> bytes:
+        """JSON text of the graph."""
+        return self._graph
+
+    def bind(
+        self, source: WeightSource, pinned: Callable[[str], torch.Tensor]
+    ) -> Callable[..., Any]:
+        """The program as an eager module on the source's weights.
+
+        The source's tensors are used as they are, not copied, unless the program changes them or
+        keeps them on another device. Leaves that the program does not read are zeros.
+
+        Args:
+            source: The weights.
+            pinned: Gives a tensor that the plan keeps, for what the source does not have.
+
+        Returns:
+            A module without gradients.
+
+        Raises:
+            SourceError: Neither has something that the program needs.
+        """
+        state: dict[str, torch.Tensor] = {}
+        constants: dict[str, torch.Tensor] = {}
+        have = set(source.names())
+        for leaf in self._leaves:
+            value = self._value(leaf, source, have, pinned)
+            if leaf.mutated:
+                value = value.clone()
+            if leaf.kind is LeafKind.PARAMETER:
+                value = torch.nn.Parameter(value, requires_grad=False)
+            (state if leaf.persistent else constants)[leaf.fqn] = value
+        return self._build(state, constants)
+
+    def _value(
+        self,
+        leaf: Leaf,
+        source: WeightSource,
+        have: set[str],
+        pinned: Callable[[str], torch.Tensor],
+    ) -> torch.Tensor:
+        for name in (leaf.fqn, *self._twins.get(leaf.fqn, ())):
+            if name in have:
+                return source.get(name).detach().to(leaf.device)
+        if not leaf.persistent:
+            return pinned(leaf.fqn).to(leaf.device)
+        if not leaf.used:
+            return torch.zeros(leaf.shape, dtype=dtype_of(leaf.dtype), device=leaf.device)
+        raise SourceError(f"{source.description} has no {leaf.fqn!r}, which the program reads.")
+
+    def _build(
+        self, state: dict[str, torch.Tensor], constants: dict[str, torch.Tensor]
+    ) -> torch.nn.Module:
+        from torch._export.serde import serialize as serde  # noqa: PLC0415 - slow to import
+
+        schema = serde._dict_to_dataclass(  # noqa: SLF001 - no public way
+            serde.ExportedProgram, json.loads(self._graph)
+        )
+        program = serde.ExportedProgramDeserializer().deserialize(schema, state, constants)
+        module: torch.nn.Module = program.module(check_guards=False)
+        return module.requires_grad_(requires_grad=False)
