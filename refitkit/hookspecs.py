@@ -1,8 +1,8 @@
 """Every hook that a plugin can implement.
 
 A plugin is a module or an object with methods that are marked with ``@refitkit.hookimpl`` and have
-the names below. A method takes as many of the arguments as it needs, by name. It is found through
-the entry-point group ``refitkit``, or given explicitly: ``refitkit.Pipeline(plugins=[MyPlugin()])``.
+the names below. A method takes as many of the arguments as it needs, by name. It is found
+by the entry-point group ``refitkit``, or given explicitly: ``refitkit.Pipeline(plugins=[MyPlugin()])``.
 
 Two kinds of hooks:
 

@@ -18,7 +18,7 @@ from refitkit.model.slot import Dim, Slot
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-FORMAT = "refitplan/1"
+FORMAT: Literal["refitplan/1"] = "refitplan/1"
 """Name and version of the format. A reader refuses every other."""
 
 

@@ -45,7 +45,7 @@ class TensorInfo(Frozen):
         shape: Sizes of all dimensions.
         persistent: False for what a state_dict would not hold (a non-persistent buffer, a lifted
             constant). Such an entry may override a pinned value but is never *unexpected*.
-        unusable: Why the tensor cannot be a weight as it is (sparse, no data, ...); empty if it can.
+        unusable: Why the tensor cannot be a weight as it is (sparse, no data); empty if it can.
     """
 
     dtype: str

@@ -1,4 +1,4 @@
-"""The stage ``check``: everything that forbids the refit, all at once, before anything is staged."""
+"""The stage ``check``: all that forbids the refit, at once, before anything is staged."""
 
 from __future__ import annotations
 
@@ -55,5 +55,5 @@ def check_abilities(module: OpenedModule, *, partial: bool, config: Config) -> N
         raise NotRefittableError(
             f"Keeping the way back takes {needed} bytes, and rollback_limit is "
             f"{config.rollback_limit}.",
-            hint="Raise rollback_limit in the config; refitkit writes no weights it cannot take back.",
+            hint="Raise rollback_limit: refitkit writes no weights that it cannot take back.",
         )

@@ -27,7 +27,7 @@ def open_target(host: Host, target: object, config: Config) -> OpenedModule:
     if opened is None:
         raise UnsupportedTargetError(
             f"No plugin can open {_shown(target)}.",
-            hint="refitkit plugins list shows which are there; refitkit doctor, what is possible here.",
+            hint="`refitkit plugins` lists them; `refitkit doctor` says what is possible here.",
         )
     return opened
 

@@ -89,7 +89,7 @@ def require_all(mapping: Mapping, source: WeightSource) -> None:
         raise UnmappedSlotError(
             f"No strategy has a value for some slots, with {source.description}.",
             problems=problems,
-            hint="Leave these slots as they are with partial=True, or install a plugin that maps them.",
+            hint="Leave them as they are with partial=True, or install a plugin that maps them.",
         )
 
 

@@ -28,7 +28,7 @@ def stage(
     staged: list[tuple[str, StagedRefit]] = []
     try:
         for name, some in by_engine.items():
-            staged.append((name, _stage(module.engines[name], some, partial=partial)))  # noqa: PERF401
+            staged.append((name, _stage(module.engines[name], some, partial=partial)))
     except BaseException as exc:
         discard(staged)
         if isinstance(exc, RefitError) or not isinstance(exc, Exception):

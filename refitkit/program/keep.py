@@ -7,6 +7,7 @@ and so no pickle.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ class KeptProgram:
     @classmethod
     def of(cls, program: ExportedProgram) -> KeptProgram | None:
         """Keep a program; None where it holds what has no form but a pickle (custom objects)."""
-        from torch._export.serde import serialize as serde  # noqa: PLC0415 - slow to import
+        serde = _serde()
 
         if any(not isinstance(v, torch.Tensor) for v in program.constants.values()):
             return None
@@ -51,7 +52,7 @@ class KeptProgram:
         parts = serializer.serialize(program, **dict.fromkeys(flags, False))
         facts = facts_of(program)
         text = json.dumps(
-            serde._dataclass_to_dict(parts.exported_program),  # noqa: SLF001 - no public way
+            serde._dataclass_to_dict(parts.exported_program),  # noqa: SLF001
             cls=serde.EnumEncoder,
             allow_nan=False,
         )
@@ -110,11 +111,16 @@ class KeptProgram:
     def _build(
         self, state: dict[str, torch.Tensor], constants: dict[str, torch.Tensor]
     ) -> torch.nn.Module:
-        from torch._export.serde import serialize as serde  # noqa: PLC0415 - slow to import
+        serde = _serde()
 
-        schema = serde._dict_to_dataclass(  # noqa: SLF001 - no public way
+        schema = serde._dict_to_dataclass(  # noqa: SLF001
             serde.ExportedProgram, json.loads(self._graph)
         )
         program = serde.ExportedProgramDeserializer().deserialize(schema, state, constants)
         module: torch.nn.Module = program.module(check_guards=False)
         return module.requires_grad_(requires_grad=False)
+
+
+def _serde() -> Any:
+    """The serializer of torch itself: there is no public way to write a program without its weights."""
+    return importlib.import_module("torch._export.serde.serialize")

@@ -12,11 +12,11 @@ import secrets
 import shutil
 import zipfile
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
     from types import TracebackType
 
 _FIXED_DATE = (1980, 1, 1, 0, 0, 0)  # the same content gives the same bytes

@@ -146,7 +146,7 @@ class RefitPlan:
             raise PlanMismatchError(
                 "The plan was made for another engine.",
                 problems=problems,
-                hint="Make a plan from the very program that was compiled: refitkit.plan(program, target=...).",
+                hint="Plan from the program that was compiled: refitkit.plan(program, target=...).",
             )
 
     def _differences(self, backend: str, slots: dict[tuple[str, str], Slot]) -> Iterator[Problem]:

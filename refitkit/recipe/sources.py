@@ -78,7 +78,7 @@ class TensorMap:
         return self._tensors.keys()
 
     def info(self, fqn: str) -> TensorInfo:
-        """dtype and shape of one tensor."""
+        """Dtype and shape of one tensor."""
         return describe_tensor(self._tensors[fqn], persistent=fqn not in self._not_persistent)
 
     def get(self, fqn: str) -> torch.Tensor:

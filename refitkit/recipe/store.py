@@ -111,7 +111,7 @@ def _tensors(content: bytes) -> dict[str, torch.Tensor]:
 
 def _digest(tensor: torch.Tensor) -> str:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    raw = flat.view(torch.uint8).numpy() if flat.numel() else b""
+    raw = flat.view(torch.uint8).numpy().data if flat.numel() else b""
     return hashlib.sha256(raw).hexdigest()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refitkit.builtin.aotinductor import NAME, compiling, opening
@@ -15,6 +14,7 @@ from refitkit.protocols import PlanDraft
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from torch.export import ExportedProgram
 
@@ -37,7 +37,7 @@ class AOTInductorBackend:
         """Identity recipes, and pinned values for what no state_dict holds."""
         if not isinstance(module, AOTInductorModule):
             raise UnsupportedTargetError(
-                "AOTInductor names its weights while it compiles: there is no plan without an engine.",
+                "AOTInductor names its weights while it compiles: no plan without an engine.",
                 hint="refitkit.compile makes the plan in the same pass; for an engine that exists, "
                 "pass it: refitkit.plan(program, target=...).",
             )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch._inductor as inductor
 
 from refitkit.builtin.aotinductor import container, options, toolchain
 from refitkit.builtin.aotinductor.engine import AOTInductorEngine
@@ -69,18 +70,21 @@ def _inductor(program: ExportedProgram, configured: Mapping[str, Any]) -> Sequen
             hint="Export it again: torch.export.export(model, inputs).",
         )
     args, kwargs = program.example_inputs
-    module = _own_weights(program.module(check_guards=False))
+    module = program.module(check_guards=False)
+    if not isinstance(module, torch.fx.GraphModule):
+        raise CompileError("The program has no graph that AOTInductor can compile.")
+    _own_weights(module)
     patches = {**configured, "aot_inductor.package": True}
     try:
-        files = torch._inductor.aot_compile(module, args, kwargs, options=patches)  # type: ignore[attr-defined]
+        files = inductor.aot_compile(module, args, kwargs, options=patches)
     except RefitError:
         raise
     except Exception as exc:
         raise CompileError(f"AOTInductor cannot compile the program: {exc}") from exc
-    return [file for file in files if isinstance(file, str)]
+    return [file for file in files if isinstance(file, str)] if isinstance(files, list) else []
 
 
-def _own_weights(module: torch.nn.Module) -> torch.nn.Module:
+def _own_weights(module: torch.fx.GraphModule) -> None:
     """Give every weight that is a view with an offset, gaps or overlaps memory of its own.
 
     Inductor would store such a weight with the whole memory that it looks into. Only this module
@@ -100,13 +104,11 @@ def _own_weights(module: torch.nn.Module) -> torch.nn.Module:
             copies[key] = _packed(tensor)
         owner, _, attribute = name.rpartition(".")
         setattr(module.get_submodule(owner), attribute, copies[key])
-    return module
 
 
 def _is_view(tensor: torch.Tensor) -> bool:
-    return bool(tensor.numel()) and (
-        tensor.storage_offset() != 0 or tensor.untyped_storage().nbytes() != tensor.nbytes
-    )
+    memory = tensor.untyped_storage().nbytes()
+    return bool(tensor.numel() and (tensor.storage_offset() or memory != tensor.nbytes))
 
 
 def _packed(tensor: torch.Tensor) -> torch.Tensor:

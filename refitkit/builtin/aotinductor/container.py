@@ -27,7 +27,7 @@ def open_container(library: Path, device: str) -> Any:
     Raises:
         UnsupportedTargetError: The device is not there, or the library cannot be loaded.
     """
-    from torch._C import _aoti
+    from torch._C import _aoti  # noqa: PLC0415 - not there in every build of torch
 
     try:
         if device == "cpu":
@@ -77,7 +77,7 @@ def try_in_child(library: Path, device: str) -> None:
     )
     if done.returncode:
         raise CompileError(
-            f"The compiled library cannot be loaded (a trial process ended with {done.returncode}).",
-            hint="A compiler with a static libstdc++ makes such libraries: set CXX=/usr/bin/g++ and "
-            f"compile again. The trial said: {done.stderr.strip()[-500:]}",
+            f"The compiled library cannot be loaded: a trial ended with {done.returncode}.",
+            hint="A compiler with a static libstdc++ makes such libraries: set CXX=/usr/bin/g++ "
+            f"and compile again. The trial said: {done.stderr.strip()[-500:]}",
         )

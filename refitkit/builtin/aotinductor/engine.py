@@ -241,11 +241,12 @@ def _internal_names(runner: Any) -> dict[str, str]:
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    order = sorted(range(tensor.dim()), key=lambda d: (-tensor.stride(d), -tensor.shape[d]))
-    strides = dense_strides(tensor.shape, tuple(order))
+    strides, shape = tensor.stride(), tensor.shape
+    order = sorted(range(tensor.dim()), key=lambda d: (-strides[d], -shape[d]))
+    dense = dense_strides(shape, tuple(order))
     return all(
         s == w or n < 2  # noqa: PLR2004 - the stride of a dimension of size 1 means nothing
-        for s, w, n in zip(tensor.stride(), strides, tensor.shape, strict=True)
+        for s, w, n in zip(strides, dense, shape, strict=True)
     )
 
 

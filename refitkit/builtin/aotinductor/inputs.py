@@ -134,7 +134,7 @@ class InputChecker:
             raise InputMismatchError(
                 "The model was compiled for other inputs.",
                 problems=problems,
-                hint="Dimensions that vary must be exported as dynamic: torch.export.export(..., dynamic_shapes=...).",
+                hint="Dimensions that vary must be exported as dynamic ones: dynamic_shapes=.",
             )
         return [
             _arranged(value, spec)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from refitkit.builtin.aotinductor.engine import same_bits
 from refitkit.errors import NotRefittableError, PlanMismatchError, Problem
 from refitkit.model import LedgerRow, PinnedRef, Slot, SlotState, SourceRef
@@ -15,6 +13,7 @@ from refitkit.program.facts import tensors_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import torch
     from torch.export import ExportedProgram
 
     from refitkit.builtin.aotinductor.engine import AOTInductorEngine
@@ -99,9 +98,9 @@ class Ledger:
         """Slots that can be no constant of this program: they have names of a module's own."""
         for row in self.rows:
             name = row.slot.name
-            if name not in self._leaves and not name.startswith(("_tensor_constant", "lifted_")):
-                if not row.sources:
-                    yield Problem(name, "in the engine, not in the program")
+            made_by_inductor = name.startswith(("_tensor_constant", "lifted_"))
+            if name not in self._leaves and not made_by_inductor and not row.sources:
+                yield Problem(name, "in the engine, not in the program")
 
     def _check_reachable(self) -> None:
         """Every weight that the graph reads must be a slot, or a refit could not change it."""

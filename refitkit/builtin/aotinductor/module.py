@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors.torch import save_file
 from torch.utils import _pytree as pytree
 
@@ -18,6 +16,9 @@ from refitkit.recipe.archive import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
+
+    import torch
 
 
 @dataclass(frozen=True)

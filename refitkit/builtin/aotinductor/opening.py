@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
@@ -17,6 +16,7 @@ from refitkit.recipe import Archive, ArchiveError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
 _ZIP_MAGIC = b"PK"
 
@@ -154,7 +154,7 @@ def _open_torchs(archive: Archive, path: Path) -> AOTInductorModule:
     if not runner.extract_constants_map(False):  # noqa: FBT003
         raise NotRefittableError(
             f"{str(path)!r} was packaged without its weights.",
-            hint="Compile it with refitkit.compile, or leave aot_inductor.package_constants_in_so on.",
+            hint="Compile it with refitkit.compile, or leave package_constants_in_so on.",
         )
     for source in [*folder.path.glob("*.cpp"), *folder.path.glob("*.o")]:
         source.unlink()

@@ -58,6 +58,6 @@ def merged(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _known() -> frozenset[str]:
-    from torch._inductor import config
+    from torch._inductor import config  # noqa: PLC0415 - slow to import
 
     return frozenset(config.get_config_copy())

@@ -103,17 +103,21 @@ def read_manifest(archive: Archive, path: Path) -> Manifest:
     """
     try:
         manifest = Manifest.model_validate_json(archive.read(MANIFEST, _TEXT_LIMIT))
-        for name, size in manifest.files.items():
-            if not _is_plain(name) or archive.size(CODE + name) != size:
-                raise ArchiveError(f"member {name!r} is not the one in the manifest")
-        if manifest.library not in manifest.files:
-            raise ArchiveError("its shared library is not among its files")
+        _check_members(archive, manifest)
     except ValidationError as exc:
         message = f"{str(path)!r} was saved by another version of refitkit, or is damaged."
         raise UnsupportedTargetError(message, hint=str(exc)) from exc
     except ArchiveError as exc:
         raise broken(path, exc) from exc
     return manifest
+
+
+def _check_members(archive: Archive, manifest: Manifest) -> None:
+    for name, size in manifest.files.items():
+        if not _is_plain(name) or archive.size(CODE + name) != size:
+            raise ArchiveError(f"member {name!r} is not the one in the manifest")
+    if manifest.library not in manifest.files:
+        raise ArchiveError("its shared library is not among its files")
 
 
 def broken(path: Path, why: object) -> UnsupportedTargetError:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
+import torch
+
 from refitkit.errors import Problem
 from refitkit.model import SlotState, TensorInfo
 
@@ -104,8 +106,6 @@ def _differences(leaf: Leaf, info: TensorInfo) -> Iterator[Problem]:
 
 
 def _equal(a: object, b: object) -> bool:
-    import torch
-
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return False
     if a.data_ptr() == b.data_ptr() and a.stride() == b.stride():

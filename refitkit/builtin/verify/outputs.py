@@ -135,8 +135,8 @@ def _measure(
     if not isinstance(found, torch.Tensor) or not isinstance(expected, torch.Tensor):
         return _measure_values(name, found, expected)
     if found.dtype != expected.dtype or found.shape != expected.shape:
-        a, b = (f"{dtype_name(t.dtype)} {tuple(t.shape)}" for t in (found, expected))
-        return OutputMeasure(name=name, ok=False, note=f"is {a}, should be {b}")
+        is_, wanted = (f"{dtype_name(t.dtype)} {tuple(t.shape)}" for t in (found, expected))
+        return OutputMeasure(name=name, ok=False, note=f"is {is_}, should be {wanted}")
     if not expected.numel():
         return OutputMeasure(name=name, ok=True)
     kind = torch.complex128 if expected.is_complex() else torch.float64

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +14,8 @@ from refitkit.model import TensorInfo
 from refitkit.recipe import TensorMap, unusable_reason
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from refitkit.protocols import WeightSource
 
 _DTYPES = {
@@ -65,20 +66,21 @@ class SafetensorsFile:
         """
         self.description = f"{str(path)!r}"
         try:
-            self._file = safe_open(path, framework="pt").__enter__()
-            self._names = frozenset(self._file.keys())
+            file: Any = safe_open(path, framework="pt")
+            self._names = frozenset(file.keys())
         except (SafetensorError, OSError) as exc:
             raise SourceError(
                 f"{self.description} cannot be read as safetensors: {exc}.",
                 hint="Check that it was written or downloaded completely.",
             ) from exc
+        self._file = file
 
     def names(self) -> Collection[str]:
         """All names in the file."""
         return self._names
 
     def info(self, fqn: str) -> TensorInfo:
-        """dtype and shape, from the header."""
+        """Dtype and shape, from the header."""
         if fqn not in self._names:
             raise KeyError(fqn)
         part = self._file.get_slice(fqn)
@@ -99,7 +101,7 @@ class SafetensorsFile:
 
 
 def _torch_file(path: Path) -> TensorMap:
-    """What ``torch.save`` wrote: read with ``weights_only=True``, mapped where the file allows it."""
+    """What ``torch.save`` wrote: read with ``weights_only=True``, mapped where it can be."""
     what = f"{str(path)!r}"
     state = _read(path, what)
     if not isinstance(state, Mapping):
