@@ -2,7 +2,7 @@
 
 A plugin is a module or an object with methods that are marked with ``@refitkit.hookimpl`` and have
 the names below. A method takes as many of the arguments as it needs, by name. It is found
-by the entry-point group ``refitkit``, or given explicitly: ``refitkit.Pipeline(plugins=[MyPlugin()])``.
+by the entry-point group ``refitkit``, or given: ``refitkit.Pipeline(plugins=[MyPlugin()])``.
 
 Two kinds of hooks:
 

@@ -122,5 +122,5 @@ class KeptProgram:
 
 
 def _serde() -> Any:
-    """The serializer of torch itself: there is no public way to write a program without its weights."""
+    """The serializer of torch itself: no public way leaves the weights out."""
     return importlib.import_module("torch._export.serde.serialize")

@@ -43,6 +43,13 @@ def open_container(library: Path, device: str) -> Any:
         raise UnsupportedTargetError(message) from exc
 
 
+def can_fill() -> bool:
+    """Whether this torch can give a container weights from a file."""
+    from torch._C import _aoti  # noqa: PLC0415 - not there in every build of torch
+
+    return hasattr(_aoti.AOTIModelContainerRunnerCpu, "update_constant_buffer_from_blob")
+
+
 def fill_from_blob(runner: Any, blob: Path) -> None:
     """Give a container the weights that its compilation wrote."""
     runner.update_constant_buffer_from_blob(str(blob))

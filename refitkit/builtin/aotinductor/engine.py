@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from refitkit.builtin.aotinductor.inputs import dense_strides
 from refitkit.errors import EngineError, NotRefittableError, Problem, WeightMismatchError
 from refitkit.model import EngineMemory, Slot
+from refitkit.program.bits import is_dense, same_bits
 from refitkit.program.dtypes import dtype_name
 
 if TYPE_CHECKING:
@@ -201,23 +201,6 @@ class StagedSwap:
         return self._engine.differs(self._names)
 
 
-def same_bits(a: torch.Tensor, b: torch.Tensor, first: int | None = None) -> bool:
-    """Whether two tensors of one shape, dtype and device hold the same bits, -0 and NaN included.
-
-    Args:
-        a: One tensor.
-        b: The other.
-        first: Compare only so many elements of each; None: all.
-    """
-    if a.stride() == b.stride() and _is_dense(a):
-        a, b = (t.as_strided((t.numel(),), (1,)) for t in (a, b))
-    else:
-        a, b = a.contiguous().reshape(-1), b.contiguous().reshape(-1)
-    if first is not None:
-        a, b = a[:first], b[:first]
-    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-
-
 def _checked(slot: Slot, value: torch.Tensor) -> torch.Tensor:
     """The value, if it has the slot's dtype and shape: ``copy_`` would cast and broadcast."""
     if dtype_name(value.dtype) != slot.dtype or tuple(value.shape) != slot.shape:
@@ -240,22 +223,12 @@ def _internal_names(runner: Any) -> dict[str, str]:
     return names
 
 
-def _is_dense(tensor: torch.Tensor) -> bool:
-    strides, shape = tensor.stride(), tensor.shape
-    order = sorted(range(tensor.dim()), key=lambda d: (-strides[d], -shape[d]))
-    dense = dense_strides(shape, tuple(order))
-    return all(
-        s == w or n < 2  # noqa: PLR2004 - the stride of a dimension of size 1 means nothing
-        for s, w, n in zip(strides, dense, shape, strict=True)
-    )
-
-
 def _check_layouts(tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse weights with an offset, gaps or overlaps: the container copies such ones wrongly."""
     problems = [
         Problem(name, "layout", f"strides {t.stride()}, offset {t.storage_offset()}", "dense")
         for name, t in tensors.items()
-        if t.numel() and (t.storage_offset() or not _is_dense(t))
+        if t.numel() and (t.storage_offset() or not is_dense(t))
     ]
     if problems:
         raise NotRefittableError(

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from refitkit.errors import InputMismatchError, Problem
 from refitkit.model.base import Frozen
+from refitkit.program.bits import dense_strides
 from refitkit.program.dtypes import dtype_name, dtype_of
 
 if TYPE_CHECKING:
@@ -209,16 +210,6 @@ def _arranged(value: torch.Tensor, spec: TensorInput) -> torch.Tensor:
         value.shape, strides, dtype=dtype_of(spec.dtype), device=value.device
     )
     return copy.copy_(value)
-
-
-def dense_strides(shape: torch.Size, order: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a tensor without gaps whose dimensions lie in this order, slowest first."""
-    strides = [1] * len(shape)
-    step = 1
-    for dim in reversed(order):
-        strides[dim] = step
-        step *= max(int(shape[dim]), 1)
-    return tuple(strides)
 
 
 def _shape_text(spec: TensorInput) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from refitkit.builtin.aotinductor.engine import same_bits
 from refitkit.errors import NotRefittableError, PlanMismatchError, Problem
 from refitkit.model import LedgerRow, PinnedRef, Slot, SlotState, SourceRef
 from refitkit.program import facts_of
+from refitkit.program.bits import same_bits
 from refitkit.program.facts import tensors_of
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Ledger:
         same = [
             leaf.fqn
             for leaf in self._facts.leaves
-            if not leaf.persistent and _same(self._tensors[leaf.fqn], live)
+            if not leaf.persistent and same_bits(live, self._tensors[leaf.fqn])
         ]
         self.pinned[slot.name] = live.detach().clone()
         return LedgerRow(
@@ -121,9 +121,3 @@ class Ledger:
 
 def _matters(leaf: Leaf) -> bool:
     return leaf.used and leaf.persistent
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return same_bits(a.detach().to(b.device), b)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from refitkit.builtin.aotinductor.container import can_fill
 from refitkit.errors import ConfigError, NotRefittableError, Problem
 
 if TYPE_CHECKING:
@@ -23,7 +24,10 @@ OURS = frozenset({"aot_inductor.package", "aot_inductor.output_path"})
 """Options that this backend sets for itself."""
 
 WEIGHTS_BESIDE: dict[str, Any] = {"aot_inductor.package_constants_on_disk_format": "binary_blob"}
-"""Keeps the weights out of the shared library, so that saving a refitted module is exact."""
+"""Keeps the weights out of the shared library: a saved file then holds them once.
+
+Where torch cannot do that, the library keeps those of its compilation as dead freight.
+"""
 
 
 def merged(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,7 +57,7 @@ def merged(options: Mapping[str, Any]) -> dict[str, Any]:
     ]
     if unfit:
         raise NotRefittableError("An engine compiled so could not be refitted.", problems=unfit)
-    beside = {name: value for name, value in WEIGHTS_BESIDE.items() if name in known}
+    beside = WEIGHTS_BESIDE if can_fill() and WEIGHTS_BESIDE.keys() <= known else {}
     return {**beside, **options, **known_required}
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-import torch
-
 from refitkit.errors import Problem
 from refitkit.model import SlotState, TensorInfo
+from refitkit.program.bits import same_bits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import torch
 
     from refitkit.model import Leaf
     from refitkit.protocols import Plan, WeightSource
@@ -105,13 +106,11 @@ def _differences(leaf: Leaf, info: TensorInfo) -> Iterator[Problem]:
         yield Problem(leaf.fqn, "shape", str(info.shape), str(leaf.shape), hint)
 
 
-def _equal(a: object, b: object) -> bool:
-    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
-        return False
-    if a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two entries are one weight: the same memory, which needs no look, or equal bits."""
+    if a.device == b.device and a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
         return True
-    a, b = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
-    return torch.equal(a, b.to(a.device))
+    return same_bits(a, b)
 
 
 def _text(info: TensorInfo) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from refitkit.errors import NotRefittableError, Problem
 from refitkit.model import OutputMeasure, VerificationResult
+from refitkit.program.bits import same_bits
 from refitkit.protocols import SupportsReadback
 
 if TYPE_CHECKING:
@@ -55,14 +56,9 @@ def _measure(module: OpenedModule, value: SlotValue) -> OutputMeasure:
     engine = module.engines[slot.engine]
     found = engine.read(slot.name) if isinstance(engine, SupportsReadback) else torch.empty(0)
     wanted = value.load().to(found.device)
-    ok = _bits(found).equal(_bits(wanted))
-    if ok:
+    if same_bits(found, wanted):
         return OutputMeasure(name=slot.name, ok=True)
     error = (found.double() - wanted.double()).abs().max()
     return OutputMeasure(
         name=slot.name, ok=False, max_abs_error=float(error), note="bits differ from the source's"
     )
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
