@@ -61,7 +61,8 @@ def refitkit_load_module(target: object, config: Config) -> OpenedModule | None:
     Called by ``refitkit.load`` and wherever a target is given that is not open yet.
 
     Args:
-        target: A path (``pathlib.Path``), a ``GraphModule``, an ``ExportedProgram``: anything.
+        target: A file or folder that exists (``pathlib.Path``), any other string as it was given,
+            a ``GraphModule``, an ``ExportedProgram``: anything.
         config: Settings of the pipeline.
 
     Returns:
@@ -81,7 +82,8 @@ def refitkit_load_weights(source: object, config: Config) -> WeightSource | None
     demand.
 
     Args:
-        source: A mapping, a module, a program, a path (``pathlib.Path``): anything.
+        source: A file or folder that exists (``pathlib.Path``), any other string as it was given,
+            a mapping, a module, a program: anything.
         config: Settings of the pipeline.
 
     Returns:

@@ -258,6 +258,16 @@ class Backend(Protocol):
             UnsupportedTargetError: It is this backend's, and broken.
         """
 
+    def attachments(self, path: Path) -> Mapping[str, bytes]:
+        """What a saved file keeps beside its engines, by name, without running any of its code.
+
+        Returns:
+            Nothing where the file is not this backend's, or keeps nothing.
+
+        Raises:
+            UnsupportedTargetError: It is this backend's, and broken.
+        """
+
 
 class BindableProgram(Protocol):
     """A program that was kept without its weights."""

@@ -21,9 +21,9 @@ def open_target(host: Host, target: object, config: Config) -> OpenedModule:
         UnsupportedTargetError: It is missing, or no plugin can.
     """
     target = _as_path(target)
-    if isinstance(target, Path) and not target.exists():
-        raise UnsupportedTargetError(f"There is no file {str(target)!r}.")
     opened: OpenedModule | None = host.call("refitkit_load_module", target=target, config=config)
+    if opened is None and _is_missing_file(target):
+        raise UnsupportedTargetError(f"There is no file {str(target)!r}.")
     if opened is None:
         raise UnsupportedTargetError(
             f"No plugin can open {_shown(target)}.",
@@ -41,9 +41,9 @@ def open_weights(host: Host, weights: object, config: Config) -> WeightSource:
     if isinstance(weights, WeightSource):
         return weights
     weights = _as_path(weights)
-    if isinstance(weights, Path) and not weights.exists():
-        raise SourceError(f"There is no file {str(weights)!r}.")
     source: WeightSource | None = host.call("refitkit_load_weights", source=weights, config=config)
+    if source is None and _is_missing_file(weights):
+        raise SourceError(f"There is no file {str(weights)!r}.")
     if source is None:
         raise SourceError(
             f"No plugin can read weights from {_shown(weights)}.",
@@ -54,8 +54,13 @@ def open_weights(host: Host, weights: object, config: Config) -> WeightSource:
 
 
 def _as_path(thing: Any) -> Any:
-    return Path(thing) if isinstance(thing, str) else thing
+    """A string that names a file, as a path. Others are left as they are: a plugin's own names."""
+    return Path(thing) if isinstance(thing, str) and Path(thing).exists() else thing
+
+
+def _is_missing_file(thing: object) -> bool:
+    return isinstance(thing, str | Path) and not Path(thing).exists()
 
 
 def _shown(thing: object) -> str:
-    return repr(str(thing)) if isinstance(thing, Path) else f"a {type(thing).__name__}"
+    return repr(str(thing)) if isinstance(thing, str | Path) else f"a {type(thing).__name__}"

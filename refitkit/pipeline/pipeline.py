@@ -323,6 +323,21 @@ class Pipeline:
                 return found
         raise UnsupportedTargetError(f"{str(path)!r} is no saved module of any backend.")
 
+    def read_plan(self, path: str | Path) -> RefitPlan:
+        """The plan in a plan file or in a saved module, without running any code of either.
+
+        Raises:
+            PlanMismatchError: It is missing, or there is no plan in it that can be read.
+            UnsupportedTargetError: It is a saved module, and damaged.
+        """
+        path = Path(path)
+        for backend in self.backends.values() if path.is_file() else ():
+            attached = backend.attachments(path)
+            if PLAN in attached:
+                what = f"the plan of {str(path)!r}"
+                return RefitPlan.from_bytes(attached[PLAN], what, self.open_weights)
+        return RefitPlan.load(path)
+
     def _compiled(self, target: object) -> CompiledModule:
         return target if isinstance(target, CompiledModule) else self.load(target)
 

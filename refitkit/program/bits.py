@@ -17,10 +17,11 @@ def same_bits(a: torch.Tensor, b: torch.Tensor, first: int | None = None) -> boo
     """
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    x, y = _flat(a.detach(), b.detach().to(a.device))
+    x, y = _flat(_plain(a), _plain(b).to(a.device))
     if first is not None:
         x, y = x[:first], y[:first]
-    return torch.equal(_integers(x), _integers(y))
+    kind = _widest(x, y)
+    return torch.equal(x.view(kind), y.view(kind))
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
@@ -51,10 +52,12 @@ def _flat(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return a.contiguous().reshape(-1), b.contiguous().reshape(-1)
 
 
-def _integers(flat: torch.Tensor) -> torch.Tensor:
-    """The same memory as the widest integers that fit: ``torch.equal`` is then fastest."""
-    offset = flat.storage_offset() * flat.itemsize
-    for dtype in _WIDEST:
-        if flat.nbytes % dtype.itemsize == 0 and offset % dtype.itemsize == 0:
-            return flat.view(dtype)
-    return flat.view(torch.uint8)
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Without gradient history, and with conjugations and signs that torch put off carried out."""
+    return tensor.detach().resolve_conj().resolve_neg()
+
+
+def _widest(*flat: torch.Tensor) -> torch.dtype:
+    """The widest integers that the memory of all can be viewed as: ``equal`` is then fastest."""
+    sizes = [size for t in flat for size in (t.nbytes, t.storage_offset() * t.itemsize)]
+    return next(kind for kind in _WIDEST if not any(size % kind.itemsize for size in sizes))

@@ -53,3 +53,7 @@ class AOTInductorBackend:
     def describe(self, path: Path) -> Mapping[str, Any] | None:
         """What a saved file holds, without loading its library."""
         return opening.describe_file(path)
+
+    def attachments(self, path: Path) -> Mapping[str, bytes]:
+        """What a saved file keeps beside its engine, without loading its library."""
+        return opening.attachments_of(path)

@@ -120,4 +120,5 @@ class Ledger:
 
 
 def _matters(leaf: Leaf) -> bool:
-    return leaf.used and leaf.persistent
+    """Whether a refit must reach it; inductor drops tensors without elements."""
+    return leaf.used and leaf.persistent and 0 not in leaf.shape

@@ -62,11 +62,17 @@ def describe_file(path: Path) -> Mapping[str, Any] | None:
     return None
 
 
-def read_attachment(path: Path, name: str) -> bytes | None:
-    """What is kept beside the engine under a name, without opening the engine."""
-    with Archive(path) as archive:
-        manifest = package.read_manifest(archive, path)
-        return package.read_attachments(archive, manifest).get(name)
+def attachments_of(path: Path) -> Mapping[str, bytes]:
+    """What is kept beside the engine of a saved module, without running any of it."""
+    if not _is_zip(path):
+        return {}
+    try:
+        with Archive(path) as archive:
+            if not package.is_ours(archive):
+                return {}
+            return package.read_attachments(archive, package.read_manifest(archive, path))
+    except ArchiveError as exc:
+        raise package.broken(path, exc) from exc
 
 
 def _is_zip(path: Path) -> bool:

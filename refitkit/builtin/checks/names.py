@@ -58,14 +58,17 @@ class Names:
                 yield Problem(name, "unexpected", _text(info), hint=hint)
 
     def _misfits(self) -> Iterator[Problem]:
+        """Entries that cannot become what the program reads under their names.
+
+        What the program has but does not read must have the right shape all the same: otherwise
+        the weights are those of another model.
+        """
         for name, info in self._infos.items():
-            if name not in self._needed:
-                continue
-            leaf = self._leaves.get(name)
-            if info.unusable:
+            leaf, needed = self._leaves.get(name), name in self._needed
+            if info.unusable and needed:
                 yield Problem(name, "unusable", info.unusable, _leaf_text(leaf))
-            elif leaf:
-                yield from _differences(leaf, info)
+            elif leaf and not info.unusable:
+                yield from _differences(leaf, info, with_dtype=needed)
 
     def _broken_ties(self) -> Iterator[Problem]:
         """Names of one tensor for which the source has different tensors."""
@@ -97,8 +100,8 @@ class Names:
             yield Problem(self._source.description, "nothing to refit", found)
 
 
-def _differences(leaf: Leaf, info: TensorInfo) -> Iterator[Problem]:
-    if info.dtype != leaf.dtype:
+def _differences(leaf: Leaf, info: TensorInfo, *, with_dtype: bool) -> Iterator[Problem]:
+    if with_dtype and info.dtype != leaf.dtype:
         hint = "convert it yourself: refitkit never casts weights silently"
         yield Problem(leaf.fqn, "dtype", info.dtype, leaf.dtype, hint)
     if info.shape != leaf.shape:

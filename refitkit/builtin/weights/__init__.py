@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 def refitkit_load_weights(source: object) -> WeightSource | None:
     """Open a state_dict, a module, a program, a ``.safetensors`` or a ``torch.save`` file."""
     if isinstance(source, Path):
+        if not source.is_file():
+            return None
         from refitkit.builtin.weights import files
 
         return files.open_file(source)
