@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from refitkit.config import Config
 from refitkit.errors import ConfigError, UnsupportedTargetError, VerificationError
 from refitkit.host import Host, make_host
+from refitkit.model import Step
 from refitkit.pipeline import load as loading
 from refitkit.pipeline import verify
 from refitkit.pipeline.clock import Clock
@@ -136,6 +137,9 @@ class Pipeline:
         with clock.stage("plan"):
             plan = make_plan(self.host, program, opened, chosen, self.config, self.open_weights)
             kept = KeptProgram.of(program)
+        if kept is None:
+            text = "the program cannot be kept: to verify outputs, refits will need reference="
+            self.host.emit(Step("compile", "plan", text))
         return CompiledModule(opened, plan, kept, self._save)
 
     def load(self, target: object) -> CompiledModule:

@@ -48,6 +48,7 @@ class Refit:
         self._host, self._config, self._compiled, self._wish = host, config, compiled, wish
         self._module = compiled.opened
         self._clock = Clock(host, "refit")
+        self._before = compiled.version
         self._changed: bool | None = None
         self._result: VerificationResult | None = None
 
@@ -59,6 +60,7 @@ class Refit:
                 as before.
         """
         with self._compiled.gate.refit():
+            self._before = self._compiled.version
             with self._clock.stage("load"):
                 source = open_weights(self._host, self._wish.weights, self._config)
                 plan = self._bound_plan()
@@ -139,6 +141,7 @@ class Refit:
                         "The refitted module is not what it should be; its old weights are back.",
                         problems=verify.problems_of(self._result),
                     )
+            self._compiled.version += 1
 
         transaction = Transaction(
             self._module,
@@ -151,7 +154,6 @@ class Refit:
         except VerificationError as exc:
             exc.report = report("rolled-back")
             raise
-        self._compiled.version += 1
         return report("committed")
 
     def _report(self, outcome: str, source: WeightSource, mapping: Mapping) -> RefitReport:
@@ -160,7 +162,7 @@ class Refit:
             outcome="committed" if outcome == "committed" else "rolled-back",
             backend=self._compiled.backend,
             source=source.description,
-            version=self._compiled.version,
+            version=self._before + (outcome == "committed"),
             partial=self._wish.partial,
             changed=self._changed,
             slots_written=len(values),

@@ -41,21 +41,27 @@ class KeptProgram:
 
     @classmethod
     def of(cls, program: ExportedProgram) -> KeptProgram | None:
-        """Keep a program; None where it holds what has no form but a pickle (custom objects)."""
-        serde = _serde()
+        """Keep a program.
 
+        Returns:
+            None where torch cannot write it, or not without a pickle (custom objects).
+        """
         if any(not isinstance(v, torch.Tensor) for v in program.constants.values()):
             return None
+        serde = _serde()
         serializer = serde.ExportedProgramSerializer()
         flags = [n for n in inspect.signature(serializer.serialize).parameters if "serialize_" in n]
-        # torch 2.14 can leave the tensors out; older ones pickle them, which is thrown away here
-        parts = serializer.serialize(program, **dict.fromkeys(flags, False))
-        facts = facts_of(program)
+        try:
+            # torch 2.14 can leave the tensors out; older ones pickle them, which is dropped here
+            parts = serializer.serialize(program, **dict.fromkeys(flags, False))
+        except Exception:  # noqa: BLE001 - whatever torch cannot write can still be compiled
+            return None
         text = json.dumps(
             serde._dataclass_to_dict(parts.exported_program),  # noqa: SLF001
             cls=serde.EnumEncoder,
             allow_nan=False,
         )
+        facts = facts_of(program)
         return cls(text.encode(), facts.leaves, facts.ties)
 
     def to_bytes(self) -> bytes:

@@ -30,6 +30,7 @@ def compile_program(program: ExportedProgram, chosen: Mapping[str, Any]) -> AOTI
     """Compile; see ``refitkit.protocols.Backend.compile``."""
     configured = options.merged(chosen)
     toolchain.check()
+    call = spec_of(program)
     written = [Path(file) for file in _inductor(program, configured)]
     folder = Folder()
     for file in written:
@@ -50,7 +51,7 @@ def compile_program(program: ExportedProgram, chosen: Mapping[str, Any]) -> AOTI
         device=device,
         weights_beside=blob is not None,
         blob_bytes=blob.stat().st_size if blob else 0,
-        inputs=spec_of(program),
+        call=call,
         mutable=frozenset(leaf.fqn for leaf in facts.leaves if leaf.mutated),
         versions=versions(),
         settings={name: repr(value) for name, value in sorted(configured.items())},

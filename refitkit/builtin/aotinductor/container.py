@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _ALIGNMENT = 64  # of weights in a blob: ALIGN_BYTES in torch/_inductor/codecache.py
 _TRIAL_SECONDS = 300
+_BEYOND = 1 << 40
 
 
 def open_container(library: Path, device: str) -> Any:
@@ -53,6 +54,25 @@ def can_fill() -> bool:
 def fill_from_blob(runner: Any, blob: Path) -> None:
     """Give a container the weights that its compilation wrote."""
     runner.update_constant_buffer_from_blob(str(blob))
+
+
+def fill_from_foreign_blob(runner: Any, blob: Path) -> None:
+    """Give a container the weights of a blob that somebody else wrote.
+
+    The container reads as far as its weights go, and past the end of the file that is a crash. So
+    the file is extended by zeros without extent first, and what was needed is compared afterwards.
+
+    Raises:
+        UnsupportedTargetError: The blob is too short: the file was damaged.
+    """
+    size = blob.stat().st_size
+    with blob.open("r+b") as file:
+        file.truncate(size + _BEYOND)
+    fill_from_blob(runner, blob)
+    needed = sum(t.nbytes for t in runner.extract_constants_map(False).values())  # noqa: FBT003
+    if needed > size:
+        message = f"The package's weights have {size} bytes, and its library reads {needed}."
+        raise UnsupportedTargetError(message, hint="Copy or write the package again.")
 
 
 def fill_with_zeros(runner: Any, blob_bytes: int, slots: Iterable[Slot]) -> None:

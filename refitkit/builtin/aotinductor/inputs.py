@@ -7,13 +7,13 @@ other strides are copied.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field
 from torch.utils import _pytree as pytree
 
-from refitkit.errors import InputMismatchError, Problem
+from refitkit.builtin.aotinductor.shapes import Dim, Fit, Range, Size, ranges_of, size_of
+from refitkit.errors import CompileError, InputMismatchError, Problem
 from refitkit.model.base import Frozen
 from refitkit.program.bits import dense_strides
 from refitkit.program.dtypes import dtype_name, dtype_of
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from torch.export import ExportedProgram
 
-Dim = Annotated[int, Field(ge=0)]
 Primitive = bool | int | float | str | None
 
 
@@ -34,15 +33,17 @@ class TensorInput(Frozen):
         name: Its name in the program.
         dtype: torch's name without the ``torch.``.
         device: Kind of device: ``cpu``, ``cuda``.
-        shape: A number, or the name of a symbol, for each dimension.
-        order: Dimensions from the slowest to the fastest in memory.
+        shape: Sizes of all dimensions.
+        order: Dimensions from the slowest to the fastest in memory, for tensors without gaps.
+        strides: Strides where they are numbers; they then go before ``order``.
     """
 
     name: str
     dtype: str
     device: str
-    shape: tuple[Dim | str, ...]
+    shape: tuple[Dim | Size, ...]
     order: tuple[Dim, ...]
+    strides: tuple[Dim, ...] | None = None
 
 
 class FixedInput(Frozen):
@@ -52,69 +53,98 @@ class FixedInput(Frozen):
     value: Primitive
 
 
-class InputSpec(Frozen):
-    """All inputs, flat, in order.
+class CallSpec(Frozen):
+    """Inputs and outputs, flat, in order.
 
     Attributes:
         inputs: One for each leaf of the inputs.
         ranges: Smallest and largest value of each symbol; None where there is no bound.
+        numbers: Positions of outputs that are numbers in the program; engines give tensors.
     """
 
     inputs: tuple[TensorInput | FixedInput, ...]
-    ranges: dict[str, tuple[int, int | None]]
+    ranges: dict[str, Range]
+    numbers: tuple[Dim, ...] = ()
 
 
-def spec_of(program: ExportedProgram) -> InputSpec | None:
-    """The inputs of a program; None where they have a form that this does not describe."""
+def spec_of(program: ExportedProgram) -> CallSpec:
+    """The inputs and outputs of a program.
+
+    Raises:
+        CompileError: It takes inputs of a form that an engine cannot be given safely; lists all.
+    """
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     inputs: list[TensorInput | FixedInput] = []
+    problems: list[Problem] = []
     for spec in program.graph_signature.input_specs:
         if spec.kind.name != "USER_INPUT":
             continue
-        if not hasattr(spec.arg, "name"):
-            return None
-        value = nodes[spec.arg.name].meta.get("val") if spec.arg.name in nodes else None
+        name = getattr(spec.arg, "name", "input")
+        value = nodes[name].meta.get("val") if name in nodes else None
         if isinstance(value, torch.Tensor):
-            inputs.append(_tensor_input(spec.arg.name, value))
+            given = _tensor_input(name, value)
+            inputs += [given] if isinstance(given, TensorInput) else []
+            problems += [given] if isinstance(given, Problem) else []
         elif hasattr(spec.arg, "value"):
-            inputs.append(FixedInput(name=spec.arg.name, value=spec.arg.value))
+            inputs.append(FixedInput(name=name, value=spec.arg.value))
         else:
-            return None
-    ranges = {str(symbol): _range(bounds) for symbol, bounds in program.range_constraints.items()}
-    return InputSpec(inputs=tuple(inputs), ranges=ranges)
+            problems.append(Problem(name, "input", type(value).__name__, "a tensor or a constant"))
+    if problems:
+        message = "The program takes inputs that an AOTInductor engine cannot be given safely."
+        raise CompileError(message, problems=problems)
+    outputs = [s.arg for s in program.graph_signature.output_specs if s.kind.name == "USER_OUTPUT"]
+    numbers = tuple(i for i, arg in enumerate(outputs) if type(arg).__name__ != "TensorArgument")
+    ranges = ranges_of(program.range_constraints)
+    return CallSpec(inputs=tuple(inputs), ranges=ranges, numbers=numbers)
 
 
-def _tensor_input(name: str, value: torch.Tensor) -> TensorInput:
-    shape = tuple(d if isinstance(d, int) else str(d) for d in value.shape)
+def _tensor_input(name: str, value: torch.Tensor) -> TensorInput | Problem:
+    sizes = [size_of(dim) for dim in value.shape]
+    shape = tuple(size for size in sizes if size is not None)
+    if len(shape) != value.dim():
+        return Problem(name, "size", str(tuple(value.shape)), "numbers, or symbol*factor+offset")
+    strides = value.stride()
+    fixed = all(isinstance(stride, int) for stride in strides)
+    if 0 in strides and 0 not in shape:
+        hint = "export with x.contiguous() as example input"
+        return Problem(name, "example input", "expanded: one element at several places", hint=hint)
+    order = tuple(value.dim_order()) if value.dim() else ()
+    if not fixed and not _dense(value, order):
+        hint = "export with x.contiguous() as example input"
+        return Problem(name, "example input", "gaps in memory and varying sizes", hint=hint)
     return TensorInput(
         name=name,
         dtype=dtype_name(value.dtype),
         device=value.device.type,
         shape=shape,
-        order=tuple(value.dim_order()) if value.dim() else (),
+        order=order,
+        strides=tuple(strides) if fixed else None,
     )
 
 
-def _range(bounds: Any) -> tuple[int, int | None]:
-    limit = 2**62
-    lower = int(bounds.lower) if abs(bounds.lower) < limit else 0
-    upper = int(bounds.upper) if bounds.upper < limit else None
-    return lower, upper
+def _dense(value: torch.Tensor, order: tuple[int, ...]) -> bool:
+    """Whether a tensor with symbolic sizes has no gaps, for the sizes of its example."""
+    step: Any = 1
+    for dim in reversed(order):
+        if bool(value.stride(dim) != step):
+            return False
+        step = step * value.shape[dim]
+    return True
 
 
 class InputChecker:
     """Checks and arranges the inputs of every call."""
 
-    def __init__(self, spec: InputSpec | None, in_spec: pytree.TreeSpec) -> None:
+    def __init__(self, spec: CallSpec | None, in_spec: pytree.TreeSpec) -> None:
         """Build one for a module.
 
         Args:
-            spec: What the inputs must be; None: only their structure is checked.
+            spec: What the inputs must be; None, for packages of torch's own, which do not say it:
+                only their structure is checked.
             in_spec: Structure of ``(args, kwargs)``, from the engine.
         """
         self._spec = spec
         self._in_spec = in_spec
-        self._names = [tensor.name for tensor in spec.inputs] if spec else []
 
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         """The tensors of a call, in the form that the engine relies on.
@@ -130,7 +160,7 @@ class InputChecker:
             )
         if self._spec is None:
             return [value for value in flat if isinstance(value, torch.Tensor)]
-        problems = list(self._problems(flat))
+        problems = list(_problems(flat, self._spec))
         if problems:
             raise InputMismatchError(
                 "The model was compiled for other inputs.",
@@ -150,43 +180,21 @@ class InputChecker:
         wanted = [name for name in children[1].context or () if name in kwargs]
         return {name: kwargs[name] for name in [*wanted, *(kwargs.keys() - set(wanted))]}
 
-    def _problems(self, flat: list[Any]) -> Iterator[Problem]:
-        symbols: dict[str, tuple[int, str]] = {}
-        specs = self._spec.inputs if self._spec else ()
-        if len(flat) != len(specs):
-            yield Problem("inputs", "number", str(len(flat)), str(len(specs)))
-            return
-        for value, spec in zip(flat, specs, strict=True):
-            if isinstance(spec, FixedInput):
-                if type(value) is not type(spec.value) or value != spec.value:
-                    yield Problem(spec.name, "value", repr(value), repr(spec.value))
-            elif not isinstance(value, torch.Tensor):
-                yield Problem(spec.name, "type", type(value).__name__, "Tensor")
-            else:
-                yield from _tensor_problems(value, spec)
-                yield from self._shape_problems(value, spec, symbols)
 
-    def _shape_problems(
-        self, value: torch.Tensor, spec: TensorInput, symbols: dict[str, tuple[int, str]]
-    ) -> Iterator[Problem]:
-        found = f"{spec.name} of shape {tuple(value.shape)}"
-        if value.dim() != len(spec.shape):
-            yield Problem(spec.name, "shape", str(tuple(value.shape)), _shape_text(spec))
-            return
-        for size, wanted in zip(value.shape, spec.shape, strict=True):
-            if isinstance(wanted, int):
-                if size != wanted:
-                    yield Problem(spec.name, "shape", str(tuple(value.shape)), _shape_text(spec))
-                    return
-                continue
-            first, where = symbols.setdefault(wanted, (size, found))
-            ranges = self._spec.ranges if self._spec else {}
-            lower, upper = ranges.get(wanted, (0, None))
-            if size != first:
-                yield Problem(spec.name, f"dimension {wanted}", str(size), f"{first} as in {where}")
-            elif size < lower or (upper is not None and size > upper):
-                most = "no limit" if upper is None else str(upper)
-                yield Problem(spec.name, f"dimension {wanted}", str(size), f"{lower} to {most}")
+def _problems(flat: list[Any], spec: CallSpec) -> Iterator[Problem]:
+    if len(flat) != len(spec.inputs):
+        yield Problem("inputs", "number", str(len(flat)), str(len(spec.inputs)))
+        return
+    fit = Fit(spec.ranges)
+    for value, wanted in zip(flat, spec.inputs, strict=True):
+        if isinstance(wanted, FixedInput):
+            if type(value) is not type(wanted.value) or value != wanted.value:
+                yield Problem(wanted.name, "value", repr(value), repr(wanted.value))
+        elif not isinstance(value, torch.Tensor):
+            yield Problem(wanted.name, "type", type(value).__name__, "Tensor")
+        else:
+            yield from _tensor_problems(value, wanted)
+            yield from fit.problems(wanted.name, value.shape, wanted.shape)
 
 
 def _tensor_problems(value: torch.Tensor, spec: TensorInput) -> Iterator[Problem]:
@@ -199,21 +207,17 @@ def _tensor_problems(value: torch.Tensor, spec: TensorInput) -> Iterator[Problem
 
 
 def _arranged(value: torch.Tensor, spec: TensorInput) -> torch.Tensor:
-    """The same values with the strides of a dense tensor in the order that was compiled for."""
-    value = value.detach()
-    strides = dense_strides(value.shape, spec.order)
-    if value.is_conj() or value.is_neg():
-        value = value.resolve_conj().resolve_neg()
-    if all(s == w or n < 2 for s, w, n in zip(value.stride(), strides, value.shape, strict=True)):  # noqa: PLR2004
+    """The same values with the strides that the engine was compiled for."""
+    value = value.detach().resolve_conj().resolve_neg()
+    strides = spec.strides or dense_strides(value.shape, spec.order)
+    if all(
+        s == w or n < 2  # noqa: PLR2004 - the stride of a dimension of size 1 means nothing
+        for s, w, n in zip(value.stride(), strides, value.shape, strict=True)
+    ):
         return value
-    copy = torch.empty_strided(
-        value.shape, strides, dtype=dtype_of(spec.dtype), device=value.device
-    )
+    dtype = dtype_of(spec.dtype)
+    copy = torch.empty_strided(value.shape, strides, dtype=dtype, device=value.device)
     return copy.copy_(value)
-
-
-def _shape_text(spec: TensorInput) -> str:
-    return "(" + ", ".join(map(str, spec.shape)) + ("," if len(spec.shape) == 1 else "") + ")"
 
 
 def _shown(spec: pytree.TreeSpec) -> str:

@@ -5,20 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import save_file
 from torch.utils import _pytree as pytree
 
 from refitkit.builtin.aotinductor import NAME, container, package
 from refitkit.builtin.aotinductor.engine import ENGINE, AOTInductorEngine
-from refitkit.builtin.aotinductor.inputs import InputChecker, InputSpec
+from refitkit.builtin.aotinductor.inputs import CallSpec, InputChecker
 from refitkit.builtin.aotinductor.package import Folder
 from refitkit.recipe.archive import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
-
-    import torch
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Files:
         device: Kind of device that it was compiled for.
         weights_beside: Whether the library expects its weights from outside.
         blob_bytes: Size of the blob that it expects.
-        inputs: What inputs it takes.
+        call: What inputs it takes and outputs it gives.
         mutable: Slots that calls change in place.
         versions: Versions of what made it.
         settings: Compilation options, as text.
@@ -42,7 +41,7 @@ class Files:
     device: str
     weights_beside: bool
     blob_bytes: int
-    inputs: InputSpec | None
+    call: CallSpec | None
     mutable: frozenset[str] = frozenset()
     versions: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -65,7 +64,7 @@ class AOTInductorModule:
         self._engine = engine
         in_spec, out_spec = engine.runner.get_call_spec()
         self._out_spec = pytree.treespec_loads(out_spec)
-        self._inputs = InputChecker(files.inputs, pytree.treespec_loads(in_spec))
+        self._inputs = InputChecker(files.call, pytree.treespec_loads(in_spec))
 
     @property
     def backend(self) -> str:
@@ -80,7 +79,11 @@ class AOTInductorModule:
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call it like the model; outputs have no gradient history."""
         flat = self._inputs.flatten(args, kwargs)
-        return pytree.tree_unflatten(self._engine.runner.run(flat), self._out_spec)
+        outputs = self._engine.runner.run(flat)
+        for position in self.files.call.numbers if self.files.call else ():
+            if isinstance(outputs[position], torch.Tensor):
+                outputs[position] = outputs[position].item()
+        return pytree.tree_unflatten(outputs, self._out_spec)
 
     def probe(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call it, then put back the buffers that it changed."""
@@ -104,7 +107,7 @@ class AOTInductorModule:
             weights_beside=files.weights_beside,
             blob_bytes=files.blob_bytes,
             slots=tuple(self._engine.slots.values()),
-            inputs=files.inputs,
+            call=files.call,
             versions=dict(files.versions),
             settings=dict(files.settings),
             attachments=tuple(attachments),

@@ -100,7 +100,7 @@ def _open_ours(archive: Archive, path: Path) -> AOTInductorModule:
         device=manifest.device,
         weights_beside=manifest.weights_beside,
         blob_bytes=manifest.blob_bytes,
-        inputs=manifest.inputs,
+        call=manifest.call,
         mutable=mutable,
         versions=manifest.versions,
         settings=manifest.settings,
@@ -155,7 +155,7 @@ def _open_torchs(archive: Archive, path: Path) -> AOTInductorModule:
     runner = container.open_container(library, device)
     blob_bytes = blob.stat().st_size if blob else 0
     if blob is not None:
-        container.fill_from_blob(runner, blob)
+        container.fill_from_foreign_blob(runner, blob)
         blob.unlink()
     if not runner.extract_constants_map(False):  # noqa: FBT003
         raise NotRefittableError(
@@ -170,6 +170,6 @@ def _open_torchs(archive: Archive, path: Path) -> AOTInductorModule:
         device=device,
         weights_beside=blob is not None,
         blob_bytes=blob_bytes,
-        inputs=None,
+        call=None,
     )
     return AOTInductorModule(files, AOTInductorEngine(runner), {})

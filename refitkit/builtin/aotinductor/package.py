@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from refitkit.builtin.aotinductor.inputs import InputSpec
+from refitkit.builtin.aotinductor.inputs import CallSpec
 from refitkit.errors import UnsupportedTargetError
 from refitkit.model import Slot
 from refitkit.model.base import Frozen
@@ -52,7 +52,7 @@ class Manifest(Frozen):
             the weights of its compilation gets those of the file written over them.
         blob_bytes: Size of the blob that the library expects.
         slots: All slots.
-        inputs: What inputs it takes; None where they have a form that is only checked loosely.
+        call: What inputs it takes and outputs it gives; None where nobody knows.
         versions: Versions of what made it.
         settings: Compilation options, as text.
         attachments: Names of what is kept beside the engine.
@@ -66,7 +66,7 @@ class Manifest(Frozen):
     weights_beside: bool
     blob_bytes: Annotated[int, Field(ge=0)] = 0
     slots: tuple[Slot, ...]
-    inputs: InputSpec | None
+    call: CallSpec | None
     versions: dict[str, str] = Field(default_factory=dict)
     settings: dict[str, str] = Field(default_factory=dict)
     attachments: tuple[str, ...] = ()
