@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from refitkit.model import RefitReport, VerificationResult
+    from refitkit.program import KeptProgram
     from refitkit.protocols import Backend, OpenedModule, WeightSource
 
 PLAN = "plan.refitplan"
@@ -128,19 +129,23 @@ class Pipeline:
             CompileError: The compiler refused the program, or a tool is missing.
             NotRefittableError: An option makes the engine unfit for refits.
         """
-        from refitkit.program import KeptProgram  # noqa: PLC0415 - imports torch
-
         _check_program(program)
         chosen, clock = self.backend(backend), Clock(self.host, "compile")
         with clock.stage("compile"):
             opened = chosen.compile(program, dict(options or {}))
         with clock.stage("plan"):
             plan = make_plan(self.host, program, opened, chosen, self.config, self.open_weights)
-            kept = KeptProgram.of(program)
+            kept = self._kept(program)
+        return CompiledModule(opened, plan, kept, self._save)
+
+    def _kept(self, program: ExportedProgram) -> KeptProgram | None:
+        from refitkit.program import KeptProgram  # noqa: PLC0415 - imports torch
+
+        kept = KeptProgram.of(program)
         if kept is None:
             text = "the program cannot be kept: to verify outputs, refits will need reference="
-            self.host.emit(Step("compile", "plan", text))
-        return CompiledModule(opened, plan, kept, self._save)
+            self.host.emit(Step("plan", "plan", text))
+        return kept
 
     def load(self, target: object) -> CompiledModule:
         """Open what was compiled or saved before.
@@ -179,6 +184,8 @@ class Pipeline:
     ) -> RefitPlan:
         """Make a plan for a program and the module that was compiled from it.
 
+        A module that has no plan yet keeps this one, and is saved with it.
+
         Args:
             program: The very program that was compiled.
             target: The module, or anything ``load`` opens; None: plan offline, where the backend
@@ -199,9 +206,12 @@ class Pipeline:
             )
         opened = compiled.opened if compiled else None
         with Clock(self.host, "plan").stage("plan"):
-            return make_plan(
+            plan = make_plan(
                 self.host, program, opened, self.backend(name), self.config, self.open_weights
             )
+        if compiled is not None and compiled.plan is None:
+            compiled.plan, compiled.program = plan, self._kept(program)
+        return plan
 
     def refit(
         self,

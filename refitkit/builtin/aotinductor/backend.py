@@ -42,6 +42,8 @@ class AOTInductorBackend:
                 "pass it: refitkit.plan(program, target=...).",
             )
         ledger = Ledger(parts[ENGINE], module.engines[ENGINE])
+        if module.files.call is None:
+            module.learn(parts[ENGINE])
         return PlanDraft(
             rows=ledger.rows,
             pinned=ledger.pinned,

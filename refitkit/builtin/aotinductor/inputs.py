@@ -7,6 +7,7 @@ other strides are copied.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from torch.export import ExportedProgram
 
+_CHECK_INPUTS = "AOTI_RUNTIME_CHECK_INPUTS"
 Primitive = bool | int | float | str | None
 
 
@@ -218,6 +220,37 @@ def _arranged(value: torch.Tensor, spec: TensorInput) -> torch.Tensor:
     dtype = dtype_of(spec.dtype)
     copy = torch.empty_strided(value.shape, strides, dtype=dtype, device=value.device)
     return copy.copy_(value)
+
+
+def run_unknown(runner: Any, flat: list[torch.Tensor]) -> list[Any]:
+    """Run a container whose inputs nobody knows, with the checks that AOTInductor has itself.
+
+    Those are off unless the environment variable is set when the library runs for the first time
+    (``AOTI_RUNTIME_CHECK_INPUTS``, in ``torch/_inductor/codegen/cpp_wrapper_cpu.py``, 2.14).
+
+    Raises:
+        InputMismatchError: They, or the engine, refused the inputs.
+    """
+    before = os.environ.get(_CHECK_INPUTS)
+    os.environ[_CHECK_INPUTS] = "1"
+    try:
+        outputs: list[Any] = runner.run([_packed(value) for value in flat])
+    except RuntimeError as exc:
+        first = str(exc).strip().partition("\n")[0]
+        hint = "Make a plan from its program: refitkit.plan(program, target=...) tells the inputs."
+        raise InputMismatchError(f"The engine refused the inputs: {first}", hint=hint) from exc
+    finally:
+        if before is None:
+            del os.environ[_CHECK_INPUTS]
+        else:
+            os.environ[_CHECK_INPUTS] = before
+    return outputs
+
+
+def _packed(value: torch.Tensor) -> torch.Tensor:
+    if value.layout is not torch.strided or value.is_meta:
+        raise InputMismatchError(f"An input has the layout {value.layout} or no data.")
+    return value.detach().resolve_conj().resolve_neg().contiguous()
 
 
 def _shown(spec: pytree.TreeSpec) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,13 +11,16 @@ from torch.utils import _pytree as pytree
 
 from refitkit.builtin.aotinductor import NAME, container, package
 from refitkit.builtin.aotinductor.engine import ENGINE, AOTInductorEngine
-from refitkit.builtin.aotinductor.inputs import CallSpec, InputChecker
+from refitkit.builtin.aotinductor.inputs import CallSpec, InputChecker, run_unknown, spec_of
 from refitkit.builtin.aotinductor.package import Folder
+from refitkit.program import facts_of
 from refitkit.recipe.archive import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+    from torch.export import ExportedProgram
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ class AOTInductorModule:
         self._engine = engine
         in_spec, out_spec = engine.runner.get_call_spec()
         self._out_spec = pytree.treespec_loads(out_spec)
-        self._inputs = InputChecker(files.call, pytree.treespec_loads(in_spec))
+        self._in_spec = pytree.treespec_loads(in_spec)
+        self._inputs = InputChecker(files.call, self._in_spec)
 
     @property
     def backend(self) -> str:
@@ -79,7 +83,10 @@ class AOTInductorModule:
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call it like the model; outputs have no gradient history."""
         flat = self._inputs.flatten(args, kwargs)
-        outputs = self._engine.runner.run(flat)
+        if self.files.call is None:
+            outputs = run_unknown(self._engine.runner, flat)
+        else:
+            outputs = self._engine.runner.run(flat)
         for position in self.files.call.numbers if self.files.call else ():
             if isinstance(outputs[position], torch.Tensor):
                 outputs[position] = outputs[position].item()
@@ -92,6 +99,13 @@ class AOTInductorModule:
             return self.run(args, kwargs)
         finally:
             self._engine.write_active(kept)
+
+    def learn(self, program: ExportedProgram) -> None:
+        """Take from the program that was compiled what a package of torch's own does not say."""
+        mutable = frozenset(leaf.fqn for leaf in facts_of(program).leaves if leaf.mutated)
+        self.files = replace(self.files, call=spec_of(program), mutable=mutable)
+        self._engine = AOTInductorEngine(self._engine.runner, mutable)
+        self._inputs = InputChecker(self.files.call, self._in_spec)
 
     def drain(self) -> None:
         """Wait for pending work of its devices."""
