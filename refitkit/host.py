@@ -95,6 +95,16 @@ class Host:
                 results = self.call_one(info.name, hook, **arguments)
                 yield from ((info.name, item) for item in results if item is not None)
 
+    def items(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
+        """Everything that plugins list in a hook of kind *all*: ``(plugin, item)``.
+
+        Raises:
+            RefitError: As an implementation raised it, also while its items are iterated.
+            PluginError: An implementation raised anything else, or gave no iterable.
+        """
+        for plugin, result in self.collect(hook, **arguments):
+            yield from ((plugin, item) for item in self._guarded(hook, list, {}, result))
+
     def call_one(self, plugin: str, hook: str, **arguments: Any) -> Any:
         """Call a hook of one plugin only; otherwise as ``call``."""
         named = self._manager.list_name_plugin()
@@ -102,9 +112,9 @@ class Host:
         caller = self._manager.subset_hook_caller(hook, remove_plugins=others)
         return self._guarded(hook, caller, arguments)
 
-    def _guarded(self, hook: str, caller: Any, arguments: dict[str, Any]) -> Any:
+    def _guarded(self, hook: str, caller: Any, named: dict[str, Any], *plain: Any) -> Any:
         try:
-            return caller(**arguments)
+            return caller(*plain, **named)
         except RefitError:
             raise
         except Exception as exc:
@@ -119,10 +129,9 @@ class Host:
         """
         owners: dict[str, str] = {}
         offers: dict[str, Any] = {}
-        for plugin, items in self.collect(hook):
-            for item in _listed(items, plugin, hook):
-                self.claim(owners, item, plugin, hook)
-                offers[item.name] = item
+        for plugin, item in self.items(hook):
+            self.claim(owners, item, plugin, hook)
+            offers[item.name] = item
         return offers
 
     @staticmethod
@@ -241,11 +250,3 @@ def _register(manager: pluggy.PluginManager, name: str, plugin: object) -> None:
 def _name_of(plugin: object) -> str:
     given = getattr(plugin, "name", None) or getattr(plugin, "__name__", None)
     return given if isinstance(given, str) else type(plugin).__name__
-
-
-def _listed(items: Any, plugin: str, hook: str) -> list[Any]:
-    try:
-        return list(items)
-    except TypeError as exc:
-        message = f"The plugin {plugin!r} returned {type(items).__name__} from {hook}, not a list."
-        raise PluginError(message) from exc

@@ -193,9 +193,6 @@ class OpenedModule(Protocol):
     def reopen(self) -> OpenedModule:
         """A second, independent one with the same present weights."""
 
-    def close(self) -> None:
-        """Give back files and memory; it is not used afterwards."""
-
 
 @dataclass(frozen=True)
 class PlanDraft:

@@ -27,10 +27,10 @@ def check_weights(
     Raises:
         WeightMismatchError: There are some; lists all of them.
     """
-    found = host.call(
+    found = host.items(
         "refitkit_check", plan=plan, module=module, source=source, partial=partial, config=config
     )
-    problems = [problem for some in reversed(found) for problem in some]
+    problems = [problem for _, problem in found]
     if problems:
         raise WeightMismatchError(
             f"{source.description} does not fit the module.", problems=problems

@@ -67,15 +67,16 @@ class Gate:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Have the gate alone: new calls wait, running ones are waited for."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._owner is None)
-            self._owner = threading.get_ident()
-            self._changed.wait_for(lambda: self._calls == 0)
         try:
+            with self._changed:
+                self._changed.wait_for(lambda: self._owner is None)
+                self._owner = threading.get_ident()
+                self._changed.wait_for(lambda: self._calls == 0)
             yield
         finally:
             with self._changed:
-                self._owner = None
+                if self._owner == threading.get_ident():
+                    self._owner = None
                 self._changed.notify_all()
 
     @contextmanager

@@ -12,9 +12,10 @@ from refitkit.host import Host, make_host
 from refitkit.model import Step
 from refitkit.pipeline import load as loading
 from refitkit.pipeline import verify
+from refitkit.pipeline.check import check_weights
 from refitkit.pipeline.clock import Clock
 from refitkit.pipeline.compiled import CompiledModule
-from refitkit.pipeline.mapping import map_slots
+from refitkit.pipeline.mapping import map_slots, require_all
 from refitkit.pipeline.plan import make_plan
 from refitkit.pipeline.refit import Refit, Wish
 from refitkit.protocols import VerifyRequest
@@ -250,7 +251,7 @@ class Pipeline:
             RefitError: Any other reason; the module answers as before.
         """
         compiled = self._compiled(target)
-        if copy:
+        if copy and compiled is target:
             compiled = self.copy(compiled)
         wish = Wish(weights, plan, inputs, reference, verify, partial)
         report = Refit(self.host, self.config, compiled, wish).run()
@@ -283,7 +284,9 @@ class Pipeline:
             with_: Name of a verifier; as ``verify`` of ``refit``.
 
         Raises:
-            VerificationError: It does not; ``problems`` lists what differs.
+            WeightMismatchError: They are weights of another model.
+            VerificationError: It does not; ``problems`` lists what differs, and ``report`` is the
+                :class:`~refitkit.model.VerificationResult`.
         """
         compiled = self._compiled(target)
         plan = plan or compiled.plan
@@ -295,13 +298,16 @@ class Pipeline:
             raise ConfigError(
                 "Nothing can be verified: the engines cannot be read and no inputs were given."
             )
+        plan.check_engines(compiled.backend, compiled.slots)
         source = self.open_weights(weights)
-        values = map_slots(self.host, plan, compiled.opened, source, self.config).values
+        mapping = map_slots(self.host, plan, compiled.opened, source, self.config)
+        check_weights(self.host, plan, compiled.opened, source, partial=False, config=self.config)
+        require_all(mapping, source)
         request = VerifyRequest(
             plan,
             compiled.opened,
             source,
-            values,
+            mapping.values,
             given,
             reference,
             compiled.program,

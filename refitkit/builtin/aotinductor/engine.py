@@ -156,6 +156,22 @@ class AOTInductorEngine:
         self.runner.swap_constant_buffer()
         self._active, self._inactive = self._inactive, self._active
 
+    def serve_again(self, aliases: dict[str, torch.Tensor]) -> None:
+        """Serve from the buffer that these are the aliases of, whichever is served from now.
+
+        An interrupt may have come between a swap and the note of it, so the container is asked.
+        """
+        other = self._inactive if self._active is aliases else self._active
+        live = self.runner.extract_constants_map(False)  # noqa: FBT003
+        if any(live[name].data_ptr() != tensor.data_ptr() for name, tensor in aliases.items()):
+            self.runner.swap_constant_buffer()
+        self._active, self._inactive = aliases, other
+
+    @property
+    def live(self) -> dict[str, torch.Tensor]:
+        """Aliases of the buffer that is served from."""
+        return self._active
+
     def free_spare(self) -> int:
         """Free the inactive buffer; returns its bytes."""
         if self._inactive is None:
@@ -178,20 +194,17 @@ class StagedSwap:
         """Made by ``AOTInductorEngine.stage``."""
         self._engine = engine
         self._names = names
-        self._swapped = False
+        self._before = engine.live
 
     def commit(self) -> None:
         """Swap: one pointer, whatever the size of the weights."""
         self._engine.drain()
         self._engine.swap()
-        self._swapped = True
 
     def rollback(self) -> None:
-        """Swap back, if it was swapped."""
-        if self._swapped:
-            self._engine.drain()
-            self._engine.swap()
-            self._swapped = False
+        """Serve from the buffer from before, whether or not the swap took place."""
+        self._engine.drain()
+        self._engine.serve_again(self._before)
 
     def discard(self) -> None:
         """Leave the inactive buffer as it is: the next refit knows which of its slots are stale."""

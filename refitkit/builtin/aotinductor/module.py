@@ -147,7 +147,3 @@ class AOTInductorModule:
         engine = AOTInductorEngine(runner, files.mutable)
         engine.write_active({name: self._engine.read(name) for name in self._engine.slots})
         return AOTInductorModule(files, engine, self.attachments)
-
-    def close(self) -> None:
-        """Free the second buffer; the rest goes with the object."""
-        self._engine.free_spare()
