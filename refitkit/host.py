@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
@@ -14,7 +18,7 @@ from refitkit.config import Config
 from refitkit.errors import PluginError, RefitError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from refitkit.model import Event
 
@@ -38,19 +42,6 @@ class PluginInfo:
     name: str
     origin: str
     hooks: tuple[str, ...]
-
-
-class _Manager(pluggy.PluginManager):
-    """pluggy's manager, which in addition refuses hooks that lost their decorator."""
-
-    def parse_hookimpl_opts(self, plugin: object, name: str) -> Any:
-        options = super().parse_hookimpl_opts(plugin, name)
-        if options is None and name.startswith("refitkit_") and callable(getattr(plugin, name)):
-            raise PluginError(
-                f"{name} of the plugin {_name_of(plugin)!r} is not marked as a hook.",
-                hint="Decorate it with @refitkit.hookimpl, or give it another name.",
-            )
-        return options
 
 
 class Host:
@@ -79,7 +70,7 @@ class Host:
             RefitError: As the implementation raised it.
             PluginError: An implementation raised anything else; names its plugin.
         """
-        return self._guarded(hook, getattr(self._manager.hook, hook), arguments)
+        return getattr(self._manager.hook, hook)(**arguments)
 
     def emit(self, event: Event) -> None:
         """Tell all listeners of progress."""
@@ -103,22 +94,19 @@ class Host:
             PluginError: An implementation raised anything else, or gave no iterable.
         """
         for plugin, result in self.collect(hook, **arguments):
-            yield from ((plugin, item) for item in self._guarded(hook, list, {}, result))
+            if not isinstance(result, Iterable):
+                kind = type(result).__name__
+                raise PluginError(f"The plugin {plugin!r} returned {kind} from {hook}, not a list.")
+            with _blame(plugin, hook):
+                listed = list(result)
+            yield from ((plugin, item) for item in listed)
 
     def call_one(self, plugin: str, hook: str, **arguments: Any) -> Any:
         """Call a hook of one plugin only; otherwise as ``call``."""
         named = self._manager.list_name_plugin()
         others = [other for name, other in named if name != plugin and other is not None]
         caller = self._manager.subset_hook_caller(hook, remove_plugins=others)
-        return self._guarded(hook, caller, arguments)
-
-    def _guarded(self, hook: str, caller: Any, named: dict[str, Any], *plain: Any) -> Any:
-        try:
-            return caller(*plain, **named)
-        except RefitError:
-            raise
-        except Exception as exc:
-            raise self._fault(hook, exc) from exc
+        return caller(**arguments)
 
     def named(self, hook: str) -> dict[str, Any]:
         """Objects that plugins offer through a hook, by their name.
@@ -155,25 +143,6 @@ class Host:
         callers = self._manager.get_hookcallers(plugin) or ()
         return tuple(sorted(caller.name for caller in callers))
 
-    def _fault(self, hook: str, exc: Exception) -> PluginError:
-        name = self._culprit(hook, exc)
-        return PluginError(
-            f"The plugin {name!r} failed in {hook}: {type(exc).__name__}: {exc}",
-            hint=f"Report it to its authors; to go on without it: --no-plugin {name}.",
-        )
-
-    def _culprit(self, hook: str, exc: Exception) -> str:
-        """Name of the plugin whose implementation stands in the traceback."""
-        owners = {}
-        for impl in getattr(self._manager.hook, hook).get_hookimpls():
-            function = getattr(impl.function, "__func__", impl.function)
-            owners[getattr(function, "__code__", None)] = impl.plugin_name
-        trace, found = exc.__traceback__, "unknown"
-        while trace is not None:
-            found = owners.get(trace.tb_frame.f_code, found)
-            trace = trace.tb_next
-        return found
-
 
 def make_host(config: Config | None = None, plugins: Iterable[object] = ()) -> Host:
     """A host with the built-ins, then what is installed, then explicit plugins.
@@ -189,7 +158,7 @@ def make_host(config: Config | None = None, plugins: Iterable[object] = ()) -> H
         PluginError: A plugin cannot be imported or registered; names it.
     """
     off = (config or Config()).switched_off()
-    manager = _Manager(hookspecs.PROJECT)
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     origins: dict[str, str] = {}
     for name, plugin, origin in _candidates(off, plugins):
@@ -236,15 +205,68 @@ def _origin(entry: EntryPoint) -> str:
 
 def _register(manager: pluggy.PluginManager, name: str, plugin: object) -> None:
     hint = f"See docs/reference/hooks.md; to go on without it: --no-plugin {name}."
+    if inspect.isclass(plugin):
+        raise PluginError(f"The plugin {name!r} is a class: register an instance of it.")
+    for attribute in dir(plugin):
+        if attribute.startswith("refitkit_") and _lacks_mark(manager, plugin, attribute):
+            raise PluginError(
+                f"{attribute} of the plugin {name!r} is not marked as a hook.",
+                hint="Decorate it with @refitkit.hookimpl, or give it another name.",
+            )
     try:
         manager.register(plugin, name)
-        for caller in manager.get_hookcallers(plugin) or ():
-            if not caller.has_spec():
-                raise PluginError(
-                    f"The plugin {name!r} implements {caller.name}, which is no hook.", hint=hint
-                )
-    except pluggy.PluginValidationError as exc:
-        raise PluginError(f"The plugin {name!r} does not fit a hook: {exc}", hint=hint) from exc
+    except (pluggy.PluginValidationError, ValueError) as exc:
+        raise PluginError(f"The plugin {name!r} cannot be registered: {exc}", hint=hint) from exc
+    for caller in manager.get_hookcallers(plugin) or ():
+        if not caller.has_spec():
+            message = f"The plugin {name!r} implements {caller.name}, which is no hook."
+            raise PluginError(message, hint=hint)
+        _blame_failures(caller, name, plugin)
+
+
+def _blame_failures(caller: pluggy.HookCaller, name: str, plugin: object) -> None:
+    """Have failures of one plugin's hook name that plugin: pluggy does not tell whose they are."""
+    for implementation in caller.get_hookimpls():
+        if implementation.plugin is plugin:
+            around = implementation.wrapper or implementation.hookwrapper
+            blamed = _blaming(name, caller.name, implementation.function, around=around)
+            setattr(implementation, "function", blamed)  # noqa: B010 - typed as final, but a slot
+
+
+def _blaming(
+    plugin: str, hook: str, function: Callable[..., Any], *, around: bool
+) -> Callable[..., Any]:
+    """The same function, whose failures are ``PluginError`` and name the plugin."""
+
+    @functools.wraps(function)
+    def blamed(*arguments: Any) -> Any:
+        with _blame(plugin, hook):
+            return function(*arguments)
+
+    @functools.wraps(function)
+    def blamed_wrapper(*arguments: Any) -> Any:
+        with _blame(plugin, hook):
+            return (yield from function(*arguments))
+
+    return blamed_wrapper if around else blamed
+
+
+@contextmanager
+def _blame(plugin: str, hook: str) -> Iterator[None]:
+    try:
+        yield
+    except RefitError:
+        raise
+    except Exception as exc:
+        raise PluginError(
+            f"The plugin {plugin!r} failed in {hook}: {type(exc).__name__}: {exc}",
+            hint=f"Report it to its authors; to go on without it: --no-plugin {plugin}.",
+        ) from exc
+
+
+def _lacks_mark(manager: pluggy.PluginManager, plugin: object, attribute: str) -> bool:
+    is_function = inspect.isroutine(getattr(plugin, attribute, None))
+    return is_function and manager.parse_hookimpl_opts(plugin, attribute) is None
 
 
 def _name_of(plugin: object) -> str:

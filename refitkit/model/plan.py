@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from refitkit.model.base import Frozen
-from refitkit.model.slot import Dim, Slot
+from refitkit.model.slot import Dim, DtypeName, Slot
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -46,7 +46,7 @@ class Leaf(Frozen):
 
     fqn: str
     kind: LeafKind
-    dtype: str
+    dtype: DtypeName
     shape: tuple[Dim, ...]
     device: str = "cpu"
     used: bool = True
@@ -114,7 +114,7 @@ class PinnedTensor(Frozen):
         sha256: Of its bytes, C-contiguous, little endian.
     """
 
-    dtype: str
+    dtype: DtypeName
     shape: tuple[Dim, ...]
     sha256: str
 

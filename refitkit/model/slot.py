@@ -5,11 +5,11 @@ from __future__ import annotations
 from math import prod
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from refitkit.model.base import Frozen
 
-Dim = Annotated[int, Field(ge=0)]
+Dim = Annotated[int, Field(ge=0, lt=2**62)]
 
 ITEM_BYTES = {
     "bool": 1,
@@ -35,6 +35,15 @@ ITEM_BYTES = {
     "complex128": 16,
 }
 """Bytes per element, by torch's dtype name without the ``torch.``."""
+
+
+def _known(name: str) -> str:
+    if name not in ITEM_BYTES:
+        raise ValueError(f"there is no dtype {name!r}")
+    return name
+
+
+DtypeName = Annotated[str, AfterValidator(_known)]
 
 
 class TensorInfo(Frozen):
@@ -75,7 +84,7 @@ class Slot(Frozen):
 
     engine: str
     name: str
-    dtype: str
+    dtype: DtypeName
     shape: tuple[Dim, ...] | None
     count: Dim
     device: str = "cpu"

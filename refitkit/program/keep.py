@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from refitkit.errors import SourceError
+from refitkit.errors import PlanMismatchError, SourceError
 from refitkit.model import LeafKind
 from refitkit.program.dtypes import dtype_of
 from refitkit.program.facts import facts_of
@@ -85,6 +85,7 @@ class KeptProgram:
 
         Raises:
             SourceError: Neither has something that the program needs.
+            PlanMismatchError: The kept program is damaged, or another torch wrote it.
         """
         state: dict[str, torch.Tensor] = {}
         constants: dict[str, torch.Tensor] = {}
@@ -117,8 +118,18 @@ class KeptProgram:
     def _build(
         self, state: dict[str, torch.Tensor], constants: dict[str, torch.Tensor]
     ) -> torch.nn.Module:
-        serde = _serde()
+        try:
+            return self._deserialized(state, constants)
+        except Exception as exc:
+            raise PlanMismatchError(
+                f"The program that was kept cannot be read: {type(exc).__name__}: {exc}",
+                hint="Pass reference= to verify outputs, or use verify='weights'.",
+            ) from exc
 
+    def _deserialized(
+        self, state: dict[str, torch.Tensor], constants: dict[str, torch.Tensor]
+    ) -> torch.nn.Module:
+        serde = _serde()
         schema = serde._dict_to_dataclass(  # noqa: SLF001
             serde.ExportedProgram, json.loads(self._graph)
         )

@@ -97,9 +97,6 @@ def _manifest(text: bytes, what: str) -> PlanData:
 def _pinned_limit(data: PlanData) -> int:
     """The most bytes that the tensors of this manifest can take, header included."""
     header = sum(len(name) * 6 + 512 for name in data.pinned)
-    unknown = [t.dtype for t in data.pinned.values() if t.dtype not in ITEM_BYTES]
-    if unknown:
-        raise ArchiveError(f"unknown dtypes {sorted(set(unknown))}")
     return (
         4096 + header + sum(ITEM_BYTES[t.dtype] * math.prod(t.shape) for t in data.pinned.values())
     )
@@ -133,8 +130,6 @@ def _self_contradictions(data: PlanData) -> Iterator[Problem]:
         if slot.key in seen:
             yield Problem(f"{slot.engine}/{slot.name}", "listed twice")
         seen.add(slot.key)
-        if slot.dtype not in ITEM_BYTES:
-            yield Problem(slot.name, "unknown dtype", slot.dtype)
         if slot.shape is not None and math.prod(slot.shape) != slot.count:
             yield Problem(slot.name, "count", str(slot.count), str(math.prod(slot.shape)))
     fqns = {leaf.fqn for leaf in data.leaves}

@@ -50,7 +50,6 @@ def compile_program(program: ExportedProgram, chosen: Mapping[str, Any]) -> AOTI
         library=library.name,
         device=device,
         weights_beside=blob is not None,
-        blob_bytes=blob.stat().st_size if blob else 0,
         call=call,
         mutable=frozenset(leaf.fqn for leaf in facts.leaves if leaf.mutated),
         versions=versions(),

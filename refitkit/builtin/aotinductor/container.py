@@ -6,20 +6,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from refitkit.errors import CompileError, UnsupportedTargetError
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from refitkit.model import Slot
-
-_ALIGNMENT = 64  # of weights in a blob: ALIGN_BYTES in torch/_inductor/codecache.py
 _TRIAL_SECONDS = 300
-_BEYOND = 1 << 40
+_BEYOND = 1 << 40  # bytes: more than the weights of any engine
 
 
 def open_container(library: Path, device: str) -> Any:
@@ -75,15 +69,24 @@ def fill_from_foreign_blob(runner: Any, blob: Path) -> None:
         raise UnsupportedTargetError(message, hint="Copy or write the package again.")
 
 
-def fill_with_zeros(runner: Any, blob_bytes: int, slots: Iterable[Slot]) -> None:
+def fill_with_zeros(runner: Any) -> None:
     """Have a container allocate and lay out its weights itself, as zeros.
 
-    It copies its layout from a file of zeros that takes no space. The file is made at least as
-    large as the slots need, whatever the manifest says: reading past its end would be a crash.
+    It copies its layout from a file of zeros that takes no space, and is larger than any weights:
+    reading past its end would be a crash.
+
+    Raises:
+        UnsupportedTargetError: The file system for temporary files has no room for such a file.
     """
-    needed = sum(-(-slot.nbytes // _ALIGNMENT) * _ALIGNMENT for slot in slots)
     with tempfile.NamedTemporaryFile(prefix="refitkit-zeros-") as file:
-        file.truncate(max(blob_bytes, needed, _ALIGNMENT))
+        try:
+            file.truncate(_BEYOND)
+        except OSError as exc:
+            message = f"A sparse file of {_BEYOND >> 30} GiB cannot be made: {exc}."
+            hint = (
+                "Set TMPDIR to a folder on a file system with sparse files, such as ext4 or tmpfs."
+            )
+            raise UnsupportedTargetError(message, hint=hint) from exc
         fill_from_blob(runner, Path(file.name))
 
 

@@ -32,7 +32,6 @@ class Files:
         library: Name of the shared library.
         device: Kind of device that it was compiled for.
         weights_beside: Whether the library expects its weights from outside.
-        blob_bytes: Size of the blob that it expects.
         call: What inputs it takes and outputs it gives.
         mutable: Slots that calls change in place.
         versions: Versions of what made it.
@@ -43,7 +42,6 @@ class Files:
     library: str
     device: str
     weights_beside: bool
-    blob_bytes: int
     call: CallSpec | None
     mutable: frozenset[str] = frozenset()
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -117,9 +115,8 @@ class AOTInductorModule:
         manifest = package.Manifest(
             device=files.device,
             library=files.library,
-            files={f.name: f.stat().st_size for f in sorted(folder.iterdir())},
+            files=package.files_in(folder),
             weights_beside=files.weights_beside,
-            blob_bytes=files.blob_bytes,
             slots=tuple(self._engine.slots.values()),
             call=files.call,
             versions=dict(files.versions),
@@ -142,8 +139,7 @@ class AOTInductorModule:
         files = self.files
         runner = container.open_container(files.path / files.library, files.device)
         if files.weights_beside:
-            slots = self._engine.slots.values()
-            container.fill_with_zeros(runner, files.blob_bytes, slots)
+            container.fill_with_zeros(runner)
         engine = AOTInductorEngine(runner, files.mutable)
         engine.write_active({name: self._engine.read(name) for name in self._engine.slots})
         return AOTInductorModule(files, engine, self.attachments)

@@ -12,11 +12,14 @@ from refitkit.builtin.aotinductor.engine import AOTInductorEngine
 from refitkit.builtin.aotinductor.module import AOTInductorModule, Files
 from refitkit.builtin.aotinductor.package import Folder, Manifest
 from refitkit.errors import NotRefittableError, Problem, UnsupportedTargetError
+from refitkit.program.dtypes import dtype_name
 from refitkit.recipe import Archive, ArchiveError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
+
+    from refitkit.model import Slot
 
 _ZIP_MAGIC = b"PK"
 
@@ -88,18 +91,17 @@ def _open_ours(archive: Archive, path: Path) -> AOTInductorModule:
     archive.extract(package.WEIGHTS, weights)
     attachments = package.read_attachments(archive, manifest)
     runner = container.open_container(folder.path / manifest.library, manifest.device)
-    _check_names(runner, manifest, path)
     if manifest.weights_beside:
-        container.fill_with_zeros(runner, manifest.blob_bytes, manifest.slots)
+        container.fill_with_zeros(runner)
     mutable = frozenset(slot.name for slot in manifest.slots if slot.mutable)
     engine = AOTInductorEngine(runner, mutable)
+    _check_slots(engine, manifest, path)
     _fill(engine, weights, path)
     files = Files(
         folder=folder,
         library=manifest.library,
         device=manifest.device,
         weights_beside=manifest.weights_beside,
-        blob_bytes=manifest.blob_bytes,
         call=manifest.call,
         mutable=mutable,
         versions=manifest.versions,
@@ -108,15 +110,23 @@ def _open_ours(archive: Archive, path: Path) -> AOTInductorModule:
     return AOTInductorModule(files, engine, attachments)
 
 
-def _check_names(runner: Any, manifest: Manifest, path: Path) -> None:
-    """Check that the library is the manifest's, before it is given any weights."""
-    found = set(runner.get_constant_names_to_original_fqns().values())
-    wanted = {slot.name for slot in manifest.slots}
-    if found != wanted:
-        problems = [Problem(name, "not in the library") for name in sorted(wanted - found)]
-        problems += [Problem(name, "not in the manifest") for name in sorted(found - wanted)]
+def _check_slots(engine: AOTInductorEngine, manifest: Manifest, path: Path) -> None:
+    """Check that the library's slots are the manifest's."""
+    found, wanted = dict(engine.slots), {slot.name: slot for slot in manifest.slots}
+    problems = [Problem(name, "not in the library") for name in sorted(wanted.keys() - found)]
+    problems += [Problem(name, "not in the manifest") for name in sorted(found.keys() - wanted)]
+    problems += [
+        Problem(name, "differs", _text(found[name]), _text(wanted[name]))
+        for name in sorted(found.keys() & wanted)
+        if _text(found[name]) != _text(wanted[name])
+    ]
+    if problems:
         message = f"{str(path)!r} holds a library and a manifest of different models."
         raise UnsupportedTargetError(message, problems=problems)
+
+
+def _text(slot: Slot) -> str:
+    return f"{slot.dtype} {slot.shape}"
 
 
 def _fill(engine: AOTInductorEngine, weights: Path, path: Path) -> None:
@@ -140,9 +150,10 @@ def _misfits(engine: AOTInductorEngine, file: Any, names: set[str]) -> Iterator[
         if name not in engine.slots:
             yield Problem(name, "no such slot")
             continue
-        shape, slot = tuple(file.get_slice(name).get_shape()), engine.slots[name]
-        if shape != slot.shape:
-            yield Problem(name, "shape", str(shape), str(slot.shape))
+        value = file.get_tensor(name)  # mapped, not read
+        found = f"{dtype_name(value.dtype)} {tuple(value.shape)}"
+        if found != _text(engine.slots[name]):
+            yield Problem(name, "value", found, _text(engine.slots[name]))
 
 
 def _open_torchs(archive: Archive, path: Path) -> AOTInductorModule:
@@ -153,7 +164,6 @@ def _open_torchs(archive: Archive, path: Path) -> AOTInductorModule:
     device = json.loads(metadata.read_text())["AOTI_DEVICE_KEY"] if metadata else "cpu"
     blob = next(folder.path.glob("*_weights.blob"), None)
     runner = container.open_container(library, device)
-    blob_bytes = blob.stat().st_size if blob else 0
     if blob is not None:
         container.fill_from_foreign_blob(runner, blob)
         blob.unlink()
@@ -169,7 +179,6 @@ def _open_torchs(archive: Archive, path: Path) -> AOTInductorModule:
         library=library.name,
         device=device,
         weights_beside=blob is not None,
-        blob_bytes=blob_bytes,
         call=None,
     )
     return AOTInductorModule(files, AOTInductorEngine(runner), {})

@@ -14,11 +14,12 @@ The shared library is code: opening the file runs it. Nothing else in it is exec
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 import weakref
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Annotated, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 from pydantic import Field, ValidationError
 
@@ -26,6 +27,7 @@ from refitkit.builtin.aotinductor.inputs import CallSpec
 from refitkit.errors import UnsupportedTargetError
 from refitkit.model import Slot
 from refitkit.model.base import Frozen
+from refitkit.model.slot import Dim
 from refitkit.recipe import Archive, ArchiveError, write_archive
 
 if TYPE_CHECKING:
@@ -39,6 +41,18 @@ _TEXT_LIMIT = 1 << 28
 _TORCH_CODE = "/data/aotinductor/model/"
 
 
+class FileRef(Frozen):
+    """One of an engine's files.
+
+    Attributes:
+        size: In bytes.
+        sha256: Of its content.
+    """
+
+    size: Dim
+    sha256: str
+
+
 class Manifest(Frozen):
     """What a saved module is.
 
@@ -47,10 +61,9 @@ class Manifest(Frozen):
         backend: Always ``aotinductor``.
         device: Kind of device that it was compiled for.
         library: Name of the shared library among the engine's files.
-        files: Names and sizes in bytes of the engine's files.
+        files: The engine's files by name.
         weights_beside: Whether the library expects its weights from outside. A library that holds
             the weights of its compilation gets those of the file written over them.
-        blob_bytes: Size of the blob that the library expects.
         slots: All slots.
         call: What inputs it takes and outputs it gives; None where nobody knows.
         versions: Versions of what made it.
@@ -62,9 +75,8 @@ class Manifest(Frozen):
     backend: Literal["aotinductor"] = "aotinductor"
     device: str
     library: str
-    files: dict[str, Annotated[int, Field(ge=0)]]
+    files: dict[str, FileRef]
     weights_beside: bool
-    blob_bytes: Annotated[int, Field(ge=0)] = 0
     slots: tuple[Slot, ...]
     call: CallSpec | None
     versions: dict[str, str] = Field(default_factory=dict)
@@ -113,8 +125,8 @@ def read_manifest(archive: Archive, path: Path) -> Manifest:
 
 
 def _check_members(archive: Archive, manifest: Manifest) -> None:
-    for name, size in manifest.files.items():
-        if not _is_plain(name) or archive.size(CODE + name) != size:
+    for name, file in manifest.files.items():
+        if not _is_plain(name) or archive.size(CODE + name) != file.size:
             raise ArchiveError(f"member {name!r} is not the one in the manifest")
     if manifest.library not in manifest.files:
         raise ArchiveError("its shared library is not among its files")
@@ -128,9 +140,29 @@ def broken(path: Path, why: object) -> UnsupportedTargetError:
 
 
 def extract_code(archive: Archive, manifest: Manifest, folder: Path) -> None:
-    """Unpack the engine's files into a folder, under the names of the manifest."""
-    for name in manifest.files:
+    """Unpack the engine's files into a folder, under the names of the manifest.
+
+    Raises:
+        ArchiveError: A file is damaged, or not the one that was saved.
+    """
+    for name, file in manifest.files.items():
         archive.extract(CODE + name, folder / name)
+        if digest_of(folder / name) != file.sha256:
+            raise ArchiveError(f"member {name!r} is not the one in the manifest")
+
+
+def files_in(folder: Path) -> dict[str, FileRef]:
+    """All files of a folder, as a manifest lists them."""
+    return {
+        file.name: FileRef(size=file.stat().st_size, sha256=digest_of(file))
+        for file in sorted(folder.iterdir())
+    }
+
+
+def digest_of(file: Path) -> str:
+    """sha256 of a file's content."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def extract_torchs(archive: Archive, folder: Path) -> None:
