@@ -26,11 +26,12 @@ meant for answers after the error bit for bit as before.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 SHOWN_PROBLEMS = 40
 """So many problems are spelled out in a message; ``problems`` always holds all of them."""
@@ -178,3 +179,24 @@ class ModuleLostError(RefitError):
 
 class PluginError(RefitError):
     """A plugin is broken; the message names it and how to switch it off."""
+
+
+@contextmanager
+def raised_as(kind: type[RefitError], what: str, *, hint: str = "") -> Iterator[None]:
+    """Turn exceptions that nobody meant into a typed error.
+
+    Args:
+        kind: The error to raise.
+        what: What was going on, and whose doing it is; the exception's own text follows.
+        hint: What to do next.
+
+    Raises:
+        RefitError: As it was raised inside, or of this kind, caused by what was raised inside.
+            What is no ``Exception`` (an interrupt) goes through as it is.
+    """
+    try:
+        yield
+    except RefitError:
+        raise
+    except Exception as exc:
+        raise kind(f"{what}: {type(exc).__name__}: {exc}", hint=hint) from exc

@@ -6,7 +6,6 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
@@ -15,10 +14,11 @@ import pluggy
 
 from refitkit import hookspecs
 from refitkit.config import Config
-from refitkit.errors import PluginError, RefitError
+from refitkit.errors import PluginError, raised_as
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
     from refitkit.model import Event
 
@@ -251,17 +251,9 @@ def _blaming(
     return blamed_wrapper if around else blamed
 
 
-@contextmanager
-def _blame(plugin: str, hook: str) -> Iterator[None]:
-    try:
-        yield
-    except RefitError:
-        raise
-    except Exception as exc:
-        raise PluginError(
-            f"The plugin {plugin!r} failed in {hook}: {type(exc).__name__}: {exc}",
-            hint=f"Report it to its authors; to go on without it: --no-plugin {plugin}.",
-        ) from exc
+def _blame(plugin: str, hook: str) -> AbstractContextManager[None]:
+    hint = f"Report it to its authors; to go on without it: --no-plugin {plugin}."
+    return raised_as(PluginError, f"The plugin {plugin!r} failed in {hook}", hint=hint)
 
 
 def _lacks_mark(manager: pluggy.PluginManager, plugin: object, attribute: str) -> bool:

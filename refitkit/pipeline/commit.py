@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from refitkit.errors import EngineError, ModuleLostError, RefitError
+from refitkit.errors import EngineError, ModuleLostError, raised_as
 from refitkit.pipeline.gate import lost_error
-from refitkit.pipeline.stage import discard
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
     from refitkit.pipeline.gate import Gate
+    from refitkit.pipeline.stage import Staged
     from refitkit.protocols import OpenedModule, StagedRefit
 
 
@@ -27,7 +27,7 @@ class Transaction:
         self,
         module: OpenedModule,
         gate: Gate,
-        staged: list[tuple[str, StagedRefit]],
+        staged: Staged,
         *,
         on_rollback: Callable[[], None],
     ) -> None:
@@ -36,7 +36,7 @@ class Transaction:
         Args:
             module: The opened module.
             gate: Its gate.
-            staged: What ``stage`` gave.
+            staged: What is staged.
             on_rollback: Called when old weights are back after new ones were live, while calls
                 still wait; if it raises, the module is lost.
         """
@@ -58,7 +58,8 @@ class Transaction:
         """
         with self._gate.alone():
             try:
-                self._module.drain()
+                with raised_as(EngineError, "Pending work of the module failed"):
+                    self._module.drain()
                 with timed:
                     self._commit()
                 judge()
@@ -67,19 +68,13 @@ class Transaction:
                 raise
 
     def _commit(self) -> None:
-        for name, one in self._staged:
+        for name, one in self._staged.take():
             self._touched.append((name, one))
-            try:
+            with raised_as(EngineError, f"The engine {name!r} failed to commit"):
                 one.commit()
-            except RefitError:
-                raise
-            except Exception as exc:
-                message = f"The engine {name!r} failed to commit: {type(exc).__name__}: {exc}"
-                raise EngineError(message) from exc
 
     def _back(self, cause: BaseException) -> None:
         """Bring all old weights back, or poison the module."""
-        discard(self._staged[len(self._touched) :])
         failure: BaseException | None = None
         for _, one in reversed(self._touched):
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -16,13 +17,13 @@ class Gate:
     """Calls go through side by side; from commit to verdict they wait outside.
 
     A thread that holds the gate alone passes through it freely, so that verifiers and hooks can
-    call the module. A poisoned gate lets nobody through.
+    call the module; so does a call from inside a call. A poisoned gate lets nobody through.
     """
 
     def __init__(self) -> None:
         """Open, and well."""
         self._changed = threading.Condition()
-        self._calls = 0
+        self._calls: Counter[int] = Counter()  # by thread
         self._owner: int | None = None
         self._refitting = threading.Lock()
         self._refitting_thread: int | None = None
@@ -48,34 +49,41 @@ class Gate:
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Go through as one of many calls; waits while somebody has the gate alone."""
+        """Go through as one of many calls; waits while another thread has the gate alone.
+
+        Raises:
+            ModuleLostError: The module is lost.
+        """
         me = threading.get_ident()
         if self._owner == me:
             yield
             return
         with self._changed:
-            self._changed.wait_for(lambda: self._owner is None)
+            self._changed.wait_for(lambda: self._owner is None or self._calls[me])
             self.check()
-            self._calls += 1
+            self._calls[me] += 1
         try:
             yield
         finally:
             with self._changed:
-                self._calls -= 1
+                self._calls[me] -= 1
+                if not self._calls[me]:
+                    del self._calls[me]
                 self._changed.notify_all()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Have the gate alone: new calls wait, running ones are waited for."""
+        me = threading.get_ident()
         try:
             with self._changed:
                 self._changed.wait_for(lambda: self._owner is None)
-                self._owner = threading.get_ident()
-                self._changed.wait_for(lambda: self._calls == 0)
+                self._owner = me
+                self._changed.wait_for(lambda: not self._calls)
             yield
         finally:
             with self._changed:
-                if self._owner == threading.get_ident():
+                if self._owner == me:
                     self._owner = None
                 self._changed.notify_all()
 
@@ -84,14 +92,15 @@ class Gate:
         """Be the one refit of the module; another thread's waits, one's own is an error.
 
         Raises:
-            RefitInProgressError: This thread is inside a refit of this module.
+            RefitInProgressError: This thread is inside a refit or a call of this module.
             ModuleLostError: The module is lost.
         """
         me = threading.get_ident()
-        if self._refitting_thread == me:
+        if self._refitting_thread == me or me in self._calls:
+            inside = "a refit" if self._refitting_thread == me else "a call"
             raise RefitInProgressError(
-                "A refit of this module was started from inside a refit of it.",
-                hint="Plugins must not refit the module whose refit they take part in.",
+                f"A refit of this module was started from inside {inside} of it.",
+                hint="Refit it from outside: what takes part in a call or a refit must not.",
             )
         with self._refitting:
             self.check()

@@ -55,11 +55,18 @@ def open_weights(host: Host, weights: object, config: Config) -> WeightSource:
 
 def _as_path(thing: Any) -> Any:
     """A string that names a file, as a path. Others are left as they are: a plugin's own names."""
-    return Path(thing) if isinstance(thing, str) and Path(thing).exists() else thing
+    return Path(thing) if isinstance(thing, str) and _exists(thing) else thing
 
 
 def _is_missing_file(thing: object) -> bool:
-    return isinstance(thing, str | Path) and not Path(thing).exists()
+    return isinstance(thing, str | Path) and not _exists(thing)
+
+
+def _exists(name: str | Path) -> bool:
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):  # too long a name, or one that no file can have
+        return False
 
 
 def _shown(thing: object) -> str:

@@ -5,14 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from refitkit.errors import ConfigError, PluginError, Problem, UnmappedSlotError
+from refitkit.errors import ConfigError, PluginError, Problem, UnmappedSlotError, raised_as
 from refitkit.model import LedgerRow, ReportRow, SlotState
 from refitkit.protocols import MapRequest
 
 if TYPE_CHECKING:
     from refitkit.config import Config
     from refitkit.host import Host
-    from refitkit.protocols import MappingStrategy, OpenedModule, Plan, SlotValue, WeightSource
+    from refitkit.protocols import (
+        Mapped,
+        MappingStrategy,
+        OpenedModule,
+        Plan,
+        SlotValue,
+        WeightSource,
+    )
 
 
 @dataclass
@@ -36,6 +43,13 @@ class Mapping:
             for row in self.plan.data.ledger
             if row.slot.key not in self.values and row.state is not SlotState.FROZEN
         ]
+
+    def keep_pinned(self) -> None:
+        """Drop values that come from the plan and not from the source.
+
+        A partial refit changes what the source has; everything else stays as it is live.
+        """
+        self.values = {key: value for key, value in self.values.items() if value.sources}
 
     def rows(self) -> tuple[ReportRow, ...]:
         """One row of the report for every slot."""
@@ -63,8 +77,9 @@ def map_slots(
         wanted = tuple(mapping.unserved())
         if not wanted:
             break
-        answer = strategy.map(MapRequest(plan, module, source, wanted))
-        _check_answer(strategy, answer.values.keys(), {row.slot.key for row in wanted})
+        with raised_as(PluginError, f"The strategy {strategy.name!r} failed"):
+            answer = strategy.map(MapRequest(plan, module, source, wanted))
+        _check_answer(strategy, answer, {row.slot.key for row in wanted})
         mapping.values.update(answer.values)
         for key, reason in answer.declined.items():
             mapping.reasons.setdefault(key, []).append(f"{strategy.name}: {reason}")
@@ -106,8 +121,10 @@ def _in_order(host: Host, config: Config) -> list[MappingStrategy]:
     return [offered[name] for name in config.strategies]
 
 
-def _check_answer(strategy: MappingStrategy, given: object, wanted: set[tuple[str, str]]) -> None:
-    foreign = set(given) - wanted  # type: ignore[call-overload]
-    if foreign:
-        names = ", ".join("/".join(key) for key in sorted(foreign))
-        raise PluginError(f"The strategy {strategy.name!r} gave values nobody asked for: {names}.")
+def _check_answer(strategy: MappingStrategy, answer: Mapped, wanted: set[tuple[str, str]]) -> None:
+    foreign = answer.values.keys() - wanted
+    mixed = {key for key, value in answer.values.items() if value.slot.key != key}
+    if foreign or mixed:
+        names = ", ".join("/".join(key) for key in sorted(foreign | mixed))
+        what = "nobody asked for" if foreign else "under the names of other slots"
+        raise PluginError(f"The strategy {strategy.name!r} gave values {what}: {names}.")

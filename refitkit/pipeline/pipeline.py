@@ -314,7 +314,7 @@ class Pipeline:
             self.config.tolerances,
         )
         with compiled.gate.refit(), compiled.gate.alone():
-            result: VerificationResult = verifier.prepare(request)(compiled.opened)
+            result: VerificationResult = verify.prepared(verifier, request)(compiled.opened)
         if not result.ok:
             message = f"The module does not hold {source.description}."
             raise VerificationError(message, problems=verify.problems_of(result), report=result)

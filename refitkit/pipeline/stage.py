@@ -5,45 +5,68 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from refitkit.errors import EngineError, RefitError
+from refitkit.errors import EngineError, raised_as
 from refitkit.protocols import SupportsPartial
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
+    from refitkit.model import EngineMemory
     from refitkit.protocols import Engine, OpenedModule, SlotValue, StagedRefit
 
 
-def stage(
-    module: OpenedModule, values: Mapping[tuple[str, str], SlotValue], *, partial: bool
-) -> list[tuple[str, StagedRefit]]:
-    """Stage all engines that have something to stage; on a failure none stays staged.
+class Staged:
+    """All engines of a module that have something staged.
 
-    Raises:
-        EngineError: An engine failed; the live weights are untouched.
+    Each of them is either handed out by ``take``, to be committed, or forgotten by ``discard``.
     """
-    by_engine: dict[str, list[SlotValue]] = defaultdict(list)
-    for (engine, _), value in values.items():
-        by_engine[engine].append(value)
-    staged: list[tuple[str, StagedRefit]] = []
-    try:
+
+    def __init__(self, module: OpenedModule) -> None:
+        """Start with nothing staged."""
+        self._module = module
+        self._waiting: list[tuple[str, StagedRefit]] = []
+
+    def fill(self, values: Mapping[tuple[str, str], SlotValue], *, partial: bool) -> None:
+        """Stage all engines that there are values for.
+
+        Raises:
+            EngineError: One failed; names it.
+        """
+        by_engine: dict[str, list[SlotValue]] = defaultdict(list)
+        for (engine, _), value in values.items():
+            by_engine[engine].append(value)
         for name, some in by_engine.items():
-            staged.append((name, _stage(module.engines[name], some, partial=partial)))
-    except BaseException as exc:
-        discard(staged)
-        if isinstance(exc, RefitError) or not isinstance(exc, Exception):
-            raise
-        raise EngineError(f"Staging failed: {type(exc).__name__}: {exc}") from exc
-    return staged
+            with raised_as(EngineError, f"The engine {name!r} failed to stage"):
+                staged = _stage(self._module.engines[name], some, partial=partial)
+            self._waiting.append((name, staged))
 
+    def changed(self) -> bool | None:
+        """Whether any engine would change; None where one cannot tell and no other would."""
+        answers: list[bool | None] = []
+        for name, staged in self._waiting:
+            with raised_as(EngineError, f"The engine {name!r} failed to compare"):
+                answers.append(staged.changed())
+        if any(answers):
+            return True
+        return None if None in answers else False
 
-def discard(staged: list[tuple[str, StagedRefit]]) -> None:
-    """Forget what is staged. The live weights were never touched, so failures do not matter."""
-    for _, one in staged:
-        try:
-            one.discard()
-        except Exception:  # noqa: BLE001, S112 - what is staged is not in use
-            continue
+    def memory(self) -> tuple[EngineMemory, ...]:
+        """What the way back costs each engine of the module."""
+        with raised_as(EngineError, "An engine failed to tell its memory"):
+            return tuple(engine.memory for engine in self._module.engines.values())
+
+    def take(self) -> Iterator[tuple[str, StagedRefit]]:
+        """Hand out one after another; what was handed out is no longer discarded here."""
+        while self._waiting:
+            yield self._waiting.pop(0)
+
+    def discard(self) -> None:
+        """Forget what is still here. Live weights were never touched, so failures do not matter."""
+        for _, staged in self.take():
+            try:
+                staged.discard()
+            except BaseException:  # noqa: BLE001, S112 - the others must be tried, interrupted too
+                continue
 
 
 def _stage(engine: Engine, values: list[SlotValue], *, partial: bool) -> StagedRefit:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from refitkit.errors import ConfigError, Problem
+from refitkit.errors import ConfigError, PluginError, Problem, raised_as
 from refitkit.protocols import SupportsReadback
 
 if TYPE_CHECKING:
     from refitkit.host import Host
     from refitkit.model import VerificationResult
-    from refitkit.protocols import OpenedModule, Verifier
+    from refitkit.protocols import OpenedModule, Verifier, VerifyRequest
 
 NONE = "none"
-UNVERIFIED = "nothing was verified after the commit: only staging was checked"
 
 
 def choose(
@@ -38,6 +37,25 @@ def choose(
         readable = all(isinstance(e, SupportsReadback) for e in module.engines.values())
         wanted = "outputs" if with_inputs else "weights" if readable else NONE
     return offered.get(wanted)
+
+
+def prepared(
+    verifier: Verifier, request: VerifyRequest
+) -> Callable[[OpenedModule], VerificationResult]:
+    """What will judge the module; everything else is done before anything is written.
+
+    Raises:
+        RefitError: The verifier cannot judge this refit.
+        PluginError: It failed, now or when it judges; names it.
+    """
+    with raised_as(PluginError, f"The verifier {verifier.name!r} failed to prepare"):
+        judge = verifier.prepare(request)
+
+    def judging(module: OpenedModule) -> VerificationResult:
+        with raised_as(PluginError, f"The verifier {verifier.name!r} failed"):
+            return judge(module)
+
+    return judging
 
 
 def as_inputs(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:

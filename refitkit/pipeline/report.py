@@ -1,0 +1,58 @@
+"""What is known of a refit while it runs, and the report made of it.
+
+Everything is collected before the commit, so that making a report later calls no engine, no plugin
+and no source, and cannot fail.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from refitkit.model import RefitReport
+
+if TYPE_CHECKING:
+    from refitkit.model import EngineMemory, VerificationResult
+    from refitkit.pipeline.clock import Clock
+    from refitkit.pipeline.mapping import Mapping
+
+UNVERIFIED = "nothing was verified after the commit: only staging was checked"
+UNCHANGED = "the new weights are bit for bit those that the module held: nothing changed"
+
+
+@dataclass
+class Findings:
+    """What is known so far; see ``RefitReport`` for the meanings."""
+
+    backend: str
+    before: int
+    partial: bool
+    clock: Clock
+    source: str = ""
+    mapping: Mapping | None = None
+    changed: bool | None = None
+    memory: tuple[EngineMemory, ...] = ()
+    verification: VerificationResult | None = None
+
+    def report(self, outcome: Literal["committed", "rolled-back"]) -> RefitReport:
+        """A report of what is known so far."""
+        values = list(self.mapping.values.values()) if self.mapping else []
+        return RefitReport(
+            outcome=outcome,
+            backend=self.backend,
+            source=self.source,
+            version=self.before + (outcome == "committed"),
+            partial=self.partial,
+            changed=self.changed,
+            slots_written=len(values),
+            bytes_written=sum(value.slot.nbytes for value in values),
+            stages=self.clock.stages,
+            memory=self.memory,
+            ledger=self.mapping.rows() if self.mapping else (),
+            verification=self.verification,
+            notes=self._notes(),
+        )
+
+    def _notes(self) -> tuple[str, ...]:
+        unchanged = (UNCHANGED,) if self.changed is False else ()
+        return unchanged if self.verification else (*unchanged, UNVERIFIED)

@@ -1,0 +1,94 @@
+"""Which inputs of a graph its ops write to, directly, through views, or inside submodules.
+
+``torch.export`` leaves in-place ops as they were written, and puts regions such as
+``torch.no_grad()`` into submodules; a decomposed program lists what it writes back in its
+signature. Where an exact answer would need more than schemas, the answer errs towards "written":
+that costs a copy, the other error would change a caller's tensors.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch.export import ExportedProgram
+
+
+def mutated_placeholders(program: ExportedProgram) -> set[str]:
+    """Names of the placeholders of a program that it changes in place."""
+    signature = program.graph_signature
+    by_target = {spec.target: spec.arg.name for spec in signature.input_specs if spec.target}
+    listed = [
+        *signature.buffers_to_mutate.values(),
+        *getattr(signature, "parameters_to_mutate", {}).values(),
+    ]
+    return {by_target[fqn] for fqn in listed} | _written(program.graph_module)
+
+
+def submodules_of(node: torch.fx.Node) -> list[torch.fx.GraphModule]:
+    """Graphs that a node calls: the branches of a condition, the body of a region."""
+    owner = node.graph.owning_module
+    found = (
+        getattr(owner, str(argument.target), None)
+        for argument in node.all_input_nodes
+        if argument.op == "get_attr"
+    )
+    return [module for module in found if isinstance(module, torch.fx.GraphModule)]
+
+
+def _written(module: torch.fx.GraphModule) -> set[str]:
+    found: set[str] = set()
+    for node in module.graph.nodes:
+        for argument in _written_arguments(node):
+            found |= _roots(argument)
+    return found
+
+
+def _written_arguments(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
+    for argument, value in _arguments(node):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            values = value if isinstance(value, list | tuple) else [value]
+            yield from (v for v in values if isinstance(v, torch.fx.Node))
+    if any(_written(module) for module in submodules_of(node)):
+        yield from node.all_input_nodes
+
+
+def _arguments(node: torch.fx.Node) -> Iterator[tuple[Any, Any]]:
+    """(schema argument, value) of a call of an op."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None:
+        return
+    for position, argument in enumerate(schema.arguments):
+        if position < len(node.args):
+            yield argument, node.args[position]
+        elif argument.name in node.kwargs:
+            yield argument, node.kwargs[argument.name]
+
+
+def _aliased(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
+    """Nodes whose memory the result of a node may share."""
+    if node.target is operator.getitem or submodules_of(node):
+        yield from node.all_input_nodes
+    for argument, value in _arguments(node):
+        if argument.alias_info is not None and isinstance(value, torch.fx.Node):
+            yield value
+
+
+def _roots(node: torch.fx.Node) -> set[str]:
+    """Placeholders whose memory a node may share."""
+    found: set[str] = set()
+    stack, seen = [node], set[torch.fx.Node]()
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op == "placeholder":
+            found.add(current.name)
+        stack += _aliased(current)
+    return found
