@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import struct
 import zipfile
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Self
@@ -21,6 +22,17 @@ if TYPE_CHECKING:
 
 _FIXED_DATE = (1980, 1, 1, 0, 0, 0)  # the same content gives the same bytes
 _CHUNK = 1 << 22
+_UNREADABLE = (
+    OSError,
+    zipfile.BadZipFile,
+    NotImplementedError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    OverflowError,
+    struct.error,
+)
+"""What ``zipfile`` raises for files that are no archives, or damaged ones."""
 
 
 class ArchiveError(Exception):
@@ -38,7 +50,7 @@ class Archive:
         """
         try:
             self._zip = zipfile.ZipFile(file)
-        except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as exc:
+        except _UNREADABLE as exc:
             raise ArchiveError(f"not a readable archive: {exc}") from exc
         self._members = {info.filename: info for info in self._zip.infolist()}
         if len(self._members) != len(self._zip.infolist()):
@@ -79,7 +91,7 @@ class Archive:
             raise ArchiveError(f"member {name!r} has {info.file_size} bytes, at most {limit} fit")
         try:
             return self._zip.read(info)
-        except (OSError, zipfile.BadZipFile, EOFError, ValueError, RuntimeError) as exc:
+        except _UNREADABLE as exc:
             raise ArchiveError(f"member {name!r} is damaged: {exc}") from exc
 
     def extract(self, name: str, to: Path) -> None:
@@ -92,7 +104,7 @@ class Archive:
         try:
             with self._zip.open(info) as source, to.open("wb") as target:
                 shutil.copyfileobj(source, target, _CHUNK)
-        except (OSError, zipfile.BadZipFile, EOFError, ValueError, RuntimeError) as exc:
+        except _UNREADABLE as exc:
             raise ArchiveError(f"member {name!r} is damaged: {exc}") from exc
 
     def _member(self, name: str) -> zipfile.ZipInfo:

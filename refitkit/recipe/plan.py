@@ -6,7 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from refitkit.errors import PlanMismatchError, Problem, SourceError, UnmappedSlotError
+from refitkit.errors import (
+    PlanMismatchError,
+    Problem,
+    SourceError,
+    UnmappedSlotError,
+    WeightMismatchError,
+)
 from refitkit.model import LedgerRow, PinnedRef, PlanData, Slot, SlotState, SourceRef
 from refitkit.protocols import SlotValue, WeightSource
 from refitkit.recipe import store
@@ -67,6 +73,8 @@ class RefitPlan:
 
     def value_of(self, row: LedgerRow, source: WeightSource) -> SlotValue | str:
         """The value of one row from a source, not yet computed; or why there is none."""
+        if row.state in {SlotState.UNMAPPED, SlotState.FROZEN}:
+            return row.reason or f"its state is {row.state}"
         for fqn in self._candidates(row):
             if fqn in source.names():
                 load = _Load(source, fqn)
@@ -74,9 +82,7 @@ class RefitPlan:
         if isinstance(row.value, PinnedRef):
             tensor = self._pinned[row.value.name]
             return SlotValue(row.slot, STRATEGY, (), lambda: tensor, identity=True)
-        if row.state is SlotState.RECIPE:
-            return f"the source has no {' or '.join(map(repr, row.sources))}"
-        return row.reason or f"its state is {row.state}"
+        return f"the source has no {' or '.join(map(repr, row.sources))}"
 
     def iter_slots(self, weights: Any) -> Iterator[tuple[Slot, torch.Tensor]]:
         """Values of all slots but the frozen ones, one after another.
@@ -93,6 +99,7 @@ class RefitPlan:
         Raises:
             SourceError: The weights cannot be read.
             UnmappedSlotError: Slots have no value; lists all of them, before the first is given.
+            WeightMismatchError: Values do not fit their slots; lists all of them, likewise.
         """
         source = self._open(weights)
         rows = [row for row in self.ledger if row.state is not SlotState.FROZEN]
@@ -104,9 +111,13 @@ class RefitPlan:
             raise UnmappedSlotError(
                 f"{source.description} does not fill all slots.", problems=problems
             )
-        for row, value in values:
-            if isinstance(value, SlotValue):
-                yield row.slot, value.load()
+        wanted = [value for _, value in values if isinstance(value, SlotValue)]
+        misfits = list(_misfits(wanted, source))
+        if misfits:
+            message = f"{source.description} does not fit the plan."
+            raise WeightMismatchError(message, problems=misfits)
+        for value in wanted:
+            yield value.slot, value.load()
 
     def materialize(self, weights: Any) -> dict[str, dict[str, torch.Tensor]]:
         """All values at once: ``{engine: {slot: tensor}}``; see ``iter_slots``."""
@@ -212,6 +223,17 @@ class _Load:
 
     def __call__(self) -> torch.Tensor:
         return self._source.get(self._fqn)
+
+
+def _misfits(values: list[SlotValue], source: WeightSource) -> Iterator[Problem]:
+    for value in values:
+        slot = value.slot
+        for info in map(source.info, value.sources):
+            found = f"{info.dtype} {info.shape}"
+            if info.unusable:
+                yield Problem(slot.name, "unusable", info.unusable)
+            elif (info.dtype, info.shape) != (slot.dtype, slot.shape or info.shape):
+                yield Problem(slot.name, "value", found, f"{slot.dtype} {slot.shape}")
 
 
 def _short(slot: Slot) -> str:

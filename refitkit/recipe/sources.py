@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
+from refitkit.errors import SourceError
 from refitkit.model import TensorInfo
 from refitkit.program.dtypes import dtype_name
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_EXTRA_STATE = "_extra_state"  # torch.nn.Module.get_extra_state: anything, under this name
 
 
 def unusable_reason(value: Any) -> str:
@@ -22,38 +25,46 @@ def unusable_reason(value: Any) -> str:
     """
     if not isinstance(value, torch.Tensor):
         return f"a {type(value).__name__}, not a tensor"
+    if value.is_nested or type(value) not in _PLAIN:
+        return f"a tensor of the kind {type(value).__name__}; pass plain tensors"
     if value.layout is not torch.strided:
-        return f"layout {dtype_name_of_layout(value.layout)}; pass value.to_dense()"
+        return f"layout {str(value.layout).removeprefix('torch.')}; pass value.to_dense()"
     if value.is_quantized:
         return "a quantized tensor; pass value.dequantize() or use a plugin that maps it"
+    return _lost_data(value)
+
+
+def _lost_data(value: torch.Tensor) -> str:
     if value.is_meta:
         return "a meta tensor without data; load the checkpoint first"
-    if type(value) not in _PLAIN:
-        return f"a tensor subclass {type(value).__name__}; pass plain tensors"
+    if value.untyped_storage().nbytes() < _extent(value):
+        return "a tensor whose memory was freed; gather or unshard it first"
     return ""
 
 
-def dtype_name_of_layout(layout: torch.layout) -> str:
-    """``sparse_coo`` for ``torch.sparse_coo``."""
-    return str(layout).removeprefix("torch.")
+def _extent(value: torch.Tensor) -> int:
+    """Bytes that a tensor's memory must have for its last element to lie inside."""
+    if not value.numel():
+        return 0
+    last = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+    return int((value.storage_offset() + last + 1) * value.itemsize)
 
 
 def describe_tensor(value: Any, *, persistent: bool = True) -> TensorInfo:
     """What a source says of a value that it holds in memory."""
-    if not isinstance(value, torch.Tensor):
-        return TensorInfo(
-            dtype="", shape=(), persistent=persistent, unusable=unusable_reason(value)
-        )
+    unusable = unusable_reason(value)
+    if not isinstance(value, torch.Tensor) or value.is_nested or is_lazy(value):
+        return TensorInfo(dtype="", shape=(), persistent=persistent, unusable=unusable)
     return TensorInfo(
         dtype=dtype_name(value.dtype),
         shape=tuple(value.shape),
         persistent=persistent,
-        unusable=unusable_reason(value),
+        unusable=unusable,
     )
 
 
 class TensorMap:
-    """A mapping from FQN to tensor as a weight source."""
+    """A mapping from FQN to tensor as a weight source; values are looked up when asked for."""
 
     def __init__(
         self,
@@ -62,7 +73,7 @@ class TensorMap:
         *,
         not_persistent: Collection[str] = (),
     ) -> None:
-        """Keep references to the tensors, no copies.
+        """Keep the mapping, no copies. Extra state of modules, which is no weight, is left out.
 
         Args:
             tensors: Values by FQN. What is not a usable tensor is told by ``info``.
@@ -71,11 +82,12 @@ class TensorMap:
         """
         self.description = description
         self._tensors = tensors
+        self._names = frozenset(n for n in tensors if n.rpartition(".")[2] != _EXTRA_STATE)
         self._not_persistent = frozenset(not_persistent)
 
     def names(self) -> Collection[str]:
         """All names."""
-        return self._tensors.keys()
+        return self._names
 
     def info(self, fqn: str) -> TensorInfo:
         """Dtype and shape of one tensor."""
@@ -83,5 +95,7 @@ class TensorMap:
 
     def get(self, fqn: str) -> torch.Tensor:
         """The tensor itself, without its gradient history."""
-        tensor: torch.Tensor = self._tensors[fqn]
-        return tensor.detach()
+        value = self._tensors[fqn]
+        if not isinstance(value, torch.Tensor):
+            raise SourceError(f"{self.description}: {fqn!r} is {unusable_reason(value)}.")
+        return value.detach()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,16 +28,28 @@ from refitkit.recipe.archive import Archive, ArchiveError, write_archive
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from refitkit.model import Leaf, LedgerRow, Slot
+
 MANIFEST = "manifest.json"
 PINNED = "pinned.safetensors"
 _MANIFEST_LIMIT = 1 << 28
+_ODD = (KeyError, RuntimeError, TypeError, ValueError, OverflowError)
+"""What safetensors and torch raise for headers that are well-formed and absurd."""
+_KINDS: dict[SlotState, type[SourceRef | PinnedRef]] = {
+    SlotState.RECIPE: SourceRef,
+    SlotState.PINNED: PinnedRef,
+}
 
 
 def encode(data: PlanData, pinned: Mapping[str, torch.Tensor]) -> bytes:
     """A plan as the bytes of a plan file."""
     file = io.BytesIO()
     tensors = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        name: tensor.detach()
+        .resolve_conj()
+        .resolve_neg()
+        .cpu()
+        .clone(memory_format=torch.contiguous_format)
         for name, tensor in pinned.items()
     }
     manifest = data.model_dump_json(indent=1).encode()
@@ -57,8 +70,8 @@ def decode(content: bytes, what: str) -> tuple[PlanData, dict[str, torch.Tensor]
     try:
         with Archive(io.BytesIO(content)) as archive:
             data = _manifest(archive.read(MANIFEST, _MANIFEST_LIMIT), what)
-            pinned = _tensors(archive.read(PINNED, _pinned_limit(data)))
-    except (ArchiveError, SafetensorError) as exc:
+            pinned = load_safetensors(archive.read(PINNED, _pinned_limit(data)))
+    except (ArchiveError, SafetensorError, *_ODD) as exc:
         raise PlanMismatchError(f"{what} is not a readable plan: {exc}.") from exc
     problems = [*_self_contradictions(data), *_pinned_problems(data, pinned)]
     if problems:
@@ -102,12 +115,8 @@ def _pinned_limit(data: PlanData) -> int:
     )
 
 
-def _tensors(content: bytes) -> dict[str, torch.Tensor]:
-    return load_safetensors(content)
-
-
 def _digest(tensor: torch.Tensor) -> str:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     raw = flat.view(torch.uint8).numpy().data if flat.numel() else b""
     return hashlib.sha256(raw).hexdigest()
 
@@ -125,35 +134,50 @@ def _self_contradictions(data: PlanData) -> Iterator[Problem]:
     slots = [row.slot for row in data.ledger]
     if fingerprint_of_slots(slots) != data.fingerprint.slots:
         yield Problem("fingerprint.slots", "does not match the ledger")
-    seen: set[tuple[str, str]] = set()
+    for what, names in (
+        ("slot", [f"{slot.engine}/{slot.name}" for slot in slots]),
+        ("leaf", [leaf.fqn for leaf in data.leaves]),
+    ):
+        yield from (Problem(n, f"{what} listed twice") for n, c in Counter(names).items() if c > 1)
     for slot in slots:
-        if slot.key in seen:
-            yield Problem(f"{slot.engine}/{slot.name}", "listed twice")
-        seen.add(slot.key)
         if slot.shape is not None and math.prod(slot.shape) != slot.count:
-            yield Problem(slot.name, "count", str(slot.count), str(math.prod(slot.shape)))
-    fqns = {leaf.fqn for leaf in data.leaves}
+            yield Problem(slot.name, "count", str(slot.count), str(slot.shape))
+    leaves = {leaf.fqn: leaf for leaf in data.leaves}
+    for name in sorted({name for tie in data.ties for name in tie} - leaves.keys()):
+        yield Problem(name, "tied, and no leaf of the program")
     for row in data.ledger:
-        yield from _row_contradictions(data, row.slot.name, row.state, row.value, fqns)
+        yield from _row_contradictions(data, row, leaves)
 
 
 def _row_contradictions(
-    data: PlanData,
-    name: str,
-    state: SlotState,
-    value: SourceRef | PinnedRef | None,
-    fqns: set[str],
+    data: PlanData, row: LedgerRow, leaves: Mapping[str, Leaf]
 ) -> Iterator[Problem]:
-    wanted: dict[SlotState, type | None] = {
-        SlotState.RECIPE: SourceRef,
-        SlotState.PINNED: PinnedRef,
-        SlotState.FROZEN: None,
-        SlotState.UNMAPPED: None,
-    }
-    kind = wanted[state]
+    name, value = row.slot.name, row.value
+    kind = _KINDS.get(row.state)
     if (kind is None) != (value is None) or (kind is not None and not isinstance(value, kind)):
-        yield Problem(name, "value does not fit its state", repr(value), str(state))
-    elif isinstance(value, SourceRef) and value.fqn not in fqns:
-        yield Problem(name, "unknown source", value.fqn, "a leaf of the program")
+        yield Problem(name, "value does not fit its state", repr(value), str(row.state))
+    elif isinstance(value, SourceRef) and value.fqn not in row.sources:
+        yield Problem(name, "its own source is not among its sources", value.fqn)
     elif isinstance(value, PinnedRef) and value.name not in data.pinned:
         yield Problem(name, "unknown pinned tensor", value.name)
+    elif isinstance(value, PinnedRef):
+        yield from _unlike(row.slot, data.pinned[value.name])
+    yield from _source_contradictions(row, leaves)
+
+
+def _source_contradictions(row: LedgerRow, leaves: Mapping[str, Leaf]) -> Iterator[Problem]:
+    name = row.slot.name
+    if row.value is None and row.sources:
+        yield Problem(name, "sources of a slot that has no recipe", str(row.sources))
+    for source in row.sources:
+        if source not in leaves:
+            yield Problem(name, "unknown source", source, "a leaf of the program")
+        elif row.value is not None:
+            yield from _unlike(row.slot, leaves[source])
+
+
+def _unlike(slot: Slot, other: Leaf | PinnedTensor) -> Iterator[Problem]:
+    """An identity recipe changes neither dtype nor shape."""
+    if (slot.dtype, slot.shape or other.shape) != (other.dtype, other.shape):
+        found = f"{other.dtype} {other.shape}"
+        yield Problem(slot.name, "differs from its source", found, f"{slot.dtype} {slot.shape}")

@@ -30,9 +30,9 @@ def problems(
         slot = slots[name]
         engine = module.engines[slot.engine]
         present = engine.read(slot.name) if isinstance(engine, SupportsReadback) else None
-        bad = ~torch.isfinite(value)
+        bad = ~_finite(value)
         if present is not None and present.shape == value.shape:
-            bad &= torch.isfinite(present).to(bad.device)
+            bad &= _finite(present).to(bad.device)
         count = int(bad.sum())
         if count:
             where = tuple(int(i) for i in bad.nonzero()[0])
@@ -48,9 +48,13 @@ def all_finite(value: torch.Tensor) -> bool:
     """
     if not (value.is_floating_point() or value.is_complex()) or not value.numel():
         return True
-    if value.is_complex():
-        return bool(torch.isfinite(value).all())
-    if value.dtype.itemsize == 1:  # the 8-bit floats have no aminmax
-        return bool(torch.isfinite(value.float()).all())
+    if value.is_complex() or value.dtype.itemsize == 1:
+        return bool(_finite(value).all())
     low, high = torch.aminmax(value)
     return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _finite(value: torch.Tensor) -> torch.Tensor:
+    """Where elements are finite; the 8-bit floats have neither ``isfinite`` nor ``aminmax``."""
+    wide = value.is_floating_point() and value.dtype.itemsize == 1
+    return torch.isfinite(value.float() if wide else value)

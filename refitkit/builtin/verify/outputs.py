@@ -8,17 +8,20 @@ booleans and everything that is no tensor have to be equal.
 
 from __future__ import annotations
 
+import cmath
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from refitkit.errors import ConfigError
+from refitkit.errors import ConfigError, NotRefittableError
 from refitkit.model import OutputMeasure, VerificationResult
 from refitkit.program.dtypes import dtype_name
+from refitkit.protocols import SupportsReadback
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from refitkit.protocols import OpenedModule, VerifyRequest
 
@@ -46,11 +49,11 @@ class OutputsVerifier:
                 hint="Pass inputs=(x,), or choose verify='weights' or verify='none'.",
             )
         args, kwargs = request.inputs
-        with torch.no_grad():
+        with _plain_mode():
             expected = _expected(request, _copied(args), _copied(dict(kwargs)))
 
         def judge(module: OpenedModule) -> VerificationResult:
-            with torch.no_grad():
+            with _plain_mode():
                 found = module.probe(_copied(args), _copied(dict(kwargs)))
             return compare(found, expected, request.tolerances)
 
@@ -100,9 +103,15 @@ class _Merged:
         """The new value, else the one that the module holds."""
         if fqn not in self._kept:
             return self._source.get(fqn)
-        engine, slot = self._kept[fqn]
-        tensor: torch.Tensor = self._module.engines[engine].read(slot).clone()  # type: ignore[attr-defined]
-        return tensor
+        name, slot = self._kept[fqn]
+        engine = self._module.engines[name]
+        if not isinstance(engine, SupportsReadback):
+            raise NotRefittableError(
+                f"What the slot {slot!r} holds cannot be read, so there is nothing to compare "
+                "the outputs of a partial refit with.",
+                hint="Pass reference=, or verify='none'.",
+            )
+        return engine.read(slot).clone()
 
 
 def compare(
@@ -139,6 +148,8 @@ def _measure(
         return OutputMeasure(name=name, ok=False, note=f"is {is_}, should be {wanted}")
     if not expected.numel():
         return OutputMeasure(name=name, ok=True)
+    if not expected.is_floating_point() and not expected.is_complex():
+        return _measure_integers(name, found, expected)
     kind = torch.complex128 if expected.is_complex() else torch.float64
     a, b = (t.detach().to("cpu", kind) for t in (found, expected))
     if not bool(torch.isfinite(a).all()) or not bool(torch.isfinite(b).all()):
@@ -151,13 +162,33 @@ def _measure(
     return OutputMeasure(name=name, ok=ok, max_abs_error=error, limit=limit, scale=scale, note=note)
 
 
+def _measure_integers(name: str, found: torch.Tensor, expected: torch.Tensor) -> OutputMeasure:
+    wrong = int((found.detach().cpu() != expected.detach().cpu()).sum())
+    note = f"{wrong} of {expected.numel()} elements differ" if wrong else ""
+    return OutputMeasure(name=name, ok=not wrong, note=note)
+
+
 def _measure_values(name: str, found: Any, expected: Any) -> OutputMeasure:
-    """Compare leaves of which at least one is no tensor; a 0-dim tensor stands for its number."""
-    a, b = (
-        v.item() if isinstance(v, torch.Tensor) and v.dim() == 0 else v for v in (found, expected)
-    )
-    ok = not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor) and bool(a == b)
-    return OutputMeasure(name=name, ok=ok, note="" if ok else f"is {a!r}, should be {b!r}"[:200])
+    """Compare leaves of which at least one is no tensor: they are to be the same, and finite."""
+    ok = type(found) is type(expected) and not isinstance(found, torch.Tensor)
+    ok = ok and bool(found == expected) and not _is_endless(found)
+    note = "" if ok else f"is {found!r}, should be {expected!r}"[:200]
+    return OutputMeasure(name=name, ok=ok, note=note)
+
+
+def _is_endless(value: Any) -> bool:
+    return isinstance(value, float | complex) and not cmath.isfinite(value)
+
+
+@contextmanager
+def _plain_mode() -> Iterator[None]:
+    """No gradients, and no autocast of the caller's: an engine knows neither."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def _copied(inputs: Any) -> Any:

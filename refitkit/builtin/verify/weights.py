@@ -58,7 +58,9 @@ def _measure(module: OpenedModule, value: SlotValue) -> OutputMeasure:
     wanted = value.load().to(found.device)
     if same_bits(found, wanted):
         return OutputMeasure(name=slot.name, ok=True)
-    error = (found.double() - wanted.double()).abs().max()
-    return OutputMeasure(
-        name=slot.name, ok=False, max_abs_error=float(error), note="bits differ from the source's"
-    )
+    if (found.dtype, found.shape) != (wanted.dtype, wanted.shape):
+        return OutputMeasure(name=slot.name, ok=False, note="dtype or shape is not the source's")
+    kind = torch.complex128 if found.is_complex() else torch.float64
+    error = float((found.to(kind) - wanted.to(kind)).abs().max())
+    note = "bits differ from the source's"
+    return OutputMeasure(name=slot.name, ok=False, max_abs_error=error, note=note)

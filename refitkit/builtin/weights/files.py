@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from refitkit.errors import Problem, SourceError
 from refitkit.model import TensorInfo
-from refitkit.recipe import TensorMap, unusable_reason
+from refitkit.recipe import TensorMap
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -109,12 +110,13 @@ def _torch_file(path: Path) -> TensorMap:
     problems = [
         Problem(str(name), "not a tensor", _shown(value), hint=_nested_hint(name, value))
         for name, value in state.items()
-        if not isinstance(name, str) or (_is_nested(value) and not name.endswith("_extra_state"))
+        if not isinstance(name, str)
+        or (not isinstance(value, torch.Tensor) and name.rpartition(".")[2] != "_extra_state")
     ]
     if problems:
         message = f"{what} holds more than the tensors of a state_dict."
         raise SourceError(message, problems=problems)
-    return TensorMap({k: v for k, v in state.items() if not k.endswith("_extra_state")}, what)
+    return TensorMap(state, what)
 
 
 def _read(path: Path, what: str) -> Any:
@@ -122,17 +124,15 @@ def _read(path: Path, what: str) -> Any:
     try:
         with path.open("rb") as file:
             mapped = file.read(4) == b"PK\x03\x04"  # files older than torch 1.6 cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the file's age, which is no fault
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as exc:
         first = str(exc).splitlines()[0]
         message = f"{what} holds more than tensors, and refitkit runs no code from files: {first}"
         raise SourceError(message, hint=hint) from exc
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as exc:
+    except Exception as exc:  # no code of the file runs: whatever is raised, it cannot be read
         raise SourceError(f"{what} cannot be read with torch.load: {exc}.", hint=hint) from exc
-
-
-def _is_nested(value: object) -> bool:
-    return not isinstance(value, torch.Tensor) and bool(unusable_reason(value))
 
 
 def _shown(value: object) -> str:

@@ -26,8 +26,7 @@ def from_mapping(state: Mapping[Any, Any]) -> WeightSource:
     if odd:
         problems = [Problem(repr(key), "key", type(key).__name__, "str") for key in odd]
         raise SourceError("A state_dict maps names to tensors.", problems=problems)
-    extra = {k: v for k, v in state.items() if not k.endswith("_extra_state")}
-    return TensorMap(extra, f"a state_dict of {len(state)} entries")
+    return TensorMap(state, f"a state_dict of {len(state)} entries")
 
 
 def from_object(thing: object) -> WeightSource | None:
@@ -41,11 +40,7 @@ def from_object(thing: object) -> WeightSource | None:
 
 def _from_module(module: torch.nn.Module) -> TensorMap:
     """Parameters and buffers, as they are when they are read; gradients do not matter."""
-    state = {
-        name: value
-        for name, value in module.state_dict(keep_vars=True).items()
-        if not name.endswith("_extra_state")
-    }
+    state = module.state_dict(keep_vars=True)
     buffers = dict(module.named_buffers(remove_duplicate=False))
     others = {name: value for name, value in buffers.items() if name not in state}
     return TensorMap(
