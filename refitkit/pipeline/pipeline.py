@@ -232,8 +232,8 @@ class Pipeline:
             target: A compiled module, changed in place, or anything ``load`` opens.
             weights: A state_dict, module, program, path: anything a plugin can read.
             plan: How weights become slots; the module's own if it has one.
-            inputs: Inputs for the verifier ``outputs``: a tuple of positional ones or a dict of
-                keyword ones.
+            inputs: Inputs for the verifier ``outputs``: a tuple of positional ones, a dict of
+                keyword ones, or a pair of both: ``((x,), {"mask": mask})``.
             reference: What outputs are compared with: a callable or the outputs themselves. The
                 program that the module was compiled from, bound to the new weights, where None.
             verify: Name of a verifier, or ``none``. Where None: ``outputs`` when inputs are given,

@@ -59,7 +59,10 @@ def prepared(
 
 
 def as_inputs(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
-    """Inputs as users give them: a sequence of positional ones, or a mapping of keyword ones.
+    """Inputs as users give them.
+
+    A sequence of positional ones, a mapping of keyword ones, or a pair of both:
+    ``((x,), {"mask": mask})``.
 
     Raises:
         ConfigError: Anything else.
@@ -68,12 +71,21 @@ def as_inputs(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
         return None
     if isinstance(inputs, Mapping):
         return (), inputs
+    if isinstance(inputs, tuple) and _is_pair(inputs):
+        return tuple(inputs[0]), inputs[1]
     if isinstance(inputs, Sequence) and not isinstance(inputs, str):
         return tuple(inputs), {}
     raise ConfigError(
         f"inputs= is a {type(inputs).__name__}.",
-        hint="Pass positional inputs as a tuple, inputs=(x,), or keyword inputs as a dict.",
+        hint="Pass positional inputs as a tuple, (x,), keyword inputs as a dict, or a pair of both.",
     )
+
+
+def _is_pair(inputs: tuple[Any, ...]) -> bool:
+    match inputs:
+        case (tuple(), dict() as named):
+            return all(isinstance(name, str) for name in named)
+    return False
 
 
 def problems_of(result: VerificationResult) -> list[Problem]:

@@ -121,7 +121,7 @@ class AOTInductorEngine:
         """Write some slots of the inactive buffer and bring the others up to date."""
         inactive = self._ready_inactive()
         names = [value.slot.name for value in values]
-        carried = (self._stale | self._mutable) - set(names)
+        carried = self._stale - set(names)
         self._stale |= set(names)
         with torch.no_grad():
             for value in values:
@@ -131,6 +131,19 @@ class AOTInductorEngine:
         self._stale -= carried
         self.drain()
         return StagedSwap(self, names)
+
+    def carry_mutable(self, but: Collection[str]) -> None:
+        """Bring what calls have written since staging over to the inactive buffer.
+
+        Called when no call runs any more.
+
+        Args:
+            but: Slots that have new values.
+        """
+        inactive = self._ready_inactive()
+        with torch.no_grad():
+            for name in self._mutable - set(but):
+                inactive[name].copy_(self._active[name])
 
     def _ready_inactive(self) -> dict[str, torch.Tensor]:
         """Aliases of the inactive buffer; allocated, as a copy of the active one, when needed."""
@@ -198,6 +211,7 @@ class StagedSwap:
 
     def commit(self) -> None:
         """Swap: one pointer, whatever the size of the weights."""
+        self._engine.carry_mutable(self._names)
         self._engine.drain()
         self._engine.swap()
 

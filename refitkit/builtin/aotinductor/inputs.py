@@ -8,6 +8,7 @@ other strides are copied.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from refitkit.errors import CompileError, InputMismatchError, Problem
 from refitkit.model.base import Frozen
 from refitkit.program.bits import dense_strides
 from refitkit.program.dtypes import dtype_name, dtype_of
+from refitkit.program.mutation import mutated_placeholders
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -38,6 +40,7 @@ class TensorInput(Frozen):
         shape: Sizes of all dimensions.
         order: Dimensions from the slowest to the fastest in memory, for tensors without gaps.
         strides: Strides where they are numbers; they then go before ``order``.
+        written: Whether the model changes it in place.
     """
 
     name: str
@@ -46,6 +49,7 @@ class TensorInput(Frozen):
     shape: tuple[Dim | Size, ...]
     order: tuple[Dim, ...]
     strides: tuple[Dim, ...] | None = None
+    written: bool = False
 
 
 class FixedInput(Frozen):
@@ -76,6 +80,7 @@ def spec_of(program: ExportedProgram) -> CallSpec:
         CompileError: It takes inputs of a form that an engine cannot be given safely; lists all.
     """
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    written = mutated_placeholders(program)
     inputs: list[TensorInput | FixedInput] = []
     problems: list[Problem] = []
     for spec in program.graph_signature.input_specs:
@@ -84,7 +89,7 @@ def spec_of(program: ExportedProgram) -> CallSpec:
         name = getattr(spec.arg, "name", "input")
         value = nodes[name].meta.get("val") if name in nodes else None
         if isinstance(value, torch.Tensor):
-            given = _tensor_input(name, value)
+            given = _tensor_input(name, value, written=name in written)
             inputs += [given] if isinstance(given, TensorInput) else []
             problems += [given] if isinstance(given, Problem) else []
         elif hasattr(spec.arg, "value"):
@@ -100,7 +105,7 @@ def spec_of(program: ExportedProgram) -> CallSpec:
     return CallSpec(inputs=tuple(inputs), ranges=ranges, numbers=numbers)
 
 
-def _tensor_input(name: str, value: torch.Tensor) -> TensorInput | Problem:
+def _tensor_input(name: str, value: torch.Tensor, *, written: bool) -> TensorInput | Problem:
     sizes = [size_of(dim) for dim in value.shape]
     shape = tuple(size for size in sizes if size is not None)
     if len(shape) != value.dim():
@@ -121,6 +126,7 @@ def _tensor_input(name: str, value: torch.Tensor) -> TensorInput | Problem:
         shape=shape,
         order=order,
         strides=tuple(strides) if fixed else None,
+        written=written,
     )
 
 
@@ -132,6 +138,32 @@ def _dense(value: torch.Tensor, order: tuple[int, ...]) -> bool:
             return False
         step = step * value.shape[dim]
     return True
+
+
+@dataclass
+class Arranged:
+    """The tensors of one call.
+
+    Attributes:
+        tensors: What the engine gets.
+        copies: ``(caller's tensor, its copy)`` of inputs that the model changes in place.
+    """
+
+    tensors: list[torch.Tensor]
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    def add(self, value: torch.Tensor, spec: TensorInput) -> None:
+        """Add one, with the strides that the engine was compiled for."""
+        arranged = _arranged(value, spec)
+        self.tensors.append(arranged)
+        if spec.written and arranged.data_ptr() != value.data_ptr():
+            self.copies.append((value, arranged))
+
+    def write_back(self) -> None:
+        """Give the caller's tensors what the engine wrote into their copies."""
+        with torch.no_grad():
+            for value, copy in self.copies:
+                value.copy_(copy)
 
 
 class InputChecker:
@@ -148,7 +180,7 @@ class InputChecker:
         self._spec = spec
         self._in_spec = in_spec
 
-    def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arranged:
         """The tensors of a call, in the form that the engine relies on.
 
         Raises:
@@ -161,7 +193,7 @@ class InputChecker:
                 problems=[Problem("inputs", "structure", _shown(found), _shown(self._in_spec))],
             )
         if self._spec is None:
-            return [value for value in flat if isinstance(value, torch.Tensor)]
+            return Arranged([value for value in flat if isinstance(value, torch.Tensor)])
         problems = list(_problems(flat, self._spec))
         if problems:
             raise InputMismatchError(
@@ -169,11 +201,11 @@ class InputChecker:
                 problems=problems,
                 hint="Dimensions that vary must be exported as dynamic ones: dynamic_shapes=.",
             )
-        return [
-            _arranged(value, spec)
-            for value, spec in zip(flat, self._spec.inputs, strict=True)
-            if isinstance(spec, TensorInput)
-        ]
+        arranged = Arranged([])
+        for value, spec in zip(flat, self._spec.inputs, strict=True):
+            if isinstance(spec, TensorInput):
+                arranged.add(value, spec)
+        return arranged
 
     def _in_order(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Keyword inputs in the order of the engine's structure, as far as it knows them."""

@@ -80,11 +80,12 @@ class AOTInductorModule:
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call it like the model; outputs have no gradient history."""
-        flat = self._inputs.flatten(args, kwargs)
+        inputs = self._inputs.flatten(args, kwargs)
         if self.files.call is None:
-            outputs = run_unknown(self._engine.runner, flat)
+            outputs = run_unknown(self._engine.runner, inputs.tensors)
         else:
-            outputs = self._engine.runner.run(flat)
+            outputs = self._engine.runner.run(inputs.tensors)
+            inputs.write_back()
         for position in self.files.call.numbers if self.files.call else ():
             if isinstance(outputs[position], torch.Tensor):
                 outputs[position] = outputs[position].item()

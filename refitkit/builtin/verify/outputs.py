@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
-from refitkit.errors import ConfigError, NotRefittableError
+from refitkit.errors import ConfigError, NotRefittableError, raised_as
 from refitkit.model import OutputMeasure, VerificationResult
 from refitkit.program.dtypes import dtype_name
 from refitkit.protocols import SupportsReadback
@@ -70,7 +70,10 @@ def _expected(request: VerifyRequest, args: Any, kwargs: Any) -> Any:
         )
     if reference is None and request.program is not None:
         reference = request.program.bind(_Merged(request), request.plan.pinned)
-    return reference(*args, **kwargs) if callable(reference) else reference
+    if not callable(reference):
+        return reference
+    with raised_as(ConfigError, "The reference cannot be called with these inputs"):
+        return reference(*args, **kwargs)
 
 
 class _Merged:
