@@ -1,0 +1,114 @@
+"""``refitkit demo``: the whole idea, on handwritten digits, in less than a minute."""
+
+from __future__ import annotations
+
+import shlex
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import click
+
+from refitkit.cli.options import common_options, file_option
+from refitkit.cli.report import verdict
+from refitkit.cli.session import Session, plain
+from refitkit.cli.tables import facts, table
+from refitkit.cli.text import count, duration, shown, size
+from refitkit.errors import VerificationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import Console
+
+    from refitkit.cli.demo_result import Accuracy, DemoResult
+
+
+@click.command("demo", short_help="Compile a digit classifier, and refit it as it learns.")
+@file_option("--keep", metavar="DIR", help="Keep checkpoints, program and module in this folder.")
+@common_options
+@click.pass_obj
+def demo_command(session: Session, keep: Path | None) -> None:
+    """Compile a digit classifier early in its training, and refit it to what it learned later.
+
+    Needs scikit-learn and a C++ compiler. Exits with 1 if the refitted engine does not say of
+    every test digit what the later model says.
+    """
+    with _folder(keep) as folder:
+        result = _run(session, folder)
+    problems = result.problems()
+    error = VerificationError(
+        "The demo did not give what it should.", problems=problems, report=result
+    )
+    if problems and session.as_json:
+        raise error
+    session.result(plain(result), lambda console: _print(console, result, keep))
+    if problems:
+        raise error
+
+
+def _run(session: Session, folder: Path) -> DemoResult:
+    pipeline = session.silent_pipeline()
+    from refitkit.cli.demo_run import Demo
+
+    return Demo(pipeline, folder, session.progress.say).run()
+
+
+@contextmanager
+def _folder(keep: Path | None) -> Iterator[Path]:
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        yield keep
+        return
+    with TemporaryDirectory(prefix="refitkit-demo-") as folder:
+        yield Path(folder)
+
+
+def _print(console: Console, result: DemoResult, keep: Path | None) -> None:
+    rows = [
+        _accuracy("early checkpoint, compiled", result.early, result.samples),
+        _accuracy("later checkpoint, refitted", result.later, result.samples),
+    ]
+    title = f"{result.samples} handwritten digits, recognised by"
+    console.print(table(("", "model", "engine", "digit by digit"), rows, title))
+    console.print(table(("", "time", "against compiling"), _times(result), "what it took"))
+    console.print(facts(_facts(result)))
+    if keep is not None:
+        console.print()
+        for line in _next_steps(keep):
+            console.print(shown(line), soft_wrap=True)
+
+
+def _accuracy(name: str, accuracy: Accuracy, samples: int) -> tuple[str, ...]:
+    same = "all as the model"
+    if accuracy.differing:
+        same = f"{accuracy.differing} of {samples} unlike the model"
+    return name, f"{accuracy.eager:.1%}", f"{accuracy.engine:.1%}", same
+
+
+def _times(result: DemoResult) -> Iterator[tuple[str, ...]]:
+    yield "compiling", duration(result.compile_seconds), ""
+    first = f"{result.times_as_fast:.0f} times as fast"
+    yield "first refit, outputs compared", duration(result.first_refit_seconds), first
+    how = {"outputs": "outputs compared", "weights": "every slot read back"}
+    for later in result.later_refits:
+        name = f"later refits, {how[later.verifier]}"
+        yield name, duration(later.seconds), f"{later.times_as_fast:.0f} times as fast"
+
+
+def _facts(result: DemoResult) -> Iterator[tuple[str, str]]:
+    yield "weights", f"{count(result.slots, 'slot')}, {size(result.weight_bytes)}"
+    if result.report.verification is not None:
+        yield "first refit", verdict(result.report.verification)
+    refits = result.later_refits[0].refits
+    yield "later refits", f"median of {refits}, from one checkpoint's file to the other's"
+
+
+def _next_steps(keep: Path) -> Iterator[str]:
+    names = ("digits.refitkit", "later.safetensors", "inputs.safetensors")
+    module, weights, inputs = (shlex.quote(str(keep / name)) for name in names)
+    yield "Kept: checkpoints, inputs, program, and the module with the early checkpoint. Now try:"
+    yield f"  refitkit inspect {module}"
+    yield f"  refitkit refit {module} {weights} --inputs {inputs} --in-place"
+    yield f"  refitkit verify {module} {weights}"

@@ -1,0 +1,98 @@
+"""The group ``refitkit`` itself: global options, and whose each command is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from refitkit import __version__
+from refitkit.cli import plugin as builtin_commands
+from refitkit.cli.options import common_options
+from refitkit.errors import PluginError, RefitError
+
+if TYPE_CHECKING:
+    from refitkit.host import Host
+
+HOOK = "refitkit_register_commands"
+
+_NOT_A_FAULT = (RefitError, OSError, click.ClickException, click.exceptions.Exit, click.Abort)
+
+
+class RootGroup(click.Group):
+    """A group that knows which plugin brought each command.
+
+    Attributes:
+        registrar: Name of the plugin that is adding commands now.
+        owners: Names of plugins by the commands that they added.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As a ``click.Group``."""
+        super().__init__(*args, **kwargs)
+        self.registrar = builtin_commands.name
+        self.owners: dict[str, str] = {}
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Add a command.
+
+        Raises:
+            PluginError: The name is taken; names both plugins.
+        """
+        given = name or cmd.name or ""
+        if given in self.owners:
+            raise PluginError(
+                f"The plugin {self.registrar!r} adds a command {given!r}, which the plugin "
+                f"{self.owners[given]!r} has added already.",
+                hint=f"Rename it; to go on without it: --no-plugin {self.registrar}.",
+            )
+        super().add_command(cmd, name)
+        self.owners[given] = self.registrar
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click passes it
+        """Commands in the order in which they were added: that of a workflow."""
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; a failure of a plugin's command is the plugin's.
+
+        Raises:
+            PluginError: A command that a plugin brought failed in a way of its own.
+        """
+        try:
+            return super().invoke(ctx)
+        except _NOT_A_FAULT:
+            raise
+        except Exception as exc:
+            command = ctx.invoked_subcommand or ""
+            owner = self.owners.get(command, builtin_commands.name)
+            if owner == builtin_commands.name:
+                raise
+            raise PluginError(
+                f"The command {command!r} of the plugin {owner!r} failed: "
+                f"{type(exc).__name__}: {exc}",
+                hint="Report it to its authors; with -v a traceback says where it happened.",
+            ) from exc
+
+
+def make_group(host: Host) -> RootGroup:
+    """The group with the commands of all plugins, built-in ones first.
+
+    Raises:
+        PluginError: A plugin failed, or adds a command whose name is taken; names it.
+    """
+
+    @click.group("refitkit", cls=RootGroup, no_args_is_help=True)
+    @common_options
+    @click.version_option(__version__, prog_name="refitkit")
+    def refitkit() -> None:
+        """Put new weights into compiled inference engines, without compiling again.
+
+        Exit codes: 0 done, 1 refused or mismatch, 2 usage, 3 plugin fault.
+        """
+
+    names = [info.name for info in host.plugins() if HOOK in info.hooks]
+    for name in sorted(names, key=lambda one: one != builtin_commands.name):
+        refitkit.registrar = name
+        host.call_one(name, HOOK, cli=refitkit)
+    return refitkit

@@ -1,0 +1,53 @@
+"""How a plan is printed: what it belongs to, and its ledger."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from refitkit.cli.tables import facts, table
+from refitkit.cli.text import count, shape
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from refitkit.model import LedgerRow
+    from refitkit.recipe import RefitPlan
+
+_COLUMNS = ("slot", "state", "dtype", "shape", "from", "reason")
+
+
+def print_plan(console: Console, plan: RefitPlan) -> None:
+    """Print a plan, one row for every slot."""
+    fingerprint = plan.data.fingerprint
+    versions = ", ".join(f"{name} {version}" for name, version in fingerprint.versions.items())
+    states = Counter(str(row.state) for row in plan.ledger)
+    console.print(
+        facts(
+            [
+                ("backend", plan.backend),
+                ("made with", f"{versions} on {fingerprint.platform}"),
+                ("graph", fingerprint.graph),
+                ("slots", ", ".join(f"{number} {state}" for state, number in states.items())),
+                *(("one tensor", " = ".join(tie)) for tie in plan.data.ties),
+            ]
+        )
+    )
+    engines = dict.fromkeys(row.slot.engine for row in plan.ledger)
+    for engine in engines:
+        rows = [_cells(row) for row in plan.ledger if row.slot.engine == engine]
+        title = f"engine {engine}, {count(len(rows), 'slot')}"
+        console.print(table(_COLUMNS, rows, title))
+
+
+def _cells(row: LedgerRow) -> tuple[str, ...]:
+    sources = " or ".join(row.sources)
+    same = sources == row.slot.name
+    return (
+        row.slot.name,
+        str(row.state),
+        row.slot.dtype,
+        shape(row.slot.shape),
+        "its own name" if same else sources,
+        row.reason,
+    )

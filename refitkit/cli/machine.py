@@ -1,0 +1,161 @@
+"""What this machine has of all that compiling and refitting need. Nothing here raises."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from refitkit.cli.text import size
+
+_COMPILERS = ("g++", "c++", "clang++")
+_TRIAL = "#include <omp.h>\n#include <vector>\nstd::vector<int> trial;\n"
+"""What inductor's code includes (torch/_inductor/codegen/cpp_prefix.h)."""
+_TRIAL_FLAGS = ("-x", "c++", "-fopenmp", "-fsyntax-only", "-")
+_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked for.
+
+    Attributes:
+        name: What it is.
+        found: What was found, in words.
+        ok: Whether it can be used.
+        hint: What to do if it is wanted and cannot.
+    """
+
+    name: str
+    found: str
+    ok: bool = True
+    hint: str = ""
+
+
+def torch_here() -> Finding:
+    """torch, imported: a broken installation shows only then."""
+    try:
+        import torch
+    except (ImportError, OSError, RuntimeError) as exc:
+        found = f"cannot be imported: {exc}"
+        return Finding("torch", found, ok=False, hint="Install it again: see pytorch.org.")
+    return Finding("torch", str(torch.__version__))
+
+
+def gpu() -> Finding:
+    """CUDA devices that torch can use. Only modules that are compiled for CUDA need one."""
+    try:
+        import torch
+
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            there = torch.cuda.is_available()
+            devices = [_device(index) for index in range(torch.cuda.device_count() if there else 0)]
+    except Exception as exc:  # noqa: BLE001 - drivers fail in many ways, and all are worth telling
+        return Finding("CUDA device", f"cannot be asked: {exc}", ok=False)
+    if devices:
+        return Finding("CUDA device", "; ".join(devices))
+    why = f": {said[0].message}" if said else ""
+    if torch.version.cuda is None:
+        why = ": this torch is built without CUDA"
+    return Finding("CUDA device", f"none{why}", ok=False, hint="Only CUDA modules need one.")
+
+
+def _device(index: int) -> str:
+    import torch
+
+    has = torch.cuda.get_device_properties(index)
+    return f"{has.name}, {size(has.total_memory)}, compute capability {has.major}.{has.minor}"
+
+
+def driver() -> Finding:
+    """NVIDIA's driver, by its own tool."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return Finding("NVIDIA driver", "none", ok=False, hint="Only CUDA modules need one.")
+    said = _output([tool, "--query-gpu=driver_version", "--format=csv,noheader"])
+    first = said.text.splitlines()[0] if said.text else "says nothing"
+    return Finding("NVIDIA driver", first, ok=said.ok)
+
+
+def compiler() -> Finding:
+    """The C++ compiler that inductor would use, tried on what inductor's code includes."""
+    name, chosen = "C++ compiler", os.environ.get("CXX")
+    candidates = (chosen,) if chosen else _COMPILERS
+    path = next(filter(None, map(shutil.which, candidates)), None)
+    if path is None:
+        hint = "Correct or unset CXX." if chosen else "Debian, Ubuntu: apt-get install g++"
+        return Finding(name, f"none ({', '.join(candidates)} not found)", ok=False, hint=hint)
+    trial = _output([path, *_TRIAL_FLAGS], _TRIAL)
+    if not trial.ok:
+        hint = "Install its standard library and OpenMP headers, or choose another with CXX."
+        return Finding(name, f"{path} fails: {trial.text}", ok=False, hint=hint)
+    return Finding(name, f"{path}: {_first_line([path, '--version'])}")
+
+
+def openssl() -> Finding:
+    """The openssl command, which inductor's packaging calls."""
+    path = shutil.which("openssl")
+    if path is None:
+        hint = "Debian, Ubuntu: apt-get install openssl"
+        return Finding("openssl", "none", ok=False, hint=hint)
+    return Finding("openssl", f"{path}: {_first_line([path, 'version'])}")
+
+
+def temporary_folder() -> Finding:
+    """Where modules are unpacked: their code is run from there."""
+    name, hint = "temporary folder", "Set TMPDIR to a folder on a disk that programs may run from."
+    try:
+        folder = tempfile.gettempdir()
+        free, flags = shutil.disk_usage(folder).free, os.statvfs(folder).f_flag
+    except OSError as exc:
+        return Finding(name, f"none: {exc}", ok=False, hint=hint)
+    found = f"{folder}, {size(free)} free"
+    if flags & os.ST_NOEXEC:
+        return Finding(name, f"{found}, but mounted noexec", ok=False, hint=hint)
+    return Finding(name, found)
+
+
+def package(name: str, module: str) -> Finding:
+    """A package that is looked for and not imported."""
+    try:
+        spec = find_spec(module)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None:
+        return Finding(name, "not installed", ok=False)
+    return Finding(name, f"installed in {Path(spec.origin or '').parent}")
+
+
+def system() -> Finding:
+    """Operating system and interpreter."""
+    return Finding("Python", f"{platform.python_version()}, {platform.platform()}")
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What a command said."""
+
+    text: str
+    ok: bool
+
+
+def _output(command: list[str], text: str = "") -> _Said:
+    try:
+        done = subprocess.run(  # noqa: S603 - tools found on the path, with fixed arguments
+            command, input=text, capture_output=True, text=True, timeout=_SECONDS, check=False
+        )
+    except (OSError, subprocess.SubprocessError, UnicodeError) as exc:
+        return _Said(str(exc), ok=False)
+    return _Said((done.stdout or done.stderr).strip(), ok=done.returncode == 0)
+
+
+def _first_line(command: list[str]) -> str:
+    lines = _output(command).text.splitlines()
+    return lines[0] if lines else "says nothing"

@@ -1,0 +1,68 @@
+"""``refitkit plan``: make plans, and show what is in them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from refitkit.cli.options import common_options, file_argument, file_option
+from refitkit.cli.session import Session, plain
+from refitkit.errors import PlanMismatchError, UnsupportedTargetError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@click.group("plan", no_args_is_help=True)
+@common_options
+def plan_group() -> None:
+    """Make plans, and show what is in them.
+
+    A plan says for every weight of a compiled module how it follows from the model's own state.
+    """
+
+
+@plan_group.command("make")
+@file_argument("program")
+@file_option("--target", help="The module that was compiled from PROGRAM.")
+@click.option("--backend", help="Plan offline for this backend, where it can; needs no --target.")
+@file_option("-o", "--output", required=True, help="Where to write the plan.")
+@common_options
+@click.pass_obj
+def make(
+    session: Session, program: Path, target: Path | None, backend: str | None, output: Path
+) -> None:
+    """Make a plan for PROGRAM, a file of torch.export.save, and what was compiled from it.
+
+    Modules that refitkit compiled have their plan inside. Loading a program or a module can run
+    code that is in the file: use only files that you trust.
+    """
+    from refitkit.cli.files import check_output, check_readable, load_program
+    from refitkit.cli.ledger import print_plan
+
+    if target is None and backend is None:
+        raise click.UsageError("Say what the plan is for: --target FILE, or --backend NAME.")
+    check_output(output, program, target)
+    if target is not None:
+        check_readable(target, UnsupportedTargetError)
+    pipeline = session.pipeline()
+    loaded = load_program(program, verbose=session.verbose)
+    plan = pipeline.plan(loaded, target, backend)
+    plan.save(output)
+    data = {"output": str(output), **plain(plan.data)}
+    session.result(data, lambda console: print_plan(console, plan))
+
+
+@plan_group.command("show")
+@file_argument("file")
+@common_options
+@click.pass_obj
+def show(session: Session, file: Path) -> None:
+    """Show the plan in FILE, a plan or a saved module: one row for every slot. Nothing is run."""
+    from refitkit.cli.files import check_readable
+    from refitkit.cli.ledger import print_plan
+
+    check_readable(file, PlanMismatchError)
+    plan = session.pipeline().read_plan(file)
+    session.result(plain(plan.data), lambda console: print_plan(console, plan))

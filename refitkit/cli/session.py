@@ -1,0 +1,155 @@
+"""What every command is given: where results go, and how to make a pipeline.
+
+A command of a plugin gets it with ``@click.pass_obj``::
+
+    @click.command
+    @common_options
+    @click.pass_obj
+    def hello(session: Session) -> None:
+        session.result({"hello": "world"}, lambda console: console.print("Hello world"))
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+from typing import TYPE_CHECKING, Any, TextIO
+
+from refitkit.cli.progress import Progress
+from refitkit.cli.text import shown
+from refitkit.config import Config
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from pydantic import BaseModel
+    from rich.console import Console
+
+    from refitkit.cli.arguments import Early
+    from refitkit.host import Host
+    from refitkit.pipeline import Pipeline
+
+_UNBOUNDED = 10_000
+"""Width of tables that do not go to a terminal: wide enough that no row is broken."""
+
+
+class Session:
+    """One run of the command line.
+
+    Attributes:
+        as_json: Whether the result is to be JSON.
+        no_plugins: Names of plugins that are switched off.
+        verbose: Whether to tell more, on stderr.
+        host: The plugins of the command line.
+        progress: Shows what pipelines are at.
+    """
+
+    host: Host
+
+    def __init__(self, early: Early, stdout: TextIO, plugins: Iterable[object] = ()) -> None:
+        """Start one.
+
+        Args:
+            early: Options that act before commands exist.
+            stdout: Where the result goes.
+            plugins: Explicit plugins, for the command line and for pipelines.
+        """
+        self.as_json = early.as_json
+        self.no_plugins = frozenset(early.no_plugins)
+        self.plugins = tuple(plugins)
+        self.verbose = False
+        self.progress = Progress()
+        self._stdout = stdout
+
+    def config(self, **settings: object) -> Config:
+        """Settings of this run: switched-off plugins, and what a command adds."""
+        return Config.of({"no_plugins": self.no_plugins, **settings})
+
+    def pipeline(self, **settings: object) -> Pipeline:
+        """A pipeline whose progress is shown. Imports torch.
+
+        Args:
+            **settings: Fields of :class:`refitkit.Config`.
+        """
+        self.progress.verbose = self.verbose
+        return self._pipeline(settings, (*self.plugins, self.progress))
+
+    def silent_pipeline(self) -> Pipeline:
+        """A pipeline whose progress is not shown: a spinner for every stage costs time, too."""
+        return self._pipeline({}, self.plugins)
+
+    def _pipeline(self, settings: Mapping[str, object], plugins: Iterable[object]) -> Pipeline:
+        self.progress.say("starting")
+        from refitkit.pipeline import Pipeline
+
+        if not self.verbose:
+            # what torch/utils/cpp_extension.py warns of on machines with CUDA and no GPU
+            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        return Pipeline(self.config(**settings), plugins)
+
+    def result(self, data: Mapping[str, Any], human: Callable[[Console], object]) -> None:
+        """Give the result, once.
+
+        Args:
+            data: What ``--json`` prints.
+            human: Prints the same for people.
+        """
+        self.progress.stop()
+        text = as_json(data) if self.as_json else self._rendered(human)
+        self._stdout.write(text)
+        self._stdout.flush()
+
+    def warn(self, text: str) -> None:
+        """Tell something on stderr that does not stop the command."""
+        self.complain("warning", "yellow", [text])
+
+    def complain(self, word: str, colour: str, lines: Iterable[str]) -> None:
+        """Write lines to stderr behind a coloured word."""
+        from rich.console import Console
+        from rich.text import Text
+
+        self.progress.stop()
+        text = Text.assemble((f"{word}: ", f"bold {colour}"), shown("\n".join(lines)))
+        Console(stderr=True).print(text, soft_wrap=True)
+
+    def _rendered(self, human: Callable[[Console], object]) -> str:
+        from rich.console import Console
+
+        wide = None if self._stdout.isatty() else _UNBOUNDED
+        console = Console(file=self._stdout, width=wide, markup=False, emoji=False, highlight=False)
+        with console.capture() as capture:
+            human(console)
+        text = capture.get()
+        if console.is_terminal:
+            return text
+        return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
+
+
+def as_json(data: object) -> str:
+    """Data as strict JSON, in a line of its own; infinities and NaN become strings."""
+    return json.dumps(_finite(data), indent=2, allow_nan=False, default=str) + "\n"
+
+
+def plain(model: BaseModel) -> dict[str, Any]:
+    """A pydantic model as data for ``result``."""
+    data: dict[str, Any] = json.loads(model.model_dump_json())
+    return data
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def tolerant_of_encodings() -> None:
+    """Have characters that a terminal cannot show escaped instead of ending the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")

@@ -1,0 +1,46 @@
+"""``refitkit verify``: does a module hold these weights?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from refitkit.cli.options import common_options, file_option
+from refitkit.cli.session import Session, plain
+from refitkit.errors import SourceError, UnsupportedTargetError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@click.command("verify", short_help="Check whether a module holds these weights.")
+@click.argument("module")
+@click.argument("weights")
+@file_option("--inputs", help="Tensors to call it with: 0, 1, ... or names of keywords.")
+@file_option("--plan", help="The plan to follow; the module's own where not given.")
+@click.option("--with", "verifier", metavar="NAME", help="Verifier: outputs, weights, ...")
+@common_options
+@click.pass_obj
+def verify_command(
+    session: Session,
+    module: str,
+    weights: str,
+    inputs: Path | None,
+    plan: Path | None,
+    verifier: str | None,
+) -> None:
+    """Check whether MODULE holds WEIGHTS; exit with 1 if not.
+
+    Loading a module runs the code in it: use only files that you trust as you would a program.
+    """
+    from refitkit.cli.files import check_readable, load_inputs, load_plan
+    from refitkit.cli.report import print_verification
+
+    check_readable(module, UnsupportedTargetError)
+    check_readable(weights, SourceError)
+    pipeline = session.pipeline()
+    followed = load_plan(pipeline, plan)
+    given = load_inputs(pipeline, inputs)
+    result = pipeline.verify(module, weights, plan=followed, inputs=given, with_=verifier)
+    session.result(plain(result), lambda console: print_verification(console, result))
