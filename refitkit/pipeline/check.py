@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from refitkit.errors import NotRefittableError, Problem, WeightMismatchError
+from refitkit.errors import NotRefittableError, PluginError, Problem, WeightMismatchError
 from refitkit.protocols import SupportsPartial
 
 if TYPE_CHECKING:
@@ -30,11 +30,18 @@ def check_weights(
     found = host.items(
         "refitkit_check", plan=plan, module=module, source=source, partial=partial, config=config
     )
-    problems = [problem for _, problem in found]
+    problems = [_as_problem(plugin, item) for plugin, item in found]
     if problems:
         raise WeightMismatchError(
             f"{source.description} does not fit the module.", problems=problems
         )
+
+
+def _as_problem(plugin: str, item: object) -> Problem:
+    if not isinstance(item, Problem):
+        kind = type(item).__name__
+        raise PluginError(f"The plugin {plugin!r} lists a {kind} in refitkit_check, no Problem.")
+    return item
 
 
 def check_abilities(module: OpenedModule, *, partial: bool, config: Config) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from refitkit.errors import ConfigError, PluginError, Problem, raised_as
@@ -73,11 +73,11 @@ def as_inputs(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
         return (), inputs
     if isinstance(inputs, tuple) and _is_pair(inputs):
         return tuple(inputs[0]), inputs[1]
-    if isinstance(inputs, Sequence) and not isinstance(inputs, str):
+    if isinstance(inputs, tuple | list):
         return tuple(inputs), {}
     raise ConfigError(
         f"inputs= is a {type(inputs).__name__}.",
-        hint="Pass positional inputs as a tuple, (x,), keyword inputs as a dict, or a pair of both.",
+        hint="Pass positional ones as a tuple, inputs=(x,), keyword ones as a dict, or both.",
     )
 
 

@@ -13,6 +13,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.func import functional_call
 
 from refitkit.errors import PlanMismatchError, SourceError
 from refitkit.model import LeafKind
@@ -38,6 +39,7 @@ class KeptProgram:
         self._graph = graph
         self._leaves = leaves
         self._twins = {name: tie for tie in ties for name in tie}
+        self._empty: torch.nn.Module | None = None
 
     @classmethod
     def of(cls, program: ExportedProgram) -> KeptProgram | None:
@@ -71,7 +73,7 @@ class KeptProgram:
     def bind(
         self, source: WeightSource, pinned: Callable[[str], torch.Tensor]
     ) -> Callable[..., Any]:
-        """The program as an eager module on the source's weights.
+        """The program as an eager callable on the source's weights.
 
         The source's tensors are used as they are, not copied, unless the program changes them or
         keeps them on another device. Leaves that the program does not read are zeros.
@@ -81,23 +83,24 @@ class KeptProgram:
             pinned: Gives a tensor that the plan keeps, for what the source does not have.
 
         Returns:
-            A module without gradients.
+            A callable; its results have no gradient history.
 
         Raises:
             SourceError: Neither has something that the program needs.
             PlanMismatchError: The kept program is damaged, or another torch wrote it.
         """
-        state: dict[str, torch.Tensor] = {}
-        constants: dict[str, torch.Tensor] = {}
         have = set(source.names())
+        state: dict[str, torch.Tensor] = {}
         for leaf in self._leaves:
             value = self._value(leaf, source, have, pinned)
-            if leaf.mutated:
-                value = value.clone()
-            if leaf.kind is LeafKind.PARAMETER:
-                value = torch.nn.Parameter(value, requires_grad=False)
-            (state if leaf.persistent else constants)[leaf.fqn] = value
-        return self._build(state, constants)
+            state[leaf.fqn] = value.clone() if leaf.mutated else value
+        module = self._module()
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with torch.no_grad():
+                return functional_call(module, state, args, kwargs)
+
+        return call
 
     def _value(
         self,
@@ -115,27 +118,33 @@ class KeptProgram:
             return torch.zeros(leaf.shape, dtype=dtype_of(leaf.dtype), device=leaf.device)
         raise SourceError(f"{source.description} has no {leaf.fqn!r}, which the program reads.")
 
-    def _build(
-        self, state: dict[str, torch.Tensor], constants: dict[str, torch.Tensor]
-    ) -> torch.nn.Module:
-        try:
-            return self._deserialized(state, constants)
-        except Exception as exc:
-            raise PlanMismatchError(
-                f"The program that was kept cannot be read: {type(exc).__name__}: {exc}",
-                hint="Pass reference= to verify outputs, or use verify='weights'.",
-            ) from exc
+    def _module(self) -> torch.nn.Module:
+        """The program as a module without data, made once; calls bring their tensors."""
+        if self._empty is None:
+            try:
+                self._empty = self._deserialized()
+            except Exception as exc:
+                raise PlanMismatchError(
+                    f"The program that was kept cannot be read: {type(exc).__name__}: {exc}",
+                    hint="Pass reference= to verify outputs, or use verify='weights'.",
+                ) from exc
+        return self._empty
 
-    def _deserialized(
-        self, state: dict[str, torch.Tensor], constants: dict[str, torch.Tensor]
-    ) -> torch.nn.Module:
+    def _deserialized(self) -> torch.nn.Module:
+        state: dict[str, torch.Tensor] = {}
+        constants: dict[str, torch.Tensor] = {}
+        for leaf in self._leaves:
+            blank = torch.empty(leaf.shape, dtype=dtype_of(leaf.dtype), device="meta")
+            if leaf.kind is LeafKind.PARAMETER:
+                blank = torch.nn.Parameter(blank, requires_grad=False)
+            (state if leaf.persistent else constants)[leaf.fqn] = blank
         serde = _serde()
         schema = serde._dict_to_dataclass(  # noqa: SLF001
             serde.ExportedProgram, json.loads(self._graph)
         )
         program = serde.ExportedProgramDeserializer().deserialize(schema, state, constants)
         module: torch.nn.Module = program.module(check_guards=False)
-        return module.requires_grad_(requires_grad=False)
+        return module
 
 
 def _serde() -> Any:

@@ -1,0 +1,200 @@
+"""The stage ``map``: order of strategies, who serves, who declines, and what is refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import refitkit
+from refitkit.config import Config
+from refitkit.errors import ConfigError, PluginError, UnmappedSlotError
+from refitkit.host import make_host
+from refitkit.model import LedgerRow, SlotState
+from refitkit.pipeline.mapping import map_slots, require_all
+from refitkit.protocols import Mapped, MapRequest, SlotValue
+from refitkit.recipe import TensorMap
+from tests.fakes import FakeModule, OpenEngine, make_plan, make_slot, recipe_row
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+A, B, C = (make_slot(name) for name in "abc")
+PLAN = make_plan([recipe_row(slot) for slot in (A, B, C)])
+MODULE = FakeModule([OpenEngine("model", {name: torch.zeros(2) for name in "abc"})])
+
+
+class Strategy:
+    """Serves some slots by name and declines the others, if asked."""
+
+    def __init__(
+        self,
+        name: str,
+        serves: Iterable[str],
+        *,
+        priority: int = 1,
+        declines: bool = False,
+        answer: Callable[[MapRequest], Mapped] | None = None,
+    ) -> None:
+        self.name, self.priority = name, priority
+        self.serves, self.declines, self.answer = set(serves), declines, answer
+        self.asked: list[tuple[str, ...]] = []
+
+    def map(self, request: MapRequest) -> Mapped:
+        self.asked.append(tuple(row.slot.name for row in request.wanted))
+        if self.answer is not None:
+            return self.answer(request)
+        slots = {row.slot.name: row.slot for row in request.wanted}
+        mine = {n: s for n, s in slots.items() if n in self.serves}
+        rest = {s.key: "not mine" for n, s in slots.items() if n not in mine and self.declines}
+        return Mapped({s.key: value_for(s, self.name) for s in mine.values()}, rest)
+
+
+class Strategies:
+    """A plugin that offers strategies."""
+
+    def __init__(self, *strategies: Any, name: str = "strategies-plugin") -> None:
+        self.name, self.strategies = name, strategies
+
+    @refitkit.hookimpl
+    def refitkit_mapping_strategies(self) -> tuple[Any, ...]:
+        return self.strategies
+
+
+def value_for(slot: Any, strategy: str) -> SlotValue:
+    return SlotValue(slot, strategy, (slot.name,), lambda: torch.ones(2))
+
+
+def mapped(*plugins: object, source: Any = None, plan: Any = PLAN, **settings: Any) -> Any:
+    source = TensorMap(source or {})
+    config = Config(**settings)
+    return map_slots(make_host(config, plugins), plan, MODULE, source, config)
+
+
+def served(mapping: Any) -> dict[str, str]:
+    return {row.slot: row.strategy for row in mapping.rows()}
+
+
+def test_strategies_are_tried_by_priority_for_what_is_left() -> None:
+    first, second = Strategy("first", "b", priority=1), Strategy("second", "bc", priority=20)
+    mapping = mapped(Strategies(second, first), source={"a": torch.ones(2)})
+    assert served(mapping) == {"a": "recipe", "b": "first", "c": "second"}
+    assert first.asked == [("a", "b", "c")]
+    assert second.asked == [("c",)]
+
+
+def test_nobody_is_asked_once_all_is_served() -> None:
+    last = Strategy("last", "abc", priority=20)
+    mapped(Strategies(last), source=dict.fromkeys("abc", torch.ones(2)))
+    assert last.asked == []
+
+
+def test_the_configured_order_counts_and_leaves_others_out() -> None:
+    one, two = Strategy("one", "ab", priority=1), Strategy("two", "ab", priority=2)
+    mapping = mapped(Strategies(one, two), strategies=("two", "one"))
+    assert served(mapping) == {"a": "two", "b": "two", "c": ""}
+    assert two.asked == [("a", "b", "c")]
+    assert one.asked == [("c",)]
+    only = mapped(Strategies(one, two), strategies=("one",), source={"c": torch.ones(2)})
+    assert served(only) == {"a": "one", "b": "one", "c": ""}
+
+
+def test_a_configured_strategy_that_nobody_offers() -> None:
+    with pytest.raises(ConfigError) as info:
+        mapped(Strategies(Strategy("one", "")), strategies=("noe", "one", "tow"))
+    assert [p.subject for p in info.value.problems] == ["noe", "tow"]
+    assert "one, recipe" in info.value.hint
+
+
+def test_two_strategies_of_one_name() -> None:
+    plugins = [Strategies(Strategy("x", ""), name="p"), Strategies(Strategy("x", ""), name="q")]
+    with pytest.raises(PluginError, match=r"'p' and 'q' both offer 'x'.*mapping_strategies"):
+        mapped(*plugins)
+
+
+def test_a_strategy_of_a_built_in_name() -> None:
+    with pytest.raises(PluginError, match=r"'strategies' and 'p' both offer 'recipe'"):
+        mapped(Strategies(Strategy("recipe", ""), name="p"))
+
+
+def test_reasons_of_all_that_declined_are_told() -> None:
+    shy, choosy = Strategy("shy", "", declines=True), Strategy("choosy", "b", declines=True)
+    mapping = mapped(Strategies(shy, choosy))
+    rows = {row.slot: row for row in mapping.rows()}
+    assert "shy: not mine" in rows["a"].reason
+    assert "choosy: not mine" in rows["a"].reason
+    assert "recipe: the source has no 'a'" in rows["a"].reason
+    assert rows["b"].strategy == "choosy"
+    with pytest.raises(UnmappedSlotError) as info:
+        require_all(mapping, TensorMap({}))
+    assert [p.subject for p in info.value.problems] == ["model/a", "model/c"]
+    assert "choosy: not mine" in info.value.problems[0].hint
+    assert "partial=True" in info.value.hint
+
+
+def test_all_served_is_enough() -> None:
+    require_all(mapped(Strategies(Strategy("all", "abc"))), TensorMap({}))
+
+
+def test_frozen_rows_need_nobody() -> None:
+    frozen = LedgerRow(slot=B, state=SlotState.FROZEN, reason="a literal")
+    strategy = Strategy("mine", "a")
+    mapping = mapped(Strategies(strategy), plan=make_plan([recipe_row(A), frozen]))
+    assert strategy.asked == [("a",)]
+    require_all(mapping, TensorMap({}))
+
+
+def test_another_strategy_may_serve_an_unmapped_slot() -> None:
+    unmapped = LedgerRow(slot=B, state=SlotState.UNMAPPED, reason="nobody knows")
+    plan = make_plan([unmapped])
+    with pytest.raises(UnmappedSlotError, match="nobody knows"):
+        require_all(mapped(plan=plan), TensorMap({}))
+    mapping = mapped(Strategies(Strategy("knows", "b", priority=99)), plan=plan)
+    assert served(mapping) == {"b": "knows"}
+
+
+def answering(answer: Callable[[MapRequest], Mapped]) -> Strategies:
+    return Strategies(Strategy("odd", "", answer=answer))
+
+
+def test_values_that_nobody_asked_for_are_refused() -> None:
+    foreign = make_slot("z")
+    with pytest.raises(PluginError, match=r"'odd'.*nobody asked for.*model/z"):
+        mapped(answering(lambda request: Mapped({foreign.key: value_for(foreign, "odd")})))
+
+
+def test_a_value_for_another_slot_than_its_key_says_is_refused() -> None:
+    with pytest.raises(PluginError, match=r"'odd'.*model/a"):
+        mapped(answering(lambda request: Mapped({A.key: value_for(B, "odd")})))
+
+
+def test_a_strategy_that_fails_is_named() -> None:
+    def fails(request: MapRequest) -> Mapped:
+        raise ValueError("the reason")
+
+    with pytest.raises(PluginError, match=r"'odd'.*ValueError: the reason") as info:
+        mapped(answering(fails))
+    assert isinstance(info.value.__cause__, ValueError)
+
+
+def test_an_error_of_refitkit_passes_through() -> None:
+    error = ConfigError("as it is")
+
+    def fails(request: MapRequest) -> Mapped:
+        raise error
+
+    with pytest.raises(ConfigError) as info:
+        mapped(answering(fails))
+    assert info.value is error
+
+
+def test_mapping_reads_no_weights() -> None:
+    class Source(TensorMap):
+        def get(self, fqn: str) -> torch.Tensor:
+            raise AssertionError(f"{fqn} was read")
+
+    config = Config()
+    source = Source(dict.fromkeys("abc", torch.ones(2)))
+    mapping = map_slots(make_host(config), PLAN, MODULE, source, config)
+    assert len(mapping.values) == 3

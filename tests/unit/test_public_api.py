@@ -1,0 +1,146 @@
+"""The public surface is pinned, documented and free of heavy imports."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import refitkit
+
+PUBLIC = [
+    "CompileError",
+    "CompiledModule",
+    "Config",
+    "ConfigError",
+    "EngineError",
+    "InputMismatchError",
+    "ModuleLostError",
+    "NotRefittableError",
+    "Pipeline",
+    "PlanMismatchError",
+    "PluginError",
+    "Problem",
+    "RefitError",
+    "RefitInProgressError",
+    "RefitPlan",
+    "RefitReport",
+    "RefitResult",
+    "SourceError",
+    "ToolchainError",
+    "UnmappedSlotError",
+    "UnsupportedTargetError",
+    "VerificationError",
+    "VerificationResult",
+    "WeightMismatchError",
+    "__version__",
+    "compile",
+    "hookimpl",
+    "inspect",
+    "load",
+    "plan",
+    "refit",
+    "verify",
+]
+PACKAGE = Path(refitkit.__file__).parent
+MODULES = sorted(
+    found.name for found in pkgutil.walk_packages([str(PACKAGE)], "refitkit.")
+)  # fmt: skip
+HEAVY = ("torch", "numpy", "safetensors", "torch_tensorrt", "tensorrt", "sklearn", "pydantic")
+
+
+def fresh(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_the_public_names_are_these() -> None:
+    assert refitkit.__all__ == PUBLIC
+    assert dir(refitkit) == PUBLIC
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_is_there_and_documented(name: str) -> None:
+    value = getattr(refitkit, name)
+    assert name == "__version__" or inspect.getdoc(value)
+
+
+def test_every_error_is_public() -> None:
+    from refitkit import errors
+
+    names = {n for n, v in vars(errors).items() if inspect.isclass(v) and issubclass(v, Exception)}
+    assert names <= set(refitkit.__all__)
+
+
+def test_a_type_checker_sees_the_same_names() -> None:
+    """What ``if TYPE_CHECKING`` imports is what ``__getattr__`` gives."""
+    tree = ast.parse(Path(refitkit.__file__).read_text())
+    seen = {
+        alias.name: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("refitkit")
+        for alias in node.names
+    }
+    assert seen == refitkit._HOME_OF
+    assert {*seen, "__version__"} == set(PUBLIC)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="refitkit.*refti"):
+        _ = refitkit.refti
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = f"import sys, refitkit; print([m for m in {HEAVY} if m in sys.modules])"
+    done = fresh(code)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+@pytest.mark.parametrize("name", ["Config", "RefitError", "hookimpl", "RefitReport"])
+def test_values_and_hooks_need_no_torch(name: str) -> None:
+    done = fresh(f"import sys, refitkit; refitkit.{name}; print('torch' in sys.modules)")
+    assert (done.stdout.strip(), done.stderr) == ("False", "")
+
+
+def test_making_a_host_imports_no_torch() -> None:
+    code = (
+        "import sys; from refitkit.host import make_host; make_host(); print('torch' in sys.modules)"
+    )
+    done = fresh(code)
+    assert (done.stdout.strip(), done.stderr) == ("False", "")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_imports_and_says_what_it_is(name: str) -> None:
+    if name.endswith("__main__"):
+        pytest.skip("importing it runs it")
+    assert importlib.import_module(name).__doc__
+
+
+ALLOWED = {"errors", "model", "protocols", "recipe", "program", "hookspecs", "config"}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("builtin/**/*.py")), ids=lambda p: p.stem)
+def test_built_ins_use_only_what_a_third_party_may(path: Path) -> None:
+    """Imports of their own family aside; also those inside functions."""
+    family = "builtin." + path.relative_to(PACKAGE / "builtin").parts[0].removesuffix(".py")
+    tree = ast.parse(path.read_text())
+    names = [
+        node.module or ""
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+    ]  # fmt: skip
+    names += [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
+    own = [n.removeprefix("refitkit.") for n in names if n.startswith("refitkit.")]
+    foreign = [
+        name
+        for name in own
+        if name.partition(".")[0] not in ALLOWED and not (name + ".").startswith(family + ".")
+    ]
+    assert foreign == []
+    assert "refitkit" not in names or family == "builtin"
