@@ -23,9 +23,11 @@ def compile(  # noqa: A001 - the name that users expect, as in torch.compile
     program: ExportedProgram,
     backend: str = "aotinductor",
     options: Mapping[str, Any] | None = None,
+    *,
+    prove: bool = True,
 ) -> CompiledModule:
     """Compile a program; see :meth:`refitkit.Pipeline.compile`."""
-    return Pipeline().compile(program, backend, options)
+    return Pipeline().compile(program, backend, options, prove=prove)
 
 
 def load(target: object) -> CompiledModule:

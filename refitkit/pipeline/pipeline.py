@@ -17,6 +17,7 @@ from refitkit.pipeline.clock import Clock
 from refitkit.pipeline.compiled import CompiledModule
 from refitkit.pipeline.mapping import map_slots, require_all
 from refitkit.pipeline.plan import make_plan
+from refitkit.pipeline.prove import prove as prove_refit
 from refitkit.pipeline.refit import Refit, Wish
 from refitkit.protocols import VerifyRequest
 from refitkit.recipe import RefitPlan
@@ -114,6 +115,8 @@ class Pipeline:
         program: ExportedProgram,
         backend: str = "aotinductor",
         options: Mapping[str, Any] | None = None,
+        *,
+        prove: bool = True,
     ) -> CompiledModule:
         """Compile a program into a refittable module, planned in the same pass.
 
@@ -123,12 +126,14 @@ class Pipeline:
             program: What ``torch.export.export(model, inputs)`` gives.
             backend: Name of a backend.
             options: The backend's options.
+            prove: Whether to try, on the example inputs, that the module answers like the program
+                with other weights, too. It costs a refit, two calls and a copy of the weights.
 
         Raises:
             UnsupportedTargetError: It is no ExportedProgram.
             ConfigError: There is no such backend or option.
             CompileError: The compiler refused the program, or a tool is missing.
-            NotRefittableError: An option makes the engine unfit for refits.
+            NotRefittableError: An option makes the engine unfit for refits, or the proof failed.
         """
         _check_program(program)
         chosen, clock = self.backend(backend), Clock(self.host, "compile")
@@ -137,7 +142,16 @@ class Pipeline:
         with clock.stage("plan"):
             plan = make_plan(self.host, program, opened, chosen, self.config, self.open_weights)
             kept = self._kept(program)
-        return CompiledModule(opened, plan, kept, self._save)
+        compiled = CompiledModule(opened, plan, kept, self._save)
+        if prove:
+            with clock.stage("prove"):
+                self._prove(compiled, program)
+        return compiled
+
+    def _prove(self, compiled: CompiledModule, program: ExportedProgram) -> None:
+        missing = prove_refit(self, compiled, program)
+        if missing:
+            self.host.emit(Step("compile", "prove", f"there is no proof by trial: {missing}"))
 
     def _kept(self, program: ExportedProgram) -> KeptProgram | None:
         from refitkit.program import KeptProgram  # noqa: PLC0415 - imports torch
@@ -185,7 +199,8 @@ class Pipeline:
     ) -> RefitPlan:
         """Make a plan for a program and the module that was compiled from it.
 
-        A module that has no plan yet keeps this one, and is saved with it.
+        A module that has no plan yet keeps this one, and is saved with it; before, a copy of it is
+        refitted to other weights and its outputs compared with the program's.
 
         Args:
             program: The very program that was compiled.
@@ -195,7 +210,8 @@ class Pipeline:
 
         Raises:
             PlanMismatchError: The program is not the one that was compiled.
-            NotRefittableError: Weights of the program are not weights of the engines.
+            NotRefittableError: Weights of the program are not weights of the engines, or are but
+                in part.
             ConfigError: Neither target nor backend was given.
         """
         _check_program(program)
@@ -210,9 +226,16 @@ class Pipeline:
             plan = make_plan(
                 self.host, program, opened, self.backend(name), self.config, self.open_weights
             )
-        if compiled is not None and compiled.plan is None:
-            compiled.plan, compiled.program = plan, self._kept(program)
+            if compiled is not None and compiled.plan is None:
+                self._adopt(compiled, plan, program)
         return plan
+
+    def _adopt(self, compiled: CompiledModule, plan: RefitPlan, program: ExportedProgram) -> None:
+        """Give a plan to a module that somebody else compiled, once a copy of it is proved."""
+        kept = self._kept(program)
+        copy = CompiledModule(compiled.opened.reopen(), plan, kept, self._save)
+        self._prove(copy, program)
+        compiled.plan, compiled.program = plan, kept
 
     def refit(
         self,

@@ -15,6 +15,8 @@ REQUIRED: dict[str, Any] = {
     "always_keep_tensor_constants": True,
     # names of weights are lost with it
     "freezing": False,
+    # every expression of weights with one element is replaced by its value of compile time
+    "joint_graph_constant_folding": False,
     # values folded from weights would go stale in the buffer that refits write to
     "aot_inductor.use_runtime_constant_folding": False,
 }

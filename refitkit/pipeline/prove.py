@@ -1,0 +1,109 @@
+"""Proof by trial that a compiled module takes new weights: other weights in, right answers out.
+
+Compilers fold what they think constant, and new versions find new things to fold: a weight that was
+folded is a slot that changes nothing, or half of what it should. So a module that was just compiled
+is refitted to weights that differ everywhere, and its outputs are compared with those of the
+program, as any refit is verified; then it gets its own weights back.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from refitkit.errors import NotRefittableError, VerificationError
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from refitkit.pipeline.compiled import CompiledModule
+    from refitkit.pipeline.pipeline import Pipeline
+
+_SEEDS = (0, 1)
+
+
+def prove(pipeline: Pipeline, compiled: CompiledModule, program: ExportedProgram) -> str:
+    """Refit a new module to other weights and back.
+
+    Args:
+        pipeline: What refits it.
+        compiled: The module, with the program's weights.
+        program: What it was compiled from.
+
+    Returns:
+        Why there is no proof; empty where there is one.
+
+    Raises:
+        NotRefittableError: With other weights it answers wrongly; lists the outputs.
+    """
+    if program.example_inputs is None or compiled.program is None:
+        return "the program has no example inputs, or cannot be kept"
+    args, kwargs = program.example_inputs
+    inputs = (tuple(args), dict(kwargs or {}))
+    try:
+        pipeline.verify(compiled, program, inputs=inputs, with_="outputs")
+    except VerificationError as exc:
+        return f"its outputs differ from the program's with its own weights, too: {exc.problems}"
+    try:
+        return _trials(pipeline, compiled, program, inputs)
+    finally:
+        pipeline.refit(compiled, program, verify="none")
+        compiled.free_spare()
+        compiled.version = 0
+
+
+def _trials(
+    pipeline: Pipeline, compiled: CompiledModule, program: ExportedProgram, inputs: object
+) -> str:
+    reason = ""
+    for seed in _SEEDS:
+        weights = _others(program, seed)
+        try:
+            pipeline.refit(compiled, weights, inputs=inputs, verify="outputs")
+        except VerificationError as exc:
+            if not _endless(exc):
+                raise NotRefittableError(
+                    "With other weights than those of its compilation the module answers wrongly: "
+                    "the compiler has made some of them part of its code.",
+                    problems=exc.problems,
+                    hint="Options that fold constants do this. To compile all the same, and verify "
+                    "every refit: prove=False.",
+                ) from exc
+            reason = "other weights make the program itself answer NaN or infinity"
+        else:
+            return ""
+    return reason
+
+
+def _endless(exc: VerificationError) -> bool:
+    measures = exc.report.verification.measures if exc.report else ()
+    wrong = [m for m in measures if not m.ok]
+    return bool(wrong) and all("NaN" in m.note for m in wrong)
+
+
+def _others(program: ExportedProgram, seed: int) -> dict[str, torch.Tensor]:
+    """The program's weights, moved: every float by up to a quarter, none to another sign.
+
+    So variances stay positive, and zeros and ones, which folding likes, become something else.
+    Names of one tensor get one value. Integers and what is not finite stay: they may be indices and
+    masks.
+    """
+    made: dict[tuple[int, ...], torch.Tensor] = {}
+    moved: dict[str, torch.Tensor] = {}
+    for name, value in program.state_dict.items():
+        key = (value.data_ptr(), value.storage_offset(), *value.shape, *value.stride())
+        if key not in made or not value.numel():
+            made[key] = _moved(value.detach(), seed)
+        moved[name] = made[key]
+    return moved
+
+
+def _moved(value: torch.Tensor, seed: int) -> torch.Tensor:
+    if not value.is_floating_point() or value.dtype.itemsize == 1:
+        return value.clone()
+    random = torch.Generator(device="cpu").manual_seed(seed * 7919 + value.numel())
+    draw = torch.rand(value.shape, generator=random).to(value.device)
+    wide = value.float()
+    new = wide * (0.75 + 0.5 * draw) + torch.where(wide == 0, 0.02 + 0.02 * draw, 0.0)
+    return torch.where(torch.isfinite(wide), new, wide).to(value.dtype)
