@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field, ValidationError, field_validator
 
 from refitkit.errors import ConfigError, Problem
 from refitkit.model.base import Frozen
+from refitkit.model.slot import ITEM_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+Bound = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 NO_PLUGIN_VARIABLE = "REFITKIT_NO_PLUGIN"
 """Environment variable: names of plugins to switch off, separated by commas."""
 
@@ -45,13 +47,16 @@ class Config(Frozen):
     strategies: tuple[str, ...] = ()
     check_finite: bool = True
     rollback_limit: int | None = Field(default=None, ge=0)
-    tolerances: dict[str, tuple[float, float]] = Field(default_factory=lambda: dict(TOLERANCES))
+    tolerances: dict[str, tuple[Bound, Bound]] = Field(default_factory=lambda: dict(TOLERANCES))
 
     @field_validator("tolerances")
     @classmethod
     def _over_defaults(
         cls, value: dict[str, tuple[float, float]]
     ) -> dict[str, tuple[float, float]]:
+        unknown = sorted(value.keys() - ITEM_BYTES.keys())
+        if unknown:
+            raise ValueError(f"there are no dtypes {', '.join(unknown)}")
         return {**TOLERANCES, **value}
 
     @classmethod
