@@ -149,7 +149,7 @@ class Pipeline:
         return compiled
 
     def _prove(self, compiled: CompiledModule, program: ExportedProgram) -> None:
-        missing = prove_refit(self, compiled, program)
+        missing = prove_refit(self, compiled, program) if compiled.program else ""
         if missing:
             self.host.emit(Step("compile", "prove", f"there is no proof by trial: {missing}"))
 
@@ -158,7 +158,7 @@ class Pipeline:
 
         kept = KeptProgram.of(program)
         if kept is None:
-            text = "the program cannot be kept: to verify outputs, refits will need reference="
+            text = "the program cannot be kept: no proof, and verify='outputs' needs reference="
             self.host.emit(Step("plan", "plan", text))
         return kept
 

@@ -37,8 +37,8 @@ def prove(pipeline: Pipeline, compiled: CompiledModule, program: ExportedProgram
     Raises:
         NotRefittableError: With other weights it answers wrongly; lists the outputs.
     """
-    if program.example_inputs is None or compiled.program is None:
-        return "the program has no example inputs, or cannot be kept"
+    if program.example_inputs is None:
+        return "the program has no example inputs"
     args, kwargs = program.example_inputs
     inputs = (tuple(args), dict(kwargs or {}))
     try:
