@@ -128,7 +128,53 @@ class Nested(nn.Module):
         self, x: torch.Tensor, *, other: torch.Tensor, parts: dict[str, torch.Tensor]
     ) -> dict[str, Any]:
         y = self.left(x) + self.right(other)
-        return {"sum": y, "more": (parts["p"] * y, [y.argmax(-1), parts["q"] - 1])}
+        more = parts["p"] * y, [y.argmax(-1), parts["q"] - 1, self.left.bias]
+        return {"sum": y, "more": more}
+
+
+class Foldable(nn.Module):
+    """Weights of one element or of one value, in expressions that compilers like to fold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ones = nn.Parameter(torch.ones(6))
+        self.zeros = nn.Parameter(torch.zeros(6, 6))
+        self.scale = nn.Parameter(torch.tensor(0.5))
+        self.register_buffer("single", torch.tensor([2.0]))
+        self.register_buffer("number", torch.tensor(3))
+        self.register_buffer("mask", torch.ones(6, dtype=torch.bool))
+        if torch.initial_seed():  # seed 0 is the model as it is made
+            with torch.no_grad():
+                for parameter in self.parameters():
+                    parameter.normal_()
+            self.single.uniform_(1.0, 2.0)
+            self.number.fill_(torch.initial_seed() + 3)
+            self.mask[::2] = False
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        chosen = torch.where(self.mask, self.ones, self.ones * 0 - 1.0)
+        factor = (self.single**2 + self.scale.exp()) * self.number
+        sign = torch.where(self.scale > 0, x, -x)
+        places = torch.arange(6) * self.number % 6
+        return (
+            x @ torch.softmax(self.zeros, -1) * chosen / factor + self.scale,
+            sign * self.ones.index_select(0, places),
+            torch.eye(6) * self.scale * self.number,
+            self.ones.softmax(0) * self.single,
+        )
+
+
+class Wide(nn.Module):
+    """Weights of 16 MB, so that a leaked set of them shows, and a refit of them takes a while."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(512, 512) for _ in range(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x) * 3)
+        return x
 
 
 @dataclass(frozen=True)
@@ -139,12 +185,20 @@ class Case:
     args: Callable[[], tuple[Any, ...]]
     kwargs: Callable[[], dict[str, Any]] = field(default=dict)
     dynamic: Any = None
-    options: dict[str, Any] = field(default_factory=dict)
 
     def model(self, seed: int) -> nn.Module:
         """The model in eval mode with the weights of a seed."""
         torch.manual_seed(seed)
         return self.build().eval()
+
+    def expected(self, model: nn.Module) -> Any:
+        """What a model answers, as eager torch computes it. A model that counts calls counts it."""
+        with torch.no_grad():
+            return model(*self.args(), **self.kwargs())
+
+    def inputs(self) -> Any:
+        """The inputs as ``refit`` takes them."""
+        return (self.args(), self.kwargs()) if self.kwargs() else self.args()
 
     def program(self, seed: int = 0) -> torch.export.ExportedProgram:
         """The model with the weights of a seed, exported."""
@@ -173,6 +227,8 @@ CASES: dict[str, Case] = {
     "float16": Case(lambda: Small().half(), lambda: (_randn(3, 16, dtype=torch.float16),)),
     "bfloat16": Case(lambda: Small().bfloat16(), lambda: (_randn(3, 16, dtype=torch.bfloat16),)),
     "storage": Case(Storage, lambda: (_randn(4, 5),)),
+    "foldable": Case(Foldable, lambda: (_randn(3, 6),)),
+    "wide": Case(Wide, lambda: (_randn(1, 512),)),
     "nested": Case(
         Nested,
         lambda: (_randn(2, 5),),

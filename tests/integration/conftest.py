@@ -15,8 +15,6 @@ import refitkit
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-Saved = "Callable[[str], Path]"
-
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
@@ -29,7 +27,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         path = folder / f"{name}.refit"
         if not path.exists():
             case = CASES[name]
-            refitkit.compile(case.program(0), options=case.options).save(path)
+            refitkit.compile(case.program(0)).save(path)
         return path
 
     return path_of

@@ -1,0 +1,220 @@
+"""A random life of a module, compared slot by slot and bit for bit with a model of what it holds.
+
+The engine has two sets of weights that take turns, and the set that does not serve may be stale in
+some slots. The model here knows nothing of that: it is a dict of tensors.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from aoti_helpers import bits, max_error, slots_of
+from aoti_models import CASES
+
+import refitkit
+from refitkit.model import TensorInfo
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+CASE = CASES["mixed"]
+PERSISTENT = ("a.weight", "a.bias", "b.weight", "b.bias", "kept", "count")
+PINNED = "derived"
+MODULES = 3
+STEPS = 40
+ODD_VALUES = (0.0, -0.0, 1e-42, -3.0e38)
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error of refitkit's
+    """Raised where a fault is injected."""
+
+
+class BreakingPlugin:
+    """Refuses whatever was committed."""
+
+    name = "breaking"
+
+    @refitkit.hookimpl
+    def refitkit_weights_changed(self, report: Any) -> None:
+        if report.outcome == "committed":
+            raise Interrupted
+
+
+class BreakingSource:
+    """A weight source that breaks at one of its reads."""
+
+    def __init__(self, state: dict[str, torch.Tensor], reads: int) -> None:
+        self.description = "a breaking source"
+        self._state, self._left = state, reads
+
+    def names(self) -> Any:
+        return self._state.keys()
+
+    def info(self, fqn: str) -> Any:
+        tensor = self._state[fqn]
+        return TensorInfo(dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
+
+    def get(self, fqn: str) -> torch.Tensor:
+        self._left -= 1
+        if self._left < 0:
+            raise Interrupted
+        return self._state[fqn]
+
+
+class Life:
+    """Some modules and, for each, a dict of what its slots should hold."""
+
+    def __init__(self, first: refitkit.CompiledModule, seed: int, folder: Path) -> None:
+        self.random = random.Random(seed)  # noqa: S311 - to be repeatable
+        self.generator = torch.Generator().manual_seed(seed)
+        self.folder = folder
+        self.derived = first.read(PINNED)
+        self.alive = [(first, {slot.name: first.read(slot.name) for slot in first.slots})]
+        self.steps: dict[str, Callable[[refitkit.CompiledModule, dict[str, Any]], None]] = {
+            name.removeprefix("_do_"): getattr(self, name)
+            for name in sorted(dir(self))
+            if name.startswith("_do_")
+        }
+        self.done: list[str] = []
+
+    def step(self) -> None:
+        compiled, held = self.random.choice(self.alive)
+        name = self.random.choice(list(self.steps))
+        self.done.append(name)
+        self.steps[name](compiled, held)
+        for number, (module, wanted) in enumerate(self.alive):
+            found = slots_of(module)
+            differing = [n for n in wanted if found[n] != bits(wanted[n])]
+            assert not differing, f"module {number} after {self.done}"
+
+    def _values(self, names: Any) -> dict[str, torch.Tensor]:
+        return {name: self._value(name) for name in names}
+
+    def _value(self, name: str) -> torch.Tensor:
+        old = self.alive[0][1][name]
+        if name == "count":
+            return torch.tensor(self.random.randrange(1000))
+        value = torch.randn(old.shape, generator=self.generator)
+        value.view(-1)[self.random.randrange(value.numel())] = self.random.choice(ODD_VALUES)
+        return value
+
+    def _some(self) -> list[str]:
+        names = [*PERSISTENT, PINNED]
+        return self.random.sample(names, self.random.randint(1, len(names)))
+
+    # -- what can happen --------------------------------------------------------------------
+
+    def _do_refit(self, compiled: refitkit.CompiledModule, held: dict[str, Any]) -> None:
+        state = self._values(PERSISTENT)
+        if self.random.random() < 0.3:
+            state[PINNED] = self._value(PINNED)
+        refitkit.refit(compiled, state, verify=self.random.choice([None, "none"]))
+        held.update({PINNED: self.derived, **state})
+
+    def _do_refit_with_inputs(self, compiled: Any, held: dict[str, Any]) -> None:
+        state = {n: t.clamp(-9, 9) for n, t in self._values(PERSISTENT).items()}
+        refitkit.refit(compiled, state, inputs=CASE.args())
+        held.update({PINNED: self.derived, **state})
+
+    def _do_partial(self, compiled: Any, held: dict[str, Any]) -> None:
+        state = self._values(self._some())
+        refitkit.refit(compiled, state, partial=True, verify=self.random.choice([None, "none"]))
+        held.update(state)
+
+    def _do_same_again(self, compiled: Any, held: dict[str, Any]) -> None:
+        state = {name: held[name].clone() for name in self._some()}
+        assert refitkit.refit(compiled, state, partial=True).report.changed is False
+
+    def _do_refused(self, compiled: Any, held: dict[str, Any]) -> None:
+        state = self._values(PERSISTENT)
+        name = self.random.choice(["a.weight", "b.bias", "kept"])
+        if self.random.random() < 0.5:
+            state[name] = state[name][:-1]
+        else:
+            state[name][..., 0] = torch.nan
+        with pytest.raises(refitkit.WeightMismatchError):
+            refitkit.refit(compiled, state)
+
+    def _do_wrong_outputs(self, compiled: Any, held: dict[str, Any]) -> None:
+        state = {n: t.clamp(-9, 9) for n, t in self._values(self._some()).items()}
+        with pytest.raises(refitkit.VerificationError):
+            refitkit.refit(
+                compiled, state, partial=True, inputs=CASE.args(), reference=torch.zeros(1)
+            )
+
+    def _do_vetoed(self, compiled: Any, held: dict[str, Any]) -> None:
+        pipeline = refitkit.Pipeline(plugins=[BreakingPlugin()])
+        partial = self.random.random() < 0.5
+        state = self._values(self._some() if partial else PERSISTENT)
+        with pytest.raises(refitkit.PluginError):
+            pipeline.refit(compiled, state, partial=partial)
+
+    def _do_source_breaks(self, compiled: Any, held: dict[str, Any]) -> None:
+        partial = self.random.random() < 0.5
+        state = self._values(self._some() if partial else PERSISTENT)
+        source = BreakingSource(state, self.random.randrange(2 * len(state)))
+        settings = {"check_finite": self.random.random() < 0.5}
+        with pytest.raises(refitkit.RefitError):
+            refitkit.Pipeline(settings).refit(compiled, source, partial=partial)
+
+    def _do_call(self, compiled: Any, held: dict[str, Any]) -> None:
+        for _ in range(self.random.randint(1, 3)):
+            compiled(*CASE.args())
+            held["count"] = held["count"] + 1
+
+    def _do_free_spare(self, compiled: Any, held: dict[str, Any]) -> None:
+        compiled.free_spare()
+        assert compiled.free_spare() == 0
+
+    def _do_save_and_load(self, compiled: Any, held: dict[str, Any]) -> None:
+        path = self.folder / "module.refit"
+        compiled.save(path)
+        self._add(refitkit.load(path), held)
+
+    def _do_copy(self, compiled: Any, held: dict[str, Any]) -> None:
+        state = self._values(self._some())
+        result = refitkit.refit(compiled, state, partial=True, copy=True)
+        assert result.module is not compiled
+        self._add(result.module, {**held, **state})
+
+    def _add(self, compiled: refitkit.CompiledModule, held: dict[str, Any]) -> None:
+        self.alive.append((compiled, dict(held)))
+        if len(self.alive) > MODULES:
+            del self.alive[self.random.randrange(len(self.alive))]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_slots_hold_what_they_should(
+    seed: int, fresh: Callable[[str], refitkit.CompiledModule], tmp_path: Path
+) -> None:
+    life = Life(fresh("mixed"), seed, tmp_path)
+    for _ in range(STEPS):
+        life.step()
+    for compiled, held in life.alive:
+        tame = {name: held[name].clamp(-9, 9) for name in (*PERSISTENT, PINNED)}
+        refitkit.refit(compiled, tame, partial=True)
+        found = compiled(*CASE.args())
+        assert max_error(found, _eager(tame)) < 1e-3
+
+
+def _eager(held: dict[str, torch.Tensor]) -> Any:
+    model = CASE.model(0)
+    model.load_state_dict({name: held[name] for name in PERSISTENT}, strict=False)
+    model.derived.copy_(held[PINNED])
+    return CASE.expected(model)
+
+
+def test_every_step_happens(
+    fresh: Callable[[str], refitkit.CompiledModule], tmp_path: Path
+) -> None:
+    """The lives above are long enough to try everything."""
+    steps = Life(fresh("mixed"), 0, tmp_path).steps
+    happened = set()
+    for seed in range(10):
+        life = Life(fresh("mixed"), seed, tmp_path)
+        happened |= {life.random.choice(list(steps)) for _ in range(STEPS)}
+    assert happened == steps.keys()
