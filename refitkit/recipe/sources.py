@@ -82,12 +82,12 @@ class TensorMap:
         """
         self.description = description
         self._tensors = tensors
-        self._names = frozenset(n for n in tensors if n.rpartition(".")[2] != _EXTRA_STATE)
+        self._names = dict.fromkeys(n for n in tensors if n.rpartition(".")[2] != _EXTRA_STATE)
         self._not_persistent = frozenset(not_persistent)
 
     def names(self) -> Collection[str]:
         """All names."""
-        return self._names
+        return self._names.keys()
 
     def info(self, fqn: str) -> TensorInfo:
         """Dtype and shape of one tensor."""

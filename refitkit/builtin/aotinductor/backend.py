@@ -41,8 +41,9 @@ class AOTInductorBackend:
                 hint="refitkit.compile makes the plan in the same pass; for an engine that exists, "
                 "pass it: refitkit.plan(program, target=...).",
             )
-        ledger = Ledger(parts[ENGINE], module.engines[ENGINE])
-        if module.files.call is None:
+        ours = module.files.call is not None
+        ledger = Ledger(parts[ENGINE], module.engines[ENGINE], ours=ours)
+        if not ours:
             module.learn(parts[ENGINE])
         return PlanDraft(
             rows=ledger.rows,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING
 
 from refitkit.errors import NotRefittableError, PlanMismatchError, Problem
-from refitkit.model import LedgerRow, PinnedRef, Slot, SlotState, SourceRef
+from refitkit.model import LeafKind, LedgerRow, PinnedRef, Slot, SlotState, SourceRef
 from refitkit.program import facts_of
 from refitkit.program.bits import same_bits
 from refitkit.program.facts import tensors_of
@@ -28,8 +29,15 @@ class Ledger:
         pinned: Values of the pinned ones, and of all constants of the program.
     """
 
-    def __init__(self, program: ExportedProgram, engine: AOTInductorEngine) -> None:
+    def __init__(
+        self, program: ExportedProgram, engine: AOTInductorEngine, *, ours: bool = True
+    ) -> None:
         """Match a program's leaves with an engine's slots.
+
+        Args:
+            program: The program that was compiled.
+            engine: Its engine.
+            ours: Whether refitkit compiled it, with the options that refits rely on.
 
         Raises:
             NotRefittableError: The engine holds weights of the program where no refit reaches.
@@ -52,6 +60,8 @@ class Ledger:
                 "The program is not the one that was compiled into this engine.", problems=problems
             )
         self._check_reachable()
+        if not ours:
+            self._check_single_elements()
 
     def _row(self, slot: Slot) -> LedgerRow:
         leaf = self._leaves.get(slot.name)
@@ -116,6 +126,25 @@ class Ledger:
                 problems=problems,
                 hint="Compile with refitkit.compile, or with always_keep_tensor_constants=True and "
                 "freezing=False.",
+            )
+
+    def _check_single_elements(self) -> None:
+        """Refuse weights that inductor folds by default without a trace.
+
+        ``constant_fold_uniform_value`` in ``torch/_inductor/fx_passes/joint_graph.py`` (2.14) puts
+        the value that a weight of one element had into the code; its slot may still be there.
+        """
+        problems = [
+            Problem(leaf.fqn, "one element: may be part of the engine's code")
+            for leaf in self._facts.leaves
+            if leaf.used and leaf.kind is not LeafKind.CONSTANT and prod(leaf.shape) == 1
+        ]
+        if problems:
+            raise NotRefittableError(
+                "AOTInductor folds such weights unless joint_graph_constant_folding=False, and "
+                "nobody can see from outside whether it did.",
+                problems=problems,
+                hint="Compile the program with refitkit.compile, which sets that option.",
             )
 
 

@@ -68,8 +68,8 @@ class SafetensorsFile:
         self.description = f"{str(path)!r}"
         try:
             file: Any = safe_open(path, framework="pt")
-            self._names = frozenset(file.keys())
-        except (SafetensorError, OSError) as exc:
+            self._names = dict.fromkeys(file.keys())
+        except (SafetensorError, OSError, RuntimeError) as exc:
             raise SourceError(
                 f"{self.description} cannot be read as safetensors: {exc}.",
                 hint="Check that it was written or downloaded completely.",
@@ -78,7 +78,7 @@ class SafetensorsFile:
 
     def names(self) -> Collection[str]:
         """All names in the file."""
-        return self._names
+        return self._names.keys()
 
     def info(self, fqn: str) -> TensorInfo:
         """Dtype and shape, from the header."""
@@ -96,7 +96,7 @@ class SafetensorsFile:
             raise KeyError(fqn)
         try:
             tensor: torch.Tensor = self._file.get_tensor(fqn)
-        except (SafetensorError, OSError) as exc:
+        except (SafetensorError, OSError, RuntimeError) as exc:
             raise SourceError(f"{self.description}: {fqn!r} cannot be read: {exc}.") from exc
         return tensor
 
