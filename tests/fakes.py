@@ -11,8 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -41,6 +40,9 @@ from refitkit.pipeline.pipeline import PLAN
 from refitkit.protocols import Mapped, MapRequest, OpenedModule, PlanDraft, SlotValue, VerifyRequest
 from refitkit.recipe import RefitPlan, TensorMap
 from refitkit.recipe.store import index_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 BACKEND = "fake"
 
@@ -355,7 +357,7 @@ def leaf_for(slot: Slot, kind: LeafKind = LeafKind.PARAMETER, fqn: str | None = 
     return Leaf(fqn=fqn or slot.name, kind=kind, dtype=slot.dtype, shape=slot.shape or ())
 
 
-def make_plan(  # noqa: PLR0913 - a plan has that many parts
+def make_plan(
     rows: Sequence[LedgerRow],
     *,
     leaves: Sequence[Leaf] | None = None,
@@ -548,12 +550,18 @@ class CountingMapping(Mapping[str, torch.Tensor]):
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal bits, found without the package under test."""
-    return a.numpy().tobytes() == b.numpy().tobytes()
+    return _raw(a) == _raw(b)
+
+
+def _raw(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def same_state(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
     """Whether two dicts hold the same bits under the same names."""
     return a.keys() == b.keys() and all(
-        a[name].dtype == b[name].dtype and a[name].shape == b[name].shape and _same(a[name], b[name])
+        a[name].dtype == b[name].dtype
+        and a[name].shape == b[name].shape
+        and _same(a[name], b[name])
         for name in a
     )

@@ -15,7 +15,9 @@ from refitkit.errors import SHOWN_PROBLEMS, Problem, RefitError, VerificationErr
 CLASSES = {
     name: value
     for name, value in vars(errors).items()
-    if inspect.isclass(value) and issubclass(value, Exception) and value.__module__ == "refitkit.errors"
+    if inspect.isclass(value)
+    and issubclass(value, Exception)
+    and value.__module__ == "refitkit.errors"
 }
 
 

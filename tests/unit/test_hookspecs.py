@@ -27,7 +27,7 @@ def options(hook: Any) -> dict[str, Any]:
 
 def sections(hook: Any) -> dict[str, str]:
     """Google-style sections of a docstring by title; the text before them under ''."""
-    parts = re.split(r"^(Args|Returns|Raises|Yields):$", inspect.getdoc(hook) or "", flags=re.M)
+    parts = re.split(r"(?m)^(Args|Returns|Raises|Yields):$", inspect.getdoc(hook) or "")
     return {"": parts[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
 
 
@@ -60,7 +60,7 @@ def test_a_hook_says_when_it_is_called(name: str) -> None:
 
 @pytest.mark.parametrize("name", HOOKS)
 def test_a_hook_documents_its_arguments_in_order(name: str) -> None:
-    documented = re.findall(r"^    (\w+): ", sections(HOOKS[name]).get("Args", ""), flags=re.M)
+    documented = re.findall(r"(?m)^    (\w+): ", sections(HOOKS[name]).get("Args", ""))
     assert documented == list(inspect.signature(HOOKS[name]).parameters)
 
 

@@ -8,6 +8,7 @@ import types
 from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any
 
+import click
 import pytest
 
 import refitkit
@@ -368,13 +369,13 @@ def test_the_plugin_is_named_when_what_it_calls_fails() -> None:
         def refitkit_event(self) -> None:
             helper()
 
-    with pytest.raises(PluginError, match="'deep'.*refitkit_event"):
+    with pytest.raises(PluginError, match=r"'deep'.*refitkit_event"):
         make_host(plugins=[Deep(), Listener("other")]).emit(EVENT)
 
 
 def test_a_failing_hook_of_one_plugin_is_named_too() -> None:
     host = make_host(plugins=[Listener("broken", ValueError("x"))])
-    with pytest.raises(PluginError, match="'broken'.*refitkit_event"):
+    with pytest.raises(PluginError, match=r"'broken'.*refitkit_event"):
         host.call_one("broken", "refitkit_event", event=EVENT)
 
 
@@ -387,7 +388,7 @@ def test_a_failing_wrapper_is_named() -> None:
             yield
             raise ValueError("after")
 
-    with pytest.raises(PluginError, match="'wrapper'.*refitkit_event"):
+    with pytest.raises(PluginError, match=r"'wrapper'.*refitkit_event"):
         make_host(plugins=[Wrapper()]).emit(EVENT)
 
 
@@ -478,5 +479,23 @@ def test_an_offer_without_a_name_is_an_error(offer: object) -> None:
 
 
 def test_offers_that_are_no_list_are_an_error() -> None:
-    with pytest.raises(PluginError, match=r"'p' returned Offer from refitkit_verifiers, not a list"):
+    with pytest.raises(
+        PluginError, match=r"'p' returned Offer from refitkit_verifiers, not a list"
+    ):
         make_host(plugins=[Offering("p", Offer("x"))]).named("refitkit_verifiers")
+
+
+# -- commands ---------------------------------------------------------------------------------
+
+
+def test_a_plugin_may_add_commands() -> None:
+    class Commands:
+        name = "commands"
+
+        @refitkit.hookimpl
+        def refitkit_register_commands(self, cli: click.Group) -> None:
+            cli.add_command(click.Command("mine"))
+
+    group = click.Group()
+    make_host(plugins=[Commands()]).call_one("commands", "refitkit_register_commands", cli=group)
+    assert list(group.commands) == ["mine"]

@@ -25,43 +25,11 @@ PATIENCE = 20.0
 
 
 class Watched:
-    """Locks and conditions that count who waits."""
+    """Counts who waits at its locks and conditions."""
 
     def __init__(self) -> None:
         self.waiting = threading.Semaphore(0)
-        watched = self
-
-        class Condition(threading.Condition):
-            interrupt: BaseException | None = None
-
-            def wait(self, timeout: float | None = None) -> bool:
-                watched.waiting.release()
-                if Condition.interrupt is not None:
-                    error, Condition.interrupt = Condition.interrupt, None
-                    raise error
-                return super().wait(timeout)
-
-        class Lock:
-            def __init__(self) -> None:
-                self._lock = real_lock()
-
-            def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-                if self._lock.acquire(blocking=False):
-                    return True
-                watched.waiting.release()
-                return blocking and self._lock.acquire(blocking, timeout)
-
-            def release(self) -> None:
-                self._lock.release()
-
-            def __enter__(self) -> bool:
-                return self.acquire()
-
-            def __exit__(self, *error: object) -> None:
-                self.release()
-
-        real_lock = threading.Lock
-        self.condition, self.lock = Condition, Lock
+        self.interrupt: BaseException | None = None
 
     def somebody_waits(self) -> None:
         assert self.waiting.acquire(timeout=PATIENCE), "nobody waits"
@@ -69,17 +37,53 @@ class Watched:
     def nobody_waits(self) -> None:
         assert not self.waiting.acquire(blocking=False), "somebody waits"
 
+    def begin(self) -> None:
+        """Called by who is about to wait; raises what the test wants to interrupt it with."""
+        self.waiting.release()
+        if self.interrupt is not None:
+            error, self.interrupt = self.interrupt, None
+            raise error
+
+
+class WatchedCondition(threading.Condition):
+    """A condition at which waiting is counted."""
+
+    def __init__(self, watched: Watched) -> None:
+        super().__init__()
+        self.watched = watched
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.watched.begin()
+        return super().wait(timeout)
+
+
+class WatchedLock:
+    """A lock at which waiting is counted."""
+
+    def __init__(self, watched: Watched, lock: Any) -> None:
+        self.watched, self.lock = watched, lock
+
+    def __enter__(self) -> None:
+        if not self.lock.acquire(blocking=False):
+            self.watched.begin()
+            self.lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.lock.release()
+
 
 @pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
+def watched() -> Watched:
     return Watched()
 
 
 @pytest.fixture
 def gate(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> Gate:
+    """A gate whose locks are watched."""
+    lock = threading.Lock
     with monkeypatch.context() as patch:
-        patch.setattr(threading, "Condition", watched.condition)
-        patch.setattr(threading, "Lock", watched.lock)
+        patch.setattr(threading, "Condition", lambda: WatchedCondition(watched))
+        patch.setattr(threading, "Lock", lambda: WatchedLock(watched, lock()))
         return Gate()
 
 
@@ -327,7 +331,7 @@ def test_an_interrupt_while_waiting_for_a_call_opens_the_gate(
 
     running = threads.run(call)
     reached(inside)
-    watched.condition.interrupt = KeyboardInterrupt()
+    watched.interrupt = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt), gate.alone():
         raise AssertionError("it went through")
     assert threads.run(lambda: go_through(gate))() == "through"
@@ -351,7 +355,7 @@ def test_an_interrupt_while_another_is_alone_leaves_that_one_alone(
 
     holder = threads.run(hold)
     reached(inside)
-    watched.condition.interrupt = KeyboardInterrupt()
+    watched.interrupt = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt), gate.alone():
         raise AssertionError("it went through")
     watched.somebody_waits()
@@ -463,7 +467,7 @@ def test_a_call_during_a_refit_answers_with_the_new_weights(
     calls: list[Callable[[], Any]] = []
 
     def meanwhile(module: FakeModule) -> None:
-        calls.append(threads.run(lambda: stage.compiled()))
+        calls.append(threads.run(stage.compiled))
         watched.somebody_waits()
 
     stage = Stage(gate, meanwhile)
@@ -477,7 +481,7 @@ def test_a_call_during_a_refit_that_fails_answers_with_the_old_weights(
     calls: list[Callable[[], Any]] = []
 
     def meanwhile(module: FakeModule) -> None:
-        calls.append(threads.run(lambda: stage.compiled()))
+        calls.append(threads.run(stage.compiled))
         watched.somebody_waits()
         raise KeyboardInterrupt
 
@@ -524,7 +528,7 @@ def test_a_running_call_is_waited_for(gate: Gate, threads: Threads, watched: Wat
         reached(leave)
 
     stage.module.on_run = linger
-    caller = threads.run(lambda: stage.compiled())
+    caller = threads.run(stage.compiled)
     reached(inside)
     stage.module.on_run = lambda: None
     refit = threads.run(stage.refit)

@@ -252,9 +252,7 @@ def test_a_plan_offline(pipeline: Pipeline, program: torch.export.ExportedProgra
     plan.check_engines(BACKEND, pipeline.compile(program, BACKEND).slots)
 
 
-def test_a_plan_for_nothing(
-    pipeline: Pipeline, program: torch.export.ExportedProgram
-) -> None:
+def test_a_plan_for_nothing(pipeline: Pipeline, program: torch.export.ExportedProgram) -> None:
     with pytest.raises(ConfigError, match="target"):
         pipeline.plan(program)
 
@@ -338,7 +336,11 @@ def test_verify_by_outputs(
 
 @pytest.mark.parametrize(
     "weights",
-    [{}, {"e0.weight": torch.ones(2, 3)}, {"e0.weight": torch.ones(3, 2), "e0.bias": torch.ones(2)}],
+    [
+        {},
+        {"e0.weight": torch.ones(2, 3)},
+        {"e0.weight": torch.ones(3, 2), "e0.bias": torch.ones(2)},
+    ],
     ids=["none", "some", "wrong shape"],
 )
 def test_verify_refuses_weights_of_another_model(
@@ -350,7 +352,7 @@ def test_verify_refuses_weights_of_another_model(
 
 def test_verify_needs_a_plan_and_something_to_look_at(pipeline: Pipeline) -> None:
     module = make_module(1)
-    weights = {slot: value for slot, value in module.engines["e0"].live.items()}
+    weights = dict(module.engines["e0"].live.items())
     with pytest.raises(ConfigError, match="verified"):
         pipeline.verify(module, weights, with_="none")
     with pytest.raises(PlanMismatchError):

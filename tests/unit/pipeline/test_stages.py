@@ -193,7 +193,7 @@ class Checker:
 
 def check(result: Any) -> None:
     module = make_module()
-    source = TensorMap({slot: value for slot, value in module.engines["e0"].live.items()})
+    source = TensorMap(dict(module.engines["e0"].live.items()))
     host = make_host(plugins=[Checker(result)])
     check_weights(host, plan_for(module), module, source, partial=False, config=CONFIG)
 
@@ -224,7 +224,7 @@ def test_a_generator_that_fails_is_the_plugins_fault() -> None:
 
 @pytest.mark.parametrize("result", [3, Problem("a", "one"), ["text"], [None]], ids=repr)
 def test_what_is_no_list_of_problems_is_the_plugins_fault(result: Any) -> None:
-    with pytest.raises(PluginError, match="'checker'.*refitkit_check"):
+    with pytest.raises(PluginError, match=r"'checker'.*refitkit_check"):
         check(result)
 
 

@@ -1,0 +1,407 @@
+"""What must be true of weights before anything is staged: all that is wrong, at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from refitkit.builtin.checks.finite import all_finite
+from refitkit.config import Config
+from refitkit.errors import Problem, WeightMismatchError
+from refitkit.host import make_host
+from refitkit.model import Leaf, LeafKind, LedgerRow, SlotState
+from refitkit.pipeline.check import check_weights
+from refitkit.recipe import TensorMap
+from tests.fakes import (
+    FakeEngine,
+    FakeModule,
+    OpenEngine,
+    leaf_for,
+    make_plan,
+    make_slot,
+    pinned_row,
+    recipe_row,
+    slot_for,
+)
+
+NAN, INF = float("nan"), float("inf")
+
+
+def problems(
+    weights: Any,
+    plan: Any = None,
+    module: FakeModule | None = None,
+    *,
+    partial: bool = False,
+    **settings: Any,
+) -> list[Problem]:
+    """Problems of weights, or of a source, for a plan."""
+    source = TensorMap(weights) if isinstance(weights, dict) else weights
+    plan = plan or PLAN
+    module = module or module_of(plan)
+    config = Config(**settings)
+    try:
+        check_weights(make_host(), plan, module, source, partial=partial, config=config)
+    except WeightMismatchError as exc:
+        return list(exc.problems)
+    return []
+
+
+def module_of(plan: Any, kind: type[FakeEngine] = OpenEngine, **values: Any) -> FakeModule:
+    """A module with one engine that has the plan's slots, all zeros but for those given."""
+    zeros = {
+        row.slot.name: torch.zeros(row.slot.shape, dtype=getattr(torch, row.slot.dtype))
+        for row in plan.ledger
+    }
+    return FakeModule([kind("model", {**zeros, **values})])
+
+
+def kinds(found: list[Problem]) -> list[tuple[str, str]]:
+    return [(p.subject, p.kind) for p in found]
+
+
+W, B = make_slot("w", (2, 3)), make_slot("b", (2,), "bfloat16")
+UNUSED = Leaf(fqn="steps", kind=LeafKind.BUFFER, dtype="int64", shape=(), used=False)
+PLAN = make_plan([recipe_row(W), recipe_row(B)], leaves=[leaf_for(W), leaf_for(B), UNUSED])
+GOOD: dict[str, Any] = {"w": torch.ones(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
+
+
+def test_weights_that_fit() -> None:
+    assert problems(GOOD) == []
+    assert problems({**GOOD, "steps": torch.tensor(3)}) == []
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.ones(3, 2).t(),
+        torch.ones(1).expand(2, 3),
+        torch.nn.Parameter(torch.ones(2, 3)),
+        torch.ones(20)[1:7].reshape(2, 3),
+    ],
+    ids=["transposed", "expanded", "parameter", "view"],
+)
+def test_layout_does_not_matter(weight: torch.Tensor) -> None:
+    assert problems({**GOOD, "w": weight}) == []
+
+
+def test_everything_that_is_wrong_is_told_at_once() -> None:
+    tied = [make_slot(f"t{n}") for n in range(3)]
+    rows = [
+        *PLAN.ledger,
+        recipe_row(make_slot("shape")),
+        recipe_row(make_slot("dtype")),
+        recipe_row(make_slot("both")),
+        recipe_row(make_slot("odd")),
+        recipe_row(make_slot("sparse")),
+        recipe_row(make_slot("nan")),
+        recipe_row(tied[0], "t0", "t1", "t2"),
+    ]
+    plan = make_plan(rows, ties=[("t0", "t1", "t2")])
+    found = problems(
+        {
+            "extra": torch.ones(1),
+            "shape": torch.ones(3),
+            "dtype": torch.ones(2).half(),
+            "both": torch.ones(3).half(),
+            "odd": [1.0, 2.0],
+            "sparse": torch.ones(2).to_sparse(),
+            "nan": torch.tensor([1.0, NAN]),
+            "t0": torch.zeros(2),
+            "t1": torch.ones(2),
+            "t2": torch.zeros(2),
+        },
+        plan,
+    )
+    assert kinds(found) == [
+        ("extra", "unexpected"),
+        ("shape", "shape"),
+        ("dtype", "dtype"),
+        ("both", "dtype"),
+        ("both", "shape"),
+        ("odd", "unusable"),
+        ("sparse", "unusable"),
+        ("t1", "tie broken"),
+        ("w", "missing"),
+        ("b", "missing"),
+        ("nan", "non-finite"),
+    ]
+
+
+# -- one by one -------------------------------------------------------------------------------
+
+
+def test_missing() -> None:
+    (found,) = problems({"b": GOOD["b"]})
+    assert found == Problem("w", "missing", "", "float32 (2, 3)", found.hint)
+    assert "partial=True" in found.hint
+
+
+def test_unexpected() -> None:
+    (found,) = problems({**GOOD, "ww": torch.ones(4)})
+    assert (found.subject, found.kind, found.found) == ("ww", "unexpected", "float32 (4,)")
+
+
+def test_an_unexpected_name_is_held_against_those_that_exist() -> None:
+    slots = [make_slot("layers.0.attention.weight"), make_slot("head")]
+    plan = make_plan([recipe_row(slot) for slot in slots])
+    found = problems({"layers.0.attn.weight": torch.ones(2), "zzz": torch.ones(2)}, plan)
+    hints = {p.subject: p.hint for p in found if p.kind == "unexpected"}
+    assert hints["layers.0.attn.weight"] == "did you mean 'layers.0.attention.weight'?"
+    assert hints["zzz"] == "the model has no such name"
+
+
+def test_what_a_state_dict_would_not_hold_is_never_unexpected() -> None:
+    """A live module brings buffers that are not persistent: the model may have folded them."""
+    source = TensorMap({**GOOD, "cache": torch.ones(9)}, not_persistent=["cache"])
+    assert problems(source) == []
+    assert kinds(problems(TensorMap({**GOOD, "cache": torch.ones(9)}))) == [("cache", "unexpected")]
+
+
+def test_what_the_program_does_not_read_may_be_left_out() -> None:
+    assert problems(GOOD) == []
+
+
+def test_what_the_program_does_not_read_must_still_have_its_shape() -> None:
+    """Otherwise these are weights of another model."""
+    assert kinds(problems({**GOOD, "steps": torch.ones(4)})) == [("steps", "shape")]
+    assert problems({**GOOD, "steps": torch.tensor(1.0)}) == []
+    assert problems({**GOOD, "steps": 3}) == []
+
+
+def test_shape() -> None:
+    (found,) = problems({**GOOD, "w": torch.ones(2, 4)})
+    assert (found.kind, found.found, found.wanted, found.hint) == ("shape", "(2, 4)", "(2, 3)", "")
+    (turned,) = problems({**GOOD, "w": torch.ones(3, 2)})
+    assert turned.hint == "the transposed shape"
+
+
+@pytest.mark.parametrize("shape", [(6,), (1, 2, 3), (2, 3, 1), ()], ids=str)
+def test_the_right_number_of_elements_is_not_enough(shape: tuple[int, ...]) -> None:
+    assert kinds(problems({**GOOD, "w": torch.ones(shape)})) == [("w", "shape")]
+
+
+def test_dtype() -> None:
+    (found,) = problems({**GOOD, "w": torch.ones(2, 3).double()})
+    assert (found.kind, found.found, found.wanted) == ("dtype", "float64", "float32")
+    assert "never casts" in found.hint
+
+
+def test_unusable() -> None:
+    (found,) = problems({**GOOD, "w": torch.ones(2, 3, device="meta")})
+    assert found.kind == "unusable"
+    assert "meta" in found.found
+    assert found.wanted == "float32 (2, 3)"
+
+
+def test_only_headers_are_read_where_names_do_not_fit() -> None:
+    class Headers(TensorMap):
+        def get(self, fqn: str) -> torch.Tensor:
+            raise AssertionError(f"{fqn} was read")
+
+    source = Headers({"w": torch.ones(3), "b": torch.ones(3), "x": torch.ones(1)})
+    assert len(problems(source)) == 4
+
+
+# -- ties -------------------------------------------------------------------------------------
+
+TIED = make_plan([recipe_row(make_slot("t0"), "t0", "t1", "t2")], ties=[("t0", "t1", "t2")])
+
+
+def tied(**values: list[float]) -> list[Problem]:
+    return problems({name: torch.tensor(value) for name, value in values.items()}, TIED)
+
+
+def test_a_tie_that_holds() -> None:
+    assert tied(t0=[1.0, 2.0], t1=[1.0, 2.0], t2=[1.0, 2.0]) == []
+    same = torch.ones(2)
+    assert problems({"t0": same, "t1": same, "t2": same.clone()}, TIED) == []
+
+
+@pytest.mark.parametrize("name", ["t0", "t1", "t2"])
+def test_any_name_of_a_tie_is_enough(name: str) -> None:
+    assert tied(**{name: [1.0, 2.0]}) == []
+
+
+def test_all_names_of_a_tie_missing_is_one_problem() -> None:
+    (found,) = tied()
+    assert (found.subject, found.kind) == ("t0", "missing")
+    assert "t1" in found.hint
+
+
+def test_a_broken_tie() -> None:
+    (found,) = tied(t0=[1.0, 2.0], t2=[1.0, 3.0])
+    assert (found.subject, found.kind) == ("t2", "tie broken")
+    assert "'t0'" in found.found
+
+
+def test_a_broken_tie_forbids_a_partial_refit_too() -> None:
+    weights = {"t0": torch.zeros(2), "t1": torch.ones(2)}
+    assert kinds(problems(weights, TIED, partial=True)) == [("t1", "tie broken")]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [(0.0, -0.0, False), (NAN, NAN, True), (1.0, 1.0, True), (1.0, 1.0000001, False)],
+)
+def test_ties_are_compared_by_bits(one: float, other: float, same: bool) -> None:
+    found = problems(
+        {"t0": torch.tensor([one, 0.0]), "t1": torch.tensor([other, 0.0])},
+        TIED,
+        check_finite=False,
+    )
+    assert kinds(found) == [] if same else [("t1", "tie broken")]
+
+
+def test_ties_of_other_layouts_are_compared_by_value() -> None:
+    base = torch.arange(9.0)
+    assert problems({"t0": base[1:3], "t1": torch.tensor([1.0, 2.0])}, TIED) == []
+    assert problems({"t0": base[::2][:2], "t1": torch.tensor([0.0, 2.0])}, TIED) == []
+
+
+def test_a_name_that_does_not_fit_breaks_no_tie() -> None:
+    weights = {"t0": torch.zeros(2), "t1": torch.ones(3), "t2": "text"}
+    assert kinds(problems(weights, TIED)) == [("t1", "shape"), ("t2", "unusable")]
+
+
+def test_ties_of_what_no_slot_needs_may_break() -> None:
+    leaves = [leaf_for(W), *(leaf_for(make_slot(n)) for n in ("x", "y"))]
+    plan = make_plan([recipe_row(W)], leaves=leaves, ties=[("x", "y")])
+    weights = {"w": torch.ones(2, 3), "x": torch.zeros(2), "y": torch.ones(2)}
+    assert problems(weights, plan) == []
+
+
+# -- pinned, frozen, unmapped -----------------------------------------------------------------
+
+
+def test_a_pinned_value_need_not_be_given_but_must_fit() -> None:
+    slot = make_slot("mask")
+    plan = make_plan([pinned_row(slot, "mask")], pinned={"mask": torch.zeros(2)})
+    assert problems({}, plan) == []
+    assert problems({"mask": torch.ones(2)}, plan) == []
+    assert kinds(problems({"mask": torch.ones(3)}, plan)) == [("mask", "shape")]
+    assert kinds(problems({"mask": torch.tensor([1.0, NAN])}, plan)) == [("mask", "non-finite")]
+
+
+def test_unmapped_slots_are_not_the_checks_business() -> None:
+    """Another strategy may have a value for them."""
+    row = LedgerRow(slot=make_slot("u"), state=SlotState.UNMAPPED, reason="nobody knows")
+    assert problems({"w": torch.ones(2, 3)}, make_plan([recipe_row(W), row])) == []
+
+
+# -- partial ----------------------------------------------------------------------------------
+
+
+def test_a_partial_refit_may_miss_things() -> None:
+    assert problems({"w": torch.ones(2, 3)}, partial=True) == []
+
+
+def test_a_partial_refit_of_nothing() -> None:
+    for weights in ({}, {"steps": torch.tensor(3)}):
+        (found,) = problems(weights, partial=True)
+        assert found.kind == "nothing to refit"
+
+
+@pytest.mark.parametrize(
+    ("weights", "found"),
+    [
+        ({"w": torch.ones(3, 3)}, [("w", "shape")]),
+        ({"b": torch.ones(2)}, [("b", "dtype")]),
+        ({"w": torch.full((2, 3), NAN)}, [("w", "non-finite")]),
+        ({"w": torch.ones(2, 3), "x": torch.ones(1)}, [("x", "unexpected")]),
+    ],
+    ids=["shape", "dtype", "nan", "unexpected"],
+)
+def test_a_partial_refit_takes_nothing_that_does_not_fit(weights: Any, found: Any) -> None:
+    assert kinds(problems(weights, partial=True)) == found
+
+
+# -- finite -----------------------------------------------------------------------------------
+
+
+def finite(new: Any, present: Any = None, kind: type[FakeEngine] = OpenEngine) -> list[Problem]:
+    """Problems of one weight, where the engine holds another."""
+    new = torch.as_tensor(new)
+    present = torch.zeros_like(new) if present is None else torch.as_tensor(present)
+    plan = make_plan([recipe_row(slot_for("w", new))])
+    return problems({"w": new}, plan, module_of(plan, kind, w=present))
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_a_weight_that_is_suddenly_not_finite(bad: float) -> None:
+    (found,) = finite([[1.0, 2.0], [bad, bad]])
+    assert (found.subject, found.kind) == ("w", "non-finite")
+    assert found.found == "2 of 4 elements, the first at (1, 0)"
+    assert "check_finite=False" in found.hint
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_what_is_not_finite_by_design_may_stay_so(bad: float) -> None:
+    assert finite([0.0, bad, 2.0], [5.0, -INF, 5.0]) == []
+    assert finite([0.0, 1.0, 2.0], [5.0, -INF, 5.0]) == []
+    (found,) = finite([bad, bad, 2.0], [5.0, -INF, 5.0])
+    assert found.found == "1 of 3 elements, the first at (0,)"
+
+
+def test_an_engine_that_cannot_be_read_needs_finite_values() -> None:
+    """Nobody can say that they were not finite before."""
+    assert kinds(finite([0.0, -INF], [0.0, -INF], FakeEngine)) == [("w", "non-finite")]
+    assert finite([0.0, 1.0], [0.0, -INF], FakeEngine) == []
+
+
+def test_the_finite_check_can_be_switched_off() -> None:
+    plan = make_plan([recipe_row(make_slot("w"))])
+    assert problems({"w": torch.tensor([NAN, INF])}, plan, check_finite=False) == []
+
+
+FLOATS = [
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128,
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_every_floating_dtype_is_looked_at(dtype: torch.dtype) -> None:
+    good, bad = (torch.tensor([1.0, x]).to(dtype) for x in (2.0, NAN))
+    assert finite(good) == []
+    (found,) = finite(bad)
+    assert found.found == "1 of 2 elements, the first at (1,)"
+    assert finite(bad, bad) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool], ids=str)
+def test_integers_are_always_finite(dtype: torch.dtype) -> None:
+    assert finite(torch.ones(2).to(dtype)) == []
+
+
+def test_a_number_and_nothing_at_all() -> None:
+    assert finite(torch.ones(0, 3)) == []
+    (found,) = finite(torch.tensor(NAN))
+    assert found.found == "1 of 1 elements, the first at ()"
+
+
+def test_the_imaginary_part_counts() -> None:
+    assert kinds(finite(torch.complex(torch.ones(2), torch.tensor([0.0, INF])))) == [
+        ("w", "non-finite")
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 2, 31, 1000])
+def test_one_bad_element_anywhere_is_found(size: int) -> None:
+    for at in {0, size // 2, size - 1}:
+        value = torch.ones(size)
+        assert all_finite(value)
+        value[at] = NAN
+        assert not all_finite(value)
+        assert not all_finite(-value.expand(2, size).t())
+
+
+def test_very_large_values_are_finite() -> None:
+    assert all_finite(torch.tensor([3.4e38, -3.4e38]))
+    assert all_finite(torch.tensor([65504.0, -65504.0], dtype=torch.float16))
+
+
+def test_negative_zero_is_a_value_like_any_other() -> None:
+    assert finite([-0.0, 0.0]) == []

@@ -1,0 +1,332 @@
+"""Weights in files, whole and broken: read lazily, never run, one error."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save, save_file
+
+from refitkit.builtin.weights import files
+from refitkit.errors import SourceError
+from refitkit.pipeline import Pipeline
+from refitkit.protocols import WeightSource
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+TENSORS = {
+    "a.weight": torch.arange(6.0).reshape(2, 3),
+    "a.bias": torch.tensor([1.0, -0.0, float("nan")], dtype=torch.bfloat16),
+    "steps": torch.tensor(7),
+    "none": torch.ones(0, 3),
+}
+PIPELINE = Pipeline()
+
+
+def opened(path: Path | str) -> Any:
+    return PIPELINE.open_weights(path)
+
+
+def file_of(folder: Path, name: str, content: bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content)
+    return path
+
+
+def saved(state: Any, **how: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(state, file, **how)
+    return file.getvalue()
+
+
+def assert_holds(source: Any, tensors: dict[str, torch.Tensor]) -> None:
+    assert isinstance(source, WeightSource)
+    assert set(source.names()) == tensors.keys()
+    for name, tensor in tensors.items():
+        info, got = source.info(name), source.get(name)
+        assert (info.dtype, info.shape) == (str(tensor.dtype)[6:], tuple(tensor.shape))
+        assert info.unusable == ""
+        assert (got.dtype, got.shape) == (tensor.dtype, tensor.shape)
+        assert got.reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8))
+    for ask in (source.info, source.get):
+        with pytest.raises(KeyError):
+            ask("no such name")
+
+
+# -- safetensors ------------------------------------------------------------------------------
+
+
+def test_a_safetensors_file(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file(TENSORS, path)
+    for way in (path, str(path)):
+        source = opened(way)
+        assert_holds(source, TENSORS)
+        assert "weights.safetensors" in source.description
+
+
+DTYPES = [
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16,
+    torch.uint32, torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64,
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_of_a_safetensors_file(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {"w": torch.ones(4).to(dtype)}
+    save_file(tensors, tmp_path / "w.safetensors")
+    assert_holds(opened(tmp_path / "w.safetensors"), tensors)
+
+
+def header(entries: Any, body: bytes = b"") -> bytes:
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+def entry(dtype: str, shape: list[int], size: int) -> dict[str, Any]:
+    return {"w": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}
+
+
+def test_a_safetensors_dtype_that_torch_lacks_is_told(tmp_path: Path) -> None:
+    content = header(entry("F4", [4], 2), b"\0\0")
+    source = opened(file_of(tmp_path, "w.safetensors", content))
+    assert "F4" in source.info("w").unusable
+    assert source.info("w").shape == (4,)
+
+
+def test_every_dtype_that_a_header_may_name_can_be_read_or_says_why(tmp_path: Path) -> None:
+    bits = {
+        "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E5M2FNUZ": 8, "F8_E4M3FNUZ": 8,
+        "C64": 64, "U16": 16, "U32": 32, "U64": 64, "BF16": 16,
+    }  # fmt: skip
+    for dtype, width in bits.items():
+        size = width  # eight elements
+        content = header(entry(dtype, [8], size), b"\0" * size)
+        source = opened(file_of(tmp_path, f"{dtype}.safetensors", content))
+        if source.info("w").unusable:
+            assert dtype in source.info("w").unusable
+        else:
+            assert source.get("w").dtype is getattr(torch, source.info("w").dtype)
+
+
+SAFE = save(TENSORS)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 8,
+        b"not safetensors at all",
+        b"PK\x03\x04" + b"\0" * 60,
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 2**64 - 1) + b"{}",
+        struct.pack("<Q", 10**9) + b"{}",
+        header(b"{"),
+        header([]),
+        header(b"\xff\xff"),
+        header(entry("F32", [2], 8), b"\0" * 7),
+        header(entry("F32", [2], 8), b"\0" * 9),
+        header(entry("F32", [3], 8), b"\0" * 8),
+        header(entry("F32", [2**62, 4], 8), b"\0" * 8),
+        header(entry("X9", [2], 8), b"\0" * 8),
+        header({"w": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}, b"\0" * 8),
+        header({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 2**63]}}, b"\0" * 8),
+        header({"w": 3}),
+    ],
+)
+def test_what_is_no_safetensors_file(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(SourceError, match=r"odd\.safetensors") as info:
+        opened(file_of(tmp_path, "odd.safetensors", content))
+    assert "completely" in info.value.hint
+
+
+@pytest.mark.parametrize("cut", [*range(0, len(SAFE), 29), len(SAFE) - 1])
+def test_a_truncated_safetensors_file(tmp_path: Path, cut: int) -> None:
+    with pytest.raises(SourceError):
+        opened(file_of(tmp_path, "cut.safetensors", SAFE[:cut]))
+
+
+def test_tensors_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
+    path = file_of(tmp_path, "w.safetensors", save({"w": torch.ones(4)}))
+    source = opened(path)
+    with path.open("r+b") as file:
+        file.seek(-16, io.SEEK_END)
+        file.write(torch.full((4,), 5.0).numpy().tobytes())
+    assert source.get("w").tolist() == [5, 5, 5, 5]
+
+
+def test_a_file_that_cannot_be_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: object, **named: object) -> None:
+        raise RuntimeError("unable to mmap 1099511627868 bytes")
+
+    monkeypatch.setattr(files, "safe_open", fails)
+    with pytest.raises(SourceError, match="unable to mmap"):
+        opened(file_of(tmp_path, "w.safetensors", SAFE))
+
+
+# -- torch.save -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt"])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_file_of_torch_save(tmp_path: Path, suffix: str, zipped: bool) -> None:
+    content = saved(TENSORS, _use_new_zipfile_serialization=zipped)
+    assert content.startswith(b"PK") == zipped
+    assert_holds(opened(file_of(tmp_path, f"weights{suffix}", content)), TENSORS)
+
+
+def test_a_state_dict_as_torch_saves_it(tmp_path: Path) -> None:
+    module = torch.nn.BatchNorm1d(2)
+    path = file_of(tmp_path, "w.pt", saved(module.state_dict()))
+    assert_holds(opened(path), dict(module.state_dict()))
+
+
+def test_parameters_and_views_and_ties_in_a_file(tmp_path: Path) -> None:
+    base = torch.arange(8.0)
+    state = {"p": torch.nn.Parameter(base[:4]), "view": base[3:7], "t": base.reshape(2, 4).t()}
+    source = opened(file_of(tmp_path, "w.pt", saved({**state, "tied": state["p"]})))
+    assert source.get("view").tolist() == [3, 4, 5, 6]
+    assert source.get("t").tolist() == base.reshape(2, 4).t().tolist()
+    assert not source.get("p").requires_grad
+    assert source.get("p").data_ptr() == source.get("tied").data_ptr()
+
+
+def test_extra_state_in_a_file_is_no_weight(tmp_path: Path) -> None:
+    state = {"w": torch.ones(1), "child._extra_state": {"any": "thing"}}
+    assert list(opened(file_of(tmp_path, "w.pt", saved(state))).names()) == ["w"]
+
+
+def test_a_zip_file_is_mapped_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    load = torch.load
+
+    def loads(*args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", loads)
+    opened(file_of(tmp_path, "new.pt", saved(TENSORS)))
+    opened(file_of(tmp_path, "old.pt", saved(TENSORS, _use_new_zipfile_serialization=False)))
+    assert [how["mmap"] for how in asked] == [True, False]
+    assert all(how["weights_only"] for how in asked)
+
+
+class Bomb:
+    """Unpickling it writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("how", ["zip", "legacy", "pickle"])
+def test_no_code_of_a_file_is_run(tmp_path: Path, how: str) -> None:
+    proof = tmp_path / "proof"
+    state = {"w": torch.ones(1), "bomb": Bomb(proof)}
+    makers: dict[str, Callable[[], bytes]] = {
+        "zip": lambda: saved(state),
+        "legacy": lambda: saved(state, _use_new_zipfile_serialization=False),
+        "pickle": lambda: pickle.dumps(Bomb(proof)),
+    }
+    path = file_of(tmp_path, "bomb.pt", makers[how]())
+    with pytest.raises(SourceError, match=r"bomb\.pt") as info:
+        opened(path)
+    assert not proof.exists()
+    assert "safetensors" in info.value.hint
+
+
+def test_a_nested_state_dict_is_pointed_at(tmp_path: Path) -> None:
+    state = {"model": {"w": torch.ones(1)}, "epoch": 3, "optimizer": {"lr": 0.1}}
+    with pytest.raises(SourceError) as info:
+        opened(file_of(tmp_path, "checkpoint.pt", saved(state)))
+    hints = {p.subject: p.hint for p in info.value.problems}
+    assert hints.keys() == {"model", "epoch", "optimizer"}
+    assert "['model']" in hints["model"]
+    assert hints["optimizer"] == ""
+
+
+def test_keys_that_are_no_names(tmp_path: Path) -> None:
+    with pytest.raises(SourceError) as info:
+        opened(file_of(tmp_path, "w.pt", saved({"w": torch.ones(1), 3: torch.ones(1)})))
+    assert [p.subject for p in info.value.problems] == ["3"]
+
+
+@pytest.mark.parametrize(
+    "thing", [torch.ones(1), [torch.ones(1)], "text", 3, None], ids=lambda t: type(t).__name__
+)
+def test_a_file_of_something_else(tmp_path: Path, thing: Any) -> None:
+    with pytest.raises(SourceError, match=type(thing).__name__):
+        opened(file_of(tmp_path, "w.pt", saved(thing)))
+
+
+def test_a_whole_module_in_a_file(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="runs no code"):
+        opened(file_of(tmp_path, "w.pt", saved(torch.nn.Linear(1, 1))))
+
+
+def test_unusable_tensors_in_a_file_are_told(tmp_path: Path) -> None:
+    state = {"w": torch.ones(2, 2).to_sparse(), "m": torch.ones(2, device="meta")}
+    source = opened(file_of(tmp_path, "w.pt", saved(state)))
+    assert "sparse" in source.info("w").unusable
+    assert source.info("m").unusable
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"P", b"PK\x03\x04", b"text", b"\x80\x02", b"\0" * 64, SAFE], ids=repr
+)
+def test_what_torch_did_not_save(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(SourceError, match=r"odd\.pt"):
+        opened(file_of(tmp_path, "odd.pt", content))
+
+
+NEW, OLD = saved(TENSORS), saved(TENSORS, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize("cut", range(0, len(NEW), 151))
+def test_a_truncated_zip_file(tmp_path: Path, cut: int) -> None:
+    with pytest.raises(SourceError):
+        opened(file_of(tmp_path, "cut.pt", NEW[:cut]))
+
+
+@pytest.mark.parametrize("cut", range(0, len(OLD), 31))
+def test_a_truncated_legacy_file(tmp_path: Path, cut: int) -> None:
+    with pytest.raises(SourceError):
+        opened(file_of(tmp_path, "cut.pt", OLD[:cut]))
+
+
+@given(st.data())
+@settings(max_examples=300)
+def test_any_damage_is_a_source_error_or_still_readable(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    name, good = data.draw(
+        st.sampled_from([("d.pt", NEW), ("d.ckpt", OLD), ("d.safetensors", SAFE)])
+    )
+    content = bytearray(good)
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        content[at : at + data.draw(st.integers(1, 4))] = data.draw(st.binary(max_size=4))
+        if not content:
+            return
+    path = tmp_path_factory.getbasetemp() / name
+    path.write_bytes(content)
+    try:
+        source = opened(path)
+        for found in source.names():
+            if not source.info(found).unusable:
+                source.get(found).clone()
+    except SourceError:
+        return

@@ -1,0 +1,267 @@
+"""Leaves, ties, what is changed in place, and the fingerprint."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+from refitkit.model import LeafKind
+from refitkit.program import facts_of
+from refitkit.program.facts import tensors_of
+from tests.unit.program import models
+from tests.unit.program.models import export, exported
+
+
+def leaves_of(kind: type[nn.Module], **how: bool) -> dict[str, Any]:
+    return {leaf.fqn: leaf for leaf in facts_of(exported(kind, **how)).leaves}
+
+
+# -- leaves -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_leaves_of_all_kinds(decomposed: bool) -> None:
+    leaves = leaves_of(models.Plain, decomposed=decomposed)
+    (constant,) = leaves.keys() - {"weight", "unused", "kept", "lost", "unused_lost"}
+    assert {name: leaf.kind for name, leaf in leaves.items()} == {
+        "weight": LeafKind.PARAMETER,
+        "unused": LeafKind.PARAMETER,
+        "kept": LeafKind.BUFFER,
+        "lost": LeafKind.NON_PERSISTENT_BUFFER,
+        "unused_lost": LeafKind.NON_PERSISTENT_BUFFER,
+        constant: LeafKind.CONSTANT,
+    }
+    assert {n for n, leaf in leaves.items() if not leaf.used} == {"unused", "unused_lost"}
+    assert {n for n, leaf in leaves.items() if leaf.persistent} == {"weight", "unused", "kept"}
+    assert (leaves["weight"].dtype, leaves["weight"].shape) == ("float32", (2,))
+    assert leaves["weight"].device == "cpu"
+    assert not any(leaf.mutated for leaf in leaves.values())
+
+
+def test_dtypes_and_shapes() -> None:
+    leaves = leaves_of(models.Mixed)
+    assert {n: (leaf.dtype, leaf.shape) for n, leaf in leaves.items()} == {
+        "short": ("bfloat16", (2,)),
+        "table": ("int64", (2,)),
+        "wide": ("float64", (2,)),
+        "turns": ("complex64", (2,)),
+        "none": ("float32", (0, 2)),
+    }
+
+
+def test_parametrizations_have_the_names_of_the_state_dict() -> None:
+    leaves = leaves_of(models.Normalized)
+    assert leaves.keys() == models.Normalized().state_dict().keys()
+    assert "conv.parametrizations.weight.original0" in leaves
+
+
+def test_tensors_are_found_under_the_names_of_leaves() -> None:
+    program = exported(models.Plain)
+    tensors = tensors_of(program)
+    assert tensors.keys() >= {leaf.fqn for leaf in facts_of(program).leaves}
+    assert tensors["lost"].tolist() == [0.5, 0.25]
+
+
+def test_a_program_without_leaves() -> None:
+    facts = facts_of(exported(models.Infinite))
+    assert (facts.leaves, facts.ties) == ((), ())
+
+
+# -- ties -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_one_weight_under_two_names(decomposed: bool) -> None:
+    facts = facts_of(exported(models.Tied, decomposed=decomposed))
+    assert [set(tie) for tie in facts.ties] == [{"embedding.weight", "head.weight"}]
+
+
+@pytest.mark.parametrize("kind", [models.Views, models.Plain, models.Mixed, models.Strided])
+def test_sharing_memory_is_not_being_one_weight(kind: type[nn.Module]) -> None:
+    assert facts_of(exported(kind)).ties == ()
+
+
+class Two(nn.Module):
+    """Two layers of one shape."""
+
+    inputs = (torch.ones(2),)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x))
+
+
+def test_weights_without_data_are_not_one_weight() -> None:
+    """All of them have the address 0."""
+    with torch.device("meta"):
+        model = Two()
+        model.inputs = (torch.ones(2),)
+    assert facts_of(export(model)).ties == ()
+    with FakeTensorMode():
+        model = Two()
+        model.inputs = (torch.ones(2),)
+        program = export(model)
+    assert facts_of(program).ties == ()
+
+
+def test_a_tie_without_data_is_still_a_tie() -> None:
+    with torch.device("meta"):
+        model = Two()
+        model.inputs = (torch.ones(2),)
+        model.b.weight = model.a.weight
+    assert [set(tie) for tie in facts_of(export(model)).ties] == [{"a.weight", "b.weight"}]
+
+
+# -- changed in place -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("kind", models.CHANGING)
+def test_a_changed_buffer_is_seen(kind: type[nn.Module], decomposed: bool) -> None:
+    leaves = leaves_of(kind, decomposed=decomposed)
+    assert leaves["state"].mutated
+    assert not leaves["calm"].mutated
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("kind", models.CHANGING_PARAMETERS)
+def test_a_changed_parameter_is_seen(kind: type[nn.Module], decomposed: bool) -> None:
+    leaves = leaves_of(kind, decomposed=decomposed)
+    assert leaves["weight"].mutated
+    assert not leaves["calm"].mutated
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_a_counter_is_seen(decomposed: bool) -> None:
+    assert leaves_of(models.Counter, decomposed=decomposed)["calls"].mutated
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize(
+    "kind", [models.OnlyReads, models.Normalized, models.Attention, models.Branches, models.Region]
+)
+def test_what_only_reads_changes_nothing(kind: type[nn.Module], decomposed: bool) -> None:
+    assert not any(leaf.mutated for leaf in leaves_of(kind, decomposed=decomposed).values())
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_statistics_that_training_updates_are_seen(decomposed: bool) -> None:
+    leaves = leaves_of(models.Training, decomposed=decomposed)
+    assert {n for n, leaf in leaves.items() if leaf.mutated} == {
+        "norm.num_batches_tracked",
+        *(f"{layer}.running_{what}" for layer in ("norm", "instance") for what in ("mean", "var")),
+    }
+
+
+def test_looking_changes_nothing() -> None:
+    program = export(models.Directly())
+    before = {k: v.clone() for k, v in program.state_dict.items()}
+    text = program.graph.python_code("self").src
+    facts_of(program)
+    assert program.graph.python_code("self").src == text
+    assert all(program.state_dict[k].equal(v) for k, v in before.items())
+
+
+# -- fingerprint ------------------------------------------------------------------------------
+
+
+class Op(nn.Module):
+    """``x * weight`` with much that can be said otherwise."""
+
+    def __init__(
+        self,
+        *,
+        op: Any = torch.mul,
+        name: str = "weight",
+        size: int = 2,
+        dtype: torch.dtype = torch.float32,
+        factor: float = 2.0,
+        kind: str = "parameter",
+        fill: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.inputs = (torch.ones(size, dtype=dtype),)
+        self.op, self.factor, self.name = op, factor, name
+        value = torch.full((size,), fill, dtype=dtype)
+        if kind == "parameter":
+            self.register_parameter(name, nn.Parameter(value))
+        else:
+            self.register_buffer(name, value, persistent=kind == "buffer")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.op(x, getattr(self, self.name)) * self.factor
+
+
+def fingerprint(model: nn.Module) -> str:
+    return facts_of(export(model)).graph
+
+
+def test_other_weights_have_the_same_fingerprint() -> None:
+    assert fingerprint(Op(fill=1.0)) == fingerprint(Op(fill=5.0))
+    torch.manual_seed(1)
+    one = fingerprint(models.Normalized().eval())
+    assert one == fingerprint(models.Normalized().eval())
+    assert len(one) == 64
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"op": torch.add},
+        {"op": torch.div},
+        {"op": lambda x, w: torch.mul(w, x)},
+        {"name": "renamed"},
+        {"size": 3},
+        {"dtype": torch.float64},
+        {"factor": 3.0},
+        {"kind": "buffer"},
+        {"kind": "lost"},
+    ],
+    ids=str,
+)
+def test_another_program_has_another_fingerprint(other: dict[str, Any]) -> None:
+    assert fingerprint(Op(**other)) != fingerprint(Op())
+
+
+def test_what_is_inside_a_region_counts() -> None:
+    assert fingerprint(models.Region(sine=True)) != fingerprint(models.Region(sine=False))
+    assert fingerprint(models.Region()) == fingerprint(models.Region())
+
+
+def test_what_is_inside_a_branch_counts() -> None:
+    assert fingerprint(models.Branches(2.0)) != fingerprint(models.Branches(3.0))
+    assert fingerprint(models.Branches(2.0)) == fingerprint(models.Branches(2.0))
+
+
+def test_dynamic_shapes_count() -> None:
+    model = models.Attention()
+    fixed = export(model)
+    free = torch.export.export(
+        model, model.inputs, dynamic_shapes={"x": {1: torch.export.Dim("n", min=2, max=8)}}
+    )
+    assert facts_of(fixed).graph != facts_of(free).graph
+    assert facts_of(free).graph == facts_of(free).graph
+
+
+def test_a_fingerprint_is_the_same_in_every_process() -> None:
+    """Whatever the hash seed: a plan is made in one process and used in another."""
+    code = (
+        "from tests.unit.program.models import *; from refitkit.program import facts_of;"
+        "print(*[facts_of(exported(k)).graph for k in (Plain, WithoutGradients)])"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    kinds = (models.Plain, models.WithoutGradients)
+    assert done.stdout.split() == [facts_of(exported(kind)).graph for kind in kinds]
