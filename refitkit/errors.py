@@ -14,7 +14,7 @@
     ├── UnmappedSlotError        slots for which no strategy has a value
     ├── InputMismatchError       a call with inputs that the compiled module was not made for
     ├── VerificationError        the refitted module is not what it should be; ``.report``
-    ├── EngineError              an engine failed while its weights were staged or committed
+    ├── EngineError              an engine failed: in a call, staging, or committing weights
     ├── RefitInProgressError     a refit was started from inside a refit of the same module
     ├── ModuleLostError          a rollback failed: the module refuses calls
     └── PluginError              a plugin is broken; names it
@@ -166,7 +166,7 @@ class VerificationError(RefitError):
 
 
 class EngineError(RefitError):
-    """An engine failed while its weights were staged or committed; the old ones are back."""
+    """An engine failed: in a call, or a refit; after a failed refit the old weights are live."""
 
 
 class RefitInProgressError(RefitError):

@@ -112,10 +112,14 @@ class KeptProgram:
         for name in (leaf.fqn, *self._twins.get(leaf.fqn, ())):
             if name in have:
                 return source.get(name).detach().to(leaf.device)
-        if not leaf.persistent:
-            return pinned(leaf.fqn).to(leaf.device)
         if not leaf.used:
             return torch.zeros(leaf.shape, dtype=dtype_of(leaf.dtype), device=leaf.device)
+        if not leaf.persistent:
+            try:
+                return pinned(leaf.fqn).to(leaf.device)
+            except KeyError:
+                message = f"The plan does not keep {leaf.fqn!r}, which the program reads."
+                raise SourceError(message) from None
         raise SourceError(f"{source.description} has no {leaf.fqn!r}, which the program reads.")
 
     def _module(self) -> torch.nn.Module:

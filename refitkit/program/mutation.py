@@ -19,6 +19,19 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 
+_IN_TRAINING = {
+    "aten::batch_norm": "training",
+    "aten::native_batch_norm": "training",
+    "aten::cudnn_batch_norm": "training",
+    "aten::miopen_batch_norm": "training",
+    "aten::instance_norm": "use_input_stats",
+}
+"""Ops that update ``running_mean`` and ``running_var`` unless this flag is False.
+
+Their schemas in ``aten/src/ATen/native/native_functions.yaml`` do not say so.
+"""
+
+
 def mutated_placeholders(program: ExportedProgram) -> set[str]:
     """Names of the placeholders of a program that it changes in place."""
     signature = program.graph_signature
@@ -54,8 +67,19 @@ def _written_arguments(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
         if argument.alias_info is not None and argument.alias_info.is_write:
             values = value if isinstance(value, list | tuple) else [value]
             yield from (v for v in values if isinstance(v, torch.fx.Node))
+    yield from _running_statistics(node)
     if any(_written(module) for module in submodules_of(node)):
         yield from node.all_input_nodes
+
+
+def _running_statistics(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
+    flag = _IN_TRAINING.get(getattr(getattr(node.target, "_schema", None), "name", ""))
+    if flag is None:
+        return
+    given = {argument.name: value for argument, value in _arguments(node)}
+    if given.get(flag) is not False:
+        names = ("running_mean", "running_var")
+        yield from (given[n] for n in names if isinstance(given.get(n), torch.fx.Node))
 
 
 def _arguments(node: torch.fx.Node) -> Iterator[tuple[Any, Any]]:

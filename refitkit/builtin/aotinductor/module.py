@@ -13,6 +13,7 @@ from refitkit.builtin.aotinductor import NAME, container, package
 from refitkit.builtin.aotinductor.engine import ENGINE, AOTInductorEngine
 from refitkit.builtin.aotinductor.inputs import CallSpec, InputChecker, run_unknown, spec_of
 from refitkit.builtin.aotinductor.package import Folder
+from refitkit.errors import EngineError
 from refitkit.program import facts_of
 from refitkit.recipe.archive import replacing
 
@@ -84,12 +85,21 @@ class AOTInductorModule:
         if self.files.call is None:
             outputs = run_unknown(self._engine.runner, inputs.tensors)
         else:
-            outputs = self._engine.runner.run(inputs.tensors)
+            outputs = self._run(inputs.tensors)
             inputs.write_back()
         for position in self.files.call.numbers if self.files.call else ():
             if isinstance(outputs[position], torch.Tensor):
                 outputs[position] = outputs[position].item()
         return pytree.tree_unflatten(outputs, self._out_spec)
+
+    def _run(self, tensors: list[torch.Tensor]) -> list[Any]:
+        try:
+            outputs: list[Any] = self._engine.runner.run(tensors)
+        except RuntimeError as exc:
+            first = str(exc).strip().partition("\n")[0]
+            hint = "Are values of the inputs in range, such as indices? The module is unharmed."
+            raise EngineError(f"The engine failed: {first}", hint=hint) from exc
+        return outputs
 
     def probe(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call it, then put back the buffers that it changed."""
