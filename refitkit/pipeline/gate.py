@@ -96,8 +96,9 @@ class Gate:
             ModuleLostError: The module is lost.
         """
         me = threading.get_ident()
-        if self._refitting_thread == me or me in self._calls:
-            inside = "a refit" if self._refitting_thread == me else "a call"
+        refitting = self._refitting_thread == me and self._refitting.locked()
+        if refitting or me in self._calls:
+            inside = "a refit" if refitting else "a call"
             raise RefitInProgressError(
                 f"A refit of this module was started from inside {inside} of it.",
                 hint="Refit it from outside: what takes part in a call or a refit must not.",
