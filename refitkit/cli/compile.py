@@ -57,6 +57,7 @@ def compile_command(
         "stages": [
             {"verb": done.verb, "stage": done.stage, "seconds": done.seconds}
             for done in session.progress.finished
+            if done.verb != "refit"  # a trial, which is a part of compiling
         ],
     }
     session.result(data, lambda console: _print(console, data))

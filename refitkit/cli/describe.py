@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from typing import TYPE_CHECKING, Any
 
 from refitkit.cli.tables import facts, table
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from refitkit.protocols import WeightSource
 
+_CHECKSUM = re.compile("[0-9a-f]{40,}")
 _SLOT_COLUMNS = ("name", "dtype", "shape", "device")
 
 
@@ -75,4 +76,10 @@ def _value(key: str, value: Any) -> str:
 
 
 def _inner(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    """A value inside others, in a line; of a checksum as much as tells two apart."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_inner(item)}" for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return f"({', '.join(map(_inner, value))})"
+    text = "none" if value is None else str(value)
+    return f"{text[:12]}..." if _CHECKSUM.fullmatch(text) else text

@@ -14,7 +14,6 @@ import click
 from refitkit.errors import (
     ConfigError,
     PlanMismatchError,
-    Problem,
     RefitError,
     SourceError,
     UnsupportedTargetError,
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
 
     from refitkit.pipeline import Pipeline
     from refitkit.recipe import RefitPlan
+
+    Inputs = tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]
 
 _PROGRAM_MEMBERS = {"archive_format", "serialized_exported_program.json"}
 _EXPORT_HINT = "Write it with torch.export.save(torch.export.export(model, inputs), path)."
@@ -116,34 +117,25 @@ def load_plan(pipeline: Pipeline, path: Path | None) -> RefitPlan | None:
     return pipeline.read_plan(path)
 
 
-def load_inputs(
-    pipeline: Pipeline, path: Path | None
-) -> tuple[torch.Tensor, ...] | dict[str, torch.Tensor] | None:
+def load_inputs(pipeline: Pipeline, path: Path | None) -> Inputs | None:
     """Inputs from a file of tensors: ``0``, ``1``, ... are positional, other names keyword ones.
 
     Raises:
         SourceError: The file cannot be read.
-        ConfigError: It is empty, positions are missing, or both kinds are in it.
+        ConfigError: It is empty, or positions are missing.
     """
     if path is None:
         return None
     check_readable(path, SourceError)
     source = pipeline.open_weights(path)
-    names = sorted(source.names())
-    if not names:
+    if not source.names():
         raise ConfigError(f"{str(path)!r} holds no inputs.")
-    positions = sorted(int(name) for name in names if _is_position(name))
-    if positions and len(positions) < len(names):
-        raise ConfigError(
-            f"{str(path)!r} has positional and keyword inputs.",
-            problems=[Problem(n, "keyword") for n in names if not _is_position(n)],
-            hint="Name all of them 0, 1, ..., or all of them as the model's forward does.",
-        )
+    positions = sorted(int(name) for name in source.names() if _is_position(name))
     if positions != list(range(len(positions))):
         raise ConfigError(f"Positional inputs are to be 0, 1, ... without gaps, not {positions}.")
-    if positions:
-        return tuple(source.get(str(position)) for position in positions)
-    return {name: source.get(name) for name in names}
+    keywords = [name for name in source.names() if not _is_position(name)]
+    args = tuple(source.get(str(position)) for position in positions)
+    return args, {name: source.get(name) for name in keywords}
 
 
 def _is_position(name: str) -> bool:

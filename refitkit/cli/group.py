@@ -19,6 +19,10 @@ HOOK = "refitkit_register_commands"
 _NOT_A_FAULT = (RefitError, OSError, click.ClickException, click.exceptions.Exit, click.Abort)
 
 
+class PipeClosedError(Exception):
+    """Nobody reads what is written any more."""
+
+
 class RootGroup(click.Group):
     """A group that knows which plugin brought each command.
 
@@ -58,9 +62,12 @@ class RootGroup(click.Group):
 
         Raises:
             PluginError: A command that a plugin brought failed in a way of its own.
+            PipeClosedError: Nobody reads the result.
         """
         try:
             return super().invoke(ctx)
+        except BrokenPipeError as exc:  # click would answer by ending the process with 1
+            raise PipeClosedError from exc
         except _NOT_A_FAULT:
             raise
         except Exception as exc:

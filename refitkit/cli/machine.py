@@ -113,11 +113,11 @@ def temporary_folder() -> Finding:
     name, hint = "temporary folder", "Set TMPDIR to a folder on a disk that programs may run from."
     try:
         folder = tempfile.gettempdir()
-        free, flags = shutil.disk_usage(folder).free, os.statvfs(folder).f_flag
+        disk = os.statvfs(folder)
     except OSError as exc:
         return Finding(name, f"none: {exc}", ok=False, hint=hint)
-    found = f"{folder}, {size(free)} free"
-    if flags & os.ST_NOEXEC:
+    found = f"{folder}, {size(disk.f_bavail * disk.f_frsize)} free"
+    if disk.f_flag & os.ST_NOEXEC:
         return Finding(name, f"{found}, but mounted noexec", ok=False, hint=hint)
     return Finding(name, found)
 

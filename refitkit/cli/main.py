@@ -11,10 +11,10 @@ import click
 from refitkit.cli import failures
 from refitkit.cli import plugin as builtin_commands
 from refitkit.cli.arguments import look_ahead
-from refitkit.cli.group import make_group
+from refitkit.cli.group import PipeClosedError, make_group
 from refitkit.cli.known import unknown_names
 from refitkit.cli.session import Session, as_json, tolerant_of_encodings
-from refitkit.cli.streams import claimed_stdout, forget_stdout, open_stdout
+from refitkit.cli.streams import claimed_stdout, forget, open_stdout
 from refitkit.host import make_host
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def main(args: Sequence[str] | None = None, plugins: Iterable[object] = ()) -> i
         session = Session(early, stdout, plugins)
         try:
             return _guarded(session, given, stdout)
-        except BrokenPipeError:
-            forget_stdout()
+        except (BrokenPipeError, PipeClosedError):
+            forget(stdout)
             return failures.PIPE_CLOSED
 
 
@@ -55,7 +55,7 @@ def _guarded(session: Session, args: list[str], stdout: TextIO) -> int:
         if isinstance(exc.__cause__, EOFError):  # click takes it for an interrupt
             return _told(session, exc.__cause__, stdout)
         return failures.INTERRUPTED
-    except BrokenPipeError:
+    except (BrokenPipeError, PipeClosedError):
         raise
     except Exception as exc:  # noqa: BLE001 - nobody else can tell the user
         return _told(session, exc, stdout)

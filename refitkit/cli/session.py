@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from refitkit.host import Host
     from refitkit.pipeline import Pipeline
 
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _UNBOUNDED = 10_000
 """Width of tables that do not go to a terminal: wide enough that no row is broken."""
 
@@ -41,7 +43,6 @@ class Session:
     Attributes:
         as_json: Whether the result is to be JSON.
         no_plugins: Names of plugins that are switched off.
-        verbose: Whether to tell more, on stderr.
         host: The plugins of the command line.
         progress: Shows what pipelines are at.
     """
@@ -59,9 +60,17 @@ class Session:
         self.as_json = early.as_json
         self.no_plugins = frozenset(early.no_plugins)
         self.plugins = tuple(plugins)
-        self.verbose = False
         self.progress = Progress()
         self._stdout = stdout
+
+    @property
+    def verbose(self) -> bool:
+        """Whether to tell more, on stderr."""
+        return self.progress.verbose
+
+    @verbose.setter
+    def verbose(self, value: bool) -> None:
+        self.progress.verbose = value
 
     def config(self, **settings: object) -> Config:
         """Settings of this run: switched-off plugins, and what a command adds."""
@@ -73,7 +82,6 @@ class Session:
         Args:
             **settings: Fields of :class:`refitkit.Config`.
         """
-        self.progress.verbose = self.verbose
         return self._pipeline(settings, (*self.plugins, self.progress))
 
     def silent_pipeline(self) -> Pipeline:
@@ -111,7 +119,8 @@ class Session:
         from rich.text import Text
 
         self.progress.stop()
-        text = Text.assemble((f"{word}: ", f"bold {colour}"), shown("\n".join(lines)))
+        plain = _COLOURS.sub("", "\n".join(lines))  # torch's messages have some
+        text = Text.assemble((f"{word}: ", f"bold {colour}"), shown(plain))
         Console(stderr=True).print(text, soft_wrap=True)
 
     def _rendered(self, human: Callable[[Console], object]) -> str:

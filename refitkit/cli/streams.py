@@ -62,12 +62,12 @@ def _is_real(stdout: TextIO) -> bool:
         return False
 
 
-def forget_stdout() -> None:
-    """Nobody reads stdout any more: send what is buffered, and the flush at exit, to nowhere."""
+def forget(stdout: TextIO) -> None:
+    """Nobody reads it any more: send what is buffered, and the flush at exit, to nowhere."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, sys.stdout.fileno())
-    except (OSError, AttributeError):  # closed, or a test's
+        os.dup2(nowhere, stdout.fileno())
+    except OSError:  # a test's
         return
     finally:
         os.close(nowhere)

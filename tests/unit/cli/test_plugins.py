@@ -1,0 +1,99 @@
+"""``refitkit plugins``, and switching plugins off."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import refitkit
+from refitkit.config import NO_PLUGIN_VARIABLE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.unit.cli.conftest import Outcome
+
+
+class Listener:
+    name = "listener"
+
+    @refitkit.hookimpl
+    def refitkit_event(self, event: object) -> None:
+        """Hear nothing."""
+
+
+def listed(outcome: Outcome) -> dict[str, dict[str, Any]]:
+    assert outcome.code == 0
+    return {plugin["name"]: plugin for plugin in outcome.data["plugins"]}
+
+
+@pytest.mark.parametrize("command", [("plugins",), ("plugins", "list")])
+def test_all_plugins_are_listed(run: Callable[..., Outcome], command: tuple[str, ...]) -> None:
+    plugins = listed(run(*command, "--json", plugins=[Listener()]))
+    assert plugins["aotinductor"]["origin"] == "built-in"
+    assert "refitkit_load_module" in plugins["aotinductor"]["hooks"]
+    assert plugins["cli"]["origin"] == "built-in"
+    expected = {"name": "listener", "origin": "explicit", "hooks": ["refitkit_event"]}
+    assert plugins["listener"] == expected
+
+
+def test_the_table_has_the_same(run: Callable[..., Outcome]) -> None:
+    as_data = listed(run("plugins", "--json"))
+    table = run("plugins").out
+    for name, plugin in as_data.items():
+        assert name in table
+        assert all(hook.removeprefix("refitkit_") in table for hook in plugin["hooks"])
+
+
+@pytest.mark.parametrize(
+    "args",
+    [("--no-plugin", "verify", "plugins"), ("plugins", "--no-plugin=verify")],
+)
+def test_plugins_are_switched_off(run: Callable[..., Outcome], args: tuple[str, ...]) -> None:
+    outcome = run(*args, "--json")
+    assert listed(outcome)["verify"] == {"name": "verify", "origin": "switched off", "hooks": []}
+    assert outcome.err == ""
+
+
+def test_pipelines_of_commands_are_without_them(
+    run: Callable[..., Outcome], one_command: Any
+) -> None:
+    def body(session: Any) -> None:
+        names = [info.name for info in session.pipeline().host.plugins()]
+        session.result({"names": names}, lambda _: None)
+
+    plugins = [one_command(body), Listener()]
+    assert "listener" in run("hello", "--json", plugins=plugins).data["names"]
+    without = run("hello", "--json", "--no-plugin", "listener", plugins=plugins)
+    assert "listener" not in without.data["names"]
+    assert without.err == ""
+
+
+def test_those_that_do_not_exist_are_warned_of(
+    run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(NO_PLUGIN_VARIABLE, "noone, checks")
+    outcome = run("--no-plugin", "nobody", "--no-plugin", "weights", "plugins", "--json")
+    assert outcome.err.splitlines() == [
+        "warning: There is no plugin 'nobody' to switch off.",
+        "warning: There is no plugin 'noone' to switch off.",
+    ]
+    plugins = listed(outcome)
+    assert {plugins[name]["origin"] for name in ("weights", "checks")} == {"switched off"}
+
+
+def test_an_installed_plugin_that_cannot_be_imported_can_be_switched_off(
+    run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from importlib.metadata import EntryPoint
+
+    broken = EntryPoint("broken", "no_module_of_this_name", "refitkit")
+    for where in ("refitkit.host.entry_points", "refitkit.cli.known.entry_points"):
+        monkeypatch.setattr(where, lambda **_: [broken])
+    outcome = run("--help")
+    assert outcome.code == 3
+    assert "--no-plugin broken" in outcome.err
+    outcome = run("--no-plugin", "broken", "plugins", "--json")
+    assert listed(outcome)["broken"]["origin"] == "switched off"
+    assert outcome.err == ""
