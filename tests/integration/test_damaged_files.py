@@ -5,6 +5,7 @@ Raw AOTInductor dies of SIGBUS where weights are cut short. Files are opened in 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zipfile
 from typing import TYPE_CHECKING, Any
@@ -88,23 +89,14 @@ def _other_library(members: Members, other: Members) -> None:
     members[_library(members)] = other[_library(other)]
 
 
-def _other_library_of_that_size(members: Members, other: Members) -> None:
-    """The manifest believes in it: two libraries may well have the same size."""
+def _other_library_believed(members: Members, other: Members) -> None:
+    """A manifest that vouches for a library of another model with weights of the same names."""
     name = _library(members)
-    members[name] = other[_library(other)]
-    manifest = members[MANIFEST].decode()
-    old = str(json.loads(manifest)["files"][name.removeprefix("aotinductor/")])
-    assert old in manifest
-    members[MANIFEST] = _with_size(json.loads(manifest), name, len(members[name]))
-
-
-def _with_size(manifest: dict[str, Any], name: str, size: int) -> bytes:
-    entry = manifest["files"][name.removeprefix("aotinductor/")]
-    if isinstance(entry, dict):
-        entry["size"] = size
-    else:
-        manifest["files"][name.removeprefix("aotinductor/")] = size
-    return json.dumps(manifest).encode()
+    content = members[name] = other[_library(other)]
+    manifest = json.loads(members[MANIFEST])
+    digest = hashlib.sha256(content).hexdigest()
+    manifest["files"][name.removeprefix("aotinductor/")] = {"size": len(content), "sha256": digest}
+    members[MANIFEST] = json.dumps(manifest).encode()
 
 
 def _dropped(name: str) -> Callable[[Members, Members], None]:
@@ -141,7 +133,7 @@ DAMAGES: dict[str, tuple[Callable[[Members, Members], None], str]] = {
         UNSUPPORTED,
     ),
     "library of another model": (_other_library, UNSUPPORTED),
-    "library of another model, believed": (_other_library_of_that_size, UNSUPPORTED),
+    "library of another model, believed": (_other_library_believed, UNSUPPORTED),
     "library gone": (_library_gone, UNSUPPORTED),
     "manifest gone": (_dropped(MANIFEST), UNSUPPORTED),
     "manifest no JSON": (_content(MANIFEST, b"\xff\x00{"), UNSUPPORTED),
