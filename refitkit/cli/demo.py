@@ -74,6 +74,11 @@ def _print(console: Console, result: DemoResult, keep: Path | None) -> None:
     console.print(table(("", "model", "engine", "digit by digit"), rows, title))
     console.print(table(("", "time", "against compiling"), _times(result), "what it took"))
     console.print(facts(_facts(result)))
+    if not result.problems():
+        console.print(
+            f"\nRefitted in {duration(result.first_refit_seconds)} instead of compiled in "
+            f"{duration(result.compile_seconds)}, and every digit is what the model says."
+        )
     if keep is not None:
         console.print()
         for line in _next_steps(keep):
@@ -108,7 +113,7 @@ def _facts(result: DemoResult) -> Iterator[tuple[str, str]]:
 def _next_steps(keep: Path) -> Iterator[str]:
     names = ("digits.refitkit", "later.safetensors", "inputs.safetensors")
     module, weights, inputs = (shlex.quote(str(keep / name)) for name in names)
-    yield "Kept: checkpoints, inputs, program, and the module with the early checkpoint. Now try:"
+    yield "The module is kept as it was compiled, with the early checkpoint. Now try:"
     yield f"  refitkit inspect {module}"
     yield f"  refitkit refit {module} {weights} --inputs {inputs} --in-place"
     yield f"  refitkit verify {module} {weights}"

@@ -15,9 +15,10 @@ from pathlib import Path
 from refitkit.cli.text import size
 
 _COMPILERS = ("g++", "c++", "clang++")
-_TRIAL = "#include <omp.h>\n#include <vector>\nstd::vector<int> trial;\n"
+_TRIAL = "#include <omp.h>\n#include <vector>\nstd::vector<int> trial(1);\n"
 """What inductor's code includes (torch/_inductor/codegen/cpp_prefix.h)."""
-_TRIAL_FLAGS = ("-x", "c++", "-fopenmp", "-fsyntax-only", "-")
+_TRIAL_FLAGS = ("-x", "c++", "-shared", "-fPIC", "-fopenmp", "-")
+_CPP_LIBRARIES = (b"libstdc++.so", b"libc++.so")
 _SECONDS = 30
 
 
@@ -92,11 +93,28 @@ def compiler() -> Finding:
     if path is None:
         hint = "Correct or unset CXX." if chosen else "Debian, Ubuntu: apt-get install g++"
         return Finding(name, f"none ({', '.join(candidates)} not found)", ok=False, hint=hint)
-    trial = _output([path, *_TRIAL_FLAGS], _TRIAL)
-    if not trial.ok:
-        hint = "Install its standard library and OpenMP headers, or choose another with CXX."
-        return Finding(name, f"{path} fails: {trial.text}", ok=False, hint=hint)
+    try:
+        wrong = _trial(path)
+    except OSError as exc:
+        wrong = (f"cannot be tried: {exc}", "See the temporary folder.")
+    if wrong is not None:
+        return Finding(name, f"{path} {wrong[0]}", ok=False, hint=wrong[1])
     return Finding(name, f"{path}: {_first_line([path, '--version'])}")
+
+
+def _trial(compiler: str) -> tuple[str, str] | None:
+    """What is wrong with a compiler, and what to do about it; None if it can be used."""
+    with tempfile.TemporaryDirectory(prefix="refitkit-trial-") as folder:
+        library = Path(folder) / "trial.so"
+        said = _output([compiler, *_TRIAL_FLAGS, "-o", str(library)], _TRIAL)
+        if not said.ok or not library.is_file():
+            hint = "Install its standard library and OpenMP, or choose another with CXX."
+            return f"fails: {said.text}", hint
+        if not any(needed in library.read_bytes() for needed in _CPP_LIBRARIES):
+            # found with torch 2.11: two C++ libraries in one process, and it dies
+            hint = "Choose one with a shared C++ library, such as CXX=/usr/bin/g++."
+            return "makes libraries with a C++ library of their own, which crash when loaded", hint
+    return None
 
 
 def openssl() -> Finding:

@@ -16,11 +16,13 @@ import logging
 import math
 import re
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any, TextIO
 
 from refitkit.cli.progress import Progress
 from refitkit.cli.text import shown
 from refitkit.config import Config
+from refitkit.errors import RefitError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -90,11 +92,11 @@ class Session:
 
     def _pipeline(self, settings: Mapping[str, object], plugins: Iterable[object]) -> Pipeline:
         self.progress.say("starting")
+        if not self.verbose:
+            _hush_torch()
+        _check_torch()
         from refitkit.pipeline import Pipeline
 
-        if not self.verbose:
-            # what torch/utils/cpp_extension.py warns of on machines with CUDA and no GPU
-            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         return Pipeline(self.config(**settings), plugins)
 
     def result(self, data: Mapping[str, Any], human: Callable[[Console], object]) -> None:
@@ -134,6 +136,30 @@ class Session:
         if console.is_terminal:
             return text
         return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
+
+
+def _hush_torch() -> None:
+    """Keep from users what torch says to its own developers."""
+    # what torch/utils/cpp_extension.py warns of on machines with CUDA and no GPU
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        for module in ("torch", "copyreg"):  # 2.11 copies trees of a class that it deprecates
+            warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
+
+
+def _check_torch() -> None:
+    """Check that torch can be imported; a broken installation is nobody's bug here.
+
+    Raises:
+        RefitError: It cannot.
+    """
+    try:
+        import torch  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as exc:
+        raise RefitError(
+            f"torch cannot be imported: {exc}.",
+            hint="Install it again (see pytorch.org); refitkit doctor tells what else is missing.",
+        ) from exc
 
 
 def as_json(data: object) -> str:

@@ -85,6 +85,22 @@ def test_a_compiler_that_does_not_work(
     assert aotinductor_in(outcome)["compile"] is False
 
 
+def test_a_compiler_whose_libraries_would_crash(
+    run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake = tmp_path / "c++fake"
+    script = '#!/bin/sh\n[ "$1" = --version ] && echo 13 && exit\nfor last; do :; done\n'
+    fake.write_text(f'{script}echo "libc.so.6" > "$last"\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fake))
+    outcome = run("doctor", "--json")
+    assert "crash when loaded" in machine_in(outcome)["C++ compiler"]["found"]
+    assert "CXX=" in aotinductor_in(outcome)["hint"]
+    assert aotinductor_in(outcome)["compile"] is False
+    fake.write_text(f'{script}echo "libstdc++.so.6" > "$last"\n')
+    assert aotinductor_in(run("doctor", "--json"))["compile"] is True
+
+
 def test_a_compiler_that_cannot_be_started(
     run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -129,6 +145,7 @@ def test_no_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(machine.tempfile, "gettempdir", broken)
     assert machine.temporary_folder().ok is False
+    assert machine.compiler().ok is False
 
 
 def test_packages_are_found_without_importing_them(

@@ -112,6 +112,16 @@ def test_bugs_are_70_with_a_traceback(
     assert "bug" in outcome.err
 
 
+def test_a_broken_torch_is_told_in_words(
+    run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    outcome = run("inspect", __file__, "--json")
+    assert outcome.code == 1
+    assert "torch cannot be imported" in outcome.error["message"]
+    assert "Traceback" not in outcome.err
+
+
 def test_an_unexpected_end_of_file_is_no_interrupt(
     run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
