@@ -47,6 +47,9 @@ class Transaction:
     def run(self, judge: Callable[[], None], timed: AbstractContextManager[None]) -> None:
         """Commit all engines and have the result judged, while calls wait.
 
+        From the first commit until it is certain which weights are live, the gate is poisoned: an
+        interrupt that comes between two lines here leaves a module that refuses calls.
+
         Args:
             judge: Raises if the new weights must not stay.
             timed: Times the commit itself, without waiting and judging.
@@ -60,9 +63,11 @@ class Transaction:
             try:
                 with raised_as(EngineError, "Pending work of the module failed"):
                     self._module.drain()
+                self._gate.poison("a commit was interrupted")
                 with timed:
                     self._commit()
                 judge()
+                self._gate.heal()
             except BaseException as exc:
                 self._back(exc)
                 raise
@@ -86,8 +91,10 @@ class Transaction:
                 self._on_rollback()
             except BaseException as exc:  # noqa: BLE001 - it decides whether calls are safe
                 failure = exc
-        if failure is not None:
-            self._gate.poison(failure)
-            lost: ModuleLostError = lost_error(failure)
-            lost.add_note(f"The rollback was because of: {type(cause).__name__}: {cause}")
-            raise lost from failure
+        if failure is None:
+            self._gate.heal()
+            return
+        self._gate.poison(failure)
+        lost: ModuleLostError = lost_error(failure)
+        lost.add_note(f"The rollback was because of: {type(cause).__name__}: {cause}")
+        raise lost from failure

@@ -38,6 +38,10 @@ class Gate:
         """Let nobody through any more."""
         self._lost = why
 
+    def heal(self) -> None:
+        """Take a poisoning back: it is certain again which weights are live."""
+        self._lost = None
+
     def check(self) -> None:
         """Raise if it was poisoned.
 
