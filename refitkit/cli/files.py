@@ -60,7 +60,7 @@ def check_output(path: Path, *inputs: str | Path | None) -> None:
 
     Raises:
         RefitError: The folder is missing or cannot be written to, or the name is taken by
-            something that is not a file.
+            something that is not a file, or protected.
         click.UsageError: It is one of the inputs.
     """
     what = f"{str(path)!r} cannot be written"
@@ -71,6 +71,8 @@ def check_output(path: Path, *inputs: str | Path | None) -> None:
         raise RefitError(f"{what}: there is no folder {str(folder)!r}.", hint="Make it first.")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise RefitError(f"{what}: its folder is not yours to write to.")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise RefitError(f"{what}: it is write-protected.", hint="Write to another file.")
     for other in inputs:
         if other is not None and path.exists() and Path(other).exists() and path.samefile(other):
             raise click.UsageError(f"{str(path)!r} is read by this command: write to another file.")

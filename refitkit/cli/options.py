@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound="Callable[..., Any] | click.Command")
 
+_PATH = click.Path(path_type=Path, readable=False)
+"""Not checked by click: what cannot be read is refused in one way, wherever it is named."""
 _PYTHON_WORDS = {"True": True, "False": False, "None": None}
 
 
@@ -57,7 +59,7 @@ _verbose = click.option(
 
 def file_argument(name: str) -> Callable[[Command], Command]:
     """A file that a command reads. Whether it can is for those to say who know what it is."""
-    return click.argument(name, type=click.Path(path_type=Path))
+    return click.argument(name, type=_PATH)
 
 
 def file_option(
@@ -67,8 +69,7 @@ def file_option(
     help: str,  # noqa: A002 - as in click
 ) -> Callable[[Command], Command]:
     """A file or folder that is given by an option."""
-    kind = click.Path(path_type=Path)
-    return click.option(*names, type=kind, metavar=metavar, required=required, help=help)
+    return click.option(*names, type=_PATH, metavar=metavar, required=required, help=help)
 
 
 def as_options(

@@ -67,10 +67,10 @@ class Transaction:
                 with timed:
                     self._commit()
                 judge()
-                self._gate.heal()
             except BaseException as exc:
                 self._back(exc)
                 raise
+            self._gate.heal()
 
     def _commit(self) -> None:
         for name, one in self._staged.take():

@@ -71,6 +71,9 @@ class WatchedLock:
     def __exit__(self, *error: object) -> None:
         self.lock.release()
 
+    def locked(self) -> bool:
+        return bool(self.lock.locked())
+
 
 @pytest.fixture
 def watched() -> Watched:
