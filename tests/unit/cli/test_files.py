@@ -82,6 +82,9 @@ def test_what_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         check_output(tmp_path / "missing" / "out")
     with pytest.raises(RefitError, match="there is no folder"):
         check_output(tmp_path / "file" / "out")
+    monkeypatch.setattr(os, "access", lambda path, _: path == tmp_path)
+    with pytest.raises(RefitError, match="write-protected"):
+        check_output(tmp_path / "file")
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(RefitError, match="not yours to write to"):
         check_output(tmp_path / "out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,9 @@ sys.exit(code)
 
 def talk(*args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", TALKATIVE, *args]
-    return subprocess.run(command, capture_output=True, text=True, check=True)
+    # C code does not buffer under PYTHONUNBUFFERED, and what is in buffers at exit is the point
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
 
 
 def test_whoever_prints_prints_to_stderr() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -286,6 +287,37 @@ def test_names_of_tensors_cannot_steer_the_terminal(
     out = run("inspect", tmp_path / "w.safetensors").out
     assert "[red]a\\x1b[2J" in out
     assert "\x1b" not in out
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("inspect", "FILE"),
+        ("plan", "show", "FILE"),
+        ("compile", "FILE", "-o", "out"),
+        ("refit", "FILE", "w", "-o", "out"),
+        ("refit", "fake:module", "FILE", "-o", "out"),
+        ("refit", "fake:module", "w", "-o", "out", "--plan", "FILE"),
+        ("refit", "fake:module", "w", "-o", "out", "--inputs", "FILE"),
+        ("verify", "fake:module", "FILE"),
+        ("plan", "make", "FILE", "--target", "x", "-o", "out"),
+        ("plan", "make", "x", "--target", "FILE", "-o", "out"),
+    ],
+)
+def test_what_may_not_be_read_is_refused_in_one_way(
+    run: Callable[..., Outcome],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    args: tuple[str, ...],
+) -> None:
+    file = tmp_path / "file.safetensors"
+    file.touch()
+    monkeypatch.chdir(tmp_path)
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda p, mode: str(p) != str(file) and may(p, mode))
+    outcome = run(*(str(file) if arg == "FILE" else arg for arg in args), "--json")
+    assert outcome.code == 1
+    assert outcome.error["message"] == f"{str(file)!r} cannot be read: permission denied."
 
 
 # -- compile and plan make ----------------------------------------------------------------------
