@@ -272,6 +272,12 @@ X = torch.ones(2)
         ([X, 3], ((X, 3), {})),
         ((), ((), {})),
         ({"x": X}, ((), {"x": X})),
+        (((X,), {"y": X}), ((X,), {"y": X})),
+        (((), {}), ((), {})),
+        ((X, {"y": X}), ((X, {"y": X}), {})),  # the model's own dict
+        (([X], {"y": X}), (([X], {"y": X}), {})),
+        (((X,), {3: X}), (((X,), {3: X}), {})),
+        (((X,), {"y": X}, X), (((X,), {"y": X}, X), {})),
     ],
 )
 def test_inputs_as_users_give_them(given: Any, expected: Any) -> None:

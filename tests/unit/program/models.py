@@ -139,6 +139,33 @@ class ThroughSplit(InPlace):
         torch.split(self.state, [1, 3])[1].add_(1.0)
 
 
+class ThroughAtLeast(InPlace):
+    """This and the next return what they are given; their schemas do not say so."""
+
+    def change(self, x: torch.Tensor) -> None:
+        torch.atleast_2d(self.state)[0].add_(x)
+
+
+class ThroughTypeAs(InPlace):
+    def change(self, x: torch.Tensor) -> None:
+        self.state.type_as(x).add_(x)
+
+
+class ThroughDropout(InPlace):
+    def change(self, x: torch.Tensor) -> None:
+        nn.functional.dropout(self.state, training=False).add_(x)
+
+
+class ThroughBroadcast(InPlace):
+    def change(self, x: torch.Tensor) -> None:
+        torch.broadcast_tensors(self.state, x)[0].add_(x)
+
+
+class ThroughLists(InPlace):
+    def change(self, x: torch.Tensor) -> None:
+        torch._foreach_add_([self.state], 1.0)
+
+
 class WithoutGradients(InPlace):
     """``torch.export`` puts the region into a submodule."""
 
@@ -190,6 +217,22 @@ class OnlyReads(InPlace):
         own = self.state.clone()
         own.add_(x)
         (x * 2).mul_(own)
+
+
+class InPlaceActivations(nn.Module):
+    """Works in place on results: no weight is changed."""
+
+    inputs: Inputs = (torch.arange(24.0).reshape(1, 2, 3, 4) - 12,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.Flatten(),
+            nn.Linear(18, 2), nn.SiLU(inplace=True), nn.Dropout(inplace=True),
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x).add_(1.0)
 
 
 class Counter(nn.Module):
@@ -346,7 +389,8 @@ class Attention(nn.Module):
 
 CHANGING = [
     Directly, ByCopy, ByIndex, ByIndexPut, ThroughViews, ThroughReshape, ThroughChunks,
-    ThroughUnbind, ThroughSplit, WithoutGradients, ViewInsideRegion, WithAutocast, Detached,
+    ThroughUnbind, ThroughSplit, ThroughAtLeast, ThroughTypeAs, ThroughDropout, ThroughBroadcast,
+    ThroughLists, WithoutGradients, ViewInsideRegion, WithAutocast, Detached,
     OutArgument,
 ]  # fmt: skip
 """Children of :class:`InPlace` that change the buffer ``state``."""
@@ -355,9 +399,25 @@ CHANGING_PARAMETERS = [OwnParameter, ParameterThroughData]
 """Those that change the parameter ``weight``."""
 
 ALL = [
-    Plain, Tied, TiedBuffers, Views, OnlyReads, Counter, Infinite, Nested, Normalized, Mixed,
-    Strided, Branches, Region, Attention, Training, *CHANGING, *CHANGING_PARAMETERS,
+    Plain, Tied, TiedBuffers, Views, OnlyReads, InPlaceActivations, Counter, Infinite, Nested,
+    Normalized, Mixed, Strided, Branches, Region, Attention, Training, *CHANGING,
+    *CHANGING_PARAMETERS,
 ]  # fmt: skip
+
+
+DECOMPOSED = [
+    Plain, Tied, OnlyReads, InPlaceActivations, Counter, Normalized, Strided, Branches, Region,
+    Training, Directly, ThroughChunks, WithoutGradients, OwnParameter,
+]  # fmt: skip
+"""What is tested decomposed too: there, torch's signature says what is changed, however it is."""
+
+FORMS = [(kind, False) for kind in ALL] + [(kind, True) for kind in DECOMPOSED]
+"""All models with whether their program is decomposed."""
+
+
+def form_name(value: object) -> str:
+    """Name of a test's parameter."""
+    return value.__name__ if isinstance(value, type) else "decomposed" if value else "plain"
 
 
 @functools.cache

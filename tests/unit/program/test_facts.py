@@ -125,16 +125,20 @@ def test_a_tie_without_data_is_still_a_tie() -> None:
 # -- changed in place -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("decomposed", [False, True])
-@pytest.mark.parametrize("kind", models.CHANGING)
+def forms_of(kinds: list[type[nn.Module]]) -> Any:
+    """Parametrize with those models, decomposed too where that is tested."""
+    forms = [form for form in models.FORMS if form[0] in kinds]
+    return pytest.mark.parametrize(("kind", "decomposed"), forms, ids=models.form_name)
+
+
+@forms_of(models.CHANGING)
 def test_a_changed_buffer_is_seen(kind: type[nn.Module], decomposed: bool) -> None:
     leaves = leaves_of(kind, decomposed=decomposed)
     assert leaves["state"].mutated
     assert not leaves["calm"].mutated
 
 
-@pytest.mark.parametrize("decomposed", [False, True])
-@pytest.mark.parametrize("kind", models.CHANGING_PARAMETERS)
+@forms_of(models.CHANGING_PARAMETERS)
 def test_a_changed_parameter_is_seen(kind: type[nn.Module], decomposed: bool) -> None:
     leaves = leaves_of(kind, decomposed=decomposed)
     assert leaves["weight"].mutated
@@ -146,10 +150,17 @@ def test_a_counter_is_seen(decomposed: bool) -> None:
     assert leaves_of(models.Counter, decomposed=decomposed)["calls"].mutated
 
 
-@pytest.mark.parametrize("decomposed", [False, True])
-@pytest.mark.parametrize(
-    "kind", [models.OnlyReads, models.Normalized, models.Attention, models.Branches, models.Region]
-)
+CALM = [
+    models.OnlyReads,
+    models.InPlaceActivations,
+    models.Normalized,
+    models.Attention,
+    models.Branches,
+    models.Region,
+]
+
+
+@forms_of(CALM)
 def test_what_only_reads_changes_nothing(kind: type[nn.Module], decomposed: bool) -> None:
     assert not any(leaf.mutated for leaf in leaves_of(kind, decomposed=decomposed).values())
 
@@ -253,15 +264,19 @@ def test_dynamic_shapes_count() -> None:
     assert facts_of(free).graph == facts_of(free).graph
 
 
-def test_a_fingerprint_is_the_same_in_every_process() -> None:
+def test_a_fingerprint_is_the_same_in_every_process(pytestconfig: pytest.Config) -> None:
     """Whatever the hash seed: a plan is made in one process and used in another."""
     code = (
         "from tests.unit.program.models import *; from refitkit.program import facts_of;"
         "print(*[facts_of(exported(k)).graph for k in (Plain, WithoutGradients)])"
     )
-    environment = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=pytestconfig.rootpath,
+        env={**os.environ, "PYTHONHASHSEED": "12345", "PYTHONWARNINGS": "ignore"},
     )
     kinds = (models.Plain, models.WithoutGradients)
     assert done.stdout.split() == [facts_of(exported(kind)).graph for kind in kinds]

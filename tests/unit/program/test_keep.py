@@ -59,15 +59,7 @@ def reweighted(kind: type[nn.Module]) -> nn.Module:
     return model
 
 
-PROGRAMS = [
-    pytest.param(kind, decomposed, id=f"{kind.__name__}{'-decomposed' * decomposed}")
-    for kind in models.ALL
-    for decomposed in (False, True)
-    if not (decomposed and kind is models.TiedBuffers)  # torch itself cannot decompose it
-]
-
-
-@pytest.mark.parametrize(("kind", "decomposed"), PROGRAMS)
+@pytest.mark.parametrize(("kind", "decomposed"), models.FORMS, ids=models.form_name)
 def test_with_weights_it_answers_like_the_model(kind: type[nn.Module], decomposed: bool) -> None:
     program = exported(kind, decomposed=decomposed)
     model = reweighted(kind)
