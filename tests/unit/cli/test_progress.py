@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
+import termios
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -57,6 +59,43 @@ def on_a_terminal(*args: str) -> tuple[int, str, str]:
             shown += chunk
     os.close(ours)
     return child.returncode, out, shown.decode()
+
+
+WIDE_TABLE = """
+import sys, click, refitkit
+from refitkit.cli.main import main
+from refitkit.cli.tables import table
+
+class Painter:
+    name = "painter"
+
+    @refitkit.hookimpl
+    def refitkit_register_commands(self, cli):
+        @cli.command()
+        @click.pass_obj
+        def paint(session):
+            made = table(("slot",), [("abc" * 40,)])
+            session.result({}, lambda console: console.print(made))
+
+sys.exit(main(["paint"], [Painter()]))
+"""
+
+
+@pytest.mark.parametrize(("columns", "lines"), [(80, 2), (160, 1)])
+def test_tables_have_the_width_of_the_terminal(columns: int, lines: int) -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (40, columns))
+    environment = {k: v for k, v in os.environ.items() if k not in {"COLUMNS", "LINES"}}
+    child = subprocess.Popen(
+        [sys.executable, "-c", WIDE_TABLE], stdin=theirs, stdout=theirs, env=environment
+    )
+    os.close(theirs)
+    shown = b"".join(iter(lambda: _read(ours), b"")).decode()
+    os.close(ours)
+    assert child.wait() == 0
+    assert sum("abc" in line for line in shown.splitlines()) == lines
+    assert shown.count("abc") >= 39  # a fold may cut one, and loses nothing
+    assert all(len(line) <= columns for line in re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines())
 
 
 def _read(terminal: int) -> bytes:
