@@ -22,7 +22,10 @@ class Gate:
 
     def __init__(self) -> None:
         """Open, and well."""
-        self._changed = threading.Condition()
+        # the lock is entered directly: an interrupt inside the condition's own __enter__, which is
+        # Python, would leave it locked (bpo-29988)
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._calls: Counter[int] = Counter()  # by thread
         self._owner: int | None = None
         self._refitting = threading.Lock()
@@ -62,14 +65,14 @@ class Gate:
         if self._owner == me:
             yield
             return
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: self._owner is None or self._calls[me])
             self.check()
             self._calls[me] += 1
         try:
             yield
         finally:
-            with self._changed:
+            with self._lock:
                 self._calls[me] -= 1
                 if not self._calls[me]:
                     del self._calls[me]
@@ -80,13 +83,13 @@ class Gate:
         """Have the gate alone: new calls wait, running ones are waited for."""
         me = threading.get_ident()
         try:
-            with self._changed:
+            with self._lock:
                 self._changed.wait_for(lambda: self._owner is None)
                 self._owner = me
                 self._changed.wait_for(lambda: not self._calls)
             yield
         finally:
-            with self._changed:
+            with self._lock:
                 if self._owner == me:
                     self._owner = None
                 self._changed.notify_all()

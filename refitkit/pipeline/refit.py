@@ -138,6 +138,7 @@ class Refit:
             self._compiled.version += 1
 
         def taken_back() -> None:
+            self._compiled.version = self._found.before
             self._tell(self._found.report("rolled-back"))
 
         reports: list[RefitReport] = []

@@ -32,6 +32,25 @@ Their schemas in ``aten/src/ATen/native/native_functions.yaml`` do not say so.
 """
 
 
+_QUIET_ALIASES = frozenset(
+    f"aten::{name}"
+    for name in (
+        "alpha_dropout",
+        "atleast_1d",
+        "atleast_2d",
+        "atleast_3d",
+        "broadcast_tensors",
+        "dropout",
+        "einsum",
+        "feature_dropout",
+        "meshgrid",
+        "sum_to_size",
+        "type_as",
+    )
+)
+"""Ops that may give back their input itself, or a view of it, which their schemas do not say."""
+
+
 def mutated_placeholders(program: ExportedProgram) -> set[str]:
     """Names of the placeholders of a program that it changes in place."""
     signature = program.graph_signature
@@ -96,7 +115,8 @@ def _arguments(node: torch.fx.Node) -> Iterator[tuple[Any, Any]]:
 
 def _aliased(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
     """Nodes whose memory the result of a node may share."""
-    if node.target is operator.getitem or submodules_of(node):
+    quiet = getattr(getattr(node.target, "_schema", None), "name", "") in _QUIET_ALIASES
+    if quiet or node.target is operator.getitem or submodules_of(node):
         yield from node.all_input_nodes
     for argument, value in _arguments(node):
         if argument.alias_info is not None and isinstance(value, torch.fx.Node):

@@ -48,8 +48,8 @@ class Watched:
 class WatchedCondition(threading.Condition):
     """A condition at which waiting is counted."""
 
-    def __init__(self, watched: Watched) -> None:
-        super().__init__()
+    def __init__(self, watched: Watched, lock: Any = None) -> None:
+        super().__init__(lock)
         self.watched = watched
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -85,7 +85,7 @@ def gate(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> Gate:
     """A gate whose locks are watched."""
     lock = threading.Lock
     with monkeypatch.context() as patch:
-        patch.setattr(threading, "Condition", lambda: WatchedCondition(watched))
+        patch.setattr(threading, "Condition", lambda held=None: WatchedCondition(watched, held))
         patch.setattr(threading, "Lock", lambda: WatchedLock(watched, lock()))
         return Gate()
 
@@ -540,6 +540,42 @@ def test_a_running_call_is_waited_for(gate: Gate, threads: Threads, watched: Wat
     leave.set()
     assert same_state(caller(), before)
     assert refit().report.outcome == "committed"
+
+
+def test_a_refit_that_is_interrupted_while_it_waits_for_a_call(
+    gate: Gate, threads: Threads, watched: Watched
+) -> None:
+    inside, leave = threading.Event(), threading.Event()
+    stage = Stage(gate)
+    before = stage.module.holds()
+
+    def linger() -> None:
+        inside.set()
+        reached(leave)
+
+    stage.module.on_run = linger
+    caller = threads.run(lambda: stage.compiled())
+    reached(inside)
+    stage.module.on_run = lambda: None
+    watched.interrupt = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        stage.refit()
+    assert [one.did for one in stage.module.staged()] == [["discard"]] * 2
+    leave.set()
+    assert same_state(caller(), before)
+    assert same_state(stage.compiled(), before)
+    assert stage.refit().report.version == 1
+
+
+def test_a_refit_from_inside_a_call_is_refused(gate: Gate) -> None:
+    stage = Stage(gate)
+    before = stage.module.holds()
+    stage.module.on_run = lambda: stage.refit()
+    with pytest.raises(RefitInProgressError):
+        stage.compiled()
+    stage.module.on_run = lambda: None
+    assert stage.module.staged() == []
+    assert same_state(stage.compiled(), before)
 
 
 def test_a_refit_from_inside_a_refit_leaves_both_sound(gate: Gate) -> None:
