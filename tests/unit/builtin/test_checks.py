@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from refitkit.builtin.checks import names
 from refitkit.builtin.checks.finite import all_finite
 from refitkit.config import Config
-from refitkit.errors import Problem, WeightMismatchError
+from refitkit.errors import SHOWN_PROBLEMS, Problem, WeightMismatchError
 from refitkit.host import make_host
 from refitkit.model import Leaf, LeafKind, LedgerRow, SlotState
 from refitkit.pipeline.check import check_weights
@@ -151,6 +152,22 @@ def test_an_unexpected_name_is_held_against_those_that_exist() -> None:
     hints = {p.subject: p.hint for p in found if p.kind == "unexpected"}
     assert hints["layers.0.attn.weight"] == "did you mean 'layers.0.attention.weight'?"
     assert hints["zzz"] == "the model has no such name"
+
+
+def test_suggestions_are_looked_for_a_few_times_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking takes time quadratic in the names, and a wrong prefix makes all of them wrong."""
+    calls: list[str] = []
+
+    def counted(name: str, *arguments: object, **named: object) -> list[str]:
+        calls.append(name)
+        return []
+
+    monkeypatch.setattr(names, "get_close_matches", counted)
+    plan = make_plan([recipe_row(make_slot(f"layers.{n}.weight")) for n in range(200)])
+    weights = {f"module.layers.{n}.weight": torch.ones(2) for n in range(200)}
+    found = problems(weights, plan)
+    assert len(found) == 400
+    assert len(calls) <= SHOWN_PROBLEMS
 
 
 def test_what_a_state_dict_would_not_hold_is_never_unexpected() -> None:
@@ -373,6 +390,7 @@ def test_every_floating_dtype_is_looked_at(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool], ids=str)
 def test_integers_are_always_finite(dtype: torch.dtype) -> None:
+    assert all_finite(torch.ones(2).to(dtype))
     assert finite(torch.ones(2).to(dtype)) == []
 
 

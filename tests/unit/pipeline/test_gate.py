@@ -554,7 +554,7 @@ def test_a_refit_that_is_interrupted_while_it_waits_for_a_call(
         reached(leave)
 
     stage.module.on_run = linger
-    caller = threads.run(lambda: stage.compiled())
+    caller = threads.run(stage.compiled)
     reached(inside)
     stage.module.on_run = lambda: None
     watched.interrupt = KeyboardInterrupt()
@@ -570,7 +570,7 @@ def test_a_refit_that_is_interrupted_while_it_waits_for_a_call(
 def test_a_refit_from_inside_a_call_is_refused(gate: Gate) -> None:
     stage = Stage(gate)
     before = stage.module.holds()
-    stage.module.on_run = lambda: stage.refit()
+    stage.module.on_run = stage.refit
     with pytest.raises(RefitInProgressError):
         stage.compiled()
     stage.module.on_run = lambda: None

@@ -65,6 +65,13 @@ def test_a_source_overrides_a_pinned_value() -> None:
     assert PLAN.materialize({**WEIGHTS, "m": own})["model"]["m"].tolist() == [1, 2]
 
 
+def test_a_pinned_value_is_given_as_it_is() -> None:
+    value = PLAN.value_of(PLAN.ledger[2], TensorMap({}))
+    assert isinstance(value, SlotValue)
+    assert (value.sources, value.strategy, value.identity) == ((), "recipe", True)
+    assert value.load() is PLAN.pinned("m")
+
+
 def test_a_pinned_value_without_names_cannot_be_overridden() -> None:
     plan = make_plan([pinned_row(M)], pinned={"m": PINNED})
     assert plan.materialize({"m": torch.tensor([1, 2])})["model"]["m"].tolist() == [7, 8]
