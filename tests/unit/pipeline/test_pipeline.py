@@ -13,6 +13,7 @@ from refitkit import api
 from refitkit.config import Config
 from refitkit.errors import (
     ConfigError,
+    NotRefittableError,
     PlanMismatchError,
     PluginError,
     RefitInProgressError,
@@ -197,6 +198,27 @@ def test_the_reference_is_the_kept_program(
     assert report.verification.ok
     assert report.verification.max_abs_error == 0
     assert torch.equal(compiled(X), other(X))
+
+
+def test_the_reference_of_a_partial_refit_has_new_and_old_weights(
+    pipeline: Pipeline, program: torch.export.ExportedProgram, other: Net
+) -> None:
+    compiled = pipeline.compile(program, BACKEND)
+    part = {"first.bias": other.first.bias}
+    report = pipeline.refit(compiled, part, inputs=(X,), partial=True).report
+    assert report.verification is not None
+    assert (report.verification.ok, report.verification.max_abs_error) == (True, 0.0)
+    wanted = Net().eval()
+    wanted.load_state_dict({**program.state_dict, **part})
+    assert torch.equal(compiled(X), wanted(X))
+
+
+def test_a_partial_refit_that_would_be_judged_by_nothing_is_refused(
+    pipeline: Pipeline, program: torch.export.ExportedProgram, other: Net
+) -> None:
+    compiled = pipeline.compile(program, BACKEND, {"mute": True})
+    with pytest.raises(NotRefittableError):
+        pipeline.refit(compiled, {"first.bias": other.first.bias}, inputs=(X,), partial=True)
 
 
 # -- load and save ----------------------------------------------------------------------------

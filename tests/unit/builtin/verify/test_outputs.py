@@ -220,6 +220,19 @@ def test_large_integers_are_exact() -> None:
     assert not passes(t(2**63 - 1, dtype=torch.int64), t(-(2**63), dtype=torch.int64))
 
 
+def test_only_what_is_wrong_has_a_note() -> None:
+    found = (t(1, 2, 4, dtype=torch.int64), 3, "text", t(1.0))
+    result = compare(found, (t(1, 3, 5, dtype=torch.int64), 4, "text", t(1.0)), TOLERANCES)
+    assert [m.note for m in result.measures] == [
+        "2 of 3 elements differ",
+        "is 3, should be 4",
+        "",
+        "",
+    ]
+    assert {m.note for m in compare(found, found, TOLERANCES).measures} == {""}
+    assert result.note == "4 outputs compared, 2 differ"
+
+
 def test_bools_are_exact() -> None:
     assert passes(t(True, False, dtype=torch.bool), t(True, False, dtype=torch.bool))
     assert not passes(t(True, False, dtype=torch.bool), t(True, True, dtype=torch.bool))
@@ -405,6 +418,10 @@ def test_the_module_is_probed_so_that_its_buffers_stay() -> None:
     module = module_with()
     judged(module)
     assert module.wire.calls.count("probe") == 1
+
+
+def test_it_has_its_name() -> None:
+    assert OutputsVerifier().name == "outputs"
 
 
 # -- partial refits ---------------------------------------------------------------------------

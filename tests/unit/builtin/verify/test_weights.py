@@ -125,6 +125,15 @@ def test_engines_that_cannot_be_read_are_refused_before_anything_is_written() ->
     assert "outputs" in info.value.hint
 
 
+def test_it_has_its_name() -> None:
+    assert WeightsVerifier().name == "weights"
+
+
+def test_complex_values_are_measured_whole() -> None:
+    result = judged({"w": torch.tensor([1 + 2j])}, {"w": torch.tensor([1 - 2j])})
+    assert result.max_abs_error == 4.0
+
+
 def test_values_are_read_when_it_judges() -> None:
     module = FakeModule([OpenEngine("model", {"w": torch.zeros(2)})])
     judge = WeightsVerifier().prepare(request(module, {"w": torch.ones(2)}))
