@@ -67,7 +67,9 @@ class _Wish:
 @file_option("-o", "--output", help="Where to write the refitted module.")
 @click.option("--in-place", is_flag=True, help="Replace MODULE, in one step, once all is well.")
 @file_option("--plan", help="The plan to follow; the module's own where not given.")
-@file_option("--inputs", help="Tensors to verify outputs with: 0, 1, ... or names of keywords.")
+@file_option(
+    "--inputs", help="Tensors to verify outputs with, named 0, 1, ... or as the model's keywords."
+)
 @click.option(
     "--verify",
     "verifier",
@@ -86,8 +88,9 @@ class _Wish:
 def refit_command(session: Session, /, **given: Any) -> None:
     """Put WEIGHTS (.safetensors, or a state_dict of torch.save) into MODULE.
 
-    The module is written only if all weights fit and the result is verified. Loading a module
-    runs the code in it: use only files that you trust as you would a program.
+    The module is written only if all weights fit and, without --verify none, the result is
+    verified. Loading a module runs the code in it: use only files that you trust as you would a
+    program.
     """
     from refitkit.cli.report import print_report
 

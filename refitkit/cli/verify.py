@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 @click.command("verify", short_help="Check whether a module holds these weights.")
 @click.argument("module")
 @click.argument("weights")
-@file_option("--inputs", help="Tensors to call it with: 0, 1, ... or names of keywords.")
+@file_option(
+    "--inputs", help="Tensors to call it with, named 0, 1, ... or as the model's keywords."
+)
 @file_option("--plan", help="The plan to follow; the module's own where not given.")
 @click.option("--with", "verifier", metavar="NAME", help="Verifier: outputs, weights, ...")
 @common_options
