@@ -170,10 +170,10 @@ class OpenEngine(FakeEngine):
 
 
 class FakeModule:
-    """An opened module: ``y = x * (sum of an engine's first slot) + ...``, engine by engine.
+    """An opened module. Called, it answers with all that its engines hold, times the input.
 
-    Calling it answers a dict of everything that the engines hold, scaled by the input, so that any
-    bit of a weight shows.
+    So any bit of any weight shows in the answer. Another answer can be given as a function of the
+    module and the inputs.
     """
 
     backend = BACKEND
