@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from refitkit.protocols import Plan, WeightSource
 
 
+_SUGGESTIONS = 10
+
+
 class Names:
     """A source held against what a plan's program reads."""
 
@@ -25,7 +28,6 @@ class Names:
         """Look at every name of the source once, at headers only."""
         self._plan, self._source = plan, source
         self._leaves = {leaf.fqn: leaf for leaf in plan.data.leaves}
-        self._twins = {name: tie for tie in plan.data.ties for name in tie}
         self._infos = {name: source.info(name) for name in source.names()}
         self._needed = {
             name
@@ -51,11 +53,16 @@ class Names:
 
     def _unexpected(self) -> Iterator[Problem]:
         known = {leaf.fqn for leaf in self._plan.data.leaves} | self._needed
-        for name, info in self._infos.items():
-            if name not in known and info.persistent:
+        strange = [n for n, info in self._infos.items() if n not in known and info.persistent]
+        prefix = _common_prefix(strange, known)
+        for number, name in enumerate(strange):
+            hint = "the model has no such name"
+            if prefix:
+                hint = f"the model's names have no prefix {prefix!r}: take it away"
+            elif number < _SUGGESTIONS:  # each compares with every name of the model
                 near = get_close_matches(name, known, n=1, cutoff=0.8)
-                hint = f"did you mean {near[0]!r}?" if near else "the model has no such name"
-                yield Problem(name, "unexpected", _text(info), hint=hint)
+                hint = f"did you mean {near[0]!r}?" if near else hint
+            yield Problem(name, "unexpected", _text(self._infos[name]), hint=hint)
 
     def _misfits(self) -> Iterator[Problem]:
         """Entries that cannot become what the program reads under their names.
@@ -98,6 +105,18 @@ class Names:
         if not self._needed & self._infos.keys():
             found = f"{len(self._infos)} names, none of a slot"
             yield Problem(self._source.description, "nothing to refit", found)
+
+
+def _common_prefix(names: list[str], known: set[str]) -> str:
+    """A prefix such as ``module.`` without which all of these names are known; empty if none."""
+    if not names:
+        return ""
+    first = names[0]
+    parts = [first[: i + 1] for i, letter in enumerate(first) if letter == "."]
+    for prefix in parts:
+        if all(n.startswith(prefix) and n.removeprefix(prefix) in known for n in names):
+            return prefix
+    return ""
 
 
 def _differences(leaf: Leaf, info: TensorInfo, *, with_dtype: bool) -> Iterator[Problem]:
