@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     Fresh = Callable[[str], refitkit.CompiledModule]
 
 CASE = CASES["mixed"]
-SECONDS = 20
+SECONDS = 10
 
 
 class Fault(RuntimeError):  # noqa: N818 - it is not an error, it is meant
@@ -317,9 +317,8 @@ def _assert_refuses(compiled: refitkit.CompiledModule, folder: Path) -> None:
 # -- interrupts ---------------------------------------------------------------------------------
 
 _PACKAGE = Path(refitkit.__file__).parent
+_HELPERS = {contextlib.__file__, threading.__file__}
 _TRACED = {
-    contextlib.__file__,
-    threading.__file__,
     str(_PACKAGE / "pipeline" / "commit.py"),
     str(_PACKAGE / "pipeline" / "gate.py"),
     str(_PACKAGE / "pipeline" / "refit.py"),
@@ -349,7 +348,7 @@ class Points:
         self._last.clear()
 
     def _call(self, frame: Any, event: str, argument: Any) -> Any:
-        if frame.f_code.co_filename not in _TRACED:
+        if not _is_traced(frame):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         return self._opcode
@@ -372,11 +371,18 @@ class Points:
             raise Interrupt(self.where)
 
 
+def _is_traced(frame: Any) -> bool:
+    """Whether it is our code, or the standard library's on our behalf."""
+    while frame is not None and frame.f_code.co_filename in _HELPERS:
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_filename in _TRACED
+
+
 def _stack(frame: Any) -> str:
     """The traced frames that lead to this one, innermost first."""
     places = []
     while frame is not None:
-        if frame.f_code.co_filename in _TRACED:
+        if _is_traced(frame):
             code, line = frame.f_code, frame.f_lineno
             places.append(f"{Path(code.co_filename).name}:{line} in {code.co_name}")
         frame = frame.f_back
@@ -401,7 +407,7 @@ def test_an_interrupt_anywhere_never_mixes_weights(name: str, fresh: Fresh) -> N
         pipeline.refit(compiled, states[1], **HOW[name])
     pipeline.refit(compiled, states[0])
     assert points.count > 100
-    problems = []
+    problems, allowed = [], 0
     for number in range(points.count):
         with Points(number) as points:
             try:
@@ -411,15 +417,15 @@ def test_an_interrupt_anywhere_never_mixes_weights(name: str, fresh: Fresh) -> N
             else:
                 ended = "nothing raised"
         problem = _after_an_interrupt(compiled, old, new, states[0])
-        rolling_back = "in _back" in points.where and ended == "ModuleLostError"
-        if points.where and ended != "Interrupt" and not rolling_back:
-            problem = f"{ended}; {problem}"
-        if problem and not (problem == "lost" and rolling_back):
-            problems.append(f"{points.where}: {problem}")
+        if "in _back" in points.where and problem == "lost":
+            allowed += 1  # nobody can know how far the rollback came
+        elif problem or (points.where and ended != "Interrupt"):
+            problems.append(f"{points.where}: {ended}; {problem}")
         if problem:
             compiled = fresh("small")
             pipeline.refit(compiled, states[0])
     assert not problems, "\n".join(problems)
+    assert allowed == 0 or name == "rolled back"
 
 
 def _after_an_interrupt(
@@ -428,6 +434,9 @@ def _after_an_interrupt(
     new: dict[str, bytes],
     state: dict[str, torch.Tensor],
 ) -> str:
+    if not torch.is_grad_enabled():
+        torch.set_grad_enabled(True)
+        return "gradients stay switched off"
     if compiled.gate.lost:
         return "lost"
     version, found = compiled.version, _in_a_thread(lambda: slots_of(compiled))
@@ -458,7 +467,7 @@ def _in_a_thread(function: Callable[[], Any]) -> Any:
 def _while_called(compiled: refitkit.CompiledModule, work: Callable[[], Any]) -> set[str]:
     """What threads that call the module all the time are answered while some work is done."""
     case, seen, errors = CASES["wide"], set(), []
-    started, stop = threading.Barrier(4), threading.Event()
+    started, stop = threading.Barrier(3), threading.Event()
 
     def call() -> None:
         try:
@@ -468,7 +477,7 @@ def _while_called(compiled: refitkit.CompiledModule, work: Callable[[], Any]) ->
         except Exception as exc:  # noqa: BLE001 - told to the test
             errors.append(exc)
 
-    threads = [threading.Thread(target=call) for _ in range(3)]
+    threads = [threading.Thread(target=call) for _ in range(2)]
     for thread in threads:
         thread.start()
     try:
@@ -499,7 +508,7 @@ def test_calls_during_refits_see_whole_weights(fresh: Fresh) -> None:
     assert a != b
 
     def work() -> None:
-        for number in range(20):
+        for number in range(12):
             refitkit.refit(compiled, states[1 - number % 2])
             assert digest(compiled(*case.args())) == (a, b)[1 - number % 2]
 
