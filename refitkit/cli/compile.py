@@ -30,10 +30,22 @@ if TYPE_CHECKING:
     callback=as_options,
     help="An option of the backend; VALUE is JSON or text. Can be given several times.",
 )
+@click.option(
+    "--prove/--no-prove",
+    default=True,
+    show_default=True,
+    help="Try with other weights than the program's that the module can be refitted.",
+)
 @common_options
 @click.pass_obj
 def compile_command(
-    session: Session, program: Path, output: Path, backend: str, options: dict[str, Any]
+    session: Session,
+    program: Path,
+    output: Path,
+    backend: str,
+    options: dict[str, Any],
+    *,
+    prove: bool,
 ) -> None:
     """Compile PROGRAM, a file of torch.export.save, into a module that can be refitted.
 
@@ -45,7 +57,7 @@ def compile_command(
     pipeline = session.pipeline()
     pipeline.backend(backend)  # a misspelt name is told before the program is loaded
     loaded = load_program(program, verbose=session.verbose)
-    compiled = pipeline.compile(loaded, backend, options)
+    compiled = pipeline.compile(loaded, backend, options, prove=prove)
     compiled.save(output)
     slots = compiled.slots
     data = {

@@ -167,6 +167,13 @@ def test_compile(files: Files) -> None:
     answers_like(files.module, 0)
 
 
+def test_compile_proves_unless_told_not_to(cli: Server, files: Files, tmp_path: Path) -> None:
+    stages = {one["stage"] for one in files.compiled["stages"]}
+    assert "prove" in stages
+    told = cli.data("compile", files.program, "-o", tmp_path / "out", "--no-prove", "--json")
+    assert {one["stage"] for one in told["stages"]} == stages - {"prove"}
+
+
 def test_inspect(cli: Server, files: Files) -> None:
     module = cli.data("inspect", files.module)
     assert module["kind"] == "module"
