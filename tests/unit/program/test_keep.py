@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -161,6 +163,44 @@ def test_a_changed_buffer_starts_from_its_value_at_every_bind() -> None:
         assert bound(torch.ones(2)).tolist() == [7, 7]
         assert bound(torch.ones(2)).tolist() == [8, 8]
     assert source["calls"].item() == 5
+
+
+def test_two_threads_may_bind_one_program() -> None:
+    """A module and its copy keep one program, and may be refitted at once."""
+    program = exported(models.Normalized)
+    kept, inputs = kept_from(program), models.Normalized.inputs
+    together = threading.Barrier(2, timeout=30)
+
+    def weights(fill: float) -> dict[str, torch.Tensor]:
+        return {
+            name: torch.full_like(value, fill) if value.is_floating_point() else value
+            for name, value in program.state_dict.items()
+        }
+
+    def wrong_answers(fill: float) -> int:
+        bound = kept.bind(TensorMap(weights(fill)), pinned_of(program))
+        alone = kept_from(program).bind(TensorMap(weights(fill)), pinned_of(program))
+        wanted = alone(*copied(inputs))
+        together.wait()
+        return sum(not same(bound(*copied(inputs)), wanted) for _ in range(100))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(wrong_answers, (1.0, 2.0))) == [0, 0]
+
+
+def test_two_threads_may_bind_two_programs() -> None:
+    """torch reads one program at a time in a whole process, and says so by failing."""
+    together = threading.Barrier(2, timeout=30)
+
+    def bind_often(kind: type[nn.Module]) -> None:
+        program = exported(kind)
+        kept = [kept_from(program) for _ in range(10)]
+        together.wait()
+        for one in kept:
+            one.bind(TensorMap(program.state_dict), pinned_of(program))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(bind_often, (models.Normalized, models.Plain)))
 
 
 # -- what the source lacks --------------------------------------------------------------------
