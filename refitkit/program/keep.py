@@ -10,12 +10,13 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.func import functional_call
 
-from refitkit.errors import PlanMismatchError, SourceError
+from refitkit.errors import PlanMismatchError, SourceError, raised_as
 from refitkit.model import LeafKind
 from refitkit.program.dtypes import dtype_of
 from refitkit.program.facts import facts_of
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
     from refitkit.model import Leaf
     from refitkit.protocols import WeightSource
+
+_DESERIALIZING = threading.Lock()
+"""One at a time: torch's deserializer is one for the process (``_CURRENT_DESERIALIZER``, 2.14)."""
 
 
 class KeptProgram:
@@ -40,6 +44,7 @@ class KeptProgram:
         self._leaves = leaves
         self._twins = {name: tie for tie in ties for name in tie}
         self._empty: torch.nn.Module | None = None
+        self._lock = threading.Lock()
 
     @classmethod
     def of(cls, program: ExportedProgram) -> KeptProgram | None:
@@ -97,7 +102,7 @@ class KeptProgram:
         module = self._module()
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            with torch.no_grad():
+            with self._lock, torch.no_grad():  # it puts the tensors into the one module
                 return functional_call(module, state, args, kwargs)
 
         return call
@@ -124,15 +129,12 @@ class KeptProgram:
 
     def _module(self) -> torch.nn.Module:
         """The program as a module without data, made once; calls bring their tensors."""
-        if self._empty is None:
-            try:
-                self._empty = self._deserialized()
-            except Exception as exc:
-                raise PlanMismatchError(
-                    f"The program that was kept cannot be read: {type(exc).__name__}: {exc}",
-                    hint="Pass reference= to verify outputs, or use verify='weights'.",
-                ) from exc
-        return self._empty
+        hint = "Pass reference= to verify outputs, or use verify='weights'."
+        with _DESERIALIZING:
+            if self._empty is None:
+                with raised_as(PlanMismatchError, "The kept program cannot be read", hint=hint):
+                    self._empty = self._deserialized()
+            return self._empty
 
     def _deserialized(self) -> torch.nn.Module:
         state: dict[str, torch.Tensor] = {}
