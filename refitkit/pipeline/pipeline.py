@@ -7,19 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refitkit.config import Config
-from refitkit.errors import ConfigError, UnsupportedTargetError, VerificationError
+from refitkit.errors import ConfigError, UnsupportedTargetError
 from refitkit.host import Host, make_host
 from refitkit.model import Step
 from refitkit.pipeline import load as loading
-from refitkit.pipeline import verify
-from refitkit.pipeline.check import check_weights
 from refitkit.pipeline.clock import Clock
 from refitkit.pipeline.compiled import CompiledModule
-from refitkit.pipeline.mapping import map_slots, require_all
+from refitkit.pipeline.judge import judge_module
 from refitkit.pipeline.plan import make_plan
 from refitkit.pipeline.prove import prove as prove_refit
 from refitkit.pipeline.refit import Refit, Wish
-from refitkit.protocols import VerifyRequest
 from refitkit.recipe import RefitPlan
 
 if TYPE_CHECKING:
@@ -311,37 +308,8 @@ class Pipeline:
             VerificationError: It does not; ``problems`` lists what differs, and ``report`` is the
                 :class:`~refitkit.model.VerificationResult`.
         """
-        compiled = self._compiled(target)
-        plan = plan or compiled.plan
-        if plan is None:
-            raise ConfigError("The module has no plan: pass plan=.")
-        given = verify.as_inputs(inputs)
-        verifier = verify.choose(self.host, with_, compiled.opened, with_inputs=given is not None)
-        if verifier is None:
-            raise ConfigError(
-                "Nothing can be verified: the engines cannot be read and no inputs were given."
-            )
-        plan.check_engines(compiled.backend, compiled.slots)
-        source = self.open_weights(weights)
-        mapping = map_slots(self.host, plan, compiled.opened, source, self.config)
-        check_weights(self.host, plan, compiled.opened, source, partial=False, config=self.config)
-        require_all(mapping, source)
-        request = VerifyRequest(
-            plan,
-            compiled.opened,
-            source,
-            mapping.values,
-            given,
-            reference,
-            compiled.program,
-            self.config.tolerances,
-        )
-        with compiled.gate.refit(), compiled.gate.alone():
-            result: VerificationResult = verify.prepared(verifier, request)(compiled.opened)
-        if not result.ok:
-            message = f"The module does not hold {source.description}."
-            raise VerificationError(message, problems=verify.problems_of(result), report=result)
-        return result
+        wish = Wish(weights, plan, inputs, reference, with_)
+        return judge_module(self.host, self.config, self._compiled(target), wish)
 
     def open_weights(self, weights: object) -> WeightSource:
         """Anything that a plugin can read, as a weight source.

@@ -1,0 +1,55 @@
+"""Judging a module as it is: does it hold these weights? Nothing is changed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from refitkit.errors import ConfigError, VerificationError
+from refitkit.pipeline import verify
+from refitkit.pipeline.check import check_weights
+from refitkit.pipeline.load import open_weights
+from refitkit.pipeline.mapping import map_slots, require_all
+from refitkit.protocols import VerifyRequest
+
+if TYPE_CHECKING:
+    from refitkit.config import Config
+    from refitkit.host import Host
+    from refitkit.model import VerificationResult
+    from refitkit.pipeline.compiled import CompiledModule
+    from refitkit.pipeline.refit import Wish
+
+
+def judge_module(
+    host: Host, config: Config, compiled: CompiledModule, wish: Wish
+) -> VerificationResult:
+    """Hold a module against weights; see ``Pipeline.verify``."""
+    plan = wish.plan or compiled.plan
+    if plan is None:
+        raise ConfigError("The module has no plan: pass plan=.")
+    inputs = verify.as_inputs(wish.inputs)
+    verifier = verify.choose(host, wish.verify, compiled.opened, with_inputs=inputs is not None)
+    if verifier is None:
+        raise ConfigError(
+            "Nothing can be verified: the engines cannot be read and no inputs were given."
+        )
+    plan.check_engines(compiled.backend, compiled.slots)
+    source = open_weights(host, wish.weights, config)
+    mapping = map_slots(host, plan, compiled.opened, source, config)
+    check_weights(host, plan, compiled.opened, source, partial=False, config=config)
+    require_all(mapping, source)
+    request = VerifyRequest(
+        plan=plan,
+        module=compiled.opened,
+        source=source,
+        values=mapping.values,
+        inputs=inputs,
+        reference=wish.reference,
+        program=compiled.program,
+        tolerances=config.tolerances,
+    )
+    with compiled.gate.refit(), compiled.gate.alone():
+        result = verify.prepared(verifier, request)(compiled.opened)
+    if not result.ok:
+        message = f"The module does not hold {source.description}."
+        raise VerificationError(message, problems=verify.problems_of(result), report=result)
+    return result
