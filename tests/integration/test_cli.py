@@ -217,9 +217,12 @@ def test_refit_in_place_to_and_fro_gives_the_same_bytes(
 ) -> None:
     module = tmp_path / "module.refitkit"
     module.write_bytes(files.module.read_bytes())
-    assert cli("refit", module, files.new, "--in-place").code == 0
+    link = tmp_path / "link"
+    link.symlink_to(module)
+    assert cli("refit", link, files.new, "--in-place").code == 0
     answers_like(module, 1)
-    assert [path.name for path in tmp_path.iterdir()] == ["module.refitkit"]
+    assert link.is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"module.refitkit", "link"}
     printed = cli("refit", module, files.old, "--in-place")
     assert "committed: weights changed" in printed.out
     assert module.read_bytes() == files.module.read_bytes()
