@@ -1,10 +1,11 @@
 """A refit of an AOTInductor module against a memmove of the same bytes, and against compiling.
 
 Everything but compiling is measured in one process, turn by turn, so that other work on the machine
-meets all of it alike; medians are compared, and quartiles show how noisy it was. Every refit
-changes every weight (but for the one of a single weight): both sets of weights of the engine are
-brought to one state first, untimed, and the timed refit goes to the other. What is asked is in
-``TARGETS``.
+meets all of it alike. Copies of many threads suffer more from other work than a memmove of one
+does; so turns in which other processes worked are left out where enough others are left, and it is
+said how many. Medians are compared, and quartiles show how noisy it was. Every refit changes every
+weight (but for the one of a single weight): both sets of weights of the engine are brought to one
+state first, untimed, and the timed refit goes to the other. What is asked is in ``TARGETS``.
 
 usage: python benchmarks/aotinductor_refit.py [--model NAME] [--repeats N] [--json FILE]
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import platform
 import statistics
 import time
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 THREADS = torch.get_num_threads()
+QUIET = 0.1
+"""Cores that others may keep busy in a turn that counts."""
+MOST = 8
+"""At most so many times the repeats are measured, until enough turns were quiet."""
 State = dict[str, torch.Tensor]
 
 
@@ -74,10 +80,16 @@ class Times:
 
     Attributes:
         bytes: Bytes of all weights.
+        turns: So many turns were measured.
+        kept: So many of them count.
+        others: Cores that other processes kept busy, median over all turns.
         seconds: All times by name.
     """
 
     bytes: int
+    turns: int
+    kept: int
+    others: float
     seconds: dict[str, list[float]]
 
     def median(self, name: str) -> float:
@@ -118,10 +130,12 @@ class Bench:
         """What is timed, by name; each gets the number of the state_dict to go to."""
         return {
             "memmove": self.memmove,
-            "copy_, 1 thread": lambda to: self.copy(to, threads=1),
-            "copy_": lambda to: self.copy(to, threads=THREADS),
+            "copy_, 1 thread": lambda to: alone(lambda: self.copy(to)),
+            "copy_": self.copy,
             "refit": lambda to: self.refit(self.plain, to),
+            "refit, 1 thread": lambda to: alone(lambda: self.refit(self.plain, to)),
             "refit, finite": lambda to: self.refit(self.full, to),
+            "refit, finite, 1 thread": lambda to: alone(lambda: self.refit(self.full, to)),
             "refit, finite, read back": lambda to: self.refit(self.full, to, "weights"),
             "refit, one weight": lambda to: self.plain.refit(
                 self.compiled, self.one[to], verify="none", partial=True
@@ -151,12 +165,10 @@ class Bench:
         for name, value in self.states[to].items():
             ctypes.memmove(self.target[name].data_ptr(), value.data_ptr(), value.nbytes)
 
-    def copy(self, to: int, threads: int) -> None:
+    def copy(self, to: int) -> None:
         """What torch takes for the same."""
-        torch.set_num_threads(threads)
         for name, value in self.states[to].items():
             self.target[name].copy_(value)
-        torch.set_num_threads(THREADS)
 
 
 def _state(model: torch.nn.Module) -> State:
@@ -165,23 +177,65 @@ def _state(model: torch.nn.Module) -> State:
     return {name: value + 0.01 * torch.randn_like(value) for name, value in state.items()}
 
 
+def alone(work: Callable[[], object]) -> None:
+    """Let torch use one thread."""
+    torch.set_num_threads(1)
+    work()
+    torch.set_num_threads(THREADS)
+
+
+class Others:
+    """Tells how many cores other processes kept busy since it was asked last (proc(5), stat)."""
+
+    def __init__(self) -> None:
+        self._last = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        """Seconds, and seconds that cores worked for others; zero where nobody tells."""
+        file = Path("/proc/stat")
+        if not file.exists():
+            return time.perf_counter(), 0.0
+        user, nice, system, _idle, _wait, *irq = map(int, file.read_text().split()[1:9])
+        busy = (user + nice + system + sum(irq)) / os.sysconf("SC_CLK_TCK")
+        own = os.times()
+        return time.perf_counter(), busy - own.user - own.system
+
+    def cores(self) -> float:
+        """The number, since the last call."""
+        (start, before), self._last = self._last, self._now()
+        return (self._last[1] - before) / (self._last[0] - start)
+
+
 def run(model: str, repeats: int) -> Times:
     """All times in seconds, by name; what was done once has one."""
-    bench = Bench(model)
-    measured = bench.measured()
-    times: dict[str, list[float]] = {name: [] for name in measured}
-    for turn in range(-2, repeats):  # the first two warm up
-        for name, work in measured.items():
-            bench.before(name, turn % 2)
-            start = time.perf_counter()
-            work(turn % 2)
-            took = time.perf_counter() - start
-            if turn >= 0:
-                times[name].append(took)
+    bench, others = Bench(model), Others()
+    turns: list[dict[str, float]] = []
+    loads: list[float] = []
+    for turn in range(-2, MOST * repeats):  # the first two warm up
+        times, load = _turn(bench, turn % 2), others.cores()
+        if turn >= 0:
+            turns.append(times)
+            loads.append(load)
+        if sum(load < QUIET for load in loads) == repeats:
+            break
     for slot in bench.compiled.slots:  # or nothing of this was worth measuring
         assert torch.isfinite(bench.compiled.read(slot.name)).all()
-    once = {name: [seconds] for name, seconds in bench.once.items()}
-    return Times(bench.bytes, {**once, **times})
+    kept = [times for times, load in zip(turns, loads, strict=True) if load < QUIET]
+    kept = kept if len(kept) >= min(5, repeats) else turns
+    seconds = {name: [once] for name, once in bench.once.items()}
+    seconds |= {name: [times[name] for times in kept] for name in turns[0]}
+    return Times(bench.bytes, len(turns), len(kept), statistics.median(loads), seconds)
+
+
+def _turn(bench: Bench, to: int) -> dict[str, float]:
+    times = {}
+    for name, work in bench.measured().items():
+        bench.before(name, to)
+        start = time.perf_counter()
+        work(to)
+        times[name] = time.perf_counter() - start
+    return times
 
 
 def verdicts(found: Times) -> list[dict[str, object]]:
@@ -195,11 +249,12 @@ def verdicts(found: Times) -> list[dict[str, object]]:
     return rows
 
 
-def show(found: Times, model: str, repeats: int) -> None:
+def show(found: Times, model: str) -> None:
     """Print both tables."""
     console = Console()
     machine = f"{platform.machine()}, {THREADS} threads, torch {torch.__version__}"
-    console.print(f"{model}, {found.bytes / 1e6:.0f} MB; {machine}; {repeats} repeats")
+    console.print(f"{model}, {found.bytes / 1e6:.0f} MB; {machine}")
+    console.print(f"{found.kept} of {found.turns} turns; others kept {found.others:.2f} cores busy")
     times = Table("what", "median, ms", "quartiles", "over memmove")
     for name, some in found.seconds.items():
         low, high = found.quartiles(name)
@@ -222,7 +277,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers to this file, too")
     given = parser.parse_args()
     found = run(given.model, given.repeats)
-    show(found, given.model, given.repeats)
+    show(found, given.model)
     if given.json:
         data = {
             **asdict(found),
