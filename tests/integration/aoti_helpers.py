@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 import zipfile
 from pathlib import Path
@@ -83,16 +84,20 @@ def _inherited() -> list[str]:
 def start_child(
     script: str, *arguments: object, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run one of the children to its end and return what it said."""
+    """Run one of the children to its end and return what it said.
+
+    Its temporary files go with it, also those of tasks that died.
+    """
     command = [sys.executable, str(CHILDREN / script), *map(str, arguments)]
-    return subprocess.run(
-        command,
-        env=env or child_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        return subprocess.run(
+            command,
+            env={**(env or child_environment()), "TMPDIR": folder},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
 
 
 def answer_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:

@@ -89,6 +89,13 @@ def _other_library(members: Members, other: Members) -> None:
     members[_library(members)] = other[_library(other)]
 
 
+def _library_changed(members: Members, other: Members) -> None:
+    """One byte in its middle, with a checksum of the archive's that fits."""
+    content = bytearray(members[_library(members)])
+    content[len(content) // 2] ^= 0x20
+    members[_library(members)] = bytes(content)
+
+
 def _other_library_believed(members: Members, other: Members) -> None:
     """A manifest that vouches for a library of another model with weights of the same names."""
     name = _library(members)
@@ -134,6 +141,7 @@ DAMAGES: dict[str, tuple[Callable[[Members, Members], None], str]] = {
     ),
     "library of another model": (_other_library, UNSUPPORTED),
     "library of another model, believed": (_other_library_believed, UNSUPPORTED),
+    "library changed": (_library_changed, UNSUPPORTED),
     "library gone": (_library_gone, UNSUPPORTED),
     "manifest gone": (_dropped(MANIFEST), UNSUPPORTED),
     "manifest no JSON": (_content(MANIFEST, b"\xff\x00{"), UNSUPPORTED),
