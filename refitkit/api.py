@@ -30,17 +30,24 @@ def compile(  # noqa: A001 - the name that users expect, as in torch.compile
     return Pipeline().compile(program, backend, options, prove=prove)
 
 
-def load(target: object) -> CompiledModule:
+def load(target: object, *, warm: bool = False) -> CompiledModule:
     """Open what was compiled or saved before; see :meth:`refitkit.Pipeline.load`.
 
     A saved module holds machine code: loading it runs that code.
     """
-    return Pipeline().load(target)
+    return Pipeline().load(target, warm=warm)
 
 
-def plan(program: ExportedProgram, target: object = None, backend: str | None = None) -> RefitPlan:
+def plan(
+    program: ExportedProgram,
+    target: object = None,
+    backend: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    *,
+    prove: bool = True,
+) -> RefitPlan:
     """Make a plan; see :meth:`refitkit.Pipeline.plan`."""
-    return Pipeline().plan(program, target, backend)
+    return Pipeline().plan(program, target, backend, options, prove=prove)
 
 
 def refit(

@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 
     from refitkit.config import Config
     from refitkit.errors import Problem
-    from refitkit.model import Event, RefitReport
+    from refitkit.model import Event, LayerType, RefitReport
     from refitkit.protocols import (
         Backend,
         MappingStrategy,
         OpenedModule,
         Plan,
+        Tools,
         Verifier,
         WeightSource,
     )
@@ -55,7 +56,7 @@ def refitkit_register_backends(register: Callable[[Backend], None]) -> None:
 
 
 @hookspec(firstresult=True)
-def refitkit_load_module(target: object, config: Config) -> OpenedModule | None:
+def refitkit_load_module(target: object, config: Config, tools: Tools) -> OpenedModule | None:
     """Open what a user has compiled. Kind: first.
 
     Called by ``refitkit.load`` and wherever a target is given that is not open yet.
@@ -64,6 +65,7 @@ def refitkit_load_module(target: object, config: Config) -> OpenedModule | None:
         target: A file or folder that exists (``pathlib.Path``), any other string as it was given,
             a ``GraphModule``, an ``ExportedProgram``: anything.
         config: Settings of the pipeline.
+        tools: What the pipeline lends: layer types, and a way to tell of progress.
 
     Returns:
         The opened module; None when the target is not this plugin's.
@@ -96,7 +98,12 @@ def refitkit_load_weights(source: object, config: Config) -> WeightSource | None
 
 @hookspec(firstresult=True)
 def refitkit_partition(
-    program: torch.export.ExportedProgram, module: OpenedModule | None, backend: str, config: Config
+    program: torch.export.ExportedProgram,
+    module: OpenedModule | None,
+    backend: str,
+    options: Mapping[str, Any],
+    config: Config,
+    tools: Tools,
 ) -> Mapping[str, Any] | None:
     """Cut a program into parts that match a module's engines. Kind: first.
 
@@ -106,7 +113,9 @@ def refitkit_partition(
         program: The program; not to be changed.
         module: The opened target; None when planning offline.
         backend: Name of the backend that the parts are for.
+        options: The backend's options when planning offline; a module knows its own.
         config: Settings of the pipeline.
+        tools: What the pipeline lends: layer types, and a way to tell of progress.
 
     Returns:
         A part for each engine, by the engine's name, in the form that the backend's ``draft``
@@ -126,6 +135,18 @@ def refitkit_mapping_strategies() -> Iterable[MappingStrategy]:
 
     Returns:
         The strategies.
+    """
+
+
+@hookspec
+def refitkit_layer_types() -> Iterable[LayerType]:
+    """Tell which types of TensorRT network layers hold weights. Kind: all.
+
+    Called once for each verb. Two of one name are a ``PluginError`` that names both plugins. Built
+    in are SCALE, CONVOLUTION, DECONVOLUTION and CONSTANT.
+
+    Returns:
+        The layer types.
     """
 
 

@@ -5,7 +5,8 @@ A backend opens or compiles a target into an :class:`OpenedModule`, which lists 
 every slot, has each engine stage them, and commits. Verifiers judge the result.
 
 What an engine may or may not be able to do is a protocol of its own: :class:`SupportsReadback`,
-:class:`SupportsPartial`, :class:`SupportsSpareBuffer`.
+:class:`SupportsPartial`, :class:`SupportsSpareBuffer`, :class:`SupportsWarming`. So it is with
+opened modules (:class:`Offline`) and sources (:class:`HoldsProgram`).
 """
 
 from __future__ import annotations
@@ -21,12 +22,26 @@ if TYPE_CHECKING:
 
     from refitkit.model import (
         EngineMemory,
+        LayerType,
         LedgerRow,
         PlanData,
         Slot,
         TensorInfo,
         VerificationResult,
     )
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What the pipeline lends to backends, strategies and openers.
+
+    Attributes:
+        layer_types: Network layer types that hold weights, of all plugins, by name.
+        tell: Tells of progress in things that take long; never once per tensor.
+    """
+
+    layer_types: Mapping[str, LayerType] = field(default_factory=dict)
+    tell: Callable[[str], None] = field(default=lambda _: None)
 
 
 @runtime_checkable
@@ -58,6 +73,15 @@ class WeightSource(Protocol):
 
 
 @runtime_checkable
+class HoldsProgram(Protocol):
+    """A source whose weights are those of a program, which is at hand."""
+
+    @property
+    def program(self) -> torch.export.ExportedProgram:
+        """The program. Not to be changed."""
+
+
+@runtime_checkable
 class Plan(Protocol):
     """A plan as strategies, checks and verifiers see it."""
 
@@ -80,6 +104,7 @@ class SlotValue:
         load: Returns the tensor: dtype and shape of the slot, any layout, any device. It may be a
             view of the caller's tensor: read it, never write or keep it.
         identity: Whether the value is a source's tensor itself, so that ``load`` is free.
+        pinned: Whether it is a value that the plan keeps, and nothing of the source's.
     """
 
     slot: Slot
@@ -87,6 +112,7 @@ class SlotValue:
     sources: tuple[str, ...]
     load: Callable[[], torch.Tensor]
     identity: bool = False
+    pinned: bool = False
 
 
 class StagedRefit(Protocol):
@@ -159,6 +185,31 @@ class SupportsSpareBuffer(Protocol):
         """Free the second set; returns its bytes. The next refit allocates it again."""
 
 
+@runtime_checkable
+class SupportsWarming(Protocol):
+    """An engine whose first refit is slow unless it was warmed."""
+
+    def warm(self, tell: Callable[[str], None]) -> None:
+        """Do now what the first refit would have to. Its weights and answers do not change.
+
+        Args:
+            tell: Tells of progress.
+        """
+
+
+@runtime_checkable
+class Offline(Protocol):
+    """An opened module that cannot be called on this machine."""
+
+    @property
+    def offline(self) -> str:
+        """Why not, and what is possible instead."""
+
+    @property
+    def verifier(self) -> str:
+        """Name of the verifier that judges it without calling it."""
+
+
 class OpenedModule(Protocol):
     """What a backend hands over when it has compiled or opened a target."""
 
@@ -222,9 +273,14 @@ class Backend(Protocol):
         """Its name, as users write it."""
 
     def compile(
-        self, program: torch.export.ExportedProgram, options: Mapping[str, Any]
+        self, program: torch.export.ExportedProgram, options: Mapping[str, Any], tools: Tools
     ) -> OpenedModule:
         """Compile. Never changes the program, its tensors or the module it came from.
+
+        Args:
+            program: What to compile.
+            options: The backend's own options.
+            tools: What the pipeline lends.
 
         Raises:
             ConfigError: An option does not exist.
@@ -233,12 +289,15 @@ class Backend(Protocol):
             CompileError: The compiler refused the program.
         """
 
-    def draft(self, parts: Mapping[str, Any], module: OpenedModule | None) -> PlanDraft:
+    def draft(
+        self, parts: Mapping[str, Any], module: OpenedModule | None, tools: Tools
+    ) -> PlanDraft:
         """How every slot follows from the program.
 
         Args:
             parts: What ``refitkit_partition`` made of the program: a part for each engine.
             module: The opened target; None when planning offline.
+            tools: What the pipeline lends.
 
         Raises:
             PlanMismatchError: The program is not the one that was compiled.
@@ -278,6 +337,16 @@ class BindableProgram(Protocol):
             SourceError: The source lacks something that the program needs.
         """
 
+    def restore(
+        self, source: WeightSource, pinned: Callable[[str], torch.Tensor]
+    ) -> torch.export.ExportedProgram:
+        """The program with the source's weights, which it shares with the source.
+
+        Raises:
+            SourceError: The source lacks something that the program needs.
+            PlanMismatchError: The kept program is damaged.
+        """
+
 
 @dataclass(frozen=True)
 class MapRequest:
@@ -288,12 +357,16 @@ class MapRequest:
         module: The opened target.
         source: Where the new weights come from.
         wanted: Rows that still need a value.
+        program: The program that was kept, without weights; None where there is none.
+        tools: What the pipeline lends.
     """
 
     plan: Plan
     module: OpenedModule
     source: WeightSource
     wanted: tuple[LedgerRow, ...]
+    program: BindableProgram | None = None
+    tools: Tools = field(default_factory=Tools)
 
 
 @dataclass(frozen=True)
@@ -338,6 +411,7 @@ class VerifyRequest:
         reference: What the user gave as reference: a callable or the outputs themselves.
         program: The program that was kept, without weights; None where there is none.
         tolerances: ``(absolute, relative)`` by dtype name; see :class:`refitkit.config.Config`.
+        tools: What the pipeline lends.
     """
 
     plan: Plan
@@ -348,6 +422,7 @@ class VerifyRequest:
     reference: Any
     program: BindableProgram | None
     tolerances: Mapping[str, tuple[float, float]]
+    tools: Tools = field(default_factory=Tools)
 
 
 @runtime_checkable

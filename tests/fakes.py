@@ -37,7 +37,15 @@ from refitkit.model import (
     fingerprint_of_slots,
 )
 from refitkit.pipeline.pipeline import PLAN
-from refitkit.protocols import Mapped, MapRequest, OpenedModule, PlanDraft, SlotValue, VerifyRequest
+from refitkit.protocols import (
+    Mapped,
+    MapRequest,
+    OpenedModule,
+    PlanDraft,
+    SlotValue,
+    Tools,
+    VerifyRequest,
+)
 from refitkit.recipe import RefitPlan, TensorMap
 from refitkit.recipe.store import index_of
 
@@ -246,7 +254,7 @@ class FakeBackend:
         self.attached: Mapping[str, bytes] = {}
 
     def compile(
-        self, program: torch.export.ExportedProgram, options: Mapping[str, Any]
+        self, program: torch.export.ExportedProgram, options: Mapping[str, Any], tools: Tools
     ) -> FakeModule:
         unknown = options.keys() - {"mute"}
         if unknown:
@@ -262,7 +270,9 @@ class FakeBackend:
 
         return FakeModule(engines, answer=answer)
 
-    def draft(self, parts: Mapping[str, Any], module: OpenedModule | None) -> PlanDraft:
+    def draft(
+        self, parts: Mapping[str, Any], module: OpenedModule | None, tools: Tools
+    ) -> PlanDraft:
         slots = [
             slot_for(slot, value, name, readable=True)
             for name, part in parts.items()

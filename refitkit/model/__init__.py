@@ -1,6 +1,7 @@
 """Values: data only, frozen, free of torch. What is stored or shown is a pydantic model."""
 
 from refitkit.model.events import Event, StageFinished, StageStarted, Step
+from refitkit.model.layers import LayerType
 from refitkit.model.plan import (
     FORMAT,
     Fingerprint,
@@ -29,6 +30,7 @@ __all__ = [
     "EngineMemory",
     "Event",
     "Fingerprint",
+    "LayerType",
     "Leaf",
     "LeafKind",
     "LedgerRow",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from refitkit.errors import EngineError, raised_as
 from refitkit.pipeline.gate import Gate
-from refitkit.protocols import SupportsReadback, SupportsSpareBuffer
+from refitkit.protocols import SupportsReadback, SupportsSpareBuffer, SupportsWarming
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -102,6 +103,21 @@ class CompiledModule:
         """
         with self.gate.call():
             self._saver(self, path)
+
+    def warm(self, tell: Callable[[str], None] = lambda _: None) -> None:
+        """Do now what would make the first refit slow. Weights and answers do not change.
+
+        Args:
+            tell: Is told of progress: this can take seconds for each engine.
+
+        Raises:
+            EngineError: An engine failed; it answers as before.
+        """
+        with self.gate.refit(), self.gate.alone():
+            for name, engine in self.engines.items():
+                if isinstance(engine, SupportsWarming):
+                    with raised_as(EngineError, f"The engine {name!r} failed to warm up"):
+                        engine.warm(tell)
 
     def free_spare(self) -> int:
         """Free what engines keep of the weights before the last refit; returns its bytes.

@@ -9,6 +9,7 @@ from refitkit.pipeline import verify
 from refitkit.pipeline.check import check_weights
 from refitkit.pipeline.load import open_weights
 from refitkit.pipeline.mapping import map_slots, require_all
+from refitkit.pipeline.tools import tools_for
 from refitkit.protocols import VerifyRequest
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def judge_module(
         )
     plan.check_engines(compiled.backend, compiled.slots)
     source = open_weights(host, wish.weights, config)
-    mapping = map_slots(host, plan, compiled.opened, source, config)
+    mapping = map_slots(host, plan, compiled.opened, source, compiled.program, config)
     check_weights(host, plan, compiled.opened, source, partial=False, config=config)
     require_all(mapping, source)
     request = VerifyRequest(
@@ -46,6 +47,7 @@ def judge_module(
         reference=wish.reference,
         program=compiled.program,
         tolerances=config.tolerances,
+        tools=tools_for(host, "verify", "verify"),
     )
     with compiled.gate.refit(), compiled.gate.alone():
         result = verify.prepared(verifier, request)(compiled.opened)

@@ -11,17 +11,19 @@ from refitkit.protocols import WeightSource
 if TYPE_CHECKING:
     from refitkit.config import Config
     from refitkit.host import Host
-    from refitkit.protocols import OpenedModule
+    from refitkit.protocols import OpenedModule, Tools
 
 
-def open_target(host: Host, target: object, config: Config) -> OpenedModule:
+def open_target(host: Host, target: object, config: Config, tools: Tools) -> OpenedModule:
     """Open a target with the first plugin that can.
 
     Raises:
         UnsupportedTargetError: It is missing, or no plugin can.
     """
     target = _as_path(target)
-    opened: OpenedModule | None = host.call("refitkit_load_module", target=target, config=config)
+    opened: OpenedModule | None = host.call(
+        "refitkit_load_module", target=target, config=config, tools=tools
+    )
     if opened is None and _is_missing_file(target):
         raise UnsupportedTargetError(f"There is no file {str(target)!r}.")
     if opened is None:

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 from refitkit.errors import ConfigError, PluginError, Problem, UnmappedSlotError, raised_as
 from refitkit.model import LedgerRow, ReportRow, SlotState
+from refitkit.pipeline.tools import tools_for
 from refitkit.protocols import MapRequest
 
 if TYPE_CHECKING:
     from refitkit.config import Config
     from refitkit.host import Host
     from refitkit.protocols import (
+        BindableProgram,
         Mapped,
         MappingStrategy,
         OpenedModule,
@@ -49,7 +51,7 @@ class Mapping:
 
         A partial refit changes what the source has; everything else stays as it is live.
         """
-        self.values = {key: value for key, value in self.values.items() if value.sources}
+        self.values = {key: value for key, value in self.values.items() if not value.pinned}
 
     def rows(self) -> tuple[ReportRow, ...]:
         """One row of the report for every slot."""
@@ -69,16 +71,21 @@ class Mapping:
 
 
 def map_slots(
-    host: Host, plan: Plan, module: OpenedModule, source: WeightSource, config: Config
+    host: Host,
+    plan: Plan,
+    module: OpenedModule,
+    source: WeightSource,
+    program: BindableProgram | None,
+    config: Config,
 ) -> Mapping:
     """Ask the strategies, in order, for what is still without a value."""
-    mapping = Mapping(plan)
+    mapping, tools = Mapping(plan), tools_for(host, "refit", "map")
     for strategy in _in_order(host, config):
         wanted = tuple(mapping.unserved())
         if not wanted:
             break
         with raised_as(PluginError, f"The strategy {strategy.name!r} failed"):
-            answer = strategy.map(MapRequest(plan, module, source, wanted))
+            answer = strategy.map(MapRequest(plan, module, source, wanted, program, tools))
         _check_answer(strategy, answer, {row.slot.key for row in wanted})
         mapping.values.update(answer.values)
         for key, reason in answer.declined.items():

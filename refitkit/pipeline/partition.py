@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from refitkit.config import Config
     from refitkit.host import Host
-    from refitkit.protocols import OpenedModule
+    from refitkit.protocols import OpenedModule, Tools
 
 
 def partition(
@@ -21,7 +21,9 @@ def partition(
     program: ExportedProgram,
     module: OpenedModule | None,
     backend: str,
+    options: Mapping[str, Any],
     config: Config,
+    tools: Tools,
 ) -> Mapping[str, Any]:
     """One part for each engine.
 
@@ -30,7 +32,13 @@ def partition(
         PluginError: No plugin can cut programs for this backend.
     """
     parts: Mapping[str, Any] | None = host.call(
-        "refitkit_partition", program=program, module=module, backend=backend, config=config
+        "refitkit_partition",
+        program=program,
+        module=module,
+        backend=backend,
+        options=options,
+        config=config,
+        tools=tools,
     )
     if parts is None:
         raise PluginError(f"No plugin cuts programs into parts for the backend {backend!r}.")

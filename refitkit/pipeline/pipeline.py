@@ -17,6 +17,7 @@ from refitkit.pipeline.judge import judge_module
 from refitkit.pipeline.plan import make_plan
 from refitkit.pipeline.prove import prove as prove_refit
 from refitkit.pipeline.refit import Refit, Wish
+from refitkit.pipeline.tools import tools_for
 from refitkit.recipe import RefitPlan
 
 if TYPE_CHECKING:
@@ -135,15 +136,26 @@ class Pipeline:
         _check_program(program)
         chosen, clock = self.backend(backend), Clock(self.host, "compile")
         with clock.stage("compile"):
-            opened = chosen.compile(program, dict(options or {}))
+            tools = tools_for(self.host, "compile", "compile")
+            opened = chosen.compile(program, dict(options or {}), tools)
         with clock.stage("plan"):
-            plan = make_plan(self.host, program, opened, chosen, self.config, self.open_weights)
+            plan = self._planned(program, opened, chosen, {})
             kept = self._kept(program)
         compiled = CompiledModule(opened, plan, kept, self._save)
         if prove:
             with clock.stage("prove"):
                 self._prove(compiled, program)
         return compiled
+
+    def _planned(
+        self,
+        program: ExportedProgram,
+        opened: OpenedModule | None,
+        backend: Backend,
+        options: Mapping[str, Any],
+    ) -> RefitPlan:
+        opener = self.open_weights
+        return make_plan(self.host, program, opened, backend, options, self.config, opener)
 
     def _prove(self, compiled: CompiledModule, program: ExportedProgram) -> None:
         missing = prove_refit(self, compiled, program) if compiled.program else ""
@@ -159,7 +171,7 @@ class Pipeline:
             self.host.emit(Step("plan", "plan", text))
         return kept
 
-    def load(self, target: object) -> CompiledModule:
+    def load(self, target: object, *, warm: bool = False) -> CompiledModule:
         """Open what was compiled or saved before.
 
         A saved module holds machine code: loading it runs that code. Load only files that you
@@ -167,13 +179,20 @@ class Pipeline:
 
         Args:
             target: A path, or an object that a plugin knows.
+            warm: Whether to do now what would make the first refit slow; see
+                ``CompiledModule.warm``.
 
         Raises:
             UnsupportedTargetError: It is missing, damaged, or no plugin can open it.
             PlanMismatchError: The plan inside it is damaged.
         """
         with Clock(self.host, "load").stage("open"):
-            return self._handle(loading.open_target(self.host, target, self.config))
+            tools = tools_for(self.host, "load", "open")
+            compiled = self._handle(loading.open_target(self.host, target, self.config, tools))
+        if warm:
+            with Clock(self.host, "load").stage("warm"):
+                compiled.warm(tools_for(self.host, "load", "warm").tell)
+        return compiled
 
     def _handle(self, opened: OpenedModule) -> CompiledModule:
         from refitkit.program import KeptProgram  # noqa: PLC0415 - imports torch
@@ -193,6 +212,9 @@ class Pipeline:
         program: ExportedProgram,
         target: object = None,
         backend: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        *,
+        prove: bool = True,
     ) -> RefitPlan:
         """Make a plan for a program and the module that was compiled from it.
 
@@ -204,6 +226,9 @@ class Pipeline:
             target: The module, or anything ``load`` opens; None: plan offline, where the backend
                 can.
             backend: Name of the backend; needed without a target.
+            options: The backend's options, when planning offline; a target knows its own.
+            prove: Whether to try, on a copy of a module that has no plan yet, that the module
+                answers like the program with other weights.
 
         Raises:
             PlanMismatchError: The program is not the one that was compiled.
@@ -220,18 +245,19 @@ class Pipeline:
             )
         opened = compiled.opened if compiled else None
         with Clock(self.host, "plan").stage("plan"):
-            plan = make_plan(
-                self.host, program, opened, self.backend(name), self.config, self.open_weights
-            )
+            plan = self._planned(program, opened, self.backend(name), dict(options or {}))
             if compiled is not None and compiled.plan is None:
-                self._adopt(compiled, plan, program)
+                self._adopt(compiled, plan, program, prove=prove)
         return plan
 
-    def _adopt(self, compiled: CompiledModule, plan: RefitPlan, program: ExportedProgram) -> None:
+    def _adopt(
+        self, compiled: CompiledModule, plan: RefitPlan, program: ExportedProgram, *, prove: bool
+    ) -> None:
         """Give a plan to a module that somebody else compiled, once a copy of it is proved."""
         kept = self._kept(program)
-        copy = CompiledModule(compiled.opened.reopen(), plan, kept, self._save)
-        self._prove(copy, program)
+        if prove:
+            copy = CompiledModule(compiled.opened.reopen(), plan, kept, self._save)
+            self._prove(copy, program)
         compiled.plan, compiled.program = plan, kept
 
     def refit(

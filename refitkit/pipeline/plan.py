@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from refitkit.model import Fingerprint, PlanData, fingerprint_of_slots
 from refitkit.pipeline.partition import partition
+from refitkit.pipeline.tools import tools_for
 from refitkit.program import facts_of
 from refitkit.recipe import RefitPlan
 from refitkit.recipe.store import index_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch.export import ExportedProgram
 
@@ -25,6 +26,7 @@ def make_plan(
     program: ExportedProgram,
     module: OpenedModule | None,
     backend: Backend,
+    options: Mapping[str, Any],
     config: Config,
     opener: Callable[[object], WeightSource],
 ) -> RefitPlan:
@@ -35,8 +37,9 @@ def make_plan(
         NotRefittableError: Weights of the program are not weights of the engines.
     """
     facts = facts_of(program)
-    parts = partition(host, program, module, backend.name, config)
-    draft = backend.draft(parts, module)
+    tools = tools_for(host, "plan", "plan")
+    parts = partition(host, program, module, backend.name, options, config, tools)
+    draft = backend.draft(parts, module, tools)
     data = PlanData(
         backend=backend.name,
         leaves=facts.leaves,

@@ -8,11 +8,13 @@ program, as any refit is verified; then it gets its own weights back.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from refitkit.errors import NotRefittableError, VerificationError
+from refitkit.protocols import Offline
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -37,30 +39,47 @@ def prove(pipeline: Pipeline, compiled: CompiledModule, program: ExportedProgram
     Raises:
         NotRefittableError: With other weights it answers wrongly; lists the outputs.
     """
-    if program.example_inputs is None:
+    how = _way(compiled, program)
+    if how is None:
         return "the program has no example inputs"
-    args, kwargs = program.example_inputs
-    inputs = (tuple(args), dict(kwargs or {}))
     try:
-        pipeline.verify(compiled, program, inputs=inputs, with_="outputs")
+        pipeline.verify(compiled, program, inputs=how.inputs, with_=how.verifier)
     except VerificationError as exc:
-        return f"its outputs differ from the program's with its own weights, too: {exc.problems}"
+        return f"it is not the program with its own weights, too: {exc.problems}"
     try:
-        return _trials(pipeline, compiled, program, inputs)
+        return _trials(pipeline, compiled, program, how)
     finally:
         pipeline.refit(compiled, program, verify="none")
         compiled.free_spare()
         compiled.version = 0
 
 
+@dataclass(frozen=True)
+class _Way:
+    """How a module is judged."""
+
+    verifier: str
+    inputs: object = None
+
+
+def _way(compiled: CompiledModule, program: ExportedProgram) -> _Way | None:
+    """By its outputs, or without a call where it cannot be called; None where neither can be."""
+    if isinstance(compiled.opened, Offline):
+        return _Way(compiled.opened.verifier)
+    if program.example_inputs is None:
+        return None
+    args, kwargs = program.example_inputs
+    return _Way("outputs", (tuple(args), dict(kwargs or {})))
+
+
 def _trials(
-    pipeline: Pipeline, compiled: CompiledModule, program: ExportedProgram, inputs: object
+    pipeline: Pipeline, compiled: CompiledModule, program: ExportedProgram, how: _Way
 ) -> str:
     reason = ""
     for seed in _SEEDS:
         weights = _others(program, seed)
         try:
-            pipeline.refit(compiled, weights, inputs=inputs, verify="outputs")
+            pipeline.refit(compiled, weights, inputs=how.inputs, verify=how.verifier)
         except VerificationError as exc:
             if not _endless(exc):
                 raise NotRefittableError(

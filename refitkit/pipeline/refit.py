@@ -14,6 +14,7 @@ from refitkit.pipeline.load import open_weights
 from refitkit.pipeline.mapping import map_slots, require_all
 from refitkit.pipeline.report import Findings
 from refitkit.pipeline.stage import Staged
+from refitkit.pipeline.tools import tools_for
 from refitkit.protocols import VerifyRequest
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Refit:
                 self._found.source = source.description
                 plan = self._bound_plan()
             with self._clock.stage("map"):
-                mapping = map_slots(self._host, plan, self._module, source, self._config)
+                mapping = self._map(plan, source)
                 self._found.mapping = mapping
             with self._clock.stage("check"):
                 self._check(plan, source, mapping)
@@ -82,6 +83,10 @@ class Refit:
             )
         plan.check_engines(self._compiled.backend, self._compiled.slots)
         return plan
+
+    def _map(self, plan: RefitPlan, source: WeightSource) -> Mapping:
+        program = self._compiled.program
+        return map_slots(self._host, plan, self._module, source, program, self._config)
 
     def _check(self, plan: RefitPlan, source: WeightSource, mapping: Mapping) -> None:
         partial = self._wish.partial
@@ -111,6 +116,7 @@ class Refit:
             reference=wish.reference,
             program=self._compiled.program,
             tolerances=self._config.tolerances,
+            tools=tools_for(self._host, "refit", "verify"),
         )
         return verify.prepared(verifier, request)
 

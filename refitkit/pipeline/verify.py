@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from refitkit.errors import ConfigError, PluginError, Problem, raised_as
-from refitkit.protocols import SupportsReadback
+from refitkit.errors import ConfigError, NotRefittableError, PluginError, Problem, raised_as
+from refitkit.protocols import Offline, SupportsReadback
 
 if TYPE_CHECKING:
     from refitkit.host import Host
@@ -26,6 +26,7 @@ def choose(
 
     Raises:
         ConfigError: There is no verifier of this name; lists those that there are.
+        NotRefittableError: It calls the module, which cannot be called here.
     """
     if wanted == NONE:
         return None
@@ -33,7 +34,13 @@ def choose(
     if wanted is not None and wanted not in offered:
         names = ", ".join([*sorted(offered), NONE])
         raise ConfigError(f"There is no verifier {wanted!r}.", hint=f"There are: {names}.")
+    if wanted == "outputs" and isinstance(module, Offline):
+        raise NotRefittableError(
+            "The verifier 'outputs' calls the module, which cannot be done here.",
+            hint=f"{module.offline} verify={module.verifier!r} judges it without a call.",
+        )
     if wanted is None:
+        with_inputs = with_inputs and not isinstance(module, Offline)
         readable = all(isinstance(e, SupportsReadback) for e in module.engines.values())
         wanted = "outputs" if with_inputs else "weights" if readable else NONE
     return offered.get(wanted)

@@ -22,7 +22,7 @@ from refitkit.program.dtypes import dtype_of
 from refitkit.program.facts import facts_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch.export import ExportedProgram
 
@@ -94,11 +94,7 @@ class KeptProgram:
             SourceError: Neither has something that the program needs.
             PlanMismatchError: The kept program is damaged, or another torch wrote it.
         """
-        have = set(source.names())
-        state: dict[str, torch.Tensor] = {}
-        for leaf in self._leaves:
-            value = self._value(leaf, source, have, pinned)
-            state[leaf.fqn] = value.clone() if leaf.mutated else value
+        state = self._values(source, pinned)
         module = self._module()
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -106,6 +102,40 @@ class KeptProgram:
                 return functional_call(module, state, args, kwargs)
 
         return call
+
+    def restore(
+        self, source: WeightSource, pinned: Callable[[str], torch.Tensor]
+    ) -> ExportedProgram:
+        """The program again, with the source's weights.
+
+        Tensors are shared with the source, except those that the program changes or keeps on
+        another device. It has no example inputs.
+
+        Args:
+            source: The weights.
+            pinned: Gives a tensor that the plan keeps, for what the source does not have.
+
+        Raises:
+            SourceError: Neither has something that the program needs.
+            PlanMismatchError: The kept program is damaged, or another torch wrote it.
+        """
+        values = self._values(source, pinned)
+        shared: dict[str, torch.Tensor] = {}
+        for tie in self._twins.values():
+            shared.update({name: values[tie[0]] for name in tie if tie[0] in values})
+        values.update(shared)
+        with _DESERIALIZING, raised_as(PlanMismatchError, "The kept program cannot be read"):
+            return self._deserialized(values)
+
+    def _values(
+        self, source: WeightSource, pinned: Callable[[str], torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        have = set(source.names())
+        state: dict[str, torch.Tensor] = {}
+        for leaf in self._leaves:
+            value = self._value(leaf, source, have, pinned)
+            state[leaf.fqn] = value.clone() if leaf.mutated else value
+        return state
 
     def _value(
         self,
@@ -133,24 +163,33 @@ class KeptProgram:
         with _DESERIALIZING:
             if self._empty is None:
                 with raised_as(PlanMismatchError, "The kept program cannot be read", hint=hint):
-                    self._empty = self._deserialized()
+                    blanks = {leaf.fqn: _blank(leaf) for leaf in self._leaves}
+                    program = self._deserialized(blanks)
+                    empty: torch.nn.Module = program.module(check_guards=False)
+                    self._empty = empty
             return self._empty
 
-    def _deserialized(self) -> torch.nn.Module:
+    def _deserialized(self, values: Mapping[str, torch.Tensor]) -> ExportedProgram:
+        """The program with these values; parameters need no gradients."""
         state: dict[str, torch.Tensor] = {}
         constants: dict[str, torch.Tensor] = {}
         for leaf in self._leaves:
-            blank = torch.empty(leaf.shape, dtype=dtype_of(leaf.dtype), device="meta")
+            value = values[leaf.fqn]
             if leaf.kind is LeafKind.PARAMETER:
-                blank = torch.nn.Parameter(blank, requires_grad=False)
-            (state if leaf.persistent else constants)[leaf.fqn] = blank
+                value = torch.nn.Parameter(value, requires_grad=False)
+            (state if leaf.persistent else constants)[leaf.fqn] = value
         serde = _serde()
         schema = serde._dict_to_dataclass(  # noqa: SLF001
             serde.ExportedProgram, json.loads(self._graph)
         )
-        program = serde.ExportedProgramDeserializer().deserialize(schema, state, constants)
-        module: torch.nn.Module = program.module(check_guards=False)
-        return module
+        program: ExportedProgram = serde.ExportedProgramDeserializer().deserialize(
+            schema, state, constants
+        )
+        return program
+
+
+def _blank(leaf: Leaf) -> torch.Tensor:
+    return torch.empty(leaf.shape, dtype=dtype_of(leaf.dtype), device="meta")
 
 
 def _serde() -> Any:

@@ -81,7 +81,7 @@ class RefitPlan:
                 return SlotValue(row.slot, STRATEGY, (fqn,), load, identity=True)
         if isinstance(row.value, PinnedRef):
             tensor = self._pinned[row.value.name]
-            return SlotValue(row.slot, STRATEGY, (), lambda: tensor, identity=True)
+            return SlotValue(row.slot, STRATEGY, (), lambda: tensor, identity=True, pinned=True)
         return f"the source has no {' or '.join(map(repr, row.sources))}"
 
     def iter_slots(self, weights: Any) -> Iterator[tuple[Slot, torch.Tensor]]:

@@ -36,6 +36,7 @@ def test_these_are_the_hooks() -> None:
     assert set(HOOKS) == {
         "refitkit_check",
         "refitkit_event",
+        "refitkit_layer_types",
         "refitkit_load_module",
         "refitkit_load_weights",
         "refitkit_mapping_strategies",

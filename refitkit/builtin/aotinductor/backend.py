@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch.export import ExportedProgram
 
-    from refitkit.protocols import OpenedModule
+    from refitkit.protocols import OpenedModule, Tools
 
 
 class AOTInductorBackend:
@@ -29,11 +29,21 @@ class AOTInductorBackend:
         """Its name."""
         return NAME
 
-    def compile(self, program: ExportedProgram, options: Mapping[str, Any]) -> AOTInductorModule:
+    def compile(
+        self,
+        program: ExportedProgram,
+        options: Mapping[str, Any],
+        tools: Tools,  # noqa: ARG002 - the protocol's
+    ) -> AOTInductorModule:
         """Compile a program; ``options`` are those of ``torch._inductor.config``."""
         return compiling.compile_program(program, options)
 
-    def draft(self, parts: Mapping[str, Any], module: OpenedModule | None) -> PlanDraft:
+    def draft(
+        self,
+        parts: Mapping[str, Any],
+        module: OpenedModule | None,
+        tools: Tools,  # noqa: ARG002 - the protocol's
+    ) -> PlanDraft:
         """Identity recipes, and pinned values for what no state_dict holds."""
         if not isinstance(module, AOTInductorModule):
             raise UnsupportedTargetError(

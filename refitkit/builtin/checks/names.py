@@ -35,6 +35,9 @@ class Names:
             if row.state in {SlotState.RECIPE, SlotState.PINNED}
             for name in row.sources
         }
+        self._wholly = any(row.state is SlotState.UNMAPPED for row in plan.data.ledger)
+        if self._wholly:  # nobody knows what such slots follow from: it may be anything
+            self._needed |= {leaf.fqn for leaf in plan.data.leaves if leaf.used}
         self._bad = {p.subject for p in self._misfits()}
 
     def problems(self, *, partial: bool) -> Iterator[Problem]:
@@ -100,6 +103,18 @@ class Names:
                 name = row.sources[0] if row.sources else row.slot.name
                 hint = f"pass it{others}; to leave such slots as they are: partial=True"
                 yield Problem(name, "missing", wanted=_leaf_text(leaf), hint=hint)
+        if self._wholly:
+            yield from self._missing_leaves()
+
+    def _missing_leaves(self) -> Iterator[Problem]:
+        """Leaves that the source lacks under all their names and that no row tells of."""
+        told = {name for row in self._plan.data.ledger for name in row.sources}
+        twins = {name: tie for tie in self._plan.data.ties for name in tie}
+        for leaf in self._plan.data.leaves:
+            names = twins.get(leaf.fqn, (leaf.fqn,))
+            first = leaf.fqn == names[0] and leaf.used and leaf.persistent
+            if first and not told & set(names) and not self._infos.keys() & set(names):
+                yield Problem(leaf.fqn, "missing", wanted=_leaf_text(leaf), hint="pass it")
 
     def _nothing_at_all(self) -> Iterator[Problem]:
         if not self._needed & self._infos.keys():

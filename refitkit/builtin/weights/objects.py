@@ -34,7 +34,7 @@ def from_object(thing: object) -> WeightSource | None:
     if isinstance(thing, torch.nn.Module):
         return _from_module(thing)
     if isinstance(thing, ExportedProgram):
-        return _from_program(thing)
+        return ProgramWeights(thing)
     return None
 
 
@@ -48,8 +48,16 @@ def _from_module(module: torch.nn.Module) -> TensorMap:
     )
 
 
-def _from_program(program: ExportedProgram) -> TensorMap:
-    constants = {k: v for k, v in program.constants.items() if isinstance(v, torch.Tensor)}
-    return TensorMap(
-        {**program.state_dict, **constants}, "an ExportedProgram", not_persistent=constants.keys()
-    )
+class ProgramWeights(TensorMap):
+    """The weights of a program; see ``refitkit.protocols.HoldsProgram``.
+
+    Attributes:
+        program: The program.
+    """
+
+    def __init__(self, program: ExportedProgram) -> None:
+        """Keep the program, no copies."""
+        constants = {k: v for k, v in program.constants.items() if isinstance(v, torch.Tensor)}
+        tensors = {**program.state_dict, **constants}
+        super().__init__(tensors, "an ExportedProgram", not_persistent=constants.keys())
+        self.program = program

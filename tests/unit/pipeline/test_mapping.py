@@ -69,7 +69,7 @@ def value_for(slot: Any, strategy: str) -> SlotValue:
 def mapped(*plugins: object, source: Any = None, plan: Any = PLAN, **settings: Any) -> Any:
     source = TensorMap(source or {})
     config = Config(**settings)
-    return map_slots(make_host(config, plugins), plan, MODULE, source, config)
+    return map_slots(make_host(config, plugins), plan, MODULE, source, None, config)
 
 
 def served(mapping: Any) -> dict[str, str]:

@@ -238,7 +238,7 @@ def test_other_weights_have_the_same_fingerprint() -> None:
         {"kind": "buffer"},
         {"kind": "lost"},
     ],
-    ids=str,
+    ids=["add", "div", "other order", "name", "size", "dtype", "factor", "buffer", "lost"],
 )
 def test_another_program_has_another_fingerprint(other: dict[str, Any]) -> None:
     assert fingerprint(Op(**other)) != fingerprint(Op())
