@@ -1,0 +1,251 @@
+"""Compilation settings: from plain data, agreement of all engines, what they forbid."""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import importlib
+import types
+import typing
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._ops import OpOverload
+
+from refitkit.builtin.torch_tensorrt import upstream
+from refitkit.builtin.torch_tensorrt.metadata import DeviceValue, EnumValue
+from refitkit.errors import NotRefittableError, Problem, UnsupportedTargetError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_RETIRED = frozenset(
+    {
+        "use_python_runtime",
+        "enabled_precisions",
+        "use_explicit_typing",
+        "runtime_cache_path",
+        "dynamic_shapes_kernel_specialization_strategy",
+        "cuda_graph_strategy",
+    }
+)
+"""Fields of 2.11 to 2.13 that 2.14 no longer has: it reads such settings without them."""
+
+_WITHOUT_EFFECT = frozenset(
+    {
+        *("device", "workspace_size", "timing_cache_path", "lazy_engine_init", "dryrun"),
+        *("cache_built_engines", "reuse_cached_engines", "num_avg_timing_iters"),
+        *("offload_module_to_cpu", "pass_through_build_failures", "use_python_runtime"),
+        *("dynamically_allocate_resources", "max_aux_streams", "optimization_level"),
+        *("strip_engine_weights", "immutable_weights", "refit_identical_engine_weights"),
+        *("enable_weight_streaming", "version_compatible", "hardware_compatible"),
+        *("dla_sram_size", "dla_local_dram_size", "dla_global_dram_size", "engine_capability"),
+        *("tiling_optimization_level", "l2_limit_for_tiling", "sparse_weights", "disable_tf32"),
+        *("runtime_cache_path", "dynamic_shapes_kernel_specialization_strategy"),
+        *("cuda_graph_strategy", "enable_cross_compile_for_windows"),
+        *("autocast_calibration_dataloader",),
+    }
+)
+"""Fields that change neither how a model is cut into engines nor the names of slots."""
+
+
+def settings_from(fields: Mapping[str, Any], engine: str) -> Any:
+    """The installed version's ``CompilationSettings`` with these fields.
+
+    Fields that are absent get the installed version's defaults, as upstream's do.
+
+    Args:
+        fields: As :class:`~refitkit.builtin.torch_tensorrt.metadata.Metadata` has them.
+        engine: Name of the engine, for messages.
+
+    Raises:
+        UnsupportedTargetError: Fields are unknown, of another type, or there is no device.
+    """
+    cls = _settings_class()
+    wanted = {one.name: one.type for one in dataclasses.fields(cls)}
+    problems = []
+    values = {}
+    for name, plain in fields.items():
+        if name in _RETIRED and name not in wanted:
+            continue
+        if name not in wanted:
+            problems.append(Problem(name, "unknown setting", repr(plain)[:80]))
+            continue
+        value = _real(plain)
+        if not _fits(value, wanted[name]):
+            problems.append(Problem(name, "type", repr(plain)[:80], str(wanted[name])))
+        values[name] = value
+    if "device" not in fields:
+        problems.append(Problem("device", "missing"))
+    if problems:
+        raise UnsupportedTargetError(
+            f"The compilation settings of the engine {engine!r} are not those of this version.",
+            problems=problems,
+            hint="Was it compiled with a newer Torch-TensorRT? Then install that one.",
+        )
+    try:
+        return cls(**values)
+    except Exception as exc:
+        raise UnsupportedTargetError(
+            f"torch_tensorrt refuses the settings of the engine {engine!r}: {exc}"
+        ) from exc
+
+
+def agreed(settings: Mapping[str, Any]) -> Any:
+    """The settings that all engines share.
+
+    Args:
+        settings: Each engine's ``CompilationSettings``, by the engine's name; at least one.
+
+    Raises:
+        UnsupportedTargetError: They differ; lists every field of every engine that does.
+    """
+    (first, wanted), *others = settings.items()
+    texts = {name: _all_text(one) for name, one in others}
+    reference = _all_text(wanted)
+    problems = [
+        Problem(f"{name}: {key}", "differs", text.get(key, "nothing"), reference.get(key, "none"))
+        for name, text in texts.items()
+        for key in sorted(text.keys() | reference.keys())
+        if text.get(key) != reference.get(key)
+    ]
+    if problems:
+        raise UnsupportedTargetError(
+            f"Engines of one module were compiled with settings other than those of {first!r}.",
+            problems=problems,
+            hint="Compile the whole model in one go.",
+        )
+    return wanted
+
+
+def check_refittable(settings: Any, engine: str) -> None:
+    """Check that engines with these settings can take new weights.
+
+    Engines that were stripped of their weights (``strip_engine_weights``) can: they answer with
+    zeros until the first full refit.
+
+    Raises:
+        NotRefittableError: They cannot; names the flags to set.
+    """
+    problems = []
+    if getattr(settings, "immutable_weights", True):
+        wanted = "immutable_weights=False"
+        problems.append(Problem(engine, "immutable weights", "immutable_weights=True", wanted))
+    if getattr(settings, "refit_identical_engine_weights", False):
+        problems.append(
+            Problem(
+                engine,
+                "refit with identical weights only",
+                "refit_identical_engine_weights=True",
+                "refit_identical_engine_weights=False",
+                "TensorRT does not define what refitting it with other weights does",
+            )
+        )
+    if problems:
+        flags = ", ".join(problem.wanted for problem in problems)
+        raise NotRefittableError(
+            "The module was compiled so that it cannot take other weights.",
+            problems=problems,
+            hint=f"Recompile it with {flags}.",
+        )
+
+
+def is_stripped(settings: Any) -> bool:
+    """Whether engines with these settings hold no weights until they are refitted in full."""
+    return bool(getattr(settings, "strip_engine_weights", False))
+
+
+def settings_text(settings: Any) -> dict[str, str]:
+    """The settings that decide how a model is cut and how slots are called, for fingerprints."""
+    texts = _all_text(settings)
+    return {name: text for name, text in texts.items() if name not in _WITHOUT_EFFECT}
+
+
+def _all_text(settings: Any) -> dict[str, str]:
+    return {name: _text(value) for name, value in sorted(vars(settings).items())}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (set, frozenset)):
+        return "{" + ", ".join(sorted(_text(one) for one in value)) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_text(one) for one in value) + "]"
+    if isinstance(value, OpOverload):
+        return f"torch.ops.{value}"
+    return str(value)
+
+
+def _part(name: str) -> Any:
+    upstream.torch_tensorrt()
+    return importlib.import_module(f"torch_tensorrt.{name}")
+
+
+def _settings_class() -> Any:
+    return _part("dynamo._settings").CompilationSettings
+
+
+def _real(plain: Any) -> Any:
+    """What plain data stands for."""
+    if isinstance(plain, EnumValue):
+        return _enum_member(plain)
+    if isinstance(plain, DeviceValue):
+        return _device(plain)
+    if isinstance(plain, str) and plain.startswith("torch.") and plain.count(".") == 1:
+        dtype = getattr(torch, plain.removeprefix("torch."), plain)
+        return dtype if isinstance(dtype, torch.dtype) else plain
+    if isinstance(plain, frozenset):
+        return {_real(one) for one in plain}
+    return plain
+
+
+def _enum_member(plain: EnumValue) -> Any:
+    enum = getattr(_part("_enums"), plain.enum)
+    try:
+        return enum(plain.value)
+    except Exception:  # noqa: BLE001 - upstream's enums raise what their look-ups raise
+        return plain
+
+
+def _device(plain: DeviceValue) -> Any:
+    cls = upstream.torch_tensorrt().Device
+    device = cls.__new__(cls)
+    kinds = {"gpu_id": int, "dla_core": int, "allow_gpu_fallback": bool}
+    for name, value in plain.fields:
+        real = _real(value)
+        fits = type(real) is kinds[name] if name in kinds else _is_device_type(name, real)
+        if not fits:
+            return plain
+        setattr(device, name, real)
+    return device
+
+
+def _is_device_type(name: str, value: Any) -> bool:
+    kind = _part("_enums").DeviceType
+    return name == "device_type" and isinstance(value, kind)
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Whether a value is of the type that upstream's dataclass declares."""
+    origin = typing.get_origin(wanted)
+    if origin in {typing.Union, types.UnionType}:
+        return any(_fits(value, one) for one in typing.get_args(wanted))
+    if origin is not None and issubclass(origin, collections.abc.Collection):
+        several = isinstance(value, (set, frozenset, list, tuple))
+        return several and all(isinstance(one, str) or _is_enum(one) for one in value)
+    return isinstance(wanted, type) and _is_one(value, wanted)
+
+
+def _is_one(value: Any, wanted: type) -> bool:
+    if wanted is float:
+        return type(value) in {int, float}
+    if wanted in {bool, int, str}:
+        return type(value) is wanted
+    return isinstance(value, wanted) or (_is_dtype(wanted) and isinstance(value, torch.dtype))
+
+
+def _is_enum(value: Any) -> bool:
+    return isinstance(value, _part("_enums").dtype)
+
+
+def _is_dtype(wanted: type) -> bool:
+    return wanted is _part("_enums").dtype
