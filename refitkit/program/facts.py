@@ -99,12 +99,21 @@ def _fingerprint(program: ExportedProgram) -> str:
     """sha256 of a canonical text of the graph: nodes by position, FQNs, shapes, dtypes."""
     digest = hashlib.sha256()
     targets = {s.arg.name: f"{s.kind.name} {s.target}" for s in _named_specs(program)}
-    for line in _lines(program.graph_module, targets):
+    for line in graph_lines(program.graph_module, targets):
         digest.update(line.encode())
     return digest.hexdigest()
 
 
-def _lines(module: torch.fx.GraphModule, targets: Mapping[str, str]) -> Iterator[str]:
+def graph_lines(
+    module: torch.fx.GraphModule, targets: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """A canonical text of a graph, line by line: ops, arguments, shapes, dtypes; no values.
+
+    Args:
+        module: The graph.
+        targets: What placeholders stand for, by node name.
+    """
+    targets = targets or {}
     numbers: dict[torch.fx.Node, int] = {}
     for number, node in enumerate(module.graph.nodes):
         numbers[node] = number
@@ -113,7 +122,7 @@ def _lines(module: torch.fx.GraphModule, targets: Mapping[str, str]) -> Iterator
         meta = _canonical(node.meta.get("val"), numbers)
         yield f"{node.op} {shown} {arguments} {meta}\n"
         for inner in submodules_of(node):
-            yield from _lines(inner, {})
+            yield from graph_lines(inner)
 
 
 def _named_specs(program: ExportedProgram) -> Iterator[Any]:

@@ -1,0 +1,134 @@
+"""The backend object: what ``refitkit.protocols.Backend`` asks for."""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from refitkit.builtin.torch_tensorrt import NETWORK
+from refitkit.builtin.torch_tensorrt.matching import check_structures
+from refitkit.builtin.torch_tensorrt.network import saving
+from refitkit.builtin.torch_tensorrt.network.module import NetworkModule
+from refitkit.builtin.torch_tensorrt.network.planning import Planned, plan_program
+from refitkit.builtin.torch_tensorrt.network.template import Template
+from refitkit.builtin.torch_tensorrt.options import plain
+from refitkit.builtin.torch_tensorrt.rows import rebuilt_row
+from refitkit.errors import RefitError
+from refitkit.protocols import PlanDraft
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch.export import ExportedProgram
+
+    from refitkit.protocols import OpenedModule, Tools
+
+
+class NetworkBackend:
+    """``tensorrt_network``: engines of TensorRT-RTX, built without a GPU."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return NETWORK
+
+    def compile(
+        self, program: ExportedProgram, options: Mapping[str, Any], tools: Tools
+    ) -> NetworkModule:
+        """Build a program; ``options`` are those of ``torch_tensorrt.dynamo.compile``."""
+        chosen = plain(options)
+        planned = plan_program(program, chosen, tools)
+        module = NetworkModule(planned, chosen, Template.of(program), tools)
+        for engine in module.engines.values():
+            tools.tell(f"building {engine.name}")
+            engine.settle()
+        module.remember(program)
+        return module
+
+    def draft(
+        self,
+        parts: Mapping[str, Any],
+        module: OpenedModule | None,
+        tools: Tools,  # noqa: ARG002 - the protocol's
+    ) -> PlanDraft:
+        """Every slot; how it follows from the weights is for the strategy ``rebuild``."""
+        planned: Planned = next(iter(parts.values()))
+        slots = (
+            [slot for engine in module.engines.values() for slot in engine.slots.values()]
+            if module is not None
+            else [slot for part in planned.slots.values() for slot in part]
+        )
+        return PlanDraft(
+            rows=tuple(map(rebuilt_row, slots)),
+            settings=dict(planned.settings),
+            versions=dict(planned.versions),
+            platform=f"{platform.system()} {platform.machine()} cpu",
+        )
+
+    def describe(self, path: Path) -> Mapping[str, Any] | None:
+        """What a saved module holds."""
+        if not saving.is_ours(path):
+            return None
+        described: dict[str, Any] = saving.read_manifest(path).model_dump(mode="json")
+        return described
+
+    def attachments(self, path: Path) -> Mapping[str, bytes]:
+        """What a saved module keeps beside its engines."""
+        return saving.read_attachments(path) if saving.is_ours(path) else {}
+
+
+def partition(
+    program: ExportedProgram,
+    module: OpenedModule | None,
+    options: Mapping[str, Any],
+    tools: Tools,
+) -> Mapping[str, Planned]:
+    """The parts of a program, as the session that holds all of them, by name.
+
+    Raises:
+        PlanMismatchError: They are not the parts of the module.
+    """
+    if isinstance(module, NetworkModule):
+        planned = module.planned if module.was_made_from(program) else None
+        if planned is None:
+            planned = module.planned_again(program, tools)
+    else:
+        planned = plan_program(program, options, tools)
+    return {structure.name: planned for structure in planned.structures}
+
+
+def open_folder(path: Path, tools: Tools) -> NetworkModule | None:
+    """A module that ``save`` wrote; its networks are made again, with the saved values.
+
+    Raises:
+        UnsupportedTargetError: It is damaged, of another version, or made by other versions of
+            torch_tensorrt, which make other networks.
+    """
+    if not saving.is_ours(path):
+        return None
+    manifest = saving.read_manifest(path)
+    template = saving.read_template(path)
+    attachments = saving.read_attachments(path)
+    planned = plan_program(template.program(), manifest.options, tools)
+    _check_same(planned, manifest, path)
+    module = NetworkModule(planned, manifest.options, template, tools, attachments)
+    with tempfile.TemporaryDirectory(prefix="refitkit-") as folder:
+        for part in manifest.parts:
+            values = saving.read_values(path, part, Path(folder))
+            module.take(part.structure.name, values, saving.engine_file(path, part))
+    return module
+
+
+def _check_same(planned: Planned, manifest: saving.Manifest, path: Path) -> None:
+    from refitkit.errors import UnsupportedTargetError  # noqa: PLC0415
+
+    try:
+        check_structures(planned.structures, [part.structure for part in manifest.parts])
+    except RefitError as exc:
+        raise UnsupportedTargetError(
+            f"The networks of {str(path)!r} cannot be made again here.",
+            problems=exc.problems,
+            hint=f"It was made with {manifest.versions}; here are {dict(planned.versions)}.",
+        ) from exc

@@ -1,0 +1,199 @@
+"""A network module: the parts of one program, which are built here and run elsewhere."""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from safetensors.torch import load_file
+
+from refitkit.builtin.torch_tensorrt import NETWORK
+from refitkit.builtin.torch_tensorrt.matching import check_structures
+from refitkit.builtin.torch_tensorrt.network import saving
+from refitkit.builtin.torch_tensorrt.network.engine import NetworkEngine
+from refitkit.builtin.torch_tensorrt.network.planning import Planned, plan_program
+from refitkit.errors import NotRefittableError, SourceError, raised_as
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+    from torch.export import ExportedProgram
+
+    from refitkit.builtin.torch_tensorrt.network.template import Template
+    from refitkit.protocols import Tools
+
+JUDGE = "engine-bytes"
+
+_OFFLINE = (
+    "Networks are built here and run where there is a GPU: save() writes the engines. Refits, "
+    "plans and the verifiers 'weights' and 'engine-bytes' work."
+)
+
+
+class NetworkModule:
+    """An opened network module; see ``refitkit.protocols.OpenedModule``.
+
+    Attributes:
+        attachments: What was saved beside it.
+        planned: The session that holds its networks, with settings and versions.
+        options: Options that it was compiled with.
+        template: The program without its weights.
+    """
+
+    def __init__(
+        self,
+        planned: Planned,
+        options: Mapping[str, Any],
+        template: Template,
+        tools: Tools,
+        attachments: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """Take a session; ``settle`` or ``adopt`` of its engines bring the values.
+
+        Args:
+            planned: The session.
+            options: What it was planned with.
+            template: Makes the same networks again.
+            tools: What the pipeline lends.
+            attachments: What was saved beside it.
+        """
+        self.attachments = dict(attachments or {})
+        self.planned, self.options, self.template = planned, options, template
+        self._tools = tools
+        self._folder = tempfile.TemporaryDirectory(prefix="refitkit-network-")
+        self._engines = {
+            structure.name: NetworkEngine(
+                structure, planned.slots[structure.name], planned.session, self._own(structure.name)
+            )
+            for structure in planned.structures
+        }
+        self._made_from: weakref.ref[ExportedProgram] | None = None
+
+    def _own(self, name: str) -> Path:
+        folder = Path(self._folder.name) / name
+        folder.mkdir()
+        return folder
+
+    # -- what a module offers ---------------------------------------------------------------
+
+    @property
+    def backend(self) -> str:
+        """``tensorrt_network``."""
+        return NETWORK
+
+    @property
+    def engines(self) -> Mapping[str, NetworkEngine]:
+        """All parts by name, those that torch runs included."""
+        return self._engines
+
+    @property
+    def offline(self) -> str:
+        """Why it cannot be called."""
+        return _OFFLINE
+
+    @property
+    def verifier(self) -> str:
+        """``engine-bytes``."""
+        return JUDGE
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> NoReturn:  # noqa: ARG002
+        """Refuse.
+
+        Raises:
+            NotRefittableError: Always: it cannot be called.
+        """
+        raise NotRefittableError(
+            "A module of the backend 'tensorrt_network' cannot be called: its engines need a GPU.",
+            hint=_OFFLINE,
+        )
+
+    def probe(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> NoReturn:
+        """Refuse, as ``run``."""
+        self.run(args, kwargs)
+
+    def drain(self) -> None:
+        """Nothing is ever pending."""
+
+    def save(self, path: Path, attachments: Mapping[str, bytes]) -> None:
+        """Write the engines; see ``saving``."""
+        saving.save(self, path, attachments)
+
+    def reopen(self) -> NetworkModule:
+        """A second module with networks of its own and the same present values."""
+        planned = plan_program(self.template.program(), self.options, self._tools)
+        other = NetworkModule(planned, self.options, self.template, self._tools, self.attachments)
+        for name, engine in self._engines.items():
+            values = {slot: engine.read(slot) for slot in engine.slots}
+            other.take(name, values, engine.live.engine)
+        return other
+
+    # -- planning ---------------------------------------------------------------------------
+
+    def take(self, name: str, values: Mapping[str, torch.Tensor], engine: Path | None) -> None:
+        """Give one engine its values and, where it was built with them already, its bytes."""
+        copied = None
+        if engine is not None:
+            copied = Path(self._folder.name) / name / "0.engine"
+            copied.write_bytes(engine.read_bytes())
+        self._engines[name].adopt(values, copied)
+
+    def was_made_from(self, program: ExportedProgram) -> bool:
+        """Whether this very program was compiled into it."""
+        return self._made_from is not None and self._made_from() is program
+
+    def remember(self, program: ExportedProgram) -> None:
+        """Note that this program was compiled into it."""
+        self._made_from = weakref.ref(program)
+
+    def planned_again(self, program: ExportedProgram, tools: Tools) -> Planned:
+        """A program in a session of its own, cut into the parts of this module.
+
+        Raises:
+            PlanMismatchError: It is cut into other parts; says what differs.
+        """
+        planned = plan_program(program, self.options, tools)
+        check_structures(
+            planned.structures, [engine.structure for engine in self._engines.values()]
+        )
+        return planned
+
+    def rebuilt(
+        self, program: ExportedProgram, tools: Tools
+    ) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        """Values of all slots as the interpreter makes them of a program."""
+        planned = self.planned_again(program, tools)
+        with tempfile.TemporaryDirectory(prefix="refitkit-") as folder:
+            planned.session.call("values", folder=folder)
+            with raised_as(SourceError, "The values of the planning process cannot be read"):
+                return {
+                    name: load_file(Path(folder) / f"{name}.safetensors") for name in self._engines
+                }
+
+    def engine_bytes(self, name: str) -> bytes:
+        """The engine bytes of one part with its present values; none where torch runs it."""
+        file = self._engines[name].live.engine
+        return b"" if file is None else file.read_bytes()
+
+    def built_from(
+        self, program: ExportedProgram, tools: Tools
+    ) -> tuple[dict[str, bytes], dict[str, dict[str, torch.Tensor]]]:
+        """What a program makes from scratch.
+
+        Returns:
+            Engine bytes by part, and for parts that torch runs the values of their tensors.
+        """
+        planned = self.planned_again(program, tools)
+        built: dict[str, bytes] = {}
+        with tempfile.TemporaryDirectory(prefix="refitkit-") as folder:
+            planned.session.call("values", folder=folder)
+            for structure in planned.structures:
+                if structure.accelerated:
+                    tools.tell(f"building {structure.name} from scratch")
+                    path = Path(folder) / structure.name
+                    planned.session.call("build", engine=structure.name, path=str(path))
+                    built[structure.name] = path.read_bytes()
+            others = [one.name for one in planned.structures if not one.accelerated]
+            return built, {name: load_file(Path(folder) / f"{name}.safetensors") for name in others}

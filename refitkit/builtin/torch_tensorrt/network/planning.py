@@ -1,0 +1,85 @@
+"""Programs in, networks out: opening sessions for a program."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from refitkit.builtin.torch_tensorrt.options import plain
+from refitkit.builtin.torch_tensorrt.parts import Structure
+from refitkit.builtin.torch_tensorrt.worker import programs
+from refitkit.builtin.torch_tensorrt.worker.client import SERVER, SessionClient
+from refitkit.errors import ConfigError, Problem
+from refitkit.model import Slot
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch.export import ExportedProgram
+
+    from refitkit.protocols import Tools
+
+IMPORTS = "imports"
+"""Option of ours: modules that sessions import first, because they register ops or converters."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A program in a session.
+
+    Attributes:
+        session: Holds its networks.
+        structures: All parts, in the order of their calls.
+        slots: Their slots, by part.
+        settings: Settings on which they depend, as text.
+        versions: Versions of what made them.
+    """
+
+    session: SessionClient
+    structures: tuple[Structure, ...]
+    slots: Mapping[str, tuple[Slot, ...]]
+    settings: Mapping[str, str]
+    versions: Mapping[str, str]
+
+
+def plan_program(program: ExportedProgram, options: Mapping[str, Any], tools: Tools) -> Planned:
+    """Cut a program into parts and make networks of them, in a session of its own.
+
+    Args:
+        program: The program; it is read only.
+        options: Options of the backend.
+        tools: What the pipeline lends.
+
+    Raises:
+        ConfigError: An option does not exist.
+        ToolchainError: torch_tensorrt is not installed.
+        CompileError: The program cannot be lowered, cut or converted.
+        NotRefittableError: Weights cannot be told apart.
+    """
+    chosen = plain(options)
+    imports = chosen.pop(IMPORTS, [])
+    if not isinstance(imports, list) or not all(isinstance(name, str) for name in imports):
+        problem = Problem(IMPORTS, "type", repr(imports), "a list of names of modules")
+        raise ConfigError("These options cannot be used.", problems=[problem])
+    session = SERVER.session(tools.tell)
+    with tempfile.TemporaryDirectory(prefix="refitkit-") as folder:
+        programs.write(program, Path(folder))
+        found = session.call(
+            "open",
+            tell=tools.tell,
+            folder=folder,
+            options=chosen,
+            layer_types=[one.model_dump() for one in tools.layer_types.values()],
+            imports=imports,
+        )
+    return Planned(
+        session=session,
+        structures=tuple(map(Structure.model_validate, found["structures"])),
+        slots={
+            name: tuple(map(Slot.model_validate, slots)) for name, slots in found["slots"].items()
+        },
+        settings=found["settings"],
+        versions=found["versions"],
+    )

@@ -1,0 +1,270 @@
+"""Network modules as files.
+
+``save`` to a path that ends in ``.engine`` writes the one engine, as TensorRT reads it, and nothing
+else. To any other path it writes a folder: ``<part>.engine`` for each engine,
+``<part>.safetensors`` for each part that torch runs, and ``refitkit.network``, an archive with all
+that makes it a module again. Loading that runs no code of the file's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+import shutil
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from refitkit.builtin.torch_tensorrt.network.template import CONSTANTS, FACTS, GRAPH, Template
+from refitkit.builtin.torch_tensorrt.parts import Structure
+from refitkit.errors import Problem, UnsupportedTargetError
+from refitkit.model import Slot
+from refitkit.model.base import Frozen
+from refitkit.recipe import Archive, ArchiveError
+from refitkit.recipe.archive import replacing, write_archive
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import torch
+
+    from refitkit.builtin.torch_tensorrt.network.module import NetworkModule
+
+SUFFIX = ".engine"
+INDEX = "refitkit.network"
+_MANIFEST, _ATTACHED = "manifest.json", "attachments/"
+_LIMIT = 1 << 31
+_NAME = re.compile(r"[A-Za-z0-9_]+")
+
+
+class PartEntry(Frozen):
+    """One part in a manifest.
+
+    Attributes:
+        structure: What it is, apart from its weights.
+        slots: Its slots.
+        sha256: Of its engine file; empty for a part that torch runs.
+    """
+
+    structure: Structure
+    slots: tuple[Slot, ...]
+    sha256: str = ""
+
+
+class Manifest(Frozen):
+    """``manifest.json`` in ``refitkit.network``.
+
+    Attributes:
+        format: Name and version of the format.
+        parts: All parts.
+        options: Options that it was compiled with, as JSON holds them.
+        settings: Settings on which parts and slots depend, as text.
+        versions: Versions of what made it.
+        attachments: Names of what is attached.
+    """
+
+    format: Literal["refitkit-network/1"] = "refitkit-network/1"
+    parts: tuple[PartEntry, ...]
+    options: dict[str, Any]
+    settings: dict[str, str]
+    versions: dict[str, str]
+    attachments: tuple[str, ...] = ()
+
+
+# -- writing ------------------------------------------------------------------------------------
+
+
+def save(module: NetworkModule, path: Path, attachments: Mapping[str, bytes]) -> None:
+    """Write a module.
+
+    Raises:
+        UnsupportedTargetError: The path cannot be written so.
+    """
+    if path.suffix == SUFFIX:
+        _save_engine(module, path)
+        return
+    if path.exists() and not (path / INDEX).is_file() and (path.is_file() or any(path.iterdir())):
+        raise UnsupportedTargetError(
+            f"{str(path)!r} is there and is no module of this backend, so it is not replaced.",
+            hint="Choose a new folder, or for a single engine a path that ends in '.engine'.",
+        )
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
+    try:
+        beside.mkdir()
+        _write(module, beside, attachments)
+        _swap(beside, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _save_engine(module: NetworkModule, path: Path) -> None:
+    files = [engine.live.engine for engine in module.engines.values()]
+    if len(files) != 1 or files[0] is None:
+        raise UnsupportedTargetError(
+            f"The program became {len(files)} parts, which one engine file cannot hold.",
+            problems=[Problem(name, "part") for name in module.engines],
+            hint="Save to a path without '.engine': it becomes a folder with a file for each.",
+        )
+    with replacing(path) as file:
+        file.write(files[0].read_bytes())
+
+
+def _write(module: NetworkModule, folder: Path, attachments: Mapping[str, bytes]) -> None:
+    entries = []
+    members: dict[str, bytes | Path] = dict(module.template.members())
+    for name, engine in module.engines.items():
+        built = engine.live
+        digest = ""
+        if built.engine is not None:
+            content = built.engine.read_bytes()
+            digest = hashlib.sha256(content).hexdigest()
+            (folder / f"{name}{SUFFIX}").write_bytes(content)
+        slots = tuple(engine.slots.values())
+        values = {slot.name: engine.read(slot.name) for slot in slots}
+        beside = built.engine is None
+        weights = folder / (f"{name}.safetensors" if beside else f".{name}.safetensors")
+        save_file(values, weights)
+        members[f"{name}.safetensors"] = weights
+        entries.append(PartEntry(structure=engine.structure, slots=slots, sha256=digest))
+    manifest = Manifest(
+        parts=tuple(entries),
+        options=dict(module.options),
+        settings=dict(module.planned.settings),
+        versions=dict(module.planned.versions),
+        attachments=tuple(attachments),
+    )
+    members[_MANIFEST] = manifest.model_dump_json().encode()
+    members.update({f"{_ATTACHED}{name}": content for name, content in attachments.items()})
+    with replacing(folder / INDEX) as file:
+        write_archive(file, members)
+    for scratch in folder.glob(".*.safetensors"):
+        scratch.unlink()
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Put a folder in the place of another, which is gone afterwards."""
+    if not path.exists():
+        new.rename(path)
+        return
+    old = path.with_name(f".{path.name}.{secrets.token_hex(6)}.old")
+    path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# -- reading ------------------------------------------------------------------------------------
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a path is a folder that ``save`` wrote, or the archive in it."""
+    return (path / INDEX).is_file() or (path.name == INDEX and path.is_file())
+
+
+def read_manifest(path: Path) -> Manifest:
+    """What a saved module is.
+
+    Raises:
+        UnsupportedTargetError: It is damaged, or of another version.
+    """
+    try:
+        with Archive(_index(path)) as archive:
+            return _manifest(archive, path)
+    except ArchiveError as exc:
+        raise _broken(path, exc) from exc
+
+
+def read_attachments(path: Path) -> dict[str, bytes]:
+    """What is attached to a saved module.
+
+    Raises:
+        UnsupportedTargetError: It is damaged, or of another version.
+    """
+    try:
+        with Archive(_index(path)) as archive:
+            names = _manifest(archive, path).attachments
+            return {name: archive.read(f"{_ATTACHED}{name}", _LIMIT) for name in names}
+    except ArchiveError as exc:
+        raise _broken(path, exc) from exc
+
+
+def read_template(path: Path) -> Template:
+    """The program of a saved module, without its weights.
+
+    Raises:
+        UnsupportedTargetError: It is damaged.
+    """
+    try:
+        with Archive(_index(path)) as archive:
+            members = {name: archive.read(name, _LIMIT) for name in (GRAPH, FACTS, CONSTANTS)}
+        return Template.from_members(members)
+    except (ArchiveError, ValueError, KeyError, TypeError, SafetensorError) as exc:
+        raise _broken(path, exc) from exc
+
+
+def read_values(path: Path, part: PartEntry, scratch: Path) -> dict[str, torch.Tensor]:
+    """Values of all slots of one part.
+
+    Raises:
+        UnsupportedTargetError: They are damaged, or of another model.
+    """
+    file = scratch / f"{part.structure.name}.safetensors"
+    try:
+        with Archive(_index(path)) as archive:
+            archive.extract(file.name, file)
+        values = load_file(file)
+    except (ArchiveError, SafetensorError) as exc:
+        raise _broken(path, exc) from exc
+    wanted = {slot.name: (slot.dtype, slot.count) for slot in part.slots}
+    found = {n: (str(v.dtype).removeprefix("torch."), v.numel()) for n, v in values.items()}
+    if wanted != found:
+        problems = [
+            Problem(name, "value", str(found.get(name, "")), str(wanted.get(name, "")))
+            for name in sorted(wanted.keys() | found.keys())
+            if wanted.get(name) != found.get(name)
+        ]
+        message = f"{str(path)!r} holds weights of another model."
+        raise UnsupportedTargetError(message, problems=problems)
+    return values
+
+
+def engine_file(path: Path, part: PartEntry) -> Path | None:
+    """The engine file of one part, if it is there and the one that was saved."""
+    if not part.structure.accelerated:
+        return None
+    file = _index(path).parent / f"{part.structure.name}{SUFFIX}"
+    if not file.is_file():
+        raise UnsupportedTargetError(f"The engine {file.name!r} of {str(path)!r} is missing.")
+    if hashlib.sha256(file.read_bytes()).hexdigest() != part.sha256:
+        raise UnsupportedTargetError(
+            f"The engine {file.name!r} of {str(path)!r} is not the one that was saved.",
+            problems=[Problem(file.name, "sha256")],
+        )
+    return file
+
+
+def _index(path: Path) -> Path:
+    return path / INDEX if path.is_dir() else path
+
+
+def _manifest(archive: Archive, path: Path) -> Manifest:
+    try:
+        manifest = Manifest.model_validate_json(archive.read(_MANIFEST, _LIMIT))
+    except ValidationError as exc:
+        raise _broken(path, exc) from exc
+    names = [part.structure.name for part in manifest.parts]
+    odd = [name for name in names if not _NAME.fullmatch(name)]
+    if odd or len(set(names)) != len(names):
+        raise _broken(path, ValueError(f"parts with such names cannot be: {names}"))
+    return manifest
+
+
+def _broken(path: Path, exc: Exception) -> UnsupportedTargetError:
+    return UnsupportedTargetError(f"{str(path)!r} is damaged or of another version: {exc}.")

@@ -1,0 +1,207 @@
+"""A part as a TensorRT network, and the weights in its layers.
+
+The interpreter records most weights that it adds, by the name that the engine will give them
+(``ConversionContext.record_weight``); a scan of the layers finds all, by the registered layer
+types. Where both know a weight they have to agree, bit for bit. The scan is what counts: 2.14
+records transposed convolutions under the names of convolutions, and converters in ``cat``,
+``shuffle`` and ``shape`` add constants that they do not record.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from refitkit.builtin.torch_tensorrt import weight_memory
+from refitkit.errors import CompileError, NotRefittableError, Problem, raised_as
+from refitkit.model import Slot
+from refitkit.program.bits import same_bits
+from refitkit.program.dtypes import dtype_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from refitkit.builtin.torch_tensorrt.parts import Part
+    from refitkit.model import LayerType
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one weight is in a network.
+
+    Attributes:
+        layer: The layer, as the class that gives access to its weights.
+        attribute: The attribute that holds it.
+        kind: Its ``tensorrt.DataType``.
+        count: Number of its elements, as TensorRT counts them.
+    """
+
+    layer: Any
+    attribute: str
+    kind: Any
+    count: int
+
+
+class Network:
+    """One part as a network definition, with the tensors that its layers point to.
+
+    Attributes:
+        recorded: Weights that the interpreter recorded, by engine weight name.
+        scanned: Weights found in the layers, by engine weight name; flat views.
+    """
+
+    def __init__(self, part: Part, settings: Any, layer_types: Mapping[str, LayerType]) -> None:
+        """Interpret a part.
+
+        Raises:
+            CompileError: The interpreter failed.
+            NotRefittableError: Two weights have one name, or recorded and found ones differ.
+        """
+        self._name = part.name
+        self._interpreter = _interpreted(part, settings)
+        self.recorded: dict[str, torch.Tensor] = dict(self._interpreter.ctx.weight_refit_map)
+        self._places: dict[str, Place] = {}
+        self.scanned: dict[str, torch.Tensor] = {}
+        problems = list(self._scan(layer_types))
+        self._own_scattered()
+        problems += self._differences()
+        if problems:
+            raise NotRefittableError(
+                f"Weights of {part.name!r} cannot be told apart by the names that TensorRT gives.",
+                problems=problems,
+            )
+
+    def _scan(self, layer_types: Mapping[str, LayerType]) -> Iterator[Problem]:
+        import tensorrt  # noqa: PLC0415 - imported by whoever calls this
+
+        network = self._interpreter.ctx.net
+        for index in range(network.num_layers):
+            layer = network[index]
+            found = layer_types.get(layer.type.name)
+            if found is None:
+                continue
+            layer.__class__ = getattr(tensorrt, found.interface)
+            for attribute, role in found.weights:
+                name = f"{layer.name} {role}"
+                held = getattr(layer, attribute)
+                value = weight_memory.tensor_of(held)
+                if not value.numel():
+                    continue
+                if name in self.scanned:
+                    yield Problem(name, "two weights of one name")
+                self.scanned[name] = value
+                self._places[name] = _place(layer, attribute, held, value)
+
+    def _own_scattered(self) -> None:
+        """Point layers whose weight was not contiguous to a copy that lives.
+
+        ``to_trt_weights`` (``converter_utils.py``, 2.11 to 2.14) hands out the address of a
+        contiguous copy that nobody keeps.
+        """
+        self.point(
+            {
+                name: value.detach().cpu().contiguous().reshape(-1)
+                for name, value in self.recorded.items()
+                if name in self.scanned
+                and not value.is_contiguous()
+                and (value.dtype, value.numel())
+                == (
+                    self.scanned[name].dtype,
+                    self.scanned[name].numel(),
+                )
+            }
+        )
+
+    def _differences(self) -> Iterator[Problem]:
+        for name in self.recorded.keys() & self.scanned:
+            recorded = self.recorded[name].detach().cpu().reshape(-1)
+            if not same_bits(recorded.contiguous(), self.scanned[name]):
+                yield Problem(name, "recorded with another value than its layer has")
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """All weights as slots, in the order of the layers."""
+        return tuple(self._slot(name, value) for name, value in self.scanned.items())
+
+    def _slot(self, name: str, value: torch.Tensor) -> Slot:
+        return Slot(
+            engine=self._name,
+            name=name,
+            dtype=dtype_name(value.dtype),
+            shape=self._shape(name, value),
+            count=value.numel(),
+            readable=True,
+        )
+
+    def _shape(self, name: str, value: torch.Tensor) -> tuple[int, ...] | None:
+        recorded = self.recorded.get(name)
+        if recorded is None or prod(recorded.shape) != value.numel():
+            return None
+        return tuple(recorded.shape)
+
+    def point(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Have layers read these values from now on, without a copy.
+
+        Args:
+            values: Flat contiguous tensors by slot name, of the slots' dtypes and counts; they
+                have to live until other values are pointed to.
+
+        Raises:
+            KeyError: There is no such slot.
+            CompileError: TensorRT does not take one.
+        """
+        import tensorrt  # noqa: PLC0415 - imported by whoever calls this
+
+        with raised_as(CompileError, "TensorRT does not take these weights"):
+            for name, value in values.items():
+                place = self._places[name]
+                weights = tensorrt.Weights(place.kind, value.data_ptr(), place.count)
+                setattr(place.layer, place.attribute, weights)
+                self.scanned[name] = value
+
+    def build(self) -> bytes:
+        """Engine bytes of the network as it is.
+
+        After a build that fails this process cannot build again: build in a process that can be
+        thrown away.
+
+        Raises:
+            CompileError: TensorRT refused the network.
+        """
+        with raised_as(CompileError, f"TensorRT cannot build {self._name!r}"):
+            config = self._interpreter._populate_trt_builder_config()  # noqa: SLF001 - as upstream
+            plan = self._interpreter.builder.build_serialized_network(
+                self._interpreter.ctx.net, config
+            )
+        if plan is None:
+            raise CompileError(f"TensorRT cannot build {self._name!r}; it wrote why to its log.")
+        return bytes(plan)
+
+
+def _interpreted(part: Part, settings: Any) -> Any:
+    from torch_tensorrt.dynamo.conversion._conversion import (  # noqa: PLC0415
+        infer_module_output_dtypes,
+    )
+    from torch_tensorrt.dynamo.conversion._TRTInterpreter import TRTInterpreter  # noqa: PLC0415
+
+    with torch.no_grad(), raised_as(CompileError, f"Torch-TensorRT cannot convert {part.name!r}"):
+        dtypes = infer_module_output_dtypes(part.module, truncate_double=settings.truncate_double)
+        interpreter = TRTInterpreter(
+            part.module, part.inputs, output_dtypes=dtypes, compilation_settings=settings
+        )
+        interpreter._construct_trt_network_def()  # noqa: SLF001 - as upstream's _refit.py
+    return interpreter
+
+
+def _place(layer: Any, attribute: str, held: Any, value: torch.Tensor) -> Place:
+    """Where a weight is; what NumPy gave has lost TensorRT's own dtype and has none to lose."""
+    import tensorrt  # noqa: PLC0415 - imported by whoever calls this
+    from torch_tensorrt._enums import dtype  # noqa: PLC0415
+
+    if isinstance(held, tensorrt.Weights):
+        return Place(layer, attribute, held.dtype, held.size)
+    kind = dtype._from(value.dtype).to(tensorrt.DataType)  # noqa: SLF001 - its only way
+    return Place(layer, attribute, kind, value.numel())

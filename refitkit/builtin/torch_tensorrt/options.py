@@ -1,0 +1,142 @@
+"""The user's options as ``torch_tensorrt.dynamo.CompilationSettings``, and back as text."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from difflib import get_close_matches
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx.node import _get_qualified_name
+
+from refitkit.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_OURS = {
+    "immutable_weights": "networks are refitted before they are built",
+    "refit_identical_engine_weights": "networks are refitted before they are built",
+    "strip_engine_weights": "the engine is built with its weights",
+    "device": "nothing runs here",
+    "dryrun": "it would build nothing",
+    "enable_cross_compile_for_windows": "it is not supported",
+    "cache_built_engines": "refitting replaces it",
+    "reuse_cached_engines": "refitting replaces it",
+}
+"""Fields that an option may not set, and why."""
+
+_NO_MATTER = frozenset(
+    {
+        "device",
+        "dryrun",
+        "timing_cache_path",
+        "lazy_engine_init",
+        "cache_built_engines",
+        "reuse_cached_engines",
+        "offload_module_to_cpu",
+        "autocast_calibration_dataloader",
+        "pass_through_build_failures",
+    }
+)
+"""Fields on which neither parts nor names of slots depend."""
+
+_PACKAGES = ("torch", "torch-tensorrt", "torch-tensorrt-rtx", "tensorrt", "tensorrt-rtx")
+
+
+def plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as JSON can hold them: ops and dtypes by name.
+
+    Raises:
+        ConfigError: One cannot be written so; names all of them.
+    """
+    done: dict[str, Any] = {}
+    problems: list[Problem] = []
+    for name, value in options.items():
+        try:
+            done[name] = _plain(value)
+        except TypeError:
+            problems.append(Problem(name, "type", type(value).__name__))
+    if problems:
+        raise ConfigError("These options cannot be used.", problems=problems)
+    return done
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str | int | float | bool | None):
+        return value
+    if isinstance(value, torch.dtype):
+        return str(value)
+    if isinstance(value, list | tuple | set | frozenset):
+        return sorted(map(_plain, value), key=str)
+    if callable(value):
+        return _get_qualified_name(value)
+    raise TypeError(value)
+
+
+def settings_from(options: Mapping[str, Any]) -> Any:
+    """Compilation settings for a network that is built without a GPU.
+
+    Args:
+        options: What ``plain`` gave.
+
+    Raises:
+        ConfigError: An option does not exist or is not for the user to set; names all of them.
+    """
+    import torch_tensorrt  # noqa: PLC0415 - imported by whoever calls this
+    from torch_tensorrt.dynamo import CompilationSettings  # noqa: PLC0415
+
+    fields = [field.name for field in dataclasses.fields(CompilationSettings)]
+    problems = [
+        Problem(name, "not yours to set", hint=why)
+        for name, why in _OURS.items()
+        if name in options
+    ]
+    for name in options.keys() - set(fields):
+        near = get_close_matches(name, fields, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else ""
+        problems.append(Problem(name, "no such option", hint=hint))
+    if problems:
+        raise ConfigError("These options cannot be used.", problems=problems)
+    given = {name: _meant(value) for name, value in options.items()}
+    return CompilationSettings(
+        **given, immutable_weights=True, device=torch_tensorrt.Device("cuda:0")
+    )
+
+
+def _meant(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith("torch.") and "ops" not in value:
+        return getattr(torch, value.removeprefix("torch."))
+    return set(value) if isinstance(value, list) else value
+
+
+def settings_text(settings: Any) -> dict[str, str]:
+    """Settings on which parts and names of slots depend, as text by name, for fingerprints."""
+    return {
+        field.name: _text(getattr(settings, field.name))
+        for field in dataclasses.fields(settings)
+        if field.name not in _NO_MATTER
+    }
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple | set | frozenset):
+        return ", ".join(sorted(_text(one) for one in value))
+    return (
+        _get_qualified_name(value)
+        if callable(value) and not isinstance(value, type)
+        else str(value)
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what makes an engine here."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

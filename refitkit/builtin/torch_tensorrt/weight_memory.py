@@ -1,0 +1,78 @@
+"""Reading weights out of network layers, whatever their dtype.
+
+``tensorrt`` gives weights as NumPy arrays where NumPy knows the dtype, and else as
+``tensorrt.Weights``, which tell no address. There the address is read from the object itself: a
+pybind11 instance holds, after its header, a pointer to the C++ value, and ``nvinfer1::Weights`` is
+``{DataType type; void const* values; int64_t count;}`` (``NvInferRuntimeBase.h``). Type and count
+that lie there are compared with what the object says before the address is used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import torch
+
+from refitkit.errors import EngineError
+
+_PACKED = {"INT4": 2, "FP4": 2}  # elements in a byte
+_OTHER_DTYPES = {"FP8": torch.float8_e4m3fn, "E8M0": torch.float8_e8m0fnu}
+
+
+class _CWeights(ctypes.Structure):
+    _fields_ = (("type", ctypes.c_int32), ("values", ctypes.c_void_p), ("count", ctypes.c_int64))
+
+
+def tensor_of(weights: Any) -> torch.Tensor:
+    """A flat view of weights that a layer holds: valid while the layer's memory lives.
+
+    Types with two elements in a byte are given as bytes.
+
+    Args:
+        weights: What an attribute of a layer gave: a NumPy array or ``tensorrt.Weights``.
+
+    Raises:
+        EngineError: This build of tensorrt keeps its weights in another way.
+    """
+    if isinstance(weights, np.ndarray):
+        return torch.from_numpy(weights).reshape(-1)
+    if not weights.size:
+        return torch.empty(0, dtype=dtype_of(weights.dtype))
+    raw = (ctypes.c_uint8 * weights.nbytes).from_address(_address(weights))
+    return torch.frombuffer(raw, dtype=dtype_of(weights.dtype))
+
+
+def dtype_of(kind: Any) -> torch.dtype:
+    """Torch's dtype for a ``tensorrt.DataType``; ``uint8`` for those with two elements in a byte.
+
+    Raises:
+        EngineError: torch has none.
+    """
+    name = kind.name
+    if name in _PACKED:
+        return torch.uint8
+    if name in _OTHER_DTYPES:
+        return _OTHER_DTYPES[name]
+    from torch_tensorrt._enums import dtype  # noqa: PLC0415 - imported by whoever calls this
+
+    try:
+        found: torch.dtype = dtype._from(kind).to(torch.dtype)  # noqa: SLF001 - its only way
+    except TypeError as exc:
+        raise EngineError(f"torch has no dtype for TensorRT's {name}.") from exc
+    return found
+
+
+def _address(weights: Any) -> int:
+    value = ctypes.c_void_p.from_address(id(weights) + object.__basicsize__).value
+    if value is None:
+        raise _unknown_layout()
+    found = _CWeights.from_address(value)
+    if (found.type, found.count) != (int(weights.dtype), weights.size) or not found.values:
+        raise _unknown_layout()
+    return int(found.values)
+
+
+def _unknown_layout() -> EngineError:
+    return EngineError("This build of tensorrt keeps weights of networks in a way unknown to us.")

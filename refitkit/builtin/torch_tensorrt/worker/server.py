@@ -1,0 +1,58 @@
+"""The process that imports torch_tensorrt once and forks a session for whoever asks.
+
+It runs no op and no build itself: what is forked from it starts clean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+
+from refitkit.builtin.torch_tensorrt import upstream
+from refitkit.builtin.torch_tensorrt.worker import wire
+from refitkit.builtin.torch_tensorrt.worker.session import Session
+from refitkit.errors import RefitError
+
+
+def main() -> None:
+    """Serve on the socket whose descriptor is the first argument, until its other end is closed."""
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    sys.path[:] = wire.receive(channel)
+    try:
+        upstream.import_headless()
+    except RefitError as exc:
+        wire.send(channel, {"error": wire.pack_error(exc)})
+        return
+    wire.send(channel, {"ready": os.getpid()})
+    while True:
+        _, descriptors, _, _ = socket.recv_fds(channel, 1, 1)
+        _reap()
+        if not descriptors:
+            return
+        if os.fork() == 0:
+            channel.close()
+            _serve(descriptors[0])
+        os.close(descriptors[0])
+
+
+def _serve(descriptor: int) -> None:
+    """Be a session, and never return."""
+    code = 1
+    try:
+        with socket.socket(fileno=descriptor) as channel, contextlib.suppress(EOFError):
+            Session(channel).serve()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _reap() -> None:
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Messages between the user's process and its workers: a length, then JSON.
+
+Both ends are ours and no other process can reach the socket; tensors go through files.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import TYPE_CHECKING, Any
+
+from refitkit import errors
+from refitkit.errors import EngineError, Problem, RefitError
+
+if TYPE_CHECKING:
+    import socket
+
+_LENGTH = struct.Struct("<Q")
+
+
+def send(channel: socket.socket, message: Any) -> None:
+    """Send one message: anything that JSON can hold."""
+    content = json.dumps(message).encode()
+    channel.sendall(_LENGTH.pack(len(content)) + content)
+
+
+def receive(channel: socket.socket) -> Any:
+    """Wait for one message.
+
+    Raises:
+        EOFError: The other end is gone.
+    """
+    (length,) = _LENGTH.unpack(_exactly(channel, _LENGTH.size))
+    return json.loads(_exactly(channel, length))
+
+
+def _exactly(channel: socket.socket, count: int) -> bytes:
+    parts: list[bytes] = []
+    while count:
+        part = channel.recv(min(count, 1 << 20))
+        if not part:
+            raise EOFError
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
+
+
+def pack_error(exc: BaseException) -> dict[str, Any]:
+    """An exception as a message."""
+    if not isinstance(exc, RefitError):
+        return pack_error(EngineError(f"The planning process failed: {type(exc).__name__}: {exc}"))
+    return {
+        "kind": type(exc).__name__,
+        "message": exc.message,
+        "problems": [problem.as_dict() for problem in exc.problems],
+        "hint": exc.hint,
+    }
+
+
+def unpack_error(packed: dict[str, Any]) -> RefitError:
+    """The exception that was packed."""
+    kind = getattr(errors, packed["kind"], EngineError)
+    problems = [Problem(**problem) for problem in packed["problems"]]
+    error: RefitError = kind(packed["message"], problems=problems, hint=packed["hint"])
+    return error
