@@ -1,0 +1,80 @@
+"""Room for all weights of an engine, in one piece of memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from refitkit.program.dtypes import dtype_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from refitkit.builtin.torch_tensorrt.weighttypes import WeightFact
+
+_ALIGNMENT = 256  # bytes; what CUDA's own allocator gives
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each weight lies. Weights of one dtype lie together, so that one kernel reads them.
+
+    Attributes:
+        facts: All weights, in order.
+        offsets: Where each begins, in bytes, by name.
+        nbytes: Size of all.
+        runs: First byte and end of all weights of a dtype, by its name.
+    """
+
+    facts: Mapping[str, WeightFact]
+    offsets: Mapping[str, int]
+    nbytes: int
+    runs: Mapping[str, tuple[int, int]]
+
+    @classmethod
+    def of(cls, facts: Iterable[WeightFact]) -> Layout:
+        """Lay out weights, each at an address that suits every type."""
+        ordered = sorted(facts, key=lambda fact: (fact.dtype, fact.name))
+        offsets: dict[str, int] = {}
+        runs: dict[str, tuple[int, int]] = {}
+        end = 0
+        for fact in ordered:
+            offsets[fact.name] = end
+            size = fact.count * dtype_of(fact.dtype).itemsize
+            first, _ = runs.get(fact.dtype, (end, end))
+            end += -(-size // _ALIGNMENT) * _ALIGNMENT
+            runs[fact.dtype] = (first, end)
+        return cls({fact.name: fact for fact in ordered}, offsets, end, runs)
+
+
+class Arena:
+    """One set of weights.
+
+    Attributes:
+        memory: All of it, as bytes; gaps between weights are zero, and stay so.
+        views: Each weight, flat, by name.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device, *, pinned: bool = False) -> None:
+        """Allocate one, full of zeros."""
+        self.memory = torch.zeros(
+            layout.nbytes, dtype=torch.uint8, device=device, pin_memory=pinned
+        )
+        self.views = {
+            name: self._view(layout.offsets[name], fact.count, fact.dtype)
+            for name, fact in layout.facts.items()
+        }
+        self.runs = {
+            name: self.memory[first:end].view(dtype_of(name))
+            for name, (first, end) in layout.runs.items()
+        }
+
+    def _view(self, offset: int, count: int, dtype: str) -> torch.Tensor:
+        kind = dtype_of(dtype)
+        return self.memory[offset : offset + count * kind.itemsize].view(kind)
+
+    def copy_from(self, other: Arena) -> None:
+        """Take over all values of another one with the same layout."""
+        self.memory.copy_(other.memory, non_blocking=True)

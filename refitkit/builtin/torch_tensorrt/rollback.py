@@ -1,0 +1,123 @@
+"""Two sets of an engine's weights: one that the refitter reads, and one to go back to.
+
+TensorRT cannot be asked what weights an engine holds. So what was given to it is kept: the staging
+set, whose addresses the refitter knows, holds the live values once a refit is over. The next refit
+copies them aside before it overwrites them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from refitkit.builtin.torch_tensorrt.arena import Arena
+from refitkit.program.bits import same_bits
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from refitkit.builtin.torch_tensorrt.arena import Layout
+
+Keep = Literal["device", "pinned-host"]
+"""Where the second set is: a copy on the device is fast, one on the host spares its memory."""
+
+
+class WeightSets:
+    """The staging set, the base set, and which of them holds what is live.
+
+    Attributes:
+        staging: What the refitter reads.
+        live: Which set holds the live values; None: neither, nobody knows them.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device, keep: Keep) -> None:
+        """Allocate the staging set only."""
+        self._layout, self._device, self._keep = layout, device, keep
+        self.staging = Arena(layout, device)
+        self.live: Literal["staging", "base"] | None = None
+        self._base: Arena | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether the live values are known."""
+        return self.live is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one set."""
+        return self._layout.nbytes
+
+    @property
+    def spare(self) -> int:
+        """Bytes of the base set; 0 while it is not allocated."""
+        return self.nbytes if self._base is not None else 0
+
+    def begin(self, *, partial: bool) -> None:
+        """Have the live values aside, so that the staging set may be written.
+
+        Args:
+            partial: Whether the staging set must hold the live values, too.
+        """
+        if self.live == "staging":
+            self._ready_base().copy_from(self.staging)
+            self.live = "base"
+        elif self.live == "base" and partial:
+            self.restore()
+
+    def restore(self) -> None:
+        """Copy the values that were put aside back into the staging set."""
+        self.staging.copy_from(self._ready_base())
+
+    def changed(self) -> bool | None:
+        """Whether any bit of the two sets differs; None where the live values are not known."""
+        if self.live != "base":
+            return None
+        return not same_bits(self.staging.memory, self._ready_base().memory)
+
+    def spoilt(self) -> Iterator[tuple[str, int]]:
+        """Weights with elements that are not finite where the live ones are: name and number."""
+        if self.live != "base":
+            return
+        base = self._ready_base()
+        for kind, run in self.staging.runs.items():
+            if _all_finite(run):
+                continue
+            for name, new in self.staging.views.items():
+                if self._layout.facts[name].dtype != kind or _all_finite(new):
+                    continue
+                bad = ~_finite(new) & _finite(base.views[name]).to(new.device)
+                count = int(bad.sum())
+                if count:
+                    yield name, count
+
+    def free_base(self) -> int:
+        """Free the base set; returns its bytes."""
+        if self.live == "base":
+            self.restore()
+            self.live = "staging"
+        freed, self._base = self.spare, None
+        return freed
+
+    def _ready_base(self) -> Arena:
+        if self._base is None:
+            on_host = self._keep == "pinned-host"
+            device = torch.device("cpu") if on_host else self._device
+            pinned = on_host and self._device.type == "cuda"
+            self._base = Arena(self._layout, device, pinned=pinned)
+        return self._base
+
+
+def _all_finite(values: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite; ``aminmax`` writes no mask of the same size."""
+    if not values.is_floating_point() or not values.numel():
+        return True
+    if values.dtype.itemsize == 1:
+        return bool(_finite(values).all())
+    low, high = torch.aminmax(values)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _finite(values: torch.Tensor) -> torch.Tensor:
+    """Where elements are finite; the 8-bit floats have no ``isfinite``."""
+    return torch.isfinite(values.float() if values.dtype.itemsize == 1 else values)

@@ -1,0 +1,73 @@
+"""Engines of the C++ runtime: a second engine is refitted, serialized, and put in place.
+
+The C++ runtime lends its engine to nobody. So an engine of our own, made from the same bytes, is
+refitted while the live one goes on serving, and only its bytes go through the transaction. It keeps
+its refitter, so that later refits pay for serializing and replacing only. What it holds between two
+refits does not matter: every refit sets all weights.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from refitkit.builtin.torch_tensorrt import serialized
+from refitkit.builtin.torch_tensorrt.engine import RefitterEngine
+
+if TYPE_CHECKING:
+    from refitkit.builtin.torch_tensorrt.handles import EngineHandle
+
+
+class ShadowEngine(RefitterEngine):
+    """An engine that is refitted by way of its bytes."""
+
+    _own: serialized.Deserialized | None = None
+
+    @property
+    def goes_back_by_bytes(self) -> bool:
+        """Always: the runtime takes nothing else."""
+        return True
+
+    def _engine(self) -> Any:
+        if self._own is None:
+            self._own = serialized.Deserialized(self.handle.engine_bytes(), self._trt)
+        return self._own.engine
+
+    def _staged(self) -> StagedBytes:
+        self.refit()
+        after = serialized.bytes_of(self._engine(), self._trt)
+        return StagedBytes(self, self.handle.engine_bytes(), after)
+
+    def _rehearse(self) -> str:
+        self.refit()  # to whatever the buffers hold: nobody is served by this engine
+        return ""
+
+
+class StagedBytes:
+    """A refitted engine as bytes, on its way into the runtime."""
+
+    def __init__(self, engine: ShadowEngine, before: bytes, after: bytes) -> None:
+        """Made by ``ShadowEngine.stage``."""
+        self._engine, self._before, self._after = engine, before, after
+        self._was = engine.sets.live
+
+    def commit(self) -> None:
+        """Put the refitted engine in place."""
+        _put(self._engine.handle, self._after)
+        self._engine.sets.live = "staging"
+
+    def rollback(self) -> None:
+        """Put the engine from before back."""
+        _put(self._engine.handle, self._before)
+        self._engine.sets.live = self._was
+
+    def discard(self) -> None:
+        """Nothing to do: nobody was served by what was staged."""
+
+    def changed(self) -> bool | None:
+        """Whether any bit differs from the live values; None while those are not known."""
+        return self._engine.sets.changed()
+
+
+def _put(handle: EngineHandle, data: bytes) -> None:
+    handle.drop_captured()
+    handle.replace(data)

@@ -1,0 +1,81 @@
+"""Bringing a caller's values into the staging set of an engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from refitkit.errors import Problem, WeightMismatchError
+from refitkit.program.dtypes import dtype_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from refitkit.builtin.torch_tensorrt.arena import Arena
+    from refitkit.builtin.torch_tensorrt.upload import Uploader
+    from refitkit.builtin.torch_tensorrt.weighttypes import WeightFact
+    from refitkit.protocols import SlotValue
+
+
+def check_names(
+    facts: Mapping[str, WeightFact], values: Sequence[SlotValue], *, partial: bool
+) -> None:
+    """Check that there is one value for each weight, before any is loaded.
+
+    Raises:
+        WeightMismatchError: Lists all that are missing, unknown, or given twice.
+    """
+    problems = list(_name_problems(facts, [value.slot.name for value in values], partial=partial))
+    if problems:
+        message = "The values are not those of the engine's weights."
+        raise WeightMismatchError(message, problems=problems)
+
+
+def _name_problems(
+    facts: Mapping[str, WeightFact], names: Sequence[str], *, partial: bool
+) -> Iterator[Problem]:
+    given = set(names)
+    for name in sorted(given - facts.keys()):
+        yield Problem(name, "unexpected", hint="the engine has no such weight")
+    for name in sorted({name for name in given if names.count(name) > 1}):
+        yield Problem(name, "given twice")
+    for name in sorted(facts.keys() - given) if not partial else ():
+        yield Problem(name, "missing", hint="TensorRT takes all weights, or says which")
+
+
+def fill(
+    arena: Arena,
+    facts: Mapping[str, WeightFact],
+    values: Sequence[SlotValue],
+    uploader: Uploader,
+) -> None:
+    """Copy values that fit; the caller's tensors are free when this returns, or raises.
+
+    Raises:
+        WeightMismatchError: Lists all that do not fit.
+    """
+    problems: list[Problem] = []
+    try:
+        with torch.no_grad():
+            for value in values:
+                tensor, fact = value.load(), facts[value.slot.name]
+                found = list(_misfits(fact, tensor))
+                problems += found
+                if not found:
+                    uploader.copy(arena.views[fact.name], tensor)
+    finally:
+        uploader.finish()
+    if problems:
+        raise WeightMismatchError("Values do not fit the engine.", problems=problems)
+
+
+def _misfits(fact: WeightFact, tensor: torch.Tensor) -> Iterator[Problem]:
+    kind = dtype_name(tensor.dtype)
+    if kind != fact.dtype:
+        yield Problem(fact.name, "dtype", kind, fact.dtype)
+    if tensor.numel() != fact.count:
+        found = f"{tensor.numel()} {tuple(tensor.shape)}"
+        yield Problem(fact.name, "number of elements", found, str(fact.count))
+    elif fact.shape is not None and tuple(tensor.shape) != fact.shape:
+        yield Problem(fact.name, "shape", str(tuple(tensor.shape)), str(fact.shape))

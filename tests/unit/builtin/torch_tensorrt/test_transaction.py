@@ -1,0 +1,143 @@
+"""Whatever TensorRT does, at whichever call: all old weights, or a module that is lost."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from refitkit.errors import ModuleLostError, RefitError, VerificationError
+from tests.fakes import same_state
+from tests.unit.builtin.torch_tensorrt.fake_trt import Refusal
+from tests.unit.builtin.torch_tensorrt.scenes import Scene, expected
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+RUNTIMES = [("python", "python"), ("cpp", "cpp"), ("python", "cpp")]
+PREPARED = ["fresh", "refitted", "adopted", "spoilt"]
+NEW = 2
+KINDS = (RuntimeError, KeyboardInterrupt, Refusal)
+
+
+def calls_of(
+    runtimes: tuple[str, str],
+    prepared: str,
+    *,
+    verdict: bool = True,
+    faults: Mapping[int, BaseException] | None = None,
+) -> list[str]:
+    """Labels of all calls of TensorRT in a refit with these faults."""
+    scene = Scene(runtimes, prepared, verdict=verdict)
+    try:
+        scene.refit(NEW, faults)
+    except BaseException:  # noqa: BLE001 - only what was called matters
+        assert faults or not verdict
+    return scene.wire.calls
+
+
+def attempt(scene: Scene, faults: Mapping[int, BaseException]) -> BaseException | None:
+    try:
+        scene.refit(NEW, faults)
+    except BaseException as exc:  # noqa: BLE001 - judged by the caller
+        return exc
+    return None
+
+
+def assert_lost(scene: Scene, raised: BaseException | None) -> None:
+    assert isinstance(raised, ModuleLostError)
+    scene.wire.arm()
+    with pytest.raises(ModuleLostError):
+        scene.compiled()
+    with pytest.raises(ModuleLostError):
+        scene.refit(NEW)
+
+
+def assert_whole(scene: Scene, raised: BaseException | None) -> None:
+    """Everything holds the weights from before the refit, or those of it: live, called, stored."""
+    seed = scene.seed
+    assert seed == NEW if raised is None else seed != NEW
+    scene.wire.arm()
+    assert same_state(scene.module.holds(), expected(seed))
+    assert same_state(scene.compiled(), expected(seed))
+    stored = scene.module.stored()
+    assert same_state(stored, {k: v for k, v in expected(seed).items() if k in stored})
+    scene.plugin.verdict = True
+    scene.refit(3)  # and it goes on
+    assert same_state(scene.compiled(), expected(3))
+
+
+def assert_never_mixed(scene: Scene, raised: BaseException | None) -> None:
+    if scene.compiled.gate.lost:
+        assert_lost(scene, raised)
+    else:
+        assert_whole(scene, raised)
+
+
+@pytest.mark.parametrize("prepared", PREPARED)
+@pytest.mark.parametrize("runtimes", RUNTIMES)
+def test_a_fault_at_any_call_of_a_good_refit(
+    runtimes: tuple[str, str], prepared: str, subtests: pytest.Subtests
+) -> None:
+    for number, label in enumerate(calls_of(runtimes, prepared)):
+        for kind in KINDS:
+            with subtests.test(number=number, label=label, kind=kind.__name__):
+                scene = Scene(runtimes, prepared)
+                raised = attempt(scene, {number: kind("on purpose")})
+                assert raised is not None
+                assert isinstance(raised, RefitError | KeyboardInterrupt)
+                assert not scene.compiled.gate.lost
+                assert_whole(scene, raised)
+
+
+@pytest.mark.parametrize("prepared", PREPARED)
+@pytest.mark.parametrize("runtimes", RUNTIMES)
+def test_a_fault_at_any_call_of_a_refit_that_is_taken_back(
+    runtimes: tuple[str, str], prepared: str, subtests: pytest.Subtests
+) -> None:
+    good = len(calls_of(runtimes, prepared))
+    labels = calls_of(runtimes, prepared, verdict=False)
+    for number in range(good, len(labels)):
+        for kind in KINDS:
+            with subtests.test(number=number, label=labels[number], kind=kind.__name__):
+                scene = Scene(runtimes, prepared, verdict=False)
+                assert_lost(scene, attempt(scene, {number: kind("on purpose")}))
+
+
+@pytest.mark.parametrize("prepared", ["fresh", "refitted"])
+@pytest.mark.parametrize("runtimes", RUNTIMES)
+def test_two_faults(runtimes: tuple[str, str], prepared: str, subtests: pytest.Subtests) -> None:
+    """After a first fault, whatever is called next fails, too."""
+    lost = 0
+    for first, label in enumerate(calls_of(runtimes, prepared)):
+        faults: dict[int, BaseException] = {first: Refusal("the first")}
+        after = calls_of(runtimes, prepared, faults=faults)
+        for second in range(first + 1, len(after)):
+            with subtests.test(first=label, second=after[second]):
+                scene = Scene(runtimes, prepared)
+                raised = attempt(scene, {**faults, second: RuntimeError("the second")})
+                assert_never_mixed(scene, raised)
+                lost += scene.compiled.gate.lost
+    assert lost  # there are such pairs: else this tests nothing
+
+
+@pytest.mark.parametrize("prepared", PREPARED)
+@pytest.mark.parametrize("runtimes", RUNTIMES)
+def test_a_bad_verdict_brings_old_weights_back(runtimes: tuple[str, str], prepared: str) -> None:
+    scene = Scene(runtimes, prepared, verdict=False)
+    raised = attempt(scene, {})
+    assert isinstance(raised, VerificationError)
+    assert_whole(scene, raised)
+
+
+@pytest.mark.parametrize("prepared", PREPARED)
+@pytest.mark.parametrize("runtimes", RUNTIMES)
+def test_any_number_of_refits(runtimes: tuple[str, str], prepared: str) -> None:
+    scene = Scene(runtimes, prepared)
+    for seed in (2, 3, 3, 4, 2, 5):
+        scene.refit(seed)
+        assert_now = scene.compiled()
+        assert same_state(assert_now, expected(seed))
+        if seed == 4:
+            stored = scene.module.stored()
+            assert same_state(stored, {k: v for k, v in expected(4).items() if k in stored})
