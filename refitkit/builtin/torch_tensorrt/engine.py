@@ -89,8 +89,9 @@ class RefitterEngine:
     @property
     def facts(self) -> Mapping[str, WeightFact]:
         """What the engine asks of each weight."""
+        refitter = self._ready_refitter()
         if self._facts is None:
-            self._facts = self._ready_refitter().facts(self._options.known)
+            self._facts = refitter.facts(self._options.known)
         return self._facts
 
     @property
@@ -173,6 +174,7 @@ class RefitterEngine:
         Raises:
             NotRefittableError: Nobody knows what the others hold.
         """
+        self._ready_refitter()
         if not self.knows_live:
             raise NotRefittableError(
                 f"Nobody knows the present weights of the engine {self.name!r}: TensorRT cannot "

@@ -113,7 +113,8 @@ class PersistentRefitter:
         for _ in range(2 * len(_GUESSES)):
             kind = getattr(self._trt.DataType, guesses[0])
             self._log.take()
-            taken = self._set(name, self._trt.Weights(kind, place.data_ptr(), count), "cpu")
+            address = place.data_ptr() if count else 0
+            taken = self._set(name, self._trt.Weights(kind, address, count), "cpu")
             said = " ".join(self._log.take())
             if taken and not said:
                 return fact_of_trt(name, kind, count)

@@ -154,7 +154,7 @@ class FakeCudaEngine:
 
     def values(self) -> dict[str, torch.Tensor]:
         return {
-            name: torch.frombuffer(bytearray(data), dtype=dtype_of(kind.value)).clone()
+            name: torch.tensor(list(data), dtype=torch.uint8).view(dtype_of(kind.value))
             for name, (kind, data) in self.held.items()
         }
 

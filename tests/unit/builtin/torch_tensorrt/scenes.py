@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +19,7 @@ from tests.unit.builtin.torch_tensorrt.fake_trt import (
     FakeCudaEngine,
     FakeHandle,
     TellingRefitter,
+    engine_from,
     fake_trt,
 )
 
@@ -115,8 +118,6 @@ class TrtModule:
 
     def stored(self) -> Values:
         """What a save would write."""
-        from tests.unit.builtin.torch_tensorrt.fake_trt import engine_from
-
         return {
             f"{handle.name}/{k}": v
             for _, handle in self.made
@@ -124,9 +125,16 @@ class TrtModule:
         }
 
 
+TRACED = torch.fx.symbolic_trace(torch.nn.Linear(2, 2))
+
+
 def torch_module(seed: int) -> torch.fx.GraphModule:
-    torch.manual_seed(seed)
-    return torch.fx.symbolic_trace(torch.nn.Linear(2, 2))
+    module = copy.deepcopy(TRACED)
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in module.parameters():
+            tensor.copy_(torch.randn(tensor.shape, generator=g))
+    return module
 
 
 def weights_of(seed: int) -> Values:
@@ -156,6 +164,13 @@ class Opener:
         return target if isinstance(target, TrtModule) else None
 
 
+@cache
+def made_pipeline() -> tuple[Pipeline, TrippingPlugin]:
+    """One for all scenes: making it takes longer than a refit."""
+    plugin = TrippingPlugin(Tripwire())
+    return Pipeline(plugins=[Opener(), plugin]), plugin
+
+
 class Scene:
     """A module, prepared in one of several ways, to be refitted from weights 1 to weights 2.
 
@@ -168,8 +183,8 @@ class Scene:
     def __init__(self, runtimes: tuple[str, str], prepared: str, *, verdict: bool = True) -> None:
         self.wire = Tripwire()
         self.module = TrtModule(runtimes, self.wire)
-        self.plugin = TrippingPlugin(Tripwire())
-        self.pipeline = Pipeline(plugins=[Opener(), self.plugin])
+        self.pipeline, self.plugin = made_pipeline()
+        self.plugin.verdict = True
         self.compiled = self.pipeline.load(self.module)
         self.seed = 0
         if prepared in {"refitted", "spoilt"}:

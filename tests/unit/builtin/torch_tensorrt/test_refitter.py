@@ -1,0 +1,196 @@
+"""The wrapper of ``tensorrt.Refitter``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from refitkit.builtin.torch_tensorrt import serialized
+from refitkit.builtin.torch_tensorrt.refitter import PersistentRefitter
+from refitkit.errors import EngineError, NotRefittableError
+from tests.fakes import Tripwire, same_state, slot_for
+from tests.unit.builtin.torch_tensorrt.fake_trt import (
+    DataType,
+    FakeCudaEngine,
+    FakeRefitter,
+    Flags,
+    OldFlags,
+    Refusal,
+    TellingRefitter,
+    engine_from,
+    fake_trt,
+)
+from tests.unit.builtin.torch_tensorrt.scenes import CPU
+
+VALUES = {
+    "w": torch.arange(6.0),
+    "h": torch.ones(3).half(),
+    "i": torch.arange(4),
+    "f8": torch.ones(2).to(torch.float8_e4m3fn),
+    "one": torch.tensor([7.0]),
+    "none": torch.zeros(0),
+}
+
+
+def made(kind: type[FakeRefitter] = TellingRefitter, *groups: Any) -> tuple[Any, Any]:
+    wire = Tripwire()
+    engine = FakeCudaEngine.of(VALUES, wire, *groups)
+    return PersistentRefitter(engine, fake_trt(wire, kind), CPU), engine
+
+
+def facts_as_tuples(facts: Any) -> Any:
+    return {name: (fact.dtype, fact.count) for name, fact in facts.items()}
+
+
+WANTED = {name: (str(v.dtype)[6:], v.numel()) for name, v in VALUES.items()}
+
+
+def test_facts_come_from_prototypes() -> None:
+    refitter, _ = made()
+    assert facts_as_tuples(refitter.facts({})) == WANTED
+
+
+def test_shapes_come_from_what_is_known_where_it_fits() -> None:
+    refitter, _ = made()
+    known = {"w": slot_for("w", torch.zeros(2, 3)), "h": slot_for("h", torch.zeros(9))}
+    facts = refitter.facts(known)
+    assert (facts["w"].shape, facts["h"].shape) == ((2, 3), None)
+    assert facts_as_tuples(facts) == WANTED
+
+
+def test_old_versions_are_asked_by_trying() -> None:
+    refitter, _ = made(FakeRefitter)
+    facts = refitter.facts({})
+    assert facts_as_tuples(facts) == WANTED
+
+
+def test_old_versions_believe_what_is_known() -> None:
+    refitter, engine = made(FakeRefitter)
+    engine.held = {"w": engine.held["w"]}
+    facts = refitter.facts({"w": slot_for("w", torch.zeros(2, 3))})
+    assert facts["w"].shape == (2, 3)
+    assert not [label for label in engine.wire.calls if label.startswith("set")]
+
+
+def test_what_nobody_knows_is_named() -> None:
+    class Mute(FakeRefitter):
+        def set_named_weights(self, *args: Any) -> bool:
+            return False
+
+    refitter, _ = made(Mute)
+    with pytest.raises(NotRefittableError, match="plan") as info:
+        refitter.facts({})
+    assert [problem.subject for problem in info.value.problems] == list(VALUES)
+
+
+def test_types_of_half_a_byte_are_kept_in_bytes() -> None:
+    refitter, engine = made()
+
+    class Half:
+        dtype, size = DataType.FP4, 5
+
+    engine.held = {"q": (DataType.INT8, b"abc")}
+    refitter._refitter.get_weights_prototype = lambda name: Half
+    fact = refitter.facts({})["q"]
+    assert (fact.dtype, fact.count, fact.trt_type, fact.trt_count) == ("uint8", 3, "FP4", 5)
+
+
+def test_types_that_torch_lacks_are_refused() -> None:
+    refitter, engine = made()
+    engine.held["c"] = (DataType.COMPLEX, b"\0" * 8)
+    with pytest.raises(NotRefittableError, match="c: dtype, found TensorRT's COMPLEX"):
+        refitter.facts({})
+
+
+def bound(kind: type[FakeRefitter] = TellingRefitter) -> tuple[Any, Any, Any]:
+    refitter, engine = made(kind)
+    buffers = {name: v.clone() for name, v in VALUES.items()}
+    refitter.bind(refitter.facts({}), buffers)
+    return refitter, engine, buffers
+
+
+@pytest.mark.parametrize("kind", [TellingRefitter, FakeRefitter])
+def test_names_are_set_once_for_many_refits(kind: type[FakeRefitter]) -> None:
+    refitter, engine, buffers = bound(kind)
+    sets = refitter._refitter.sets
+    for fill in (1, 2, 3):
+        buffers["w"].fill_(fill)
+        refitter.refit()
+        assert same_state(engine.values(), buffers)
+    assert refitter._refitter.sets == sets
+
+
+def test_what_tensorrt_refuses_is_listed_with_its_reasons() -> None:
+    refitter, _ = made()
+    facts = refitter.facts({})
+    bad = {**VALUES, "w": torch.arange(6)}
+    facts["w"] = type(facts["w"])("w", "int64", 6, "INT64", 6)
+    facts["h"] = type(facts["h"])("h", "float16", 2, "HALF", 2)
+    with pytest.raises(EngineError, match=r"prototype data type FLOAT.*prototype count 3") as info:
+        refitter.bind(facts, bad)
+    assert [(p.subject, p.kind) for p in info.value.problems] == [
+        ("w", "refused"),
+        ("h", "refused"),
+    ]
+    assert "chatter" not in str(info.value)
+
+
+def test_missing_weights_of_a_group_are_listed() -> None:
+    refitter, _ = made(TellingRefitter, ("w", "h"))
+    facts = refitter.facts({})
+    with pytest.raises(EngineError) as info:
+        refitter.bind(facts, {"w": VALUES["w"].clone()})
+    assert [(p.subject, p.kind) for p in info.value.problems] == [("h", "missing")]
+    with pytest.raises(EngineError, match="needed Weights") as info:
+        refitter.refit()
+    assert [(p.subject, p.kind) for p in info.value.problems] == [("h", "missing")]
+
+
+def test_a_failed_refit_tells_why() -> None:
+    refitter, engine, _ = bound()
+    engine.wire.arm({0: Refusal()})
+    with pytest.raises(EngineError, match="TensorRT says: could not refit"):
+        refitter.refit()
+
+
+def test_engines_without_the_flag_are_refused() -> None:
+    wire = Tripwire()
+    engine = FakeCudaEngine(wire, {}, refittable=False)
+    with pytest.raises(NotRefittableError, match="immutable_weights=False"):
+        PersistentRefitter(engine, fake_trt(wire), CPU)
+
+
+@pytest.mark.parametrize("flags", [Flags, OldFlags])
+def test_bytes_hold_the_weights_and_can_be_refitted_again(flags: Any) -> None:
+    wire = Tripwire()
+    trt = fake_trt(wire, flags=flags)
+    engine = FakeCudaEngine.of(VALUES, wire)
+    data = serialized.bytes_of(engine, trt)
+    again = serialized.Deserialized(data, trt).engine
+    assert same_state(again.values(), engine.values())
+    assert again.refittable is (flags is Flags)
+    assert same_state(engine_from(data, wire).values(), engine.values())
+
+
+@pytest.mark.parametrize("label", ["set_flag", "serialize", "deserialize"])
+def test_refusals_of_bytes_are_errors(label: str) -> None:
+    wire = Tripwire()
+    trt, engine = fake_trt(wire), FakeCudaEngine.of(VALUES, wire)
+    data = serialized.bytes_of(engine, trt)
+    serialized.Deserialized(data, trt)
+    faults = {wire.calls.index(label): Refusal()}
+    wire.arm(faults)
+    with pytest.raises(EngineError, match=r"serialize|no such engine"):
+        serialized.Deserialized(serialized.bytes_of(engine, trt), trt)
+
+
+def test_a_flag_that_does_not_go_away_is_an_error() -> None:
+    wire = Tripwire()
+    engine = FakeCudaEngine.of(VALUES, wire)
+    config = engine.create_serialization_config()
+    config.clear_flag = lambda flag: False
+    engine.create_serialization_config = lambda: config
+    with pytest.raises(EngineError, match="EXCLUDE_WEIGHTS"):
+        serialized.bytes_of(engine, fake_trt(wire))
