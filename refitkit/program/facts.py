@@ -119,7 +119,9 @@ def graph_lines(
         numbers[node] = number
         shown = targets.get(node.name, "") if node.op == "placeholder" else str(node.target)
         arguments = _canonical((node.args, node.kwargs), numbers)
-        meta = _canonical(node.meta.get("val"), numbers)
+        # a program that was written and read again tells the output's shapes once more
+        value = None if node.op == "output" else node.meta.get("val")
+        meta = _canonical(value, numbers)
         yield f"{node.op} {shown} {arguments} {meta}\n"
         for inner in submodules_of(node):
             yield from graph_lines(inner)
