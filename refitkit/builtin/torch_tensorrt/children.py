@@ -1,0 +1,338 @@
+"""The engines in a target, each behind an :class:`~.handles.EngineHandle`.
+
+Three kinds of holders: upstream's ``TorchTensorRTModule`` (2.11 to 2.14, either runtime), its
+``PythonTorchTensorRTModule`` (2.11 and 2.12), and plain attributes, where an exported or retraced
+program keeps its engines.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from refitkit.builtin.torch_tensorrt import upstream
+from refitkit.builtin.torch_tensorrt.engine_info import (
+    ENGINE,
+    EngineInfo,
+    info_of,
+    is_python_engine,
+)
+from refitkit.builtin.torch_tensorrt.metadata import read_metadata
+from refitkit.builtin.torch_tensorrt.settings import settings_from
+from refitkit.builtin.torch_tensorrt.stale import Stored, watch_child, watch_engine
+from refitkit.errors import EngineError, UnsupportedTargetError, raised_as
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, MutableMapping
+
+    from refitkit.builtin.torch_tensorrt.handles import Runtime
+
+_CARRIED = ("use_pre_allocated_outputs", "use_output_allocator_outputs")
+"""What users set on a live engine and upstream does not store."""
+
+
+class ModuleEngine:
+    """The engine of a ``TorchTensorRTModule``; see :class:`~.handles.EngineHandle`."""
+
+    def __init__(self, name: str, child: Any) -> None:
+        """Found by ``find_engines``."""
+        self.name = name
+        self.child = child
+        self._stored = Stored(self._store, self._watch)
+
+    @property
+    def runtime(self) -> Runtime:
+        """Which runtime holds it, or will once it is set up."""
+        if self.child.engine is not None:
+            return "python" if is_python_engine(self.child.engine) else "cpp"
+        features = upstream.torch_tensorrt().ENABLED_FEATURES
+        return "cpp" if features.torch_tensorrt_runtime else "python"
+
+    @property
+    def settings(self) -> Any:
+        """Its ``CompilationSettings``."""
+        return self.child.settings
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of its inputs, in order."""
+        return tuple(self.child.input_binding_names)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of its outputs, in order."""
+        return tuple(self.child.output_binding_names)
+
+    @property
+    def weight_name_map(self) -> Any:
+        """The cached map of 2.11 and 2.12."""
+        return getattr(self.child, "weight_name_map", None)
+
+    def set_up(self) -> None:
+        """Have upstream deserialize the engine, where that was put off."""
+        if self.child.engine is None:
+            _set_up(self.child, self.name)
+
+    def engine_bytes(self) -> bytes:
+        """The stored engine."""
+        self._stored.flush()
+        return bytes(self.child.serialized_engine)
+
+    def cuda_engine(self) -> Any:
+        """The live ``ICudaEngine`` of the Python runtime, set up on first need."""
+        if self.runtime == "cpp":
+            return None
+        self.set_up()
+        return self.child.engine.cuda_engine
+
+    def replace(self, engine_bytes: bytes) -> None:
+        """Put another engine in its place."""
+        child, engine, stored = self.child, self.child.engine, self.engine_bytes()
+        child.serialized_engine = engine_bytes
+        if engine is None:
+            return
+        child.engine = None
+        try:
+            with raised_as(EngineError, f"torch_tensorrt refuses the new engine of {self.name!r}"):
+                child.setup_engine()
+                _carry_over(engine, child.engine)
+        except BaseException:
+            child.serialized_engine, child.engine = stored, engine
+            raise
+
+    def part_from(self, other: ModuleEngine) -> None:
+        """Have an engine object of its own, where a copy shares the original's.
+
+        Raises:
+            EngineError: torch_tensorrt refuses the bytes.
+        """
+        if self.child.engine is not None and self.child.engine is other.child.engine:
+            self.replace(other.engine_bytes())
+
+    def on_stale(self, flush: Callable[[], bytes] | None) -> None:
+        """Note that the stored bytes are stale."""
+        self._stored.clear() if flush is None else self._stored.mark(flush)
+
+    def drop_captured(self) -> None:
+        """Drop captured CUDA graphs."""
+        if self.child.engine is not None:
+            _drop_captured(self.child.engine)
+
+    def _store(self, engine_bytes: bytes) -> None:
+        self.child.serialized_engine = engine_bytes
+        if is_python_engine(self.child.engine):
+            _store_in_engine(self.child.engine, engine_bytes)
+
+    def _watch(self, stored: Stored) -> Callable[[], None]:
+        ends = [watch_child(self.child, stored)]
+        if is_python_engine(self.child.engine):
+            ends.append(watch_engine(self.child.engine, stored))
+        return lambda: _call_all(ends)
+
+
+class PythonModuleEngine:
+    """The engine of a ``PythonTorchTensorRTModule``; see :class:`~.handles.EngineHandle`."""
+
+    runtime: Runtime = "python"
+
+    def __init__(self, name: str, child: Any) -> None:
+        """Found by ``find_engines``."""
+        self.name = name
+        self.child = child
+        self._stored = Stored(self._store, lambda stored: watch_child(child, stored))
+
+    @property
+    def settings(self) -> Any:
+        """Its ``CompilationSettings``."""
+        return self.child.settings
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of its inputs, in order."""
+        return tuple(self.child.input_names)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of its outputs, in order."""
+        return tuple(self.child.output_names)
+
+    @property
+    def weight_name_map(self) -> Any:
+        """The cached map of 2.11 and 2.12."""
+        return self.child.weight_name_map
+
+    def set_up(self) -> None:
+        """Have upstream deserialize the engine, where that was put off."""
+        if self.child.engine is None:
+            _set_up(self.child, self.name)
+
+    def engine_bytes(self) -> bytes:
+        """The stored engine."""
+        self._stored.flush()
+        return bytes(self.child.serialized_engine)
+
+    def cuda_engine(self) -> Any:
+        """The live ``ICudaEngine``, set up on first need."""
+        self.set_up()
+        return self.child.engine
+
+    def replace(self, engine_bytes: bytes) -> None:
+        """Put another engine in its place."""
+        child = self.child
+        kept = {"serialized_engine": self.engine_bytes()}
+        kept |= {
+            name: getattr(child, name) for name in ("engine", "context") if name in vars(child)
+        }
+        child.serialized_engine = engine_bytes
+        if kept.get("engine") is None:
+            return
+        try:
+            with raised_as(EngineError, f"torch_tensorrt refuses the new engine of {self.name!r}"):
+                child.setup_engine()
+        except BaseException:
+            for name, value in kept.items():
+                setattr(child, name, value)
+            raise
+        self.drop_captured()
+
+    def on_stale(self, flush: Callable[[], bytes] | None) -> None:
+        """Note that the stored bytes are stale."""
+        self._stored.clear() if flush is None else self._stored.mark(flush)
+
+    def drop_captured(self) -> None:
+        """Drop captured CUDA graphs."""
+        _drop_captured(self.child)
+
+    def _store(self, engine_bytes: bytes) -> None:
+        self.child.serialized_engine = engine_bytes
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where somebody keeps an engine.
+
+    Attributes:
+        of: An object's ``__dict__`` or a mapping.
+        key: Its name there.
+    """
+
+    of: MutableMapping[str, Any]
+    key: str
+
+
+class AttributeEngine:
+    """An engine that is kept as it is, without a child; see :class:`~.handles.EngineHandle`."""
+
+    def __init__(self, name: str, places: Iterable[Place]) -> None:
+        """Found by ``find_engines``.
+
+        Args:
+            name: Name of the engine.
+            places: All that keep it; at least one.
+
+        Raises:
+            NotRefittableError: It has no metadata.
+            UnsupportedTargetError: Its metadata is refused.
+        """
+        self.name = name
+        self._places = tuple(places)
+        info = info_of(self.engine, name)
+        metadata = read_metadata(info.metadata, name)
+        self.settings = settings_from(metadata.settings, name)
+        self.weight_name_map = metadata.weight_name_map
+        self.input_names = info.input_names
+        self.output_names = info.output_names
+        self._stored = Stored(
+            lambda engine_bytes: _store_in_engine(self.engine, engine_bytes),
+            lambda stored: watch_engine(self.engine, stored),
+        )
+
+    @property
+    def engine(self) -> Any:
+        """Upstream's engine."""
+        return self._places[0].of[self._places[0].key]
+
+    @property
+    def runtime(self) -> Runtime:
+        """Which runtime holds it."""
+        return "python" if is_python_engine(self.engine) else "cpp"
+
+    def set_up(self) -> None:
+        """Nothing: an engine without a child is always set up."""
+
+    def engine_bytes(self) -> bytes:
+        """The stored engine."""
+        self._stored.flush()
+        return info_of(self.engine, self.name).engine_bytes
+
+    def cuda_engine(self) -> Any:
+        """The live ``ICudaEngine`` of the Python runtime."""
+        return self.engine.cuda_engine if self.runtime == "python" else None
+
+    def replace(self, engine_bytes: bytes) -> None:
+        """Put another engine in its place."""
+        self._stored.flush()
+        old = self.engine
+        with raised_as(EngineError, f"torch_tensorrt refuses the new engine of {self.name!r}"):
+            new = _remade(old, info_of(old, self.name).holding(engine_bytes))
+            _carry_over(old, new)
+        for place in self._places:
+            place.of[place.key] = new
+
+    def on_stale(self, flush: Callable[[], bytes] | None) -> None:
+        """Note that the stored bytes are stale."""
+        self._stored.clear() if flush is None else self._stored.mark(flush)
+
+    def drop_captured(self) -> None:
+        """Drop captured CUDA graphs."""
+        _drop_captured(self.engine)
+
+
+def _set_up(child: Any, name: str) -> None:
+    if not upstream.has_gpu():
+        raise UnsupportedTargetError(
+            f"The engine {name!r} is not set up, and that needs a GPU.",
+            hint="Without a GPU, plan and build with backend='tensorrt_network'.",
+        )
+    with raised_as(EngineError, f"torch_tensorrt cannot set up the engine {name!r}"):
+        child.setup_engine()
+
+
+def _remade(engine: Any, info: EngineInfo) -> Any:
+    if is_python_engine(engine):
+        return type(engine)(info.packed())
+    return torch.classes.tensorrt.Engine(info.packed())
+
+
+def _carry_over(old: Any, new: Any) -> None:
+    """Give a new engine what users set on the old one and its bytes do not tell."""
+    for name in _CARRIED:
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))
+    new.set_output_tensors_as_unowned(old.are_output_tensors_unowned())
+
+
+def _store_in_engine(engine: Any, engine_bytes: bytes) -> None:
+    engine.serialized_info[ENGINE] = engine_bytes
+    engine.serialized_engine = engine_bytes
+
+
+def _drop_captured(holder: Any) -> None:
+    """Drop a captured graph, and have the next call capture again.
+
+    The Python runtimes capture only when something changed, and replay what is not there otherwise
+    (``TorchTRTRuntimeStates`` in ``_PythonTorchTensorRTModule.py`` of 2.11, ``_TRTEngine.py`` of
+    2.14).
+    """
+    reset = getattr(holder, "reset_captured_graph", None)
+    (reset or holder._reset_captured_graph)()  # noqa: SLF001 - the name that 2.11 has for it
+    with suppress(AttributeError):
+        holder.runtime_states.context_changed = True
+
+
+def _call_all(functions: Iterable[Callable[[], None]]) -> None:
+    for function in functions:
+        function()

@@ -1,0 +1,108 @@
+"""An opened target: call it, save it, open it a second time."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from refitkit.builtin.torch_tensorrt import NAME
+from refitkit.builtin.torch_tensorrt.copying import as_program, duplicate
+from refitkit.builtin.torch_tensorrt.program_file import extra_files
+from refitkit.errors import EngineError, InputMismatchError, raised_as
+from refitkit.recipe.archive import replacing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from refitkit.builtin.torch_tensorrt.handles import EngineHandle
+    from refitkit.builtin.torch_tensorrt.targets import Target
+    from refitkit.protocols import Engine
+
+
+@dataclass(frozen=True)
+class Makers:
+    """What makes refittable units.
+
+    Attributes:
+        engine: Of a TensorRT engine.
+        torch_part: Of a part that torch executes, by its name.
+    """
+
+    engine: Callable[[EngineHandle], Engine]
+    torch_part: Callable[[str, torch.nn.Module], Engine]
+
+
+@dataclass
+class TorchTensorRTOpened:
+    """An opened target; see :class:`refitkit.protocols.OpenedModule`.
+
+    Engines that were stripped of their weights (``target.stripped``) answer with zeros until the
+    first full refit. Upstream's own modules do; it is not refused here.
+
+    Attributes:
+        target: What was opened.
+        makers: What makes its refittable units.
+        attachments: What was saved beside the engines.
+    """
+
+    target: Target
+    makers: Makers
+    attachments: Mapping[str, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        engines = {name: self.makers.engine(one) for name, one in self.target.engines.items()}
+        parts = self.target.torch_parts.items()
+        self._engines = {**engines, **{name: self.makers.torch_part(name, p) for name, p in parts}}
+
+    @property
+    def backend(self) -> str:
+        """``torch_tensorrt``."""
+        return NAME
+
+    @property
+    def engines(self) -> Mapping[str, Engine]:
+        """TensorRT engines and parts that torch executes, by name of the child."""
+        return self._engines
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Call the target as it is; inputs are not moved, outputs have no gradient history."""
+        module = self.target.module
+        try:
+            inspect.signature(module.forward).bind(*args, **kwargs)
+        except TypeError as exc:
+            raise InputMismatchError(f"The inputs do not fit the model: {exc}") from exc
+        for engine in self.target.engines.values():
+            engine.set_up()
+        with torch.no_grad(), raised_as(EngineError, "The compiled module failed"):
+            return module(*args, **kwargs)
+
+    def probe(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Call it, then put back all buffers."""
+        buffers = list(self.target.module.buffers())
+        kept = [buffer.detach().clone() for buffer in buffers]
+        try:
+            return self.run(args, kwargs)
+        finally:
+            with torch.no_grad():
+                for buffer, value in zip(buffers, kept, strict=True):
+                    buffer.copy_(value)
+
+    def drain(self) -> None:
+        """Wait for pending work of all devices."""
+        if torch.cuda.is_available():
+            for device in range(torch.cuda.device_count()):
+                torch.cuda.synchronize(device)
+
+    def save(self, path: Path, attachments: Mapping[str, bytes]) -> None:
+        """Write a file that ``torch_tensorrt.load`` loads, too."""
+        program = as_program(self.target)
+        with replacing(path) as file:
+            torch.export.save(program, file, extra_files=extra_files(attachments))
+
+    def reopen(self) -> TorchTensorRTOpened:
+        """A second, independent one with the same present weights."""
+        return TorchTensorRTOpened(duplicate(self.target), self.makers, self.attachments)
