@@ -424,6 +424,24 @@ def test_a_refused_engine_leaves_the_old_one(target: Any, runtime: str, parts: P
     assert engine.engine_bytes() == parts.engine_bytes[FIRST]
 
 
+def test_replacing_never_serializes_the_engine_that_goes(
+    torch_tensorrt: Any, parts: Parts, python_runtime: None
+) -> None:
+    for kind in KINDS.values():
+        target = kind(compiled(parts, compilation_settings(torch_tensorrt)))
+        engine = opened(target).target.engines[FIRST]
+        serialize = Serialize()
+        engine.on_stale(serialize)
+        with pytest.raises(EngineError):
+            engine.replace(REFUSED)
+        assert serialize.calls == 0
+        assert engine.engine_bytes() == FRESH  # what was pending still was
+        engine.on_stale(serialize)
+        engine.replace(b"vtrt another")
+        assert engine.engine_bytes() == b"vtrt another"
+        assert serialize.calls == 1
+
+
 def test_what_users_set_on_an_engine_stays(target: Any, runtime: str) -> None:
     engine: Any = opened(target).target.engines[FIRST]
     held = engine.child.engine if hasattr(engine, "child") else engine.engine

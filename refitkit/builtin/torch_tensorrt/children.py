@@ -7,7 +7,7 @@ program keeps its engines.
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from refitkit.builtin.torch_tensorrt.stale import Stored, watch_child, watch_eng
 from refitkit.errors import EngineError, UnsupportedTargetError, raised_as
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, MutableMapping
+    from collections.abc import Callable, Iterable, Iterator, MutableMapping
 
     from refitkit.builtin.torch_tensorrt.handles import Runtime
 
@@ -90,18 +90,13 @@ class ModuleEngine:
 
     def replace(self, engine_bytes: bytes) -> None:
         """Put another engine in its place."""
-        child, engine, stored = self.child, self.child.engine, self.engine_bytes()
-        child.serialized_engine = engine_bytes
-        if engine is None:
-            return
-        child.engine = None
-        try:
-            with raised_as(EngineError, f"torch_tensorrt refuses the new engine of {self.name!r}"):
-                child.setup_engine()
-                _carry_over(engine, child.engine)
-        except BaseException:
-            child.serialized_engine, child.engine = stored, engine
-            raise
+        refused = raised_as(EngineError, f"torch_tensorrt refuses the engine for {self.name!r}")
+        with self._stored.replaced(), _kept(self.child, ("serialized_engine", "engine")), refused:
+            engine, self.child.engine = self.child.engine, None
+            self.child.serialized_engine = engine_bytes
+            if engine is not None:
+                self.child.setup_engine()
+                _carry_over(engine, self.child.engine)
 
     def part_from(self, other: ModuleEngine) -> None:
         """Have an engine object of its own, where a copy shares the original's.
@@ -181,22 +176,13 @@ class PythonModuleEngine:
 
     def replace(self, engine_bytes: bytes) -> None:
         """Put another engine in its place."""
-        child = self.child
-        kept = {"serialized_engine": self.engine_bytes()}
-        kept |= {
-            name: getattr(child, name) for name in ("engine", "context") if name in vars(child)
-        }
-        child.serialized_engine = engine_bytes
-        if kept.get("engine") is None:
-            return
-        try:
-            with raised_as(EngineError, f"torch_tensorrt refuses the new engine of {self.name!r}"):
-                child.setup_engine()
-        except BaseException:
-            for name, value in kept.items():
-                setattr(child, name, value)
-            raise
-        self.drop_captured()
+        names = ("serialized_engine", "engine", "context")
+        refused = raised_as(EngineError, f"torch_tensorrt refuses the engine for {self.name!r}")
+        with self._stored.replaced(), _kept(self.child, names), refused:
+            self.child.serialized_engine = engine_bytes
+            if self.child.engine is not None:
+                self.child.setup_engine()
+                self.drop_captured()
 
     def on_stale(self, flush: Callable[[], bytes] | None) -> None:
         """Note that the stored bytes are stale."""
@@ -274,9 +260,9 @@ class AttributeEngine:
 
     def replace(self, engine_bytes: bytes) -> None:
         """Put another engine in its place."""
-        self._stored.flush()
         old = self.engine
-        with raised_as(EngineError, f"torch_tensorrt refuses the new engine of {self.name!r}"):
+        refused = raised_as(EngineError, f"torch_tensorrt refuses the engine for {self.name!r}")
+        with self._stored.replaced(), refused:
             new = _remade(old, info_of(old, self.name).holding(engine_bytes))
             _carry_over(old, new)
         for place in self._places:
@@ -289,6 +275,17 @@ class AttributeEngine:
     def drop_captured(self) -> None:
         """Drop captured CUDA graphs."""
         _drop_captured(self.engine)
+
+
+@contextmanager
+def _kept(child: Any, names: Iterable[str]) -> Iterator[None]:
+    """Put attributes back where something fails."""
+    kept = {name: vars(child)[name] for name in names if name in vars(child)}
+    try:
+        yield
+    except BaseException:
+        vars(child).update(kept)
+        raise
 
 
 def _set_up(child: Any, name: str) -> None:

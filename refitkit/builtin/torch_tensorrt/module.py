@@ -33,7 +33,7 @@ class Makers:
     """
 
     engine: Callable[[EngineHandle], Engine]
-    torch_part: Callable[[str, torch.nn.Module], Engine]
+    torch_part: Callable[[str, torch.fx.GraphModule], Engine]
 
 
 @dataclass

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from refitkit.builtin.torch_tensorrt import upstream
-from refitkit.builtin.torch_tensorrt.module import Makers, TorchTensorRTOpened
+from refitkit.builtin.torch_tensorrt.making import default_makers
+from refitkit.builtin.torch_tensorrt.module import TorchTensorRTOpened
 from refitkit.builtin.torch_tensorrt.program_file import ProgramFile, read_program_file
 from refitkit.builtin.torch_tensorrt.targets import understand
 from refitkit.errors import UnsupportedTargetError, raised_as
@@ -16,8 +17,10 @@ from refitkit.errors import UnsupportedTargetError, raised_as
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from refitkit.builtin.torch_tensorrt.module import Makers
 
-def open_target(target: object, makers: Makers) -> TorchTensorRTOpened | None:
+
+def open_target(target: object, makers: Makers | None = None) -> TorchTensorRTOpened | None:
     """Open a target; None where it is none of this backend's. The target is not changed.
 
     Opening a file loads it with torch, which runs code of whoever made it, in spite of the checks
@@ -25,13 +28,15 @@ def open_target(target: object, makers: Makers) -> TorchTensorRTOpened | None:
 
     Args:
         target: A compiled module, a program with engines in it, a file, or anything else.
-        makers: What makes refittable units.
+        makers: What makes refittable units; by default :func:`~.making.default_makers`.
 
     Raises:
         UnsupportedTargetError: It is damaged, hostile, or needs a GPU.
         NotRefittableError: It cannot take other weights; names the flag to set.
         ToolchainError: It is a file, and torch_tensorrt is not installed.
     """
+    if makers is None:
+        makers = default_makers()
     if isinstance(target, Path):
         return _open_file(target, makers) if target.is_file() else None
     if not upstream.is_imported():

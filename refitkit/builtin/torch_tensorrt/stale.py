@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -50,13 +51,28 @@ class Stored:
             if self._unwatch is None:
                 self._unwatch = self._watch(self)
 
-    def clear(self) -> None:
-        """The bytes are right as they are."""
+    def clear(self) -> Callable[[], bytes] | None:
+        """The bytes are right as they are; returns what was to be called."""
         with self._lock:
-            self._serialize = None
+            pending, self._serialize = self._serialize, None
             if self._unwatch is not None:
                 unwatch, self._unwatch = self._unwatch, None
                 unwatch()
+            return pending
+
+    @contextmanager
+    def replaced(self) -> Iterator[None]:
+        """Forget what is pending, unless what is done meanwhile fails: the engine is replaced.
+
+        It is not called: the engine which it would serialize may be the one to go.
+        """
+        pending = self.clear()
+        try:
+            yield
+        except BaseException:
+            if pending is not None:
+                self.mark(pending)
+            raise
 
     def flush(self) -> None:
         """Bring the bytes up to date. When that fails they are still stale, and nobody saw them."""

@@ -19,7 +19,7 @@ from refitkit.builtin.torch_tensorrt.settings import agreed, check_refittable, i
 from refitkit.errors import Problem, UnsupportedTargetError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, MutableMapping
+    from collections.abc import Mapping, MutableMapping, Sequence
 
 Handle = ModuleEngine | PythonModuleEngine | AttributeEngine
 
@@ -43,14 +43,17 @@ class Target:
         torch_parts: What torch executes, by name of the child; ``REST`` for state of the target's
             own: all of it, where the program is inlined.
         settings: The ``CompilationSettings`` that all engines share.
+        inlined: Whether the parts that torch executes are inlined, so that ``REST`` has their
+            state.
         stripped: Whether the engines hold zeros until they are refitted in full.
         program: The program that the module was made from, where that is the target.
     """
 
     module: torch.nn.Module
     engines: Mapping[str, Handle]
-    torch_parts: Mapping[str, torch.nn.Module]
+    torch_parts: Mapping[str, torch.fx.GraphModule]
     settings: Any
+    inlined: bool = False
     stripped: bool = False
     program: ExportedProgram | None = field(default=None, repr=False)
 
@@ -117,6 +120,7 @@ def _understood(
         engines=engines,
         torch_parts=_torch_parts(module, engines),
         settings=settings,
+        inlined=_is_inlined(module, engines),
         stripped=is_stripped(settings),
         program=program,
     )
@@ -198,33 +202,41 @@ def _same(engine: Any, constants: MutableMapping[str, Any]) -> list[Place]:
 
 def _torch_parts(
     root: torch.nn.Module, engines: Mapping[str, Handle]
-) -> dict[str, torch.nn.Module]:
-    children = dict(root.named_children())
-    if not engines.keys() & children.keys():  # inlined: the parts' state lies side by side
-        return {REST: root} if _state(root) else {}
+) -> dict[str, torch.fx.GraphModule]:
+    if _is_inlined(root, engines):  # the parts' state lies side by side
+        names = _names(root)
+        return {REST: _holder(root, names)} if names else {}
     parts = {
-        name: child for name, child in children.items() if name not in engines and _is_part(child)
+        name: _graph(child)
+        for name, child in root.named_children()
+        if name not in engines and _is_part(child)
     }
-    own = _own_state(root)
-    return parts if own is None else {**parts, REST: own}
+    own = [name for name in _names(root) if "." not in name]
+    return {**parts, REST: _holder(root, own)} if own else parts
+
+
+def _is_inlined(root: torch.nn.Module, engines: Mapping[str, Handle]) -> bool:
+    return not engines.keys() & dict(root.named_children()).keys()
 
 
 def _is_part(child: torch.nn.Module) -> bool:
     if isinstance(child, torch.export._unlift.GuardsFn):  # noqa: SLF001 - it has no public name
         return False
-    return isinstance(child, torch.fx.GraphModule) or bool(_state(child))
+    return isinstance(child, torch.fx.GraphModule) or bool(_names(child))
 
 
-def _state(module: torch.nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]
+def _names(module: torch.nn.Module) -> list[str]:
+    # a tied tensor has several names
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return [*parameters, *dict(module.named_buffers(remove_duplicate=False))]
 
 
-def _own_state(root: torch.nn.Module) -> torch.nn.Module | None:
-    """A module of the very tensors that lie in the root itself."""
-    own = torch.nn.Module()
-    for name, parameter in root.named_parameters(recurse=False):
-        own.register_parameter(name, parameter)
-    fleeting = root._non_persistent_buffers_set  # noqa: SLF001 - a state_dict would pack engines
-    for name, buffer in root.named_buffers(recurse=False):
-        own.register_buffer(name, buffer, persistent=name not in fleeting)
-    return own if _state(own) else None
+def _graph(child: torch.nn.Module) -> torch.fx.GraphModule:
+    return child if isinstance(child, torch.fx.GraphModule) else _holder(child, _names(child))
+
+
+def _holder(module: torch.nn.Module, names: Sequence[str]) -> torch.fx.GraphModule:
+    """A module of the very tensors that another has under these names, and of nothing else."""
+    graph = torch.fx.Graph()
+    graph.output(tuple(graph.get_attr(name) for name in names))
+    return torch.fx.GraphModule(module, graph)
