@@ -45,7 +45,8 @@ _ARGUMENTS: Mapping[Op, tuple[tuple[Role, str], ...]] = {
     "embedding": (("weight", "weight"),),
     "layer_norm": (("weight", "weight"), ("bias", "bias")),
 }
-_STATISTICS = ("weight", "bias", "running_mean", "running_var")
+_STATISTICS: tuple[Role, ...] = ("weight", "bias", "running_mean", "running_var")
+_FOLDED: tuple[Role, ...] = ("scale", "shift")
 
 
 @dataclass(frozen=True)
@@ -103,20 +104,24 @@ def _of(node: Node, leaves: Mapping[str, str]) -> Iterator[Operand]:
 def _batch_norm(
     module: str, arguments: Mapping[str, Any], leaves: Mapping[str, str]
 ) -> Iterator[Operand]:
-    given = {name: arguments.get(name) for name in _STATISTICS}
-    nodes = {name: value for name, value in given.items() if isinstance(value, torch.fx.Node)}
+    """The four operands, as 2.11 has them, and what 2.12 folds them to."""
+    given = {role: arguments.get(role) for role in _STATISTICS}
+    nodes = {role: value for role, value in given.items() if isinstance(value, torch.fx.Node)}
     if "running_var" not in nodes:
         return  # statistics of the batch: no engine weight holds them
+    fixed = not arguments.get("training", False)
+    fqns = {str(role): leaves[n.name] for role, n in nodes.items() if fixed and n.name in leaves}
+    for role, node in nodes.items():
+        one = {str(role): fqns[role]} if role in fqns else None
+        yield Operand(Use(module, "batch_norm", role), one, *_facts(node))
     dtype, count = _facts(nodes["running_var"])
-    known = "running_mean" in nodes and all(value.name in leaves for value in nodes.values())
     # what a layer lacks is float32, whatever the rest is (``batch_norm`` of normalization/ops.py)
     uniform = len(nodes) == len(_STATISTICS) or dtype == "float32"
-    plain = known and uniform and not arguments.get("training", False)
-    fqns = {name: leaves[node.name] for name, node in nodes.items()} if plain else None
-    roles: tuple[Role, Role] = ("scale", "shift")
-    for role in roles:
+    plain = "running_mean" in nodes and len(fqns) == len(nodes) and uniform
+    for role in _FOLDED:
         eps = float(arguments["eps"])
-        yield Operand(Use(module, "batch_norm", role), fqns, dtype, count, eps)
+        use = Use(module, "batch_norm", role)
+        yield Operand(use, fqns if plain else None, dtype, count, eps)
 
 
 def _schema_name(node: Node) -> str:

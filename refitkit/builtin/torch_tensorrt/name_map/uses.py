@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Op = Literal["convolution", "batch_norm", "linear", "addmm", "embedding", "layer_norm"]
-Role = Literal["weight", "bias", "scale", "shift"]
+Role = Literal["weight", "bias", "running_mean", "running_var", "scale", "shift"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,11 @@ _FORMS: tuple[tuple[Op, Role, str], ...] = (
         "shift",
         rf"\[SCALE\]-\[aten_ops\.{_BATCH_NORM}\.default\]-\[{{module}}/{_BATCH_NORM}{{n}}\] SHIFT",
     ),
+    # 2.11 leaves the folding to TensorRT
+    ("batch_norm", "weight", rf"{{module}}/{_BATCH_NORM}{{n}}_weight CONSTANT"),
+    ("batch_norm", "bias", rf"{{module}}/{_BATCH_NORM}{{n}}_bias CONSTANT"),
+    ("batch_norm", "running_mean", rf"{{module}}/{_BATCH_NORM}{{n}}_running_mean CONSTANT"),
+    ("batch_norm", "running_var", rf"{{module}}/{_BATCH_NORM}{{n}}_running_var CONSTANT"),
     ("linear", "weight", r"{module}/linear{n}_weight CONSTANT"),
     ("linear", "bias", r"{module}/linear{n}_bias CONSTANT"),
     ("addmm", "weight", r"{module}/addmm{n}_mm_other CONSTANT"),

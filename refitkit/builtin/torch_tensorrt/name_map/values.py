@@ -28,7 +28,7 @@ def value_of(slot: Slot, proved: Proved, request: MapRequest) -> SlotValue | str
             return misfit
         names[role] = name
     sources = tuple(dict.fromkeys(names.values()))
-    if proved.operand.use.op != "batch_norm":
+    if proved.operand.use.role not in {"scale", "shift"}:
         return SlotValue(slot, NAME, sources, _Same(slot, request.source, *sources), identity=True)
     return SlotValue(slot, NAME, sources, _Folded(slot, request.source, names, proved))
 

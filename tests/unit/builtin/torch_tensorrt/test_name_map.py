@@ -289,6 +289,15 @@ def test_fault_7_a_folded_batch_norm_has_its_own_eps(eps: float) -> None:
     assert not value.identity
 
 
+@pytest.mark.parametrize("role", ["weight", "bias", "running_mean", "running_var"])
+def test_2_11_has_the_four_operands_of_a_batch_norm_as_they_are(role: str) -> None:
+    model = Model(lambda m, x: m.b(x), b=torch.nn.BatchNorm2d(2))
+    slots = {f"b/{_BN}_7_{name.removeprefix('b.')} CONSTANT": (2,) for name in FOUR}
+    entries = {slot: [name, F32] for slot, name in zip(slots, FOUR, strict=True)}
+    found = case(model, IMAGE, slots, entries)
+    assert torch.equal(found.served(f"b/{_BN}_7_{role} CONSTANT"), found.weights()[f"b.{role}"])
+
+
 def test_fault_8_a_batch_norm_without_weight_and_bias() -> None:
     model = Model(lambda m, x: m.b(x), b=torch.nn.BatchNorm2d(2, affine=False))
     entries = {SCALE: [FOUR, F32], SHIFT: [FOUR, F32]}
