@@ -18,8 +18,9 @@ from refitkit.cli.tables import table
 if TYPE_CHECKING:
     from rich.console import Console
 
-_AOTINDUCTOR = "aotinductor"
+_AOTINDUCTOR, _TORCH_TENSORRT, _NETWORK = "aotinductor", "torch_tensorrt", "tensorrt_network"
 _ABILITIES = ("compile", "load", "refit")
+_EXTRAS = "pip install 'refitkit[rtx]' (TensorRT-RTX) or 'refitkit[tensorrt]' (TensorRT)"
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def _findings() -> list[Finding]:
         machine.package("TensorRT", "tensorrt"),
         machine.package("TensorRT-RTX", "tensorrt_rtx"),
         machine.package("Torch-TensorRT", "torch_tensorrt"),
+        machine.runtime_flavour(),
     ]
 
 
@@ -89,7 +91,12 @@ def _backends(session: Session, found: dict[str, Finding]) -> list[_Backend]:
         names = list(session.pipeline().backends)
     except Exception as exc:  # noqa: BLE001 - whatever a plugin does, the rest is still told
         return [_Backend("?", False, False, False, f"cannot be listed: {exc}")]  # noqa: FBT003
-    return [_aotinductor(found) if name == _AOTINDUCTOR else _Backend(name) for name in names]
+    known = {
+        _AOTINDUCTOR: _aotinductor,
+        _TORCH_TENSORRT: _torch_tensorrt,
+        _NETWORK: _tensorrt_network,
+    }
+    return [known[name](found) if name in known else _Backend(name) for name in names]
 
 
 def _aotinductor(found: dict[str, Finding]) -> _Backend:
@@ -106,6 +113,21 @@ def _aotinductor(found: dict[str, Finding]) -> _Backend:
         refit=runs.ok,
         hint="\n".join(hints),
     )
+
+
+def _torch_tensorrt(found: dict[str, Finding]) -> _Backend:
+    """Its engines run, and take weights, on a GPU only."""
+    able = found["Torch-TensorRT"].ok and found["CUDA device"].ok
+    hints = [] if found["Torch-TensorRT"].ok else [_EXTRAS]
+    if not found["CUDA device"].ok:
+        hints.append("needs a CUDA device; 'tensorrt_network' plans and builds without one")
+    return _Backend(_TORCH_TENSORRT, able, able, able, "\n".join(hints))
+
+
+def _tensorrt_network(found: dict[str, Finding]) -> _Backend:
+    """It builds without a GPU, which TensorRT-RTX alone can do."""
+    able = found["Torch-TensorRT"].ok and found["TensorRT-RTX"].ok
+    return _Backend(_NETWORK, able, able, able, "" if able else _EXTRAS)
 
 
 def _print(

@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import warnings
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -142,13 +143,36 @@ def temporary_folder() -> Finding:
 
 def package(name: str, module: str) -> Finding:
     """A package that is looked for and not imported."""
+    folder = _folder_of(module)
+    if folder is None:
+        return Finding(name, "not installed", ok=False)
+    versions = {_version(one) for one in packages_distributions().get(module, ())} - {""}
+    return Finding(name, f"{', '.join(sorted(versions)) or 'installed'} in {folder}")
+
+
+def runtime_flavour() -> Finding:
+    """Which runtime of Torch-TensorRT would hold engines: see ``torch_tensorrt/_features.py``."""
+    name, folder = "Torch-TensorRT runtime", _folder_of("torch_tensorrt")
+    if folder is None:
+        return Finding(name, "none", ok=False)
+    libraries = [folder / "lib" / one for one in ("libtorchtrt.so", "libtorchtrt_runtime.so")]
+    found = "C++" if any(library.is_file() for library in libraries) else "Python"
+    return Finding(name, found)
+
+
+def _folder_of(module: str) -> Path | None:
     try:
         spec = find_spec(module)
     except (ImportError, ValueError):
         spec = None
-    if spec is None:
-        return Finding(name, "not installed", ok=False)
-    return Finding(name, f"installed in {Path(spec.origin or '').parent}")
+    return None if spec is None else Path(spec.origin or "").parent
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return ""
 
 
 def system() -> Finding:

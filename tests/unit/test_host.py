@@ -432,7 +432,7 @@ def test_offers_are_found_by_name() -> None:
     offered = make_host(plugins=[Offering("p", [mine]), Offering("q", ())]).named(
         "refitkit_verifiers"
     )
-    assert offered.keys() == {"outputs", "weights", "mine"}
+    assert offered.keys() == {"outputs", "weights", "engine-bytes", "mine"}
     assert offered["mine"] is mine
 
 

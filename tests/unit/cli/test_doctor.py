@@ -131,7 +131,7 @@ def test_a_folder_that_programs_may_not_run_from(
         f_flag, f_bavail, f_frsize = os.ST_NOEXEC, 1, 4096
 
     monkeypatch.setattr(os, "statvfs", lambda _: Flags)
-    outcome = run("doctor", "--json")
+    outcome = run("--no-plugin", "torch_tensorrt", "doctor", "--json")
     assert outcome.code == 1
     assert outcome.data["ok"] is False
     assert "noexec" in machine_in(outcome)["temporary folder"]["found"]
@@ -223,7 +223,15 @@ def test_a_backend_that_cannot_be_registered(run: Callable[..., Outcome]) -> Non
 def test_of_other_backends_only_their_plugins_know(run: Callable[..., Outcome]) -> None:
     from tests.fakes import FakePlugin
 
-    outcome = run("--no-plugin", "aotinductor", "doctor", "--json", plugins=[FakePlugin()])
+    outcome = run(
+        "--no-plugin",
+        "aotinductor",
+        "--no-plugin",
+        "torch_tensorrt",
+        "doctor",
+        "--json",
+        plugins=[FakePlugin()],
+    )
     assert outcome.code == 0
     (backend,) = outcome.data["backends"]
     assert (backend["name"], backend["refit"]) == ("fake", None)

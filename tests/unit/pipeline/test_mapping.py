@@ -104,7 +104,7 @@ def test_a_configured_strategy_that_nobody_offers() -> None:
     with pytest.raises(ConfigError) as info:
         mapped(Strategies(Strategy("one", "")), strategies=("noe", "one", "tow"))
     assert [p.subject for p in info.value.problems] == ["noe", "tow"]
-    assert "one, recipe" in info.value.hint
+    assert "one, rebuild, recipe" in info.value.hint
 
 
 def test_two_strategies_of_one_name() -> None:
@@ -196,5 +196,5 @@ def test_mapping_reads_no_weights() -> None:
 
     config = Config()
     source = Source(dict.fromkeys("abc", torch.ones(2)))
-    mapping = map_slots(make_host(config), PLAN, MODULE, source, config)
+    mapping = map_slots(make_host(config), PLAN, MODULE, source, None, config)
     assert len(mapping.values) == 3

@@ -26,6 +26,7 @@ from refitkit.pipeline.clock import Clock
 from refitkit.pipeline.load import open_target, open_weights
 from refitkit.pipeline.partition import partition
 from refitkit.pipeline.verify import as_inputs, choose, problems_of
+from refitkit.protocols import Tools
 from refitkit.recipe import TensorMap
 from tests.fakes import FakeEngine, FakePlugin, OpenEngine, make_module, plan_for
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from refitkit.protocols import OpenedModule, WeightSource
 
 CONFIG = Config()
+TOOLS = Tools()
 
 
 class Opener:
@@ -65,7 +67,7 @@ def test_a_string_that_names_a_file_is_handed_on_as_a_path(tmp_path: Path) -> No
     host = make_host(plugins=[opener])
     for thing in (str(file), file, str(tmp_path)):
         open_weights(host, thing, CONFIG)
-        open_target(host, thing, CONFIG)
+        open_target(host, thing, CONFIG, TOOLS)
     assert opener.asked == [file] * 4 + [tmp_path] * 2
 
 
@@ -74,7 +76,7 @@ def test_any_other_string_is_handed_on_as_it_is() -> None:
     opener = Opener()
     host = make_host(plugins=[opener])
     open_weights(host, "hub://name", CONFIG)
-    open_target(host, "hub://name", CONFIG)
+    open_target(host, "hub://name", CONFIG, TOOLS)
     assert opener.asked == ["hub://name"] * 2
 
 
@@ -101,7 +103,7 @@ def test_what_nobody_can_read_is_a_source_error(thing: object) -> None:
 @pytest.mark.parametrize("thing", NOT_WEIGHTS, ids=repr)
 def test_what_nobody_can_open_is_an_unsupported_target(thing: object) -> None:
     with pytest.raises(UnsupportedTargetError):
-        open_target(make_host(), thing, CONFIG)
+        open_target(make_host(), thing, CONFIG, TOOLS)
 
 
 @pytest.mark.parametrize("text", ["x" * 5000, "a\0b", ""], ids=["long", "nul", "empty"])
@@ -109,7 +111,7 @@ def test_a_string_that_can_be_no_file_is_handled(text: str) -> None:
     with pytest.raises(SourceError):
         open_weights(make_host(), text, CONFIG)
     with pytest.raises(UnsupportedTargetError):
-        open_target(make_host(), text, CONFIG)
+        open_target(make_host(), text, CONFIG, TOOLS)
 
 
 def test_a_file_of_an_unknown_kind(tmp_path: Path) -> None:
@@ -118,7 +120,7 @@ def test_a_file_of_an_unknown_kind(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"weights\.odd"):
         open_weights(make_host(), file, CONFIG)
     with pytest.raises(UnsupportedTargetError, match=r"weights\.odd"):
-        open_target(make_host(), file, CONFIG)
+        open_target(make_host(), file, CONFIG, TOOLS)
 
 
 def test_a_folder_is_no_source(tmp_path: Path) -> None:
@@ -145,7 +147,7 @@ class Cutter:
 def cut(parts: tuple[str, ...], engines: int | None, backend: str = "mine") -> Any:
     module = make_module(engines) if engines is not None else None
     host = make_host(plugins=[Cutter(*parts)])
-    return partition(host, None, module, backend, CONFIG)  # type: ignore[arg-type]
+    return partition(host, None, module, backend, {}, CONFIG, TOOLS)  # type: ignore[arg-type]
 
 
 def test_parts_that_match_the_engines() -> None:

@@ -62,6 +62,7 @@ class NetworkBackend:
         )
         return PlanDraft(
             rows=tuple(map(rebuilt_row, slots)),
+            pinned=planned.constants,
             settings=dict(planned.settings),
             versions=dict(planned.versions),
             platform=f"{platform.system()} {platform.machine()} cpu",

@@ -115,7 +115,7 @@ class NetworkEngine:
         return value if shape is None else value.view(shape)
 
     def free_spare(self) -> int:
-        """Delete the files of the weights before the last refit; returns the bytes of the values."""
+        """Delete the weights and the engine before the last refit; returns the values' bytes."""
         before, self._before = self._before, None
         if before is None:
             return 0

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
-
-from safetensors.torch import load_file
 
 from refitkit.builtin.torch_tensorrt import NETWORK
 from refitkit.builtin.torch_tensorrt.matching import check_structures
 from refitkit.builtin.torch_tensorrt.network import saving
 from refitkit.builtin.torch_tensorrt.network.engine import NetworkEngine
 from refitkit.builtin.torch_tensorrt.network.planning import Planned, plan_program
-from refitkit.errors import NotRefittableError, SourceError, raised_as
+from refitkit.errors import NotRefittableError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -63,7 +62,8 @@ class NetworkModule:
         self.attachments = dict(attachments or {})
         self.planned, self.options, self.template = planned, options, template
         self._tools = tools
-        self._folder = tempfile.TemporaryDirectory(prefix="refitkit-network-")
+        self._folder = Path(tempfile.mkdtemp(prefix="refitkit-network-"))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._engines = {
             structure.name: NetworkEngine(
                 structure, planned.slots[structure.name], planned.session, self._own(structure.name)
@@ -73,7 +73,7 @@ class NetworkModule:
         self._made_from: weakref.ref[ExportedProgram] | None = None
 
     def _own(self, name: str) -> Path:
-        folder = Path(self._folder.name) / name
+        folder = self._folder / name
         folder.mkdir()
         return folder
 
@@ -136,7 +136,7 @@ class NetworkModule:
         """Give one engine its values and, where it was built with them already, its bytes."""
         copied = None
         if engine is not None:
-            copied = Path(self._folder.name) / name / "0.engine"
+            copied = self._folder / name / "0.engine"
             copied.write_bytes(engine.read_bytes())
         self._engines[name].adopt(values, copied)
 
@@ -164,13 +164,7 @@ class NetworkModule:
         self, program: ExportedProgram, tools: Tools
     ) -> Mapping[str, Mapping[str, torch.Tensor]]:
         """Values of all slots as the interpreter makes them of a program."""
-        planned = self.planned_again(program, tools)
-        with tempfile.TemporaryDirectory(prefix="refitkit-") as folder:
-            planned.session.call("values", folder=folder)
-            with raised_as(SourceError, "The values of the planning process cannot be read"):
-                return {
-                    name: load_file(Path(folder) / f"{name}.safetensors") for name in self._engines
-                }
+        return self.planned_again(program, tools).values()
 
     def engine_bytes(self, name: str) -> bytes:
         """The engine bytes of one part with its present values; none where torch runs it."""
@@ -187,13 +181,9 @@ class NetworkModule:
         """
         planned = self.planned_again(program, tools)
         built: dict[str, bytes] = {}
-        with tempfile.TemporaryDirectory(prefix="refitkit-") as folder:
-            planned.session.call("values", folder=folder)
-            for structure in planned.structures:
-                if structure.accelerated:
-                    tools.tell(f"building {structure.name} from scratch")
-                    path = Path(folder) / structure.name
-                    planned.session.call("build", engine=structure.name, path=str(path))
-                    built[structure.name] = path.read_bytes()
-            others = [one.name for one in planned.structures if not one.accelerated]
-            return built, {name: load_file(Path(folder) / f"{name}.safetensors") for name in others}
+        for structure in planned.structures:
+            if structure.accelerated:
+                tools.tell(f"building {structure.name} from scratch")
+                built[structure.name] = planned.build(structure.name)
+        values = planned.values()
+        return built, {name: values[name] for name in values.keys() - built.keys()}

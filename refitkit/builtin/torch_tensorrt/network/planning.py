@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from refitkit.builtin.torch_tensorrt.options import plain
 from refitkit.builtin.torch_tensorrt.parts import Structure
+from refitkit.builtin.torch_tensorrt.rows import constants_of
 from refitkit.builtin.torch_tensorrt.worker import programs
 from refitkit.builtin.torch_tensorrt.worker.client import SERVER, SessionClient
+from refitkit.builtin.torch_tensorrt.worker.regions import Region
 from refitkit.errors import ConfigError, Problem
 from refitkit.model import Slot
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import torch
     from torch.export import ExportedProgram
 
     from refitkit.protocols import Tools
@@ -35,6 +38,7 @@ class Planned:
         slots: Their slots, by part.
         settings: Settings on which they depend, as text.
         versions: Versions of what made them.
+        constants: What the program has and no state_dict holds, by FQN.
     """
 
     session: SessionClient
@@ -42,6 +46,27 @@ class Planned:
     slots: Mapping[str, tuple[Slot, ...]]
     settings: Mapping[str, str]
     versions: Mapping[str, str]
+    constants: Mapping[str, torch.Tensor]
+
+    def values(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Values of all slots, by part and slot, flat; mapped from files that are gone already."""
+        with tempfile.TemporaryDirectory(prefix="refitkit-") as folder:
+            self.session.call("values", folder=folder)
+            return {
+                name: Region.open(Path(folder) / name, slots).views
+                for name, slots in self.slots.items()
+            }
+
+    def build(self, name: str) -> bytes:
+        """Engine bytes of one part with its present values.
+
+        Raises:
+            CompileError: TensorRT refused it.
+        """
+        with tempfile.TemporaryDirectory(prefix="refitkit-") as folder:
+            path = Path(folder) / name
+            self.session.call("build", engine=name, path=str(path))
+            return path.read_bytes()
 
 
 def plan_program(program: ExportedProgram, options: Mapping[str, Any], tools: Tools) -> Planned:
@@ -82,4 +107,5 @@ def plan_program(program: ExportedProgram, options: Mapping[str, Any], tools: To
         },
         settings=found["settings"],
         versions=found["versions"],
+        constants=constants_of(program),
     )

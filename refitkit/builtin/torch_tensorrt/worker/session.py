@@ -9,8 +9,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
-
 from refitkit.builtin.torch_tensorrt.lowering import lower
 from refitkit.builtin.torch_tensorrt.networks import Network
 from refitkit.builtin.torch_tensorrt.options import settings_from, settings_text, versions
@@ -98,17 +96,19 @@ class Session:
         }
 
     def values(self, folder: str) -> None:
-        """Write the values of all slots: a safetensors file for each part, tensors flat."""
+        """Write the values of all slots: a region for each part, in a file of its name."""
         for name, holder in self._holders.items():
-            save_file(dict(holder.scanned), Path(folder) / f"{name}.safetensors")
+            self._copied(holder, Path(folder) / name)
+
+    def _copied(self, holder: Network | TorchTensors, path: Path) -> Region:
+        region = Region.create(path, holder.slots)
+        for name, value in holder.scanned.items():
+            region.views[name].copy_(value)
+        return region
 
     def settle(self, engine: str, path: str) -> None:
         """Move the values of a part into a file, and have its layers read them there."""
-        holder = self._holders[engine]
-        region = Region.create(Path(path), holder.slots)
-        for name, value in holder.scanned.items():
-            region.views[name].copy_(value)
-        self._point(engine, region)
+        self._point(engine, self._copied(self._holders[engine], Path(path)))
 
     def point(self, engine: str, path: str) -> None:
         """Have the layers of a part read their values from a file."""

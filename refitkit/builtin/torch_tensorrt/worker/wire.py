@@ -9,11 +9,11 @@ import json
 import struct
 from typing import TYPE_CHECKING, Any
 
-from refitkit import errors
 from refitkit.errors import EngineError, Problem, RefitError
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Iterator
 
 _LENGTH = struct.Struct("<Q")
 
@@ -59,7 +59,13 @@ def pack_error(exc: BaseException) -> dict[str, Any]:
 
 def unpack_error(packed: dict[str, Any]) -> RefitError:
     """The exception that was packed."""
-    kind = getattr(errors, packed["kind"], EngineError)
+    kind = {one.__name__: one for one in _kinds(RefitError)}.get(packed["kind"], EngineError)
     problems = [Problem(**problem) for problem in packed["problems"]]
     error: RefitError = kind(packed["message"], problems=problems, hint=packed["hint"])
     return error
+
+
+def _kinds(root: type[RefitError]) -> Iterator[type[RefitError]]:
+    yield root
+    for kind in root.__subclasses__():
+        yield from _kinds(kind)
