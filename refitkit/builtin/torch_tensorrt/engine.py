@@ -72,6 +72,11 @@ class RefitterEngine:
         return self.handle.name
 
     @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._options.device
+
+    @property
     def slots(self) -> Mapping[str, Slot]:
         """All weights, by the names that TensorRT has for them."""
         return {

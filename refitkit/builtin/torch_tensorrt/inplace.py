@@ -67,7 +67,9 @@ class InPlaceEngine(RefitterEngine):
             self.sets.live = "staging"
         else:
             self.forget()
+            self.handle.on_stale(None)  # the stored bytes are those from before, and stay
             self.handle.replace(before)
+            stale = False
         self.handle.on_stale(self._flush if stale else None)
         self._stale, self._mixed = stale, False
 

@@ -9,22 +9,23 @@ refit reads what is in them then. Rules are from ``NvInfer.h``, class ``IRefitte
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from refitkit.builtin.torch_tensorrt.trtlog import make_log, quoted
+from refitkit.builtin.torch_tensorrt.trtlog import Listener
 from refitkit.builtin.torch_tensorrt.weighttypes import WeightFact, fact_of_slot, fact_of_trt
 from refitkit.errors import EngineError, NotRefittableError, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from contextlib import AbstractContextManager
 
     from refitkit.model import Slot
 
 _COUNT = re.compile(r"prototype count (\d+)")
-_TYPE = re.compile(r"prototype data type (?:DataType::k|k)?(\w+)")
 _GUESSES = ("FLOAT", "HALF", "BF16", "INT32", "INT64", "INT8", "FP8", "BOOL")
 
 
@@ -49,13 +50,15 @@ class PersistentRefitter:
         self.engine = engine
         self._trt = trt
         self._device = device
-        self._log = make_log(trt)
+        self._heard = Listener(trt)
         if not engine.refittable:
             raise NotRefittableError(
                 "The engine was built without TensorRT's flag REFIT.",
                 hint="Compile it with immutable_weights=False.",
             )
-        self._refitter = trt.Refitter(engine, self._log)
+        with current(device):
+            self._refitter = trt.Refitter(engine, self._heard.logger)
+        self._refitter.error_recorder = self._heard.recorder
         self._refitter.weights_validation = True
         self._bound: dict[str, torch.Tensor] = {}
         self._stream: Any = None
@@ -104,30 +107,42 @@ class PersistentRefitter:
         return fact_of_trt(name, weights.dtype, weights.size)
 
     def _tried(self, name: str) -> WeightFact | None:
-        """Learn a fact from refusals: they name what was expected. Only acceptance is believed.
+        """Learn a fact from refusals, which name the count that was expected, and acceptance.
 
-        The address is not read before a refit, and ``bind`` sets another one.
+        Some versions take other types, too, and warn: a type is believed only if it is the one
+        that TensorRT takes without a word.
+        """
+        count = self._tried_count(name)
+        if count is None:
+            return None
+        quiet = [
+            guess for guess in self._guesses() if self._takes(name, guess, count) == (True, "")
+        ]
+        if len(quiet) != 1:
+            return None
+        return fact_of_trt(name, getattr(self._trt.DataType, quiet[0]), count)
+
+    def _tried_count(self, name: str) -> int | None:
+        for guess in self._guesses():
+            taken, said = self._takes(name, guess, 1)
+            wanted = _COUNT.search(said)
+            if taken or wanted:
+                return int(wanted[1]) if wanted else 1
+        return None
+
+    def _guesses(self) -> list[str]:
+        return [guess for guess in _GUESSES if hasattr(self._trt.DataType, guess)]
+
+    def _takes(self, name: str, guess: str, count: int) -> tuple[bool, str]:
+        """Whether TensorRT takes weights, and what it says.
+
+        It does not read them before a refit, and before that ``bind`` sets others.
         """
         place = torch.zeros(1, dtype=torch.int64)
-        count, guesses = 1, list(_GUESSES)
-        for _ in range(2 * len(_GUESSES)):
-            kind = getattr(self._trt.DataType, guesses[0])
-            self._log.take()
-            address = place.data_ptr() if count else 0
-            taken = self._set(name, self._trt.Weights(kind, address, count), "cpu")
-            said = " ".join(self._log.take())
-            if taken and not said:
-                return fact_of_trt(name, kind, count)
-            wanted_count, wanted_type = _COUNT.search(said), _TYPE.search(said)
-            if wanted_count and int(wanted_count[1]) != count:
-                count = int(wanted_count[1])
-            elif wanted_type and hasattr(self._trt.DataType, wanted_type[1].upper()):
-                guesses = [wanted_type[1].upper()]
-            elif not guesses[1:]:
-                return None
-            else:
-                guesses.pop(0)
-        return None
+        kind = getattr(self._trt.DataType, guess)
+        self._heard.take()
+        taken = self._set(name, self._trt.Weights(kind, place.data_ptr() if count else 0, count))
+        return taken, " ".join(self._heard.take())
 
     # -- binding ----------------------------------------------------------------------------
 
@@ -141,7 +156,7 @@ class PersistentRefitter:
         Raises:
             EngineError: TensorRT refuses some, or lacks some; lists all of them.
         """
-        self._log.take()
+        self._heard.take()
         self._bound = dict(buffers)
         refused = []
         for name, buffer in buffers.items():
@@ -153,10 +168,10 @@ class PersistentRefitter:
                 refused.append(Problem(name, "refused", f"{fact.trt_count} x {fact.trt_type}"))
         refused += [Problem(n, "missing") for n in self._refitter.get_missing_weights()]
         if refused:
-            reason = quoted(self._log.take())
+            reason = self._heard.quote()
             raise EngineError(f"TensorRT does not take its weights{reason}.", problems=refused)
 
-    def _set(self, name: str, weights: Any, kind: str) -> bool:
+    def _set(self, name: str, weights: Any, kind: str = "cpu") -> bool:
         location = self._trt.TensorLocation
         where = location.DEVICE if kind == "cuda" else location.HOST
         return bool(self._refitter.set_named_weights(name, weights, where))
@@ -172,17 +187,26 @@ class PersistentRefitter:
         Raises:
             EngineError: TensorRT failed. Some of the weights may be new by then, and others not.
         """
-        self._log.take()
-        if self._stream is None:
-            done = self._refitter.refit_cuda_engine()
-        else:
-            torch.cuda.synchronize(self._device)
-            done = self._refitter.refit_cuda_engine_async(self._stream.cuda_stream)
-            self._stream.synchronize()
+        self._heard.take()
+        with current(self._device):
+            done = self._run()
         if not done:
             missing = self._refitter.get_missing_weights()
-            reason = quoted(self._log.take())
             raise EngineError(
-                f"TensorRT failed to refit the engine{reason}.",
+                f"TensorRT failed to refit the engine{self._heard.quote()}.",
                 problems=[Problem(name, "missing") for name in missing],
             )
+
+    def _run(self) -> bool:
+        if self._stream is None:
+            return bool(self._refitter.refit_cuda_engine())
+        torch.cuda.synchronize(self._device)
+        try:
+            return bool(self._refitter.refit_cuda_engine_async(self._stream.cuda_stream))
+        finally:
+            self._stream.synchronize()
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a device the current one, as TensorRT wants it for all that it does."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

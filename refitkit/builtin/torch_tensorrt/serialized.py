@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from refitkit.builtin.torch_tensorrt.trtlog import make_log, quoted
+from refitkit.builtin.torch_tensorrt.trtlog import Listener
 from refitkit.errors import EngineError
 
 
@@ -42,9 +42,9 @@ class Deserialized:
         Raises:
             EngineError: TensorRT refuses the bytes.
         """
-        self._log = make_log(trt)  # both have to outlive the engine
-        self._runtime = trt.Runtime(self._log)
+        self._heard = Listener(trt)  # both have to outlive the engine
+        self._runtime = trt.Runtime(self._heard.logger)
+        self._runtime.error_recorder = self._heard.recorder
         self.engine = self._runtime.deserialize_cuda_engine(data)
         if self.engine is None:
-            reason = quoted(self._log.take())
-            raise EngineError(f"TensorRT cannot read the engine's bytes{reason}.")
+            raise EngineError(f"TensorRT cannot read the engine's bytes{self._heard.quote()}.")

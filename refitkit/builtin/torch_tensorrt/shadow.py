@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from refitkit.builtin.torch_tensorrt import serialized
 from refitkit.builtin.torch_tensorrt.engine import RefitterEngine
+from refitkit.builtin.torch_tensorrt.refitter import current
 
 if TYPE_CHECKING:
     from refitkit.builtin.torch_tensorrt.handles import EngineHandle
@@ -29,7 +30,8 @@ class ShadowEngine(RefitterEngine):
 
     def _engine(self) -> Any:
         if self._own is None:
-            self._own = serialized.Deserialized(self.handle.engine_bytes(), self._trt)
+            with current(self.device):
+                self._own = serialized.Deserialized(self.handle.engine_bytes(), self._trt)
         return self._own.engine
 
     def _staged(self) -> StagedBytes:

@@ -6,43 +6,79 @@ from collections import deque
 from typing import Any
 
 _KEPT = 20
+_NOISE = "differs from one already registered"
+"""Said of every logger but a process's first, as torch_tensorrt's is."""
 
 
-def make_log(trt: Any) -> Any:
-    """A ``tensorrt.ILogger`` that keeps warnings and errors.
+class Listener:
+    """Hears what one refitter or runtime has to say.
 
-    TensorRT demands a subclass of its own class, which exists only once it is imported. The logger
-    has to live as long as what was made with it.
-
-    Args:
-        trt: The package ``tensorrt``.
-
-    Returns:
-        A logger whose ``take()`` returns what was said since the last time, and forgets it.
+    Attributes:
+        logger: A ``tensorrt.ILogger`` to make it with.
+        recorder: A ``tensorrt.IErrorRecorder`` to assign to it: with one, errors come here even
+            where TensorRT prefers another logger. Both have to live as long as it does.
     """
+
+    def __init__(self, trt: Any) -> None:
+        """Make both. TensorRT demands subclasses, of classes that exist only once it is imported.
+
+        Args:
+            trt: The package ``tensorrt``.
+        """
+        self._said: deque[str] = deque(maxlen=_KEPT)
+        self.logger: Any = _logger_class(trt)(self._said)
+        self.recorder: Any = _recorder_class(trt)(self._said)
+
+    def take(self) -> tuple[str, ...]:
+        """What was said since the last time."""
+        said = tuple(self._said)
+        self._said.clear()
+        return said
+
+    def quote(self) -> str:
+        """What was said, as the end of a sentence."""
+        said = self.take()
+        return f"; TensorRT says: {' | '.join(said)}" if said else "; TensorRT gives no reason"
+
+
+def _logger_class(trt: Any) -> type:
     severe = (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR, trt.ILogger.WARNING)
 
-    class Log(trt.ILogger):  # type: ignore[misc] # of a package without types
-        """Keeps the latest few messages."""
-
-        def __init__(self) -> None:
+    class Logger(trt.ILogger):  # type: ignore[misc] # of a package without types
+        def __init__(self, said: deque[str]) -> None:
             trt.ILogger.__init__(self)
-            self._said: deque[str] = deque(maxlen=_KEPT)
+            self._said = said
 
         def log(self, severity: Any, msg: str) -> None:
-            """Called by TensorRT, from any thread."""
-            if severity in severe:
+            if severity in severe and _NOISE not in msg:
                 self._said.append(msg)
 
-        def take(self) -> tuple[str, ...]:
-            """What was said."""
-            said = tuple(self._said)
+    return Logger
+
+
+def _recorder_class(trt: Any) -> type:
+    class Recorder(trt.IErrorRecorder):  # type: ignore[misc] # of a package without types
+        def __init__(self, said: deque[str]) -> None:
+            trt.IErrorRecorder.__init__(self)
+            self._said = said
+
+        def report_error(self, code: Any, desc: str) -> bool:  # noqa: ARG002 - TensorRT's
+            self._said.append(desc)
+            return True
+
+        def num_errors(self) -> int:
+            return len(self._said)
+
+        def get_error_desc(self, index: int) -> str:
+            return self._said[index]
+
+        def get_error_code(self, index: int) -> Any:  # noqa: ARG002 - TensorRT's
+            return trt.ErrorCodeTRT.UNSPECIFIED_ERROR
+
+        def has_overflowed(self) -> bool:
+            return False
+
+        def clear(self) -> None:
             self._said.clear()
-            return said
 
-    return Log()
-
-
-def quoted(said: tuple[str, ...]) -> str:
-    """Messages as the end of a sentence."""
-    return f"; TensorRT says: {' | '.join(said)}" if said else "; TensorRT gives no reason"
+    return Recorder

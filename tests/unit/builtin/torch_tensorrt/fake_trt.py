@@ -90,6 +90,32 @@ class ILogger:
         raise NotImplementedError
 
 
+class IErrorRecorder:
+    """Base of all error recorders."""
+
+    ready = False
+
+    def __init__(self) -> None:
+        self.ready = True
+
+    def report_error(self, code: int, desc: str) -> bool:
+        raise NotImplementedError
+
+
+class Speaker:
+    """Tells its logger, and of errors its recorder instead, as TensorRT's objects do."""
+
+    logger: ILogger
+    error_recorder: Any = None
+
+    def say(self, severity: int, text: str) -> None:
+        if self.error_recorder is not None and severity <= ILogger.ERROR:
+            assert self.error_recorder.ready
+            self.error_recorder.report_error(3, text)
+        else:
+            self.logger.log(severity, text)
+
+
 class FakeConfig:
     """A serialization config that starts as TensorRT's might: without weights."""
 
@@ -159,7 +185,7 @@ class FakeCudaEngine:
         }
 
 
-class FakeRefitter:
+class FakeRefitter(Speaker):
     """Keeps the rules of ``IRefitter``."""
 
     made = 0
@@ -170,6 +196,7 @@ class FakeRefitter:
         self.wire("Refitter")
         type(self).made += 1
         self.engine, self.logger = engine, logger
+        self.say(ILogger.WARNING, "The logger differs from one already registered.")
         self.given: dict[str, Weights] = {}
         self.weights_validation = False
         self.sets = 0
@@ -233,8 +260,8 @@ class FakeRefitter:
         self.engine.held[name] = (kind, data)
 
     def _no(self, text: str) -> bool:
-        self.logger.log(ILogger.ERROR, text)
-        self.logger.log(ILogger.INFO, "chatter")
+        self.say(ILogger.ERROR, text)
+        self.say(ILogger.INFO, "chatter")
         return False
 
 
@@ -249,7 +276,7 @@ class TellingRefitter(FakeRefitter):
         return Weights(kind, 0, len(data) // kind.nbytes)
 
 
-class FakeRuntime:
+class FakeRuntime(Speaker):
     """Reads engine bytes."""
 
     def __init__(self, wire: Tripwire, logger: ILogger) -> None:
@@ -257,7 +284,7 @@ class FakeRuntime:
 
     def deserialize_cuda_engine(self, data: bytes) -> FakeCudaEngine | None:
         if _refused(self.wire, "deserialize"):
-            self.logger.log(ILogger.ERROR, "no such engine")
+            self.say(ILogger.ERROR, "no such engine")
             return None
         return engine_from(data, self.wire)
 
@@ -274,6 +301,7 @@ def fake_trt(
     """The package ``tensorrt``."""
     return SimpleNamespace(
         ILogger=ILogger,
+        IErrorRecorder=IErrorRecorder,
         Weights=Weights,
         DataType=DataType,
         TensorLocation=TensorLocation,
@@ -310,10 +338,13 @@ class FakeHandle:
 
     def engine_bytes(self) -> bytes:
         self.wire(f"{self.name}.engine_bytes")
+        self._flush()
+        return self.stored
+
+    def _flush(self) -> None:
         if self.pending is not None:
             self.stored, self.pending = self.pending(), None
             self.flushes += 1
-        return self.stored
 
     def cuda_engine(self) -> FakeCudaEngine | None:
         return self.engine if self.runtime == "python" else None
@@ -321,6 +352,7 @@ class FakeHandle:
     def replace(self, engine_bytes: bytes) -> None:
         if _refused(self.wire, f"{self.name}.replace"):
             raise EngineError("The runtime refuses the bytes.")
+        self._flush()  # to go back to, if it fails
         self.engine = engine_from(engine_bytes, self.wire)
         self.stored, self.pending = engine_bytes, None
         self.wire(f"{self.name}.replaced")

@@ -66,6 +66,25 @@ def test_old_versions_are_asked_by_trying() -> None:
     assert facts_as_tuples(facts) == WANTED
 
 
+def test_types_that_are_taken_with_a_warning_are_not_believed() -> None:
+    class Lax(FakeRefitter):
+        deaf = False
+
+        def set_named_weights(self, name: str, weights: Any, location: Any) -> bool:
+            kind, _ = self.engine.held[name]
+            if kind is DataType.HALF and weights.dtype is DataType.FLOAT:
+                if not self.deaf:
+                    self.say(1 + 1, "types different than those used to build: deprecated")
+                weights = type(weights)(kind, weights.address, weights.size)
+            return super().set_named_weights(name, weights, location)
+
+    refitter, _ = made(Lax)
+    assert facts_as_tuples(refitter.facts({})) == WANTED
+    refitter._refitter.deaf = True
+    with pytest.raises(NotRefittableError, match="h: unknown"):
+        refitter.facts({})
+
+
 def test_old_versions_believe_what_is_known() -> None:
     refitter, engine = made(FakeRefitter)
     engine.held = {"w": engine.held["w"]}
@@ -135,6 +154,7 @@ def test_what_tensorrt_refuses_is_listed_with_its_reasons() -> None:
         ("h", "refused"),
     ]
     assert "chatter" not in str(info.value)
+    assert "registered" not in str(info.value)
 
 
 def test_missing_weights_of_a_group_are_listed() -> None:
