@@ -163,12 +163,16 @@ def _row(run: Run) -> str:
         found.get("slots", "failed"),
         found.get("recorded", ""),
         found.get("weights", ""),
-        len(found["upstream_wrong"]) if maps else "no map",
+        _upstream(found) if maps else "no map",
         found.get("served", "") if maps else "",
         len(found["wrong"]) if maps else "",
         "" if "build" not in found else "equal" if found["build"] else "differ",
     )
     return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _upstream(found: dict[str, Any]) -> str:
+    return found.get("upstream_failed") or str(len(found["upstream_wrong"]))
 
 
 if __name__ == "__main__":

@@ -20,12 +20,13 @@ What is a proof
     1. The engine weight's own name says in which module, by which operation and as which operand
        it is used, in one of the forms of ``uses.py``: those whose converters pass the operand on
        as it is.
-    2. In that module the program has exactly one operand of that operation and role with the
-       slot's dtype and count, and none in the modules inside it (upstream's ``get_node_name`` takes
-       an item off the module stack whenever it is called, so a name can be an outer module's).
+    2. In that module the program has one operand of that operation and role with the slot's dtype
+       and count, or the same one in several calls, and none in the modules inside it (upstream's
+       ``get_node_name`` takes an item off the module stack whenever it is called, so a name can be
+       an outer module's).
     3. That operand is a parameter or buffer itself, not computed from one, and never changed.
-    4. No other slot of any engine has the same module, operation, role, dtype and count. An operand
-       that is a parameter always makes a slot of that name, so the one slot is the one operand's.
+    4. No more slots, of all engines, than calls have this module, operation, role, dtype and count.
+       An operand that is a parameter always makes a slot of that name: the slot is the operand's.
     5. The cached entry names that parameter (or one that is tied to it), and the slot's dtype.
 
     Slots of folded batch norms need all of this of weight, bias, running mean and running variance,

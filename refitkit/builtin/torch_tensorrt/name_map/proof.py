@@ -71,9 +71,9 @@ class Prover:
         what = f"{slot.count} elements of {slot.dtype}"
         if not found:
             return f"the program has nothing of {what} as {use}"
-        if len(found) > 1:
+        if any((one.fqns, one.eps) != (found[0].fqns, found[0].eps) for one in found):
             return f"the program has {len(found)} candidates of {what} for {use}"
-        if self._slots[kind] > 1:
+        if self._slots[kind] > len(found):
             return f"{self._slots[kind]} slots of {what} could be {use}"
         if any(_is_inside(use, kind, other) for other in self._operands):
             return f"modules inside have candidates of {what} too for {use}"

@@ -392,6 +392,14 @@ def test_two_candidates_of_one_size_are_not_guessed_between() -> None:
     assert "2 candidates" in found.reason(linear("t"))
 
 
+def test_one_module_called_twice_has_one_weight() -> None:
+    model = Model(lambda m, x: m.l(m.l(x)), l=torch.nn.Linear(4, 4))
+    slots = {linear("l", number=number): (4, 4) for number in ("", "_1")}
+    found = case(model, torch.ones(1, 4), slots, {name: ["l.weight", F32] for name in slots})
+    for name in slots:
+        assert torch.equal(found.served(name), found.weights()["l.weight"])
+
+
 def test_two_slots_of_one_name_and_size_are_not_guessed_between() -> None:
     model = Model(lambda m, x: m.l(x), l=torch.nn.Linear(4, 4))
     slots = {linear("l"): (4, 4), linear("l", number="_1"): (4, 4)}
