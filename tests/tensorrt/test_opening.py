@@ -7,6 +7,7 @@ import copy
 import io
 import pickle
 import zipfile
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,6 +17,7 @@ from refitkit.builtin.torch_tensorrt import upstream
 from refitkit.builtin.torch_tensorrt.engine_info import ENGINE, METADATA, info_of
 from refitkit.builtin.torch_tensorrt.module import Makers, TorchTensorRTOpened
 from refitkit.builtin.torch_tensorrt.opening import attachments_of, describe_file, open_target
+from refitkit.builtin.torch_tensorrt.plain_pickle import read_pickle
 from refitkit.builtin.torch_tensorrt.settings import settings_text
 from refitkit.builtin.torch_tensorrt.targets import REST
 from refitkit.errors import EngineError, NotRefittableError, UnsupportedTargetError
@@ -581,8 +583,8 @@ def hostile_metadata(name: str, data: bytes) -> bytes:
     if "opaque_obj_0" not in name:
         return data
     engine = upstream_part("dynamo.runtime._TRTEngine")
-    fields = ["x"] * 13
-    fields[ENGINE] = base64.b64encode(FRESH).decode()
+    packer = (engine.__name__, "_reconstruct_trt_engine")
+    (fields,) = read_pickle(data, {packer}).args
     fields[METADATA] = base64.b64encode(pickle.dumps({"settings": Runs()})).decode()
 
     class Fake:
@@ -592,7 +594,15 @@ def hostile_metadata(name: str, data: bytes) -> bytes:
     return pickle.dumps(Fake())
 
 
-@pytest.mark.parametrize("change", [hostile_engine, hostile_inputs, hostile_metadata])
+def hostile_weights(name: str, data: bytes) -> bytes:
+    if name.endswith("weights_config.json"):
+        return data.replace(b'"use_pickle": false', b'"use_pickle": true')
+    return hostile_inputs("sample_inputs", b"") if name.endswith("weight_0") else data
+
+
+@pytest.mark.parametrize(
+    "change", [hostile_engine, hostile_inputs, hostile_metadata, hostile_weights]
+)
 def test_hostile_files_are_refused_and_nothing_ran(
     change: Callable[[str, bytes], bytes],
     torch_tensorrt: Any,
@@ -609,6 +619,9 @@ def test_hostile_files_are_refused_and_nothing_ran(
     with pytest.raises(UnsupportedTargetError, match="refused"):
         open_target(path, MAKERS)
     assert RAN == []
+    with suppress(Exception):
+        torch.export.load(io.BytesIO(path.read_bytes()))
+    assert RAN  # the bait was live
 
 
 def test_damaged_files(
@@ -627,6 +640,10 @@ def test_damaged_files(
     )
     with pytest.raises(UnsupportedTargetError, match="damaged"):
         open_target(path, MAKERS)
+    path.write_bytes(whole)
+    rewritten(path, lambda name, data: b"[" * 99999 if name.endswith("_config.json") else data)
+    with pytest.raises(UnsupportedTargetError, match="damaged"):
+        describe_file(path)
     path.write_bytes(whole)
     rewritten(path, lambda name, data: b"!" if name.endswith("/plan") else data)
     with pytest.raises(UnsupportedTargetError, match="damaged"):

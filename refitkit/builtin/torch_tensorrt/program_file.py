@@ -5,10 +5,11 @@ lie the graph (``models/NAME.json``), tensors as raw bytes (``data/weights``, ``
 the engines, each a pickle of its own (``data/constants/opaque_obj_0``; of the C++ runtime of 2.11
 and 2.12 ``custom_obj_0``, which C++ reads), and what users add (``extra``).
 
-Loading one runs code of whoever made it: torch unpickles without restrictions
-(``torch/export/pt2_archive/_package.py`` of 2.14) and evaluates symbolic sizes. ``check_file``
-refuses all pickles but those that upstream writes, which leaves the symbolic sizes in the graph,
-and whatever the deserializer of TensorRT can be made to do.
+Loading one runs code of whoever made it. torch unpickles without restrictions, evaluates symbolic
+sizes and guards, and calls whatever below ``torch`` the graph names
+(``torch/export/pt2_archive/_package.py``, ``torch/_export/serde/serialize.py`` of 2.14); TensorRT
+deserializes the engines. ``ProgramFile.check`` refuses all pickles but those that upstream writes,
+and so keeps out damage and the plainest of attacks, no more.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ ATTACHMENTS = "refitkit/attachments/"
 _ZIP_MAGIC = b"PK"
 _TEXT_LIMIT = 1 << 28
 _MEMBER_LIMIT = 1 << 36
+_DAMAGES = (ArchiveError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 _EXTRA = "/extra/" + ATTACHMENTS
 _CONSTANTS = "/data/constants/"
 _OPERATOR = b"torch.ops.tensorrt."
@@ -163,7 +165,7 @@ def read_program_file(path: Path, reader: Callable[[ProgramFile], T]) -> T | Non
     try:
         with Archive(path) as archive:
             return reader(ProgramFile(archive, path)) if is_program_file(archive) else None
-    except (ArchiveError, ValueError, KeyError, TypeError, AttributeError) as exc:
+    except _DAMAGES as exc:
         raise UnsupportedTargetError(f"{str(path)!r} is damaged: {exc}") from exc
 
 
