@@ -83,10 +83,11 @@ def refitkit_partition(
 
 @hookimpl
 def refitkit_mapping_strategies() -> list[MappingStrategy]:
-    """Offer ``rebuild``."""
+    """Offer ``name-map`` and ``rebuild``."""
+    from refitkit.builtin.torch_tensorrt.name_map import NameMapStrategy
     from refitkit.builtin.torch_tensorrt.rebuild import RebuildStrategy
 
-    return [RebuildStrategy()]
+    return [NameMapStrategy(), RebuildStrategy()]
 
 
 @hookimpl

@@ -109,6 +109,12 @@ class RefitterEngine:
         return EngineMemory(engine=self.name, kind=self._options.keep, bytes=size)
 
     @property
+    def name_map(self) -> Mapping[str, Any] | None:
+        """The cached map of torch-tensorrt 2.11 and 2.12; see ``name_map.HasNameMap``."""
+        found: Mapping[str, Any] | None = self.handle.weight_name_map
+        return found
+
+    @property
     def goes_back_by_bytes(self) -> bool:
         """Whether a rollback needs the engine's bytes from before."""
         return not self.knows_live

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from refitkit.builtin.torch_tensorrt import refitkit_mapping_strategies
 from refitkit.builtin.torch_tensorrt.name_map import HasNameMap, NameMapStrategy
 from refitkit.builtin.weights.objects import ProgramWeights
 from refitkit.model import Fingerprint, LedgerRow, PlanData, Slot, SlotState
 from refitkit.program import KeptProgram, facts_of
 from refitkit.protocols import Mapped, MappingStrategy, MapRequest
 from refitkit.recipe import RefitPlan, TensorMap
+from tests.unit.builtin.torch_tensorrt.scenes import engine_of, values_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -185,6 +187,17 @@ def test_two_operands_of_one_module_are_told_apart_by_their_sizes() -> None:
     entries = {linear("a"): ["a.qkv.weight", F32], linear("a", number="_1"): ["a.proj.weight", F32]}
     found = case(model, torch.ones(1, 4), slots, entries)
     assert torch.equal(found.served(linear("a", number="_1")), found.weights()["a.proj.weight"])
+
+
+def test_engines_hand_on_the_map_of_their_handle() -> None:
+    engine, handle = engine_of("e", values_of("e", 0))
+    handle.weight_name_map = {KERNEL: ["c.weight", F32]}
+    assert isinstance(engine, HasNameMap)
+    assert engine.name_map is handle.weight_name_map
+
+
+def test_the_backend_offers_it_before_rebuild() -> None:
+    assert [one.name for one in refitkit_mapping_strategies()] == ["name-map", "rebuild"]
 
 
 # -- the faults of the map ----------------------------------------------------------------------
