@@ -49,20 +49,25 @@ def refitkit_layer_types() -> list[LayerType]:
 
 @hookimpl
 def refitkit_register_backends(register: Callable[[Backend], None]) -> None:
-    """Register ``tensorrt_network``."""
+    """Register ``torch_tensorrt`` and ``tensorrt_network``."""
+    from refitkit.builtin.torch_tensorrt.backend import TorchTensorRTBackend
     from refitkit.builtin.torch_tensorrt.network.backend import NetworkBackend
 
+    register(TorchTensorRTBackend())
     register(NetworkBackend())
 
 
 @hookimpl
 def refitkit_load_module(target: object, tools: Tools) -> OpenedModule | None:
-    """Open a folder that a network module was saved to."""
+    """Open modules and programs that hold engines, files of them, and folders of networks."""
+    from refitkit.builtin.torch_tensorrt import opening
+
     if not isinstance(target, Path):
-        return None
+        return opening.open_target(target)
     from refitkit.builtin.torch_tensorrt.network import backend
 
-    return backend.open_folder(target, tools)
+    found = backend.open_folder(target, tools)
+    return opening.open_target(target) if found is None else found
 
 
 @hookimpl
@@ -74,11 +79,15 @@ def refitkit_partition(
     tools: Tools,
 ) -> Mapping[str, Any] | None:
     """Lower a program and cut it into parts as Torch-TensorRT does."""
-    if backend != NETWORK:
-        return None
-    from refitkit.builtin.torch_tensorrt.network.backend import partition
+    if backend == NETWORK:
+        from refitkit.builtin.torch_tensorrt.network.backend import partition
 
-    return partition(program, module, options, tools)
+        return partition(program, module, options, tools)
+    if backend == NAME:
+        from refitkit.builtin.torch_tensorrt.backend import partition as cut_for_target
+
+        return cut_for_target(program, module, options, tools)
+    return None
 
 
 @hookimpl

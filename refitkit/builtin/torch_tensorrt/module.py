@@ -10,6 +10,7 @@ import torch
 
 from refitkit.builtin.torch_tensorrt import NAME
 from refitkit.builtin.torch_tensorrt.copying import as_program, duplicate
+from refitkit.builtin.torch_tensorrt.in_process import interpret
 from refitkit.builtin.torch_tensorrt.program_file import extra_files
 from refitkit.errors import EngineError, InputMismatchError, raised_as
 from refitkit.recipe.archive import replacing
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from torch.export import ExportedProgram
+
     from refitkit.builtin.torch_tensorrt.handles import EngineHandle
     from refitkit.builtin.torch_tensorrt.targets import Target
-    from refitkit.protocols import Engine
+    from refitkit.protocols import Engine, Tools
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,16 @@ class TorchTensorRTOpened:
         program = as_program(self.target)
         with replacing(path) as file:
             torch.export.save(program, file, extra_files=extra_files(attachments))
+
+    def rebuilt(
+        self, program: ExportedProgram, tools: Tools
+    ) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        """Values of all slots as the interpreter makes them of a program, flat.
+
+        Raises:
+            PlanMismatchError: The program makes other engines.
+        """
+        return interpret(program, self.target, tools).values
 
     def reopen(self) -> TorchTensorRTOpened:
         """A second, independent one with the same present weights."""

@@ -1,4 +1,4 @@
-"""The user's options as ``torch_tensorrt.dynamo.CompilationSettings``, and back as text."""
+"""The user's options as ``torch_tensorrt.dynamo.CompilationSettings``."""
 
 from __future__ import annotations
 
@@ -27,21 +27,6 @@ _OURS = {
     "reuse_cached_engines": "refitting replaces it",
 }
 """Fields that an option may not set, and why."""
-
-_NO_MATTER = frozenset(
-    {
-        "device",
-        "dryrun",
-        "timing_cache_path",
-        "lazy_engine_init",
-        "cache_built_engines",
-        "reuse_cached_engines",
-        "offload_module_to_cpu",
-        "autocast_calibration_dataloader",
-        "pass_through_build_failures",
-    }
-)
-"""Fields on which neither parts nor names of slots depend."""
 
 _PACKAGES = ("torch", "torch-tensorrt", "torch-tensorrt-rtx", "tensorrt", "tensorrt-rtx")
 
@@ -110,25 +95,6 @@ def _meant(value: Any) -> Any:
     if isinstance(value, str) and value.startswith("torch.") and "ops" not in value:
         return getattr(torch, value.removeprefix("torch."))
     return set(value) if isinstance(value, list) else value
-
-
-def settings_text(settings: Any) -> dict[str, str]:
-    """Settings on which parts and names of slots depend, as text by name, for fingerprints."""
-    return {
-        field.name: _text(getattr(settings, field.name))
-        for field in dataclasses.fields(settings)
-        if field.name not in _NO_MATTER
-    }
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list | tuple | set | frozenset):
-        return ", ".join(sorted(_text(one) for one in value))
-    return (
-        _get_qualified_name(value)
-        if callable(value) and not isinstance(value, type)
-        else str(value)
-    )
 
 
 def versions() -> dict[str, str]:

@@ -63,16 +63,26 @@ class Part:
         return self.structure.name
 
 
-def split(lowered: GraphModule, settings: Any, *, inlined: bool = False) -> tuple[Part, ...]:
+@dataclass(frozen=True)
+class Cut:
+    """A program in parts.
+
+    Attributes:
+        whole: What calls them.
+        parts: The parts, in the order of their calls.
+    """
+
+    whole: GraphModule
+    parts: tuple[Part, ...]
+
+
+def cut(lowered: GraphModule, settings: Any, *, inlined: bool = False) -> Cut:
     """Cut a lowered program as upstream does.
 
     Args:
         lowered: What ``lowering.lower`` gave. It is used up.
         settings: A ``torch_tensorrt.dynamo.CompilationSettings``.
         inlined: Whether torch's parts are inlined, as in saved programs.
-
-    Returns:
-        The parts, in the order of their calls.
 
     Raises:
         CompileError: Too few ops are supported for any engine, or upstream fails.
@@ -91,7 +101,7 @@ def split(lowered: GraphModule, settings: Any, *, inlined: bool = False) -> tupl
         )
     if not any(part.structure.accelerated for part in parts):
         raise _nothing_to_accelerate(lowered, settings, "no part of the program")
-    return parts
+    return Cut(whole, parts)
 
 
 def _partitioned(lowered: GraphModule, settings: Any) -> GraphModule:
@@ -114,16 +124,16 @@ def _partitioned(lowered: GraphModule, settings: Any) -> GraphModule:
     }
     if settings.use_fast_partitioner:
         try:
-            cut: GraphModule
-            cut, _ = partitioning.fast_partition(
+            whole: GraphModule
+            whole, _ = partitioning.fast_partition(
                 lowered, skip_fusion=supported == total, **_known(partitioning, common)
             )
         except FxNetSplitterInternalError:
             pass  # as upstream: the global partitioner takes what the fast one cannot
         else:
-            return cut
-    cut, _ = partitioning.global_partition(lowered, **common)
-    return cut
+            return whole
+    whole, _ = partitioning.global_partition(lowered, **common)
+    return whole
 
 
 def _known(partitioning: Any, wanted: dict[str, Any]) -> dict[str, Any]:

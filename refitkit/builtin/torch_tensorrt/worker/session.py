@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from refitkit.builtin.torch_tensorrt.lowering import lower
 from refitkit.builtin.torch_tensorrt.networks import Network
-from refitkit.builtin.torch_tensorrt.options import settings_from, settings_text, versions
-from refitkit.builtin.torch_tensorrt.parts import split
+from refitkit.builtin.torch_tensorrt.options import settings_from, versions
+from refitkit.builtin.torch_tensorrt.parts import cut
+from refitkit.builtin.torch_tensorrt.settings import settings_text
 from refitkit.builtin.torch_tensorrt.torch_tensors import TorchTensors
 from refitkit.builtin.torch_tensorrt.worker import programs, wire
 from refitkit.builtin.torch_tensorrt.worker.regions import Region
@@ -77,7 +78,7 @@ class Session:
         self._tell("lowering the program")
         lowered = lower(programs.read(Path(folder)), settings)
         self._tell("cutting the program into parts")
-        self._parts = split(lowered, settings)
+        self._parts = cut(lowered, settings).parts
         for part in self._parts:
             self._tell(f"reading the weights of {part.name}")
             self._holders[part.name] = (
