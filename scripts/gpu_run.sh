@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Runs the GPU tests, and the GPU benchmark where there is one, and leaves results.json and table.txt
 # in $OUT. Each file of tests has a process of its own: an error of CUDA spoils no other file.
-# usage: OUT=folder bash scripts/gpu_run.sh [tests/gpu/test_x.py ...]     LIMIT: seconds for each file
+# When time is up, results so far are kept.
+# usage: OUT=folder [BUDGET=seconds] bash scripts/gpu_run.sh [tests/gpu/test_x.py ...]
 set -uo pipefail
 cd "$(dirname "$0")/.."
 : "${OUT:?set OUT to a folder for the results}"
-limit=${LIMIT:-240} work=$(mktemp -d) failed=0
+budget=${BUDGET:-560} work=$(mktemp -d) failed=0
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$OUT"
 [ $# -gt 0 ] || set -- tests/gpu/test_*.py
@@ -13,7 +14,9 @@ mkdir -p "$OUT"
 for file in "$@"; do
   name=$(basename "$file" .py)
   # addopts: plugins that the options in pyproject.toml belong to may be missing there
-  timeout -k 10 "$limit" python3 -m pytest -p no:cacheprovider -o filterwarnings=default \
+  left=$((budget - SECONDS))
+  [ "$left" -gt 10 ] || left=10
+  timeout -s INT -k 10 "$left" python3 -m pytest -p no:cacheprovider -o filterwarnings=default \
     -o addopts= --import-mode=importlib -q -ra --tb=short --durations=5 \
     --junitxml="$work/$name.xml" "$file" 2>&1 | tee "$work/$name.log" | tail -n 60
   code=${PIPESTATUS[0]}
@@ -23,7 +26,7 @@ done
 
 bench=benchmarks/torch_tensorrt_refit.py
 if [ -f "$bench" ]; then
-  timeout -k 10 "$limit" python3 "$bench" "$work/bench.json" 2>&1 | tail -n 60 || failed=1
+  timeout -k 10 $((budget > SECONDS + 10 ? budget - SECONDS : 10)) python3 "$bench" "$work/bench.json" 2>&1 | tail -n 60 || failed=1
 fi
 
 python3 - "$work" "$OUT" <<'PYTHON'

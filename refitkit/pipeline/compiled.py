@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from refitkit.errors import EngineError, raised_as
+from refitkit.errors import EngineError, ModuleLostError, raised_as
 from refitkit.pipeline.gate import Gate
 from refitkit.protocols import SupportsReadback, SupportsSpareBuffer, SupportsWarming
 
@@ -112,12 +112,20 @@ class CompiledModule:
 
         Raises:
             EngineError: An engine failed; it answers as before.
+            ModuleLostError: An engine failed and could not go back; the module refuses calls.
         """
         with self.gate.refit(), self.gate.alone():
             for name, engine in self.engines.items():
                 if isinstance(engine, SupportsWarming):
-                    with raised_as(EngineError, f"The engine {name!r} failed to warm up"):
-                        engine.warm(tell)
+                    self._warm(name, engine, tell)
+
+    def _warm(self, name: str, engine: SupportsWarming, tell: Callable[[str], None]) -> None:
+        try:
+            with raised_as(EngineError, f"The engine {name!r} failed to warm up"):
+                engine.warm(tell)
+        except ModuleLostError as exc:
+            self.gate.poison(exc)
+            raise
 
     def free_spare(self) -> int:
         """Free what engines keep of the weights before the last refit; returns its bytes.

@@ -46,7 +46,11 @@ class EngineOptions:
 
 
 class RefitterEngine:
-    """One TensorRT engine; see ``refitkit.protocols.Engine``. Subclasses know its runtime."""
+    """One TensorRT engine; see ``refitkit.protocols.Engine``. Subclasses know its runtime.
+
+    Its live weights are what was last given to it: whoever refits the engine in another way has to
+    open it again before refitting it in part.
+    """
 
     def __init__(self, handle: EngineHandle, trt: Any, options: EngineOptions) -> None:
         """Touch nothing yet: the refitter is made when it is first needed.
@@ -102,7 +106,7 @@ class RefitterEngine:
     @property
     def memory(self) -> EngineMemory:
         """The second set of weights; engine bytes where nobody knows the live weights."""
-        if self.goes_back_by_bytes:
+        if not self.knows_live:
             size = len(self.handle.engine_bytes())
             return EngineMemory(engine=self.name, kind="engine-bytes", bytes=size)
         size = Layout.of(self.facts.values()).nbytes
@@ -113,11 +117,6 @@ class RefitterEngine:
         """The cached map of torch-tensorrt 2.11 and 2.12; see ``name_map.HasNameMap``."""
         found: Mapping[str, Any] | None = self.handle.weight_name_map
         return found
-
-    @property
-    def goes_back_by_bytes(self) -> bool:
-        """Whether a rollback needs the engine's bytes from before."""
-        return not self.knows_live
 
     @property
     def knows_live(self) -> bool:

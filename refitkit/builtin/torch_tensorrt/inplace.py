@@ -21,7 +21,7 @@ class InPlaceEngine(RefitterEngine):
         return self.handle.cuda_engine()
 
     def _staged(self) -> StagedInPlace:
-        before = self.handle.engine_bytes() if self.goes_back_by_bytes else None
+        before = None if self.knows_live else self.handle.engine_bytes()
         return StagedInPlace(self, before)
 
     def _rehearse(self) -> str:

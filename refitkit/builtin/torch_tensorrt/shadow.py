@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from refitkit.builtin.torch_tensorrt import serialized
 from refitkit.builtin.torch_tensorrt.engine import RefitterEngine
 from refitkit.builtin.torch_tensorrt.refitter import current
+from refitkit.model import EngineMemory
 
 if TYPE_CHECKING:
     from refitkit.builtin.torch_tensorrt.handles import EngineHandle
@@ -22,11 +23,13 @@ class ShadowEngine(RefitterEngine):
     """An engine that is refitted by way of its bytes."""
 
     _own: serialized.Deserialized | None = None
+    _size = 0  # of the engine bytes that were in place when something was last staged
 
     @property
-    def goes_back_by_bytes(self) -> bool:
-        """Always: the runtime takes nothing else."""
-        return True
+    def memory(self) -> EngineMemory:
+        """The engine's bytes from before; reading them can take as long as a refit."""
+        size = self._size or len(self.handle.engine_bytes())
+        return EngineMemory(engine=self.name, kind="engine-bytes", bytes=size)
 
     def _engine(self) -> Any:
         if self._own is None:
@@ -37,7 +40,9 @@ class ShadowEngine(RefitterEngine):
     def _staged(self) -> StagedBytes:
         self.refit()
         after = serialized.bytes_of(self._engine(), self._trt)
-        return StagedBytes(self, self.handle.engine_bytes(), after)
+        before = self.handle.engine_bytes()
+        self._size = len(before)
+        return StagedBytes(self, before, after)
 
     def _rehearse(self) -> str:
         self.refit()  # to whatever the buffers hold: nobody is served by this engine

@@ -140,3 +140,37 @@ def test_any_number_of_refits(runtimes: tuple[str, str], prepared: str) -> None:
         if seed == 4:
             stored = scene.module.stored()
             assert same_state(stored, {k: v for k, v in expected(4).items() if k in stored})
+
+
+@pytest.mark.parametrize("runtimes", RUNTIMES)
+def test_warming(runtimes: tuple[str, str], subtests: pytest.Subtests) -> None:
+    """A fault at any call leaves all as it was; one on its way back, too, loses the module."""
+    scene = Scene(runtimes, "adopted")
+    scene.wire.arm()
+    scene.compiled.warm()
+    assert same_state(scene.compiled(), expected(0))
+    calls = scene.wire.calls
+    for number, label in enumerate(calls):
+        for kind in KINDS:
+            with subtests.test(number=number, label=label, kind=kind.__name__):
+                scene = Scene(runtimes, "adopted")
+                scene.wire.arm({number: kind("on purpose")})
+                with pytest.raises((RefitError, KeyboardInterrupt)):
+                    scene.compiled.warm()
+                assert_whole(scene, KeyboardInterrupt())
+
+
+def test_warming_that_loses_the_module() -> None:
+    def warm(faults: Mapping[int, BaseException]) -> tuple[Scene, BaseException | None]:
+        scene = Scene(("python", "python"), "adopted")
+        scene.wire.arm(faults)
+        try:
+            scene.compiled.warm()
+        except RefitError as exc:
+            return scene, exc
+        return scene, None
+
+    first = warm({})[0].wire.calls.index("refit")
+    again = warm({first: Refusal()})[0].wire.calls.index("refit", first + 1)
+    scene, raised = warm({first: Refusal(), again: Refusal()})
+    assert_lost(scene, raised)
