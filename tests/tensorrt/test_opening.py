@@ -491,6 +491,21 @@ def test_a_second_module_is_independent(target: Any, runtime: str, parts: Parts)
         assert mine.data_ptr() != theirs.data_ptr()
 
 
+def test_a_second_program_is_saved_with_its_own_engines(
+    torch_tensorrt: Any, parts: Parts, runtime: str, tmp_path: Path
+) -> None:
+    program = program_of(compiled(parts, compilation_settings(torch_tensorrt)))
+    first = opened(program)
+    second = first.reopen()
+    second.target.engines[FIRST].replace(FRESH)
+    for module, size in ((first, len(parts.engine_bytes[FIRST])), (second, len(FRESH))):
+        path = tmp_path / "model.ep"
+        module.save(path, {})
+        described = describe_file(path)
+        assert described is not None
+        assert described["engines"][FIRST]["bytes"] == size
+
+
 def test_upstreams_own_copy_shares_the_engine(
     torch_tensorrt: Any, parts: Parts, python_runtime: None
 ) -> None:

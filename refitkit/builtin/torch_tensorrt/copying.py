@@ -32,8 +32,7 @@ def duplicate(target: Target) -> Target:
     """
     with raised_as(EngineError, "The compiled module cannot be copied"):
         module = copy.deepcopy(target.module)
-    program = None if target.program is None else _bound(target.program, module)
-    second = understand_module(module, program)
+    second = understand_module(module, target.program)
     for name, engine in second.engines.items():
         first = target.engines[name]
         if isinstance(engine, ModuleEngine) and isinstance(first, ModuleEngine):

@@ -122,7 +122,7 @@ def is_cpp_engine(value: object) -> bool:
         return False
     try:
         return bool(kind().qualified_name() == _CPP_ENGINE)
-    except (AttributeError, TypeError, RuntimeError):
+    except Exception:  # noqa: BLE001 - it may be anybody's object
         return False
 
 

@@ -220,8 +220,7 @@ def _is_inlined(root: torch.nn.Module, engines: Mapping[str, Handle]) -> bool:
 
 
 def _is_part(child: torch.nn.Module) -> bool:
-    if isinstance(child, torch.export._unlift.GuardsFn):  # noqa: SLF001 - it has no public name
-        return False
+    """Not so the ``GuardsFn`` that an export leaves: it has no graph and no state."""
     return isinstance(child, torch.fx.GraphModule) or bool(_names(child))
 
 
