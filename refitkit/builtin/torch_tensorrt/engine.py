@@ -66,6 +66,7 @@ class RefitterEngine:
         self._uploader = Uploader(options.device)
         self._refitter: PersistentRefitter | None = None
         self._facts: dict[str, WeightFact] | None = None
+        self._slots: dict[str, Slot] | None = None
         self._sets: WeightSets | None = None
 
     # -- what it is -------------------------------------------------------------------------
@@ -83,17 +84,20 @@ class RefitterEngine:
     @property
     def slots(self) -> Mapping[str, Slot]:
         """All weights, by the names that TensorRT has for them."""
-        return {
-            name: Slot(
-                engine=self.name,
-                name=name,
-                dtype=fact.dtype,
-                shape=fact.shape,
-                count=fact.count,
-                device=str(self._options.device),
-            )
-            for name, fact in sorted(self.facts.items())
-        }
+        facts = self.facts
+        if self._slots is None:
+            self._slots = {name: self._slot(fact) for name, fact in sorted(facts.items())}
+        return self._slots
+
+    def _slot(self, fact: WeightFact) -> Slot:
+        return Slot(
+            engine=self.name,
+            name=fact.name,
+            dtype=fact.dtype,
+            shape=fact.shape,
+            count=fact.count,
+            device=str(self.device),
+        )
 
     @property
     def facts(self) -> Mapping[str, WeightFact]:
@@ -144,7 +148,7 @@ class RefitterEngine:
         engine = self._engine()
         if self._refitter is None or self._refitter.engine is not engine:
             self.forget()
-            self._refitter = PersistentRefitter(engine, self._trt, self._options.device)
+            self._refitter = PersistentRefitter(engine, self._trt, self.device)
         return self._refitter
 
     @property
@@ -153,14 +157,14 @@ class RefitterEngine:
         refitter = self._ready_refitter()
         if self._sets is None:
             layout = Layout.of(self.facts.values())
-            sets = WeightSets(layout, self._options.device, self._options.keep)
+            sets = WeightSets(layout, self.device, self._options.keep)
             refitter.bind(self.facts, sets.staging.views)
             self._sets = sets
         return self._sets
 
     def forget(self) -> None:
         """Let the refitter and all buffers go, and with them what the live weights are."""
-        self._refitter = self._facts = self._sets = None
+        self._refitter = self._facts = self._slots = self._sets = None
 
     def refit(self) -> None:
         """Give the engine what the staging set holds.

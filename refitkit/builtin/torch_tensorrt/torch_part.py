@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,22 +48,22 @@ class TorchPartEngine:
         """Its name."""
         return self._name
 
-    @property
+    @cached_property
     def slots(self) -> Mapping[str, Slot]:
         """All tensors, by their names in the module; a tied one has a slot for each name."""
-        return {
-            name: Slot(
-                engine=self._name,
-                name=name,
-                dtype=dtype_name(tensor.dtype),
-                shape=tuple(tensor.shape),
-                count=tensor.numel(),
-                device=str(tensor.device),
-                readable=True,
-                mutable=name in self._mutable,
-            )
-            for name, tensor in sorted(self.live.items())
-        }
+        return {name: self._slot(name, tensor) for name, tensor in sorted(self.live.items())}
+
+    def _slot(self, name: str, tensor: torch.Tensor) -> Slot:
+        return Slot(
+            engine=self._name,
+            name=name,
+            dtype=dtype_name(tensor.dtype),
+            shape=tuple(tensor.shape),
+            count=tensor.numel(),
+            device=str(tensor.device),
+            readable=True,
+            mutable=name in self._mutable,
+        )
 
     @property
     def live(self) -> Tensors:

@@ -41,6 +41,7 @@ def test_slots_are_what_tensorrt_says(runtime: str) -> None:
         value = A[name]
         assert slot == slot_for(name, value, "e")
         assert not slot.readable
+    assert engine.slots is engine.slots  # asked for once per row: never made anew
     assert isinstance(engine, SupportsPartial)
     assert isinstance(engine, SupportsSpareBuffer)
     assert isinstance(engine, SupportsWarming)

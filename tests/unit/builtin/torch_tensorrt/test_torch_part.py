@@ -64,6 +64,7 @@ def test_all_tensors_are_slots(engine: TorchPartEngine) -> None:
         "constant",
     }
     assert engine.slots["a.weight"].shape == (2, 2)
+    assert engine.slots is engine.slots  # asked for once per row: never made anew
     assert all(slot.readable for slot in engine.slots.values())
     assert [name for name, slot in engine.slots.items() if slot.mutable] == ["count"]
     for kind in (SupportsPartial, SupportsReadback, SupportsSpareBuffer):
