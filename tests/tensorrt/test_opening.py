@@ -228,7 +228,7 @@ def test_an_engine_without_metadata(torch_tensorrt: Any, parts: Parts, runtime: 
         open_target(target, MAKERS)
 
 
-@pytest.mark.parametrize("name", ["one engine", "nested", "empty", "packed", "wrapped"])
+@pytest.mark.parametrize("name", ["one engine", "nested", "empty", "packed", "wrapped", "mutable"])
 def test_targets_that_have_to_be_opened_in_another_way(
     name: str, torch_tensorrt: Any, parts: Parts, runtime: str
 ) -> None:
@@ -239,6 +239,7 @@ def test_targets_that_have_to_be_opened_in_another_way(
         "empty": lambda: (emptied(module), "holds no engine"),
         "packed": lambda: (packed(program_of(module)), "Load the file"),
         "wrapped": lambda: (wrapper(), "compiled_module"),
+        "mutable": lambda: (mutable(), "'gm'"),
     }
     target, match = cases[name]()
     with pytest.raises(UnsupportedTargetError, match=match):
@@ -255,6 +256,13 @@ def packed(program: torch.export.ExportedProgram) -> torch.export.ExportedProgra
     for name, engine in list(program.constants.items()):
         program.constants[name] = serializer(info_of(engine, name).packed())  # type: ignore[arg-type]
     return program
+
+
+def mutable() -> Any:
+    kind: Any = upstream_part(
+        "dynamo.runtime._MutableTorchTensorRTModule"
+    ).MutableTorchTensorRTModule
+    return object.__new__(kind)
 
 
 def wrapper() -> Any:
@@ -551,6 +559,27 @@ def test_a_saved_file_is_upstreams_and_keeps_attachments(
     assert torch.equal(loaded, torch.full((4,), 5.0))
     again.save(path, {})
     assert attachments_of(path) == {}
+
+
+def test_a_file_that_upstream_wrote_after_a_refit(
+    torch_tensorrt: Any, parts: Parts, runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = compiled(parts, compilation_settings(torch_tensorrt))
+    engine = opened(module).target.engines[FIRST]
+    if runtime == "python":
+        engine.on_stale(Serialize())
+    else:
+        engine.replace(FRESH)
+        # the stand-in for the C++ engine is not what upstream looks for when it packs engines
+        monkeypatch.setattr(torch._C, "ScriptObject", CppEngine)
+    path = tmp_path / "upstream.ep"
+    with pytest.warns(UserWarning, match="get_attr"):
+        torch_tensorrt.save(module, str(path), retrace=False)
+    monkeypatch.setattr(upstream, "has_gpu", lambda: True)
+    again = opened(path)
+    assert again.target.engines[FIRST].engine_bytes() == FRESH
+    assert again.target.engines[SECOND].engine_bytes() == parts.engine_bytes[SECOND]
+    assert dict(again.attachments) == {}
 
 
 @pytest.mark.parametrize("kind", ["inlined", "retraced"])
