@@ -457,6 +457,22 @@ def test_a_buffer_that_the_program_changes_is_not_served() -> None:
     assert found.reason(linear("k")) == "the program changes 'k.w'"
 
 
+def test_statistics_of_another_dtype_than_weight_and_bias() -> None:
+    norm = torch.nn.BatchNorm2d(2)
+    norm.weight.data, norm.bias.data = norm.weight.data.half(), norm.bias.data.half()
+    model = Model(lambda m, x: m.b(x), b=norm)
+    found = case(model, IMAGE.half(), {SCALE: (2,)}, {SCALE: [FOUR, F32]})
+    assert found.reason(SCALE) == "'b.weight' is float16[2], unlike the slot"
+
+
+def test_a_plan_without_the_leaf() -> None:
+    found = conv_case()
+    leaves = tuple(leaf for leaf in found.data.leaves if leaf.fqn != "c.weight")
+    plan = RefitPlan(found.data.model_copy(update={"leaves": leaves}), {})
+    answer = found.ask(ProgramWeights(found.program), plan=plan, program=None)
+    assert answer.declined["e", KERNEL] == "the plan does not know 'c.weight'"
+
+
 def test_programs_with_inner_graphs_are_not_followed() -> None:
     def call(m: Any, x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
