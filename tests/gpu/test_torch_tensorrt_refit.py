@@ -97,7 +97,6 @@ def test_every_slot_of_every_engine_is_planned() -> None:
     for key, slot in held.items():
         row = planned[key].slot
         assert (row.dtype, row.count) == (slot.dtype, slot.count)
-    assert not [row for row in compiled.plan.ledger if row.state == "unmapped"]
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

@@ -88,7 +88,8 @@ class TorchTensorRTBackend:
             )
         found = interpret(program, target, tools)
         opened = TorchTensorRTOpened(target, default_makers(found.slots))
-        _adopt(opened, found)
+        if not target.stripped:
+            _adopt(opened, found)
         return opened
 
     def draft(

@@ -105,12 +105,21 @@ def interpret(program: ExportedProgram, target: Target, tools: Tools) -> Interpr
 
 
 def own_copy(program: ExportedProgram) -> ExportedProgram:
-    """A program that upstream may change, with the very tensors of another.
+    """A program that upstream may change, on the memory of another's tensors.
 
-    ``pre_export_lowering`` works on the graph of the program that it is given.
+    ``pre_export_lowering`` works on the graph of the program that it is given, and
+    ``offload_module_to_cpu`` moves its parameters.
     """
-    shared = {id(tensor): tensor for tensor in tensors_of(program).values()}
+    shared = {id(tensor): _alias(tensor) for tensor in tensors_of(program).values()}
     return copy.deepcopy(program, dict(shared))
+
+
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as another object, which can be moved elsewhere without the first."""
+    alias = tensor.detach()
+    if isinstance(tensor, torch.nn.Parameter):
+        return torch.nn.Parameter(alias, requires_grad=False)
+    return alias
 
 
 def check_parts(structures: list[Structure], target: Target) -> None:

@@ -50,11 +50,14 @@ class Network:
 
     Attributes:
         recorded: Weights that the interpreter recorded, by engine weight name.
-        scanned: Weights found in the layers, by engine weight name; flat views.
+        scanned: Weights found in the layers, by engine weight name; flat.
     """
 
     def __init__(self, part: Part, settings: Any, layer_types: Mapping[str, LayerType]) -> None:
-        """Interpret a part.
+        """Interpret a part: once, as another time it would give other names.
+
+        ``get_node_name`` (``converter_utils.py``, 2.11 to 2.14) takes an item off a node's stack of
+        modules whenever it is called.
 
         Raises:
             CompileError: The interpreter failed.
@@ -68,6 +71,7 @@ class Network:
         problems = list(self._scan(layer_types))
         self._own_scattered()
         problems += self._differences()
+        self._own_all()
         if problems:
             raise NotRefittableError(
                 f"Weights of {part.name!r} cannot be told apart by the names that TensorRT gives.",
@@ -101,19 +105,26 @@ class Network:
         ``to_trt_weights`` (``converter_utils.py``, 2.11 to 2.14) hands out the address of a
         contiguous copy that nobody keeps.
         """
-        self.point(
-            {
-                name: value.detach().cpu().contiguous().reshape(-1)
-                for name, value in self.recorded.items()
-                if name in self.scanned
-                and not value.is_contiguous()
-                and (value.dtype, value.numel())
-                == (
-                    self.scanned[name].dtype,
-                    self.scanned[name].numel(),
-                )
-            }
-        )
+        copies = {
+            name: value.detach().cpu().contiguous().reshape(-1)
+            for name, value in self.recorded.items()
+            if name in self.scanned and not value.is_contiguous()
+        }
+        alike = {
+            name: copy
+            for name, copy in copies.items()
+            if (copy.dtype, copy.numel()) == (self.scanned[name].dtype, self.scanned[name].numel())
+        }
+        self.point(alike)
+
+    def _own_all(self) -> None:
+        """Have values live without the network: those that were recorded own their memory."""
+        for name, value in self.scanned.items():
+            recorded = self.recorded.get(name)
+            fits = recorded is not None and recorded.is_contiguous() and not recorded.is_cuda
+            self.scanned[name] = (
+                recorded.detach().reshape(-1) if recorded is not None and fits else value.clone()
+            )
 
     def _differences(self) -> Iterator[Problem]:
         for name in self.recorded.keys() & self.scanned:
