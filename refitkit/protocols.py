@@ -6,7 +6,7 @@ every slot, has each engine stage them, and commits. Verifiers judge the result.
 
 What an engine may or may not be able to do is a protocol of its own: :class:`SupportsReadback`,
 :class:`SupportsPartial`, :class:`SupportsSpareBuffer`, :class:`SupportsWarming`. So it is with
-opened modules (:class:`Offline`) and sources (:class:`HoldsProgram`).
+opened modules (:class:`Offline`, :class:`LowersPrecision`) and sources (:class:`HoldsProgram`).
 """
 
 from __future__ import annotations
@@ -38,10 +38,12 @@ class Tools:
     Attributes:
         layer_types: Network layer types that hold weights, of all plugins, by name.
         tell: Tells of progress in things that take long; never once per tensor.
+        check_finite: Whether new values must be finite wherever the present ones are.
     """
 
     layer_types: Mapping[str, LayerType] = field(default_factory=dict)
     tell: Callable[[str], None] = field(default=lambda _: None)
+    check_finite: bool = True
 
 
 @runtime_checkable
@@ -208,6 +210,15 @@ class Offline(Protocol):
     @property
     def verifier(self) -> str:
         """Name of the verifier that judges it without calling it."""
+
+
+@runtime_checkable
+class LowersPrecision(Protocol):
+    """An opened module that computes some dtypes in a lower precision than their own."""
+
+    @property
+    def precision(self) -> Mapping[str, str]:
+        """By dtype of an output, the dtype whose precision it has: TF32 has float16's."""
 
 
 class OpenedModule(Protocol):

@@ -46,8 +46,8 @@ def judge_module(
         inputs=inputs,
         reference=wish.reference,
         program=compiled.program,
-        tolerances=config.tolerances,
-        tools=tools_for(host, "verify", "verify"),
+        tolerances=verify.tolerances_for(config, compiled.opened),
+        tools=tools_for(host, config, "verify", "verify"),
     )
     with compiled.gate.refit(), compiled.gate.alone():
         result = verify.prepared(verifier, request)(compiled.opened)

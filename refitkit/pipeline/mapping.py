@@ -79,7 +79,7 @@ def map_slots(
     config: Config,
 ) -> Mapping:
     """Ask the strategies, in order, for what is still without a value."""
-    mapping, tools = Mapping(plan), tools_for(host, "refit", "map")
+    mapping, tools = Mapping(plan), tools_for(host, config, "refit", "map")
     for strategy in _in_order(host, config):
         wanted = tuple(mapping.unserved())
         if not wanted:

@@ -136,7 +136,7 @@ class Pipeline:
         _check_program(program)
         chosen, clock = self.backend(backend), Clock(self.host, "compile")
         with clock.stage("compile"):
-            tools = tools_for(self.host, "compile", "compile")
+            tools = tools_for(self.host, self.config, "compile", "compile")
             opened = chosen.compile(program, dict(options or {}), tools)
         with clock.stage("plan"):
             plan = self._planned(program, opened, chosen, {})
@@ -187,11 +187,11 @@ class Pipeline:
             PlanMismatchError: The plan inside it is damaged.
         """
         with Clock(self.host, "load").stage("open"):
-            tools = tools_for(self.host, "load", "open")
+            tools = tools_for(self.host, self.config, "load", "open")
             compiled = self._handle(loading.open_target(self.host, target, self.config, tools))
         if warm:
             with Clock(self.host, "load").stage("warm"):
-                compiled.warm(tools_for(self.host, "load", "warm").tell)
+                compiled.warm(tools_for(self.host, self.config, "load", "warm").tell)
         return compiled
 
     def _handle(self, opened: OpenedModule) -> CompiledModule:

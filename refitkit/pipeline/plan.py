@@ -37,7 +37,7 @@ def make_plan(
         NotRefittableError: Weights of the program are not weights of the engines.
     """
     facts = facts_of(program)
-    tools = tools_for(host, "plan", "plan")
+    tools = tools_for(host, config, "plan", "plan")
     parts = partition(host, program, module, backend.name, options, config, tools)
     draft = backend.draft(parts, module, tools)
     data = PlanData(

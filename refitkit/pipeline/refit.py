@@ -115,8 +115,8 @@ class Refit:
             inputs=inputs,
             reference=wish.reference,
             program=self._compiled.program,
-            tolerances=self._config.tolerances,
-            tools=tools_for(self._host, "refit", "verify"),
+            tolerances=verify.tolerances_for(self._config, self._module),
+            tools=tools_for(self._host, self._config, "refit", "verify"),
         )
         return verify.prepared(verifier, request)
 

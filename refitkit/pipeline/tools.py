@@ -8,10 +8,11 @@ from refitkit.model import Step
 from refitkit.protocols import Tools
 
 if TYPE_CHECKING:
+    from refitkit.config import Config
     from refitkit.host import Host
 
 
-def tools_for(host: Host, verb: str, stage: str) -> Tools:
+def tools_for(host: Host, config: Config, verb: str, stage: str) -> Tools:
     """Layer types of all plugins, and a way to tell of progress in one stage of one verb.
 
     Raises:
@@ -20,4 +21,5 @@ def tools_for(host: Host, verb: str, stage: str) -> Tools:
     return Tools(
         layer_types=host.named("refitkit_layer_types"),
         tell=lambda text: host.emit(Step(verb, stage, text)),
+        check_finite=config.check_finite,
     )

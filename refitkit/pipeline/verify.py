@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from refitkit.config import TOLERANCES
 from refitkit.errors import ConfigError, NotRefittableError, PluginError, Problem, raised_as
-from refitkit.protocols import Offline, SupportsReadback
+from refitkit.protocols import LowersPrecision, Offline, SupportsReadback
 
 if TYPE_CHECKING:
+    from refitkit.config import Config
     from refitkit.host import Host
     from refitkit.model import VerificationResult
     from refitkit.protocols import OpenedModule, Verifier, VerifyRequest
@@ -63,6 +65,18 @@ def prepared(
             return judge(module)
 
     return judging
+
+
+def tolerances_for(config: Config, module: OpenedModule) -> Mapping[str, tuple[float, float]]:
+    """The configured tolerances; the default ones by the precision that a module computes in."""
+    if not isinstance(module, LowersPrecision):
+        return config.tolerances
+    lower = {
+        name: config.tolerances[kind]
+        for name, kind in module.precision.items()
+        if config.tolerances[name] == TOLERANCES[name]
+    }
+    return {**config.tolerances, **lower}
 
 
 def as_inputs(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:

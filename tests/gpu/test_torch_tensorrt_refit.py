@@ -265,7 +265,7 @@ def test_an_engine_that_fails_takes_all_others_back(
 
 
 def test_saving_and_loading_after_a_refit(tmp_path: Path) -> None:
-    compiled = compiled_by_us(Several)
+    compiled = compiled_by_us(Several, "cpp")
     inputs = inputs_of(Several)
     PIPELINE.refit(compiled, randomized(Several, 1), inputs=inputs)
     compiled.save(tmp_path / "b.refitkit")

@@ -61,13 +61,15 @@ def refitkit_register_backends(register: Callable[[Backend], None]) -> None:
 def refitkit_load_module(target: object, tools: Tools) -> OpenedModule | None:
     """Open modules and programs that hold engines, files of them, and folders of networks."""
     from refitkit.builtin.torch_tensorrt import opening
+    from refitkit.builtin.torch_tensorrt.making import default_makers
 
+    makers = default_makers(check_finite=tools.check_finite)
     if not isinstance(target, Path):
-        return opening.open_target(target)
+        return opening.open_target(target, makers)
     from refitkit.builtin.torch_tensorrt.network import backend
 
     found = backend.open_folder(target, tools)
-    return opening.open_target(target) if found is None else found
+    return opening.open_target(target, makers) if found is None else found
 
 
 @hookimpl

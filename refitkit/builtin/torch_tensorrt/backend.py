@@ -87,7 +87,9 @@ class TorchTensorRTBackend:
                 hint="Lower min_block_size, or compile with 'aotinductor'.",
             )
         found = interpret(program, target, tools)
-        opened = TorchTensorRTOpened(target, default_makers(found.slots))
+        opened = TorchTensorRTOpened(
+            target, default_makers(found.slots, check_finite=tools.check_finite)
+        )
         if not target.stripped:
             _adopt(opened, found)
         return opened

@@ -71,6 +71,11 @@ class TorchTensorRTOpened:
         """TensorRT engines and parts that torch executes, by name of the child."""
         return self._engines
 
+    @property
+    def precision(self) -> Mapping[str, str]:
+        """TF32, which TensorRT computes in unless it is told not to, has float16's precision."""
+        return {} if self.target.settings.disable_tf32 else {"float32": "float16"}
+
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call the target as it is; inputs are not moved, outputs have no gradient history."""
         module = self.target.module
