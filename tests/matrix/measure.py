@@ -93,10 +93,10 @@ def networks_of(
 ) -> dict[str, tuple[Network, dict[str, torch.Tensor]]]:
     """Network and lowered state of each engine, by its name."""
     from refitkit.builtin.torch_tensorrt.lowering import lower
-    from refitkit.builtin.torch_tensorrt.parts import split
+    from refitkit.builtin.torch_tensorrt.parts import cut
 
     layers = {layer.name: layer for layer in LAYER_TYPES}
-    parts = split(lower(program, settings), settings)
+    parts = cut(lower(program, settings), settings).parts
     return {
         part.name: (Network(part, settings, layers), dict(part.module.state_dict()))
         for part in parts

@@ -72,6 +72,11 @@ class TorchTensorRTOpened:
         return self._engines
 
     @property
+    def module(self) -> torch.nn.Module:
+        """What is called: the user's own module, or that of a program."""
+        return self.target.module
+
+    @property
     def precision(self) -> Mapping[str, str]:
         """TF32, which TensorRT computes in unless it is told not to, has float16's precision."""
         return {} if self.target.settings.disable_tf32 else {"float32": "float16"}
