@@ -51,10 +51,11 @@ def compile_command(
 
     Loading such a program can run code that is in the file: use only files that you trust.
     """
-    from refitkit.cli.files import check_output, load_program
+    from refitkit.cli.files import bytes_of, check_module_folder, check_output, load_program
 
-    check_output(output, program)
+    check_output(output, program, folders=True)
     pipeline = session.pipeline()
+    check_module_folder(pipeline, output)
     pipeline.backend(backend)  # a misspelt name is told before the program is loaded
     loaded = load_program(program, verbose=session.verbose)
     compiled = pipeline.compile(loaded, backend, options, prove=prove)
@@ -65,7 +66,7 @@ def compile_command(
         "backend": compiled.backend,
         "slots": len(slots),
         "weight_bytes": sum(slot.nbytes for slot in slots),
-        "file_bytes": output.stat().st_size,
+        "file_bytes": bytes_of(output),
         "stages": [
             {"verb": done.verb, "stage": done.stage, "seconds": done.seconds}
             for done in session.progress.finished

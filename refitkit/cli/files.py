@@ -51,12 +51,13 @@ def check_readable(name: str | Path, error: type[RefitError]) -> None:
         raise error(f"{str(path)!r} cannot be read: permission denied.")
 
 
-def check_output(path: Path, *inputs: str | Path | None) -> None:
+def check_output(path: Path, *inputs: str | Path | None, folders: bool = False) -> None:
     """Check that a file can be written here, before the work whose result it is to hold.
 
     Args:
         path: What is to be written; a file of this name is replaced.
         *inputs: Files that are read, and that must not be replaced.
+        folders: Whether a folder may be there; see ``check_module_folder``.
 
     Raises:
         RefitError: The folder is missing or cannot be written to, or the name is taken by
@@ -65,7 +66,7 @@ def check_output(path: Path, *inputs: str | Path | None) -> None:
     """
     what = f"{str(path)!r} cannot be written"
     folder = path.parent
-    if path.exists() and not path.is_file():
+    if path.exists() and not path.is_file() and not (folders and path.is_dir()):
         raise RefitError(f"{what}: it is a folder or a device.", hint="Name a file.")
     if not folder.is_dir():
         raise RefitError(f"{what}: there is no folder {str(folder)!r}.", hint="Make it first.")
@@ -76,6 +77,28 @@ def check_output(path: Path, *inputs: str | Path | None) -> None:
     for other in inputs:
         if other is not None and path.exists() and Path(other).exists() and path.samefile(other):
             raise click.UsageError(f"{str(path)!r} is read by this command: write to another file.")
+
+
+def check_module_folder(pipeline: Pipeline, path: Path) -> None:
+    """Check that a folder, if there is one, is a saved module, which may be replaced, or empty.
+
+    Raises:
+        RefitError: It holds something else.
+    """
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    try:
+        pipeline.describe(path)
+    except RefitError as exc:
+        message = f"{str(path)!r} cannot be written: it is a folder that holds something else."
+        raise RefitError(message, hint="Name a file, or a folder that is not there.") from exc
+
+
+def bytes_of(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(one.stat().st_size for one in path.rglob("*") if one.is_file())
 
 
 def load_program(path: Path, *, verbose: bool = False) -> ExportedProgram:

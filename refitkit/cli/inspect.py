@@ -44,9 +44,8 @@ def inspect_command(session: Session, file: Path) -> None:
     from refitkit.cli.files import check_readable
 
     check_readable(file, UnsupportedTargetError)
-    if not file.is_file():
-        what = "is a folder" if file.is_dir() else "does not exist"
-        raise UnsupportedTargetError(f"{str(file)!r} {what}.")
+    if not file.exists():
+        raise UnsupportedTargetError(f"{str(file)!r} does not exist.")
     held = _held(session.pipeline(), file)
     data = {"file": str(file), "kind": held.kind, **held.data}
     session.result(data, held.human)
@@ -75,6 +74,8 @@ def _readers(file: Path) -> dict[str, Callable[[Pipeline, Path], _Held]]:
     readers: dict[str, Callable[[Pipeline, Path], _Held]]
     readers = {"a module": _module, "a plan": _plan, "weights": _weights}
     by_suffix = {".safetensors": "weights", ".refitplan": "a plan"}
+    if file.is_dir():
+        return {"a module": _module}
     kind = by_suffix.get(file.suffix)
     return {kind: readers[kind]} if kind else readers
 

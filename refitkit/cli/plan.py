@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from refitkit.cli.options import common_options, file_argument, file_option
+from refitkit.cli.options import as_options, common_options, file_argument, file_option
 from refitkit.cli.session import Session, plain
 from refitkit.errors import PlanMismatchError, UnsupportedTargetError
 
@@ -27,11 +27,24 @@ def plan_group() -> None:
 @file_argument("program")
 @file_option("--target", help="The module that was compiled from PROGRAM.")
 @click.option("--backend", help="Plan offline for this backend, where it can; needs no --target.")
+@click.option(
+    "--option",
+    "options",
+    metavar="KEY=VALUE",
+    multiple=True,
+    callback=as_options,
+    help="An option of the backend, when planning offline. Can be given several times.",
+)
 @file_option("-o", "--output", required=True, help="Where to write the plan.")
 @common_options
 @click.pass_obj
 def make(
-    session: Session, program: Path, target: Path | None, backend: str | None, output: Path
+    session: Session,
+    program: Path,
+    target: Path | None,
+    backend: str | None,
+    options: dict[str, Any],
+    output: Path,
 ) -> None:
     """Make a plan for PROGRAM, a file of torch.export.save, and what was compiled from it.
 
@@ -48,7 +61,7 @@ def make(
         check_readable(target, UnsupportedTargetError)
     pipeline = session.pipeline()
     loaded = load_program(program, verbose=session.verbose)
-    plan = pipeline.plan(loaded, target, backend)
+    plan = pipeline.plan(loaded, target, backend, options)
     plan.save(output)
     data = {"output": str(output), **plain(plan.data)}
     session.result(data, lambda console: print_plan(console, plan))

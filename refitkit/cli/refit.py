@@ -53,12 +53,12 @@ class _Wish:
         from refitkit.cli.files import check_output, check_readable
 
         target = self.target()
-        if self.in_place and not target.is_file():
+        if self.in_place and not target.exists():
             raise UnsupportedTargetError(f"There is no file {self.module!r} to replace.")
         check_readable(self.module, UnsupportedTargetError)
         check_readable(self.weights, SourceError)
         module = None if self.in_place else self.module
-        check_output(target, module, self.weights, self.plan, self.inputs)
+        check_output(target, module, self.weights, self.plan, self.inputs, folders=True)
 
 
 @click.command("refit", short_help="Put new weights into a saved module.")
@@ -106,9 +106,10 @@ def refit_command(session: Session, /, **given: Any) -> None:
 
 
 def _refit(session: Session, wish: _Wish) -> RefitReport:
-    from refitkit.cli.files import load_inputs, load_plan
+    from refitkit.cli.files import check_module_folder, load_inputs, load_plan
 
     pipeline = session.pipeline(check_finite=not wish.no_check_finite)
+    check_module_folder(pipeline, wish.target())
     plan = load_plan(pipeline, wish.plan)
     result = pipeline.refit(
         wish.module,

@@ -21,13 +21,18 @@ if TYPE_CHECKING:
 def problems(
     plan: Plan, module: OpenedModule, source: WeightSource, names: Iterable[str]
 ) -> Iterator[Problem]:
-    """Entries of the source with a non-finite element where the present one is finite."""
+    """Entries of the source with a non-finite element where the present one is finite.
+
+    Of entries that no row names as its source nothing present is known; engines check their slots.
+    """
     slots = {n: row.slot for row in plan.data.ledger for n in row.sources}
     for name in names:
+        slot = slots.get(name)
+        if slot is None:
+            continue
         value = source.get(name)
         if all_finite(value):
             continue
-        slot = slots[name]
         engine = module.engines[slot.engine]
         present = engine.read(slot.name) if isinstance(engine, SupportsReadback) else None
         bad = ~_finite(value)

@@ -308,6 +308,22 @@ def test_unmapped_slots_are_not_the_checks_business() -> None:
     assert problems({"w": torch.ones(2, 3)}, make_plan([recipe_row(W), row])) == []
 
 
+def test_with_an_unmapped_slot_everything_that_the_program_reads_is_needed() -> None:
+    """Nobody knows what such a slot follows from, so it may be anything."""
+    row = LedgerRow(slot=make_slot("u"), state=SlotState.UNMAPPED, reason="nobody knows")
+    a, b, twin = (leaf_for(make_slot(name)) for name in ("a", "b", "twin"))
+    unread = UNUSED.model_copy(update={"fqn": "unread"})
+    plan = make_plan([row], leaves=[a, b, twin, unread], ties=[("b", "twin")])
+    good = {"a": torch.ones(2), "twin": torch.ones(2)}
+    assert problems(good, plan) == []
+    assert kinds(problems({"twin": torch.ones(2)}, plan)) == [("a", "missing")]
+    assert kinds(problems({"a": torch.ones(2)}, plan)) == [("b", "missing")]
+    assert kinds(problems({**good, "a": torch.ones(2).half()}, plan)) == [("a", "dtype")]
+    assert kinds(problems({**good, "x": torch.ones(2)}, plan)) == [("x", "unexpected")]
+    # what it holds now is not known either: engines look at their slots
+    assert problems({**good, "a": torch.tensor([NAN, 1.0])}, plan) == []
+
+
 # -- partial ----------------------------------------------------------------------------------
 
 

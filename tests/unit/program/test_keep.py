@@ -306,3 +306,38 @@ def test_keyword_inputs_survive() -> None:
     program = torch.export.export(model, (torch.ones(2),), {"scale": torch.tensor(2.0)})
     bound = kept_from(program).bind(TensorMap(model.state_dict()), pinned_of(program))
     assert bound(torch.ones(2), scale=torch.tensor(3.0)).tolist() == [3, 3]
+
+
+# -- restored ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "decomposed"), models.FORMS, ids=models.form_name)
+def test_a_restored_program_answers_like_the_model(kind: type[nn.Module], decomposed: bool) -> None:
+    program = exported(kind, decomposed=decomposed)
+    model = reweighted(kind)
+    source = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    restored = kept_from(program).restore(TensorMap(source), pinned_of(program))
+    with torch.no_grad():
+        wanted = model(*copied(kind.inputs))
+        found = restored.module(check_guards=False)(*copied(kind.inputs))
+    assert same(found, wanted)
+    assert facts_of(restored).leaves == facts_of(program).leaves
+    if not decomposed:  # torch's serializer writes out defaults that decompositions leave open
+        assert facts_of(restored).graph == facts_of(program).graph
+
+
+def test_a_restored_program_shares_memory_with_its_source_and_among_tied_names() -> None:
+    program = exported(models.Tied)
+    source = {k: v.detach().clone() for k, v in program.state_dict.items()}
+    restored = kept_from(program).restore(TensorMap(source), pinned_of(program))
+    assert facts_of(restored).ties == facts_of(program).ties
+    for name, value in restored.state_dict.items():
+        twins = next((tie for tie in facts_of(program).ties if name in tie), (name,))
+        assert value.data_ptr() == source[twins[0]].data_ptr()
+        assert not value.requires_grad
+
+
+def test_a_restored_program_lacks_nothing() -> None:
+    program = exported(models.Tied)
+    with pytest.raises(SourceError):
+        kept_from(program).restore(TensorMap({}), pinned_of(program))

@@ -181,6 +181,30 @@ def read_manifest(path: Path) -> Manifest:
         raise _broken(path, exc) from exc
 
 
+def describe(path: Path) -> dict[str, Any]:
+    """What a saved module is, as plain data.
+
+    Raises:
+        UnsupportedTargetError: It is damaged, or of another version.
+    """
+    manifest = read_manifest(path)
+    slots = [slot for part in manifest.parts for slot in part.slots]
+    return {
+        "format": manifest.format,
+        "parts": {
+            part.structure.name: f"{'an engine' if part.structure.accelerated else 'torch'} of "
+            f"{len(part.structure.ops)} ops, {len(part.slots)} slots"
+            for part in manifest.parts
+        },
+        "options": manifest.options,
+        "versions": manifest.versions,
+        "settings": manifest.settings,
+        "attachments": list(manifest.attachments),
+        "bytes": sum(slot.nbytes for slot in slots),
+        "slots": [slot.model_dump(mode="json") for slot in slots],
+    }
+
+
 def read_attachments(path: Path) -> dict[str, bytes]:
     """What is attached to a saved module.
 
