@@ -22,7 +22,7 @@ from refitkit.program.bits import same_bits
 from refitkit.program.dtypes import dtype_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from refitkit.builtin.torch_tensorrt.parts import Part
     from refitkit.model import LayerType
@@ -69,9 +69,9 @@ class Network:
         self._places: dict[str, Place] = {}
         self.scanned: dict[str, torch.Tensor] = {}
         problems = list(self._scan(layer_types))
-        self._own_scattered()
+        owned = self._own_scattered()
         problems += self._differences()
-        self._own_all()
+        self._own_all(owned)
         if problems:
             raise NotRefittableError(
                 f"Weights of {part.name!r} cannot be told apart by the names that TensorRT gives.",
@@ -99,7 +99,7 @@ class Network:
                 self.scanned[name] = value
                 self._places[name] = _place(layer, attribute, held, value)
 
-    def _own_scattered(self) -> None:
+    def _own_scattered(self) -> frozenset[str]:
         """Point layers whose weight was not contiguous to a copy that lives.
 
         ``to_trt_weights`` (``converter_utils.py``, 2.11 to 2.14) hands out the address of a
@@ -116,10 +116,17 @@ class Network:
             if (copy.dtype, copy.numel()) == (self.scanned[name].dtype, self.scanned[name].numel())
         }
         self.point(alike)
+        return frozenset(alike)
 
-    def _own_all(self) -> None:
-        """Have values live without the network: those that were recorded own their memory."""
+    def _own_all(self, owned: Collection[str]) -> None:
+        """Have values live without the network: those that were recorded own their memory.
+
+        Args:
+            owned: Slots whose values own theirs already; their layers read it, so it has to stay.
+        """
         for name, value in self.scanned.items():
+            if name in owned:
+                continue
             recorded = self.recorded.get(name)
             fits = recorded is not None and recorded.is_contiguous() and not recorded.is_cuda
             self.scanned[name] = (
