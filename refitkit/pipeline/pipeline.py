@@ -352,7 +352,7 @@ class Pipeline:
             UnsupportedTargetError: It is missing, damaged, or of no backend.
         """
         path = Path(path)
-        if not path.is_file():
+        if not path.exists():
             raise UnsupportedTargetError(f"There is no file {str(path)!r}.")
         for backend in self.backends.values():
             found = backend.describe(path)
@@ -368,7 +368,7 @@ class Pipeline:
             UnsupportedTargetError: It is a saved module, and damaged.
         """
         path = Path(path)
-        for backend in self.backends.values() if path.is_file() else ():
+        for backend in self.backends.values() if path.exists() else ():
             attached = backend.attachments(path)
             if PLAN in attached:
                 what = f"the plan of {str(path)!r}"

@@ -79,6 +79,8 @@ def attachments_of(path: Path) -> Mapping[str, bytes]:
 
 
 def _is_zip(path: Path) -> bool:
+    if not path.is_file():
+        return False
     with path.open("rb") as file:
         return file.read(2) == _ZIP_MAGIC
 

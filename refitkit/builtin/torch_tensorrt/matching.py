@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from refitkit.errors import PlanMismatchError, Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from refitkit.builtin.torch_tensorrt.parts import Structure
+    from refitkit.model import Slot
 
 
 def check_structures(found: Sequence[Structure], wanted: Sequence[Structure]) -> None:
@@ -27,6 +28,30 @@ def check_structures(found: Sequence[Structure], wanted: Sequence[Structure]) ->
             hint="Export the same model with the same inputs and dynamic shapes; only its weights "
             "may differ.",
         )
+
+
+def check_slots(found: Mapping[str, Sequence[Slot]], wanted: Mapping[str, Sequence[Slot]]) -> None:
+    """Compare the slots of the parts of a program with those that were compiled.
+
+    Raises:
+        PlanMismatchError: There are others, or they have other dtypes or shapes; lists them.
+    """
+    here, there = _by_key(found), _by_key(wanted)
+    problems = [
+        Problem("/".join(key), "slot", _slot_text(here.get(key)), _slot_text(there.get(key)))
+        for key in sorted(here.keys() | there.keys())
+        if here.get(key) != there.get(key)
+    ]
+    if problems:
+        raise PlanMismatchError("The networks have other weights.", problems=problems)
+
+
+def _by_key(slots: Mapping[str, Sequence[Slot]]) -> dict[tuple[str, str], Slot]:
+    return {(part, slot.name): slot for part, some in slots.items() for slot in some}
+
+
+def _slot_text(slot: Slot | None) -> str:
+    return "none" if slot is None else f"{slot.dtype} {slot.shape or f'of {slot.count} elements'}"
 
 
 def _differences(found: dict[str, Structure], wanted: dict[str, Structure]) -> Iterator[Problem]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import sys
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
+from types import BuiltinFunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx.node import _get_qualified_name
 
-from refitkit.errors import ConfigError, Problem
+from refitkit.builtin.torch_tensorrt.settings import fits
+from refitkit.errors import ConfigError, Problem, UnsupportedTargetError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,6 +32,12 @@ _OURS = {
 }
 """Fields that an option may not set, and why."""
 
+IMPORTS = "imports"
+"""Option of ours: modules that sessions import first, because they register ops or converters."""
+
+_PATHS = frozenset({"timing_cache_path", "runtime_cache_path", "engine_cache_dir"})
+"""Options that name files of the machine that they were given on."""
+
 _PACKAGES = ("torch", "torch-tensorrt", "torch-tensorrt-rtx", "tensorrt", "tensorrt-rtx")
 
 
@@ -42,7 +52,7 @@ def plain(options: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
         try:
             done[name] = _plain(value)
-        except TypeError:
+        except (TypeError, AttributeError, RuntimeError):
             problems.append(Problem(name, "type", type(value).__name__))
     if problems:
         raise ConfigError("These options cannot be used.", problems=problems)
@@ -56,9 +66,34 @@ def _plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, list | tuple | set | frozenset):
         return sorted(map(_plain, value), key=str)
-    if callable(value):
+    if isinstance(value, OpOverload | OpOverloadPacket | BuiltinFunctionType):
         return _get_qualified_name(value)
     raise TypeError(value)
+
+
+def trusted(options: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """Options from a file, without those that a file may not decide.
+
+    Paths of another machine are left out. Modules are imported where this process has imported
+    them already: whoever wrote the file may not choose what runs here.
+
+    Raises:
+        UnsupportedTargetError: It wants modules to be imported that are not; lists them.
+    """
+    names = options.get(IMPORTS, [])
+    listed = names if isinstance(names, list) else [names]
+    problems = [
+        Problem(str(name), "module that is not imported")
+        for name in listed
+        if not isinstance(name, str) or name not in sys.modules
+    ]
+    if problems:
+        raise UnsupportedTargetError(
+            f"{file!r} was made with modules that register ops or converters.",
+            problems=problems,
+            hint="A file cannot have them imported: if you trust them, import them first.",
+        )
+    return {name: value for name, value in options.items() if name not in _PATHS}
 
 
 def settings_from(options: Mapping[str, Any]) -> Any:
@@ -73,27 +108,33 @@ def settings_from(options: Mapping[str, Any]) -> Any:
     import torch_tensorrt  # noqa: PLC0415 - imported by whoever calls this
     from torch_tensorrt.dynamo import CompilationSettings  # noqa: PLC0415
 
-    fields = [field.name for field in dataclasses.fields(CompilationSettings)]
+    fields = {field.name: field.type for field in dataclasses.fields(CompilationSettings)}
+    given = {name: _meant(value) for name, value in options.items()}
     problems = [
         Problem(name, "not yours to set", hint=why)
         for name, why in _OURS.items()
         if name in options
     ]
-    for name in options.keys() - set(fields):
+    for name in sorted(options.keys() - fields.keys() - _OURS.keys()):
         near = get_close_matches(name, fields, n=1)
         hint = f"did you mean {near[0]!r}?" if near else ""
         problems.append(Problem(name, "no such option", hint=hint))
+    problems += [
+        Problem(name, "type", repr(value), str(fields[name]))
+        for name, value in given.items()
+        if name in fields and name not in _OURS and not fits(value, fields[name])
+    ]
     if problems:
         raise ConfigError("These options cannot be used.", problems=problems)
-    given = {name: _meant(value) for name, value in options.items()}
     return CompilationSettings(
         **given, immutable_weights=True, device=torch_tensorrt.Device("cuda:0")
     )
 
 
 def _meant(value: Any) -> Any:
-    if isinstance(value, str) and value.startswith("torch.") and "ops" not in value:
-        return getattr(torch, value.removeprefix("torch."))
+    if isinstance(value, str) and value.startswith("torch."):
+        dtype = getattr(torch, value.removeprefix("torch."), None)
+        return dtype if isinstance(dtype, torch.dtype) else value
     return set(value) if isinstance(value, list) else value
 
 

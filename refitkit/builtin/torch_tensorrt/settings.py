@@ -72,7 +72,7 @@ def settings_from(fields: Mapping[str, Any], engine: str) -> Any:
             problems.append(Problem(name, "unknown setting", repr(plain)[:80]))
             continue
         value = _real(plain)
-        if not _fits(value, wanted[name]):
+        if not fits(value, wanted[name]):
             problems.append(Problem(name, "type", repr(plain)[:80], str(wanted[name])))
         values[name] = value
     if "device" not in fields:
@@ -224,11 +224,11 @@ def _is_device_type(name: str, value: Any) -> bool:
     return name == "device_type" and isinstance(value, kind)
 
 
-def _fits(value: Any, wanted: Any) -> bool:
+def fits(value: Any, wanted: Any) -> bool:
     """Whether a value is of the type that upstream's dataclass declares."""
     origin = typing.get_origin(wanted)
     if origin in {typing.Union, types.UnionType}:
-        return any(_fits(value, one) for one in typing.get_args(wanted))
+        return any(fits(value, one) for one in typing.get_args(wanted))
     if origin is not None and issubclass(origin, collections.abc.Collection):
         several = isinstance(value, (set, frozenset, list, tuple))
         return several and all(isinstance(one, str) or _is_enum(one) for one in value)

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refitkit.builtin.torch_tensorrt import NETWORK
-from refitkit.builtin.torch_tensorrt.matching import check_structures
+from refitkit.builtin.torch_tensorrt.matching import check_slots, check_structures
 from refitkit.builtin.torch_tensorrt.network import saving
 from refitkit.builtin.torch_tensorrt.network.module import NetworkModule
 from refitkit.builtin.torch_tensorrt.network.planning import Planned, plan_program
 from refitkit.builtin.torch_tensorrt.network.template import Template
-from refitkit.builtin.torch_tensorrt.options import plain
+from refitkit.builtin.torch_tensorrt.options import plain, trusted
 from refitkit.builtin.torch_tensorrt.rows import rebuilt_row
-from refitkit.errors import RefitError
+from refitkit.errors import RefitError, UnsupportedTargetError
 from refitkit.protocols import PlanDraft
 
 if TYPE_CHECKING:
@@ -41,9 +41,7 @@ class NetworkBackend:
         chosen = plain(options)
         planned = plan_program(program, chosen, tools)
         module = NetworkModule(planned, chosen, Template.of(program), tools)
-        for engine in module.engines.values():
-            tools.tell(f"building {engine.name}")
-            engine.settle()
+        module.settle()
         module.remember(program)
         return module
 
@@ -70,10 +68,7 @@ class NetworkBackend:
 
     def describe(self, path: Path) -> Mapping[str, Any] | None:
         """What a saved module holds."""
-        if not saving.is_ours(path):
-            return None
-        described: dict[str, Any] = saving.read_manifest(path).model_dump(mode="json")
-        return described
+        return saving.describe(path) if saving.is_ours(path) else None
 
     def attachments(self, path: Path) -> Mapping[str, bytes]:
         """What a saved module keeps beside its engines."""
@@ -112,21 +107,21 @@ def open_folder(path: Path, tools: Tools) -> NetworkModule | None:
     manifest = saving.read_manifest(path)
     template = saving.read_template(path)
     attachments = saving.read_attachments(path)
-    planned = plan_program(template.program(), manifest.options, tools)
+    options = trusted(manifest.options, str(path))
+    planned = plan_program(saving.program_of(template, path), options, tools)
     _check_same(planned, manifest, path)
-    module = NetworkModule(planned, manifest.options, template, tools, attachments)
+    module = NetworkModule(planned, options, template, tools, attachments)
     with tempfile.TemporaryDirectory(prefix="refitkit-") as folder:
         for part in manifest.parts:
             values = saving.read_values(path, part, Path(folder))
-            module.take(part.structure.name, values, saving.engine_file(path, part))
+            module.take(part.structure.name, values, saving.engine_bytes(path, part))
     return module
 
 
 def _check_same(planned: Planned, manifest: saving.Manifest, path: Path) -> None:
-    from refitkit.errors import UnsupportedTargetError  # noqa: PLC0415
-
     try:
         check_structures(planned.structures, [part.structure for part in manifest.parts])
+        check_slots(planned.slots, {part.structure.name: part.slots for part in manifest.parts})
     except RefitError as exc:
         raise UnsupportedTargetError(
             f"The networks of {str(path)!r} cannot be made again here.",

@@ -1,8 +1,8 @@
 """One part of a network module as an engine: values in a file, engine bytes in another.
 
-The session's network reads its weights from a mapped file, which this process maps, too. A refit
-writes the new values into a second file, has the session read that one and build, and keeps the
-first for the way back.
+A refit writes the new values into a second file, which is mapped, and has the session build with
+them. It keeps the first for the way back. All that can fail does before the commit: committing and
+rolling back only say which files are live.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from refitkit.builtin.torch_tensorrt.network.scratch import Builder, Scratch
     from refitkit.builtin.torch_tensorrt.parts import Structure
     from refitkit.builtin.torch_tensorrt.worker.client import SessionClient
     from refitkit.model import Slot
@@ -39,12 +40,6 @@ class Built:
     region: Region
     engine: Path | None
 
-    def remove(self) -> None:
-        """Delete both files; what is mapped stays readable."""
-        self.region.path.unlink(missing_ok=True)
-        if self.engine is not None:
-            self.engine.unlink(missing_ok=True)
-
 
 class NetworkEngine:
     """One part; see ``refitkit.protocols.Engine``.
@@ -54,41 +49,45 @@ class NetworkEngine:
     """
 
     def __init__(
-        self, structure: Structure, slots: Sequence[Slot], session: SessionClient, folder: Path
+        self, structure: Structure, slots: Sequence[Slot], builder: Builder, scratch: Scratch
     ) -> None:
-        """Take a part of a session; ``settle`` brings its values here.
+        """Take a part of a session; ``settle`` or ``adopt`` bring its values here.
 
         Args:
             structure: What it is.
             slots: Its slots, in the order of the session.
-            session: Holds the network.
-            folder: Where its files go; its own.
+            builder: Builds it.
+            scratch: Where its files go.
         """
         self.structure = structure
         self._slots = {slot.name: slot for slot in slots}
-        self._session, self._folder = session, folder
-        self._number = 0
+        self._builder, self._scratch = builder, scratch
         self._live: Built | None = None
         self._before: Built | None = None
 
-    def settle(self) -> None:
-        """Bring the values of the session into a file, and build with them.
+    def settle(self, session: SessionClient) -> None:
+        """Bring the values of a program into a file, and build with them.
+
+        Args:
+            session: The session that has the program with its values.
 
         Raises:
             CompileError: The part cannot be built.
         """
-        path = self._new_path("weights")
-        self._session.call("settle", engine=self.name, path=str(path))
-        region = Region.open(path, self._slots.values())
-        self._live = Built(region, self._build())
+        path = self._scratch.new("weights")
+        session.call("copy", engine=self.name, path=str(path))
+        self._live = self._built(Region.open(path, self._slots.values()))
 
-    def adopt(self, values: Mapping[str, torch.Tensor], engine: Path | None) -> None:
+    def adopt(self, values: Mapping[str, torch.Tensor], engine: bytes | None) -> None:
         """Take values, and an engine that was built with them, instead of ``settle``."""
-        region = Region.create(self._new_path("weights"), self._slots.values())
+        region = Region.create(self._scratch.new("weights"), self._slots.values())
         for name, view in region.views.items():
             view.copy_(values[name].reshape(-1))
-        self._point(region)
-        self._live = Built(region, engine)
+        path = None
+        if engine is not None:
+            path = self._scratch.new("engine")
+            path.write_bytes(engine)
+        self._live = Built(region, path)
 
     # -- what an engine offers --------------------------------------------------------------
 
@@ -119,7 +118,7 @@ class NetworkEngine:
         before, self._before = self._before, None
         if before is None:
             return 0
-        before.remove()
+        self._remove(before)
         return int(before.region.whole.nbytes)
 
     def stage(self, values: Sequence[SlotValue]) -> StagedBuild:
@@ -134,17 +133,16 @@ class NetworkEngine:
 
     def stage_partial(self, values: Sequence[SlotValue]) -> StagedBuild:
         """Build with new values for some slots, and the present ones for the others."""
+        path = self._scratch.new("weights")
         self.free_spare()
-        region = Region.create(self._new_path("weights"), self._slots.values())
         try:
+            region = Region.create(path, self._slots.values())
             self._fill(region, values)
-            self._point(region)
-            engine = self._build()
+            built = self._built(region)
         except BaseException:
-            self._point(self.live.region)
-            region.path.unlink(missing_ok=True)
+            self._scratch.remove(path)
             raise
-        return StagedBuild(self, Built(region, engine))
+        return StagedBuild(self, built)
 
     def _fill(self, region: Region, values: Sequence[SlotValue]) -> None:
         given = {value.slot.name for value in values}
@@ -176,28 +174,26 @@ class NetworkEngine:
     def replace(self, built: Built) -> Built:
         """Make something live; returns what was."""
         before = self.live
-        self._point(built.region)
         self._live, self._before = built, before
         return before
 
     def abandon(self, built: Built) -> None:
         """Forget what was staged."""
-        self._point(self.live.region)
-        built.remove()
+        self._remove(built)
 
-    def _point(self, region: Region) -> None:
-        self._session.call("point", engine=self.name, path=str(region.path))
+    def _remove(self, built: Built) -> None:
+        self._scratch.remove(built.region.path, built.engine)
 
-    def _build(self) -> Path | None:
+    def _built(self, region: Region) -> Built:
         if not self.structure.accelerated:
-            return None
-        path = self._new_path("engine")
-        self._session.call("build", engine=self.name, path=str(path))
-        return path
-
-    def _new_path(self, suffix: str) -> Path:
-        self._number += 1
-        return self._folder / f"{self._number}.{suffix}"
+            return Built(region, None)
+        path = self._scratch.new("engine")
+        try:
+            self._builder.build(self.name, region.path, path)
+        except BaseException:
+            self._scratch.remove(path)
+            raise
+        return Built(region, path)
 
 
 class StagedBuild:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import weakref
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from refitkit.builtin.torch_tensorrt import NETWORK
@@ -13,10 +10,12 @@ from refitkit.builtin.torch_tensorrt.matching import check_structures
 from refitkit.builtin.torch_tensorrt.network import saving
 from refitkit.builtin.torch_tensorrt.network.engine import NetworkEngine
 from refitkit.builtin.torch_tensorrt.network.planning import Planned, plan_program
-from refitkit.errors import NotRefittableError
+from refitkit.builtin.torch_tensorrt.network.scratch import Builder, Scratch
+from refitkit.errors import EngineError, NotRefittableError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     import torch
     from torch.export import ExportedProgram
@@ -62,20 +61,17 @@ class NetworkModule:
         self.attachments = dict(attachments or {})
         self.planned, self.options, self.template = planned, options, template
         self._tools = tools
-        self._folder = Path(tempfile.mkdtemp(prefix="refitkit-network-"))
-        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        scratch = Scratch()
+        builder = Builder(
+            planned.session, lambda: _planned_alike(planned, template, options, tools).session
+        )
         self._engines = {
             structure.name: NetworkEngine(
-                structure, planned.slots[structure.name], planned.session, self._own(structure.name)
+                structure, planned.slots[structure.name], builder, scratch
             )
             for structure in planned.structures
         }
         self._made_from: weakref.ref[ExportedProgram] | None = None
-
-    def _own(self, name: str) -> Path:
-        folder = self._folder / name
-        folder.mkdir()
-        return folder
 
     # -- what a module offers ---------------------------------------------------------------
 
@@ -127,18 +123,24 @@ class NetworkModule:
         other = NetworkModule(planned, self.options, self.template, self._tools, self.attachments)
         for name, engine in self._engines.items():
             values = {slot: engine.read(slot) for slot in engine.slots}
-            other.take(name, values, engine.live.engine)
+            other.take(name, values, self.engine_bytes(name))
         return other
 
     # -- planning ---------------------------------------------------------------------------
 
-    def take(self, name: str, values: Mapping[str, torch.Tensor], engine: Path | None) -> None:
-        """Give one engine its values and, where it was built with them already, its bytes."""
-        copied = None
-        if engine is not None:
-            copied = self._folder / name / "0.engine"
-            copied.write_bytes(engine.read_bytes())
-        self._engines[name].adopt(values, copied)
+    def settle(self) -> None:
+        """Build all parts with the values of the program that was planned.
+
+        Raises:
+            CompileError: One cannot be built.
+        """
+        for engine in self._engines.values():
+            self._tools.tell(f"building {engine.name}")
+            engine.settle(self.planned.session)
+
+    def take(self, name: str, values: Mapping[str, torch.Tensor], engine: bytes) -> None:
+        """Give one part its values and, unless torch runs it, the engine built with them."""
+        self._engines[name].adopt(values, engine or None)
 
     def was_made_from(self, program: ExportedProgram) -> bool:
         """Whether this very program was compiled into it."""
@@ -187,3 +189,21 @@ class NetworkModule:
                 built[structure.name] = planned.build(structure.name)
         values = planned.values()
         return built, {name: values[name] for name in values.keys() - built.keys()}
+
+
+def _planned_alike(
+    planned: Planned, template: Template, options: Mapping[str, Any], tools: Tools
+) -> Planned:
+    """The same networks in another session, with other values.
+
+    Raises:
+        EngineError: They are not the same.
+    """
+    tools.tell("starting another session: the one that held the networks has died")
+    again = plan_program(template.program(), options, tools)
+    if (again.structures, again.slots) != (planned.structures, planned.slots):
+        raise EngineError(
+            "The networks cannot be made again: they come out differently.",
+            hint="Save the module and load it in another process, or compile it again.",
+        )
+    return again

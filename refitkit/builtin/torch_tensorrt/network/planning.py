@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from refitkit.builtin.torch_tensorrt.options import plain
+from refitkit.builtin.torch_tensorrt.options import IMPORTS, plain
 from refitkit.builtin.torch_tensorrt.parts import Structure
 from refitkit.builtin.torch_tensorrt.rows import constants_of
 from refitkit.builtin.torch_tensorrt.worker import programs
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from refitkit.protocols import Tools
-
-IMPORTS = "imports"
-"""Option of ours: modules that sessions import first, because they register ops or converters."""
 
 
 @dataclass(frozen=True)

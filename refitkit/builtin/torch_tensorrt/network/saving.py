@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from refitkit.builtin.torch_tensorrt.network.template import CONSTANTS, FACTS, GRAPH, Template
 from refitkit.builtin.torch_tensorrt.parts import Structure
-from refitkit.errors import Problem, UnsupportedTargetError
+from refitkit.errors import Problem, RefitError, UnsupportedTargetError
 from refitkit.model import Slot
 from refitkit.model.base import Frozen
 from refitkit.recipe import Archive, ArchiveError
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from torch.export import ExportedProgram
 
     from refitkit.builtin.torch_tensorrt.network.module import NetworkModule
 
@@ -38,7 +39,20 @@ SUFFIX = ".engine"
 INDEX = "refitkit.network"
 _MANIFEST, _ATTACHED = "manifest.json", "attachments/"
 _LIMIT = 1 << 31
-_NAME = re.compile(r"[A-Za-z0-9_]+")
+_MALFORMED = (
+    ArchiveError,
+    SafetensorError,
+    AttributeError,
+    KeyError,
+    MemoryError,
+    OSError,
+    RuntimeError,  # nested too deeply, or a tensor too large for this machine
+    TypeError,
+    ValueError,
+)
+"""What reading a malformed member raises."""
+
+_NAME = re.compile(r"[A-Za-z0-9_]{1,200}")
 
 
 class PartEntry(Frozen):
@@ -92,6 +106,7 @@ def save(module: NetworkModule, path: Path, attachments: Mapping[str, bytes]) ->
             f"{str(path)!r} is there and is no module of this backend, so it is not replaced.",
             hint="Choose a new folder, or for a single engine a path that ends in '.engine'.",
         )
+    path = path.resolve()  # where a link leads; the link stays
     beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
     try:
         beside.mkdir()
@@ -229,7 +244,19 @@ def read_template(path: Path) -> Template:
         with Archive(_index(path)) as archive:
             members = {name: archive.read(name, _LIMIT) for name in (GRAPH, FACTS, CONSTANTS)}
         return Template.from_members(members)
-    except (ArchiveError, ValueError, KeyError, TypeError, SafetensorError) as exc:
+    except _MALFORMED as exc:
+        raise _broken(path, exc) from exc
+
+
+def program_of(template: Template, path: Path) -> ExportedProgram:
+    """The program that a template stands for.
+
+    Raises:
+        UnsupportedTargetError: The template is damaged, or another torch wrote it.
+    """
+    try:
+        return template.program()
+    except (RefitError, *_MALFORMED) as exc:
         raise _broken(path, exc) from exc
 
 
@@ -239,12 +266,12 @@ def read_values(path: Path, part: PartEntry, scratch: Path) -> dict[str, torch.T
     Raises:
         UnsupportedTargetError: They are damaged, or of another model.
     """
-    file = scratch / f"{part.structure.name}.safetensors"
+    name = f"{part.structure.name}.safetensors"
     try:
         with Archive(_index(path)) as archive:
-            archive.extract(file.name, file)
-        values = load_file(file)
-    except (ArchiveError, SafetensorError) as exc:
+            archive.extract(name, scratch / name)
+        values = load_file(scratch / name)
+    except _MALFORMED as exc:
         raise _broken(path, exc) from exc
     wanted = {slot.name: (slot.dtype, slot.count) for slot in part.slots}
     found = {n: (str(v.dtype).removeprefix("torch."), v.numel()) for n, v in values.items()}
@@ -259,19 +286,24 @@ def read_values(path: Path, part: PartEntry, scratch: Path) -> dict[str, torch.T
     return values
 
 
-def engine_file(path: Path, part: PartEntry) -> Path | None:
-    """The engine file of one part, if it is there and the one that was saved."""
+def engine_bytes(path: Path, part: PartEntry) -> bytes:
+    """The engine of one part; nothing where torch runs it.
+
+    Raises:
+        UnsupportedTargetError: It is missing, or not the one that was saved.
+    """
     if not part.structure.accelerated:
-        return None
+        return b""
     file = _index(path).parent / f"{part.structure.name}{SUFFIX}"
     if not file.is_file():
         raise UnsupportedTargetError(f"The engine {file.name!r} of {str(path)!r} is missing.")
-    if hashlib.sha256(file.read_bytes()).hexdigest() != part.sha256:
+    content = file.read_bytes()
+    if hashlib.sha256(content).hexdigest() != part.sha256:
         raise UnsupportedTargetError(
             f"The engine {file.name!r} of {str(path)!r} is not the one that was saved.",
             problems=[Problem(file.name, "sha256")],
         )
-    return file
+    return content
 
 
 def _index(path: Path) -> Path:

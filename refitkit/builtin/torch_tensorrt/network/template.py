@@ -7,7 +7,9 @@ because converters may put such values into the network's structure.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 GRAPH, FACTS, CONSTANTS = "template.json", "template-facts.json", "template-constants.safetensors"
+_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 _FILLED = 0.5  # any number will do that is no special case: not 0, not 1, positive
 
 
@@ -93,5 +96,13 @@ class Template:
         """
         facts = json.loads(members[FACTS])
         leaves = tuple(map(Leaf.model_validate, facts["leaves"]))
+        _check_size(leaves)
         ties = tuple(tuple(map(str, tie)) for tie in facts["ties"])
         return cls(members[GRAPH], leaves, ties, load(members[CONSTANTS]))
+
+
+def _check_size(leaves: tuple[Leaf, ...]) -> None:
+    """Refuse what would not fit: a few bytes of a file can claim any number of elements."""
+    size = sum(prod(leaf.shape) * dtype_of(leaf.dtype).itemsize for leaf in leaves)
+    if size > _MEMORY:
+        raise ValueError(f"its tensors have {size} bytes, which this machine cannot hold")

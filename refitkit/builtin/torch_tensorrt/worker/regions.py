@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import torch
 
+from refitkit.errors import EngineError
 from refitkit.program.dtypes import dtype_of
 
 if TYPE_CHECKING:
@@ -38,16 +40,27 @@ class Region:
 
     @classmethod
     def create(cls, path: Path, slots: Iterable[Slot]) -> Region:
-        """A new file of zeros, as large as these slots need."""
+        """A new file of zeros, as large as these slots need.
+
+        Raises:
+            OSError: There is no room for it: writing to a mapped file that gets no room later would
+                end the process.
+        """
         listed = list(slots)
-        with path.open("wb") as file:
-            file.truncate(_size(listed))
+        with path.open("xb") as file:
+            os.posix_fallocate(file.fileno(), 0, _size(listed))
         return cls.open(path, listed)
 
     @classmethod
     def open(cls, path: Path, slots: Iterable[Slot]) -> Region:
-        """Map a file that ``create`` made for the same slots."""
+        """Map a file that ``create`` made for the same slots.
+
+        Raises:
+            EngineError: It has another size.
+        """
         listed = list(slots)
+        if path.stat().st_size != _size(listed):
+            raise EngineError(f"{str(path)!r} holds the values of other slots.")
         whole = torch.from_file(str(path), shared=True, size=_size(listed), dtype=torch.uint8)
         return cls(path, whole, listed)
 

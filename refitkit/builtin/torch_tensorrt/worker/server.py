@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import sys
 
@@ -18,6 +19,7 @@ from refitkit.errors import RefitError
 
 def main() -> None:
     """Serve on the socket whose descriptor is the first argument, until its other end is closed."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # sessions that end leave no zombies
     channel = socket.socket(fileno=int(sys.argv[1]))
     sys.path[:] = wire.receive(channel)
     try:
@@ -28,7 +30,6 @@ def main() -> None:
     wire.send(channel, {"ready": os.getpid()})
     while True:
         _, descriptors, _, _ = socket.recv_fds(channel, 1, 1)
-        _reap()
         if not descriptors:
             return
         if os.fork() == 0:
@@ -40,18 +41,13 @@ def main() -> None:
 def _serve(descriptor: int) -> None:
     """Be a session, and never return."""
     code = 1
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
-        with socket.socket(fileno=descriptor) as channel, contextlib.suppress(EOFError):
+        with socket.socket(fileno=descriptor) as channel, contextlib.suppress(EOFError, OSError):
             Session(channel).serve()
         code = 0
     finally:
         os._exit(code)
-
-
-def _reap() -> None:
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
 
 
 if __name__ == "__main__":

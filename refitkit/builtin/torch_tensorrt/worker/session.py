@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import logging
 import os
+import select
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +40,6 @@ class Session:
         self._channel = channel
         self._parts: tuple[Part, ...] = ()
         self._holders: dict[str, Network | TorchTensors] = {}
-        self._regions: dict[str, Region] = {}
 
     def serve(self) -> None:
         """Answer until the client is gone."""
@@ -46,6 +48,8 @@ class Session:
             try:
                 method = getattr(self, request["method"])
                 answer = {"result": method(**request["arguments"])}
+            except EOFError:
+                raise
             except Exception as exc:  # noqa: BLE001 - whatever it is, the client is told
                 answer = {"error": wire.pack_error(exc)}
             wire.send(self._channel, answer)
@@ -98,44 +102,43 @@ class Session:
 
     def values(self, folder: str) -> None:
         """Write the values of all slots: a region for each part, in a file of its name."""
-        for name, holder in self._holders.items():
-            self._copied(holder, Path(folder) / name)
+        for name in self._holders:
+            self.copy(name, str(Path(folder) / name))
 
-    def _copied(self, holder: Network | TorchTensors, path: Path) -> Region:
-        region = Region.create(path, holder.slots)
+    def copy(self, engine: str, path: str) -> None:
+        """Write the values of the slots of one part, as a region."""
+        holder = self._holders[engine]
+        region = Region.create(Path(path), holder.slots)
         for name, value in holder.scanned.items():
             region.views[name].copy_(value)
-        return region
 
-    def settle(self, engine: str, path: str) -> None:
-        """Move the values of a part into a file, and have its layers read them there."""
-        self._point(engine, self._copied(self._holders[engine], Path(path)))
+    def build(self, engine: str, path: str, weights: str | None = None) -> int:
+        """Build a part and write the engine bytes; returns their number.
 
-    def point(self, engine: str, path: str) -> None:
-        """Have the layers of a part read their values from a file."""
-        self._point(engine, Region.open(Path(path), self._holders[engine].slots))
+        In a process of its own: one in which a build failed cannot build again. So nothing that a
+        build does stays here, and a session is as good after any call as when it was new.
 
-    def _point(self, engine: str, region: Region) -> None:
-        self._holders[engine].point(region.views)
-        self._regions[engine] = region  # keeps the memory mapped
-
-    def build(self, engine: str, path: str) -> int:
-        """Build a part with its present values and write the engine bytes; returns their number.
-
-        In a process of its own: one in which a build failed cannot build again.
+        Args:
+            engine: Name of the part.
+            path: Where the engine bytes go.
+            weights: The region with its values; those of the program where None.
         """
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
-            os.close(reader)
-            self._build_and_exit(engine, path, writer)
+            self._build_and_exit(engine, path, weights, writer)
         os.close(writer)
-        with os.fdopen(reader, "rb") as file:
-            said = file.read()
-        _, status = os.waitpid(child, 0)
+        try:
+            said = self._awaited(reader)
+        except BaseException:
+            os.kill(child, signal.SIGKILL)
+            raise
+        finally:
+            os.close(reader)
+            _, status = os.waitpid(child, 0)
         if not said:
             raise CompileError(
-                f"The process that built {engine!r} died (status {status}).",
+                f"The process that built {engine!r} died ({_end(status)}).",
                 hint="Memory may have run out, or TensorRT crashed: its log says more.",
             )
         answer = json.loads(said)
@@ -143,22 +146,55 @@ class Session:
             raise wire.unpack_error(answer["error"])
         return int(answer["result"])
 
-    def _build_and_exit(self, engine: str, path: str, writer: int) -> None:
+    def _awaited(self, reader: int) -> bytes:
+        """What comes through a pipe until it is closed.
+
+        Raises:
+            EOFError: The client is gone meanwhile.
+        """
+        said, ends = b"", [reader, self._channel.fileno()]
+        while True:
+            ready, _, _ = select.select(ends, [], [])
+            if reader not in ready:
+                raise EOFError  # a client that waits for an answer sends nothing but its end
+            part = os.read(reader, 1 << 16)
+            if not part:
+                return said
+            said += part
+
+    def _build_and_exit(self, engine: str, path: str, weights: str | None, writer: int) -> None:
+        try:
+            _end_with_parent()
+            self._channel.close()  # or the client would not see that the session died
+            os.write(writer, json.dumps(self._built(engine, path, weights)).encode())
+        finally:
+            os._exit(0)
+
+    def _built(self, engine: str, path: str, weights: str | None) -> dict[str, Any]:
         log = _Log()
         logging.getLogger("torch_tensorrt").addHandler(log)
         try:
             holder = self._holders[engine]
+            if weights is not None:
+                holder.point(Region.open(Path(weights), holder.slots).views)
             content = holder.build() if isinstance(holder, Network) else b""
             Path(path).write_bytes(content)
-            answer: dict[str, Any] = {"result": len(content)}
         except Exception as exc:  # noqa: BLE001 - whatever it is, the client is told
             packed = wire.pack_error(exc)
             packed["hint"] = "\n".join([*log.lines[-_LOG_LINES:], packed["hint"]]).strip()
-            answer = {"error": packed}
-        try:
-            os.write(writer, json.dumps(answer).encode())
-        finally:
-            os._exit(0)
+            return {"error": packed}
+        return {"result": len(content)}
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process when the session dies: nobody would want the result."""
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG, <linux/prctl.h>
+    ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGKILL))
+
+
+def _end(status: int) -> str:
+    code = os.waitstatus_to_exitcode(status)
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 class _Log(logging.Handler):
