@@ -1,4 +1,4 @@
-"""Sessions that die, are interrupted, or whose builds fail: the module is as before, and goes on."""
+"""Sessions that die, are interrupted, or fail to build: the module is as before, and goes on."""
 
 from __future__ import annotations
 
