@@ -97,12 +97,20 @@ class RawHandle:
     def cuda_engine(self) -> Any:
         return self._own.engine if self.runtime == "python" else None
 
-    def replace(self, data: bytes) -> None:
+    def prepare(self, data: bytes) -> tuple[Any, Any, bytes]:
         if self.fail == "replace":
             raise EngineError("on purpose")
-        self._own = serialized.Deserialized(data, self._trt)
-        self._context = self._own.engine.create_execution_context()
-        self._stored, self._pending = data, None
+        own = serialized.Deserialized(data, self._trt)
+        return own, own.engine.create_execution_context(), data
+
+    def present(self) -> tuple[Any, Any, bytes]:
+        return self._own, self._context, self.engine_bytes()
+
+    def put(self, engine: tuple[Any, Any, bytes]) -> None:
+        (self._own, self._context, self._stored), self._pending = engine, None
+
+    def replace(self, data: bytes) -> None:
+        self.put(self.prepare(data))
 
     def on_stale(self, flush: Callable[[], bytes] | None) -> None:
         self._pending = flush

@@ -7,7 +7,7 @@ program keeps its engines.
 
 from __future__ import annotations
 
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +26,17 @@ from refitkit.builtin.torch_tensorrt.stale import Stored, watch_child, watch_eng
 from refitkit.errors import EngineError, UnsupportedTargetError, raised_as
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, MutableMapping
+    from collections.abc import Callable, Iterable, MutableMapping
 
     from refitkit.builtin.torch_tensorrt.handles import Runtime
 
 _CARRIED = ("use_pre_allocated_outputs", "use_output_allocator_outputs")
 """What users set on a live engine and upstream does not store."""
+
+
+_OF_MODULE = ("serialized_engine", "engine")
+_OF_PYTHON_MODULE = ("serialized_engine", "engine", "context")
+"""Attributes of upstream's children that belong to one engine."""
 
 
 class ModuleEngine:
@@ -88,15 +93,32 @@ class ModuleEngine:
         self.set_up()
         return self.child.engine.cuda_engine
 
+    def prepare(self, engine_bytes: bytes) -> dict[str, Any]:
+        """Make another engine, unless upstream has put that off."""
+        self._stored.flush()
+        engine = self.child.engine
+        if engine is None:
+            return {"serialized_engine": engine_bytes}
+        with raised_as(EngineError, f"torch_tensorrt refuses the engine for {self.name!r}"):
+            twin = _twin(self.child, serialized_engine=engine_bytes, engine=None)
+            twin.setup_engine()
+            _carry_over(engine, twin.engine)
+        return _held(twin, _OF_MODULE)
+
+    def present(self) -> dict[str, Any]:
+        """What is in place."""
+        self._stored.flush()
+        return _held(self.child, _OF_MODULE)
+
+    def put(self, engine: dict[str, Any]) -> None:
+        """Put an engine in place."""
+        with self._stored.replaced():
+            vars(self.child).update(engine)
+
     def replace(self, engine_bytes: bytes) -> None:
         """Put another engine in its place."""
-        refused = raised_as(EngineError, f"torch_tensorrt refuses the engine for {self.name!r}")
-        with self._stored.replaced(), _kept(self.child, ("serialized_engine", "engine")), refused:
-            engine, self.child.engine = self.child.engine, None
-            self.child.serialized_engine = engine_bytes
-            if engine is not None:
-                self.child.setup_engine()
-                _carry_over(engine, self.child.engine)
+        with self._stored.replaced():
+            self.put(self.prepare(engine_bytes))
 
     def part_from(self, other: ModuleEngine) -> None:
         """Have an engine object of its own, where a copy shares the original's.
@@ -174,15 +196,32 @@ class PythonModuleEngine:
         self.set_up()
         return self.child.engine
 
+    def prepare(self, engine_bytes: bytes) -> dict[str, Any]:
+        """Make another engine, unless upstream has put that off."""
+        self._stored.flush()
+        if self.child.engine is None:
+            return {"serialized_engine": engine_bytes}
+        with raised_as(EngineError, f"torch_tensorrt refuses the engine for {self.name!r}"):
+            twin = _twin(self.child, serialized_engine=engine_bytes)
+            twin.setup_engine()
+        return _held(twin, _OF_PYTHON_MODULE)
+
+    def present(self) -> dict[str, Any]:
+        """What is in place."""
+        self._stored.flush()
+        return _held(self.child, _OF_PYTHON_MODULE)
+
+    def put(self, engine: dict[str, Any]) -> None:
+        """Put an engine in place."""
+        with self._stored.replaced():
+            vars(self.child).update(engine)
+            if self.child.engine is not None:
+                self.drop_captured()
+
     def replace(self, engine_bytes: bytes) -> None:
         """Put another engine in its place."""
-        names = ("serialized_engine", "engine", "context")
-        refused = raised_as(EngineError, f"torch_tensorrt refuses the engine for {self.name!r}")
-        with self._stored.replaced(), _kept(self.child, names), refused:
-            self.child.serialized_engine = engine_bytes
-            if self.child.engine is not None:
-                self.child.setup_engine()
-                self.drop_captured()
+        with self._stored.replaced():
+            self.put(self.prepare(engine_bytes))
 
     def on_stale(self, flush: Callable[[], bytes] | None) -> None:
         """Note that the stored bytes are stale."""
@@ -258,15 +297,30 @@ class AttributeEngine:
         """The live ``ICudaEngine`` of the Python runtime."""
         return self.engine.cuda_engine if self.runtime == "python" else None
 
-    def replace(self, engine_bytes: bytes) -> None:
-        """Put another engine in its place."""
+    def prepare(self, engine_bytes: bytes) -> Any:
+        """Make another engine."""
+        self._stored.flush()
         old = self.engine
-        refused = raised_as(EngineError, f"torch_tensorrt refuses the engine for {self.name!r}")
-        with self._stored.replaced(), refused:
+        with raised_as(EngineError, f"torch_tensorrt refuses the engine for {self.name!r}"):
             new = _remade(old, info_of(old, self.name).holding(engine_bytes))
             _carry_over(old, new)
-        for place in self._places:
-            place.of[place.key] = new
+        return new
+
+    def present(self) -> Any:
+        """What is in place."""
+        self._stored.flush()
+        return self.engine
+
+    def put(self, engine: Any) -> None:
+        """Put an engine in place, wherever it is kept."""
+        with self._stored.replaced():
+            for place in self._places:
+                place.of[place.key] = engine
+
+    def replace(self, engine_bytes: bytes) -> None:
+        """Put another engine in its place."""
+        with self._stored.replaced():
+            self.put(self.prepare(engine_bytes))
 
     def on_stale(self, flush: Callable[[], bytes] | None) -> None:
         """Note that the stored bytes are stale."""
@@ -277,15 +331,15 @@ class AttributeEngine:
         _drop_captured(self.engine)
 
 
-@contextmanager
-def _kept(child: Any, names: Iterable[str]) -> Iterator[None]:
-    """Put attributes back where something fails."""
-    kept = {name: vars(child)[name] for name in names if name in vars(child)}
-    try:
-        yield
-    except BaseException:
-        vars(child).update(kept)
-        raise
+def _twin(child: Any, **other: Any) -> Any:
+    """A second child with the same attributes, but for these."""
+    twin = object.__new__(type(child))
+    vars(twin).update({**vars(child), **other})
+    return twin
+
+
+def _held(child: Any, names: Iterable[str]) -> dict[str, Any]:
+    return {name: vars(child)[name] for name in names if name in vars(child)}
 
 
 def _set_up(child: Any, name: str) -> None:

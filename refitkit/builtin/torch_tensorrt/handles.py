@@ -63,8 +63,24 @@ class EngineHandle(Protocol):
     def cuda_engine(self) -> Any:
         """The live ``ICudaEngine``; None where the C++ runtime holds it."""
 
+    def prepare(self, engine_bytes: bytes) -> Any:
+        """Make another engine, which takes long, and put it nowhere yet.
+
+        Raises:
+            EngineError: The runtime refuses the bytes.
+        """
+
+    def present(self) -> Any:
+        """What is in place, live and stored, to be put back later."""
+
+    def put(self, engine: Any) -> None:
+        """Put what ``prepare`` or ``present`` gave in place, live and stored. Fast.
+
+        What was stale about the engine that goes is forgotten.
+        """
+
     def replace(self, engine_bytes: bytes) -> None:
-        """Put another engine in its place, live and stored: the next call runs it.
+        """Put another engine in its place: ``prepare`` and ``put`` in one.
 
         Raises:
             EngineError: The runtime refuses the bytes; the old engine is still in place.

@@ -1,8 +1,9 @@
 """Engines of the C++ runtime: a second engine is refitted, serialized, and put in place.
 
 The C++ runtime lends its engine to nobody. So an engine of our own, made from the same bytes, is
-refitted while the live one goes on serving, and only its bytes go through the transaction. It keeps
-its refitter, so that later refits pay for serializing and replacing only. What it holds between two
+refitted and serialized, and the runtime makes a third one of that, all while the live one goes on
+serving. The transaction only puts that in place, and the one from before back. Our own keeps its
+refitter, so that later refits pay for serializing and deserializing only. What it holds between two
 refits does not matter: every refit sets all weights.
 """
 
@@ -27,9 +28,9 @@ class ShadowEngine(RefitterEngine):
 
     @property
     def memory(self) -> EngineMemory:
-        """The engine's bytes from before; reading them can take as long as a refit."""
+        """The engine from before, which stays on the device until the verdict."""
         size = self._size or len(self.handle.engine_bytes())
-        return EngineMemory(engine=self.name, kind="engine-bytes", bytes=size)
+        return EngineMemory(engine=self.name, kind="device", bytes=size)
 
     def _engine(self) -> Any:
         if self._own is None:
@@ -37,22 +38,21 @@ class ShadowEngine(RefitterEngine):
                 self._own = serialized.Deserialized(self.handle.engine_bytes(), self._trt)
         return self._own.engine
 
-    def _staged(self) -> StagedBytes:
+    def _staged(self) -> StagedEngine:
         self.refit()
         after = serialized.bytes_of(self._engine(), self._trt)
-        before = self.handle.engine_bytes()
-        self._size = len(before)
-        return StagedBytes(self, before, after)
+        self._size = len(after)
+        return StagedEngine(self, self.handle.present(), self.handle.prepare(after))
 
     def _rehearse(self) -> str:
         self.refit()  # to whatever the buffers hold: nobody is served by this engine
         return ""
 
 
-class StagedBytes:
-    """A refitted engine as bytes, on its way into the runtime."""
+class StagedEngine:
+    """A refitted engine of the runtime's, on its way into its place."""
 
-    def __init__(self, engine: ShadowEngine, before: bytes, after: bytes) -> None:
+    def __init__(self, engine: ShadowEngine, before: Any, after: Any) -> None:
         """Made by ``ShadowEngine.stage``."""
         self._engine, self._before, self._after = engine, before, after
         self._was = engine.sets.live
@@ -75,6 +75,6 @@ class StagedBytes:
         return self._engine.sets.changed()
 
 
-def _put(handle: EngineHandle, data: bytes) -> None:
+def _put(handle: EngineHandle, engine: Any) -> None:
     handle.drop_captured()
-    handle.replace(data)
+    handle.put(engine)

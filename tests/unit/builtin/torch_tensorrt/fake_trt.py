@@ -357,6 +357,21 @@ class FakeHandle:
         self.stored, self.pending = engine_bytes, None
         self.wire(f"{self.name}.replaced")
 
+    def prepare(self, engine_bytes: bytes) -> tuple[FakeCudaEngine, bytes]:
+        if _refused(self.wire, f"{self.name}.prepare"):
+            raise EngineError("The runtime refuses the bytes.")
+        return engine_from(engine_bytes, self.wire), engine_bytes
+
+    def present(self) -> tuple[FakeCudaEngine, bytes]:
+        self.wire(f"{self.name}.present")
+        self._flush()
+        return self.engine, self.stored
+
+    def put(self, engine: tuple[FakeCudaEngine, bytes]) -> None:
+        self.wire(f"{self.name}.put")
+        (self.engine, self.stored), self.pending = engine, None
+        self.wire(f"{self.name}.was_put")
+
     def on_stale(self, flush: Callable[[], bytes] | None) -> None:
         self.wire(f"{self.name}.on_stale")
         self.pending = flush

@@ -205,7 +205,7 @@ def test_memory_of_the_way_back(keep: Any) -> None:
 def test_memory_of_the_way_back_in_the_cpp_runtime() -> None:
     engine, handle = engine_of("e", A, runtime="cpp")
     refit(engine, A)
-    assert (engine.memory.kind, engine.memory.bytes) == ("engine-bytes", len(handle.stored))
+    assert (engine.memory.kind, engine.memory.bytes) == ("device", len(handle.stored))
 
 
 # -- warming ----------------------------------------------------------------------------------
