@@ -23,6 +23,8 @@ if TYPE_CHECKING:
         WeightSource,
     )
 
+_PARTIAL = "Leave them as they are with partial=True, or install a plugin that maps them."
+
 
 @dataclass
 class Mapping:
@@ -93,8 +95,13 @@ def map_slots(
     return mapping
 
 
-def require_all(mapping: Mapping, source: WeightSource) -> None:
+def require_all(mapping: Mapping, source: WeightSource, hint: str = _PARTIAL) -> None:
     """Stop where slots are without a value; called once the checks found nothing.
+
+    Args:
+        mapping: What the strategies gave.
+        source: The weights.
+        hint: What to do.
 
     Raises:
         UnmappedSlotError: Lists all of them, with what each strategy said.
@@ -111,8 +118,20 @@ def require_all(mapping: Mapping, source: WeightSource) -> None:
         raise UnmappedSlotError(
             f"No strategy has a value for some slots, with {source.description}.",
             problems=problems,
-            hint="Leave them as they are with partial=True, or install a plugin that maps them.",
+            hint=hint,
         )
+
+
+def require_some(mapping: Mapping, source: WeightSource) -> None:
+    """Stop a refit in part that would write nothing and could not say that this is right.
+
+    Raises:
+        UnmappedSlotError: Nothing is written, and there are slots of which nobody knows whether
+            they come from the given weights; lists them.
+    """
+    unknown = any(row.state is SlotState.UNMAPPED for row in mapping.unserved())
+    if unknown and not mapping.values:
+        require_all(mapping, source, hint="Pass all weights, without partial=True.")
 
 
 def _in_order(host: Host, config: Config) -> list[MappingStrategy]:

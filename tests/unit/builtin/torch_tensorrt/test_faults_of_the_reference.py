@@ -10,10 +10,25 @@ import torch
 
 import refitkit
 from refitkit import Pipeline
-from refitkit.errors import NotRefittableError, PlanMismatchError, RefitError
-from refitkit.model import Step
+from refitkit.errors import (
+    NotRefittableError,
+    PlanMismatchError,
+    RefitError,
+    UnmappedSlotError,
+)
+from refitkit.model import LedgerRow, SlotState, Step
 from refitkit.recipe import TensorMap
-from tests.fakes import FakeModule, FakePlugin, OpenEngine, TrippingPlugin, Tripwire, same_state
+from tests.fakes import (
+    FakeModule,
+    FakePlugin,
+    OpenEngine,
+    TrippingPlugin,
+    Tripwire,
+    make_module,
+    make_plan,
+    plan_for,
+    same_state,
+)
 from tests.unit.builtin.torch_tensorrt.scenes import Opener, TrtModule, expected, weights_of
 
 if TYPE_CHECKING:
@@ -65,6 +80,21 @@ def test_failures_of_a_rebuild_are_raised_and_change_nothing(
     with pytest.raises(kind):
         pipeline.refit(pipeline.load(module), Weights(weights_of(1)), verify="none")
     assert same_state(module.holds(), expected(0))
+
+
+def test_a_refit_in_part_that_reaches_no_slot_is_refused() -> None:
+    """It would be committed with nothing written, and say that the weights were the same."""
+    module = make_module(1)
+    rows = [
+        LedgerRow(slot=row.slot, state=SlotState.UNMAPPED, reason="not recorded")
+        for row in plan_for(module).ledger
+    ]
+    plan = make_plan(rows, leaves=plan_for(module).data.leaves)
+    compiled = Pipeline(plugins=[FakePlugin()]).load(module)
+    with pytest.raises(UnmappedSlotError, match="Pass all weights") as info:
+        refitkit.refit(compiled, {"e0.bias": torch.ones(2)}, plan=plan, partial=True)
+    assert len(info.value.problems) == len(rows)
+    assert compiled.version == 0
 
 
 # ---- a compiler that drops a weight -------------------------------------------------------------
