@@ -20,6 +20,7 @@ from refitkit.errors import PlanMismatchError, SourceError, raised_as
 from refitkit.model import LeafKind
 from refitkit.program.dtypes import dtype_of
 from refitkit.program.facts import facts_of
+from refitkit.program.vet import check_graph
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -179,9 +180,9 @@ class KeptProgram:
                 value = torch.nn.Parameter(value, requires_grad=False)
             (state if leaf.persistent else constants)[leaf.fqn] = value
         serde = _serde()
-        schema = serde._dict_to_dataclass(  # noqa: SLF001
-            serde.ExportedProgram, json.loads(self._graph)
-        )
+        graph = json.loads(self._graph)
+        check_graph(graph)
+        schema = serde._dict_to_dataclass(serde.ExportedProgram, graph)  # noqa: SLF001
         program: ExportedProgram = serde.ExportedProgramDeserializer().deserialize(
             schema, state, constants
         )

@@ -3,7 +3,9 @@
 ``save`` to a path that ends in ``.engine`` writes the one engine, as TensorRT reads it, and nothing
 else. To any other path it writes a folder: ``<part>.engine`` for each engine,
 ``<part>.safetensors`` for each part that torch runs, and ``refitkit.network``, an archive with all
-that makes it a module again. Loading that runs no code of the file's.
+that makes it a module again. What the program in it may name is checked before torch reads it
+(``refitkit.program.vet``), and modules are imported only if the user has done so before: loading is
+not meant to run code of the file's. Its readers were not written for hostile files all the same.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
@@ -33,7 +34,7 @@ def write(program: ExportedProgram, folder: Path) -> None:
     elsewhere = [leaf for leaf in facts.leaves if leaf.device != "cpu"]
     if elsewhere:
         raise CompileError(
-            "Networks are made without a GPU, and the program has tensors on one.",
+            "Networks are made on the CPU, and the program has tensors elsewhere.",
             problems=[Problem(leaf.fqn, "device", leaf.device, "cpu") for leaf in elsewhere],
             hint="Export the model on the CPU.",
         )
@@ -55,18 +56,16 @@ def _once_each(
 ) -> dict[str, torch.Tensor]:
     """The program's tensors, contiguous, tied ones under their first name only."""
     others = {name for tie in ties for name in tie[1:]}
-    return {
-        name: _contiguous(tensor)
-        for name, tensor in tensors_of(program).items()
-        if name not in others
-    }
+    tensors = {n: t.detach() for n, t in tensors_of(program).items() if n not in others}
+    users = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+    return {name: _alone(tensor, users) for name, tensor in tensors.items()}
 
 
-def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
+def _alone(tensor: torch.Tensor, users: Counter[int]) -> torch.Tensor:
     """Memory of its own: safetensors refuses tensors that share theirs."""
-    plain = tensor.detach()
-    whole = plain.untyped_storage().nbytes() == plain.nbytes
-    return plain if plain.is_contiguous() and whole else plain.clone().contiguous()
+    storage = tensor.untyped_storage()
+    own = storage.nbytes() == tensor.nbytes and users[storage.data_ptr()] == 1
+    return tensor if tensor.is_contiguous() and own else tensor.clone().contiguous()
 
 
 def read(folder: Path) -> ExportedProgram:
