@@ -89,7 +89,7 @@ def test_a_source_is_taken_as_it_is() -> None:
 NOT_WEIGHTS = [7, None, b"bytes", [torch.ones(1)], object(), "no such file", Path("no such file")]
 
 
-@pytest.mark.parametrize("thing", NOT_WEIGHTS, ids=repr)
+@pytest.mark.parametrize("thing", NOT_WEIGHTS, ids=lambda thing: type(thing).__name__)
 def test_what_nobody_can_read_is_a_source_error(thing: object) -> None:
     with pytest.raises(SourceError) as info:
         open_weights(make_host(), thing, CONFIG)
@@ -100,7 +100,7 @@ def test_what_nobody_can_read_is_a_source_error(thing: object) -> None:
         assert "state_dict" in info.value.hint
 
 
-@pytest.mark.parametrize("thing", NOT_WEIGHTS, ids=repr)
+@pytest.mark.parametrize("thing", NOT_WEIGHTS, ids=lambda thing: type(thing).__name__)
 def test_what_nobody_can_open_is_an_unsupported_target(thing: object) -> None:
     with pytest.raises(UnsupportedTargetError):
         open_target(make_host(), thing, CONFIG, TOOLS)
