@@ -166,3 +166,54 @@ def _on_gpu(value: Any) -> Any:
             hint="Pass the tensors that the model was exported with.",
         )
     return value
+
+
+def to_python_runtime(module: Any) -> Any:
+    """A compiled module's engines in the Python runtime, which refits them where they are.
+
+    For those who refit often: the C++ runtime serializes and deserializes an engine at each refit,
+    which takes hundreds of milliseconds, the Python runtime takes milliseconds. Only torch_tensorrt
+    2.11 and 2.12 have both; later ones choose one when they are imported.
+
+    Args:
+        module: What ``torch_tensorrt.dynamo.compile`` gave; changed in place. A module that was
+            opened with ``refitkit.load`` before has to be opened again.
+
+    Returns:
+        The same module.
+
+    Raises:
+        UnsupportedTargetError: This version has one runtime, or the module has no engine in the
+            C++ runtime.
+    """
+    from torch_tensorrt.dynamo import runtime  # noqa: PLC0415 - whoever has a module has it
+
+    kind = getattr(runtime, "PythonTorchTensorRTModule", None)
+    if kind is None:
+        raise UnsupportedTargetError(
+            "This version of torch_tensorrt has one runtime, chosen when it is imported.",
+            hint="torch_tensorrt uses the Python runtime where its C++ library is not installed.",
+        )
+    children = {
+        name: child
+        for name, child in module.named_children()
+        if isinstance(child, runtime.TorchTensorRTModule)
+    }
+    if not children:
+        raise UnsupportedTargetError("The module has no engine in the C++ runtime.")
+    made = {name: _in_python(child, kind) for name, child in children.items()}
+    for name, child in made.items():
+        setattr(module, name, child)
+    return module
+
+
+def _in_python(child: Any, kind: Any) -> Any:
+    names = ("name", "settings", "weight_name_map", "requires_output_allocator")
+    optional = ("symbolic_shape_expressions",)
+    given = {name: getattr(child, name) for name in (*names, *optional) if hasattr(child, name)}
+    made = kind(
+        child.serialized_engine, child.input_binding_names, child.output_binding_names, **given
+    )
+    if child.engine is not None:
+        made.set_output_tensors_as_unowned(child.are_output_tensors_unowned())
+    return made

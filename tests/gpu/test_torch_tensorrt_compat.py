@@ -9,7 +9,7 @@ import pytest
 
 import refitkit
 from refitkit.builtin.torch_tensorrt import upstream
-from refitkit.compat import refit_module_weights
+from refitkit.compat import refit_module_weights, to_python_runtime
 from tests.gpu.trt_helpers import (
     close,
     compiled_by_upstream,
@@ -86,3 +86,16 @@ def test_failures_raise_and_change_nothing() -> None:
     with pytest.raises(TypeError):
         refit_module_weights(module, program_of(Convolutions, 1), nonsense=True)
     assert same(module(*inputs), before)
+
+
+def test_engines_move_to_the_python_runtime() -> None:
+    if not hasattr(upstream.torch_tensorrt().dynamo.runtime, "PythonTorchTensorRTModule"):
+        pytest.skip("this version of torch_tensorrt has one runtime")
+    module, inputs = compiled_by_upstream(Several, "cpp"), inputs_of(Several)
+    before = module(*inputs)
+    assert to_python_runtime(module) is module
+    assert close(module(*inputs), before)
+    engine = next(iter(refitkit.load(module).engines.values()))
+    assert type(engine).__name__ == "InPlaceEngine"
+    refit_module_weights(module, program_of(Several, 1), inputs, verify_output=True, in_place=True)
+    assert close(module(*inputs), eager(Several, 1))

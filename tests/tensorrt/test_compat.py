@@ -65,3 +65,51 @@ def test_copies_of_a_module_have_no_handle_of_the_original() -> None:
     assert copy.deepcopy(handle).compiled is None
     kind, arguments = handle.__reduce__()
     assert kind(*arguments).compiled is None
+
+
+@pytest.mark.usefixtures("torch_tensorrt")
+def test_where_there_is_one_runtime_there_is_nothing_to_convert_to() -> None:
+    with pytest.raises(refitkit.UnsupportedTargetError, match="one runtime"):
+        compat.to_python_runtime(torch.nn.Identity())
+
+
+def test_engines_of_the_cpp_runtime_are_converted(
+    torch_tensorrt: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With stand-ins for the classes of 2.11."""
+
+    class Cpp(torch.nn.Module):
+        name, settings, weight_name_map, requires_output_allocator = "e", object(), {"a": 1}, True
+        serialized_engine, engine = b"engine", object()
+        input_binding_names, output_binding_names = ["x"], ["y"]
+
+        def are_output_tensors_unowned(self) -> bool:
+            return True
+
+    class Python(torch.nn.Module):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__()
+            self.args, self.kwargs, self.unowned = args, kwargs, False
+
+        def set_output_tensors_as_unowned(self, value: bool) -> None:
+            self.unowned = value
+
+    runtime = torch_tensorrt.dynamo.runtime
+    monkeypatch.setattr(runtime, "TorchTensorRTModule", Cpp)
+    monkeypatch.setattr(runtime, "PythonTorchTensorRTModule", Python, raising=False)
+    module = torch.nn.Sequential()
+    module.add_module("_run_on_acc_0", Cpp())
+    module.add_module("_run_on_gpu_1", torch.nn.Linear(2, 2))
+    assert compat.to_python_runtime(module) is module
+    made: Any = module.get_submodule("_run_on_acc_0")
+    assert isinstance(made, Python)
+    assert made.args == (b"engine", ["x"], ["y"])
+    assert made.kwargs == {
+        "name": "e",
+        "settings": Cpp.settings,
+        "weight_name_map": {"a": 1},
+        "requires_output_allocator": True,
+    }
+    assert made.unowned
+    with pytest.raises(refitkit.UnsupportedTargetError, match="no engine in the C"):
+        compat.to_python_runtime(module)
