@@ -72,7 +72,7 @@ class TorchTensorRTBackend:
         self, program: ExportedProgram, options: Mapping[str, Any], tools: Tools
     ) -> TorchTensorRTOpened:
         """Compile a program; ``options`` are those of ``torch_tensorrt.dynamo.compile``."""
-        if not upstream.has_gpu():
+        if upstream.is_installed() and not upstream.has_gpu():
             raise ToolchainError(
                 "Torch-TensorRT compiles for the GPU that it runs on, and there is none here.",
                 hint="backend='tensorrt_network' builds engines of TensorRT-RTX without one.",
