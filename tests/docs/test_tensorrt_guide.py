@@ -128,3 +128,5 @@ def test_settings_and_errors_that_are_named_exist() -> None:
         assert issubclass(getattr(refitkit, name), refitkit.RefitError)
     for name in re.findall(r"Config[.(](\w+)", PAGE):
         assert name in refitkit.Config.model_fields
+    for name in re.findall(r"refitkit\.compat\.(\w+)", PAGE):
+        assert hasattr(importlib.import_module("refitkit.compat"), name)
