@@ -316,7 +316,7 @@ class Backend(Protocol):
         """
 
     def describe(self, path: Path) -> Mapping[str, Any] | None:
-        """What a saved file holds, as plain data, without running any of its code.
+        """What a saved file or folder holds, as plain data, without running any of its code.
 
         Returns:
             None where the file is not this backend's.
@@ -326,7 +326,7 @@ class Backend(Protocol):
         """
 
     def attachments(self, path: Path) -> Mapping[str, bytes]:
-        """What a saved file keeps beside its engines, by name, without running any of its code.
+        """What a saved file or folder keeps beside its engines, by name; runs no code of it.
 
         Returns:
             Nothing where the file is not this backend's, or keeps nothing.

@@ -393,7 +393,7 @@ def test_describe_asks_the_backends(tmp_path: Path) -> None:
     pipeline = Pipeline(plugins=[plugin])
     with pytest.raises(UnsupportedTargetError, match="no file"):
         pipeline.describe(file)
-    with pytest.raises(UnsupportedTargetError, match="no file"):
+    with pytest.raises(UnsupportedTargetError, match="no saved module"):
         pipeline.describe(tmp_path)
     file.write_bytes(b"something")
     with pytest.raises(UnsupportedTargetError, match="no saved module"):
@@ -492,3 +492,12 @@ def test_the_plain_functions_run_on_a_pipeline_of_their_own(
     (tmp_path / "saved").touch()
     plugin.backend.described = {"kind": "fake"}
     assert refitkit.inspect(tmp_path / "saved") == {"kind": "fake"}
+
+
+def test_a_saved_module_may_be_a_folder(tmp_path: Path) -> None:
+    plugin = FakePlugin()
+    plan = plan_for(make_module(1))
+    plugin.backend.described, plugin.backend.attached = {"a": 1}, {PLAN: plan.to_bytes()}
+    pipeline = Pipeline(plugins=[plugin])
+    assert pipeline.describe(tmp_path) == {"a": 1}
+    assert pipeline.read_plan(tmp_path).data == plan.data
