@@ -22,7 +22,7 @@ check: setup
 	$(BIN)/lint-imports
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Torch-TensorRT 2.11 to 2.14, each in an environment of its own: half an hour, 7 GB. Not in CI.
 test-matrix: setup

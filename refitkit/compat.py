@@ -15,7 +15,7 @@ import inspect
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from refitkit.errors import ConfigError, UnsupportedTargetError
+from refitkit.errors import ConfigError, ToolchainError, UnsupportedTargetError, raised_as
 from refitkit.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _HANDLE = "_refitkit_handle"
 _NO_CACHE = (2, 13)
+_NEEDS = "torch_tensorrt cannot be imported"
+_WITHOUT = "It needs a GPU; without one the backend 'tensorrt_network' plans and builds."
 _WITH_CACHE = ("recipe", "name-map", "rebuild")
 _WITHOUT_CACHE = ("recipe", "rebuild")
 
@@ -45,13 +47,16 @@ def refit_module_weights(*args: Any, **kwargs: Any) -> Any:
         The refitted module: a copy, unless ``in_place``.
 
     Raises:
+        ToolchainError: torch_tensorrt cannot be imported.
         TypeError: The arguments are not those of the installed version.
         UnsupportedTargetError: The module holds no engine, or the weights are no program.
         PlanMismatchError: The program is of another model.
         VerificationError: Outputs differ; a module that was refitted in place has its old weights.
         RefitError: Any other reason; the module answers as before.
     """
-    bound = _signature().bind(*args, **kwargs)
+    with raised_as(ToolchainError, _NEEDS, hint=_WITHOUT):
+        signature = _signature()
+    bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
     return _refit(**bound.arguments)
 
@@ -186,7 +191,8 @@ def to_python_runtime(module: Any) -> Any:
         UnsupportedTargetError: This version has one runtime, or the module has no engine in the
             C++ runtime.
     """
-    from torch_tensorrt.dynamo import runtime  # noqa: PLC0415 - whoever has a module has it
+    with raised_as(ToolchainError, _NEEDS, hint=_WITHOUT):
+        from torch_tensorrt.dynamo import runtime  # noqa: PLC0415 - whoever has a module has it
 
     kind = getattr(runtime, "PythonTorchTensorRTModule", None)
     if kind is None:

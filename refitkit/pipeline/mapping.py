@@ -23,8 +23,6 @@ if TYPE_CHECKING:
         WeightSource,
     )
 
-_PARTIAL = "Leave them as they are with partial=True, or install a plugin that maps them."
-
 
 @dataclass
 class Mapping:
@@ -95,13 +93,8 @@ def map_slots(
     return mapping
 
 
-def require_all(mapping: Mapping, source: WeightSource, hint: str = _PARTIAL) -> None:
+def require_all(mapping: Mapping, source: WeightSource) -> None:
     """Stop where slots are without a value; called once the checks found nothing.
-
-    Args:
-        mapping: What the strategies gave.
-        source: The weights.
-        hint: What to do.
 
     Raises:
         UnmappedSlotError: Lists all of them, with what each strategy said.
@@ -118,20 +111,35 @@ def require_all(mapping: Mapping, source: WeightSource, hint: str = _PARTIAL) ->
         raise UnmappedSlotError(
             f"No strategy has a value for some slots, with {source.description}.",
             problems=problems,
-            hint=hint,
+            hint="Leave them as they are with partial=True, install a plugin that maps them, or "
+            "leave Config.strategies empty: then all strategies are tried.",
         )
 
 
-def require_some(mapping: Mapping, source: WeightSource) -> None:
-    """Stop a refit in part that would write nothing and could not say that this is right.
+def require_reached(mapping: Mapping, source: WeightSource) -> None:
+    """Stop a refit in part that would leave out some of the given weights without a word.
 
     Raises:
-        UnmappedSlotError: Nothing is written, and there are slots of which nobody knows whether
-            they come from the given weights; lists them.
+        UnmappedSlotError: There are weights that no written slot comes from, and slots of which
+            nobody knows whether they come from these weights; lists both.
     """
-    unknown = any(row.state is SlotState.UNMAPPED for row in mapping.unserved())
-    if unknown and not mapping.values:
-        require_all(mapping, source, hint="Pass all weights, without partial=True.")
+    unknown = [row for row in mapping.unserved() if row.state is SlotState.UNMAPPED]
+    if not unknown:
+        return
+    reached = {name for value in mapping.values.values() for name in value.sources}
+    whole = any(not value.sources for value in mapping.values.values())
+    used = {leaf.fqn for leaf in mapping.plan.data.leaves if leaf.used}
+    lost = [] if whole else [name for name in source.names() if name in used - reached]
+    if lost or not mapping.values:
+        problems = [Problem(name, "no written slot comes from it") for name in lost]
+        problems += [
+            Problem(f"{row.slot.engine}/{row.slot.name}", "may come from it") for row in unknown
+        ]
+        raise UnmappedSlotError(
+            f"Nobody knows which slots some of {source.description} belongs to.",
+            problems=problems,
+            hint="Pass all weights, without partial=True.",
+        )
 
 
 def _in_order(host: Host, config: Config) -> list[MappingStrategy]:

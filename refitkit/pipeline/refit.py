@@ -11,7 +11,7 @@ from refitkit.pipeline.check import check_abilities, check_weights
 from refitkit.pipeline.clock import Clock
 from refitkit.pipeline.commit import Transaction
 from refitkit.pipeline.load import open_weights
-from refitkit.pipeline.mapping import map_slots, require_all, require_some
+from refitkit.pipeline.mapping import map_slots, require_all, require_reached
 from refitkit.pipeline.report import Findings
 from refitkit.pipeline.stage import Staged
 from refitkit.pipeline.tools import tools_for
@@ -94,7 +94,7 @@ class Refit:
         check_abilities(self._module, partial=partial, config=self._config)
         if partial:
             mapping.keep_pinned()
-            require_some(mapping, source)
+            require_reached(mapping, source)
         else:
             require_all(mapping, source)
 

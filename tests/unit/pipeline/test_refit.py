@@ -518,3 +518,20 @@ def test_the_plan_inside_a_module_is_used() -> None:
     compiled = pipeline().load(module)
     assert compiled.plan is not None
     assert len(compiled.plan.ledger) == 2
+
+
+def test_a_partial_refit_leaves_out_no_given_weight_without_a_word() -> None:
+    """A weight that reaches no written slot may belong to one of which nobody knows."""
+    module = make_module(1)
+    rows = list(plan_for(module).ledger)
+    leaves = plan_for(module).data.leaves
+    rows[1] = LedgerRow(slot=rows[1].slot, state=SlotState.UNMAPPED, reason="nobody knows")
+    weights = {"e0.weight": torch.ones(2, 3), "e0.bias": torch.ones(2)}
+    before = module.holds()
+    with pytest.raises(UnmappedSlotError) as info:
+        refit(module, weights, plan=make_plan(rows, leaves=leaves), partial=True)
+    assert {(p.subject, p.kind) for p in info.value.problems} == {
+        ("e0.bias", "no written slot comes from it"),
+        ("e0/e0.bias", "may come from it"),
+    }
+    assert same_state(module.holds(), before)

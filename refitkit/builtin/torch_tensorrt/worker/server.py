@@ -10,11 +10,16 @@ import os
 import signal
 import socket
 import sys
+import tempfile
+from typing import TYPE_CHECKING
 
 from refitkit.builtin.torch_tensorrt import upstream
 from refitkit.builtin.torch_tensorrt.worker import wire
 from refitkit.builtin.torch_tensorrt.worker.session import Session
 from refitkit.errors import RefitError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def main() -> None:
@@ -23,7 +28,8 @@ def main() -> None:
     channel = socket.socket(fileno=int(sys.argv[1]))
     sys.path[:] = wire.receive(channel)
     try:
-        upstream.import_headless()
+        with _quietly():
+            upstream.import_headless()
     except RefitError as exc:
         wire.send(channel, {"error": wire.pack_error(exc)})
         return
@@ -36,6 +42,23 @@ def main() -> None:
             channel.close()
             _serve(descriptors[0])
         os.close(descriptors[0])
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep what libraries print, which all warn that there is no GPU, unless they fail."""
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as aside:
+        os.dup2(aside.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            aside.seek(0)
+            os.write(kept, aside.read())
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def _serve(descriptor: int) -> None:
