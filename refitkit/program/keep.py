@@ -52,7 +52,8 @@ class KeptProgram:
         """Keep a program.
 
         Returns:
-            None where torch cannot write it, or not without a pickle (custom objects).
+            None where torch cannot write it, or not without a pickle (custom objects), or where it
+            names what is refused when a program is read.
         """
         if any(not isinstance(v, torch.Tensor) for v in program.constants.values()):
             return None
@@ -69,6 +70,10 @@ class KeptProgram:
             cls=serde.EnumEncoder,
             allow_nan=False,
         )
+        try:
+            check_graph(json.loads(text))
+        except ValueError:
+            return None  # nobody would read it back
         facts = facts_of(program)
         return cls(text.encode(), facts.leaves, facts.ties)
 

@@ -7,14 +7,19 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from refitkit.builtin.torch_tensorrt import LAYER_TYPES
 from refitkit.builtin.torch_tensorrt.module import Makers, TorchTensorRTOpened
 from refitkit.builtin.torch_tensorrt.settings import settings_text
 from refitkit.builtin.torch_tensorrt.targets import Target
-from refitkit.errors import EngineError, InputMismatchError
+from refitkit.errors import EngineError, InputMismatchError, PlanMismatchError
+from refitkit.protocols import Tools
 from tests.tensorrt.targets import compilation_settings
 
 if TYPE_CHECKING:
     from refitkit.protocols import OpenedModule
+
+
+TYPES = {one.name: one for one in LAYER_TYPES}
 
 
 class Handle:
@@ -130,3 +135,67 @@ def test_ops_have_the_same_text_as_objects_and_as_names(torch_tensorrt: Any) -> 
         for one in (op, "torch.ops.aten.sin.default")
     ]
     assert texts[0] == texts[1]
+
+
+# -- programs ---------------------------------------------------------------------------------
+
+
+class Net(torch.nn.Module):
+    def __init__(self, act: Any = torch.relu) -> None:
+        super().__init__()
+        self.a, self.b, self.act = torch.nn.Linear(4, 4), torch.nn.Linear(4, 2), act
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.act(self.a(x)))
+
+
+def program_of(seed: int, act: Any = torch.relu) -> Any:
+    torch.manual_seed(seed)
+    return torch.export.export(Net(act).eval(), (torch.randn(2, 4),))
+
+
+class Named:
+    """An engine as a target lists it."""
+
+    name, input_names, output_names = "_run_on_acc_0", ("x",), ("output0",)
+
+
+def planned_module(torch_tensorrt: Any) -> TorchTensorRTOpened:
+    engine: Any = Named()
+    understood = Target(
+        module=Net(),
+        engines={"_run_on_acc_0": engine},
+        torch_parts={"kept": torch.fx.symbolic_trace(torch.nn.Identity())},
+        settings=compilation_settings(torch_tensorrt, min_block_size=1),
+    )
+    makers: Any = Makers(engine=lambda one: one, torch_part=lambda *one: one)
+    return TorchTensorRTOpened(understood, makers)
+
+
+def test_values_are_those_of_the_program_and_outlive_the_run(torch_tensorrt: Any) -> None:
+    module, program = planned_module(torch_tensorrt), program_of(1)
+    values = module.rebuilt(program, Tools(layer_types=TYPES))["_run_on_acc_0"]
+    weights = program.state_dict
+    assert torch.equal(values["a/linear_weight CONSTANT"], weights["a.weight"].reshape(-1))
+    assert torch.equal(values["b/linear_1_bias CONSTANT"], weights["b.bias"])
+
+
+def test_once_planned_a_program_with_other_ops_is_refused(torch_tensorrt: Any) -> None:
+    """Its slots, inputs and outputs are the same, and the engine would go on with its own ops."""
+    module, tools = planned_module(torch_tensorrt), Tools(layer_types=TYPES)
+    module.interpreted(program_of(0), tools)
+    module.interpreted(program_of(1), tools)
+    with pytest.raises(PlanMismatchError) as info:
+        module.rebuilt(program_of(1, torch.sigmoid), tools)
+    assert any("sigmoid" in p.found and "relu" in p.wanted for p in info.value.problems)
+    module.rebuilt(program_of(2), tools)
+
+
+def test_a_program_with_other_parts_is_refused(torch_tensorrt: Any) -> None:
+    module = planned_module(torch_tensorrt)
+    other = torch.export.export(
+        torch.nn.Sequential(torch.nn.Linear(4, 4)), (torch.randn(2, 4),), dynamic_shapes=None
+    )
+    with pytest.raises(PlanMismatchError) as info:
+        module.interpreted(other, Tools(layer_types=TYPES))
+    assert {p.kind for p in info.value.problems} == {"inputs"}

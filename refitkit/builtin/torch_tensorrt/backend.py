@@ -87,9 +87,8 @@ class TorchTensorRTBackend:
                 hint="Lower min_block_size, or compile with 'aotinductor'.",
             )
         found = interpret(program, target, tools)
-        opened = TorchTensorRTOpened(
-            target, default_makers(found.slots, check_finite=tools.check_finite)
-        )
+        makers = default_makers(found.slots, check_finite=tools.check_finite)
+        opened = TorchTensorRTOpened(target, makers, structures=found.structures)
         if not target.stripped:
             _adopt(opened, found)
         return opened
@@ -139,7 +138,7 @@ def partition(
         PlanMismatchError: They are not the parts of the module.
     """
     if isinstance(module, TorchTensorRTOpened):
-        found = interpret(program, module.target, tools)
+        found = module.interpreted(program, tools)
         return dict.fromkeys(module.engines, found)
     planned = plan_program(program, _of_planning(options), tools)
     return {structure.name: planned for structure in planned.structures}

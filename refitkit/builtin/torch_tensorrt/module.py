@@ -11,6 +11,7 @@ import torch
 from refitkit.builtin.torch_tensorrt import NAME
 from refitkit.builtin.torch_tensorrt.copying import as_program, duplicate
 from refitkit.builtin.torch_tensorrt.in_process import interpret
+from refitkit.builtin.torch_tensorrt.matching import check_structures
 from refitkit.builtin.torch_tensorrt.program_file import extra_files
 from refitkit.errors import EngineError, InputMismatchError, raised_as
 from refitkit.recipe.archive import replacing
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from refitkit.builtin.torch_tensorrt.handles import EngineHandle
+    from refitkit.builtin.torch_tensorrt.in_process import Interpreted
+    from refitkit.builtin.torch_tensorrt.parts import Structure
     from refitkit.builtin.torch_tensorrt.targets import Target
     from refitkit.protocols import Engine, Tools
 
@@ -50,11 +53,14 @@ class TorchTensorRTOpened:
         target: What was opened.
         makers: What makes its refittable units.
         attachments: What was saved beside the engines.
+        structures: What its parts are, apart from their weights, once a plan was made for it: the
+            engines themselves do not tell their ops.
     """
 
     target: Target
     makers: Makers
     attachments: Mapping[str, bytes] = field(default_factory=dict)
+    structures: tuple[Structure, ...] = ()
 
     def __post_init__(self) -> None:
         engines = {name: self.makers.engine(one) for name, one in self.target.engines.items()}
@@ -124,8 +130,21 @@ class TorchTensorRTOpened:
         Raises:
             PlanMismatchError: The program makes other engines.
         """
-        return interpret(program, self.target, tools).values
+        return self.interpreted(program, tools).values
+
+    def interpreted(self, program: ExportedProgram, tools: Tools) -> Interpreted:
+        """A program, cut and interpreted as this module's was; the first one is remembered.
+
+        Raises:
+            PlanMismatchError: The program makes other engines, or other ones than the first.
+        """
+        found = interpret(program, self.target, tools)
+        if self.structures:
+            check_structures(found.structures, self.structures)
+        self.structures = found.structures
+        return found
 
     def reopen(self) -> TorchTensorRTOpened:
         """A second, independent one with the same present weights."""
-        return TorchTensorRTOpened(duplicate(self.target), self.makers, self.attachments)
+        second = duplicate(self.target)
+        return TorchTensorRTOpened(second, self.makers, self.attachments, self.structures)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from refitkit.errors import PlanMismatchError, SourceError
-from refitkit.program import KeptProgram, facts_of
+from refitkit.program import KeptProgram, facts_of, keep
 from refitkit.program.facts import tensors_of
 from refitkit.recipe import TensorMap
 from tests.fakes import same_state
@@ -341,3 +341,12 @@ def test_a_restored_program_lacks_nothing() -> None:
     program = exported(models.Tied)
     with pytest.raises(SourceError):
         kept_from(program).restore(TensorMap({}), pinned_of(program))
+
+
+def test_a_program_that_would_not_be_read_back_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def odd(_: Any) -> None:
+        raise ValueError("odd")
+
+    program = exported(models.Plain)
+    monkeypatch.setattr(keep, "check_graph", odd)
+    assert KeptProgram.of(program) is None
