@@ -80,17 +80,17 @@ def check_output(path: Path, *inputs: str | Path | None, folders: bool = False) 
 
 
 def check_module_folder(pipeline: Pipeline, path: Path) -> None:
-    """Check that a folder, if there is one, is a saved module, which may be replaced, or empty.
+    """Check that a folder, if there is one, is a saved module, which may be replaced.
 
     Raises:
         RefitError: It holds something else.
     """
-    if not path.is_dir() or not any(path.iterdir()):
+    if not path.is_dir():
         return
     try:
         pipeline.describe(path)
     except RefitError as exc:
-        message = f"{str(path)!r} cannot be written: it is a folder that holds something else."
+        message = f"{str(path)!r} cannot be written: it is a folder that holds no saved module."
         raise RefitError(message, hint="Name a file, or a folder that is not there.") from exc
 
 

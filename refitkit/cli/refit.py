@@ -109,7 +109,8 @@ def _refit(session: Session, wish: _Wish) -> RefitReport:
     from refitkit.cli.files import check_module_folder, load_inputs, load_plan
 
     pipeline = session.pipeline(check_finite=not wish.no_check_finite)
-    check_module_folder(pipeline, wish.target())
+    if not wish.in_place:
+        check_module_folder(pipeline, wish.target())
     plan = load_plan(pipeline, wish.plan)
     result = pipeline.refit(
         wish.module,

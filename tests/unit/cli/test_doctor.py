@@ -156,6 +156,7 @@ def test_packages_are_found_without_importing_them(
     package = tmp_path / "tensorrt_rtx"
     package.mkdir()
     (package / "__init__.py").write_text("raise SystemExit('it was imported')")
+    monkeypatch.delitem(sys.modules, "tensorrt_rtx", raising=False)  # another test's
     monkeypatch.syspath_prepend(tmp_path)
     found = machine_in(run("doctor", "--json"))["TensorRT-RTX"]
     assert found["found"].endswith(f" in {package}")
