@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from refitkit.errors import SourceError
+from refitkit.errors import Problem, SourceError, WeightMismatchError
 from refitkit.model import TensorInfo
 from refitkit.program.dtypes import dtype_name
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterable, Mapping
+
+    from refitkit.protocols import SlotValue
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _EXTRA_STATE = "_extra_state"  # torch.nn.Module.get_extra_state: anything, under this name
@@ -48,6 +50,18 @@ def _extent(value: torch.Tensor) -> int:
         return 0
     last = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
     return int((value.storage_offset() + last + 1) * value.itemsize)
+
+
+def require_values(slots: Collection[str], values: Iterable[SlotValue]) -> None:
+    """Check that a full refit has a value for every slot.
+
+    Raises:
+        WeightMismatchError: It has not; lists the slots.
+    """
+    missing = set(slots) - {value.slot.name for value in values}
+    if missing:
+        problems = [Problem(name, "missing") for name in sorted(missing)]
+        raise WeightMismatchError("A full refit needs a value for every slot.", problems=problems)
 
 
 def describe_tensor(value: Any, *, persistent: bool = True) -> TensorInfo:

@@ -19,6 +19,7 @@ from refitkit.errors import EngineError, NotRefittableError, Problem, WeightMism
 from refitkit.model import EngineMemory, Slot
 from refitkit.program.bits import is_dense, same_bits
 from refitkit.program.dtypes import dtype_name
+from refitkit.recipe.sources import require_values
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -109,12 +110,7 @@ class AOTInductorEngine:
 
     def stage(self, values: Sequence[SlotValue]) -> StagedSwap:
         """Write all slots of the inactive buffer; see ``refitkit.protocols.Engine``."""
-        missing = self._slots.keys() - {value.slot.name for value in values}
-        if missing:
-            problems = [Problem(name, "missing") for name in sorted(missing)]
-            raise WeightMismatchError(
-                "A full refit needs a value for every slot.", problems=problems
-            )
+        require_values(self._slots, values)
         return self.stage_partial(values)
 
     def stage_partial(self, values: Sequence[SlotValue]) -> StagedSwap:

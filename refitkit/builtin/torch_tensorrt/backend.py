@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import platform
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from refitkit.builtin.torch_tensorrt import NAME, opening, upstream
@@ -12,8 +10,9 @@ from refitkit.builtin.torch_tensorrt.engine import RefitterEngine
 from refitkit.builtin.torch_tensorrt.in_process import interpret, own_copy
 from refitkit.builtin.torch_tensorrt.making import default_makers
 from refitkit.builtin.torch_tensorrt.module import TorchTensorRTOpened
-from refitkit.builtin.torch_tensorrt.network.planning import plan_program
-from refitkit.builtin.torch_tensorrt.rows import rebuilt_row
+from refitkit.builtin.torch_tensorrt.network.planning import Planned, plan_program
+from refitkit.builtin.torch_tensorrt.options import unknown
+from refitkit.builtin.torch_tensorrt.rows import draft_of, slots_of
 from refitkit.builtin.torch_tensorrt.targets import understand
 from refitkit.errors import (
     CompileError,
@@ -23,7 +22,7 @@ from refitkit.errors import (
     ToolchainError,
     raised_as,
 )
-from refitkit.protocols import PlanDraft, SlotValue
+from refitkit.protocols import SlotValue
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,8 +32,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from refitkit.builtin.torch_tensorrt.in_process import Interpreted
-    from refitkit.builtin.torch_tensorrt.network.planning import Planned
-    from refitkit.protocols import OpenedModule, Tools
+    from refitkit.protocols import OpenedModule, PlanDraft, Tools
 
 _UNFIT = {
     "immutable_weights": "immutable_weights=False",
@@ -101,19 +99,9 @@ class TorchTensorRTBackend:
     ) -> PlanDraft:
         """Every slot; how it follows from the weights is for the strategy ``rebuild``."""
         found: Interpreted | Planned = next(iter(parts.values()))
-        if module is not None:
-            slots = [slot for engine in module.engines.values() for slot in engine.slots.values()]
-            device = "cuda"
-        else:
-            slots = [slot for part in found.slots.values() for slot in _listed(part)]
-            device = "cpu"
-        return PlanDraft(
-            rows=tuple(map(rebuilt_row, slots)),
-            pinned=dict(found.constants),
-            settings=dict(found.settings),
-            versions=dict(found.versions),
-            platform=f"{platform.system()} {platform.machine()} {device}",
-        )
+        if isinstance(found, Planned):
+            return draft_of(found, found.all_slots, "cpu")
+        return draft_of(found, slots_of(module) if module else (), "cuda")
 
     def describe(self, path: Path) -> Mapping[str, Any] | None:
         """What a saved file holds, without loading its engines."""
@@ -149,10 +137,6 @@ def _of_planning(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in _OF_THE_ENGINE}
 
 
-def _listed(slots: Any) -> Any:
-    return slots.values() if isinstance(slots, dict) else slots
-
-
 def _check_options(package: Any, options: Mapping[str, Any]) -> None:
     unfit = [
         Problem(name, "unfit for refits", "True", hint=f"set {wanted}")
@@ -162,11 +146,7 @@ def _check_options(package: Any, options: Mapping[str, Any]) -> None:
     if unfit:
         raise NotRefittableError("Such an engine could not be refitted.", problems=unfit)
     known = set(inspect.signature(package.dynamo.compile).parameters) - {"kwargs"}
-    problems = []
-    for name in options.keys() - known:
-        near = get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else ""
-        problems.append(Problem(name, "no such option", hint=hint))
+    problems = list(unknown(options, known))
     if problems:
         raise ConfigError("These options cannot be used.", problems=problems)
 

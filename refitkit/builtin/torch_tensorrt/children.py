@@ -34,13 +34,62 @@ _CARRIED = ("use_pre_allocated_outputs", "use_output_allocator_outputs")
 """What users set on a live engine and upstream does not store."""
 
 
-_OF_MODULE = ("serialized_engine", "engine")
-_OF_PYTHON_MODULE = ("serialized_engine", "engine", "context")
-"""Attributes of upstream's children that belong to one engine."""
+class _Handle:
+    """What all handles have in common: bytes that are stored, and may be stale."""
+
+    _stored: Stored
+
+    def prepare(self, engine_bytes: bytes) -> Any:
+        """Make another engine."""
+        raise NotImplementedError
+
+    def put(self, engine: Any) -> None:
+        """Put an engine in place."""
+        raise NotImplementedError
+
+    def replace(self, engine_bytes: bytes) -> None:
+        """Put another engine in its place."""
+        with self._stored.replaced():
+            self.put(self.prepare(engine_bytes))
+
+    def on_stale(self, flush: Callable[[], bytes] | None) -> None:
+        """Note that the stored bytes are stale."""
+        self._stored.clear() if flush is None else self._stored.mark(flush)
 
 
-class ModuleEngine:
+class _ChildEngine(_Handle):
+    """The engine of a child module of upstream's."""
+
+    name: str
+    child: Any
+    _parts: tuple[str, ...]
+    """Attributes of the child that belong to one engine."""
+
+    @property
+    def settings(self) -> Any:
+        """Its ``CompilationSettings``."""
+        return self.child.settings
+
+    def set_up(self) -> None:
+        """Have upstream deserialize the engine, where that was put off."""
+        if self.child.engine is None:
+            _set_up(self.child, self.name)
+
+    def engine_bytes(self) -> bytes:
+        """The stored engine."""
+        self._stored.flush()
+        return bytes(self.child.serialized_engine)
+
+    def present(self) -> dict[str, Any]:
+        """What is in place."""
+        self._stored.flush()
+        return _held(self.child, self._parts)
+
+
+class ModuleEngine(_ChildEngine):
     """The engine of a ``TorchTensorRTModule``; see :class:`~.handles.EngineHandle`."""
+
+    _parts = ("serialized_engine", "engine")
 
     def __init__(self, name: str, child: Any) -> None:
         """Found by ``find_engines``."""
@@ -57,11 +106,6 @@ class ModuleEngine:
         return "cpp" if features.torch_tensorrt_runtime else "python"
 
     @property
-    def settings(self) -> Any:
-        """Its ``CompilationSettings``."""
-        return self.child.settings
-
-    @property
     def input_names(self) -> tuple[str, ...]:
         """Names of its inputs, in order."""
         return tuple(self.child.input_binding_names)
@@ -75,16 +119,6 @@ class ModuleEngine:
     def weight_name_map(self) -> Any:
         """The cached map of 2.11 and 2.12."""
         return getattr(self.child, "weight_name_map", None)
-
-    def set_up(self) -> None:
-        """Have upstream deserialize the engine, where that was put off."""
-        if self.child.engine is None:
-            _set_up(self.child, self.name)
-
-    def engine_bytes(self) -> bytes:
-        """The stored engine."""
-        self._stored.flush()
-        return bytes(self.child.serialized_engine)
 
     def cuda_engine(self) -> Any:
         """The live ``ICudaEngine`` of the Python runtime, set up on first need."""
@@ -103,22 +137,12 @@ class ModuleEngine:
             twin = _twin(self.child, serialized_engine=engine_bytes, engine=None)
             twin.setup_engine()
             _carry_over(engine, twin.engine)
-        return _held(twin, _OF_MODULE)
-
-    def present(self) -> dict[str, Any]:
-        """What is in place."""
-        self._stored.flush()
-        return _held(self.child, _OF_MODULE)
+        return _held(twin, self._parts)
 
     def put(self, engine: dict[str, Any]) -> None:
         """Put an engine in place."""
         with self._stored.replaced():
             vars(self.child).update(engine)
-
-    def replace(self, engine_bytes: bytes) -> None:
-        """Put another engine in its place."""
-        with self._stored.replaced():
-            self.put(self.prepare(engine_bytes))
 
     def part_from(self, other: ModuleEngine) -> None:
         """Have an engine object of its own, where a copy shares the original's.
@@ -128,10 +152,6 @@ class ModuleEngine:
         """
         if self.child.engine is not None and self.child.engine is other.child.engine:
             self.replace(other.engine_bytes())
-
-    def on_stale(self, flush: Callable[[], bytes] | None) -> None:
-        """Note that the stored bytes are stale."""
-        self._stored.clear() if flush is None else self._stored.mark(flush)
 
     def drop_captured(self) -> None:
         """Drop captured CUDA graphs."""
@@ -150,9 +170,10 @@ class ModuleEngine:
         return lambda: _call_all(ends)
 
 
-class PythonModuleEngine:
+class PythonModuleEngine(_ChildEngine):
     """The engine of a ``PythonTorchTensorRTModule``; see :class:`~.handles.EngineHandle`."""
 
+    _parts = ("serialized_engine", "engine", "context")
     runtime: Runtime = "python"
 
     def __init__(self, name: str, child: Any) -> None:
@@ -160,11 +181,6 @@ class PythonModuleEngine:
         self.name = name
         self.child = child
         self._stored = Stored(self._store, lambda stored: watch_child(child, stored))
-
-    @property
-    def settings(self) -> Any:
-        """Its ``CompilationSettings``."""
-        return self.child.settings
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -181,16 +197,6 @@ class PythonModuleEngine:
         """The cached map of 2.11 and 2.12."""
         return self.child.weight_name_map
 
-    def set_up(self) -> None:
-        """Have upstream deserialize the engine, where that was put off."""
-        if self.child.engine is None:
-            _set_up(self.child, self.name)
-
-    def engine_bytes(self) -> bytes:
-        """The stored engine."""
-        self._stored.flush()
-        return bytes(self.child.serialized_engine)
-
     def cuda_engine(self) -> Any:
         """The live ``ICudaEngine``, set up on first need."""
         self.set_up()
@@ -204,12 +210,7 @@ class PythonModuleEngine:
         with raised_as(EngineError, f"torch_tensorrt refuses the engine for {self.name!r}"):
             twin = _twin(self.child, serialized_engine=engine_bytes)
             twin.setup_engine()
-        return _held(twin, _OF_PYTHON_MODULE)
-
-    def present(self) -> dict[str, Any]:
-        """What is in place."""
-        self._stored.flush()
-        return _held(self.child, _OF_PYTHON_MODULE)
+        return _held(twin, self._parts)
 
     def put(self, engine: dict[str, Any]) -> None:
         """Put an engine in place."""
@@ -217,15 +218,6 @@ class PythonModuleEngine:
             vars(self.child).update(engine)
             if self.child.engine is not None:
                 self.drop_captured()
-
-    def replace(self, engine_bytes: bytes) -> None:
-        """Put another engine in its place."""
-        with self._stored.replaced():
-            self.put(self.prepare(engine_bytes))
-
-    def on_stale(self, flush: Callable[[], bytes] | None) -> None:
-        """Note that the stored bytes are stale."""
-        self._stored.clear() if flush is None else self._stored.mark(flush)
 
     def drop_captured(self) -> None:
         """Drop captured CUDA graphs."""
@@ -248,7 +240,7 @@ class Place:
     key: str
 
 
-class AttributeEngine:
+class AttributeEngine(_Handle):
     """An engine that is kept as it is, without a child; see :class:`~.handles.EngineHandle`."""
 
     def __init__(self, name: str, places: Iterable[Place]) -> None:
@@ -316,15 +308,6 @@ class AttributeEngine:
         with self._stored.replaced():
             for place in self._places:
                 place.of[place.key] = engine
-
-    def replace(self, engine_bytes: bytes) -> None:
-        """Put another engine in its place."""
-        with self._stored.replaced():
-            self.put(self.prepare(engine_bytes))
-
-    def on_stale(self, flush: Callable[[], bytes] | None) -> None:
-        """Note that the stored bytes are stale."""
-        self._stored.clear() if flush is None else self._stored.mark(flush)
 
     def drop_captured(self) -> None:
         """Drop captured CUDA graphs."""

@@ -18,7 +18,7 @@ from refitkit.builtin.torch_tensorrt.settings import fits
 from refitkit.errors import ConfigError, Problem, UnsupportedTargetError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
 _OURS = {
     "immutable_weights": "networks are refitted before they are built",
@@ -115,10 +115,7 @@ def settings_from(options: Mapping[str, Any]) -> Any:
         for name, why in _OURS.items()
         if name in options
     ]
-    for name in sorted(options.keys() - fields.keys() - _OURS.keys()):
-        near = get_close_matches(name, fields, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else ""
-        problems.append(Problem(name, "no such option", hint=hint))
+    problems += unknown(options.keys() - _OURS.keys(), fields)
     problems += [
         Problem(name, "type", repr(value), str(fields[name]))
         for name, value in given.items()
@@ -129,6 +126,14 @@ def settings_from(options: Mapping[str, Any]) -> Any:
     return CompilationSettings(
         **given, immutable_weights=True, device=torch_tensorrt.Device("cuda:0")
     )
+
+
+def unknown(options: Iterable[str], known: Collection[str]) -> Iterator[Problem]:
+    """A problem for each option that does not exist, in order."""
+    for name in sorted(set(options) - set(known)):
+        near = get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else ""
+        yield Problem(name, "no such option", hint=hint)
 
 
 def _meant(value: Any) -> Any:

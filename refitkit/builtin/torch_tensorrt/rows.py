@@ -1,18 +1,25 @@
-"""Rows of the ledger for slots whose way from the weights was not recorded."""
+"""Drafts of plans for slots whose way from the weights was not recorded."""
 
 from __future__ import annotations
 
+import platform
 from typing import TYPE_CHECKING
 
 from refitkit.model import LedgerRow, SlotState
 from refitkit.program import facts_of
 from refitkit.program.facts import tensors_of
+from refitkit.protocols import PlanDraft
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
     from torch.export import ExportedProgram
 
+    from refitkit.builtin.torch_tensorrt.in_process import Interpreted
+    from refitkit.builtin.torch_tensorrt.network.planning import Planned
     from refitkit.model import Slot
+    from refitkit.protocols import OpenedModule
 
 NOT_RECORDED = (
     "how it follows from the weights was not recorded; the strategy 'rebuild' serves it from a "
@@ -23,6 +30,28 @@ NOT_RECORDED = (
 def rebuilt_row(slot: Slot) -> LedgerRow:
     """A slot that only an interpreter's run can serve."""
     return LedgerRow(slot=slot, state=SlotState.UNMAPPED, reason=NOT_RECORDED)
+
+
+def draft_of(found: Interpreted | Planned, slots: Iterable[Slot], device: str) -> PlanDraft:
+    """A draft of rows that only an interpreter's run can serve.
+
+    Args:
+        found: What the program became.
+        slots: All slots of all engines.
+        device: Kind of device that names and values of slots are for.
+    """
+    return PlanDraft(
+        rows=tuple(map(rebuilt_row, slots)),
+        pinned=dict(found.constants),
+        settings=dict(found.settings),
+        versions=dict(found.versions),
+        platform=f"{platform.system()} {platform.machine()} {device}",
+    )
+
+
+def slots_of(module: OpenedModule) -> list[Slot]:
+    """All slots, as the engines list them."""
+    return [slot for engine in module.engines.values() for slot in engine.slots.values()]
 
 
 def constants_of(program: ExportedProgram) -> dict[str, torch.Tensor]:

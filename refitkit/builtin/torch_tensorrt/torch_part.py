@@ -12,6 +12,7 @@ from refitkit.errors import Problem, WeightMismatchError
 from refitkit.model import EngineMemory, Slot
 from refitkit.program.bits import same_bits
 from refitkit.program.dtypes import dtype_name
+from refitkit.recipe.sources import require_values
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -82,12 +83,7 @@ class TorchPartEngine:
 
     def stage(self, values: Sequence[SlotValue]) -> StagedTensors:
         """Copy new values for all tensors."""
-        missing = self.live.keys() - {value.slot.name for value in values}
-        if missing:
-            problems = [Problem(name, "missing") for name in sorted(missing)]
-            raise WeightMismatchError(
-                "A full refit needs a value for every slot.", problems=problems
-            )
+        require_values(self.live, values)
         return self.stage_partial(values)
 
     def stage_partial(self, values: Sequence[SlotValue]) -> StagedTensors:

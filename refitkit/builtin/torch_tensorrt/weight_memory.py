@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from refitkit.builtin.torch_tensorrt.weighttypes import torch_name
 from refitkit.errors import EngineError
-
-_PACKED = {"INT4": 2, "FP4": 2}  # elements in a byte
-_OTHER_DTYPES = {"FP8": torch.float8_e4m3fn, "E8M0": torch.float8_e8m0fnu}
+from refitkit.program import dtypes
 
 
 class _CWeights(ctypes.Structure):
@@ -50,18 +49,10 @@ def dtype_of(kind: Any) -> torch.dtype:
     Raises:
         EngineError: torch has none.
     """
-    name = kind.name
-    if name in _PACKED:
-        return torch.uint8
-    if name in _OTHER_DTYPES:
-        return _OTHER_DTYPES[name]
-    from torch_tensorrt._enums import dtype  # noqa: PLC0415 - imported by whoever calls this
-
-    try:
-        found: torch.dtype = dtype._from(kind).to(torch.dtype)  # noqa: SLF001 - its only way
-    except TypeError as exc:
-        raise EngineError(f"torch has no dtype for TensorRT's {name}.") from exc
-    return found
+    name = torch_name(kind.name)
+    if name is None:
+        raise EngineError(f"torch has no dtype for TensorRT's {kind.name}.")
+    return dtypes.dtype_of(name)
 
 
 def _address(weights: Any) -> int:

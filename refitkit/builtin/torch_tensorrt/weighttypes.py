@@ -27,6 +27,11 @@ _TWO_IN_A_BYTE = {"INT4", "FP4"}
 """torch keeps such weights as ``uint8``, and TensorRT counts their halves."""
 
 
+def torch_name(kind: str) -> str | None:
+    """Torch's name for a ``tensorrt.DataType``, by its name; None where torch has none."""
+    return "uint8" if kind in _TWO_IN_A_BYTE else _TORCH_NAME.get(kind)
+
+
 @dataclass(frozen=True)
 class WeightFact:
     """What an engine asks of one weight.

@@ -8,6 +8,7 @@ import torch
 from torch.export import ExportedProgram
 
 from refitkit.errors import Problem, SourceError
+from refitkit.program.facts import tensors_of
 from refitkit.recipe import TensorMap
 
 if TYPE_CHECKING:
@@ -57,7 +58,6 @@ class ProgramWeights(TensorMap):
 
     def __init__(self, program: ExportedProgram) -> None:
         """Keep the program, no copies."""
-        constants = {k: v for k, v in program.constants.items() if isinstance(v, torch.Tensor)}
-        tensors = {**program.state_dict, **constants}
-        super().__init__(tensors, "an ExportedProgram", not_persistent=constants.keys())
+        constants = program.constants.keys()
+        super().__init__(tensors_of(program), "an ExportedProgram", not_persistent=constants)
         self.program = program

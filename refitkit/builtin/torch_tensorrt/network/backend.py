@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,16 +13,15 @@ from refitkit.builtin.torch_tensorrt.network.module import NetworkModule
 from refitkit.builtin.torch_tensorrt.network.planning import Planned, plan_program
 from refitkit.builtin.torch_tensorrt.network.template import Template
 from refitkit.builtin.torch_tensorrt.options import plain, trusted
-from refitkit.builtin.torch_tensorrt.rows import rebuilt_row
+from refitkit.builtin.torch_tensorrt.rows import draft_of, slots_of
 from refitkit.errors import RefitError, UnsupportedTargetError
-from refitkit.protocols import PlanDraft
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch.export import ExportedProgram
 
-    from refitkit.protocols import OpenedModule, Tools
+    from refitkit.protocols import OpenedModule, PlanDraft, Tools
 
 
 class NetworkBackend:
@@ -53,18 +51,8 @@ class NetworkBackend:
     ) -> PlanDraft:
         """Every slot; how it follows from the weights is for the strategy ``rebuild``."""
         planned: Planned = next(iter(parts.values()))
-        slots = (
-            [slot for engine in module.engines.values() for slot in engine.slots.values()]
-            if module is not None
-            else [slot for part in planned.slots.values() for slot in part]
-        )
-        return PlanDraft(
-            rows=tuple(map(rebuilt_row, slots)),
-            pinned=planned.constants,
-            settings=dict(planned.settings),
-            versions=dict(planned.versions),
-            platform=f"{platform.system()} {platform.machine()} cpu",
-        )
+        slots = planned.all_slots if module is None else slots_of(module)
+        return draft_of(planned, slots, "cpu")
 
     def describe(self, path: Path) -> Mapping[str, Any] | None:
         """What a saved module holds."""

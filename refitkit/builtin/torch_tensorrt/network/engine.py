@@ -16,6 +16,7 @@ from refitkit.builtin.torch_tensorrt.worker.regions import Region
 from refitkit.errors import EngineError, Problem, WeightMismatchError
 from refitkit.model import EngineMemory
 from refitkit.program.dtypes import dtype_name
+from refitkit.recipe.sources import require_values
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -123,12 +124,7 @@ class NetworkEngine:
 
     def stage(self, values: Sequence[SlotValue]) -> StagedBuild:
         """Build with new values for all slots; see ``refitkit.protocols.Engine``."""
-        missing = self._slots.keys() - {value.slot.name for value in values}
-        if missing:
-            problems = [Problem(name, "missing") for name in sorted(missing)]
-            raise WeightMismatchError(
-                "A full refit needs a value for every slot.", problems=problems
-            )
+        require_values(self._slots, values)
         return self.stage_partial(values)
 
     def stage_partial(self, values: Sequence[SlotValue]) -> StagedBuild:

@@ -45,6 +45,11 @@ class Planned:
     versions: Mapping[str, str]
     constants: Mapping[str, torch.Tensor]
 
+    @property
+    def all_slots(self) -> list[Slot]:
+        """Slots of all parts."""
+        return [slot for slots in self.slots.values() for slot in slots]
+
     def values(self) -> dict[str, dict[str, torch.Tensor]]:
         """Values of all slots, by part and slot, flat; mapped from files that are gone already."""
         with tempfile.TemporaryDirectory(prefix="refitkit-") as folder:
