@@ -8,18 +8,19 @@ from __future__ import annotations
 import hashlib
 import json
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from refitkit.model.base import Frozen
+from refitkit.model.recipe import Guard, OpCall, Value
 from refitkit.model.slot import Dim, DtypeName, Slot
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-FORMAT: Literal["refitplan/1"] = "refitplan/1"
-"""Name and version of the format. A reader refuses every other."""
+FORMAT: Literal["refitplan/2"] = "refitplan/2"
+"""Name and version of the format. Version 1, which had no calls and no guards, is read, too."""
 
 
 class LeafKind(StrEnum):
@@ -58,23 +59,6 @@ class Leaf(Frozen):
         return self.kind in {LeafKind.PARAMETER, LeafKind.BUFFER}
 
 
-class SourceRef(Frozen):
-    """The value is that of a source's tensor, unchanged."""
-
-    kind: Literal["source"] = "source"
-    fqn: str
-
-
-class PinnedRef(Frozen):
-    """The value is kept in the plan, under this name."""
-
-    kind: Literal["pinned"] = "pinned"
-    name: str
-
-
-Value = Annotated[SourceRef | PinnedRef, Field(discriminator="kind")]
-
-
 class SlotState(StrEnum):
     """Where the value of a slot comes from."""
 
@@ -92,9 +76,8 @@ class LedgerRow(Frozen):
         state: ``recipe`` (computed from ``sources``), ``pinned`` (its value is in the plan, a
             source that has one of ``sources`` overrides it), ``frozen`` (a literal of the graph:
             never changes) or ``unmapped`` (nobody knows: stops a refit).
-        value: The recipe; None where the state is ``frozen`` or ``unmapped``.
-        sources: FQNs that the value follows from; for one value under several names (tied
-            weights) all of them.
+        value: The recipe; None where the state is ``unmapped``, or ``frozen`` and nobody needs it.
+        sources: FQNs that the value follows from; of those that are one tensor (tied weights) all.
         reason: Why the slot is frozen, pinned or unmapped.
     """
 
@@ -146,15 +129,19 @@ class PlanData(Frozen):
         leaves: Everything that the program reads.
         ties: Classes of FQNs that are one tensor.
         ledger: One row for every slot of every engine.
+        calls: What recipes compute; each call refers to earlier ones only.
+        guards: Values that must be what they were when the plan was made.
         pinned: Index of the tensors that the plan keeps.
         fingerprint: What the plan belongs to.
     """
 
-    format: Literal["refitplan/1"] = FORMAT
+    format: Literal["refitplan/1", "refitplan/2"] = FORMAT
     backend: str
     leaves: tuple[Leaf, ...]
     ties: tuple[tuple[str, ...], ...] = ()
     ledger: tuple[LedgerRow, ...]
+    calls: tuple[OpCall, ...] = ()
+    guards: tuple[Guard, ...] = ()
     pinned: dict[str, PinnedTensor] = Field(default_factory=dict)
     fingerprint: Fingerprint
 
