@@ -78,16 +78,17 @@ _CORRECTLY_ROUNDED = """
 """
 _LIMITS = "clamp clamp_max clamp_min clip maximum minimum relu"
 _POINTWISE = """
-    _conj_physical _prelu_kernel isclose acos acosh addcdiv addcmul angle arccos arccosh arcsin arcsinh
+    _conj_physical _prelu_kernel acos acosh addcdiv addcmul angle arccos arccosh arcsin arcsinh
     arctan arctan2 arctanh asin asinh atan atan2 atanh celu conj conj_physical copysign cos cosh
     deg2rad digamma elu erf erfc erfinv exp exp2 expm1 float_power floor_divide fmax fmin fmod frac
-    frexp gcd gelu glu hardshrink hardsigmoid hardswish hardtanh heaviside hypot i0 lcm ldexp
-    leaky_relu lerp lgamma log log10 log1p log2 log_sigmoid log_sigmoid_forward logaddexp logaddexp2
-    logit mish nan_to_num nextafter polar pow prelu rad2deg reciprocal relu6 remainder round rsqrt
-    selu sigmoid silu sin sinc sinh softplus softshrink special_entr special_erf special_erfc
-    special_erfinv special_exp2 special_expit special_expm1 special_gammaln special_i0 special_i0e
-    special_i1 special_i1e special_log1p special_logit special_ndtr special_psi special_round
-    special_sinc special_xlog1py special_xlogy square tan tanh threshold xlogy
+    frexp gcd gelu glu hardshrink hardsigmoid hardswish hardtanh heaviside hypot i0 isclose lcm
+    ldexp leaky_relu lerp lgamma log log10 log1p log2 log_sigmoid log_sigmoid_forward logaddexp
+    logaddexp2 logit mish nan_to_num nextafter polar pow prelu rad2deg reciprocal relu6 remainder
+    round rsqrt selu sigmoid silu sin sinc sinh softplus softshrink special_entr special_erf
+    special_erfc special_erfinv special_exp2 special_expit special_expm1 special_gammaln
+    special_i0 special_i0e special_i1 special_i1e special_log1p special_logit special_ndtr
+    special_psi special_round special_sinc special_xlog1py special_xlogy square tan tanh threshold
+    xlogy
     fake_quantize_per_channel_affine fake_quantize_per_channel_affine_cachemask
     fake_quantize_per_tensor_affine fake_quantize_per_tensor_affine_cachemask
 """
@@ -324,11 +325,14 @@ def is_exact_anywhere(call: OpCall, operands: Sequence[str] = ()) -> bool:
         return _all_whole(results) and bool(operands) and _all_whole(operands)
     if name in _COMPARING:
         return bool(operands) and _same_anywhere(call, operands)
-    if name in _DIVISIONS and (kind.endswith("_mode") or _numbers(call)):
-        return False
-    if name in _MAGNITUDES and not operands:  # of complex numbers it would be something else
-        return False
-    return name in _ROUNDED and _same_anywhere(call, [*operands, *results])
+    divides = name in _DIVISIONS and (kind.endswith("_mode") or _numbers(call))
+    of_complex = name in _MAGNITUDES and not operands  # they may be
+    return (
+        name in _ROUNDED
+        and not divides
+        and not of_complex
+        and _same_anywhere(call, [*operands, *results])
+    )
 
 
 def _exact_cast(result: str, operands: Sequence[str]) -> bool:
