@@ -7,6 +7,7 @@ those calls; a test then arms one of them after another.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections import Counter
@@ -18,12 +19,15 @@ import torch
 import refitkit
 from refitkit.errors import Problem, WeightMismatchError
 from refitkit.model import (
+    CallRef,
     EngineMemory,
     Event,
     Fingerprint,
+    Guard,
     Leaf,
     LeafKind,
     LedgerRow,
+    OpCall,
     PinnedRef,
     PlanData,
     RefitReport,
@@ -32,6 +36,7 @@ from refitkit.model import (
     SourceRef,
     StageFinished,
     StageStarted,
+    Tensor,
     TensorInfo,
     VerificationResult,
     fingerprint_of_slots,
@@ -45,8 +50,10 @@ from refitkit.protocols import (
     SlotValue,
     Tools,
     VerifyRequest,
+    WeightSource,
 )
 from refitkit.recipe import RefitPlan, TensorMap
+from refitkit.recipe.plan import STRATEGY
 from refitkit.recipe.store import index_of
 
 if TYPE_CHECKING:
@@ -351,6 +358,30 @@ def recipe_row(slot: Slot, *sources: str) -> LedgerRow:
     )
 
 
+def call_row(slot: Slot, call: int, *sources: str) -> LedgerRow:
+    """A row whose value is the first result of a call."""
+    return LedgerRow(slot=slot, state=SlotState.RECIPE, value=CallRef(call=call), sources=sources)
+
+
+def op_call(op: str, *args: Any, shape: tuple[int, ...] = (2,), **kwargs: Any) -> OpCall:
+    """A call of an aten op with one float32 result; strings that begin with ``@`` are sources."""
+    found = [SourceRef(fqn=a[1:]) if isinstance(a, str) and a[0] == "@" else a for a in args]
+    result = Tensor(dtype="float32", shape=shape)
+    return OpCall(op=f"aten.{op}", args=tuple(found), kwargs=kwargs, results=(result,))
+
+
+def guard_of(value: Any, now: torch.Tensor, reason: str = "bool() of it") -> Guard:
+    """A guard that holds while a value has the bits of a tensor."""
+    return Guard(
+        value=value,
+        sha256=hashlib.sha256(_raw(now)).hexdigest(),
+        dtype=str(now.dtype).removeprefix("torch."),
+        shape=tuple(now.shape),
+        shown=str(now.tolist()),
+        reason=reason,
+    )
+
+
 def pinned_row(slot: Slot, *sources: str, name: str | None = None) -> LedgerRow:
     """A row whose value the plan keeps."""
     return LedgerRow(
@@ -367,11 +398,67 @@ def leaf_for(slot: Slot, kind: LeafKind = LeafKind.PARAMETER, fqn: str | None = 
     return Leaf(fqn=fqn or slot.name, kind=kind, dtype=slot.dtype, shape=slot.shape or ())
 
 
+class ThinPlan(RefitPlan):
+    """A plan that runs calls one by one, for tests of what is around plans."""
+
+    def value_of(self, row: LedgerRow, source: WeightSource) -> SlotValue | str:
+        if row.state is SlotState.FROZEN and isinstance(row.value, PinnedRef):
+            kept = self.pinned(row.value.name)
+            return SlotValue(row.slot, STRATEGY, (), lambda: kept, identity=True, pinned=True)
+        if not isinstance(row.value, CallRef):
+            return super().value_of(row, source)
+        lacking = self.lacking(row, source)
+        if lacking:
+            return f"the source has no {' and no '.join(map(repr, lacking))}"
+        value = row.value
+        names = tuple(name for name in row.sources if name in source.names())
+        return SlotValue(row.slot, STRATEGY, names, lambda: self._computed(value, source))
+
+    def lacking(self, row: LedgerRow, source: WeightSource) -> tuple[str, ...]:
+        persistent = {leaf.fqn for leaf in self.data.leaves if leaf.persistent}
+        return tuple(
+            name
+            for name in row.sources
+            if name in persistent and not source.names() & set(self._twins.get(name, (name,)))
+        )
+
+    def broken_guards(self, source: WeightSource) -> list[Problem]:
+        return [p for guard in self.data.guards if (p := self._broken(guard, source))]
+
+    def _broken(self, guard: Guard, source: WeightSource) -> Problem | None:
+        name = f"guard: {guard.reason}"
+        try:
+            now = self._computed(guard.value, source)
+        except KeyError as exc:
+            return Problem(name, "cannot be evaluated", hint=f"the source has no {exc}")
+        if hashlib.sha256(_raw(now)).hexdigest() == guard.sha256:
+            return None
+        return Problem(name, "changed", str(now.tolist()), guard.shown)
+
+    def _computed(self, value: Any, source: WeightSource) -> Any:
+        match value:
+            case SourceRef(fqn=fqn):
+                names = [n for n in self._twins.get(fqn, (fqn,)) if n in source.names()]
+                return source.get(names[0]) if names else self.pinned(fqn)
+            case PinnedRef(name=name):
+                return self.pinned(name)
+            case CallRef(call=number):
+                call = self.data.calls[number]
+                _, packet, overload = call.op.split(".")
+                op = getattr(getattr(torch.ops.aten, packet), overload)
+                return op(*(self._computed(a, source) for a in call.args), **call.kwargs)
+            case tuple():
+                return [self._computed(a, source) for a in value]
+        return value
+
+
 def make_plan(
     rows: Sequence[LedgerRow],
     *,
     leaves: Sequence[Leaf] | None = None,
     ties: Sequence[tuple[str, ...]] = (),
+    calls: Sequence[OpCall] = (),
+    guards: Sequence[Guard] = (),
     pinned: Mapping[str, torch.Tensor] | None = None,
     backend: str = BACKEND,
     graph: str = "0" * 64,
@@ -386,10 +473,12 @@ def make_plan(
         leaves=tuple(leaves),
         ties=tuple(ties),
         ledger=tuple(rows),
+        calls=tuple(calls),
+        guards=tuple(guards),
         pinned=index_of(pinned),
         fingerprint=Fingerprint(graph=graph, slots=fingerprint_of_slots(row.slot for row in rows)),
     )
-    return RefitPlan(data, pinned)
+    return ThinPlan(data, pinned)
 
 
 def plan_for(module: FakeModule, **more: Any) -> RefitPlan:

@@ -9,6 +9,7 @@ from refitkit.errors import ConfigError, PluginError, Problem, UnmappedSlotError
 from refitkit.model import LedgerRow, ReportRow, SlotState
 from refitkit.pipeline.tools import tools_for
 from refitkit.protocols import MapRequest
+from refitkit.recipe.plan import STRATEGY, RefitPlan
 
 if TYPE_CHECKING:
     from refitkit.config import Config
@@ -22,6 +23,17 @@ if TYPE_CHECKING:
         SlotValue,
         WeightSource,
     )
+
+_ON_UNSERVED = (
+    "Leave them as they are with partial=True, install a plugin that maps them, or leave "
+    "Config.strategies empty: then all strategies are tried."
+)
+_ON_HALF_GIVEN = "Pass those too, or leave out all that such slots follow from."
+_ON_BROKEN_GUARDS = (
+    "The plan's recipes hold only while these values are what they were when it was made. Pass "
+    "the weights as a program, torch.export.export(model, inputs): the strategy 'rebuild' reads "
+    "slots off it. Or plan again from that program: refitkit.plan(program, target=...)."
+)
 
 
 @dataclass
@@ -39,19 +51,31 @@ class Mapping:
     reasons: dict[tuple[str, str], list[str]] = field(default_factory=dict)
 
     def unserved(self) -> list[LedgerRow]:
-        """Rows without a value that are not frozen."""
-        return [
-            row
-            for row in self.plan.data.ledger
-            if row.slot.key not in self.values and row.state is not SlotState.FROZEN
-        ]
+        """Rows without a value that need one.
+
+        Of a frozen slot nobody needs a value that the plan does not keep, until a strategy says
+        that it no longer holds.
+        """
+        return [row for row in self.plan.data.ledger if self._is_unserved(row)]
+
+    def _is_unserved(self, row: LedgerRow) -> bool:
+        key = row.slot.key
+        held = row.state is SlotState.FROZEN and row.value is None and key not in self.reasons
+        return key not in self.values and not held
 
     def keep_pinned(self) -> None:
         """Drop values that come from the plan and not from the source.
 
         A partial refit changes what the source has; everything else stays as it is live.
         """
-        self.values = {key: value for key, value in self.values.items() if not value.pinned}
+        self.values = {key: value for key, value in self.values.items() if not _of_plan(value)}
+
+    def broken_guards(self, source: WeightSource) -> list[Problem]:
+        """What makes the plan's recipes say nothing of this source."""
+        plan = self.plan
+        if isinstance(plan, RefitPlan) and plan.data.guards:
+            return list(plan.broken_guards(source))
+        return []
 
     def rows(self) -> tuple[ReportRow, ...]:
         """One row of the report for every slot."""
@@ -97,22 +121,16 @@ def require_all(mapping: Mapping, source: WeightSource) -> None:
     """Stop where slots are without a value; called once the checks found nothing.
 
     Raises:
-        UnmappedSlotError: Lists all of them, with what each strategy said.
+        UnmappedSlotError: Lists all of them, with what each strategy said, after the guards of the
+            plan that are broken.
     """
-    problems = [
-        Problem(
-            f"{row.slot.engine}/{row.slot.name}",
-            str(row.state),
-            hint="; ".join(mapping.reasons.get(row.slot.key, [row.reason])),
-        )
-        for row in mapping.unserved()
-    ]
-    if problems:
+    unserved = mapping.unserved()
+    if unserved:
+        broken = mapping.broken_guards(source)
         raise UnmappedSlotError(
             f"No strategy has a value for some slots, with {source.description}.",
-            problems=problems,
-            hint="Leave them as they are with partial=True, install a plugin that maps them, or "
-            "leave Config.strategies empty: then all strategies are tried.",
+            problems=[*broken, *(_without_value(mapping, row) for row in unserved)],
+            hint=_ON_BROKEN_GUARDS if broken else _ON_UNSERVED,
         )
 
 
@@ -120,12 +138,26 @@ def require_reached(mapping: Mapping, source: WeightSource) -> None:
     """Stop a refit in part that would leave out some of the given weights without a word.
 
     Raises:
-        UnmappedSlotError: There are weights that no written slot comes from, and slots of which
-            nobody knows whether they come from these weights; lists both.
+        UnmappedSlotError: There are slots that follow from given weights and get no value; lists
+            them, and what would have to be given with those. Or there are weights that no written
+            slot comes from, and slots of which nobody knows whether they come from these weights;
+            lists both.
     """
+    given = set(source.names())
+    left = [row for row in mapping.unserved() if not given.isdisjoint(row.sources)]
+    if left:
+        broken = mapping.broken_guards(source)
+        raise UnmappedSlotError(
+            f"Some slots follow from weights of {source.description} and would keep old values.",
+            problems=[*broken, *(_half_given(mapping, row, source) for row in left)],
+            hint=_ON_BROKEN_GUARDS if broken else _ON_HALF_GIVEN,
+        )
     unknown = [row for row in mapping.unserved() if row.state is SlotState.UNMAPPED]
-    if not unknown:
-        return
+    if unknown:
+        _require_known(mapping, source, unknown)
+
+
+def _require_known(mapping: Mapping, source: WeightSource, unknown: list[LedgerRow]) -> None:
     reached = {name for value in mapping.values.values() for name in value.sources}
     whole = any(not value.sources for value in mapping.values.values())
     used = {leaf.fqn for leaf in mapping.plan.data.leaves if leaf.used}
@@ -140,6 +172,29 @@ def require_reached(mapping: Mapping, source: WeightSource) -> None:
             problems=problems,
             hint="Pass all weights, without partial=True.",
         )
+
+
+def _without_value(mapping: Mapping, row: LedgerRow) -> Problem:
+    said = "; ".join(mapping.reasons.get(row.slot.key, [row.reason]))
+    return Problem(f"{row.slot.engine}/{row.slot.name}", str(row.state), hint=said)
+
+
+def _half_given(mapping: Mapping, row: LedgerRow, source: WeightSource) -> Problem:
+    lacking = mapping.plan.lacking(row, source) if isinstance(mapping.plan, RefitPlan) else ()
+    if not lacking:
+        return _without_value(mapping, row)
+    names = source.names()
+    return Problem(
+        f"{row.slot.engine}/{row.slot.name}",
+        "follows from more weights",
+        ", ".join(name for name in row.sources if name in names),
+        f"{', '.join(lacking)} with it",
+    )
+
+
+def _of_plan(value: SlotValue) -> bool:
+    """Whether a value is one that the plan keeps, or is computed from such values alone."""
+    return value.pinned or (value.strategy == STRATEGY and not value.sources)
 
 
 def _in_order(host: Host, config: Config) -> list[MappingStrategy]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
+from refitkit.builtin.checks.following import sources_of_guards
 from refitkit.errors import Problem
 from refitkit.model import SlotState, TensorInfo
 from refitkit.program.bits import same_bits
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     import torch
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 
 _SUGGESTIONS = 10
+_SHOWN = 3
 
 
 class Names:
@@ -29,15 +31,19 @@ class Names:
         self._plan, self._source = plan, source
         self._leaves = {leaf.fqn: leaf for leaf in plan.data.leaves}
         self._infos = {name: source.info(name) for name in source.names()}
-        self._needed = {
+        self._twins = {name: tie for tie in plan.data.ties for name in tie}
+        self._of_slots = {
             name
             for row in plan.data.ledger
             if row.state in {SlotState.RECIPE, SlotState.PINNED}
             for name in row.sources
         }
+        self._guarded = sources_of_guards(plan.data)
+        self._needed = self._of_slots | self._names_of(self._guarded)
         self._wholly = any(row.state is SlotState.UNMAPPED for row in plan.data.ledger)
         if self._wholly:  # nobody knows what such slots follow from: it may be anything
-            self._needed |= {leaf.fqn for leaf in plan.data.leaves if leaf.used}
+            self._of_slots |= {leaf.fqn for leaf in plan.data.leaves if leaf.used}
+            self._needed |= self._of_slots
         self._bad = {p.subject for p in self._misfits()}
 
     def problems(self, *, partial: bool) -> Iterator[Problem]:
@@ -96,28 +102,52 @@ class Names:
                         )
 
     def _missing(self) -> Iterator[Problem]:
-        for row in self._plan.data.ledger:
-            if row.state is SlotState.RECIPE and not any(n in self._infos for n in row.sources):
-                leaf = self._leaves.get(row.sources[0]) if row.sources else None
-                others = f", or its other names {row.sources[1:]}" if row.sources[1:] else ""
-                name = row.sources[0] if row.sources else row.slot.name
-                hint = f"pass it{others}; to leave such slots as they are: partial=True"
-                yield Problem(name, "missing", wanted=_leaf_text(leaf), hint=hint)
-        if self._wholly:
-            yield from self._missing_leaves()
+        """What slots, then guards, then perhaps slots that nobody knows, follow from."""
+        wanting = self._wanting()
+        for name, needed_by in wanting.items():
+            yield self._lack(name, needed_by)
+        used = [leaf.fqn for leaf in self._plan.data.leaves if self._wholly and leaf.used]
+        for name in dict.fromkeys(map(self._first, [*self._guarded, *used])):
+            if name not in wanting and self._lacks(name):
+                yield self._lack(name, [])
 
-    def _missing_leaves(self) -> Iterator[Problem]:
-        """Leaves that the source lacks under all their names and that no row tells of."""
-        told = {name for row in self._plan.data.ledger for name in row.sources}
-        twins = {name: tie for tie in self._plan.data.ties for name in tie}
-        for leaf in self._plan.data.leaves:
-            names = twins.get(leaf.fqn, (leaf.fqn,))
-            first = leaf.fqn == names[0] and leaf.used and leaf.persistent
-            if first and not told & set(names) and not self._infos.keys() & set(names):
-                yield Problem(leaf.fqn, "missing", wanted=_leaf_text(leaf), hint="pass it")
+    def _wanting(self) -> dict[str, list[str]]:
+        """Names that the source lacks, with the slots that need them, in the ledger's order."""
+        found: dict[str, list[str]] = {}
+        for row in self._plan.data.ledger:
+            if row.state is SlotState.RECIPE:
+                for name in dict.fromkeys(map(self._first, row.sources)):
+                    if self._lacks(name):
+                        found.setdefault(name, []).append(row.slot.name)
+        return found
+
+    def _lacks(self, name: str) -> bool:
+        """Whether a source must have a tensor and has it under none of its names."""
+        leaf = self._leaves.get(name)
+        must = leaf is None or leaf.persistent
+        return must and not self._infos.keys() & set(self._names_of([name]))
+
+    def _lack(self, name: str, needed_by: list[str]) -> Problem:
+        others = self._names_of([name]) - {name}
+        also = f", or its other names {tuple(sorted(others))}" if others else ""
+        hint = f"pass it{also}"
+        if needed_by and needed_by != [name]:
+            more = f" and {len(needed_by) - _SHOWN} more" if len(needed_by) > _SHOWN else ""
+            hint += f"; needed by {', '.join(map(repr, needed_by[:_SHOWN]))}{more}"
+        if needed_by:
+            hint += "; to leave such slots as they are: partial=True"
+        return Problem(name, "missing", wanted=_leaf_text(self._leaves.get(name)), hint=hint)
+
+    def _first(self, name: str) -> str:
+        """The first of a tensor's names."""
+        return self._twins.get(name, (name,))[0]
+
+    def _names_of(self, names: Iterable[str]) -> set[str]:
+        """All names of the tensors of these names."""
+        return {twin for name in names for twin in self._twins.get(name, (name,))}
 
     def _nothing_at_all(self) -> Iterator[Problem]:
-        if not self._needed & self._infos.keys():
+        if not self._of_slots & self._infos.keys():
             found = f"{len(self._infos)} names, none of a slot"
             yield Problem(self._source.description, "nothing to refit", found)
 

@@ -8,11 +8,14 @@ from refitkit.protocols import Mapped, SlotValue
 from refitkit.recipe.plan import STRATEGY, RefitPlan
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from refitkit.errors import Problem
     from refitkit.protocols import MapRequest
 
 
 class RecipeStrategy:
-    """Serves every slot whose sources are there, and those that are pinned."""
+    """Serves every slot whose sources are there, and those whose values the plan keeps."""
 
     @property
     def name(self) -> str:
@@ -25,15 +28,28 @@ class RecipeStrategy:
         return 10
 
     def map(self, request: MapRequest) -> Mapped:
-        """Values for the rows that the plan has a recipe or a pinned value for."""
+        """Values for the rows that the plan has a recipe or a value for.
+
+        Where a guard is broken it serves nothing, and says so of every slot: of frozen ones, too,
+        whose values may be other ones now.
+        """
+        plan = request.plan
+        if not isinstance(plan, RefitPlan):
+            return Mapped({}, {row.slot.key: "the plan has no recipes" for row in request.wanted})
+        broken = plan.broken_guards(request.source) if plan.data.guards else []
+        if broken:
+            return Mapped({}, {row.slot.key: _broken(broken) for row in plan.data.ledger})
         values: dict[tuple[str, str], SlotValue] = {}
         declined: dict[tuple[str, str], str] = {}
-        if not isinstance(request.plan, RefitPlan):
-            return Mapped({}, {row.slot.key: "the plan has no recipes" for row in request.wanted})
         for row in request.wanted:
-            found = request.plan.value_of(row, request.source)
+            found = plan.value_of(row, request.source)
             if isinstance(found, SlotValue):
                 values[row.slot.key] = found
             else:
                 declined[row.slot.key] = found
         return Mapped(values, declined)
+
+
+def _broken(guards: Sequence[Problem]) -> str:
+    more = f", and {len(guards) - 1} more" if len(guards) > 1 else ""
+    return f"a value that decided what slots hold is another one now: {guards[0]}{more}"

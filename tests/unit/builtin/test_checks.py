@@ -12,16 +12,19 @@ from refitkit.builtin.checks.finite import all_finite
 from refitkit.config import Config
 from refitkit.errors import SHOWN_PROBLEMS, Problem, WeightMismatchError
 from refitkit.host import make_host
-from refitkit.model import Leaf, LeafKind, LedgerRow, SlotState
+from refitkit.model import CallRef, Leaf, LeafKind, LedgerRow, SlotState, SourceRef
 from refitkit.pipeline.check import check_weights
 from refitkit.recipe import TensorMap
 from tests.fakes import (
     FakeEngine,
     FakeModule,
     OpenEngine,
+    call_row,
+    guard_of,
     leaf_for,
     make_plan,
     make_slot,
+    op_call,
     pinned_row,
     recipe_row,
     slot_for,
@@ -322,6 +325,118 @@ def test_with_an_unmapped_slot_everything_that_the_program_reads_is_needed() -> 
     assert kinds(problems({**good, "x": torch.ones(2)}, plan)) == [("x", "unexpected")]
     # what it holds now is not known either: engines look at their slots
     assert problems({**good, "a": torch.tensor([NAN, 1.0])}, plan) == []
+
+
+# -- computed slots ---------------------------------------------------------------------------
+
+BN = ("bn.weight", "bn.var", "bn.eps")
+SCALE, SHIFT = make_slot("scale"), make_slot("shift")
+EPS = Leaf(fqn="bn.eps", kind=LeafKind.NON_PERSISTENT_BUFFER, dtype="float32", shape=(2,))
+FOLDED = make_plan(
+    [call_row(SCALE, 2, *BN), call_row(SHIFT, 3, "bn.weight", "bn.bias", "twin")],
+    leaves=[*(leaf_for(SCALE, fqn=n) for n in ("bn.weight", "bn.var", "bn.bias", "twin")), EPS],
+    ties=[("bn.bias", "twin")],
+    calls=[
+        op_call("add.Tensor", "@bn.var", "@bn.eps"),
+        op_call("rsqrt.default", CallRef(call=0)),
+        op_call("mul.Tensor", "@bn.weight", CallRef(call=1)),
+        op_call("add.Tensor", "@bn.bias", "@bn.weight"),
+    ],
+    pinned={"bn.eps": torch.zeros(2)},
+)
+FULL = {name: torch.ones(2) for name in ("bn.weight", "bn.var", "bn.bias")}
+
+
+def test_every_source_of_a_computed_slot_is_needed() -> None:
+    assert problems(FULL, FOLDED) == []
+    found = {p.subject: p for p in problems({"bn.eps": torch.ones(2)}, FOLDED)}
+    assert {name: p.kind for name, p in found.items()} == dict.fromkeys(FULL, "missing")
+    assert "needed by 'scale', 'shift';" in found["bn.weight"].hint
+    assert "needed by 'scale';" in found["bn.var"].hint
+    assert found["bn.var"].wanted == "float32 (2,)"
+
+
+def test_of_a_computed_slots_source_any_name_is_enough() -> None:
+    without = {name: value for name, value in FULL.items() if name != "bn.bias"}
+    assert problems({**without, "twin": torch.ones(2)}, FOLDED) == []
+    (found,) = problems(without, FOLDED)
+    assert found.subject == "bn.bias"
+    assert "or its other names ('twin',)" in found.hint
+
+
+def test_what_no_state_dict_holds_is_never_missing() -> None:
+    assert problems({**FULL, "bn.eps": torch.ones(2)}, FOLDED) == []
+    assert kinds(problems({**FULL, "bn.eps": torch.ones(3)}, FOLDED)) == [("bn.eps", "shape")]
+
+
+def test_many_slots_that_need_a_weight_are_counted() -> None:
+    rows = [call_row(make_slot(f"s{n}"), 0, "w") for n in range(9)]
+    plan = make_plan(rows, calls=[op_call("neg.default", "@w")])
+    (found,) = problems({}, plan)
+    assert "needed by 's0', 's1', 's2' and 6 more" in found.hint
+
+
+GUARDED = make_plan(
+    [recipe_row(W)],
+    leaves=[leaf_for(W), *(leaf_for(SCALE, fqn=n) for n in ("g", "g2", "other"))],
+    ties=[("g", "g2")],
+    calls=[
+        op_call("neg.default", "@other"),
+        op_call("stack.default", (SourceRef(fqn="g"), SourceRef(fqn="g"))),
+    ],
+    guards=[guard_of(CallRef(call=1), torch.ones(2, 2))],
+)
+
+
+def test_what_guards_follow_from_is_needed() -> None:
+    weight = {"w": torch.ones(2, 3)}
+    assert problems({**weight, "g": torch.ones(2)}, GUARDED) == []
+    assert problems({**weight, "g2": torch.ones(2)}, GUARDED) == []
+    assert kinds(problems(weight, GUARDED)) == [("g", "missing")]
+    for name in ("g", "g2"):
+        half = {**weight, name: torch.ones(2).half()}
+        assert kinds(problems(half, GUARDED)) == [(name, "dtype")]
+    broken = {**weight, "g": torch.ones(2), "g2": torch.zeros(2)}
+    assert kinds(problems(broken, GUARDED)) == [("g2", "tie broken")]
+
+
+def test_a_guards_weight_alone_is_nothing_to_refit() -> None:
+    found = problems({"g": torch.ones(2)}, GUARDED, partial=True)
+    assert [p.kind for p in found] == ["nothing to refit"]
+
+
+def test_a_computed_slot_tells_nothing_of_single_elements() -> None:
+    """Which elements a fold mixes nobody knows: the slot may be finite, or not, as a whole."""
+    bad = {**FULL, "bn.var": torch.tensor([1.0, NAN])}
+    (found,) = problems(bad, FOLDED)
+    assert (found.subject, found.kind) == ("bn.var", "non-finite")
+    assert found.found == "1 of 2 elements, the first at (1,)"
+    other = module_of(FOLDED, scale=torch.tensor([-INF, 0.0]))
+    assert problems(bad, FOLDED, other) == []
+    of_shift = {**FULL, "bn.bias": torch.tensor([1.0, NAN])}
+    assert kinds(problems(of_shift, FOLDED, other)) == [("bn.bias", "non-finite")]
+    mute = module_of(FOLDED, FakeEngine, scale=torch.tensor([-INF, 0.0]))
+    assert kinds(problems(bad, FOLDED, mute)) == [("bn.var", "non-finite")]
+
+
+def test_a_slot_that_holds_a_weight_as_it_is_tells_more_than_a_computed_one() -> None:
+    plan = make_plan(
+        [call_row(SCALE, 0, "w"), recipe_row(make_slot("w"))],
+        calls=[op_call("neg.default", "@w")],
+    )
+    module = module_of(plan, scale=torch.tensor([INF, INF]), w=torch.tensor([-INF, 0.0]))
+    assert problems({"w": torch.tensor([-INF, 0.0])}, plan, module) == []
+    (found,) = problems({"w": torch.tensor([-INF, NAN])}, plan, module)
+    assert found.found == "1 of 2 elements, the first at (1,)"
+
+
+def test_what_the_plan_keeps_may_be_non_finite_where_it_is() -> None:
+    """A mask of a program, given with all its other tensors, to an engine that cannot be read."""
+    slot, mask = make_slot("mask"), torch.tensor([-INF, 0.0])
+    plan = make_plan([pinned_row(slot, "mask")], pinned={"mask": mask})
+    mute = module_of(plan, FakeEngine)
+    assert problems({"mask": mask}, plan, mute) == []
+    assert kinds(problems({"mask": mask.flip(0)}, plan, mute)) == [("mask", "non-finite")]
 
 
 # -- partial ----------------------------------------------------------------------------------

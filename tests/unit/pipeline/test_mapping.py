@@ -11,11 +11,11 @@ import refitkit
 from refitkit.config import Config
 from refitkit.errors import ConfigError, PluginError, UnmappedSlotError
 from refitkit.host import make_host
-from refitkit.model import LedgerRow, SlotState
+from refitkit.model import LedgerRow, PinnedRef, SlotState, SourceRef
 from refitkit.pipeline.mapping import map_slots, require_all
 from refitkit.protocols import Mapped, MapRequest, SlotValue
 from refitkit.recipe import TensorMap
-from tests.fakes import FakeModule, OpenEngine, make_plan, make_slot, recipe_row
+from tests.fakes import FakeModule, OpenEngine, guard_of, make_plan, make_slot, recipe_row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -198,3 +198,42 @@ def test_mapping_reads_no_weights() -> None:
     source = Source(dict.fromkeys("abc", torch.ones(2)))
     mapping = map_slots(make_host(config), PLAN, MODULE, source, None, config)
     assert len(mapping.values) == 3
+
+
+# -- guards -----------------------------------------------------------------------------------
+
+HELD = LedgerRow(slot=B, state=SlotState.FROZEN, value=PinnedRef(name="b"), reason="a literal")
+LITERAL = LedgerRow(slot=C, state=SlotState.FROZEN, reason="a literal that nobody needs")
+GUARDED = make_plan(
+    [recipe_row(A), HELD, LITERAL],
+    guards=[guard_of(SourceRef(fqn="a"), torch.ones(2), "bool() of a")],
+    pinned={"b": torch.ones(2)},
+)
+HOLDS, BREAKS = {"a": torch.ones(2)}, {"a": torch.zeros(2)}
+
+
+def test_with_guards_that_hold_frozen_slots_are_served_from_the_plan() -> None:
+    rebuilds = Strategy("rebuilds", "abc", priority=99)
+    mapping = mapped(Strategies(rebuilds), source=HOLDS, plan=GUARDED)
+    assert served(mapping) == {"a": "recipe", "b": "recipe", "c": ""}
+    assert rebuilds.asked == []
+
+
+def test_with_a_broken_guard_another_strategy_serves_all_slots() -> None:
+    rebuilds = Strategy("rebuilds", "abc", priority=99)
+    mapping = mapped(Strategies(rebuilds), source=BREAKS, plan=GUARDED)
+    assert served(mapping) == dict.fromkeys("abc", "rebuilds")
+    require_all(mapping, TensorMap(BREAKS))
+    assert all("recipe: " in row.reason and "bool() of a" in row.reason for row in mapping.rows())
+
+
+def test_a_broken_guard_that_nobody_else_can_serve_is_told_once() -> None:
+    mapping = mapped(source=BREAKS, plan=GUARDED)
+    with pytest.raises(UnmappedSlotError) as info:
+        require_all(mapping, TensorMap(BREAKS))
+    guard, *slots = info.value.problems
+    assert (guard.subject, guard.kind) == ("guard: bool() of a", "changed")
+    assert (guard.found, guard.wanted) == ("[0.0, 0.0]", "[1.0, 1.0]")
+    assert [p.subject for p in slots] == ["model/a", "model/b", "model/c"]
+    assert "torch.export.export" in info.value.hint
+    assert "refitkit.plan" in info.value.hint

@@ -18,9 +18,11 @@ from refitkit.errors import (
     WeightMismatchError,
 )
 from refitkit.model import (
+    LeafKind,
     LedgerRow,
     RefitReport,
     SlotState,
+    SourceRef,
     StageFinished,
     StageStarted,
 )
@@ -33,9 +35,13 @@ from tests.fakes import (
     OpenEngine,
     TrippingPlugin,
     Tripwire,
+    call_row,
+    guard_of,
+    leaf_for,
     make_module,
     make_plan,
     make_slot,
+    op_call,
     pinned_row,
     plan_for,
     recipe_row,
@@ -535,3 +541,78 @@ def test_a_partial_refit_leaves_out_no_given_weight_without_a_word() -> None:
         ("e0/e0.bias", "may come from it"),
     }
     assert same_state(module.holds(), before)
+
+
+# -- partial refits of computed slots ---------------------------------------------------------
+
+
+def folded() -> tuple[FakeModule, RefitPlan]:
+    """A slot that is a product of two weights, one that is a weight, and one of a kept value."""
+    module = FakeModule([OpenEngine("e0", {n: torch.zeros(2) for n in ("scale", "w", "mask")})])
+    scale, w, mask = module.engines["e0"].slots.values()
+    leaves = [leaf_for(scale, fqn=name) for name in ("bn.weight", "bn.var", "w")]
+    leaves.append(leaf_for(mask, LeafKind.NON_PERSISTENT_BUFFER))
+    return module, make_plan(
+        [
+            call_row(scale, 0, "bn.weight", "bn.var"),
+            recipe_row(w),
+            call_row(mask, 1, "mask"),
+        ],
+        leaves=leaves,
+        calls=[op_call("mul.Tensor", "@bn.weight", "@bn.var"), op_call("neg.default", "@mask")],
+        pinned={"mask": torch.ones(2)},
+    )
+
+
+def test_a_computed_slot_is_refitted_in_full() -> None:
+    module, plan = folded()
+    two = torch.full((2,), 2.0)
+    refit(module, {"bn.weight": two, "bn.var": two * 2, "w": two}, plan=plan)
+    live = module.engines["e0"].live
+    assert [live[name].tolist()[0] for name in ("scale", "w", "mask")] == [8.0, 2.0, -1.0]
+
+
+def test_a_computed_slot_of_which_some_weights_are_given_is_not_left_behind() -> None:
+    module, plan = folded()
+    before = module.holds()
+    with pytest.raises(UnmappedSlotError) as info:
+        refit(module, {"bn.weight": torch.ones(2), "w": torch.ones(2)}, plan=plan, partial=True)
+    (found,) = info.value.problems
+    assert found.subject == "e0/scale"
+    assert (found.found, found.wanted) == ("bn.weight", "bn.var with it")
+    assert "Pass those too" in info.value.hint
+    assert same_state(module.holds(), before)
+
+
+def test_a_computed_slot_with_all_its_weights_is_refitted_in_part() -> None:
+    module, plan = folded()
+    given = {"bn.weight": torch.ones(2), "bn.var": torch.ones(2)}
+    report = refit(module, given, plan=plan, partial=True).report
+    assert [row.strategy for row in report.ledger] == ["recipe", "", ""]
+    assert report.slots_written == 1
+    report = refit(module, {"mask": torch.ones(2)}, plan=plan, partial=True).report
+    assert [row.strategy for row in report.ledger] == ["", "", "recipe"]
+
+
+def test_a_refit_in_part_with_a_broken_guard_leaves_nothing_behind() -> None:
+    module, plan = folded()
+    guard = guard_of(SourceRef(fqn="w"), torch.zeros(2), "bool() of w")
+    guarded = make_plan(
+        plan.ledger,
+        leaves=plan.data.leaves,
+        calls=plan.data.calls,
+        guards=[guard],
+        pinned={"mask": torch.ones(2)},
+    )
+    assert refit(module, {"w": torch.zeros(2)}, plan=guarded, partial=True).report.slots_written
+    with pytest.raises(UnmappedSlotError) as info:
+        refit(module, {"w": torch.ones(2)}, plan=guarded, partial=True)
+    assert [(p.subject, p.kind) for p in info.value.problems] == [
+        ("guard: bool() of w", "changed"),
+        ("e0/w", "recipe"),
+    ]
+    with pytest.raises(UnmappedSlotError) as info:
+        refit(
+            module, {n: torch.ones(2) for n in ("bn.weight", "bn.var")}, plan=guarded, partial=True
+        )
+    assert info.value.problems[0].kind == "cannot be evaluated"
