@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
     from refitkit.model import (
         EngineMemory,
+        Guard,
         LayerType,
         LedgerRow,
+        OpCall,
         PlanData,
         Slot,
         TensorInfo,
@@ -262,13 +264,17 @@ class PlanDraft:
 
     Attributes:
         rows: One row for every slot of every engine.
-        pinned: Values of the rows whose state is ``pinned``, by their name in the plan.
+        calls: What the rows' recipes compute.
+        guards: Values that must be what they are now for recipes to hold.
+        pinned: Tensors that the plan keeps, by their name in it.
         settings: Compilation settings, as text by name.
         versions: Versions of what made the engines, by package.
         platform: Operating system, machine and device kind.
     """
 
     rows: tuple[LedgerRow, ...]
+    calls: tuple[OpCall, ...] = ()
+    guards: tuple[Guard, ...] = ()
     pinned: Mapping[str, torch.Tensor] = field(default_factory=dict)
     settings: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)

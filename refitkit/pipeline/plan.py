@@ -45,6 +45,8 @@ def make_plan(
         leaves=facts.leaves,
         ties=facts.ties,
         ledger=draft.rows,
+        calls=draft.calls,
+        guards=draft.guards,
         pinned=index_of(draft.pinned),
         fingerprint=Fingerprint(
             graph=facts.graph,

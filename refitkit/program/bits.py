@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 
 _WIDEST = (torch.int64, torch.int32, torch.int16, torch.uint8)
@@ -22,6 +24,13 @@ def same_bits(a: torch.Tensor, b: torch.Tensor, first: int | None = None) -> boo
         x, y = x[:first], y[:first]
     kind = _widest(x, y)
     return torch.equal(x.view(kind), y.view(kind))
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """sha256 of a tensor's bytes, C-contiguous, little endian, as hexadecimal text."""
+    flat = _plain(tensor).cpu().contiguous().reshape(-1)
+    raw = flat.view(torch.uint8).numpy().data if flat.numel() else b""
+    return hashlib.sha256(raw).hexdigest()
 
 
 def is_dense(tensor: torch.Tensor) -> bool:

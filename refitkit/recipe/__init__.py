@@ -5,14 +5,19 @@ Knows torch, knows no engine.
 
 from refitkit.recipe.archive import Archive, ArchiveError, write_archive
 from refitkit.recipe.plan import RefitPlan
+from refitkit.recipe.record import Recorded, write
 from refitkit.recipe.sources import TensorMap, describe_tensor, unusable_reason
+from refitkit.recipe.tape import Tape
 
 __all__ = [
     "Archive",
     "ArchiveError",
+    "Recorded",
     "RefitPlan",
+    "Tape",
     "TensorMap",
     "describe_tensor",
     "unusable_reason",
+    "write",
     "write_archive",
 ]

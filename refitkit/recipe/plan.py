@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,22 @@ from refitkit.errors import (
     UnmappedSlotError,
     WeightMismatchError,
 )
-from refitkit.model import LedgerRow, PinnedRef, PlanData, Slot, SlotState, SourceRef
+from refitkit.model import (
+    CallRef,
+    Guard,
+    LedgerRow,
+    PinnedRef,
+    PlanData,
+    Slot,
+    SlotState,
+    SourceRef,
+)
+from refitkit.program.bits import digest
+from refitkit.program.dtypes import dtype_name
 from refitkit.protocols import SlotValue, WeightSource
 from refitkit.recipe import store
 from refitkit.recipe.archive import replacing
+from refitkit.recipe.replay import Calls, Kept, Replay
 from refitkit.recipe.sources import TensorMap
 
 if TYPE_CHECKING:
@@ -50,6 +62,9 @@ class RefitPlan:
         self._pinned = dict(pinned)
         self._opener = opener
         self._twins = {name: tie for tie in data.ties for name in tie}
+        self._leaves = {leaf.fqn: leaf for leaf in data.leaves}
+        self._calls = Calls(data)
+        self._kept = Kept()
 
     @property
     def ledger(self) -> tuple[LedgerRow, ...]:
@@ -71,27 +86,121 @@ class RefitPlan:
 
     # -- values -----------------------------------------------------------------------------
 
-    def value_of(self, row: LedgerRow, source: WeightSource) -> SlotValue | str:
-        """The value of one row from a source, not yet computed; or why there is none."""
-        if row.state in {SlotState.UNMAPPED, SlotState.FROZEN}:
-            return row.reason or f"its state is {row.state}"
-        for fqn in self._candidates(row):
-            if fqn in source.names():
-                load = _Load(source, fqn)
-                return SlotValue(row.slot, STRATEGY, (fqn,), load, identity=True)
-        if isinstance(row.value, PinnedRef):
-            tensor = self._pinned[row.value.name]
-            return SlotValue(row.slot, STRATEGY, (), lambda: tensor, identity=True, pinned=True)
-        return f"the source has no {' or '.join(map(repr, row.sources))}"
+    def values_of(
+        self, rows: Sequence[LedgerRow], source: WeightSource
+    ) -> dict[tuple[str, str], SlotValue | str]:
+        """Values of rows from a source, not yet computed; or why there is none, by slot.
 
-    def iter_slots(self, weights: Any) -> Iterator[tuple[Slot, torch.Tensor]]:
-        """Values of all slots but the frozen ones, one after another.
+        What several of them need is computed once, if each is read once.
+        """
+        values = [row.value for row in rows if isinstance(row.value, CallRef)]
+        replay = Replay(
+            self._calls,
+            values,
+            lambda fqn: self._leaf(fqn, source),
+            self._pinned.__getitem__,
+            self._kept,
+        )
+        names = source.names()
+        return {row.slot.key: self._value_of(row, source, names, replay) for row in rows}
+
+    def value_of(self, row: LedgerRow, source: WeightSource) -> SlotValue | str:
+        """The same of one row."""
+        return self.values_of([row], source)[row.slot.key]
+
+    def _value_of(
+        self, row: LedgerRow, source: WeightSource, names: Collection[str], replay: Replay
+    ) -> SlotValue | str:
+        if row.value is None:
+            return row.reason or f"its state is {row.state}"
+        if not isinstance(row.value, CallRef) and row.state is not SlotState.FROZEN:
+            for fqn in self._candidates(row):
+                if fqn in names:
+                    load = _Load(source, fqn, row.slot)
+                    return SlotValue(row.slot, STRATEGY, (fqn,), load, identity=True)
+        if isinstance(row.value, PinnedRef):
+            tensor = _as_slot(self._pinned[row.value.name], row.slot)
+            return SlotValue(row.slot, STRATEGY, (), lambda: tensor, identity=True, pinned=True)
+        lacking = self._lacking(row, names)
+        if lacking:
+            return f"the source has no {', '.join(map(repr, lacking))}"
+        read = tuple(fqn for fqn in row.sources if fqn in names)
+        value = row.value
+        return SlotValue(
+            row.slot,
+            STRATEGY,
+            read,
+            lambda: _as_slot(replay.value(value), row.slot),
+            pinned=not read,
+        )
+
+    def lacking(self, row: LedgerRow, source: WeightSource) -> tuple[str, ...]:
+        """Leaves that a row needs and that the source has under none of their names.
+
+        Leaves that no state_dict holds are not among them: the plan keeps their values.
+        """
+        return self._lacking(row, source.names())
+
+    def _lacking(self, row: LedgerRow, names: Collection[str]) -> tuple[str, ...]:
+        return tuple(
+            fqn
+            for fqn in row.sources
+            if self._twins.get(fqn, (fqn,))[0] == fqn
+            and fqn not in self._pinned
+            and not any(name in names for name in self._twins.get(fqn, (fqn,)))
+        )
+
+    def broken_guards(self, source: WeightSource) -> list[Problem]:
+        """Guards whose value is another one with this source, or cannot be told."""
+        guards = self.data.guards
+        if not guards:
+            return []
+        values = [guard.value for guard in guards]
+        replay = Replay(
+            self._calls,
+            values,
+            lambda fqn: self._leaf(fqn, source),
+            self._pinned.__getitem__,
+            self._kept,
+        )
+        return [problem for guard in guards for problem in self._broken(guard, source, replay)]
+
+    def _broken(self, guard: Guard, source: WeightSource, replay: Replay) -> Iterator[Problem]:
+        followed = self._calls.leaves_of(guard.value)
+        names = source.names()
+        shown = ", ".join(sorted(followed)) or "guard"
+        lacking = [n for n in followed if not self._has(n, names)]
+        if lacking:
+            hint = f"the source has no {', '.join(map(repr, sorted(lacking)))}"
+            yield Problem(shown, "guard", wanted=guard.reason, hint=hint)
+            return
+        value = replay.value(guard.value)
+        same = (dtype_name(value.dtype), tuple(value.shape)) == (guard.dtype, guard.shape)
+        if not same or digest(value) != guard.sha256:
+            found = str(value.tolist()) if guard.shown else "another value"
+            yield Problem(shown, "guard", found, guard.shown or "the value of then", guard.reason)
+
+    def _has(self, fqn: str, names: Collection[str]) -> bool:
+        return fqn in self._pinned or any(n in names for n in self._twins.get(fqn, (fqn,)))
+
+    def _leaf(self, fqn: str, source: WeightSource) -> torch.Tensor:
+        names = source.names()
+        for name in (fqn, *self._twins.get(fqn, ())):
+            if name in names:
+                return source.get(name)
+        return self._pinned[fqn]
+
+    def iter_slots(
+        self, weights: Any, device: str | None = None
+    ) -> Iterator[tuple[Slot, torch.Tensor]]:
+        """Values of all slots, one after another; of frozen ones where the plan has them.
 
         Identity values are the source's own tensors, not copies: read them only.
 
         Args:
             weights: A weight source, a state_dict, or anything the pipeline that made this plan
                 can open.
+            device: Where values shall be, as torch writes it; None: where they come to be.
 
         Yields:
             The slot and its value: dtype and shape of the slot, any layout.
@@ -102,29 +211,45 @@ class RefitPlan:
             WeightMismatchError: Values do not fit their slots; lists all of them, likewise.
         """
         source = self._open(weights)
-        rows = [row for row in self.ledger if row.state is not SlotState.FROZEN]
-        values = [(row, self.value_of(row, source)) for row in rows]
+        rows = [row for row in self.ledger if row.state is not SlotState.FROZEN or row.value]
+        values = self.values_of(rows, source)
         problems = [
-            Problem(r.slot.name, "no value", hint=v) for r, v in values if isinstance(v, str)
+            Problem(r.slot.name, "no value", hint=v)
+            for r in rows
+            if isinstance(v := values[r.slot.key], str)
         ]
+        problems += self.broken_guards(source) if not problems else []
         if problems:
             raise UnmappedSlotError(
                 f"{source.description} does not fill all slots.", problems=problems
             )
-        wanted = [value for _, value in values if isinstance(value, SlotValue)]
-        misfits = list(_misfits(wanted, source))
+        wanted = [value for value in values.values() if isinstance(value, SlotValue)]
+        misfits = list(self._misfits(wanted, source))
         if misfits:
             message = f"{source.description} does not fit the plan."
             raise WeightMismatchError(message, problems=misfits)
         for value in wanted:
-            yield value.slot, value.load()
+            tensor = value.load()
+            yield value.slot, tensor if device is None else tensor.to(device)
 
-    def materialize(self, weights: Any) -> dict[str, dict[str, torch.Tensor]]:
+    def materialize(
+        self, weights: Any, device: str | None = None
+    ) -> dict[str, dict[str, torch.Tensor]]:
         """All values at once: ``{engine: {slot: tensor}}``; see ``iter_slots``."""
         result: dict[str, dict[str, torch.Tensor]] = {}
-        for slot, tensor in self.iter_slots(weights):
+        for slot, tensor in self.iter_slots(weights, device):
             result.setdefault(slot.engine, {})[slot.name] = tensor
         return result
+
+    def _misfits(self, values: list[SlotValue], source: WeightSource) -> Iterator[Problem]:
+        """Entries of the source that are not what the program had under these names."""
+        for fqn in dict.fromkeys(name for value in values for name in value.sources):
+            info, leaf = source.info(fqn), self._leaves.get(fqn)
+            found = f"{info.dtype} {info.shape}"
+            if info.unusable:
+                yield Problem(fqn, "unusable", info.unusable)
+            elif leaf and (info.dtype, info.shape) != (leaf.dtype, leaf.shape):
+                yield Problem(fqn, "value", found, f"{leaf.dtype} {leaf.shape}")
 
     def _candidates(self, row: LedgerRow) -> tuple[str, ...]:
         if isinstance(row.value, SourceRef):
@@ -218,22 +343,16 @@ class RefitPlan:
 class _Load:
     """Reads one tensor of a source when it is called."""
 
-    def __init__(self, source: WeightSource, fqn: str) -> None:
-        self._source, self._fqn = source, fqn
+    def __init__(self, source: WeightSource, fqn: str, slot: Slot) -> None:
+        self._source, self._fqn, self._slot = source, fqn, slot
 
     def __call__(self) -> torch.Tensor:
-        return self._source.get(self._fqn)
+        return _as_slot(self._source.get(self._fqn), self._slot)
 
 
-def _misfits(values: list[SlotValue], source: WeightSource) -> Iterator[Problem]:
-    for value in values:
-        slot = value.slot
-        for info in map(source.info, value.sources):
-            found = f"{info.dtype} {info.shape}"
-            if info.unusable:
-                yield Problem(slot.name, "unusable", info.unusable)
-            elif (info.dtype, info.shape) != (slot.dtype, slot.shape or info.shape):
-                yield Problem(slot.name, "value", found, f"{slot.dtype} {slot.shape}")
+def _as_slot(value: torch.Tensor, slot: Slot) -> torch.Tensor:
+    """A value in the shape of its slot."""
+    return value if slot.shape is None or value.shape == slot.shape else value.reshape(slot.shape)
 
 
 def _short(slot: Slot) -> str:

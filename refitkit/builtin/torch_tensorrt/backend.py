@@ -97,7 +97,7 @@ class TorchTensorRTBackend:
         module: OpenedModule | None,
         tools: Tools,  # noqa: ARG002 - the protocol's
     ) -> PlanDraft:
-        """Every slot; how it follows from the weights is for the strategy ``rebuild``."""
+        """Every slot, with the recipe that was recorded for it."""
         found: Interpreted | Planned = next(iter(parts.values()))
         if isinstance(found, Planned):
             return draft_of(found, found.all_slots, "cpu")
@@ -126,9 +126,9 @@ def partition(
         PlanMismatchError: They are not the parts of the module.
     """
     if isinstance(module, TorchTensorRTOpened):
-        found = module.interpreted(program, tools)
+        found = module.interpreted(program, tools, record=True)
         return dict.fromkeys(module.engines, found)
-    planned = plan_program(program, _of_planning(options), tools)
+    planned = plan_program(program, _of_planning(options), tools, record=True)
     return {structure.name: planned for structure in planned.structures}
 
 

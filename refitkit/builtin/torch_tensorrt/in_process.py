@@ -12,14 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from refitkit.builtin.torch_tensorrt.lowering import lower
-from refitkit.builtin.torch_tensorrt.networks import Network
 from refitkit.builtin.torch_tensorrt.options import versions
-from refitkit.builtin.torch_tensorrt.parts import cut
+from refitkit.builtin.torch_tensorrt.recording import read
 from refitkit.builtin.torch_tensorrt.rows import constants_of
 from refitkit.builtin.torch_tensorrt.settings import settings_text
 from refitkit.builtin.torch_tensorrt.targets import REST
-from refitkit.builtin.torch_tensorrt.torch_tensors import TorchTensors
 from refitkit.errors import PlanMismatchError, Problem
 from refitkit.program.facts import tensors_of
 
@@ -28,10 +25,13 @@ if TYPE_CHECKING:
 
     from torch.export import ExportedProgram
 
+    from refitkit.builtin.torch_tensorrt.networks import Network
     from refitkit.builtin.torch_tensorrt.parts import Cut, Structure
     from refitkit.builtin.torch_tensorrt.targets import Target
+    from refitkit.builtin.torch_tensorrt.torch_tensors import TorchTensors
     from refitkit.model import Slot
     from refitkit.protocols import Tools
+    from refitkit.recipe import Recorded
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Interpreted:
         constants: What the program has and no state_dict holds, by FQN.
         settings: Settings on which parts and slots depend, as text.
         versions: Versions of what makes engines here.
+        recorded: How weights follow from those of the program; None where it was not recorded.
     """
 
     structures: tuple[Structure, ...]
@@ -51,6 +52,7 @@ class Interpreted:
     constants: Mapping[str, torch.Tensor]
     settings: Mapping[str, str]
     versions: Mapping[str, str]
+    recorded: Recorded | None = None
 
     @property
     def slots(self) -> dict[str, dict[str, Slot]]:
@@ -66,13 +68,16 @@ class Interpreted:
         return {name: holder.scanned for name, holder in self.holders.items()}
 
 
-def interpret(program: ExportedProgram, target: Target, tools: Tools) -> Interpreted:
+def interpret(
+    program: ExportedProgram, target: Target, tools: Tools, *, record: bool = False
+) -> Interpreted:
     """Cut and interpret a program with the settings of a target.
 
     Args:
         program: The program; it is read only.
         target: What was compiled.
         tools: What the pipeline lends.
+        record: Whether to write down how weights follow from those of the program.
 
     Raises:
         CompileError: Torch-TensorRT cannot lower, cut or convert it.
@@ -80,27 +85,27 @@ def interpret(program: ExportedProgram, target: Target, tools: Tools) -> Interpr
         NotRefittableError: Weights cannot be told apart.
     """
     settings = copy.copy(target.settings)
-    tools.tell("lowering the program")
-    lowered = lower(own_copy(program), settings)
-    tools.tell("cutting the program into parts")
-    found = cut(lowered, settings, inlined=target.inlined)
-    check_parts([part.structure for part in found.parts], target)
-    holders: dict[str, Network | TorchTensors] = {}
-    for part in found.parts:
-        tools.tell(f"reading the weights of {part.name}")
-        holders[part.name] = (
-            Network(part, settings, tools.layer_types)
-            if part.structure.accelerated
-            else TorchTensors(part.name, part.module)
-        )
-    if REST in target.torch_parts:
-        holders[REST] = TorchTensors(REST, _state_of(found))
+
+    def rest(found: Cut) -> dict[str, Any]:
+        check_parts([part.structure for part in found.parts], target)
+        return {REST: _state_of(found)} if REST in target.torch_parts else {}
+
+    found = read(
+        own_copy(program),
+        settings,
+        tools.layer_types,
+        tools.tell,
+        record=record,
+        inlined=target.inlined,
+        more=rest,
+    )
     return Interpreted(
-        structures=tuple(part.structure for part in found.parts),
-        holders=holders,
+        structures=tuple(part.structure for part in found.cut.parts),
+        holders=found.holders,
         constants=constants_of(program),
         settings=settings_text(settings),
         versions=versions(),
+        recorded=found.recorded,
     )
 
 

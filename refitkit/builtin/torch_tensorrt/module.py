@@ -132,13 +132,20 @@ class TorchTensorRTOpened:
         """
         return self.interpreted(program, tools).values
 
-    def interpreted(self, program: ExportedProgram, tools: Tools) -> Interpreted:
+    def interpreted(
+        self, program: ExportedProgram, tools: Tools, *, record: bool = False
+    ) -> Interpreted:
         """A program, cut and interpreted as this module's was; the first one is remembered.
+
+        Args:
+            program: The program.
+            tools: What the pipeline lends.
+            record: Whether to write down how weights follow from those of the program.
 
         Raises:
             PlanMismatchError: The program makes other engines, or other ones than the first.
         """
-        found = interpret(program, self.target, tools)
+        found = interpret(program, self.target, tools, record=record)
         if self.structures:
             check_structures(found.structures, self.structures)
         self.structures = found.structures

@@ -9,6 +9,7 @@ records transposed convolutions under the names of convolutions, and converters 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
     from refitkit.builtin.torch_tensorrt.parts import Part
     from refitkit.model import LayerType
+    from refitkit.recipe import Tape
+    from refitkit.recipe.origins import Origin
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,26 @@ class Network:
     Attributes:
         recorded: Weights that the interpreter recorded, by engine weight name.
         scanned: Weights found in the layers, by engine weight name; flat.
+        origins: Where they come from, if a recording ran.
     """
 
-    def __init__(self, part: Part, settings: Any, layer_types: Mapping[str, LayerType]) -> None:
+    def __init__(
+        self,
+        part: Part,
+        settings: Any,
+        layer_types: Mapping[str, LayerType],
+        tape: Tape | None = None,
+    ) -> None:
         """Interpret a part: once, as another time it would give other names.
 
         ``get_node_name`` (``converter_utils.py``, 2.11 to 2.14) takes an item off a node's stack of
         modules whenever it is called.
+
+        Args:
+            part: The part.
+            settings: A ``torch_tensorrt.dynamo.CompilationSettings``.
+            layer_types: Layer types that hold weights.
+            tape: The recording that runs, to learn where weights come from.
 
         Raises:
             CompileError: The interpreter failed.
@@ -65,16 +81,21 @@ class Network:
         """
         self._name = part.name
         self._interpreter = _interpreted(part, settings)
+        with nullcontext() if tape is None else tape.paused():
+            self._read(layer_types, tape)
+
+    def _read(self, layer_types: Mapping[str, LayerType], tape: Tape | None) -> None:
         self.recorded: dict[str, torch.Tensor] = dict(self._interpreter.ctx.weight_refit_map)
         self._places: dict[str, Place] = {}
         self.scanned: dict[str, torch.Tensor] = {}
         problems = list(self._scan(layer_types))
+        self.origins = {} if tape is None else self._origins(tape)
         owned = self._own_scattered()
         problems += self._differences()
         self._own_all(owned)
         if problems:
             raise NotRefittableError(
-                f"Weights of {part.name!r} cannot be told apart by the names that TensorRT gives.",
+                f"Weights of {self._name!r} cannot be told apart by the names that TensorRT gives.",
                 problems=problems,
             )
 
@@ -98,6 +119,22 @@ class Network:
                     yield Problem(name, "two weights of one name")
                 self.scanned[name] = value
                 self._places[name] = _place(layer, attribute, held, value)
+
+    def _origins(self, tape: Tape) -> dict[str, Origin]:
+        """Where weights come from: what was recorded, or what lies where a layer reads."""
+        found: dict[str, Origin] = {}
+        for name, value in self.scanned.items():
+            recorded = self.recorded.get(name)
+            fits = recorded is not None and (recorded.dtype, recorded.numel()) == (
+                value.dtype,
+                value.numel(),
+            )
+            found[name] = (
+                tape.origin_of(recorded)
+                if recorded is not None and fits
+                else tape.origin_at(value)
+            )
+        return found
 
     def _own_scattered(self) -> frozenset[str]:
         """Point layers whose weight was not contiguous to a copy that lives.

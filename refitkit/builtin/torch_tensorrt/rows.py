@@ -1,4 +1,4 @@
-"""Drafts of plans for slots whose way from the weights was not recorded."""
+"""Drafts of plans."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from refitkit.model import LedgerRow, SlotState
 from refitkit.program import facts_of
 from refitkit.program.facts import tensors_of
 from refitkit.protocols import PlanDraft
+from refitkit.recipe import Recorded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -33,20 +34,33 @@ def rebuilt_row(slot: Slot) -> LedgerRow:
 
 
 def draft_of(found: Interpreted | Planned, slots: Iterable[Slot], device: str) -> PlanDraft:
-    """A draft of rows that only an interpreter's run can serve.
+    """A draft of what was recorded; other rows can only be served by an interpreter's run.
 
     Args:
         found: What the program became.
         slots: All slots of all engines.
         device: Kind of device that names and values of slots are for.
     """
+    recorded = found.recorded or Recorded(())
+    rows = {row.slot.key: row for row in recorded.rows}
     return PlanDraft(
-        rows=tuple(map(rebuilt_row, slots)),
-        pinned=dict(found.constants),
+        rows=tuple(_row(slot, rows.get(slot.key)) for slot in slots),
+        calls=recorded.calls,
+        guards=recorded.guards,
+        pinned={**found.constants, **recorded.literals},
         settings=dict(found.settings),
         versions=dict(found.versions),
         platform=f"{platform.system()} {platform.machine()} {device}",
     )
+
+
+def _row(slot: Slot, recorded: LedgerRow | None) -> LedgerRow:
+    """A row for a slot as its engine describes it, of what the network's slot was recorded as."""
+    if recorded is None:
+        return rebuilt_row(slot)
+    if (recorded.slot.dtype, recorded.slot.count) != (slot.dtype, slot.count):
+        return rebuilt_row(slot)
+    return recorded.model_copy(update={"slot": slot})
 
 
 def slots_of(module: OpenedModule) -> list[Slot]:

@@ -15,18 +15,25 @@ if TYPE_CHECKING:
 
     from torch.fx import GraphModule
 
+    from refitkit.recipe import Tape
+    from refitkit.recipe.origins import Origin
+
 
 class TorchTensors:
     """Parameters, buffers and constants of one part.
 
     Attributes:
         scanned: Their values by name; flat and contiguous.
+        origins: Where they come from, if a recording ran.
     """
 
-    def __init__(self, name: str, module: GraphModule) -> None:
+    def __init__(self, name: str, module: GraphModule, tape: Tape | None = None) -> None:
         """Read a part."""
         self._name = name
         held = tensors_in(module)
+        self.origins: dict[str, Origin] = (
+            {} if tape is None else {name: tape.origin_of(value) for name, value in held.items()}
+        )
         self._shapes = {target: tuple(tensor.shape) for target, tensor in held.items()}
         self.scanned: dict[str, torch.Tensor] = {
             target: tensor.detach().contiguous().reshape(-1) for target, tensor in held.items()

@@ -37,7 +37,7 @@ class NetworkBackend:
     ) -> NetworkModule:
         """Build a program; ``options`` are those of ``torch_tensorrt.dynamo.compile``."""
         chosen = plain(options)
-        planned = plan_program(program, chosen, tools)
+        planned = plan_program(program, chosen, tools, record=True)
         module = NetworkModule(planned, chosen, Template.of(program), tools)
         module.settle()
         module.remember(program)
@@ -49,7 +49,7 @@ class NetworkBackend:
         module: OpenedModule | None,
         tools: Tools,  # noqa: ARG002 - the protocol's
     ) -> PlanDraft:
-        """Every slot; how it follows from the weights is for the strategy ``rebuild``."""
+        """Every slot, with the recipe that was recorded for it."""
         planned: Planned = next(iter(parts.values()))
         slots = planned.all_slots if module is None else slots_of(module)
         return draft_of(planned, slots, "cpu")
@@ -76,10 +76,10 @@ def partition(
     """
     if isinstance(module, NetworkModule):
         planned = module.planned if module.was_made_from(program) else None
-        if planned is None:
-            planned = module.planned_again(program, tools)
+        if planned is None or planned.recorded is None:
+            planned = module.planned_again(program, tools, record=True)
     else:
-        planned = plan_program(program, options, tools)
+        planned = plan_program(program, options, tools, record=True)
     return {structure.name: planned for structure in planned.structures}
 
 

@@ -150,13 +150,15 @@ class NetworkModule:
         """Note that this program was compiled into it."""
         self._made_from = weakref.ref(program)
 
-    def planned_again(self, program: ExportedProgram, tools: Tools) -> Planned:
+    def planned_again(
+        self, program: ExportedProgram, tools: Tools, *, record: bool = False
+    ) -> Planned:
         """A program in a session of its own, cut into the parts of this module.
 
         Raises:
             PlanMismatchError: It is cut into other parts; says what differs.
         """
-        planned = plan_program(program, self.options, tools)
+        planned = plan_program(program, self.options, tools, record=record)
         check_structures(
             planned.structures, [engine.structure for engine in self._engines.values()]
         )

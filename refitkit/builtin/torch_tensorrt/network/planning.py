@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from refitkit.builtin.torch_tensorrt.options import IMPORTS, plain
 from refitkit.builtin.torch_tensorrt.parts import Structure
 from refitkit.builtin.torch_tensorrt.rows import constants_of
-from refitkit.builtin.torch_tensorrt.worker import programs
+from refitkit.builtin.torch_tensorrt.worker import programs, recordings
 from refitkit.builtin.torch_tensorrt.worker.client import SERVER, SessionClient
 from refitkit.builtin.torch_tensorrt.worker.regions import Region
 from refitkit.errors import ConfigError, Problem
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from refitkit.protocols import Tools
+    from refitkit.recipe import Recorded
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Planned:
         settings: Settings on which they depend, as text.
         versions: Versions of what made them.
         constants: What the program has and no state_dict holds, by FQN.
+        recorded: How slots follow from the program's weights; None where it was not recorded.
     """
 
     session: SessionClient
@@ -44,6 +46,7 @@ class Planned:
     settings: Mapping[str, str]
     versions: Mapping[str, str]
     constants: Mapping[str, torch.Tensor]
+    recorded: Recorded | None = None
 
     @property
     def all_slots(self) -> list[Slot]:
@@ -71,13 +74,16 @@ class Planned:
             return path.read_bytes()
 
 
-def plan_program(program: ExportedProgram, options: Mapping[str, Any], tools: Tools) -> Planned:
+def plan_program(
+    program: ExportedProgram, options: Mapping[str, Any], tools: Tools, *, record: bool = False
+) -> Planned:
     """Cut a program into parts and make networks of them, in a session of its own.
 
     Args:
         program: The program; it is read only.
         options: Options of the backend.
         tools: What the pipeline lends.
+        record: Whether to write down how weights follow from those of the program.
 
     Raises:
         ConfigError: An option does not exist.
@@ -100,7 +106,9 @@ def plan_program(program: ExportedProgram, options: Mapping[str, Any], tools: To
             options=chosen,
             layer_types=[one.model_dump() for one in tools.layer_types.values()],
             imports=imports,
+            record=record,
         )
+        recorded = recordings.read(Path(folder), found["recorded"]) if record else None
     return Planned(
         session=session,
         structures=tuple(map(Structure.model_validate, found["structures"])),
@@ -110,4 +118,5 @@ def plan_program(program: ExportedProgram, options: Mapping[str, Any], tools: To
         settings=found["settings"],
         versions=found["versions"],
         constants=constants_of(program),
+        recorded=recorded,
     )

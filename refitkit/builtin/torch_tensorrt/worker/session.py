@@ -12,13 +12,11 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from refitkit.builtin.torch_tensorrt.lowering import lower
 from refitkit.builtin.torch_tensorrt.networks import Network
 from refitkit.builtin.torch_tensorrt.options import settings_from, versions
-from refitkit.builtin.torch_tensorrt.parts import cut
+from refitkit.builtin.torch_tensorrt.recording import read
 from refitkit.builtin.torch_tensorrt.settings import settings_text
-from refitkit.builtin.torch_tensorrt.torch_tensors import TorchTensors
-from refitkit.builtin.torch_tensorrt.worker import programs, wire
+from refitkit.builtin.torch_tensorrt.worker import programs, recordings, wire
 from refitkit.builtin.torch_tensorrt.worker.regions import Region
 from refitkit.errors import CompileError
 from refitkit.model import LayerType
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Mapping
 
-    from refitkit.builtin.torch_tensorrt.parts import Part
+    from refitkit.builtin.torch_tensorrt.torch_tensors import TorchTensors
 
 _LOG_LINES = 5
 
@@ -38,8 +36,7 @@ class Session:
     def __init__(self, channel: socket.socket) -> None:
         """Serve one client."""
         self._channel = channel
-        self._parts: tuple[Part, ...] = ()
-        self._holders: dict[str, Network | TorchTensors] = {}
+        self._holders: Mapping[str, Network | TorchTensors] = {}
 
     def serve(self) -> None:
         """Answer until the client is gone."""
@@ -63,6 +60,7 @@ class Session:
         options: Mapping[str, Any],
         layer_types: list[Mapping[str, Any]],
         imports: list[str],
+        record: bool,  # noqa: FBT001 - passed by name, through JSON
     ) -> dict[str, Any]:
         """Read a program, cut it into parts, and make networks of them.
 
@@ -71,33 +69,28 @@ class Session:
             options: The backend's options.
             layer_types: Layer types that hold weights, as plain data.
             imports: Modules to import first, because they register ops or converters.
+            record: Whether to write down how weights follow from those of the program.
 
         Returns:
-            Structures and slots of all parts, settings and versions, as plain data.
+            Structures and slots of all parts, settings, versions and recipes, as plain data.
         """
         for name in imports:
             importlib.import_module(name)
         types = {one.name: one for one in map(LayerType.model_validate, layer_types)}
         settings = settings_from(options)
-        self._tell("lowering the program")
-        lowered = lower(programs.read(Path(folder)), settings)
-        self._tell("cutting the program into parts")
-        self._parts = cut(lowered, settings).parts
-        for part in self._parts:
-            self._tell(f"reading the weights of {part.name}")
-            self._holders[part.name] = (
-                Network(part, settings, types)
-                if part.structure.accelerated
-                else TorchTensors(part.name, part.module)
-            )
+        program = programs.read(Path(folder))
+        found = read(program, settings, types, self._tell, record=record)
+        self._holders = found.holders
+        recorded = found.recorded
         return {
-            "structures": [part.structure.model_dump() for part in self._parts],
+            "structures": [part.structure.model_dump() for part in found.cut.parts],
             "slots": {
                 name: [slot.model_dump() for slot in holder.slots]
                 for name, holder in self._holders.items()
             },
             "settings": settings_text(settings),
             "versions": versions(),
+            "recorded": None if recorded is None else recordings.write(recorded, Path(folder)),
         }
 
     def values(self, folder: str) -> None:

@@ -1,0 +1,463 @@
+"""From a recording to recipes: what each slot needs, in as few calls as possible.
+
+A recording knows for every value which op made it of which others. Here that is followed back to
+the leaves and written as calls without anything that belongs to the run itself: which device, which
+layout in memory, which object. What follows from no leaf is computed now and kept as a tensor. Calls
+that are the same are one call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from refitkit.model import (
+    CallRef,
+    Guard,
+    LedgerRow,
+    OpCall,
+    PinnedRef,
+    SlotState,
+    SourceRef,
+    Tensor,
+)
+from refitkit.program.bits import digest
+from refitkit.program.dtypes import dtype_name, dtype_of
+from refitkit.recipe import ops, replay
+from refitkit.recipe.origins import Call, Leaf, Literal, Origin, Unknown
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from refitkit.model import Slot, Value
+    from refitkit.model import Leaf as LeafFacts
+    from refitkit.recipe.origins import Escape
+    from refitkit.recipe.tape import Tape
+
+LITERAL = "literal:"
+"""How names of tensors start that a plan keeps and that are no leaves."""
+_aten = torch.ops.aten
+_SAME = {
+    _aten.detach.default,
+    _aten.alias.default,
+    _aten.lift_fresh.default,
+    _aten.lift_fresh_copy.default,
+    _aten.clone.default,
+    _aten.contiguous.default,
+    _aten.lift.default,
+}
+"""Ops that give what they are given."""
+_RESHAPES = {
+    _aten.view.default,
+    _aten._unsafe_view.default,  # noqa: SLF001 - the op's name
+    _aten.reshape.default,
+    _aten._reshape_alias.default,  # noqa: SLF001 - the op's name
+}
+_CASTS = {_aten._to_copy.default}  # noqa: SLF001 - the op's name
+_LAID_OUT = {
+    _aten.as_strided.default,
+    _aten.as_strided_scatter.default,
+    _aten.view.dtype,
+    _aten.view_as_complex.default,
+}
+"""Ops whose result depends on how their first argument lies in memory."""
+_OF_THE_RUN = frozenset({"device", "pin_memory", "non_blocking", "layout", "memory_format", "copy"})
+"""Arguments that say nothing of values."""
+_RESHAPE = "aten.reshape.default"
+_SHAPES_ONLY = frozenset(
+    f"aten.{name}"
+    for name in (
+        "empty_like.default",
+        "full_like.default",
+        "new_empty.default",
+        "new_empty_strided.default",
+        "new_full.default",
+        "new_ones.default",
+        "new_zeros.default",
+        "ones_like.default",
+        "zeros_like.default",
+    )
+)
+"""Ops whose result does not depend on the values of their operand."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Recipes of all slots.
+
+    Attributes:
+        rows: One for each slot that was asked for.
+        calls: What they compute.
+        guards: What must be as it was.
+        literals: Tensors that the plan has to keep, beside leaves that no state_dict holds.
+    """
+
+    rows: tuple[LedgerRow, ...]
+    calls: tuple[OpCall, ...] = ()
+    guards: tuple[Guard, ...] = ()
+    literals: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+class _NotWritable(Exception):
+    """A value whose way is not known, or cannot stand in a plan; says why."""
+
+
+def write(
+    tape: Tape,
+    slots: Iterable[tuple[Slot, Origin, torch.Tensor]],
+    leaves: Sequence[LeafFacts],
+    ties: Sequence[Sequence[str]],
+) -> Recorded:
+    """Recipes for slots.
+
+    Args:
+        tape: The recording.
+        slots: Slots, where their values come from, and the values.
+        leaves: All leaves of the program.
+        ties: Classes of leaves that are one tensor.
+    """
+    writer = _Writer({leaf.fqn: leaf for leaf in leaves}, ties)
+    guards, fault = writer.guards(tape.escapes)
+    rows = tuple(writer.row(slot, origin, value, fault) for slot, origin, value in slots)
+    return writer.recorded(rows, guards)
+
+
+class _Writer:
+    def __init__(self, leaves: Mapping[str, LeafFacts], ties: Sequence[Sequence[str]]) -> None:
+        self._leaves = leaves
+        self._twins = {name: tuple(tie) for tie in ties for name in tie}
+        self._calls: list[OpCall] = []
+        self._numbers: dict[str, int] = {}
+        self._written: dict[tuple[int, int], Value] = {}
+        self._follows: dict[int, frozenset[str]] = {}
+        self._computed: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._sources: dict[int, tuple[str, ...]] = {}
+        self._literals: dict[str, torch.Tensor] = {}
+        self._alive: list[Any] = []
+
+    # -- rows -------------------------------------------------------------------------------
+
+    def row(self, slot: Slot, origin: Origin, value: torch.Tensor, fault: str) -> LedgerRow:
+        """One slot."""
+        try:
+            if fault:
+                raise _NotWritable(fault)
+            if not self.follows(origin):
+                return self._frozen(slot, value)
+            found = self._shaped(origin, slot)
+        except _NotWritable as exc:
+            return LedgerRow(slot=slot, state=SlotState.UNMAPPED, reason=str(exc))
+        return self._served(slot, found)
+
+    def _served(self, slot: Slot, found: Value) -> LedgerRow:
+        sources = self.sources(found)
+        if isinstance(found, SourceRef) and not self._leaves[found.fqn].persistent:
+            return LedgerRow(
+                slot=slot,
+                state=SlotState.PINNED,
+                value=PinnedRef(name=found.fqn),
+                sources=sources,
+                reason="no state_dict holds it; the plan keeps its value",
+            )
+        return LedgerRow(slot=slot, state=SlotState.RECIPE, value=found, sources=sources)
+
+    def _frozen(self, slot: Slot, value: torch.Tensor) -> LedgerRow:
+        name = self._keep(value if slot.shape is None else value.reshape(slot.shape))
+        reason = "nothing that it is made of comes from a parameter or buffer"
+        return LedgerRow(
+            slot=slot, state=SlotState.FROZEN, value=PinnedRef(name=name), reason=reason
+        )
+
+    def guards(self, escapes: Iterable[Escape]) -> tuple[list[Guard], str]:
+        """Guards for what left the recording; and why recipes say nothing, if one is lacking."""
+        found: dict[Value, Guard] = {}
+        for escape in escapes:
+            try:
+                if self.follows(escape.origin):
+                    value = self.value(escape.origin)
+                    found.setdefault(value, _guard(value, escape))
+            except _NotWritable as exc:
+                return [], f"a value decided what the engines are ({escape.how}), and {exc}"
+        return list(found.values()), ""
+
+    # -- what a value follows from ----------------------------------------------------------
+
+    def follows(self, origin: Origin) -> frozenset[str]:
+        """The leaves that a value follows from.
+
+        Raises:
+            _NotWritable: Nobody knows.
+        """
+        node = origin.node
+        if isinstance(node, Unknown):
+            raise _NotWritable(f"{node.reason}, so nobody knows what it follows from")
+        if isinstance(node, Leaf):
+            return frozenset({node.fqn})
+        if isinstance(node, Literal) or _name(node) in _SHAPES_ONLY:
+            return frozenset()
+        found = self._follows.get(id(node))
+        if found is None:
+            found = frozenset[str]().union(*map(self.follows, node.inputs))
+            self._follows[id(node)] = found
+            self._alive.append(node)
+        return found
+
+    def sources(self, value: Value) -> tuple[str, ...]:
+        """The same for what was written, with all names of leaves that are one tensor."""
+        if isinstance(value, SourceRef):
+            return self._twins.get(value.fqn, (value.fqn,))
+        if isinstance(value, PinnedRef):
+            return ()
+        if value.call not in self._sources:
+            parts = map(self.sources, _operands(self._calls[value.call]))
+            names = {name for part in parts for name in part}
+            self._sources[value.call] = tuple(name for name in self._leaves if name in names)
+        return self._sources[value.call]
+
+    # -- values -----------------------------------------------------------------------------
+
+    def value(self, origin: Origin) -> Value:
+        """What is written for a value; calls that it needs are written, too.
+
+        Raises:
+            _NotWritable: It cannot stand in a plan.
+        """
+        node, output = origin.node, origin.output
+        key = id(node), output
+        if key not in self._written:
+            self._written[key] = self._value(origin)
+            self._alive.append(node)
+        return self._written[key]
+
+    def _value(self, origin: Origin) -> Value:
+        if not self.follows(origin):
+            return PinnedRef(name=self._keep(self._computed_of(origin)))
+        if isinstance(origin.node, Leaf):
+            return SourceRef(fqn=origin.node.fqn)
+        if not isinstance(origin.node, Call):
+            raise TypeError(type(origin.node))
+        return self._of_call(origin.node, origin.output)
+
+    def _of_call(self, node: Call, output: int) -> Value:
+        op, shape = node.op, node.results[0].shape
+        if op in _SAME:
+            return self.value(node.args[0])
+        if op in _RESHAPES:
+            return self._reshaped(self.value(node.args[0]), shape)
+        if op in _CASTS:
+            return self._cast(self.value(node.args[0]), node.results[0].dtype, node.device)
+        if op is _aten.copy_.default:
+            source = self._cast(self.value(node.args[1]), node.results[0].dtype, node.device)
+            return self._expanded(source, shape, node.device)
+        if op is _aten.expand.default:
+            return self._expanded(self.value(node.args[0]), shape, node.device)
+        return self._emitted(node, output)
+
+    def _emitted(self, node: Call, output: int) -> Value:
+        name = _name(node)
+        if not ops.is_allowed(name):
+            raise _NotWritable(f"it needs the op {name}, which no plan may hold")
+        args = tuple(self._argument(one) for one in node.args)
+        if node.op in _LAID_OUT:
+            if not node.args[0].contiguous:
+                raise _NotWritable(f"it needs {name} of memory that is not contiguous")
+            args = (self._laid_out(args[0], node.device), *args[1:])
+        kwargs = {
+            key: self._argument(one)
+            for key, one in node.kwargs.items()
+            if one is not None and key not in _OF_THE_RUN
+        }
+        call = OpCall(op=name, args=args, kwargs=kwargs, results=node.results, device=node.device)
+        return self._emit(call, output)
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, Origin):
+            return self.value(value)
+        if isinstance(value, list | tuple):
+            return tuple(self._argument(one) for one in value)
+        try:
+            return ops.encode(value)
+        except TypeError as exc:
+            raise _NotWritable(f"an argument of its recipe cannot be written: {exc}") from exc
+
+    def _emit(self, call: OpCall, output: int = 0) -> CallRef:
+        key = call.model_dump_json()
+        if key not in self._numbers:
+            self._numbers[key] = len(self._calls)
+            self._calls.append(call)
+        return CallRef(call=self._numbers[key], output=output)
+
+    def _reshaped(self, value: Value, shape: tuple[int, ...]) -> Value:
+        facts = self.facts(value)
+        if facts.shape == shape:
+            return value
+        if isinstance(value, CallRef) and self._calls[value.call].op == _RESHAPE:
+            return self._reshaped(_operands(self._calls[value.call])[0], shape)
+        result = Tensor(dtype=facts.dtype, shape=shape)
+        return self._emit(OpCall(op=_RESHAPE, args=(value, shape), results=(result,)))
+
+    def _cast(self, value: Value, dtype: str, device: str) -> Value:
+        facts = self.facts(value)
+        if facts.dtype == dtype:
+            return value
+        return self._emit(
+            OpCall(
+                op="aten._to_copy.default",
+                args=(value,),
+                kwargs={"dtype": ops.encode(dtype_of(dtype))},
+                results=(Tensor(dtype=dtype, shape=facts.shape),),
+                device=device,
+            )
+        )
+
+    def _expanded(self, value: Value, shape: tuple[int, ...], device: str) -> Value:
+        facts = self.facts(value)
+        if facts.shape == shape:
+            return value
+        result = Tensor(dtype=facts.dtype, shape=shape)
+        op = "aten.expand.default"
+        return self._emit(OpCall(op=op, args=(value, shape), results=(result,), device=device))
+
+    def _laid_out(self, value: Any, device: str) -> Value:
+        """A value as it lies in memory when nothing was permuted."""
+        op = "aten.contiguous.default"
+        return self._emit(OpCall(op=op, args=(value,), results=(self.facts(value),), device=device))
+
+    def _shaped(self, origin: Origin, slot: Slot) -> Value:
+        """The value of a slot; a reshape at its end is left to whoever reads it."""
+        value = self.value(origin)
+        facts = self.facts(value)
+        count = torch.Size(facts.shape).numel()
+        if (facts.dtype, count) != (slot.dtype, slot.count):
+            found = f"{count} of {facts.dtype}"
+            raise _NotWritable(f"the engine has {slot.count} of {slot.dtype} there, not {found}")
+        while isinstance(value, CallRef) and self._calls[value.call].op == _RESHAPE:
+            value = _operands(self._calls[value.call])[0]
+        return value
+
+    def facts(self, value: Value) -> Tensor:
+        """Dtype and shape of what was written."""
+        if isinstance(value, SourceRef):
+            leaf = self._leaves[value.fqn]
+            return Tensor(dtype=leaf.dtype, shape=leaf.shape)
+        if isinstance(value, CallRef):
+            return self._calls[value.call].results[value.output]
+        kept = self._literals[value.name]
+        return Tensor(dtype=dtype_name(kept.dtype), shape=tuple(kept.shape))
+
+    # -- what follows from no leaf ----------------------------------------------------------
+
+    def _keep(self, value: torch.Tensor) -> str:
+        kept = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        name = f"{LITERAL}{digest(kept)[:16]}-{dtype_name(kept.dtype)}{list(kept.shape)}"
+        self._literals.setdefault(name, kept.clone())
+        return name
+
+    def _computed_of(self, origin: Origin) -> torch.Tensor:
+        node = origin.node
+        if isinstance(node, Literal):
+            return node.value
+        if not isinstance(node, Call):
+            raise TypeError(type(node))
+        if id(node) not in self._computed:
+            self._computed[id(node)] = self._run(node)
+            self._alive.append(node)
+        return self._computed[id(node)][origin.output]
+
+    def _run(self, node: Call) -> tuple[torch.Tensor, ...]:
+        if _name(node) in _SHAPES_ONLY:
+            args: Any = (_stand_in(self._facts_of(node.args[0])), *node.args[1:])
+        else:
+            args = node.args
+        args, kwargs = tree_map(
+            lambda one: self._computed_of(one) if isinstance(one, Origin) else one,
+            (args, dict(node.kwargs)),
+            is_leaf=lambda one: isinstance(one, Origin),
+        )
+        try:
+            return replay.call(node.op, args, kwargs)
+        except (RuntimeError, TypeError, ValueError) as exc:
+            raise _NotWritable(f"{_name(node)} cannot be computed again: {exc}") from exc
+
+    def _facts_of(self, origin: Origin) -> Tensor:
+        node = origin.node
+        if isinstance(node, Call):
+            return node.results[origin.output]
+        if isinstance(node, Leaf):
+            leaf = self._leaves[node.fqn]
+            return Tensor(dtype=leaf.dtype, shape=leaf.shape)
+        kept = self._computed_of(origin)
+        return Tensor(dtype=dtype_name(kept.dtype), shape=tuple(kept.shape))
+
+    # -- the whole --------------------------------------------------------------------------
+
+    def recorded(self, rows: Sequence[LedgerRow], guards: Sequence[Guard]) -> Recorded:
+        """All of it, without calls and literals that nobody needs in the end."""
+        wanted = [one.value for one in (*rows, *guards) if one.value is not None]
+        needed: set[int] = set()
+        stack = list(wanted)
+        while stack:
+            value = stack.pop()
+            if isinstance(value, CallRef) and value.call not in needed:
+                needed.add(value.call)
+                stack += _operands(self._calls[value.call])
+        numbers = {old: new for new, old in enumerate(sorted(needed))}
+        calls = tuple(_renumbered(self._calls[old], numbers) for old in sorted(needed))
+        moved = [_moved(one, numbers) for one in (*rows, *guards)]
+        kept = {v.name for call in calls for v in _operands(call) if isinstance(v, PinnedRef)}
+        kept |= {value.name for value in wanted if isinstance(value, PinnedRef)}
+        return Recorded(
+            rows=tuple(one for one in moved if isinstance(one, LedgerRow)),
+            calls=calls,
+            guards=tuple(one for one in moved if isinstance(one, Guard)),
+            literals={name: value for name, value in self._literals.items() if name in kept},
+        )
+
+
+def _name(node: Call) -> str:
+    return str(node.op)
+
+
+def _guard(value: Value, escape: Escape) -> Guard:
+    return Guard(
+        value=value,
+        sha256=escape.sha256,
+        dtype=escape.facts.dtype,
+        shape=escape.facts.shape,
+        shown=escape.shown,
+        reason=escape.how,
+    )
+
+
+def _stand_in(facts: Tensor) -> torch.Tensor:
+    """A tensor of this dtype and shape, of whatever value, in no memory to speak of."""
+    return torch.zeros((), dtype=dtype_of(facts.dtype)).expand(facts.shape)
+
+
+def _operands(call: OpCall) -> list[Value]:
+    """The tensors among the arguments of a call."""
+    flat: list[Any] = []
+    for argument in (*call.args, *call.kwargs.values()):
+        flat += argument if isinstance(argument, tuple) else (argument,)
+    return [one for one in flat if isinstance(one, SourceRef | PinnedRef | CallRef)]
+
+
+def _renumber(argument: Any, numbers: Mapping[int, int]) -> Any:
+    if isinstance(argument, tuple):
+        return tuple(_renumber(one, numbers) for one in argument)
+    if isinstance(argument, CallRef):
+        return CallRef(call=numbers[argument.call], output=argument.output)
+    return argument
+
+
+def _renumbered(call: OpCall, numbers: Mapping[int, int]) -> OpCall:
+    args = _renumber(call.args, numbers)
+    kwargs = {name: _renumber(one, numbers) for name, one in call.kwargs.items()}
+    return call.model_copy(update={"args": args, "kwargs": kwargs})
+
+
+def _moved(one: LedgerRow | Guard, numbers: Mapping[int, int]) -> LedgerRow | Guard:
+    return one.model_copy(update={"value": _renumber(one.value, numbers)})
