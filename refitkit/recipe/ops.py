@@ -324,15 +324,12 @@ def is_exact_anywhere(call: OpCall, operands: Sequence[str] = ()) -> bool:
     if name in _OF_INTEGERS:
         return _all_whole(results) and bool(operands) and _all_whole(operands)
     if name in _COMPARING:
-        return bool(operands) and _same_anywhere(call, operands)
+        return bool(operands) and _same_anywhere(call, operands, operands)
     divides = name in _DIVISIONS and (kind.endswith("_mode") or _numbers(call))
     of_complex = name in _MAGNITUDES and not operands  # they may be
-    return (
-        name in _ROUNDED
-        and not divides
-        and not of_complex
-        and _same_anywhere(call, [*operands, *results])
-    )
+    if name not in _ROUNDED or divides or of_complex:
+        return False
+    return _same_anywhere(call, operands, [*operands, *results])
 
 
 def _exact_cast(result: str, operands: Sequence[str]) -> bool:
@@ -341,7 +338,7 @@ def _exact_cast(result: str, operands: Sequence[str]) -> bool:
     return not result.startswith(_HARDWARE_CASTS) or set(operands) == {result}
 
 
-def _same_anywhere(call: OpCall, dtypes: Sequence[str]) -> bool:
+def _same_anywhere(call: OpCall, operands: Sequence[str], dtypes: Sequence[str]) -> bool:
     """Whether arithmetic on these dtypes is rounded once, correctly, on all devices."""
     if _all_whole(dtypes):
         return not any(isinstance(number, float) for number in _numbers(call))
@@ -349,7 +346,8 @@ def _same_anywhere(call: OpCall, dtypes: Sequence[str]) -> bool:
         return False
     if all(d.startswith(_WIDE) or _all_whole([d]) for d in dtypes):
         return True
-    return len(set(dtypes)) == 1 and dtypes[0] in {"float16", "bfloat16"} and not _numbers(call)
+    one_half = bool(operands) and set(dtypes) in ({"float16"}, {"bfloat16"})
+    return one_half and not _numbers(call)
 
 
 def _all_whole(dtypes: Sequence[str]) -> bool:
