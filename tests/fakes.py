@@ -50,10 +50,8 @@ from refitkit.protocols import (
     SlotValue,
     Tools,
     VerifyRequest,
-    WeightSource,
 )
 from refitkit.recipe import RefitPlan, TensorMap
-from refitkit.recipe.plan import STRATEGY
 from refitkit.recipe.store import index_of
 
 if TYPE_CHECKING:
@@ -398,60 +396,6 @@ def leaf_for(slot: Slot, kind: LeafKind = LeafKind.PARAMETER, fqn: str | None = 
     return Leaf(fqn=fqn or slot.name, kind=kind, dtype=slot.dtype, shape=slot.shape or ())
 
 
-class ThinPlan(RefitPlan):
-    """A plan that runs calls one by one, for tests of what is around plans."""
-
-    def value_of(self, row: LedgerRow, source: WeightSource) -> SlotValue | str:
-        if row.state is SlotState.FROZEN and isinstance(row.value, PinnedRef):
-            kept = self.pinned(row.value.name)
-            return SlotValue(row.slot, STRATEGY, (), lambda: kept, identity=True, pinned=True)
-        if not isinstance(row.value, CallRef):
-            return super().value_of(row, source)
-        lacking = self.lacking(row, source)
-        if lacking:
-            return f"the source has no {' and no '.join(map(repr, lacking))}"
-        value = row.value
-        names = tuple(name for name in row.sources if name in source.names())
-        return SlotValue(row.slot, STRATEGY, names, lambda: self._computed(value, source))
-
-    def lacking(self, row: LedgerRow, source: WeightSource) -> tuple[str, ...]:
-        persistent = {leaf.fqn for leaf in self.data.leaves if leaf.persistent}
-        return tuple(
-            name
-            for name in row.sources
-            if name in persistent and not source.names() & set(self._twins.get(name, (name,)))
-        )
-
-    def broken_guards(self, source: WeightSource) -> list[Problem]:
-        return [p for guard in self.data.guards if (p := self._broken(guard, source))]
-
-    def _broken(self, guard: Guard, source: WeightSource) -> Problem | None:
-        name = f"guard: {guard.reason}"
-        try:
-            now = self._computed(guard.value, source)
-        except KeyError as exc:
-            return Problem(name, "cannot be evaluated", hint=f"the source has no {exc}")
-        if hashlib.sha256(_raw(now)).hexdigest() == guard.sha256:
-            return None
-        return Problem(name, "changed", str(now.tolist()), guard.shown)
-
-    def _computed(self, value: Any, source: WeightSource) -> Any:
-        match value:
-            case SourceRef(fqn=fqn):
-                names = [n for n in self._twins.get(fqn, (fqn,)) if n in source.names()]
-                return source.get(names[0]) if names else self.pinned(fqn)
-            case PinnedRef(name=name):
-                return self.pinned(name)
-            case CallRef(call=number):
-                call = self.data.calls[number]
-                _, packet, overload = call.op.split(".")
-                op = getattr(getattr(torch.ops.aten, packet), overload)
-                return op(*(self._computed(a, source) for a in call.args), **call.kwargs)
-            case tuple():
-                return [self._computed(a, source) for a in value]
-        return value
-
-
 def make_plan(
     rows: Sequence[LedgerRow],
     *,
@@ -478,7 +422,7 @@ def make_plan(
         pinned=index_of(pinned),
         fingerprint=Fingerprint(graph=graph, slots=fingerprint_of_slots(row.slot for row in rows)),
     )
-    return ThinPlan(data, pinned)
+    return RefitPlan(data, pinned)
 
 
 def plan_for(module: FakeModule, **more: Any) -> RefitPlan:

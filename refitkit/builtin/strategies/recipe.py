@@ -39,15 +39,11 @@ class RecipeStrategy:
         broken = plan.broken_guards(request.source) if plan.data.guards else []
         if broken:
             return Mapped({}, {row.slot.key: _broken(broken) for row in plan.data.ledger})
-        values: dict[tuple[str, str], SlotValue] = {}
-        declined: dict[tuple[str, str], str] = {}
-        for row in request.wanted:
-            found = plan.value_of(row, request.source)
-            if isinstance(found, SlotValue):
-                values[row.slot.key] = found
-            else:
-                declined[row.slot.key] = found
-        return Mapped(values, declined)
+        found = plan.values_of(request.wanted, request.source)
+        return Mapped(
+            {key: value for key, value in found.items() if isinstance(value, SlotValue)},
+            {key: reason for key, reason in found.items() if isinstance(reason, str)},
+        )
 
 
 def _broken(guards: Sequence[Problem]) -> str:

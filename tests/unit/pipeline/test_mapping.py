@@ -232,7 +232,7 @@ def test_a_broken_guard_that_nobody_else_can_serve_is_told_once() -> None:
     with pytest.raises(UnmappedSlotError) as info:
         require_all(mapping, TensorMap(BREAKS))
     guard, *slots = info.value.problems
-    assert (guard.subject, guard.kind) == ("guard: bool() of a", "changed")
+    assert (guard.subject, guard.kind, guard.hint) == ("a", "guard", "bool() of a")
     assert (guard.found, guard.wanted) == ("[0.0, 0.0]", "[1.0, 1.0]")
     assert [p.subject for p in slots] == ["model/a", "model/b", "model/c"]
     assert "torch.export.export" in info.value.hint
