@@ -1,7 +1,9 @@
 """Plan files: ``manifest.json``, which a person can read, and ``pinned.safetensors``.
 
-The manifest is :class:`refitkit.model.PlanData` as JSON. Both are members of an uncompressed zip
-archive (:mod:`refitkit.recipe.archive`); no pickle is read or written.
+The manifest is :class:`refitkit.model.PlanData` as JSON; it has the digests of the tensors, and
+``manifest.sha256`` has its own. All are members of an uncompressed zip archive
+(:mod:`refitkit.recipe.archive`); no pickle is read or written. The digest finds damage and edits by
+hand. It keeps nobody from writing another plan, so what is read is vetted (:mod:`.vet`).
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-from collections import Counter
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,26 +20,23 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from refitkit.errors import PlanMismatchError, Problem
-from refitkit.model import FORMAT, PinnedRef, PinnedTensor, PlanData, SlotState, SourceRef
-from refitkit.model.plan import fingerprint_of_slots
+from refitkit.model import FORMAT, PinnedTensor, PlanData
 from refitkit.model.slot import ITEM_BYTES
 from refitkit.program.dtypes import dtype_name
 from refitkit.recipe.archive import Archive, ArchiveError, write_archive
+from refitkit.recipe.vet import problems_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from refitkit.model import Leaf, LedgerRow, Slot
-
 MANIFEST = "manifest.json"
 PINNED = "pinned.safetensors"
+DIGEST = "manifest.sha256"
 _MANIFEST_LIMIT = 1 << 28
+_DIGEST_LIMIT = 65
 _ODD = (KeyError, RuntimeError, TypeError, ValueError, OverflowError)
 """What safetensors and torch raise for headers that are well-formed and absurd."""
-_KINDS: dict[SlotState, type[SourceRef | PinnedRef]] = {
-    SlotState.RECIPE: SourceRef,
-    SlotState.PINNED: PinnedRef,
-}
+_WITHOUT_DIGEST = "refitplan/1"
 
 
 def encode(data: PlanData, pinned: Mapping[str, torch.Tensor]) -> bytes:
@@ -53,7 +51,8 @@ def encode(data: PlanData, pinned: Mapping[str, torch.Tensor]) -> bytes:
         for name, tensor in pinned.items()
     }
     manifest = data.model_dump_json(indent=1).encode()
-    write_archive(file, {MANIFEST: manifest, PINNED: save_safetensors(tensors)})
+    members = {MANIFEST: manifest, PINNED: save_safetensors(tensors), DIGEST: _line(manifest)}
+    write_archive(file, members)
     return file.getvalue()
 
 
@@ -69,11 +68,11 @@ def decode(content: bytes, what: str) -> tuple[PlanData, dict[str, torch.Tensor]
     """
     try:
         with Archive(io.BytesIO(content)) as archive:
-            data = _manifest(archive.read(MANIFEST, _MANIFEST_LIMIT), what)
+            data = _manifest(archive, what)
             pinned = load_safetensors(archive.read(PINNED, _pinned_limit(data)))
     except (ArchiveError, SafetensorError, *_ODD) as exc:
         raise PlanMismatchError(f"{what} is not a readable plan: {exc}.") from exc
-    problems = [*_self_contradictions(data), *_pinned_problems(data, pinned)]
+    problems = [*problems_of(data), *_pinned_problems(data, pinned)]
     if problems:
         raise PlanMismatchError(f"{what} was damaged or changed by hand.", problems=problems)
     return data, pinned
@@ -89,7 +88,26 @@ def index_of(pinned: Mapping[str, torch.Tensor]) -> dict[str, PinnedTensor]:
     }
 
 
-def _manifest(text: bytes, what: str) -> PlanData:
+def _line(manifest: bytes) -> bytes:
+    return hashlib.sha256(manifest).hexdigest().encode() + b"\n"
+
+
+def _manifest(archive: Archive, what: str) -> PlanData:
+    text = archive.read(MANIFEST, _MANIFEST_LIMIT)
+    has_digest = DIGEST in archive.names()
+    if has_digest and archive.read(DIGEST, _DIGEST_LIMIT) != _line(text):
+        raise PlanMismatchError(
+            f"{what} was changed after it was written.",
+            problems=[Problem(MANIFEST, "does not have the digest that was written with it")],
+            hint="Make the plan again, or fetch the file again.",
+        )
+    data = _parsed(text, what)
+    if not has_digest and data.format != _WITHOUT_DIGEST:
+        raise ArchiveError(f"it has no member {DIGEST!r}")
+    return data
+
+
+def _parsed(text: bytes, what: str) -> PlanData:
     try:
         return PlanData.model_validate_json(text)
     except ValidationError as exc:
@@ -127,57 +145,3 @@ def _pinned_problems(data: PlanData, pinned: Mapping[str, torch.Tensor]) -> Iter
         here, wanted = found.get(name), data.pinned.get(name)
         if here != wanted:
             yield Problem(name, "pinned tensor differs", repr(here), repr(wanted))
-
-
-def _self_contradictions(data: PlanData) -> Iterator[Problem]:
-    """What no plan that refitkit wrote can have."""
-    slots = [row.slot for row in data.ledger]
-    if fingerprint_of_slots(slots) != data.fingerprint.slots:
-        yield Problem("fingerprint.slots", "does not match the ledger")
-    for what, names in (
-        ("slot", [f"{slot.engine}/{slot.name}" for slot in slots]),
-        ("leaf", [leaf.fqn for leaf in data.leaves]),
-    ):
-        yield from (Problem(n, f"{what} listed twice") for n, c in Counter(names).items() if c > 1)
-    for slot in slots:
-        if slot.shape is not None and math.prod(slot.shape) != slot.count:
-            yield Problem(slot.name, "count", str(slot.count), str(slot.shape))
-    leaves = {leaf.fqn: leaf for leaf in data.leaves}
-    for name in sorted({name for tie in data.ties for name in tie} - leaves.keys()):
-        yield Problem(name, "tied, and no leaf of the program")
-    for row in data.ledger:
-        yield from _row_contradictions(data, row, leaves)
-
-
-def _row_contradictions(
-    data: PlanData, row: LedgerRow, leaves: Mapping[str, Leaf]
-) -> Iterator[Problem]:
-    name, value = row.slot.name, row.value
-    kind = _KINDS.get(row.state)
-    if (kind is None) != (value is None) or (kind is not None and not isinstance(value, kind)):
-        yield Problem(name, "value does not fit its state", repr(value), str(row.state))
-    elif isinstance(value, SourceRef) and value.fqn not in row.sources:
-        yield Problem(name, "its own source is not among its sources", value.fqn)
-    elif isinstance(value, PinnedRef) and value.name not in data.pinned:
-        yield Problem(name, "unknown pinned tensor", value.name)
-    elif isinstance(value, PinnedRef):
-        yield from _unlike(row.slot, data.pinned[value.name])
-    yield from _source_contradictions(row, leaves)
-
-
-def _source_contradictions(row: LedgerRow, leaves: Mapping[str, Leaf]) -> Iterator[Problem]:
-    name = row.slot.name
-    if row.value is None and row.sources:
-        yield Problem(name, "sources of a slot that has no recipe", str(row.sources))
-    for source in row.sources:
-        if source not in leaves:
-            yield Problem(name, "unknown source", source, "a leaf of the program")
-        elif row.value is not None:
-            yield from _unlike(row.slot, leaves[source])
-
-
-def _unlike(slot: Slot, other: Leaf | PinnedTensor) -> Iterator[Problem]:
-    """An identity recipe changes neither dtype nor shape."""
-    if (slot.dtype, slot.shape or other.shape) != (other.dtype, other.shape):
-        found = f"{other.dtype} {other.shape}"
-        yield Problem(slot.name, "differs from its source", found, f"{slot.dtype} {slot.shape}")

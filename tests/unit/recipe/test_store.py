@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import json
 import struct
@@ -18,7 +19,7 @@ from safetensors.torch import save
 from refitkit.errors import PlanMismatchError
 from refitkit.model import LedgerRow, SlotState, fingerprint_of_slots
 from refitkit.recipe import RefitPlan
-from refitkit.recipe.store import MANIFEST, PINNED
+from refitkit.recipe.store import DIGEST, MANIFEST, PINNED
 from tests.fakes import make_plan, make_slot, pinned_row, recipe_row
 
 if TYPE_CHECKING:
@@ -51,8 +52,13 @@ def archive(
     return file.getvalue()
 
 
+def members_of(text: bytes) -> dict[str, bytes]:
+    digest = hashlib.sha256(text).hexdigest().encode() + b"\n"
+    return {MANIFEST: text, PINNED: save(TENSORS), DIGEST: digest}
+
+
 def with_manifest(text: bytes) -> bytes:
-    return archive({MANIFEST: text, PINNED: save(TENSORS)})
+    return archive(members_of(text))
 
 
 def edited(change: Callable[[dict[str, Any]], object]) -> bytes:
@@ -89,18 +95,18 @@ def test_a_truncated_file(cut: int) -> None:
     refused(GOOD[:cut])
 
 
-@pytest.mark.parametrize("missing", [MANIFEST, PINNED])
+@pytest.mark.parametrize("missing", [MANIFEST, PINNED, DIGEST])
 def test_a_missing_member(missing: str) -> None:
-    members = {MANIFEST: json.dumps(DATA).encode(), PINNED: save(TENSORS)}
+    members = members_of(json.dumps(DATA).encode())
     del members[missing]
     assert missing in str(refused(archive(members)))
 
 
-@pytest.mark.parametrize("name", [MANIFEST, PINNED])
+@pytest.mark.parametrize("name", [MANIFEST, PINNED, DIGEST])
 @pytest.mark.parametrize("kind", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_a_compressed_member(name: str, kind: int) -> None:
     """A few bytes could otherwise become gigabytes."""
-    members = {MANIFEST: json.dumps(DATA).encode(), PINNED: save(TENSORS)}
+    members = members_of(json.dumps(DATA).encode())
     assert "compressed" in str(refused(archive(members, **{name: kind})))
 
 
@@ -109,7 +115,8 @@ def test_a_compressed_member(name: str, kind: int) -> None:
     ["../manifest.json", "/manifest.json", "Manifest.json", "manifest.json/", "x/manifest.json"],
 )
 def test_a_member_under_another_name_is_not_taken_for_it(name: str) -> None:
-    members = {name: json.dumps(DATA).encode(), PINNED: save(TENSORS)}
+    members = members_of(json.dumps(DATA).encode())
+    members[name] = members.pop(MANIFEST)
     assert "no member 'manifest.json'" in str(refused(archive(members)))
 
 
@@ -213,9 +220,39 @@ def test_a_manifest_that_is_none(text: bytes) -> None:
 
 
 def test_another_version_of_the_format_is_named() -> None:
-    error = refused(edited(lambda data: data.update(format="refitplan/2")))
+    error = refused(edited(lambda data: data.update(format="refitplan/3")))
     assert [p.subject for p in error.problems] == ["format"]
-    assert "refitplan/1" in error.hint
+    assert "refitplan/2" in error.hint
+
+
+def test_plans_of_version_1_have_no_digest_and_are_read() -> None:
+    first = {name: value for name, value in DATA.items() if name not in {"calls", "guards"}}
+    members = members_of(json.dumps({**first, "format": "refitplan/1"}).encode())
+    del members[DIGEST]
+    plan = RefitPlan.from_bytes(archive(members))
+    assert plan.ledger == PLAN.ledger
+    assert plan.pinned("m").equal(TENSORS["m"])
+
+
+def test_a_plan_cannot_lose_its_digest_by_calling_itself_version_1() -> None:
+    call = {"op": "aten.neg.default", "args": [{"kind": "source", "fqn": "w"}], "results": []}
+    text = json.dumps({**DATA, "format": "refitplan/1", "calls": [call]}).encode()
+    members = members_of(text)
+    del members[DIGEST]
+    assert "format" in [p.subject for p in refused(archive(members)).problems]
+
+
+@pytest.mark.parametrize("digest", [b"", b"0" * 64 + b"\n", b"0" * 65, b"0" * 66])
+def test_a_digest_that_is_another_one(digest: bytes) -> None:
+    refused(archive({**members_of(json.dumps(DATA).encode()), DIGEST: digest}))
+
+
+def test_a_manifest_that_was_edited_in_place_is_told_apart_from_one_that_cannot_be_read() -> None:
+    members = members_of(json.dumps(DATA).encode())
+    members[MANIFEST] = members[MANIFEST].replace(b"a literal", b"a liberal")
+    error = refused(archive(members))
+    assert "was changed after it was written" in str(error)
+    assert [p.subject for p in error.problems] == [MANIFEST]
 
 
 LEDGER: dict[str, Callable[[Any], object]] = {
@@ -238,7 +275,8 @@ LEDGER: dict[str, Callable[[Any], object]] = {
         value={"kind": "pinned", "name": "m"}
     ),
     "unmapped row with value": lambda data: data["ledger"][0].update(state="unmapped"),
-    "frozen row with value": lambda data: data["ledger"][2].update(state="frozen"),
+    "kept row with a source": lambda data: data["ledger"][2].update(state="frozen", sources=["b"]),
+    "frozen row with a recipe": lambda data: data["ledger"][0].update(state="frozen", sources=[]),
     "unmapped row with sources": lambda data: data["ledger"][4].update(sources=["w"]),
     "frozen row with sources": lambda data: data["ledger"][3].update(sources=["w"]),
     "source that is no leaf": lambda data: data["leaves"].pop(0),
@@ -383,7 +421,7 @@ def entry(dtype: str, shape: list[int], size: int) -> dict[str, Any]:
     ],
 )
 def test_pinned_tensors_that_are_not_those_of_the_manifest(content: bytes) -> None:
-    refused(archive({MANIFEST: json.dumps(DATA).encode(), PINNED: content}))
+    refused(archive({**members_of(json.dumps(DATA).encode()), PINNED: content}))
 
 
 def test_a_message_names_what_was_read() -> None:

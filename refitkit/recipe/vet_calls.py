@@ -1,0 +1,328 @@
+"""Whether the calls of a plan can be made, without making them.
+
+First what is written: ops that recipes may hold, arguments that they take, references to what is
+there. Then every call is tried on tensors of torch's ``meta`` device, which have dtypes and shapes
+and no data, and its results are compared with what the plan says. So a file can neither run what it
+should not nor ask for memory out of proportion to its slots and leaves.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from refitkit.errors import Problem
+from refitkit.model import CallRef, PinnedRef, SourceRef, Tensor
+from refitkit.model.slot import ITEM_BYTES
+from refitkit.program.dtypes import dtype_name, dtype_of
+from refitkit.recipe import ops
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from refitkit.model import Argument, OpCall, PlanData, Value
+
+_References = (SourceRef, PinnedRef, CallRef)
+_SPARE_BYTES = 1 << 26
+_ONE_RESULT, _ALL_RESULTS = 16, 128
+"""Results may take so many times the bytes of all slots, leaves and kept tensors."""
+_MANY = 4096
+_INT64 = range(-(2**63), 2**63)
+_AT_LEAST_ONE = frozenset(
+    {
+        *("chunks", "dilation", "downscale_factor", "group", "groups", "kernel_size"),
+        *(
+            "num_groups",
+            "output_size",
+            "sections",
+            "split_size",
+            "step",
+            "stride",
+            "upscale_factor",
+        ),
+    }
+)
+"""Numbers that some kernels divide by without a look."""
+_WITH_ANY_STRIDE = ("aten.as_strided", "aten._reshape_alias")
+_AS_RESHAPE = frozenset({"aten.view.default", "aten._unsafe_view.default"})
+"""What they ask of strides depends on how the source lies in memory."""
+_SEVERAL = {"unbind": "", "split": "split_size", "chunk": "chunks", "tensor_split": "sections"}
+
+
+class Facts:
+    """What a plan says of the tensors that its recipes refer to."""
+
+    def __init__(self, data: PlanData) -> None:
+        """Know them; nothing is checked.
+
+        Args:
+            data: The plan.
+        """
+        self._calls = data.calls
+        self._leaves = {leaf.fqn: leaf for leaf in data.leaves}
+        self._pinned = data.pinned
+        self._twins = {name: tie for tie in data.ties for name in tie}
+        self._followed: list[frozenset[str]] = []
+
+    def missing(self, value: Value, before: int | None = None) -> tuple[str, str] | None:
+        """Why a reference leads nowhere, and where it leads; None if it is good.
+
+        Args:
+            value: The reference.
+            before: Only calls before this one are there.
+        """
+        if isinstance(value, SourceRef):
+            return None if value.fqn in self._leaves else ("unknown source", value.fqn)
+        if isinstance(value, PinnedRef):
+            return None if value.name in self._pinned else ("unknown pinned tensor", value.name)
+        last = len(self._calls) if before is None else before
+        if value.call >= last:
+            return "refers to a call that does not come before it", str(value.call)
+        if value.output >= len(self._calls[value.call].results):
+            return "refers to a result that does not exist", f"{value.call}.{value.output}"
+        return None
+
+    def tensor(self, value: Value) -> Tensor:
+        """Dtype and shape; only of references that lead somewhere."""
+        if isinstance(value, CallRef):
+            return self._calls[value.call].results[value.output]
+        found = (
+            self._leaves[value.fqn] if isinstance(value, SourceRef) else self._pinned[value.name]
+        )
+        return Tensor(dtype=found.dtype, shape=found.shape)
+
+    def sources(self, value: Value) -> frozenset[str]:
+        """All names of all leaves that a value follows from."""
+        if isinstance(value, SourceRef):
+            return frozenset({value.fqn, *self._twins.get(value.fqn, ())})
+        if isinstance(value, PinnedRef):
+            return frozenset()
+        for number in range(len(self._followed), value.call + 1):
+            parts = map(self.sources, operands_of(self._calls[number]))
+            self._followed.append(frozenset[str]().union(*parts))
+        return self._followed[value.call]
+
+
+def operands_of(call: OpCall) -> Iterator[Value]:
+    """The tensors among the arguments of a call."""
+    for argument in (*call.args, *call.kwargs.values()):
+        for atom in argument if isinstance(argument, tuple) else (argument,):
+            if isinstance(atom, _References):
+                yield atom
+
+
+def problems_of_calls(data: PlanData, facts: Facts) -> Iterator[Problem]:
+    """What is wrong with the calls; what is tried on tensors is written well."""
+    written = [
+        problem
+        for number, call in enumerate(data.calls)
+        for problem in _Form(number, call).problems(facts)
+    ]
+    if written or not data.calls:
+        yield from written
+        return
+    with _disable_current_modes(), torch.no_grad():
+        yield from _Trial(data, facts).problems()
+
+
+# -- as it is written -------------------------------------------------------------------------
+
+
+class _Form:
+    """One call as it is written."""
+
+    def __init__(self, number: int, call: OpCall) -> None:
+        self._call, self._number = call, number
+        self._name = _name(number, call)
+        any_stride = call.op.startswith(_WITH_ANY_STRIDE)
+        self._positive = frozenset[str]() if any_stride else _AT_LEAST_ONE
+
+    def problems(self, facts: Facts) -> Iterator[Problem]:
+        if not ops.is_allowed(self._call.op):
+            hint = f"It may be one of another version of torch than {torch.__version__}."
+            yield Problem(self._name, "no op that a recipe may hold", hint=hint)
+            return
+        op = ops.overload(self._call.op)
+        names = [argument.name for argument in op._schema.arguments]  # noqa: SLF001
+        unknown = set(self._call.kwargs) - set(names[len(self._call.args) :])
+        if unknown or len(self._call.args) > len(names):
+            yield Problem(self._name, "arguments that the op does not take", str(sorted(unknown)))
+            return
+        if not _is_device_kind(self._call.device):
+            yield Problem(self._name, "no kind of device", self._call.device[:80])
+        operands = list(operands_of(self._call))
+        if not operands or (ops.writes_to_operand(op) and not _starts_with_tensor(self._call)):
+            yield Problem(self._name, "lacks an operand")
+        for value in operands:
+            if (reason := facts.missing(value, self._number)) is not None:
+                yield Problem(self._name, *reason)
+        for name, argument in _bound(op, self._call):
+            yield from self._of_argument(name, argument)
+
+    def _of_argument(self, name: str, argument: Argument) -> Iterator[Problem]:
+        try:
+            decoded = ops.decode(argument)
+        except ValueError as exc:
+            yield Problem(self._name, f"argument {name}", hint=str(exc))
+            return
+        if (name in {"device", "generator"} and argument is not None) or (
+            name == "pin_memory" and argument
+        ):
+            yield Problem(self._name, f"argument {name}", str(argument)[:80], "none")
+        for atom in decoded if isinstance(decoded, list) else [decoded]:
+            if isinstance(atom, int) and atom not in _INT64:
+                yield Problem(self._name, f"argument {name}", hint="a number of more than 64 bits")
+            elif name in self._positive and isinstance(atom, int) and atom < 1:
+                yield Problem(self._name, f"argument {name}", str(atom), "at least 1")
+
+
+def _bound(op: Any, call: OpCall) -> Iterator[tuple[str, Argument]]:
+    for argument, given in zip(op._schema.arguments, call.args, strict=False):  # noqa: SLF001
+        yield argument.name, given
+    yield from call.kwargs.items()
+
+
+def _starts_with_tensor(call: OpCall) -> bool:
+    return bool(call.args) and isinstance(call.args[0], _References)
+
+
+def _is_device_kind(text: str) -> bool:
+    try:
+        return text != "meta" and torch.device(text).type == text
+    except RuntimeError:
+        return False
+
+
+def _name(number: int, call: OpCall) -> str:
+    return f"calls.{number} ({call.op[:80]})"
+
+
+# -- tried ------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Budget:
+    """Bytes that results may take."""
+
+    one: int
+    all: int
+
+
+class _Trial:
+    """All calls, one after another, on tensors without data."""
+
+    def __init__(self, data: PlanData, facts: Facts) -> None:
+        self._data, self._facts = data, facts
+        self._made: list[Sequence[torch.Tensor]] = []
+        self._known: dict[Value, torch.Tensor] = {}
+        size = _bytes_of_plan(data, facts)
+        self._budget = _Budget(
+            _SPARE_BYTES + _ONE_RESULT * size, _SPARE_BYTES + _ALL_RESULTS * size
+        )
+
+    def problems(self) -> Iterator[Problem]:
+        """What goes wrong first."""
+        for number, call in enumerate(self._data.calls):
+            try:
+                self._make(call)
+            except Exception as exc:  # noqa: BLE001 - torch raises what it likes
+                hint = str(exc).strip().split("\n", 1)[0]
+                yield Problem(_name(number, call), "cannot be made", type(exc).__name__, hint=hint)
+                return
+
+    def _make(self, call: OpCall) -> None:
+        op = ops.overload(call.op)
+        args = [self._resolved(argument) for argument in call.args]
+        kwargs = {name: self._resolved(argument) for name, argument in call.kwargs.items()}
+        self._check_number_of_results(op, call, args, kwargs)
+        stated = call.results
+        try:
+            made = _called(op, args, kwargs)
+        except NotImplementedError:  # what it gives depends on values: then as the plan says
+            made = [_without_data(tensor) for tensor in stated]
+        found = [Tensor(dtype=dtype_name(t.dtype), shape=tuple(t.shape)) for t in made]
+        if found != list(stated):
+            raise _RefusedError(f"it gives {_shown(found)} where the plan says {_shown(stated)}")
+        self._spend(op, made)
+        self._made.append(made)
+
+    def _resolved(self, argument: Argument) -> Any:
+        if isinstance(argument, tuple):
+            return [self._resolved(atom) for atom in argument]
+        return self._tensor(argument) if isinstance(argument, _References) else ops.decode(argument)
+
+    def _tensor(self, value: Value) -> torch.Tensor:
+        if isinstance(value, CallRef):
+            return self._made[value.call][value.output]
+        if value not in self._known:
+            self._known[value] = _without_data(self._facts.tensor(value))
+        return self._known[value]
+
+    def _check_number_of_results(
+        self, op: Any, call: OpCall, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Refuse what would make a tensor for each of many million rows."""
+        packet = op._schema.name.removeprefix("aten::").removesuffix("_copy")  # noqa: SLF001
+        parameter = _SEVERAL.get(packet.removeprefix("unsafe_"))
+        if parameter is None:
+            return
+        bound = {
+            a.name: v
+            for a, v in zip(op._schema.arguments, args, strict=False)  # noqa: SLF001
+        } | dict(kwargs)
+        shape, dim, given = bound["self"].shape, bound.get("dim", 0), bound.get(parameter, 1)
+        if not (
+            isinstance(dim, int) and -len(shape) <= dim < len(shape) and isinstance(given, int)
+        ):
+            return  # torch says what is wrong with it
+        size = shape[dim]
+        number = {"chunks": min(given, size), "sections": given}.get(parameter, size // given)
+        if number > max(_MANY, 2 * len(call.results)):
+            raise _RefusedError(
+                f"it gives {number} results where the plan says {len(call.results)}"
+            )
+
+    def _spend(self, op: Any, made: Iterable[torch.Tensor]) -> None:
+        if any(a.alias_info and not a.alias_info.is_write for a in op._schema.arguments):  # noqa: SLF001
+            return  # views take no memory
+        for tensor in made:
+            self._budget.all -= tensor.nbytes
+            if tensor.nbytes > self._budget.one or self._budget.all < 0:
+                raise _RefusedError("results take far more memory than all slots and leaves")
+
+
+class _RefusedError(Exception):
+    """Why a call is not made."""
+
+
+def _called(op: Any, args: list[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    if ops.writes_to_operand(op):
+        copy = args[0].clone(memory_format=torch.contiguous_format)
+        op(copy, *args[1:], **kwargs)
+        return [copy]
+    if str(op) in _AS_RESHAPE:
+        op = torch.ops.aten.reshape.default
+    result = op(*args, **kwargs)
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+def _without_data(tensor: Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=dtype_of(tensor.dtype), device="meta")
+
+
+def _bytes_of_plan(data: PlanData, facts: Facts) -> int:
+    """Bytes of all slots, of the leaves that they follow from, and of what the plan keeps."""
+    used = {v for call in data.calls for v in operands_of(call) if isinstance(v, SourceRef)}
+    sizes = [(t.dtype, t.shape) for t in map(facts.tensor, used)]
+    sizes += [(t.dtype, t.shape) for t in data.pinned.values()]
+    slots = sum(row.slot.nbytes for row in data.ledger)
+    return slots + sum(ITEM_BYTES[dtype] * math.prod(shape) for dtype, shape in sizes)
+
+
+def _shown(tensors: Sequence[Tensor]) -> str:
+    shown = ", ".join(f"{t.dtype} {t.shape}" for t in tensors[:4])
+    return f"{len(tensors)} results" if len(tensors) > 4 else shown  # noqa: PLR2004 - a line of text
