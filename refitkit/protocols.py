@@ -342,6 +342,48 @@ class Backend(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class PlanKey:
+    """What a plan depends on beside the program, known before it is made.
+
+    Attributes:
+        text: Options and settings, as text: where it differs, so may the plan.
+        versions: What ``PlanDraft.versions`` will be.
+        platform: What ``PlanDraft.platform`` will be.
+        settings: What ``PlanDraft.settings`` will be; None where only planning can tell.
+    """
+
+    text: str
+    versions: Mapping[str, str]
+    platform: str
+    settings: Mapping[str, str] | None = None
+
+
+@runtime_checkable
+class KnowsPlanKey(Protocol):
+    """A backend whose plans may be kept in ``Config.plan_cache``: they cost more than a look-up."""
+
+    def plan_key(
+        self,
+        program: torch.export.ExportedProgram,
+        module: OpenedModule | None,
+        options: Mapping[str, Any],
+    ) -> PlanKey | None:
+        """What the plan will depend on, without planning.
+
+        Args:
+            program: What would be planned; it is read only.
+            module: The opened target; None when planning offline.
+            options: The backend's own options.
+
+        Returns:
+            None where it depends on things of which nothing is known.
+
+        Raises:
+            ConfigError: An option cannot be meant.
+        """
+
+
 class BindableProgram(Protocol):
     """A program that was kept without its weights."""
 

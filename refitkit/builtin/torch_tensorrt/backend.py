@@ -12,7 +12,9 @@ from refitkit.builtin.torch_tensorrt.making import default_makers
 from refitkit.builtin.torch_tensorrt.module import TorchTensorRTOpened
 from refitkit.builtin.torch_tensorrt.network.planning import Planned, plan_program
 from refitkit.builtin.torch_tensorrt.options import unknown
+from refitkit.builtin.torch_tensorrt.plan_key import key_of_options, key_of_settings
 from refitkit.builtin.torch_tensorrt.rows import draft_of, slots_of
+from refitkit.builtin.torch_tensorrt.settings import settings_text
 from refitkit.builtin.torch_tensorrt.targets import understand
 from refitkit.errors import (
     CompileError,
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from refitkit.builtin.torch_tensorrt.in_process import Interpreted
-    from refitkit.protocols import OpenedModule, PlanDraft, Tools
+    from refitkit.protocols import OpenedModule, PlanDraft, PlanKey, Tools
 
 _UNFIT = {
     "immutable_weights": "immutable_weights=False",
@@ -102,6 +104,17 @@ class TorchTensorRTBackend:
         if isinstance(found, Planned):
             return draft_of(found, found.all_slots, "cpu")
         return draft_of(found, slots_of(module) if module else (), "cuda")
+
+    def plan_key(
+        self,
+        program: ExportedProgram,  # noqa: ARG002 - the protocol's
+        module: OpenedModule | None,
+        options: Mapping[str, Any],
+    ) -> PlanKey | None:
+        """The options when planning offline, the settings of the engines otherwise."""
+        if isinstance(module, TorchTensorRTOpened):
+            return key_of_settings(settings_text(module.target.settings))
+        return key_of_options(_of_planning(options))
 
     def describe(self, path: Path) -> Mapping[str, Any] | None:
         """What a saved file holds, without loading its engines."""

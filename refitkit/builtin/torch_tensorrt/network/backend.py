@@ -13,6 +13,7 @@ from refitkit.builtin.torch_tensorrt.network.module import NetworkModule
 from refitkit.builtin.torch_tensorrt.network.planning import Planned, plan_program
 from refitkit.builtin.torch_tensorrt.network.template import Template
 from refitkit.builtin.torch_tensorrt.options import plain, trusted
+from refitkit.builtin.torch_tensorrt.plan_key import key_of_options
 from refitkit.builtin.torch_tensorrt.rows import draft_of, slots_of
 from refitkit.errors import RefitError, UnsupportedTargetError
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch.export import ExportedProgram
 
-    from refitkit.protocols import OpenedModule, PlanDraft, Tools
+    from refitkit.protocols import OpenedModule, PlanDraft, PlanKey, Tools
 
 
 class NetworkBackend:
@@ -53,6 +54,15 @@ class NetworkBackend:
         planned: Planned = next(iter(parts.values()))
         slots = planned.all_slots if module is None else slots_of(module)
         return draft_of(planned, slots, "cpu")
+
+    def plan_key(
+        self,
+        program: ExportedProgram,  # noqa: ARG002 - the protocol's
+        module: OpenedModule | None,
+        options: Mapping[str, Any],
+    ) -> PlanKey | None:
+        """The options: those that the module was made with, where there is one."""
+        return key_of_options(module.options if isinstance(module, NetworkModule) else options)
 
     def describe(self, path: Path) -> Mapping[str, Any] | None:
         """What a saved module holds."""
