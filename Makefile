@@ -3,7 +3,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: setup demo test test-matrix check bench clean
+.PHONY: setup demo test test-matrix zoo check bench clean
 
 setup: .venv/installed
 
@@ -27,6 +27,10 @@ test: check
 # Torch-TensorRT 2.11 to 2.14, each in an environment of its own: half an hour, 7 GB. Not in CI.
 test-matrix: setup
 	$(BIN)/python scripts/test_matrix.py $(MATRIX)
+
+# Plans of many models against the reference's rebuild, and docs/zoo.md: about an hour. Resumes.
+zoo: setup
+	$(BIN)/python -m scripts.zoo --engines $(ZOO)
 
 bench: setup
 	$(BIN)/python benchmarks/aotinductor_refit.py

@@ -1,0 +1,77 @@
+"""Runs the zoo; see ``python -m scripts.zoo --help``."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import sys
+from pathlib import Path
+from typing import Any
+
+from scripts.zoo.models import zoo
+from scripts.zoo.runner import RESULTS, ROOT, Task, Wish, read, run
+from scripts.zoo.table import page
+
+PAGE = ROOT / "docs" / "zoo.md"
+
+
+def main() -> int:
+    """Check what is asked for, write the page; 1 where something failed."""
+    arguments = _arguments()
+    tasks = _chosen(arguments)
+    if arguments.list:
+        print("\n".join(f"{model}  {dtype}" for model, dtype in tasks))
+        return 0
+    results: Path = arguments.results
+    results.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.fresh:
+        results.unlink(missing_ok=True)
+    done = read(results)
+    todo = [
+        task
+        for task in tasks
+        if arguments.again or task not in done or (arguments.engines and _lacks_bytes(done[task]))
+    ]
+    print(f"{len(tasks)} chosen, {len(tasks) - len(todo)} done before", flush=True)
+    wish = Wish(engines=arguments.engines, rounds=arguments.rounds)
+    run(todo, results, wish, arguments.workers)
+    done = read(results)
+    chosen = [done[task] for task in tasks if task in done]
+    if not arguments.only and not arguments.dtype:
+        PAGE.write_text(page(chosen))
+    failed = [f"{one['model']} {one['dtype']}" for one in chosen if one["status"] == "failed"]
+    print("\n".join([f"{len(chosen)} checked, {len(failed)} failed", *failed]))
+    return bool(failed)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m scripts.zoo", description="Runs the zoo.")
+    parser.add_argument("--list", action="store_true", help="list models and dtypes only")
+    parser.add_argument("--only", metavar="PATTERN", action="append", help="such as 'timm/*'")
+    parser.add_argument("--dtype", action="append", help="float32, float16 or bfloat16")
+    parser.add_argument("--engines", action="store_true", help="compare engine bytes, too")
+    parser.add_argument("--again", action="store_true", help="check what was checked before, too")
+    parser.add_argument("--fresh", action="store_true", help="forget all results first")
+    parser.add_argument("--workers", type=int, default=2, choices=(1, 2))
+    parser.add_argument("--rounds", type=int, default=2, choices=(1, 2), help="sets of weights")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where results are kept")
+    return parser.parse_args()
+
+
+def _chosen(arguments: argparse.Namespace) -> list[Task]:
+    patterns = arguments.only or ["*"]
+    return [
+        (entry.name, dtype)
+        for entry in zoo().values()
+        for dtype in entry.dtypes
+        if any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in patterns)
+        and (not arguments.dtype or dtype in arguments.dtype)
+    ]
+
+
+def _lacks_bytes(result: dict[str, Any]) -> bool:
+    return result["status"] == "ok" and not result["bytes"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

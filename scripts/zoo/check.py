@@ -1,0 +1,269 @@
+"""Checking one model: its plan against the reference's rebuild, and its engines' bytes.
+
+The oracle is the reference itself: a program is freshly exported with the new weights and goes
+through lowering, partitioning and the interpreter. Values are compared as raw bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import refitkit
+from refitkit.builtin.torch_tensorrt import LAYER_TYPES
+from refitkit.builtin.torch_tensorrt.network.planning import plan_program
+from refitkit.errors import RefitError
+from refitkit.model import SlotState
+from refitkit.protocols import Tools
+
+if TYPE_CHECKING:
+    from refitkit.recipe import RefitPlan
+    from scripts.zoo.entry import Entry
+
+BACKEND = "tensorrt_network"
+TOOLS = Tools(layer_types={one.name: one for one in LAYER_TYPES})
+SHOWN = 12
+Values = dict[tuple[str, str], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Round:
+    """A set of weights.
+
+    Attributes:
+        name: Of the round.
+        attempts: Seeds, and whether they make outliers; the first that makes no NaN counts.
+    """
+
+    name: str
+    attempts: tuple[tuple[int, bool], ...]
+
+
+FIRST_SEED = 11
+ROUNDS = (
+    Round("B", ((1, False), (5, False))),
+    Round("C", ((2, True), (3, True), (4, False))),
+)
+
+
+@dataclass
+class Result:
+    """What was found of one model in one dtype; a line of the results.
+
+    Attributes:
+        model: Its name.
+        dtype: The dtype.
+        status: ``ok``, ``failed``, or ``upstream`` where upstream cannot make networks of it.
+        reason: Why it is not ok.
+        slots: Number of slots.
+        engines: Number of engines.
+        torch_parts: Number of parts that torch runs.
+        states: Number of slots by state.
+        ops: Calls in the plan.
+        guards: Guards in the plan.
+        unmapped: Slots without a recipe, with the reason; the first few.
+        rounds: By round, what differs from the rebuild; the first few slots, and their number.
+        bytes: What became of the comparison of engine bytes; empty where it was not made.
+        seconds: What took how long.
+        rss: Largest resident memory of the process until then, MiB.
+        commit: What was tested.
+    """
+
+    model: str
+    dtype: str
+    status: str = "ok"
+    reason: str = ""
+    slots: int = 0
+    engines: int = 0
+    torch_parts: int = 0
+    states: dict[str, int] = field(default_factory=dict)
+    ops: int = 0
+    guards: int = 0
+    unmapped: list[list[str]] = field(default_factory=list)
+    rounds: dict[str, dict[str, Any]] = field(default_factory=dict)
+    bytes: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+    rss: int = 0
+    commit: str = ""
+
+    def fail(self, reason: str, status: str = "failed") -> Result:
+        """Note a failure; the first reason stays."""
+        if self.status == "ok":
+            self.status, self.reason = status, reason
+        return self
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """The reference's values of one round."""
+
+    weights: dict[str, torch.Tensor]
+    values: Values
+    outliers: bool
+
+
+def check(entry: Entry, dtype: str, *, engines: bool, rounds: int = len(ROUNDS)) -> Result:
+    """Everything that is checked of one model in one dtype."""
+    result = Result(entry.name, dtype)
+    try:
+        model = entry.model(dtype, FIRST_SEED)
+    except Exception as exc:  # noqa: BLE001 - whatever it is, the table says so
+        return result.fail(f"cannot be made: {told(exc)}", "upstream")
+    try:
+        with timed(result, "export"):
+            program = entry.program(model, dtype)
+    except Exception as exc:  # noqa: BLE001
+        return result.fail(f"torch.export: {told(exc)}", "upstream")
+    try:
+        rebuilt = {one.name: _rebuilt(entry, dtype, one, result) for one in ROUNDS[:rounds]}
+    except RefitError as exc:
+        return result.fail(told(exc), "upstream")
+    with timed(result, "plan"):
+        plan = refitkit.plan(program, backend=BACKEND, options=entry.settings, prove=False)
+    _count(result, plan)
+    for name, wanted in rebuilt.items():
+        _compare(result, name, plan, wanted)
+    _check_frozen(result, plan, [one.values for one in rebuilt.values()])
+    if engines and result.status == "ok":
+        with timed(result, "engines"):
+            _check_bytes(result, entry, program, plan, rebuilt["B"])
+    return result
+
+
+class timed:  # noqa: N801 - used as a statement
+    """Note how long something takes."""
+
+    def __init__(self, result: Result, what: str) -> None:
+        self.result, self.what = result, what
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.result.seconds[self.what] = round(time.perf_counter() - self.start, 2)
+
+
+def told(exc: BaseException) -> str:
+    """An error in one line, with its problems."""
+    text = f"{type(exc).__name__}: {exc}" if not isinstance(exc, RefitError) else str(exc)
+    return " ".join(text.split())[:600]
+
+
+def _rebuilt(entry: Entry, dtype: str, one: Round, result: Result) -> Rebuilt:
+    for seed, outliers in one.attempts:
+        model = entry.model(dtype, seed, outliers=outliers)
+        with timed(result, f"reference {one.name}"):
+            planned = plan_program(entry.program(model, dtype), entry.settings, TOOLS)
+            values = {
+                (engine, slot): value
+                for engine, slots in planned.values().items()
+                for slot, value in slots.items()
+            }
+        planned.session.close()
+        if not any(value.is_floating_point() and value.isnan().any() for value in values.values()):
+            break
+    structures = planned.structures
+    result.slots = len(values)
+    result.engines = sum(one.accelerated for one in structures)
+    result.torch_parts = len(structures) - result.engines
+    return Rebuilt(dict(model.state_dict()), values, outliers)
+
+
+def _count(result: Result, plan: RefitPlan) -> None:
+    rows = plan.ledger
+    result.states = dict(Counter(str(row.state) for row in rows))
+    result.ops, result.guards = len(plan.data.calls), len(plan.data.guards)
+    lost = [row for row in rows if row.state is SlotState.UNMAPPED]
+    result.unmapped = [[row.slot.engine, row.slot.name, row.reason] for row in lost[:SHOWN]]
+    if lost:
+        result.fail(f"{len(lost)} slots are unmapped")
+
+
+def _compare(result: Result, name: str, plan: RefitPlan, wanted: Rebuilt) -> None:
+    """Slot values by the plan against the rebuild's; the source must stay what it is."""
+    found: dict[str, Any] = {"outliers": wanted.outliers, "differ": 0, "slots": []}
+    result.rounds[name] = found
+    before = {fqn: value.clone() for fqn, value in wanted.weights.items()}
+    try:
+        with timed(result, f"materialize {name}"):
+            given = plan.materialize(wanted.weights)
+    except RefitError as exc:
+        found["error"] = told(exc)
+        result.fail(f"round {name}: {found['error']}")
+        return
+    values = {(e, s): value for e, slots in given.items() for s, value in slots.items()}
+    frozen = {row.slot.key for row in plan.ledger if row.state is SlotState.FROZEN}
+    differences = [
+        ["/".join(key), why]
+        for key in sorted(values.keys() | wanted.values.keys())
+        if (why := _difference(values.get(key), wanted.values.get(key), frozen=key in frozen))
+    ]
+    found["differ"], found["slots"] = len(differences), differences[:SHOWN]
+    if differences:
+        result.fail(f"round {name}: {len(differences)} slots differ from the rebuild")
+    if changed := [fqn for fqn, value in before.items() if raw(value) != raw(wanted.weights[fqn])]:
+        result.fail(f"round {name}: the source was changed: {changed[:SHOWN]}")
+
+
+def _difference(value: torch.Tensor | None, wanted: torch.Tensor | None, *, frozen: bool) -> str:
+    if wanted is None:
+        return "no such slot in the rebuild"
+    if value is None:
+        return "" if frozen else "no value"
+    if value.dtype != wanted.dtype or value.numel() != wanted.numel():
+        return f"{value.dtype} x {value.numel()}, not {wanted.dtype} x {wanted.numel()}"
+    if raw(value) == raw(wanted):
+        return ""
+    a, b = value.reshape(-1).double(), wanted.reshape(-1).double()
+    return f"{int((a != b).sum())} of {a.numel()} elements, by {float((a - b).abs().max()):.3g}"
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    """The bytes of a tensor."""
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def _check_frozen(result: Result, plan: RefitPlan, values: list[Values]) -> None:
+    """What the plan calls a literal is the same for all weights."""
+    frozen = [row.slot.key for row in plan.ledger if row.state is SlotState.FROZEN]
+    moved = [k for k in frozen if len({raw(one[k]) if k in one else b"" for one in values}) > 1]
+    if moved:
+        result.fail(f"frozen, but not the same with other weights: {moved[:SHOWN]}")
+
+
+def _check_bytes(
+    result: Result,
+    entry: Entry,
+    program: torch.export.ExportedProgram,
+    plan: RefitPlan,
+    wanted: Rebuilt,
+) -> None:
+    try:
+        compiled = refitkit.compile(program, BACKEND, entry.settings, prove=False)
+    except RefitError as exc:
+        result.bytes = f"not built: {_why(exc)}"
+        return
+    try:
+        report = refitkit.refit(compiled, wanted.weights, plan=plan, verify="engine-bytes").report
+    except RefitError as exc:
+        result.bytes = told(exc)
+        result.fail(f"engine bytes: {result.bytes}")
+        return
+    judged = report.verification
+    served = {row.strategy for row in report.ledger}
+    if judged is None or not judged.ok or served - {"recipe"}:
+        result.fail(f"engine bytes: {judged}, served by {served}")
+        result.bytes = "differ"
+    else:
+        result.bytes = "equal"
+
+
+def _why(exc: RefitError) -> str:
+    """What TensorRT logged, or the error itself."""
+    lines = [line for line in exc.hint.splitlines() if line.strip()]
+    return " ".join((lines[0] if lines else told(exc)).split())[:300]
