@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from refitkit.errors import Problem
 from refitkit.model import CallRef, PinnedRef, SourceRef, Tensor
@@ -160,7 +161,7 @@ class _Form:
         for value in operands:
             if (reason := facts.missing(value, self._number)) is not None:
                 yield Problem(self._name, *reason)
-        for name, argument in _bound(op, self._call):
+        for name, argument in _bound(op, self._call.args, self._call.kwargs):
             yield from self._of_argument(name, argument)
 
     def _of_argument(self, name: str, argument: Argument) -> Iterator[Problem]:
@@ -180,10 +181,11 @@ class _Form:
                 yield Problem(self._name, f"argument {name}", str(atom), "at least 1")
 
 
-def _bound(op: Any, call: OpCall) -> Iterator[tuple[str, Argument]]:
-    for argument, given in zip(op._schema.arguments, call.args, strict=False):  # noqa: SLF001
+def _bound(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Arguments by name."""
+    for argument, given in zip(op._schema.arguments, args, strict=False):  # noqa: SLF001
         yield argument.name, given
-    yield from call.kwargs.items()
+    yield from kwargs.items()
 
 
 def _starts_with_tensor(call: OpCall) -> bool:
@@ -219,6 +221,7 @@ class _Trial:
         self._data, self._facts = data, facts
         self._made: list[Sequence[torch.Tensor]] = []
         self._known: dict[Value, torch.Tensor] = {}
+        self._tried: dict[object, tuple[Sequence[torch.Tensor], tuple[int, ...]]] = {}
         size = _bytes_of_plan(data, facts)
         self._budget = _Budget(
             _SPARE_BYTES + _ONE_RESULT * size, _SPARE_BYTES + _ALL_RESULTS * size
@@ -238,8 +241,21 @@ class _Trial:
         op = ops.overload(call.op)
         args = [self._resolved(argument) for argument in call.args]
         kwargs = {name: self._resolved(argument) for name, argument in call.kwargs.items()}
-        self._check_number_of_results(op, call, args, kwargs)
         stated = call.results
+        key = call.op, stated, _described(args), _described(kwargs.items())
+        if key not in self._tried:  # blocks of a model are alike
+            bound = dict(_bound(op, args, kwargs))
+            _check_number_of_results(op, bound, len(stated))
+            _check_bounds(call.op, bound)
+            self._tried[key] = self._try(op, args, kwargs, stated)
+        made, sizes = self._tried[key]
+        self._spend(sizes)
+        self._made.append(made)
+
+    def _try(
+        self, op: Any, args: list[Any], kwargs: Mapping[str, Any], stated: Sequence[Tensor]
+    ) -> tuple[Sequence[torch.Tensor], tuple[int, ...]]:
+        """Results of a call, and how many bytes of new memory each takes."""
         try:
             made = _called(op, args, kwargs)
         except NotImplementedError:  # what it gives depends on values: then as the plan says
@@ -247,8 +263,8 @@ class _Trial:
         found = [Tensor(dtype=dtype_name(t.dtype), shape=tuple(t.shape)) for t in made]
         if found != list(stated):
             raise _RefusedError(f"it gives {_shown(found)} where the plan says {_shown(stated)}")
-        self._spend(op, made)
-        self._made.append(made)
+        there = {_memory(t) for t in tree_leaves((args, dict(kwargs))) if torch.is_tensor(t)}
+        return made, tuple(0 if _memory(t) in there else t.nbytes for t in made)
 
     def _resolved(self, argument: Argument) -> Any:
         if isinstance(argument, tuple):
@@ -262,37 +278,58 @@ class _Trial:
             self._known[value] = _without_data(self._facts.tensor(value))
         return self._known[value]
 
-    def _check_number_of_results(
-        self, op: Any, call: OpCall, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> None:
-        """Refuse what would make a tensor for each of many million rows."""
-        packet = op._schema.name.removeprefix("aten::").removesuffix("_copy")  # noqa: SLF001
-        parameter = _SEVERAL.get(packet.removeprefix("unsafe_"))
-        if parameter is None:
-            return
-        bound = {
-            a.name: v
-            for a, v in zip(op._schema.arguments, args, strict=False)  # noqa: SLF001
-        } | dict(kwargs)
-        shape, dim, given = bound["self"].shape, bound.get("dim", 0), bound.get(parameter, 1)
-        if not (
-            isinstance(dim, int) and -len(shape) <= dim < len(shape) and isinstance(given, int)
-        ):
-            return  # torch says what is wrong with it
-        size = shape[dim]
-        number = {"chunks": min(given, size), "sections": given}.get(parameter, size // given)
-        if number > max(_MANY, 2 * len(call.results)):
-            raise _RefusedError(
-                f"it gives {number} results where the plan says {len(call.results)}"
-            )
-
-    def _spend(self, op: Any, made: Iterable[torch.Tensor]) -> None:
-        if any(a.alias_info and not a.alias_info.is_write for a in op._schema.arguments):  # noqa: SLF001
-            return  # views take no memory
-        for tensor in made:
-            self._budget.all -= tensor.nbytes
-            if tensor.nbytes > self._budget.one or self._budget.all < 0:
+    def _spend(self, sizes: Iterable[int]) -> None:
+        for size in sizes:
+            self._budget.all -= size
+            if size > self._budget.one or self._budget.all < 0:
                 raise _RefusedError("results take far more memory than all slots and leaves")
+
+
+def _check_number_of_results(op: Any, bound: Mapping[str, Any], stated: int) -> None:
+    """Refuse what would make a tensor for each of many million rows."""
+    packet = op._schema.name.removeprefix("aten::").removesuffix("_copy")  # noqa: SLF001
+    parameter = _SEVERAL.get(packet.removeprefix("unsafe_"))
+    if parameter is None:
+        return
+    shape, dim, given = bound["self"].shape, bound.get("dim", 0), bound.get(parameter, 1)
+    if not (isinstance(dim, int) and -len(shape) <= dim < len(shape) and isinstance(given, int)):
+        return  # torch says what is wrong with it
+    size = shape[dim]
+    number = {"chunks": min(given, size), "sections": given}.get(parameter, size // given)
+    if number > max(_MANY, 2 * stated):
+        raise _RefusedError(f"it gives {number} results where the plan says {stated}")
+
+
+def _check_bounds(op: str, bound: Mapping[str, Any]) -> None:
+    """Refuse what reads or writes beside its operand, which is taken to lie in memory alone."""
+    if not op.startswith(_WITH_ANY_STRIDE) or 0 in bound["size"]:
+        return
+    first = bound.get("storage_offset") or 0
+    steps = ((n - 1) * step for n, step in zip(bound["size"], bound["stride"], strict=True))
+    if first < 0 or first + sum(steps) >= bound["self"].numel():
+        raise _RefusedError("it is out of bounds of its operand")
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)  # noqa: SLF001 - its identity
+
+
+def _described(arguments: Iterable[Any]) -> object:
+    """What tells one call from another one that gives something else on tensors without data."""
+    return tuple(
+        (
+            one.dtype,
+            tuple(one.shape),
+            one.stride(),
+            one.storage_offset(),
+            one.untyped_storage().nbytes(),
+        )
+        if isinstance(one, torch.Tensor)
+        else _described(one)
+        if isinstance(one, list | tuple)
+        else (type(one), repr(one))
+        for one in arguments
+    )
 
 
 class _RefusedError(Exception):
@@ -306,6 +343,8 @@ def _called(op: Any, args: list[Any], kwargs: Mapping[str, Any]) -> list[torch.T
         return [copy]
     if str(op) in _AS_RESHAPE:
         op = torch.ops.aten.reshape.default
+    if str(op).startswith(_WITH_ANY_STRIDE):
+        args = [args[0].clone(memory_format=torch.contiguous_format), *args[1:]]
     result = op(*args, **kwargs)
     return [result] if isinstance(result, torch.Tensor) else list(result)
 
