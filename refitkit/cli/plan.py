@@ -69,13 +69,23 @@ def make(
 
 @plan_group.command("show")
 @file_argument("file")
+@click.option(
+    "--slot",
+    metavar="ENGINE/NAME",
+    help="Show the recipe of this slot. The end of its name is enough, if no other ends so.",
+)
 @common_options
 @click.pass_obj
-def show(session: Session, file: Path) -> None:
+def show(session: Session, file: Path, slot: str | None) -> None:
     """Show the plan in FILE, a plan or a saved module: one row for every slot. Nothing is run."""
     from refitkit.cli.files import check_readable
     from refitkit.cli.ledger import print_plan
+    from refitkit.cli.slot_recipe import as_data, find_row, print_slot
 
     check_readable(file, PlanMismatchError)
     plan = session.pipeline().read_plan(file)
-    session.result(plain(plan.data), lambda console: print_plan(console, plan))
+    if slot is None:
+        session.result(plain(plan.data), lambda console: print_plan(console, plan))
+        return
+    row = find_row(plan.data, slot)
+    session.result(as_data(plan.data, row), lambda console: print_slot(console, plan.data, row))
