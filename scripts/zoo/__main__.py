@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.zoo.models import zoo
-from scripts.zoo.runner import RESULTS, ROOT, Task, Wish, read, run
+from scripts.zoo.runner import RESULTS, ROOT, Task, read, run
 from scripts.zoo.table import page
 
 PAGE = ROOT / "docs" / "zoo.md"
@@ -33,8 +33,7 @@ def main() -> int:
         if arguments.again or task not in done or (arguments.engines and _lacks_bytes(done[task]))
     ]
     print(f"{len(tasks)} chosen, {len(tasks) - len(todo)} done before", flush=True)
-    wish = Wish(engines=arguments.engines, rounds=arguments.rounds)
-    run(todo, results, wish, arguments.workers)
+    run(todo, results, engines=arguments.engines, workers=arguments.workers)
     done = read(results)
     chosen = [done[task] for task in tasks if task in done]
     if not arguments.only and not arguments.dtype:
@@ -53,7 +52,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="check what was checked before, too")
     parser.add_argument("--fresh", action="store_true", help="forget all results first")
     parser.add_argument("--workers", type=int, default=2, choices=(1, 2))
-    parser.add_argument("--rounds", type=int, default=2, choices=(1, 2), help="sets of weights")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where results are kept")
     return parser.parse_args()
 

@@ -11,34 +11,18 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-SIDES: dict[str, int] = {
-    "alexnet": 64,
-    "convnext_tiny": 64,
-    "efficientnet_b0": 64,
-    "mnasnet0_5": 64,
-    "mobilenet_v2": 64,
-    "mobilenet_v3_large": 64,
-    "mobilenet_v3_small": 64,
-    "regnet_x_400mf": 64,
-    "regnet_y_400mf": 64,
-    "resnet18": 64,
-    "resnet50": 64,
-    "resnext50_32x4d": 64,
-    "shufflenet_v2_x0_5": 64,
-    "squeezenet1_1": 64,
-    "swin_t": 64,
-    "swin_v2_t": 64,
-}
-IN_HALF = {
+NAMES = (
+    "alexnet",
     "efficientnet_b0",
     "mobilenet_v2",
     "mobilenet_v3_small",
     "regnet_y_400mf",
     "resnet18",
+    "resnet50",
     "shufflenet_v2_x0_5",
     "squeezenet1_1",
-    "swin_t",
-}
+)
+IN_HALF = {"mobilenet_v3_small", "resnet18", "squeezenet1_1"}
 FEW: dict[str, Any] = {"num_classes": 10}
 
 
@@ -47,34 +31,30 @@ def entries() -> Iterator[Entry]:
     import torch
     from torchvision.models import detection, segmentation, video
 
-    for name, side in SIDES.items():
-        image = ((1, 3, side, side),)
+    image = ((1, 3, 64, 64),)
+    for name in NAMES:
         yield Entry(f"torchvision/{name}", _of(name), image, HALF if name in IN_HALF else F32)
-    resnet = Entry("torchvision/resnet18", _of("resnet18"), ((1, 3, 64, 64),))
-    yield resnet.named(" in 18 engines", options={"torch_executed_ops": [RELU]}, dtypes=HALF)
+    resnet = Entry("torchvision/resnet18", _of("resnet18"), image)
+    yield resnet.named(", in 18 engines", options={"torch_executed_ops": [RELU]})
     batch = {0: torch.export.Dim("batch", min=1, max=8)}
-    yield resnet.named(" dynamic batch", dynamic=(batch,), inputs=((2, 3, 64, 64),))
+    yield resnet.named(", dynamic batch", dynamic=(batch,), inputs=((2, 3, 64, 64),))
     yield Entry("torchvision/vgg11_bn", _vgg, ((1, 3, 32, 32),), HALF)
     yield Entry("torchvision/vit, 2 blocks", _vit, ((1, 3, 32, 32),), HALF)
-    yield Entry("torchvision/densenet, small", _densenet, ((1, 3, 64, 64),))
-    yield Entry("torchvision/maxvit, small", _maxvit, ((1, 3, 64, 64),))
-    for name, side in {"lraspp_mobilenet_v3_large": 64, "deeplabv3_mobilenet_v3_large": 64}.items():
-        make = getattr(segmentation, name)
-        yield Entry(f"torchvision/{name}", _segmenting(make), ((1, 3, side, side),))
-    yield Entry(
-        "torchvision/fcn_resnet50", _segmenting(segmentation.fcn_resnet50), ((1, 3, 64, 64),)
+    yield Entry("torchvision/swin, 4 blocks", _swin, image, HALF)
+    yield Entry("torchvision/swin v2, 4 blocks", _swin_v2, image)
+    yield Entry("torchvision/convnext, 4 blocks", _convnext, image)
+    yield Entry("torchvision/densenet, 8 layers", _densenet, image)
+    yield Entry("torchvision/maxvit, 2 blocks", _maxvit, image)
+    lraspp, fpn = (
+        segmentation.lraspp_mobilenet_v3_large,
+        detection.backbone_utils.resnet_fpn_backbone,
     )
-    fpn = detection.backbone_utils.resnet_fpn_backbone
+    yield Entry("torchvision/lraspp", lambda: lraspp(weights_backbone=None, num_classes=5), image)
     yield Entry(
-        "torchvision/resnet18 fpn",
-        lambda: fpn(backbone_name="resnet18", weights=None),
-        ((1, 3, 64, 64),),
+        "torchvision/resnet18 fpn", lambda: fpn(backbone_name="resnet18", weights=None), image
     )
-    for name in ("r3d_18", "mc3_18", "r2plus1d_18"):
-        make = getattr(video, name)
-        yield Entry(
-            f"torchvision/{name}", lambda make=make: make(weights=None, **FEW), ((1, 3, 4, 32, 32),)
-        )
+    clip = ((1, 3, 4, 32, 32),)
+    yield Entry("torchvision/r3d_18", lambda: video.r3d_18(weights=None, **FEW), clip)
 
 
 def _of(name: str) -> Any:
@@ -109,6 +89,37 @@ def _vit() -> nn.Module:
     )
 
 
+def _swin() -> nn.Module:
+    from torchvision.models import SwinTransformer
+
+    return SwinTransformer([4, 4], 24, [2, 2], [2, 4], [4, 4], num_classes=10)
+
+
+def _swin_v2() -> nn.Module:
+    from torchvision.models.swin_transformer import (
+        PatchMergingV2,
+        SwinTransformer,
+        SwinTransformerBlockV2,
+    )
+
+    return SwinTransformer(
+        [4, 4],
+        24,
+        [2, 2],
+        [2, 4],
+        [4, 4],
+        num_classes=10,
+        block=SwinTransformerBlockV2,
+        downsample_layer=PatchMergingV2,
+    )
+
+
+def _convnext() -> nn.Module:
+    from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+
+    return ConvNeXt([CNBlockConfig(16, 32, 2), CNBlockConfig(32, None, 2)], num_classes=10)
+
+
 def _densenet() -> nn.Module:
     from torchvision.models import DenseNet
 
@@ -128,7 +139,3 @@ def _maxvit() -> nn.Module:
         stochastic_depth_prob=0.1,
         num_classes=10,
     )
-
-
-def _segmenting(make: Any) -> Any:
-    return lambda: make(weights=None, weights_backbone=None, num_classes=5)

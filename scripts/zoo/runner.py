@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,6 @@ Task = tuple[str, str]
 """A model and a dtype."""
 
 
-@dataclass(frozen=True)
-class Wish:
-    """What is to be checked of each model.
-
-    Attributes:
-        engines: Whether engine bytes are compared, too.
-        rounds: How many sets of weights are tried.
-    """
-
-    engines: bool
-    rounds: int
-
-
 def read(path: Path) -> dict[Task, dict[str, Any]]:
     """The last result of each task."""
     if not path.exists():
@@ -44,7 +30,7 @@ def read(path: Path) -> dict[Task, dict[str, Any]]:
     return {(one["model"], one["dtype"]): one for one in found}
 
 
-def run(todo: list[Task], results: Path, wish: Wish, workers: int) -> None:
+def run(todo: list[Task], results: Path, *, engines: bool, workers: int) -> None:
     """Check all; what a process that dies was asked for has failed, and another one goes on."""
     waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
     for task in todo:
@@ -58,7 +44,7 @@ def run(todo: list[Task], results: Path, wish: Wish, workers: int) -> None:
             print(f"[{len(todo) - waiting.qsize()}/{len(todo)}] {said[:200]}", flush=True)
 
     def work(number: int) -> None:
-        with Workers(number, wish) as mine, contextlib.suppress(queue.Empty):
+        with Workers(number, engines=engines) as mine, contextlib.suppress(queue.Empty):
             while True:
                 keep(mine.check(waiting.get_nowait()))
 
@@ -72,17 +58,17 @@ def run(todo: list[Task], results: Path, wish: Wish, workers: int) -> None:
 class Workers(contextlib.AbstractContextManager["Workers"]):
     """One process at a time, replaced when it has died or served for long."""
 
-    def __init__(self, number: int, wish: Wish) -> None:
+    def __init__(self, number: int, *, engines: bool) -> None:
         """Start none yet."""
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         self._log = (RESULTS.parent / f"worker-{number}.log").open("a")
-        self._wish, self._used = wish, 0
+        self._engines, self._used = engines, 0
         self._process: subprocess.Popen[bytes] | None = None
 
     def check(self, task: Task) -> dict[str, Any]:
         """Have one checked; a process that dies or takes too long is a result, too."""
         model, dtype = task
-        told = json.dumps({"model": model, "dtype": dtype, **asdict(self._wish)})
+        told = json.dumps({"model": model, "dtype": dtype, "engines": self._engines})
         start = time.monotonic()
         answer = self._asked(f"{told}\n".encode())
         if answer:

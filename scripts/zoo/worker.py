@@ -30,12 +30,7 @@ def main() -> None:
     for line in sys.stdin:
         task = json.loads(line)
         try:
-            result = check(
-                entries[task["model"]],
-                task["dtype"],
-                engines=task["engines"],
-                rounds=task["rounds"],
-            )
+            result = check(entries[task["model"]], task["dtype"], engines=task["engines"])
         except Exception as exc:  # noqa: BLE001 - whatever it is, the table says so
             traceback.print_exc()
             result = Result(task["model"], task["dtype"])
