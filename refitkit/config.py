@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field, ValidationError, field_validator
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 Bound = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 NO_PLUGIN_VARIABLE = "REFITKIT_NO_PLUGIN"
 """Environment variable: names of plugins to switch off, separated by commas."""
+
+PLAN_CACHE_VARIABLE = "REFITKIT_PLAN_CACHE"
+"""Environment variable: folder in which plans are kept, where ``Config.plan_cache`` names none."""
 
 TOLERANCES: dict[str, tuple[float, float]] = {
     "float64": (1e-9, 1e-9),
@@ -41,6 +45,9 @@ class Config(Frozen):
         tolerances: ``(absolute, relative)`` by dtype: an output passes the verifier ``outputs`` if
             no element differs by more than absolute + relative x the largest absolute element of
             the reference output.
+        plan_cache: Folder in which plans are kept, so that the same program is not planned twice;
+            None: the one that the environment variable ``REFITKIT_PLAN_CACHE`` names, if any. Who
+            can write to it decides which weight goes where: it must be as safe as the engines.
     """
 
     no_plugins: frozenset[str] = frozenset()
@@ -48,6 +55,7 @@ class Config(Frozen):
     check_finite: bool = True
     rollback_limit: int | None = Field(default=None, ge=0)
     tolerances: dict[str, tuple[Bound, Bound]] = Field(default_factory=lambda: dict(TOLERANCES))
+    plan_cache: Path | None = None
 
     @field_validator("tolerances")
     @classmethod
@@ -88,3 +96,8 @@ class Config(Frozen):
         """Names of all plugins to switch off: those of the settings and of the environment."""
         named = os.environ.get(NO_PLUGIN_VARIABLE, "").split(",")
         return self.no_plugins | {name.strip() for name in named if name.strip()}
+
+    def cache_folder(self) -> Path | None:
+        """Where plans are kept: as the settings say, else the environment; None: nowhere."""
+        named = os.environ.get(PLAN_CACHE_VARIABLE, "").strip()
+        return self.plan_cache or (Path(named) if named else None)

@@ -42,11 +42,13 @@ from refitkit.model import (
     fingerprint_of_slots,
 )
 from refitkit.pipeline.pipeline import PLAN
+from refitkit.program.facts import facts_of, tensors_of
 from refitkit.protocols import (
     Mapped,
     MapRequest,
     OpenedModule,
     PlanDraft,
+    PlanKey,
     SlotValue,
     Tools,
     VerifyRequest,
@@ -293,6 +295,44 @@ class FakeBackend:
         return self.attached
 
 
+class KeyedBackend(FakeBackend):
+    """A backend whose plans can be kept: they depend on what its attributes say.
+
+    Attributes:
+        drafts: How often it planned.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drafts = 0
+        self.key: PlanKey | None = PlanKey("options", {"fake": "1"}, "here")
+        self.guards: tuple[Guard, ...] = ()
+        self.program: torch.export.ExportedProgram | None = None
+
+    def plan_key(
+        self,
+        program: torch.export.ExportedProgram,
+        module: OpenedModule | None,
+        options: Mapping[str, Any],
+    ) -> PlanKey | None:
+        return self.key and dataclasses.replace(self.key, text=f"{self.key.text} {dict(options)}")
+
+    def draft(
+        self, parts: Mapping[str, Any], module: OpenedModule | None, tools: Tools
+    ) -> PlanDraft:
+        self.drafts += 1
+        assert self.program is not None
+        tensors = tensors_of(self.program)
+        kept = [leaf.fqn for leaf in facts_of(self.program).leaves if not leaf.persistent]
+        return dataclasses.replace(
+            super().draft(parts, module, tools),
+            guards=self.guards,
+            pinned={name: tensors[name] for name in kept},
+            versions=dict(self.key.versions) if self.key else {},
+            platform=self.key.platform if self.key else "",
+        )
+
+
 def parts_of(program: torch.export.ExportedProgram) -> dict[str, dict[str, torch.Tensor]]:
     """A program's state by top-level child."""
     parts: dict[str, dict[str, torch.Tensor]] = {}
@@ -322,6 +362,21 @@ class FakePlugin:
         self, program: torch.export.ExportedProgram, backend: str
     ) -> Mapping[str, Any] | None:
         return parts_of(program) if backend == BACKEND else None
+
+
+class KeyedPlugin(FakePlugin):
+    """The same with a :class:`KeyedBackend`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keyed = self.backend = KeyedBackend()
+
+    @refitkit.hookimpl
+    def refitkit_partition(
+        self, program: torch.export.ExportedProgram, backend: str
+    ) -> Mapping[str, Any] | None:
+        self.keyed.program = program
+        return super().refitkit_partition(program, backend)
 
 
 # -- plans ------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from refitkit.errors import ConfigError, UnsupportedTargetError
 from refitkit.host import Host, make_host
 from refitkit.model import Step
 from refitkit.pipeline import load as loading
+from refitkit.pipeline.cache import PlanCache, wanted
 from refitkit.pipeline.clock import Clock
 from refitkit.pipeline.compiled import CompiledModule
 from refitkit.pipeline.judge import judge_module
@@ -154,8 +155,16 @@ class Pipeline:
         backend: Backend,
         options: Mapping[str, Any],
     ) -> RefitPlan:
-        opener = self.open_weights
-        return make_plan(self.host, program, opened, backend, options, self.config, opener)
+        opener, folder = self.open_weights, self.config.cache_folder()
+
+        def make() -> RefitPlan:
+            return make_plan(self.host, program, opened, backend, options, self.config, opener)
+
+        if folder is None:
+            return make()
+        tools = tools_for(self.host, self.config, "plan", "plan")
+        wish = wanted(self.host, backend, program, opened, options, tools)
+        return make() if wish is None else PlanCache(folder, tools.tell, opener).get(wish, make)
 
     def _prove(self, compiled: CompiledModule, program: ExportedProgram) -> None:
         missing = prove_refit(self, compiled, program) if compiled.program else ""

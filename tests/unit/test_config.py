@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
-from refitkit.config import NO_PLUGIN_VARIABLE, TOLERANCES, Config
+from refitkit.config import NO_PLUGIN_VARIABLE, PLAN_CACHE_VARIABLE, TOLERANCES, Config
 from refitkit.errors import ConfigError
 
 
@@ -101,3 +103,18 @@ def test_the_environment_is_added(
 
 def test_without_environment_only_the_settings_count() -> None:
     assert Config(no_plugins=frozenset({"x"})).switched_off() == {"x"}
+
+
+def test_plans_are_kept_nowhere_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(PLAN_CACHE_VARIABLE, raising=False)
+    assert Config().cache_folder() is None
+    monkeypatch.setenv(PLAN_CACHE_VARIABLE, " ")
+    assert Config().cache_folder() is None
+
+
+def test_plans_are_kept_where_the_settings_say_or_else_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(PLAN_CACHE_VARIABLE, "/from/environment")
+    assert Config().cache_folder() == Path("/from/environment")
+    assert Config.of({"plan_cache": "/from/settings"}).cache_folder() == Path("/from/settings")
