@@ -8,11 +8,13 @@ as weights are to TensorRT, is known again by its memory; one that NumPy compute
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -127,7 +129,9 @@ def watched(tape: Tape) -> Iterator[None]:
             (torch.Tensor, "data_ptr", _data_ptr),
             (torch.UntypedStorage, "clone", _clone),
             (torch, "tensor", _tensor),
-            (torch, "as_tensor", _as_tensor),
+            (torch, "as_tensor", _tensor),
+            (torch, "asarray", _tensor),
+            (torch.Tensor, "new_tensor", _new_tensor),
             (torch, "from_numpy", _from_numpy),
             *((np, name, _maker) for name in _MAKERS),
         ):
@@ -137,8 +141,10 @@ def watched(tape: Tape) -> Iterator[None]:
 
 
 def _left(tape: Tape, tensor: torch.Tensor) -> Callable[[str], None]:
-    origin, weak = tape.origin_of(tensor), tensor.detach()
-    return lambda how: tape.escaped(weak, origin, how)
+    origin = tape.origin_of(tensor)
+    with tape.paused():
+        value = tensor.detach()
+    return lambda how: tape.escaped(value, origin, how)
 
 
 def _numpy(tape: Tape, real: Any) -> Any:
@@ -190,32 +196,34 @@ def _clone(tape: Tape, real: Any) -> Any:
     return clone
 
 
-def _used(value: Any, how: str) -> Any:
-    """The plain array, once it was told that it was used."""
-    if isinstance(value, Watched):
-        value._tell(how)
-        return _plain(value)
-    return value
+def _tensor(tape: Tape, real: Any) -> Any:
+    """``torch.tensor`` and its like: they make tensors of numbers, arrays, and lists of tensors."""
 
-
-def _tensor(_: Tape, real: Any) -> Any:
     def tensor(data: Any, *args: Any, **kwargs: Any) -> Any:
-        return real(_used(data, "torch.tensor copies it"), *args, **kwargs)
+        if isinstance(data, torch.Tensor):
+            return real(data, *args, **kwargs)
+        for one in tree_leaves(data):
+            if tape.sees(one):
+                tape.escaped(one, tape.origin_of(one), "a tensor is made of its number")
+        with tape.paused():  # what it does inside is its own affair
+            found = real(_plain(data), *args, **kwargs)
+        return _made(tape, data, found)
 
     return tensor
 
 
-def _as_tensor(tape: Tape, real: Any) -> Any:
-    def as_tensor(data: Any, *args: Any, **kwargs: Any) -> Any:
-        found = real(data, *args, **kwargs)
-        return found if isinstance(data, torch.Tensor) else _made(tape, data, found)
+def _new_tensor(tape: Tape, real: Any) -> Any:
+    def new_tensor(self: torch.Tensor, data: Any, *args: Any, **kwargs: Any) -> Any:
+        return _tensor(tape, partial(real, self))(data, *args, **kwargs)
 
-    return as_tensor
+    return new_tensor
 
 
 def _from_numpy(tape: Tape, real: Any) -> Any:
     def from_numpy(data: Any) -> Any:
-        return _made(tape, data, real(data))
+        with tape.paused():
+            found = real(data)
+        return _made(tape, data, found)
 
     return from_numpy
 
@@ -223,7 +231,8 @@ def _from_numpy(tape: Tape, real: Any) -> Any:
 def _made(tape: Tape, data: Any, found: Any) -> Any:
     """A tensor made of an array or of numbers: on a known memory, or a literal."""
     if tape.sees(found) and not tape.knows(found):
-        _used(data, "a tensor is made of what NumPy computed from it")
+        if isinstance(data, Watched):
+            data._tell("a tensor is made of what NumPy made of it")
         tape.literal(found)
     return found
 

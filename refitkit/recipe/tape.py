@@ -106,6 +106,15 @@ class Tape(TorchDispatchMode):
         self._on.close()
 
     @contextmanager
+    def _within(self) -> Iterator[None]:
+        """See the ops that an op calls, too: while one is handled, its mode is off."""
+        torch._C._push_on_torch_dispatch_stack(self)  # noqa: SLF001 - as TorchDispatchMode does
+        try:
+            yield
+        finally:
+            torch._C._pop_torch_dispatch_stack(None)  # noqa: SLF001
+
+    @contextmanager
     def paused(self) -> Iterator[None]:
         """See nothing until the end of the block."""
         before, self._paused = self._paused, True
@@ -130,6 +139,9 @@ class Tape(TorchDispatchMode):
         inputs = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
         if types or not all(map(_is_plain, inputs)):
             return func(*args, **kwargs)
+        if hasattr(func, "impl_aten"):  # an op of torch._prims: what it calls is what counts
+            with self._within():
+                return func.impl_aten(*args, **kwargs)
         written = [
             args[position] if position < len(args) else kwargs.get(name)
             for position, name in _written(func)
@@ -137,9 +149,6 @@ class Tape(TorchDispatchMode):
         written = [tensor for tensor in written if isinstance(tensor, torch.Tensor)]
         self._refuse_leaves(func, written)
         known = {id(tensor): self.origin_of(tensor) for tensor in inputs}
-        if func._schema.name == "aten::lift_fresh" and _unknown(known[id(args[0])]):  # noqa: SLF001
-            self.literal(args[0])
-            known[id(args[0])] = self.origin_of(args[0])
         before = [self._place(tensor) for tensor in written]
         result = func(*args, **kwargs)
         outputs = [a for a in tree_leaves(result) if isinstance(a, torch.Tensor)]
@@ -172,7 +181,9 @@ class Tape(TorchDispatchMode):
             geometry = geometry_of(output, memory)
             memory.values[geometry] = Origin(node, number, geometry.contiguous)
         if torch.Tag.dynamic_output_shape in func.tags:
-            self._asked(func, inputs, known)
+            indexing = func._schema.name == "aten::index"  # noqa: SLF001
+            deciding = [t for t in inputs if t.dtype is torch.bool or not indexing]
+            self._asked(func, deciding, known)
 
     def _node(
         self,
@@ -183,7 +194,7 @@ class Tape(TorchDispatchMode):
         results: list[torch.Tensor],
     ) -> Call | Literal:
         if torch.Tag.nondeterministic_seeded in func.tags and not known:
-            return Literal(results[0].detach().clone())
+            return Literal(self._copy(results[0]))
         facts = tuple(Tensor(dtype=dtype_name(r.dtype), shape=tuple(r.shape)) for r in results)
         swapped, named = tree_map(
             lambda a: known[id(a)] if isinstance(a, torch.Tensor) else a, (args, dict(kwargs))
@@ -250,14 +261,15 @@ class Tape(TorchDispatchMode):
         """Note that a tensor was made of what is no tensor."""
         memory = self._memories.find(tensor) or self._memories.add(tensor)
         geometry = geometry_of(tensor, memory)
-        node = Literal(tensor.detach().clone())
+        node = Literal(self._copy(tensor))
         memory.values.setdefault(geometry, Origin(node, 0, geometry.contiguous))
 
     def copied(self, old: torch.UntypedStorage, new: torch.UntypedStorage) -> None:
         """Note that a storage was copied as a whole."""
-        before = torch.empty(0, dtype=torch.uint8, device=old.device).set_(old)
+        with self.paused():
+            before = torch.empty(0, dtype=torch.uint8, device=old.device).set_(old)
+            after = torch.empty(0, dtype=torch.uint8, device=new.device).set_(new)
         memory = self._memories.find(before)
-        after = torch.empty(0, dtype=torch.uint8, device=new.device).set_(new)
         if memory is not None and self._memories.find(after) is None:
             shift = old.data_ptr() - memory.address if old.nbytes() else 0
             self._memories.add(after).values = {
@@ -311,7 +323,11 @@ class Tape(TorchDispatchMode):
         if address in self._exported:
             reason = "its memory was freed before it was read"
             return Origin(Unknown(reason), 0, contiguous=True)
-        return Origin(Literal(flat.detach().clone()), 0, contiguous=True)
+        return Origin(Literal(self._copy(flat)), 0, contiguous=True)
+
+    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        with self.paused():
+            return tensor.detach().clone()
 
     def sees(self, value: Any) -> bool:
         """Whether it is a tensor that this tape records: with data, and in its own thread."""
@@ -348,10 +364,6 @@ class Tape(TorchDispatchMode):
             node = Call(op, arguments, {}, facts, memory.device, (base,))
             return Origin(node, 0, geometry.contiguous)
         return Origin(Unknown(_SEPARATE), 0, geometry.contiguous)
-
-
-def _unknown(origin: Origin) -> bool:
-    return isinstance(origin.node, Unknown)
 
 
 def _is_plain(value: Any) -> bool:
