@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from refitkit.recipe.origins import Origin
     from refitkit.recipe.tape import Tape
 
 _READERS = (
@@ -67,27 +66,28 @@ class Watched(np.ndarray[Any, Any]):
     def __array_finalize__(self, made_from: Any) -> None:
         self.left = getattr(made_from, "left", None)
 
-    def _tell(self, how: str) -> None:
+    def tell(self, how: str) -> None:
+        """Say that its value was used."""
         if self.left is not None:
             self.left(how)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
         for one in inputs:
             if isinstance(one, Watched):
-                one._tell(f"NumPy's {ufunc.__name__} reads it")
+                one.tell(f"NumPy's {ufunc.__name__} reads it")
         given = kwargs.get("out", ())
         if any(isinstance(one, Watched) for one in given):
             raise TypeError("a weight would be written to through NumPy")
         return getattr(ufunc, method)(*map(_plain, inputs), **kwargs)
 
-    def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG002
-        self._tell(f"NumPy's {func.__name__} reads it")
+    def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        self.tell(f"NumPy's {func.__name__} reads it")
         return func(*_plain_all(args), **_plain_all(kwargs))
 
     def __getitem__(self, key: Any) -> Any:
         found = super().__getitem__(key)
         if not isinstance(found, np.ndarray):
-            self._tell("an element of it is read")
+            self.tell("an element of it is read")
         return found
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -96,7 +96,7 @@ class Watched(np.ndarray[Any, Any]):
 
 def _reader(name: str) -> Callable[..., Any]:
     def read(self: Watched, *args: Any, **kwargs: Any) -> Any:
-        self._tell(f"NumPy's {name} reads it")
+        self.tell(f"NumPy's {name} reads it")
         return getattr(_plain(self), name)(*args, **kwargs)
 
     return read
@@ -232,7 +232,7 @@ def _made(tape: Tape, data: Any, found: Any) -> Any:
     """A tensor made of an array or of numbers: on a known memory, or a literal."""
     if tape.sees(found) and not tape.knows(found):
         if isinstance(data, Watched):
-            data._tell("a tensor is made of what NumPy made of it")
+            data.tell("a tensor is made of what NumPy made of it")
         tape.literal(found)
     return found
 

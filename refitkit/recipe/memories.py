@@ -1,9 +1,9 @@
 """Which value a stretch of memory holds: what lets a recording know tensors again.
 
 Tensors are known by their memory, not as Python objects: parameters are wrapped anew, views are
-made, arrays of NumPy are turned into tensors and back. A memory is a storage, or several on the same
-bytes. It has a version, which counts the writes to it, and for each version the values that were
-seen in it, by the geometry in which they were seen.
+made, arrays of NumPy are turned into tensors and back. A memory is a storage, or several on the
+same bytes. It holds the values that were seen in it since it was last written to, by the geometry
+in which they were seen.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Geometry(NamedTuple):
     lazy: tuple[bool, bool]
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         """Number of elements."""
         return torch.Size(self.shape).numel()
 
@@ -57,7 +57,7 @@ class Geometry(NamedTuple):
     @property
     def end(self) -> int:
         """Bytes from the start of the memory to the end of a contiguous tensor."""
-        return self.start + self.count * self.dtype.itemsize
+        return self.start + self.size * self.dtype.itemsize
 
 
 @dataclass(eq=False)
@@ -69,7 +69,7 @@ class Memory:
         nbytes: Its size.
         storages: What keeps it; it is gone when all of them are.
         leaves: Names of the leaves that lie in it.
-        values: Values in its present version, by geometry.
+        values: What it holds, by geometry.
         device: Kind of device.
     """
 
@@ -98,7 +98,7 @@ class Memory:
             and end <= geometry.end
             and (wanted.start - geometry.start) % wanted.dtype.itemsize == 0
         ]
-        yield from sorted(found, key=lambda item: item[0].count)
+        yield from sorted(found, key=lambda item: item[0].size)
 
 
 class Memories:
@@ -136,7 +136,7 @@ class Memories:
         return memory
 
     def _keep(self, memory: Memory, storage: torch.UntypedStorage) -> None:
-        memory.storages.append(StorageWeakRef(storage))
+        memory.storages.append(StorageWeakRef(storage))  # type: ignore[no-untyped-call]  # torch's
         self._by_storage[storage._cdata] = memory  # noqa: SLF001 - its identity
 
     def at(self, address: int, nbytes: int) -> Memory | None:

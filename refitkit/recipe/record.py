@@ -1,9 +1,9 @@
 """From a recording to recipes: what each slot needs, in as few calls as possible.
 
 A recording knows for every value which op made it of which others. Here that is followed back to
-the leaves and written as calls without anything that belongs to the run itself: which device, which
-layout in memory, which object. What follows from no leaf is computed now and kept as a tensor. Calls
-that are the same are one call.
+the leaves and written as calls without anything that belongs to the run itself: which device,
+which layout in memory, which object. What follows from no leaf is computed now and kept as a
+tensor. Calls that are the same are one call.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from refitkit.recipe.origins import Call, Leaf, Literal, Origin, Unknown
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from refitkit.model import Slot, Value
     from refitkit.model import Leaf as LeafFacts
+    from refitkit.model import Slot, Value
     from refitkit.recipe.origins import Escape
     from refitkit.recipe.tape import Tape
 
@@ -101,7 +101,7 @@ class Recorded:
     literals: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
-class _NotWritable(Exception):
+class _UnwritableError(Exception):
     """A value whose way is not known, or cannot stand in a plan; says why."""
 
 
@@ -142,13 +142,13 @@ class _Writer:
 
     def row(self, slot: Slot, origin: Origin, value: torch.Tensor, fault: str) -> LedgerRow:
         """One slot."""
+        if fault:
+            return LedgerRow(slot=slot, state=SlotState.UNMAPPED, reason=fault)
         try:
-            if fault:
-                raise _NotWritable(fault)
             if not self.follows(origin):
                 return self._frozen(slot, value)
             found = self._shaped(origin, slot)
-        except _NotWritable as exc:
+        except _UnwritableError as exc:
             return LedgerRow(slot=slot, state=SlotState.UNMAPPED, reason=str(exc))
         return self._served(slot, found)
 
@@ -179,7 +179,7 @@ class _Writer:
                 if self.follows(escape.origin):
                     value = self.value(escape.origin)
                     found.setdefault(value, _guard(value, escape))
-            except _NotWritable as exc:
+            except _UnwritableError as exc:
                 return [], f"a value decided what the engines are ({escape.how}), and {exc}"
         return list(found.values()), ""
 
@@ -189,11 +189,11 @@ class _Writer:
         """The leaves that a value follows from.
 
         Raises:
-            _NotWritable: Nobody knows.
+            _UnwritableError: Nobody knows.
         """
         node = origin.node
         if isinstance(node, Unknown):
-            raise _NotWritable(f"{node.reason}, so nobody knows what it follows from")
+            raise _UnwritableError(f"{node.reason}, so nobody knows what it follows from")
         if isinstance(node, Leaf):
             return frozenset({node.fqn})
         if isinstance(node, Literal) or _name(node) in _SHAPES_ONLY:
@@ -212,7 +212,7 @@ class _Writer:
         if isinstance(value, PinnedRef):
             return ()
         if value.call not in self._sources:
-            parts = map(self.sources, _operands(self._calls[value.call]))
+            parts = map(self.sources, replay.operands_of(self._calls[value.call]))
             names = {name for part in parts for name in part}
             self._sources[value.call] = tuple(name for name in self._leaves if name in names)
         return self._sources[value.call]
@@ -223,7 +223,7 @@ class _Writer:
         """What is written for a value; calls that it needs are written, too.
 
         Raises:
-            _NotWritable: It cannot stand in a plan.
+            _UnwritableError: It cannot stand in a plan.
         """
         node, output = origin.node, origin.output
         key = id(node), output
@@ -259,11 +259,11 @@ class _Writer:
     def _emitted(self, node: Call, output: int) -> Value:
         name = _name(node)
         if not ops.is_allowed(name):
-            raise _NotWritable(f"it needs the op {name}, which no plan may hold")
+            raise _UnwritableError(f"it needs the op {name}, which no plan may hold")
         args = tuple(self._argument(one) for one in node.args)
         if node.op in _LAID_OUT:
             if not node.args[0].contiguous:
-                raise _NotWritable(f"it needs {name} of memory that is not contiguous")
+                raise _UnwritableError(f"it needs {name} of memory that is not contiguous")
             args = (self._laid_out(args[0], node.device), *args[1:])
         kwargs = {
             key: self._argument(one)
@@ -281,7 +281,7 @@ class _Writer:
         try:
             return ops.encode(value)
         except TypeError as exc:
-            raise _NotWritable(f"an argument of its recipe cannot be written: {exc}") from exc
+            raise _UnwritableError(f"an argument of its recipe cannot be written: {exc}") from exc
 
     def _emit(self, call: OpCall, output: int = 0) -> CallRef:
         key = call.model_dump_json()
@@ -295,7 +295,7 @@ class _Writer:
         if facts.shape == shape:
             return value
         if isinstance(value, CallRef) and self._calls[value.call].op == _RESHAPE:
-            return self._reshaped(_operands(self._calls[value.call])[0], shape)
+            return self._reshaped(replay.operands_of(self._calls[value.call])[0], shape)
         result = Tensor(dtype=facts.dtype, shape=shape)
         return self._emit(OpCall(op=_RESHAPE, args=(value, shape), results=(result,)))
 
@@ -333,9 +333,11 @@ class _Writer:
         count = torch.Size(facts.shape).numel()
         if (facts.dtype, count) != (slot.dtype, slot.count):
             found = f"{count} of {facts.dtype}"
-            raise _NotWritable(f"the engine has {slot.count} of {slot.dtype} there, not {found}")
+            raise _UnwritableError(
+                f"the engine has {slot.count} of {slot.dtype} there, not {found}"
+            )
         while isinstance(value, CallRef) and self._calls[value.call].op == _RESHAPE:
-            value = _operands(self._calls[value.call])[0]
+            value = replay.operands_of(self._calls[value.call])[0]
         return value
 
     def facts(self, value: Value) -> Tensor:
@@ -380,7 +382,7 @@ class _Writer:
         try:
             return replay.call(node.op, args, kwargs)
         except (RuntimeError, TypeError, ValueError) as exc:
-            raise _NotWritable(f"{_name(node)} cannot be computed again: {exc}") from exc
+            raise _UnwritableError(f"{_name(node)} cannot be computed again: {exc}") from exc
 
     def _facts_of(self, origin: Origin) -> Tensor:
         node = origin.node
@@ -396,23 +398,29 @@ class _Writer:
 
     def recorded(self, rows: Sequence[LedgerRow], guards: Sequence[Guard]) -> Recorded:
         """All of it, without calls and literals that nobody needs in the end."""
-        wanted = [one.value for one in (*rows, *guards) if one.value is not None]
+        wanted = [row.value for row in rows if row.value] + [guard.value for guard in guards]
         needed: set[int] = set()
         stack = list(wanted)
         while stack:
             value = stack.pop()
             if isinstance(value, CallRef) and value.call not in needed:
                 needed.add(value.call)
-                stack += _operands(self._calls[value.call])
+                stack += replay.operands_of(self._calls[value.call])
         numbers = {old: new for new, old in enumerate(sorted(needed))}
         calls = tuple(_renumbered(self._calls[old], numbers) for old in sorted(needed))
-        moved = [_moved(one, numbers) for one in (*rows, *guards)]
-        kept = {v.name for call in calls for v in _operands(call) if isinstance(v, PinnedRef)}
+        kept = {
+            v.name for call in calls for v in replay.operands_of(call) if isinstance(v, PinnedRef)
+        }
         kept |= {value.name for value in wanted if isinstance(value, PinnedRef)}
         return Recorded(
-            rows=tuple(one for one in moved if isinstance(one, LedgerRow)),
+            rows=tuple(
+                row.model_copy(update={"value": _renumber(row.value, numbers)}) for row in rows
+            ),
             calls=calls,
-            guards=tuple(one for one in moved if isinstance(one, Guard)),
+            guards=tuple(
+                guard.model_copy(update={"value": _renumber(guard.value, numbers)})
+                for guard in guards
+            ),
             literals={name: value for name, value in self._literals.items() if name in kept},
         )
 
@@ -437,14 +445,6 @@ def _stand_in(facts: Tensor) -> torch.Tensor:
     return torch.zeros((), dtype=dtype_of(facts.dtype)).expand(facts.shape)
 
 
-def _operands(call: OpCall) -> list[Value]:
-    """The tensors among the arguments of a call."""
-    flat: list[Any] = []
-    for argument in (*call.args, *call.kwargs.values()):
-        flat += argument if isinstance(argument, tuple) else (argument,)
-    return [one for one in flat if isinstance(one, SourceRef | PinnedRef | CallRef)]
-
-
 def _renumber(argument: Any, numbers: Mapping[int, int]) -> Any:
     if isinstance(argument, tuple):
         return tuple(_renumber(one, numbers) for one in argument)
@@ -457,7 +457,3 @@ def _renumbered(call: OpCall, numbers: Mapping[int, int]) -> OpCall:
     args = _renumber(call.args, numbers)
     kwargs = {name: _renumber(one, numbers) for name, one in call.kwargs.items()}
     return call.model_copy(update={"args": args, "kwargs": kwargs})
-
-
-def _moved(one: LedgerRow | Guard, numbers: Mapping[int, int]) -> LedgerRow | Guard:
-    return one.model_copy(update={"value": _renumber(one.value, numbers)})

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch.utils._pytree import tree_map
 
+from refitkit.errors import PlanMismatchError, raised_as
 from refitkit.model import CallRef, PinnedRef, SourceRef
 from refitkit.program.bits import same_bits
 from refitkit.recipe import ops
@@ -279,7 +280,8 @@ class Replay:
         args, kwargs = tree_map(
             resolved, (one.args, one.kwargs), is_leaf=lambda a: isinstance(a, _References)
         )
-        return call(one.op, args, kwargs)
+        with raised_as(PlanMismatchError, f"{one.op} cannot be computed with these weights"):
+            return call(one.op, args, kwargs)
 
 
 def _device(one: _Ready, operands: list[torch.Tensor]) -> torch.device:

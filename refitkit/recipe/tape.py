@@ -57,7 +57,7 @@ _QUIET = frozenset(
 """Ops that give no tensor and tell nothing of values."""
 
 
-class Tape(TorchDispatchMode):
+class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     """A recording.
 
     Attributes:
@@ -70,7 +70,7 @@ class Tape(TorchDispatchMode):
         Args:
             leaves: Everything that the program reads, by FQN.
         """
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._memories = Memories()
         self._on = ExitStack()
         self._thread = threading.get_ident()
@@ -90,7 +90,7 @@ class Tape(TorchDispatchMode):
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             stack.enter_context(_python_dispatch._disable_current_modes())  # noqa: SLF001 - below all
-            super().__enter__()
+            super().__enter__()  # type: ignore[no-untyped-call]
             stack.callback(super().__exit__, None, None, None)
             stack.enter_context(_staying(self))
             stack.enter_context(escapes.watched(self))
@@ -142,11 +142,11 @@ class Tape(TorchDispatchMode):
         if hasattr(func, "impl_aten"):  # an op of torch._prims: what it calls is what counts
             with self._within():
                 return func.impl_aten(*args, **kwargs)
-        written = [
+        given = [
             args[position] if position < len(args) else kwargs.get(name)
             for position, name in _written(func)
         ]
-        written = [tensor for tensor in written if isinstance(tensor, torch.Tensor)]
+        written = [tensor for tensor in given if isinstance(tensor, torch.Tensor)]
         self._refuse_leaves(func, written)
         known = {id(tensor): self.origin_of(tensor) for tensor in inputs}
         before = [self._place(tensor) for tensor in written]
@@ -350,7 +350,7 @@ class Tape(TorchDispatchMode):
         """A value that was seen in this memory in another geometry only."""
         facts = (Tensor(dtype=dtype_name(geometry.dtype), shape=geometry.shape),)
         for outer, base in memory.around(geometry):
-            if (outer.start, outer.count) == (geometry.start, geometry.count) and (
+            if (outer.start, outer.size) == (geometry.start, geometry.size) and (
                 geometry.contiguous
             ):
                 op: Any = torch.ops.aten.view.default
@@ -402,8 +402,8 @@ def _written(func: Any) -> tuple[tuple[int, str], ...]:
 def _staying(tape: Tape) -> Iterator[None]:
     """Leave the tape on where all modes are switched off.
 
-    ``_disable_current_modes`` (``torch/utils/_python_dispatch.py``, 2.11 to 2.14) pops as many modes
-    as there are and pushes them again afterwards. The tape is popped last, and at once put back.
+    ``_disable_current_modes`` (``torch/utils/_python_dispatch.py``, 2.11 to 2.14) pops as many
+    modes as there are and pushes them again afterwards. The tape is popped last, and put back.
     """
     pop, push = _python_dispatch._pop_mode, _python_dispatch._push_mode  # noqa: SLF001
 

@@ -9,6 +9,7 @@ should not nor ask for memory out of proportion to its slots and leaves.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from refitkit.model import CallRef, PinnedRef, SourceRef, Tensor
 from refitkit.model.slot import ITEM_BYTES
 from refitkit.program.dtypes import dtype_name, dtype_of
 from refitkit.recipe import ops
+from refitkit.recipe.replay import operands_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -108,14 +110,6 @@ class Facts:
         return self._followed[value.call]
 
 
-def operands_of(call: OpCall) -> Iterator[Value]:
-    """The tensors among the arguments of a call."""
-    for argument in (*call.args, *call.kwargs.values()):
-        for atom in argument if isinstance(argument, tuple) else (argument,):
-            if isinstance(atom, _References):
-                yield atom
-
-
 def problems_of_calls(data: PlanData, facts: Facts) -> Iterator[Problem]:
     """What is wrong with the calls; what is tried on tensors is written well."""
     written = [
@@ -126,8 +120,10 @@ def problems_of_calls(data: PlanData, facts: Facts) -> Iterator[Problem]:
     if written or not data.calls:
         yield from written
         return
-    with _disable_current_modes(), torch.no_grad():
-        yield from _Trial(data, facts).problems()
+    with _disable_current_modes(), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's about ops are for whoever recorded them
+        tried = list(_Trial(data, facts).problems())
+    yield from tried
 
 
 # -- as it is written -------------------------------------------------------------------------
@@ -155,7 +151,7 @@ class _Form:
             return
         if not _is_device_kind(self._call.device):
             yield Problem(self._name, "no kind of device", self._call.device[:80])
-        operands = list(operands_of(self._call))
+        operands = operands_of(self._call)
         if not operands or (ops.writes_to_operand(op) and not _starts_with_tensor(self._call)):
             yield Problem(self._name, "lacks an operand")
         for value in operands:

@@ -130,9 +130,7 @@ class Network:
                 value.numel(),
             )
             found[name] = (
-                tape.origin_of(recorded)
-                if recorded is not None and fits
-                else tape.origin_at(value)
+                tape.origin_of(recorded) if recorded is not None and fits else tape.origin_at(value)
             )
         return found
 
