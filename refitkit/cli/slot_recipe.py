@@ -9,6 +9,7 @@ from refitkit.cli.tables import facts, table
 from refitkit.cli.text import shape
 from refitkit.errors import ConfigError, Problem
 from refitkit.model import CallRef, Number, PinnedRef, SourceRef, TorchName
+from refitkit.recipe.replay import operands_of
 from refitkit.recipe.vet_calls import Facts
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from refitkit.model import Argument, LedgerRow, OpCall, PlanData
-    from refitkit.model.recipe import Atom
 
 _STEPS = ("value", "what it is", "dtype", "shape")
 _GUARDS = ("made of", "dtype", "shape", "was", "because of")
@@ -63,7 +63,7 @@ def calls_of(data: PlanData, value: Any) -> list[int]:
         one = stack.pop()
         if isinstance(one, CallRef) and one.call not in needed:
             needed.add(one.call)
-            stack += _operands(data.calls[one.call])
+            stack += operands_of(data.calls[one.call])
     return sorted(needed)
 
 
@@ -134,17 +134,12 @@ def _steps(data: PlanData, row: LedgerRow) -> Iterator[tuple[str, ...]]:
 
 def _ends(row: LedgerRow, calls: dict[int, OpCall]) -> tuple[frozenset[str], tuple[str, ...]]:
     """Leaves and kept tensors that a recipe starts from, and names that override a kept one."""
-    values = [row.value, *(one for call in calls.values() for one in _operands(call))]
+    values = [row.value, *(one for call in calls.values() for one in operands_of(call))]
     leaves = {one.fqn for one in values if isinstance(one, SourceRef)}
     if isinstance(row.value, PinnedRef):
         leaves |= set(row.sources)
     kept = dict.fromkeys(one.name for one in values if isinstance(one, PinnedRef))
     return frozenset(leaves), tuple(kept)
-
-
-def _operands(call: OpCall) -> Iterator[Atom]:
-    for argument in (*call.args, *call.kwargs.values()):
-        yield from argument if isinstance(argument, tuple) else (argument,)
 
 
 def _written(call: OpCall, data: PlanData) -> str:
