@@ -13,9 +13,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch.utils._pytree import tree_map
 
-from refitkit.errors import PlanMismatchError, raised_as
+from refitkit.errors import PlanMismatchError, Problem
 from refitkit.model import CallRef, PinnedRef, SourceRef
 from refitkit.program.bits import same_bits
 from refitkit.recipe import ops
@@ -39,12 +38,21 @@ def call(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Results:
         args: Its arguments.
         kwargs: Its keyword arguments.
     """
-    written = [a.name for a in op._schema.arguments if a.alias_info and a.alias_info.is_write]  # noqa: SLF001
-    if not written:
-        result = op(*args, **kwargs)
-        return (result,) if isinstance(result, torch.Tensor) else tuple(result)
-    copies = [a.clone(memory_format=torch.contiguous_format) for a in args[: len(written)]]
-    op(*copies, *args[len(written) :], **kwargs)
+    writes = _writes(op)
+    if writes:
+        return _on_copies(op, args, kwargs, writes)
+    result = op(*args, **kwargs)
+    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+
+
+def _writes(op: Any) -> int:
+    """How many of its first arguments an op writes to."""
+    return sum(bool(a.alias_info and a.alias_info.is_write) for a in op._schema.arguments)  # noqa: SLF001
+
+
+def _on_copies(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], writes: int) -> _Results:
+    copies = [a.clone(memory_format=torch.contiguous_format) for a in args[:writes]]
+    op(*copies, *args[writes:], **kwargs)
     return tuple(copies)
 
 
@@ -61,9 +69,11 @@ class _Ready:
 
     Attributes:
         op: The overload.
-        args: Arguments, decoded; references stay.
+        args: Arguments, decoded; what stands for operands is replaced.
         kwargs: Keyword arguments, likewise.
-        operands: The references among them.
+        operands: The tensors among them.
+        places: Where each operand goes: a position or a name, and for a list a position in it.
+        writes: How many of its first arguments it writes to.
         anywhere: Whether it is exact on every device.
         device: Kind of device that it was recorded on.
     """
@@ -72,8 +82,24 @@ class _Ready:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     operands: tuple[Value, ...]
+    places: tuple[tuple[int | str, int | None], ...]
+    writes: int
     anywhere: bool
     device: str
+
+    def __call__(self, operands: Sequence[torch.Tensor]) -> _Results:
+        """Make it with these operands."""
+        args, kwargs = list(self.args), dict(self.kwargs)
+        for (where, inner), operand in zip(self.places, operands, strict=True):
+            given: Any = kwargs if isinstance(where, str) else args
+            if inner is None:
+                given[where] = operand
+            else:
+                given[where] = [*given[where][:inner], operand, *given[where][inner + 1 :]]
+        if self.writes:
+            return _on_copies(self.op, args, kwargs, self.writes)
+        result = self.op(*args, **kwargs)
+        return (result,) if isinstance(result, torch.Tensor) else tuple(result)
 
 
 class Calls:
@@ -144,16 +170,16 @@ class Calls:
         return not leaf.persistent or not _is_float(leaf.dtype)
 
     def _ready(self, one: OpCall) -> _Ready:
-        args = tuple(map(ops.decode, one.args))
-        kwargs = {name: ops.decode(value) for name, value in one.kwargs.items()}
+        op = ops.overload(one.op)
         operands = operands_of(one)
-        dtypes = [self._dtype(value) for value in operands]
         return _Ready(
-            op=ops.overload(one.op),
-            args=args,
-            kwargs=kwargs,
+            op=op,
+            args=tuple(map(ops.decode, one.args)),
+            kwargs={name: ops.decode(value) for name, value in one.kwargs.items()},
             operands=operands,
-            anywhere=ops.is_exact_anywhere(one, dtypes),
+            places=tuple(_places(one)),
+            writes=_writes(op),
+            anywhere=ops.is_exact_anywhere(one, [self._dtype(value) for value in operands]),
             device=one.device,
         )
 
@@ -183,6 +209,16 @@ def operands_of(one: OpCall) -> tuple[Value, ...]:
     for argument in (*one.args, *one.kwargs.values()):
         flat += argument if isinstance(argument, tuple) else (argument,)
     return tuple(value for value in flat if isinstance(value, _References))
+
+
+def _places(one: OpCall) -> Iterator[tuple[int | str, int | None]]:
+    """Where they stand, in the same order."""
+    where: int | str
+    for where, argument in (*enumerate(one.args), *one.kwargs.items()):
+        if isinstance(argument, _References):
+            yield where, None
+        elif isinstance(argument, tuple):
+            yield from ((where, i) for i, a in enumerate(argument) if isinstance(a, _References))
 
 
 class Kept:
@@ -270,18 +306,17 @@ class Replay:
 
     def _call(self, number: int) -> _Results:
         one = self._calls.ready[number]
-        operands = {id(value): self._value(value) for value in one.operands}
-        device = _device(one, list(operands.values()))
-
-        def resolved(argument: Any) -> Any:
-            found = operands.get(id(argument))
-            return argument if found is None else found.to(device)
-
-        args, kwargs = tree_map(
-            resolved, (one.args, one.kwargs), is_leaf=lambda a: isinstance(a, _References)
-        )
-        with raised_as(PlanMismatchError, f"{one.op} cannot be computed with these weights"):
-            return call(one.op, args, kwargs)
+        operands = [self._value(value) for value in one.operands]
+        device = _device(one, operands)
+        try:
+            results = one([t if t.device == device else t.to(device) for t in operands])
+        except (RuntimeError, TypeError, ValueError, IndexError) as exc:
+            problem = Problem(f"call {number}", str(one.op), hint=str(exc))
+            raise PlanMismatchError("A recipe cannot be computed.", problems=[problem]) from exc
+        if not all(isinstance(result, torch.Tensor) for result in results):
+            problem = Problem(f"call {number}", str(one.op), "no tensor")
+            raise PlanMismatchError("A recipe cannot be computed.", problems=[problem])
+        return results
 
 
 def _device(one: _Ready, operands: list[torch.Tensor]) -> torch.device:
