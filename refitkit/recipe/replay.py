@@ -18,11 +18,13 @@ from refitkit.errors import PlanMismatchError, Problem
 from refitkit.model import CallRef, PinnedRef, SourceRef
 from refitkit.program.bits import same_bits
 from refitkit.recipe import ops
+from refitkit.recipe.batches import batched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from refitkit.model import OpCall, PlanData, Value
+    from refitkit.recipe.batches import Batch
 
 _References = (SourceRef, PinnedRef, CallRef)
 _Results: TypeAlias = tuple[torch.Tensor, ...]
@@ -184,11 +186,25 @@ class Calls:
         )
 
     def _dtype(self, value: Value) -> str:
-        if isinstance(value, SourceRef):
-            return self._leaves[value.fqn].dtype
-        if isinstance(value, PinnedRef):
-            return self._data.pinned[value.name].dtype
-        return self._data.calls[value.call].results[value.output].dtype
+        return self.facts(value)[0]
+
+    def facts(self, value: Value) -> tuple[str, tuple[int, ...]]:
+        """Dtype and shape of a value."""
+        if isinstance(value, CallRef):
+            result = self._data.calls[value.call].results[value.output]
+            return result.dtype, result.shape
+        found = (
+            self._leaves[value.fqn]
+            if isinstance(value, SourceRef)
+            else self._data.pinned[value.name]
+        )
+        return found.dtype, found.shape
+
+    @cached_property
+    def batches(self) -> Mapping[int, Batch]:
+        """Batches, by the calls in them."""
+        found = batched(self._data.calls, [one.operands for one in self.ready], self)
+        return {number: batch for batch in found for number in batch.members}
 
     def needed(self, values: Sequence[Value]) -> Counter[int]:
         """How often each call's results are used when these values are computed once each."""
@@ -213,8 +229,8 @@ def operands_of(one: OpCall) -> tuple[Value, ...]:
 
 def _places(one: OpCall) -> Iterator[tuple[int | str, int | None]]:
     """Where they stand, in the same order."""
-    where: int | str
-    for where, argument in (*enumerate(one.args), *one.kwargs.items()):
+    given: list[tuple[int | str, Any]] = [*enumerate(one.args), *one.kwargs.items()]
+    for where, argument in given:
         if isinstance(argument, _References):
             yield where, None
         elif isinstance(argument, tuple):
@@ -271,6 +287,7 @@ class Replay:
         self._calls, self._leaf, self._pinned, self._kept = calls, leaf, pinned, kept
         self._left = calls.needed(values)
         self._made: dict[int, _Results] = {}
+        self._flat: dict[int, torch.Tensor] = {}
 
     def value(self, value: Value) -> torch.Tensor:
         """Compute one."""
@@ -288,13 +305,68 @@ class Replay:
     def _results(self, number: int) -> _Results:
         found = self._made.get(number)
         if found is None:
-            found = self._steady(number) if number in self._calls.frontier else self._call(number)
+            found = self._made_now(number)
+        self._used(number, found)
+        return found
+
+    def _made_now(self, number: int) -> _Results:
+        if number in self._calls.frontier:
+            return self._steady(number)
+        batch = self._calls.batches.get(number)
+        if batch is not None and self._whole(batch):
+            return self._of_batch(batch)[number]
+        return self._call(number)
+
+    def _used(self, number: int, results: _Results) -> None:
+        """Count one use of a call's results, and forget them after the last."""
         self._left[number] -= 1
         if self._left[number] > 0:
-            self._made[number] = found
+            self._made[number] = results
         else:
             self._made.pop(number, None)
+
+    # -- many at once -----------------------------------------------------------------------
+
+    def _whole(self, batch: Batch) -> bool:
+        """Whether all calls of a batch are still to be made."""
+        return batch.members[0] not in self._flat and all(
+            self._left[number] > 0 and number not in self._made for number in batch.members
+        )
+
+    def _of_batch(self, batch: Batch) -> dict[int, _Results]:
+        first = batch.members[0]
+        operands = [self._side(batch, place) for place in range(len(batch.operands))]
+        flat = self._flat[first] = self._run(first, operands)[0]
+        pieces = flat.split_with_sizes(batch.sizes)
+        found: dict[int, _Results] = {
+            number: (piece if len(shape) == 1 else piece.view(shape),)
+            for number, piece, shape in zip(batch.members, pieces, batch.shapes, strict=True)
+        }
+        self._made.update(found)
         return found
+
+    def _side(self, batch: Batch, place: int) -> torch.Tensor:
+        """One operand of all calls of a batch, one after another."""
+        values = batch.operands[place]
+        below = self._below(batch, place)
+        if below is None:
+            tensors = [self._value(value).reshape(-1) for value in values]
+            there = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
+            return torch.cat([t if t.device == there else t.to(there) for t in tensors])
+        for number in below.members:
+            if number in self._made:
+                self._used(number, self._made[number])
+        return self._flat[below.members[0]]
+
+    def _below(self, batch: Batch, place: int) -> Batch | None:
+        """The batch whose results are this operand, if it is made as one."""
+        first = batch.operands[place][0]
+        if not batch.aligned[place] or not isinstance(first, CallRef):
+            return None
+        below = self._calls.batches[first.call]
+        if below.members[0] not in self._flat and self._whole(below):
+            self._of_batch(below)
+        return below if below.members[0] in self._flat else None
 
     def _steady(self, number: int) -> _Results:
         leaves = {fqn: self._leaf(fqn) for fqn in self._calls.follows(number)}
@@ -305,8 +377,10 @@ class Replay:
         return found
 
     def _call(self, number: int) -> _Results:
+        return self._run(number, [self._value(v) for v in self._calls.ready[number].operands])
+
+    def _run(self, number: int, operands: list[torch.Tensor]) -> _Results:
         one = self._calls.ready[number]
-        operands = [self._value(value) for value in one.operands]
         device = _device(one, operands)
         try:
             results = one([t if t.device == device else t.to(device) for t in operands])

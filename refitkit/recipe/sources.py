@@ -48,6 +48,8 @@ def _extent(value: torch.Tensor) -> int:
     """Bytes that a tensor's memory must have for its last element to lie inside."""
     if not value.numel():
         return 0
+    if value.is_contiguous():
+        return int((value.storage_offset() + value.numel()) * value.itemsize)
     last = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
     return int((value.storage_offset() + last + 1) * value.itemsize)
 
@@ -69,7 +71,8 @@ def describe_tensor(value: Any, *, persistent: bool = True) -> TensorInfo:
     unusable = unusable_reason(value)
     if not isinstance(value, torch.Tensor) or value.is_nested or is_lazy(value):
         return TensorInfo(dtype="", shape=(), persistent=persistent, unusable=unusable)
-    return TensorInfo(
+    # not validated: it is done for every tensor of every refit, and torch's word is good
+    return TensorInfo.model_construct(
         dtype=dtype_name(value.dtype),
         shape=tuple(value.shape),
         persistent=persistent,

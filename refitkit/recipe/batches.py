@@ -1,0 +1,138 @@
+"""Calls of one kind on many small tensors, made as one.
+
+A network folds each of its BatchNorms with the same few ops. Their operands, laid end to end, need
+each op once: the results are the same bits, because every element is computed on its own and
+rounded correctly (the list below has no other ops).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any, Protocol
+
+from refitkit.model import CallRef
+from refitkit.recipe import ops
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from refitkit.model import OpCall, Value
+
+_OPS = frozenset(
+    {
+        "aten.add.Tensor",
+        "aten.div.Tensor",
+        "aten.mul.Tensor",
+        "aten.neg.default",
+        "aten.sqrt.default",
+        "aten.sub.Tensor",
+    }
+)
+_FEWEST = 4
+_LARGEST = 1 << 14
+"""Most elements of one operand: to lay large ones end to end costs more than calls do."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Calls that are made as one.
+
+    Attributes:
+        members: Their numbers.
+        operands: For each operand of the op, its value in every member.
+        aligned: For each operand, whether these are the results of one batch, in its order.
+        sizes: Number of elements of each result.
+        shapes: Shape of each result.
+    """
+
+    members: tuple[int, ...]
+    operands: tuple[tuple[Value, ...], ...]
+    aligned: tuple[bool, ...]
+    sizes: list[int]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+class Facts(Protocol):
+    """What has to be known of values."""
+
+    @property
+    def steady(self) -> Collection[int]:
+        """Calls that are made otherwise."""
+
+    def facts(self, value: Value) -> tuple[str, tuple[int, ...]]:
+        """Dtype and shape of a value."""
+
+
+def batched(
+    calls: Sequence[OpCall], operands: Sequence[Sequence[Value]], facts: Facts
+) -> list[Batch]:
+    """Batches among calls.
+
+    Args:
+        calls: All calls of a plan.
+        operands: The tensors among the arguments of each call.
+        facts: Knows values.
+    """
+    kinds: dict[int, Any] = {}
+    members: dict[Any, list[int]] = defaultdict(list)
+    for number, one in enumerate(calls):
+        if number in facts.steady or not _fits(one, operands[number], facts):
+            continue
+        literals = [a for a in (*one.args, *one.kwargs.items()) if not _is_value(a)]
+        below = tuple(
+            kinds.get(value.call) if isinstance(value, CallRef) else None
+            for value in operands[number]
+        )
+        dtypes = tuple(facts.facts(value)[0] for value in operands[number])
+        kind = one.op, repr(literals), dtypes, below
+        kinds[number] = kind
+        members[kind].append(number)
+    found = {kind: numbers for kind, numbers in members.items() if len(numbers) >= _FEWEST}
+    return [_batch(numbers, calls, operands, kinds, found) for numbers in found.values()]
+
+
+def _batch(
+    numbers: list[int],
+    calls: Sequence[OpCall],
+    operands: Sequence[Sequence[Value]],
+    kinds: dict[int, Any],
+    found: dict[Any, list[int]],
+) -> Batch:
+    columns = tuple(zip(*(operands[number] for number in numbers), strict=True))
+    shapes = tuple(calls[number].results[0].shape for number in numbers)
+    return Batch(
+        members=tuple(numbers),
+        operands=columns,
+        aligned=tuple(_is_aligned(column, kinds, found) for column in columns),
+        sizes=[prod(shape) for shape in shapes],
+        shapes=shapes,
+    )
+
+
+def _is_aligned(
+    column: Sequence[Value], kinds: dict[int, Any], found: dict[Any, list[int]]
+) -> bool:
+    first = column[0]
+    if not isinstance(first, CallRef) or first.call not in kinds:
+        return False
+    numbers = [value.call for value in column if isinstance(value, CallRef)]
+    return found.get(kinds[first.call]) == numbers
+
+
+def _fits(one: OpCall, operands: Sequence[Value], facts: Facts) -> bool:
+    """Whether every operand is a small tensor of the result's shape, and the op one of ours."""
+    if one.op not in _OPS or len(one.results) != 1:
+        return False
+    shape = one.results[0].shape
+    known = [facts.facts(value) for value in operands]
+    return (
+        0 < prod(shape) <= _LARGEST
+        and all(found == shape for _, found in known)
+        and ops.is_exact_anywhere(one, [dtype for dtype, _ in known])
+    )
+
+
+def _is_value(argument: Any) -> bool:
+    return getattr(argument, "kind", "") in {"source", "pinned", "call"}
