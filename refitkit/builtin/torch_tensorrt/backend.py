@@ -86,9 +86,10 @@ class TorchTensorRTBackend:
                 "Torch-TensorRT made no engine of the program: it supports too few of its ops.",
                 hint="Lower min_block_size, or compile with 'aotinductor'.",
             )
-        found = interpret(program, target, tools)
+        found = interpret(program, target, tools, record=True)
         makers = default_makers(found.slots, check_finite=tools.check_finite)
         opened = TorchTensorRTOpened(target, makers, structures=found.structures)
+        opened.remember(program, found)
         if not target.stripped:
             _adopt(opened, found)
         return opened

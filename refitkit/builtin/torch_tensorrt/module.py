@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,7 @@ class TorchTensorRTOpened:
     structures: tuple[Structure, ...] = ()
 
     def __post_init__(self) -> None:
+        self._planned: tuple[weakref.ref[ExportedProgram], Interpreted] | None = None
         engines = {name: self.makers.engine(one) for name, one in self.target.engines.items()}
         parts = self.target.torch_parts.items()
         self._engines = {**engines, **{name: self.makers.torch_part(name, p) for name, p in parts}}
@@ -145,11 +147,22 @@ class TorchTensorRTOpened:
         Raises:
             PlanMismatchError: The program makes other engines, or other ones than the first.
         """
-        found = interpret(program, self.target, tools, record=record)
+        found = self._remembered(program) if record else None
+        if found is None:
+            found = interpret(program, self.target, tools, record=record)
         if self.structures:
             check_structures(found.structures, self.structures)
         self.structures = found.structures
         return found
+
+    def remember(self, program: ExportedProgram, found: Interpreted) -> None:
+        """Note what this very program was interpreted as, for the plan that is made next."""
+        self._planned = weakref.ref(program), found
+
+    def _remembered(self, program: ExportedProgram) -> Interpreted | None:
+        """That, once: it holds all weights."""
+        planned, self._planned = self._planned, None
+        return planned[1] if planned is not None and planned[0]() is program else None
 
     def reopen(self) -> TorchTensorRTOpened:
         """A second, independent one with the same present weights."""
