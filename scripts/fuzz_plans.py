@@ -80,6 +80,8 @@ def run_worker(first: int, size: int) -> Iterator[tuple[int, str, str]]:
                 found = json.loads(line)
                 following = found["number"] + 1
                 yield found["number"], found["verdict"], found["more"]
+    if worker.returncode and following == first and worker.returncode > 0:
+        raise SystemExit("No mutant could be tried: see the error above.")
     if worker.returncode:
         yield following, f"fault: the process died with {worker.returncode}", ""
 
