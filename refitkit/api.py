@@ -50,7 +50,7 @@ def plan(
     return Pipeline().plan(program, target, backend, options, prove=prove)
 
 
-def refit(
+def refit(  # noqa: PLR0913 - one verb; all but two are given by name
     target: object,
     weights: object,
     *,
@@ -60,6 +60,7 @@ def refit(
     verify: str | None = None,
     partial: bool = False,
     copy: bool = False,
+    delta: bool | None = None,
 ) -> RefitResult:
     """Put new weights into a compiled module; see :meth:`refitkit.Pipeline.refit`."""
     return Pipeline().refit(
@@ -71,6 +72,7 @@ def refit(
         verify=verify,
         partial=partial,
         copy=copy,
+        delta=delta,
     )
 
 

@@ -45,6 +45,7 @@ class Config(Frozen):
         tolerances: ``(absolute, relative)`` by dtype: an output passes the verifier ``outputs`` if
             no element differs by more than absolute + relative x the largest absolute element of
             the reference output.
+        delta: Whether refits write only slots whose weights changed, where ``delta=`` is not given.
         plan_cache: Folder in which plans are kept, so that the same program is not planned twice;
             None: the one that the environment variable ``REFITKIT_PLAN_CACHE`` names, if any. Who
             can write to it decides which weight goes where: it must be as safe as the engines.
@@ -55,6 +56,7 @@ class Config(Frozen):
     check_finite: bool = True
     rollback_limit: int | None = Field(default=None, ge=0)
     tolerances: dict[str, tuple[Bound, Bound]] = Field(default_factory=lambda: dict(TOLERANCES))
+    delta: bool = False
     plan_cache: Path | None = None
 
     @field_validator("tolerances")

@@ -108,8 +108,10 @@ class RefitReport(Frozen):
         version: Number of the weights that the module holds after this: 0 as compiled or loaded,
             then counting up with every commit.
         partial: Whether slots without a new value were left as they are.
+        delta: Whether slots whose weights did not change were left as they are.
         changed: Whether any bit of any slot changed; None where no engine can tell.
         slots_written: Number of slots that got a value.
+        slots_unchanged: Number of slots that were left as they are because of ``delta``.
         bytes_written: Bytes of those slots.
         stages: Time of each stage, in order.
         memory: What keeping the way back costs.
@@ -123,8 +125,10 @@ class RefitReport(Frozen):
     source: str
     version: int
     partial: bool = False
+    delta: bool = False
     changed: bool | None = None
     slots_written: int = 0
+    slots_unchanged: int = 0
     bytes_written: int = 0
     stages: tuple[StageTime, ...] = ()
     memory: tuple[EngineMemory, ...] = ()

@@ -43,6 +43,7 @@ class Transaction:
         self._module, self._gate, self._staged = module, gate, staged
         self._on_rollback = on_rollback
         self._touched: list[tuple[str, StagedRefit]] = []
+        self._judged = False
 
     def run(self, judge: Callable[[], None], timed: AbstractContextManager[None]) -> None:
         """Commit all engines and have the result judged, while calls wait.
@@ -66,6 +67,7 @@ class Transaction:
                 self._gate.poison("a commit was interrupted")
                 with timed:
                     self._commit()
+                self._judged = True
                 judge()
             except BaseException as exc:
                 self._back(exc)
@@ -86,7 +88,7 @@ class Transaction:
                 one.rollback()
             except BaseException as exc:  # noqa: BLE001 - every engine must be tried
                 failure = exc
-        if failure is None and self._touched:
+        if failure is None and (self._touched or self._judged):
             try:
                 self._on_rollback()
             except BaseException as exc:  # noqa: BLE001 - it decides whether calls are safe

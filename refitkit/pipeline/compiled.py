@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from refitkit.model import Slot
+    from refitkit.pipeline.delta import Live
     from refitkit.program import KeptProgram
     from refitkit.protocols import Engine, OpenedModule
     from refitkit.recipe import RefitPlan
@@ -28,6 +29,7 @@ class CompiledModule:
         program: The program that was compiled, without its weights; None where it was not kept.
         version: Number of the weights that it holds: 0 as compiled or loaded, one more with every
             committed refit.
+        live: What its slots were computed from, where the last refit was one with ``delta``.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class CompiledModule:
         self.plan = plan
         self.program = program
         self.version = 0
+        self.live: Live | None = None
         self.gate = Gate()
         self._opened = opened
         self._saver = saver

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         WeightSource,
     )
 
+_UNCHANGED = "unchanged: it holds already what its weights give"
 _ON_UNSERVED = (
     "Leave them as they are with partial=True, install a plugin that maps them, or leave "
     "Config.strategies empty: then all strategies are tried."
@@ -44,11 +45,13 @@ class Mapping:
         plan: The plan that was followed.
         values: Values by ``(engine, slot)``.
         reasons: For each slot, what strategies said that did not serve it.
+        unchanged: Slots that hold already what the source has for them; nobody is asked for them.
     """
 
     plan: Plan
     values: dict[tuple[str, str], SlotValue] = field(default_factory=dict)
     reasons: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    unchanged: frozenset[tuple[str, str]] = frozenset()
 
     def unserved(self) -> list[LedgerRow]:
         """Rows without a value that need one.
@@ -61,7 +64,7 @@ class Mapping:
     def _is_unserved(self, row: LedgerRow) -> bool:
         key = row.slot.key
         held = row.state is SlotState.FROZEN and row.value is None and key not in self.reasons
-        return key not in self.values and not held
+        return key not in self.values and key not in self.unchanged and not held
 
     def keep_pinned(self) -> None:
         """Drop values that come from the plan and not from the source.
@@ -84,6 +87,8 @@ class Mapping:
     def _row(self, row: LedgerRow) -> ReportRow:
         value = self.values.get(row.slot.key)
         said = "; ".join(self.reasons.get(row.slot.key, ()))
+        if row.slot.key in self.unchanged:
+            said = _UNCHANGED
         return ReportRow(
             engine=row.slot.engine,
             slot=row.slot.name,
@@ -101,9 +106,12 @@ def map_slots(
     source: WeightSource,
     program: BindableProgram | None,
     config: Config,
+    *,
+    unchanged: frozenset[tuple[str, str]] = frozenset(),
 ) -> Mapping:
-    """Ask the strategies, in order, for what is still without a value."""
-    mapping, tools = Mapping(plan), tools_for(host, config, "refit", "map")
+    """Ask the strategies, in order, for what is still without a value and not unchanged."""
+    mapping = Mapping(plan, unchanged=unchanged)
+    tools = tools_for(host, config, "refit", "map")
     for strategy in _in_order(host, config):
         wanted = tuple(mapping.unserved())
         if not wanted:
@@ -159,10 +167,12 @@ def require_reached(mapping: Mapping, source: WeightSource) -> None:
 
 def _require_known(mapping: Mapping, source: WeightSource, unknown: list[LedgerRow]) -> None:
     reached = {name for value in mapping.values.values() for name in value.sources}
+    unchanged = [row for row in mapping.plan.data.ledger if row.slot.key in mapping.unchanged]
+    reached.update(name for row in unchanged for name in row.sources)
     whole = any(not value.sources for value in mapping.values.values())
     used = {leaf.fqn for leaf in mapping.plan.data.leaves if leaf.used}
     lost = [] if whole else [name for name in source.names() if name in used - reached]
-    if lost or not mapping.values:
+    if lost or not (mapping.values or unchanged):
         problems = [Problem(name, "no written slot comes from it") for name in lost]
         problems += [
             Problem(f"{row.slot.engine}/{row.slot.name}", "may come from it") for row in unknown

@@ -269,7 +269,7 @@ class Pipeline:
             self._prove(copy, program)
         compiled.plan, compiled.program = plan, kept
 
-    def refit(
+    def refit(  # noqa: PLR0913 - one verb; all but two are given by name
         self,
         target: object,
         weights: object,
@@ -280,6 +280,7 @@ class Pipeline:
         verify: str | None = None,
         partial: bool = False,
         copy: bool = False,
+        delta: bool | None = None,
     ) -> RefitResult:
         """Put new weights into a compiled module: wholly and verified, or not at all.
 
@@ -296,6 +297,9 @@ class Pipeline:
             partial: Whether slots that the weights have nothing for keep what they hold. Otherwise
                 something missing is an error.
             copy: Whether to refit a second module and leave this one alone.
+            delta: Whether to write only what changed since the last refit with ``delta`` of this
+                module: slots whose weights have the same bits are left as they are. The first such
+                refit writes everything. None: as ``Config.delta`` says.
 
         Raises:
             SourceError: The weights cannot be read.
@@ -308,7 +312,8 @@ class Pipeline:
         compiled = self._compiled(target)
         if copy and compiled is target:
             compiled = self.copy(compiled)
-        wish = Wish(weights, plan, inputs, reference, verify, partial)
+        delta = self.config.delta if delta is None else delta
+        wish = Wish(weights, plan, inputs, reference, verify, partial, delta)
         report = Refit(self.host, self.config, compiled, wish).run()
         return RefitResult(compiled, report)
 

@@ -49,7 +49,7 @@ def prove(pipeline: Pipeline, compiled: CompiledModule, program: ExportedProgram
     try:
         return _trials(pipeline, compiled, program, how)
     finally:
-        pipeline.refit(compiled, program, verify="none")
+        pipeline.refit(compiled, program, verify="none", delta=False)
         compiled.free_spare()
         compiled.version = 0
 
@@ -79,7 +79,7 @@ def _trials(
     for seed in _SEEDS:
         weights = _others(program, seed)
         try:
-            pipeline.refit(compiled, weights, inputs=how.inputs, verify=how.verifier)
+            pipeline.refit(compiled, weights, inputs=how.inputs, verify=how.verifier, delta=False)
         except VerificationError as exc:
             if not _endless(exc):
                 raise NotRefittableError(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from refitkit.errors import PlanMismatchError, VerificationError
+from refitkit.errors import NotRefittableError, PlanMismatchError, VerificationError
 from refitkit.pipeline import verify
 from refitkit.pipeline.check import check_abilities, check_weights
 from refitkit.pipeline.clock import Clock
 from refitkit.pipeline.commit import Transaction
+from refitkit.pipeline.delta import Delta
 from refitkit.pipeline.load import open_weights
 from refitkit.pipeline.mapping import map_slots, require_all, require_reached
 from refitkit.pipeline.report import Findings
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
     from refitkit.host import Host
     from refitkit.model import RefitReport, VerificationResult
     from refitkit.pipeline.compiled import CompiledModule
+    from refitkit.pipeline.delta import Live
     from refitkit.pipeline.mapping import Mapping
-    from refitkit.protocols import OpenedModule, WeightSource
+    from refitkit.protocols import OpenedModule, Plan, WeightSource
     from refitkit.recipe import RefitPlan
 
 
@@ -39,6 +41,7 @@ class Wish:
     reference: Any = None
     verify: str | None = None
     partial: bool = False
+    delta: bool = False
 
 
 class Refit:
@@ -49,6 +52,7 @@ class Refit:
         self._host, self._config, self._compiled, self._wish = host, config, compiled, wish
         self._module = compiled.opened
         self._clock = Clock(host, "refit")
+        self._delta: Delta | None = None
 
     def run(self) -> RefitReport:
         """Do it.
@@ -58,20 +62,24 @@ class Refit:
                 as before.
         """
         with self._compiled.gate.refit():
-            before, partial = self._compiled.version, self._wish.partial
-            self._found = Findings(self._compiled.backend, before, partial, self._clock)
+            before, wish = self._compiled.version, self._wish
+            self._found = Findings(
+                self._compiled.backend, before, wish.partial, wish.delta, self._clock
+            )
             with self._clock.stage("load"):
                 source = open_weights(self._host, self._wish.weights, self._config)
                 self._found.source = source.description
                 plan = self._bound_plan()
+            self._delta = self._compared(plan, source) if wish.delta else None
             with self._clock.stage("map"):
-                mapping = self._map(plan, source)
+                unchanged = self._delta.unchanged if self._delta else frozenset()
+                mapping = self._map(plan, source, unchanged)
                 self._found.mapping = mapping
             with self._clock.stage("check"):
                 self._check(plan, source, mapping)
             with self._clock.stage("prepare"):
                 judge = self._prepared(plan, source, mapping)
-            return self._write(mapping, judge)
+            return self._write(source, mapping, judge)
 
     def _bound_plan(self) -> RefitPlan:
         plan = self._wish.plan or self._compiled.plan
@@ -84,9 +92,23 @@ class Refit:
         plan.check_engines(self._compiled.backend, self._compiled.slots)
         return plan
 
-    def _map(self, plan: RefitPlan, source: WeightSource) -> Mapping:
-        program = self._compiled.program
-        return map_slots(self._host, plan, self._module, source, program, self._config)
+    def _compared(self, plan: RefitPlan, source: WeightSource) -> Delta:
+        with self._clock.stage("compare"):
+            live, version = self._compiled.live, self._compiled.version
+            return Delta(plan, self._module, source, live, version)
+
+    def _map(
+        self, plan: Plan, source: WeightSource, unchanged: frozenset[tuple[str, str]]
+    ) -> Mapping:
+        return map_slots(
+            self._host,
+            plan,
+            self._module,
+            source,
+            self._compiled.program,
+            self._config,
+            unchanged=unchanged,
+        )
 
     def _check(self, plan: RefitPlan, source: WeightSource, mapping: Mapping) -> None:
         partial = self._wish.partial
@@ -112,7 +134,7 @@ class Refit:
             plan=plan,
             module=self._module,
             source=source,
-            values=mapping.values,
+            values=self._whole(source, mapping).values,
             inputs=inputs,
             reference=wish.reference,
             program=self._compiled.program,
@@ -121,18 +143,47 @@ class Refit:
         )
         return verify.prepared(verifier, request)
 
+    def _whole(self, source: WeightSource, mapping: Mapping) -> Mapping:
+        """Values of unchanged slots, too."""
+        if not mapping.unchanged:
+            return mapping
+        whole = self._map(mapping.plan, source, frozenset())
+        whole.values.update(mapping.values)
+        return whole
+
     def _write(
-        self, mapping: Mapping, judge: Callable[[OpenedModule], VerificationResult] | None
+        self,
+        source: WeightSource,
+        mapping: Mapping,
+        judge: Callable[[OpenedModule], VerificationResult] | None,
     ) -> RefitReport:
         staged = Staged(self._module)
         try:
             with self._clock.stage("stage"):
-                staged.fill(mapping.values, partial=self._wish.partial)
+                self._stage(staged, source, mapping)
                 self._found.changed = staged.changed()
                 self._found.memory = staged.memory()
             return self._commit(staged, judge)
         finally:
             staged.discard()
+
+    def _stage(self, staged: Staged, source: WeightSource, mapping: Mapping) -> None:
+        """Stage what changed; all of it where an engine has lost what the others hold."""
+        if not mapping.unchanged:
+            staged.fill(mapping.values, partial=self._wish.partial)
+            return
+        keeping = {engine for engine, _ in mapping.unchanged}
+        some = {key: value for key, value in mapping.values.items() if key[0] in keeping}
+        rest = {key: value for key, value in mapping.values.items() if key[0] not in keeping}
+        try:
+            staged.fill(rest, partial=self._wish.partial)
+            staged.fill(some, partial=True)
+        except NotRefittableError:
+            if self._wish.partial:
+                raise
+            staged.discard()
+            self._found.mapping = self._whole(source, mapping)
+            staged.fill(self._found.mapping.values, partial=False)
 
     def _commit(
         self, staged: Staged, judge: Callable[[OpenedModule], VerificationResult] | None
@@ -143,12 +194,14 @@ class Refit:
                 self._judge(judge)
             reports.append(self._found.report("committed"))
             self._compiled.version += 1
+            self._compiled.live = self._now_live()
 
         def taken_back() -> None:
-            self._compiled.version = self._found.before
+            self._compiled.version, self._compiled.live = self._found.before, live
             self._tell(self._found.report("rolled-back"))
 
         reports: list[RefitReport] = []
+        live = self._compiled.live
         gate = self._compiled.gate
         transaction = Transaction(self._module, gate, staged, on_rollback=taken_back)
         try:
@@ -157,6 +210,11 @@ class Refit:
             exc.report = self._found.report("rolled-back")
             raise
         return reports[0]
+
+    def _now_live(self) -> Live | None:
+        if self._delta is None or self._found.mapping is None:
+            return None
+        return self._delta.after(self._found.mapping.values, self._compiled.version)
 
     def _tell(self, report: RefitReport) -> None:
         self._host.call("refitkit_weights_changed", module=self._module, report=report)

@@ -27,6 +27,7 @@ class Findings:
     backend: str
     before: int
     partial: bool
+    delta: bool
     clock: Clock
     source: str = ""
     mapping: Mapping | None = None
@@ -43,8 +44,10 @@ class Findings:
             source=self.source,
             version=self.before + (outcome == "committed"),
             partial=self.partial,
+            delta=self.delta,
             changed=self.changed,
             slots_written=len(values),
+            slots_unchanged=len(self.mapping.unchanged) if self.mapping else 0,
             bytes_written=sum(value.slot.nbytes for value in values),
             stages=self.clock.stages,
             memory=self.memory,

@@ -1,0 +1,599 @@
+"""Refits that write only what changed: by bits, by plan, by module, and never a stale slot."""
+
+from __future__ import annotations
+
+import math
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from refitkit.errors import (
+    EngineError,
+    NotRefittableError,
+    RefitError,
+    UnmappedSlotError,
+    VerificationError,
+    WeightMismatchError,
+)
+from refitkit.model import CallRef, LeafKind, LedgerRow, SlotState, SourceRef
+from refitkit.pipeline import CompiledModule, Pipeline
+from refitkit.pipeline.delta import digest_of
+from refitkit.protocols import Mapped, SlotValue
+from refitkit.recipe import TensorMap
+from tests.fakes import (
+    CountingMapping,
+    FakeEngine,
+    FakeModule,
+    FakePlugin,
+    OpenEngine,
+    TrippingPlugin,
+    Tripwire,
+    call_row,
+    guard_of,
+    leaf_for,
+    make_module,
+    make_plan,
+    make_slot,
+    op_call,
+    pinned_row,
+    plan_for,
+    recipe_row,
+    same_state,
+    weights_for,
+)
+from tests.unit.pipeline.test_interrupts import Interrupter
+from tests.unit.pipeline.test_mapping import Strategies, Strategy
+
+if TYPE_CHECKING:
+    from refitkit.model import RefitReport
+    from refitkit.recipe import RefitPlan
+
+NAN = float("nan")
+
+
+WRONG: Any = {"verify": "outputs", "reference": {}, "inputs": (torch.ones(()),)}
+"""A verification that no module passes."""
+
+
+class Scene:
+    """A compiled module, refitted with ``delta``; it knows which slots a refit wrote."""
+
+    def __init__(
+        self,
+        module: FakeModule | None = None,
+        plan: RefitPlan | None = None,
+        *plugins: object,
+        **settings: Any,
+    ) -> None:
+        self.module = module or make_module(3)
+        self.pipeline = Pipeline(settings, plugins=[FakePlugin(), *plugins])
+        self.compiled: CompiledModule = self.pipeline.load(self.module)
+        self.compiled.plan = plan or self.compiled.plan
+        self.report: RefitReport | None = None
+
+    def refit(self, weights: Any, *, delta: bool | None = True, **how: Any) -> set[str]:
+        """Names of the slots that were staged."""
+        engines = self.module.engines.values()
+        before = {engine.name: len(engine.staged) for engine in engines}
+        self.report = self.pipeline.refit(self.compiled, weights, delta=delta, **how).report
+        return {
+            slot
+            for engine in engines
+            for staged in engine.staged[before[engine.name] :]
+            for slot in staged.values
+        }
+
+    def holds(self) -> dict[str, torch.Tensor]:
+        return {name.partition("/")[2]: value for name, value in self.module.holds().items()}
+
+
+def weights(fill: float = 1.0, engines: int = 3) -> dict[str, torch.Tensor]:
+    return weights_for(make_module(engines), fill)
+
+
+def test_the_first_writes_everything_the_next_what_changed() -> None:
+    scene = Scene()
+    assert scene.refit(weights()) == set(weights())
+    changed = {**weights(), "e1.bias": torch.ones(2)}
+    assert scene.refit(changed) == {"e1.bias"}
+    assert same_state(scene.holds(), changed)
+    assert scene.compiled.version == 2
+
+
+def test_only_engines_with_changes_are_staged() -> None:
+    scene = Scene()
+    scene.refit(weights())
+    scene.module.engines["e0"].wire.arm()
+    scene.refit({**weights(), "e1.bias": torch.ones(2)})
+    calls = scene.module.engines["e0"].wire.calls
+    assert [c for c in calls if "stage" in c] == ["e1.stage-partial", "e1.stage-end"]
+    assert [c for c in calls if c.endswith(".commit")] == ["e1.commit"]
+
+
+def test_an_engine_of_which_everything_changed_is_staged_whole() -> None:
+    scene = Scene()
+    scene.refit(weights())
+    scene.module.engines["e0"].wire.arm()
+    new = {name: value + (name[:2] == "e1") for name, value in weights().items()}
+    assert scene.refit(new) == {"e1.weight", "e1.bias"}
+    assert "e1.stage" in scene.module.engines["e0"].wire.calls
+
+
+def test_the_report_says_what_was_left() -> None:
+    scene = Scene()
+    scene.refit(weights())
+    assert scene.report is not None
+    assert (scene.report.delta, scene.report.slots_unchanged) == (True, 0)
+    scene.refit({**weights(), "e1.bias": torch.ones(2)})
+    report = scene.report
+    assert (report.slots_written, report.slots_unchanged, report.bytes_written) == (1, 5, 8)
+    rows = {row.slot: row for row in report.ledger}
+    assert rows["e1.bias"].strategy == "recipe"
+    assert rows["e0.bias"].strategy == ""
+    assert rows["e0.bias"].reason == "unchanged: it holds already what its weights give"
+    assert "compare" in [stage.stage for stage in report.stages]
+    scene.refit(weights(), delta=False)
+    assert (scene.report.delta, scene.report.slots_unchanged) == (False, 0)
+
+
+def test_nothing_changed_writes_nothing_and_is_a_refit() -> None:
+    scene = Scene()
+    scene.refit(weights())
+    assert scene.refit(weights()) == set()
+    assert scene.report is not None
+    assert (scene.report.changed, scene.report.version) == (False, 2)
+    assert any("nothing changed" in note for note in scene.report.notes)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(0.0, -0.0), (1.0, 1.0000001), (1.0, NAN), (NAN, -NAN)],
+    ids=["negative zero", "next float", "nan", "another nan"],
+)
+def test_bits_decide(old: float, new: float) -> None:
+    scene = Scene(check_finite=False)
+    first = {**weights(), "e0.bias": torch.tensor([old, old])}
+    scene.refit(first)
+    assert scene.refit(first) == set()
+    second = {**first, "e0.bias": torch.tensor([old, new])}
+    if math.isnan(old):  # the sign of a NaN is lost in Python
+        second["e0.bias"] = first["e0.bias"].view(torch.int32).bitwise_xor(1).view(torch.float32)
+    assert scene.refit(second) == {"e0.bias"}
+    assert same_state(scene.holds(), second)
+
+
+def test_layout_does_not_count() -> None:
+    scene = Scene()
+    first = {**weights(), "e0.weight": torch.arange(6.0).reshape(2, 3)}
+    scene.refit(first)
+    turned = {**first, "e0.weight": first["e0.weight"].t().contiguous().t()}
+    wide = torch.full((2, 6), 9.0)
+    wide[:, ::2] = first["e1.weight"]
+    assert scene.refit({**turned, "e1.weight": wide[:, ::2]}) == set()
+    moved = {**turned, "e0.weight": turned["e0.weight"].flip(0)}
+    assert scene.refit(moved) == {"e0.weight"}
+    assert same_state(scene.holds(), moved)
+
+
+def test_the_callers_tensors_may_change_in_place() -> None:
+    """Digests are of what was written, not of tensors that live on."""
+    scene = Scene()
+    mine = weights()
+    scene.refit(mine)
+    mine["e2.bias"].add_(1.0)
+    assert scene.refit(mine) == {"e2.bias"}
+    assert same_state(scene.holds(), mine)
+
+
+def test_what_a_digest_tells_apart() -> None:
+    zeros = torch.zeros(4)
+    others = {
+        "shape": zeros.reshape(2, 2),
+        "dtype": zeros.to(torch.int32),
+        "value": torch.tensor([0.0, 0.0, 0.0, -0.0]),
+        "empty": zeros[:0],
+        "empty and wide": zeros.reshape(2, 2)[:0],
+        "conj": torch.zeros(2, dtype=torch.complex64).conj(),
+        "half": torch.zeros(8, dtype=torch.float8_e4m3fn),
+        "scalar": torch.zeros(()),
+    }
+    found = {digest_of(name, TensorMap(others)) for name in others}
+    assert len(found) == len(others)
+    same = TensorMap({"a": zeros, "b": torch.zeros(9)[1:5], "c": torch.nn.Parameter(zeros)})
+    assert len({digest_of(name, same) for name in "abc"}) == 1
+    flat = torch.arange(4.0)
+    order = TensorMap({"a": flat.reshape(2, 2), "b": flat.reshape(2, 2).t()})
+    assert digest_of("a", order) != digest_of("b", order)
+
+
+# -- what makes knowledge stale ---------------------------------------------------------------
+
+
+def test_a_refit_without_delta_forgets() -> None:
+    scene = Scene()
+    scene.refit(weights(1.0))
+    scene.refit(weights(5.0), delta=False)
+    assert scene.refit(weights(1.0)) == set(weights())
+    assert same_state(scene.holds(), weights(1.0))
+
+
+def test_a_partial_refit_without_delta_forgets() -> None:
+    scene = Scene()
+    scene.refit(weights(1.0))
+    scene.refit({"e0.bias": torch.ones(2)}, delta=False, partial=True)
+    assert scene.refit(weights(1.0)) == set(weights())
+
+
+def test_a_failed_refit_changes_nothing_that_is_known() -> None:
+    """A by delta, B fails and is rolled back, C by delta: against A."""
+    scene = Scene()
+    a, b = weights(1.0), {**weights(1.0), "e1.bias": torch.full((2,), 7.0)}
+    scene.refit(a)
+    known = scene.compiled.live
+    with pytest.raises(VerificationError):
+        scene.refit(b, **WRONG)
+    assert same_state(scene.holds(), a)
+    assert scene.compiled.live is known
+    c = {**a, "e2.bias": torch.full((2,), 9.0)}
+    assert scene.refit(c) == {"e2.bias"}
+    assert same_state(scene.holds(), c)
+    assert scene.refit(b) == {"e1.bias", "e2.bias"}
+    assert same_state(scene.holds(), b)
+
+
+def test_a_failed_full_refit_changes_nothing_that_is_known() -> None:
+    scene = Scene()
+    a = weights(1.0)
+    scene.refit(a)
+    with pytest.raises(VerificationError):
+        scene.refit(weights(5.0), delta=False, **WRONG)
+    assert scene.refit({**a, "e0.bias": torch.zeros(2)}) == {"e0.bias"}
+
+
+def test_every_failure_of_a_refit_leaves_what_is_known() -> None:
+    """Wherever it fails, the next refit by delta gives the right module."""
+    wire = Tripwire()
+    scene = Scene(make_module(2, wire=wire), None, TrippingPlugin(wire))
+    a, b = weights(1.0, 2), {**weights(1.0, 2), "e1.bias": torch.full((2,), 7.0)}
+    scene.refit(a)
+    wire.arm()
+    scene.refit(b)
+    labels = list(wire.calls)
+    scene.refit(a)
+    for number, label in enumerate(labels):
+        wire.arm({number: RuntimeError(label)})
+        try:
+            scene.refit(b)
+        except Exception:  # noqa: BLE001 - of any kind; what is live counts
+            wire.arm()
+        if not scene.compiled.gate.lost:
+            scene.refit(a)
+            assert same_state(scene.holds(), a), label
+    assert len(labels) > 20
+
+
+def test_a_verdict_on_nothing_is_taken_back_too() -> None:
+    """Plugins were told of a commit: they are told that it was undone."""
+    plugin = TrippingPlugin(Tripwire())
+    scene = Scene(make_module(1), None, plugin)
+    scene.refit(weights(1.0, 1))
+    plugin.reports.clear()
+    plugin.verdict = False
+    with pytest.raises(VerificationError):
+        scene.refit(weights(1.0, 1), verify="tripping-verifier")
+    assert [report.outcome for report in plugin.reports] == ["committed", "rolled-back"]
+    assert scene.compiled.version == 1
+
+
+def test_a_module_that_was_counted_anew_is_written_whole() -> None:
+    scene = Scene()
+    scene.refit(weights())
+    scene.compiled.version = 7
+    assert scene.refit(weights()) == set(weights())
+
+
+def test_two_modules_do_not_mix() -> None:
+    one, other = Scene(), Scene()
+    one.refit(weights(1.0))
+    assert other.refit(weights(1.0)) == set(weights())
+    assert one.refit(weights(1.0)) == set()
+
+
+def test_a_copy_knows_nothing() -> None:
+    scene = Scene()
+    scene.refit(weights(1.0))
+    result = scene.pipeline.refit(scene.compiled, weights(1.0), delta=True, copy=True)
+    assert (result.report.slots_written, result.report.slots_unchanged) == (6, 0)
+    report = scene.pipeline.refit(result.module, weights(1.0), delta=True).report
+    assert (report.slots_written, report.slots_unchanged) == (0, 6)
+    assert scene.refit(weights(1.0)) == set()
+
+
+def test_another_plan_writes_everything() -> None:
+    module = FakeModule([OpenEngine("e0", {"s": torch.zeros(2)})])
+    slot = module.engines["e0"].slots["s"]
+    leaves = [leaf_for(slot, fqn="w")]
+    plans = [
+        make_plan([call_row(slot, 0, "w")], leaves=leaves, calls=[op_call(op, "@w")])
+        for op in ("neg.default", "abs.default", "neg.default")
+    ]
+    scene = Scene(module, plans[0])
+    given = {"w": torch.ones(2)}
+    assert scene.refit(given) == {"s"}
+    assert scene.refit(given, plan=plans[1]) == {"s"}
+    assert scene.holds()["s"].tolist() == [1.0, 1.0]
+    assert scene.refit(given) == {"s"}
+    assert scene.holds()["s"].tolist() == [-1.0, -1.0]
+    assert scene.refit(given, plan=plans[2]) == set()  # the same, in another object
+
+
+# -- what slots follow from -------------------------------------------------------------------
+
+
+def folded() -> tuple[FakeModule, RefitPlan]:
+    """``scale`` of three, one of them kept; ``w`` as it is; ``mask`` kept; ``eps`` a literal."""
+    names = ("scale", "w", "mask", "literal")
+    module = FakeModule([OpenEngine("e0", {n: torch.zeros(2) for n in names})])
+    scale, w, mask, literal = module.engines["e0"].slots.values()
+    leaves = [leaf_for(scale, fqn=name) for name in ("g", "var", "w", "twin")]
+    leaves += [leaf_for(mask, LeafKind.NON_PERSISTENT_BUFFER, n) for n in ("eps", "mask")]
+    frozen = pinned_row(literal).model_copy(update={"state": "frozen"})
+    plan = make_plan(
+        [
+            call_row(scale, 1, "g", "var", "eps"),
+            recipe_row(w, "w", "twin"),
+            pinned_row(mask, "mask"),
+            frozen,
+        ],
+        leaves=leaves,
+        ties=[("w", "twin")],
+        calls=[op_call("add.Tensor", "@var", "@eps"), op_call("mul.Tensor", "@g", CallRef(call=0))],
+        pinned={n: torch.full((2,), 3.0) for n in ("eps", "mask", "literal")},
+    )
+    return module, plan
+
+
+GIVEN = {name: torch.ones(2) for name in ("g", "var", "w")}
+
+
+def test_any_source_of_a_computed_slot_counts() -> None:
+    scene = Scene(*folded())
+    assert scene.refit(GIVEN) == {"scale", "w", "mask", "literal"}
+    assert scene.refit(GIVEN) == set()
+    for name in ("g", "var"):
+        new = {**GIVEN, name: torch.full((2,), 5.0)}
+        assert scene.refit(new) == {"scale"}
+        assert scene.holds()["scale"].tolist() == [5.0 * 4.0 if name == "g" else 8.0] * 2
+        assert scene.refit(GIVEN) == {"scale"}
+
+
+def test_a_kept_value_that_is_given_and_then_not_is_a_change() -> None:
+    scene = Scene(*folded())
+    scene.refit(GIVEN)
+    over = {**GIVEN, "eps": torch.zeros(2), "mask": torch.ones(2)}
+    assert scene.refit(over) == {"scale", "mask"}
+    assert scene.holds()["scale"].tolist() == [1.0, 1.0]
+    assert scene.refit(over) == set()
+    assert scene.refit(GIVEN) == {"scale", "mask"}
+    assert [scene.holds()[n].tolist() for n in ("scale", "mask")] == [[4.0, 4.0], [3.0, 3.0]]
+
+
+def test_the_name_of_a_tied_weight_does_not_count() -> None:
+    scene = Scene(*folded())
+    scene.refit(GIVEN)
+    renamed = {"g": GIVEN["g"], "var": GIVEN["var"], "twin": GIVEN["w"]}
+    assert scene.refit(renamed) == set()
+    assert scene.refit({**GIVEN, "twin": GIVEN["w"].clone()}) == set()
+    assert scene.refit({**renamed, "twin": torch.zeros(2)}) == {"w"}
+    with pytest.raises(WeightMismatchError):
+        scene.refit({**GIVEN, "twin": torch.zeros(2)})
+
+
+def test_slots_that_calls_change_are_always_written() -> None:
+    """What was written is not what is live."""
+    module = make_module(1)
+    engine = module.engines["e0"]
+    engine.slots["e0.bias"] = engine.slots["e0.bias"].model_copy(update={"mutable": True})
+    scene = Scene(module, plan_for(module))
+    scene.refit(weights(1.0, 1))
+    engine.live["e0.bias"] = torch.full((2,), 9.0)
+    assert scene.refit(weights(1.0, 1)) == {"e0.bias"}
+    assert same_state(scene.holds(), weights(1.0, 1))
+
+
+def test_slots_of_buffers_that_calls_change_are_always_written() -> None:
+    module = make_module(1)
+    slots = module.engines["e0"].slots
+    leaves = [leaf_for(slots["e0.weight"]), leaf_for(slots["e0.bias"], LeafKind.BUFFER)]
+    leaves[1] = leaves[1].model_copy(update={"mutated": True})
+    scene = Scene(module, plan_for(module, leaves=leaves))
+    scene.refit(weights(1.0, 1))
+    assert scene.refit(weights(1.0, 1)) == {"e0.bias"}
+
+
+def test_values_of_other_strategies_are_always_written() -> None:
+    strategy = Strategy("mine", {"e0.bias"}, priority=1)
+    module = make_module(1)
+    scene = Scene(module, None, Strategies(strategy))
+    scene.refit({**weights(1.0, 1), "e0.bias": torch.ones(2)})
+    assert scene.refit({**weights(1.0, 1), "e0.bias": torch.ones(2)}) == {"e0.bias"}
+    strategy.serves = set()
+    assert scene.refit(weights(1.0, 1)) == {"e0.bias"}
+    assert scene.refit(weights(1.0, 1)) == set()
+
+
+def guarded() -> tuple[FakeModule, RefitPlan]:
+    module, slot = make_module(1), make_slot("g")
+    leaves = [*plan_for(module).data.leaves, leaf_for(slot)]
+    guard = guard_of(SourceRef(fqn="g"), torch.ones(2), "bool() of g")
+    return module, plan_for(module, leaves=leaves, guards=[guard])
+
+
+def test_a_guard_that_breaks_makes_every_slot_a_changed_one() -> None:
+    """No slot follows from it; all hold because of it."""
+    scene = Scene(*guarded())
+    good = {**weights(1.0, 1), "g": torch.ones(2)}
+    scene.refit(good)
+    assert scene.refit(good) == set()
+    with pytest.raises(UnmappedSlotError) as info:
+        scene.refit({**good, "g": torch.zeros(2)})
+    assert info.value.problems[0].kind == "guard"
+    assert scene.refit({**good, "e0.bias": torch.zeros(2)}) == {"e0.bias"}
+
+
+def test_after_a_broken_guard_nothing_is_known_of_what_others_gave() -> None:
+    module, plan = guarded()
+    rebuilds = Strategy("rebuilds", {"e0.weight", "e0.bias"}, priority=99)
+    rebuilds.answer = lambda request: Mapped(
+        {
+            row.slot.key: SlotValue(
+                row.slot, "rebuilds", (), lambda s=row.slot: torch.ones(s.shape)
+            )
+            for row in request.wanted
+        }
+    )
+    scene = Scene(module, plan, Strategies(rebuilds))
+    good = {**weights(1.0, 1), "g": torch.ones(2)}
+    scene.refit(good)
+    assert scene.refit({**good, "g": torch.zeros(2)}, verify="none") == {"e0.weight", "e0.bias"}
+    assert scene.refit(good) == {"e0.weight", "e0.bias"}
+    assert same_state(scene.holds(), weights(1.0, 1))
+
+
+# -- engines ----------------------------------------------------------------------------------
+
+
+def test_engines_that_take_all_weights_at_once_get_all_of_them() -> None:
+    module = FakeModule(
+        [
+            FakeEngine("e0", {"a": torch.zeros(2), "b": torch.zeros(2)}),
+            OpenEngine("e1", {"c": torch.zeros(2), "d": torch.zeros(2)}),
+        ]
+    )
+    scene = Scene(module, plan_for(module))
+    scene.refit({name: torch.ones(2) for name in "abcd"})
+    assert scene.refit({**{name: torch.ones(2) for name in "abc"}, "d": torch.zeros(2)}) == {*"abd"}
+
+
+class Forgetful(OpenEngine):
+    """An engine that has lost what it holds: somebody else put another one in its place."""
+
+    lost = False
+
+    def stage_partial(self, values: Any) -> Any:
+        if self.lost:
+            raise NotRefittableError("Nobody knows the present weights.")
+        return super().stage_partial(values)
+
+
+def test_an_engine_that_has_lost_its_weights_gets_all_of_them() -> None:
+    scene = Scene(make_module(2, kind=Forgetful))
+    a, b = weights(1.0, 2), {**weights(1.0, 2), "e1.bias": torch.zeros(2)}
+    scene.refit(a)
+    engine = scene.module.engines["e1"]
+    assert isinstance(engine, Forgetful)
+    engine.lost = True
+    scene.refit(b)
+    assert scene.report is not None
+    assert (scene.report.slots_written, scene.report.slots_unchanged) == (4, 0)
+    assert same_state(scene.holds(), b)
+    engine.lost = False
+    assert scene.refit(a) == {"e1.bias"}
+
+
+def test_an_engine_that_fails_to_stage_is_no_reason_to_write_everything() -> None:
+    scene = Scene(make_module(1))
+    scene.refit(weights(1.0, 1))
+    wire = scene.module.engines["e0"].wire
+    wire.arm()
+    scene.refit({**weights(1.0, 1), "e0.bias": torch.ones(2)})
+    wire.arm({wire.calls.index("e0.stage-end"): RuntimeError("out of memory")})
+    with pytest.raises(EngineError, match="out of memory"):
+        scene.refit(weights(1.0, 1))
+
+
+# -- beside other ways to refit ---------------------------------------------------------------
+
+
+def test_partial_and_delta_together() -> None:
+    scene = Scene()
+    assert scene.refit({"e0.bias": torch.ones(2)}, partial=True) == {"e0.bias"}
+    assert scene.refit({"e0.bias": torch.ones(2)}, partial=True) == set()
+    given = {"e0.bias": torch.ones(2), "e1.bias": torch.ones(2)}
+    assert scene.refit(given, partial=True) == {"e1.bias"}
+    rest = {**weights(), **given}
+    assert scene.refit(rest) == set(rest) - set(given)
+    assert same_state(scene.holds(), rest)
+    assert scene.refit({"e2.bias": torch.zeros(2)}, partial=True) == {"e2.bias"}
+    assert scene.refit(rest) == {"e2.bias"}
+
+
+def test_unchanged_slots_count_as_reached() -> None:
+    """Where nobody knows of a slot, given weights that reach no slot are an error; these do."""
+    module = make_module(1)
+    plan = plan_for(module)
+    unknown = LedgerRow(slot=plan.ledger[1].slot, state=SlotState.UNMAPPED, reason="nobody knows")
+    scene = Scene(module, make_plan([plan.ledger[0], unknown], leaves=plan.data.leaves))
+    given = {"e0.weight": torch.ones(2, 3)}
+    assert scene.refit(given, partial=True) == {"e0.weight"}
+    assert scene.refit(given, partial=True) == set()
+    with pytest.raises(UnmappedSlotError):
+        scene.refit({**given, "e0.bias": torch.ones(2)}, partial=True)
+
+
+def test_an_interrupt_at_any_line_leaves_what_is_known_right() -> None:
+    a, b = weights(1.0, 1), {**weights(1.0, 1), "e0.bias": torch.full((2,), 7.0)}
+
+    def interrupted(at: int | None) -> tuple[Scene, int]:
+        scene, interrupter, tracer = Scene(make_module(1)), Interrupter(at), sys.gettrace()
+        scene.refit(a)
+        sys.settrace(interrupter)
+        try:
+            with suppress(KeyboardInterrupt, RefitError):
+                scene.refit(b)
+        finally:
+            sys.settrace(tracer)
+        return scene, interrupter.lines
+
+    lines = interrupted(None)[1]
+    assert lines > 50
+    for at in range(lines):
+        scene, _ = interrupted(at)
+        if not scene.compiled.gate.lost:
+            scene.refit(a)
+            assert same_state(scene.holds(), a)
+
+
+def test_the_whole_module_is_judged() -> None:
+    """Also slots that were left as they are."""
+    scene = Scene()
+    scene.refit(weights())
+    scene.module.engines["e0"].live["e0.bias"] = torch.full((2,), 5.0)
+    with pytest.raises(VerificationError) as info:
+        scene.refit({**weights(), "e1.bias": torch.ones(2)})
+    assert [p.subject for p in info.value.problems] == ["e0.bias"]
+    measures = info.value.report.verification.measures
+    assert len(measures) == 6
+
+
+def test_the_setting_is_the_default() -> None:
+    scene = Scene(delta=True)
+    scene.refit(weights(), delta=None)
+    assert scene.refit(weights(), delta=None) == set()
+    assert scene.refit(weights(), delta=False) == set(weights())
+    plain = Scene()
+    plain.refit(weights(), delta=None)
+    assert plain.compiled.live is None
+
+
+def test_unchanged_weights_are_read_to_be_compared_and_checked_only() -> None:
+    scene = Scene(check_finite=False)
+    scene.refit(weights())
+    counting = CountingMapping({**weights(), "e1.bias": torch.ones(2)})
+    scene.refit(counting, verify="none")
+    told = {name: counting.reads[name] for name in ("e0.bias", "e1.bias")}
+    scene.refit(counting, verify="none", delta=False)
+    assert told["e1.bias"] == told["e0.bias"] + 1
