@@ -259,6 +259,8 @@ class _Trial:
         found = [Tensor(dtype=dtype_name(t.dtype), shape=tuple(t.shape)) for t in made]
         if found != list(stated):
             raise _RefusedError(f"it gives {_shown(found)} where the plan says {_shown(stated)}")
+        if any(t.is_neg() and t.dtype == torch.bool for t in made):
+            raise _RefusedError("truth values have no negative")  # torch makes it, and cannot read
         there = {_memory(t) for t in tree_leaves((args, dict(kwargs))) if torch.is_tensor(t)}
         return made, tuple(0 if _memory(t) in there else t.nbytes for t in made)
 

@@ -106,8 +106,8 @@ def only(
     """A plan of these calls; its one slot is the first result of the last."""
     result = calls[-1].results[0]
     row = call_row(make_slot("s", shape, result.dtype), len(calls) - 1, "w")
-    data = make_plan([row], leaves=leaves, pinned={"table": torch.tensor([2, 0])}).data
-    return data.model_copy(update={"calls": calls})
+    kept = {"table": torch.tensor([2, 0]), "mask": torch.tensor([True, False])}
+    return make_plan([row], leaves=leaves, pinned=kept).data.model_copy(update={"calls": calls})
 
 
 def tried(*calls: OpCall, leaves: tuple[Leaf, ...] = LEAVES) -> str:
@@ -242,6 +242,7 @@ def test_results_that_are_not_what_the_op_gives(results: tuple[Tensor, ...]) -> 
         (call("mul.Tensor", W, "text"), "cannot be made"),
         (call("sum.dim_IntList", W, (5,)), "Dimension out of range"),
         (call("cat.default", W, 0), "cannot be made"),
+        (call("_neg_view.default", PinnedRef(name="mask"), to=gives(2, dtype="bool")), "negative"),
         (call("native_layer_norm.default", W, (4,), None, None, 1e-5), "cannot be made"),
     ],
 )
