@@ -5,8 +5,9 @@
     from refitkit.compat import refit_module_weights
 
 What differs from the reference is listed in docs/explanation/differences.md: nothing is guessed,
-a failure raises and leaves the module as it was, and the refitter of a module that is refitted in
-place is kept, so that its later refits do not compile anything.
+a failure raises and leaves the module as it was, the plan of a module is kept, so that its later
+refits lower nothing, and the refitter of one that is refitted in place, so that they do not compile
+anything either.
 """
 
 from __future__ import annotations
@@ -86,13 +87,14 @@ def _refit(
     strategies = _WITH_CACHE if use_weight_map_cache else _WITHOUT_CACHE
     pipeline = Pipeline({"strategies": strategies})
     compiled = _opened(pipeline, compiled_module)
+    plan = _plan(pipeline, compiled, new_weight_module)
     if not in_place:
         compiled = pipeline.copy(compiled)
     inputs = _inputs(arg_inputs, kwarg_inputs) if verify_output else None
     pipeline.refit(
         compiled,
         new_weight_module,
-        plan=_plan(pipeline, compiled, new_weight_module),
+        plan=plan,
         inputs=inputs,
         reference=None if inputs is None else new_weight_module.module(check_guards=False),
         verify="none" if inputs is None else "outputs",
@@ -113,7 +115,7 @@ def _check_program(program: object) -> None:
 
 
 class _Handle:
-    """What is known of a module that was refitted in place; copies of the module have none."""
+    """What is known of a module that was refitted; copies of the module have none."""
 
     def __init__(self, compiled: CompiledModule | None = None) -> None:
         self.compiled = compiled
@@ -136,6 +138,10 @@ def _opened(pipeline: Pipeline, module: Any) -> CompiledModule:
 
 
 def _plan(pipeline: Pipeline, compiled: CompiledModule, program: ExportedProgram) -> Any:
+    """The plan of the module, which it keeps: its later refits plan nothing.
+
+    With ``REFITKIT_PLAN_CACHE`` other modules and processes find it, too.
+    """
     from refitkit.program import facts_of  # noqa: PLC0415 - imports torch
 
     known = compiled.plan

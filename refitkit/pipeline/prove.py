@@ -78,6 +78,9 @@ def _trials(
     reason = ""
     for seed in _SEEDS:
         weights = _others(program, seed)
+        if compiled.plan and compiled.plan.broken_guards(pipeline.open_weights(weights)):
+            reason = "other weights change values that decided what slots hold"
+            continue
         try:
             pipeline.refit(compiled, weights, inputs=how.inputs, verify=how.verifier, delta=False)
         except VerificationError as exc:

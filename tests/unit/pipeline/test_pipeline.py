@@ -17,11 +17,12 @@ from refitkit.errors import (
     PlanMismatchError,
     PluginError,
     RefitInProgressError,
+    UnmappedSlotError,
     UnsupportedTargetError,
     VerificationError,
     WeightMismatchError,
 )
-from refitkit.model import SlotState, Step
+from refitkit.model import LeafKind, SlotState, SourceRef, Step
 from refitkit.pipeline import CompiledModule, Pipeline
 from refitkit.pipeline.pipeline import PLAN, PROGRAM
 from refitkit.recipe import RefitPlan
@@ -30,10 +31,18 @@ from tests.fakes import (
     FakeBackend,
     FakeModule,
     FakePlugin,
+    KeyedPlugin,
+    OpenEngine,
     TrippingPlugin,
     Tripwire,
+    call_row,
+    guard_of,
+    leaf_for,
     make_module,
+    make_plan,
+    op_call,
     plan_for,
+    recipe_row,
     same_state,
     weights_for,
 )
@@ -501,3 +510,44 @@ def test_a_saved_module_may_be_a_folder(tmp_path: Path) -> None:
     pipeline = Pipeline(plugins=[plugin])
     assert pipeline.describe(tmp_path) == {"a": 1}
     assert pipeline.read_plan(tmp_path).data == plan.data
+
+
+# -- plans with guards ------------------------------------------------------------------------
+
+
+def test_a_guard_that_the_trial_breaks_is_no_fault_of_the_module() -> None:
+    """Other weights change what decided on the engines: nothing is proved, nothing refuted."""
+    plugin, listener = KeyedPlugin(), TrippingPlugin(Tripwire())
+    pipeline = Pipeline(plugins=[plugin, listener])
+    torch.manual_seed(0)
+    program = torch.export.export(Net().eval(), (X,))
+    bias = program.state_dict["first.bias"]
+    plugin.keyed.guards = (guard_of(SourceRef(fqn="first.bias"), bias),)
+    compiled = pipeline.compile(program, BACKEND)
+    texts = [event.text for event in listener.events if isinstance(event, Step)]
+    assert any("no proof by trial: other weights change values" in text for text in texts)
+    assert torch.equal(compiled.read("first.bias"), bias)
+
+
+def test_a_saved_plan_with_calls_refits_after_loading() -> None:
+    """The plan inside a module: recipes, guards and kept values."""
+    module = FakeModule([OpenEngine("e0", {"scale": torch.zeros(2), "w": torch.zeros(2)})])
+    scale, w = module.engines["e0"].slots.values()
+    leaves = [leaf_for(w), leaf_for(scale, LeafKind.NON_PERSISTENT_BUFFER, "eps")]
+    plan = make_plan(
+        [call_row(scale, 0, "w", "eps"), recipe_row(w)],
+        leaves=leaves,
+        calls=[op_call("add.Tensor", "@w", "@eps")],
+        guards=[guard_of(SourceRef(fqn="eps"), torch.full((2,), 5.0))],
+        pinned={"eps": torch.full((2,), 5.0)},
+    )
+    module.attachments = {PLAN: plan.to_bytes()}
+    pipeline = Pipeline(plugins=[FakePlugin()])
+    compiled = pipeline.load(module)
+    assert compiled.plan is not None
+    assert compiled.plan.data == plan.data
+    for delta in (False, True, True):
+        pipeline.refit(compiled, {"w": torch.ones(2)}, delta=delta)
+        assert compiled.read("scale").tolist() == [6.0, 6.0]
+    with pytest.raises(UnmappedSlotError):
+        pipeline.refit(compiled, {"w": torch.ones(2), "eps": torch.zeros(2)})
