@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 BACKEND = "tensorrt_network"
 TOOLS = Tools(layer_types={one.name: one for one in LAYER_TYPES})
 SHOWN = 12
+BUILDS = 12
+"""So often is a network built from scratch: the builder of TensorRT-RTX 1.6.1 puts several outputs
+of one network in this order or that, by chance."""
 Values = dict[tuple[str, str], torch.Tensor]
 
 
@@ -248,26 +251,27 @@ def _check_bytes(
     wanted: Rebuilt,
 ) -> None:
     """Engine bytes of a refitted module against those of the networks made from scratch."""
+    planned = wanted.planned
+    names = [one.name for one in planned.structures if one.accelerated]
     try:
         compiled = refitkit.compile(program, BACKEND, entry.settings, prove=False)
-        scratch = {
-            one.name: wanted.planned.build(one.name)
-            for one in wanted.planned.structures
-            if one.accelerated
-        }
+        scratch = {name: planned.build(name) for name in names}
     except RefitError as exc:
         result.bytes = f"not built: {_why(exc)}"
         return
     opened: Any = compiled.opened
-    before = {name: opened.engine_bytes(name) for name in scratch}
+    before = {name: opened.engine_bytes(name) for name in names}
     report = refitkit.refit(compiled, wanted.weights, plan=plan, verify="none").report
-    after = {name: opened.engine_bytes(name) for name in scratch}
+    after = {name: opened.engine_bytes(name) for name in names}
     served = {row.strategy for row in report.ledger if row.state is not SlotState.FROZEN}
-    result.bytes = "equal" if after == scratch else "differ"
-    if after != scratch:
-        result.fail(
-            f"engine bytes differ: {[name for name in scratch if after[name] != scratch[name]]}"
-        )
+    differ = [name for name in names if after[name] != scratch[name]]
+    tries = 1
+    while differ and tries < BUILDS:
+        differ = [name for name in differ if after[name] != planned.build(name)]
+        tries += 1
+    result.bytes = "differ" if differ else "equal" if tries == 1 else f"equal to build {tries}"
+    if differ:
+        result.fail(f"engine bytes differ: {differ}")
     if served - {"recipe"}:
         result.fail(f"slots were served by {served}")
     if after == before:

@@ -101,7 +101,12 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "CUDA_VISIBLE_DEVICES": "",
+                "REFITKIT_PLAN_CACHE": "",
+            },
         )
 
     def _ended(self) -> int:
