@@ -28,7 +28,8 @@ from refitkit.program.dtypes import dtype_name
 from refitkit.protocols import SlotValue, WeightSource
 from refitkit.recipe import store
 from refitkit.recipe.archive import replacing
-from refitkit.recipe.replay import Calls, Kept, Replay
+from refitkit.recipe.calls import Calls
+from refitkit.recipe.replay import Kept, Replay
 from refitkit.recipe.sources import TensorMap
 
 if TYPE_CHECKING:

@@ -26,7 +26,8 @@ from refitkit.model import (
 )
 from refitkit.program.bits import digest
 from refitkit.program.dtypes import dtype_name, dtype_of
-from refitkit.recipe import ops, replay
+from refitkit.recipe import ops
+from refitkit.recipe.calls import call, operands_of
 from refitkit.recipe.origins import Call, Leaf, Literal, Origin, Unknown
 
 if TYPE_CHECKING:
@@ -212,7 +213,7 @@ class _Writer:
         if isinstance(value, PinnedRef):
             return ()
         if value.call not in self._sources:
-            parts = map(self.sources, replay.operands_of(self._calls[value.call]))
+            parts = map(self.sources, operands_of(self._calls[value.call]))
             names = {name for part in parts for name in part}
             self._sources[value.call] = tuple(name for name in self._leaves if name in names)
         return self._sources[value.call]
@@ -270,8 +271,8 @@ class _Writer:
             for key, one in node.kwargs.items()
             if one is not None and key not in _OF_THE_RUN
         }
-        call = OpCall(op=name, args=args, kwargs=kwargs, results=node.results, device=node.device)
-        return self._emit(call, output)
+        made = OpCall(op=name, args=args, kwargs=kwargs, results=node.results, device=node.device)
+        return self._emit(made, output)
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, Origin):
@@ -295,7 +296,7 @@ class _Writer:
         if facts.shape == shape:
             return value
         if isinstance(value, CallRef) and self._calls[value.call].op == _RESHAPE:
-            return self._reshaped(replay.operands_of(self._calls[value.call])[0], shape)
+            return self._reshaped(operands_of(self._calls[value.call])[0], shape)
         result = Tensor(dtype=facts.dtype, shape=shape)
         return self._emit(OpCall(op=_RESHAPE, args=(value, shape), results=(result,)))
 
@@ -337,7 +338,7 @@ class _Writer:
                 f"the engine has {slot.count} of {slot.dtype} there, not {found}"
             )
         while isinstance(value, CallRef) and self._calls[value.call].op == _RESHAPE:
-            value = replay.operands_of(self._calls[value.call])[0]
+            value = operands_of(self._calls[value.call])[0]
         return value
 
     def facts(self, value: Value) -> Tensor:
@@ -380,7 +381,7 @@ class _Writer:
             is_leaf=lambda one: isinstance(one, Origin),
         )
         try:
-            return replay.call(node.op, args, kwargs)
+            return call(node.op, args, kwargs)
         except (RuntimeError, TypeError, ValueError) as exc:
             raise _UnwritableError(f"{_name(node)} cannot be computed again: {exc}") from exc
 
@@ -405,12 +406,10 @@ class _Writer:
             value = stack.pop()
             if isinstance(value, CallRef) and value.call not in needed:
                 needed.add(value.call)
-                stack += replay.operands_of(self._calls[value.call])
+                stack += operands_of(self._calls[value.call])
         numbers = {old: new for new, old in enumerate(sorted(needed))}
         calls = tuple(_renumbered(self._calls[old], numbers) for old in sorted(needed))
-        kept = {
-            v.name for call in calls for v in replay.operands_of(call) if isinstance(v, PinnedRef)
-        }
+        kept = {v.name for call in calls for v in operands_of(call) if isinstance(v, PinnedRef)}
         kept |= {value.name for value in wanted if isinstance(value, PinnedRef)}
         return Recorded(
             rows=tuple(

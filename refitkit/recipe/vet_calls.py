@@ -22,7 +22,7 @@ from refitkit.model import CallRef, PinnedRef, SourceRef, Tensor
 from refitkit.model.slot import ITEM_BYTES
 from refitkit.program.dtypes import dtype_name, dtype_of
 from refitkit.recipe import ops
-from refitkit.recipe.replay import operands_of
+from refitkit.recipe.calls import operands_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -1,0 +1,249 @@
+"""The calls of a plan, made ready to be made many times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+from refitkit.model import CallRef, PinnedRef, SourceRef
+from refitkit.recipe import ops
+from refitkit.recipe.batches import batched
+from refitkit.recipe.schedule import Schedule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from refitkit.model import OpCall, PlanData, Value
+    from refitkit.recipe.batches import Batch
+
+_References = (SourceRef, PinnedRef, CallRef)
+Results: TypeAlias = tuple[torch.Tensor, ...]
+"""What a call gives."""
+
+
+def call(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Results:
+    """Call an op without changing any operand.
+
+    An op that writes does so to a copy, which is the result.
+
+    Args:
+        op: An overload of an aten op.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+    """
+    writes = _writes(op)
+    if writes:
+        return _on_copies(op, args, kwargs, writes)
+    result = op(*args, **kwargs)
+    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+
+
+def _writes(op: Any) -> int:
+    """How many of its first arguments an op writes to."""
+    return sum(bool(a.alias_info and a.alias_info.is_write) for a in op._schema.arguments)  # noqa: SLF001
+
+
+def _on_copies(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], writes: int) -> Results:
+    copies = [a.clone(memory_format=torch.contiguous_format) for a in args[:writes]]
+    op(*copies, *args[writes:], **kwargs)
+    return tuple(copies)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A call that can be made.
+
+    Attributes:
+        op: The overload.
+        args: Arguments, decoded; what stands for operands is replaced.
+        kwargs: Keyword arguments, likewise.
+        operands: The tensors among them.
+        places: Where each operand goes: a position or a name, and for a list a position in it.
+        writes: How many of its first arguments it writes to.
+        results: How many tensors it gives.
+        anywhere: Whether it is exact on every device.
+        device: Kind of device that it was recorded on.
+        on_cpu: Whether it can be made on a CPU.
+    """
+
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    operands: tuple[Value, ...]
+    places: tuple[tuple[int | str, int | None], ...]
+    writes: int
+    results: int
+    anywhere: bool
+    device: str
+    on_cpu: bool
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether it gives one tensor, writes nothing, and has all operands as arguments."""
+        plain = all(isinstance(where, int) and inner is None for where, inner in self.places)
+        return plain and not self.writes and self.results == 1
+
+    def made_on(self, device: torch.device) -> torch.device:
+        """Where it is made if its operands are here: elsewhere, if it is exact only there."""
+        there = self.anywhere or device.type == self.device
+        return device if there else torch.device(self.device)
+
+    def __call__(self, operands: Sequence[torch.Tensor]) -> Results:
+        """Make it with these operands."""
+        args, kwargs = list(self.args), dict(self.kwargs)
+        for (where, inner), operand in zip(self.places, operands, strict=True):
+            given: Any = kwargs if isinstance(where, str) else args
+            if inner is None:
+                given[where] = operand
+            else:
+                given[where] = [*given[where][:inner], operand, *given[where][inner + 1 :]]
+        if self.writes:
+            return _on_copies(self.op, args, kwargs, self.writes)
+        result = self.op(*args, **kwargs)
+        return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+
+
+class Calls:
+    """All calls of a plan, made ready once."""
+
+    def __init__(self, data: PlanData) -> None:
+        """Decode them.
+
+        Raises:
+            KeyError: An op is none that plans may hold.
+            ValueError: A literal cannot be read.
+        """
+        self._data = data
+        self._leaves = {leaf.fqn: leaf for leaf in data.leaves}
+        self._below: dict[int, Schedule] = {}
+        self._schedules: dict[tuple[CallRef, ...], Schedule] = {}
+
+    @cached_property
+    def ready(self) -> tuple[Ready, ...]:
+        """The calls."""
+        return tuple(map(self._ready, self._data.calls))
+
+    @cached_property
+    def steady(self) -> frozenset[int]:
+        """Calls whose result seldom changes: they follow from no floating-point weight.
+
+        Tables of indices and masks, and what is made of them, are the same in every checkpoint.
+        """
+        found: set[int] = set()
+        for number, one in enumerate(self.ready):
+            if all(self._is_steady(value, found) for value in one.operands):
+                found.add(number)
+        return frozenset(found)
+
+    @cached_property
+    def frontier(self) -> frozenset[int]:
+        """Steady calls whose results go into a slot or into a call that is not steady."""
+        used = [row.value for row in self._data.ledger]
+        for number, one in enumerate(self.ready):
+            if number not in self.steady:
+                used += one.operands
+        found = {value.call for value in used if isinstance(value, CallRef)}
+        return frozenset(found & self.steady)
+
+    @cached_property
+    def _followed(self) -> tuple[frozenset[str], ...]:
+        found: list[frozenset[str]] = []
+        for one in self.ready:
+            names = {value.fqn for value in one.operands if isinstance(value, SourceRef)}
+            earlier = (found[value.call] for value in one.operands if isinstance(value, CallRef))
+            found.append(frozenset(names).union(*earlier))
+        return tuple(found)
+
+    def leaves_of(self, value: Value) -> frozenset[str]:
+        """The leaves that a value follows from."""
+        if isinstance(value, SourceRef):
+            return frozenset({value.fqn})
+        return self.follows(value.call) if isinstance(value, CallRef) else frozenset()
+
+    def follows(self, number: int) -> frozenset[str]:
+        """The leaves that a call follows from."""
+        return self._followed[number]
+
+    def _is_steady(self, value: Value, found: set[int]) -> bool:
+        if isinstance(value, CallRef):
+            return value.call in found
+        if isinstance(value, PinnedRef):
+            return True
+        leaf = self._leaves[value.fqn]
+        return not leaf.persistent or not _is_float(leaf.dtype)
+
+    def _ready(self, one: OpCall) -> Ready:
+        op = ops.overload(one.op)
+        operands = operands_of(one)
+        anywhere = ops.is_exact_anywhere(one, [self._dtype(value) for value in operands])
+        return Ready(
+            op=op,
+            args=tuple(map(ops.decode, one.args)),
+            kwargs={name: ops.decode(value) for name, value in one.kwargs.items()},
+            operands=operands,
+            places=tuple(_places(one)),
+            writes=_writes(op),
+            results=len(one.results),
+            anywhere=anywhere,
+            device=one.device,
+            on_cpu=anywhere or one.device == "cpu",
+        )
+
+    def _dtype(self, value: Value) -> str:
+        return self.facts(value)[0]
+
+    def facts(self, value: Value) -> tuple[str, tuple[int, ...]]:
+        """Dtype and shape of a value."""
+        if isinstance(value, CallRef):
+            result = self._data.calls[value.call].results[value.output]
+            return result.dtype, result.shape
+        found = (
+            self._leaves[value.fqn]
+            if isinstance(value, SourceRef)
+            else self._data.pinned[value.name]
+        )
+        return found.dtype, found.shape
+
+    @cached_property
+    def batches(self) -> Mapping[int, Batch]:
+        """Batches, by the calls in them."""
+        found = batched(self._data.calls, [one.operands for one in self.ready], self)
+        return {number: batch for batch in found for number in batch.members}
+
+    def schedule_below(self, number: int) -> Schedule:
+        """The same for all results of one steady call."""
+        if number not in self._below:
+            results = (CallRef(call=number, output=i) for i in range(self.ready[number].results))
+            self._below[number] = Schedule(self, tuple(results), inside=number)
+        return self._below[number]
+
+    def schedule(self, values: tuple[CallRef, ...]) -> Schedule:
+        """In which order calls are made for these values; the last ones asked for are kept."""
+        if values not in self._schedules:
+            self._schedules = {values: Schedule(self, values)}
+        return self._schedules[values]
+
+
+def operands_of(one: OpCall) -> tuple[Value, ...]:
+    """The tensors among the arguments of a call."""
+    flat: list[Any] = []
+    for argument in (*one.args, *one.kwargs.values()):
+        flat += argument if isinstance(argument, tuple) else (argument,)
+    return tuple(value for value in flat if isinstance(value, _References))
+
+
+def _places(one: OpCall) -> Iterator[tuple[int | str, int | None]]:
+    """Where they stand, in the same order."""
+    given: list[tuple[int | str, Any]] = [*enumerate(one.args), *one.kwargs.items()]
+    for where, argument in given:
+        if isinstance(argument, _References):
+            yield where, None
+        elif isinstance(argument, tuple):
+            yield from ((where, i) for i, a in enumerate(argument) if isinstance(a, _References))
+
+
+def _is_float(dtype: str) -> bool:
+    return dtype.startswith(("float", "bfloat", "complex"))
