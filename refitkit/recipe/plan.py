@@ -24,7 +24,7 @@ from refitkit.model import (
     SourceRef,
 )
 from refitkit.program.bits import digest
-from refitkit.program.dtypes import dtype_name
+from refitkit.program.dtypes import dtype_name, dtype_of
 from refitkit.protocols import SlotValue, WeightSource
 from refitkit.recipe import store
 from refitkit.recipe.archive import replacing
@@ -244,13 +244,20 @@ class RefitPlan:
 
     def _misfits(self, values: list[SlotValue], source: WeightSource) -> Iterator[Problem]:
         """Entries of the source that are not what the program had under these names."""
-        for fqn in dict.fromkeys(name for value in values for name in value.sources):
+        names = dict.fromkeys(name for value in values for name in value.sources)
+        if isinstance(source, TensorMap):
+            names = dict.fromkeys(name for name in names if not self._is_fit(name, source))
+        for fqn in names:
             info, leaf = source.info(fqn), self._leaves.get(fqn)
             found = f"{info.dtype} {info.shape}"
             if info.unusable:
                 yield Problem(fqn, "unusable", info.unusable)
             elif leaf and (info.dtype, info.shape) != (leaf.dtype, leaf.shape):
                 yield Problem(fqn, "value", found, f"{leaf.dtype} {leaf.shape}")
+
+    def _is_fit(self, fqn: str, source: TensorMap) -> bool:
+        leaf = self._leaves.get(fqn)
+        return leaf is not None and source.has(fqn, dtype_of(leaf.dtype), leaf.shape)
 
     def _candidates(self, row: LedgerRow) -> tuple[str, ...]:
         if isinstance(row.value, SourceRef):

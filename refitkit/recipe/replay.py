@@ -89,14 +89,22 @@ class Replay:
             return self._leaf(value.fqn)
         if isinstance(value, PinnedRef):
             return self._pinned(value.name)
-        with self._lock, quiet():
+        with self._lock:
             if self._run is None:
                 self._run = self._start(self._wanted)
-            found = self._run.value(value)
-            return self._alone(value) if found is None else found
+            if self._run.is_ahead(value):
+                with quiet():
+                    self._run.reach(value)
+            found = self._run.take(value)
+        if found is None:
+            with quiet():
+                return self._alone(value)
+        return found
 
     def _alone(self, value: CallRef) -> torch.Tensor:
-        found = self._start((value,)).value(value)
+        run = self._start((value,))
+        run.reach(value)
+        found = run.take(value)
         if found is None:
             raise KeyError(value)
         return found
@@ -135,13 +143,22 @@ class _Run:
         self._next = 0
         self._on_cpu = True
 
-    def value(self, value: CallRef) -> torch.Tensor | None:
-        """A value that the schedule makes; None if it was read before, or is not among them."""
+    def is_ahead(self, value: CallRef) -> bool:
+        """Whether steps have to be made before it can be taken."""
+        place = self._schedule.place.get(value)
+        return place is not None and self._left[place] > 0 and self._tensors[place] is None
+
+    def reach(self, value: CallRef) -> None:
+        """Make steps until it is there."""
+        place = self._schedule.place[value]
+        while self._tensors[place] is None:
+            self._step()
+
+    def take(self, value: CallRef) -> torch.Tensor | None:
+        """A value that is there; None if it was taken before, or is none of the schedule's."""
         place = self._schedule.place.get(value)
         if place is None or not self._left[place]:
             return None
-        while self._tensors[place] is None:
-            self._step()
         found: torch.Tensor = self._tensors[place]
         self._left[place] -= 1
         if not self._left[place] and self._schedule.final[place] < self._next:
@@ -150,8 +167,9 @@ class _Run:
 
     def results(self) -> Results:
         """All values of the schedule."""
-        found = tuple(self.value(value) for value in self._schedule.place)
-        return tuple(one for one in found if one is not None)
+        for value in self._schedule.place:
+            self.reach(value)
+        return tuple(self._tensors[place] for place in self._schedule.place.values())
 
     def _step(self) -> None:
         step = self._schedule.steps[self._next]

@@ -71,8 +71,7 @@ def describe_tensor(value: Any, *, persistent: bool = True) -> TensorInfo:
     unusable = unusable_reason(value)
     if not isinstance(value, torch.Tensor) or value.is_nested or is_lazy(value):
         return TensorInfo(dtype="", shape=(), persistent=persistent, unusable=unusable)
-    # not validated: it is done for every tensor of every refit, and torch's word is good
-    return TensorInfo.model_construct(
+    return TensorInfo(
         dtype=dtype_name(value.dtype),
         shape=tuple(value.shape),
         persistent=persistent,
@@ -109,6 +108,22 @@ class TensorMap:
     def info(self, fqn: str) -> TensorInfo:
         """Dtype and shape of one tensor."""
         return describe_tensor(self._tensors[fqn], persistent=fqn not in self._not_persistent)
+
+    def has(self, fqn: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+        """Whether there is a usable tensor of this dtype and shape; False also where in doubt.
+
+        For those who read many tensors often: much cheaper than ``info``.
+        """
+        value = self._tensors[fqn]
+        return (
+            type(value) in _PLAIN
+            and value.dtype is dtype
+            and value.shape == shape
+            and value.layout is torch.strided
+            and not value.is_meta
+            and value.is_contiguous()
+            and value.untyped_storage().nbytes() >= value.nbytes
+        )
 
     def get(self, fqn: str) -> torch.Tensor:
         """The tensor itself, without its gradient history."""
