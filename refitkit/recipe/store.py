@@ -22,6 +22,7 @@ from safetensors.torch import save as save_safetensors
 from refitkit.errors import PlanMismatchError, Problem
 from refitkit.model import FORMAT, PinnedTensor, PlanData
 from refitkit.model.slot import ITEM_BYTES
+from refitkit.program.bits import digest
 from refitkit.program.dtypes import dtype_name
 from refitkit.recipe.archive import Archive, ArchiveError, write_archive
 from refitkit.recipe.vet import problems_of
@@ -82,7 +83,7 @@ def index_of(pinned: Mapping[str, torch.Tensor]) -> dict[str, PinnedTensor]:
     """Index entries of the tensors that a plan keeps."""
     return {
         name: PinnedTensor(
-            dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape), sha256=_digest(tensor)
+            dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape), sha256=digest(tensor)
         )
         for name, tensor in pinned.items()
     }
@@ -131,12 +132,6 @@ def _pinned_limit(data: PlanData) -> int:
     return (
         4096 + header + sum(ITEM_BYTES[t.dtype] * math.prod(t.shape) for t in data.pinned.values())
     )
-
-
-def _digest(tensor: torch.Tensor) -> str:
-    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    raw = flat.view(torch.uint8).numpy().data if flat.numel() else b""
-    return hashlib.sha256(raw).hexdigest()
 
 
 def _pinned_problems(data: PlanData, pinned: Mapping[str, torch.Tensor]) -> Iterator[Problem]:

@@ -149,8 +149,7 @@ class _Form:
         if unknown or len(self._call.args) > len(names):
             yield Problem(self._name, "arguments that the op does not take", str(sorted(unknown)))
             return
-        if not _is_device_kind(self._call.device):
-            yield Problem(self._name, "no kind of device", self._call.device[:80])
+        yield from self._of_results(op)
         operands = operands_of(self._call)
         if not operands or (ops.writes_to_operand(op) and not _starts_with_tensor(self._call)):
             yield Problem(self._name, "lacks an operand")
@@ -159,6 +158,13 @@ class _Form:
                 yield Problem(self._name, *reason)
         for name, argument in _bound(op, self._call.args, self._call.kwargs):
             yield from self._of_argument(name, argument)
+
+    def _of_results(self, op: Any) -> Iterator[Problem]:
+        stated = len(self._call.results)
+        if stated != _number_of_results(op, stated):
+            yield Problem(self._name, "another number of results", str(stated))
+        if not _is_device_kind(self._call.device):
+            yield Problem(self._name, "no kind of device", self._call.device[:80])
 
     def _of_argument(self, name: str, argument: Argument) -> Iterator[Problem]:
         try:
@@ -182,6 +188,14 @@ def _bound(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[
     for argument, given in zip(op._schema.arguments, args, strict=False):  # noqa: SLF001
         yield argument.name, given
     yield from kwargs.items()
+
+
+def _number_of_results(op: Any, stated: int) -> int:
+    """How many an op gives; of a list of any length, as many as the plan says."""
+    returns = op._schema.returns  # noqa: SLF001
+    if ops.writes_to_operand(op):
+        return 1
+    return stated if any("List" in str(one.type) for one in returns) else len(returns)
 
 
 def _starts_with_tensor(call: OpCall) -> bool:

@@ -204,6 +204,13 @@ def test_any_damage_is_seen_or_does_no_harm(data: st.DataObject) -> None:
     assert plan.pinned("m").equal(TENSORS["m"])
 
 
+def test_a_kept_tensor_of_one_element_may_have_any_stride() -> None:
+    kept = torch.arange(10)[::5][:1]
+    row = pinned_row(make_slot("m", (1,), "int64"))
+    plan = make_plan([row], pinned={"m": kept})
+    assert RefitPlan.from_bytes(plan.to_bytes()).pinned("m").equal(kept)
+
+
 # -- the manifest -----------------------------------------------------------------------------
 
 
