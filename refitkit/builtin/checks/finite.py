@@ -35,11 +35,27 @@ def problems(
     for row in plan.data.ledger:
         for name in row.sources:
             rows[name].append(row)
+    for name in _not_finite(source, [name for name in names if name in rows]):
+        present = _Present(plan, module, name, rows[name])
+        yield from _spoilt(name, source.get(name), present)
+
+
+def _not_finite(source: WeightSource, names: Iterable[str]) -> list[str]:
+    """Entries with an element that is not finite.
+
+    Of those on a GPU all answers are fetched at once: each fetch waits for the device.
+    """
+    found: dict[str, bool] = {}
+    pending: dict[torch.device, dict[str, torch.Tensor]] = defaultdict(dict)
     for name in names:
-        if name in rows:
-            value = source.get(name)
-            if not all_finite(value):
-                yield from _spoilt(name, value, _Present(plan, module, name, rows[name]))
+        value = source.get(name)
+        found[name] = value.device.type == "cpu" and not all_finite(value)
+        if value.device.type != "cpu" and _can_spoil(value):
+            pending[value.device][name] = _finite_on_device(value)
+    for answers in pending.values():
+        told = torch.stack(list(answers.values())).tolist()
+        found.update((name, not finite) for name, finite in zip(answers, told, strict=True))
+    return [name for name, spoilt in found.items() if spoilt]
 
 
 def _spoilt(name: str, value: torch.Tensor, present: _Present) -> Iterator[Problem]:
@@ -94,12 +110,19 @@ def all_finite(value: torch.Tensor) -> bool:
 
     ``aminmax`` reads once and allocates nothing; ``isfinite`` would write a mask of the same size.
     """
-    if not (value.is_floating_point() or value.is_complex()) or not value.numel():
-        return True
+    return not _can_spoil(value) or bool(_finite_on_device(value))
+
+
+def _can_spoil(value: torch.Tensor) -> bool:
+    return bool(value.numel()) and (value.is_floating_point() or value.is_complex())
+
+
+def _finite_on_device(value: torch.Tensor) -> torch.Tensor:
+    """Whether all elements are finite, still where the value is."""
     if value.is_complex() or value.dtype.itemsize == 1:
-        return bool(_finite(value).all())
+        return _finite(value).all()
     low, high = torch.aminmax(value)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    return torch.isfinite(low) & torch.isfinite(high)
 
 
 def _finite(value: torch.Tensor) -> torch.Tensor:
