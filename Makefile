@@ -34,6 +34,7 @@ zoo: setup
 
 bench: setup
 	$(BIN)/python benchmarks/aotinductor_refit.py
+	$(BIN)/python benchmarks/recipe_vs_reference.py --quick
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

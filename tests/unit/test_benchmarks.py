@@ -1,0 +1,109 @@
+"""The benchmark's own arithmetic, and the probe that its numbers of memory come from."""
+
+from __future__ import annotations
+
+import importlib.util
+import mmap
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+SIZE = 40_000_000
+BLUR = 2_000_000
+
+
+def loaded(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return loaded("memory_probe", monkeypatch)
+
+
+def test_a_probe_sees_what_is_taken(memory: Any) -> None:
+    with memory.Probe() as probe:
+        held = bytearray(b"1") * SIZE
+    assert len(held) == SIZE
+    assert probe.own == pytest.approx(SIZE, abs=BLUR)
+    assert probe.all == probe.own
+    assert not any(probe.children)
+
+
+def test_a_probe_does_not_count_mapped_files(memory: Any) -> None:
+    with tempfile.TemporaryFile() as file:
+        file.write(b"1" * SIZE)
+        file.flush()
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        with mapped, memory.Probe() as probe:
+            touched = sum(mapped[at] for at in range(0, SIZE, mmap.PAGESIZE))
+    assert touched
+    assert probe.own < BLUR
+
+
+def test_the_family_of_a_process_is_found(memory: Any) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        assert memory.family(os.getppid()).count(child.pid) == 1
+        assert memory.anonymous(child.pid) > 0
+    finally:
+        child.communicate(b"\n")
+    assert child.pid not in memory.family(os.getppid())
+    assert memory.anonymous(child.pid) == 0
+
+
+def test_growth_counts_from_what_a_process_had_when_it_was_first_seen(memory: Any) -> None:
+    tally = memory.Tally()
+    for sample in ({1: 100}, {1: 130, 2: 500}, {1: 110, 2: 540}, {1: 120, 2: 0}, {1: 90}):
+        tally.add(sample)
+    assert tally.peaks == {1: 30, 2: 40}
+    assert tally.whole == 50
+
+
+def found(reference: float, materialize: float, memmove: float, size: int) -> dict[str, Any]:
+    """What a model's process reports; the first of three numbers is far off."""
+    numbers = {"reference": reference, "materialize": materialize, "memmove": memmove}
+    listed = {name: [value * 100, value, value] for name, value in numbers.items()}
+    stages = {"export": [reference / 4]}
+    speed = {**listed, "planning": [reference], "stages": stages, "slot_bytes": size}
+    return {"speed": speed}
+
+
+def test_targets_are_judged_over_all_models_that_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    bench = loaded("recipe_vs_reference", monkeypatch)
+    small, large = found(9, 0.01, 0.001, 1_000_000), found(4, 0.01, 0.02, 30_000_000)
+    failed = {"speed": {"error": "it is not known"}}
+    measured = {one.name: one.measured([small, large, failed]) for one in bench.TARGETS}
+    assert measured == {
+        "reference over materialize, geometric mean": pytest.approx(600),
+        "reference over materialize, lowest": pytest.approx(400),
+        "materialize over memmove, geometric mean": pytest.approx(0.5),
+        "materialize over memmove, highest": pytest.approx(0.5),
+        "planning over the reference, with exports, highest": pytest.approx(1.25),
+        "planning over the reference, without exports, highest": pytest.approx(4 / 3),
+    }
+    lines = list(bench.verdicts([small, large, failed]))
+    assert [line.endswith("| yes |") for line in lines[3:]] == [True] * 6
+    assert len(list(bench.verdicts([failed]))) == 3
+    assert not bench.TARGETS[0].met(499.9)
+    assert not bench.TARGETS[2].met(0.51)
+
+
+def test_every_model_of_the_quick_run_is_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = loaded("recipe_models", monkeypatch)
+    assert set(models.QUICK) <= models.MODELS.keys()
+    assert all(len(model.inputs()) == len(model.shapes) for model in models.MODELS.values())
