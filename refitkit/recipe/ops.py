@@ -112,7 +112,8 @@ _PRODUCTS = """
 """
 _LAYERS = """
     _adaptive_avg_pool2d _adaptive_avg_pool3d _batch_norm_no_update
-    _native_batch_norm_legit_no_training _upsample_bicubic2d_aa _upsample_bilinear2d_aa
+    _native_batch_norm_legit _native_batch_norm_legit_no_training
+    _upsample_bicubic2d_aa _upsample_bilinear2d_aa
     _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
     adaptive_max_pool2d adaptive_max_pool3d affine_grid_generator avg_pool1d avg_pool2d avg_pool3d

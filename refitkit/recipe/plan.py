@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,14 +104,28 @@ class RefitPlan:
             self._kept,
         )
         names = source.names()
-        return {row.slot.key: self._value_of(row, source, names, replay) for row in rows}
+        whole = all(fqn in names for fqn in self._all_sources)
+        return {
+            row.slot.key: self._value_of(row, source, names, replay, whole=whole) for row in rows
+        }
+
+    @cached_property
+    def _all_sources(self) -> tuple[str, ...]:
+        """Every leaf that any row follows from, under all its names."""
+        return tuple(dict.fromkeys(fqn for row in self.ledger for fqn in row.sources))
 
     def value_of(self, row: LedgerRow, source: WeightSource) -> SlotValue | str:
         """The same of one row."""
         return self.values_of([row], source)[row.slot.key]
 
     def _value_of(
-        self, row: LedgerRow, source: WeightSource, names: Collection[str], replay: Replay
+        self,
+        row: LedgerRow,
+        source: WeightSource,
+        names: Collection[str],
+        replay: Replay,
+        *,
+        whole: bool,
     ) -> SlotValue | str:
         if row.value is None:
             return row.reason or f"its state is {row.state}"
@@ -122,10 +137,10 @@ class RefitPlan:
         if isinstance(row.value, PinnedRef):
             tensor = _as_slot(self._pinned[row.value.name], row.slot)
             return SlotValue(row.slot, STRATEGY, (), lambda: tensor, identity=True, pinned=True)
-        lacking = self._lacking(row, names)
+        lacking = () if whole else self._lacking(row, names)
         if lacking:
             return f"the source has no {', '.join(map(repr, lacking))}"
-        read = tuple(fqn for fqn in row.sources if fqn in names)
+        read = row.sources if whole else tuple(fqn for fqn in row.sources if fqn in names)
         value = row.value
         return SlotValue(
             row.slot,
