@@ -30,6 +30,7 @@ VISION: dict[str, Any] = {
     "image_size": 32,
     "patch_size": 8,
 }
+EAGER: dict[str, Any] = {"experts_implementation": "eager"}
 STAGES: dict[str, Any] = {"hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 1, 1]}
 GPT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -74,7 +75,6 @@ ENCODERS: dict[str, dict[str, Any]] = {
     },
     "ModernBert": {**TEXT, "pad_token_id": 0, "reference_compile": False},
     "MPNet": TEXT,
-    "Nystromformer": {**TEXT, "segment_means_seq_len": 12, "num_landmarks": 4},
     "RemBert": {**TEXT, "input_embedding_size": 16, "output_embedding_size": 16},
     "Roberta": {**TEXT, "pad_token_id": 0},
     "RoFormer": {**TEXT, "embedding_size": 32},
@@ -107,7 +107,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "GPTNeoX": TEXT,
     "Llama": DECODER,
     "Mistral": DECODER,
-    "Mixtral": {**DECODER, "num_local_experts": 2, "num_experts_per_tok": 1},
+    "Mixtral": {**DECODER, "num_local_experts": 2, "num_experts_per_tok": 1, **EAGER},
     "Mpt": {
         "vocab_size": VOCABULARY,
         "d_model": 32,
@@ -301,6 +301,7 @@ def _parts() -> Iterator[Entry]:
         "num_mel_bins": 16,
         "max_source_positions": 20,
         "max_target_positions": 20,
+        "pad_token_id": 0,
     }
     make = _of("WhisperConfig", "WhisperModel", whisper, part="encoder")
     yield Entry("transformers/Whisper encoder", make, ((1, 16, 40),), HALF)

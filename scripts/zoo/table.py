@@ -52,10 +52,11 @@ too; ties and the domains of values are kept (variances are positive, indices in
 values that are huge, tiny, denormal and -0, and its buffers of indices are permuted; where that
 makes the reference's own values NaN, other weights are drawn. For the engine bytes, a module
 compiled from A is refitted to B by the plan, and B's networks are built from scratch: the bytes
-have to be equal, as for the verifier `engine-bytes`. ("Equal to build 3": TensorRT-RTX builds one
-and the same network with several outputs in this order of them or that, by chance, in one process,
-too; so it is built from scratch until the bytes are equal, at most 12 times.) In half precision
-there is one round, C.
+have to be equal, as for the verifier `engine-bytes`. The builder of TensorRT-RTX orders several
+outputs of one network by chance, even in one process; so a network is built from scratch until the
+bytes are equal, at most 12 times ("equal to build 3"), and where its own builds differ from one
+another and none is equal, that decides nothing ("undecided"). In half precision there is one
+round, C.
 
 {_versions()}"""
 
@@ -78,7 +79,7 @@ def _summary(tried: list[Row], refused: list[Row]) -> str:
         states.update(one.get("states", {}))
     differ = sum(r["differ"] for one in tried for r in one.get("rounds", {}).values())
     compared = sum(one.get("slots", 0) * len(one.get("rounds", {})) for one in tried)
-    bytes_ = Counter(_bytes(one) for one in tried)
+    bytes_ = Counter(_bytes(one).partition(" to build")[0] for one in tried)
     lines = [
         ("models and dtypes", f"{len(tried)}: " + ", ".join(f"{n} {d}" for d, n in models.items())),
         ("all slots bit-equal, none unmapped", f"{len(ok)} of {len(tried)}"),
@@ -113,7 +114,8 @@ def _ratio(ok: list[Row]) -> str:
 
 def _bytes(one: Row) -> str:
     said = str(one.get("bytes") or "not compared")
-    return "not built" if said.startswith("not built") else said if len(said) < 40 else "failed"
+    kind = said.partition(":")[0]
+    return kind if kind in {"not built", "undecided"} else said
 
 
 def _table(tried: list[Row]) -> str:
@@ -155,9 +157,9 @@ def _unbuilt(tried: list[Row]) -> str:
     lines = [
         f"- {one['model']}, {one['dtype']}: {_text(one['bytes'])}"
         for one in tried
-        if _bytes(one) == "not built"
+        if _bytes(one) in {"not built", "undecided"}
     ]
-    return "\n".join(["## What the builder refuses\n", *lines]) if lines else ""
+    return "\n".join(["## Engines that are not compared\n", *lines]) if lines else ""
 
 
 def _refused(refused: list[Row]) -> str:
