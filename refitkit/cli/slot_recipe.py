@@ -9,7 +9,7 @@ from refitkit.cli.tables import facts, table
 from refitkit.cli.text import shape
 from refitkit.errors import ConfigError, Problem
 from refitkit.model import CallRef, Number, PinnedRef, SourceRef, TorchName
-from refitkit.recipe.replay import operands_of
+from refitkit.recipe.calls import operands_of
 from refitkit.recipe.vet_calls import Facts
 
 if TYPE_CHECKING:
