@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from refitkit.errors import NotRefittableError, PlanMismatchError, VerificationError
+from refitkit.errors import (
+    NotRefittableError,
+    PlanMismatchError,
+    SourceError,
+    VerificationError,
+    raised_as,
+)
 from refitkit.pipeline import verify
 from refitkit.pipeline.check import check_abilities, check_weights
 from refitkit.pipeline.clock import Clock
@@ -93,8 +99,9 @@ class Refit:
         return plan
 
     def _compared(self, plan: RefitPlan, source: WeightSource) -> Delta:
-        with self._clock.stage("compare"):
-            live, version = self._compiled.live, self._compiled.version
+        live, version = self._compiled.live, self._compiled.version
+        unreadable = raised_as(SourceError, f"{source.description} cannot be compared")
+        with self._clock.stage("compare"), unreadable:
             return Delta(plan, self._module, source, live, version)
 
     def _map(
@@ -148,6 +155,8 @@ class Refit:
         if not mapping.unchanged:
             return mapping
         whole = self._map(mapping.plan, source, frozenset())
+        if self._wish.partial:
+            whole.keep_pinned()
         whole.values.update(mapping.values)
         return whole
 

@@ -102,6 +102,9 @@ class Life:
         value.view(-1)[self.random.randrange(value.numel())] = self.random.choice(ODD_VALUES)
         return value
 
+    def _coin(self) -> bool:
+        return self.random.random() < 0.5
+
     def _some(self) -> list[str]:
         names = [*PERSISTENT, PINNED]
         return self.random.sample(names, self.random.randint(1, len(names)))
@@ -112,7 +115,20 @@ class Life:
         state = self._values(PERSISTENT)
         if self.random.random() < 0.3:
             state[PINNED] = self._value(PINNED)
-        refitkit.refit(compiled, state, verify=self.random.choice([None, "none"]))
+        how = {"verify": self.random.choice([None, "none"]), "delta": self._coin()}
+        refitkit.refit(compiled, state, **how)
+        held.update({PINNED: self.derived, **state})
+
+    def _do_change_some(self, compiled: Any, held: dict[str, Any]) -> None:
+        """What a refit with ``delta`` is for; calls have changed ``count`` meanwhile."""
+        state = {name: held[name].clone() for name in PERSISTENT}
+        changed = [name for name in self._some() if name != PINNED]
+        state.update(self._values(changed))
+        if self._coin():
+            state[PINNED] = held[PINNED].clone()
+        report = refitkit.refit(compiled, state, delta=True, verify="none").report
+        assert report.slots_written + report.slots_unchanged == len(compiled.slots)
+        assert report.slots_written >= len(changed)
         held.update({PINNED: self.derived, **state})
 
     def _do_refit_with_inputs(self, compiled: Any, held: dict[str, Any]) -> None:
@@ -122,12 +138,14 @@ class Life:
 
     def _do_partial(self, compiled: Any, held: dict[str, Any]) -> None:
         state = self._values(self._some())
-        refitkit.refit(compiled, state, partial=True, verify=self.random.choice([None, "none"]))
+        how = {"verify": self.random.choice([None, "none"]), "delta": self._coin()}
+        refitkit.refit(compiled, state, partial=True, **how)
         held.update(state)
 
     def _do_same_again(self, compiled: Any, held: dict[str, Any]) -> None:
         state = {name: held[name].clone() for name in self._some()}
-        assert refitkit.refit(compiled, state, partial=True).report.changed is False
+        report = refitkit.refit(compiled, state, partial=True, delta=self._coin()).report
+        assert report.changed is False
 
     def _do_refused(self, compiled: Any, held: dict[str, Any]) -> None:
         state = self._values(PERSISTENT)
@@ -137,21 +155,20 @@ class Life:
         else:
             state[name][..., 0] = torch.nan
         with pytest.raises(refitkit.WeightMismatchError):
-            refitkit.refit(compiled, state)
+            refitkit.refit(compiled, state, delta=self._coin())
 
     def _do_wrong_outputs(self, compiled: Any, held: dict[str, Any]) -> None:
         state = {n: t.clamp(-9, 9) for n, t in self._values(self._some()).items()}
+        how: Any = {"inputs": CASE.args(), "reference": torch.zeros(1), "delta": self._coin()}
         with pytest.raises(refitkit.VerificationError):
-            refitkit.refit(
-                compiled, state, partial=True, inputs=CASE.args(), reference=torch.zeros(1)
-            )
+            refitkit.refit(compiled, state, partial=True, **how)
 
     def _do_vetoed(self, compiled: Any, held: dict[str, Any]) -> None:
         pipeline = refitkit.Pipeline(plugins=[BreakingPlugin()])
         partial = self.random.random() < 0.5
         state = self._values(self._some() if partial else PERSISTENT)
         with pytest.raises(refitkit.PluginError):
-            pipeline.refit(compiled, state, partial=partial)
+            pipeline.refit(compiled, state, partial=partial, delta=self._coin())
 
     def _do_source_breaks(self, compiled: Any, held: dict[str, Any]) -> None:
         partial = self.random.random() < 0.5
@@ -159,7 +176,7 @@ class Life:
         source = BreakingSource(state, self.random.randrange(2 * len(state)))
         settings = {"check_finite": self.random.random() < 0.5}
         with pytest.raises(refitkit.RefitError):
-            refitkit.Pipeline(settings).refit(compiled, source, partial=partial)
+            refitkit.Pipeline(settings).refit(compiled, source, partial=partial, delta=self._coin())
 
     def _do_call(self, compiled: Any, held: dict[str, Any]) -> None:
         for _ in range(self.random.randint(1, 3)):

@@ -14,6 +14,7 @@ from refitkit.errors import (
     EngineError,
     NotRefittableError,
     RefitError,
+    SourceError,
     UnmappedSlotError,
     VerificationError,
     WeightMismatchError,
@@ -381,6 +382,16 @@ def test_a_kept_value_that_is_given_and_then_not_is_a_change() -> None:
     assert [scene.holds()[n].tolist() for n in ("scale", "mask")] == [[4.0, 4.0], [3.0, 3.0]]
 
 
+def test_in_part_a_kept_value_that_was_given_stays() -> None:
+    scene = Scene(*folded())
+    scene.refit({**GIVEN, "mask": torch.ones(2)})
+    assert scene.refit({"w": GIVEN["w"]}, partial=True) == set()
+    assert scene.report is not None
+    assert scene.report.verification is not None
+    assert scene.holds()["mask"].tolist() == [1.0, 1.0]
+    assert scene.refit({**GIVEN, "mask": torch.ones(2)}) == set()
+
+
 def test_the_name_of_a_tied_weight_does_not_count() -> None:
     scene = Scene(*folded())
     scene.refit(GIVEN)
@@ -461,6 +472,16 @@ def test_after_a_broken_guard_nothing_is_known_of_what_others_gave() -> None:
     assert scene.refit({**good, "g": torch.zeros(2)}, verify="none") == {"e0.weight", "e0.bias"}
     assert scene.refit(good) == {"e0.weight", "e0.bias"}
     assert same_state(scene.holds(), weights(1.0, 1))
+
+
+def test_a_source_that_cannot_be_read_is_a_source_error() -> None:
+    class Breaking(TensorMap):
+        def get(self, fqn: str) -> torch.Tensor:
+            raise OSError("the disk is gone")
+
+    scene = Scene()
+    with pytest.raises(SourceError, match=r"state_dict.*the disk is gone"):
+        scene.refit(Breaking(weights()))
 
 
 # -- engines ----------------------------------------------------------------------------------
