@@ -55,7 +55,7 @@ def test_code_that_needs_no_gpu_runs(
     assert held == {"refitkit.network", *(f"{name}.engine" for name in names["again"].engines)}
     (engine,) = (tmp_path / "model.networks").glob("*.engine")
     assert (tmp_path / "model.engine").read_bytes() == engine.read_bytes()
-    assert {row.strategy for row in names["result"].report.ledger} == {"rebuild"}
+    assert {row.strategy for row in names["result"].report.ledger} == {"recipe"}
     assert names["result"].report.verification.ok
     assert len(names["plan"].ledger) == len(names["networks"].slots)
 
