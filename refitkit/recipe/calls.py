@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from refitkit.model import OpCall, PlanData, Value
     from refitkit.recipe.batches import Batch
 
+_FROM_STORAGE = ("aten.as_strided", "aten._reshape_alias")
 _References = (SourceRef, PinnedRef, CallRef)
 Results: TypeAlias = tuple[torch.Tensor, ...]
 """What a call gives."""
@@ -64,6 +65,8 @@ class Ready:
         places: Where each operand goes: a position or a name, and for a list a position in it.
         writes: How many of its first arguments it writes to.
         results: How many tensors it gives.
+        alone: Whether it counts from the start of its first operand's storage, which therefore has
+            to be that operand alone.
         anywhere: Whether it is exact on every device.
         device: Kind of device that it was recorded on.
         on_cpu: Whether it can be made on a CPU.
@@ -76,6 +79,7 @@ class Ready:
     places: tuple[tuple[int | str, int | None], ...]
     writes: int
     results: int
+    alone: bool
     anywhere: bool
     device: str
     on_cpu: bool
@@ -84,7 +88,8 @@ class Ready:
     def is_simple(self) -> bool:
         """Whether it gives one tensor, writes nothing, and has all operands as arguments."""
         plain = all(isinstance(where, int) and inner is None for where, inner in self.places)
-        return plain and not self.writes and self.results == 1
+        kinds = [str(one.type) for one in self.op._schema.returns]  # noqa: SLF001
+        return plain and not self.writes and not self.alone and kinds == ["Tensor"]
 
     def made_on(self, device: torch.device) -> torch.device:
         """Where it is made if its operands are here: elsewhere, if it is exact only there."""
@@ -100,10 +105,19 @@ class Ready:
                 given[where] = operand
             else:
                 given[where] = [*given[where][:inner], operand, *given[where][inner + 1 :]]
+        if self.alone:
+            args[0] = _alone(args[0])
         if self.writes:
             return _on_copies(self.op, args, kwargs, self.writes)
         result = self.op(*args, **kwargs)
         return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that is all of its storage, in logical order."""
+    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 class Calls:
@@ -187,6 +201,7 @@ class Calls:
             places=tuple(_places(one)),
             writes=_writes(op),
             results=len(one.results),
+            alone=one.op.startswith(_FROM_STORAGE),
             anywhere=anywhere,
             device=one.device,
             on_cpu=anywhere or one.device == "cpu",
