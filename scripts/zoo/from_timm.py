@@ -14,19 +14,11 @@ if TYPE_CHECKING:
 FEW: dict[str, Any] = {"num_classes": 10}
 SIZED: dict[str, Any] = {"img_size": 64}
 BLOCKS: dict[str, Any] = {**SIZED, "depth": 2}
-MIXERS: dict[str, Any] = {**SIZED, "num_blocks": 2}
 DEPTHS: dict[str, Any] = {"depths": (1, 1, 1, 1)}
 LAYERS: dict[str, Any] = {"layers": (1, 1, 1, 1)}
-NESTS: dict[str, Any] = {
-    "num_levels": 2,
-    "embed_dims": (32, 64),
-    "num_heads": (1, 2),
-    "depths": (1, 1),
-}
 MODELS: dict[str, tuple[int, dict[str, Any]]] = {
     # side of the image, arguments of the model
     "beit_base_patch16_224": (64, {**SIZED, "embed_dim": 96, "depth": 2, "num_heads": 3}),
-    "caformer_s18": (64, DEPTHS),
     "cait_xxs24_224": (64, {**SIZED, "depth": 2}),
     "convit_tiny": (64, {**SIZED, "depth": 4, "local_up_to_layer": 2}),
     "convmixer_768_32": (64, {}),
@@ -43,33 +35,25 @@ MODELS: dict[str, tuple[int, dict[str, Any]]] = {
     "ese_vovnet19b_dw": (64, {}),
     "eva02_tiny_patch14_224": (56, {"img_size": 56, "depth": 2}),
     "fastvit_t8": (64, LAYERS),
-    "focalnet_tiny_srf": (64, DEPTHS),
-    "gcvit_xxtiny": (224, DEPTHS),
-    "gmixer_12_224": (64, MIXERS),
-    "gmlp_ti16_224": (64, MIXERS),
     "hgnetv2_b0": (64, {}),
     "hiera_tiny_224": (224, {"stages": (1, 1, 1, 1)}),
     "inception_next_atto": (64, DEPTHS),
     "lcnet_035": (64, {}),
     "levit_128s": (224, {}),
     "mambaout_femto": (64, DEPTHS),
-    "mixer_s32_224": (64, MIXERS),
+    "mixer_s32_224": (64, SIZED),
     "mobilevit_xxs": (64, {}),
-    "mvitv2_tiny": (64, {**SIZED, **DEPTHS}),
-    "nest_tiny": (64, {**SIZED, **NESTS}),
     "nf_resnet26": (64, {}),
-    "pit_ti_224": (64, {**SIZED, "depths": (1, 1, 1)}),
-    "poolformer_s12": (64, LAYERS),
+    "pit_ti_224": (64, SIZED),
     "pvt_v2_b0": (64, DEPTHS),
     "regnetz_005": (64, {}),
     "repvgg_a0": (64, {}),
-    "resmlp_12_224": (64, MIXERS),
+    "resmlp_12_224": (64, SIZED),
     "resnest14d": (64, {}),
     "resnet10t": (64, {}),
-    "resnetv2_50x1_bit": (64, LAYERS),
     "sequencer2d_s": (64, LAYERS),
     "seresnet18": (64, {}),
-    "shvit_s1": (64, {"depths": (1, 1, 1)}),
+    "shvit_s1": (64, {}),
     "skresnet18": (64, {}),
     "starnet_s050": (64, {}),
     "swin_tiny_patch4_window7_224": (64, {**SIZED, **DEPTHS}),
@@ -88,7 +72,6 @@ MODELS: dict[str, tuple[int, dict[str, Any]]] = {
     "vit_small_patch14_reg4_dinov2": (56, {"img_size": 56, "depth": 2}),
     "vit_small_patch16_rope_224": (64, BLOCKS),
     "vit_small_patch16_rope_mixed_224": (64, BLOCKS),
-    "volo_d1_224": (64, {**SIZED, **LAYERS}),
     "xcit_tiny_12_p16_224": (64, {}),
 }
 IN_HALF = {
