@@ -1,9 +1,10 @@
-"""Peaks of anonymous memory of a process and its descendants, seen from another process.
+"""Memory and CPU time of a process and its descendants, seen from another process.
 
 Anonymous memory is what has no file behind it: what ``RssAnon`` of ``/proc/PID/status`` says, read
 here as resident less shared pages of ``statm``, which is faster. A descendant counts from what it
 had when it was seen first: a fork starts with its parent's pages, which are not used twice.
-Samples are taken about every 0.2 ms; the kernel's own counters may be off by a few 100 kB.
+Samples are taken about every 0.2 ms; the kernel's own counters may be off by a few 100 kB, and CPU
+time has a resolution of 10 ms.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+_TICKS = os.sysconf("SC_CLK_TCK")
 _PAUSE = 0.0002
 _FAMILY_EVERY = 0.005
 
@@ -32,15 +34,22 @@ class Probe:
         own: Bytes by which this process grew, at its peak.
         all: The same of this process and its descendants together.
         children: The same by descendant, largest first.
+        worked: Seconds that processors worked for all of them.
     """
 
-    def __init__(self) -> None:
-        self.own, self.all = 0, 0
+    def __init__(self, pause: float = _PAUSE) -> None:
+        """Measure.
+
+        Args:
+            pause: Seconds between two samples: where time is measured, too, take few.
+        """
+        self._pause = pause
+        self.own, self.all, self.worked = 0, 0, 0.0
         self.children: list[int] = []
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(  # noqa: S603 - this file
-            [sys.executable, "-S", "-E", __file__, str(os.getpid())],
+            [sys.executable, "-S", "-E", __file__, str(os.getpid()), str(self._pause)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -56,7 +65,7 @@ class Probe:
     ) -> None:
         said, _ = self._process.communicate()
         found = json.loads(said)
-        self.own, self.all = found["own"], found["all"]
+        self.own, self.all, self.worked = found["own"], found["all"], found["worked"]
         self.children = sorted(found["children"], reverse=True)
 
 
@@ -69,20 +78,23 @@ def anonymous(process: int) -> int:
     return (int(resident) - int(shared)) * _PAGE
 
 
-def family(process: int) -> list[int]:
-    """A process and all its descendants, without this one."""
+def family(process: int) -> dict[int, float]:
+    """A process and all its descendants, without this one: seconds of CPU time of each."""
     parents: dict[int, int] = {}
+    worked: dict[int, float] = {}
     for name in os.listdir("/proc"):  # noqa: PTH208 - it runs thousands of times
         if name.isdigit():
             try:
                 text = Path(f"/proc/{name}/stat").read_text()
             except OSError:
                 continue
-            parents[int(name)] = int(text.rpartition(")")[2].split()[1])
+            fields = text.rpartition(")")[2].split()
+            parents[int(name)] = int(fields[1])
+            worked[int(name)] = (int(fields[11]) + int(fields[12])) / _TICKS
     found = [process]
     for one in found:
         found += [child for child, parent in parents.items() if parent == one]
-    return [one for one in found if one != os.getpid()]
+    return {one: worked[one] for one in found if one in worked and one != os.getpid()}
 
 
 class Tally:
@@ -107,22 +119,29 @@ class Tally:
         self.whole = max(self.whole, sum(grown.values()))
 
 
-def watch(process: int) -> dict[str, object]:
+def watch(process: int, pause: float) -> dict[str, object]:
     """Sample until stdin is closed, and once more."""
     tally, known, looked = Tally(), family(process), time.perf_counter()
+    before, worked = known, dict(known)
     tally.add({one: anonymous(one) for one in known})
     os.set_blocking(0, False)
     print("ready", flush=True)
     ended = False
     while not ended:
         ended = sys.stdin.buffer.read(1) is not None
-        if time.perf_counter() - looked > _FAMILY_EVERY:
+        if ended or time.perf_counter() - looked > _FAMILY_EVERY:
             known, looked = family(process), time.perf_counter()
+            worked |= known
         tally.add({one: anonymous(one) for one in known})
-        time.sleep(_PAUSE)
+        time.sleep(pause)
     own = tally.peaks.pop(process, 0)
-    return {"own": own, "all": tally.whole, "children": list(tally.peaks.values())}
+    return {
+        "own": own,
+        "all": tally.whole,
+        "children": list(tally.peaks.values()),
+        "worked": sum(worked.values()) - sum(before.values()),
+    }
 
 
 if __name__ == "__main__":
-    print(json.dumps(watch(int(sys.argv[1]))))
+    print(json.dumps(watch(int(sys.argv[1]), float(sys.argv[2]))))

@@ -36,6 +36,8 @@ OPTIONS = {"min_block_size": 1}
 SEEDS = (1, 2)
 """Weights that the plan was not made with."""
 CALLS = 21
+SELDOM = 0.02
+"""Seconds between two looks at the processes that plan."""
 PLAN, WEIGHTS = "model.refitplan", "model.safetensors"
 _ALIGNMENT = 64
 State = dict[str, torch.Tensor]
@@ -138,14 +140,17 @@ def speed(name: str, folder: Path) -> dict[str, Any]:
     references: list[float] = []
     references_cpu: list[float] = []
     planning: list[float] = []
+    planning_cpu: list[float] = []
     values: dict[Any, Any] = {}
     states: list[State] = []
     for seed in SEEDS:
         program = model.export(model.new(0))
-        took, plan = timed(
-            partial(refitkit.plan, program, backend=BACKEND, options=OPTIONS, prove=False)
-        )
+        with Probe(SELDOM) as probe:
+            took, plan = timed(
+                partial(refitkit.plan, program, backend=BACKEND, options=OPTIONS, prove=False)
+            )
         planning.append(took)
+        planning_cpu.append(probe.worked)
         del program
         module = model.new(seed)
         took, worked, (found, values) = spent(partial(reference.run, model, module))
@@ -170,6 +175,7 @@ def speed(name: str, folder: Path) -> dict[str, Any]:
         "reference cpu": references_cpu,
         "reference_slots": len(values),
         "planning": planning,
+        "planning cpu": planning_cpu,
     }
     del module
     gc.collect()
