@@ -44,7 +44,7 @@ def plan(
     backend: str | None = None,
     options: Mapping[str, Any] | None = None,
     *,
-    prove: bool = True,
+    prove: bool | None = None,
 ) -> RefitPlan:
     """Make a plan; see :meth:`refitkit.Pipeline.plan`."""
     return Pipeline().plan(program, target, backend, options, prove=prove)

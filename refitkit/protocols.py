@@ -282,6 +282,14 @@ class PlanDraft:
 
 
 @runtime_checkable
+class HoldsValues(Protocol):
+    """What a program was cut into, with the values that its engines would get."""
+
+    def values(self) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        """Values of all slots, by engine and slot, flat."""
+
+
+@runtime_checkable
 class Backend(Protocol):
     """What compiles models into engines."""
 

@@ -30,6 +30,7 @@ class CompiledModule:
         version: Number of the weights that it holds: 0 as compiled or loaded, one more with every
             committed refit.
         live: What its slots were computed from, where the last refit was one with ``delta``.
+        overridden: What no state_dict holds and refits gave other values for than the plan keeps.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class CompiledModule:
         self.program = program
         self.version = 0
         self.live: Live | None = None
+        self.overridden: frozenset[str] = frozenset()
         self.gate = Gate()
         self._opened = opened
         self._saver = saver

@@ -12,6 +12,8 @@ from refitkit.protocols import MapRequest
 from refitkit.recipe.plan import STRATEGY, RefitPlan
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from refitkit.config import Config
     from refitkit.host import Host
     from refitkit.protocols import (
@@ -142,8 +144,16 @@ def require_all(mapping: Mapping, source: WeightSource) -> None:
         )
 
 
-def require_reached(mapping: Mapping, source: WeightSource) -> None:
+def require_reached(
+    mapping: Mapping, source: WeightSource, overridden: frozenset[str] = frozenset()
+) -> None:
     """Stop a refit in part that would leave out some of the given weights without a word.
+
+    Args:
+        mapping: What the strategies gave.
+        source: The given weights.
+        overridden: What earlier refits gave other values for than the plan keeps: what would be
+            computed with the plan's value has to be given again.
 
     Raises:
         UnmappedSlotError: There are slots that follow from given weights and get no value; lists
@@ -153,11 +163,17 @@ def require_reached(mapping: Mapping, source: WeightSource) -> None:
     """
     given = set(source.names())
     left = [row for row in mapping.unserved() if not given.isdisjoint(row.sources)]
-    if left:
+    problems = [_half_given(mapping, row, source) for row in left]
+    for row in mapping.plan.data.ledger if overridden else ():
+        value = mapping.values.get(row.slot.key)
+        lacking = [name for name in row.sources if name in overridden - given]
+        if value is not None and value.strategy == STRATEGY and lacking:
+            problems.append(_more_wanted(row, value.sources, lacking))
+    if problems:
         broken = mapping.broken_guards(source)
         raise UnmappedSlotError(
-            f"Some slots follow from weights of {source.description} and would keep old values.",
-            problems=[*broken, *(_half_given(mapping, row, source) for row in left)],
+            f"Some slots follow from more than {source.description} has.",
+            problems=[*broken, *problems],
             hint=_ON_BROKEN_GUARDS if broken else _ON_HALF_GIVEN,
         )
     unknown = [row for row in mapping.unserved() if row.state is SlotState.UNMAPPED]
@@ -194,10 +210,14 @@ def _half_given(mapping: Mapping, row: LedgerRow, source: WeightSource) -> Probl
     if not lacking:
         return _without_value(mapping, row)
     names = source.names()
+    return _more_wanted(row, [name for name in row.sources if name in names], lacking)
+
+
+def _more_wanted(row: LedgerRow, given: Iterable[str], lacking: Iterable[str]) -> Problem:
     return Problem(
         f"{row.slot.engine}/{row.slot.name}",
         "follows from more weights",
-        ", ".join(name for name in row.sources if name in names),
+        ", ".join(given),
         f"{', '.join(lacking)} with it",
     )
 

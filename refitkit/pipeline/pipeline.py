@@ -17,6 +17,7 @@ from refitkit.pipeline.compiled import CompiledModule
 from refitkit.pipeline.judge import judge_module
 from refitkit.pipeline.plan import make_plan
 from refitkit.pipeline.prove import prove as prove_refit
+from refitkit.pipeline.prove_plan import prove_plan
 from refitkit.pipeline.refit import Refit, Wish
 from refitkit.pipeline.tools import tools_for
 from refitkit.recipe import RefitPlan
@@ -223,7 +224,7 @@ class Pipeline:
         backend: str | None = None,
         options: Mapping[str, Any] | None = None,
         *,
-        prove: bool = True,
+        prove: bool | None = None,
     ) -> RefitPlan:
         """Make a plan for a program and the module that was compiled from it.
 
@@ -236,8 +237,11 @@ class Pipeline:
                 can.
             backend: Name of the backend; needed without a target.
             options: The backend's options, when planning offline; a target knows its own.
-            prove: Whether to try, on a copy of a module that has no plan yet, that the module
-                answers like the program with other weights.
+            prove: Whether to try that the plan is right with other weights than the program's: what
+                it computes is compared with what the backend makes of them, slot by slot, and a
+                copy of a module that has no plan yet is refitted to them and its outputs compared.
+                The first costs two plannings more, and is done only where True; the second is left
+                out only where False.
 
         Raises:
             PlanMismatchError: The program is not the one that was compiled.
@@ -255,9 +259,24 @@ class Pipeline:
         opened = compiled.opened if compiled else None
         with Clock(self.host, "plan").stage("plan"):
             plan = self._planned(program, opened, self.backend(name), dict(options or {}))
-            if compiled is not None and compiled.plan is None:
-                self._adopt(compiled, plan, program, prove=prove)
+        if prove:
+            with Clock(self.host, "plan").stage("prove"):
+                self._prove_plan(plan, program, opened, dict(options or {}))
+        if compiled is not None and compiled.plan is None:
+            with Clock(self.host, "plan").stage("adopt"):
+                self._adopt(compiled, plan, program, prove=prove is not False)
         return plan
+
+    def _prove_plan(
+        self,
+        plan: RefitPlan,
+        program: ExportedProgram,
+        opened: OpenedModule | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        missing = prove_plan(self.host, self.config, plan, program, opened, options)
+        if missing:
+            self.host.emit(Step("plan", "prove", f"there is no proof by trial: {missing}"))
 
     def _adopt(
         self, compiled: CompiledModule, plan: RefitPlan, program: ExportedProgram, *, prove: bool
@@ -321,7 +340,9 @@ class Pipeline:
         """A second module with the same weights, plan and program, refitted on its own."""
         with compiled.gate.refit(), compiled.gate.call():
             opened = compiled.opened.reopen()
-        return CompiledModule(opened, compiled.plan, compiled.program, self._save)
+        copy = CompiledModule(opened, compiled.plan, compiled.program, self._save)
+        copy.overridden = compiled.overridden
+        return copy
 
     def verify(
         self,

@@ -77,7 +77,7 @@ def _trials(
 ) -> str:
     reason = ""
     for seed in _SEEDS:
-        weights = _others(program, seed)
+        weights = moved_weights(program, seed)
         if compiled.plan and compiled.plan.broken_guards(pipeline.open_weights(weights)):
             reason = "other weights change values that decided what slots hold"
             continue
@@ -104,7 +104,7 @@ def _endless(exc: VerificationError) -> bool:
     return bool(wrong) and all("NaN" in m.note for m in wrong)
 
 
-def _others(program: ExportedProgram, seed: int) -> dict[str, torch.Tensor]:
+def moved_weights(program: ExportedProgram, seed: int) -> dict[str, torch.Tensor]:
     """The program's weights, moved: every float by up to a quarter, none to another sign.
 
     So variances stay positive, and zeros and ones, which folding likes, become something else.

@@ -19,6 +19,7 @@ from refitkit.pipeline.commit import Transaction
 from refitkit.pipeline.delta import Delta
 from refitkit.pipeline.load import open_weights
 from refitkit.pipeline.mapping import map_slots, require_all, require_reached
+from refitkit.pipeline.overrides import left, overrides
 from refitkit.pipeline.report import Findings
 from refitkit.pipeline.stage import Staged
 from refitkit.pipeline.tools import tools_for
@@ -59,6 +60,7 @@ class Refit:
         self._module = compiled.opened
         self._clock = Clock(host, "refit")
         self._delta: Delta | None = None
+        self._overridden: frozenset[str] = frozenset()
 
     def run(self) -> RefitReport:
         """Do it.
@@ -123,9 +125,12 @@ class Refit:
         check_abilities(self._module, partial=partial, config=self._config)
         if partial:
             mapping.keep_pinned()
-            require_reached(mapping, source)
+            before = self._compiled.overridden
+            require_reached(mapping, source, before)
+            self._overridden = left(before, plan, source)
         else:
             require_all(mapping, source)
+            self._overridden = overrides(plan, source)
 
     def _prepared(
         self, plan: RefitPlan, source: WeightSource, mapping: Mapping
@@ -204,13 +209,15 @@ class Refit:
             reports.append(self._found.report("committed"))
             self._compiled.version += 1
             self._compiled.live = self._now_live()
+            self._compiled.overridden = self._overridden
 
         def taken_back() -> None:
             self._compiled.version, self._compiled.live = self._found.before, live
+            self._compiled.overridden = overridden
             self._tell(self._found.report("rolled-back"))
 
         reports: list[RefitReport] = []
-        live = self._compiled.live
+        live, overridden = self._compiled.live, self._compiled.overridden
         gate = self._compiled.gate
         transaction = Transaction(self._module, gate, staged, on_rollback=taken_back)
         try:

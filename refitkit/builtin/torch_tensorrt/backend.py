@@ -184,8 +184,9 @@ def _compiled(
 
 def _adopt(opened: TorchTensorRTOpened, found: Interpreted) -> None:
     """Tell engines what they were built with: the way back from the first refit."""
+    made = found.values()
     for name, engine in opened.engines.items():
-        values = found.values.get(name, {})
+        values = made.get(name, {})
         if isinstance(engine, RefitterEngine) and engine.slots.keys() <= values.keys():
             engine.adopt(
                 [

@@ -62,7 +62,6 @@ class Interpreted:
             for name, holder in self.holders.items()
         }
 
-    @property
     def values(self) -> dict[str, Mapping[str, torch.Tensor]]:
         """Values by part and slot, flat."""
         return {name: holder.scanned for name, holder in self.holders.items()}

@@ -132,7 +132,7 @@ class TorchTensorRTOpened:
         Raises:
             PlanMismatchError: The program makes other engines.
         """
-        return self.interpreted(program, tools).values
+        return self.interpreted(program, tools).values()
 
     def interpreted(
         self, program: ExportedProgram, tools: Tools, *, record: bool = False
