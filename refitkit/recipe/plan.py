@@ -95,7 +95,13 @@ class RefitPlan:
 
         What several of them need is computed once, if each is read once.
         """
-        values = [row.value for row in rows if isinstance(row.value, CallRef)]
+        names = source.names()
+        whole = all(fqn in names for fqn in self._all_sources)
+        values = [
+            row.value
+            for row in rows
+            if isinstance(row.value, CallRef) and (whole or not self._lacking(row, names))
+        ]
         replay = Replay(
             self._calls,
             values,
@@ -103,8 +109,6 @@ class RefitPlan:
             self._pinned.__getitem__,
             self._kept,
         )
-        names = source.names()
-        whole = all(fqn in names for fqn in self._all_sources)
         return {
             row.slot.key: self._value_of(row, source, names, replay, whole=whole) for row in rows
         }
@@ -171,7 +175,8 @@ class RefitPlan:
         guards = self.data.guards
         if not guards:
             return []
-        values = [guard.value for guard in guards]
+        names = source.names()
+        values = [guard.value for guard in guards if not self._lacked_by(guard, names)]
         replay = Replay(
             self._calls,
             values,
@@ -182,12 +187,10 @@ class RefitPlan:
         return [problem for guard in guards for problem in self._broken(guard, source, replay)]
 
     def _broken(self, guard: Guard, source: WeightSource, replay: Replay) -> Iterator[Problem]:
-        followed = self._calls.leaves_of(guard.value)
-        names = source.names()
-        shown = ", ".join(sorted(followed)) or "guard"
-        lacking = [n for n in followed if not self._has(n, names)]
+        shown = ", ".join(sorted(self._calls.leaves_of(guard.value))) or "guard"
+        lacking = self._lacked_by(guard, source.names())
         if lacking:
-            hint = f"the source has no {', '.join(map(repr, sorted(lacking)))}"
+            hint = f"the source has no {', '.join(map(repr, lacking))}"
             yield Problem(shown, "guard", wanted=guard.reason, hint=hint)
             return
         value = replay.value(guard.value)
@@ -195,6 +198,9 @@ class RefitPlan:
         if not same or digest(value) != guard.sha256:
             found = str(value.tolist()) if guard.shown else "another value"
             yield Problem(shown, "guard", found, guard.shown or "the value of then", guard.reason)
+
+    def _lacked_by(self, guard: Guard, names: Collection[str]) -> list[str]:
+        return sorted(n for n in self._calls.leaves_of(guard.value) if not self._has(n, names))
 
     def _has(self, fqn: str, names: Collection[str]) -> bool:
         return fqn in self._pinned or any(n in names for n in self._twins.get(fqn, (fqn,)))

@@ -11,11 +11,19 @@ import refitkit
 from refitkit.config import Config
 from refitkit.errors import ConfigError, PluginError, UnmappedSlotError
 from refitkit.host import make_host
-from refitkit.model import LedgerRow, PinnedRef, SlotState, SourceRef
+from refitkit.model import CallRef, LedgerRow, PinnedRef, SlotState, SourceRef
 from refitkit.pipeline.mapping import map_slots, require_all
 from refitkit.protocols import Mapped, MapRequest, SlotValue
 from refitkit.recipe import TensorMap
-from tests.fakes import FakeModule, OpenEngine, guard_of, make_plan, make_slot, recipe_row
+from tests.fakes import (
+    FakeModule,
+    OpenEngine,
+    guard_of,
+    make_plan,
+    make_slot,
+    op_call,
+    recipe_row,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -225,6 +233,20 @@ def test_with_a_broken_guard_another_strategy_serves_all_slots() -> None:
     assert served(mapping) == dict.fromkeys("abc", "rebuilds")
     require_all(mapping, TensorMap(BREAKS))
     assert all("recipe: " in row.reason and "bool() of a" in row.reason for row in mapping.rows())
+
+
+def test_of_several_guards_those_that_can_be_told_are() -> None:
+    plan = make_plan(
+        [recipe_row(A), recipe_row(B)],
+        calls=[op_call("neg.default", "@a"), op_call("neg.default", "@b")],
+        guards=[guard_of(CallRef(call=n), -torch.ones(2), f"bool() of {n}") for n in (0, 1)],
+    )
+    mapping = mapped(source={"b": torch.zeros(2)}, plan=plan)
+    with pytest.raises(UnmappedSlotError) as info:
+        require_all(mapping, TensorMap({"b": torch.zeros(2)}))
+    first, second, *_ = info.value.problems
+    assert (first.subject, first.hint) == ("a", "the source has no 'a'")
+    assert (second.subject, second.found, second.hint) == ("b", "[-0.0, -0.0]", "bool() of 1")
 
 
 def test_a_broken_guard_that_nobody_else_can_serve_is_told_once() -> None:
