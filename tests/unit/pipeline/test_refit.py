@@ -594,6 +594,54 @@ def test_a_computed_slot_with_all_its_weights_is_refitted_in_part() -> None:
     assert [row.strategy for row in report.ledger] == ["", "", "recipe"]
 
 
+def mixed() -> tuple[FakeModule, RefitPlan]:
+    """A slot that is the product of a weight and a kept value, and one that is another weight."""
+    module = FakeModule([OpenEngine("e0", {n: torch.zeros(2) for n in ("scale", "w")})])
+    scale, w = module.engines["e0"].slots.values()
+    leaves = [leaf_for(scale, fqn="g"), leaf_for(w)]
+    leaves.append(leaf_for(scale, LeafKind.NON_PERSISTENT_BUFFER, "eps"))
+    return module, make_plan(
+        [call_row(scale, 0, "g", "eps"), recipe_row(w)],
+        leaves=leaves,
+        calls=[op_call("mul.Tensor", "@g", "@eps")],
+        pinned={"eps": torch.ones(2)},
+    )
+
+
+def test_a_kept_value_that_was_given_another_value_has_to_be_given_in_part_too() -> None:
+    module, plan = mixed()
+    made = pipeline()
+    compiled = made.load(module)
+    full, five = {n: torch.ones(2) for n in ("g", "w")}, torch.full((2,), 5.0)
+    part = {"g": torch.full((2,), 3.0)}
+
+    def scale(weights: Any, target: Any = compiled, **how: Any) -> Any:
+        found = made.refit(target, weights, plan=plan, **how).module
+        return found.read("scale").tolist()[0]
+
+    assert scale({**full, "eps": torch.ones(2)}) == 1.0  # as the plan has it
+    assert scale(part, partial=True) == 3.0
+    assert scale({**full, "eps": five}) == 5.0
+    with pytest.raises(UnmappedSlotError) as info:
+        scale(part, partial=True)
+    (found,) = info.value.problems
+    assert (found.subject, found.found, found.wanted) == ("e0/scale", "g", "eps with it")
+    with pytest.raises(UnmappedSlotError):
+        scale(part, partial=True, copy=True)
+    assert scale({"w": torch.zeros(2)}, partial=True) == 5.0
+    assert scale({**part, "eps": five}, partial=True) == 15.0
+    with pytest.raises(UnmappedSlotError):
+        scale(part, partial=True)
+    assert scale({**part, "eps": torch.ones(2)}, partial=True) == 3.0
+    assert scale({"g": five}, partial=True) == 5.0
+    with pytest.raises(VerificationError):
+        scale({**full, "eps": five}, inputs=(), reference={}, verify="outputs")
+    assert scale(part, partial=True) == 3.0
+    assert scale({**full, "eps": five}) == 5.0
+    assert scale(full) == 1.0
+    assert scale(part, partial=True) == 3.0
+
+
 def test_a_refit_in_part_with_a_broken_guard_leaves_nothing_behind() -> None:
     module, plan = folded()
     guard = guard_of(SourceRef(fqn="w"), torch.zeros(2), "bool() of w")

@@ -1,0 +1,47 @@
+"""Values that plans keep and that sources have overridden: a refit in part has to know of them.
+
+Of what no state_dict holds (a mask, a constant) the plan keeps a value, for sources that have none.
+A slot that follows from such a value and from weights would get the plan's value in a refit in part
+that gives the weights only, while what is live came from another one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from refitkit.program.bits import same_bits
+
+if TYPE_CHECKING:
+    from refitkit.protocols import WeightSource
+    from refitkit.recipe import RefitPlan
+
+
+def overrides(plan: RefitPlan, source: WeightSource) -> frozenset[str]:
+    """What a source has other values of than the plan, among what slots mix with weights.
+
+    Raises:
+        SourceError: An entry cannot be read.
+    """
+    names = source.names()
+    return frozenset(
+        name
+        for name in _mixed(plan)
+        if name in names
+        and name in plan.data.pinned
+        and not same_bits(plan.pinned(name), source.get(name))
+    )
+
+
+def left(before: frozenset[str], plan: RefitPlan, source: WeightSource) -> frozenset[str]:
+    """What is overridden after a refit in part: what it gives is as it gives it."""
+    return before.difference(source.names()) | overrides(plan, source)
+
+
+def _mixed(plan: RefitPlan) -> set[str]:
+    kept = {leaf.fqn for leaf in plan.data.leaves if not leaf.persistent}
+    found: set[str] = set()
+    for row in plan.data.ledger if kept else ():
+        mine = kept.intersection(row.sources)
+        if 0 < len(mine) < len(row.sources):
+            found |= mine
+    return found
