@@ -18,9 +18,10 @@ import torch
 import refitkit
 from refitkit.builtin.torch_tensorrt import LAYER_TYPES
 from refitkit.builtin.torch_tensorrt.network.planning import Planned, plan_program
-from refitkit.errors import RefitError
+from refitkit.errors import CompileError, RefitError
 from refitkit.model import SlotState
 from refitkit.protocols import Tools
+from scripts.zoo.runner import NOT_BUILT
 
 if TYPE_CHECKING:
     from refitkit.recipe import RefitPlan
@@ -258,8 +259,8 @@ def _check_bytes(
     try:
         compiled = refitkit.compile(program, BACKEND, entry.settings, prove=False)
         scratch = {name: planned.build(name) for name in names}
-    except RefitError as exc:
-        result.bytes = f"not built: {_why(exc)}"
+    except CompileError:
+        result.bytes = NOT_BUILT
         return
     opened: Any = compiled.opened
     before = {name: opened.engine_bytes(name) for name in names}
@@ -299,9 +300,3 @@ def _judged(after: dict[str, bytes], builds: dict[str, list[bytes]]) -> str:
     if ways == 1:
         return "differ"
     return f"undecided: {BUILDS} builds of one network gave {ways} engines"
-
-
-def _why(exc: RefitError) -> str:
-    """What TensorRT logged, or the error itself."""
-    lines = [line for line in exc.hint.splitlines() if line.strip()]
-    return " ".join((lines[0] if lines else told(exc)).split())[:300]

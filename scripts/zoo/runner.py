@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "build" / "zoo" / "results.jsonl"
 TASKS_A_WORKER = 20
 LIMIT_S = 900
+NOT_BUILT = "not built"
 Task = tuple[str, str]
 """A model and a dtype."""
 
@@ -69,16 +70,25 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
         """Have one checked; a process that dies or takes too long is a result, too."""
         model, dtype = task
         told = json.dumps({"model": model, "dtype": dtype, "engines": self._engines})
-        start = time.monotonic()
+        start, before = time.monotonic(), Path(self._log.name).stat().st_size
         answer = self._asked(f"{told}\n".encode())
         if answer:
             found: dict[str, Any] = json.loads(answer)
+            if found["bytes"] == NOT_BUILT:
+                found["bytes"] += f": {self._last_error(before)}"
             return found
         late = time.monotonic() - start >= LIMIT_S
         code = self._ended()
         how = f"took more than {LIMIT_S} s" if late else f"ended with {code}"
         reason = f"the process that checked it {how}"
         return {"model": model, "dtype": dtype, "status": "failed", "reason": reason, "bytes": ""}
+
+    def _last_error(self, before: int) -> str:
+        """What TensorRT has logged as an error since then, the last of it."""
+        with Path(self._log.name).open(errors="replace") as file:
+            file.seek(before)
+            errors = [line for line in file if "Error Code" in line]
+        return errors[-1].partition("Error Code")[2].strip() if errors else "it did not log why"
 
     def _asked(self, told: bytes) -> bytes:
         if self._process is None or self._used >= TASKS_A_WORKER:

@@ -41,7 +41,7 @@ def _head(tried: list[Row]) -> str:
     commits = ", ".join(sorted({one.get("commit", "") for one in tried}))
     return f"""# The zoo
 
-Made by `make zoo` (`python -m scripts.zoo --engines`) at commit {commits}; not written by hand.
+Made by `make zoo` (`python -m scripts.zoo --engines`), not by hand, at commit {commits}.
 No weights are downloaded: all are random.
 
 Every model is planned offline for the backend `tensorrt_network`, from a program with weights A.
@@ -72,7 +72,7 @@ def _versions() -> str:
 
 
 def _summary(tried: list[Row], refused: list[Row]) -> str:
-    ok = [one for one in tried if one["status"] == "ok"]
+    ok = [one for one in tried if _slots_equal(one)]
     models = {dtype: sum(one["dtype"] == dtype for one in tried) for dtype in _dtypes(tried)}
     states = Counter[str]()
     for one in tried:
@@ -93,6 +93,12 @@ def _summary(tried: list[Row], refused: list[Row]) -> str:
         ("what upstream cannot do (not counted)", str(len(refused))),
     ]
     return "\n".join(["| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in lines)])
+
+
+def _slots_equal(one: Row) -> bool:
+    rounds = one.get("rounds", {}).values()
+    wrong = any(r["differ"] or "error" in r for r in rounds)
+    return bool(rounds) and not wrong and not one["states"].get("unmapped")
 
 
 def _dtypes(results: list[Row]) -> list[str]:
