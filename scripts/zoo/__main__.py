@@ -30,7 +30,7 @@ def main() -> int:
     todo = [
         task
         for task in tasks
-        if arguments.again or task not in done or (arguments.engines and _lacks_bytes(done[task]))
+        if arguments.again or _is_open(done.get(task), engines=arguments.engines)
     ]
     print(f"{len(tasks)} chosen, {len(tasks) - len(todo)} done before", flush=True)
     run(todo, results, engines=arguments.engines, workers=arguments.workers)
@@ -67,8 +67,11 @@ def _chosen(arguments: argparse.Namespace) -> list[Task]:
     ]
 
 
-def _lacks_bytes(result: dict[str, Any]) -> bool:
-    return result["status"] == "ok" and not result["bytes"]
+def _is_open(result: dict[str, Any] | None, *, engines: bool) -> bool:
+    """Whether a task was not done, failed, or was done without engines that are wanted now."""
+    if result is None or result["status"] == "failed":
+        return True
+    return engines and result["status"] == "ok" and not result["bytes"]
 
 
 if __name__ == "__main__":
