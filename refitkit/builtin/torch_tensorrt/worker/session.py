@@ -165,7 +165,7 @@ class Session:
 
     def _built(self, engine: str, path: str, weights: str | None) -> dict[str, Any]:
         log = _Log()
-        logging.getLogger("torch_tensorrt").addHandler(log)
+        logging.getLogger().addHandler(log)  # its loggers are no children of one another
         try:
             holder = self._holders[engine]
             if weights is not None:
