@@ -629,6 +629,8 @@ def test_a_kept_value_that_was_given_another_value_has_to_be_given_in_part_too()
     with pytest.raises(UnmappedSlotError):
         scale(part, partial=True, copy=True)
     assert scale({"w": torch.zeros(2)}, partial=True) == 5.0
+    with pytest.raises(UnmappedSlotError):
+        scale(part, partial=True)
     assert scale({**part, "eps": five}, partial=True) == 15.0
     with pytest.raises(UnmappedSlotError):
         scale(part, partial=True)
