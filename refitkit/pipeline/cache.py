@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.utils import _pytree as pytree
 
-import refitkit
 from refitkit.errors import PlanMismatchError, Problem, RefitError
 from refitkit.model import FORMAT
 from refitkit.program import facts_of
@@ -25,7 +26,6 @@ from refitkit.recipe.store import index_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
 
     from torch.export import ExportedProgram
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from refitkit.protocols import Backend, OpenedModule, PlanKey, Tools, WeightSource
 
 _SUFFIX = ".refitplan"
+_PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Wanted:
         """sha256 over everything: the name of the file."""
         parts = {
             "format": FORMAT,
-            "refitkit": refitkit.__version__,
+            "code": code_digest(_PACKAGE),
             "backend": self.backend,
             "graph": self.facts.graph,
             "ranges": sorted(f"{s}: {r}" for s, r in self.program.range_constraints.items()),
@@ -111,6 +112,20 @@ def wanted(
         key=key,
         plugins=tuple(plugins),
     )
+
+
+@cache
+def code_digest(folder: Path) -> str:
+    """sha256 over all modules of a package.
+
+    What plans hold is decided by refitkit's code, which can change without its version: a plan that
+    an older recorder made is not to outlive it.
+    """
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        content = path.read_bytes()
+        found.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)
+    return found.hexdigest()
 
 
 class PlanCache:

@@ -16,7 +16,8 @@ import torch
 import refitkit
 from refitkit.config import PLAN_CACHE_VARIABLE
 from refitkit.model import Leaf, PlanData, SourceRef, Step, fingerprint_of_slots
-from refitkit.pipeline import Pipeline
+from refitkit.pipeline import Pipeline, cache
+from refitkit.pipeline.cache import code_digest
 from refitkit.recipe import RefitPlan
 from tests.fakes import BACKEND, KeyedBackend, KeyedPlugin, guard_of
 
@@ -231,6 +232,22 @@ def test_a_plan_from_the_cache_refits(scene: Scene) -> None:
     scene.pipeline.refit(compiled, net)
     assert torch.equal(compiled.read("first.weight"), net.first.weight)
     assert scene.backend.drafts == 1
+
+
+def test_refitkits_own_code_counts(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    digests = set()
+    for name, text in [("a.py", "1"), ("a.py", "2"), ("b/c.py", "2"), ("d.txt", "3")]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        code_digest.cache_clear()
+        digests.add(code_digest(tmp_path))
+    assert len(digests) == 3  # what is no code does not count
+    scene.plan()
+    monkeypatch.setattr(cache, "_PACKAGE", tmp_path)
+    scene.plan()
+    assert scene.backend.drafts == 2
 
 
 # -- never trusted ----------------------------------------------------------------------------
