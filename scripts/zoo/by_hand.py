@@ -27,21 +27,21 @@ def _layers() -> Iterator[tuple[str, Any, Any, tuple[str, ...]]]:
     yield "conv1d", lambda: Seq(nn.Conv1d(4, 8, 3), nn.BatchNorm1d(8)), LINE, HALF
     yield "conv2d", lambda: Seq(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)), IMAGE, HALF
     yield "conv3d", lambda: Seq(nn.Conv3d(4, 8, 3), nn.BatchNorm3d(8)), VOLUME, F32
-    yield "grouped conv", lambda: Seq(nn.Conv2d(4, 8, 3, groups=2), nn.ReLU()), IMAGE, F32
+    yield "grouped conv", lambda: Seq(nn.Conv2d(4, 8, 3, groups=2), nn.ReLU()), IMAGE, HALF
     yield (
         "depthwise conv",
         lambda: Seq(nn.Conv2d(4, 8, 3, groups=4, bias=False), nn.BatchNorm2d(8)),
         IMAGE,
         HALF,
     )
-    yield "dilated conv", lambda: Seq(nn.Conv2d(4, 8, 3, dilation=2), nn.ReLU()), IMAGE, F32
+    yield "dilated conv", lambda: Seq(nn.Conv2d(4, 8, 3, dilation=2), nn.ReLU()), IMAGE, HALF
     yield (
         "conv, reflected padding",
         lambda: nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect"),
         IMAGE,
-        F32,
+        HALF,
     )
-    yield "transposed conv1d", lambda: nn.ConvTranspose1d(4, 8, 4, stride=2), LINE, F32
+    yield "transposed conv1d", lambda: nn.ConvTranspose1d(4, 8, 4, stride=2), LINE, HALF
     yield (
         "transposed conv2d",
         lambda: Seq(nn.ConvTranspose2d(4, 8, 4, stride=2), nn.BatchNorm2d(8)),
@@ -75,7 +75,7 @@ def _layers() -> Iterator[tuple[str, Any, Any, tuple[str, ...]]]:
     )
     yield "batch norm alone", lambda: nn.BatchNorm2d(4), IMAGE, F32
     yield "group norm", lambda: nn.GroupNorm(2, 4), IMAGE, HALF
-    yield "instance norm", lambda: nn.InstanceNorm2d(4, affine=True), IMAGE, F32
+    yield "instance norm", lambda: nn.InstanceNorm2d(4, affine=True), IMAGE, HALF
     yield (
         "instance norm with statistics",
         lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
@@ -96,7 +96,7 @@ def _layers() -> Iterator[tuple[str, Any, Any, tuple[str, ...]]]:
         IMAGE,
         F32,
     )
-    yield "prelu", lambda: Seq(nn.Linear(8, 8), nn.PReLU(8)), ROWS, F32
+    yield "prelu", lambda: Seq(nn.Linear(8, 8), nn.PReLU(8)), ROWS, HALF
     yield "bilinear", lambda: Two(nn.Bilinear(8, 8, 4)), ROWS, F32
 
 
@@ -107,11 +107,11 @@ def _networks() -> Iterator[tuple[str, Any, Any, tuple[str, ...]]]:
         "lstm, both directions",
         lambda: First(nn.LSTM(8, 8, bidirectional=True, proj_size=4)),
         SEQUENCE,
-        F32,
+        HALF,
     )
     yield "gru", lambda: First(nn.GRU(8, 8, num_layers=2, batch_first=True)), SEQUENCE, HALF
-    yield "rnn", lambda: First(nn.RNN(8, 8)), SEQUENCE, F32
-    yield "gru cell", lambda: nn.GRUCell(8, 8), ROWS, F32
+    yield "rnn", lambda: First(nn.RNN(8, 8)), SEQUENCE, HALF
+    yield "gru cell", lambda: nn.GRUCell(8, 8), ROWS, HALF
     yield "multihead attention", lambda: SelfAttention(8, 2), SEQUENCE, HALF
     yield (
         "multihead attention, other keys",
@@ -129,7 +129,7 @@ def _networks() -> Iterator[tuple[str, Any, Any, tuple[str, ...]]]:
         "transformer decoder",
         lambda: Two(nn.TransformerDecoderLayer(8, 2, 16, batch_first=True)),
         SEQUENCE,
-        F32,
+        HALF,
     )
     yield (
         "transformer",
@@ -142,10 +142,10 @@ def _networks() -> Iterator[tuple[str, Any, Any, tuple[str, ...]]]:
         "weight norm of a conv",
         lambda: parametrizations.weight_norm(nn.Conv2d(4, 8, 3), dim=1),
         IMAGE,
-        F32,
+        HALF,
     )
     yield "weight norm, the old one", lambda: _old_weight_norm(nn.Conv1d(4, 8, 3)), LINE, F32
-    yield "spectral norm", lambda: parametrizations.spectral_norm(nn.Linear(8, 8)), ROWS, F32
+    yield "spectral norm", lambda: parametrizations.spectral_norm(nn.Linear(8, 8)), ROWS, HALF
     yield (
         "spectral norm, the old one",
         lambda: nn.utils.spectral_norm(nn.Conv2d(4, 8, 3)),
@@ -158,7 +158,7 @@ def _networks() -> Iterator[tuple[str, Any, Any, tuple[str, ...]]]:
         "pixel shuffle",
         lambda: Seq(nn.Conv2d(4, 16, 3), nn.PixelShuffle(2), nn.Conv2d(4, 2, 1)),
         IMAGE,
-        F32,
+        HALF,
     )
 
 
@@ -637,23 +637,23 @@ def _special() -> Iterator[tuple[str, Any, Any, tuple[str, ...]]]:
     yield "complex rope, persistent", lambda: ComplexRope(persistent=True), SEQUENCE, F32
     yield "complex rope", lambda: ComplexRope(persistent=False), SEQUENCE, F32
     yield "real rope", RealRope, SEQUENCE, HALF
-    yield "expanded parameters", Expanded, ROWS, F32
+    yield "expanded parameters", Expanded, ROWS, HALF
     yield "flat parameter", Flat, ROWS, HALF
     yield "modules on one storage", FlatModules, ROWS, HALF
-    yield "a parameter inside another", Overlapping, ROWS, F32
+    yield "a parameter inside another", Overlapping, ROWS, HALF
     yield "chunked qkv", ChunkedQkv, SEQUENCE, HALF
     yield "scalars and nothing", Scalars, ROWS, HALF
     yield "lifted constants", Lifted, ROWS, HALF
     yield "folded weights", Folded, ROWS, HALF
-    yield "einsum", Einsum, SEQUENCE, F32
+    yield "einsum", Einsum, SEQUENCE, HALF
     yield "mixed precision", Mixed, ROWS, F32
     yield "casts", Cast, ROWS, F32
     yield "autocast", Autocast, ROWS, F32
-    yield "dense mixture of experts", Experts, ROWS, F32
-    yield "stacked weights", Stacked, ROWS, F32
+    yield "dense mixture of experts", Experts, ROWS, HALF
+    yield "stacked weights", Stacked, ROWS, HALF
     yield "relative position bias", WindowBias, SEQUENCE, HALF
     yield "standardized conv", SqueezeExcite, IMAGE, HALF
-    yield "reparametrized conv", Reparametrized, IMAGE, F32
+    yield "reparametrized conv", Reparametrized, IMAGE, HALF
     yield "lora", Lora, ROWS, HALF
     yield "unused parameters", Unused, ROWS, F32
     yield "fourier transform of a weight", Fourier, ROWS, F32
