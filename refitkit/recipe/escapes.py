@@ -1,8 +1,14 @@
-"""Ways by which values leave a recording as what is no tensor.
+"""Ways by which values leave a recording as what is no tensor, and come back.
 
-Numbers are read through an op, which the tape sees. Arrays of NumPy, lists, and addresses are not:
-here the methods that give them are watched while a tape runs. An array that is only passed on,
-as weights are to TensorRT, is known again by its memory; one that NumPy computes with has left.
+Numbers are read through an op, which the tape sees. Arrays of NumPy, lists, and exports to other
+libraries are not: here the functions that give them are watched while a tape runs. What is done
+with an array is watched by :mod:`refitkit.recipe.arrays`.
+
+What nobody can watch, so that only a perturbed run finds it: memory that is read by its address
+(``data_ptr``, ``ctypes``, extensions in C), an array that is assigned into a plain one
+(``plain[:] = array``) or walked by ``numpy.nditer``, one that is read through the buffer protocol
+(``memoryview``, ``struct``; watched from Python 3.12 on), tensors that are pickled, and what other
+threads do.
 """
 
 from __future__ import annotations
@@ -16,116 +22,30 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 
+from refitkit.recipe import arrays
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from refitkit.recipe.tape import Tape
 
-_READERS = (
-    "__bool__",
-    "__bytes__",
-    "__complex__",
-    "__contains__",
-    "__float__",
-    "__index__",
-    "__int__",
-    "__iter__",
-    "__matmul__",
-    "__rmatmul__",
-    "argmax",
-    "argmin",
-    "argpartition",
-    "argsort",
-    "choose",
-    "compress",
-    "diagonal",
-    "dot",
-    "dump",
-    "dumps",
-    "item",
-    "nonzero",
-    "put",
-    "repeat",
-    "searchsorted",
-    "take",
-    "tobytes",
-    "tofile",
-    "tolist",
-    "trace",
-)
-"""Methods of arrays that tell values and call no ufunc."""
-_MAKERS = ("array", "asarray", "ascontiguousarray", "asanyarray", "require")
-"""Functions of NumPy that give the array itself, or a copy of it, as a plain array."""
-
-
-class Watched(np.ndarray[Any, Any]):
-    """An array on a tensor's memory, or made from one, that tells the tape when it is used."""
-
-    left: Callable[[str], None] | None = None
-
-    def __array_finalize__(self, made_from: Any) -> None:
-        self.left = getattr(made_from, "left", None)
-
-    def tell(self, how: str) -> None:
-        """Say that its value was used."""
-        if self.left is not None:
-            self.left(how)
-
-    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
-        for one in inputs:
-            if isinstance(one, Watched):
-                one.tell(f"NumPy's {ufunc.__name__} reads it")
-        given = kwargs.get("out", ())
-        if any(isinstance(one, Watched) for one in given):
-            raise TypeError("a weight would be written to through NumPy")
-        return getattr(ufunc, method)(*map(_plain, inputs), **kwargs)
-
-    def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        self.tell(f"NumPy's {func.__name__} reads it")
-        return func(*_plain_all(args), **_plain_all(kwargs))
-
-    def __getitem__(self, key: Any) -> Any:
-        found = super().__getitem__(key)
-        if not isinstance(found, np.ndarray):
-            self.tell("an element of it is read")
-        return found
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        raise TypeError("a weight would be written to through NumPy")
-
-
-def _reader(name: str) -> Callable[..., Any]:
-    def read(self: Watched, *args: Any, **kwargs: Any) -> Any:
-        self.tell(f"NumPy's {name} reads it")
-        return getattr(_plain(self), name)(*args, **kwargs)
-
-    return read
-
-
-for _name in _READERS:
-    setattr(Watched, _name, _reader(_name))
-
-
-def _plain(value: Any) -> Any:
-    return value.view(np.ndarray) if isinstance(value, Watched) else value
-
-
-def _plain_all(value: Any) -> Any:
-    if isinstance(value, tuple | list):
-        return type(value)(map(_plain_all, value))
-    if isinstance(value, dict):
-        return {name: _plain_all(one) for name, one in value.items()}
-    return _plain(value)
+_MAKERS = ("array", "asarray", "ascontiguousarray", "asfortranarray", "asanyarray", "require")
+"""Functions of NumPy that give an array itself, or a copy of it, or one of several."""
+_COPIERS = ("copyto", "frombuffer", "fromiter", "full")
+"""Functions of NumPy that read arrays and do not ask them."""
 
 
 @contextmanager
 def watched(tape: Tape) -> Iterator[None]:
     """Watch what leaves a tape, until the end of the block."""
     with ExitStack() as stack:
-        for owner, name, make in (
+        patches: tuple[tuple[Any, str, Callable[[Tape, Any], Any]], ...] = (
             (torch.Tensor, "numpy", _numpy),
             (torch.Tensor, "__array__", _array),
-            (torch.Tensor, "tolist", _tolist),
+            (torch.Tensor, "__dlpack__", partial(_exporter, how="it is given away by DLPack")),
+            (torch.utils.dlpack, "to_dlpack", partial(_exporter, how="it is given away by DLPack")),
+            (torch.Tensor, "tolist", partial(_exporter, how="it becomes a list")),
+            (torch.Tensor, "__setitem__", _setitem),
             (torch.Tensor, "data_ptr", _data_ptr),
             (torch.UntypedStorage, "clone", _clone),
             (torch, "tensor", _tensor),
@@ -133,48 +53,75 @@ def watched(tape: Tape) -> Iterator[None]:
             (torch, "asarray", _tensor),
             (torch.Tensor, "new_tensor", _new_tensor),
             (torch, "from_numpy", _from_numpy),
+            (torch, "from_dlpack", _from_dlpack),
+            (torch.utils.dlpack, "from_dlpack", _from_dlpack),
             *((np, name, _maker) for name in _MAKERS),
-        ):
+            *((np, name, _copier) for name in _COPIERS),
+        )
+        for owner, name, make in patches:
             patched = make(tape, getattr(owner, name))
             stack.enter_context(mock.patch.object(owner, name, patched))
         yield
 
 
 def _left(tape: Tape, tensor: torch.Tensor) -> Callable[[str], None]:
-    origin = tape.origin_of(tensor)
     with tape.paused():
         value = tensor.detach()
-    return lambda how: tape.escaped(value, origin, how)
+    return lambda how: tape.escaped(value, tape.origin_of(value), how)
 
 
 def _numpy(tape: Tape, real: Any) -> Any:
     def numpy(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         array = real(self, *args, **kwargs)
-        if not tape.sees(self):
-            return array
-        seen: Watched = array.view(Watched)
-        seen.left = _left(tape, self)
-        return seen
+        return arrays.watched(array, _left(tape, self)) if tape.sees(self) else array
 
     return numpy
 
 
 def _array(tape: Tape, real: Any) -> Any:
-    def array(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if tape.sees(self):
-            tape.escaped(self, tape.origin_of(self), "it becomes an array of NumPy")
-        return real(self, *args, **kwargs)
+    """``Tensor.__array__``: NumPy makes a plain array of what it gives, and asks no more."""
+
+    def array(self: torch.Tensor, dtype: Any = None, copy: bool | None = None) -> Any:  # noqa: FBT001 - NumPy's
+        given = () if dtype is None else (dtype,)
+        if not tape.sees(self):
+            return real(self, *given)
+        tape.escaped(self, tape.origin_of(self), "it becomes an array of NumPy")
+        found = arrays.plain(real(self, *given))
+        return found.copy() if copy else arrays.watched(found, None)
 
     return array
 
 
-def _tolist(tape: Tape, real: Any) -> Any:
-    def tolist(self: torch.Tensor) -> Any:
+def _exporter(tape: Tape, real: Any, *, how: str) -> Any:
+    def export(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if tape.sees(self):
-            tape.escaped(self, tape.origin_of(self), "it becomes a list")
-        return real(self)
+            tape.escaped(self, tape.origin_of(self), how)
+        return real(self, *args, **kwargs)
 
-    return tolist
+    return export
+
+
+def _from_dlpack(tape: Tape, real: Any) -> Any:
+    def from_dlpack(data: Any, *args: Any, **kwargs: Any) -> Any:
+        if not tape.sees(data):
+            return real(data, *args, **kwargs)
+        with tape.paused():  # its memory is known
+            return real(data, *args, **kwargs)
+
+    return from_dlpack
+
+
+def _setitem(tape: Tape, real: Any) -> Any:
+    """``tensor[index] = number``: torch makes a tensor of it where no op is seen."""
+
+    def setitem(self: torch.Tensor, index: Any, value: Any) -> None:
+        if isinstance(value, bool | int | float | complex) and tape.sees(self):
+            with tape.paused():
+                value = torch.tensor(value, dtype=self.dtype, device=self.device)
+            tape.literal(value)
+        real(self, index, value)
+
+    return setitem
 
 
 def _data_ptr(tape: Tape, real: Any) -> Any:
@@ -189,7 +136,8 @@ def _data_ptr(tape: Tape, real: Any) -> Any:
 
 def _clone(tape: Tape, real: Any) -> Any:
     def clone(self: torch.UntypedStorage) -> Any:
-        copy = real(self)
+        with tape.paused():
+            copy = real(self)
         tape.copied(self, copy)
         return copy
 
@@ -206,7 +154,7 @@ def _tensor(tape: Tape, real: Any) -> Any:
             if tape.sees(one):
                 tape.escaped(one, tape.origin_of(one), "a tensor is made of its number")
         with tape.paused():  # what it does inside is its own affair
-            found = real(_plain(data), *args, **kwargs)
+            found = real(arrays.writable(data), *args, **kwargs)
         return _made(tape, data, found)
 
     return tensor
@@ -222,7 +170,7 @@ def _new_tensor(tape: Tape, real: Any) -> Any:
 def _from_numpy(tape: Tape, real: Any) -> Any:
     def from_numpy(data: Any) -> Any:
         with tape.paused():
-            found = real(data)
+            found = real(arrays.writable(data))
         return _made(tape, data, found)
 
     return from_numpy
@@ -231,18 +179,33 @@ def _from_numpy(tape: Tape, real: Any) -> Any:
 def _made(tape: Tape, data: Any, found: Any) -> Any:
     """A tensor made of an array or of numbers: on a known memory, or a literal."""
     if tape.sees(found) and not tape.knows(found):
-        if isinstance(data, Watched):
-            data.tell("a tensor is made of what NumPy made of it")
-        tape.literal(found)
+        _tell(data, "a tensor is made of it")
+        tape.literal(found, foreign=isinstance(data, np.ndarray))
     return found
+
+
+def _tell(data: Any, how: str) -> None:
+    for one in arrays.watched_in(data):
+        one.tell(how)
 
 
 def _maker(_: Tape, real: Any) -> Any:
     def make(data: Any, *args: Any, **kwargs: Any) -> Any:
         made = real(data, *args, **kwargs)
-        if isinstance(data, Watched) and not isinstance(made, Watched):
-            made = made.view(Watched)
-            made.left = data.left
+        if isinstance(data, arrays.Watched) and not isinstance(made, arrays.Watched):
+            if np.may_share_memory(made, arrays.plain(data)):
+                return arrays.watched(made, data.left)
+            data.tell("NumPy copies it")
+        elif made is not data:
+            _tell(data, "NumPy copies it")
         return made
 
     return make
+
+
+def _copier(_: Tape, real: Any) -> Any:
+    def copy(*args: Any, **kwargs: Any) -> Any:
+        _tell((args, kwargs), "NumPy copies it")
+        return real(*args, **kwargs)
+
+    return copy

@@ -1,9 +1,9 @@
 """Which value a stretch of memory holds: what lets a recording know tensors again.
 
 Tensors are known by their memory, not as Python objects: parameters are wrapped anew, views are
-made, arrays of NumPy are turned into tensors and back. A memory is a storage, or several on the
-same bytes. It holds the values that were seen in it since it was last written to, by the geometry
-in which they were seen.
+made, arrays of NumPy are turned into tensors and back. A memory is a storage, or several that have
+bytes in common. It holds the values that were seen in it since they were last written to, by the
+geometry in which they were seen.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 address_of = torch.Tensor.data_ptr
 """The method itself: a recording replaces it to see who asks."""
@@ -56,8 +56,37 @@ class Geometry(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Bytes from the start of the memory to the end of a contiguous tensor."""
-        return self.start + self.size * self.dtype.itemsize
+        """Bytes from the start of the memory to the end of the last element."""
+        if not self.size:
+            return self.start
+        last = sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        return self.start + (last + 1) * self.dtype.itemsize
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Dimensions in the order in which they lie in memory, slowest first."""
+        moving = {d for d, size in enumerate(self.shape) if size > 1}
+        return tuple(
+            sorted(range(len(self.shape)), key=lambda d: (d in moving, -self.stride[d], d))
+        )
+
+    def permuted(self, order: tuple[int, ...]) -> Geometry:
+        """The same with dimensions in another order."""
+        shape, stride = (tuple(part[d] for d in order) for part in (self.shape, self.stride))
+        return self._replace(shape=shape, stride=stride)
+
+    def meets(self, other: Geometry) -> bool:
+        """Whether bytes from first to last element are also such bytes of another one."""
+        return self.start < other.end and other.start < self.end
+
+    def contains(self, other: Geometry) -> bool:
+        """Whether the elements of another one are among its own, if it has no gaps."""
+        return (
+            self.dtype == other.dtype
+            and self.start <= other.start
+            and other.end <= self.end
+            and (other.start - self.start) % self.dtype.itemsize == 0
+        )
 
 
 @dataclass(eq=False)
@@ -67,42 +96,38 @@ class Memory:
     Attributes:
         address: Its first byte.
         nbytes: Its size.
-        storages: What keeps it; it is gone when all of them are.
+        device: Kind of device.
+        storages: What keeps it, by identity; it is gone when all of them are.
         leaves: Names of the leaves that lie in it.
         values: What it holds, by geometry.
-        device: Kind of device.
+        foreign: Whether others than torch may write to it: an array of NumPy keeps it.
     """
 
     address: int
     nbytes: int
-    storages: list[Any]
     device: str
+    storages: dict[int, Any] = field(default_factory=dict)
     leaves: list[str] = field(default_factory=list)
     values: dict[Geometry, Any] = field(default_factory=dict)
+    foreign: bool = False
 
     @property
     def alive(self) -> bool:
-        """Whether any storage of it is."""
-        return any(not storage.expired() for storage in self.storages)
+        """Whether any storage of it is, and has not moved elsewhere."""
+        for reference in self.storages.values():
+            storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)  # noqa: SLF001
+            if storage is not None and self.has(storage.data_ptr(), storage.nbytes()):
+                return True
+        return False
 
-    def around(self, wanted: Geometry) -> Iterator[tuple[Geometry, Any]]:
-        """Contiguous values that contain another place of the same dtype, smallest first."""
-        last = sum((n - 1) * s for n, s in zip(wanted.shape, wanted.stride, strict=True))
-        end = wanted.start + (last + 1) * wanted.dtype.itemsize
-        found = [
-            (geometry, value)
-            for geometry, value in self.values.items()
-            if geometry.dtype == wanted.dtype
-            and geometry.contiguous
-            and geometry.start <= wanted.start
-            and end <= geometry.end
-            and (wanted.start - geometry.start) % wanted.dtype.itemsize == 0
-        ]
-        yield from sorted(found, key=lambda item: item[0].size)
+    def has(self, address: int, nbytes: int) -> bool:
+        """Whether these bytes lie in it."""
+        end = self.address + self.nbytes
+        return self.address <= address and address + nbytes <= end
 
 
 class Memories:
-    """All memories that a recording has seen.
+    """All memories that a recording has seen. No two have a byte in common.
 
     It keeps no data alive. A storage that is gone keeps its identity as long as this lives, so that
     no new one can be taken for it.
@@ -113,46 +138,90 @@ class Memories:
         self._by_storage: dict[int, Memory] = {}
         self._sorted: list[tuple[int, int]] = []
         self._numbered: dict[int, Memory] = {}
+        self._count = 0
 
     def find(self, tensor: torch.Tensor) -> Memory | None:
         """The memory of a tensor, if it is known: by its storage, or by its address."""
         storage = tensor.untyped_storage()
-        found = self._by_storage.get(storage._cdata)  # noqa: SLF001 - its identity
-        if found is None and storage.nbytes():
-            found = self.at(storage.data_ptr(), storage.nbytes())
-            if found is not None:
-                self._keep(found, storage)
-        return found
-
-    def add(self, tensor: torch.Tensor) -> Memory:
-        """The memory of a tensor whose storage is new."""
-        storage = tensor.untyped_storage()
-        memory = Memory(storage.data_ptr(), storage.nbytes(), [], tensor.device.type)
+        identity = storage._cdata  # noqa: SLF001 - it has no other name
+        address, nbytes = storage.data_ptr(), storage.nbytes()
+        found = self._by_storage.get(identity)
+        if found is not None and found.has(address, nbytes):
+            return found
+        if found is not None:  # it was resized
+            del self._by_storage[identity], found.storages[identity]
+        shared = list(self._sharing(address, nbytes))
+        if not shared:
+            return None
+        memory = shared[0]
+        if len(shared) > 1 or not memory.has(address, nbytes):
+            memory = self._merged(shared, address, nbytes)
         self._keep(memory, storage)
-        if memory.nbytes:
-            number = len(self._numbered)
-            self._numbered[number] = memory
-            insort(self._sorted, (memory.address, number))
         return memory
 
-    def _keep(self, memory: Memory, storage: torch.UntypedStorage) -> None:
-        memory.storages.append(StorageWeakRef(storage))  # type: ignore[no-untyped-call]  # torch's
-        self._by_storage[storage._cdata] = memory  # noqa: SLF001 - its identity
+    def add(self, tensor: torch.Tensor) -> Memory:
+        """The memory of a tensor of which nothing is known."""
+        storage = tensor.untyped_storage()
+        memory = Memory(storage.data_ptr(), storage.nbytes(), tensor.device.type)
+        self._keep(memory, storage)
+        self._number(memory)
+        return memory
 
     def at(self, address: int, nbytes: int) -> Memory | None:
         """The living memory that has these bytes."""
-        position = bisect_right(self._sorted, (address, len(self._numbered)))
-        while position:
+        found = next(self._sharing(address, nbytes), None)
+        return found if found is not None and found.has(address, nbytes) else None
+
+    def _keep(self, memory: Memory, storage: torch.UntypedStorage) -> None:
+        identity = storage._cdata  # noqa: SLF001 - it has no other name
+        memory.storages[identity] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        self._by_storage[identity] = memory
+
+    def _number(self, memory: Memory) -> None:
+        if memory.nbytes:
+            self._numbered[self._count] = memory
+            insort(self._sorted, (memory.address, self._count))
+            self._count += 1
+
+    def _sharing(self, address: int, nbytes: int) -> Iterator[Memory]:
+        """Living memories that have some of these bytes, by address; dead ones are forgotten."""
+        position = bisect_right(self._sorted, (address, self._count))
+        while position and not self._numbered[self._sorted[position - 1][1]].alive:
             position -= 1
-            _, number = self._sorted[position]
-            memory = self._numbered[number]
-            if not memory.alive:
-                del self._sorted[position]
-                memory.values.clear()
-                continue
-            inside = address + nbytes <= memory.address + memory.nbytes
-            return memory if inside else None
-        return None
+            self._forget(position)
+        if position and nbytes:
+            before = self._numbered[self._sorted[position - 1][1]]
+            if address < before.address + before.nbytes:
+                yield before
+        while position < len(self._sorted) and self._sorted[position][0] < address + nbytes:
+            memory = self._numbered[self._sorted[position][1]]
+            if memory.alive:
+                position += 1
+                yield memory
+            else:
+                self._forget(position)
+
+    def _forget(self, position: int) -> None:
+        self._numbered.pop(self._sorted.pop(position)[1]).values.clear()
+
+    def _merged(self, parts: Iterable[Memory], address: int, nbytes: int) -> Memory:
+        """One memory of several and of a storage that has bytes of all of them."""
+        parts = list(parts)
+        start = min(address, *(part.address for part in parts))
+        end = max(address + nbytes, *(part.address + part.nbytes for part in parts))
+        whole = Memory(start, end - start, parts[0].device)
+        for part in parts:
+            shift = part.address - start
+            whole.values |= {g._replace(start=g.start + shift): v for g, v in part.values.items()}
+            whole.storages |= part.storages
+            whole.leaves += part.leaves
+            whole.foreign |= part.foreign
+            self._by_storage |= dict.fromkeys(part.storages, whole)
+        gone = {id(part) for part in parts}
+        self._sorted = [one for one in self._sorted if id(self._numbered[one[1]]) not in gone]
+        self._numbered = {n: one for n, one in self._numbered.items() if id(one) not in gone}
+        self._number(whole)
+        return whole
 
 
 def geometry_of(tensor: torch.Tensor, memory: Memory) -> Geometry:

@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from refitkit.errors import CompileError, Problem
 from refitkit.model import Tensor
-from refitkit.program.bits import digest
+from refitkit.program.bits import digest, same_bits
 from refitkit.program.dtypes import dtype_name
-from refitkit.recipe import escapes
+from refitkit.recipe import aliases, escapes
 from refitkit.recipe.memories import Geometry, Memories, Memory, address_of, geometry_of
 from refitkit.recipe.origins import Call, Escape, Leaf, Literal, Origin, Unknown
 
@@ -30,10 +30,27 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from types import TracebackType
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_WITHOUT_DISPATCH = torch._C._disabled_torch_dispatch_impl  # noqa: SLF001 - its only name
 _SHOWN = 4
 """Largest number of elements of a value that is shown as text."""
-_SEPARATE = "it was made where no op is seen"
+_RANDOM = "random numbers decide it"
+_DRAWN = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("normal_", "uniform_", "random_", "exponential_", "cauchy_", "geometric_", "log_normal_"),
+        *("rand_like", "randn_like", "randint_like"),
+    )
+)
+"""Random ops whose result does not depend on the values of their operand."""
+_STATISTICS = {
+    "aten::native_batch_norm": (("running_mean", "running_var"), "training"),
+    "aten::cudnn_batch_norm": (("running_mean", "running_var"), "training"),
+    "aten::miopen_batch_norm": (("running_mean", "running_var"), "training"),
+    "aten::batch_norm_update_stats": (("running_mean", "running_var"), ""),
+    "aten::batch_norm_gather_stats": (("running_mean", "running_var"), ""),
+    "aten::batch_norm_gather_stats_with_counts": (("running_mean", "running_var"), ""),
+}
+"""Ops that write to operands and do not say so in their schema: to which, and if what is true."""
 _QUIET = frozenset(
     {
         "aten::sym_size",
@@ -136,18 +153,29 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         kwargs = kwargs or {}
         if self._paused:
             return func(*args, **kwargs)
+        if not isinstance(func, torch._ops.OpOverload):  # noqa: SLF001 - there is no other name
+            return self._ran_inside(func, args, kwargs)
         inputs = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+        written = [t for t in _written(func, args, kwargs) if _is_plain(t)]
+        self._refuse_leaves(func, written)
         if types or not all(map(_is_plain, inputs)):
-            return func(*args, **kwargs)
+            return self._unrecorded(func, args, kwargs, written)
         if hasattr(func, "impl_aten"):  # an op of torch._prims: what it calls is what counts
             with self._within():
                 return func.impl_aten(*args, **kwargs)
-        given = [
-            args[position] if position < len(args) else kwargs.get(name)
-            for position, name in _written(func)
-        ]
-        written = [tensor for tensor in given if isinstance(tensor, torch.Tensor)]
-        self._refuse_leaves(func, written)
+        if torch.Tag.inplace_view in func.tags:  # no value changes, and memory tells the rest
+            return func(*args, **kwargs)
+        return self._recorded(func, args, kwargs, inputs, written)
+
+    def _recorded(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        inputs: list[torch.Tensor],
+        written: list[torch.Tensor],
+    ) -> Any:
+        """Run an op on tensors that are followed."""
         known = {id(tensor): self.origin_of(tensor) for tensor in inputs}
         before = [self._place(tensor) for tensor in written]
         result = func(*args, **kwargs)
@@ -160,6 +188,29 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             self._asked(func, inputs, known)
         return result
 
+    def _ran_inside(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an op of a higher order: what it calls is what counts, if that is ops on tensors."""
+        inputs = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+        key = torch._C.DispatchKey.CompositeExplicitAutograd  # noqa: SLF001 - its only name
+        plainly = func.py_kernels.get(key)
+        if plainly is not None and all(map(_is_plain, inputs)):
+            return plainly(*args, **kwargs)
+        torch._C._pop_torch_dispatch_stack(None)  # noqa: SLF001 - as TorchDispatchMode does
+        try:
+            return func(*args, **kwargs)
+        finally:
+            torch._C._push_on_torch_dispatch_stack(self)  # noqa: SLF001
+
+    def _unrecorded(
+        self, func: Any, args: Any, kwargs: Mapping[str, Any], written: list[torch.Tensor]
+    ) -> Any:
+        """Run an op whose operands are of kinds that are not followed."""
+        try:
+            return func(*args, **kwargs)
+        finally:
+            for memory, geometry in map(self._place, written):
+                aliases.forget(memory, geometry)
+
     def _gave(
         self,
         func: Any,
@@ -170,8 +221,8 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         outputs: list[torch.Tensor],
     ) -> None:
         """Write down an op that writes nothing."""
-        if not all(map(_is_plain, outputs)):
-            return
+        if func is torch.ops.aten.as_strided.default or not all(map(_is_plain, outputs)):
+            return  # where it lies in memory says what the first one gives
         fresh = [(i, o) for i, o in enumerate(outputs) if not self._is_known(o)]
         if not fresh:
             return
@@ -192,9 +243,10 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         kwargs: Mapping[str, Any],
         known: Mapping[int, Origin],
         results: list[torch.Tensor],
-    ) -> Call | Literal:
-        if torch.Tag.nondeterministic_seeded in func.tags and not known:
-            return Literal(self._copy(results[0]))
+    ) -> Call | Literal | Unknown:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            drawn = not known or func._schema.name in _DRAWN  # noqa: SLF001
+            return Literal(self._copy(results[0])) if drawn else Unknown(_RANDOM)
         facts = tuple(Tensor(dtype=dtype_name(r.dtype), shape=tuple(r.shape)) for r in results)
         swapped, named = tree_map(
             lambda a: known[id(a)] if isinstance(a, torch.Tensor) else a, (args, dict(kwargs))
@@ -214,30 +266,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         """Write down an op that writes: what it wrote, and what the memory around that is now."""
         node = self._node(func, args, kwargs, known, written)
         for number, (memory, geometry) in enumerate(before):
-            value = Origin(node, number, geometry.contiguous)
-            whole = self._rewritten(memory, geometry, value)
-            memory.values.clear()
-            memory.values.update(whole)
-            memory.values[geometry] = value
-
-    def _rewritten(
-        self, memory: Memory, geometry: Geometry, value: Origin
-    ) -> dict[Geometry, Origin]:
-        """Values of a memory after a part of it was written to."""
-        found = next(memory.around(geometry), None)
-        if found is None or found[0] == geometry:
-            return {}
-        outer, base = found
-        offset = (geometry.start - outer.start) // geometry.dtype.itemsize
-        node = Call(
-            torch.ops.aten.as_strided_scatter.default,
-            (base, value, list(geometry.shape), list(geometry.stride), offset),
-            {},
-            (Tensor(dtype=dtype_name(outer.dtype), shape=outer.shape),),
-            memory.device,
-            (base, value),
-        )
-        return {outer: Origin(node, 0, contiguous=True)}
+            aliases.write(memory, geometry, Origin(node, number, geometry.contiguous))
 
     def _refuse_leaves(self, func: Any, written: list[torch.Tensor]) -> None:
         for tensor in written:
@@ -257,18 +286,22 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
 
     # -- what others tell -------------------------------------------------------------------
 
-    def literal(self, tensor: torch.Tensor) -> None:
-        """Note that a tensor was made of what is no tensor."""
-        memory = self._memories.find(tensor) or self._memories.add(tensor)
-        geometry = geometry_of(tensor, memory)
+    def literal(self, tensor: torch.Tensor, *, foreign: bool = False) -> None:
+        """Note that a tensor was made of what is no tensor.
+
+        Args:
+            tensor: It.
+            foreign: Whether its memory is that of an array, so that NumPy can change it.
+        """
+        memory, geometry = self._place(tensor)
         node = Literal(self._copy(tensor))
         memory.values.setdefault(geometry, Origin(node, 0, geometry.contiguous))
+        memory.foreign |= foreign
 
     def copied(self, old: torch.UntypedStorage, new: torch.UntypedStorage) -> None:
         """Note that a storage was copied as a whole."""
         with self.paused():
-            before = torch.empty(0, dtype=torch.uint8, device=old.device).set_(old)
-            after = torch.empty(0, dtype=torch.uint8, device=new.device).set_(new)
+            before, after = _bytes_of(old), _bytes_of(new)
         memory = self._memories.find(before)
         if memory is not None and self._memories.find(after) is None:
             shift = old.data_ptr() - memory.address if old.nbytes() else 0
@@ -305,9 +338,12 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     def origin_of(self, tensor: torch.Tensor) -> Origin:
         """Where the present value of a tensor comes from."""
         memory, geometry = self._place(tensor)
+        if memory.foreign and self._changed(memory, tensor):
+            memory.values.clear()
+            self.literal(tensor)
         found: Origin | None = memory.values.get(geometry)
         if found is None:
-            found = self._seen_otherwise(memory, geometry)
+            found = aliases.seen_otherwise(memory, geometry)
             memory.values[geometry] = found
         return found
 
@@ -346,30 +382,27 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         memory = self._memories.find(tensor)
         return memory is not None and geometry_of(tensor, memory) in memory.values
 
-    def _seen_otherwise(self, memory: Memory, geometry: Geometry) -> Origin:
-        """A value that was seen in this memory in another geometry only."""
-        facts = (Tensor(dtype=dtype_name(geometry.dtype), shape=geometry.shape),)
-        for outer, base in memory.around(geometry):
-            if (outer.start, outer.size) == (geometry.start, geometry.size) and (
-                geometry.contiguous
-            ):
-                op: Any = torch.ops.aten.view.default
-                arguments: tuple[Any, ...] = (base, list(geometry.shape))
-            elif any(geometry.lazy):
-                continue
-            else:
-                offset = (geometry.start - outer.start) // geometry.dtype.itemsize
-                op = torch.ops.aten.as_strided.default
-                arguments = (base, list(geometry.shape), list(geometry.stride), offset)
-            node = Call(op, arguments, {}, facts, memory.device, (base,))
-            return Origin(node, 0, geometry.contiguous)
-        return Origin(Unknown(_SEPARATE), 0, geometry.contiguous)
+    def _changed(self, memory: Memory, tensor: torch.Tensor) -> bool:
+        """Whether an array of NumPy has another value than when a tensor was made of it."""
+        storage = tensor.untyped_storage()
+        shift = storage.data_ptr() - memory.address
+        with self.paused():
+            for geometry, origin in memory.values.items():
+                first, off = divmod(geometry.start - shift, geometry.dtype.itemsize)
+                inside = first >= 0 and not off and geometry.end - shift <= storage.nbytes()
+                if isinstance(origin.node, Literal) and inside:
+                    now = torch.empty(0, dtype=geometry.dtype)
+                    now.set_(storage, first, geometry.shape, geometry.stride)
+                    if not same_bits(now, origin.node.value):
+                        return True
+        return False
 
 
 def _is_plain(value: Any) -> bool:
     """Whether it is a tensor with data of its own, in the ordinary layout."""
     return (
-        type(value) in _PLAIN
+        isinstance(value, torch.Tensor)
+        and type(value).__torch_dispatch__ is _WITHOUT_DISPATCH
         and not value.is_meta
         and value.layout is torch.strided
         and not value.is_quantized
@@ -387,14 +420,32 @@ def _has_memory(value: torch.Tensor) -> bool:
     return True
 
 
+def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The tensors that an op writes to."""
+    given = [
+        args[position] if position < len(args) else kwargs.get(name)
+        for position, name, condition in _writes(func)
+        if condition is None
+        or (args[condition[0]] if condition[0] < len(args) else kwargs.get(condition[1]))
+    ]
+    return [one for one in tree_leaves(given) if isinstance(one, torch.Tensor)]
+
+
 @cache
-def _written(func: Any) -> tuple[tuple[int, str], ...]:
-    """Position and name of the arguments that an op writes to."""
+def _writes(func: Any) -> tuple[tuple[int, str, tuple[int, str] | None], ...]:
+    """Position and name of the arguments that an op writes to, and of what has to be true."""
     arguments = func._schema.arguments  # noqa: SLF001 - there is no other way
-    return tuple(
-        (position, argument.name)
-        for position, argument in enumerate(arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
+    silent, condition = _STATISTICS.get(func._schema.name, ((), ""))  # noqa: SLF001
+    positions = {argument.name: position for position, argument in enumerate(arguments)}
+    only = (positions[condition], condition) if condition else None
+    said = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    return (
+        *((positions[name], name, None) for name in said),
+        *((positions[name], name, only) for name in silent),
     )
 
 
