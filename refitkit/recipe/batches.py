@@ -76,17 +76,21 @@ def batched(
         facts: Knows values.
     """
     kinds: dict[int, Any] = {}
+    levels: list[int] = []
     members: dict[Any, list[int]] = defaultdict(list)
     for number, one in enumerate(calls):
+        above = [levels[value.call] for value in operands[number] if isinstance(value, CallRef)]
+        levels.append(max(above, default=0))
         if number in facts.steady or not _fits(one, operands[number], facts):
             continue
+        levels[number] += 1  # none follows from another one of its own batch
         literals = [a for a in (*one.args, *one.kwargs.items()) if not _is_value(a)]
         below = tuple(
             kinds.get(value.call) if isinstance(value, CallRef) else None
             for value in operands[number]
         )
         dtypes = tuple(facts.facts(value)[0] for value in operands[number])
-        kind = one.op, repr(literals), dtypes, below
+        kind = one.op, repr(literals), dtypes, below, levels[number]
         kinds[number] = kind
         members[kind].append(number)
     found = {kind: numbers for kind, numbers in members.items() if len(numbers) >= _FEWEST}

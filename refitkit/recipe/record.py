@@ -63,8 +63,15 @@ _LAID_OUT = {
     _aten.as_strided_scatter.default,
     _aten.view.dtype,
     _aten.view_as_complex.default,
+    _aten.view_as_real.default,
 }
 """Ops whose result depends on how their first argument lies in memory."""
+_ANY_LAYOUT = {_aten.view_as_real.default}
+"""Those that only need it to be free of signs and conjugations that torch has put off."""
+_LAZY = frozenset({"aten._conj.default", "aten._neg_view.default"})
+_UNSET = ("aten.empty", "aten.new_empty")
+"""How names of ops begin that leave memory as it is."""
+_References = (SourceRef, PinnedRef, CallRef)
 _OF_THE_RUN = frozenset({"device", "pin_memory", "non_blocking", "layout", "memory_format", "copy"})
 """Arguments that say nothing of values."""
 _RESHAPE = "aten.reshape.default"
@@ -132,6 +139,7 @@ class _Writer:
         self._twins = {name: tuple(tie) for tie in ties for name in tie}
         self._calls: list[OpCall] = []
         self._numbers: dict[str, int] = {}
+        self._lazy: set[int] = set()
         self._written: dict[tuple[int, int], Value] = {}
         self._follows: dict[int, frozenset[str]] = {}
         self._computed: dict[int, tuple[torch.Tensor, ...]] = {}
@@ -201,7 +209,8 @@ class _Writer:
             return frozenset()
         found = self._follows.get(id(node))
         if found is None:
-            found = frozenset[str]().union(*map(self.follows, node.inputs))
+            read = node.args[1:2] if node.op is _aten.copy_.default else node.inputs
+            found = frozenset[str]().union(*map(self.follows, read))
             self._follows[id(node)] = found
             self._alive.append(node)
         return found
@@ -263,9 +272,11 @@ class _Writer:
             raise _UnwritableError(f"it needs the op {name}, which no plan may hold")
         args = tuple(self._argument(one) for one in node.args)
         if node.op in _LAID_OUT:
-            if not node.args[0].contiguous:
-                raise _UnwritableError(f"it needs {name} of memory that is not contiguous")
-            args = (self._laid_out(args[0], node.device), *args[1:])
+            args = (self._laid_out(node, args[0]), *args[1:])
+        elif torch.Tag.pointwise in node.op.tags:
+            args = self._promoted(node, args)
+        elif not self._is_exact(node):
+            args = tuple(map(self._in_order, node.args, args))
         kwargs = {
             key: self._argument(one)
             for key, one in node.kwargs.items()
@@ -287,8 +298,11 @@ class _Writer:
     def _emit(self, call: OpCall, output: int = 0) -> CallRef:
         key = call.model_dump_json()
         if key not in self._numbers:
-            self._numbers[key] = len(self._calls)
+            number = self._numbers[key] = len(self._calls)
             self._calls.append(call)
+            below = (one.call for one in operands_of(call) if isinstance(one, CallRef))
+            if call.op in _LAZY or not self._lazy.isdisjoint(below):
+                self._lazy.add(number)
         return CallRef(call=self._numbers[key], output=output)
 
     def _reshaped(self, value: Value, shape: tuple[int, ...]) -> Value:
@@ -322,10 +336,45 @@ class _Writer:
         op = "aten.expand.default"
         return self._emit(OpCall(op=op, args=(value, shape), results=(result,), device=device))
 
-    def _laid_out(self, value: Any, device: str) -> Value:
-        """A value as it lies in memory when nothing was permuted."""
+    def _laid_out(self, node: Call, value: Value) -> Value:
+        """The first argument of a call as it lies in memory when nothing was permuted."""
+        lazy = isinstance(value, CallRef) and value.call in self._lazy
+        steps = ["resolve_conj", "resolve_neg"] if lazy else []
+        if node.op not in _ANY_LAYOUT:
+            if not node.args[0].contiguous:
+                raise _UnwritableError(f"it needs {_name(node)} of memory that is not contiguous")
+            steps.append("contiguous")
+        for step in steps:
+            op, facts = f"aten.{step}.default", (self.facts(value),)
+            value = self._emit(OpCall(op=op, args=(value,), results=facts, device=node.device))
+        return value
+
+    def _is_exact(self, node: Call) -> bool:
+        """Whether no order in which elements lie in memory can change a bit of the result."""
+        bare = OpCall(op=_name(node), results=node.results, device=node.device)
+        return ops.is_exact_anywhere(bare, [self._facts_of(one).dtype for one in node.inputs])
+
+    def _in_order(self, origin: Any, value: Any) -> Any:
+        """An argument whose elements lie one after another if they did so in the recording."""
+        if not isinstance(origin, Origin):
+            listed = isinstance(origin, list | tuple)
+            return tuple(map(self._in_order, origin, value)) if listed else value
+        if not origin.contiguous or isinstance(value, PinnedRef):
+            return value
         op = "aten.contiguous.default"
-        return self._emit(OpCall(op=op, args=(value,), results=(self.facts(value),), device=device))
+        return self._emit(OpCall(op=op, args=(value,), results=(self.facts(value),)))
+
+    def _promoted(self, node: Call, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Arguments of an op that makes floats of whole numbers: no default dtype decides which."""
+        wanted = node.results[0].dtype
+        dtypes = [self.facts(one).dtype for one in args if isinstance(one, _References)]
+        whole = all(map(_is_whole, dtypes)) and not _name(node).startswith("aten.where")
+        if not whole or _is_whole(wanted):
+            return args
+        return tuple(
+            self._cast(one, wanted, node.device) if isinstance(one, _References) else one
+            for one in args
+        )
 
     def _shaped(self, origin: Origin, slot: Slot) -> Value:
         """The value of a slot; a reshape at its end is left to whoever reads it."""
@@ -371,7 +420,9 @@ class _Writer:
         return self._computed[id(node)][origin.output]
 
     def _run(self, node: Call) -> tuple[torch.Tensor, ...]:
-        if _name(node) in _SHAPES_ONLY:
+        if _name(node).startswith(_UNSET):  # whatever lay there then: now always the same
+            return tuple(torch.zeros(r.shape, dtype=dtype_of(r.dtype)) for r in node.results)
+        if _name(node) in _SHAPES_ONLY or node.op is _aten.copy_.default:
             args: Any = (_stand_in(self._facts_of(node.args[0])), *node.args[1:])
         else:
             args = node.args
@@ -381,9 +432,12 @@ class _Writer:
             is_leaf=lambda one: isinstance(one, Origin),
         )
         try:
-            return call(node.op, args, kwargs)
+            found = call(node.op, args, kwargs)
         except (RuntimeError, TypeError, ValueError) as exc:
             raise _UnwritableError(f"{_name(node)} cannot be computed again: {exc}") from exc
+        if tuple(map(_facts_of, found)) != node.results:
+            raise _UnwritableError(f"{_name(node)} gives something else when it is computed again")
+        return found
 
     def _facts_of(self, origin: Origin) -> Tensor:
         node = origin.node
@@ -422,6 +476,14 @@ class _Writer:
             ),
             literals={name: value for name, value in self._literals.items() if name in kept},
         )
+
+
+def _facts_of(tensor: torch.Tensor) -> Tensor:
+    return Tensor(dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))
+
+
+def _is_whole(dtype: str) -> bool:
+    return not dtype.startswith(("float", "bfloat", "complex"))
 
 
 def _name(node: Call) -> str:

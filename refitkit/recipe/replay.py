@@ -52,9 +52,13 @@ class Kept:
         return results
 
     def keep(self, number: int, leaves: Mapping[str, torch.Tensor], results: Results) -> None:
-        """Keep results."""
+        """Keep results; copies of those that are views of leaves, which others may change."""
         copies = {fqn: value.detach().clone() for fqn, value in leaves.items()}
-        self._entries[number] = copies, results
+        theirs = {value.untyped_storage().data_ptr() for value in leaves.values()}
+        own = tuple(
+            one.clone() if one.untyped_storage().data_ptr() in theirs else one for one in results
+        )
+        self._entries[number] = copies, own
 
 
 class Replay:
