@@ -1,8 +1,8 @@
 """Calls of one kind on many small tensors, made as one.
 
 A network folds each of its BatchNorms with the same few ops. Their operands, laid end to end, need
-each op once: the results are the same bits, because every element is computed on its own and
-rounded correctly (the list below has no other ops).
+each op once. The results are the same bits: the ops below compute every element on its own, and in
+the same way wherever it lies (a test holds that).
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
 
 from refitkit.model import CallRef
-from refitkit.recipe import ops
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from refitkit.model import OpCall, Value
 
-_OPS = frozenset(
+BATCHED = frozenset(
     {
         "aten.add.Tensor",
         "aten.div.Tensor",
@@ -90,7 +89,7 @@ def batched(
             for value in operands[number]
         )
         dtypes = tuple(facts.facts(value)[0] for value in operands[number])
-        kind = one.op, repr(literals), dtypes, below, levels[number]
+        kind = one.op, one.device, repr(literals), dtypes, below, levels[number]
         kinds[number] = kind
         members[kind].append(number)
     found = {kind: numbers for kind, numbers in members.items() if len(numbers) >= _FEWEST}
@@ -127,15 +126,10 @@ def _is_aligned(
 
 def _fits(one: OpCall, operands: Sequence[Value], facts: Facts) -> bool:
     """Whether every operand is a small tensor of the result's shape, and the op one of ours."""
-    if one.op not in _OPS or len(one.results) != 1:
+    if one.op not in BATCHED or len(one.results) != 1:
         return False
     shape = one.results[0].shape
-    known = [facts.facts(value) for value in operands]
-    return (
-        0 < prod(shape) <= _LARGEST
-        and all(found == shape for _, found in known)
-        and ops.is_exact_anywhere(one, [dtype for dtype, _ in known])
-    )
+    return 0 < prod(shape) <= _LARGEST and all(facts.facts(v)[1] == shape for v in operands)
 
 
 def _is_value(argument: Any) -> bool:

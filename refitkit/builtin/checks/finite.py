@@ -18,7 +18,7 @@ from refitkit.model import CallRef
 from refitkit.protocols import SupportsReadback
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from refitkit.model import LedgerRow
     from refitkit.protocols import OpenedModule, Plan, WeightSource
@@ -43,19 +43,38 @@ def problems(
 def _not_finite(source: WeightSource, names: Iterable[str]) -> list[str]:
     """Entries with an element that is not finite.
 
-    Of those on a GPU all answers are fetched at once: each fetch waits for the device.
+    Those on a GPU are asked all at once: each answer waits for the device.
     """
-    found: dict[str, bool] = {}
-    pending: dict[torch.device, dict[str, torch.Tensor]] = defaultdict(dict)
+    names, elsewhere = list(names), dict[str, torch.Tensor]()
+    spoilt: set[str] = set()
     for name in names:
         value = source.get(name)
-        found[name] = value.device.type == "cpu" and not all_finite(value)
         if value.device.type != "cpu" and _can_spoil(value):
-            pending[value.device][name] = _finite_on_device(value)
-    for answers in pending.values():
-        told = torch.stack(list(answers.values())).tolist()
-        found.update((name, not finite) for name, finite in zip(answers, told, strict=True))
-    return [name for name, spoilt in found.items() if spoilt]
+            elsewhere[name] = value
+        elif not all_finite(value):
+            spoilt.add(name)
+    spoilt |= {name for name in _suspects(elsewhere) if not all_finite(elsewhere[name])}
+    return [name for name in names if name in spoilt]
+
+
+def _suspects(values: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    """Names of tensors on GPUs that may have an element that is not finite.
+
+    A sum of magnitudes is finite only if all of them are; it may also be too large, so it accuses
+    some wrongly. For many tensors of one dtype it is a single launch.
+    """
+    groups: dict[tuple[torch.device, torch.dtype], list[str]] = defaultdict(list)
+    for name, value in values.items():
+        odd = value.is_complex() or value.dtype.itemsize == 1
+        if odd:
+            yield name
+        else:
+            groups[value.device, value.dtype].append(name)
+    for (_, dtype), names in groups.items():
+        wide = dtype if dtype is torch.float64 else torch.float32
+        sums = torch._foreach_norm([values[name] for name in names], 1, dtype=wide)  # noqa: SLF001
+        told = torch.isfinite(torch.stack(sums)).tolist()
+        yield from (name for name, finite in zip(names, told, strict=True) if not finite)
 
 
 def _spoilt(name: str, value: torch.Tensor, present: _Present) -> Iterator[Problem]:
@@ -110,19 +129,16 @@ def all_finite(value: torch.Tensor) -> bool:
 
     ``aminmax`` reads once and allocates nothing; ``isfinite`` would write a mask of the same size.
     """
-    return not _can_spoil(value) or bool(_finite_on_device(value))
+    if not _can_spoil(value):
+        return True
+    if value.is_complex() or value.dtype.itemsize == 1:
+        return bool(_finite(value).all())
+    low, high = torch.aminmax(value)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def _can_spoil(value: torch.Tensor) -> bool:
     return bool(value.numel()) and (value.is_floating_point() or value.is_complex())
-
-
-def _finite_on_device(value: torch.Tensor) -> torch.Tensor:
-    """Whether all elements are finite, still where the value is."""
-    if value.is_complex() or value.dtype.itemsize == 1:
-        return _finite(value).all()
-    low, high = torch.aminmax(value)
-    return torch.isfinite(low) & torch.isfinite(high)
 
 
 def _finite(value: torch.Tensor) -> torch.Tensor:
