@@ -11,6 +11,7 @@ import gc
 import logging
 import time
 import warnings
+from collections import defaultdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -196,20 +197,19 @@ def replayed(plan: Any, states: list[State], truth: dict[Any, Any]) -> dict[str,
     slots = [row.slot for row in plan.ledger]
     staging = Staging(slots)
     other = torch.zeros_like(staging.whole)
-    names = ("materialize", "materialize cpu", "memmove", "staged")
-    took: dict[str, list[float]] = {name: [] for name in names}
+    took: dict[str, list[float]] = defaultdict(list)
     for call in range(-2, CALLS):  # the first two warm up
         state = states[call % len(states)]  # so no call finds the weights of the one before
-        seconds, worked, _ = spent(partial(plan.materialize, state))
-        now = {
-            "materialize": seconds,
-            "materialize cpu": worked,
-            "memmove": timed(lambda: other.copy_(staging.whole))[0],
-            "staged": timed(partial(staging.fill, plan, state))[0],
+        works: dict[str, Callable[[], object]] = {
+            "materialize": partial(plan.materialize, state),
+            "memmove": partial(other.copy_, staging.whole),
+            "staged": partial(staging.fill, plan, state),
         }
-        if call >= 0:
-            for what, seconds in now.items():
+        for what, work in works.items():
+            seconds, worked, _ = spent(work)
+            if call >= 0:
                 took[what].append(seconds)
+                took[f"{what} cpu"].append(worked)
     found = plan.materialize(states[-1])
     return {"first": first, **took, **compared(found, truth)}
 

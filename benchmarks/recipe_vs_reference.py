@@ -61,9 +61,14 @@ def over_memmove(found: Found) -> float:
     return median(found, "materialize") / median(found, "memmove")
 
 
+def cpu_over_memmove(found: Found) -> float:
+    """The same in time that processors worked."""
+    return median(found, "materialize cpu") / median(found, "memmove cpu")
+
+
 def staged_over_memmove(found: Found) -> float:
-    """Computing all values and writing them in one piece, over a copy of as many bytes."""
-    return median(found, "staged") / median(found, "memmove")
+    """Computing all values and writing them in one piece, over a copy, in CPU time."""
+    return median(found, "staged cpu") / median(found, "memmove cpu")
 
 
 def planning(found: Found) -> float:
@@ -125,11 +130,15 @@ class Target:
 MEAN: Callable[[Iterable[float]], float] = statistics.geometric_mean
 TARGETS = (
     Target("reference over materialize, geometric mean", speed_up, MEAN, 500, at_least=True),
+    Target("the same in CPU time", cpu_speed_up, MEAN, 500, at_least=True),
     Target("reference over materialize, lowest", speed_up, min, 100, at_least=True),
+    Target("the same in CPU time, lowest", cpu_speed_up, min, 100, at_least=True),
     Target("materialize over memmove, geometric mean", over_memmove, MEAN, 0.5, large=True),
+    Target("the same in CPU time, of copies", cpu_over_memmove, MEAN, 0.5, large=True),
     Target("materialize over memmove, highest", over_memmove, max, 3, large=True),
+    Target("the same in CPU time, of copies, highest", cpu_over_memmove, max, 3, large=True),
     Target("planning over the reference, highest", planning, max, 1.5),
-    Target("the same in CPU time, highest", cpu_planning, max, 1.5),
+    Target("the same in CPU time, of planning", cpu_planning, max, 1.5),
 )
 
 
@@ -240,7 +249,8 @@ SPEED: tuple[Column, ...] = (
     ratio("reference over materialize", speed_up),
     ratio("in CPU time", cpu_speed_up),
     ratio("materialize over memmove", over_memmove),
-    ratio("staged over memmove", staged_over_memmove),
+    ratio("in CPU time", cpu_over_memmove),
+    ratio("staged over memmove, in CPU time", staged_over_memmove),
 )
 PLANNING: tuple[Column, ...] = (
     *(stage(what) for what in ("export", "lower", "partition", "interpret")),
