@@ -431,6 +431,8 @@ class _Writer:
             (args, dict(node.kwargs)),
             is_leaf=lambda one: isinstance(one, Origin),
         )
+        if node.op in _LAID_OUT:
+            args = (args[0].resolve_conj().resolve_neg().contiguous(), *args[1:])
         try:
             found = call(node.op, args, kwargs)
         except (RuntimeError, TypeError, ValueError) as exc:

@@ -147,7 +147,7 @@ PASSED_ON: dict[str, Function] = {
     "asked for its shape": lambda w, b, i: w * np.shape(b.numpy())[0] * len(b.numpy()),
     "zeros like it": lambda w, b, i: w + torch.from_numpy(np.zeros_like(b.numpy())),
     "frombuffer": lambda w, b, i: w * 2,
-    "from_dlpack": lambda w, b, i: torch.from_dlpack(b) * 2,
+    "from_dlpack": lambda w, b, i: torch.utils.dlpack.from_dlpack(b) * 2,
     "a NumPy number before": lambda w, b, i: np.float32(2) * b,
 }
 
