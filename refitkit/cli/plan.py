@@ -35,6 +35,11 @@ def plan_group() -> None:
     callback=as_options,
     help="An option of the backend, when planning offline. Can be given several times.",
 )
+@click.option(
+    "--prove",
+    is_flag=True,
+    help="Compare what the plan computes of other weights with what the backend makes of them.",
+)
 @file_option("-o", "--output", required=True, help="Where to write the plan.")
 @common_options
 @click.pass_obj
@@ -44,6 +49,7 @@ def make(
     target: Path | None,
     backend: str | None,
     options: dict[str, Any],
+    prove: bool,  # noqa: FBT001 - click passes it by name
     output: Path,
 ) -> None:
     """Make a plan for PROGRAM, a file of torch.export.save, and what was compiled from it.
@@ -61,7 +67,7 @@ def make(
         check_readable(target, UnsupportedTargetError)
     pipeline = session.pipeline()
     loaded = load_program(program, verbose=session.verbose)
-    plan = pipeline.plan(loaded, target, backend, options)
+    plan = pipeline.plan(loaded, target, backend, options, prove=prove or None)
     plan.save(output)
     data = {"output": str(output), **plain(plan.data)}
     session.result(data, lambda console: print_plan(console, plan))
