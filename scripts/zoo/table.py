@@ -38,7 +38,8 @@ def page(results: list[Row]) -> str:
 
 
 def _head(tried: list[Row]) -> str:
-    commits = ", ".join(sorted({one.get("commit", "") for one in tried}))
+    counts = Counter(str(one.get("commit", "")) for one in tried)
+    commits = ", ".join(f"{commit} ({count} rows)" for commit, count in counts.most_common())
     return f"""# The zoo
 
 Made by `make zoo` (`python -m scripts.zoo --engines`), not by hand, at commit {commits}.
