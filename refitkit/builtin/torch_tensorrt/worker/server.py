@@ -6,6 +6,7 @@ It runs no op and no build itself: what is forked from it starts clean.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -33,6 +34,8 @@ def main() -> None:
     except RefitError as exc:
         wire.send(channel, {"error": wire.pack_error(exc)})
         return
+    gc.collect()
+    gc.freeze()  # or the first collection in each session would copy all of torch's objects
     wire.send(channel, {"ready": os.getpid()})
     while True:
         _, descriptors, _, _ = socket.recv_fds(channel, 1, 1)
