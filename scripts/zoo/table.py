@@ -181,6 +181,6 @@ def _refused(refused: list[Row]) -> str:
 
 def _text(reason: str) -> str:
     """A reason as Markdown text of moderate length."""
-    for sign in "|<>_*`":
+    for sign in "|<>[]()_*`":
         reason = reason.replace(sign, f"\\{sign}")
     return reason if len(reason) <= 300 else reason[:297] + "..."
