@@ -8,6 +8,7 @@ tensor. Calls that are the same are one call.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ from refitkit.recipe.calls import call, operands_of
 from refitkit.recipe.origins import Call, Leaf, Literal, Origin, Unknown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from refitkit.model import Leaf as LeafFacts
     from refitkit.model import Slot, Value
@@ -200,6 +201,12 @@ class _Writer:
         Raises:
             _UnwritableError: Nobody knows.
         """
+        for below in _bottom_up(origin, lambda one: id(one.node) in self._follows):
+            with suppress(_UnwritableError):
+                self._followed(below)
+        return self._followed(origin)
+
+    def _followed(self, origin: Origin) -> frozenset[str]:
         node = origin.node
         if isinstance(node, Unknown):
             raise _UnwritableError(f"{node.reason}, so nobody knows what it follows from")
@@ -210,7 +217,7 @@ class _Writer:
         found = self._follows.get(id(node))
         if found is None:
             read = node.args[1:2] if node.op is _aten.copy_.default else node.inputs
-            found = frozenset[str]().union(*map(self.follows, read))
+            found = frozenset[str]().union(*map(self._followed, read))
             self._follows[id(node)] = found
             self._alive.append(node)
         return found
@@ -221,10 +228,11 @@ class _Writer:
             return self._twins.get(value.fqn, (value.fqn,))
         if isinstance(value, PinnedRef):
             return ()
-        if value.call not in self._sources:
-            parts = map(self.sources, operands_of(self._calls[value.call]))
-            names = {name for part in parts for name in part}
-            self._sources[value.call] = tuple(name for name in self._leaves if name in names)
+        for number in range(value.call + 1):  # so none of them asks for what is not there yet
+            if number not in self._sources:
+                parts = map(self.sources, operands_of(self._calls[number]))
+                names = {name for part in parts for name in part}
+                self._sources[number] = tuple(name for name in self._leaves if name in names)
         return self._sources[value.call]
 
     # -- values -----------------------------------------------------------------------------
@@ -235,10 +243,21 @@ class _Writer:
         Raises:
             _UnwritableError: It cannot stand in a plan.
         """
+        for below in _bottom_up(origin, lambda one: (id(one.node), one.output) in self._written):
+            with suppress(_UnwritableError):  # whether it is needed, its users say
+                if self.follows(below):
+                    self._one(below)
+        return self._one(origin)
+
+    def _one(self, origin: Origin) -> Value:
         node, output = origin.node, origin.output
         key = id(node), output
         if key not in self._written:
-            self._written[key] = self._value(origin)
+            try:
+                self._written[key] = self._value(origin)
+            except RecursionError:
+                reason = "too many ops follow one another in what it is made of"
+                raise _UnwritableError(reason) from None
             self._alive.append(node)
         return self._written[key]
 
@@ -254,16 +273,16 @@ class _Writer:
     def _of_call(self, node: Call, output: int) -> Value:
         op, shape = node.op, node.results[0].shape
         if op in _SAME:
-            return self.value(node.args[0])
+            return self._one(node.args[0])
         if op in _RESHAPES:
-            return self._reshaped(self.value(node.args[0]), shape)
+            return self._reshaped(self._one(node.args[0]), shape)
         if op in _CASTS:
-            return self._cast(self.value(node.args[0]), node.results[0].dtype, node.device)
+            return self._cast(self._one(node.args[0]), node.results[0].dtype, node.device)
         if op is _aten.copy_.default:
-            source = self._cast(self.value(node.args[1]), node.results[0].dtype, node.device)
+            source = self._cast(self._one(node.args[1]), node.results[0].dtype, node.device)
             return self._expanded(source, shape, node.device)
         if op is _aten.expand.default:
-            return self._expanded(self.value(node.args[0]), shape, node.device)
+            return self._expanded(self._one(node.args[0]), shape, node.device)
         return self._emitted(node, output)
 
     def _emitted(self, node: Call, output: int) -> Value:
@@ -287,7 +306,7 @@ class _Writer:
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, Origin):
-            return self.value(value)
+            return self._one(value)
         if isinstance(value, list | tuple):
             return tuple(self._argument(one) for one in value)
         try:
@@ -486,6 +505,21 @@ def _facts_of(tensor: torch.Tensor) -> Tensor:
 
 def _is_whole(dtype: str) -> bool:
     return not dtype.startswith(("float", "bfloat", "complex"))
+
+
+def _bottom_up(origin: Origin, is_known: Callable[[Origin], bool]) -> Iterator[Origin]:
+    """Everything that a value is made of, each before what is made of it; without recursion."""
+    stack, seen = [(origin, False)], set[tuple[int, int]]()
+    while stack:
+        one, ready = stack.pop()
+        key = id(one.node), one.output
+        if ready:
+            yield one
+        elif isinstance(one.node, Call) and key not in seen and not is_known(one):
+            seen.add(key)
+            if one is not origin:
+                stack.append((one, True))
+            stack += [(below, False) for below in one.node.inputs]
 
 
 def _name(node: Call) -> str:

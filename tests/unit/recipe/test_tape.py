@@ -412,3 +412,19 @@ def test_random_functions(part: int) -> None:
         assert "unmapped" not in recording.states.values(), seed
         for weights in (leaves(), like(leaves(), seed + 1)):
             assert agree(recording.values(weights), truth(function, weights)), seed
+
+
+def test_chains_of_thousands_of_ops_are_written_and_computed() -> None:
+    def long(w: torch.Tensor) -> torch.Tensor:
+        y = w.clone()
+        for number in range(3000):
+            y = y + number if number % 2 else y * 0.5
+        y[0] = 1.0
+        return y
+
+    found = record(long, {"w": torch.randn(5)})
+    assert found.state == "recipe"
+    new = torch.randn(5)
+    values = found.values({"w": new})
+    assert not isinstance(values, str)
+    assert torch.equal(values["y"], long(new))
