@@ -202,6 +202,20 @@ class SupportsWarming(Protocol):
 
 
 @runtime_checkable
+class Rebuilds(Protocol):
+    """An opened module whose slots can be read off a program."""
+
+    def rebuilt(
+        self, program: torch.export.ExportedProgram, tools: Tools
+    ) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        """Values of all slots, by engine and slot, flat.
+
+        Raises:
+            PlanMismatchError: The program makes other engines.
+        """
+
+
+@runtime_checkable
 class Offline(Protocol):
     """An opened module that cannot be called on this machine."""
 

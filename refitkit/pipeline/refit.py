@@ -123,14 +123,15 @@ class Refit:
         partial = self._wish.partial
         check_weights(self._host, plan, self._module, source, partial=partial, config=self._config)
         check_abilities(self._module, partial=partial, config=self._config)
-        if partial:
-            mapping.keep_pinned()
-            before = self._compiled.overridden
-            require_reached(mapping, source, before)
-            self._overridden = left(before, plan, source)
-        else:
-            require_all(mapping, source)
-            self._overridden = overrides(plan, source)
+        with raised_as(SourceError, f"{source.description} cannot be read"):
+            if partial:
+                mapping.keep_pinned()
+                before = self._compiled.overridden
+                require_reached(mapping, source, before)
+                self._overridden = left(before, plan, source)
+            else:
+                require_all(mapping, source)
+                self._overridden = overrides(plan, source)
 
     def _prepared(
         self, plan: RefitPlan, source: WeightSource, mapping: Mapping

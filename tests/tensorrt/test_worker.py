@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 pytestmark = needs_torch_tensorrt
+REBUILDING = refitkit.Pipeline({"strategies": ("rebuild",)})
 CASE = CASES["odd"]
 
 
@@ -176,7 +177,7 @@ def test_an_interrupted_call_does_not_leave_its_answer_to_the_next(
     monkeypatch.setattr(wire, "receive", interrupted)
     armed.append(True)
     with pytest.raises(KeyboardInterrupt):
-        refitkit.refit(compiled, CASE.program(1))
+        REBUILDING.refit(compiled, CASE.program(1))
     assert same(values_of(compiled), held)
     assert bytes_of(compiled) == scratch_bytes[0]
     if method == "build":
@@ -334,7 +335,7 @@ def test_every_call_of_a_refit_fails_in_turn(
         return call(self, method, *args, **kwargs)
 
     monkeypatch.setattr(SessionClient, "call", counted)
-    refitkit.refit(compiled, weights(1), verify=verify)
+    REBUILDING.refit(compiled, weights(1), verify=verify)
     assert bytes_of(compiled) == scratch_bytes[1]
     assert {"open", "values", "build"} <= set(calls)
     count = len(calls)
@@ -344,7 +345,7 @@ def test_every_call_of_a_refit_fails_in_turn(
         calls.clear()
         failing[0] = number
         with pytest.raises(EngineError, match=f"at call {number}$"):
-            refitkit.refit(compiled, weights(1), verify=verify)
+            REBUILDING.refit(compiled, weights(1), verify=verify)
         assert same(values_of(compiled), held)
         assert bytes_of(compiled) == scratch_bytes[0]
         assert compiled.version == 2

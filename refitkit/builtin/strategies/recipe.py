@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from refitkit.protocols import Mapped, SlotValue
+from refitkit.program import facts_of
+from refitkit.protocols import HoldsProgram, Mapped, Rebuilds, SlotValue
 from refitkit.recipe.plan import STRATEGY, RefitPlan
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ class RecipeStrategy:
         plan = request.plan
         if not isinstance(plan, RefitPlan):
             return Mapped({}, {row.slot.key: "the plan has no recipes" for row in request.wanted})
+        if _is_another(request):
+            reason = "the source is a program of other ops than the one that was planned"
+            return Mapped({}, {row.slot.key: reason for row in plan.data.ledger})
         broken = plan.broken_guards(request.source) if plan.data.guards else []
         if broken:
             return Mapped({}, {row.slot.key: _broken(broken) for row in plan.data.ledger})
@@ -44,6 +48,14 @@ class RecipeStrategy:
             {key: value for key, value in found.items() if isinstance(value, SlotValue)},
             {key: reason for key, reason in found.items() if isinstance(reason, str)},
         )
+
+
+def _is_another(request: MapRequest) -> bool:
+    """Whether the weights come in a program that may make other engines; an interpreter knows."""
+    source = request.source
+    if not isinstance(source, HoldsProgram) or not isinstance(request.module, Rebuilds):
+        return False
+    return facts_of(source.program).graph != request.plan.data.fingerprint.graph
 
 
 def _broken(guards: Sequence[Problem]) -> str:

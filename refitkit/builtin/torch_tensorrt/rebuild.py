@@ -8,10 +8,10 @@ the reference pays at each refit; all slots are served by one run.
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 from refitkit.errors import EngineError, PlanMismatchError, Problem
-from refitkit.protocols import HoldsProgram, Mapped, SlotValue
+from refitkit.protocols import HoldsProgram, Mapped, Rebuilds, SlotValue
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -20,23 +20,9 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from refitkit.model import Slot
-    from refitkit.protocols import BindableProgram, MapRequest, Plan, Tools, WeightSource
+    from refitkit.protocols import BindableProgram, MapRequest, Plan, WeightSource
 
 NAME = "rebuild"
-
-
-@runtime_checkable
-class Rebuilds(Protocol):
-    """An opened module whose slots can be read off a program."""
-
-    def rebuilt(
-        self, program: ExportedProgram, tools: Tools
-    ) -> Mapping[str, Mapping[str, torch.Tensor]]:
-        """Values of all slots, by engine and slot, flat.
-
-        Raises:
-            PlanMismatchError: The program makes other engines.
-        """
 
 
 class RebuildStrategy:

@@ -56,6 +56,8 @@ def _measure(module: OpenedModule, value: SlotValue) -> OutputMeasure:
     engine = module.engines[slot.engine]
     found = engine.read(slot.name) if isinstance(engine, SupportsReadback) else torch.empty(0)
     wanted = value.load().to(found.device)
+    if slot.shape is None and wanted.numel() == found.numel():
+        wanted = wanted.reshape(found.shape)  # the engine knows no shape of it
     if same_bits(found, wanted):
         return OutputMeasure(name=slot.name, ok=True)
     if (found.dtype, found.shape) != (wanted.dtype, wanted.shape):
