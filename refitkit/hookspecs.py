@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     import click
     import torch
@@ -156,6 +156,7 @@ def refitkit_check(
     module: OpenedModule,
     source: WeightSource,
     partial: bool,  # noqa: FBT001 - hook arguments have no defaults and are passed by name
+    unchanged: Collection[str],
     config: Config,
 ) -> Iterable[Problem]:
     """Find what forbids a refit. Kind: all.
@@ -168,6 +169,8 @@ def refitkit_check(
         module: The opened target, with its present weights.
         source: The new weights.
         partial: Whether slots that the source has nothing for keep their present values.
+        unchanged: Names of entries with the very bits that the live slots were computed from, as a
+            refit with ``delta`` knows; empty where nobody knows. They need no second look.
         config: Settings of the pipeline.
 
     Returns:

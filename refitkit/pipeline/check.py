@@ -8,6 +8,8 @@ from refitkit.errors import NotRefittableError, PluginError, Problem, WeightMism
 from refitkit.protocols import SupportsPartial
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from refitkit.config import Config
     from refitkit.host import Host
     from refitkit.protocols import OpenedModule, Plan, WeightSource
@@ -21,6 +23,7 @@ def check_weights(
     *,
     partial: bool,
     config: Config,
+    unchanged: Collection[str] = (),
 ) -> None:
     """Collect the problems of all checks.
 
@@ -28,7 +31,13 @@ def check_weights(
         WeightMismatchError: There are some; lists all of them.
     """
     found = host.items(
-        "refitkit_check", plan=plan, module=module, source=source, partial=partial, config=config
+        "refitkit_check",
+        plan=plan,
+        module=module,
+        source=source,
+        partial=partial,
+        unchanged=unchanged,
+        config=config,
     )
     problems = [_as_problem(plugin, item) for plugin, item in found]
     if problems:

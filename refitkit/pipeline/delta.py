@@ -16,7 +16,7 @@ from refitkit.protocols import SupportsPartial
 from refitkit.recipe.plan import STRATEGY
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from refitkit.model import LedgerRow
     from refitkit.protocols import OpenedModule, SlotValue, WeightSource
@@ -54,6 +54,7 @@ class Delta:
     Attributes:
         unchanged: Slots that hold already what the source has for them, in engines that can be
             refitted in part; none where a guard of the plan is broken.
+        same: Names of entries with the bits that all slots that follow from them were computed of.
     """
 
     def __init__(
@@ -79,7 +80,8 @@ class Delta:
         self._plan = plan
         known = live is not None and live.holds_for(plan, version)
         self._before = dict(live.origins) if live is not None and known else {}
-        self._origins = dict(_origins(plan, source))
+        digests = _Digests(plan, source)
+        self._origins = {row.slot.key: digests.origin(row) for row in _followed(plan)}
         whole = {n for n, e in module.engines.items() if not isinstance(e, SupportsPartial)}
         broken = bool(plan.data.guards) and bool(plan.broken_guards(source))
         self.unchanged = frozenset(
@@ -87,6 +89,14 @@ class Delta:
             for key, origin in self._origins.items()
             if key[0] not in whole and not broken and self._before.get(key) == origin
         )
+        self.same = frozenset(digests.names_of(self._same(digests)))
+
+    def _same(self, digests: _Digests) -> set[tuple[str, str]]:
+        """Origins, by name and digest, of which every slot that follows from them was computed."""
+        held = {one for origin in self._origins.values() for one in origin}
+        for row in self._plan.data.ledger:
+            held -= digests.origin(row) - self._before.get(row.slot.key, frozenset())
+        return held
 
     def after(self, values: Mapping[Key, SlotValue], version: int) -> Live:
         """What is live once these values are.
@@ -104,31 +114,44 @@ class Delta:
         return Live(self._plan, version, {**kept, **new})
 
 
-def _origins(plan: RefitPlan, source: WeightSource) -> Iterable[tuple[Key, Origin]]:
-    """Of every slot of which a plan knows what it follows from.
+class _Digests:
+    """Digests of what slots follow from, each taken once, of tied names under the first."""
+
+    def __init__(self, plan: RefitPlan, source: WeightSource) -> None:
+        """Read all of it."""
+        self._twins = {name: tie for tie in plan.data.ties for name in tie}
+        names = source.names()
+        firsts = dict.fromkeys(self.first(name) for row in _followed(plan) for name in row.sources)
+        given = {
+            first: next((n for n in self._twins.get(first, (first,)) if n in names), None)
+            for first in firsts
+        }
+        self._given = {first: name for first, name in given.items() if name is not None}
+        self._digests = {first: digest_of(name, source) for first, name in self._given.items()}
+
+    def first(self, name: str) -> str:
+        """The first of a tensor's names."""
+        return self._twins.get(name, (name,))[0]
+
+    def origin(self, row: LedgerRow) -> Origin:
+        """What a value is computed from."""
+        firsts = {self.first(name) for name in row.sources}
+        return frozenset((n, self._digests[n]) for n in firsts if n in self._digests)
+
+    def names_of(self, origins: Iterable[tuple[str, str]]) -> Iterator[str]:
+        """The names under which the source has them."""
+        return (self._given[first] for first, _ in origins)
+
+
+def _followed(plan: RefitPlan) -> Iterator[LedgerRow]:
+    """Rows of which a plan knows what they follow from.
 
     Slots that calls of the module change are not among them: what was written is not what is live.
     """
-    names, twins = source.names(), {name: tie for tie in plan.data.ties for name in tie}
     mutated = {leaf.fqn for leaf in plan.data.leaves if leaf.mutated}
-    digests: dict[str, str] = {}
-
-    def digest(first: str) -> str | None:
-        given = next((name for name in twins.get(first, (first,)) if name in names), None)
-        if given is not None and first not in digests:
-            digests[first] = digest_of(given, source)
-        return digests.get(first)
-
     for row in plan.data.ledger:
-        if not _is_followed(row) or not mutated.isdisjoint(row.sources):
-            continue
-        followed = {twins.get(name, (name,))[0] for name in row.sources}
-        found = {name: digest(name) for name in followed}
-        yield row.slot.key, frozenset((n, d) for n, d in found.items() if d is not None)
-
-
-def _is_followed(row: LedgerRow) -> bool:
-    return row.value is not None and not row.slot.mutable
+        if row.value is not None and not row.slot.mutable and mutated.isdisjoint(row.sources):
+            yield row
 
 
 def digest_of(name: str, source: WeightSource) -> str:

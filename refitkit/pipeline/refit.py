@@ -121,7 +121,15 @@ class Refit:
 
     def _check(self, plan: RefitPlan, source: WeightSource, mapping: Mapping) -> None:
         partial = self._wish.partial
-        check_weights(self._host, plan, self._module, source, partial=partial, config=self._config)
+        check_weights(
+            self._host,
+            plan,
+            self._module,
+            source,
+            partial=partial,
+            config=self._config,
+            unchanged=self._delta.same if self._delta else frozenset(),
+        )
         check_abilities(self._module, partial=partial, config=self._config)
         with raised_as(SourceError, f"{source.description} cannot be read"):
             if partial:

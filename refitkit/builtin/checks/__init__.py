@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from refitkit.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from refitkit.config import Config
     from refitkit.errors import Problem
@@ -20,6 +20,7 @@ def refitkit_check(
     module: OpenedModule,
     source: WeightSource,
     partial: bool,  # noqa: FBT001 - passed by name, as the hook says
+    unchanged: Collection[str],
     config: Config,
 ) -> Iterable[Problem]:
     """Names, ties, dtypes, shapes, layouts; then, of what passed, finiteness."""
@@ -28,5 +29,6 @@ def refitkit_check(
     found = names.Names(plan, source)
     problems = list(found.problems(partial=partial))
     if config.check_finite:
-        problems += finite.problems(plan, module, source, found.usable())
+        new = [name for name in found.usable() if name not in unchanged]
+        problems += finite.problems(plan, module, source, new)
     return problems

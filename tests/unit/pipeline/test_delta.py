@@ -19,6 +19,7 @@ from refitkit.errors import (
     VerificationError,
     WeightMismatchError,
 )
+from refitkit.hookspecs import hookimpl
 from refitkit.model import CallRef, LeafKind, LedgerRow, SlotState, SourceRef
 from refitkit.pipeline import CompiledModule, Pipeline
 from refitkit.pipeline.delta import digest_of
@@ -208,6 +209,62 @@ def test_what_a_digest_tells_apart() -> None:
     flat = torch.arange(4.0)
     order = TensorMap({"a": flat.reshape(2, 2), "b": flat.reshape(2, 2).t()})
     assert digest_of("a", order) != digest_of("b", order)
+
+
+# -- what checks are told ---------------------------------------------------------------------
+
+
+class Told:
+    """A plugin that notes what it is told of entries that did not change."""
+
+    def __init__(self) -> None:
+        self.unchanged: set[str] = set()
+
+    @hookimpl
+    def refitkit_check(self, unchanged: Any) -> None:
+        self.unchanged = set(unchanged)
+
+
+def test_checks_are_told_which_entries_are_those_that_are_live() -> None:
+    told = Told()
+    scene = Scene(None, None, told)
+    first = weights()
+    scene.refit(first)
+    assert told.unchanged == set()
+    scene.refit({**first, "e1.bias": torch.ones(2)})
+    assert told.unchanged == set(first) - {"e1.bias"}
+    scene.refit(first, delta=False)
+    assert told.unchanged == set()
+    scene.refit(first)
+    assert told.unchanged == set()
+    scene.refit(first)
+    assert told.unchanged == set(first)
+
+
+def test_an_entry_that_calls_may_have_changed_in_a_slot_is_no_live_one() -> None:
+    """One slot holds it as it was written, another may not: it is looked at again."""
+    slots = {"s": torch.zeros(2), "moves": torch.zeros(2)}
+    engine = OpenEngine("e0", slots)
+    engine.slots["moves"] = engine.slots["moves"].model_copy(update={"mutable": True})
+    module = FakeModule([engine])
+    rows = [recipe_row(engine.slots[name], "w") for name in slots]
+    told = Told()
+    plan = make_plan(rows, leaves=[leaf_for(engine.slots["s"], fqn="w")])
+    scene = Scene(module, plan, told)
+    scene.refit({"w": torch.ones(2)})
+    assert scene.refit({"w": torch.ones(2)}) == {"moves"}
+    assert told.unchanged == set()
+
+
+def test_only_new_entries_are_searched_for_what_is_not_finite() -> None:
+    scene = Scene()
+    scene.pipeline.refit(scene.compiled, weights(), delta=True)
+    bad = {**weights(), "e2.bias": torch.tensor([1.0, NAN])}
+    with pytest.raises(WeightMismatchError, match=r"e2\.bias: non-finite"):
+        scene.refit(bad)
+    loose = Pipeline({"check_finite": False}, plugins=[FakePlugin()])
+    loose.refit(scene.compiled, bad, delta=True)
+    assert scene.refit(bad) == set(), "it holds that value already: nothing becomes worse"
 
 
 # -- what makes knowledge stale ---------------------------------------------------------------

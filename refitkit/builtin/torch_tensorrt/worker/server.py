@@ -1,6 +1,6 @@
 """The process that imports torch_tensorrt once and forks a session for whoever asks.
 
-It runs no op and no build itself: what is forked from it starts clean.
+It makes no network and builds nothing itself: what is forked from it starts clean.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from refitkit.builtin.torch_tensorrt import upstream
 from refitkit.builtin.torch_tensorrt.worker import wire
 from refitkit.builtin.torch_tensorrt.worker.session import Session
+from refitkit.builtin.torch_tensorrt.worker.warmup import warm_up
 from refitkit.errors import RefitError
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def main() -> None:
     try:
         with _quietly():
             upstream.import_headless()
+            with contextlib.suppress(Exception):  # sessions will fail alike, and tell it
+                warm_up()
     except RefitError as exc:
         wire.send(channel, {"error": wire.pack_error(exc)})
         return
