@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -49,6 +49,8 @@ class Config(Frozen):
         plan_cache: Folder in which plans are kept, so that the same program is not planned twice;
             None: the one that the environment variable ``REFITKIT_PLAN_CACHE`` names, if any. Who
             can write to it decides which weight goes where: it must be as safe as the engines.
+        plugin_settings: Settings of plugins, by the plugin's name; what they may be, each plugin
+            says. Settings of a plugin that does not exist are a ``ConfigError``.
     """
 
     no_plugins: frozenset[str] = frozenset()
@@ -58,6 +60,7 @@ class Config(Frozen):
     tolerances: dict[str, tuple[Bound, Bound]] = Field(default_factory=lambda: dict(TOLERANCES))
     delta: bool = False
     plan_cache: Path | None = None
+    plugin_settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @field_validator("tolerances")
     @classmethod

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         Tools,
         Verifier,
         WeightSource,
+        WeightTransform,
     )
 
 PROJECT = "refitkit"
@@ -147,6 +148,25 @@ def refitkit_layer_types() -> Iterable[LayerType]:
 
     Returns:
         The layer types.
+    """
+
+
+@hookspec
+def refitkit_weight_transforms(config: Config) -> Iterable[WeightTransform]:
+    """Offer ways to make what a program reads from what a checkpoint has. Kind: all.
+
+    Called wherever weights meet a plan: once for each refit, before names are mapped. What is made
+    together, a quantized weight and its scale, is one group: all of it is made or none. Two of one
+    name, and two that make the same entry, are a ``PluginError`` that names both plugins.
+
+    Args:
+        config: Settings of the pipeline; a plugin finds its own in ``config.plugin_settings``.
+
+    Returns:
+        The transforms.
+
+    Raises:
+        ConfigError: The plugin's settings cannot be used.
     """
 
 

@@ -54,6 +54,10 @@ class Host:
 
     def plugins(self) -> tuple[PluginInfo, ...]:
         """All registered plugins, in the order of registration."""
+        return self._plugins
+
+    @functools.cached_property
+    def _plugins(self) -> tuple[PluginInfo, ...]:
         return tuple(
             PluginInfo(name, self._origins[name], self._hooks_of(plugin))
             for name, plugin in self._manager.list_name_plugin()

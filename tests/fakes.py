@@ -603,6 +603,11 @@ class TrippingPlugin:
         return [TrippingStrategy(self.wire)]
 
     @refitkit.hookimpl
+    def refitkit_weight_transforms(self) -> list[Any]:
+        self.wire("refitkit_weight_transforms")
+        return []
+
+    @refitkit.hookimpl
     def refitkit_check(self) -> list[Problem]:
         self.wire("refitkit_check")
         return self.problems

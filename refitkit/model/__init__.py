@@ -31,6 +31,7 @@ from refitkit.model.report import (
     RefitReport,
     ReportRow,
     StageTime,
+    TransformRow,
     VerificationResult,
 )
 from refitkit.model.slot import Slot, TensorInfo
@@ -65,6 +66,7 @@ __all__ = [
     "Tensor",
     "TensorInfo",
     "TorchName",
+    "TransformRow",
     "Value",
     "VerificationResult",
     "fingerprint_of_slots",

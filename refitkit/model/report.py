@@ -98,6 +98,25 @@ class VerificationResult(Frozen):
         return max((m.max_abs_error for m in self.measures), default=0.0)
 
 
+class TransformRow(Frozen):
+    """Entries that a transform made of others.
+
+    Attributes:
+        transform: Its name.
+        plugin: Name of the plugin that offers it.
+        takes: Names of the source that were used up.
+        gives: FQNs that were made of them.
+        measures: How far what was made is from what was taken; empty where it was not read, or
+            the transform tells nothing.
+    """
+
+    transform: str
+    plugin: str
+    takes: tuple[str, ...] = ()
+    gives: tuple[str, ...] = ()
+    measures: tuple[OutputMeasure, ...] = ()
+
+
 class RefitReport(Frozen):
     """What a refit did.
 
@@ -116,6 +135,7 @@ class RefitReport(Frozen):
         stages: Time of each stage, in order.
         memory: What keeping the way back costs.
         ledger: One row for every slot.
+        transforms: What plugins made of entries of the source, such as quantized weights.
         verification: What the verifier found; None where none ran.
         notes: Things a user should know (only staging was checked, nothing changed, ...).
     """
@@ -133,6 +153,7 @@ class RefitReport(Frozen):
     stages: tuple[StageTime, ...] = ()
     memory: tuple[EngineMemory, ...] = ()
     ledger: tuple[ReportRow, ...] = ()
+    transforms: tuple[TransformRow, ...] = ()
     verification: VerificationResult | None = None
     notes: tuple[str, ...] = Field(default_factory=tuple)
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from refitkit.host import Host
     from refitkit.model import PinnedTensor, Slot
     from refitkit.program.facts import ProgramFacts
-    from refitkit.protocols import Backend, OpenedModule, PlanKey, Tools, WeightSource
+    from refitkit.protocols import Backend, OpenedModule, PlanKey, Tools
+    from refitkit.recipe.plan import Opener
 
 _SUFFIX = ".refitplan"
 _PACKAGE = Path(__file__).parents[1]
@@ -135,7 +136,7 @@ class PlanCache:
         self,
         folder: Path,
         tell: Callable[[str], None],
-        opener: Callable[[object], WeightSource],
+        opener: Opener,
     ) -> None:
         """Touch nothing yet.
 
@@ -187,7 +188,7 @@ class PlanCache:
         """
         problems = list(_differences(plan, wish))
         if not problems and plan.data.guards:
-            problems = list(plan.broken_guards(self._opener(wish.program)))
+            problems = list(plan.broken_guards(self._opener(wish.program, plan)))
         if problems:
             raise PlanMismatchError(f"{plan.backend}: it is of something else.", problems=problems)
         if wish.slots is not None:

@@ -10,6 +10,7 @@ from refitkit.pipeline.check import check_weights
 from refitkit.pipeline.load import open_weights
 from refitkit.pipeline.mapping import map_slots, require_all
 from refitkit.pipeline.tools import tools_for
+from refitkit.pipeline.transform import transformed
 from refitkit.protocols import VerifyRequest
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def judge_module(
             "Nothing can be verified: the engines cannot be read and no inputs were given."
         )
     plan.check_engines(compiled.backend, compiled.slots)
-    source = open_weights(host, wish.weights, config)
+    source = transformed(host, config, plan, open_weights(host, wish.weights, config))
     mapping = map_slots(host, plan, compiled.opened, source, compiled.program, config)
     check_weights(host, plan, compiled.opened, source, partial=False, config=config)
     require_all(mapping, source)

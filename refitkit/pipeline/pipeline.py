@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refitkit.config import Config
-from refitkit.errors import ConfigError, UnsupportedTargetError
+from refitkit.errors import ConfigError, Problem, UnsupportedTargetError
 from refitkit.host import Host, make_host
 from refitkit.model import Step
 from refitkit.pipeline import load as loading
@@ -20,6 +20,7 @@ from refitkit.pipeline.prove import prove as prove_refit
 from refitkit.pipeline.prove_plan import prove_plan
 from refitkit.pipeline.refit import Refit, Wish
 from refitkit.pipeline.tools import tools_for
+from refitkit.pipeline.transform import transformed
 from refitkit.recipe import RefitPlan
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Pipeline:
         """
         self.config = Config.of(config)
         self.host: Host = make_host(self.config, plugins)
+        _check_settings(self.config, self.host)
         self._backends: dict[str, Backend] | None = None
 
     # -- backends ---------------------------------------------------------------------------
@@ -156,7 +158,7 @@ class Pipeline:
         backend: Backend,
         options: Mapping[str, Any],
     ) -> RefitPlan:
-        opener, folder = self.open_weights, self.config.cache_folder()
+        opener, folder = self._opened_for, self.config.cache_folder()
 
         def make() -> RefitPlan:
             return make_plan(self.host, program, opened, backend, options, self.config, opener)
@@ -210,7 +212,7 @@ class Pipeline:
         attached = opened.attachments
         if PLAN not in attached:
             return CompiledModule(opened, None, None, self._save)
-        plan = RefitPlan.from_bytes(attached[PLAN], "the plan of this module", self.open_weights)
+        plan = RefitPlan.from_bytes(attached[PLAN], "the plan of this module", self._opened_for)
         data = plan.data
         kept = (
             KeptProgram(attached[PROGRAM], data.leaves, data.ties) if PROGRAM in attached else None
@@ -372,13 +374,23 @@ class Pipeline:
         wish = Wish(weights, plan, inputs, reference, with_)
         return judge_module(self.host, self.config, self._compiled(target), wish)
 
-    def open_weights(self, weights: object) -> WeightSource:
+    def open_weights(self, weights: object, plan: RefitPlan | None = None) -> WeightSource:
         """Anything that a plugin can read, as a weight source.
+
+        Args:
+            weights: A state_dict, module, program, path: anything a plugin can read.
+            plan: The plan that it is for: then the transforms of all plugins make of it what the
+                program reads. None: as it was given.
 
         Raises:
             SourceError: It cannot be read.
+            WeightMismatchError: A transform cannot use entries that belong to it.
         """
-        return loading.open_weights(self.host, weights, self.config)
+        source = loading.open_weights(self.host, weights, self.config)
+        return source if plan is None else transformed(self.host, self.config, plan, source)
+
+    def _opened_for(self, weights: Any, plan: RefitPlan) -> WeightSource:
+        return self.open_weights(weights, plan)
 
     def describe(self, path: str | Path) -> Mapping[str, Any]:
         """What a saved module holds, without running any of its code.
@@ -407,7 +419,7 @@ class Pipeline:
             attached = backend.attachments(path)
             if PLAN in attached:
                 what = f"the plan of {str(path)!r}"
-                return RefitPlan.from_bytes(attached[PLAN], what, self.open_weights)
+                return RefitPlan.from_bytes(attached[PLAN], what, self._opened_for)
         return RefitPlan.load(path)
 
     def _compiled(self, target: object) -> CompiledModule:
@@ -421,6 +433,17 @@ class Pipeline:
             attachments[PROGRAM] = compiled.program.to_bytes()
         with Clock(self.host, "save").stage("save"):
             compiled.opened.save(Path(path), attachments)
+
+
+def _check_settings(config: Config, host: Host) -> None:
+    names = {info.name for info in host.plugins()}
+    strange = [name for name in config.plugin_settings if name not in names]
+    if strange:
+        problems = [Problem(f"plugin_settings.{name}", "no such plugin") for name in strange]
+        hint = f"There are: {', '.join(sorted(names))}."
+        raise ConfigError(
+            "There are settings of plugins that do not exist.", problems=problems, hint=hint
+        )
 
 
 def _check_program(program: object) -> None:

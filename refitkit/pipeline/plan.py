@@ -12,13 +12,14 @@ from refitkit.recipe import RefitPlan
 from refitkit.recipe.store import index_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from torch.export import ExportedProgram
 
     from refitkit.config import Config
     from refitkit.host import Host
-    from refitkit.protocols import Backend, OpenedModule, WeightSource
+    from refitkit.protocols import Backend, OpenedModule
+    from refitkit.recipe.plan import Opener
 
 
 def make_plan(
@@ -28,7 +29,7 @@ def make_plan(
     backend: Backend,
     options: Mapping[str, Any],
     config: Config,
-    opener: Callable[[object], WeightSource],
+    opener: Opener,
 ) -> RefitPlan:
     """A plan for a program and, where there is one, the module that was compiled from it.
 

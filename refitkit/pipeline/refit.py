@@ -23,6 +23,7 @@ from refitkit.pipeline.overrides import left, overrides
 from refitkit.pipeline.report import Findings
 from refitkit.pipeline.stage import Staged
 from refitkit.pipeline.tools import tools_for
+from refitkit.pipeline.transform import Transformed, require_measured, transformed
 from refitkit.protocols import VerifyRequest
 
 if TYPE_CHECKING:
@@ -76,8 +77,9 @@ class Refit:
             )
             with self._clock.stage("load"):
                 source = open_weights(self._host, self._wish.weights, self._config)
-                self._found.source = source.description
                 plan = self._bound_plan()
+                source = self._transformed(plan, source)
+                self._found.source = source.description
             self._delta = self._compared(plan, source) if wish.delta else None
             with self._clock.stage("map"):
                 unchanged = self._delta.unchanged if self._delta else frozenset()
@@ -99,6 +101,14 @@ class Refit:
             )
         plan.check_engines(self._compiled.backend, self._compiled.slots)
         return plan
+
+    def _transformed(self, plan: RefitPlan, source: WeightSource) -> WeightSource:
+        """The weights as the program reads them."""
+        partial = self._wish.partial
+        made = transformed(self._host, self._config, plan, source, partial=partial)
+        if isinstance(made, Transformed):
+            self._found.transforms = made.rows
+        return made
 
     def _compared(self, plan: RefitPlan, source: WeightSource) -> Delta:
         live, version = self._compiled.live, self._compiled.version
@@ -186,9 +196,17 @@ class Refit:
                 self._stage(staged, source, mapping)
                 self._found.changed = staged.changed()
                 self._found.memory = staged.memory()
+            self._require_measured()
             return self._commit(staged, judge)
         finally:
             staged.discard()
+
+    def _require_measured(self) -> None:
+        try:
+            require_measured(self._found.transforms())
+        except VerificationError as exc:
+            exc.report = self._found.report("rolled-back")
+            raise
 
     def _stage(self, staged: Staged, source: WeightSource, mapping: Mapping) -> None:
         """Stage what changed; all of it where an engine has lost what the others hold."""

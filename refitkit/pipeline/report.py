@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Literal
 from refitkit.model import RefitReport
 
 if TYPE_CHECKING:
-    from refitkit.model import EngineMemory, VerificationResult
+    from collections.abc import Callable
+
+    from refitkit.model import EngineMemory, TransformRow, VerificationResult
     from refitkit.pipeline.clock import Clock
     from refitkit.pipeline.mapping import Mapping
 
@@ -33,6 +35,7 @@ class Findings:
     mapping: Mapping | None = None
     changed: bool | None = None
     memory: tuple[EngineMemory, ...] = ()
+    transforms: Callable[[], tuple[TransformRow, ...]] = tuple
     verification: VerificationResult | None = None
 
     def report(self, outcome: Literal["committed", "rolled-back"]) -> RefitReport:
@@ -52,6 +55,7 @@ class Findings:
             stages=self.clock.stages,
             memory=self.memory,
             ledger=self.mapping.rows() if self.mapping else (),
+            transforms=self.transforms(),
             verification=self.verification,
             notes=self._notes(),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from refitkit.errors import (
     PlanMismatchError,
@@ -36,6 +36,9 @@ from refitkit.recipe.sources import TensorMap
 if TYPE_CHECKING:
     import torch
 
+Opener: TypeAlias = Callable[[Any, "RefitPlan"], WeightSource]
+"""Turns anything that a user calls weights into a source of what a plan's program reads."""
+
 STRATEGY = "recipe"
 """Name of the strategy that serves slots from a plan."""
 
@@ -51,14 +54,14 @@ class RefitPlan:
         self,
         data: PlanData,
         pinned: Mapping[str, torch.Tensor],
-        opener: Callable[[Any], WeightSource] | None = None,
+        opener: Opener | None = None,
     ) -> None:
         """Plans are made by ``refitkit.plan`` and ``refitkit.compile``, or loaded.
 
         Args:
             data: Ledger, leaves, ties and fingerprint.
             pinned: The tensors that the plan keeps.
-            opener: What turns anything that a user calls weights into a source.
+            opener: What turns anything that a user calls weights into a source for a plan.
         """
         self.data = data
         self._pinned = dict(pinned)
@@ -288,7 +291,7 @@ class RefitPlan:
 
     def _open(self, weights: Any) -> WeightSource:
         if self._opener is not None:
-            return self._opener(weights)
+            return self._opener(weights, self)
         if isinstance(weights, WeightSource):
             return weights
         if isinstance(weights, Mapping):
@@ -340,7 +343,7 @@ class RefitPlan:
         cls,
         content: bytes,
         what: str = "This plan",
-        opener: Callable[[Any], WeightSource] | None = None,
+        opener: Opener | None = None,
     ) -> RefitPlan:
         """A plan from the bytes of a plan file.
 

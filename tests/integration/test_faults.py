@@ -130,7 +130,12 @@ def faulty_plugin(faults: Faults) -> Any:
     return type("Faulty", (), {"name": "faulty", **hooks})()
 
 
-_LISTS = {"refitkit_mapping_strategies", "refitkit_check", "refitkit_verifiers"}
+_LISTS = {
+    "refitkit_mapping_strategies",
+    "refitkit_weight_transforms",
+    "refitkit_check",
+    "refitkit_verifiers",
+}
 
 
 @pytest.fixture

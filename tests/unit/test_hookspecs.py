@@ -44,6 +44,7 @@ def test_these_are_the_hooks() -> None:
         "refitkit_register_backends",
         "refitkit_register_commands",
         "refitkit_verifiers",
+        "refitkit_weight_transforms",
         "refitkit_weights_changed",
     }
 

@@ -176,7 +176,7 @@ def test_collect_tells_whose_result_is_whose() -> None:
 
     plugins = [Checks("a", [1]), Checks("b", None), Checks("c", [3])]
     host = make_host(Config(no_plugins=frozenset({"checks"})), plugins)
-    arguments = dict.fromkeys(("plan", "module", "source", "partial", "config"))
+    arguments = dict.fromkeys(("plan", "module", "source", "partial", "unchanged", "config"))
     assert list(host.collect("refitkit_check", **arguments)) == [("a", [1]), ("c", [3])]
 
 

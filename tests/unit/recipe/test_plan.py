@@ -155,15 +155,15 @@ def test_a_plan_of_its_own_opens_mappings_and_sources_only() -> None:
 
 
 def test_an_opener_is_asked() -> None:
-    asked: list[object] = []
+    asked: list[tuple[object, RefitPlan]] = []
 
-    def opener(weights: object) -> TensorMap:
-        asked.append(weights)
+    def opener(weights: object, plan: RefitPlan) -> TensorMap:
+        asked.append((weights, plan))
         return TensorMap(WEIGHTS)
 
     plan = RefitPlan(PLAN.data, {"m": PINNED}, opener)
     assert plan.materialize("a name")["second"]["b"].shape == (3,)
-    assert asked == ["a name"]
+    assert asked == [("a name", plan)]
 
 
 def test_pinned_tensors_are_found_by_name() -> None:
@@ -229,7 +229,7 @@ def test_the_same_plan_gives_the_same_bytes() -> None:
 
 
 def test_an_opener_can_be_given_to_a_plan_that_is_read() -> None:
-    plan = RefitPlan.from_bytes(PLAN.to_bytes(), opener=lambda weights: TensorMap(WEIGHTS))
+    plan = RefitPlan.from_bytes(PLAN.to_bytes(), opener=lambda weights, plan: TensorMap(WEIGHTS))
     assert plan.materialize("anything")
 
 

@@ -1,0 +1,221 @@
+"""Weights through the transforms of all plugins: what a program reads, made when it is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from refitkit.errors import PluginError, Problem, VerificationError, WeightMismatchError, raised_as
+from refitkit.host import Host
+from refitkit.model import TransformRow
+from refitkit.protocols import Made, TransformRequest
+from refitkit.recipe.sources import describe_tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator
+
+    import torch
+
+    from refitkit.config import Config
+    from refitkit.model import TensorInfo
+    from refitkit.protocols import Plan, WeightGroup, WeightSource, WeightTransform
+
+_HOOK = "refitkit_weight_transforms"
+
+
+@dataclass(frozen=True, eq=False)  # known by identity
+class Offer:
+    """A group, and whose it is."""
+
+    plugin: str
+    transform: str
+    group: WeightGroup
+
+    def __str__(self) -> str:
+        return f"{self.transform!r} of the plugin {self.plugin!r}"
+
+
+class Transformed:
+    """A source some of whose entries became others. It keeps what the last group has made."""
+
+    def __init__(self, source: WeightSource, offers: Iterable[Offer]) -> None:
+        """Nothing is made yet.
+
+        Args:
+            source: The weights as they were given.
+            offers: Groups none of which makes what another one makes.
+        """
+        self.offers = tuple(offers)
+        self._source = source
+        self._made_by = {name: offer for offer in self.offers for name in offer.group.gives}
+        taken = {name for offer in self.offers for name in offer.group.takes}
+        kept = [name for name in source.names() if name not in taken]
+        self._names = dict.fromkeys([*kept, *self._made_by])
+        self._last: tuple[Offer, Made] | None = None
+        self._measured: dict[Offer, Made] = {}
+
+    @property
+    def description(self) -> str:
+        """What was given, and what it went through."""
+        through = dict.fromkeys(offer.transform for offer in self.offers)
+        return f"{self._source.description} through {', '.join(through)}"
+
+    def names(self) -> Collection[str]:
+        """What was given and not used up, and what is made."""
+        return self._names.keys()
+
+    def info(self, fqn: str) -> TensorInfo:
+        """Dtype and shape, as a group announces it or the source has it."""
+        if fqn not in self._names:
+            raise KeyError(fqn)
+        offer = self._made_by.get(fqn)
+        return self._source.info(fqn) if offer is None else offer.group.gives[fqn]
+
+    def get(self, fqn: str) -> torch.Tensor:
+        """The source's tensor, or one that is made now."""
+        if fqn not in self._names:
+            raise KeyError(fqn)
+        offer = self._made_by.get(fqn)
+        return self._source.get(fqn) if offer is None else self._made(offer).values[fqn]
+
+    def _made(self, offer: Offer) -> Made:
+        if self._last is None or self._last[0] is not offer:
+            self._last = None  # two groups at once would be one too many in memory
+            with raised_as(PluginError, f"The transform {offer} failed"):
+                made = offer.group.make()
+            _check_made(offer, made)
+            self._last = offer, made
+            self._measured[offer] = Made({}, made.measures)
+        return self._last[1]
+
+    def rows(self) -> tuple[TransformRow, ...]:
+        """What the report says of each group; measures of those that were made."""
+        return tuple(
+            TransformRow(
+                transform=offer.transform,
+                plugin=offer.plugin,
+                takes=offer.group.takes,
+                gives=tuple(offer.group.gives),
+                measures=self._measured[offer].measures if offer in self._measured else (),
+            )
+            for offer in self.offers
+        )
+
+
+def transformed(
+    host: Host, config: Config, plan: Plan, source: WeightSource, *, partial: bool = False
+) -> WeightSource:
+    """A source as the program reads it: the source itself where no transform has a part in it.
+
+    Args:
+        host: All plugins.
+        config: Settings; transforms find their own in ``plugin_settings``.
+        plan: What the program reads.
+        source: The weights as they were given.
+        partial: Whether slots without a new value keep what they hold.
+
+    Raises:
+        WeightMismatchError: Entries cannot be used; lists those of all transforms.
+        PluginError: Two transforms make the same, or one is broken; names the plugins.
+    """
+    offers: list[Offer] = []
+    problems: list[Problem] = []
+    request = TransformRequest(plan, source, partial)
+    for plugin, transform in _transforms(host, config):
+        try:
+            offers += _offers(plugin, transform, request)
+        except WeightMismatchError as exc:
+            problems += exc.problems or [Problem(transform.name, "refused", hint=exc.message)]
+    _check_offers(offers, request)
+    problems += _given_twice(offers, source)
+    if problems:
+        message = f"{source.description} cannot become what the program reads."
+        raise WeightMismatchError(message, problems=problems)
+    return Transformed(source, offers) if offers else source
+
+
+def require_measured(rows: Iterable[TransformRow]) -> None:
+    """Stop where what was made is too far from what it was made from.
+
+    Raises:
+        VerificationError: Lists the entries.
+    """
+    problems = [
+        Problem(
+            measure.name,
+            "too far from what it was made from",
+            f"an error of {measure.max_abs_error:.4g}",
+            f"at most {measure.limit:.4g}",
+            measure.note,
+        )
+        for row in rows
+        for measure in row.measures
+        if not measure.ok
+    ]
+    if problems:
+        raise VerificationError(
+            "Transformed weights are not close enough to the given ones; nothing was changed.",
+            problems=problems,
+            hint="Use other weights, or allow more in the settings of the plugin.",
+        )
+
+
+def _transforms(host: Host, config: Config) -> Iterator[tuple[str, WeightTransform]]:
+    owners: dict[str, str] = {}
+    for plugin, transform in host.items(_HOOK, config=config):
+        Host.claim(owners, transform, plugin, _HOOK)
+        yield plugin, transform
+
+
+def _offers(plugin: str, transform: WeightTransform, request: TransformRequest) -> list[Offer]:
+    what = f"The transform {transform.name!r} of the plugin {plugin!r} failed"
+    with raised_as(PluginError, what):
+        return [Offer(plugin, transform.name, group) for group in transform.groups(request)]
+
+
+def _check_offers(offers: Iterable[Offer], request: TransformRequest) -> None:
+    leaves = {leaf.fqn for leaf in request.plan.data.leaves}
+    names = request.source.names()
+    owners: dict[str, Offer] = {}
+    for offer in offers:
+        strange = [n for n in offer.group.takes if n not in names]
+        strange += [n for n in offer.group.gives if n not in leaves]
+        if strange:
+            shown = ", ".join(map(repr, strange))
+            raise PluginError(f"The transform {offer} takes or makes what does not exist: {shown}.")
+        for name in offer.group.gives:
+            other = owners.setdefault(name, offer)
+            if other is not offer:
+                raise PluginError(
+                    f"The transforms {other} and {offer} both make {name!r}.",
+                    hint=f"Switch one off: no_plugins={{{offer.plugin!r}}}, or change settings.",
+                )
+
+
+def _given_twice(offers: Iterable[Offer], source: WeightSource) -> Iterator[Problem]:
+    """What a transform would make, and the source has as well."""
+    offers = list(offers)
+    names = source.names()
+    taken = {name for offer in offers for name in offer.group.takes}
+    for offer in offers:
+        for name in offer.group.gives:
+            if name in names and name not in taken:
+                others = ", ".join(map(repr, offer.group.takes))
+                hint = f"{offer.transform!r} makes it from {others}: leave out one of them"
+                yield Problem(name, "given twice", hint=hint)
+
+
+def _check_made(offer: Offer, made: Made) -> None:
+    wrong = sorted(made.values.keys() ^ offer.group.gives.keys())
+    wrong += [
+        name
+        for name, info in offer.group.gives.items()
+        if name in made.values and _facts(describe_tensor(made.values[name])) != _facts(info)
+    ]
+    if wrong:
+        shown = ", ".join(map(repr, wrong))
+        raise PluginError(f"The transform {offer} made other than it announced: {shown}.")
+
+
+def _facts(info: TensorInfo) -> tuple[str, tuple[int, ...], str]:
+    return info.dtype, info.shape, info.unusable

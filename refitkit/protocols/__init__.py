@@ -1,0 +1,63 @@
+"""What plugin objects offer. Everything here is structural: no base class has to be inherited.
+
+A backend opens or compiles a target into an :class:`OpenedModule`, which lists its
+:class:`Engine` objects. A refit asks :class:`MappingStrategy` objects for a :class:`SlotValue` for
+every slot, has each engine stage them, and commits. Verifiers judge the result.
+
+What an engine may or may not be able to do is a protocol of its own: :class:`SupportsReadback`,
+:class:`SupportsPartial`, :class:`SupportsSpareBuffer`, :class:`SupportsWarming`. So it is with
+opened modules (:class:`Offline`, :class:`LowersPrecision`) and sources (:class:`HoldsProgram`).
+
+Between a source and the names that a program reads stand :class:`WeightTransform` objects.
+"""
+
+from refitkit.protocols.backends import Backend, HoldsValues, KnowsPlanKey, PlanDraft, PlanKey
+from refitkit.protocols.engines import (
+    Engine,
+    SlotValue,
+    StagedRefit,
+    SupportsPartial,
+    SupportsReadback,
+    SupportsSpareBuffer,
+    SupportsWarming,
+)
+from refitkit.protocols.modules import LowersPrecision, Offline, OpenedModule, Rebuilds
+from refitkit.protocols.plans import BindableProgram, Plan
+from refitkit.protocols.sources import HoldsProgram, WeightSource
+from refitkit.protocols.strategies import Mapped, MappingStrategy, MapRequest
+from refitkit.protocols.tools import Tools
+from refitkit.protocols.transforms import Made, TransformRequest, WeightGroup, WeightTransform
+from refitkit.protocols.verifiers import Verifier, VerifyRequest
+
+__all__ = [
+    "Backend",
+    "BindableProgram",
+    "Engine",
+    "HoldsProgram",
+    "HoldsValues",
+    "KnowsPlanKey",
+    "LowersPrecision",
+    "Made",
+    "MapRequest",
+    "Mapped",
+    "MappingStrategy",
+    "Offline",
+    "OpenedModule",
+    "Plan",
+    "PlanDraft",
+    "PlanKey",
+    "Rebuilds",
+    "SlotValue",
+    "StagedRefit",
+    "SupportsPartial",
+    "SupportsReadback",
+    "SupportsSpareBuffer",
+    "SupportsWarming",
+    "Tools",
+    "TransformRequest",
+    "Verifier",
+    "VerifyRequest",
+    "WeightGroup",
+    "WeightSource",
+    "WeightTransform",
+]

@@ -1,0 +1,117 @@
+"""Refittable units, and what some of them can do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import torch
+
+    from refitkit.model import EngineMemory, Slot
+
+
+@dataclass(frozen=True)
+class SlotValue:
+    """A new value for one slot, computed on demand.
+
+    Attributes:
+        slot: The slot that it is for.
+        strategy: Name of the strategy that gives it.
+        sources: FQNs that it comes from.
+        load: Returns the tensor: dtype and shape of the slot, any layout, any device. It may be a
+            view of the caller's tensor: read it, never write or keep it.
+        identity: Whether the value is a source's tensor itself, so that ``load`` is free.
+        pinned: Whether it is a value that the plan keeps, and nothing of the source's.
+    """
+
+    slot: Slot
+    strategy: str
+    sources: tuple[str, ...]
+    load: Callable[[], torch.Tensor]
+    identity: bool = False
+    pinned: bool = False
+
+
+class StagedRefit(Protocol):
+    """New values beside the ones that an engine serves, on their way in.
+
+    The pipeline calls either ``discard``, or ``commit`` and then, if anything fails, ``rollback``.
+    Each may raise. When ``rollback`` raises, the module is lost.
+    """
+
+    def commit(self) -> None:
+        """Make the new values live. When it raises, ``rollback`` is called."""
+
+    def rollback(self) -> None:
+        """Make the old values live again, bit for bit; also right after a failed ``commit``."""
+
+    def discard(self) -> None:
+        """Forget the new values; the live ones were never touched."""
+
+    def changed(self) -> bool | None:
+        """Whether any bit differs from the live values; None where the engine cannot tell.
+
+        Called before ``commit``.
+        """
+
+
+class Engine(Protocol):
+    """One refittable unit."""
+
+    @property
+    def name(self) -> str:
+        """Its name, unique within its module."""
+
+    @property
+    def slots(self) -> Mapping[str, Slot]:
+        """All its slots by name."""
+
+    @property
+    def memory(self) -> EngineMemory:
+        """Where old weights are kept for a rollback, and what that costs once staged."""
+
+    def stage(self, values: Sequence[SlotValue]) -> StagedRefit:
+        """Bring new values for *all* slots beside the live ones, which go on serving.
+
+        Must check dtype and shape of every tensor before it is used, and copy it: the caller's
+        tensor is free when this returns. When it raises, the live values are untouched.
+        """
+
+
+@runtime_checkable
+class SupportsReadback(Protocol):
+    """An engine that can read its weights back."""
+
+    def read(self, slot: str) -> torch.Tensor:
+        """The live value: an alias, valid until the next commit. Not to be written to."""
+
+
+@runtime_checkable
+class SupportsPartial(Protocol):
+    """An engine that can change some slots and keep the others."""
+
+    def stage_partial(self, values: Sequence[SlotValue]) -> StagedRefit:
+        """Like ``stage``, for some slots; all others keep their live values."""
+
+
+@runtime_checkable
+class SupportsSpareBuffer(Protocol):
+    """An engine with a second set of weights in memory."""
+
+    def free_spare(self) -> int:
+        """Free the second set; returns its bytes. The next refit allocates it again."""
+
+
+@runtime_checkable
+class SupportsWarming(Protocol):
+    """An engine whose first refit is slow unless it was warmed."""
+
+    def warm(self, tell: Callable[[str], None]) -> None:
+        """Do now what the first refit would have to. Its weights and answers do not change.
+
+        Args:
+            tell: Tells of progress.
+        """

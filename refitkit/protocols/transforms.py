@@ -1,0 +1,80 @@
+"""What happens to weights on their way to the names that a program reads: quantized, packed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    import torch
+
+    from refitkit.model import OutputMeasure, TensorInfo
+    from refitkit.protocols.plans import Plan
+    from refitkit.protocols.sources import WeightSource
+
+
+@dataclass(frozen=True)
+class TransformRequest:
+    """What a transform is asked.
+
+    Attributes:
+        plan: The plan; its leaves are what the program reads.
+        source: The weights as they were given. Read names and infos now, data in ``make``.
+        partial: Whether slots that the source has nothing for keep their present values.
+    """
+
+    plan: Plan
+    source: WeightSource
+    partial: bool = False
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a group made.
+
+    Attributes:
+        values: A tensor for each name in ``gives``, with the dtype and shape that were announced.
+        measures: How far it is from what was taken, such as the error of quantization, under the
+            names in ``gives``. One that is not ok fails the verification, before a weight is live.
+    """
+
+    values: Mapping[str, torch.Tensor]
+    measures: tuple[OutputMeasure, ...] = ()
+
+
+@dataclass(frozen=True)
+class WeightGroup:
+    """Entries that are made together, from entries that are used up: a weight and its scale.
+
+    Attributes:
+        takes: Names of the source that it is made from. They are no weights of the program any
+            more, unless ``gives`` has them.
+        gives: Leaves of the plan that it makes, all or none: dtype and shape by FQN.
+        make: Reads what it takes and makes what it gives; the same each time. It may be called
+            several times in one refit: once for every look at the values.
+    """
+
+    takes: tuple[str, ...]
+    gives: Mapping[str, TensorInfo]
+    make: Callable[[], Made]
+
+
+@runtime_checkable
+class WeightTransform(Protocol):
+    """One way to make what a program reads from what a checkpoint has."""
+
+    @property
+    def name(self) -> str:
+        """Its name, for reports and messages."""
+
+    def groups(self, request: TransformRequest) -> Iterable[WeightGroup]:
+        """What it makes of this source; nothing where it has no part in it.
+
+        A transform has no part in entries that a program reads as they are.
+
+        Raises:
+            WeightMismatchError: Entries belong to it and cannot be used, such as a scale without
+                its weight; lists all of them.
+        """

@@ -1,0 +1,356 @@
+"""Weights that become others on their way: all of a group or none, one owner for each entry."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import refitkit
+from refitkit.errors import (
+    ConfigError,
+    PluginError,
+    Problem,
+    VerificationError,
+    WeightMismatchError,
+)
+from refitkit.model import OutputMeasure, TensorInfo
+from refitkit.pipeline import Pipeline
+from refitkit.protocols import Made, TransformRequest, WeightGroup
+from refitkit.recipe import TensorMap
+from tests.fakes import CountingMapping, FakeModule, FakePlugin, OpenEngine, plan_for, same_state
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from refitkit.config import Config
+
+FLOATS = {"w": torch.tensor([[1.0, -3.0, 2.0], [0.5, 0.25, -1.0]]), "b": torch.ones(2)}
+OTHER = {"w": torch.tensor([[9.0, 4.0, -2.0], [7.0, 1.0, 3.0]]), "b": torch.zeros(2)}
+
+
+def quantized(value: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the engines below hold of a float matrix."""
+    scale = value.abs().amax(1, keepdim=True) / 127
+    return {"w.q": (value / scale).round().to(torch.int8), "w.scale": scale}
+
+
+def module_of(value: torch.Tensor) -> FakeModule:
+    return FakeModule([OpenEngine("e0", {**quantized(value), "b": torch.full((2,), 5.0)})])
+
+
+class Quantizer:
+    """Makes ``w.q`` and ``w.scale`` from ``w``; refuses a scale without its weight."""
+
+    name = "quantizer"
+
+    def __init__(self, limit: float = 1.0) -> None:
+        self.limit = limit
+        self.made = 0
+
+    def groups(self, request: TransformRequest) -> Iterator[WeightGroup]:
+        names = request.source.names()
+        if "w.scale" in names and not {"w", "w.q"} & set(names):
+            raise WeightMismatchError("No weight.", problems=[Problem("w.scale", "alone")])
+        if "w" in names:
+            gives = {
+                "w.q": TensorInfo(dtype="int8", shape=(2, 3)),
+                "w.scale": TensorInfo(dtype="float32", shape=(2, 1)),
+            }
+            yield WeightGroup(("w",), gives, lambda: self.make(request.source.get("w")))
+
+    def make(self, value: torch.Tensor) -> Made:
+        self.made += 1
+        found = quantized(value)
+        error = float((found["w.q"] * found["w.scale"] - value).abs().max())
+        measure = OutputMeasure(
+            name="w.q", ok=error <= self.limit, max_abs_error=error, limit=self.limit
+        )
+        return Made(found, (measure,))
+
+
+class Plugin:
+    """Offers transforms."""
+
+    def __init__(self, *transforms: Any, name: str = "quant") -> None:
+        self.transforms = transforms
+        self.name = name
+
+    @refitkit.hookimpl
+    def refitkit_weight_transforms(self) -> Iterable[Any]:
+        return self.transforms
+
+
+def pipeline_with(*transforms: Any) -> Pipeline:
+    return Pipeline(plugins=[FakePlugin(), Plugin(*transforms)])
+
+
+def compiled_by(pipeline: Pipeline, module: FakeModule) -> refitkit.CompiledModule:
+    compiled = pipeline.load(module)
+    compiled.plan = plan_for(module)
+    return compiled
+
+
+def holds(module: FakeModule) -> dict[str, torch.Tensor]:
+    return {name.partition("/")[2]: value.clone() for name, value in module.holds().items()}
+
+
+def grouped(
+    takes: tuple[str, ...] = ("w",),
+    gives: tuple[str, ...] = ("w.q", "w.scale"),
+    make: Callable[[], Any] | None = None,
+) -> Any:
+    """A transform with one group."""
+
+    class Some:
+        name = "some"
+
+        def groups(self, request: TransformRequest) -> list[WeightGroup]:
+            infos = {name: TensorInfo(dtype="float32", shape=(2, 1)) for name in gives}
+            return [WeightGroup(takes, infos, make or (lambda: Made({})))]
+
+    return Some()
+
+
+# -- what becomes of weights ------------------------------------------------------------------
+
+
+def test_a_refit_takes_what_a_transform_makes() -> None:
+    module = module_of(FLOATS["w"])
+    pipeline = pipeline_with(Quantizer())
+    compiled = compiled_by(pipeline, module)
+    report = pipeline.refit(compiled, OTHER, verify="weights").report
+    assert same_state(holds(module), {**quantized(OTHER["w"]), "b": OTHER["b"]})
+    assert report.source == "a state_dict of 2 entries through quantizer"
+    (row,) = report.transforms
+    assert (row.transform, row.plugin, row.takes) == ("quantizer", "quant", ("w",))
+    assert row.gives == ("w.q", "w.scale")
+    (measure,) = row.measures
+    assert 0 < measure.max_abs_error < 9 / 127
+
+
+def test_without_the_plugin_the_names_are_strange() -> None:
+    module = module_of(FLOATS["w"])
+    pipeline = Pipeline(plugins=[FakePlugin()])
+    before = holds(module)
+    with pytest.raises(WeightMismatchError) as info:
+        pipeline.refit(compiled_by(pipeline, module), OTHER)
+    kinds = {(problem.subject, problem.kind) for problem in info.value.problems}
+    assert kinds == {("w", "unexpected"), ("w.q", "missing"), ("w.scale", "missing")}
+    assert same_state(holds(module), before)
+
+
+def test_weights_that_need_no_transform_go_as_they_are() -> None:
+    """The very source: nothing stands between it and those who read it."""
+    module = module_of(FLOATS["w"])
+    pipeline = pipeline_with(Quantizer())
+    given = {**quantized(OTHER["w"]), "b": OTHER["b"]}
+    report = pipeline.refit(compiled_by(pipeline, module), given).report
+    assert same_state(holds(module), given)
+    assert (report.transforms, report.source) == ((), "a state_dict of 3 entries")
+    source = TensorMap(given)
+    assert pipeline.open_weights(source, plan_for(module)) is source
+
+
+def test_plans_and_verdicts_see_them_too() -> None:
+    module = module_of(FLOATS["w"])
+    pipeline = pipeline_with(Quantizer())
+    compiled = compiled_by(pipeline, module)
+    pipeline.refit(compiled, OTHER)
+    assert pipeline.verify(compiled, OTHER, with_="weights").ok
+    with pytest.raises(VerificationError):
+        pipeline.verify(compiled, FLOATS, with_="weights")
+    read = refitkit.RefitPlan.from_bytes(plan_for(module).to_bytes(), opener=pipeline.open_weights)
+    found = read.materialize(OTHER)["e0"]
+    assert same_state(found, {**quantized(OTHER["w"]), "b": OTHER["b"]})
+
+
+def test_in_part_and_by_delta() -> None:
+    module = module_of(FLOATS["w"])
+    pipeline = pipeline_with(Quantizer())
+    compiled = compiled_by(pipeline, module)
+    report = pipeline.refit(compiled, {"w": OTHER["w"]}, partial=True).report
+    assert report.slots_written == 2
+    assert holds(module)["b"].tolist() == [5.0, 5.0]
+    first = pipeline.refit(compiled, OTHER, delta=True).report
+    second = pipeline.refit(compiled, {**OTHER, "b": torch.ones(2)}, delta=True).report
+    assert (first.slots_written, second.slots_written) == (3, 1)
+    third = pipeline.refit(compiled, {**OTHER, "w": FLOATS["w"]}, delta=True).report
+    assert third.slots_written == 3
+    assert same_state(holds(module), {**quantized(FLOATS["w"]), "b": OTHER["b"]})
+
+
+def test_there_and_back_bit_for_bit() -> None:
+    module = module_of(FLOATS["w"])
+    pipeline = pipeline_with(Quantizer())
+    compiled = compiled_by(pipeline, module)
+    pipeline.refit(compiled, FLOATS)
+    first = holds(module)
+    pipeline.refit(compiled, OTHER)
+    assert not same_state(holds(module), first)
+    pipeline.refit(compiled, FLOATS)
+    assert same_state(holds(module), first)
+
+
+def test_nothing_is_read_before_a_member_is_and_one_group_is_kept() -> None:
+    quantizer = Quantizer()
+    counting = CountingMapping(OTHER)
+    source = pipeline_with(quantizer).open_weights(counting, plan_for(module_of(FLOATS["w"])))
+    assert list(source.names()) == ["b", "w.q", "w.scale"]
+    assert source.info("w.q") == TensorInfo(dtype="int8", shape=(2, 3))
+    assert counting.reads["w"] == quantizer.made == 0
+    source.get("w.q")
+    source.get("w.scale")
+    source.get("b")
+    source.get("w.q")
+    assert quantizer.made == 1
+    for read in (source.info, source.get):
+        with pytest.raises(KeyError):
+            read("w")
+
+
+# -- what is refused --------------------------------------------------------------------------
+
+
+def test_what_is_too_far_from_the_given_weights_is_not_committed() -> None:
+    module = module_of(FLOATS["w"])
+    pipeline = pipeline_with(Quantizer(limit=1e-6))
+    before = holds(module)
+    with pytest.raises(VerificationError, match=r"w\.q: too far .* wanted at most 1e-06") as info:
+        pipeline.refit(compiled_by(pipeline, module), OTHER, verify="none")
+    assert info.value.report.outcome == "rolled-back"
+    assert info.value.report.transforms[0].measures[0].ok is False
+    assert same_state(holds(module), before)
+    assert [staged.did for staged in module.engines["e0"].staged] == [["discard"]]
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_problems_of_all_transforms_are_told_at_once(partial: bool) -> None:
+    class Picky(Quantizer):
+        name = "picky"
+
+        def groups(self, request: TransformRequest) -> Iterator[WeightGroup]:
+            raise WeightMismatchError("No.", problems=[Problem("b", "not nice")])
+
+    module = module_of(FLOATS["w"])
+    pipeline = pipeline_with(Quantizer(), Picky())
+    compiled, before = compiled_by(pipeline, module), holds(module)
+    with pytest.raises(WeightMismatchError) as info:
+        pipeline.refit(compiled, {"w.scale": torch.ones(2, 1)}, partial=partial)
+    assert [problem.subject for problem in info.value.problems] == ["w.scale", "b"]
+    assert same_state(holds(module), before)
+
+
+def test_a_refusal_without_problems_is_told_all_the_same() -> None:
+    class Silent(Quantizer):
+        def groups(self, request: TransformRequest) -> Iterator[WeightGroup]:
+            raise WeightMismatchError("I do not like these.")
+
+    pipeline = pipeline_with(Silent())
+    with pytest.raises(WeightMismatchError, match=r"quantizer: refused.*I do not like these"):
+        pipeline.refit(compiled_by(pipeline, module_of(FLOATS["w"])), OTHER)
+
+
+def test_an_entry_that_is_given_and_made_is_refused() -> None:
+    pipeline = pipeline_with(Quantizer())
+    both = {**OTHER, "w.q": torch.zeros(2, 3, dtype=torch.int8)}
+    with pytest.raises(WeightMismatchError, match=r"w\.q: given twice .*makes it from 'w'"):
+        pipeline.refit(compiled_by(pipeline, module_of(FLOATS["w"])), both)
+
+
+def test_what_is_made_may_have_the_name_of_what_was_taken() -> None:
+    """A weight that is stored in another form under its own name."""
+    double = grouped()
+    double.groups = lambda request: [
+        WeightGroup(
+            ("b",),
+            {"b": TensorInfo(dtype="float32", shape=(2,))},
+            lambda: Made({"b": request.source.get("b") * 2}),
+        )
+    ]
+    module = FakeModule([OpenEngine("e0", {"b": torch.zeros(2)})])
+    pipeline = pipeline_with(double)
+    pipeline.refit(compiled_by(pipeline, module), {"b": torch.ones(2)})
+    assert holds(module)["b"].tolist() == [2.0, 2.0]
+
+
+def test_two_plugins_that_make_the_same_are_both_named() -> None:
+    second = Quantizer()
+    second.name = "another"  # type: ignore[misc] # of the instance
+    plugins = [FakePlugin(), Plugin(Quantizer()), Plugin(second, name="rival")]
+    pipeline = Pipeline(plugins=plugins)
+    with pytest.raises(PluginError, match=r"'quantizer'.*'quant'.*'another'.*'rival'.*'w\.q'"):
+        pipeline.refit(compiled_by(pipeline, module_of(FLOATS["w"])), OTHER)
+
+
+def test_two_transforms_of_one_name_are_refused() -> None:
+    pipeline = Pipeline(
+        plugins=[FakePlugin(), Plugin(Quantizer()), Plugin(Quantizer(), name="rival")]
+    )
+    with pytest.raises(PluginError, match=r"'quant' and 'rival' both offer 'quantizer'"):
+        pipeline.refit(compiled_by(pipeline, module_of(FLOATS["w"])), OTHER)
+
+
+BROKEN = {
+    "takes what is not there": (grouped(takes=("nothing",)), "does not exist: 'nothing'"),
+    "makes what nobody reads": (grouped(gives=("strange",)), "does not exist: 'strange'"),
+    "makes less": (grouped(make=lambda: Made({})), "other than it announced: 'w.q', 'w.scale'"),
+    "makes another dtype": (
+        grouped(
+            gives=("w.scale",),
+            make=lambda: Made({"w.scale": torch.ones(2, 1, dtype=torch.float64)}),
+        ),
+        "other than it announced: 'w.scale'",
+    ),
+    "makes no tensor": (
+        grouped(gives=("w.scale",), make=lambda: Made({"w.scale": 1.0})),  # type: ignore[dict-item]
+        "other than it announced: 'w.scale'",
+    ),
+    "fails": (grouped(make=lambda: 1 / 0), "'some' of the plugin 'quant' failed: ZeroDivision"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_transform_is_named(case: str) -> None:
+    transform, said = BROKEN[case]
+    module = module_of(FLOATS["w"])
+    pipeline = pipeline_with(transform)
+    before = holds(module)
+    given = {**OTHER, **{n: v for n, v in quantized(OTHER["w"]).items() if n == "w.q"}}
+    if "w.q" in getattr(transform.groups(None)[0], "gives", {}):
+        given = dict(OTHER)
+    with pytest.raises(PluginError, match=said):
+        pipeline.refit(compiled_by(pipeline, module), given)
+    assert same_state(holds(module), before)
+
+
+def test_a_transform_that_fails_while_it_looks_is_named() -> None:
+    class Failing(Quantizer):
+        def groups(self, request: TransformRequest) -> Iterator[WeightGroup]:
+            raise ZeroDivisionError
+
+    pipeline = pipeline_with(Failing())
+    with pytest.raises(PluginError, match="'quantizer' of the plugin 'quant' failed: ZeroDiv"):
+        pipeline.refit(compiled_by(pipeline, module_of(FLOATS["w"])), OTHER)
+
+
+# -- settings ---------------------------------------------------------------------------------
+
+
+def test_plugins_find_their_settings() -> None:
+    class Settled(Plugin):
+        @refitkit.hookimpl
+        def refitkit_weight_transforms(self, config: Config) -> Iterable[Any]:
+            return [Quantizer(**config.plugin_settings["quant"])]
+
+    settings = {"plugin_settings": {"quant": {"limit": 1e-6}}}
+    pipeline = Pipeline(settings, plugins=[FakePlugin(), Settled()])
+    with pytest.raises(VerificationError):
+        pipeline.refit(compiled_by(pipeline, module_of(FLOATS["w"])), OTHER)
+
+
+def test_settings_of_no_plugin_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"plugin_settings\.quont: no such plugin") as info:
+        Pipeline({"plugin_settings": {"quont": {}}}, plugins=[Plugin(name="quant")])
+    assert "quant" in info.value.hint
