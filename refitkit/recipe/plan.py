@@ -23,6 +23,7 @@ from refitkit.model import (
     Slot,
     SlotState,
     SourceRef,
+    Value,
 )
 from refitkit.program.bits import digest
 from refitkit.program.dtypes import dtype_name, dtype_of
@@ -103,15 +104,9 @@ class RefitPlan:
         values = [
             row.value
             for row in rows
-            if isinstance(row.value, CallRef) and (whole or not self._lacking(row, names))
+            if type(row.value) is CallRef and (whole or not self._lacking(row, names))
         ]
-        replay = Replay(
-            self._calls,
-            values,
-            lambda fqn: self._leaf(fqn, source),
-            self._pinned.__getitem__,
-            self._kept,
-        )
+        replay = self._replay(values, source)
         return {
             row.slot.key: self._value_of(row, source, names, replay, whole=whole) for row in rows
         }
@@ -136,7 +131,7 @@ class RefitPlan:
     ) -> SlotValue | str:
         if row.value is None:
             return row.reason or f"its state is {row.state}"
-        if not isinstance(row.value, CallRef) and row.state is not SlotState.FROZEN:
+        if type(row.value) is not CallRef and row.state is not SlotState.FROZEN:
             for fqn in self._candidates(row):
                 if fqn in names:
                     load = _Load(source, fqn, row.slot)
@@ -180,13 +175,7 @@ class RefitPlan:
             return []
         names = source.names()
         values = [guard.value for guard in guards if not self._lacked_by(guard, names)]
-        replay = Replay(
-            self._calls,
-            values,
-            lambda fqn: self._leaf(fqn, source),
-            self._pinned.__getitem__,
-            self._kept,
-        )
+        replay = self._replay(values, source)
         return [problem for guard in guards for problem in self._broken(guard, source, replay)]
 
     def _broken(self, guard: Guard, source: WeightSource, replay: Replay) -> Iterator[Problem]:
@@ -208,12 +197,16 @@ class RefitPlan:
     def _has(self, fqn: str, names: Collection[str]) -> bool:
         return fqn in self._pinned or any(n in names for n in self._twins.get(fqn, (fqn,)))
 
-    def _leaf(self, fqn: str, source: WeightSource) -> torch.Tensor:
-        names = source.names()
-        for name in (fqn, *self._twins.get(fqn, ())):
-            if name in names:
-                return source.get(name)
-        return self._pinned[fqn]
+    def _replay(self, values: Sequence[Value], source: WeightSource) -> Replay:
+        names, get = source.names(), source.get
+
+        def leaf(fqn: str) -> torch.Tensor:
+            if fqn in names:
+                return get(fqn)
+            twin = next((name for name in self._twins.get(fqn, ()) if name in names), None)
+            return self._pinned[fqn] if twin is None else get(twin)
+
+        return Replay(self._calls, values, leaf, self._pinned.__getitem__, self._kept)
 
     def iter_slots(
         self, weights: Any, device: str | None = None
@@ -270,7 +263,7 @@ class RefitPlan:
         """Entries of the source that are not what the program had under these names."""
         names = dict.fromkeys(name for value in values for name in value.sources)
         if isinstance(source, TensorMap):
-            names = dict.fromkeys(name for name in names if not self._is_fit(name, source))
+            names = dict.fromkeys(source.doubtful(names, self._wanted))
         for fqn in names:
             info, leaf = source.info(fqn), self._leaves.get(fqn)
             found = f"{info.dtype} {info.shape}"
@@ -279,9 +272,10 @@ class RefitPlan:
             elif leaf and (info.dtype, info.shape) != (leaf.dtype, leaf.shape):
                 yield Problem(fqn, "value", found, f"{leaf.dtype} {leaf.shape}")
 
-    def _is_fit(self, fqn: str, source: TensorMap) -> bool:
-        leaf = self._leaves.get(fqn)
-        return leaf is not None and source.has(fqn, dtype_of(leaf.dtype), leaf.shape)
+    @cached_property
+    def _wanted(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """What each leaf has to be."""
+        return {leaf.fqn: (dtype_of(leaf.dtype), leaf.shape) for leaf in self.data.leaves}
 
     def _candidates(self, row: LedgerRow) -> tuple[str, ...]:
         if isinstance(row.value, SourceRef):

@@ -202,7 +202,8 @@ class _Run:
             found = (
                 self._leaf(value.fqn) if isinstance(value, SourceRef) else self._pinned(value.name)
             )
-            self._on_cpu = self._on_cpu and found.device.type == "cpu"
+            if self._on_cpu:
+                self._on_cpu = found.is_cpu
             tensors[step.place] = found
         elif isinstance(step, Keep):
             self._fill(step.places, self._steady(step.number))
@@ -213,7 +214,7 @@ class _Run:
         operands = [
             self._tensors[side]
             if isinstance(side, int)
-            else _end_to_end([self._tensors[place] for place in side])
+            else _end_to_end([self._tensors[place] for place in side], on_cpu=self._on_cpu)
             for side in step.operands
         ]
         (flat,) = _made(step.ready, operands)
@@ -234,9 +235,12 @@ def _made(ready: Ready, operands: list[torch.Tensor]) -> Results:
     return ready([t if t.device == device else t.to(device) for t in operands])
 
 
-def _end_to_end(tensors: list[torch.Tensor]) -> torch.Tensor:
+def _end_to_end(tensors: list[torch.Tensor], *, on_cpu: bool) -> torch.Tensor:
+    flat = [t if t.dim() == 1 else t.reshape(-1) for t in tensors]
+    if on_cpu:
+        return torch.cat(flat)
     device = _device(tensors)
-    return torch.cat([t.reshape(-1).to(device) for t in tensors])
+    return torch.cat([t.to(device) for t in flat])
 
 
 def _device(tensors: list[torch.Tensor]) -> torch.device:

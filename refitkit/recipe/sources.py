@@ -12,7 +12,7 @@ from refitkit.model import TensorInfo
 from refitkit.program.dtypes import dtype_name
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
     from refitkit.protocols import SlotValue
 
@@ -109,21 +109,29 @@ class TensorMap:
         """Dtype and shape of one tensor."""
         return describe_tensor(self._tensors[fqn], persistent=fqn not in self._not_persistent)
 
-    def has(self, fqn: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
-        """Whether there is a usable tensor of this dtype and shape; False also where in doubt.
+    def doubtful(
+        self, names: Iterable[str], wanted: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    ) -> Iterator[str]:
+        """Names of tensors that may be unusable, or of another dtype or shape than is wanted.
 
-        For those who read many tensors often: much cheaper than ``info``.
+        For those who read many tensors often: much cheaper than ``info``, which then tells.
+
+        Args:
+            names: Names that there are.
+            wanted: Dtype and shape by name.
         """
-        value = self._tensors[fqn]
-        return (
-            type(value) in _PLAIN
-            and value.dtype is dtype
-            and value.shape == shape
-            and value.layout is torch.strided
-            and not value.is_meta
-            and value.is_contiguous()
-            and value.untyped_storage().nbytes() >= value.nbytes
-        )
+        for name in names:
+            value, (dtype, shape) = self._tensors[name], wanted.get(name, (None, ()))
+            if not (
+                type(value) in _PLAIN
+                and value.dtype is dtype
+                and value.shape == shape
+                and value.layout is torch.strided
+                and not value.is_meta
+                and value.is_contiguous()
+                and value.untyped_storage().nbytes() >= value.nbytes
+            ):
+                yield name
 
     def get(self, fqn: str) -> torch.Tensor:
         """The tensor itself, without its gradient history."""
