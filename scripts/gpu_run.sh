@@ -1,32 +1,42 @@
 #!/usr/bin/env bash
-# Runs the GPU tests, and the GPU benchmark where there is one, and leaves results.json and table.txt
-# in $OUT. Each file of tests has a process of its own: an error of CUDA spoils no other file.
-# When time is up, results so far are kept.
-# usage: OUT=folder [BUDGET=seconds] bash scripts/gpu_run.sh [tests/gpu/test_x.py ...]
+# Runs the GPU tests, and then the GPU benchmark in the time that is left, and leaves results.json
+# and table.txt in $OUT. Each file of tests has a process of its own: an error of CUDA spoils no
+# other file. When time is up, results so far are kept.
+# usage: OUT=folder [BUDGET=seconds] [JOBS=files at a time] [BENCH=no] \
+#        bash scripts/gpu_run.sh [tests/gpu/test_x.py ...]
 set -uo pipefail
 cd "$(dirname "$0")/.."
 : "${OUT:?set OUT to a folder for the results}"
-budget=${BUDGET:-560} work=$(mktemp -d) failed=0
+budget=${BUDGET:-560} jobs=${JOBS:-1} work=$(mktemp -d) failed=0
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$OUT"
 [ $# -gt 0 ] || set -- tests/gpu/test_*.py
 
-for file in "$@"; do
-  name=$(basename "$file" .py)
-  # addopts: plugins that the options in pyproject.toml belong to may be missing there
-  left=$((budget - SECONDS))
-  [ "$left" -gt 10 ] || left=10
-  timeout -s INT -k 10 "$left" python3 -m pytest -p no:cacheprovider -o filterwarnings=default \
-    -o addopts= --import-mode=importlib -q -ra --tb=short --durations=5 \
-    --junitxml="$work/$name.xml" "$file" 2>&1 | tee "$work/$name.log" | tail -n 60
-  code=${PIPESTATUS[0]}
-  echo "$code" >"$work/$name.code"
-  [ "$code" -eq 0 ] || failed=1
-done
+left() { # seconds, but at least ten
+  local seconds=$((budget - SECONDS))
+  echo $((seconds > 10 ? seconds : 10))
+}
 
-bench=benchmarks/torch_tensorrt_refit.py
-if [ -f "$bench" ]; then
-  timeout -k 10 $((budget > SECONDS + 10 ? budget - SECONDS : 10)) python3 "$bench" "$work/bench.json" 2>&1 | tail -n 60 || failed=1
+run_file() {
+  local name
+  name=$(basename "$1" .py)
+  # addopts: plugins that the options in pyproject.toml belong to may be missing there
+  timeout -s INT -k 10 "$(left)" python3 -m pytest -p no:cacheprovider -o filterwarnings=default \
+    -o addopts= --import-mode=importlib -q -ra --tb=short --durations=5 \
+    --junitxml="$work/$name.xml" "$1" >"$work/$name.log" 2>&1
+  echo $? >"$work/$name.code"
+  tail -n 60 "$work/$name.log"
+}
+
+for file in "$@"; do
+  while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n; done
+  run_file "$file" &
+done
+wait
+grep -qvx 0 "$work"/*.code && failed=1
+
+if [ "${BENCH:-yes}" = yes ]; then
+  python3 benchmarks/gpu.py "$work/bench.json" --budget "$(left)" 2>&1 | tail -n 120 || failed=1
 fi
 
 python3 - "$work" "$OUT" <<'PYTHON'
