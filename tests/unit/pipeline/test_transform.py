@@ -181,6 +181,26 @@ def test_in_part_and_by_delta() -> None:
     assert same_state(holds(module), {**quantized(FLOATS["w"]), "b": OTHER["b"]})
 
 
+def test_a_transform_is_told_what_is_asked() -> None:
+    class Asked(Quantizer):
+        requests: list[TransformRequest]
+
+        def groups(self, request: TransformRequest) -> Iterator[WeightGroup]:
+            self.requests.append(request)
+            return super().groups(request)
+
+    asked = Asked()
+    asked.requests = []
+    pipeline = pipeline_with(asked)
+    compiled = compiled_by(pipeline, module_of(FLOATS["w"]))
+    pipeline.refit(compiled, OTHER)
+    pipeline.refit(compiled, OTHER, partial=True)
+    first, second = asked.requests
+    assert (first.partial, second.partial) == (False, True)
+    assert first.plan is compiled.plan
+    assert list(first.source.names()) == ["w", "b"]
+
+
 def test_there_and_back_bit_for_bit() -> None:
     module = module_of(FLOATS["w"])
     pipeline = pipeline_with(Quantizer())
