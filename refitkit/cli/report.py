@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from refitkit.model import RefitReport, StageFinished, VerificationResult
+    from refitkit.model import RefitReport, StageFinished, TransformRow, VerificationResult
 
 _CHANGED = {
     True: "weights changed",
@@ -34,6 +34,7 @@ def print_report(
             [
                 ("outcome", f"{report.outcome}: {_CHANGED[report.changed]}"),
                 ("weights", report.source),
+                *(("transformed", text) for text in through(report)),
                 ("written", f"{count(report.slots_written, 'slot')}, {size(report.bytes_written)}"),
                 ("refit", f"{duration(report.seconds)}: {times}"),
                 ("around it", ", ".join(around)),
@@ -52,6 +53,29 @@ def print_report(
 def print_verification(console: Console, result: VerificationResult) -> None:
     """Print what a verifier found."""
     console.print(shown(f"The module holds these weights ({verdict(result)})."))
+
+
+def through(report: RefitReport) -> list[str]:
+    """What each transform made, in a line, with the entry that is farthest from what was given."""
+    rows = {
+        row.transform: [one for one in report.transforms if one.transform == row.transform]
+        for row in report.transforms
+    }
+    return [_made(name, of_it) for name, of_it in rows.items()]
+
+
+def _made(transform: str, rows: list[TransformRow]) -> str:
+    entries = sum(len(row.gives) for row in rows)
+    text = f"{count(entries, 'weight')} by {transform}"
+    worst = max(
+        (measure for row in rows for measure in row.measures),
+        key=lambda measure: measure.max_abs_error / (measure.limit or 1),
+        default=None,
+    )
+    if worst is None:
+        return text
+    limit = f" of {worst.limit:.3g}" if worst.limit else ""
+    return f"{text}, largest error {worst.max_abs_error:.3g}{limit} in {worst.name}"
 
 
 def verdict(result: VerificationResult) -> str:
