@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from refitkit.errors import PluginError, Problem, VerificationError, WeightMismatchError, raised_as
@@ -36,7 +37,12 @@ class Offer:
 
 
 class Transformed:
-    """A source some of whose entries became others. It keeps what the last group has made."""
+    """A source some of whose entries became others. It keeps what the last group has made.
+
+    Attributes:
+        offers: Groups, and whose they are.
+        made_by: Which of them makes an entry, by name.
+    """
 
     def __init__(self, source: WeightSource, offers: Iterable[Offer]) -> None:
         """Nothing is made yet.
@@ -47,10 +53,10 @@ class Transformed:
         """
         self.offers = tuple(offers)
         self._source = source
-        self._made_by = {name: offer for offer in self.offers for name in offer.group.gives}
+        self.made_by = {name: offer for offer in self.offers for name in offer.group.gives}
         taken = {name for offer in self.offers for name in offer.group.takes}
         kept = [name for name in source.names() if name not in taken]
-        self._names = dict.fromkeys([*kept, *self._made_by])
+        self._names = dict.fromkeys([*kept, *self.made_by])
         self._last: tuple[Offer, Made] | None = None
         self._measured: dict[Offer, Made] = {}
 
@@ -68,14 +74,14 @@ class Transformed:
         """Dtype and shape, as a group announces it or the source has it."""
         if fqn not in self._names:
             raise KeyError(fqn)
-        offer = self._made_by.get(fqn)
+        offer = self.made_by.get(fqn)
         return self._source.info(fqn) if offer is None else offer.group.gives[fqn]
 
     def get(self, fqn: str) -> torch.Tensor:
         """The source's tensor, or one that is made now."""
         if fqn not in self._names:
             raise KeyError(fqn)
-        offer = self._made_by.get(fqn)
+        offer = self.made_by.get(fqn)
         return self._source.get(fqn) if offer is None else self._made(offer).values[fqn]
 
     def _made(self, offer: Offer) -> Made:
@@ -89,8 +95,9 @@ class Transformed:
         return self._last[1]
 
     def rows(self) -> tuple[TransformRow, ...]:
-        """What the report says of each group; measures of those that were made."""
-        return tuple(
+        """What the report says of each group, those before it first; measures of what was made."""
+        before = self._source.rows() if isinstance(self._source, Transformed) else ()
+        return before + tuple(
             TransformRow(
                 transform=offer.transform,
                 plugin=offer.plugin,
@@ -118,20 +125,33 @@ def transformed(
         WeightMismatchError: Entries cannot be used; lists those of all transforms.
         PluginError: Two transforms make the same, or one is broken; names the plugins.
     """
+    ordered = sorted(_transforms(host, config), key=_priority)
+    for _, alike in groupby(ordered, key=_priority):
+        source = _through(list(alike), TransformRequest(plan, source, partial))
+    return source
+
+
+def _priority(offered: tuple[str, WeightTransform]) -> int:
+    return offered[1].priority
+
+
+def _through(
+    transforms: Iterable[tuple[str, WeightTransform]], request: TransformRequest
+) -> WeightSource:
+    """What transforms of one priority make of a source."""
     offers: list[Offer] = []
     problems: list[Problem] = []
-    request = TransformRequest(plan, source, partial)
-    for plugin, transform in _transforms(host, config):
+    for plugin, transform in transforms:
         try:
             offers += _offers(plugin, transform, request)
         except WeightMismatchError as exc:
             problems += exc.problems or [Problem(transform.name, "refused", hint=exc.message)]
-    _check_offers(offers, request)
-    problems += _given_twice(offers, source)
+    _check_offers(offers, request.source)
+    problems += _given_twice(offers, request.source)
     if problems:
-        message = f"{source.description} cannot become what the program reads."
+        message = f"{request.source.description} cannot become what the program reads."
         raise WeightMismatchError(message, problems=problems)
-    return Transformed(source, offers) if offers else source
+    return Transformed(request.source, offers) if offers else request.source
 
 
 def require_measured(rows: Iterable[TransformRow]) -> None:
@@ -173,16 +193,18 @@ def _offers(plugin: str, transform: WeightTransform, request: TransformRequest) 
         return [Offer(plugin, transform.name, group) for group in transform.groups(request)]
 
 
-def _check_offers(offers: Iterable[Offer], request: TransformRequest) -> None:
-    leaves = {leaf.fqn for leaf in request.plan.data.leaves}
-    names = request.source.names()
+def _check_offers(offers: Iterable[Offer], source: WeightSource) -> None:
+    offers = list(offers)
+    names = source.names()
+    taken = {name for offer in offers for name in offer.group.takes}
     owners: dict[str, Offer] = {}
+    if isinstance(source, Transformed):
+        owners = {name: offer for name, offer in source.made_by.items() if name not in taken}
     for offer in offers:
-        strange = [n for n in offer.group.takes if n not in names]
-        strange += [n for n in offer.group.gives if n not in leaves]
+        strange = [repr(name) for name in offer.group.takes if name not in names]
         if strange:
-            shown = ", ".join(map(repr, strange))
-            raise PluginError(f"The transform {offer} takes or makes what does not exist: {shown}.")
+            what = f"The transform {offer} takes what the source does not have"
+            raise PluginError(f"{what}: {', '.join(strange)}.")
         for name in offer.group.gives:
             other = owners.setdefault(name, offer)
             if other is not offer:

@@ -21,7 +21,8 @@ class TransformRequest:
 
     Attributes:
         plan: The plan; its leaves are what the program reads.
-        source: The weights as they were given. Read names and infos now, data in ``make``.
+        source: The weights as they were given, or as transforms of lower priority made them. Read
+            names and infos now, data in ``make``.
         partial: Whether slots that the source has nothing for keep their present values.
     """
 
@@ -51,7 +52,8 @@ class WeightGroup:
     Attributes:
         takes: Names of the source that it is made from. They are no weights of the program any
             more, unless ``gives`` has them.
-        gives: Leaves of the plan that it makes, all or none: dtype and shape by FQN.
+        gives: What it makes, all or none: dtype and shape by FQN. They are leaves of the plan, or
+            what a later transform takes.
         make: Reads what it takes and makes what it gives; the same each time. It may be called
             several times in one refit: once for every look at the values.
     """
@@ -68,6 +70,14 @@ class WeightTransform(Protocol):
     @property
     def name(self) -> str:
         """Its name, for reports and messages."""
+
+    @property
+    def priority(self) -> int:
+        """Transforms are asked from the lowest to the highest, each about what the ones before made.
+
+        Those of one priority are asked about the same source, and may not make the same entry.
+        Built in: names 10, packing 20, casts 30. Quantizing comes after those: 50.
+        """
 
     def groups(self, request: TransformRequest) -> Iterable[WeightGroup]:
         """What it makes of this source; nothing where it has no part in it.

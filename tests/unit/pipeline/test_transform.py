@@ -44,6 +44,7 @@ class Quantizer:
     """Makes ``w.q`` and ``w.scale`` from ``w``; refuses a scale without its weight."""
 
     name = "quantizer"
+    priority = 50
 
     def __init__(self, limit: float = 1.0) -> None:
         self.limit = limit
@@ -104,7 +105,7 @@ def grouped(
     """A transform with one group."""
 
     class Some:
-        name = "some"
+        name, priority = "some", 50
 
         def groups(self, request: TransformRequest) -> list[WeightGroup]:
             infos = {name: TensorInfo(dtype="float32", shape=(2, 1)) for name in gives}
@@ -230,6 +231,53 @@ def test_nothing_is_read_before_a_member_is_and_one_group_is_kept() -> None:
             read("w")
 
 
+class Renamer:
+    """Takes ``module.`` off all names; comes before the quantizer."""
+
+    name, priority = "renamer", 10
+
+    def groups(self, request: TransformRequest) -> Iterator[WeightGroup]:
+        source = request.source
+        for name in source.names():
+            bare = name.removeprefix("module.")
+            if bare != name:
+                yield WeightGroup(
+                    (name,),
+                    {bare: source.info(name)},
+                    lambda name=name, bare=bare: Made({bare: source.get(name)}),
+                )
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_each_is_asked_about_what_those_before_it_made(turned: bool) -> None:
+    transforms = [Quantizer(), Renamer()]
+    pipeline = pipeline_with(*(transforms[::-1] if turned else transforms))
+    module = module_of(FLOATS["w"])
+    wrapped = {f"module.{name}": value for name, value in OTHER.items()}
+    report = pipeline.refit(compiled_by(pipeline, module), wrapped, verify="weights").report
+    assert same_state(holds(module), {**quantized(OTHER["w"]), "b": OTHER["b"]})
+    found = [(row.transform, row.takes, row.gives) for row in report.transforms]
+    assert found == [
+        ("renamer", ("module.w",), ("w",)),
+        ("renamer", ("module.b",), ("b",)),
+        ("quantizer", ("w",), ("w.q", "w.scale")),
+    ]
+
+
+def test_a_name_that_is_made_twice_one_after_another_is_refused() -> None:
+    later = grouped(("b",), ("w.scale",))
+    later.priority = 60
+    pipeline = pipeline_with(Quantizer(), later)
+    with pytest.raises(PluginError, match=r"'quantizer'.* and 'some'.* both make 'w\.scale'"):
+        pipeline.refit(compiled_by(pipeline, module_of(FLOATS["w"])), OTHER)
+
+
+def test_what_is_made_and_nobody_reads_is_unexpected() -> None:
+    pipeline = pipeline_with(grouped(("w",), ("strange",)))
+    with pytest.raises(WeightMismatchError, match="strange: unexpected"):
+        pipeline.refit(compiled_by(pipeline, module_of(FLOATS["w"])), OTHER)
+
+
 # -- what is refused --------------------------------------------------------------------------
 
 
@@ -313,8 +361,7 @@ def test_two_transforms_of_one_name_are_refused() -> None:
 
 
 BROKEN = {
-    "takes what is not there": (grouped(takes=("nothing",)), "does not exist: 'nothing'"),
-    "makes what nobody reads": (grouped(gives=("strange",)), "does not exist: 'strange'"),
+    "takes what is not there": (grouped(takes=("nothing",)), "does not have: 'nothing'"),
     "makes less": (grouped(make=lambda: Made({})), "other than it announced: 'w.q', 'w.scale'"),
     "makes another dtype": (
         grouped(
