@@ -73,7 +73,7 @@ class WeightTransform(Protocol):
 
     @property
     def priority(self) -> int:
-        """Transforms are asked from the lowest to the highest, each about what the ones before made.
+        """They are asked from the lowest to the highest, each about what those before it made.
 
         Those of one priority are asked about the same source, and may not make the same entry.
         Built in: names 10, packing 20, casts 30. Quantizing comes after those: 50.
