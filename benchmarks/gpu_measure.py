@@ -25,7 +25,16 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from gpu_models import DTYPES, MODELS, exported, state_on
 from gpu_profile import profiled
-from gpu_raw import ByHand, copies, many, ready_values, upstream_compiled, upstream_refit
+from gpu_raw import (
+    ByHand,
+    busy,
+    copies,
+    many,
+    ready_values,
+    upstream_compiled,
+    upstream_refit,
+    waiting,
+)
 from gpu_tables import SOURCES, gaps, split, summary
 
 import refitkit
@@ -56,6 +65,7 @@ class Measurement:
             "dtype": given.dtype,
             "device": torch.cuda.get_device_name(),
             "seconds": {},
+            "waiting_ms": {},
         }
         self._pipeline = refitkit.Pipeline()
 
@@ -169,6 +179,7 @@ class Measurement:
         if self._given.upstream:
             steps.append(self._upstream)
         for step in steps:
+            busy()
             try:
                 step()
             except Exception as exc:  # noqa: BLE001 - the other steps are worth having
@@ -177,6 +188,7 @@ class Measurement:
             self.save()
 
     def _copies(self) -> None:
+        self.found["waiting_ms"]["alone"] = waiting()
         self.found["copies"] = copies(self.found["nbytes"])
 
     def _refits(self) -> None:
@@ -186,6 +198,7 @@ class Measurement:
             whole, first, reports = [], [], []
             for number in range(2):
                 self.refit(source, number)
+            busy()
             start = time.perf_counter()
             while len(whole) < self._given.runs and (
                 len(whole) < 5 or time.perf_counter() - start < self._given.limit
@@ -338,6 +351,7 @@ class Measurement:
         yield
         torch.cuda.synchronize()
         self.found["seconds"][name] = time.perf_counter() - start
+        self.found["waiting_ms"][name] = waiting()
 
     def save(self) -> None:
         """Write what was found so far."""

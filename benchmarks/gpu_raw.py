@@ -48,6 +48,21 @@ def many(call: Callable[[int], Any], runs: int, limit: float = 4.0) -> list[floa
     return found
 
 
+def busy(limit: float = 0.4) -> None:
+    """Keep the device busy, so that its clock is up: an idle one is slow for a while."""
+    some = torch.ones(2048, 2048, device="cuda")
+    end = time.perf_counter() + limit
+    while time.perf_counter() < end:
+        for _ in range(20):
+            some = some @ some
+        torch.cuda.synchronize()
+
+
+def waiting() -> float:
+    """Milliseconds of a wait for a device that has nothing to do; the median of 20."""
+    return statistics.median(seconds(lambda: None) for _ in range(20)) * 1e3
+
+
 def copies(nbytes: int) -> dict[str, float]:
     """Milliseconds of copies of so many bytes, each in one piece; medians of 20."""
     here = torch.ones(nbytes, dtype=torch.uint8, device="cuda")
