@@ -50,6 +50,8 @@ BESIDE = 4
 """Threads of a process while others compile, too."""
 LOAD_S = 2.0
 """So long a module is called without pause, without refits and with them."""
+RUN_IN, RUN_IN_S = 60, 1.0
+"""So many refits, for so long at most, before some are timed."""
 PAUSE_S = 0.02
 """Between two refits under load."""
 
@@ -196,9 +198,7 @@ class Measurement:
         # the C++ runtime takes seconds, wherever weights come from
         for source in SOURCES if self._given.runtime == "python" else SOURCES[:1]:
             whole, first, reports = [], [], []
-            for number in range(2):
-                self.refit(source, number)
-            busy()
+            self._run_in(source)
             start = time.perf_counter()
             while len(whole) < self._given.runs and (
                 len(whole) < 5 or time.perf_counter() - start < self._given.limit
@@ -220,6 +220,15 @@ class Measurement:
                 "split": split(reports, whole),
             }
         self.found["correct"]["always"] = right
+
+    def _run_in(self, source: str) -> None:
+        """Refit for a while: a process that has waited for its turn is slow at first."""
+        busy()
+        start = time.perf_counter()
+        for number in range(RUN_IN):
+            self.refit(source, number % 2)
+            if number and time.perf_counter() - start > RUN_IN_S:
+                break
 
     def _calls(self) -> None:
         modules = {"refittable": self.compiled}
