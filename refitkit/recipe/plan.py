@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 Opener: TypeAlias = Callable[[Any, "RefitPlan"], WeightSource]
 """Turns anything that a user calls weights into a source of what a plan's program reads."""
 
+_DEVICES = frozenset({"cpu", "cuda"})
+"""Kinds of devices with which platforms in fingerprints end."""
+
 STRATEGY = "recipe"
 """Name of the strategy that serves slots from a plan."""
 
@@ -314,6 +317,7 @@ class RefitPlan:
     def _differences(self, backend: str, slots: dict[tuple[str, str], Slot]) -> Iterator[Problem]:
         if backend != self.backend:
             yield Problem("backend", "differs", self.backend, backend)
+        yield from self._another_device(slots.values())
         mine = {row.slot.key: row.slot for row in self.ledger}
         for key in sorted(mine.keys() | slots.keys()):
             name = "/".join(key)
@@ -325,6 +329,18 @@ class RefitPlan:
                 found, wanted = mine[key], slots[key]
                 if (found.dtype, found.count) != (wanted.dtype, wanted.count):
                     yield Problem(name, "differs", _short(found), _short(wanted))
+
+    def _another_device(self, slots: Iterable[Slot]) -> Iterator[Problem]:
+        """Whether it was recorded on another kind of device than the engines are on.
+
+        Names, dtypes and counts can then be the same and values not: of a Llama that was planned on
+        a CPU, all 258 slots had the names of the CUDA engine's, and 48 had other bits.
+        """
+        recorded = self.data.fingerprint.platform.rpartition(" ")[2]
+        there = {slot.device.partition(":")[0] for slot in slots}
+        if recorded in _DEVICES and there and recorded not in there:
+            hint = "slots of one name may hold other values there"
+            yield Problem("device", "differs", recorded, ", ".join(sorted(there)), hint)
 
     # -- storage ----------------------------------------------------------------------------
 

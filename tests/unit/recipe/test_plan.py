@@ -228,6 +228,31 @@ def test_the_same_plan_gives_the_same_bytes() -> None:
     assert RefitPlan.from_bytes(PLAN.to_bytes()).to_bytes() == PLAN.to_bytes()
 
 
+@pytest.mark.parametrize(
+    ("platform", "device", "fits"),
+    [
+        ("Linux x86_64 cpu", "cpu", True),
+        ("Linux x86_64 cpu", "cuda:0", False),
+        ("Linux x86_64 cuda", "cuda:1", True),
+        ("Linux x86_64 cuda", "cpu", False),
+        ("", "cuda:0", True),
+        ("somewhere", "cuda:0", True),
+    ],
+)
+def test_a_plan_of_another_kind_of_device_does_not_bind(
+    platform: str, device: str, fits: bool
+) -> None:
+    """Names can be the same there while values are not."""
+    fingerprint = PLAN.data.fingerprint.model_copy(update={"platform": platform})
+    plan = RefitPlan(PLAN.data.model_copy(update={"fingerprint": fingerprint}), {"m": PINNED})
+    slots = [slot.model_copy(update={"device": device}) for slot in (M, B, W)]
+    if fits:
+        plan.check_engines("fake", slots)
+        return
+    with pytest.raises(PlanMismatchError, match=r"device: differs, found c\w+, wanted c\w+"):
+        plan.check_engines("fake", slots)
+
+
 def test_an_opener_can_be_given_to_a_plan_that_is_read() -> None:
     plan = RefitPlan.from_bytes(PLAN.to_bytes(), opener=lambda weights, plan: TensorMap(WEIGHTS))
     assert plan.materialize("anything")
