@@ -1,4 +1,4 @@
-"""Distributed checkpoints: whole tensors whoever saved which piece, and nothing of theirs is run."""
+"""Distributed checkpoints: whole tensors whoever saved which piece; nothing in them is run."""
 
 from __future__ import annotations
 
