@@ -1,12 +1,13 @@
 """Two processes refit a module each from one state_dict, whose tensors are spread over both.
 
-usage: python refit_from_dtensors.py PORT
+usage: python refit_from_dtensors.py PORT FOLDER
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from tests.fakes import FakePlugin, make_module, same_state, weights_for
 WORLD = 2
 
 
-def main(rank: int, port: str) -> None:
+def main(rank: int, port: str, folder: str) -> None:
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(WORLD)
     )
@@ -42,7 +43,7 @@ def main(rank: int, port: str) -> None:
     pipeline.refit(module, {**weights, **placed}, verify="weights", delta=True)
     held = {name.partition("/")[2]: value for name, value in module.holds().items()}
     assert same_state(held, weights)
-    print(f"rank {rank} refitted")
+    (Path(folder) / f"rank {rank}").touch()
     dist.destroy_process_group()
 
 
