@@ -44,6 +44,7 @@ def main(rank: int, port: str, folder: str) -> None:
     held = {name.partition("/")[2]: value for name, value in module.holds().items()}
     assert same_state(held, weights)
     (Path(folder) / f"rank {rank}").touch()
+    dist.barrier()  # or one process may be gone while the other still talks to it
     dist.destroy_process_group()
 
 

@@ -49,6 +49,7 @@ def main(rank: int, folder: str, port: str) -> None:
         "few.weight": distribute_tensor(state["few.weight"], line, [Shard(0)]),
     }
     dcp.save({"model": placed, "step": 5, "optimizer": {"lr": 0.1}}, checkpoint_id=folder)
+    dist.barrier()  # or one process may be gone while the other still talks to it
     dist.destroy_process_group()
 
 
