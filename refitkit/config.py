@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from refitkit.errors import ConfigError, Problem
 from refitkit.model.base import Frozen
+from refitkit.model.rules import Rules
 from refitkit.model.slot import ITEM_BYTES
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class Config(Frozen):
         plan_cache: Folder in which plans are kept, so that the same program is not planned twice;
             None: the one that the environment variable ``REFITKIT_PLAN_CACHE`` names, if any. Who
             can write to it decides which weight goes where: it must be as safe as the engines.
+        rules: How names, packing and dtypes of weights become those of the program; see
+            :class:`~refitkit.model.rules.Rules`.
         plugin_settings: Settings of plugins, by the plugin's name; what they may be, each plugin
             says. Settings of a plugin that does not exist are a ``ConfigError``.
     """
@@ -60,6 +63,7 @@ class Config(Frozen):
     tolerances: dict[str, tuple[Bound, Bound]] = Field(default_factory=lambda: dict(TOLERANCES))
     delta: bool = False
     plan_cache: Path | None = None
+    rules: Rules = Field(default_factory=Rules)
     plugin_settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @field_validator("tolerances")

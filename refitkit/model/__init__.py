@@ -34,6 +34,7 @@ from refitkit.model.report import (
     TransformRow,
     VerificationResult,
 )
+from refitkit.model.rules import Pack, Rename, Rules
 from refitkit.model.slot import Slot, TensorInfo
 
 __all__ = [
@@ -51,11 +52,14 @@ __all__ = [
     "Number",
     "OpCall",
     "OutputMeasure",
+    "Pack",
     "PinnedRef",
     "PinnedTensor",
     "PlanData",
     "RefitReport",
+    "Rename",
     "ReportRow",
+    "Rules",
     "Slot",
     "SlotState",
     "SourceRef",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,13 +21,21 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _EXTRA_STATE = "_extra_state"  # torch.nn.Module.get_extra_state: anything, under this name
 
 
+def is_distributed(value: Any) -> bool:
+    """Whether a value is a ``DTensor``; whoever has one has imported its module."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
 def unusable_reason(value: Any) -> str:
     """Why a value cannot be a weight as it is; empty if it can.
 
-    Usable are strided tensors with data: any shape, strides, offset and device.
+    Usable are strided tensors with data: any shape, strides, offset and device; and DTensors.
     """
     if not isinstance(value, torch.Tensor):
         return f"a {type(value).__name__}, not a tensor"
+    if is_distributed(value):
+        return ""
     if value.is_nested or type(value) not in _PLAIN:
         return f"a tensor of the kind {type(value).__name__}; pass plain tensors"
     if value.layout is not torch.strided:
@@ -80,7 +89,12 @@ def describe_tensor(value: Any, *, persistent: bool = True) -> TensorInfo:
 
 
 class TensorMap:
-    """A mapping from FQN to tensor as a weight source; values are looked up when asked for."""
+    """A mapping from FQN to tensor as a weight source; values are looked up when asked for.
+
+    A ``DTensor`` is put together when it is read. That is a collective: every process of its mesh
+    has to read the same ones in the same order, as processes do that refit the same module with the
+    same plan and settings. Describing one asks nobody.
+    """
 
     def __init__(
         self,
@@ -134,8 +148,11 @@ class TensorMap:
                 yield name
 
     def get(self, fqn: str) -> torch.Tensor:
-        """The tensor itself, without its gradient history."""
+        """The tensor itself, without its gradient history; all of a distributed one."""
         value = self._tensors[fqn]
         if not isinstance(value, torch.Tensor):
             raise SourceError(f"{self.description}: {fqn!r} is {unusable_reason(value)}.")
+        if type(value) not in _PLAIN and is_distributed(value):
+            whole: torch.Tensor = value.detach().full_tensor()  # type: ignore[attr-defined]
+            return whole
         return value.detach()

@@ -13,13 +13,13 @@ import binascii
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from refitkit.builtin.torch_tensorrt.plain_pickle import (
+from refitkit.errors import NotRefittableError, UnsupportedTargetError
+from refitkit.plain_pickle import (
     Global,
     Instance,
     PickleRefusedError,
     read_pickle,
 )
-from refitkit.errors import NotRefittableError, UnsupportedTargetError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -25,8 +25,8 @@ import torch
 
 from refitkit.builtin.torch_tensorrt.engine_info import EngineInfo, parse_info
 from refitkit.builtin.torch_tensorrt.metadata import Metadata, read_metadata
-from refitkit.builtin.torch_tensorrt.plain_pickle import Instance, PickleRefusedError, read_pickle
 from refitkit.errors import UnsupportedTargetError
+from refitkit.plain_pickle import Instance, PickleRefusedError, read_pickle
 from refitkit.recipe import Archive, ArchiveError
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,15 +14,16 @@ if TYPE_CHECKING:
 
 @hookimpl
 def refitkit_load_weights(source: object) -> WeightSource | None:
-    """Open a state_dict, a module, a program, a ``.safetensors`` or a ``torch.save`` file."""
+    """Open what is in memory, comes in a stream, or lies in files; see the guide to weights."""
     if isinstance(source, Path):
-        if not source.is_file():
-            return None
-        from refitkit.builtin.weights import files
+        from refitkit.builtin.weights import folders
 
-        return files.open_file(source)
-    from refitkit.builtin.weights import objects
+        opener = folders.open_folder if source.is_dir() else folders.open_weights_file
+        return opener(source) if source.exists() else None
+    from refitkit.builtin.weights import objects, streams
 
     if isinstance(source, Mapping):
         return objects.from_mapping(source)
+    if isinstance(source, Iterator):
+        return streams.from_pairs(source)
     return objects.from_object(source)

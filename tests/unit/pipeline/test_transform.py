@@ -232,14 +232,14 @@ def test_nothing_is_read_before_a_member_is_and_one_group_is_kept() -> None:
 
 
 class Renamer:
-    """Takes ``module.`` off all names; comes before the quantizer."""
+    """Takes ``outer.`` off all names; comes before the quantizer."""
 
     name, priority = "renamer", 10
 
     def groups(self, request: TransformRequest) -> Iterator[WeightGroup]:
         source = request.source
         for name in source.names():
-            bare = name.removeprefix("module.")
+            bare = name.removeprefix("outer.")
             if bare != name:
                 yield WeightGroup(
                     (name,),
@@ -253,13 +253,13 @@ def test_each_is_asked_about_what_those_before_it_made(turned: bool) -> None:
     transforms = [Quantizer(), Renamer()]
     pipeline = pipeline_with(*(transforms[::-1] if turned else transforms))
     module = module_of(FLOATS["w"])
-    wrapped = {f"module.{name}": value for name, value in OTHER.items()}
+    wrapped = {f"outer.{name}": value for name, value in OTHER.items()}
     report = pipeline.refit(compiled_by(pipeline, module), wrapped, verify="weights").report
     assert same_state(holds(module), {**quantized(OTHER["w"]), "b": OTHER["b"]})
     found = [(row.transform, row.takes, row.gives) for row in report.transforms]
     assert found == [
-        ("renamer", ("module.w",), ("w",)),
-        ("renamer", ("module.b",), ("b",)),
+        ("renamer", ("outer.w",), ("w",)),
+        ("renamer", ("outer.b",), ("b",)),
         ("quantizer", ("w",), ("w.q", "w.scale")),
     ]
 

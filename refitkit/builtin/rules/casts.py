@@ -1,0 +1,73 @@
+"""Entries of another dtype than the program's."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from refitkit.program.dtypes import dtype_of
+from refitkit.protocols import Made, WeightGroup
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from refitkit.model import TensorInfo
+    from refitkit.protocols import TransformRequest, WeightSource
+
+
+class Casts:
+    """Casts entries to the dtype that the program has them in."""
+
+    name = "casts"
+    priority = 30
+
+    def __init__(self, *, any_cast: bool) -> None:
+        """Cast what stays what it is, or all between numbers of one kind."""
+        self._any = any_cast
+
+    def groups(self, request: TransformRequest) -> Iterator[WeightGroup]:
+        """One for each entry that is cast; others are left for the checks to refuse."""
+        leaves = {leaf.fqn: leaf for leaf in request.plan.data.leaves if leaf.used}
+        for name in request.source.names():
+            leaf = leaves.get(name)
+            info = request.source.info(name)
+            if leaf is None or info.unusable or info.dtype == leaf.dtype:
+                continue
+            before, after = dtype_of(info.dtype), dtype_of(leaf.dtype)
+            if is_lossless(before, after) or (self._any and _alike(before, after)):
+                yield _cast(request.source, name, info, leaf.dtype)
+
+
+def _cast(source: WeightSource, name: str, info: TensorInfo, dtype: str) -> WeightGroup:
+    gives = {name: info.model_copy(update={"dtype": dtype})}
+    return WeightGroup((name,), gives, partial(_as, source, name, dtype_of(dtype)))
+
+
+def _as(source: WeightSource, name: str, dtype: torch.dtype) -> Made:
+    return Made({name: source.get(name).to(dtype)})
+
+
+def _alike(before: torch.dtype, after: torch.dtype) -> bool:
+    floats = before.is_floating_point and after.is_floating_point
+    return floats or (_is_integer(before) and _is_integer(after))
+
+
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool)
+
+
+def is_lossless(before: torch.dtype, after: torch.dtype) -> bool:
+    """Whether every value of one dtype is a value of the other.
+
+    Of floats: the distance to the next number from 1, the largest and the smallest number, with
+    those below the normal ones, must be within the other's.
+    """
+    if not _alike(before, after):
+        return False
+    if not before.is_floating_point:
+        a, b = torch.iinfo(before), torch.iinfo(after)
+        return b.min <= a.min and b.max >= a.max
+    x, y = torch.finfo(before), torch.finfo(after)
+    return y.eps <= x.eps and y.max >= x.max and y.tiny * y.eps <= x.tiny * x.eps

@@ -1,0 +1,129 @@
+"""Weights in several files with an index: what ``save_pretrained`` writes of a large model.
+
+The index is JSON: ``weight_map`` says for each name which file beside the index has it
+(``transformers/utils/hub.py`` and ``huggingface_hub``'s ``split_torch_state_dict_into_shards``).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ValidationError
+
+from refitkit.builtin.weights.files import open_file
+from refitkit.errors import Problem, SourceError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+    from pathlib import Path
+
+    import torch
+
+    from refitkit.model import TensorInfo
+    from refitkit.protocols import WeightSource
+
+SUFFIX = ".index.json"
+"""How names of indices end."""
+
+_LIMIT = 1 << 28
+"""Bytes of an index: a million names of 200 letters."""
+
+
+class _Index(BaseModel):
+    weight_map: dict[str, str]
+
+
+class ShardedFiles:
+    """Files with an index, all open: headers are read now, tensors on demand."""
+
+    def __init__(self, index: Path) -> None:
+        """Open all files and hold them against the index.
+
+        Raises:
+            SourceError: The index or a file cannot be read, or they contradict one another; lists
+                everything that is wrong.
+        """
+        self.description = f"{str(index)!r}"
+        self._home = _read_index(index).weight_map
+        problems = list(_outside(self._home))
+        if not problems:
+            self._shards, problems = _opened(index.parent, self._home)
+            problems += _contradictions(self._home, self._shards)
+        if problems:
+            raise SourceError(
+                f"{self.description} and the files beside it are not one whole checkpoint.",
+                problems=problems,
+                hint="Check that all of it was written or downloaded completely.",
+            )
+        count = len(self._shards)
+        self.description += f" ({count} files)" if count != 1 else ""
+
+    def names(self) -> Collection[str]:
+        """All names in the index."""
+        return self._home.keys()
+
+    def info(self, fqn: str) -> TensorInfo:
+        """Dtype and shape, from the header of the file that has it."""
+        return self._shards[self._home[fqn]].info(fqn)
+
+    def get(self, fqn: str) -> torch.Tensor:
+        """The tensor, on the CPU."""
+        return self._shards[self._home[fqn]].get(fqn)
+
+
+def _read_index(path: Path) -> _Index:
+    what = f"{str(path)!r} cannot be read as an index of weights"
+    try:
+        if path.stat().st_size > _LIMIT:
+            raise SourceError(f"{what}: it has more than {_LIMIT} bytes.")
+        return _Index.model_validate_json(path.read_bytes())
+    except OSError as exc:
+        raise SourceError(f"{what}: {exc}.") from exc
+    except ValidationError as exc:
+        problems = [
+            Problem(".".join(map(str, error["loc"])) or path.name, error["type"], hint=error["msg"])
+            for error in exc.errors(include_input=False, include_url=False)
+        ]
+        raise SourceError(f"{what}.", problems=problems) from exc
+
+
+def _outside(home: Mapping[str, str]) -> Iterator[Problem]:
+    """Files that are not beside the index: a checkpoint has no say over other folders."""
+    for file in dict.fromkeys(home.values()):
+        if file in {"", ".", ".."} or not {"/", "\\", "\0"}.isdisjoint(file):
+            hint = "an index names files that lie beside it, without a folder"
+            yield Problem(repr(file), "not beside the index", hint=hint)
+
+
+def _opened(folder: Path, home: Mapping[str, str]) -> tuple[dict[str, WeightSource], list[Problem]]:
+    shards: dict[str, WeightSource] = {}
+    problems: list[Problem] = []
+    for file in sorted(set(home.values())):
+        if not (folder / file).is_file():
+            lost = sum(other == file for other in home.values())
+            problems.append(Problem(file, "missing", wanted=f"a file with {lost} weights"))
+            continue
+        try:
+            source = open_file(folder / file)
+        except SourceError as exc:
+            problems += [Problem(file, "unreadable", hint=exc.message), *exc.problems]
+            continue
+        if source is None:
+            problems.append(Problem(file, "unknown kind of file", wanted=".safetensors or .bin"))
+        else:
+            shards[file] = source
+    return shards, problems
+
+
+def _contradictions(
+    home: Mapping[str, str], shards: Mapping[str, WeightSource]
+) -> Iterator[Problem]:
+    """Names that are not where the index says, or that it does not know."""
+    for name, file in home.items():
+        if file in shards and name not in shards[file].names():
+            yield Problem(name, "missing", wanted=f"in {file!r}, as the index says")
+    for file, shard in shards.items():
+        for name in shard.names():
+            if home.get(name) != file:
+                said = f"in {home[name]!r}" if name in home else "not at all"
+                yield Problem(name, "unexpected", f"in {file!r}", f"{said}, as the index says")

@@ -1,0 +1,88 @@
+"""How names and forms of a checkpoint become those of a model, where they are not the same."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
+
+from refitkit.model.base import Frozen
+
+WRAPPERS = (
+    "module",
+    "model",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+)
+"""Parts of names that wrappers put there: DataParallel, Lightning and transformers, modules that
+``torch.compile`` made, fully sharded ones, and those that compute again in the backward pass."""
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as exc:
+        raise ValueError(f"it is no regular expression: {exc}") from exc
+    return text
+
+
+def _with_place(text: str) -> str:
+    if text.count("{}") != 1:
+        raise ValueError("it has to have one {}, for the part that differs from layer to layer")
+    return text
+
+
+Pattern = Annotated[str, AfterValidator(_pattern)]
+Template = Annotated[str, AfterValidator(_with_place)]
+
+
+class Rename(Frozen):
+    r"""A name for another.
+
+    Attributes:
+        pattern: Regular expression that a whole name has to match, such as ``encoder\.(.*)``.
+        to: What it becomes; ``\1`` is the first group. As for :func:`re.sub`.
+    """
+
+    pattern: Pattern
+    to: str
+
+
+class Pack(Frozen):
+    """Weights that a model has in one piece.
+
+    Attributes:
+        into: Name of the piece, with ``{}`` for what differs: ``{}.qkv_proj.weight``.
+        parts: Names of the parts, in their order in the piece, with ``{}`` for the same.
+        dim: Dimension in which they lie one after another. Heads that are interleaved in it cannot
+            be told from heads that are not: know your model.
+    """
+
+    into: Template
+    parts: tuple[Template, ...]
+    dim: int = 0
+
+
+class Rules(Frozen):
+    """What is done to weights before they are held against what a program reads.
+
+    Nothing is done to an entry that the program reads as it is. What was done is in the report.
+
+    Attributes:
+        subtree: Only names that begin with this count, without it; others are left out.
+        wrappers: Parts that are taken out of a name that the program does not have, if it has the
+            name without them.
+        rename: Rules of which the first that matches is followed.
+        pack: Weights that the program has in one piece.
+        cast: Whether an entry of another dtype than the program's is cast to it. ``no``: it is an
+            error; ``lossless``: only where every value stays what it is; ``any``: between floats,
+            and between integers.
+    """
+
+    subtree: str = ""
+    wrappers: tuple[str, ...] = WRAPPERS
+    rename: tuple[Rename, ...] = ()
+    pack: tuple[Pack, ...] = ()
+    cast: Literal["no", "lossless", "any"] = "no"

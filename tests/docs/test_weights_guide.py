@@ -1,0 +1,36 @@
+"""docs/guides/weights.md: its code runs, says what it says it prints, and lists all rules."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from refitkit.model import Rules
+from refitkit.model.rules import WRAPPERS
+
+if TYPE_CHECKING:
+    import pytest
+
+PAGE = (Path(__file__).parents[2] / "docs/guides/weights.md").read_text()
+BLOCKS = dict(re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", PAGE, re.DOTALL))
+
+
+def test_every_rule_is_listed_with_its_default() -> None:
+    table = PAGE.partition("## Names, packing and dtypes")[2]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(Rules.model_fields)
+    (line,) = (line for line in table.splitlines() if line.startswith("| `wrappers`"))
+    assert tuple(re.findall(r"`(\w+)`", line.split("|")[2])) == WRAPPERS
+
+
+def test_the_code_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert PAGE.count("```python") == len(BLOCKS) == 2
+    names: dict[str, Any] = {}
+    for name, code in BLOCKS.items():
+        exec(compile(code, f"weights.md:{name}", "exec"), names)  # noqa: S102
+        said = capsys.readouterr().out.splitlines()
+        told = [line.removeprefix("# ") for line in code.splitlines() if line.startswith("# ")]
+        assert said == told
