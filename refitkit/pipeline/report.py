@@ -14,7 +14,7 @@ from refitkit.model import RefitReport
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from refitkit.model import EngineMemory, TransformRow, VerificationResult
+    from refitkit.model import EngineMemory, ReportRow, TransformRow, VerificationResult
     from refitkit.pipeline.clock import Clock
     from refitkit.pipeline.mapping import Mapping
 
@@ -37,6 +37,7 @@ class Findings:
     memory: tuple[EngineMemory, ...] = ()
     transforms: Callable[[], tuple[TransformRow, ...]] = tuple
     verification: VerificationResult | None = None
+    _rows: tuple[ReportRow, ...] | None = None
 
     def report(self, outcome: Literal["committed", "rolled-back"]) -> RefitReport:
         """A report of what is known so far."""
@@ -54,11 +55,19 @@ class Findings:
             bytes_written=sum(value.slot.nbytes for value in values),
             stages=self.clock.stages,
             memory=self.memory,
-            ledger=self.mapping.rows() if self.mapping else (),
+            ledger=self._ledger(),
             transforms=self.transforms(),
             verification=self.verification,
             notes=self._notes(),
         )
+
+    def _ledger(self) -> tuple[ReportRow, ...]:
+        """Rows of all slots, made once: every commit is reported before and after the verdict."""
+        if self.mapping is None:
+            return ()
+        if self._rows is None:  # the first report is made when the mapping is final
+            self._rows = self.mapping.rows()
+        return self._rows
 
     def _notes(self) -> tuple[str, ...]:
         unchanged = (UNCHANGED,) if self.changed is False else ()

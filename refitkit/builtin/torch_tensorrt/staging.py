@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,7 +39,7 @@ def _name_problems(
     given = set(names)
     for name in sorted(given - facts.keys()):
         yield Problem(name, "unexpected", hint="the engine has no such weight")
-    for name in sorted({name for name in given if names.count(name) > 1}):
+    for name in sorted(name for name, times in Counter(names).items() if times > 1):
         yield Problem(name, "given twice")
     for name in sorted(facts.keys() - given) if not partial else ():
         yield Problem(name, "missing", hint="TensorRT takes all weights, or says which")

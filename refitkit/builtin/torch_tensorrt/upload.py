@@ -1,10 +1,24 @@
-"""Copying a caller's tensors into room of our own."""
+"""Copying a caller's tensors into room of our own, in few launches however many tensors there are.
+
+A launch takes the CPU some microseconds, and an engine has hundreds of weights of a few bytes: of
+such an engine most of a refit's time was launches.
+"""
 
 from __future__ import annotations
+
+from collections import defaultdict
 
 import torch
 
 _CHUNK = 32 << 20  # bytes; PCIe is at full speed from about 8 MiB
+_SMALL = 1 << 16  # bytes; values of the host up to this size are sent together
+_TOGETHER = 1 << 20  # bytes of such values that are sent at once
+_WAITING = 64 << 20  # bytes of values that are held until they are copied
+_ALIGNMENT = 16  # bytes; suits every dtype
+_AS_ONE = frozenset(
+    {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32}
+)
+"""Types that one call copies for many tensors."""
 
 
 class Uploader:
@@ -12,7 +26,7 @@ class Uploader:
 
     A copy from pageable memory takes several times as long as one from pinned memory, and pinning
     the whole model would take as much memory again. So there are two pinned chunks: while the
-    device reads one of them, the other is filled.
+    device reads one of them, the other is filled. Small values lie side by side in a third one.
     """
 
     def __init__(self, device: torch.device, chunk: int = _CHUNK) -> None:
@@ -22,19 +36,71 @@ class Uploader:
         self._chunks: list[torch.Tensor] = []
         self._read: list[torch.cuda.Event | None] = [None, None]
         self._turn = 0
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._held = 0  # bytes of what is waiting
+        self._pack: torch.Tensor | None = None
+        self._packed: list[tuple[torch.Tensor, int]] = []
+        self._used = 0  # bytes of the pack
 
     def copy(self, room: torch.Tensor, value: torch.Tensor) -> None:
-        """Copy all elements in logical order.
+        """Copy all elements in logical order, at the latest in ``finish``.
 
         Args:
             room: Flat, of the value's dtype and count, on the device.
             value: Any layout, any device. Free only after ``finish``.
         """
-        value = value.detach().resolve_conj().resolve_neg()
-        if value.device.type == "cpu" and room.device.type != "cpu" and not value.is_pinned():
+        value = value.detach()
+        if value.is_conj() or value.is_neg():
+            value = value.resolve_conj().resolve_neg()
+        if value.device == room.device:
+            self._later(room, value)
+        elif value.device.type == "cpu" and value.nbytes <= _SMALL:
+            self.copy_with_others(room, value)
+        elif value.device.type == "cpu" and not value.is_pinned():
             self.copy_in_chunks(room, value)
         else:
             room.view(value.shape).copy_(value, non_blocking=True)
+
+    def _later(self, room: torch.Tensor, value: torch.Tensor) -> None:
+        """Have a value of the device copied with others."""
+        if value.dtype not in _AS_ONE or not value.is_contiguous():
+            room.view(value.shape).copy_(value, non_blocking=True)
+            return
+        self._waiting.append((room, value.view(-1)))
+        self._held += value.nbytes
+        if self._held > _WAITING:
+            self._copy_waiting()
+
+    def _copy_waiting(self) -> None:
+        rooms: dict[torch.dtype, list[torch.Tensor]] = defaultdict(list)
+        values: dict[torch.dtype, list[torch.Tensor]] = defaultdict(list)
+        for room, value in self._waiting:
+            rooms[room.dtype].append(room)
+            values[room.dtype].append(value)
+        for dtype, some in rooms.items():
+            torch._foreach_copy_(some, values[dtype], non_blocking=True)
+        self._waiting, self._held = [], 0
+
+    def copy_with_others(self, room: torch.Tensor, value: torch.Tensor) -> None:
+        """Copy a small value of the host, in one piece with those that come before and after."""
+        first = -(-self._used // _ALIGNMENT) * _ALIGNMENT
+        if first + value.nbytes > _TOGETHER:
+            self._send_pack()
+            first = 0
+        if self._pack is None:
+            pinned = self._device.type == "cuda"
+            self._pack = torch.empty(_TOGETHER, dtype=torch.uint8, pin_memory=pinned)
+        self._used = first + value.nbytes
+        self._pack[first : self._used].view(value.dtype).view(value.shape).copy_(value)
+        self._packed.append((room, first))
+
+    def _send_pack(self) -> None:
+        """Send what lies in the pack, and have it copied from there to where it belongs."""
+        if self._pack is not None and self._packed:
+            there = self._pack[: self._used].to(self._device, non_blocking=True, copy=True)
+            for room, first in self._packed:
+                self._later(room, there[first : first + room.nbytes].view(room.dtype))
+        self._pack, self._packed, self._used = None, [], 0
 
     def copy_in_chunks(self, room: torch.Tensor, value: torch.Tensor) -> None:
         """Copy a value of the host through the pinned chunks."""
@@ -67,7 +133,13 @@ class Uploader:
         self._turn = 1 - self._turn
 
     def finish(self) -> None:
-        """Wait for all copies, and free the chunks: the caller's tensors are free now."""
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
-        self._chunks, self._read = [], [None, None]
+        """Make and await all copies, and free the chunks: the caller's tensors are free now."""
+        try:
+            self._send_pack()
+            self._copy_waiting()
+            if self._device.type == "cuda":
+                torch.cuda.current_stream(self._device).synchronize()
+        finally:
+            self._chunks, self._read = [], [None, None]
+            self._waiting, self._held = [], 0
+            self._pack, self._packed, self._used = None, [], 0
