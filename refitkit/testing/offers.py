@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from refitkit.config import Config
-from refitkit.errors import Problem, RefitError
+from refitkit.errors import PluginError, Problem, RefitError
 from refitkit.model import LayerType, LedgerRow, RefitReport, SlotState, Step, VerificationResult
 from refitkit.protocols import (
     Backend,
@@ -208,9 +208,9 @@ def _no_exception(contract: str) -> Iterator[None]:
     """Turn what is raised, and is no error of refitkit's, into a breach."""
     try:
         yield
-    except RefitError:
-        raise
     except Exception as exc:
+        if isinstance(exc, RefitError) and not isinstance(exc, PluginError):
+            raise
         found = f"what it does not know is answered with {type(exc).__name__}: {exc}."
         raise Breach(contract, found, "Look at what is given before using it.") from exc
 

@@ -160,9 +160,10 @@ class TransformSuite:
         first = self._made(transform, self.make_request(1))
         kept = oracles.snapshot(first)
         self._made(transform, self.make_request(2))
-        again = self._made(transform, self.make_request(1))
-        for values, when in ((first, "after others were made"), (again, "made again")):
-            wrong = oracles.differing(oracles.snapshot(values), kept)
+        after = oracles.snapshot(first)
+        again = oracles.snapshot(self._made(transform, self.make_request(1)))
+        for values, when in ((after, "after others were made"), (again, "made again")):
+            wrong = oracles.differing(values, kept)
             if wrong:
                 found = f"{when}, what is made is another: {oracles.shown(wrong)}."
                 raise Breach(_MAKE, found, "Keep nothing; draw nothing; make new tensors.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import contextlib
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -28,7 +30,7 @@ VALUES = {
 class Open(OpenEngine):
     """A good engine whose parts can be broken one by one."""
 
-    staged_as = FakeStaged
+    Staged = FakeStaged
 
     def __init__(self) -> None:
         super().__init__("engine", VALUES, Tripwire())
@@ -48,7 +50,7 @@ class Open(OpenEngine):
         for value in values:
             self.known(value.slot.name, copies)
             copies[value.slot.name] = self.copied(self.slots[value.slot.name], value.load())
-        return self.staged_as(self, copies)
+        return self.Staged(self, copies)
 
 
 class Good(TestOpenEngine):
@@ -69,7 +71,7 @@ def breaks(check: str, says: str) -> Any:
     def note(thing: type) -> type:
         engine = thing
         if issubclass(thing, FakeStaged):
-            engine = type(thing.__name__, (Open,), {"staged_as": thing})
+            engine = type(thing.__name__, (Open,), {"Staged": thing})
         suite = type(thing.__name__, (Good,), {"engine": engine})
         BITES.append(Bite(f"test_{check}", suite, says, Good))
         return thing
@@ -107,7 +109,10 @@ class Tuples(Open):
 class LosesShapes(Open):
     def _stage(self, values: Any) -> Any:
         staged = super()._stage(values)
-        self.slots = {**self.slots, "matrix": self.slots["matrix"].model_copy(update={"shape": None})}
+        self.slots = {
+            **self.slots,
+            "matrix": self.slots["matrix"].model_copy(update={"shape": None}),
+        }
         return staged
 
 
@@ -357,7 +362,7 @@ class Forgets(FakeStaged):
 
 @breaks("the_first_refit_can_be_taken_back", "after a rollback of a first refit, 4 of 4")
 class KnowsRefitsOnly(Open):
-    class staged_as(FakeStaged):  # type: ignore[assignment]
+    class Staged(FakeStaged):  # type: ignore[assignment]
         def rollback(self) -> None:
             if self.engine.refits > 1:  # type: ignore[attr-defined]
                 super().rollback()
@@ -388,10 +393,8 @@ class NotesAtTheEnd(FakeStaged):
 @breaks("a_failed_commit_can_be_taken_back", "it was made to fail, and returned")
 class HushesCommits(FakeStaged):
     def commit(self) -> None:
-        try:
+        with contextlib.suppress(OSError):
             super().commit()
-        except OSError:
-            pass
 
 
 @breaks("a_discard_leaves_the_live_values", "after a discard, 4 of 4")
@@ -435,19 +438,15 @@ class OneWay(FakeStaged):
 @breaks("the_module_is_lost_where_the_way_back_fails", "and the refit ended with EngineError")
 class HushesRollbacks(FakeStaged):
     def rollback(self) -> None:
-        try:
+        with contextlib.suppress(OSError):
             super().rollback()
-        except OSError:
-            pass
 
 
 @breaks("the_module_is_lost_where_the_way_back_fails", "the module answers as if nothing had")
 class HushesAll(HushesRollbacks):
     def commit(self) -> None:
-        try:
+        with contextlib.suppress(OSError):
             super().commit()
-        except OSError:
-            pass
 
 
 # -- abilities --------------------------------------------------------------------------------
@@ -463,12 +462,12 @@ class Modest(Open):
 
 @breaks("what_is_read_is_what_is_held", "after a rollback, what is read of 'matrix' is not")
 class ReadsWhatWasStaged(Open):
-    class staged_as(FakeStaged):  # type: ignore[assignment]
+    class Staged(FakeStaged):  # type: ignore[assignment]
         def commit(self) -> None:
             super().commit()
             self.engine.shown = dict(self.engine.live)  # type: ignore[attr-defined]
 
-    shown: dict[str, Any] = {}
+    shown: ClassVar[dict[str, Any]] = {}
 
     def read(self, slot: str) -> torch.Tensor:
         return self.shown[slot]
@@ -490,7 +489,7 @@ class ReadsCopies(Open):
 class _Inactive(Open):
     """Merges what is staged in part with what was staged last, not with what is live."""
 
-    last: dict[str, Any] = {}
+    last: Any = MappingProxyType({})
 
     def _stage(self, values: Any) -> Any:
         staged = super()._stage(values)
@@ -520,14 +519,18 @@ class EagerInPart(Open):
         return staged
 
 
-@breaks("a_partial_refit_can_be_taken_back", "after a rollback of a refit of 'matrix' alone, 1 of 4")
+@breaks(
+    "a_partial_refit_can_be_taken_back", "after a rollback of a refit of 'matrix' alone, 1 of 4"
+)
 class NoWayBackInPart(FakeStaged):
     def rollback(self) -> None:
         if len(self.values) == len(self.engine.slots):
             super().rollback()
 
 
-@breaks("a_partial_refit_refuses_what_does_not_fit", "'matrix', a value that is given twice was acc")
+@breaks(
+    "a_partial_refit_refuses_what_does_not_fit", "'matrix', a value that is given twice was acc"
+)
 class TrustsInPart(Open):
     def stage_partial(self, values: Any) -> Any:
         return super().stage_partial(list({value.slot.name: value for value in values}.values()))

@@ -4,11 +4,36 @@ from __future__ import annotations
 
 import pytest
 
-from refitkit.testing import Breach, EngineSuite
-from tests.conformance import engine_bites
+from refitkit.testing import (
+    BackendSuite,
+    Breach,
+    EngineSuite,
+    SourceSuite,
+    StrategySuite,
+    TransformSuite,
+    VerifierSuite,
+)
+from refitkit.testing.offers import OfferSuite
+from tests.conformance import (
+    backend_bites,
+    engine_bites,
+    offer_bites,
+    source_bites,
+    strategy_bites,
+    transform_bites,
+    verifier_bites,
+)
 from tests.conformance.bites import Bite, attempt, checks_of
 
-TABLES = {EngineSuite: engine_bites.BITES}
+TABLES = {
+    BackendSuite: backend_bites.BITES,
+    EngineSuite: engine_bites.BITES,
+    OfferSuite: offer_bites.BITES,
+    SourceSuite: source_bites.BITES,
+    StrategySuite: strategy_bites.BITES,
+    TransformSuite: transform_bites.BITES,
+    VerifierSuite: verifier_bites.BITES,
+}
 BITES = [bite for table in TABLES.values() for bite in table]
 
 
@@ -28,6 +53,6 @@ def test_every_check_has_a_bite(suite: type) -> None:
 GOOD = sorted({(bite.good, bite.check) for bite in BITES}, key=str)
 
 
-@pytest.mark.parametrize(("good", "check"), GOOD, ids=lambda value: str(value))
+@pytest.mark.parametrize(("good", "check"), GOOD, ids=str)
 def test_what_is_not_broken_passes(good: type, check: str) -> None:
     attempt(good, check)
