@@ -65,8 +65,9 @@ def _random(slot: Slot, seed: int, generator: torch.Generator) -> torch.Tensor:
         parts = torch.randn((*shape, 2), generator=generator, dtype=torch.float64)
         return torch.view_as_complex(parts).to(dtype)
     if dtype.is_floating_point:
-        drawn = torch.rand(shape, generator=generator, dtype=torch.float64) + 1 + seed % 7
-        if slot.count > 1:
+        drawn = torch.rand(shape, generator=generator, dtype=torch.float64) / 4 + 1
+        drawn *= 2.0 ** (seed % 5)  # so far apart that no type rounds two seeds to one value
+        if slot.count > 1 and dtype is not torch.float8_e8m0fnu:  # which has no zero
             drawn.view(-1)[0] = -0.0 if seed % 2 else 0.0
         return drawn.to(dtype)
     drawn = torch.randint(_LARGEST // 2, shape, generator=generator)
