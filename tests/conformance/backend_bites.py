@@ -165,6 +165,8 @@ class Numbers(Module):
 
 @breaks("it_answers_like_the_program", "OpenedModule.run: outputs are not the program's")
 class Negates(Module):
+    probe = Module.run
+
     def run(self, args: Any, kwargs: Any) -> Any:
         return {"y": -super().run(args, kwargs)["y"] - 1}
 
