@@ -36,10 +36,12 @@ class BackendSuite:
     Attributes:
         options: Options to compile with.
         tolerance: How far outputs may be from the program's, absolute.
+        tools: What the pipeline would lend.
     """
 
     options: Mapping[str, Any] = {}
     tolerance: float = 1e-5
+    tools: Tools = Tools()
 
     def make_backend(self) -> Backend:
         """A new backend."""
@@ -63,7 +65,7 @@ class BackendSuite:
 
     def make_module(self) -> OpenedModule:
         """A module of its own, compiled from ``make_program()``."""
-        return self.make_backend().compile(self.make_program(), self.options, Tools())
+        return self.make_backend().compile(self.make_program(), self.options, self.tools)
 
     # -- compiling --------------------------------------------------------------------------
 
@@ -81,7 +83,7 @@ class BackendSuite:
         """A typo in an option is a ``ConfigError``, not something that does nothing."""
         options = {**self.options, "no_such_option_of_any_backend": 1}
         try:
-            self.make_backend().compile(self.make_program(), options, Tools())
+            self.make_backend().compile(self.make_program(), options, self.tools)
         except ConfigError:
             return
         except Exception as exc:
@@ -93,7 +95,7 @@ class BackendSuite:
         """Its tensors and its graph are as before."""
         program = self.make_program()
         before, code = oracles.snapshot(program.state_dict), program.graph_module.code
-        self.make_backend().compile(program, self.options, Tools())
+        self.make_backend().compile(program, self.options, self.tools)
         wrong = oracles.differing(oracles.snapshot(program.state_dict), before)
         if wrong or program.graph_module.code != code:
             found = f"it changed the program: {oracles.shown(wrong) or 'its graph'}."
@@ -182,7 +184,7 @@ class BackendSuite:
     def test_every_slot_is_planned_once(self) -> None:
         """``draft`` gives one row for each slot of each engine, with the engine's own slot."""
         module, program = self.make_module(), self.make_program()
-        draft = self.make_backend().draft(self.make_parts(program, module), module, Tools())
+        draft = self.make_backend().draft(self.make_parts(program, module), module, self.tools)
         rows = [row.slot.key for row in draft.rows]
         slots = {slot.key: slot for e in module.engines.values() for slot in e.slots.values()}
         wrong = sorted("/".join(key) for key in {*rows, *slots} if rows.count(key) != 1)
@@ -195,7 +197,7 @@ class BackendSuite:
         """Its tensors are as before."""
         module, program = self.make_module(), self.make_program()
         before = oracles.snapshot(program.state_dict)
-        self.make_backend().draft(self.make_parts(program, module), module, Tools())
+        self.make_backend().draft(self.make_parts(program, module), module, self.tools)
         wrong = oracles.differing(oracles.snapshot(program.state_dict), before)
         if wrong:
             found = f"it changed the program: {oracles.shown(wrong)}."

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from refitkit.builtin.torch_tensorrt.torch_part import TorchPartEngine
 from refitkit.testing import EngineSuite
@@ -109,9 +110,31 @@ class Part(torch.nn.Module):
         return x @ self.weight, self.small, self.turn, self.order, self.empty
 
 
+class LiveWrites(TorchDispatchMode):
+    """Fails some of the writes into the live tensors of a part, counted from 1."""
+
+    def __init__(self, engine: TorchPartEngine, first: int, last: int) -> None:
+        super().__init__()
+        self.live = {tensor.data_ptr() for tensor in engine.live.values() if tensor.numel()}
+        self.first, self.last, self.count = first, last, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default and args[0].data_ptr() in self.live:
+            self.count += 1
+            if self.first <= self.count <= self.last:
+                raise RuntimeError("no such luck")
+        return func(*args, **(kwargs or {}))
+
+
 class TestTorchPart(EngineSuite):
     def make_engine(self) -> Any:
         return TorchPartEngine("part", torch.fx.symbolic_trace(Part()))
 
     def held(self, engine: Any) -> Mapping[str, torch.Tensor]:
         return dict(engine._module.state_dict())
+
+    def commit_fault(self, engine: Any) -> Any:
+        return LiveWrites(engine, 2, 2)
+
+    def rollback_fault(self, engine: Any) -> Any:
+        return LiveWrites(engine, 4, 4)
