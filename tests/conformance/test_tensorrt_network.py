@@ -80,9 +80,7 @@ class TestEngine(EngineSuite):
     def make_engine(self) -> Any:
         (made,) = compiled().engines.values()
         engine = NetworkEngine(made.structure, tuple(made.slots.values()), made._builder, Scratch())
-        engine.adopt(
-            {name: made.read(name) for name in made.slots}, made.live.engine.read_bytes()
-        )
+        engine.adopt({name: made.read(name) for name in made.slots}, made.live.engine.read_bytes())
         return engine
 
     def held(self, engine: Any) -> Mapping[str, torch.Tensor]:
