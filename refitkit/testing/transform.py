@@ -28,7 +28,12 @@ class TransformSuite:
 
     Write ``make_transform``, ``make_request`` and ``expected``; ``make_alone`` and
     ``expected_errors`` where they mean something.
+
+    Attributes:
+        for_others: Names that it makes for a later transform to take: no leaves of the plan.
     """
+
+    for_others: frozenset[str] = frozenset()
 
     def make_transform(self) -> WeightTransform:
         """A new transform."""
@@ -56,15 +61,20 @@ class TransformSuite:
 
     # -- what it makes ----------------------------------------------------------------------
 
-    def test_it_has_a_name(self) -> None:
-        """The same each time: reports say it."""
+    def test_it_has_a_name_and_a_priority(self) -> None:
+        """The same each time: reports say the one, and the other decides what it is asked about."""
         one: Any = self.make_transform()
         if not isinstance(one, WeightTransform):
             found = f"{type(one).__name__} lacks members."
-            raise Breach("WeightTransform", found, "Give it name and groups.")
-        names = {one.name, one.name, self.make_transform().name}
-        if len(names) > 1 or not isinstance(one.name, str) or not one.name:
-            raise Breach("WeightTransform.name", f"it is {names!r}.", "Give one name, always.")
+            raise Breach("WeightTransform", found, "Give it name, priority and groups.")
+        facts: list[Any] = [(t.name, t.priority) for t in (one, one, self.make_transform())]
+        name, priority = facts[0]
+        if not isinstance(name, str) or not name or not isinstance(priority, int):
+            found = f"they are {name!r} and {priority!r}."
+            raise Breach("WeightTransform.name", found, "Give a name and a whole number.")
+        if len(set(facts)) > 1:
+            found = f"they change: {facts}."
+            raise Breach("WeightTransform.name", found, "Give the same each time.")
 
     def test_values_are_bit_equal(self) -> None:
         """All that has to be made, and nothing else, bit for bit."""
@@ -79,7 +89,7 @@ class TransformSuite:
         """They take names of the source, give leaves of the plan, and share neither."""
         request = self.make_request(1)
         names = set(request.source.names())
-        leaves = {leaf.fqn for leaf in request.plan.data.leaves}
+        leaves = {leaf.fqn for leaf in request.plan.data.leaves} | self.for_others
         given: list[str] = []
         for group in self._groups(self.make_transform(), request):
             strange = [name for name in group.takes if name not in names]

@@ -40,6 +40,7 @@ class Plain:
     """A good transform: makes ``w.q`` and ``w.scale`` of ``w``."""
 
     name: Any = "plain"
+    priority: Any = 50
 
     def groups(self, request: TransformRequest) -> Any:
         names = request.source.names()
@@ -100,12 +101,20 @@ def breaks(check: str, says: str) -> Any:
     return note
 
 
-@breaks("it_has_a_name", "WeightTransform.name: it is {''}")
+@breaks("it_has_a_name_and_a_priority", "they are '' and 50")
 class Nameless(Plain):
     name = ""
 
 
-@breaks("it_has_a_name", "WeightTransform: Groupless lacks members")
+@breaks("it_has_a_name_and_a_priority", "they change: ")
+class Fickle(Plain):
+    @property
+    def priority(self) -> int:  # type: ignore[override]
+        self.asked = getattr(self, "asked", 0) + 1
+        return self.asked
+
+
+@breaks("it_has_a_name_and_a_priority", "WeightTransform: Groupless lacks members")
 class Groupless(Plain):
     groups = property(lambda _: (_ for _ in ()).throw(AttributeError()))  # type: ignore[assignment]
 

@@ -110,9 +110,15 @@ def test_the_environment_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] == "yes"
 
 
-@pytest.mark.parametrize("suites", [MySuite, [MySuite], lambda: [MySuite, MySuite]])
-def test_a_plugin_is_run_with_what_it_brings(refitkit_host: Hosts, suites: Any) -> None:
-    plugin = Plugin(suites)
+@pytest.mark.parametrize("suites", [Some, [Some], lambda: [Some, Some]])
+def test_a_plugin_brings_a_class_or_several_or_makes_them(
+    refitkit_host: Hosts, suites: Any
+) -> None:
+    assert check.suites_of("mine", refitkit_host(Plugin(suites))) == (Some,)
+
+
+def test_a_plugin_is_run_with_what_it_brings(refitkit_host: Hosts) -> None:
+    plugin = Plugin([MySuite])
     host: Host = refitkit_host(plugin)
     results = run("mine", host)
     assert {r.outcome for r in results if r.suite == "MySuite"} == {"passed", "skipped"}
@@ -122,7 +128,14 @@ def test_a_plugin_is_run_with_what_it_brings(refitkit_host: Hosts, suites: Any) 
     assert missing.suite == "StrategySuite"
     assert not missing.ok
     assert "refitkit_mapping_strategies" in missing.message
-    assert [r.check for r in run(plugin, host)] == [r.check for r in results]
+
+
+def test_a_plugin_may_be_given_itself(refitkit_host: Hosts) -> None:
+    plugin = Plugin()
+    host: Host = refitkit_host(plugin)
+    by_name, itself = run("mine", host), run(plugin, host)
+    assert [r.check for r in itself] == [r.check for r in by_name]
+    assert {r.suite for r in itself if r.outcome == "missing"} == {"EngineSuite", "StrategySuite"}
 
 
 def test_two_suites_of_one_name_are_both_run(refitkit_host: Hosts) -> None:
