@@ -25,13 +25,14 @@ ATTRIBUTE = "conformance_suites"
 """The attribute of a plugin that gives its suites."""
 
 WANTED = {
-    "refitkit_register_backends": "EngineSuite",
-    "refitkit_load_weights": "SourceSuite",
-    "refitkit_mapping_strategies": "StrategySuite",
-    "refitkit_weight_transforms": "TransformSuite",
-    "refitkit_verifiers": "VerifierSuite",
+    "BackendSuite": ("refitkit_register_backends",),
+    "EngineSuite": ("refitkit_register_backends", "refitkit_load_module"),
+    "SourceSuite": ("refitkit_load_weights",),
+    "StrategySuite": ("refitkit_mapping_strategies",),
+    "TransformSuite": ("refitkit_weight_transforms",),
+    "VerifierSuite": ("refitkit_verifiers",),
 }
-"""Which suite of the kit a plugin should bring for what it offers, by hook."""
+"""Hooks for whose offers a plugin should bring a suite of the kit, by suite."""
 
 
 def run(plugin: str | object, host: Host) -> list[CheckResult]:
@@ -111,12 +112,13 @@ def _missing(info: PluginInfo, brought: tuple[type, ...]) -> list[CheckResult]:
     from refitkit import testing  # noqa: PLC0415 - its names are imported when they are used
 
     found: list[CheckResult] = []
-    for hook, name in WANTED.items():
+    for name, hooks in WANTED.items():
         suite: type = getattr(testing, name)
-        if hook in info.hooks and not any(issubclass(one, suite) for one in brought):
+        here = [hook for hook in hooks if hook in info.hooks]
+        if here and not any(issubclass(one, suite) for one in brought):
             message = (
-                f"The plugin implements {hook} and brings no {name}: nothing says that what it "
-                f"offers keeps its contract. Write one (docs/guides/testing-plugins.md) and name "
+                f"The plugin implements {' and '.join(here)} and brings no {name}: nothing says "
+                f"that what it offers keeps its contract. Write one (docs/guides/testing-plugins.md) and name "
                 f"it in the entry-point group {GROUP!r}, under {info.name!r}."
             )
             found.append(CheckResult(suite=name, check="", outcome="missing", message=message))

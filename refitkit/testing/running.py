@@ -22,7 +22,12 @@ OFFERS = "OfferSuite"
 """Name under which checks of what a plugin offers are shown."""
 
 _FILE = "suites.refitkit"  # of a suffix that no other collector takes
-_NO_AUTOLOAD = "PYTEST_DISABLE_PLUGIN_AUTOLOAD"
+_ENVIRONMENT = {
+    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    "PYTEST_ADDOPTS": "",
+    "PYTEST_PLUGINS": "",
+}
+"""With these set, pytest takes nothing from where it happens to run."""
 
 
 class CheckResult(Frozen):
@@ -60,20 +65,22 @@ def run_suites(suites: Mapping[str, type]) -> list[CheckResult]:
 
     Raises:
         ToolchainError: pytest is not installed.
+        KeyboardInterrupt: The user has had enough.
     """
     pytest = _pytest()
     collector = _Collector(suites)
     with tempfile.TemporaryDirectory(prefix="refitkit-") as folder, _nothing_installed():
         (Path(folder) / _FILE).touch()
         arguments = ["-p", "no:terminal", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
-        arguments += ["-c", os.devnull, "--rootdir", folder, "--noconftest", folder]
-        code = pytest.main(arguments, plugins=[collector])
-    if not collector.results and code not in {
-        pytest.ExitCode.OK,
-        pytest.ExitCode.NO_TESTS_COLLECTED,
-    }:
-        message = f"pytest ended with {code!r} before any check."
-        return [CheckResult(suite="", check="", outcome="failed", message=message)]
+        arguments += ["--continue-on-collection-errors", "--noconftest", "-c", os.devnull]
+        code = pytest.main([*arguments, "--rootdir", folder, folder], plugins=[collector])
+    if code == pytest.ExitCode.INTERRUPTED:
+        raise KeyboardInterrupt
+    codes = pytest.ExitCode
+    if code not in {codes.OK, codes.TESTS_FAILED, codes.NO_TESTS_COLLECTED}:
+        message = f"pytest itself failed: {code!r}."
+        broken = CheckResult(suite="", check="", outcome="failed", message=message)
+        return [*collector.results, broken]
     return collector.results
 
 
@@ -91,15 +98,16 @@ def _pytest() -> Any:
 @contextmanager
 def _nothing_installed() -> Iterator[None]:
     """Have pytest load nothing that is installed beside it."""
-    before = os.environ.get(_NO_AUTOLOAD)
-    os.environ[_NO_AUTOLOAD] = "1"
+    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
+    os.environ.update(_ENVIRONMENT)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[_NO_AUTOLOAD]
-        else:
-            os.environ[_NO_AUTOLOAD] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 class _Collector:

@@ -96,9 +96,11 @@ def test_a_suite_that_cannot_be_made_is_a_failed_check() -> None:
         def test_one(self) -> None:
             pass
 
-    (result,) = run_suites({"Odd": Odd})
-    assert (result.suite, result.outcome) == ("Odd", "failed")
+    results = run_suites({"Odd": Odd, "Some": Some})
+    (result,) = [result for result in results if result.suite == "Odd"]
+    assert result.outcome == "failed"
     assert "number" in result.message
+    assert len(of(results, "Some")) == 6
 
 
 def test_the_environment_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,8 +108,27 @@ def test_the_environment_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     run_suites({"Some": Some})
     assert "PYTEST_DISABLE_PLUGIN_AUTOLOAD" not in os.environ
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "yes")
-    run_suites({"Some": Some})
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--no-such-option")
+    assert len(run_suites({"Some": Some})) == 6
     assert os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] == "yes"
+    assert os.environ["PYTEST_ADDOPTS"] == "--no-such-option"
+
+
+def test_an_interrupt_is_one() -> None:
+    class Long:
+        def test_forever(self) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_suites({"Long": Long})
+
+
+def test_a_failure_of_pytest_itself_is_told() -> None:
+    class Fatal:
+        def test_one(self) -> None:
+            pytest.exit("enough", returncode=3)
+
+    assert run_suites({"Fatal": Fatal})[-1].message.startswith("pytest itself failed")
 
 
 @pytest.mark.parametrize("suites", [Some, [Some], lambda: [Some, Some]])
@@ -124,10 +145,10 @@ def test_a_plugin_is_run_with_what_it_brings(refitkit_host: Hosts) -> None:
     assert {r.outcome for r in results if r.suite == "MySuite"} == {"passed", "skipped"}
     assert of(results, "MySuite")["test_every_slot_is_written"] == ("passed", "")
     assert of(results, "OfferSuite")["test_offers_keep_their_protocols"] == ("passed", "")
-    (missing,) = [r for r in results if r.outcome == "missing"]
-    assert missing.suite == "StrategySuite"
-    assert not missing.ok
-    assert "refitkit_mapping_strategies" in missing.message
+    missing = {r.suite: r for r in results if r.outcome == "missing"}
+    assert list(missing) == ["BackendSuite", "StrategySuite"]
+    assert not missing["StrategySuite"].ok
+    assert "refitkit_mapping_strategies" in missing["StrategySuite"].message
 
 
 def test_a_plugin_may_be_given_itself(refitkit_host: Hosts) -> None:
@@ -135,7 +156,11 @@ def test_a_plugin_may_be_given_itself(refitkit_host: Hosts) -> None:
     host: Host = refitkit_host(plugin)
     by_name, itself = run("mine", host), run(plugin, host)
     assert [r.check for r in itself] == [r.check for r in by_name]
-    assert {r.suite for r in itself if r.outcome == "missing"} == {"EngineSuite", "StrategySuite"}
+    assert {r.suite for r in itself if r.outcome == "missing"} == {
+        "BackendSuite",
+        "EngineSuite",
+        "StrategySuite",
+    }
 
 
 def test_two_suites_of_one_name_are_both_run(refitkit_host: Hosts) -> None:

@@ -12,7 +12,7 @@ import torch
 from refitkit.testing import isolation
 from refitkit.testing.scenes import ScenePlugin
 
-HEAVY = ("torch", "numpy", "safetensors", "pydantic", "pluggy.never", "refitkit.host")
+HEAVY = ("torch", "numpy", "safetensors", "pydantic", "refitkit.host")
 CODE = f"""
 import sys
 before = set(sys.modules)
