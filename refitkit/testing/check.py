@@ -118,8 +118,9 @@ def _missing(info: PluginInfo, brought: tuple[type, ...]) -> list[CheckResult]:
         if here and not any(issubclass(one, suite) for one in brought):
             message = (
                 f"The plugin implements {' and '.join(here)} and brings no {name}: nothing says "
-                f"that what it offers keeps its contract. Write one (docs/guides/testing-plugins.md) and name "
-                f"it in the entry-point group {GROUP!r}, under {info.name!r}."
+                "that what it offers keeps its contract. Write one "
+                "(docs/guides/testing-plugins.md), and name it in the entry-point group "
+                f"{GROUP!r}, under {info.name!r}."
             )
             found.append(CheckResult(suite=name, check="", outcome="missing", message=message))
     return found

@@ -55,6 +55,13 @@ def test_values_fit_and_differ_by_seed(dtype: str, shape: tuple[int, ...] | None
         assert (oracles.bits(sets[one]) != oracles.bits(sets[other])) is (count > 0)
 
 
+def test_values_have_zeros_of_either_sign() -> None:
+    """What compares values instead of bits shows."""
+    slot = slot_for("s", torch.zeros(3))
+    zeros = [oracles.random_values([slot], seed)["s"][0] for seed in (1, 2)]
+    assert [(float(zero), bool(zero.signbit())) for zero in zeros] == [(0, True), (0, False)]
+
+
 def test_bits_are_of_elements_in_their_order() -> None:
     value = torch.tensor([[0.0, -0.0], [float("nan"), 2.0]])
     assert oracles.bits(value.mT.contiguous().mT) == oracles.bits(value)
