@@ -64,6 +64,10 @@ class Host:
             if plugin is not None
         )
 
+    def plugin(self, name: str) -> object:
+        """The registered object or module of this name; None where there is none."""
+        return self._manager.get_plugin(name)
+
     def call(self, hook: str, **arguments: Any) -> Any:
         """Call a hook.
 

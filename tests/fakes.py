@@ -1,15 +1,13 @@
 """A backend in memory, and plugins, that fail when they are told to.
 
-Everything that could fail in a refit calls a :class:`Tripwire` with a label first. A dry run counts
-those calls; a test then arms one of them after another.
+What writers of plugins need, too, is in ``refitkit.testing``; here are the rest, and engines that
+keep what was staged.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,19 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import refitkit
-from refitkit.errors import Problem, WeightMismatchError
 from refitkit.model import (
     CallRef,
-    EngineMemory,
     Event,
-    Fingerprint,
     Guard,
-    Leaf,
-    LeafKind,
     LedgerRow,
     OpCall,
     PinnedRef,
-    PlanData,
     RefitReport,
     Slot,
     SlotState,
@@ -39,7 +31,6 @@ from refitkit.model import (
     Tensor,
     TensorInfo,
     VerificationResult,
-    fingerprint_of_slots,
 )
 from refitkit.pipeline.pipeline import PLAN
 from refitkit.program.facts import facts_of, tensors_of
@@ -54,194 +45,57 @@ from refitkit.protocols import (
     VerifyRequest,
 )
 from refitkit.recipe import RefitPlan, TensorMap
-from refitkit.recipe.store import index_of
+from refitkit.testing import fakes
+from refitkit.testing.fakes import BACKEND, FakeStaged, Tripwire, slot_for
+from refitkit.testing.oracles import bits
+from refitkit.testing.plans import leaf_for, make_plan, make_slot, plan_for, recipe_row
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-BACKEND = "fake"
+    from refitkit.errors import Problem
+
+__all__ = [  # what is the kit's, and tests import from here
+    "BACKEND",
+    "FakeStaged",
+    "Tripwire",
+    "leaf_for",
+    "make_plan",
+    "make_slot",
+    "plan_for",
+    "recipe_row",
+    "slot_for",
+]
 
 
-class Tripwire:
-    """Counts calls by label, and raises at some of them.
-
-    Attributes:
-        calls: Labels of all calls since it was armed.
-        faults: What to raise at which call, by its number.
-    """
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-        self.faults: dict[int, BaseException] = {}
-
-    def __call__(self, label: str) -> None:
-        number = len(self.calls)
-        self.calls.append(label)
-        if number in self.faults:
-            raise self.faults[number]
-
-    def arm(self, faults: Mapping[int, BaseException] | None = None) -> None:
-        """Count from 0 again, and raise these."""
-        self.calls = []
-        self.faults = dict(faults or {})
+# -- engines and modules that keep what was staged --------------------------------------------
 
 
-# -- engines ----------------------------------------------------------------------------------
-
-
-class FakeStaged:
-    """New values beside the live ones. ``did`` records which of its methods were called."""
-
-    def __init__(self, engine: FakeEngine, values: Mapping[str, torch.Tensor]) -> None:
-        self.engine, self.values = engine, values
-        self.did: list[str] = []
-        self._before: dict[str, torch.Tensor] = {}
-
-    def _trip(self, label: str) -> None:
-        self.engine.wire(f"{self.engine.name}.{label}")
-
-    def changed(self) -> bool | None:
-        self._trip("changed")
-        live = self.engine.live
-        return any(not _same(live[name], value) for name, value in self.values.items())
-
-    def commit(self) -> None:
-        self.did.append("commit")
-        self._trip("commit")
-        self._before = dict(self.engine.live)
-        for name, value in self.values.items():
-            self.engine.live[name] = value
-            self._trip(f"commit-{name}")  # a failure here leaves a mixture
-
-    def rollback(self) -> None:
-        self.did.append("rollback")
-        self._trip("rollback")
-        self.engine.live.update(self._before)
-        self._trip("rollback-end")
-
-    def discard(self) -> None:
-        self.did.append("discard")
-        self._trip("discard")
-
-
-class FakeEngine:
-    """An engine that takes all its weights at once and cannot be read."""
+class _Recording:
+    """Keeps everything that was ever staged, for tests to look at."""
 
     def __init__(
         self, name: str, values: Mapping[str, torch.Tensor], wire: Tripwire | None = None
     ) -> None:
-        self.name = name
-        self.live = {slot: value.detach().clone() for slot, value in values.items()}
-        self.wire = wire or Tripwire()
+        super().__init__(name, values, wire)  # type: ignore[call-arg]
         self.staged: list[FakeStaged] = []
-        readable = hasattr(self, "read")
-        self.slots = {
-            slot: slot_for(slot, value, name, readable=readable)
-            for slot, value in self.live.items()
-        }
-
-    @property
-    def memory(self) -> EngineMemory:
-        self.wire(f"{self.name}.memory")
-        size = sum(slot.nbytes for slot in self.slots.values())
-        return EngineMemory(engine=self.name, kind="device", bytes=size)
-
-    def stage(self, values: Sequence[SlotValue]) -> FakeStaged:
-        self.wire(f"{self.name}.stage")
-        given = [value.slot.name for value in values]
-        if sorted(given) != sorted(self.slots):
-            raise WeightMismatchError(f"{self.name} needs {sorted(self.slots)}, got {given}.")
-        return self._stage(values)
 
     def _stage(self, values: Sequence[SlotValue]) -> FakeStaged:
-        copies = {}
-        for value in values:
-            tensor, slot = value.load(), self.slots[value.slot.name]
-            if (str(tensor.dtype), tuple(tensor.shape)) != (f"torch.{slot.dtype}", slot.shape):
-                raise WeightMismatchError(f"{slot.name} does not fit.")
-            copies[slot.name] = tensor.detach().clone()
-        self.wire(f"{self.name}.stage-end")
-        staged = FakeStaged(self, copies)
+        staged = super()._stage(values)  # type: ignore[misc]
         self.staged.append(staged)
         return staged
 
 
-class OpenEngine(FakeEngine):
-    """An engine that can be read, refitted in part, and has a spare buffer."""
-
-    def read(self, slot: str) -> torch.Tensor:
-        self.wire(f"{self.name}.read")
-        return self.live[slot]
-
-    def stage_partial(self, values: Sequence[SlotValue]) -> FakeStaged:
-        self.wire(f"{self.name}.stage-partial")
-        return self._stage(values)
-
-    def free_spare(self) -> int:
-        return 1
+class FakeEngine(_Recording, fakes.FakeEngine):
+    """The kit's, recording."""
 
 
-# -- modules ----------------------------------------------------------------------------------
+class OpenEngine(_Recording, fakes.OpenEngine):
+    """The kit's, recording."""
 
 
-class FakeModule:
-    """An opened module. Called, it answers with all that its engines hold, times the input.
-
-    So any bit of any weight shows in the answer. Another answer can be given as a function of the
-    module and the inputs.
-    """
-
-    backend = BACKEND
-
-    def __init__(
-        self,
-        engines: Sequence[FakeEngine],
-        attachments: Mapping[str, bytes] | None = None,
-        wire: Tripwire | None = None,
-        answer: Callable[..., Any] | None = None,
-    ) -> None:
-        self.engines = {engine.name: engine for engine in engines}
-        self.attachments = dict(attachments or {})
-        self.wire = wire or Tripwire()
-        self.answer = answer
-        self.on_run: Callable[[], None] = lambda: None
-
-    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        self.wire("run")
-        self.on_run()
-        if self.answer is not None:
-            return self.answer(self, *args, **kwargs)
-        return {
-            f"{name}/{slot}": value * args[0] if args else value.clone()
-            for name, engine in self.engines.items()
-            for slot, value in engine.live.items()
-        }
-
-    def probe(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        self.wire("probe")
-        return self.run(args, kwargs)
-
-    def drain(self) -> None:
-        self.wire("drain")
-
-    def save(self, path: Path, attachments: Mapping[str, bytes]) -> None:
-        names = {name: list(engine.slots) for name, engine in self.engines.items()}
-        path.write_text(json.dumps({"engines": names, "attachments": sorted(attachments)}))
-        self.attachments = dict(attachments)
-
-    def reopen(self) -> FakeModule:
-        engines = [type(e)(e.name, e.live, e.wire) for e in self.engines.values()]
-        return FakeModule(engines, self.attachments, self.wire, self.answer)
-
-    # what tests ask
-
-    def holds(self) -> dict[str, torch.Tensor]:
-        """Copies of all live values, past every gate and every wire."""
-        return {
-            f"{name}/{slot}": value.clone()
-            for name, engine in self.engines.items()
-            for slot, value in engine.live.items()
-        }
+class FakeModule(fakes.FakeModule):
+    """The kit's, around engines that record."""
 
     def staged(self) -> list[FakeStaged]:
         """Everything that was ever staged, in order of engines."""
@@ -382,35 +236,6 @@ class KeyedPlugin(FakePlugin):
 # -- plans ------------------------------------------------------------------------------------
 
 
-def slot_for(
-    name: str, value: torch.Tensor, engine: str = "model", *, readable: bool = False
-) -> Slot:
-    """The slot that an engine would list for a tensor."""
-    return Slot(
-        engine=engine,
-        name=name,
-        dtype=str(value.dtype).removeprefix("torch."),
-        shape=tuple(value.shape),
-        count=value.numel(),
-        readable=readable,
-    )
-
-
-def make_slot(
-    name: str, shape: tuple[int, ...] = (2,), dtype: str = "float32", engine: str = "model"
-) -> Slot:
-    """A slot without a tensor."""
-    return Slot(engine=engine, name=name, dtype=dtype, shape=shape, count=math.prod(shape))
-
-
-def recipe_row(slot: Slot, *sources: str) -> LedgerRow:
-    """A row that takes its value from a source's tensor; by default of the slot's own name."""
-    names = sources or (slot.name,)
-    return LedgerRow(
-        slot=slot, state=SlotState.RECIPE, value=SourceRef(fqn=names[0]), sources=names
-    )
-
-
 def call_row(slot: Slot, call: int, *sources: str) -> LedgerRow:
     """A row whose value is the first result of a call."""
     return LedgerRow(slot=slot, state=SlotState.RECIPE, value=CallRef(call=call), sources=sources)
@@ -427,7 +252,7 @@ def guard_of(value: Any, now: torch.Tensor, reason: str = "bool() of it") -> Gua
     """A guard that holds while a value has the bits of a tensor."""
     return Guard(
         value=value,
-        sha256=hashlib.sha256(_raw(now)).hexdigest(),
+        sha256=hashlib.sha256(bits(now)[1]).hexdigest(),
         dtype=str(now.dtype).removeprefix("torch."),
         shape=tuple(now.shape),
         shown=str(now.tolist()),
@@ -444,46 +269,6 @@ def pinned_row(slot: Slot, *sources: str, name: str | None = None) -> LedgerRow:
         sources=sources,
         reason="a constant of the graph",
     )
-
-
-def leaf_for(slot: Slot, kind: LeafKind = LeafKind.PARAMETER, fqn: str | None = None) -> Leaf:
-    """The leaf that a slot comes from."""
-    return Leaf(fqn=fqn or slot.name, kind=kind, dtype=slot.dtype, shape=slot.shape or ())
-
-
-def make_plan(
-    rows: Sequence[LedgerRow],
-    *,
-    leaves: Sequence[Leaf] | None = None,
-    ties: Sequence[tuple[str, ...]] = (),
-    calls: Sequence[OpCall] = (),
-    guards: Sequence[Guard] = (),
-    pinned: Mapping[str, torch.Tensor] | None = None,
-    backend: str = BACKEND,
-    graph: str = "0" * 64,
-) -> RefitPlan:
-    """A plan around rows; by default with a parameter for each source that a row names."""
-    if leaves is None:
-        named = {name: leaf_for(row.slot, fqn=name) for row in rows for name in row.sources}
-        leaves = tuple(named.values())
-    pinned = dict(pinned or {})
-    data = PlanData(
-        backend=backend,
-        leaves=tuple(leaves),
-        ties=tuple(ties),
-        ledger=tuple(rows),
-        calls=tuple(calls),
-        guards=tuple(guards),
-        pinned=index_of(pinned),
-        fingerprint=Fingerprint(graph=graph, slots=fingerprint_of_slots(row.slot for row in rows)),
-    )
-    return RefitPlan(data, pinned)
-
-
-def plan_for(module: FakeModule, **more: Any) -> RefitPlan:
-    """A plan that takes every slot from the parameter of its name."""
-    slots = [slot for engine in module.engines.values() for slot in engine.slots.values()]
-    return make_plan([recipe_row(slot) for slot in slots], **more)
 
 
 def weights_for(module: FakeModule, fill: float) -> dict[str, torch.Tensor]:
@@ -651,20 +436,11 @@ class CountingMapping(Mapping[str, torch.Tensor]):
         return len(self._tensors)
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal bits, found without the package under test."""
-    return _raw(a) == _raw(b)
-
-
-def _raw(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
 def same_state(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
     """Whether two dicts hold the same bits under the same names."""
     return a.keys() == b.keys() and all(
         a[name].dtype == b[name].dtype
         and a[name].shape == b[name].shape
-        and _same(a[name], b[name])
+        and bits(a[name]) == bits(b[name])
         for name in a
     )

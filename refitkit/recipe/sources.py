@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,16 +64,39 @@ def _extent(value: torch.Tensor) -> int:
     return int((value.storage_offset() + last + 1) * value.itemsize)
 
 
-def require_values(slots: Collection[str], values: Iterable[SlotValue]) -> None:
-    """Check that a full refit has a value for every slot.
+def require_values(
+    slots: Collection[str], values: Iterable[SlotValue], *, partial: bool = False
+) -> None:
+    """Check that there is one value for each slot of an engine, before any is loaded.
+
+    Args:
+        slots: Names of all slots.
+        values: What was given.
+        partial: Whether slots without a value keep theirs.
 
     Raises:
-        WeightMismatchError: It has not; lists the slots.
+        WeightMismatchError: Lists all that are unknown, given twice, or missing.
     """
-    missing = set(slots) - {value.slot.name for value in values}
-    if missing:
-        problems = [Problem(name, "missing") for name in sorted(missing)]
-        raise WeightMismatchError("A full refit needs a value for every slot.", problems=problems)
+    problems = odd_names(slots, values, partial=partial)
+    if problems:
+        message = "The values are not those of the engine's weights."
+        raise WeightMismatchError(message, problems=problems)
+
+
+def odd_names(
+    slots: Collection[str], values: Iterable[SlotValue], *, partial: bool = False
+) -> list[Problem]:
+    """Names that are unknown, given twice, or missing; see ``require_values``."""
+    given = Counter(value.slot.name for value in values)
+    problems = [
+        Problem(name, "unexpected", hint="the engine has no such weight")
+        for name in sorted(given.keys() - set(slots))
+    ]
+    problems += [Problem(n, "given twice") for n, times in sorted(given.items()) if times > 1]
+    if not partial:
+        hint = "a full refit needs a value for every slot"
+        problems += [Problem(n, "missing", hint=hint) for n in sorted(set(slots) - given.keys())]
+    return problems
 
 
 def describe_tensor(value: Any, *, persistent: bool = True) -> TensorInfo:

@@ -111,10 +111,14 @@ class AOTInductorEngine:
     def stage(self, values: Sequence[SlotValue]) -> StagedSwap:
         """Write all slots of the inactive buffer; see ``refitkit.protocols.Engine``."""
         require_values(self._slots, values)
-        return self.stage_partial(values)
+        return self._stage(values)
 
     def stage_partial(self, values: Sequence[SlotValue]) -> StagedSwap:
         """Write some slots of the inactive buffer and bring the others up to date."""
+        require_values(self._slots, values, partial=True)
+        return self._stage(values)
+
+    def _stage(self, values: Sequence[SlotValue]) -> StagedSwap:
         inactive = self._ready_inactive()
         names = [value.slot.name for value in values]
         carried = self._stale - set(names)

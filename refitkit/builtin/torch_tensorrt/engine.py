@@ -16,6 +16,7 @@ from refitkit.builtin.torch_tensorrt.rollback import WeightSets
 from refitkit.builtin.torch_tensorrt.upload import Uploader
 from refitkit.errors import EngineError, NotRefittableError, Problem, WeightMismatchError
 from refitkit.model import EngineMemory, Slot
+from refitkit.recipe.sources import require_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -198,7 +199,7 @@ class RefitterEngine:
         return self._stage(values, partial=True)
 
     def _stage(self, values: Sequence[SlotValue], *, partial: bool) -> StagedRefit:
-        staging.check_names(self.facts, values, partial=partial)
+        require_values(self.facts, values, partial=partial)
         sets = self.sets
         sets.begin(partial=partial)
         staging.fill(sets.staging, self.facts, values, self._uploader)
@@ -229,7 +230,7 @@ class RefitterEngine:
         Raises:
             WeightMismatchError: They are not values of this engine.
         """
-        staging.check_names(self.facts, values, partial=False)
+        require_values(self.facts, values)
         sets = self.sets
         sets.live = None
         staging.fill(sets.staging, self.facts, values, self._uploader)

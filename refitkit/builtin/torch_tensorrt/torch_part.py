@@ -12,7 +12,7 @@ from refitkit.errors import Problem, WeightMismatchError
 from refitkit.model import EngineMemory, Slot
 from refitkit.program.bits import same_bits
 from refitkit.program.dtypes import dtype_name
-from refitkit.recipe.sources import require_values
+from refitkit.recipe.sources import odd_names
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -82,9 +82,12 @@ class TorchPartEngine:
         return self.live[slot]
 
     def stage(self, values: Sequence[SlotValue]) -> StagedTensors:
-        """Copy new values for all tensors."""
-        require_values(self.live, values)
-        return self.stage_partial(values)
+        """Copy new values for all tensors.
+
+        Raises:
+            WeightMismatchError: Lists all that do not fit.
+        """
+        return self._stage(values, partial=False)
 
     def stage_partial(self, values: Sequence[SlotValue]) -> StagedTensors:
         """Copy new values for some tensors.
@@ -92,13 +95,16 @@ class TorchPartEngine:
         Raises:
             WeightMismatchError: Lists all that do not fit.
         """
+        return self._stage(values, partial=True)
+
+    def _stage(self, values: Sequence[SlotValue], *, partial: bool) -> StagedTensors:
         live = self.live
-        problems: list[Problem] = []
+        problems = odd_names(live, values, partial=partial)
         names: list[str] = []
         with torch.no_grad():
-            for value in values:
+            for value in (known for known in values if known.slot.name in live):
                 name, tensor = value.slot.name, value.load()
-                found = list(_misfits(name, live.get(name), tensor))
+                found = list(_misfits(name, live[name], tensor))
                 problems += found
                 if not found:
                     names.append(name)
@@ -151,10 +157,7 @@ class StagedTensors:
         return any(not same_bits(self._new[name], self._live[name]) for name in self._names)
 
 
-def _misfits(name: str, live: torch.Tensor | None, value: torch.Tensor) -> Iterator[Problem]:
-    if live is None:
-        yield Problem(name, "unexpected", hint="the module has no such tensor")
-        return
+def _misfits(name: str, live: torch.Tensor, value: torch.Tensor) -> Iterator[Problem]:
     found = f"{dtype_name(value.dtype)} {tuple(value.shape)}"
     wanted = f"{dtype_name(live.dtype)} {tuple(live.shape)}"
     if found != wanted:

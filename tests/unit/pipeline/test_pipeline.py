@@ -457,7 +457,11 @@ def test_a_call_is_handed_on() -> None:
 
 
 def test_freeing_the_spare(pipeline: Pipeline) -> None:
-    assert pipeline.load(make_module(3)).free_spare() == 3
+    compiled = pipeline.load(make_module(3))
+    assert compiled.free_spare() == 0
+    pipeline.refit(compiled, weights_for(compiled.opened, 5.0))
+    assert compiled.free_spare() == sum(slot.nbytes for slot in compiled.slots)
+    assert compiled.free_spare() == 0
 
 
 def test_copying_and_freeing_are_refused_inside_a_refit(pipeline: Pipeline) -> None:

@@ -125,10 +125,14 @@ class NetworkEngine:
     def stage(self, values: Sequence[SlotValue]) -> StagedBuild:
         """Build with new values for all slots; see ``refitkit.protocols.Engine``."""
         require_values(self._slots, values)
-        return self.stage_partial(values)
+        return self._stage(values)
 
     def stage_partial(self, values: Sequence[SlotValue]) -> StagedBuild:
         """Build with new values for some slots, and the present ones for the others."""
+        require_values(self._slots, values, partial=True)
+        return self._stage(values)
+
+    def _stage(self, values: Sequence[SlotValue]) -> StagedBuild:
         path = self._scratch.new("weights")
         self.free_spare()
         try:

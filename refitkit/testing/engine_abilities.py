@@ -1,0 +1,222 @@
+"""Checks of what an engine says it can do: readback, partial, a spare buffer, warming, memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from refitkit.protocols import (
+    SupportsPartial,
+    SupportsReadback,
+    SupportsSpareBuffer,
+    SupportsWarming,
+)
+from refitkit.testing import oracles
+from refitkit.testing.breach import Breach, refusal, skip
+from refitkit.testing.engine_base import A, B, C, EngineBase
+from refitkit.testing.layouts import of_other_dtypes, of_other_shapes
+from refitkit.testing.memory import NewMemory
+
+_READ = "SupportsReadback.read"
+_PARTIAL = "SupportsPartial.stage_partial"
+_SPARE = "SupportsSpareBuffer.free_spare"
+_WARM = "SupportsWarming.warm"
+_MEMORY = "Engine.memory"
+_SLACK = 512  # bytes for each slot: alignment
+_REFITS = 6  # so many that a leak of one set of weights each is more than any engine declares
+
+
+class AbilityChecks(EngineBase):
+    """Each declared capability is true; what is not declared is skipped."""
+
+    # -- readback ---------------------------------------------------------------------------
+
+    def test_slots_say_whether_they_can_be_read(self) -> None:
+        """``Slot.readable`` is so exactly where the engine has ``read``."""
+        engine = self.make_engine()
+        can = isinstance(engine, SupportsReadback)
+        wrong = sorted(name for name, slot in engine.slots.items() if slot.readable is not can)
+        if wrong:
+            has = "has" if can else "lacks"
+            found = f"the engine {has} read, and slots say otherwise: {oracles.shown(wrong)}."
+            raise Breach("Slot.readable", found, "Say of each slot what is so.")
+
+    def test_what_is_read_is_what_is_held(self) -> None:
+        """At first, once staged, after a commit, and after a rollback; in the slot's shape."""
+        engine = self._engine_that(SupportsReadback, "read")
+        self._require_read(engine, "at first")
+        staged = self.stage(engine, self.make_values(engine, B))
+        self._require_read(engine, "once values are staged")
+        staged.commit()
+        self._require_read(engine, "after a commit")
+        staged.rollback()
+        self._require_read(engine, "after a rollback")
+
+    def _require_read(self, engine: Any, when: str) -> None:
+        held = self.snapshot(engine)
+        for name, slot in engine.slots.items():
+            read = engine.read(name)
+            if oracles.bits(read) != held[name]:
+                found = f"{when}, what is read of {name!r} is not what the engine holds."
+                raise Breach(_READ, found, "Read the live value, always.")
+            if slot.shape is not None and tuple(read.shape) != slot.shape:
+                found = f"{when}, {name!r} is read as {tuple(read.shape)}, and is {slot.shape}."
+                raise Breach(_READ, found, "Give it in the shape of its slot.")
+
+    def test_reading_copies_nothing(self) -> None:
+        """What is read is an alias: read twice, it is the same memory."""
+        engine = self._engine_that(SupportsReadback, "read")
+        for name, slot in engine.slots.items():
+            if slot.count and engine.read(name).data_ptr() != engine.read(name).data_ptr():
+                found = f"{name!r} is copied whenever it is read."
+                raise Breach(_READ, found, "Give an alias of the live value; who keeps it copies.")
+
+    # -- in part ----------------------------------------------------------------------------
+
+    def test_a_partial_refit_leaves_all_other_slots(self) -> None:
+        """One slot after another, each between other refits: the others keep every bit."""
+        engine = self._engine_that(SupportsPartial, "stage_partial")
+        for name, slot in engine.slots.items():
+            before = self.snapshot(engine)
+            value = self.make_values(engine, C)[name]
+            staged = self.partly(engine, [oracles.given(slot, value)])
+            advice = "Keep new values beside the live ones until commit."
+            self.require_held(engine, before, _PARTIAL, f"once {name!r} is staged", advice)
+            staged.commit()
+            wanted = {**before, name: oracles.bits(value)}
+            advice = "Change what is given, and bring what is not along from the live values."
+            self.require_held(engine, wanted, _PARTIAL, f"after a refit of {name!r} alone", advice)
+            self.commit(engine, self.make_values(engine, B))
+
+    def test_a_partial_refit_can_be_taken_back(self) -> None:
+        """After its rollback every bit is as before, and so after one more refit in part."""
+        engine = self._engine_that(SupportsPartial, "stage_partial")
+        for name, slot in engine.slots.items():
+            before = self.snapshot(engine)
+            staged = self.partly(engine, [oracles.given(slot, self.make_values(engine, C)[name])])
+            staged.commit()
+            staged.rollback()
+            advice = "Keep the old values of what was given."
+            when = f"after a rollback of a refit of {name!r} alone"
+            self.require_held(engine, before, "StagedRefit.rollback", when, advice)
+
+    def test_a_partial_refit_follows_one_that_was_discarded(self) -> None:
+        """What was staged and discarded does not come back with the next refit in part."""
+        engine = self._engine_that(SupportsPartial, "stage_partial")
+        before = self.snapshot(engine)
+        for name, slot in engine.slots.items():
+            self.stage(engine, self.make_values(engine, B)).discard()
+            value = self.make_values(engine, C)[name]
+            self.partly(engine, [oracles.given(slot, value)]).commit()
+            before = {**before, name: oracles.bits(value)}
+            when = f"after a refit of {name!r} alone that followed a discarded one"
+            advice = "Slots that are not given keep their live values, not staged ones."
+            self.require_held(engine, before, _PARTIAL, when, advice)
+
+    def test_a_partial_refit_refuses_what_does_not_fit(self) -> None:
+        """As a whole one does: dtype, shape, unknown names, a name given twice."""
+        engine = self._engine_that(SupportsPartial, "stage_partial")
+        before = self.snapshot(engine)
+        for name, slot in engine.slots.items():
+            value = self.make_values(engine, B)[name]
+            good, unknown = oracles.given(slot, value), slot.model_copy(update={"name": "no such"})
+            odd = [("given twice", [good, good]), ("unknown", [oracles.given(unknown, value)])]
+            for other in (*of_other_dtypes(value), *of_other_shapes(slot, value)):
+                what = f"{other.dtype} {tuple(other.shape)}"
+                odd.append((what, [oracles.given(slot, other)]))
+            for what, values in odd:
+                shown = f"for {name!r}, a value that is {what}"
+                with refusal(_PARTIAL, shown, "Check as stage does."):
+                    self.partly(engine, values).commit()
+                advice = "Check before anything is written."
+                self.require_held(engine, before, _PARTIAL, f"after {shown} was refused", advice)
+
+    # -- the spare buffer -------------------------------------------------------------------
+
+    def test_the_spare_buffer_can_be_freed(self) -> None:
+        """It tells its bytes, then 0; live values stay; the next refit and its rollback are right.
+
+        After two refits there is one to free.
+        """
+        engine = self._engine_that(SupportsSpareBuffer, "free_spare")
+        self.commit(engine, self.make_values(engine, B))
+        before = self.snapshot(engine)
+        freed, again = engine.free_spare(), engine.free_spare()
+        if not isinstance(freed, int) or freed <= 0 or again != 0:
+            found = f"after two refits it returned {freed!r}, and then {again!r}."
+            advice = "Return the bytes that are given back: more than 0, then 0."
+            raise Breach(_SPARE, found, advice)
+        advice = "Free what is not live."
+        self.require_held(engine, before, _SPARE, "after it", advice)
+        values = self.make_values(engine, C)
+        wanted = oracles.snapshot(values)
+        staged = self.commit(engine, values)
+        advice = "Allocate it again when it is needed."
+        self.require_held(engine, wanted, _SPARE, "in the refit after it", advice)
+        staged.rollback()
+        self.require_held(engine, before, _SPARE, "after a rollback of that refit", advice)
+
+    # -- warming ----------------------------------------------------------------------------
+
+    def test_warming_changes_nothing(self) -> None:
+        """Not the weights, whether they were ever refitted or not; refits after it are right."""
+        for engine, what in (
+            (self.make_engine(), "a new engine"),
+            (self.ready(), "a refitted one"),
+        ):
+            if not isinstance(engine, SupportsWarming):
+                skip("the engine does not say that it can be warmed")
+            before = self.snapshot(engine)
+            told: list[Any] = []
+            engine.warm(told.append)
+            odd = [text for text in told if not isinstance(text, str)]
+            if odd:
+                found = f"it tells {odd[0]!r} of {what}."
+                raise Breach(_WARM, found, "Tell of progress in words.")
+            advice = "Write nothing that is not live already."
+            self.require_held(engine, before, _WARM, f"after it, of {what}", advice)
+            values = self.make_values(engine, C)
+            wanted = oracles.snapshot(values)
+            self.commit(engine, values)
+            when = f"in the refit after it, of {what}"
+            self.require_held(engine, wanted, _WARM, when, "Leave nothing behind.")
+
+    # -- memory -----------------------------------------------------------------------------
+
+    def test_staging_keeps_no_more_than_it_says(self) -> None:
+        """What torch holds once values are staged: those, and the declared way back."""
+        engine = self.ready()
+        limit = self._limit(engine)
+        values = self.make_values(engine, B)
+        with NewMemory() as memory:
+            staged = self.stage(engine, values)
+        kept = memory.kept()
+        staged.discard()
+        if kept > limit:
+            found = f"once staged, {kept} bytes are kept; declared are {limit} with the new values."
+            raise Breach(_MEMORY, found, "Keep less, or declare it.")
+
+    def test_refits_do_not_pile_up(self) -> None:
+        """After many refits no more is kept than after one."""
+        engine = self.ready()
+        limit = self._limit(engine)
+        sets = [self.make_values(engine, seed) for seed in (A, B)]
+        with NewMemory() as memory:
+            for number in range(_REFITS):
+                self.commit(engine, sets[number % 2])
+        kept = memory.kept()
+        if kept > limit:
+            found = f"after {_REFITS} refits {kept} bytes are kept; declared are {limit} with the "
+            raise Breach(_MEMORY, f"{found}new values.", "Let go of what earlier refits needed.")
+
+    @staticmethod
+    def _limit(engine: Any) -> int:
+        slots = engine.slots.values()
+        new: int = sum(slot.nbytes + _SLACK for slot in slots)
+        held: int = engine.memory.bytes
+        return held + new
+
+    def _engine_that(self, ability: type, method: str) -> Any:
+        engine = self.ready()
+        if not isinstance(engine, ability):
+            skip(f"the engine has no {method}")
+        return engine

@@ -1,0 +1,248 @@
+"""Broken backends, one for each check of ``BackendSuite`` and more."""
+
+from __future__ import annotations
+
+import copy
+import json
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from refitkit.errors import ConfigError, InputMismatchError
+from refitkit.protocols import PlanDraft
+from refitkit.testing import BackendSuite
+from refitkit.testing.fakes import FakeModule, OpenEngine
+from refitkit.testing.plans import recipe_row
+from tests.conformance.bites import Bite
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 2)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"y": torch.relu(self.linear(x))}
+
+
+@cache
+def exported() -> Any:
+    torch.manual_seed(0)
+    return torch.export.export(Net().eval(), (torch.ones(4, 3),))
+
+
+class Module(FakeModule):
+    """A good module: the eager program with its engine's weights."""
+
+    backend = "plain"
+
+    def run(self, args: Any, kwargs: Any) -> Any:
+        if [tuple(arg.shape) for arg in args] != [(4, 3)]:
+            raise InputMismatchError("It takes one input of 4 x 3.")
+        with torch.no_grad():
+            return torch.func.functional_call(exported().module(), self.weights(), args)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return dict(self.engines["all"].live)
+
+    def save(self, path: Path, attachments: Mapping[str, bytes]) -> None:
+        path.write_text(json.dumps({"of": "plain", **{k: v.hex() for k, v in attachments.items()}}))
+
+
+class Plain:
+    """A good backend."""
+
+    name: Any = "plain"
+    module = Module
+
+    def compile(self, program: Any, options: Any, tools: Any) -> Any:
+        if options:
+            raise ConfigError(f"There are no options {sorted(options)}.")
+        return self.module([OpenEngine("all", dict(program.state_dict))])
+
+    def draft(self, parts: Any, module: Any, tools: Any) -> Any:
+        return PlanDraft(tuple(recipe_row(slot) for slot in module.engines["all"].slots.values()))
+
+    def _read(self, path: Path) -> Any:
+        try:
+            found = json.loads(path.read_text())
+        except ValueError:
+            return None
+        return found if found.pop("of", "") == "plain" else None
+
+    def describe(self, path: Path) -> Any:
+        found = self._read(path)
+        return None if found is None else {"backend": "plain"}
+
+    def attachments(self, path: Path) -> Any:
+        return {name: bytes.fromhex(text) for name, text in (self._read(path) or {}).items()}
+
+
+class Good(BackendSuite):
+    backend: type[Plain] = Plain
+
+    def make_backend(self) -> Any:
+        return self.backend()
+
+    def make_program(self) -> Any:
+        return copy.deepcopy(exported())
+
+    def inputs(self) -> Any:
+        return (torch.arange(12.0).reshape(4, 3),)
+
+    def make_parts(self, program: Any, module: Any) -> Any:
+        return {"all": program}
+
+    def held(self, module: Any) -> Any:
+        return dict(module.engines["all"].live)
+
+
+BITES: list[Bite] = []
+
+
+def breaks(check: str, says: str) -> Any:
+    def note(thing: type) -> type:
+        kind = (
+            type(thing.__name__, (Plain,), {"module": thing}) if thing in _modules(thing) else thing
+        )
+        suite = type(thing.__name__, (Good,), {"backend": kind})
+        BITES.append(Bite(f"test_{check}", suite, says, Good))
+        return thing
+
+    return note
+
+
+def _modules(thing: type) -> list[type]:
+    return [thing] if issubclass(thing, FakeModule) else []
+
+
+@breaks("it_has_a_name", "Backend.name: it is {''}")
+class Nameless(Plain):
+    name = ""
+
+
+@breaks("it_has_a_name", "Backend: Undescribed lacks members")
+class Undescribed(Plain):
+    describe = property(lambda _: (_ for _ in ()).throw(AttributeError()))  # type: ignore[assignment]
+
+
+@breaks("unknown_options_are_refused", "an unknown option is accepted")
+class Ignores(Plain):
+    def compile(self, program: Any, options: Any, tools: Any) -> Any:
+        return super().compile(program, {}, tools)
+
+
+@breaks("unknown_options_are_refused", "answered with TypeError")
+class Stumbles(Plain):
+    def compile(self, program: Any, options: Any, tools: Any) -> Any:
+        return super().compile(program, dict(**options) and sum(options), tools)
+
+
+@breaks("compiling_leaves_the_program_alone", "it changed the program: 'calls'")
+class Counts(Plain):
+    def compile(self, program: Any, options: Any, tools: Any) -> Any:
+        program.state_dict["calls"].add_(1)
+        return super().compile(program, options, tools)
+
+
+@breaks("the_module_is_of_the_backend", "it is 'other', and the backend is 'plain'")
+class OfOther(Module):
+    backend = "other"
+
+
+@breaks("the_module_is_of_the_backend", r"engines stand under other names: \['0'\]")
+class Numbers(Module):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.engines = {str(n): e for n, e in enumerate(self.engines.values())}
+
+
+@breaks("it_answers_like_the_program", "OpenedModule.run: outputs are not the program's")
+class Negates(Module):
+    probe = Module.run
+
+    def run(self, args: Any, kwargs: Any) -> Any:
+        return {"y": -super().run(args, kwargs)["y"] - 1}
+
+
+@breaks("it_answers_like_the_program", "OpenedModule.probe: outputs are not the program's")
+class Unwraps(Module):
+    def probe(self, args: Any, kwargs: Any) -> Any:
+        return self.run(args, kwargs)["y"]
+
+
+@breaks("wrong_inputs_are_refused", "inputs of another shape are accepted")
+class TakesAny(Module):
+    def run(self, args: Any, kwargs: Any) -> Any:
+        return super().run((args[0].reshape(-1)[:12].reshape(4, 3),), kwargs)
+
+
+@breaks("wrong_inputs_are_refused", "answered with RuntimeError")
+class LetsTorchSay(Module):
+    def run(self, args: Any, kwargs: Any) -> Any:
+        return super().run((args[0].view(4, 3),), kwargs)
+
+
+@breaks("probing_changes_nothing", "it changed 'calls'")
+class CountsProbes(Module):
+    def probe(self, args: Any, kwargs: Any) -> Any:
+        self.engines["all"].live["calls"] += 1
+        return self.run(args, kwargs)
+
+
+@breaks("a_second_module_is_independent", "a refit of the second changed the first")
+class SharesEngines(Module):
+    def reopen(self) -> Any:
+        return type(self)(list(self.engines.values()))
+
+
+@breaks("a_second_module_is_independent", "the second has other weights: 'linear.bias', 'linear.w")
+class FromScratch(Module):
+    def reopen(self) -> Any:
+        live = self.engines["all"].live
+        return type(self)([OpenEngine("all", {n: torch.zeros_like(v) for n, v in live.items()})])
+
+
+@breaks("every_slot_is_planned_once", "not planned exactly once: 'all/calls'")
+class LeavesOut(Plain):
+    def draft(self, parts: Any, module: Any, tools: Any) -> Any:
+        rows = super().draft(parts, module, tools).rows
+        return PlanDraft(tuple(row for row in rows if row.slot.name != "calls"))
+
+
+@breaks("every_slot_is_planned_once", "not planned exactly once: 'all/calls'|'all/linear")
+class PlansTwice(Plain):
+    def draft(self, parts: Any, module: Any, tools: Any) -> Any:
+        return PlanDraft(super().draft(parts, module, tools).rows * 2)
+
+
+@breaks("planning_leaves_the_program_alone", "it changed the program: 'linear.bias'")
+class Zeroes(Plain):
+    def draft(self, parts: Any, module: Any, tools: Any) -> Any:
+        bias = parts["all"].state_dict["linear.bias"]
+        bias.data = bias.data * 1.5
+        return super().draft(parts, module, tools)
+
+
+@breaks("what_is_saved_is_told", "it does not know its own file")
+class Forgets(Plain):
+    def describe(self, path: Path) -> Any:
+        return None
+
+
+@breaks("what_is_saved_is_told", r"saved with \['note.txt'\], it gives \[\]")
+class LosesNotes(Module):
+    def save(self, path: Path, attachments: Mapping[str, bytes]) -> None:
+        super().save(path, {})
+
+
+@breaks("foreign_files_are_not_its_own", "of a file of no backend it says {'backend': 'plain'}")
+class KnowsAll(Plain):
+    def describe(self, path: Path) -> Any:
+        return {"backend": "plain"}

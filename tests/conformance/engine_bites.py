@@ -1,0 +1,591 @@
+"""Broken engines, one for each check of ``EngineSuite`` and more."""
+
+from __future__ import annotations
+
+import contextlib
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from refitkit.errors import WeightMismatchError
+from refitkit.model import EngineMemory
+from refitkit.testing.fakes import FakeStaged, OpenEngine, Tripwire
+from tests.conformance.bites import Bite
+from tests.conformance.test_fakes import TestOpenEngine
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from refitkit.protocols import SlotValue
+
+VALUES = {
+    "matrix": torch.arange(6.0).reshape(2, 3),
+    "half": torch.zeros(3).half(),
+    "complex": torch.zeros(2, 2, dtype=torch.complex64),
+    "whole": torch.zeros(2, 4, dtype=torch.int8),
+}
+
+
+class Open(OpenEngine):
+    """A good engine whose parts can be broken one by one."""
+
+    Staged = FakeStaged
+
+    def __init__(self) -> None:
+        super().__init__("engine", VALUES, Tripwire())
+
+    def known(self, name: str, copies: dict[str, Any]) -> None:
+        if name in copies or name not in self.slots:
+            raise WeightMismatchError(f"{name} is given twice, or is no slot.")
+
+    def copied(self, slot: Any, tensor: torch.Tensor) -> torch.Tensor:
+        if (str(tensor.dtype), tuple(tensor.shape)) != (f"torch.{slot.dtype}", slot.shape):
+            raise WeightMismatchError(f"{slot.name} does not fit.")
+        plain = tensor.detach().resolve_conj().resolve_neg()
+        return plain.clone(memory_format=torch.contiguous_format)
+
+    def _stage(self, values: Sequence[SlotValue]) -> FakeStaged:
+        copies: dict[str, torch.Tensor] = {}
+        for value in values:
+            self.known(value.slot.name, copies)
+            copies[value.slot.name] = self.copied(self.slots[value.slot.name], value.load())
+        return self.Staged(self, copies)
+
+
+class Good(TestOpenEngine):
+    """The suite for it."""
+
+    engine: type[Open] = Open
+
+    def make_engine(self) -> Any:
+        return self.engine()
+
+
+BITES: list[Bite] = []
+
+
+def breaks(check: str, says: str) -> Any:
+    """Note a broken engine, or a broken ``StagedRefit``, for a check."""
+
+    def note(thing: type) -> type:
+        engine = thing
+        if issubclass(thing, FakeStaged):
+            engine = type(thing.__name__, (Open,), {"Staged": thing})
+        suite = type(thing.__name__, (Good,), {"engine": engine})
+        BITES.append(Bite(f"test_{check}", suite, says, Good))
+        return thing
+
+    return note
+
+
+# -- slots ------------------------------------------------------------------------------------
+
+
+@breaks("slots_are_listed_under_their_own_names", r"under 'my matrix' .* stands the slot")
+class Renames(Open):
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots = {f"my {name}": slot for name, slot in self.slots.items()}
+
+
+@breaks("slots_are_listed_under_their_own_names", "stands the slot .'another', 'matrix'")
+class OfAnother(Open):
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots = {
+            name: slot.model_copy(update={"engine": "another"}) for name, slot in self.slots.items()
+        }
+
+
+@breaks("slots_are_listed_under_their_own_names", "stands a tuple. Give values of")
+class Tuples(Open):
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots = {name: (slot.dtype, slot.shape) for name, slot in self.slots.items()}  # type: ignore[misc]
+
+
+@breaks("slots_are_the_same_each_time", "after a refit, slots are other ones: 'matrix'")
+class LosesShapes(Open):
+    def _stage(self, values: Any) -> Any:
+        staged = super()._stage(values)
+        self.slots = {
+            **self.slots,
+            "matrix": self.slots["matrix"].model_copy(update={"shape": None}),
+        }
+        return staged
+
+
+@breaks("slots_are_the_same_each_time", "of a second engine of the same kind")
+class Counts(Open):
+    made = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        Counts.made += 1
+        odd = self.slots["half"].model_copy(update={"device": f"cuda:{Counts.made}"})
+        self.slots = {**self.slots, "half": odd}
+
+
+@breaks("slots_tell_what_the_engine_holds", "weights that are no slots: 'whole'")
+class Hides(Open):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.slots["whole"]
+
+
+@breaks("slots_tell_what_the_engine_holds", r"'half' is said to be float32 x 3, and is float16 x 3")
+class Lies(Open):
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots["half"] = self.slots["half"].model_copy(update={"dtype": "float32"})
+
+
+@breaks("slots_tell_what_the_engine_holds", r"'matrix' has the shape \(3, 3\) and 6 elements")
+class Misshapes(Open):
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots["matrix"] = self.slots["matrix"].model_copy(update={"shape": (3, 3)})
+
+
+@breaks("memory_is_told", "Engine.memory: before a refit it says .*bytes=-1")
+class Negative(Open):
+    @property
+    def memory(self) -> EngineMemory:
+        return EngineMemory(engine=self.name, kind="none", bytes=-1)
+
+
+@breaks("memory_is_told", "is a int. Give an EngineMemory")
+class Numbers(Open):
+    memory = 5  # type: ignore[assignment]
+
+
+# -- staging ----------------------------------------------------------------------------------
+
+
+@breaks("every_slot_is_written", "after a refit, 1 of 4 slots are wrong: 'whole'")
+class Skips(FakeStaged):
+    def commit(self) -> None:
+        del self.values["whole"]  # type: ignore[attr-defined]
+        super().commit()
+
+
+@breaks("staging_changes_nothing_live", "once values are staged, 4 of 4 slots are wrong")
+class Eager(Open):
+    def _stage(self, values: Any) -> Any:
+        staged = super()._stage(values)
+        self.live.update(staged.values)
+        return staged
+
+
+@breaks("twice_equals_once", "after the same refit twice, 4 of 4")
+class Toggles(FakeStaged):
+    def commit(self) -> None:
+        live = self.engine.live
+        same = [name for name, value in self.values.items() if torch.equal(live[name], value)]
+        super().commit()
+        live.update({name: torch.zeros_like(live[name]) for name in same})
+
+
+@breaks("there_and_back_is_bit_equal", "after refits to B and back to A, 4 of 4")
+class RemembersTheFirst(Open):
+    """Skips what it believes to be there since the first refit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: dict[str, Any] = {}
+
+    def _stage(self, values: Any) -> Any:
+        staged = super()._stage(values)
+        if not self.first:
+            self.first = dict(staged.values)
+        else:
+            kept = {n: v for n, v in staged.values.items() if not torch.equal(v, self.first[n])}
+            staged.values = kept
+        return staged
+
+
+@breaks("any_layout_is_copied_exactly", "when values are views with an offset")
+class CopiesMemory(Open):
+    def copied(self, slot: Any, tensor: torch.Tensor) -> torch.Tensor:
+        right = super().copied(slot, tensor)
+        raw = tensor.detach().resolve_conj().resolve_neg().untyped_storage()
+        flat = torch.frombuffer(bytearray(raw), dtype=right.dtype)[: right.numel()]
+        return flat.reshape(right.shape) if flat.numel() == right.numel() else right
+
+
+@breaks("any_layout_is_copied_exactly", "negations that were put off")
+class ForgetsSigns(Open):
+    def copied(self, slot: Any, tensor: torch.Tensor) -> torch.Tensor:
+        right = super().copied(slot, tensor)
+        return -right if tensor.is_neg() else right
+
+
+@breaks("any_layout_is_copied_exactly", "leaves that require grad are refused: RuntimeError")
+class NeedsNumpy(Open):
+    def copied(self, slot: Any, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.requires_grad:
+            tensor.numpy()
+        return super().copied(slot, tensor)
+
+
+@breaks("values_are_free_once_staged", "overwrote its tensors between stage and commit, 4 of 4")
+class Aliases(Open):
+    def copied(self, slot: Any, tensor: torch.Tensor) -> torch.Tensor:
+        super().copied(slot, tensor)
+        return tensor.detach()
+
+
+@breaks("values_are_not_kept", "tensors of the caller are kept after stage: 'complex', 'half'")
+class Hoards(Open):
+    def _stage(self, values: Any) -> Any:
+        self.views = [value.load().view(-1)[:1] for value in values]
+        return super()._stage(values)
+
+
+@breaks("values_are_not_kept", "freed its tensors between stage and commit, 4 of 4")
+class LosesThem(Open):
+    """Keeps an address, and believes that what it had is still there."""
+
+    def _stage(self, values: Any) -> Any:
+        staged = super()._stage(values)
+        staged.values = {name: torch.zeros_like(value) for name, value in staged.values.items()}
+        return staged
+
+
+@breaks("values_are_not_written_to", "tensors of the caller were written to: 'complex'")
+class Empties(Open):
+    def copied(self, slot: Any, tensor: torch.Tensor) -> torch.Tensor:
+        copy = super().copied(slot, tensor)
+        with torch.no_grad():
+            tensor.zero_()
+        return copy
+
+
+@breaks("each_value_is_loaded_once", "load was not called once for each value")
+class LoadsTwice(Open):
+    def _stage(self, values: Any) -> Any:
+        for value in values:
+            value.load()
+        return super()._stage(values)
+
+
+@breaks("a_fault_at_any_value_leaves_all_as_it_was", "after value 1, 'half', could not be loaded")
+class Streams(Open):
+    def copied(self, slot: Any, tensor: torch.Tensor) -> torch.Tensor:
+        self.live[slot.name] = super().copied(slot, tensor)
+        return self.live[slot.name]
+
+
+@breaks("a_fault_at_any_value_leaves_all_as_it_was", "value 0, 'matrix', cannot be loaded, and")
+class Swallows(Open):
+    def _stage(self, values: Any) -> Any:
+        try:
+            return super()._stage(values)
+        except Exception:  # noqa: BLE001
+            return FakeStaged(self, {})
+
+
+# -- refusals ---------------------------------------------------------------------------------
+
+
+@breaks("a_wrong_dtype_is_refused", r"a value of torch.float16 for 'matrix', .* was accepted")
+class Casts(Open):
+    def copied(self, slot: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return super().copied(slot, tensor.to(getattr(torch, slot.dtype)))
+
+
+@breaks("a_wrong_dtype_is_refused", "answered with ValueError.* Raise an error of refitkit.errors")
+class Raises(Open):
+    def copied(self, slot: Any, tensor: torch.Tensor) -> torch.Tensor:
+        try:
+            return super().copied(slot, tensor)
+        except WeightMismatchError as exc:
+            raise ValueError("no") from exc
+
+
+@breaks("a_wrong_shape_is_refused", r"of the shape \(1,\) for 'matrix', .* was accepted")
+class Broadcasts(Open):
+    def copied(self, slot: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return super().copied(slot, tensor.expand(slot.shape) if tensor.numel() == 1 else tensor)
+
+
+@breaks("a_wrong_shape_is_refused", r"of the shape \(3, 2\) for 'matrix'")
+class CountsElements(Open):
+    def copied(self, slot: Any, tensor: torch.Tensor) -> torch.Tensor:
+        fits = tensor.numel() == slot.count
+        return super().copied(slot, tensor.reshape(slot.shape) if fits else tensor)
+
+
+@breaks("an_unknown_name_is_refused", "a value for a slot that does not exist was accepted")
+class Ignores(Open):
+    def stage(self, values: Any) -> Any:
+        return super().stage([value for value in values if value.slot.name in self.slots])
+
+
+@breaks("an_unknown_name_is_refused", "was answered with KeyError")
+class LooksUp(Open):
+    def stage(self, values: Any) -> Any:
+        for value in values:
+            self.slots[value.slot.name]
+        return super().stage(values)
+
+
+@breaks("a_missing_value_is_refused", "a refit without 'matrix' was accepted")
+class TakesSome(Open):
+    def stage(self, values: Any) -> Any:
+        return self._stage(values)
+
+
+@breaks("a_slot_that_is_given_twice_is_refused", "two values for 'matrix' was accepted")
+class TakesTheLast(Open):
+    def stage(self, values: Any) -> Any:
+        return super().stage(list({value.slot.name: value for value in values}.values()))
+
+
+@breaks("a_wrong_shape_is_refused", "was refused, 1 of 4 slots are wrong: 'matrix'")
+class ChecksLate(Open):
+    def copied(self, slot: Any, tensor: torch.Tensor) -> torch.Tensor:
+        self.live[slot.name] = torch.zeros_like(self.live[slot.name])
+        return super().copied(slot, tensor)
+
+
+# -- the transaction --------------------------------------------------------------------------
+
+
+@breaks("a_rollback_brings_the_old_values_back", "after a rollback, 1 of 4 slots are wrong: 'half'")
+class Forgets(FakeStaged):
+    def rollback(self) -> None:
+        self._before.pop("half", None)
+        super().rollback()
+
+
+@breaks("the_first_refit_can_be_taken_back", "after a rollback of a first refit, 4 of 4")
+class KnowsRefitsOnly(Open):
+    class Staged(FakeStaged):  # type: ignore[assignment]
+        def rollback(self) -> None:
+            if self.engine.refits > 1:  # type: ignore[attr-defined]
+                super().rollback()
+
+        def commit(self) -> None:
+            self.engine.refits += 1  # type: ignore[attr-defined]
+            super().commit()
+
+    refits = 0
+
+
+@breaks("a_rollback_right_after_staging_changes_nothing", "without a commit, 4 of 4")
+class GoesTooFarBack(FakeStaged):
+    def rollback(self) -> None:
+        self.engine.live.update(self.engine.spare)
+
+
+@breaks("a_failed_commit_can_be_taken_back", "after a commit failed half-way, 2 of 4 .*'half', 'ma")
+class NotesAtTheEnd(FakeStaged):
+    def commit(self) -> None:
+        before = dict(self.engine.live)
+        for name, value in self.values.items():
+            self.engine.live[name] = value
+            self._trip(f"commit-{name}")
+        self._before = self.engine.spare = before
+
+
+@breaks("a_failed_commit_can_be_taken_back", "it was made to fail, and returned")
+class HushesCommits(FakeStaged):
+    def commit(self) -> None:
+        with contextlib.suppress(OSError):
+            super().commit()
+
+
+@breaks("a_discard_leaves_the_live_values", "after a discard, 4 of 4")
+class CommitsDiscarded(FakeStaged):
+    def discard(self) -> None:
+        super().commit()
+
+
+@breaks("changed_tells_the_truth", "it says False, and 'complex' has other bits")
+class NeverChanged(FakeStaged):
+    def changed(self) -> bool:
+        return False
+
+
+@breaks("changed_tells_the_truth", "it says True of the very values that are live")
+class AlwaysChanged(FakeStaged):
+    def changed(self) -> bool:
+        return True
+
+
+@breaks("changed_tells_the_truth", "it says False, and 'half' has other bits")
+class LooksAtOne(FakeStaged):
+    def changed(self) -> bool:
+        others = {name: value for name, value in self.values.items() if name != "half"}
+        return FakeStaged(self.engine, others).changed() or False
+
+
+@breaks("changed_compares_bits", "it says False, and a zero of 'matrix' has another sign")
+class ComparesValues(FakeStaged):
+    def changed(self) -> bool:
+        live = self.engine.live
+        return not all(torch.equal(live[name], value) for name, value in self.values.items())
+
+
+@breaks("a_refit_that_is_judged_wrong_is_taken_back", "after a refit that was refused, 4 of 4")
+class OneWay(FakeStaged):
+    def rollback(self) -> None:
+        pass
+
+
+@breaks("the_module_is_lost_where_the_way_back_fails", "and the refit ended with EngineError")
+class HushesRollbacks(FakeStaged):
+    def rollback(self) -> None:
+        with contextlib.suppress(OSError):
+            super().rollback()
+
+
+@breaks("the_module_is_lost_where_the_way_back_fails", "the module answers as if nothing had")
+class HushesAll(HushesRollbacks):
+    def commit(self) -> None:
+        with contextlib.suppress(OSError):
+            super().commit()
+
+
+# -- abilities --------------------------------------------------------------------------------
+
+
+@breaks("slots_say_whether_they_can_be_read", "the engine has read, and slots say otherwise")
+class Modest(Open):
+    def __init__(self) -> None:
+        super().__init__()
+        for name, slot in list(self.slots.items()):
+            self.slots[name] = slot.model_copy(update={"readable": False})
+
+
+@breaks("what_is_read_is_what_is_held", "after a rollback, what is read of 'matrix' is not")
+class ReadsWhatWasStaged(Open):
+    class Staged(FakeStaged):  # type: ignore[assignment]
+        def commit(self) -> None:
+            super().commit()
+            self.engine.shown = dict(self.engine.live)  # type: ignore[attr-defined]
+
+    shown: ClassVar[dict[str, Any]] = {}
+
+    def read(self, slot: str) -> torch.Tensor:
+        return self.shown[slot]
+
+
+@breaks("what_is_read_is_what_is_held", r"'matrix' is read as \(6,\), and is \(2, 3\)")
+class ReadsFlat(Open):
+    def read(self, slot: str) -> torch.Tensor:
+        return self.live[slot].reshape(-1)
+
+
+@breaks("reading_copies_nothing", "'matrix' is copied whenever it is read")
+class ReadsCopies(Open):
+    def read(self, slot: str) -> torch.Tensor:
+        self.copies = [*getattr(self, "copies", []), self.live[slot].clone()]
+        return self.copies[-1]
+
+
+class _Inactive(Open):
+    """Merges what is staged in part with what was staged last, not with what is live."""
+
+    last: Any = MappingProxyType({})
+
+    def _stage(self, values: Any) -> Any:
+        staged = super()._stage(values)
+        self.last = {**self.last, **staged.values}
+        staged.values = self.last
+        return staged
+
+
+breaks("a_partial_refit_follows_one_that_was_discarded", "that followed a discarded one, 3 of 4")(
+    _Inactive
+)
+
+
+@breaks("a_partial_refit_leaves_all_other_slots", "after a refit of 'matrix' alone, 3 of 4")
+class ClearsOthers(FakeStaged):
+    def commit(self) -> None:
+        super().commit()
+        for name in self.engine.live.keys() - self.values.keys():
+            self.engine.live[name] = torch.zeros_like(self.engine.live[name])
+
+
+@breaks("a_partial_refit_leaves_all_other_slots", "once 'matrix' is staged, 1 of 4")
+class EagerInPart(Open):
+    def stage_partial(self, values: Any) -> Any:
+        staged = super().stage_partial(values)
+        self.live.update(staged.values)
+        return staged
+
+
+@breaks(
+    "a_partial_refit_can_be_taken_back", "after a rollback of a refit of 'matrix' alone, 1 of 4"
+)
+class NoWayBackInPart(FakeStaged):
+    def rollback(self) -> None:
+        if len(self.values) == len(self.engine.slots):
+            super().rollback()
+
+
+@breaks(
+    "a_partial_refit_refuses_what_does_not_fit", "'matrix', a value that is given twice was acc"
+)
+class TrustsInPart(Open):
+    def stage_partial(self, values: Any) -> Any:
+        return super().stage_partial(list({value.slot.name: value for value in values}.values()))
+
+
+@breaks("a_partial_refit_refuses_what_does_not_fit", "a value that is unknown was accepted")
+class SkipsInPart(Open):
+    def stage_partial(self, values: Any) -> Any:
+        return super().stage_partial([value for value in values if value.slot.name in self.slots])
+
+
+@breaks("the_spare_buffer_can_be_freed", "after two refits it returned 0, and then 0")
+class KeepsTheSpare(Open):
+    def free_spare(self) -> int:
+        return 0
+
+
+@breaks("the_spare_buffer_can_be_freed", "after it, 4 of 4 slots are wrong")
+class FreesTheWrongOne(Open):
+    def free_spare(self) -> int:
+        freed = super().free_spare()
+        self.live = {name: torch.zeros_like(value) for name, value in self.live.items()}
+        return freed
+
+
+@breaks("warming_changes_nothing", "after it, of a new engine, 1 of 4 slots are wrong: 'half'")
+class WarmsWithOnes(Open):
+    def warm(self, tell: Any) -> None:
+        self.live["half"] = torch.ones_like(self.live["half"])
+
+
+@breaks("warming_changes_nothing", "it tells None of a new engine")
+class TellsNothing(Open):
+    def warm(self, tell: Any) -> None:
+        tell(None)
+
+
+@breaks("staging_keeps_no_more_than_it_says", "once staged, .* bytes are kept; declared are")
+class Triples(Open):
+    def __init__(self) -> None:
+        super().__init__()
+        self.live["matrix"] = torch.zeros(300, 300)
+        self.slots["matrix"] = self.slots["matrix"].model_copy(
+            update={"shape": (300, 300), "count": 90000}
+        )
+
+    def _stage(self, values: Any) -> Any:
+        staged = super()._stage(values)
+        staged.more = [value.clone() for value in staged.values.values() for _ in range(3)]
+        return staged
+
+
+@breaks("refits_do_not_pile_up", "after 6 refits .* bytes are kept")
+class PilesUp(Triples):
+    def _stage(self, values: Any) -> Any:
+        staged = Open._stage(self, values)
+        self.all = [*getattr(self, "all", []), staged.values]
+        return staged

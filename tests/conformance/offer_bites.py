@@ -1,0 +1,210 @@
+"""Broken plugins, one for each check of ``OfferSuite`` and more."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import refitkit
+from refitkit.host import make_host
+from refitkit.model import LayerType, TensorInfo, VerificationResult
+from refitkit.protocols import Made, Mapped, SlotValue, WeightGroup
+from refitkit.testing.isolation import isolated_config
+from refitkit.testing.offers import OfferSuite
+from tests.conformance.backend_bites import Plain as PlainBackend
+from tests.conformance.bites import Bite
+from tests.conformance.strategy_bites import Plain as PlainStrategy
+from tests.conformance.transform_bites import Plain as PlainTransform
+from tests.conformance.verifier_bites import Plain as PlainVerifier
+
+
+class Plain:
+    """A good plugin that implements what the suite asks."""
+
+    name = "plain"
+    Strategy: Any = PlainStrategy
+    Verifier: Any = PlainVerifier
+    Transform: Any = PlainTransform
+
+    @refitkit.hookimpl
+    def refitkit_register_backends(self, register: Any) -> None:
+        register(PlainBackend())
+
+    @refitkit.hookimpl
+    def refitkit_load_module(self, target: object) -> Any:
+        return None
+
+    @refitkit.hookimpl
+    def refitkit_load_weights(self, source: object) -> Any:
+        return None
+
+    @refitkit.hookimpl
+    def refitkit_partition(self, program: Any, backend: str) -> Any:
+        return None
+
+    @refitkit.hookimpl
+    def refitkit_mapping_strategies(self) -> Any:
+        return [self.Strategy()]
+
+    @refitkit.hookimpl
+    def refitkit_layer_types(self) -> Any:
+        return [LayerType(name="PLAIN", interface="IPlainLayer", weights=(("weights", "PLAIN"),))]
+
+    @refitkit.hookimpl
+    def refitkit_weight_transforms(self) -> Any:
+        return [self.Transform()]
+
+    @refitkit.hookimpl
+    def refitkit_check(self, source: Any) -> Any:
+        return []
+
+    @refitkit.hookimpl
+    def refitkit_verifiers(self) -> Any:
+        return [self.Verifier()]
+
+    @refitkit.hookimpl
+    def refitkit_event(self, event: Any) -> None:
+        pass
+
+    @refitkit.hookimpl
+    def refitkit_weights_changed(self, module: Any) -> None:
+        pass
+
+
+def suite_for(plugin: type) -> type:
+    host = make_host(isolated_config(), [plugin()])
+    return type(plugin.__name__, (OfferSuite,), {"plugin": "plain", "host": host})
+
+
+@cache
+def good() -> type:
+    return suite_for(Plain)
+
+
+BITES: list[Bite] = []
+
+
+def breaks(check: str, says: str) -> Any:
+    def note(plugin: type) -> type:
+        BITES.append(Bite(f"test_{check}", suite_for(plugin), says, good()))
+        return plugin
+
+    return note
+
+
+@breaks("offers_keep_their_protocols", "refitkit_verifiers: .* has no name")
+class Nameless(Plain):
+    @refitkit.hookimpl
+    def refitkit_verifiers(self) -> Any:
+        return [object()]
+
+
+@breaks("offers_keep_their_protocols", "the strategy 'half' lacks members of MappingStrategy")
+class Half(Plain):
+    class Strategy:
+        name = "half"
+
+
+@breaks("offers_are_the_same_each_time", r"it offers \['plain'\], and then \[\]")
+class Once(Plain):
+    @refitkit.hookimpl
+    def refitkit_verifiers(self) -> Any:
+        self.asked = [*getattr(self, "asked", []), 1]
+        return [self.Verifier()] * (len(self.asked) == 1)
+
+
+@breaks("foreign_targets_are_left_to_others", "what is not the plugin's is answered with a str")
+class OpensAll(Plain):
+    @refitkit.hookimpl
+    def refitkit_load_module(self, target: object) -> Any:
+        return "a module"
+
+
+@breaks("foreign_targets_are_left_to_others", "'object' object has no attribute 'suffix'")
+class ExpectsPaths(Plain):
+    @refitkit.hookimpl
+    def refitkit_load_module(self, target: Any) -> Any:
+        return target.suffix == ".mine" or None
+
+
+@breaks("foreign_weights_are_left_to_others", "refitkit_load_weights: .* is answered with a dict")
+class ReadsAll(Plain):
+    @refitkit.hookimpl
+    def refitkit_load_weights(self, source: object) -> Any:
+        return {}
+
+
+@breaks(
+    "parts_for_other_backends_are_left_to_others", "refitkit_partition: .* answered with a dict"
+)
+class CutsAll(Plain):
+    @refitkit.hookimpl
+    def refitkit_partition(self, program: Any) -> Any:
+        return {"all": program}
+
+
+@breaks("strategies_decline_what_they_do_not_know", "'eager' makes values of nothing")
+class WithEager(Plain):
+    class Strategy(PlainStrategy):
+        name = "eager"
+
+        def map(self, request: Any) -> Any:
+            rows = request.wanted
+            return Mapped({r.slot.key: SlotValue(r.slot, "eager", (), list) for r in rows})  # type: ignore[arg-type]
+
+
+@breaks("strategies_decline_what_they_do_not_know", "plain.map: .* is answered with KeyError")
+class WithBrittle(Plain):
+    class Strategy(PlainStrategy):
+        def map(self, request: Any) -> Any:
+            request.source.info("w")
+
+
+@breaks("transforms_leave_plain_weights_alone", r"the transform 'plain' makes \['w'\] anew")
+class WithBusy(Plain):
+    class Transform(PlainTransform):
+        def groups(self, request: Any) -> Any:
+            gives = {"w": TensorInfo(dtype="float32", shape=(2, 3))}
+            return [WeightGroup(("w",), gives, lambda: Made({}))]
+
+
+@breaks("verifiers_refuse_or_judge", "'plain' says True of a module that holds other weights")
+class WithYes(Plain):
+    class Verifier(PlainVerifier):
+        def prepare(self, request: Any) -> Any:
+            return lambda _: VerificationResult(verifier="plain", ok=True)
+
+
+@breaks("verifiers_refuse_or_judge", "'plain' says False of a module that holds its new weights")
+class WithNo(Plain):
+    class Verifier(PlainVerifier):
+        def prepare(self, request: Any) -> Any:
+            return lambda _: VerificationResult(verifier="plain", ok=False)
+
+
+@breaks("verifiers_refuse_or_judge", "plain.prepare: .* is answered with TypeError")
+class WithHaste(Plain):
+    class Verifier(PlainVerifier):
+        def prepare(self, request: Any) -> Any:
+            return len(request.inputs)
+
+
+@breaks("checks_give_problems", "refitkit_check: it gives 'bad weights'")
+class Texts(Plain):
+    @refitkit.hookimpl
+    def refitkit_check(self) -> Any:
+        return ["bad weights"]
+
+
+@breaks("news_of_other_modules_do_no_harm", "refitkit_weights_changed: ")
+class KnowsOneModule(Plain):
+    @refitkit.hookimpl
+    def refitkit_weights_changed(self, module: Any) -> None:
+        module.cuda_graph.reset()
+
+
+@breaks("news_of_other_modules_do_no_harm", "refitkit_event: ")
+class KnowsOneEvent(Plain):
+    @refitkit.hookimpl
+    def refitkit_event(self, event: Any) -> None:
+        print(event.seconds)  # noqa: T201

@@ -1,0 +1,206 @@
+"""Broken sources, one for each check of ``SourceSuite`` and more."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from refitkit.errors import SourceError
+from refitkit.model import TensorInfo
+from refitkit.testing import SourceSuite
+from tests.conformance.bites import Bite
+
+TRUTH = {
+    "a": torch.tensor([-0.0, float("nan"), 1.0]),
+    "b": torch.arange(6).reshape(2, 3),
+    "c": torch.zeros(2, 0).half(),
+}
+
+
+class Store:
+    """Tensors as bytes, and how often they were read."""
+
+    def __init__(self) -> None:
+        self.reads = 0
+
+    def read(self, name: str) -> torch.Tensor:
+        self.reads += 1
+        return TRUTH[name].clone()
+
+
+class Plain:
+    """A good source."""
+
+    description = "three tensors in memory"
+
+    def __init__(self) -> None:
+        self.store = Store()
+        self.odd: dict[str, str] = {}
+
+    def names(self) -> Any:
+        return TRUTH.keys()
+
+    def info(self, fqn: str) -> Any:
+        tensor = TRUTH[fqn]
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return TensorInfo(dtype=dtype, shape=tuple(tensor.shape), unusable=self.odd.get(fqn, ""))
+
+    def get(self, fqn: str) -> torch.Tensor:
+        if fqn in self.odd:
+            raise SourceError(f"{fqn} is {self.odd[fqn]}.")
+        return self.store.read(fqn) if fqn in TRUTH else TRUTH[fqn]
+
+
+class Good(SourceSuite):
+    source: type[Plain] = Plain
+
+    def make_source(self) -> Any:
+        return self.source()
+
+    def truth(self) -> dict[str, torch.Tensor]:
+        return TRUTH
+
+    def reads(self, source: Any) -> int | None:
+        return int(source.store.reads)
+
+    def make_unusable(self) -> Any:
+        source = self.source()
+        source.odd["a"] = "sparse"
+        return source, "a"
+
+
+BITES: list[Bite] = []
+
+
+def breaks(check: str, says: str) -> Any:
+    def note(source: type) -> type:
+        suite = type(source.__name__, (Good,), {"source": source})
+        BITES.append(Bite(f"test_{check}", suite, says, Good))
+        return source
+
+    return note
+
+
+@breaks("it_is_a_source_that_says_what_it_is", "WeightSource.description: it is ' '")
+class Silent(Plain):
+    description = " "
+
+
+@breaks("it_is_a_source_that_says_what_it_is", "WeightSource: Nameless lacks members")
+class Nameless(Plain):
+    names = property(lambda _: (_ for _ in ()).throw(AttributeError()))
+
+
+@breaks("names_are_those_that_it_has", "names are other ones: 'c'")
+class Hides(Plain):
+    def names(self) -> Any:
+        return ["a", "b"]
+
+
+@breaks("names_are_those_that_it_has", "names are other ones when asked again|different names")
+class UsedUp(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.once = iter(TRUTH)
+
+    def names(self) -> Any:
+        return self.once
+
+
+@breaks("infos_are_true", "'b' is int64 .* it says TensorInfo.dtype='float32'")
+class SaysFloat(Plain):
+    def info(self, fqn: str) -> Any:
+        return super().info(fqn).model_copy(update={"dtype": "float32"})
+
+
+@breaks("infos_are_true", "of 'a' it gives a Tensor")
+class InfoIsTensor(Plain):
+    def info(self, fqn: str) -> Any:
+        return TRUTH[fqn]
+
+
+@breaks("unknown_names_are_key_errors", "WeightSource.get: an unknown name has one")
+class GivesZeros(Plain):
+    def get(self, fqn: str) -> torch.Tensor:
+        return super().get(fqn) if fqn in TRUTH else torch.zeros(1)
+
+
+@breaks("unknown_names_are_key_errors", "WeightSource.info: .* with SourceError")
+class SourceErrors(Plain):
+    def info(self, fqn: str) -> Any:
+        if fqn not in TRUTH:
+            raise SourceError("no")
+        return super().info(fqn)
+
+
+@breaks("tensors_are_bit_equal", "'a' is not, bit for bit")
+class DropsSigns(Plain):
+    def get(self, fqn: str) -> torch.Tensor:
+        return super().get(fqn) + 0
+
+
+@breaks("tensors_are_bit_equal", "'b' is not, bit for bit")
+class Flattens(Plain):
+    def get(self, fqn: str) -> torch.Tensor:
+        return super().get(fqn).reshape(-1)
+
+
+@breaks("tensors_are_bit_equal", "'a' requires grad")
+class WithGradients(Plain):
+    def get(self, fqn: str) -> torch.Tensor:
+        found = super().get(fqn)
+        return found.requires_grad_(found.is_floating_point())
+
+
+@breaks("order_and_company_do_not_matter", "entries change when others are read: 'b'")
+class OneBuffer(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffer = torch.zeros(64, dtype=torch.uint8)
+
+    def get(self, fqn: str) -> torch.Tensor:
+        found = super().get(fqn)
+        room = self.buffer[: found.nbytes].view(found.dtype).view(found.shape)
+        return room.copy_(found)
+
+
+@breaks("two_sources_are_independent", "another source has read them first: 'a', 'b', 'c'|KeyError")
+class Shares(Plain):
+    """Reads from one thing that is used up."""
+
+    left: ClassVar[dict[str, Any]] = {}
+
+    def get(self, fqn: str) -> torch.Tensor:
+        found = super().get(fqn)
+        if fqn in Shares.left and Shares.left[fqn] is not self:
+            return torch.zeros(7)
+        Shares.left[fqn] = self
+        return found
+
+
+@breaks("names_and_infos_read_no_data", "data was read 3 times, and nobody called get")
+class ReadsForInfos(Plain):
+    def info(self, fqn: str) -> Any:
+        self.store.read(fqn)
+        return super().info(fqn)
+
+
+@breaks("names_and_infos_read_no_data", "reads.. counted nothing: the oracle does not see reads")
+class PastTheOracle(Plain):
+    def get(self, fqn: str) -> torch.Tensor:
+        return TRUTH[fqn].clone()
+
+
+@breaks("what_cannot_be_a_weight_is_told", "'a' cannot be a weight, and nothing says so")
+class Optimist(Plain):
+    def info(self, fqn: str) -> Any:
+        return super().info(fqn).model_copy(update={"unusable": ""})
+
+
+@breaks("what_cannot_be_a_weight_is_told", "'a' is answered with RuntimeError")
+class Crashes(Plain):
+    def get(self, fqn: str) -> torch.Tensor:
+        if fqn in self.odd:
+            raise RuntimeError("no")
+        return super().get(fqn)

@@ -1,0 +1,160 @@
+"""Built-in sources."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from refitkit.builtin.weights import refitkit_load_weights
+from refitkit.recipe import TensorMap
+from refitkit.testing import SourceSuite
+from refitkit.testing.watching import Watched
+from tests.fakes import CountingMapping
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class Net(torch.nn.Module):
+    """Tied and scattered parameters, buffers that a state_dict holds, and one that it does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = torch.nn.Linear(3, 3)
+        self.b = torch.nn.Linear(3, 3, bias=False)
+        self.b.weight = self.a.weight
+        self.scattered = torch.nn.Parameter(torch.randn(4, 2).t())
+        self.register_buffer("order", torch.tensor([2, 0, 1]))
+        self.register_buffer("shift", torch.tensor([-0.0, float("nan")]), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.b(self.a(x))[:, self.order], self.scattered @ self.scattered.t() + self.shift
+
+
+@cache
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def copies() -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in net().state_dict().items()}
+
+
+def opened(thing: object) -> Any:
+    source = refitkit_load_weights(thing)
+    assert source is not None
+    return source
+
+
+class TestStateDict(SourceSuite):
+    def make_source(self) -> Any:
+        return opened(net().state_dict())
+
+    def truth(self) -> Mapping[str, torch.Tensor]:
+        return copies()
+
+    def make_unusable(self) -> Any:
+        return opened({"s": torch.eye(2).to_sparse()}), "s"
+
+
+class TestMetaTensors(TestStateDict):
+    def make_unusable(self) -> Any:
+        return opened({"m": torch.empty(2, device="meta")}), "m"
+
+
+class TestNoTensors(TestStateDict):
+    def make_unusable(self) -> Any:
+        return opened({"n": 5}), "n"
+
+
+class TestModule(SourceSuite):
+    def make_source(self) -> Any:
+        return opened(net())
+
+    def truth(self) -> Mapping[str, torch.Tensor]:
+        return {**copies(), "shift": net().shift.clone()}
+
+
+class TestProgram(TestModule):
+    def make_source(self) -> Any:
+        return opened(torch.export.export(net(), (torch.ones(1, 3),)))
+
+
+@cache
+def folder() -> Path:
+    return Path(mkdtemp(prefix="refitkit-"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _folder_is_removed() -> Any:
+    yield
+    for path in folder().iterdir():
+        path.unlink()
+    folder().rmdir()
+    folder.cache_clear()
+
+
+class TestSafetensors(SourceSuite):
+    def make_source(self) -> Any:
+        path = folder() / "net.safetensors"
+        if not path.exists():
+            save_file({name: value.contiguous() for name, value in self.truth().items()}, path)
+        return opened(path)
+
+    def truth(self) -> Mapping[str, torch.Tensor]:
+        return copies()
+
+    def reads(self, source: Any) -> int:
+        """How often the file was asked for data; it is mapped, and safetensors reads it."""
+        if not isinstance(source._file, Counted):
+            source._file = Counted(source._file)
+        return source._file.reads
+
+
+class Counted:
+    """A safetensors file that counts reads of data."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.reads = file, 0
+
+    def get_tensor(self, name: str) -> Any:
+        self.reads += 1
+        return self.file.get_tensor(name)
+
+    def get_slice(self, name: str) -> Any:
+        return self.file.get_slice(name)
+
+
+class TestTorchFile(SourceSuite):
+    def make_source(self) -> Any:
+        path = folder() / "net.pt"
+        if not path.exists():
+            torch.save(net().state_dict(), path)
+        return opened(path)
+
+    def truth(self) -> Mapping[str, torch.Tensor]:
+        return copies()
+
+
+class TestTensorMap(TestStateDict):
+    """What plugins make their sources of; here of a mapping that makes tensors when asked."""
+
+    def make_source(self) -> Any:
+        return TensorMap(CountingMapping(copies()))
+
+
+class TestWatched(TestStateDict):
+    """The kit's own."""
+
+    def make_source(self) -> Any:
+        return Watched(TensorMap(copies()))
+
+    def reads(self, source: Any) -> int:
+        return len(source.read)

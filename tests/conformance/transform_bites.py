@@ -1,0 +1,249 @@
+"""Broken transforms, one for each check of ``TransformSuite`` and more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from refitkit.errors import Problem, WeightMismatchError
+from refitkit.model import OutputMeasure, TensorInfo
+from refitkit.protocols import Made, TransformRequest, WeightGroup
+from refitkit.recipe import TensorMap
+from refitkit.testing import TransformSuite
+from refitkit.testing.fakes import FakeModule, OpenEngine
+from refitkit.testing.plans import plan_for
+from tests.conformance.bites import Bite
+
+GIVES = {
+    "w.q": TensorInfo(dtype="int8", shape=(2, 3)),
+    "w.scale": TensorInfo(dtype="float32", shape=(2, 1)),
+}
+LIMIT = 0.5
+
+
+def floats(seed: int) -> torch.Tensor:
+    return torch.randn(2, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def quantized(value: torch.Tensor) -> dict[str, torch.Tensor]:
+    scale = value.abs().amax(1, keepdim=True) / 127
+    return {"w.q": (value / scale).round().to(torch.int8), "w.scale": scale}
+
+
+def error_of(value: torch.Tensor) -> float:
+    found = quantized(value)
+    return float((found["w.q"] * found["w.scale"] - value).abs().max())
+
+
+class Plain:
+    """A good transform: makes ``w.q`` and ``w.scale`` of ``w``."""
+
+    name: Any = "plain"
+    priority: Any = 50
+
+    def groups(self, request: TransformRequest) -> Any:
+        names = request.source.names()
+        if "w.q" not in {leaf.fqn for leaf in request.plan.data.leaves}:
+            return []
+        if "w.scale" in names and "w.q" not in names:
+            raise WeightMismatchError("No weight.", problems=[Problem("w.scale", "alone")])
+        return [self.group(request)] if "w" in names else []
+
+    def group(self, request: TransformRequest) -> WeightGroup:
+        return WeightGroup(("w",), GIVES, lambda: self.make(request.source))
+
+    def make(self, source: Any) -> Any:
+        value = source.get("w")
+        return Made(self.values(value), (self.measure(value),))
+
+    def values(self, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        return quantized(value)
+
+    def measure(self, value: torch.Tensor) -> OutputMeasure:
+        error = error_of(value)
+        return OutputMeasure(name="w.q", ok=error <= LIMIT, max_abs_error=error, limit=LIMIT)
+
+
+class Good(TransformSuite):
+    transform: type[Plain] = Plain
+
+    def make_transform(self) -> Any:
+        return self.transform()
+
+    def request(self, **weights: torch.Tensor) -> TransformRequest:
+        held = {**quantized(floats(0)), "b": torch.zeros(2)}
+        module = FakeModule([OpenEngine("e", held)])
+        return TransformRequest(plan_for(module), TensorMap(weights))
+
+    def make_request(self, seed: int) -> TransformRequest:
+        return self.request(w=floats(seed), b=torch.ones(2))
+
+    def expected(self, seed: int) -> dict[str, torch.Tensor]:
+        return quantized(floats(seed))
+
+    def expected_errors(self, seed: int) -> dict[str, float]:
+        return {"w.q": error_of(floats(seed))}
+
+    def make_alone(self) -> TransformRequest:
+        return self.request(**{"w.scale": torch.ones(2, 1)})
+
+
+BITES: list[Bite] = []
+
+
+def breaks(check: str, says: str) -> Any:
+    def note(transform: type) -> type:
+        suite = type(transform.__name__, (Good,), {"transform": transform})
+        BITES.append(Bite(f"test_{check}", suite, says, Good))
+        return transform
+
+    return note
+
+
+@breaks("it_has_a_name_and_a_priority", "they are '' and 50")
+class Nameless(Plain):
+    name = ""
+
+
+@breaks("it_has_a_name_and_a_priority", "they change: ")
+class Fickle(Plain):
+    @property
+    def priority(self) -> int:  # type: ignore[override]
+        self.asked = getattr(self, "asked", 0) + 1
+        return self.asked
+
+
+@breaks("it_has_a_name_and_a_priority", "WeightTransform: Groupless lacks members")
+class Groupless(Plain):
+    groups = property(lambda _: (_ for _ in ()).throw(AttributeError()))  # type: ignore[assignment]
+
+
+@breaks("values_are_bit_equal", "what should be: 'w.q'")
+class Truncates(Plain):
+    def values(self, value: torch.Tensor) -> Any:
+        scale = quantized(value)["w.scale"]
+        return {"w.q": (value / scale).to(torch.int8), "w.scale": scale}
+
+
+@breaks("values_are_bit_equal", "it gives a dict. Give refitkit.protocols.Made")
+class Dicts(Plain):
+    def make(self, source: Any) -> Any:
+        return super().make(source).values
+
+
+@breaks("groups_are_made_of_what_is_there", "neither source nor plan has 'w.zero'")
+class GivesStrangers(Plain):
+    def group(self, request: TransformRequest) -> WeightGroup:
+        gives = {**GIVES, "w.zero": GIVES["w.scale"]}
+        return WeightGroup(("w",), gives, lambda: self.make(request.source))
+
+
+@breaks("groups_are_made_of_what_is_there", "two groups give 'w.q', 'w.scale'")
+class Twice(Plain):
+    def groups(self, request: TransformRequest) -> Any:
+        return super().groups(request) * 2
+
+
+@breaks("groups_make_what_they_announce", "announced or made, and not both: 'w.scale'")
+class ForgetsTheScale(Plain):
+    def values(self, value: torch.Tensor) -> Any:
+        return {"w.q": quantized(value)["w.q"]}
+
+
+@breaks("groups_make_what_they_announce", "'w.q' is announced as int8 .2, 3., and is .'float32'")
+class StaysFloat(Plain):
+    def values(self, value: torch.Tensor) -> Any:
+        found = quantized(value)
+        return {**found, "w.q": found["w.q"].float()}
+
+
+@breaks("a_part_of_a_group_is_refused", "a part of a group is accepted")
+class TakesScales(Plain):
+    def groups(self, request: TransformRequest) -> Any:
+        return [self.group(request)] if "w" in request.source.names() else []
+
+
+@breaks("a_part_of_a_group_is_refused", "answered with KeyError")
+class LooksUp(Plain):
+    def groups(self, request: TransformRequest) -> Any:
+        request.source.info("w")
+        return super().groups(request)
+
+
+@breaks("a_part_of_a_group_is_refused", r"the error names \[\], and none of the entries")
+class Vague(Plain):
+    def groups(self, request: TransformRequest) -> Any:
+        try:
+            return super().groups(request)
+        except WeightMismatchError as exc:
+            raise WeightMismatchError("Something is wrong.") from exc
+
+
+@breaks("what_needs_nothing_is_left_alone", "it makes 'w.q', 'w.scale', which the source has")
+class Requantizes(Plain):
+    def groups(self, request: TransformRequest) -> Any:
+        if "w.q" in request.source.names():
+            return [WeightGroup(("w.q", "w.scale"), GIVES, lambda: Made({}))]
+        return super().groups(request)
+
+
+@breaks("grouping_reads_no_tensors", "tensors were read: 'w'")
+class Eager(Plain):
+    def group(self, request: TransformRequest) -> WeightGroup:
+        made = self.make(request.source)
+        return WeightGroup(("w",), GIVES, lambda: made)
+
+
+@breaks("grouping_reads_no_tensors", "it reads 'b', which the group does not take")
+class ReadsMore(Plain):
+    def make(self, source: Any) -> Any:
+        source.get("b")
+        return super().make(source)
+
+
+@breaks("the_same_each_time", "made again, what is made is another: 'w.scale'")
+class RunningRange(Plain):
+    """Keeps the largest range that it has seen."""
+
+    scale = torch.zeros(2, 1)
+
+    def values(self, value: torch.Tensor) -> Any:
+        self.scale = torch.maximum(self.scale * 2, quantized(value)["w.scale"])
+        return {**quantized(value), "w.scale": self.scale}
+
+
+@breaks("the_same_each_time", "after others were made, what is made is another: 'w.scale'")
+class OneBuffer(Plain):
+    def __init__(self) -> None:
+        self.scale = torch.zeros(2, 1)
+
+    def values(self, value: torch.Tensor) -> Any:
+        found = quantized(value)
+        return {**found, "w.scale": self.scale.copy_(found["w.scale"])}
+
+
+@breaks("the_source_is_not_changed", "entries of the source were changed: 'w'")
+class InPlace(Plain):
+    def values(self, value: torch.Tensor) -> Any:
+        found = quantized(value)
+        value.div_(found["w.scale"])
+        return found
+
+
+@breaks("measures_are_honest", "'w.q': ok is True, with an error of .* and a limit of 0.0")
+class Lenient(Plain):
+    def measure(self, value: torch.Tensor) -> OutputMeasure:
+        return super().measure(value).model_copy(update={"limit": 0.0})
+
+
+@breaks("measures_are_honest", "it is of 'w', which the group does not give")
+class MeasuresSources(Plain):
+    def measure(self, value: torch.Tensor) -> OutputMeasure:
+        return super().measure(value).model_copy(update={"name": "w"})
+
+
+@breaks("measures_tell_the_true_error", "the error of 'w.q' is .*, and it says 0.0")
+class Flatters(Plain):
+    def measure(self, value: torch.Tensor) -> OutputMeasure:
+        return super().measure(value).model_copy(update={"max_abs_error": 0.0})

@@ -1,0 +1,178 @@
+"""Broken verifiers, one for each check of ``VerifierSuite`` and more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from refitkit.errors import NotRefittableError
+from refitkit.model import OutputMeasure, VerificationResult
+from refitkit.protocols import VerifyRequest
+from refitkit.recipe import TensorMap
+from refitkit.testing import VerifierSuite
+from refitkit.testing.fakes import FakeModule, OpenEngine
+from refitkit.testing.plans import plan_for
+from tests.conformance.bites import Bite
+
+NEW = {"w": torch.arange(1.0, 7.0).reshape(2, 3), "b": torch.tensor([-1.0, 2.0])}
+
+
+class Plain:
+    """A good verifier: calls the module and compares every answer."""
+
+    name: Any = "plain"
+
+    def prepare(self, request: VerifyRequest) -> Any:
+        if request.inputs is None:
+            raise NotRefittableError("It needs inputs.")
+        args, kwargs = request.inputs
+        wanted = {f"e/{name}": v.load() * args[0] for (_, name), v in request.values.items()}
+        return lambda module: self.judge(module.probe(args, kwargs), wanted)
+
+    def judge(self, found: Any, wanted: Any) -> Any:
+        measures = tuple(self.measure(name, found[name], wanted[name]) for name in wanted)
+        ok = all(measure.ok for measure in measures)
+        return VerificationResult(verifier=self.name, ok=ok, measures=measures)
+
+    def measure(self, name: str, found: torch.Tensor, wanted: torch.Tensor) -> Any:
+        ok = torch.equal(found, wanted)
+        return OutputMeasure(name=name, ok=ok, note="" if ok else "differs")
+
+
+class Good(VerifierSuite):
+    verifier: type[Plain] = Plain
+
+    def make_verifier(self) -> Any:
+        return self.verifier()
+
+    def make_request(self) -> VerifyRequest:
+        module = FakeModule([OpenEngine("e", {n: torch.zeros_like(v) for n, v in NEW.items()})])
+        plan, source = plan_for(module), TensorMap({n: v.clone() for n, v in NEW.items()})
+        values: Any = plan.values_of(plan.ledger, source)
+        inputs = ((torch.tensor(2.0),), {})
+        return VerifyRequest(plan, module, source, values, inputs, None, None, {})
+
+    def held(self, module: Any) -> dict[str, torch.Tensor]:
+        return dict(module.engines["e"].live)
+
+    def make_hopeless(self) -> VerifyRequest:
+        return replace(self.make_request(), inputs=None)
+
+
+BITES: list[Bite] = []
+
+
+def breaks(check: str, says: str) -> Any:
+    def note(verifier: type) -> type:
+        suite = type(verifier.__name__, (Good,), {"verifier": verifier})
+        BITES.append(Bite(f"test_{check}", suite, says, Good))
+        return verifier
+
+    return note
+
+
+@breaks("it_has_a_name", "Verifier.name: it is {''}")
+class Nameless(Plain):
+    name = ""
+
+
+@breaks("it_has_a_name", "Verifier: Unprepared lacks members")
+class Unprepared(Plain):
+    prepare = property(lambda _: (_ for _ in ()).throw(AttributeError()))  # type: ignore[assignment]
+
+
+@breaks("the_right_module_is_accepted", "it rejects a module that holds the very values")
+class Never(Plain):
+    def judge(self, found: Any, wanted: Any) -> Any:
+        return VerificationResult(verifier=self.name, ok=False, note="no")
+
+
+@breaks("every_wrong_slot_is_rejected", "'e/b' is wrong, and it says yes")
+class LooksAtOne(Plain):
+    def judge(self, found: Any, wanted: Any) -> Any:
+        return super().judge(found, {"e/w": wanted["e/w"]})
+
+
+@breaks("old_weights_are_rejected", "still has its old weights, and it says yes")
+class Always(Plain):
+    def judge(self, found: Any, wanted: Any) -> Any:
+        return VerificationResult(verifier=self.name, ok=True)
+
+
+@breaks("measures_name_what_is_wrong", "it says no, and not why")
+class Curt(Plain):
+    def judge(self, found: Any, wanted: Any) -> Any:
+        return VerificationResult(verifier=self.name, ok=super().judge(found, wanted).ok)
+
+
+@breaks("measures_name_what_is_wrong", "something is wrong, and not what")
+class Mumbles(Plain):
+    def measure(self, name: str, found: Any, wanted: Any) -> Any:
+        return super().measure(name, found, wanted).model_copy(update={"note": ""})
+
+
+@breaks("the_verdict_is_its_name_and_measures", "it says it is of 'outputs', not of 'plain'")
+class Poses(Plain):
+    def judge(self, found: Any, wanted: Any) -> Any:
+        return super().judge(found, wanted).model_copy(update={"verifier": "outputs"})
+
+
+@breaks("the_verdict_is_its_name_and_measures", "it is ok, and some of its measures are not")
+class Lenient(Plain):
+    def judge(self, found: Any, wanted: Any) -> Any:
+        return super().judge(found, wanted).model_copy(update={"ok": True})
+
+
+@breaks("the_same_verdict_twice", "it says True, and then False, of the same module")
+class Once(Plain):
+    def prepare(self, request: VerifyRequest) -> Any:
+        judge, calls = super().prepare(request), iter([True])
+        no = VerificationResult(verifier=self.name, ok=False)
+        return lambda module: judge(module) if next(calls, False) else no
+
+
+@breaks("nothing_is_changed", r"Verifier.prepare: it changed 'b', 'w'")
+class TriesFirst(Plain):
+    def prepare(self, request: VerifyRequest) -> Any:
+        request.module.engines["e"].stage(list(request.values.values())).commit()
+        return super().prepare(request)
+
+
+@breaks("nothing_is_changed", r"what Verifier.prepare returns: it changed 'input 0'")
+class WritesInputs(Plain):
+    def prepare(self, request: VerifyRequest) -> Any:
+        judge = super().prepare(request)
+
+        def judged(module: Any) -> Any:
+            result = judge(module)
+            request.inputs[0][0].zero_()  # type: ignore[index]
+            return result
+
+        return judged
+
+
+@breaks("it_refuses_before_anything_is_written", "a request that it cannot judge was accepted")
+class RefusesLate(Plain):
+    def prepare(self, request: VerifyRequest) -> Any:
+        return super().prepare(request) if request.inputs else lambda _: None
+
+
+@breaks("it_refuses_before_anything_is_written", "was answered with TypeError")
+class Stumbles(Plain):
+    def prepare(self, request: VerifyRequest) -> Any:
+        _args, _ = request.inputs  # type: ignore[misc]
+        return super().prepare(request)
+
+
+@breaks("the_right_module_is_accepted", "it gives a bool. Give a VerificationResult")
+class Bools(Plain):
+    def judge(self, found: Any, wanted: Any) -> Any:
+        return True
+
+
+@breaks("old_weights_are_rejected", "it raised NotRefittableError")
+class RaisesNo(Plain):
+    def judge(self, found: Any, wanted: Any) -> Any:
+        raise NotRefittableError("No.")
