@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -184,15 +185,15 @@ class Host:
         caller = self._manager.subset_hook_caller(hook, remove_plugins=others)
         return caller(**arguments)
 
-    def named(self, hook: str) -> dict[str, Any]:
+    def named(self, hook: str, **arguments: Any) -> dict[str, Any]:
         """Objects that plugins offer through a hook, by their name.
 
         Raises:
             PluginError: As ``offers`` does.
         """
-        return {name: offer.item for name, offer in self.offers(hook).items()}
+        return {name: offer.item for name, offer in self.offers(hook, **arguments).items()}
 
-    def offers(self, hook: str) -> dict[str, Offer]:
+    def offers(self, hook: str, **arguments: Any) -> dict[str, Offer]:
         """The same with the plugins that offer them.
 
         Raises:
@@ -201,7 +202,7 @@ class Host:
         """
         owners: dict[str, str] = {}
         offers: dict[str, Offer] = {}
-        for plugin, item in self.items(hook):
+        for plugin, item in self.items(hook, **arguments):
             self.claim(owners, item, plugin, hook)
             offers[item.name] = Offer(plugin, item)
         return offers

@@ -34,8 +34,17 @@ def test_all_plugins_are_listed(run: Callable[..., Outcome], command: tuple[str,
     assert plugins["aotinductor"]["origin"] == "built-in"
     assert "refitkit_load_module" in plugins["aotinductor"]["hooks"]
     assert plugins["cli"]["origin"] == "built-in"
-    expected = {"name": "listener", "origin": "explicit", "hooks": ["refitkit_event"]}
-    assert plugins["listener"] == expected
+    assert plugins["aotinductor"]["module"] == "refitkit.builtin.aotinductor"
+    assert plugins["listener"] == {
+        "name": "listener",
+        "state": "in use",
+        "origin": "explicit",
+        "distribution": "",
+        "version": "",
+        "module": __name__,
+        "hooks": {"refitkit_event": "all"},
+        "problem": "",
+    }
 
 
 def test_the_table_has_the_same(run: Callable[..., Outcome]) -> None:
@@ -43,7 +52,8 @@ def test_the_table_has_the_same(run: Callable[..., Outcome]) -> None:
     table = run("plugins").out
     for name, plugin in as_data.items():
         assert name in table
-        assert all(hook.removeprefix("refitkit_") in table for hook in plugin["hooks"])
+        for hook, kind in plugin["hooks"].items():
+            assert f"{hook.removeprefix('refitkit_')} ({kind})" in table
 
 
 @pytest.mark.parametrize(
@@ -52,7 +62,8 @@ def test_the_table_has_the_same(run: Callable[..., Outcome]) -> None:
 )
 def test_plugins_are_switched_off(run: Callable[..., Outcome], args: tuple[str, ...]) -> None:
     outcome = run(*args, "--json")
-    assert listed(outcome)["verify"] == {"name": "verify", "origin": "switched off", "hooks": []}
+    found = listed(outcome)["verify"]
+    assert (found["state"], found["origin"], found["hooks"]) == ("switched off", "built-in", {})
     assert outcome.err == ""
 
 
@@ -80,7 +91,7 @@ def test_those_that_do_not_exist_are_warned_of(
         "warning: There is no plugin 'noone' to switch off.",
     ]
     plugins = listed(outcome)
-    assert {plugins[name]["origin"] for name in ("weights", "checks")} == {"switched off"}
+    assert {plugins[name]["state"] for name in ("weights", "checks")} == {"switched off"}
 
 
 def test_an_installed_plugin_that_cannot_be_imported_can_be_switched_off(
@@ -89,11 +100,10 @@ def test_an_installed_plugin_that_cannot_be_imported_can_be_switched_off(
     from importlib.metadata import EntryPoint
 
     broken = EntryPoint("broken", "no_module_of_this_name", "refitkit")
-    for where in ("refitkit.host.entry_points", "refitkit.cli.known.entry_points"):
-        monkeypatch.setattr(where, lambda **_: [broken])
+    monkeypatch.setattr("refitkit.host.entry_points", lambda **_: [broken])
     outcome = run("--help")
     assert outcome.code == 3
     assert "--no-plugin broken" in outcome.err
     outcome = run("--no-plugin", "broken", "plugins", "--json")
-    assert listed(outcome)["broken"]["origin"] == "switched off"
+    assert listed(outcome)["broken"]["state"] == "switched off"
     assert outcome.err == ""
