@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import click
@@ -11,7 +12,7 @@ from refitkit.cli.options import common_options
 from refitkit.cli.plugins_static import Check, static_checks
 from refitkit.cli.session import Session
 from refitkit.cli.tables import table
-from refitkit.cli.text import count, duration
+from refitkit.cli.text import duration
 from refitkit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -77,5 +78,6 @@ def _print(console: Console, checks: list[Check], *, ok: bool) -> None:
     for one in checks:
         if one.outcome not in {"passed", "skipped"}:
             console.print(f"{one.suite} {one.check}: {one.outcome}\n  {one.message}\n")
-    done = sum(one.outcome == "passed" for one in checks)
-    console.print(f"{'ok' if ok else 'not ok'}: {done} of {count(len(checks), 'check')} passed")
+    counts = Counter(one.outcome for one in checks)
+    told = ", ".join(f"{number} {outcome}" for outcome, number in counts.most_common())
+    console.print(f"{'ok' if ok else 'not ok'}: {told}")

@@ -11,17 +11,17 @@ class GateStrategy:
     name, priority = "example-gate", 20
 
     def map(self, request: MapRequest) -> Mapped:
-        """A value for each slot of a gate, or the reason why there is none."""
+        """A value for each slot of a gate; for each other one the reason why not."""
         values, declined = {}, {}
         for row in request.wanted:
             layer, _, role = row.slot.name.rpartition(" ")
             fqn = layer.removeprefix(LAYER)
             if role != "CONSTANT" or fqn == layer:
-                continue
-            if fqn in request.source.names():
-                values[row.slot.key] = _value(row.slot, request.source, fqn)
-            else:
+                declined[row.slot.key] = "it holds no gates"
+            elif fqn not in request.source.names():
                 declined[row.slot.key] = f"the source has no {fqn!r}"
+            else:
+                values[row.slot.key] = _value(row.slot, request.source, fqn)
         return Mapped(values, declined)
 
 
