@@ -16,6 +16,8 @@ from refitkit.registration import Manager, blame, module_of, name_of, register_p
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    import pluggy
+
     from refitkit.model import Event
 
 GROUP = "refitkit"
@@ -100,6 +102,7 @@ class Host:
         """Use ``make_host``."""
         self._manager = manager
         self._taken = taken
+        self._callers: dict[tuple[str, str], pluggy.HookCaller] = {}
 
     def plugins(self) -> tuple[PluginInfo, ...]:
         """All registered plugins, in the order of registration."""
@@ -180,9 +183,12 @@ class Host:
 
     def call_one(self, plugin: str, hook: str, **arguments: Any) -> Any:
         """Call a hook of one plugin only; otherwise as ``call``."""
-        named = self._manager.list_name_plugin()
-        others = [other for name, other in named if name != plugin and other is not None]
-        caller = self._manager.subset_hook_caller(hook, remove_plugins=others)
+        caller = self._callers.get((plugin, hook))
+        if caller is None:
+            named = self._manager.list_name_plugin()
+            others = [other for name, other in named if name != plugin and other is not None]
+            caller = self._manager.subset_hook_caller(hook, remove_plugins=others)
+            self._callers[plugin, hook] = caller
         return caller(**arguments)
 
     def named(self, hook: str, **arguments: Any) -> dict[str, Any]:

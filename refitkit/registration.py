@@ -101,8 +101,11 @@ def _blaming(
 
     @functools.wraps(function)
     def blamed(*arguments: Any) -> Any:
-        with blame(plugin, hook):
+        try:
             return function(*arguments)
+        except Exception:  # to enter a context at each call would cost more than many a hook
+            with blame(plugin, hook):
+                raise
 
     @functools.wraps(function)
     def blamed_wrapper(*arguments: Any) -> Any:
