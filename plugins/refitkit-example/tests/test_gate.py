@@ -161,3 +161,16 @@ def test_a_missing_weight_is_told(compiled: refitkit.CompiledModule) -> None:
     with pytest.raises(refitkit.WeightMismatchError) as info:
         refitkit.refit(compiled, state)
     assert [(p.subject, p.kind) for p in info.value.problems] == [("gate", "missing")]
+
+
+def test_a_constant_that_is_taken_for_a_literal_is_found_by_the_proof() -> None:
+    """Nobody can see such a constant for what it is; ``compile`` tries other weights."""
+    options = {**OPTIONS, "imports": ["looks_frozen"]}
+    unproved = refitkit.compile(program(0), BACKEND, options, prove=False)
+    assert {row.state for row in unproved.plan.ledger if LAYER in row.slot.name} == {"frozen"}
+    with pytest.raises(refitkit.NotRefittableError):
+        refitkit.compile(program(0), BACKEND, options)
+
+
+def test_the_converter_passes_the_proof() -> None:
+    refitkit.compile(program(0), BACKEND, OPTIONS)
