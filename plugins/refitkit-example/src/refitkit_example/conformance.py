@@ -25,11 +25,11 @@ class TestGateStrategy(StrategySuite):
 
     def make_request(self, seed: int) -> MapRequest:
         """With weights for both gates."""
-        return self._request(self._weights(seed))
+        return self._request(self._weights(seed), [*_NAMES.values(), "head/bias CONSTANT"])
 
     def make_lacking(self) -> MapRequest:
         """Without the weight of one."""
-        return self._request({"w": torch.ones(3)})
+        return self._request({"w": torch.ones(3)}, list(_NAMES.values()))
 
     def expected(self, seed: int) -> dict[tuple[str, str], torch.Tensor]:
         """Computed by torch, in double precision."""
@@ -42,8 +42,7 @@ class TestGateStrategy(StrategySuite):
         return {"w": numbers[::2], "deep.w": numbers[1::2]}
 
     @staticmethod
-    def _request(weights: dict[str, torch.Tensor]) -> MapRequest:
-        names = [*_NAMES.values(), "head/bias CONSTANT"]
+    def _request(weights: dict[str, torch.Tensor], names: list[str]) -> MapRequest:
         slots = [Slot(engine="e", name=n, dtype="float32", shape=None, count=3) for n in names]
         rows = [LedgerRow(slot=s, state=SlotState.UNMAPPED, reason="not seen") for s in slots]
         plan = make_plan(rows)
