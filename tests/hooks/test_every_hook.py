@@ -235,7 +235,7 @@ def test_refitkit_weight_transforms() -> None:
     class Doubled:
         """Makes the weight that the program reads of one that lies in the checkpoint as half."""
 
-        name = "doubled"
+        name, priority = "doubled", 10
 
         def groups(self, request: Any) -> Iterable[WeightGroup]:
             if "w.half" in request.source.names():
