@@ -3,7 +3,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: setup demo test test-matrix zoo check bench clean
+.PHONY: setup demo test test-plugins test-matrix zoo check bench clean
 
 setup: .venv/installed
 
@@ -19,10 +19,16 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy $(wildcard plugins/*/src)
 	$(BIN)/lint-imports
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python scripts/plugin_wheels.py
+
+# Each plugin's wheel in a fresh environment: installed, used, tested, uninstalled; and a new one.
+test-plugins: setup
+	$(BIN)/python scripts/plugin_wheels.py $(PLUGINS)
 
 # Torch-TensorRT 2.11 to 2.14, each in an environment of its own: half an hour, 7 GB. Not in CI.
 test-matrix: setup

@@ -11,6 +11,13 @@ Two kinds of hooks:
 * *all*: every implementation is called.
 
 No hook is called once per tensor.
+
+Arguments may be added to a hook in any release: an implementation names those that it needs. An
+argument goes only after a release in which it was deprecated. Its specification then says what to
+take instead, and until when it is there (``@hookspec(warn_on_impl_args={"old": DeprecationWarning(
+"take 'new'; it goes in 0.4")})``); it still comes, and whoever takes it is told so by a
+``DeprecationWarning`` that names the plugin and the argument, when the plugin is registered and by
+``refitkit plugins check``. Hooks themselves go the same way, as does what they may return.
 """
 
 from __future__ import annotations

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
-import pluggy
-
-from refitkit import hookspecs
 from refitkit.config import Config
-from refitkit.errors import PluginError, raised_as
+from refitkit.errors import PluginError
+from refitkit.registration import Manager, blame, module_of, name_of, register_plugin
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from contextlib import AbstractContextManager
+    from collections.abc import Iterator, Mapping
+
+    import pluggy
 
     from refitkit.model import Event
 
@@ -30,6 +28,40 @@ BUILTINS = ("weights", "checks", "rules", "strategies", "verify", "aotinductor",
 
 
 @dataclass(frozen=True, slots=True)
+class Candidate:
+    """A plugin that could be registered.
+
+    Attributes:
+        name: The name to switch it off by.
+        origin: ``built-in``, ``explicit``, or the distribution that brings it, with its version.
+        module: The module that it is, or is in.
+        load: Gives it; imports it, where that has not happened yet.
+        distribution: Name of the distribution that brings it; empty where none does.
+        version: Its version.
+    """
+
+    name: str
+    origin: str
+    module: str
+    load: Callable[[], object]
+    distribution: str = ""
+    version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenPlugin:
+    """A plugin that was left out.
+
+    Attributes:
+        candidate: Which.
+        error: Why.
+    """
+
+    candidate: Candidate
+    error: PluginError
+
+
+@dataclass(frozen=True, slots=True)
 class PluginInfo:
     """One registered plugin.
 
@@ -37,20 +69,40 @@ class PluginInfo:
         name: The name to switch it off by.
         origin: ``built-in``, ``explicit``, or the distribution that brings it, with its version.
         hooks: Names of the hooks that it implements.
+        module: The module that it is, or is in.
+        distribution: Name of the distribution that brings it; empty where none does.
+        version: Its version.
     """
 
     name: str
     origin: str
     hooks: tuple[str, ...]
+    module: str = ""
+    distribution: str = ""
+    version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Something that a plugin offers through a hook.
+
+    Attributes:
+        plugin: Name of the plugin.
+        item: What it offers; has a ``name``.
+    """
+
+    plugin: str
+    item: Any
 
 
 class Host:
     """All plugins of one pipeline. Made by :func:`make_host`."""
 
-    def __init__(self, manager: pluggy.PluginManager, origins: dict[str, str]) -> None:
+    def __init__(self, manager: Manager, taken: Mapping[str, Candidate]) -> None:
         """Use ``make_host``."""
         self._manager = manager
-        self._origins = origins
+        self._taken = taken
+        self._callers: dict[tuple[str, str], pluggy.HookCaller] = {}
 
     def plugins(self) -> tuple[PluginInfo, ...]:
         """All registered plugins, in the order of registration."""
@@ -59,14 +111,34 @@ class Host:
     @functools.cached_property
     def _plugins(self) -> tuple[PluginInfo, ...]:
         return tuple(
-            PluginInfo(name, self._origins[name], self._hooks_of(plugin))
+            self._info_of(name, plugin)
             for name, plugin in self._manager.list_name_plugin()
             if plugin is not None
         )
 
+    def _info_of(self, name: str, plugin: object) -> PluginInfo:
+        taken = self._taken[name]
+        hooks = self._hooks_of(plugin)
+        return PluginInfo(
+            name, taken.origin, hooks, taken.module, taken.distribution, taken.version
+        )
+
+    def kind_of(self, hook: str) -> str:
+        """``first`` or ``all``."""
+        spec = getattr(self._manager.hook, hook).spec
+        return "first" if spec.opts["firstresult"] else "all"
+
     def plugin(self, name: str) -> object:
         """The registered object or module of this name; None where there is none."""
         return self._manager.get_plugin(name)
+
+    def candidate(self, name: str) -> Candidate:
+        """What the registered plugin of this name was before it was registered.
+
+        Raises:
+            KeyError: There is none.
+        """
+        return self._taken[name]
 
     def call(self, hook: str, **arguments: Any) -> Any:
         """Call a hook.
@@ -105,29 +177,40 @@ class Host:
             if not isinstance(result, Iterable):
                 kind = type(result).__name__
                 raise PluginError(f"The plugin {plugin!r} returned {kind} from {hook}, not a list.")
-            with _blame(plugin, hook):
+            with blame(plugin, hook):
                 listed = list(result)
             yield from ((plugin, item) for item in listed)
 
     def call_one(self, plugin: str, hook: str, **arguments: Any) -> Any:
         """Call a hook of one plugin only; otherwise as ``call``."""
-        named = self._manager.list_name_plugin()
-        others = [other for name, other in named if name != plugin and other is not None]
-        caller = self._manager.subset_hook_caller(hook, remove_plugins=others)
+        caller = self._callers.get((plugin, hook))
+        if caller is None:
+            named = self._manager.list_name_plugin()
+            others = [other for name, other in named if name != plugin and other is not None]
+            caller = self._manager.subset_hook_caller(hook, remove_plugins=others)
+            self._callers[plugin, hook] = caller
         return caller(**arguments)
 
-    def named(self, hook: str) -> dict[str, Any]:
+    def named(self, hook: str, **arguments: Any) -> dict[str, Any]:
         """Objects that plugins offer through a hook, by their name.
+
+        Raises:
+            PluginError: As ``offers`` does.
+        """
+        return {name: offer.item for name, offer in self.offers(hook, **arguments).items()}
+
+    def offers(self, hook: str, **arguments: Any) -> dict[str, Offer]:
+        """The same with the plugins that offer them.
 
         Raises:
             PluginError: Two plugins offer one of the same name; names both. Or an offer has no
                 name.
         """
         owners: dict[str, str] = {}
-        offers: dict[str, Any] = {}
-        for plugin, item in self.items(hook):
+        offers: dict[str, Offer] = {}
+        for plugin, item in self.items(hook, **arguments):
             self.claim(owners, item, plugin, hook)
-            offers[item.name] = item
+            offers[item.name] = Offer(plugin, item)
         return offers
 
     @staticmethod
@@ -152,7 +235,12 @@ class Host:
         return tuple(sorted(caller.name for caller in callers))
 
 
-def make_host(config: Config | None = None, plugins: Iterable[object] = ()) -> Host:
+def make_host(
+    config: Config | None = None,
+    plugins: Iterable[object] = (),
+    *,
+    on_broken: Callable[[BrokenPlugin], None] | None = None,
+) -> Host:
     """A host with the built-ins, then what is installed, then explicit plugins.
 
     For hooks of kind *first* the latest registered is asked first, so explicit plugins win over
@@ -161,114 +249,86 @@ def make_host(config: Config | None = None, plugins: Iterable[object] = ()) -> H
     Args:
         config: Says which plugins are switched off.
         plugins: Objects or modules with hook implementations.
+        on_broken: Told of each plugin that cannot be taken in, which is then left out.
 
     Raises:
-        PluginError: A plugin cannot be imported or registered; names it.
+        PluginError: A plugin cannot be imported or registered, and ``on_broken`` is None; names it.
     """
     off = (config or Config()).switched_off()
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
-    origins: dict[str, str] = {}
-    for name, plugin, origin in _candidates(off, plugins):
-        if name in off:
+    manager = Manager()
+    taken: dict[str, Candidate] = {}
+    for candidate in candidates(plugins):
+        if candidate.name in off:
             continue
-        if name in origins:
-            raise PluginError(
-                f"Two plugins are called {name!r}: one is {origins[name]}, the other {origin}.",
-                hint="Rename one, or uninstall it.",
-            )
-        _register(manager, name, plugin)
-        origins[name] = origin
-    return Host(manager, origins)
+        try:
+            _take_in(manager, taken, candidate)
+        except PluginError as exc:
+            if on_broken is None:
+                raise
+            on_broken(BrokenPlugin(candidate, exc))
+    return Host(manager, taken)
 
 
-def _candidates(
-    off: frozenset[str], plugins: Iterable[object]
-) -> Iterator[tuple[str, object, str]]:
-    """``(name, plugin, origin)`` in the order of registration; what is off is not imported."""
+def _take_in(manager: Manager, taken: dict[str, Candidate], candidate: Candidate) -> None:
+    name = candidate.name
+    if name in taken:
+        raise PluginError(
+            f"Two plugins are called {name!r}: one is {taken[name].origin}, the other "
+            f"{candidate.origin}.",
+            hint="Rename one, or uninstall it.",
+        )
+    plugin = candidate.load()
+    try:
+        register_plugin(manager, name, plugin)
+    except PluginError:
+        if manager.has_plugin(name):  # what is wrong showed only afterwards
+            manager.unregister(name=name)
+        raise
+    taken[name] = candidate
+
+
+def candidates(plugins: Iterable[object] = ()) -> Iterator[Candidate]:
+    """All plugins that there are, in the order of registration; none of them is imported.
+
+    Args:
+        plugins: Explicit ones.
+    """
     for name in BUILTINS:
-        if name not in off:
-            yield name, importlib.import_module(f"refitkit.builtin.{name}"), "built-in"
+        yield _built_in(name)
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
-        if entry.name not in off:
-            yield entry.name, _loaded(entry), _origin(entry)
+        yield _installed(entry)
     for plugin in plugins:
-        yield _name_of(plugin), plugin, "explicit"
+        yield _explicit(plugin)
 
 
-def _loaded(entry: EntryPoint) -> object:
+def _explicit(plugin: object) -> Candidate:
+    return Candidate(name_of(plugin), "explicit", module_of(plugin), lambda: plugin)
+
+
+def _built_in(name: str) -> Candidate:
+    module = f"refitkit.builtin.{name}"
+    return Candidate(name, "built-in", module, lambda: importlib.import_module(module))
+
+
+def _installed(entry: EntryPoint) -> Candidate:
+    dist = entry.dist
+    origin = f"{dist.name} {dist.version}" if dist else "an unknown distribution"
+    return Candidate(
+        name=entry.name,
+        origin=origin,
+        module=entry.value.partition(":")[0],
+        load=lambda: _loaded(entry, origin),
+        distribution=dist.name if dist else "",
+        version=dist.version if dist else "",
+    )
+
+
+def _loaded(entry: EntryPoint, origin: str) -> object:
     try:
         return entry.load()
     except Exception as exc:
         raise PluginError(
-            f"The plugin {entry.name!r} of {_origin(entry)} cannot be imported: "
+            f"The plugin {entry.name!r} of {origin} cannot be imported: "
             f"{type(exc).__name__}: {exc}",
             hint=f"Mend or uninstall it; to go on without it: --no-plugin {entry.name}.",
         ) from exc
-
-
-def _origin(entry: EntryPoint) -> str:
-    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
-
-
-def _register(manager: pluggy.PluginManager, name: str, plugin: object) -> None:
-    hint = f"See docs/reference/hooks.md; to go on without it: --no-plugin {name}."
-    if inspect.isclass(plugin):
-        raise PluginError(f"The plugin {name!r} is a class: register an instance of it.")
-    for attribute in dir(plugin):
-        if attribute.startswith("refitkit_") and _lacks_mark(manager, plugin, attribute):
-            raise PluginError(
-                f"{attribute} of the plugin {name!r} is not marked as a hook.",
-                hint="Decorate it with @refitkit.hookimpl, or give it another name.",
-            )
-    try:
-        manager.register(plugin, name)
-    except (pluggy.PluginValidationError, ValueError) as exc:
-        raise PluginError(f"The plugin {name!r} cannot be registered: {exc}", hint=hint) from exc
-    for caller in manager.get_hookcallers(plugin) or ():
-        if not caller.has_spec():
-            message = f"The plugin {name!r} implements {caller.name}, which is no hook."
-            raise PluginError(message, hint=hint)
-        _blame_failures(caller, name, plugin)
-
-
-def _blame_failures(caller: pluggy.HookCaller, name: str, plugin: object) -> None:
-    """Have failures of one plugin's hook name that plugin: pluggy does not tell whose they are."""
-    for implementation in caller.get_hookimpls():
-        if implementation.plugin is plugin:
-            around = implementation.wrapper or implementation.hookwrapper
-            blamed = _blaming(name, caller.name, implementation.function, around=around)
-            setattr(implementation, "function", blamed)  # noqa: B010 - typed as final, but a slot
-
-
-def _blaming(
-    plugin: str, hook: str, function: Callable[..., Any], *, around: bool
-) -> Callable[..., Any]:
-    """The same function, whose failures are ``PluginError`` and name the plugin."""
-
-    @functools.wraps(function)
-    def blamed(*arguments: Any) -> Any:
-        with _blame(plugin, hook):
-            return function(*arguments)
-
-    @functools.wraps(function)
-    def blamed_wrapper(*arguments: Any) -> Any:
-        with _blame(plugin, hook):
-            return (yield from function(*arguments))
-
-    return blamed_wrapper if around else blamed
-
-
-def _blame(plugin: str, hook: str) -> AbstractContextManager[None]:
-    hint = f"Report it to its authors; to go on without it: --no-plugin {plugin}."
-    return raised_as(PluginError, f"The plugin {plugin!r} failed in {hook}", hint=hint)
-
-
-def _lacks_mark(manager: pluggy.PluginManager, plugin: object, attribute: str) -> bool:
-    is_function = inspect.isroutine(getattr(plugin, attribute, None))
-    return is_function and manager.parse_hookimpl_opts(plugin, attribute) is None
-
-
-def _name_of(plugin: object) -> str:
-    given = getattr(plugin, "name", None) or getattr(plugin, "__name__", None)
-    return given if isinstance(given, str) else type(plugin).__name__

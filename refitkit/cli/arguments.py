@@ -20,10 +20,13 @@ class Early:
         as_json: Whether ``--json`` is among the arguments. An error in parsing them is told as
             JSON, too.
         no_plugins: Names of plugins to switch off: which commands there are depends on them.
+        command: What is likely the first command: the first argument that is no early option. Some
+            commands can work although a plugin is broken.
     """
 
     as_json: bool = False
     no_plugins: tuple[str, ...] = ()
+    command: str = ""
 
 
 def look_ahead(args: Sequence[str]) -> Early:
@@ -33,4 +36,13 @@ def look_ahead(args: Sequence[str]) -> Early:
     names = [after for option, after in pairwise(args) if option == _NO_PLUGIN]
     joined = f"{_NO_PLUGIN}="
     names += [arg.removeprefix(joined) for arg in args if arg.startswith(joined)]
-    return Early("--json" in args, tuple(names))
+    return Early("--json" in args, tuple(names), _first_command(args))
+
+
+def _first_command(args: Sequence[str]) -> str:
+    before = ""
+    for arg in args:
+        if not arg.startswith("-") and before != _NO_PLUGIN:
+            return arg
+        before = arg
+    return ""

@@ -9,7 +9,7 @@ import click
 
 from refitkit import __version__
 from refitkit.cli import machine
-from refitkit.cli.known import all_plugins
+from refitkit.cli.known import IN_USE, all_plugins
 from refitkit.cli.machine import Finding
 from refitkit.cli.options import common_options
 from refitkit.cli.session import Session
@@ -60,9 +60,11 @@ def doctor_command(ctx: click.Context) -> None:
         "ok": possible,
         "machine": [asdict(one) for one in findings],
         "backends": [asdict(one) for one in backends],
-        "plugins": [{"name": one.name, "origin": one.origin} for one in plugins],
+        "plugins": [
+            {"name": one.name, "origin": one.origin, "state": one.state} for one in plugins
+        ],
     }
-    names = [f"{one.name} ({one.origin})" for one in plugins]
+    names = [f"{one.name} ({one.origin if one.state == IN_USE else one.state})" for one in plugins]
     session.result(data, lambda console: _print(console, findings, backends, names))
     ctx.exit(0 if possible else 1)
 

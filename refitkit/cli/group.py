@@ -10,8 +10,11 @@ from refitkit import __version__
 from refitkit.cli import plugin as builtin_commands
 from refitkit.cli.options import common_options
 from refitkit.errors import PluginError, RefitError
+from refitkit.host import BrokenPlugin
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from refitkit.host import Host
 
 HOOK = "refitkit_register_commands"
@@ -82,11 +85,16 @@ class RootGroup(click.Group):
             ) from exc
 
 
-def make_group(host: Host) -> RootGroup:
+def make_group(host: Host, on_broken: Callable[[BrokenPlugin], None] | None = None) -> RootGroup:
     """The group with the commands of all plugins, built-in ones first.
 
+    Args:
+        host: The plugins.
+        on_broken: Told of each plugin that failed to add its commands.
+
     Raises:
-        PluginError: A plugin failed, or adds a command whose name is taken; names it.
+        PluginError: A plugin failed, or adds a command whose name is taken, and ``on_broken`` is
+            None; names it.
     """
 
     @click.group("refitkit", cls=RootGroup, no_args_is_help=True)
@@ -101,5 +109,10 @@ def make_group(host: Host) -> RootGroup:
     names = [info.name for info in host.plugins() if HOOK in info.hooks]
     for name in sorted(names, key=lambda one: one != builtin_commands.name):
         refitkit.registrar = name
-        host.call_one(name, HOOK, cli=refitkit)
+        try:
+            host.call_one(name, HOOK, cli=refitkit)
+        except PluginError as exc:
+            if on_broken is None:
+                raise
+            on_broken(BrokenPlugin(host.candidate(name), exc))
     return refitkit

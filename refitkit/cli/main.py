@@ -18,8 +18,12 @@ from refitkit.cli.streams import claimed_stdout, forget, open_stdout
 from refitkit.host import make_host
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
+    from refitkit.host import BrokenPlugin
+
+_DESPITE_BROKEN = frozenset({"plugins"})
+"""Commands that run although a plugin is broken: they are there to find out."""
 
 _HELP = getattr(click.exceptions, "NoArgsIsHelpError", ())
 """What click 8.2 raises where only the name of a group was given; its message is the help."""
@@ -41,15 +45,21 @@ def main(args: Sequence[str] | None = None, plugins: Iterable[object] = ()) -> i
     with claimed_stdout() if early.as_json else open_stdout() as stdout:
         session = Session(early, stdout, plugins)
         try:
-            return _guarded(session, given, stdout)
+            on_broken = session.broken.append if early.command in _DESPITE_BROKEN else None
+            return _guarded(session, given, stdout, on_broken)
         except (BrokenPipeError, PipeClosedError):
             forget(stdout)
             return failures.PIPE_CLOSED
 
 
-def _guarded(session: Session, args: list[str], stdout: TextIO) -> int:
+def _guarded(
+    session: Session,
+    args: list[str],
+    stdout: TextIO,
+    on_broken: Callable[[BrokenPlugin], None] | None,
+) -> int:
     try:
-        code = _run(session, args)
+        code = _run(session, args, on_broken)
         stdout.flush()
     except (click.Abort, KeyboardInterrupt) as exc:
         if isinstance(exc.__cause__, EOFError):  # click takes it for an interrupt
@@ -64,11 +74,14 @@ def _guarded(session: Session, args: list[str], stdout: TextIO) -> int:
     return code
 
 
-def _run(session: Session, args: list[str]) -> int:
-    session.host = make_host(session.config(), [builtin_commands, *session.plugins])
+def _run(
+    session: Session, args: list[str], on_broken: Callable[[BrokenPlugin], None] | None
+) -> int:
+    plugins = [builtin_commands, *session.plugins]
+    session.host = make_host(session.config(), plugins, on_broken=on_broken)
     for name in unknown_names(session):
         session.warn(f"There is no plugin {name!r} to switch off.")
-    group = make_group(session.host)
+    group = make_group(session.host, on_broken)
     code = group.main(args, prog_name="refitkit", standalone_mode=False, obj=session)
     return code if isinstance(code, int) else 0
 

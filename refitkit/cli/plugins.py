@@ -1,27 +1,30 @@
-"""``refitkit plugins``: who takes part."""
+"""``refitkit plugins``: who takes part; checking plugins, and making new ones."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
-from refitkit.cli.known import all_plugins
+from refitkit.cli.known import BROKEN, all_plugins
 from refitkit.cli.options import common_options
+from refitkit.cli.plugins_check import check_command
+from refitkit.cli.plugins_new import new_command
 from refitkit.cli.tables import table
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from refitkit.cli.known import KnownPlugin
     from refitkit.cli.session import Session
-    from refitkit.host import PluginInfo
 
 
-@click.group("plugins", invoke_without_command=True, short_help="List the plugins in use.")
+@click.group("plugins", invoke_without_command=True, short_help="List, check and make plugins.")
 @common_options
 @click.pass_context
 def plugins_group(ctx: click.Context) -> None:
-    """List the plugins in use: built-in ones, and those that are installed beside them."""
+    """List the plugins in use, check one, or make a new one. Alone it lists them."""
     if ctx.invoked_subcommand is None:
         ctx.invoke(list_plugins)
 
@@ -30,22 +33,32 @@ def plugins_group(ctx: click.Context) -> None:
 @common_options
 @click.pass_obj
 def list_plugins(session: Session) -> None:
-    """List all plugins with their origin and hooks."""
+    """List all plugins: where they come from, and the hooks that they implement.
+
+    Those that are switched off are listed too, and those that are broken, with the reason; what
+    they would do, other commands refuse to do without.
+    """
     plugins = all_plugins(session)
-    data = {
-        "plugins": [
-            {"name": info.name, "origin": info.origin, "hooks": info.hooks} for info in plugins
-        ]
-    }
+    for one in plugins:
+        if one.state == BROKEN:
+            session.warn(one.problem)
+    data = {"plugins": [asdict(one) for one in plugins]}
     session.result(data, lambda console: print_plugins(console, plugins))
 
 
-def print_plugins(console: Console, plugins: list[PluginInfo]) -> None:
+def print_plugins(console: Console, plugins: list[KnownPlugin]) -> None:
     """Print a table of plugins."""
-    rows = [(info.name, info.origin, "\n".join(_short(info.hooks))) for info in plugins]
-    console.print(table(("name", "origin", "hooks"), rows))
+    columns = ("name", "state", "origin", "module", "hooks")
+    rows = [
+        (one.name, one.state, one.origin, one.module, "\n".join(_short(one))) for one in plugins
+    ]
+    console.print(table(columns, rows))
 
 
-def _short(hooks: tuple[str, ...]) -> list[str]:
-    """Hooks without the prefix that all of them have."""
-    return [hook.removeprefix("refitkit_") for hook in hooks]
+def _short(plugin: KnownPlugin) -> list[str]:
+    """Hooks without the prefix that all of them have, with their kinds."""
+    return [f"{hook.removeprefix('refitkit_')} ({kind})" for hook, kind in plugin.hooks.items()]
+
+
+plugins_group.add_command(check_command)
+plugins_group.add_command(new_command)

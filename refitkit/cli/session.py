@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from refitkit.cli.arguments import Early
-    from refitkit.host import Host
+    from refitkit.host import BrokenPlugin, Host
     from refitkit.pipeline import Pipeline
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -46,6 +46,8 @@ class Session:
         as_json: Whether the result is to be JSON.
         no_plugins: Names of plugins that are switched off.
         host: The plugins of the command line.
+        broken: Plugins that were left out because they are broken; only commands that are there to
+            tell of them run then.
         progress: Shows what pipelines are at.
     """
 
@@ -62,6 +64,7 @@ class Session:
         self.as_json = early.as_json
         self.no_plugins = frozenset(early.no_plugins)
         self.plugins = tuple(plugins)
+        self.broken: list[BrokenPlugin] = []
         self.progress = Progress()
         self._stdout = stdout
 

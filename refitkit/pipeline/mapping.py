@@ -12,10 +12,10 @@ from refitkit.protocols import MapRequest
 from refitkit.recipe.plan import STRATEGY, RefitPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from refitkit.config import Config
-    from refitkit.host import Host
+    from refitkit.host import Host, Offer
     from refitkit.protocols import (
         BindableProgram,
         Mapped,
@@ -111,20 +111,64 @@ def map_slots(
     *,
     unchanged: frozenset[tuple[str, str]] = frozenset(),
 ) -> Mapping:
-    """Ask the strategies, in order, for what is still without a value and not unchanged."""
+    """Ask the strategies, in order, for what is still without a value and not unchanged.
+
+    Raises:
+        PluginError: A strategy failed, or strategies of several plugins that nothing puts in order
+            have a value for the same slot; names them and lists the slots.
+    """
     mapping = Mapping(plan, unchanged=unchanged)
     tools = tools_for(host, config, "refit", "map")
-    for strategy in _in_order(host, config):
-        wanted = tuple(mapping.unserved())
-        if not wanted:
-            break
+
+    def ask(strategy: MappingStrategy, wanted: tuple[LedgerRow, ...]) -> Mapped:
+        request = MapRequest(plan, module, source, wanted, program, tools)
         with raised_as(PluginError, f"The strategy {strategy.name!r} failed"):
-            answer = strategy.map(MapRequest(plan, module, source, wanted, program, tools))
+            answer = strategy.map(request)
         _check_answer(strategy, answer, {row.slot.key for row in wanted})
+        return answer
+
+    for rank in _in_order(host, config):
+        _ask_rank(mapping, rank, ask)
+    return mapping
+
+
+def _ask_rank(
+    mapping: Mapping,
+    rank: list[Offer],
+    ask: Callable[[MappingStrategy, tuple[LedgerRow, ...]], Mapped],
+) -> None:
+    """Ask strategies that nothing puts in order.
+
+    Those of one plugin are asked for what the ones before left; those of another plugin for all, so
+    that it shows if both have a value.
+    """
+    taken: dict[tuple[str, str], tuple[LedgerRow, Offer]] = {}
+    clashes: list[Problem] = []
+    for offer in rank:
+        strategy: MappingStrategy = offer.item
+        of_others = [row for row, first in taken.values() if first.plugin != offer.plugin]
+        wanted = (*mapping.unserved(), *of_others)
+        if not wanted:
+            continue
+        answer = ask(strategy, wanted)
+        clashes += [_clash(*taken[key], offer) for key in answer.values if key in taken]
+        taken |= {row.slot.key: (row, offer) for row in wanted if row.slot.key in answer.values}
         mapping.values.update(answer.values)
         for key, reason in answer.declined.items():
             mapping.reasons.setdefault(key, []).append(f"{strategy.name}: {reason}")
-    return mapping
+    if clashes:
+        names = ", ".join(repr(offer.item.name) for offer in rank)
+        raise PluginError(
+            "Strategies of several plugins have a value for the same slots, and the same priority.",
+            problems=clashes,
+            hint=f"Say in Config.strategies in which order {names} are to be tried, with all "
+            "others that are wanted; or switch one of the plugins off: --no-plugin NAME.",
+        )
+
+
+def _clash(row: LedgerRow, first: Offer, second: Offer) -> Problem:
+    offers = " and ".join(f"{one.item.name!r} of {one.plugin!r}" for one in (first, second))
+    return Problem(f"{row.slot.engine}/{row.slot.name}", "claimed twice", offers)
 
 
 def require_all(mapping: Mapping, source: WeightSource) -> None:
@@ -227,17 +271,21 @@ def _of_plan(value: SlotValue) -> bool:
     return value.pinned or (value.strategy == STRATEGY and not value.sources)
 
 
-def _in_order(host: Host, config: Config) -> list[MappingStrategy]:
-    offered: dict[str, MappingStrategy] = host.named("refitkit_mapping_strategies")
+def _in_order(host: Host, config: Config) -> list[list[Offer]]:
+    """Strategies in the order in which they are tried; nothing orders those in one list."""
+    offered = host.offers("refitkit_mapping_strategies")
     if not config.strategies:
-        return sorted(offered.values(), key=lambda strategy: strategy.priority)
+        ranks: dict[int, list[Offer]] = {}
+        for offer in offered.values():
+            ranks.setdefault(offer.item.priority, []).append(offer)
+        return [ranks[priority] for priority in sorted(ranks)]
     unknown = [Problem(n, "no such strategy") for n in config.strategies if n not in offered]
     if unknown:
         hint = f"There are: {', '.join(sorted(offered))}."
         raise ConfigError(
             "Config.strategies names what no plugin offers.", problems=unknown, hint=hint
         )
-    return [offered[name] for name in config.strategies]
+    return [[offered[name]] for name in config.strategies]
 
 
 def _check_answer(strategy: MappingStrategy, answer: Mapped, wanted: set[tuple[str, str]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -13,9 +13,13 @@ from tests.tensorrt.helpers import BACKEND, needs_torch_tensorrt, values_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 pytestmark = needs_torch_tensorrt
-OPTIONS = {"min_block_size": 1, "imports": ["tests.tensorrt.children.looking_converters"]}
+OPTIONS: dict[str, Any] = {
+    "min_block_size": 1,
+    "imports": ["tests.tensorrt.children.looking_converters"],
+}
 
 
 class Looked(torch.nn.Module):
@@ -103,3 +107,24 @@ def test_a_value_that_makes_another_network_is_refused() -> None:
         refitkit.refit(compiled, kind.program(0.5, seed=3), verify="engine-bytes")
     after = values_of(compiled)
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+# -- the option imports -------------------------------------------------------------------------
+
+
+def test_modules_are_found_where_this_process_finds_them_by_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: refitkit.CompiledModule
+) -> None:
+    """The planning process was started before there was such a place."""
+    (tmp_path / "registers_late.py").write_text("import torch_tensorrt\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    options = {**OPTIONS, "imports": [*OPTIONS["imports"], "registers_late"]}
+    again = refitkit.compile(KINDS["folds"].program(3.0), BACKEND, options, prove=False)
+    assert compiled.slots
+    assert again.slots
+
+
+def test_a_module_that_cannot_be_imported_is_named() -> None:
+    options = {**OPTIONS, "imports": ["no_module_of_this_name"]}
+    with pytest.raises(refitkit.ConfigError, match=r"'imports' names 'no_module_of_this_name'"):
+        refitkit.compile(KINDS["folds"].program(3.0), BACKEND, options, prove=False)

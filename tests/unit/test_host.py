@@ -40,6 +40,7 @@ class Installed:
     name: str
     plugin: object
     dist: Distribution | None = None
+    value: str = "some.module:plugin"
     loads: list[str] = dataclasses.field(default_factory=list)
 
     def load(self) -> object:

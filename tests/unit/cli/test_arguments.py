@@ -15,13 +15,18 @@ from refitkit.cli.options import as_options
     ("args", "early"),
     [
         ([], Early()),
-        (["plugins"], Early()),
-        (["--json", "plugins"], Early(as_json=True)),
-        (["plugins", "list", "--json"], Early(as_json=True)),
-        (["--no-plugin", "a", "--no-plugin=b", "plugins"], Early(no_plugins=("a", "b"))),
-        (["plugins", "--no-plugin", "a"], Early(no_plugins=("a",))),
+        (["plugins"], Early(command="plugins")),
+        (["--json", "plugins"], Early(as_json=True, command="plugins")),
+        (["plugins", "list", "--json"], Early(as_json=True, command="plugins")),
+        (
+            ["--no-plugin", "a", "--no-plugin=b", "plugins"],
+            Early(no_plugins=("a", "b"), command="plugins"),
+        ),
+        (["plugins", "--no-plugin", "a"], Early(no_plugins=("a",), command="plugins")),
+        (["--no-plugin", "plugins", "-v", "doctor"], Early(False, ("plugins",), "doctor")),
         (["--no-plugin"], Early()),
-        (["inspect", "--", "--json", "--no-plugin", "a"], Early()),
+        (["--help"], Early()),
+        (["inspect", "--", "--json", "--no-plugin", "a"], Early(command="inspect")),
     ],
 )
 def test_early_options(args: list[str], early: Early) -> None:

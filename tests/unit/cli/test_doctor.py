@@ -37,7 +37,8 @@ def test_a_machine_that_can_all(run: Callable[..., Outcome]) -> None:
     assert found["refitkit"]["found"] == refitkit.__version__
     backend = aotinductor_in(outcome)
     assert (backend["load"], backend["refit"]) == (True, True)
-    assert {"name": "checks", "origin": "built-in"} in outcome.data["plugins"]
+    expected = {"name": "checks", "origin": "built-in", "state": "in use"}
+    assert expected in outcome.data["plugins"]
 
 
 def test_the_table_has_the_same(run: Callable[..., Outcome]) -> None:

@@ -105,7 +105,7 @@ def test_a_plugin_that_cannot_be_registered_is_told_as_json(run: Callable[..., O
         def refitkit_register_comands(self, cli: click.Group) -> None:
             """No hook has this name."""
 
-    outcome = run("plugins", "--json", plugins=[Misspelt()])
+    outcome = run("doctor", "--json", plugins=[Misspelt()])
     assert outcome.code == 3
     assert "misspelt" in outcome.error["message"]
 

@@ -126,6 +126,61 @@ def test_a_strategy_of_a_built_in_name() -> None:
         mapped(Strategies(Strategy("recipe", ""), name="p"))
 
 
+# -- two plugins, one slot ----------------------------------------------------------------------
+
+
+def test_two_plugins_with_a_value_for_one_slot_are_an_error_that_names_both() -> None:
+    one, two = Strategy("one", "ab", priority=7), Strategy("two", "bc", priority=7)
+    with pytest.raises(PluginError, match=r"(?s)'one' of 'p' and 'two' of 'q'") as info:
+        mapped(Strategies(one, name="p"), Strategies(two, name="q"))
+    assert [problem.subject for problem in info.value.problems] == ["model/b"]
+    assert "'one', 'two'" in info.value.hint
+    assert "Config.strategies" in info.value.hint
+    assert "--no-plugin" in info.value.hint
+
+
+def test_all_slots_that_are_claimed_twice_are_listed() -> None:
+    plugins = [Strategies(Strategy(n, "abc", priority=7), name=f"p-{n}") for n in ("x", "y", "z")]
+    with pytest.raises(PluginError) as info:
+        mapped(*plugins)
+    assert {problem.subject for problem in info.value.problems} == {"model/a", "model/b", "model/c"}
+    told = {problem.found for problem in info.value.problems}
+    assert told == {"'x' of 'p-x' and 'y' of 'p-y'", "'y' of 'p-y' and 'z' of 'p-z'"}
+
+
+def test_plugins_of_one_priority_may_serve_different_slots() -> None:
+    one, two = Strategy("one", "a", priority=7), Strategy("two", "bc", priority=7)
+    mapping = mapped(Strategies(one, name="p"), Strategies(two, name="q"))
+    assert served(mapping) == {"a": "one", "b": "two", "c": "two"}
+
+
+def test_a_built_in_and_a_plugin_of_its_priority_clash_too() -> None:
+    mine = Strategies(Strategy("mine", "a", priority=10), name="p")
+    with pytest.raises(PluginError, match=r"'recipe' of 'strategies' and 'mine' of 'p'"):
+        mapped(mine, source={"a": torch.ones(2)})
+
+
+def test_strategies_of_one_plugin_and_one_priority_go_by_their_order() -> None:
+    one, two = Strategy("one", "ab", priority=7), Strategy("two", "bc", priority=7)
+    mapping = mapped(Strategies(one, two))
+    assert served(mapping) == {"a": "one", "b": "one", "c": "two"}
+    assert two.asked == [("c",)]
+
+
+@pytest.mark.parametrize("order", [("one", "two"), ("two", "one")])
+def test_a_configured_order_settles_it(order: tuple[str, str]) -> None:
+    one, two = Strategy("one", "abc", priority=7), Strategy("two", "abc", priority=7)
+    mapping = mapped(Strategies(one, name="p"), Strategies(two, name="q"), strategies=order)
+    assert set(served(mapping).values()) == {order[0]}
+
+
+def test_built_in_strategies_have_an_order() -> None:
+    offers = make_host().offers("refitkit_mapping_strategies").values()
+    assert {offer.plugin for offer in offers} == {"strategies", "torch_tensorrt"}
+    priorities = [offer.item.priority for offer in offers]
+    assert len(set(priorities)) == len(priorities) == 3
+
+
 def test_reasons_of_all_that_declined_are_told() -> None:
     shy, choosy = Strategy("shy", "", declines=True), Strategy("choosy", "b", declines=True)
     mapping = mapped(Strategies(shy, choosy))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,7 @@ def plan_program(
             options=chosen,
             layer_types=[one.model_dump() for one in tools.layer_types.values()],
             imports=imports,
+            places=sys.path if imports else [],
             record=record,
         )
         recorded = recordings.read(Path(folder), found["recorded"]) if record else None

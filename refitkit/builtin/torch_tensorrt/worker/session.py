@@ -9,6 +9,7 @@ import logging
 import os
 import select
 import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from refitkit.builtin.torch_tensorrt.recording import read
 from refitkit.builtin.torch_tensorrt.settings import settings_text
 from refitkit.builtin.torch_tensorrt.worker import programs, recordings, wire
 from refitkit.builtin.torch_tensorrt.worker.regions import Region
-from refitkit.errors import CompileError
+from refitkit.errors import CompileError, ConfigError, raised_as
 from refitkit.model import LayerType
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Session:
         options: Mapping[str, Any],
         layer_types: list[Mapping[str, Any]],
         imports: list[str],
+        places: list[str],
         record: bool,  # noqa: FBT001 - passed by name, through JSON
     ) -> dict[str, Any]:
         """Read a program, cut it into parts, and make networks of them.
@@ -69,13 +71,16 @@ class Session:
             options: The backend's options.
             layer_types: Layer types that hold weights, as plain data.
             imports: Modules to import first, because they register ops or converters.
+            places: Where the user's process looks for modules by now.
             record: Whether to write down how weights follow from those of the program.
 
         Returns:
             Structures and slots of all parts, settings, versions and recipes, as plain data.
         """
+        sys.path += [place for place in places if place and place not in sys.path]
         for name in imports:
-            importlib.import_module(name)
+            with raised_as(ConfigError, f"The option 'imports' names {name!r}"):
+                importlib.import_module(name)
         types = {one.name: one for one in map(LayerType.model_validate, layer_types)}
         settings = settings_from(options)
         program = programs.read(Path(folder))

@@ -1,0 +1,22 @@
+"""The op as layers of TensorRT. Importing this registers it, and needs torch_tensorrt."""
+
+from typing import Any
+
+import tensorrt as trt
+import torch
+from torch_tensorrt.dynamo.conversion import dynamo_tensorrt_converter
+
+from refitkit_example.op import LAYER, gates
+
+
+@dynamo_tensorrt_converter(torch.ops.refitkit_example.gate.default)
+def convert_gate(ctx: Any, target: Any, args: Any, kwargs: Any, name: str) -> Any:
+    """Add the gates as a constant, and a product."""
+    x, weight, fqn = args
+    values = gates(weight)
+    ctx.cpu_weights_reference_holder.append(values)
+    held = trt.Weights(trt.float32, values.data_ptr(), values.numel())
+    constant = ctx.net.add_constant([1] * (len(x.shape) - 1) + [values.numel()], held)
+    constant.name = LAYER + fqn
+    factor = constant.get_output(0)
+    return ctx.net.add_elementwise(x, factor, trt.ElementWiseOperation.PROD).get_output(0)

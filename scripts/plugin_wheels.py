@@ -1,0 +1,207 @@
+"""Install each plugin under plugins/ as a third party's would be, use it, and take it away again.
+
+usage: python scripts/plugin_wheels.py [FOLDER ...]
+
+In a fresh environment that sees the packages of the one that runs this, torch for one, and not the
+source tree: refitkit's own wheel; then the wheel of each plugin, which has to be found and listed,
+to pass refitkit's checks and its own tests, and to be gone once it is uninstalled. Then the same
+for a plugin that ``refitkit plugins new`` makes, and the commands of its README.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+FRESH = "fresh-plugin"
+_COMMANDS = re.compile(r"```console\n(.*?)```", re.DOTALL)
+
+
+class WrongError(Exception):
+    """Something is not as it has to be."""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A folder with the project of a plugin.
+
+    Attributes:
+        folder: It.
+        distribution: Name of its distribution.
+        name: Name of the plugin: that of its entry point.
+        package: The package that is the plugin.
+    """
+
+    folder: Path
+    distribution: str
+    name: str
+    package: str
+
+    @classmethod
+    def of(cls, folder: Path) -> Plugin:
+        """Read it off its pyproject.toml."""
+        project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+        ((name, target),) = project["entry-points"]["refitkit"].items()
+        return cls(folder, project["name"], name, target.partition(":")[0])
+
+
+class Environment:
+    """A virtual environment that sees another one's packages, and not the source tree."""
+
+    def __init__(self, folder: Path) -> None:
+        """Make it: without pip, which works on it from outside."""
+        self.folder = folder
+        run(sys.executable, "-m", "venv", "--without-pip", str(folder))
+        found = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
+        (self._site() / "beside.pth").write_text("".join(f"{path}\n" for path in sorted(found)))
+
+    def _site(self) -> Path:
+        (site,) = self.folder.glob("lib/python*/site-packages")
+        return site
+
+    def install(self, wheel: Path) -> None:
+        """Install a wheel; all that it depends on is there."""
+        options = ("--quiet", "--no-deps", "--no-index", "--ignore-installed")
+        self._pip("install", *options, str(wheel))
+
+    def uninstall(self, distribution: str) -> None:
+        """Take a distribution away."""
+        self._pip("uninstall", "--quiet", "--yes", distribution)
+
+    def _pip(self, *args: str) -> None:
+        python = str(self.folder / "bin" / "python")
+        run(sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python, *args)
+
+    def run(self, *command: str, cwd: Path) -> str:
+        """Run a command with this environment's programs first; returns what it wrote."""
+        path = f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        left_out = {"PYTHONPATH", "PYTHONHOME", "REFITKIT_NO_PLUGIN"}
+        environment = {k: v for k, v in os.environ.items() if k not in left_out}
+        return run(*command, cwd=cwd, env={**environment, "PATH": path})
+
+    def listed(self, cwd: Path) -> dict[str, dict[str, Any]]:
+        """What ``refitkit plugins list`` tells, by name."""
+        told = json.loads(self.run("refitkit", "plugins", "list", "--json", cwd=cwd))
+        return {plugin["name"]: plugin for plugin in told["plugins"]}
+
+    def check_origin(self, package: str, cwd: Path) -> None:
+        """Check that a package is imported from here.
+
+        Raises:
+            WrongError: It comes from elsewhere.
+        """
+        code = f"import {package}; print({package}.__file__)"
+        place = Path(self.run("python", "-c", code, cwd=cwd).strip())
+        if not place.is_relative_to(self.folder):
+            raise WrongError(f"{package} is imported from {place}, not from what was installed.")
+
+
+def run(*command: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
+    """Run a command; returns what it wrote to stdout.
+
+    Raises:
+        WrongError: It failed; says what it wrote.
+    """
+    done = subprocess.run(  # noqa: S603 - commands of this file, and of a README of ours
+        command, cwd=cwd, env=env, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        shown = " ".join(command)
+        raise WrongError(f"{shown}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done.stdout
+
+
+def wheel_of(folder: Path, wheels: Path) -> Path:
+    """Build the wheel of a project."""
+    into = Path(tempfile.mkdtemp(dir=wheels))
+    options = ("--quiet", "--no-deps", "--wheel-dir", str(into))
+    run(sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", *options, str(folder))
+    (wheel,) = into.glob("*.whl")
+    return wheel
+
+
+def try_plugin(plugin: Plugin, environment: Environment, scratch: Path) -> None:
+    """Install a plugin, use it, and take it away again.
+
+    Raises:
+        WrongError: Something is not as it has to be.
+    """
+    if plugin.name in environment.listed(scratch):
+        raise WrongError(f"{plugin.name} is there before it was installed: uninstall it first.")
+    environment.install(wheel_of(plugin.folder, scratch))
+    found = environment.listed(scratch).get(plugin.name)
+    if not found or (found["state"], found["distribution"]) != ("in use", plugin.distribution):
+        raise WrongError(f"{plugin.name} is not listed as installed: {found}.")
+    environment.run("refitkit", "plugins", "check", plugin.name, cwd=scratch)
+    try_tests(plugin, environment, scratch)
+    environment.uninstall(plugin.distribution)
+    if plugin.name in environment.listed(scratch):
+        raise WrongError(f"{plugin.name} is still there after it was uninstalled.")
+
+
+def try_tests(plugin: Plugin, environment: Environment, scratch: Path) -> None:
+    """Run the tests of a plugin from a copy, beside which there is no source."""
+    copy = scratch / f"tests-of-{plugin.name}"
+    shutil.copytree(plugin.folder / "tests", copy / "tests")
+    shutil.copy(plugin.folder / "pyproject.toml", copy)
+    for package in ("refitkit", plugin.package):
+        environment.check_origin(package, copy)
+    options = ("-q", "-p", "no:cacheprovider")
+    said = environment.run("python", "-m", "pytest", *options, cwd=copy)
+    print(f"  {said.strip().splitlines()[-1]}")
+
+
+def try_readme(folder: Path, environment: Environment) -> None:
+    """Run all commands that a README tells its reader to."""
+    (block,) = _COMMANDS.findall((folder / "README.md").read_text())
+    for line in block.splitlines():
+        print(f"  {line}")
+        environment.run("bash", "-c", line.removeprefix("$ "), cwd=folder)
+
+
+def try_fresh(environment: Environment, scratch: Path) -> None:
+    """Make a new plugin, and do the same with it; then what its README says."""
+    folder = scratch / FRESH
+    environment.run("refitkit", "plugins", "new", FRESH, "--path", str(folder), cwd=scratch)
+    plugin = Plugin.of(folder)
+    try_plugin(plugin, environment, scratch)
+    try_readme(folder, environment)
+    environment.uninstall(plugin.distribution)
+
+
+def main() -> int:
+    """Try the plugins in the given folders, or all; then a new one."""
+    given = [Path(name) for name in sys.argv[1:]]
+    folders = given or [path.parent for path in sorted(ROOT.glob("plugins/*/pyproject.toml"))]
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="refitkit-wheels-") as name:
+        scratch = Path(name)
+        environment = Environment(scratch / "environment")
+        environment.install(wheel_of(ROOT, scratch))
+        for plugin in map(Plugin.of, folders):
+            print(f"{plugin.distribution}: built, installed, used, uninstalled", flush=True)
+            try_plugin(plugin, environment, scratch)
+        print(f"{FRESH}: made, built, installed, used, uninstalled", flush=True)
+        try_fresh(environment, scratch)
+    print(f"all of it in {time.monotonic() - began:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        raise SystemExit(main())
+    except WrongError as exc:
+        print(exc, file=sys.stderr)
+        raise SystemExit(1) from exc
