@@ -273,6 +273,9 @@ def test_parts_of_memory_are_those_of_the_operand_alone() -> None:
     zero = call("as_strided.default", CallRef(call=0), (9, 0), (7, 7), 3, to=gives(9, 0))
     assert tried(row, inside) == tried(row, zero) == ""
     assert "out of bounds" in tried(row, beyond)
+    same = call("expand.default", G, (2, 3))  # of two elements in memory, and then of six
+    copied = call("as_strided.default", CallRef(call=0), (6,), (1,), to=gives(6))
+    assert tried(same, copied) == ""
 
 
 def test_an_op_that_writes_is_judged_by_what_it_has_written() -> None:
@@ -330,6 +333,20 @@ def test_a_tensor_for_each_of_many_rows_is_refused(bomb: OpCall) -> None:
     start = time.monotonic()
     assert "results where the plan says 1" in tried(bomb, leaves=leaves)
     assert time.monotonic() - start < 60  # it would take years
+
+
+@pytest.mark.parametrize(
+    ("bad", "text"),
+    [
+        (call("split.Tensor", W, 1, 5, to=gives(1, 3) * 2), "Dimension out of range"),
+        (call("split.Tensor", W, 1, -3, to=gives(1, 3) * 2), "Dimension out of range"),
+        (call("split.Tensor", W, 1, "x", to=gives(1, 3) * 2), "argument 'dim'"),
+        (call("chunk.default", W, 0.5, to=gives(1, 3) * 2), "argument 'chunks'"),
+    ],
+    ids=str,
+)
+def test_torch_says_what_is_wrong_with_a_split(bad: OpCall, text: str) -> None:
+    assert text in tried(bad)
 
 
 def test_views_take_no_memory() -> None:
@@ -478,6 +495,22 @@ EDITS: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda d: d["leaves"].append({**d["leaves"][4], "fqn": "table"}),
         "table: kept, and unlike",
     ),
+    "shape of another count": (
+        lambda d: d["ledger"][0]["slot"].update(shape=[7]),
+        "fused: count",
+    ),
+    "tie of what is no leaf": (
+        lambda d: d["ties"][0].append("zz"),
+        "zz: tied, and no leaf",
+    ),
+    "sources of what never changes": (
+        lambda d: d["ledger"][5].update(sources=["m"]),
+        "eps: sources of a value that never changes",
+    ),
+    "version 1 with guards": (
+        lambda d: d.update(format="refitplan/1", calls=[], ledger=d["ledger"][4:]),
+        "format: has no calls",
+    ),
     "version 1 with calls": (lambda d: d.update(format="refitplan/1"), "format: has no calls"),
 }
 
@@ -491,6 +524,23 @@ def test_contradictions(name: str) -> None:
     data["fingerprint"]["slots"] = fingerprint_of_slots(slots)
     problems = found(PlanData.model_validate_json(json.dumps(data)))
     assert any(problem.startswith(expected) for problem in problems), problems
+
+
+@pytest.mark.parametrize("kind", ["format", "count"])
+def test_slots_and_plans_that_are_right_are_left_alone(kind: str) -> None:
+    """Nobody need know a slot's shape; a plan of the first version has neither calls nor guards."""
+    slot = make_slot("w", (6,)).model_copy(update={"shape": None} if kind == "count" else {})
+    plan = make_plan([recipe_row(slot)], leaves=[leaf("w", 2, 3)])
+    old = {"format": "refitplan/1"} if kind == "format" else {}
+    assert found(plan.data.model_copy(update=old)) == []
+
+
+def test_sources_that_are_not_what_a_row_follows_from_are_told_in_full() -> None:
+    for sources, shown in (((), "none"), (("w", "m"), "'m', 'w'")):
+        row = PLAN.ledger[0].model_copy(update={"sources": sources})
+        data = PLAN.data.model_copy(update={"ledger": (row, *PLAN.ledger[1:])})
+        (problem,) = problems_of(data)
+        assert (problem.found, problem.wanted) == (shown, "'b', 'g', 'v', 'w'")
 
 
 def test_a_value_that_follows_from_no_leaf_is_no_recipe() -> None:
