@@ -193,8 +193,6 @@ def _bound(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[
 def _number_of_results(op: Any, stated: int) -> int:
     """How many an op gives; of a list of any length, as many as the plan says."""
     returns = op._schema.returns  # noqa: SLF001
-    if ops.writes_to_operand(op):
-        return 1
     return stated if any("List" in str(one.type) for one in returns) else len(returns)
 
 

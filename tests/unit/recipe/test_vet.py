@@ -335,6 +335,15 @@ def test_a_tensor_for_each_of_many_rows_is_refused(bomb: OpCall) -> None:
     assert time.monotonic() - start < 60  # it would take years
 
 
+@pytest.mark.parametrize("count", [3, 4, 5])
+def test_of_many_results_only_the_number_is_told(count: int) -> None:
+    long = SourceRef(fqn="long")
+    bad = call("unbind.int", long, to=gives(2) * count)
+    told = tried(bad, leaves=(*LEAVES, leaf("long", count, 1)))
+    shown = "5 results" if count > 4 else ", ".join(["float32 (1,)"] * count)
+    assert f"it gives {shown} where" in told
+
+
 @pytest.mark.parametrize(
     ("bad", "text"),
     [
