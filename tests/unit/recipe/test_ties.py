@@ -121,6 +121,14 @@ def test_bits_decide_whether_a_tie_is_broken(one: float, other: float, same: boo
             recorded().plan.materialize(weights)
 
 
+def test_the_same_memory_read_in_another_order_is_another_value() -> None:
+    square = torch.arange(9.0).view(3, 3)
+    plan = record(lambda w, twin: w * 2, {"w": square, "twin": square}, ties=[("w", "twin")]).plan
+    assert plan.materialize({"w": square, "twin": square.detach()})
+    with pytest.raises(WeightMismatchError, match="tie broken"):
+        plan.materialize({"w": square, "twin": square.t()})
+
+
 def test_a_name_of_another_shape_or_kind_is_told_though_nobody_reads_it() -> None:
     weights = {**given("w", "b"), "twin": torch.zeros(6, 4), "third": torch.zeros(4, 6).to_sparse()}
     with pytest.raises(WeightMismatchError) as info:
