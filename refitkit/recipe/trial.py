@@ -46,18 +46,16 @@ def unlike(
         literals: Tensors that the plan keeps, beside leaves.
         values: What was recorded, by slot.
     """
-    kept = {leaf.fqn: tensors[leaf.fqn] for leaf in leaves if not leaf.persistent}
-    kept |= literals
     data = PlanData(
         backend="",
         leaves=tuple(leaves),
         ledger=tuple(rows),
         calls=tuple(calls),
-        pinned={name: _index_of(tensor) for name, tensor in kept.items()},
+        pinned={name: _index_of(tensor) for name, tensor in literals.items()},
         fingerprint=Fingerprint(graph="", slots=""),
     )
     computed = [row for row in rows if row.state in _COMPUTED]
-    found = RefitPlan(data, kept).values_of(computed, TensorMap(tensors))
+    found = RefitPlan(data, literals).values_of(computed, TensorMap(tensors))
     for key, value in found.items():
         if isinstance(value, str) or not _gives(value, values[key]):
             yield key

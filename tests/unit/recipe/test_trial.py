@@ -102,6 +102,8 @@ def test_values_may_lie_in_memory_as_they_like() -> None:
     for row, calls, value, wrong in (
         (recipe_row(slot, "w"), [], w.view(-1), 0),
         (recipe_row(slot, "w"), [], w.view(-1)[:4], 1),
+        (recipe_row(slot, "w"), [], w.t(), 1),
+        (recipe_row(slot, "w"), [], w, 0),
         (recipe_row(slot, "w"), [], w.view(torch.int32).view(-1), 1),
         (call_row(slot, 0, "w"), [turned], w.t().reshape(-1), 0),
         (call_row(slot, 0, "w"), [turned], w.view(-1), 1),
