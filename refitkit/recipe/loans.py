@@ -68,7 +68,7 @@ class Loans:
 
     def made(self, array: np.ndarray) -> None:
         """Note that NumPy made an array of numbers."""
-        if array.base is None and array.nbytes <= _LARGEST and not array.dtype.hasobject:
+        if array.nbytes <= _LARGEST:
             self._made[array.ctypes.data] = weakref.ref(array), array.tobytes()
 
     def own(self, array: np.ndarray) -> None:

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from refitkit.recipe import Tape
+from refitkit.recipe.origins import Literal
 from tests.unit.recipe.recorder import REFUSED, agree, like, record, truth
 
 if TYPE_CHECKING:
@@ -343,6 +345,28 @@ def test_guards_compare_bits(value: float) -> None:
     recording = record(ESCAPES["item"], weights)
     assert recording.values(weights) is not REFUSED
     assert recording.values({**weights, "b": weights["b"].abs().nan_to_num()}) is REFUSED
+
+
+@pytest.mark.parametrize("lent", [False, True])
+@pytest.mark.parametrize("name", ["numbers", "changed", "large"])
+def test_memory_that_a_layer_reads_and_no_tensor_has(lent: bool, name: str) -> None:
+    """A literal if it holds what NumPy made it of; else it may hold what was given out before."""
+    weights = leaves()
+    tape = Tape(weights)
+    with tape:
+        passed = torch.from_numpy(weights["b"].numpy()) if lent else None
+        array = {
+            "numbers": lambda: np.array([1.0, 2.0], np.float32),
+            "changed": lambda: assigned(np.ones(3, np.float32), 1, 5.0),
+            "large": lambda: np.zeros(1 << 19, np.float32),
+        }[name]()
+        with tape.paused():
+            flat = torch.from_numpy(array)
+        origin = tape.origin_at(flat)
+    assert isinstance(origin.node, Literal)
+    found = [one.how for one in tape.escapes if one.how == "it is given to NumPy"]
+    assert len(found) == int(lent and name != "numbers")
+    assert passed is None or passed.data_ptr() == weights["b"].data_ptr()
 
 
 def address(tensor: torch.Tensor) -> float:
