@@ -25,7 +25,7 @@ from refitkit.model import (
     TorchName,
     fingerprint_of_slots,
 )
-from refitkit.recipe import RefitPlan
+from refitkit.recipe import RefitPlan, vet_calls
 from refitkit.recipe.ops import encode
 from refitkit.recipe.vet import problems_of
 from tests.fakes import call_row, make_plan, make_slot, pinned_row, recipe_row
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 W, B, G = SourceRef(fqn="w"), SourceRef(fqn="b"), SourceRef(fqn="g")
 TABLE = PinnedRef(name="table")
+W_BYTES = 2 * 3 * 4
 
 
 def gives(*shape: int, dtype: str = "float32") -> tuple[Tensor, ...]:
@@ -315,6 +316,31 @@ def test_results_out_of_proportion_are_refused(bomb: list[OpCall]) -> None:
     assert "far more memory than all slots and leaves" in tried(*bomb)
 
 
+def zeros(*sizes: int) -> list[OpCall]:
+    """Calls that make so many elements each, and a last one that makes one of them."""
+    made = [call("new_zeros.default", W, (size,), to=gives(size)) for size in sizes]
+    return [*made, call("sum.default", CallRef(call=0), to=gives())]
+
+
+def test_the_most_memory_that_results_may_take() -> None:
+    """Of one, of all; in proportion to what the plan has anyway."""
+    data = only(*zeros(1))
+    size = vet_calls._bytes_of_plan(data, vet_calls.Facts(data))
+    assert size == 6 * 4 + W_BYTES + 2 * 8 + 2  # its slot, its leaf, what it keeps
+    one, every = ((1 << 26) + size * times for times in (16, 128))
+    assert tried(*zeros(one // 4)) == ""
+    assert "far more memory" in tried(*zeros(one // 4 + 1))
+    two = one // 4 - 1, (every - one) // 4
+    assert tried(*zeros(*two)) == ""
+    assert "far more memory" in tried(*zeros(two[0], two[1] + 1))
+
+
+def test_large_leaves_allow_large_results() -> None:
+    leaves = (*LEAVES, leaf("large", 1 << 24))
+    large = call("repeat.default", SourceRef(fqn="large"), (3,), to=gives(3 << 24))
+    assert tried(large, call("sum.default", CallRef(call=0), to=gives()), leaves=leaves) == ""
+
+
 @pytest.mark.parametrize(
     "bomb",
     [
@@ -389,8 +415,6 @@ def test_modes_of_the_caller_have_no_part_in_it() -> None:
 
 def test_blocks_that_are_alike_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A network of many layers has few kinds of them."""
-    from refitkit.recipe import vet_calls
-
     made: list[str] = []
     called = vet_calls._called
 
