@@ -263,7 +263,7 @@ class _Trial:
     def _try(
         self, op: Any, args: list[Any], kwargs: Mapping[str, Any], stated: Sequence[Tensor]
     ) -> tuple[Sequence[torch.Tensor], tuple[int, ...]]:
-        """Results of a call, and how many bytes of new memory each takes."""
+        """Results of a call, and how many bytes each new memory takes that they are parts of."""
         try:
             made = _called(op, args, kwargs)
         except NotImplementedError:  # what it gives depends on values: then as the plan says
@@ -274,7 +274,8 @@ class _Trial:
         if any(t.is_neg() and t.dtype == torch.bool for t in made):
             raise _RefusedError("truth values have no negative")  # torch makes it, and cannot read
         there = {_memory(t) for t in tree_leaves((args, dict(kwargs))) if torch.is_tensor(t)}
-        return made, tuple(0 if _memory(t) in there else t.nbytes for t in made)
+        storages = {_memory(t): t.untyped_storage() for t in made if _memory(t) not in there}
+        return made, tuple(storage.nbytes() for storage in storages.values())
 
     def _resolved(self, argument: Argument) -> Any:
         if isinstance(argument, tuple):
