@@ -16,6 +16,7 @@ from refitkit.model import (
     Leaf,
     LeafKind,
     LedgerRow,
+    Number,
     OpCall,
     PinnedRef,
     PlanData,
@@ -205,6 +206,13 @@ def test_kinds_of_devices_that_are_none(device: str) -> None:
     )
 
 
+def test_all_literals_that_are_none_are_listed() -> None:
+    bad = [call("mul.Scalar", W, Number(text=text)) for text in ("one", "two")]
+    told = tried(*bad)
+    assert "calls.0 (aten.mul.Scalar): argument other" in told
+    assert "calls.1 (aten.mul.Scalar): argument other" in told
+
+
 def test_all_calls_that_are_written_badly_are_listed() -> None:
     calls = (call("rand.default", W), call("neg.default", SourceRef(fqn="zz")), call("relu.out", W))
     assert len(tried(*calls).splitlines()) == 3
@@ -386,6 +394,27 @@ def test_of_many_results_only_the_number_is_told(count: int) -> None:
 )
 def test_torch_says_what_is_wrong_with_a_split(bad: OpCall, text: str) -> None:
     assert text in tried(bad)
+
+
+def test_calls_that_are_alike_but_for_strides_are_tried_each() -> None:
+    pairs = (*LEAVES, leaf("pairs", 3, 2))
+    turned = call("t.default", W, to=gives(3, 2))
+    good = call("view_as_complex.default", SourceRef(fqn="pairs"), to=gives(3, dtype="complex64"))
+    bad = call("view_as_complex.default", CallRef(call=0), to=gives(3, dtype="complex64"))
+    assert tried(turned, good, leaves=pairs) == ""
+    assert "calls.2 (aten.view_as_complex.default)" in tried(turned, good, bad, leaves=pairs)
+
+
+def test_no_results_and_no_device_are_fine() -> None:
+    none = call("unbind.int", SourceRef(fqn="none"), to=())
+    assert tried(none, call("neg.default", W), leaves=(*LEAVES, leaf("none", 0, 3))) == ""
+    assert tried(call("new_zeros.default", W, (2, 3), device=None)) == ""
+
+
+def test_an_op_that_writes_leaves_its_operand_as_it_was() -> None:
+    """What it makes is a copy: later calls see the shape of before, and memory is counted."""
+    turned = call("t_.default", W, to=gives(3, 2))
+    assert tried(turned, call("add.Tensor", W, B), call("t_.default", W, to=gives(3, 2))) == ""
 
 
 def test_views_take_no_memory() -> None:
