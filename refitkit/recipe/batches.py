@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from refitkit.model import CallRef
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from refitkit.model import OpCall, Value
 
@@ -32,6 +32,8 @@ BATCHED = frozenset(
 _FEWEST = 4
 _LARGEST = 1 << 14
 """Most elements of one operand: to lay large ones end to end costs more than calls do."""
+_MOST = 1 << 16
+"""Most elements of all results of a batch: they lie in memory at once, whatever reads them."""
 
 
 @dataclass(frozen=True)
@@ -92,36 +94,46 @@ def batched(
         kind = one.op, one.device, repr(literals), dtypes, below, levels[number]
         kinds[number] = kind
         members[kind].append(number)
-    found = {kind: numbers for kind, numbers in members.items() if len(numbers) >= _FEWEST}
-    return [_batch(numbers, calls, operands, kinds, found) for numbers in found.values()]
+    parts = [part for numbers in members.values() for part in _parts(numbers, calls)]
+    found = {number: part for part in parts for number in part}
+    return [_batch(part, calls, operands, found) for part in parts]
+
+
+def _parts(numbers: Sequence[int], calls: Sequence[OpCall]) -> Iterator[list[int]]:
+    """Calls of one kind, as many at once as their results may take; too few are none."""
+    part, size = list[int](), 0
+    for number in numbers:
+        more = prod(calls[number].results[0].shape)
+        if part and size + more > _MOST:
+            yield from [part] if len(part) >= _FEWEST else []
+            part, size = [], 0
+        part.append(number)
+        size += more
+    yield from [part] if len(part) >= _FEWEST else []
 
 
 def _batch(
     numbers: list[int],
     calls: Sequence[OpCall],
     operands: Sequence[Sequence[Value]],
-    kinds: dict[int, Any],
-    found: dict[Any, list[int]],
+    found: Mapping[int, list[int]],
 ) -> Batch:
     columns = tuple(zip(*(operands[number] for number in numbers), strict=True))
     shapes = tuple(calls[number].results[0].shape for number in numbers)
     return Batch(
         members=tuple(numbers),
         operands=columns,
-        aligned=tuple(_is_aligned(column, kinds, found) for column in columns),
+        aligned=tuple(_is_aligned(column, found) for column in columns),
         sizes=[prod(shape) for shape in shapes],
         shapes=shapes,
     )
 
 
-def _is_aligned(
-    column: Sequence[Value], kinds: dict[int, Any], found: dict[Any, list[int]]
-) -> bool:
+def _is_aligned(column: Sequence[Value], found: Mapping[int, list[int]]) -> bool:
     first = column[0]
-    if not isinstance(first, CallRef) or first.call not in kinds:
+    if not isinstance(first, CallRef):
         return False
-    numbers = [value.call for value in column if isinstance(value, CallRef)]
-    return found.get(kinds[first.call]) == numbers
+    return found.get(first.call) == [v.call for v in column if isinstance(v, CallRef)]
 
 
 def _fits(one: OpCall, operands: Sequence[Value], facts: Facts) -> bool:

@@ -2,13 +2,13 @@
 
 Numbers are read through an op, which the tape sees. Arrays of NumPy, lists, and exports to other
 libraries are not: here the functions that give them are watched while a tape runs. What is done
-with an array is watched by :mod:`refitkit.recipe.arrays`.
+with an array is watched by :mod:`refitkit.recipe.arrays`; that an array was read unseen (through
+the buffer protocol, in C, by ``plain[:] = array``) is concluded by :mod:`refitkit.recipe.loans`.
 
 What nobody can watch, so that only a perturbed run finds it: memory that is read by its address
-(``data_ptr``, ``ctypes``, extensions in C), an array that is assigned into a plain one
-(``plain[:] = array``) or walked by ``numpy.nditer``, one that is read through the buffer protocol
-(``memoryview``, ``struct``; watched from Python 3.12 on), tensors that are pickled, and what other
-threads do.
+(``data_ptr``, ``ctypes``, extensions in C), an array that is read unseen and passed on as well,
+tensors that are pickled, and what other threads do. What is written unseen shows, as recipes are
+tried (:mod:`refitkit.recipe.trial`).
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 
 _MAKERS = ("array", "asarray", "ascontiguousarray", "asfortranarray", "asanyarray", "require")
 """Functions of NumPy that give an array itself, or a copy of it, or one of several."""
-_COPIERS = ("copyto", "frombuffer", "fromiter", "full")
+_COPIERS = ("copyto", "frombuffer", "fromiter", "nditer")
 """Functions of NumPy that read arrays and do not ask them."""
+_FRESH = ("arange", "eye", "full", "identity", "ones", "ones_like", "zeros", "zeros_like")
+"""Functions of NumPy that give an array of numbers."""
 
 
 @contextmanager
@@ -57,6 +59,7 @@ def watched(tape: Tape) -> Iterator[None]:
             (torch.utils.dlpack, "from_dlpack", _from_dlpack),
             *((np, name, _maker) for name in _MAKERS),
             *((np, name, _copier) for name in _COPIERS),
+            *((np, name, _fresh) for name in _FRESH),
         )
         for owner, name, make in patches:
             patched = make(tape, getattr(owner, name))
@@ -73,7 +76,10 @@ def _left(tape: Tape, tensor: torch.Tensor) -> Callable[[str], None]:
 def _numpy(tape: Tape, real: Any) -> Any:
     def numpy(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         array = real(self, *args, **kwargs)
-        return arrays.watched(array, _left(tape, self)) if tape.sees(self) else array
+        if not tape.sees(self):
+            return array
+        tape.lent(self)
+        return arrays.watched(array, _left(tape, self))
 
     return numpy
 
@@ -178,8 +184,13 @@ def _from_numpy(tape: Tape, real: Any) -> Any:
 
 def _made(tape: Tape, data: Any, found: Any) -> Any:
     """A tensor made of an array or of numbers: on a known memory, or a literal."""
-    if tape.sees(found) and not tape.knows(found):
+    if tape.sees(found) and tape.knows(found):
+        tape.came_back(found)
+    elif tape.sees(found):
         _tell(data, "a tensor is made of it")
+        for one in tree_leaves(data):
+            if isinstance(one, np.ndarray) and not isinstance(one, arrays.Watched):
+                tape.loans.own(one)
         tape.literal(found, foreign=isinstance(data, np.ndarray))
     return found
 
@@ -189,7 +200,7 @@ def _tell(data: Any, how: str) -> None:
         one.tell(how)
 
 
-def _maker(_: Tape, real: Any) -> Any:
+def _maker(tape: Tape, real: Any) -> Any:
     def make(data: Any, *args: Any, **kwargs: Any) -> Any:
         made = real(data, *args, **kwargs)
         if isinstance(data, arrays.Watched) and not isinstance(made, arrays.Watched):
@@ -198,6 +209,8 @@ def _maker(_: Tape, real: Any) -> Any:
             data.tell("NumPy copies it")
         elif made is not data:
             _tell(data, "NumPy copies it")
+            if not any(isinstance(one, np.ndarray) for one in tree_leaves(data)):
+                tape.loans.made(made)
         return made
 
     return make
@@ -209,3 +222,13 @@ def _copier(_: Tape, real: Any) -> Any:
         return real(*args, **kwargs)
 
     return copy
+
+
+def _fresh(tape: Tape, real: Any) -> Any:
+    def make(*args: Any, **kwargs: Any) -> Any:
+        made = real(*args, **kwargs)
+        _tell((args, kwargs) if real.__name__ == "full" else (), "NumPy copies it")
+        tape.loans.made(made)
+        return made
+
+    return make

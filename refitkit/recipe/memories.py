@@ -101,6 +101,7 @@ class Memory:
         leaves: Names of the leaves that lie in it.
         values: What it holds, by geometry.
         foreign: Whether others than torch may write to it: an array of NumPy keeps it.
+        loans: Arrays of NumPy on it that were given out.
     """
 
     address: int
@@ -110,6 +111,7 @@ class Memory:
     leaves: list[str] = field(default_factory=list)
     values: dict[Geometry, Any] = field(default_factory=dict)
     foreign: bool = False
+    loans: list[Any] = field(default_factory=list)
 
     @property
     def alive(self) -> bool:
@@ -216,6 +218,7 @@ class Memories:
             whole.storages |= part.storages
             whole.leaves += part.leaves
             whole.foreign |= part.foreign
+            whole.loans += part.loans
             self._by_storage |= dict.fromkeys(part.storages, whole)
         gone = {id(part) for part in parts}
         self._sorted = [one for one in self._sorted if id(self._numbered[one[1]]) not in gone]

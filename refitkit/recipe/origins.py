@@ -76,6 +76,19 @@ class Origin(NamedTuple):
     contiguous: bool
 
 
+def follows_from_leaf(origin: Origin) -> bool:
+    """Whether a leaf, or nobody knows what, is among what a value is made of."""
+    stack, seen = [origin.node], set[int]()
+    while stack:
+        node = stack.pop()
+        if isinstance(node, Leaf | Unknown):
+            return True
+        if isinstance(node, Call) and id(node) not in seen:
+            seen.add(id(node))
+            stack += [below.node for below in node.inputs]
+    return False
+
+
 @dataclass(frozen=True)
 class Escape:
     """A value that left a recording.

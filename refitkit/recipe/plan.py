@@ -33,6 +33,7 @@ from refitkit.recipe.archive import replacing
 from refitkit.recipe.calls import Calls
 from refitkit.recipe.replay import Kept, Replay
 from refitkit.recipe.sources import TensorMap
+from refitkit.recipe.ties import broken_ties
 
 if TYPE_CHECKING:
     import torch
@@ -229,7 +230,8 @@ class RefitPlan:
         Raises:
             SourceError: The weights cannot be read.
             UnmappedSlotError: Slots have no value; lists all of them, before the first is given.
-            WeightMismatchError: Values do not fit their slots; lists all of them, likewise.
+            WeightMismatchError: Values do not fit their slots, or names of one tensor have several;
+                lists all of them, likewise.
         """
         source = self._open(weights)
         rows = [row for row in self.ledger if row.state is not SlotState.FROZEN or row.value]
@@ -245,13 +247,15 @@ class RefitPlan:
                 f"{source.description} does not fill all slots.", problems=problems
             )
         wanted = [value for value in values.values() if isinstance(value, SlotValue)]
-        misfits = list(self._misfits(wanted, source))
-        if misfits:
+        names = self._read_of(wanted, source)
+        problems = list(self._misfits(names, source)) or list(
+            broken_ties(self.data.ties, names, source)
+        )
+        if problems:
             message = f"{source.description} does not fit the plan."
-            raise WeightMismatchError(message, problems=misfits)
-        for value in wanted:
-            tensor = value.load()
-            yield value.slot, tensor if device is None else tensor.to(device)
+            raise WeightMismatchError(message, problems=problems)
+        for value in wanted:  # none is kept here while the next one is computed
+            yield value.slot, _on(value.load(), device)
 
     def materialize(
         self, weights: Any, device: str | None = None
@@ -262,11 +266,20 @@ class RefitPlan:
             result.setdefault(slot.engine, {})[slot.name] = tensor
         return result
 
-    def _misfits(self, values: list[SlotValue], source: WeightSource) -> Iterator[Problem]:
+    def _read_of(self, values: Iterable[SlotValue], source: WeightSource) -> dict[str, None]:
+        """Entries of the source that values and guards follow from, under all their names."""
+        names = source.names()
+        read = dict.fromkeys(name for value in values for name in value.sources)
+        for guard in self.data.guards:
+            read |= dict.fromkeys(sorted(self._calls.leaves_of(guard.value)))
+        if self.data.ties:
+            read = {twin: None for name in read for twin in self._twins.get(name, (name,))}
+        return {name: None for name in read if name in names}
+
+    def _misfits(self, names: Iterable[str], source: WeightSource) -> Iterator[Problem]:
         """Entries of the source that are not what the program had under these names."""
-        names = dict.fromkeys(name for value in values for name in value.sources)
         if isinstance(source, TensorMap):
-            names = dict.fromkeys(source.doubtful(names, self._wanted))
+            names = source.doubtful(names, self._wanted)
         for fqn in names:
             info, leaf = source.info(fqn), self._leaves.get(fqn)
             found = f"{info.dtype} {info.shape}"
@@ -395,6 +408,10 @@ class _Load:
 def _as_slot(value: torch.Tensor, slot: Slot) -> torch.Tensor:
     """A value in the shape of its slot."""
     return value if slot.shape is None or value.shape == slot.shape else value.reshape(slot.shape)
+
+
+def _on(value: torch.Tensor, device: str | None) -> torch.Tensor:
+    return value if device is None else value.to(device)
 
 
 def _short(slot: Slot) -> str:

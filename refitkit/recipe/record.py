@@ -9,7 +9,7 @@ tensor. Calls that are the same are one call.
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +30,7 @@ from refitkit.program.dtypes import dtype_name, dtype_of
 from refitkit.recipe import ops
 from refitkit.recipe.calls import call, operands_of
 from refitkit.recipe.origins import Call, Leaf, Literal, Origin, Unknown
+from refitkit.recipe.trial import unlike
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from refitkit.recipe.origins import Escape
     from refitkit.recipe.tape import Tape
 
+_CHANGED = "what was recorded of it gives another value: it was changed where no op is seen"
 LITERAL = "literal:"
 """How names of tensors start that a plan keeps and that are no leaves."""
 _aten = torch.ops.aten
@@ -69,6 +71,8 @@ _LAID_OUT = {
 """Ops whose result depends on how their first argument lies in memory."""
 _ANY_LAYOUT = {_aten.view_as_real.default}
 """Those that only need it to be free of signs and conjugations that torch has put off."""
+_ORDERED = "in order"
+"""What stands for the op of a call that puts elements one after another."""
 _LAZY = frozenset({"aten._conj.default", "aten._neg_view.default"})
 _UNSET = ("aten.empty", "aten.new_empty")
 """How names of ops begin that leave memory as it is."""
@@ -119,6 +123,7 @@ def write(
     slots: Iterable[tuple[Slot, Origin, torch.Tensor]],
     leaves: Sequence[LeafFacts],
     ties: Sequence[Sequence[str]],
+    tensors: Mapping[str, torch.Tensor],
 ) -> Recorded:
     """Recipes for slots.
 
@@ -127,11 +132,14 @@ def write(
         slots: Slots, where their values come from, and the values.
         leaves: All leaves of the program.
         ties: Classes of leaves that are one tensor.
+        tensors: Values of the leaves, by FQN: recipes have to give the slots' values of them.
     """
+    slots = tuple(slots)
     writer = _Writer({leaf.fqn: leaf for leaf in leaves}, ties)
     guards, fault = writer.guards(tape.escapes)
-    rows = tuple(writer.row(slot, origin, value, fault) for slot, origin, value in slots)
-    return writer.recorded(rows, guards)
+    rows = [writer.row(slot, origin, value, fault) for slot, origin, value in slots]
+    values = {slot.key: value for slot, _, value in slots}
+    return writer.recorded(writer.tried(rows, tensors, values), guards)
 
 
 class _Writer:
@@ -272,8 +280,9 @@ class _Writer:
 
     def _of_call(self, node: Call, output: int) -> Value:
         op, shape = node.op, node.results[0].shape
-        if op in _SAME:
-            return self._one(node.args[0])
+        if op in _SAME or op is _ORDERED:
+            same = self._one(node.args[0])
+            return self._contiguous(same) if op is _ORDERED else same
         if op in _RESHAPES:
             return self._reshaped(self._one(node.args[0]), shape)
         if op in _CASTS:
@@ -378,10 +387,27 @@ class _Writer:
         if not isinstance(origin, Origin):
             listed = isinstance(origin, list | tuple)
             return tuple(map(self._in_order, origin, value)) if listed else value
-        if not origin.contiguous or isinstance(value, PinnedRef):
+        if isinstance(value, PinnedRef):
             return value
+        ordered = origin.contiguous
+        return self._contiguous(value) if ordered else self._one(self._on_ordered(origin))
+
+    def _contiguous(self, value: Value) -> Value:
         op = "aten.contiguous.default"
         return self._emit(OpCall(op=op, args=(value,), results=(self.facts(value),)))
+
+    def _on_ordered(self, origin: Origin) -> Origin:
+        """The same view of memory whose elements lie one after another, if they did so."""
+        node = origin.node
+        if origin.contiguous and self.follows(origin):
+            facts = (self._facts_of(origin),)
+            ordered = Call(_ORDERED, (origin,), {}, facts, _device_of(node), (origin,))
+            return Origin(ordered, 0, contiguous=True)
+        if not isinstance(node, Call) or not _is_view(node.op):
+            return origin
+        below = self._on_ordered(node.args[0])
+        moved = replace(node, args=(below, *node.args[1:]), inputs=(below, *node.inputs[1:]))
+        return origin._replace(node=moved)
 
     def _promoted(self, node: Call, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Arguments of an op that makes floats of whole numbers: no default dtype decides which."""
@@ -472,6 +498,24 @@ class _Writer:
 
     # -- the whole --------------------------------------------------------------------------
 
+    def tried(
+        self,
+        rows: Sequence[LedgerRow],
+        tensors: Mapping[str, torch.Tensor],
+        values: Mapping[tuple[str, str], torch.Tensor],
+    ) -> list[LedgerRow]:
+        """The rows; without recipes that do not give the value that the slot had."""
+        found = unlike(
+            rows, self._calls, tuple(self._leaves.values()), tensors, self._literals, values
+        )
+        wrong = set(found)
+        return [
+            LedgerRow(slot=row.slot, state=SlotState.UNMAPPED, reason=_CHANGED)
+            if row.slot.key in wrong
+            else row
+            for row in rows
+        ]
+
     def recorded(self, rows: Sequence[LedgerRow], guards: Sequence[Guard]) -> Recorded:
         """All of it, without calls and literals that nobody needs in the end."""
         wanted = [row.value for row in rows if row.value] + [guard.value for guard in guards]
@@ -520,6 +564,16 @@ def _bottom_up(origin: Origin, is_known: Callable[[Origin], bool]) -> Iterator[O
             if one is not origin:
                 stack.append((one, True))
             stack += [(below, False) for below in one.node.inputs]
+
+
+def _is_view(op: Any) -> bool:
+    """Whether it gives a part of the memory of its first argument, and writes nothing."""
+    first, *_ = op._schema.arguments  # noqa: SLF001 - there is no other way
+    return first.alias_info is not None and not first.alias_info.is_write
+
+
+def _device_of(node: object) -> str:
+    return node.device if isinstance(node, Call) else "cpu"
 
 
 def _name(node: Call) -> str:

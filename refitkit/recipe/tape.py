@@ -23,8 +23,17 @@ from refitkit.model import Tensor
 from refitkit.program.bits import digest, same_bits
 from refitkit.program.dtypes import dtype_name
 from refitkit.recipe import aliases, escapes
+from refitkit.recipe.loans import Loans
 from refitkit.recipe.memories import Geometry, Memories, Memory, address_of, geometry_of
-from refitkit.recipe.origins import Call, Escape, Leaf, Literal, Origin, Unknown
+from refitkit.recipe.origins import (
+    Call,
+    Escape,
+    Leaf,
+    Literal,
+    Origin,
+    Unknown,
+    follows_from_leaf,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -78,7 +87,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     """A recording.
 
     Attributes:
-        escapes: Values that left it: what they were, and how they left.
+        loans: Arrays of NumPy that were given out.
     """
 
     def __init__(self, leaves: Mapping[str, torch.Tensor]) -> None:
@@ -94,7 +103,8 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         self._paused = False
         self._exported: dict[int, Origin] = {}
         self._told: set[tuple[int, int]] = set()
-        self.escapes: list[Escape] = []
+        self._escapes: list[Escape] = []
+        self.loans = Loans()
         for fqn, tensor in leaves.items():
             if _is_plain(tensor):
                 memory = self._memories.find(tensor) or self._memories.add(tensor)
@@ -298,6 +308,17 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         memory.values.setdefault(geometry, Origin(node, 0, geometry.contiguous))
         memory.foreign |= foreign
 
+    def lent(self, tensor: torch.Tensor) -> None:
+        """Note that an array of NumPy on the memory of a tensor was given out."""
+        origin = self.origin_of(tensor)
+        if follows_from_leaf(origin):
+            escape = self._escape(tensor, origin, "it is given to NumPy")
+            self.loans.lend(self._place(tensor)[0], escape)
+
+    def came_back(self, tensor: torch.Tensor) -> None:
+        """Note that such an array, or a view of it, became a tensor again."""
+        self.loans.back(self._place(tensor)[0])
+
     def copied(self, old: torch.UntypedStorage, new: torch.UntypedStorage) -> None:
         """Note that a storage was copied as a whole."""
         with self.paused():
@@ -328,18 +349,27 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         if isinstance(origin.node, Literal) or key in self._told:
             return
         self._told.add(key)
+        self._escapes.append(self._escape(tensor, origin, how))
+
+    def _escape(self, tensor: torch.Tensor, origin: Origin, how: str) -> Escape:
         with self.paused():
             facts = Tensor(dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))
             shown = str(tensor.tolist()) if tensor.numel() <= _SHOWN else ""
-            self.escapes.append(Escape(origin, how, digest(tensor), facts, shown))
+            return Escape(origin, how, digest(tensor), facts, shown)
 
     # -- asking -----------------------------------------------------------------------------
+
+    @property
+    def escapes(self) -> list[Escape]:
+        """Values that left it: what they were, and how they left."""
+        return [*self._escapes, *self.loans.escapes()]
 
     def origin_of(self, tensor: torch.Tensor) -> Origin:
         """Where the present value of a tensor comes from."""
         memory, geometry = self._place(tensor)
         if memory.foreign and self._changed(memory, tensor):
             memory.values.clear()
+            self.loans.found()
             self.literal(tensor)
         found: Origin | None = memory.values.get(geometry)
         if found is None:
@@ -354,12 +384,17 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             flat: One-dimensional and contiguous, on that memory.
         """
         address = address_of(flat)
-        if self._memories.at(address, flat.nbytes) is not None:
+        memory = self._memories.at(address, flat.nbytes)
+        if memory is not None:
+            self.loans.back(memory)
             return self.origin_of(flat)
         if address in self._exported:
             reason = "its memory was freed before it was read"
             return Origin(Unknown(reason), 0, contiguous=True)
-        return Origin(Literal(self._copy(flat)), 0, contiguous=True)
+        literal = self._copy(flat)
+        with self.paused():
+            self.loans.at(address, literal.view(torch.uint8).numpy())
+        return Origin(Literal(literal), 0, contiguous=True)
 
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
         with self.paused():

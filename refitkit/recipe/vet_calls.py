@@ -193,8 +193,6 @@ def _bound(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[
 def _number_of_results(op: Any, stated: int) -> int:
     """How many an op gives; of a list of any length, as many as the plan says."""
     returns = op._schema.returns  # noqa: SLF001
-    if ops.writes_to_operand(op):
-        return 1
     return stated if any("List" in str(one.type) for one in returns) else len(returns)
 
 
@@ -265,7 +263,7 @@ class _Trial:
     def _try(
         self, op: Any, args: list[Any], kwargs: Mapping[str, Any], stated: Sequence[Tensor]
     ) -> tuple[Sequence[torch.Tensor], tuple[int, ...]]:
-        """Results of a call, and how many bytes of new memory each takes."""
+        """Results of a call, and how many bytes each new memory takes that they are parts of."""
         try:
             made = _called(op, args, kwargs)
         except NotImplementedError:  # what it gives depends on values: then as the plan says
@@ -276,7 +274,8 @@ class _Trial:
         if any(t.is_neg() and t.dtype == torch.bool for t in made):
             raise _RefusedError("truth values have no negative")  # torch makes it, and cannot read
         there = {_memory(t) for t in tree_leaves((args, dict(kwargs))) if torch.is_tensor(t)}
-        return made, tuple(0 if _memory(t) in there else t.nbytes for t in made)
+        storages = {_memory(t): t.untyped_storage() for t in made if _memory(t) not in there}
+        return made, tuple(storage.nbytes() for storage in storages.values())
 
     def _resolved(self, argument: Argument) -> Any:
         if isinstance(argument, tuple):

@@ -55,3 +55,24 @@ def test_a_wrong_recipe_is_found(program: torch.export.ExportedProgram) -> None:
         proof(wrong, program)
     found = {problem.subject.rpartition(" ")[2] for problem in info.value.problems}
     assert found == {"SCALE", "SHIFT"}
+
+
+class Converted(torch.nn.Module):
+    """A weight whose converter makes a number of what lies at its address: nobody sees that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([1.5, 2.5, 0.5, 0.75]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.special.zeta(torch.relu(x), self.weight)
+
+
+def test_what_nobody_can_watch_is_found() -> None:
+    unseen = torch.export.export(Converted().eval(), (torch.randn(2, 4),))
+    options = {**OPTIONS, "imports": ["tests.tensorrt.children.looking_converters"]}
+    plan = refitkit.plan(unseen, backend="tensorrt_network", options=options)
+    assert [row.state for row in plan.ledger] == ["recipe"]
+    assert not plan.data.guards
+    with pytest.raises(refitkit.NotRefittableError, match="The plan is wrong"):
+        refitkit.plan(unseen, backend="tensorrt_network", options=options, prove=True)

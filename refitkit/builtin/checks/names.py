@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING
 from refitkit.builtin.checks.following import sources_of_guards
 from refitkit.errors import Problem
 from refitkit.model import SlotState, TensorInfo
-from refitkit.program.bits import same_bits
+from refitkit.recipe.ties import broken_ties
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-
-    import torch
 
     from refitkit.model import Leaf
     from refitkit.protocols import Plan, WeightSource
@@ -88,18 +86,8 @@ class Names:
 
     def _broken_ties(self) -> Iterator[Problem]:
         """Names of one tensor for which the source has different tensors."""
-        for tie in self._plan.data.ties:
-            present = [n for n in tie if n in self._infos and n not in self._bad]
-            if len(present) > 1 and self._needed & set(tie):
-                first = self._source.get(present[0])
-                for other in present[1:]:
-                    if not _equal(first, self._source.get(other)):
-                        yield Problem(
-                            other,
-                            "tie broken",
-                            f"values other than those of {present[0]!r}",
-                            "the same: the engine has one weight for both names",
-                        )
+        needed = [tie for tie in self._plan.data.ties if self._needed & set(tie)]
+        return broken_ties(needed, self._infos.keys() - self._bad, self._source)
 
     def _missing(self) -> Iterator[Problem]:
         """What slots, then guards, then perhaps slots that nobody knows, follow from."""
@@ -171,13 +159,6 @@ def _differences(leaf: Leaf, info: TensorInfo, *, with_dtype: bool) -> Iterator[
     if info.shape != leaf.shape:
         hint = "the transposed shape" if info.shape == leaf.shape[::-1] else ""
         yield Problem(leaf.fqn, "shape", str(info.shape), str(leaf.shape), hint)
-
-
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two entries are one weight: the same memory, which needs no look, or equal bits."""
-    if a.device == b.device and a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
-        return True
-    return same_bits(a, b)
 
 
 def _text(info: TensorInfo) -> str:

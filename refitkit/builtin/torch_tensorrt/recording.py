@@ -90,4 +90,4 @@ def read(
         for holder in holders.values()
         for slot in holder.slots
     ]
-    return Reading(found, holders, write(tape, slots, facts.leaves, facts.ties))
+    return Reading(found, holders, write(tape, slots, facts.leaves, facts.ties, tensors))

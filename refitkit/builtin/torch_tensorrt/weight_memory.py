@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from refitkit.builtin.torch_tensorrt.weighttypes import torch_name
+from refitkit.builtin.torch_tensorrt.weighttypes import fact_of_trt, torch_name
 from refitkit.errors import EngineError
 from refitkit.program import dtypes
 
@@ -37,10 +37,13 @@ def tensor_of(weights: Any) -> torch.Tensor:
     """
     if isinstance(weights, np.ndarray):
         return torch.from_numpy(weights).reshape(-1)
+    dtype = dtype_of(weights.dtype)
     if not weights.size:
-        return torch.empty(0, dtype=dtype_of(weights.dtype))
-    raw = (ctypes.c_uint8 * weights.nbytes).from_address(_address(weights))
-    return torch.frombuffer(raw, dtype=dtype_of(weights.dtype))
+        return torch.empty(0, dtype=dtype)
+    count = fact_of_trt("", weights.dtype, weights.size).count
+    # its own nbytes is 2**64 minus the count for types of four bits (tensorrt_rtx 1.6.1)
+    raw = (ctypes.c_uint8 * (count * dtype.itemsize)).from_address(_address(weights))
+    return torch.frombuffer(raw, dtype=dtype)
 
 
 def dtype_of(kind: Any) -> torch.dtype:

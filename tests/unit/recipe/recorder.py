@@ -112,7 +112,7 @@ def planned(
         for name, value in leaves.items()
     ]
     slots = [(slot_for(name, value), origins[name], value) for name, value in outputs.items()]
-    found = write(tape, slots, facts, ties)
+    found = write(tape, slots, facts, ties, leaves)
     pinned = {
         **found.literals,
         **{leaf.fqn: leaves[leaf.fqn].clone() for leaf in facts if not leaf.persistent},

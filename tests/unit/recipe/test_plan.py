@@ -130,7 +130,9 @@ def test_what_does_not_fit_its_slot_is_refused(weights: Any, kinds: set[str]) ->
 def test_tied_names_stand_in_for_one_another() -> None:
     plan = make_plan([recipe_row(W, "w", "twin", "third")], ties=[("w", "twin", "third")])
     own, twin = torch.ones(2), torch.zeros(2)
-    assert plan.materialize({"w": own, "twin": twin})["model"]["w"].equal(own)
+    assert plan.materialize({"w": own, "twin": own.clone()})["model"]["w"].equal(own)
+    with pytest.raises(WeightMismatchError, match="tie broken"):
+        plan.materialize({"w": own, "twin": twin})
     assert plan.materialize({"twin": twin})["model"]["w"].equal(twin)
     assert plan.materialize({"third": twin})["model"]["w"].equal(twin)
     with pytest.raises(UnmappedSlotError):

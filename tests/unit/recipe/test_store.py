@@ -226,6 +226,14 @@ def test_a_manifest_that_is_none(text: bytes) -> None:
     refused(with_manifest(text))
 
 
+def test_a_manifest_of_another_kind_is_named_as_a_whole() -> None:
+    """What is wrong with it lies at no place inside."""
+    error = refused(with_manifest(b"[]"))
+    assert [p.subject for p in error.problems] == [MANIFEST]
+    error = refused(edited(lambda data: data["ledger"][0]["slot"].update(count="x")))
+    assert [p.subject for p in error.problems] == ["ledger.0.slot.count"]
+
+
 def test_another_version_of_the_format_is_named() -> None:
     error = refused(edited(lambda data: data.update(format="refitplan/3")))
     assert [p.subject for p in error.problems] == ["format"]
@@ -249,9 +257,17 @@ def test_a_plan_cannot_lose_its_digest_by_calling_itself_version_1() -> None:
     assert "format" in [p.subject for p in refused(archive(members)).problems]
 
 
-@pytest.mark.parametrize("digest", [b"", b"0" * 64 + b"\n", b"0" * 65, b"0" * 66])
-def test_a_digest_that_is_another_one(digest: bytes) -> None:
-    refused(archive({**members_of(json.dumps(DATA).encode()), DIGEST: digest}))
+@pytest.mark.parametrize(
+    ("digest", "told"),
+    [
+        (b"", "was changed"),
+        (b"0" * 64 + b"\n", "was changed"),
+        (b"0" * 65, "was changed"),
+        (b"0" * 66, "66 bytes, at most 65 fit"),
+    ],
+)
+def test_a_digest_that_is_another_one(digest: bytes, told: str) -> None:
+    assert told in str(refused(archive({**members_of(json.dumps(DATA).encode()), DIGEST: digest})))
 
 
 def test_a_manifest_that_was_edited_in_place_is_told_apart_from_one_that_cannot_be_read() -> None:

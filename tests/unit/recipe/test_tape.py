@@ -168,6 +168,7 @@ UNMAPPED: dict[str, Function] = {
     "a storage that was filled": lambda w, b, i: after(
         w * 1, lambda c: c.untyped_storage().fill_(0)
     ),
+    "bytes of a storage, as a number": lambda w, b, i: w * b.untyped_storage()[3],
     "several at once": lambda w, b, i: after(w * 1, lambda c: torch._foreach_add_([c], 1.0)),
     "dropped at random": lambda w, b, i: functional.dropout(w, 0.5, training=True),
     "sparse": lambda w, b, i: after(w * 1, lambda c: c.add_(torch.eye(4, 6).to_sparse())),

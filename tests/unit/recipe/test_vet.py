@@ -16,6 +16,7 @@ from refitkit.model import (
     Leaf,
     LeafKind,
     LedgerRow,
+    Number,
     OpCall,
     PinnedRef,
     PlanData,
@@ -25,7 +26,7 @@ from refitkit.model import (
     TorchName,
     fingerprint_of_slots,
 )
-from refitkit.recipe import RefitPlan
+from refitkit.recipe import RefitPlan, vet_calls
 from refitkit.recipe.ops import encode
 from refitkit.recipe.vet import problems_of
 from tests.fakes import call_row, make_plan, make_slot, pinned_row, recipe_row
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 W, B, G = SourceRef(fqn="w"), SourceRef(fqn="b"), SourceRef(fqn="g")
 TABLE = PinnedRef(name="table")
+W_BYTES = 2 * 3 * 4
 
 
 def gives(*shape: int, dtype: str = "float32") -> tuple[Tensor, ...]:
@@ -204,6 +206,13 @@ def test_kinds_of_devices_that_are_none(device: str) -> None:
     )
 
 
+def test_all_literals_that_are_none_are_listed() -> None:
+    bad = [call("mul.Scalar", W, Number(text=text)) for text in ("one", "two")]
+    told = tried(*bad)
+    assert "calls.0 (aten.mul.Scalar): argument other" in told
+    assert "calls.1 (aten.mul.Scalar): argument other" in told
+
+
 def test_all_calls_that_are_written_badly_are_listed() -> None:
     calls = (call("rand.default", W), call("neg.default", SourceRef(fqn="zz")), call("relu.out", W))
     assert len(tried(*calls).splitlines()) == 3
@@ -273,6 +282,9 @@ def test_parts_of_memory_are_those_of_the_operand_alone() -> None:
     zero = call("as_strided.default", CallRef(call=0), (9, 0), (7, 7), 3, to=gives(9, 0))
     assert tried(row, inside) == tried(row, zero) == ""
     assert "out of bounds" in tried(row, beyond)
+    same = call("expand.default", G, (2, 3))  # of two elements in memory, and then of six
+    copied = call("as_strided.default", CallRef(call=0), (6,), (1,), to=gives(6))
+    assert tried(same, copied) == ""
 
 
 def test_an_op_that_writes_is_judged_by_what_it_has_written() -> None:
@@ -304,12 +316,41 @@ def test_what_depends_on_values_is_taken_as_the_plan_says() -> None:
             call("expand.default", G, (2, 2**40), to=gives(2, 2**40)),
             call("neg.default", CallRef(call=0), to=gives(2, 2**40)),
         ],
+        [
+            call("expand.default", G, (2, 2**40), to=gives(2, 2**40)),
+            call("as_strided.default", CallRef(call=0), (3,), (1,), to=gives(3)),
+        ],
         [call("nonzero.default", W, to=gives(2**40, 2, dtype="int64"))],
         [call("constant_pad_nd.default", W, (0, 2**40), to=gives(2, 3 + 2**40))],
     ],
 )
 def test_results_out_of_proportion_are_refused(bomb: list[OpCall]) -> None:
     assert "far more memory than all slots and leaves" in tried(*bomb)
+
+
+def zeros(*sizes: int) -> list[OpCall]:
+    """Calls that make so many elements each, and a last one that makes one of them."""
+    made = [call("new_zeros.default", W, (size,), to=gives(size)) for size in sizes]
+    return [*made, call("sum.default", CallRef(call=0), to=gives())]
+
+
+def test_the_most_memory_that_results_may_take() -> None:
+    """Of one, of all; in proportion to what the plan has anyway."""
+    data = only(*zeros(1))
+    size = vet_calls._bytes_of_plan(data, vet_calls.Facts(data))
+    assert size == 6 * 4 + W_BYTES + 2 * 8 + 2  # its slot, its leaf, what it keeps
+    one, every = ((1 << 26) + size * times for times in (16, 128))
+    assert tried(*zeros(one // 4)) == ""
+    assert "far more memory" in tried(*zeros(one // 4 + 1))
+    two = one // 4 - 1, (every - one) // 4
+    assert tried(*zeros(*two)) == ""
+    assert "far more memory" in tried(*zeros(two[0], two[1] + 1))
+
+
+def test_large_leaves_allow_large_results() -> None:
+    leaves = (*LEAVES, leaf("large", 1 << 24))
+    large = call("repeat.default", SourceRef(fqn="large"), (3,), to=gives(3 << 24))
+    assert tried(large, call("sum.default", CallRef(call=0), to=gives()), leaves=leaves) == ""
 
 
 @pytest.mark.parametrize(
@@ -330,6 +371,50 @@ def test_a_tensor_for_each_of_many_rows_is_refused(bomb: OpCall) -> None:
     start = time.monotonic()
     assert "results where the plan says 1" in tried(bomb, leaves=leaves)
     assert time.monotonic() - start < 60  # it would take years
+
+
+@pytest.mark.parametrize("count", [3, 4, 5])
+def test_of_many_results_only_the_number_is_told(count: int) -> None:
+    long = SourceRef(fqn="long")
+    bad = call("unbind.int", long, to=gives(2) * count)
+    told = tried(bad, leaves=(*LEAVES, leaf("long", count, 1)))
+    shown = "5 results" if count > 4 else ", ".join(["float32 (1,)"] * count)
+    assert f"it gives {shown} where" in told
+
+
+@pytest.mark.parametrize(
+    ("bad", "text"),
+    [
+        (call("split.Tensor", W, 1, 5, to=gives(1, 3) * 2), "Dimension out of range"),
+        (call("split.Tensor", W, 1, -3, to=gives(1, 3) * 2), "Dimension out of range"),
+        (call("split.Tensor", W, 1, "x", to=gives(1, 3) * 2), "argument 'dim'"),
+        (call("chunk.default", W, 0.5, to=gives(1, 3) * 2), "argument 'chunks'"),
+    ],
+    ids=str,
+)
+def test_torch_says_what_is_wrong_with_a_split(bad: OpCall, text: str) -> None:
+    assert text in tried(bad)
+
+
+def test_calls_that_are_alike_but_for_strides_are_tried_each() -> None:
+    pairs = (*LEAVES, leaf("pairs", 3, 2))
+    turned = call("t.default", W, to=gives(3, 2))
+    good = call("view_as_complex.default", SourceRef(fqn="pairs"), to=gives(3, dtype="complex64"))
+    bad = call("view_as_complex.default", CallRef(call=0), to=gives(3, dtype="complex64"))
+    assert tried(turned, good, leaves=pairs) == ""
+    assert "calls.2 (aten.view_as_complex.default)" in tried(turned, good, bad, leaves=pairs)
+
+
+def test_no_results_and_no_device_are_fine() -> None:
+    none = call("unbind.int", SourceRef(fqn="none"), to=())
+    assert tried(none, call("neg.default", W), leaves=(*LEAVES, leaf("none", 0, 3))) == ""
+    assert tried(call("new_zeros.default", W, (2, 3), device=None)) == ""
+
+
+def test_an_op_that_writes_leaves_its_operand_as_it_was() -> None:
+    """What it makes is a copy: later calls see the shape of before, and memory is counted."""
+    turned = call("t_.default", W, to=gives(3, 2))
+    assert tried(turned, call("add.Tensor", W, B), call("t_.default", W, to=gives(3, 2))) == ""
 
 
 def test_views_take_no_memory() -> None:
@@ -363,8 +448,6 @@ def test_modes_of_the_caller_have_no_part_in_it() -> None:
 
 def test_blocks_that_are_alike_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A network of many layers has few kinds of them."""
-    from refitkit.recipe import vet_calls
-
     made: list[str] = []
     called = vet_calls._called
 
@@ -478,6 +561,22 @@ EDITS: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda d: d["leaves"].append({**d["leaves"][4], "fqn": "table"}),
         "table: kept, and unlike",
     ),
+    "shape of another count": (
+        lambda d: d["ledger"][0]["slot"].update(shape=[7]),
+        "fused: count",
+    ),
+    "tie of what is no leaf": (
+        lambda d: d["ties"][0].append("zz"),
+        "zz: tied, and no leaf",
+    ),
+    "sources of what never changes": (
+        lambda d: d["ledger"][5].update(sources=["m"]),
+        "eps: sources of a value that never changes",
+    ),
+    "version 1 with guards": (
+        lambda d: d.update(format="refitplan/1", calls=[], ledger=d["ledger"][4:]),
+        "format: has no calls",
+    ),
     "version 1 with calls": (lambda d: d.update(format="refitplan/1"), "format: has no calls"),
 }
 
@@ -491,6 +590,23 @@ def test_contradictions(name: str) -> None:
     data["fingerprint"]["slots"] = fingerprint_of_slots(slots)
     problems = found(PlanData.model_validate_json(json.dumps(data)))
     assert any(problem.startswith(expected) for problem in problems), problems
+
+
+@pytest.mark.parametrize("kind", ["format", "count"])
+def test_slots_and_plans_that_are_right_are_left_alone(kind: str) -> None:
+    """Nobody need know a slot's shape; a plan of the first version has neither calls nor guards."""
+    slot = make_slot("w", (6,)).model_copy(update={"shape": None} if kind == "count" else {})
+    plan = make_plan([recipe_row(slot)], leaves=[leaf("w", 2, 3)])
+    old = {"format": "refitplan/1"} if kind == "format" else {}
+    assert found(plan.data.model_copy(update=old)) == []
+
+
+def test_sources_that_are_not_what_a_row_follows_from_are_told_in_full() -> None:
+    for sources, shown in (((), "none"), (("w", "m"), "'m', 'w'")):
+        row = PLAN.ledger[0].model_copy(update={"sources": sources})
+        data = PLAN.data.model_copy(update={"ledger": (row, *PLAN.ledger[1:])})
+        (problem,) = problems_of(data)
+        assert (problem.found, problem.wanted) == (shown, "'b', 'g', 'v', 'w'")
 
 
 def test_a_value_that_follows_from_no_leaf_is_no_recipe() -> None:

@@ -40,19 +40,19 @@ def test_no_elements_are_an_empty_tensor_and_no_address_is_read() -> None:
 class Kind:
     """Stands for a ``tensorrt.DataType``."""
 
-    name = "FP8"
-
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, number: int, name: str) -> None:
+        self.number, self.name = number, name
 
     def __int__(self) -> int:
         return self.number
 
 
-def held(*, number: int, size: int, lies: tuple[int, int | None, int]) -> tuple[Any, Any]:
+def held(
+    *, number: int, size: int, lies: tuple[int, int | None, int], name: str = "FP8"
+) -> tuple[Any, Any]:
     """What an object says, and what lies where its pointer leads; the second keeps that alive."""
     inner = weight_memory._CWeights(*lies)
-    weights = SimpleNamespace(dtype=Kind(number), size=size, nbytes=size)
+    weights = SimpleNamespace(dtype=Kind(number, name), size=size)
     return weights, inner
 
 
@@ -75,9 +75,22 @@ def test_another_layout_is_noticed_before_its_address_is_used(
         weight_memory.tensor_of(weights)
 
 
-def test_what_agrees_is_read_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = torch.arange(4, dtype=torch.uint8)
-    weights, inner = held(number=6, size=4, lies=(6, memory.data_ptr(), 4))
+@pytest.mark.parametrize(
+    ("name", "dtype", "size"),
+    [
+        ("FP8", torch.float8_e4m3fn, 8),
+        ("BF16", torch.bfloat16, 4),
+        ("FP4", torch.uint8, 16),
+        ("FP4", torch.uint8, 15),
+        ("INT4", torch.uint8, 16),
+    ],
+)
+def test_what_agrees_is_read_where_it_lies(
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, size: int
+) -> None:
+    """TensorRT counts elements; types of four bits have two of them in a byte."""
+    memory = torch.arange(8, dtype=torch.uint8)
+    weights, inner = held(number=6, size=size, lies=(6, memory.data_ptr(), size), name=name)
     pointer = ctypes.c_void_p(ctypes.addressof(inner))
 
     class Pointing(ctypes.c_void_p):
@@ -87,5 +100,5 @@ def test_what_agrees_is_read_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(weight_memory.ctypes, "c_void_p", Pointing)
     found = weight_memory.tensor_of(weights)
-    assert found.dtype is torch.float8_e4m3fn
+    assert (found.dtype, found.nbytes) == (dtype, memory.nbytes)
     assert found.data_ptr() == memory.data_ptr()

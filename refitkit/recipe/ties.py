@@ -1,0 +1,47 @@
+"""Names of one tensor, for which a source may have several."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from refitkit.errors import Problem
+from refitkit.program.bits import same_bits
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator
+
+    import torch
+
+    from refitkit.protocols import WeightSource
+
+
+def broken_ties(
+    ties: Iterable[Iterable[str]], names: Collection[str], source: WeightSource
+) -> Iterator[Problem]:
+    """Names of one tensor for which a source has different tensors.
+
+    Args:
+        ties: Classes of names that are one tensor.
+        names: Entries of the source that are usable; others are not read.
+        source: The source.
+    """
+    for tie in ties:
+        present = [name for name in tie if name in names]
+        if len(present) < 2:  # noqa: PLR2004 - one name is never at odds with itself
+            continue
+        first = source.get(present[0])
+        for other in present[1:]:
+            if not _are_one(first, source.get(other)):
+                yield Problem(
+                    other,
+                    "tie broken",
+                    f"values other than those of {present[0]!r}",
+                    "the same: the engine has one weight for both names",
+                )
+
+
+def _are_one(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two entries are one weight: the same memory, which needs no look, or equal bits."""
+    if a.device == b.device and a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
+        return True
+    return same_bits(a, b)
