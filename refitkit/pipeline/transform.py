@@ -184,6 +184,11 @@ def _transforms(host: Host, config: Config) -> Iterator[tuple[str, WeightTransfo
     owners: dict[str, str] = {}
     for plugin, transform in host.items(_HOOK, config=config):
         Host.claim(owners, transform, plugin, _HOOK)
+        if not isinstance(getattr(transform, "priority", None), int):
+            what = (
+                f"The plugin {plugin!r} offers the transform {transform.name!r} without a priority"
+            )
+            raise PluginError(f"{what}, a whole number: see refitkit.protocols.WeightTransform.")
         yield plugin, transform
 
 

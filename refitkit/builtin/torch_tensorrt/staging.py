@@ -18,32 +18,6 @@ if TYPE_CHECKING:
     from refitkit.protocols import SlotValue
 
 
-def check_names(
-    facts: Mapping[str, WeightFact], values: Sequence[SlotValue], *, partial: bool
-) -> None:
-    """Check that there is one value for each weight, before any is loaded.
-
-    Raises:
-        WeightMismatchError: Lists all that are missing, unknown, or given twice.
-    """
-    problems = list(_name_problems(facts, [value.slot.name for value in values], partial=partial))
-    if problems:
-        message = "The values are not those of the engine's weights."
-        raise WeightMismatchError(message, problems=problems)
-
-
-def _name_problems(
-    facts: Mapping[str, WeightFact], names: Sequence[str], *, partial: bool
-) -> Iterator[Problem]:
-    given = set(names)
-    for name in sorted(given - facts.keys()):
-        yield Problem(name, "unexpected", hint="the engine has no such weight")
-    for name in sorted(name for name, times in Counter(names).items() if times > 1):
-        yield Problem(name, "given twice")
-    for name in sorted(facts.keys() - given) if not partial else ():
-        yield Problem(name, "missing", hint="TensorRT takes all weights, or says which")
-
-
 def fill(
     arena: Arena,
     facts: Mapping[str, WeightFact],

@@ -392,6 +392,14 @@ def test_a_broken_transform_is_named(case: str) -> None:
     assert same_state(holds(module), before)
 
 
+@pytest.mark.parametrize("priority", [None, "first"])
+def test_a_transform_without_a_priority_is_named(priority: Any) -> None:
+    transform = Quantizer()
+    transform.priority = priority
+    with pytest.raises(PluginError, match="'quant' offers the transform 'quantizer' without a pri"):
+        pipeline_with(transform).open_weights(OTHER, plan_for(module_of(FLOATS["w"])))
+
+
 def test_a_transform_that_fails_while_it_looks_is_named() -> None:
     class Failing(Quantizer):
         def groups(self, request: TransformRequest) -> Iterator[WeightGroup]:
