@@ -1,0 +1,51 @@
+"""A saved module, its scheme and a checkpoint, in a process that imported nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import refitkit_quant
+
+CODE = """
+import sys, torch, refitkit
+pipeline = refitkit.Pipeline({"plugin_settings": {"quant": {"scheme": "scheme.json"}}})
+compiled = pipeline.load("module")
+inputs = (torch.load("inputs.pt"),) if sys.argv[1] == "outputs" else None
+report = pipeline.refit(compiled, "weights.safetensors", inputs=inputs, verify=sys.argv[1]).report
+print(report.verification.ok, len(report.transforms))
+"""
+
+
+def run(folder, verifier):
+    command = [sys.executable, "-c", CODE, verifier]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
+def test_quantized_values_of_torchao(made, ids, tmp_path):
+    """Nothing is quantized here; but the kept program holds an op of torchao's."""
+    case = made("int4-group-8")
+    case.compiled.save(tmp_path / "module")
+    case.scheme.save(tmp_path / "scheme.json")
+    torch.save(ids, tmp_path / "inputs.pt")
+    state = case.eager(case.floats(1)).state_dict()
+    save_file({n: v.clone() for n, v in state.items()}, tmp_path / "weights.safetensors")
+    assert run(tmp_path, "outputs") == "True 0"
+
+
+def test_a_network_of_modelopt(modelopt, with_scheme, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    side = modelopt("fp8")
+    model = side.quantized(0)
+    scheme = refitkit_quant.scheme_of(model)
+    compiled = with_scheme(scheme).compile(side.program(model), "tensorrt_network")
+    compiled.save(tmp_path / "module")
+    scheme.save(tmp_path / "scheme.json")
+    save_file(side.calibrated(side.quantized(1)), tmp_path / "weights.safetensors")
+    assert run(tmp_path, "engine-bytes") == "True 2"
