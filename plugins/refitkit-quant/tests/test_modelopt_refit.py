@@ -182,8 +182,10 @@ def test_a_scale_that_no_amax_has(int8, same):
     odd = next(s for s in candidates if formulas.amax_for(s, "int8", torch.float32) is None)
     weights = int8.side.checkpoint(int8.quantized(1))
     weights["a.weight_scale"][0] = odd
+    weights["b.input_scale"] = odd.clone()
     found = problems_with(int8, weights, same)
-    assert ("a.weight_scale", "scale without amax") in found
+    kind = "scale without amax"
+    assert found.keys() == {("a.weight_scale", kind), ("b.input_scale", kind)}
 
 
 def test_a_calibration_that_is_not_max_has_to_be_given(int8, same, with_scheme):
