@@ -304,6 +304,7 @@ F, H, B, I64 = ("float32",), ("float16",), ("bfloat16",), ("int64",)
         exact("trunc.default"),
         exact("eq.Scalar", 1.5, dtype="bool", of=F),
         exact("mul.Tensor", W, dtype="int64", of=(*I64, *I64)),
+        exact("_to_copy.default", dtype="float8_e4m3fn", of=("float8_e4m3fn",)),
         exact("add.Tensor", W, dtype="int64", of=(*I64, *I64), alpha=2),
     ],
 )
@@ -345,6 +346,7 @@ def test_what_gives_the_same_bits_everywhere(answer: bool) -> None:
         exact("sum.default", dtype="int64", of=F),
         exact("eq.Scalar", 0.1, dtype="bool"),
         exact("gt.Scalar", 2.5, dtype="bool", of=I64),
+        exact("mul.Tensor", W, dtype="float16", of=(*H, *I64)),
         exact("eq.Scalar", 0.1, dtype="bool", of=H),
         exact("cumsum.default", 0),
         exact("isclose.default", W, dtype="bool", of=F),
