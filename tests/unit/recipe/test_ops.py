@@ -87,6 +87,7 @@ def test_what_folding_does_with_weights_is_allowed(name: str) -> None:
         aten.diff.default aten.repeat_interleave.Tensor aten.requires_grad_.default
         aten._foreach_add_.Scalar aten._index_put_impl_.default aten._assert_async.default
         aten.record_stream.default aten.embedding_renorm_.default
+        aten.as_strided_.default aten.detach_.default aten.matmul_.default
         """
     ),
 )
@@ -302,6 +303,9 @@ F, H, B, I64 = ("float32",), ("float16",), ("bfloat16",), ("int64",)
         exact("__rshift__.Scalar", 4, dtype="uint8"),
         exact("trunc.default"),
         exact("eq.Scalar", 1.5, dtype="bool", of=F),
+        exact("mul.Tensor", W, dtype="int64", of=(*I64, *I64)),
+        exact("_to_copy.default", dtype="float8_e4m3fn", of=("float8_e4m3fn",)),
+        exact("add.Tensor", W, dtype="int64", of=(*I64, *I64), alpha=2),
     ],
 )
 def test_what_gives_the_same_bits_everywhere(answer: bool) -> None:
@@ -341,6 +345,8 @@ def test_what_gives_the_same_bits_everywhere(answer: bool) -> None:
         exact("_to_copy.default", dtype="float8_e4m3fn", of=F),
         exact("sum.default", dtype="int64", of=F),
         exact("eq.Scalar", 0.1, dtype="bool"),
+        exact("gt.Scalar", 2.5, dtype="bool", of=I64),
+        exact("mul.Tensor", W, dtype="float16", of=(*H, *I64)),
         exact("eq.Scalar", 0.1, dtype="bool", of=H),
         exact("cumsum.default", 0),
         exact("isclose.default", W, dtype="bool", of=F),

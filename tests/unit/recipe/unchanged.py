@@ -10,8 +10,6 @@ import torch
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from tests.fakes import _raw
-
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -117,3 +115,9 @@ def of_torch() -> Facts:
         "threads": torch.get_num_threads(),
         "NumPy's errors": np.geterr(),
     }
+
+
+def _raw(tensor: torch.Tensor) -> bytes:
+    """Bytes of a tensor, found without the package under test."""
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
