@@ -155,7 +155,8 @@ def try_tests(plugin: Plugin, environment: Environment, scratch: Path) -> None:
     """Run the tests of a plugin from a copy, beside which there is no source."""
     copy = scratch / f"tests-of-{plugin.name}"
     shutil.copytree(plugin.folder / "tests", copy / "tests")
-    shutil.copy(plugin.folder / "pyproject.toml", copy)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(plugin.folder / name, copy)
     for package in ("refitkit", plugin.package):
         environment.check_origin(package, copy)
     options = ("-q", "-p", "no:cacheprovider")
