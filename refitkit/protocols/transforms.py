@@ -82,7 +82,7 @@ class WeightTransform(Protocol):
     def groups(self, request: TransformRequest) -> Iterable[WeightGroup]:
         """What it makes of this source; nothing where it has no part in it.
 
-        A transform leaves alone what a program reads as it is, or gives it unchanged, to measure it.
+        It leaves alone what a program reads as it is, or gives that unchanged, to measure it.
 
         Raises:
             WeightMismatchError: Entries belong to it and cannot be used, such as a scale without
