@@ -26,6 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 FRESH = "fresh-plugin"
+_TESTS = "test"  # name of the extra with what tests need
 _COMMANDS = re.compile(r"```console\n(.*?)```", re.DOTALL)
 
 
@@ -42,19 +43,22 @@ class Plugin:
         distribution: Name of its distribution.
         name: Name of the plugin: that of its entry point.
         package: The package that is the plugin.
+        tested_with: The extra that its tests need; empty where there is none.
     """
 
     folder: Path
     distribution: str
     name: str
     package: str
+    tested_with: str = ""
 
     @classmethod
     def of(cls, folder: Path) -> Plugin:
         """Read it off its pyproject.toml."""
         project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
         ((name, target),) = project["entry-points"]["refitkit"].items()
-        return cls(folder, project["name"], name, target.partition(":")[0])
+        extra = _TESTS if _TESTS in project.get("optional-dependencies", {}) else ""
+        return cls(folder, project["name"], name, target.partition(":")[0], extra)
 
 
 class Environment:
@@ -75,6 +79,11 @@ class Environment:
         """Install a wheel; all that it depends on is there."""
         options = ("--quiet", "--no-deps", "--no-index", "--ignore-installed")
         self._pip("install", *options, str(wheel))
+
+    def install_extra(self, wheel: Path, extra: str) -> None:
+        """Install what an extra of a wheel asks for beside what is there, as a user would."""
+        constraints = str(ROOT / "constraints.txt")
+        self._pip("install", "--quiet", "-c", constraints, f"{wheel}[{extra}]")
 
     def uninstall(self, distribution: str) -> None:
         """Take a distribution away."""
@@ -140,7 +149,10 @@ def try_plugin(plugin: Plugin, environment: Environment, scratch: Path) -> None:
     """
     if plugin.name in environment.listed(scratch):
         raise WrongError(f"{plugin.name} is there before it was installed: uninstall it first.")
-    environment.install(wheel_of(plugin.folder, scratch))
+    wheel = wheel_of(plugin.folder, scratch)
+    environment.install(wheel)
+    if plugin.tested_with:
+        environment.install_extra(wheel, plugin.tested_with)
     found = environment.listed(scratch).get(plugin.name)
     if not found or (found["state"], found["distribution"]) != ("in use", plugin.distribution):
         raise WrongError(f"{plugin.name} is not listed as installed: {found}.")
@@ -159,7 +171,7 @@ def try_tests(plugin: Plugin, environment: Environment, scratch: Path) -> None:
         shutil.copy(plugin.folder / name, copy)
     for package in ("refitkit", plugin.package):
         environment.check_origin(package, copy)
-    options = ("-q", "-p", "no:cacheprovider")
+    options = ("-q", "-p", "no:cacheprovider", "-n", "2", "--dist", "loadfile")
     said = environment.run("python", "-m", "pytest", *options, cwd=copy)
     print(f"  {said.strip().splitlines()[-1]}")
 

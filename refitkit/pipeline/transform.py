@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from refitkit.errors import PluginError, Problem, VerificationError, WeightMismatchError, raised_as
+from refitkit.errors import (
+    PluginError,
+    Problem,
+    SourceError,
+    VerificationError,
+    WeightMismatchError,
+    raised_as,
+)
 from refitkit.host import Host
 from refitkit.model import TransformRow
 from refitkit.protocols import Made, TransformRequest
@@ -124,10 +131,12 @@ def transformed(
     Raises:
         WeightMismatchError: Entries cannot be used; lists those of all transforms.
         PluginError: Two transforms make the same, or one is broken; names the plugins.
+        SourceError: The source does not tell what it has.
     """
     ordered = sorted(_transforms(host, config), key=_priority)
-    for _, alike in groupby(ordered, key=_priority):
-        source = _through(list(alike), TransformRequest(plan, source, partial))
+    with raised_as(SourceError, f"{source.description} cannot be read"):
+        for _, alike in groupby(ordered, key=_priority):
+            source = _through(list(alike), TransformRequest(plan, source, partial))
     return source
 
 

@@ -43,6 +43,7 @@ def test_a_host_without_what_is_installed(
 ) -> None:
     class Entry:
         name = "installed"
+        value = "installed_plugin"
         dist = None
 
         def load(self) -> Any:
