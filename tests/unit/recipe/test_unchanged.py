@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode_stack,
+)
 
 from refitkit.errors import CompileError
 from tests.unit.recipe import test_escapes as escapes
@@ -133,6 +136,7 @@ def test_a_change_would_be_found_out() -> None:
     def moved(tensor: torch.Tensor) -> None:
         tensor.data = tensor.data.clone()
 
+    mode = Beside()
     changes: list[Callable[[torch.Tensor], object]] = [
         lambda tensor: tensor.detach().neg_(),
         lambda tensor: tensor.detach().add_(0),
@@ -140,7 +144,7 @@ def test_a_change_would_be_found_out() -> None:
         moved,
         lambda tensor: torch.set_grad_enabled(False),
         lambda tensor: torch.set_default_dtype(torch.float64),
-        lambda tensor: Beside().__enter__(),
+        lambda tensor: mode.__enter__(),
     ]
     for change in changes:
         with ExitStack() as stack:
@@ -149,3 +153,6 @@ def test_a_change_would_be_found_out() -> None:
             stack.enter_context(torch.utils._python_dispatch._disable_current_modes())
             with pytest.raises(AssertionError), nothing_changes(tensors := {"w": torch.zeros(2)}):
                 change(tensors["w"])
+            if mode in _get_current_dispatch_mode_stack():
+                mode.__exit__(None, None, None)
+    assert mode not in _get_current_dispatch_mode_stack()
