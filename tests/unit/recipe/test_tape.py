@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import random
+import subprocess
+import sys
 import weakref
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -223,13 +227,27 @@ def test_leaves_are_not_written_to(name: str) -> None:
 
 
 def test_addresses_that_are_used_again() -> None:
-    """Memory of this size is mapped for each tensor, and the place that was given back is next."""
+    """In a process of its own: the heap of this one may have other places for each tensor."""
+    code = "from tests.unit.recipe.test_tape import use_addresses_again as use; use()"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=Path(__file__).parents[3],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def use_addresses_again() -> None:
+    """All of a place or a part of it: that is for the heap to decide."""
     seen: list[tuple[int, int]] = []
 
     def function(w: torch.Tensor, b: torch.Tensor, i: torch.Tensor) -> tuple[torch.Tensor, ...]:
         found = []
-        for number in range(8):
-            one = (w * number).repeat(1024, 410)
+        for number in range(30):
+            one = (w * number).repeat(64, 16)
             seen.append((one.data_ptr(), one.data_ptr() + one.nbytes))
             found.append(one.sum())
             del one
