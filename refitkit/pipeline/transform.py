@@ -61,7 +61,7 @@ class Transformed:
         self.offers = tuple(offers)
         self._source = source
         self.made_by = {name: offer for offer in self.offers for name in offer.group.gives}
-        taken = {name for offer in self.offers for name in offer.group.takes}
+        taken = _taken(self.offers)
         kept = [name for name in source.names() if name not in taken]
         self._names = dict.fromkeys([*kept, *self.made_by])
         self._last: tuple[Offer, Made] | None = None
@@ -155,8 +155,10 @@ def _through(
             offers += _offers(plugin, transform, request)
         except WeightMismatchError as exc:
             problems += exc.problems or [Problem(transform.name, "refused", hint=exc.message)]
-    _check_offers(offers, request.source)
-    problems += _given_twice(offers, request.source)
+    if offers:  # mostly there are none, and nothing has to be looked at
+        names, taken = request.source.names(), _taken(offers)
+        _check_offers(offers, request.source, names, taken)
+        problems += _given_twice(offers, names, taken)
     if problems:
         message = f"{request.source.description} cannot become what the program reads."
         raise WeightMismatchError(message, problems=problems)
@@ -207,10 +209,14 @@ def _offers(plugin: str, transform: WeightTransform, request: TransformRequest) 
         return [Offer(plugin, transform.name, group) for group in transform.groups(request)]
 
 
-def _check_offers(offers: Iterable[Offer], source: WeightSource) -> None:
-    offers = list(offers)
-    names = source.names()
-    taken = {name for offer in offers for name in offer.group.takes}
+def _taken(offers: Iterable[Offer]) -> set[str]:
+    """Entries that are used up."""
+    return {name for offer in offers for name in offer.group.takes}
+
+
+def _check_offers(
+    offers: Iterable[Offer], source: WeightSource, names: Collection[str], taken: Collection[str]
+) -> None:
     owners: dict[str, Offer] = {}
     if isinstance(source, Transformed):
         owners = {name: offer for name, offer in source.made_by.items() if name not in taken}
@@ -228,11 +234,10 @@ def _check_offers(offers: Iterable[Offer], source: WeightSource) -> None:
                 )
 
 
-def _given_twice(offers: Iterable[Offer], source: WeightSource) -> Iterator[Problem]:
+def _given_twice(
+    offers: Iterable[Offer], names: Collection[str], taken: Collection[str]
+) -> Iterator[Problem]:
     """What a transform would make, and the source has as well."""
-    offers = list(offers)
-    names = source.names()
-    taken = {name for offer in offers for name in offer.group.takes}
     for offer in offers:
         for name in offer.group.gives:
             if name in names and name not in taken:
