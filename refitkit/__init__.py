@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from refitkit.api import compile, inspect, load, plan, refit, verify  # noqa: A004
+    from refitkit.api import compile, inspect, load, plan, refit, refit_all, verify  # noqa: A004
     from refitkit.config import Config
     from refitkit.errors import (
         CompileError,
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     )
     from refitkit.hookspecs import hookimpl
     from refitkit.model import RefitReport, VerificationResult
-    from refitkit.pipeline import CompiledModule, Pipeline, RefitResult
+    from refitkit.pipeline import CompiledModule, Pipeline, RefitResult, RefitResults
     from refitkit.recipe import RefitPlan
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "refitkit.api": ("compile", "inspect", "load", "plan", "refit", "verify"),
+    "refitkit.api": ("compile", "inspect", "load", "plan", "refit", "refit_all", "verify"),
     "refitkit.config": ("Config",),
     "refitkit.errors": (
         "CompileError",
@@ -61,7 +61,7 @@ _HOMES = {
     ),
     "refitkit.hookspecs": ("hookimpl",),
     "refitkit.model": ("RefitReport", "VerificationResult"),
-    "refitkit.pipeline": ("CompiledModule", "Pipeline", "RefitResult"),
+    "refitkit.pipeline": ("CompiledModule", "Pipeline", "RefitResult", "RefitResults"),
     "refitkit.recipe": ("RefitPlan",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -84,6 +84,7 @@ __all__ = [
     "RefitPlan",
     "RefitReport",
     "RefitResult",
+    "RefitResults",
     "SourceError",
     "ToolchainError",
     "UnmappedSlotError",
@@ -98,6 +99,7 @@ __all__ = [
     "load",
     "plan",
     "refit",
+    "refit_all",
     "verify",
 ]
 

@@ -43,6 +43,15 @@ class Config(Frozen):
         strategies: Names of the mapping strategies to try, in this order; empty: all, by priority.
         check_finite: Whether new values must be finite wherever the present ones are.
         rollback_limit: Most bytes that one refit may hold for the way back; None: no limit.
+        rollback: Whether the weights from before are held until the new ones are verified, where
+            ``rollback=`` is not given. Without, engines that can write over them, and what fails
+            then loses the module.
+        keep_base: Whether what slots hold as compiled or loaded is copied to memory of the host
+            when they are first written, so that ``CompiledModule.restore`` can bring it back.
+        keep_versions: How many refits can be undone. The last one costs nothing where engines have
+            the values from before anyway; more are copied to memory of the host.
+        keep_limit: Most bytes that all those copies of one module may take; older ones go first.
+            None: no limit.
         tolerances: ``(absolute, relative)`` by dtype: an output passes the verifier ``outputs`` if
             no element differs by more than absolute + relative x the largest absolute element of
             the reference output.
@@ -60,6 +69,10 @@ class Config(Frozen):
     strategies: tuple[str, ...] = ()
     check_finite: bool = True
     rollback_limit: int | None = Field(default=None, ge=0)
+    rollback: bool = True
+    keep_base: bool = True
+    keep_versions: int = Field(default=1, ge=0)
+    keep_limit: int | None = Field(default=1 << 30, ge=0)
     tolerances: dict[str, tuple[Bound, Bound]] = Field(default_factory=lambda: dict(TOLERANCES))
     delta: bool = False
     plan_cache: Path | None = None

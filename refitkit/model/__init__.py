@@ -27,6 +27,7 @@ from refitkit.model.recipe import (
 )
 from refitkit.model.report import (
     EngineMemory,
+    KeptWeights,
     OutputMeasure,
     RefitReport,
     ReportRow,
@@ -45,6 +46,7 @@ __all__ = [
     "Event",
     "Fingerprint",
     "Guard",
+    "KeptWeights",
     "LayerType",
     "Leaf",
     "LeafKind",

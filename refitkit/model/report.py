@@ -37,6 +37,22 @@ class EngineMemory(Frozen):
     bytes: int
 
 
+class KeptWeights(Frozen):
+    """Earlier weights that a module can go back to.
+
+    Attributes:
+        version: Their number.
+        source: What they were, in words.
+        bytes: Size of what is kept for them alone; 0 where the engines have them anyway.
+        where: ``host``: in memory of the host; ``engine``: in the engines, until the next refit.
+    """
+
+    version: int
+    source: str
+    bytes: int
+    where: str
+
+
 class ReportRow(Frozen):
     """One slot in the report.
 
@@ -133,7 +149,8 @@ class RefitReport(Frozen):
         slots_unchanged: Number of slots that were left as they are because of ``delta``.
         bytes_written: Bytes of those slots.
         stages: Time of each stage, in order.
-        memory: What keeping the way back costs.
+        memory: What keeping the way back costs during a refit.
+        kept: Earlier weights that the module can go back to after this, and what they cost.
         ledger: One row for every slot.
         transforms: What plugins made of entries of the source, such as quantized weights.
         verification: What the verifier found; None where none ran.
@@ -152,6 +169,7 @@ class RefitReport(Frozen):
     bytes_written: int = 0
     stages: tuple[StageTime, ...] = ()
     memory: tuple[EngineMemory, ...] = ()
+    kept: tuple[KeptWeights, ...] = ()
     ledger: tuple[ReportRow, ...] = ()
     transforms: tuple[TransformRow, ...] = ()
     verification: VerificationResult | None = None

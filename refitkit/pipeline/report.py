@@ -14,17 +14,28 @@ from refitkit.model import RefitReport
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from refitkit.model import EngineMemory, ReportRow, TransformRow, VerificationResult
+    from refitkit.model import (
+        EngineMemory,
+        KeptWeights,
+        ReportRow,
+        TransformRow,
+        VerificationResult,
+    )
     from refitkit.pipeline.clock import Clock
     from refitkit.pipeline.mapping import Mapping
 
 UNVERIFIED = "nothing was verified after the commit: only staging was checked"
 UNCHANGED = "the new weights are bit for bit those that the module held: nothing changed"
+BASE_LOST = "the weights that the module was compiled or loaded with are no longer kept"
 
 
 @dataclass
 class Findings:
-    """What is known so far; see ``RefitReport`` for the meanings."""
+    """What is known so far; see ``RefitReport`` for the meanings.
+
+    Attributes:
+        base_lost: Why the weights of version 0 cannot be gone back to from now on.
+    """
 
     backend: str
     before: int
@@ -35,6 +46,8 @@ class Findings:
     mapping: Mapping | None = None
     changed: bool | None = None
     memory: tuple[EngineMemory, ...] = ()
+    kept: tuple[KeptWeights, ...] = ()
+    base_lost: str = ""
     transforms: Callable[[], tuple[TransformRow, ...]] = tuple
     verification: VerificationResult | None = None
     _rows: tuple[ReportRow, ...] | None = None
@@ -55,6 +68,7 @@ class Findings:
             bytes_written=sum(value.slot.nbytes for value in values),
             stages=self.clock.stages,
             memory=self.memory,
+            kept=self.kept,
             ledger=self._ledger(),
             transforms=self.transforms(),
             verification=self.verification,
@@ -70,5 +84,9 @@ class Findings:
         return self._rows
 
     def _notes(self) -> tuple[str, ...]:
-        unchanged = (UNCHANGED,) if self.changed is False else ()
-        return unchanged if self.verification else (*unchanged, UNVERIFIED)
+        notes = [UNCHANGED] if self.changed is False else []
+        if self.base_lost:
+            notes.append(f"{BASE_LOST}: {self.base_lost}")
+        if not self.verification:
+            notes.append(UNVERIFIED)
+        return tuple(notes)

@@ -5,7 +5,8 @@ A backend opens or compiles a target into an :class:`OpenedModule`, which lists 
 every slot, has each engine stage them, and commits. Verifiers judge the result.
 
 What an engine may or may not be able to do is a protocol of its own: :class:`SupportsReadback`,
-:class:`SupportsPartial`, :class:`SupportsSpareBuffer`, :class:`SupportsWarming`. So it is with
+:class:`SupportsPartial`, :class:`SupportsSpareBuffer`, :class:`SupportsOverwrite`,
+:class:`SupportsWarming`, :class:`HoldsPrevious`, :class:`KnowsLive`. So it is with
 opened modules (:class:`Offline`, :class:`LowersPrecision`) and sources (:class:`HoldsProgram`,
 :class:`KnowsRevisions`).
 
@@ -15,8 +16,11 @@ Between a source and the names that a program reads stand :class:`WeightTransfor
 from refitkit.protocols.backends import Backend, HoldsValues, KnowsPlanKey, PlanDraft, PlanKey
 from refitkit.protocols.engines import (
     Engine,
+    HoldsPrevious,
+    KnowsLive,
     SlotValue,
     StagedRefit,
+    SupportsOverwrite,
     SupportsPartial,
     SupportsReadback,
     SupportsSpareBuffer,
@@ -34,8 +38,10 @@ __all__ = [
     "Backend",
     "BindableProgram",
     "Engine",
+    "HoldsPrevious",
     "HoldsProgram",
     "HoldsValues",
+    "KnowsLive",
     "KnowsPlanKey",
     "KnowsRevisions",
     "LowersPrecision",
@@ -51,6 +57,7 @@ __all__ = [
     "Rebuilds",
     "SlotValue",
     "StagedRefit",
+    "SupportsOverwrite",
     "SupportsPartial",
     "SupportsReadback",
     "SupportsSpareBuffer",

@@ -106,6 +106,44 @@ class SupportsSpareBuffer(Protocol):
 
 
 @runtime_checkable
+class HoldsPrevious(Protocol):
+    """An engine that has its values from before the last commit, until something is staged."""
+
+    def previous(self) -> Mapping[str, torch.Tensor]:
+        """What slots held before the last commit: those that it changed, or more.
+
+        Values are usable until the ``stage`` that they are given to returns, and not to be written
+        to. Nothing where there was no commit, where it was rolled back, or where the values were
+        overwritten or freed since.
+        """
+
+
+@runtime_checkable
+class KnowsLive(Protocol):
+    """An engine that cannot be read, and keeps what was given to it."""
+
+    def known(self, slot: str) -> torch.Tensor | None:
+        """The live value, flat: an alias, valid until the next ``stage``; None: nobody knows it."""
+
+
+@runtime_checkable
+class SupportsOverwrite(Protocol):
+    """An engine that can do without a second set of weights, and without a way back."""
+
+    def stage_over(self, values: Sequence[SlotValue]) -> StagedRefit:
+        """Like ``stage``, or ``stage_partial`` where slots are left out; but nothing is copied.
+
+        Names are checked now. A second set of weights is freed, and ``commit``, while no call runs,
+        reads the values and writes them over the live ones. From then on ``rollback`` raises an
+        ``EngineError``: see ``refitkit.recipe.Overwriting``, which does just that.
+
+        Raises:
+            WeightMismatchError: There are no such slots, or some are given twice.
+            NotRefittableError: Some have no value, and what they hold cannot be kept.
+        """
+
+
+@runtime_checkable
 class SupportsWarming(Protocol):
     """An engine whose first refit is slow unless it was warmed."""
 

@@ -128,6 +128,19 @@ class RefitterEngine:
         """Whether the live weights are known: from a refit, or from ``adopt``."""
         return self._sets is not None and self._sets.known
 
+    def known(self, slot: str) -> torch.Tensor | None:
+        """What was last given for a slot, flat; None where nobody knows what it holds."""
+        return self._sets.live_value(slot) if self._sets is not None else None
+
+    def previous(self) -> Mapping[str, torch.Tensor]:
+        """Copies of what was given before the last refit: staging overwrites what they are of."""
+        values = self._sets.previous() if self._sets is not None else {}
+        return {name: self._shaped(name, value) for name, value in values.items()}
+
+    def _shaped(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        shape = self.facts[name].shape
+        return value if shape is None else value.view(shape)
+
     # -- for subclasses ---------------------------------------------------------------------
 
     def _engine(self) -> Any:
@@ -191,21 +204,28 @@ class RefitterEngine:
         """
         self._ready_refitter()
         if not self.knows_live:
-            raise NotRefittableError(
-                f"Nobody knows the present weights of the engine {self.name!r}: TensorRT cannot "
-                "be asked for them.",
-                hint="Refit it fully once; after that it can be refitted in part.",
-            )
+            raise self._unknown()
         return self._stage(values, partial=True)
 
     def _stage(self, values: Sequence[SlotValue], *, partial: bool) -> StagedRefit:
         require_values(self.facts, values, partial=partial)
         sets = self.sets
         sets.begin(partial=partial)
-        staging.fill(sets.staging, self.facts, values, self._uploader)
+        self._fill(values)
         if self._options.check_finite:
             self._check_finite(sets)
         return self._staged()
+
+    def _fill(self, values: Sequence[SlotValue]) -> None:
+        """Copy values into the staging set."""
+        staging.fill(self.sets.staging, self.facts, values, self._uploader)
+
+    def _unknown(self) -> NotRefittableError:
+        return NotRefittableError(
+            f"Nobody knows the present weights of the engine {self.name!r}: TensorRT cannot be "
+            "asked for them.",
+            hint="Refit it fully once; after that it can be refitted in part.",
+        )
 
     def _check_finite(self, sets: WeightSets) -> None:
         problems = [
@@ -233,7 +253,7 @@ class RefitterEngine:
         require_values(self.facts, values)
         sets = self.sets
         sets.live = None
-        staging.fill(sets.staging, self.facts, values, self._uploader)
+        self._fill(values)
         sets.live = "staging"
 
     # -- warming and freeing ----------------------------------------------------------------

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from refitkit.builtin.torch_tensorrt import serialized
 from refitkit.builtin.torch_tensorrt.engine import RefitterEngine
 from refitkit.errors import EngineError, ModuleLostError
+from refitkit.recipe import Overwriting
+from refitkit.recipe.sources import require_values
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from refitkit.protocols import SlotValue
 
 _UNKNOWN = "its weights are not known, so its first refit still compiles for seconds"
 
@@ -23,6 +30,21 @@ class InPlaceEngine(RefitterEngine):
     def _staged(self) -> StagedInPlace:
         before = None if self.knows_live else self.handle.engine_bytes()
         return StagedInPlace(self, before)
+
+    def stage_over(self, values: Sequence[SlotValue]) -> Overwriting:
+        """Free the base set; the commit fills the staging set and refits the live engine."""
+        self._ready_refitter()
+        partial = len(values) < len(self.facts)
+        if partial and not self.knows_live:
+            raise self._unknown()
+        require_values(self.facts, values, partial=partial)
+        self.sets.free_base()
+        return Overwriting(lambda: self._write_over(values))
+
+    def _write_over(self, values: Sequence[SlotValue]) -> None:
+        self.sets.live = None
+        self._fill(values)
+        self.write()
 
     def _rehearse(self) -> str:
         if not self.knows_live:
@@ -46,7 +68,7 @@ class InPlaceEngine(RefitterEngine):
         self.handle.on_stale(self._flush)
         self.handle.drop_captured()
         self.refit()
-        self.sets.live = "staging"
+        self.sets.settle()
         self._stale, self._mixed = True, False
 
     def write_back(self, before: bytes | None, *, stale: bool) -> None:

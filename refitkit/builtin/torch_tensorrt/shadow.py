@@ -60,7 +60,7 @@ class StagedEngine:
     def commit(self) -> None:
         """Put the refitted engine in place."""
         _put(self._engine.handle, self._after)
-        self._engine.sets.live = "staging"
+        self._engine.sets.settle()
 
     def rollback(self) -> None:
         """Put the engine from before back."""

@@ -110,8 +110,10 @@ class NetworkEngine:
 
     def read(self, slot: str) -> torch.Tensor:
         """The live value of a slot: an alias, valid until the next commit."""
+        return self._shaped(slot, self.live.region.views[slot])
+
+    def _shaped(self, slot: str, value: torch.Tensor) -> torch.Tensor:
         shape = self._slots[slot].shape
-        value = self.live.region.views[slot]
         return value if shape is None else value.view(shape)
 
     def free_spare(self) -> int:
@@ -121,6 +123,11 @@ class NetworkEngine:
             return 0
         self._remove(before)
         return int(before.region.whole.nbytes)
+
+    def previous(self) -> Mapping[str, torch.Tensor]:
+        """The values in the file from before the last commit; once it is deleted, still mapped."""
+        views = self._before.region.views if self._before is not None else {}
+        return {name: self._shaped(name, view) for name, view in views.items()}
 
     def stage(self, values: Sequence[SlotValue]) -> StagedBuild:
         """Build with new values for all slots; see ``refitkit.protocols.Engine``."""
