@@ -35,7 +35,7 @@ class Open(OpenEngine):
     def __init__(self) -> None:
         super().__init__("engine", VALUES, Tripwire())
 
-    def known(self, name: str, copies: dict[str, Any]) -> None:
+    def require_new(self, name: str, copies: dict[str, Any]) -> None:
         if name in copies or name not in self.slots:
             raise WeightMismatchError(f"{name} is given twice, or is no slot.")
 
@@ -48,7 +48,7 @@ class Open(OpenEngine):
     def _stage(self, values: Sequence[SlotValue]) -> FakeStaged:
         copies: dict[str, torch.Tensor] = {}
         for value in values:
-            self.known(value.slot.name, copies)
+            self.require_new(value.slot.name, copies)
             copies[value.slot.name] = self.copied(self.slots[value.slot.name], value.load())
         return self.Staged(self, copies)
 
@@ -65,15 +65,15 @@ class Good(TestOpenEngine):
 BITES: list[Bite] = []
 
 
-def breaks(check: str, says: str) -> Any:
+def breaks(check: str, says: str, good: type[Good] = Good) -> Any:
     """Note a broken engine, or a broken ``StagedRefit``, for a check."""
 
     def note(thing: type) -> type:
         engine = thing
         if issubclass(thing, FakeStaged):
             engine = type(thing.__name__, (Open,), {"Staged": thing})
-        suite = type(thing.__name__, (Good,), {"engine": engine})
-        BITES.append(Bite(f"test_{check}", suite, says, Good))
+        suite = type(thing.__name__, (good,), {"engine": engine})
+        BITES.append(Bite(f"test_{check}", suite, says, good))
         return thing
 
     return note
@@ -589,3 +589,122 @@ class PilesUp(Triples):
         staged = Open._stage(self, values)
         self.all = [*getattr(self, "all", []), staged.values]
         return staged
+
+
+# -- earlier values, live ones, and no way back -----------------------------------------------
+
+_BEFORE = "previous_values_are_those_before_the_last_commit"
+
+
+@breaks(_BEFORE, "slots that it changed are lacking: 'complex', 'half', 'matrix' and 1 more")
+class RemembersNothing(Open):
+    def previous(self) -> Any:
+        return {}
+
+
+@breaks(_BEFORE, "after a commit, it tells of values that were not live before")
+class RemembersTheLive(Open):
+    def previous(self) -> Any:
+        return dict(self.live) if self.spare else {}
+
+
+@breaks(_BEFORE, "staged and discarded, it tells of values that were not live before: 'half'")
+class StagesOverThePast(Open):
+    def _stage(self, values: Any) -> Any:
+        staged = super()._stage(values)
+        if self.spare:
+            self.spare["half"] = staged.values["half"]
+        return staged
+
+
+@breaks(_BEFORE, "after a rollback, it tells of")
+class RemembersAfterARollback(FakeStaged):
+    def rollback(self) -> None:
+        super().rollback()
+        self.engine.spare = dict(self.values)
+
+
+@breaks("no_previous_values_where_there_are_none", "before any refit, it tells of")
+class BornWithAPast(Open):
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = dict(self.live)
+
+
+@breaks("no_previous_values_where_there_are_none", "once the spare buffer is freed, it tells of")
+class RemembersTheFreed(Open):
+    def free_spare(self) -> int:
+        return sum(value.nbytes for value in self.spare.values())
+
+
+@breaks("previous_values_can_be_staged", "after they were staged, 4 of 4 slots are wrong")
+class LendsItsStagingSet(Open):
+    """What is staged goes through the very memory that the previous values are in."""
+
+    def _stage(self, values: Any) -> Any:
+        for value in self.spare.values():
+            value.zero_()
+        return super()._stage(values)
+
+
+class Knowing(Open):
+    """An engine that keeps what was given to it."""
+
+    def known(self, slot: str) -> Any:
+        return self.live[slot].reshape(-1)
+
+
+class GoodKnowing(Good):
+    engine = Knowing
+
+
+@breaks("what_is_known_is_live", "once other values are staged, what is known of", GoodKnowing)
+class KnowsTheStaged(Knowing):
+    def _stage(self, values: Any) -> Any:
+        self.given = super()._stage(values)
+        return self.given
+
+    def known(self, slot: str) -> Any:
+        return self.given.values[slot] if hasattr(self, "given") else None
+
+
+@breaks("what_is_known_is_live", "nothing is known of some", GoodKnowing)
+class KnowsNothing(Knowing):
+    def known(self, slot: str) -> Any:
+        return None
+
+
+@breaks("overwriting_begins_at_the_commit", "after what it gave was discarded, 4 of 4")
+class WritesAtOnce(Open):
+    def stage_over(self, values: Any) -> Any:
+        staged = super().stage_over(values)
+        staged.commit()
+        return staged
+
+
+@breaks("overwriting_begins_at_the_commit", "a rollback after overwriting was accepted")
+class HasNoRegrets(Open):
+    def stage_over(self, values: Any) -> Any:
+        staged = super().stage_over(values)
+        staged.rollback = lambda: None  # type: ignore[method-assign]
+        return staged
+
+
+@breaks("overwriting_some_leaves_the_others", "after 'matrix' alone was written over, 3 of 4")
+class ClearsTheRest(Open):
+    def _write_over(self, values: Any) -> None:
+        self.live = {name: torch.zeros_like(value) for name, value in self.live.items()}
+        super()._write_over(values)
+
+
+@breaks("overwriting_refuses_names_that_are_not_its_own", "a name given twice was accepted")
+class WritesTwice(Open):
+    def stage_over(self, values: Any) -> Any:
+        return super().stage_over(list({value.slot.name: value for value in values}.values()))
+
+
+@breaks("overwriting_needs_no_second_set", "bytes more are kept after it; one set has")
+class OverwritesWithASpare(Triples):
+    def _write_over(self, values: Any) -> None:
+        super()._write_over(values)
+        self.more = [value.clone() for value in self.live.values()]

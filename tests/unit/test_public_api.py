@@ -32,6 +32,7 @@ PUBLIC = [
     "RefitPlan",
     "RefitReport",
     "RefitResult",
+    "RefitResults",
     "SourceError",
     "ToolchainError",
     "UnmappedSlotError",
@@ -46,6 +47,7 @@ PUBLIC = [
     "load",
     "plan",
     "refit",
+    "refit_all",
     "verify",
 ]
 PACKAGE = Path(refitkit.__file__).parent
