@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
-from refitkit.errors import NotRefittableError, Problem
+from refitkit.errors import EngineError, NotRefittableError, Problem, raised_as
 from refitkit.model import KeptWeights
 from refitkit.protocols import HoldsPrevious
 
@@ -164,6 +164,8 @@ def _of_engines(module: OpenedModule, keys: Collection[Key]) -> dict[Key, torch.
     found: dict[Key, torch.Tensor] = {}
     for name in dict.fromkeys(engine for engine, _ in keys):
         engine = module.engines[name]
-        held = engine.previous() if isinstance(engine, HoldsPrevious) else {}
-        found |= {(name, slot): value for slot, value in held.items() if (name, slot) in keys}
+        if isinstance(engine, HoldsPrevious):
+            with raised_as(EngineError, f"The engine {name!r} failed to tell what it held"):
+                held = engine.previous()
+            found |= {(name, slot): value for slot, value in held.items() if (name, slot) in keys}
     return found
