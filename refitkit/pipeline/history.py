@@ -83,7 +83,7 @@ class History:
 
     Attributes:
         records: Refits, the newest last, without a gap.
-        base: What slots held at first, of all that were written since.
+        base: What slots held at first, of all that were written since. All others hold it still.
         base_lost: Why that is not whole; empty where it is.
         plan: The plan of the newest refit.
     """
@@ -111,7 +111,7 @@ class History:
             )
             for record in self.records
         ]
-        if not self.base_lost and self.base:
+        if not self.base_lost and self.plan is not None:
             size = sum(value.nbytes for value in self.base.values())
             rows = [row for row in rows if row.version]
             rows.insert(0, KeptWeights(version=0, source=FIRST, bytes=size, where="host"))
@@ -134,7 +134,7 @@ class History:
             values = {key: v for before in reversed(befores) for key, v in (before or {}).items()}
             first = later[0]
             return Way(values, first.source, first.live, first.overridden)
-        if version == 0 and self.base and not self.base_lost:
+        if version == 0 and not self.base_lost:
             return Way(self.base, FIRST, None, frozenset())
         raise self._no_way_to(version)
 
