@@ -85,7 +85,7 @@ def widened(value: torch.Tensor) -> torch.Tensor:
 
     It may be the tensor itself: not to be written to.
     """
-    value = value.detach().resolve_conj().resolve_neg()
+    value = value.detach().resolve_conj()
     if value.dtype in _COMPLEX:
         return torch.view_as_real(value.to(_COMPLEX[value.dtype]))
     return value if value.dtype is torch.float64 else value.to(torch.float32)
@@ -94,5 +94,5 @@ def widened(value: torch.Tensor) -> torch.Tensor:
 def narrowed(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The other way round: rounded to nearest, ties to even, beyond the range to infinity."""
     if dtype in _COMPLEX:
-        value = torch.view_as_complex(value.contiguous())
+        value = torch.view_as_complex(value)
     return value.to(dtype)
