@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from refitkit.api import compile, inspect, load, plan, refit, refit_all, verify  # noqa: A004
+    from refitkit.builtin.merges.descriptions import TaskVectors, WeightedAverage
+    from refitkit.builtin.merges.ema import Ema
     from refitkit.config import Config
     from refitkit.errors import (
         CompileError,
@@ -39,6 +41,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "refitkit.api": ("compile", "inspect", "load", "plan", "refit", "refit_all", "verify"),
+    "refitkit.builtin.merges.descriptions": ("TaskVectors", "WeightedAverage"),
+    "refitkit.builtin.merges.ema": ("Ema",),
     "refitkit.config": ("Config",),
     "refitkit.errors": (
         "CompileError",
@@ -71,6 +75,7 @@ __all__ = [
     "CompiledModule",
     "Config",
     "ConfigError",
+    "Ema",
     "EngineError",
     "InputMismatchError",
     "ModuleLostError",
@@ -86,12 +91,14 @@ __all__ = [
     "RefitResult",
     "RefitResults",
     "SourceError",
+    "TaskVectors",
     "ToolchainError",
     "UnmappedSlotError",
     "UnsupportedTargetError",
     "VerificationError",
     "VerificationResult",
     "WeightMismatchError",
+    "WeightedAverage",
     "__version__",
     "compile",
     "hookimpl",

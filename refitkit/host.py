@@ -23,7 +23,16 @@ if TYPE_CHECKING:
 GROUP = "refitkit"
 """The entry-point group in which plugins are found."""
 
-BUILTINS = ("weights", "checks", "rules", "strategies", "verify", "aotinductor", "torch_tensorrt")
+BUILTINS = (
+    "weights",
+    "merges",
+    "checks",
+    "rules",
+    "strategies",
+    "verify",
+    "aotinductor",
+    "torch_tensorrt",
+)
 """Built-in plugins, by their module in ``refitkit.builtin``."""
 
 

@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import refitkit
 from refitkit.builtin.weights import refitkit_load_weights
+from refitkit.pipeline import Pipeline
 from refitkit.recipe import TensorMap
-from refitkit.testing import SourceSuite
+from refitkit.testing import SourceSuite, oracles
 from refitkit.testing.watching import Watched
 from tests.fakes import CountingMapping
 
@@ -158,3 +160,93 @@ class TestWatched(TestStateDict):
 
     def reads(self, source: Any) -> int:
         return len(source.read)
+
+
+class Asked(TensorMap):
+    """A state_dict that counts how often it is asked for a tensor."""
+
+    gets = 0
+
+    def get(self, fqn: str) -> torch.Tensor:
+        self.gets += 1
+        return super().get(fqn)
+
+
+class Revised(TensorMap):
+    """A state_dict that knows what most of it is without being asked for a tensor."""
+
+    def revision(self, fqn: str) -> Any:
+        return None if fqn == "order" else (self.info(fqn), oracles.bits(self._tensors[fqn]))
+
+
+class TestAverage(SourceSuite):
+    """Halves and quarters of small whole numbers: everybody can work out what they make."""
+
+    shift = 4
+
+    def make_source(self) -> Any:
+        return Pipeline().open_weights(refitkit.WeightedAverage(self.parts()))
+
+    def parts(self) -> list[Any]:
+        low = {name: other for name, (other, _) in self.numbers().items()}
+        high = {name: other for name, (_, other) in self.numbers().items()}
+        return [(self.part(low), 1), (self.part(high), 3)]
+
+    def part(self, tensors: dict[str, torch.Tensor]) -> Any:
+        return Asked(tensors)
+
+    def numbers(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """By name: what is in one part and in the other."""
+        whole = torch.arange(12.0).reshape(3, 4)
+        return {
+            **{
+                str(dtype): (whole.to(dtype), (whole + self.shift).to(dtype))
+                for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+            },
+            "turned": (whole.t(), (whole.t() + self.shift)),
+            "complex": (whole + 1j, whole + self.shift + 1j),
+            "kept": (torch.tensor([-0.0, float("inf")]), torch.tensor([-0.0, float("inf")])),
+            "none": (torch.ones(0, 3), torch.ones(0, 3)),
+        }
+
+    def truth(self) -> Mapping[str, torch.Tensor]:
+        same = {"kept", "none"}
+        by = 0.75 * self.shift
+        return {n: low if n in same else low + by for n, (low, _) in self.numbers().items()}
+
+    def reads(self, source: Any) -> int | None:
+        return sum(part.gets for part in source._parts)
+
+    def make_unusable(self) -> Any:
+        parts = [({"n": torch.tensor(number)}, 1) for number in (1, 2)]
+        return Pipeline().open_weights(refitkit.WeightedAverage(parts)), "n"
+
+
+class TestTaskVectors(TestAverage):
+    def make_source(self) -> Any:
+        (base, _), (tuned, _) = self.parts()
+        return Pipeline().open_weights(refitkit.TaskVectors(base, [(tuned, 0.75)]))
+
+
+class TestAverageOfRevisions(TestAverage):
+    def part(self, tensors: dict[str, torch.Tensor]) -> Any:
+        return Revised({**tensors, "order": torch.tensor([2, 0, 1])})
+
+    def truth(self) -> Mapping[str, torch.Tensor]:
+        return {**super().truth(), "order": torch.tensor([2, 0, 1])}
+
+    def reads(self, source: Any) -> int | None:
+        return None
+
+
+class TestEma(TestAverageOfRevisions):
+    """Moved by three quarters; what is no number is what came last."""
+
+    def make_source(self) -> Any:
+        (start, _), (update, _) = self.parts()
+        ema = refitkit.Ema(0.25, start)
+        ema.update(update)
+        return Pipeline().open_weights(ema)
+
+    def make_unusable(self) -> None:
+        return None

@@ -96,7 +96,8 @@ class Listener:
 
 
 def opened_by(host: host_module.Host) -> str:
-    source = host.call("refitkit_load_weights", source={}, config=Config())
+    arguments = {"source": {}, "config": Config(), "open_weights": None}
+    source = host.call("refitkit_load_weights", **arguments)
     return str(source.description)
 
 

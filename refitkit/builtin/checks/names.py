@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from refitkit.builtin.checks.following import sources_of_guards
 from refitkit.errors import Problem
-from refitkit.model import SlotState, TensorInfo
+from refitkit.model import SlotState
+from refitkit.recipe.strangers import unexpected
 from refitkit.recipe.ties import broken_ties
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from refitkit.model import Leaf
+    from refitkit.model import Leaf, TensorInfo
     from refitkit.protocols import Plan, WeightSource
 
 
-_SUGGESTIONS = 10
 _SHOWN = 3
 
 
@@ -60,16 +59,8 @@ class Names:
 
     def _unexpected(self) -> Iterator[Problem]:
         known = {leaf.fqn for leaf in self._plan.data.leaves} | self._needed
-        strange = [n for n, info in self._infos.items() if n not in known and info.persistent]
-        prefix = _common_prefix(strange, known)
-        for number, name in enumerate(strange):
-            hint = "the model has no such name"
-            if prefix:
-                hint = f"the model's names have no prefix {prefix!r}: take it away"
-            elif number < _SUGGESTIONS:  # each compares with every name of the model
-                near = get_close_matches(name, known, n=1, cutoff=0.8)
-                hint = f"did you mean {near[0]!r}?" if near else hint
-            yield Problem(name, "unexpected", _text(self._infos[name]), hint=hint)
+        strange = {n: i for n, i in self._infos.items() if n not in known and i.persistent}
+        yield from unexpected(strange, known, "the model")
 
     def _misfits(self) -> Iterator[Problem]:
         """Entries that cannot become what the program reads under their names.
@@ -140,18 +131,6 @@ class Names:
             yield Problem(self._source.description, "nothing to refit", found)
 
 
-def _common_prefix(names: list[str], known: set[str]) -> str:
-    """A prefix such as ``module.`` without which all of these names are known; empty if none."""
-    if not names:
-        return ""
-    first = names[0]
-    parts = [first[: i + 1] for i, letter in enumerate(first) if letter == "."]
-    for prefix in parts:
-        if all(n.startswith(prefix) and n.removeprefix(prefix) in known for n in names):
-            return prefix
-    return ""
-
-
 def _differences(leaf: Leaf, info: TensorInfo, *, with_dtype: bool) -> Iterator[Problem]:
     if with_dtype and info.dtype != leaf.dtype:
         hint = "convert it yourself: refitkit never casts weights silently"
@@ -159,10 +138,6 @@ def _differences(leaf: Leaf, info: TensorInfo, *, with_dtype: bool) -> Iterator[
     if info.shape != leaf.shape:
         hint = "the transposed shape" if info.shape == leaf.shape[::-1] else ""
         yield Problem(leaf.fqn, "shape", str(info.shape), str(leaf.shape), hint)
-
-
-def _text(info: TensorInfo) -> str:
-    return f"{info.dtype} {info.shape}"
 
 
 def _leaf_text(leaf: Leaf | None) -> str:

@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from refitkit.builtin.checks import names
 from refitkit.builtin.checks.finite import all_finite
 from refitkit.config import Config
 from refitkit.errors import SHOWN_PROBLEMS, Problem, WeightMismatchError
 from refitkit.host import make_host
 from refitkit.model import CallRef, Leaf, LeafKind, LedgerRow, SlotState, SourceRef
 from refitkit.pipeline.check import check_weights
-from refitkit.recipe import TensorMap
+from refitkit.recipe import TensorMap, strangers
 from tests.fakes import (
     FakeEngine,
     FakeModule,
@@ -165,7 +164,7 @@ def test_suggestions_are_looked_for_a_few_times_only(monkeypatch: pytest.MonkeyP
         calls.append(name)
         return []
 
-    monkeypatch.setattr(names, "get_close_matches", counted)
+    monkeypatch.setattr(strangers, "get_close_matches", counted)
     plan = make_plan([recipe_row(make_slot(f"layers.{n}.weight")) for n in range(200)])
     weights = {f"module.layers.{n}.weight": torch.ones(2) for n in range(200)}
     found = problems(weights, plan)

@@ -192,7 +192,7 @@ def test_suites_that_fail_name_their_plugin(refitkit_host: Hosts) -> None:
 
 
 def test_an_unknown_plugin_is_refused_with_those_that_there_are(refitkit_host: Hosts) -> None:
-    with pytest.raises(ConfigError, match=r"(?s)'yours'.*There are: .*checks, mine, "):
+    with pytest.raises(ConfigError, match=r"(?s)'yours'.*There are: .*checks, merges, mine, "):
         run("yours", refitkit_host(Plugin()))
 
 
@@ -204,7 +204,9 @@ def test_without_pytest_it_says_what_to_install(
         run("mine", refitkit_host(Plugin()))
 
 
-@pytest.mark.parametrize("name", ["weights", "checks", "strategies", "verify", "aotinductor"])
+@pytest.mark.parametrize(
+    "name", ["weights", "merges", "checks", "strategies", "verify", "aotinductor"]
+)
 def test_what_built_ins_offer_keeps_its_contract(refitkit_host: Hosts, name: str) -> None:
     results = [r for r in run(name, refitkit_host()) if r.suite == "OfferSuite"]
     assert results

@@ -1,0 +1,151 @@
+"""Several sources as one: each tensor is made of theirs when it is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from refitkit.builtin.merges.aligning import all_misfits, infos_of, place_of, read_as
+from refitkit.builtin.merges.arithmetic import is_summed
+from refitkit.errors import SourceError
+from refitkit.program.bits import same_bits
+from refitkit.protocols import KnowsRevisions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+
+    from refitkit.model import TensorInfo
+    from refitkit.protocols import WeightSource
+
+
+@dataclass(frozen=True)
+class Formula:
+    """How tensors of several parts become one.
+
+    Attributes:
+        kind: Its name, for revisions.
+        numbers: One for each part.
+        counts: Positions of the parts that have a say; the first of them gives the device.
+        keeps_equal: Whether the result is what all parts that count have, where that is the same.
+        make: Makes it of the numbers and tensors of the parts that count.
+    """
+
+    kind: str
+    numbers: tuple[float, ...]
+    counts: tuple[int, ...]
+    keeps_equal: bool
+    make: Callable[[Sequence[float], Iterator[torch.Tensor]], torch.Tensor]
+
+
+class Merged:
+    """Parts that have the same names, dtypes and shapes, as one source.
+
+    Nothing is kept: what is read twice is made twice. While a tensor is made, the tensor of one
+    part at a time is read, and a few of its size are held in the dtype of the sum.
+    """
+
+    def __init__(self, parts: Sequence[WeightSource], formula: Formula, description: str) -> None:
+        """Hold the parts against one another.
+
+        Raises:
+            SourceError: They do not fit together; lists all names.
+        """
+        self.description = description
+        self._parts, self._formula = tuple(parts), formula
+        self._infos = _aligned(self._parts, description)
+        self._verdicts: dict[str, str] = {}
+
+    def names(self) -> Collection[str]:
+        """Names of the first part; what a state_dict would not hold only where all have it."""
+        return self._infos.keys()
+
+    def info(self, fqn: str) -> TensorInfo:
+        """Dtype and shape, as in all parts.
+
+        What cannot be calculated with has to be the same in all parts, or is unusable: so data of
+        integers, bools and 8-bit floats is read, once. Of others headers are enough.
+        """
+        info = self._infos[fqn]
+        if info.unusable or is_summed(info.dtype):
+            return info
+        if fqn not in self._verdicts:
+            same = self._is_same(fqn, info)
+            self._verdicts[fqn] = "" if same else f"{info.dtype} that is not the same in all parts"
+        return info.model_copy(update={"unusable": self._verdicts[fqn]})
+
+    def get(self, fqn: str) -> torch.Tensor:
+        """The tensor, made now; that of a part where no other has a say."""
+        info = self.info(fqn)
+        if info.unusable:
+            raise SourceError(f"{self.description}: {fqn!r} is unusable: {info.unusable}.")
+        if not is_summed(info.dtype):
+            return self._read(0, fqn, info)
+        counts, numbers = self._formula.counts, self._formula.numbers
+        if self._is_one(fqn):
+            return self._read(counts[0], fqn, info)
+        with torch.no_grad():
+            values = (self._read(place, fqn, info) for place in counts)
+            return self._formula.make([numbers[place] for place in counts], values)
+
+    def revision(self, fqn: str) -> Hashable | None:
+        """Made of the revisions of all parts that have a say, if each has one."""
+        formula, summed = self._formula, is_summed(self._infos[fqn].dtype)
+        places = formula.counts if summed else range(len(self._parts))
+        revisions = tuple(self._revision(place, fqn) for place in places)
+        if None in revisions:
+            return None
+        if self._is_one(fqn) if summed else len(set(revisions)) == 1:
+            return revisions[0]
+        numbers = tuple(formula.numbers[place] for place in places) if summed else ()
+        return (formula.kind if summed else "the same", numbers, revisions)
+
+    def _is_one(self, fqn: str) -> bool:
+        """Whether the result is the tensor of the first part that counts, untouched."""
+        first, *others = self._formula.counts
+        if not others:
+            return self._formula.numbers[first] == 1
+        return self._formula.keeps_equal and self._have_one_revision(fqn, self._formula.counts)
+
+    def _is_same(self, fqn: str, info: TensorInfo) -> bool:
+        """Whether all parts have the same bits."""
+        others = range(1, len(self._parts))
+        if self._have_one_revision(fqn, (0, *others)):
+            return True
+        first = self._read(0, fqn, info)
+        return all(same_bits(first, self._read(place, fqn, info)) for place in others)
+
+    def _have_one_revision(self, fqn: str, places: Sequence[int]) -> bool:
+        first = self._revision(places[0], fqn)
+        return first is not None and all(self._revision(p, fqn) == first for p in places[1:])
+
+    def _revision(self, place: int, fqn: str) -> Hashable | None:
+        part = self._parts[place]
+        return part.revision(fqn) if isinstance(part, KnowsRevisions) else None
+
+    def _read(self, place: int, fqn: str, info: TensorInfo) -> torch.Tensor:
+        return read_as(info, self._parts[place], fqn)
+
+
+def _aligned(parts: Sequence[WeightSource], what: str) -> dict[str, TensorInfo]:
+    """What all parts have.
+
+    Raises:
+        SourceError: They are not weights of one model.
+    """
+    problems = all_misfits(dict(enumerate(parts, 1)))
+    if problems:
+        raise SourceError(
+            f"The parts of {what} do not fit together.",
+            problems=problems,
+            hint="All of them need the names, dtypes and shapes of the first.",
+        )
+    infos, *others = map(infos_of, parts)
+    for number, (other, part) in enumerate(zip(others, parts[1:], strict=True), 2):
+        infos = {name: info for name, info in infos.items() if name in other}
+        for name, info in infos.items():
+            if other[name].unusable and not info.unusable:
+                reason = f"{other[name].unusable}, in {place_of(number, part)}"
+                infos[name] = info.model_copy(update={"unusable": reason})
+    return infos

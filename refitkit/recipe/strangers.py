@@ -1,0 +1,50 @@
+"""Names that should not be there, with what was perhaps meant."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+from refitkit.errors import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
+    from refitkit.model import TensorInfo
+
+_SUGGESTIONS = 10
+
+
+def unexpected(
+    strange: Mapping[str, TensorInfo], known: Collection[str], whose: str, where: str = ""
+) -> Iterator[Problem]:
+    """One problem for each name, with a prefix to take away or a name that is much like it.
+
+    Args:
+        strange: What was found under names that are not known.
+        known: Names that there could be.
+        whose: Whose names those are, for messages: ``the model``.
+        where: Where the names were found, if that has to be said.
+    """
+    prefix = _common_prefix(list(strange), known)
+    for number, (name, info) in enumerate(strange.items()):
+        hint = f"{whose} has no such name"
+        if prefix:
+            hint = f"{whose}'s names have no prefix {prefix!r}: take it away"
+        elif number < _SUGGESTIONS:  # each compares with every name that is known
+            near = get_close_matches(name, known, n=1, cutoff=0.8)
+            hint = f"did you mean {near[0]!r}?" if near else hint
+        found = f"{info.dtype} {info.shape}"
+        yield Problem(name, "unexpected", f"{found} in {where}" if where else found, hint=hint)
+
+
+def _common_prefix(names: list[str], known: Collection[str]) -> str:
+    """A prefix such as ``module.`` without which all of these names are known; empty if none."""
+    if not names:
+        return ""
+    first = names[0]
+    parts = [first[: i + 1] for i, letter in enumerate(first) if letter == "."]
+    for prefix in parts:
+        if all(n.startswith(prefix) and n.removeprefix(prefix) in known for n in names):
+            return prefix
+    return ""

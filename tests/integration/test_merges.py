@@ -1,0 +1,144 @@
+"""Merges of checkpoints in compiled modules: as eager torch with weights that were merged by hand.
+
+By hand means: in float64, without refitkit, rounded at the end.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from aoti_helpers import digest, max_error, slots_of
+from aoti_models import CASES
+from safetensors.torch import save_file
+
+import refitkit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    Fresh = Callable[[str], refitkit.CompiledModule]
+    State = dict[str, torch.Tensor]
+
+LIMIT = 2e-5
+NAMES = ["small", "convnet", "transformer"]
+
+
+def state(name: str, seed: int) -> State:
+    return {n: t.detach().clone() for n, t in CASES[name].model(seed).state_dict().items()}
+
+
+def floats(one: State) -> State:
+    return {name: value for name, value in one.items() if value.is_floating_point()}
+
+
+def averaged(name: str) -> tuple[Any, State]:
+    a, b, c = (state(name, seed) for seed in (1, 2, 3))
+    merge = refitkit.WeightedAverage([(a, 2), (b, 1), (c, 5)])
+    wide = {n: (2 * a[n].double() + b[n].double() + 5 * c[n].double()) / 8 for n in floats(a)}
+    return merge, wide
+
+
+def with_tasks(name: str) -> tuple[Any, State]:
+    base, b, c = (state(name, seed) for seed in (1, 2, 3))
+    merge = refitkit.TaskVectors(base, [(b, 0.4), (c, -0.2)])
+    wide = {
+        n: base[n].double()
+        + 0.4 * (b[n].double() - base[n].double())
+        - 0.2 * (c[n].double() - base[n].double())
+        for n in floats(base)
+    }
+    return merge, wide
+
+
+def moving(name: str) -> tuple[Any, State]:
+    wide = {n: value.double() for n, value in floats(state(name, 1)).items()}
+    ema = refitkit.Ema(0.8, CASES[name].model(1))
+    for seed in (2, 3, 4):
+        ema.update(CASES[name].model(seed))
+        wide = {n: 0.8 * wide[n] + 0.2 * state(name, seed)[n].double() for n in wide}
+    return ema, wide
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("make", [averaged, with_tasks, moving])
+def test_a_merge_answers_like_eager_with_merged_weights(
+    make: Callable[[str], tuple[Any, State]], name: str, fresh: Fresh
+) -> None:
+    case, compiled = CASES[name], fresh(name)
+    merge, wide = make(name)
+    model = case.model(0)
+    with torch.no_grad():
+        for n, value in model.state_dict().items():
+            if n in wide:
+                value.copy_(wide[n])
+    report = refitkit.refit(compiled, merge, inputs=case.inputs()).report
+    assert report.verification is not None
+    assert report.verification.verifier == "outputs"
+    expected = case.expected(model)
+    error = max_error(compiled(*case.args()), expected)
+    assert error <= LIMIT
+    assert max_error(case.expected(case.model(1)), expected) > 100 * LIMIT, (
+        "a part would do as well"
+    )
+
+
+def test_one_part_leaves_the_module_bit_for_bit_as_it_was(fresh: Fresh) -> None:
+    case, compiled = CASES["convnet"], fresh("convnet")
+    before, slots = digest(compiled(*case.args())), slots_of(compiled)
+    base, other = state("convnet", 0), state("convnet", 1)
+    for merge in (
+        refitkit.WeightedAverage([(base, 0.3), (other, 0)]),
+        refitkit.TaskVectors(base, [(other, 0)]),
+        refitkit.TaskVectors(base, []),
+        refitkit.Ema(0.9, base),
+    ):
+        refitkit.refit(compiled, other)
+        assert slots_of(compiled) != slots
+        refitkit.refit(compiled, merge)
+        assert slots_of(compiled) == slots
+        assert digest(compiled(*case.args())) == before
+
+
+def test_merges_of_files_of_other_names_and_dtypes(fresh: Fresh, tmp_path: Path) -> None:
+    """Rules are followed after merging: all parts have the same other names, and float16."""
+    paths, states = [], []
+    for seed in (1, 2):
+        states.append({n: value.half() for n, value in state("small", seed).items()})
+        paths.append(tmp_path / f"{seed}.safetensors")
+        save_file({f"module.{n}": value for n, value in states[-1].items()}, paths[-1])
+    pipeline = refitkit.Pipeline({"rules": {"cast": "lossless"}})
+    compiled = fresh("small")
+    merge = refitkit.WeightedAverage(dict.fromkeys(paths, 1))
+    report = pipeline.refit(compiled, merge, verify="weights").report
+    assert all(str(path) in report.source for path in paths)
+    for name, one in states[0].items():
+        wanted = ((one.double() + states[1][name].double()) / 2).half().float()
+        assert torch.equal(compiled.read(name), wanted)
+
+
+def test_parts_of_another_model_change_nothing(fresh: Fresh) -> None:
+    case, compiled = CASES["small"], fresh("small")
+    before, slots, version = digest(compiled(*case.args())), slots_of(compiled), compiled.version
+    merge = refitkit.WeightedAverage([(state("small", 1), 1), (state("batch", 1), 1)])
+    with pytest.raises(refitkit.SourceError) as info:
+        refitkit.refit(compiled, merge)
+    assert {(p.subject, p.kind) for p in info.value.problems} == {
+        ("a.weight", "shape"),
+        ("a.bias", "shape"),
+        ("b.weight", "shape"),
+    }
+    assert digest(compiled(*case.args())) == before
+    assert (slots_of(compiled), compiled.version) == (slots, version)
+
+
+def test_counters_that_differ_do_not_matter_where_nobody_reads_them(fresh: Fresh) -> None:
+    """``num_batches_tracked`` of checkpoints of different steps."""
+    compiled, parts = fresh("convnet"), [state("convnet", seed) for seed in (1, 2)]
+    for steps, part in enumerate(parts):
+        part["norm.num_batches_tracked"] += steps
+    refitkit.refit(compiled, refitkit.WeightedAverage([(part, 1) for part in parts]))
+    wanted = (parts[0]["head.bias"].double() + parts[1]["head.bias"].double()) / 2
+    assert torch.equal(compiled.read("head.bias"), wanted.float())
