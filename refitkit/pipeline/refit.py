@@ -13,6 +13,7 @@ from refitkit.errors import (
     raised_as,
 )
 from refitkit.pipeline import verify
+from refitkit.pipeline.changes import measured
 from refitkit.pipeline.check import check_abilities, check_weights
 from refitkit.pipeline.clock import Clock
 from refitkit.pipeline.commit import Transaction
@@ -195,6 +196,8 @@ class Refit:
             with self._clock.stage("stage"):
                 self._stage(staged, source, mapping)
                 self._found.changed = staged.changed()
+                values = (self._found.mapping or mapping).values
+                self._found.changes = measured(self._config, self._module, staged, values)
                 self._found.memory = staged.memory()
             self._require_measured()
             return self._commit(staged, judge)

@@ -6,10 +6,11 @@ and no source, and cannot fail.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from refitkit.model import RefitReport
+from refitkit.pipeline.changes import Changes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,6 +35,7 @@ class Findings:
     source: str = ""
     mapping: Mapping | None = None
     changed: bool | None = None
+    changes: Changes = field(default_factory=Changes)
     memory: tuple[EngineMemory, ...] = ()
     transforms: Callable[[], tuple[TransformRow, ...]] = tuple
     verification: VerificationResult | None = None
@@ -50,6 +52,7 @@ class Findings:
             partial=self.partial,
             delta=self.delta,
             changed=self.changed,
+            changes=self.changes.rows,
             slots_written=len(values),
             slots_unchanged=len(self.mapping.unchanged) if self.mapping else 0,
             bytes_written=sum(value.slot.nbytes for value in values),
@@ -71,4 +74,5 @@ class Findings:
 
     def _notes(self) -> tuple[str, ...]:
         unchanged = (UNCHANGED,) if self.changed is False else ()
-        return unchanged if self.verification else (*unchanged, UNVERIFIED)
+        unverified = () if self.verification else (UNVERIFIED,)
+        return (*unchanged, *self.changes.notes, *unverified)

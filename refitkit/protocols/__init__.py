@@ -5,8 +5,9 @@ A backend opens or compiles a target into an :class:`OpenedModule`, which lists 
 every slot, has each engine stage them, and commits. Verifiers judge the result.
 
 What an engine may or may not be able to do is a protocol of its own: :class:`SupportsReadback`,
-:class:`SupportsPartial`, :class:`SupportsSpareBuffer`, :class:`SupportsWarming`. So it is with
-opened modules (:class:`Offline`, :class:`LowersPrecision`) and sources (:class:`HoldsProgram`,
+:class:`RemembersWeights`, :class:`SupportsPartial`, :class:`SupportsSpareBuffer`,
+:class:`SupportsWarming`. So it is with what is staged (:class:`ShowsStaged`), with opened modules
+(:class:`Offline`, :class:`LowersPrecision`) and sources (:class:`HoldsProgram`,
 :class:`KnowsRevisions`).
 
 Between a source and the names that a program reads stand :class:`WeightTransform` objects.
@@ -15,6 +16,8 @@ Between a source and the names that a program reads stand :class:`WeightTransfor
 from refitkit.protocols.backends import Backend, HoldsValues, KnowsPlanKey, PlanDraft, PlanKey
 from refitkit.protocols.engines import (
     Engine,
+    RemembersWeights,
+    ShowsStaged,
     SlotValue,
     StagedRefit,
     SupportsPartial,
@@ -49,6 +52,8 @@ __all__ = [
     "PlanDraft",
     "PlanKey",
     "Rebuilds",
+    "RemembersWeights",
+    "ShowsStaged",
     "SlotValue",
     "StagedRefit",
     "SupportsPartial",

@@ -128,6 +128,19 @@ class RefitterEngine:
         """Whether the live weights are known: from a refit, or from ``adopt``."""
         return self._sets is not None and self._sets.known
 
+    def remembered(self, slot: str) -> torch.Tensor | None:
+        """What was last given to a slot: an alias; None while nobody knows it."""
+        value = self._sets.known_value(slot) if self._sets is not None else None
+        return None if value is None else self._shaped(slot, value)
+
+    def staged(self, slot: str) -> torch.Tensor:
+        """What the staging set holds for a slot: an alias."""
+        return self._shaped(slot, self.sets.staging.views[slot])
+
+    def _shaped(self, slot: str, value: torch.Tensor) -> torch.Tensor:
+        shape = self.facts[slot].shape
+        return value if shape is None else value.view(shape)
+
     # -- for subclasses ---------------------------------------------------------------------
 
     def _engine(self) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from refitkit.builtin.torch_tensorrt import serialized
 from refitkit.builtin.torch_tensorrt.engine import RefitterEngine
 from refitkit.errors import EngineError, ModuleLostError
+
+if TYPE_CHECKING:
+    import torch
 
 _UNKNOWN = "its weights are not known, so its first refit still compiles for seconds"
 
@@ -117,6 +120,10 @@ class StagedInPlace:
     def changed(self) -> bool | None:
         """Whether any bit differs from the live values; None while those are not known."""
         return self._engine.sets.changed()
+
+    def staged(self, slot: str) -> torch.Tensor:
+        """The new value of a slot: an alias, valid until the next refit is staged."""
+        return self._engine.staged(slot)
 
 
 def _take_back(staged: StagedInPlace, cause: BaseException) -> None:

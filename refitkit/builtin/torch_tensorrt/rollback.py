@@ -75,6 +75,12 @@ class WeightSets:
             return None
         return not same_bits(self.staging.memory, self._ready_base().memory)
 
+    def known_value(self, name: str) -> torch.Tensor | None:
+        """The live value of a weight, flat: an alias; None where it is not known."""
+        if self.live is None:
+            return None
+        return (self.staging if self.live == "staging" else self._ready_base()).views[name]
+
     def spoilt(self) -> Iterator[tuple[str, int]]:
         """Weights with elements that are not finite where the live ones are: name and number."""
         if self.live != "base":
