@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -56,6 +56,11 @@ class Config(Frozen):
             no element differs by more than absolute + relative x the largest absolute element of
             the reference output.
         delta: Whether refits write only slots whose weights changed, where ``delta=`` is not given.
+        changes: Whether a refit measures how far each slot moves, for ``RefitReport.changes``:
+            ``sampled``: from at most 1024 elements of each; ``exact``: from all of them, which
+            takes longer than the refit; ``off``: not at all.
+        change_limit: A slot whose relative change is larger is named in the report's notes: ten
+            times farther than it was long is likely a wrong scale or another model's. None: never.
         plan_cache: Folder in which plans are kept, so that the same program is not planned twice;
             None: the one that the environment variable ``REFITKIT_PLAN_CACHE`` names, if any. Who
             can write to it decides which weight goes where: it must be as safe as the engines.
@@ -75,6 +80,8 @@ class Config(Frozen):
     keep_limit: int | None = Field(default=1 << 30, ge=0)
     tolerances: dict[str, tuple[Bound, Bound]] = Field(default_factory=lambda: dict(TOLERANCES))
     delta: bool = False
+    changes: Literal["sampled", "exact", "off"] = "sampled"
+    change_limit: float | None = Field(default=10.0, gt=0, allow_inf_nan=False)
     plan_cache: Path | None = None
     rules: Rules = Field(default_factory=Rules)
     plugin_settings: dict[str, dict[str, Any]] = Field(default_factory=dict)

@@ -26,6 +26,7 @@ from refitkit.model.recipe import (
     Value,
 )
 from refitkit.model.report import (
+    ChangeRow,
     EngineMemory,
     KeptWeights,
     OutputMeasure,
@@ -42,6 +43,7 @@ __all__ = [
     "FORMAT",
     "Argument",
     "CallRef",
+    "ChangeRow",
     "EngineMemory",
     "Event",
     "Fingerprint",

@@ -73,6 +73,28 @@ class ReportRow(Frozen):
     reason: str = ""
 
 
+class ChangeRow(Frozen):
+    """How far a refit moves one slot.
+
+    Attributes:
+        engine: Name of the engine.
+        slot: The engine's own name of the weight.
+        relative: ||new - old|| / ||old||, in 2-norms: 0 where both have the same values, infinite
+            where the old one is all zeros or where an element that is not finite changed. Of
+            integers and flags, which have no length: the share of elements that differ.
+        largest: Largest absolute difference of two elements; infinite where an element that is not
+            finite changed.
+        sampled: Whether this is of some elements alone, evenly spread; then 0 does not say that
+            nothing changed.
+    """
+
+    engine: str
+    slot: str
+    relative: float
+    largest: float
+    sampled: bool = False
+
+
 class OutputMeasure(Frozen):
     """How one thing that was compared differs from what it should be.
 
@@ -145,6 +167,7 @@ class RefitReport(Frozen):
         partial: Whether slots without a new value were left as they are.
         delta: Whether slots whose weights did not change were left as they are.
         changed: Whether any bit of any slot changed; None where no engine can tell.
+        changes: How far each slot moves that was written, in engines that show both values.
         slots_written: Number of slots that got a value.
         slots_unchanged: Number of slots that were left as they are because of ``delta``.
         bytes_written: Bytes of those slots.
@@ -164,6 +187,7 @@ class RefitReport(Frozen):
     partial: bool = False
     delta: bool = False
     changed: bool | None = None
+    changes: tuple[ChangeRow, ...] = ()
     slots_written: int = 0
     slots_unchanged: int = 0
     bytes_written: int = 0
@@ -174,6 +198,11 @@ class RefitReport(Frozen):
     transforms: tuple[TransformRow, ...] = ()
     verification: VerificationResult | None = None
     notes: tuple[str, ...] = Field(default_factory=tuple)
+
+    @property
+    def most_changed(self) -> ChangeRow | None:
+        """The slot that moves farthest for its length; None where nothing was measured."""
+        return max(self.changes, key=lambda row: (row.relative, row.largest), default=None)
 
     @property
     def seconds(self) -> float:

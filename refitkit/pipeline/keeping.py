@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from refitkit.errors import EngineError, raised_as
+from refitkit.pipeline.changes import live_value
 from refitkit.pipeline.history import History, Key, Record
-from refitkit.protocols import HoldsPrevious, KnowsLive, SupportsReadback
+from refitkit.protocols import HoldsPrevious
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -103,7 +104,7 @@ class Keeping:
 
     def _copy(self, keys: Iterable[Key]) -> None:
         for key in sorted(keys):
-            value = present(self._module, key)
+            value = _present(self._module, key)
             if value is not None:
                 self._copies[key] = value.detach().to("cpu", copy=True)
             elif key in self._base:
@@ -113,7 +114,7 @@ class Keeping:
         """Copy again what calls may have changed since. Called when no call runs any more."""
         for key, kept in self._copies.items():
             if self._module.engines[key[0]].slots[key[1]].mutable:
-                value = present(self._module, key)
+                value = _present(self._module, key)
                 if value is not None:
                     kept.copy_(value.detach())
 
@@ -139,12 +140,10 @@ class Keeping:
         return replace(self.history, base=base, records=records, plan=plan)
 
 
-def present(module: OpenedModule, key: Key) -> torch.Tensor | None:
+def _present(module: OpenedModule, key: Key) -> torch.Tensor | None:
     """What a slot holds, where the engine can tell: an alias."""
-    engine = module.engines[key[0]]
-    if isinstance(engine, SupportsReadback):
-        return engine.read(key[1])
-    return engine.known(key[1]) if isinstance(engine, KnowsLive) else None
+    tell = live_value(module.engines[key[0]])
+    return None if tell is None else tell(key[1])
 
 
 def _unbroken(history: History, depth: int) -> History:

@@ -6,10 +6,11 @@ and no source, and cannot fail.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from refitkit.model import RefitReport
+from refitkit.pipeline.changes import Changes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,6 +46,7 @@ class Findings:
     source: str = ""
     mapping: Mapping | None = None
     changed: bool | None = None
+    changes: Changes = field(default_factory=Changes)
     memory: tuple[EngineMemory, ...] = ()
     kept: tuple[KeptWeights, ...] = ()
     base_lost: str = ""
@@ -63,6 +65,7 @@ class Findings:
             partial=self.partial,
             delta=self.delta,
             changed=self.changed,
+            changes=self.changes.rows,
             slots_written=len(values),
             slots_unchanged=len(self.mapping.unchanged) if self.mapping else 0,
             bytes_written=sum(value.slot.nbytes for value in values),
@@ -85,6 +88,7 @@ class Findings:
 
     def _notes(self) -> tuple[str, ...]:
         notes = [UNCHANGED] if self.changed is False else []
+        notes += self.changes.notes
         if self.base_lost:
             notes.append(f"{BASE_LOST}: {self.base_lost}")
         if not self.verification:

@@ -74,6 +74,10 @@ class Staged:
             return True
         return None if None in answers else False
 
+    def waiting(self) -> tuple[tuple[str, StagedRefit], ...]:
+        """Names of engines, and what is staged in each."""
+        return tuple(self._waiting)
+
     def memory(self) -> tuple[EngineMemory, ...]:
         """What the way back costs each engine of the module."""
         with raised_as(EngineError, "An engine failed to tell its memory"):

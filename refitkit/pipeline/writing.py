@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from refitkit.errors import NotRefittableError, VerificationError
 from refitkit.pipeline import verify
+from refitkit.pipeline.changes import measured
 from refitkit.pipeline.keeping import GIVEN_UP, Keeping
 from refitkit.pipeline.stage import Staged
 from refitkit.pipeline.transform import require_measured
@@ -101,6 +102,8 @@ class Writing:
         with self._found.clock.stage("stage"):
             self._stage()
             self._found.changed = self.staged.changed()
+            written = self._mapping.values
+            self._found.changes = measured(self._config, self.module, self.staged, written)
             self._found.memory = self.staged.memory()
             if self._prepared.rollback:
                 self._keeping = self._kept()

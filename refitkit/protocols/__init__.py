@@ -5,10 +5,10 @@ A backend opens or compiles a target into an :class:`OpenedModule`, which lists 
 every slot, has each engine stage them, and commits. Verifiers judge the result.
 
 What an engine may or may not be able to do is a protocol of its own: :class:`SupportsReadback`,
-:class:`SupportsPartial`, :class:`SupportsSpareBuffer`, :class:`SupportsOverwrite`,
-:class:`SupportsWarming`, :class:`HoldsPrevious`, :class:`KnowsLive`. So it is with
-opened modules (:class:`Offline`, :class:`LowersPrecision`) and sources (:class:`HoldsProgram`,
-:class:`KnowsRevisions`).
+:class:`RemembersWeights`, :class:`SupportsPartial`, :class:`SupportsSpareBuffer`,
+:class:`SupportsOverwrite`, :class:`SupportsWarming`, :class:`HoldsPrevious`. So it is with what is
+staged (:class:`ShowsStaged`), with opened modules (:class:`Offline`, :class:`LowersPrecision`) and
+sources (:class:`HoldsProgram`, :class:`KnowsRevisions`).
 
 Between a source and the names that a program reads stand :class:`WeightTransform` objects.
 """
@@ -17,7 +17,8 @@ from refitkit.protocols.backends import Backend, HoldsValues, KnowsPlanKey, Plan
 from refitkit.protocols.engines import (
     Engine,
     HoldsPrevious,
-    KnowsLive,
+    RemembersWeights,
+    ShowsStaged,
     SlotValue,
     StagedRefit,
     SupportsOverwrite,
@@ -41,7 +42,6 @@ __all__ = [
     "HoldsPrevious",
     "HoldsProgram",
     "HoldsValues",
-    "KnowsLive",
     "KnowsPlanKey",
     "KnowsRevisions",
     "LowersPrecision",
@@ -55,6 +55,8 @@ __all__ = [
     "PlanDraft",
     "PlanKey",
     "Rebuilds",
+    "RemembersWeights",
+    "ShowsStaged",
     "SlotValue",
     "StagedRefit",
     "SupportsOverwrite",

@@ -90,6 +90,28 @@ class SupportsReadback(Protocol):
 
 
 @runtime_checkable
+class RemembersWeights(Protocol):
+    """An engine that cannot be read, and keeps what was last written to it."""
+
+    def remembered(self, slot: str) -> torch.Tensor | None:
+        """The live value: an alias, valid until the next refit. Not to be written to.
+
+        None where nobody knows it, as before the first refit.
+        """
+
+
+@runtime_checkable
+class ShowsStaged(Protocol):
+    """Staged values that can be looked at beside the live ones, before they are committed."""
+
+    def staged(self, slot: str) -> torch.Tensor:
+        """The new value of a slot that one was given for, in its dtype and shape.
+
+        An alias, valid until ``commit`` or ``discard``. Not to be written to.
+        """
+
+
+@runtime_checkable
 class SupportsPartial(Protocol):
     """An engine that can change some slots and keep the others."""
 
@@ -116,14 +138,6 @@ class HoldsPrevious(Protocol):
         to. Nothing where there was no commit, where it was rolled back, or where the values were
         overwritten or freed since.
         """
-
-
-@runtime_checkable
-class KnowsLive(Protocol):
-    """An engine that cannot be read, and keeps what was given to it."""
-
-    def known(self, slot: str) -> torch.Tensor | None:
-        """The live value, flat: an alias, valid until the next ``stage``; None: nobody knows it."""
 
 
 @runtime_checkable

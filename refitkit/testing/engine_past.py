@@ -1,10 +1,10 @@
-"""Checks of engines that hold earlier values, know live ones, or can do without a way back."""
+"""Checks of engines that hold earlier values, or can do without a way back."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from refitkit.protocols import HoldsPrevious, KnowsLive, SupportsOverwrite, SupportsSpareBuffer
+from refitkit.protocols import HoldsPrevious, SupportsOverwrite, SupportsSpareBuffer
 from refitkit.testing import oracles
 from refitkit.testing.breach import Breach, refusal, skip
 from refitkit.testing.engine_base import A, B, C, EngineBase
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _PREVIOUS = "HoldsPrevious.previous"
-_KNOWN = "KnowsLive.known"
 _OVER = "SupportsOverwrite.stage_over"
 
 
@@ -80,34 +79,6 @@ class PastChecks(EngineBase):
         if told:
             found = f"{when}, it tells of {oracles.shown(told)}."
             raise Breach(_PREVIOUS, found, "Tell nothing where there was no commit to go back on.")
-
-    # -- live values ----------------------------------------------------------------------------
-
-    def test_what_is_known_is_live(self) -> None:
-        """After a refit, once something else is staged, and after a rollback; or None."""
-        engine: Any = self.make_engine()
-        if not isinstance(engine, KnowsLive):
-            skip("the engine has no known")
-        self._require_known(engine, "at first")
-        self.commit(engine, self.make_values(engine, A))
-        self._require_known(engine, "after a refit")
-        if any(engine.known(name) is None for name in engine.slots):
-            found = "after a refit of all slots, nothing is known of some."
-            raise Breach(_KNOWN, found, "Keep what was given.")
-        staged = self.stage(engine, self.make_values(engine, B))
-        self._require_known(engine, "once other values are staged")
-        staged.commit()
-        self._require_known(engine, "after another refit")
-        staged.rollback()
-        self._require_known(engine, "after a rollback")
-
-    def _require_known(self, engine: Any, when: str) -> None:
-        held = self.snapshot(engine)
-        for name in engine.slots:
-            known = engine.known(name)
-            if known is not None and oracles.bits(known) != held[name]:
-                found = f"{when}, what is known of {name!r} is not what the engine holds."
-                raise Breach(_KNOWN, found, "Answer None where it is not certain.")
 
     # -- without a way back ---------------------------------------------------------------------
 

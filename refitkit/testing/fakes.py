@@ -76,6 +76,11 @@ class FakeStaged:
         live = self.engine.live
         return any(bits(live[name]) != bits(value) for name, value in self.values.items())
 
+    def staged(self, slot: str) -> torch.Tensor:
+        """What a slot will hold: its new value, else the live one."""
+        self._trip("show")
+        return self.values.get(slot, self.engine.live[slot])
+
     def commit(self) -> None:
         """Put one value after another into its slot."""
         self.did.append("commit")

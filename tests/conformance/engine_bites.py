@@ -35,6 +35,9 @@ class Open(OpenEngine):
     def __init__(self) -> None:
         super().__init__("engine", VALUES, Tripwire())
 
+    def remembered(self, slot: str) -> torch.Tensor | None:
+        return self.live[slot]
+
     def require_new(self, name: str, copies: dict[str, Any]) -> None:
         if name in copies or name not in self.slots:
             raise WeightMismatchError(f"{name} is given twice, or is no slot.")
@@ -591,7 +594,7 @@ class PilesUp(Triples):
         return staged
 
 
-# -- earlier values, live ones, and no way back -----------------------------------------------
+# -- earlier values, and no way back ----------------------------------------------------------
 
 _BEFORE = "previous_values_are_those_before_the_last_commit"
 
@@ -647,33 +650,6 @@ class LendsItsStagingSet(Open):
         return super()._stage(values)
 
 
-class Knowing(Open):
-    """An engine that keeps what was given to it."""
-
-    def known(self, slot: str) -> Any:
-        return self.live[slot].reshape(-1)
-
-
-class GoodKnowing(Good):
-    engine = Knowing
-
-
-@breaks("what_is_known_is_live", "once other values are staged, what is known of", GoodKnowing)
-class KnowsTheStaged(Knowing):
-    def _stage(self, values: Any) -> Any:
-        self.given = super()._stage(values)
-        return self.given
-
-    def known(self, slot: str) -> Any:
-        return self.given.values[slot] if hasattr(self, "given") else None
-
-
-@breaks("what_is_known_is_live", "nothing is known of some", GoodKnowing)
-class KnowsNothing(Knowing):
-    def known(self, slot: str) -> Any:
-        return None
-
-
 @breaks("overwriting_begins_at_the_commit", "after what it gave was discarded, 4 of 4")
 class WritesAtOnce(Open):
     def stage_over(self, values: Any) -> Any:
@@ -708,3 +684,81 @@ class OverwritesWithASpare(Triples):
     def _write_over(self, values: Any) -> None:
         super()._write_over(values)
         self.more = [value.clone() for value in self.live.values()]
+
+
+# -- what is remembered, and what is shown before it is live ------------------------------------
+
+
+@breaks("what_is_remembered_is_held", "at first, what it says of 'matrix' is not what")
+class RemembersOnes(Open):
+    def remembered(self, slot: str) -> torch.Tensor | None:
+        return torch.ones_like(self.live[slot])
+
+
+@breaks("what_is_remembered_is_held", "after a discard, what it says of 'matrix' is not")
+class RemembersWhatWasStaged(Open):
+    def _stage(self, values: Any) -> Any:
+        staged = super()._stage(values)
+        self.last = staged.values
+        return staged
+
+    def remembered(self, slot: str) -> torch.Tensor | None:
+        return self.last[slot] if hasattr(self, "last") else None
+
+
+@breaks("what_is_remembered_is_held", "after a commit, what it says of 'matrix' is not")
+class NeverRemembers(Open):
+    def remembered(self, slot: str) -> torch.Tensor | None:
+        return None
+
+
+@breaks("what_is_remembered_is_held", "after a rollback, what it says of 'matrix' is not")
+class RemembersWhatWasCommitted(FakeStaged):
+    def commit(self) -> None:
+        super().commit()
+        last = dict(self.values)
+        self.engine.remembered = last.get  # type: ignore[attr-defined]
+
+
+@breaks("what_is_remembered_is_held", r"RemembersWeights.*'matrix' is given as \(6,\), and is")
+class RemembersFlat(Open):
+    def remembered(self, slot: str) -> torch.Tensor | None:
+        return self.live[slot].reshape(-1)
+
+
+@breaks("what_is_staged_is_shown", "what it shows of 'matrix' is not the value that was given")
+class ShowsTheLive(FakeStaged):
+    def staged(self, slot: str) -> torch.Tensor:
+        return self.engine.live[slot]
+
+
+@breaks("what_is_staged_is_shown", "'matrix' is copied whenever it is shown")
+class ShowsCopies(FakeStaged):
+    def staged(self, slot: str) -> torch.Tensor:
+        self.all = [*getattr(self, "all", []), self.values[slot].clone()]
+        return self.all[-1]
+
+
+@breaks("what_is_staged_is_shown", r"ShowsStaged.*'matrix' is given as \(6,\), and is \(2, 3\)")
+class ShowsFlat(FakeStaged):
+    def staged(self, slot: str) -> torch.Tensor:
+        return self.values[slot].reshape(-1)
+
+
+@breaks("what_is_staged_is_shown", "after it, 4 of 4 slots are wrong")
+class CommitsToShow(FakeStaged):
+    def staged(self, slot: str) -> torch.Tensor:
+        self.engine.live.update(self.values)
+        return self.values[slot]
+
+
+@breaks("what_is_staged_is_shown", "after it and a commit, 4 of 4 slots are wrong")
+class TakesAway(FakeStaged):
+    def staged(self, slot: str) -> torch.Tensor:
+        self.gone = {**getattr(self, "gone", {}), slot: self.values[slot]}
+        return self.gone[slot]
+
+    def commit(self) -> None:
+        gone = getattr(self, "gone", {})
+        self.values = {name: v for name, v in self.values.items() if name not in gone}
+        super().commit()

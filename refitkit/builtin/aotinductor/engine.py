@@ -184,6 +184,10 @@ class AOTInductorEngine:
             not same_bits(a, b) for a, b in pairs
         )
 
+    def spare(self, slot: str) -> torch.Tensor:
+        """The value of a slot in the inactive buffer: an alias."""
+        return self._ready_inactive()[slot]
+
     def swap(self) -> None:
         """Let the two buffers change places: calls that start now use the other one."""
         if self._inactive is None:
@@ -251,6 +255,10 @@ class StagedSwap:
     def changed(self) -> bool:
         """Whether any bit differs from the live values."""
         return self._engine.differs(self._names)
+
+    def staged(self, slot: str) -> torch.Tensor:
+        """The new value of a slot: an alias, valid until ``commit``."""
+        return self._engine.spare(slot)
 
 
 def _checked(slot: Slot, value: torch.Tensor) -> torch.Tensor:

@@ -128,17 +128,22 @@ class RefitterEngine:
         """Whether the live weights are known: from a refit, or from ``adopt``."""
         return self._sets is not None and self._sets.known
 
-    def known(self, slot: str) -> torch.Tensor | None:
-        """What was last given for a slot, flat; None where nobody knows what it holds."""
-        return self._sets.live_value(slot) if self._sets is not None else None
+    def remembered(self, slot: str) -> torch.Tensor | None:
+        """What was last given to a slot: an alias; None while nobody knows it."""
+        value = self._sets.known_value(slot) if self._sets is not None else None
+        return None if value is None else self._shaped(slot, value)
+
+    def staged(self, slot: str) -> torch.Tensor:
+        """What the staging set holds for a slot: an alias."""
+        return self._shaped(slot, self.sets.staging.views[slot])
 
     def previous(self) -> Mapping[str, torch.Tensor]:
         """Copies of what was given before the last refit: staging overwrites what they are of."""
         values = self._sets.previous() if self._sets is not None else {}
         return {name: self._shaped(name, value) for name, value in values.items()}
 
-    def _shaped(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        shape = self.facts[name].shape
+    def _shaped(self, slot: str, value: torch.Tensor) -> torch.Tensor:
+        shape = self.facts[slot].shape
         return value if shape is None else value.view(shape)
 
     # -- for subclasses ---------------------------------------------------------------------

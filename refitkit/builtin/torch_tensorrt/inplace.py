@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from refitkit.protocols import SlotValue
 
+if TYPE_CHECKING:
+    import torch
+
 _UNKNOWN = "its weights are not known, so its first refit still compiles for seconds"
 
 
@@ -139,6 +142,10 @@ class StagedInPlace:
     def changed(self) -> bool | None:
         """Whether any bit differs from the live values; None while those are not known."""
         return self._engine.sets.changed()
+
+    def staged(self, slot: str) -> torch.Tensor:
+        """The new value of a slot: an alias, valid until the next refit is staged."""
+        return self._engine.staged(slot)
 
 
 def _take_back(staged: StagedInPlace, cause: BaseException) -> None:

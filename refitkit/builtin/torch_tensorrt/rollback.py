@@ -52,13 +52,6 @@ class WeightSets:
         previous = self._live == "base"
         self.live, self._has_previous = "staging", previous
 
-    def live_value(self, name: str) -> torch.Tensor | None:
-        """The live value of a weight: an alias, valid until ``begin``."""
-        if self._live is None:
-            return None
-        arena = self.staging if self._live == "staging" else self._ready_base()
-        return arena.views[name]
-
     def previous(self) -> dict[str, torch.Tensor]:
         """Copies of what was live before the last commit, where that is still there."""
         if not self._has_previous:
@@ -102,6 +95,12 @@ class WeightSets:
         if self.live != "base":
             return None
         return not same_bits(self.staging.memory, self._ready_base().memory)
+
+    def known_value(self, name: str) -> torch.Tensor | None:
+        """The live value of a weight, flat: an alias; None where it is not known."""
+        if self.live is None:
+            return None
+        return (self.staging if self.live == "staging" else self._ready_base()).views[name]
 
     def spoilt(self) -> Iterator[tuple[str, int]]:
         """Weights with elements that are not finite where the live ones are: name and number."""

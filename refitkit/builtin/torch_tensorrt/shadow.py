@@ -17,6 +17,8 @@ from refitkit.builtin.torch_tensorrt.refitter import current
 from refitkit.model import EngineMemory
 
 if TYPE_CHECKING:
+    import torch
+
     from refitkit.builtin.torch_tensorrt.handles import EngineHandle
 
 
@@ -73,6 +75,10 @@ class StagedEngine:
     def changed(self) -> bool | None:
         """Whether any bit differs from the live values; None while those are not known."""
         return self._engine.sets.changed()
+
+    def staged(self, slot: str) -> torch.Tensor:
+        """The new value of a slot: an alias, valid until the next refit is staged."""
+        return self._engine.staged(slot)
 
 
 def _put(handle: EngineHandle, engine: Any) -> None:

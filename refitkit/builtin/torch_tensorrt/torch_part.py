@@ -175,6 +175,10 @@ class StagedTensors:
         """Whether any bit differs from the live values."""
         return any(not same_bits(self._new[name], self._live[name]) for name in self._names)
 
+    def staged(self, slot: str) -> torch.Tensor:
+        """The copy of the new value of a slot."""
+        return self._new[slot]
+
 
 def _misfits(name: str, live: torch.Tensor, value: torch.Tensor) -> Iterator[Problem]:
     found = f"{dtype_name(value.dtype)} {tuple(value.shape)}"

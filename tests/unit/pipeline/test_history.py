@@ -215,10 +215,10 @@ def test_engines_that_cannot_tell_what_they_held_have_no_way_back() -> None:
 
 def test_what_an_engine_knows_is_enough() -> None:
     class Knowing(FakeEngine):
-        """It keeps what was given to it, flat, and takes all weights at once."""
+        """It keeps what was given to it, and takes all weights at once."""
 
-        def known(self, slot: str) -> torch.Tensor:
-            return self.live[slot].reshape(-1)
+        def remembered(self, slot: str) -> torch.Tensor:
+            return self.live[slot]
 
     scene = Scene(module=make_module(2, kind=Knowing))
     scene.refit(10.0)
