@@ -275,7 +275,8 @@ def test_two_refits_of_the_same_modules_in_other_orders_both_end() -> None:
     jobs = [(one, scene.new(number)) for number, one in enumerate(scene.compiled)]
     threads = [
         threading.Thread(
-            target=lambda some=some: [scene.pipeline.refit_all(some) for _ in range(20)]
+            target=lambda some=some: [scene.pipeline.refit_all(some) for _ in range(20)],
+            daemon=True,  # where two wait for one another, the test run goes on
         )
         for some in (jobs, jobs[::-1], [jobs[1], jobs[2], jobs[0]])
     ]
