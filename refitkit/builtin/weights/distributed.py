@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from refitkit.builtin.weights.files import is_file
 from refitkit.errors import Problem, SourceError
 from refitkit.model import TensorInfo
 from refitkit.model.slot import ITEM_BYTES
@@ -219,7 +220,7 @@ def _problems(name: str, entry: _Entry, folder: Path) -> Iterator[Problem]:
             yield Problem(name, "a piece outside of it", f"{piece.sizes} at {piece.offsets}")
         if not piece.file or not {"/", "\\", "\0"}.isdisjoint(piece.file) or piece.file == "..":
             yield Problem(name, "a piece is nowhere", repr(piece.file), "a file of the folder")
-        elif not (folder / piece.file).is_file():
+        elif not is_file(folder / piece.file):
             yield Problem(name, "missing", wanted=f"the file {piece.file!r}")
         elif (folder / piece.file).stat().st_size < piece.start + piece.length:
             yield Problem(name, "cut off", hint=f"{piece.file!r} is too short")

@@ -43,6 +43,14 @@ _DTYPES = {
 _TORCH_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file, or a link to one; also of a name that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def open_file(path: Path) -> WeightSource | None:
     """Open a weights file by its suffix; None where the suffix is another plugin's.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from refitkit.builtin.weights.distributed import METADATA, DistributedCheckpoint
-from refitkit.builtin.weights.files import open_file
+from refitkit.builtin.weights.files import is_file, open_file
 from refitkit.builtin.weights.sharded import SUFFIX, ShardedFiles
 from refitkit.errors import Problem, SourceError
 
@@ -44,7 +44,16 @@ def open_folder(path: Path) -> WeightSource | None:
 
 
 def open_weights_file(path: Path) -> WeightSource | None:
-    """Open a file with weights, or the index of several; None where it is another plugin's."""
+    """Open a file with weights, or the index of several; None where it is another plugin's.
+
+    Raises:
+        SourceError: It cannot be read, or is a pipe or a device: reading could last for ever.
+    """
+    if not is_file(path):
+        raise SourceError(
+            f"{str(path)!r} is no file but a pipe, a device, or the like.",
+            hint="Copy what it gives to a file, or pass a stream of (name, tensor) pairs.",
+        )
     return ShardedFiles(path) if path.name.endswith(SUFFIX) else open_file(path)
 
 

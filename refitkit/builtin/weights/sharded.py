@@ -6,11 +6,13 @@ The index is JSON: ``weight_map`` says for each name which file beside the index
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from collections import Counter
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
-from refitkit.builtin.weights.files import open_file
+from refitkit.builtin.weights.files import is_file, open_file
 from refitkit.errors import Problem, SourceError
 
 if TYPE_CHECKING:
@@ -76,7 +78,8 @@ def _read_index(path: Path) -> _Index:
     try:
         if path.stat().st_size > _LIMIT:
             raise SourceError(f"{what}: it has more than {_LIMIT} bytes.")
-        return _Index.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
+        index = _Index.model_validate_json(content)
     except OSError as exc:
         raise SourceError(f"{what}: {exc}.") from exc
     except ValidationError as exc:
@@ -85,6 +88,30 @@ def _read_index(path: Path) -> _Index:
             for error in exc.errors(include_input=False, include_url=False)
         ]
         raise SourceError(f"{what}.", problems=problems) from exc
+    problems = [
+        Problem(name, "given twice", hint="only once can be meant")
+        for name in _given_twice(content)
+    ]
+    if problems:
+        raise SourceError(f"{what}.", problems=problems)
+    return index
+
+
+def _given_twice(content: bytes) -> list[str]:
+    """Keys that an object has more than once: readers of JSON keep the last one.
+
+    Args:
+        content: JSON that a reader with limits has read before.
+    """
+    twice: list[str] = []
+
+    def noted(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = Counter(key for key, _ in pairs)
+        twice.extend(key for key, times in found.items() if times > 1)
+        return dict(pairs)
+
+    json.loads(content, object_pairs_hook=noted)
+    return twice
 
 
 def _outside(home: Mapping[str, str]) -> Iterator[Problem]:
@@ -98,9 +125,8 @@ def _outside(home: Mapping[str, str]) -> Iterator[Problem]:
 def _opened(folder: Path, home: Mapping[str, str]) -> tuple[dict[str, WeightSource], list[Problem]]:
     shards: dict[str, WeightSource] = {}
     problems: list[Problem] = []
-    for file in sorted(set(home.values())):
-        if not (folder / file).is_file():
-            lost = sum(other == file for other in home.values())
+    for file, lost in sorted(Counter(home.values()).items()):
+        if not is_file(folder / file):
             problems.append(Problem(file, "missing", wanted=f"a file with {lost} weights"))
             continue
         try:

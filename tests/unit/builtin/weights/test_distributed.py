@@ -129,6 +129,7 @@ WRONG: dict[str, tuple[Callable[[Metadata], object], str]] = {
     "an absolute path": (lambda m: place(m, relative_path="/etc/passwd"), "a piece is nowhere"),
     "no path": (lambda m: place(m, relative_path=""), "a piece is nowhere"),
     "the folder above itself": (lambda m: place(m, relative_path=".."), "a piece is nowhere"),
+    "a name that no file can have": (lambda m: place(m, relative_path="x" * 5000), "missing"),
     "too long": (lambda m: place(m, length=1 << 40), "cut off"),
     "too short": (lambda m: place(m, length=1), "cut off"),
     "before the start": (lambda m: place(m, offset=-1), "ValueError: a piece of"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from refitkit.builtin.weights import sharded
 from refitkit.errors import SourceError
 from refitkit.pipeline import Pipeline
 
@@ -164,4 +166,67 @@ def test_an_index_has_no_say_over_other_folders(tmp_path: Path, file: str) -> No
 def test_what_is_no_index_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / INDEX).write_bytes(text.encode("latin-1"))
     with pytest.raises(SourceError, match="cannot be read as an index"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{{"weight_map": {{"a": "{0}", "b": "{1}", "a": "{1}"}}}}',
+        '{{"weight_map": {{"a": "{0}"}}, "weight_map": {{"a": "{1}", "b": "{1}"}}}}',
+    ],
+    ids=["a name", "the map"],
+)
+def test_an_index_that_says_two_things_is_refused(tmp_path: Path, text: str) -> None:
+    """Readers of JSON take the last one, whichever was meant."""
+    save_file({"a": torch.zeros(1)}, tmp_path / FILES[0])
+    save_file({"a": torch.ones(1), "b": torch.ones(1)}, tmp_path / FILES[1])
+    (tmp_path / INDEX).write_text(text.format(*FILES))
+    with pytest.raises(SourceError, match="given twice") as info:
+        opened(tmp_path)
+    assert len(info.value.problems) == 1
+
+
+def test_a_name_that_no_file_can_have_is_a_missing_file(tmp_path: Path) -> None:
+    write(tmp_path, dict.fromkeys(TENSORS, "x" * 5000))
+    with pytest.raises(SourceError) as info:
+        opened(tmp_path)
+    assert [problem.kind for problem in info.value.problems] == ["missing"]
+
+
+def test_names_of_missing_files_are_counted_once(tmp_path: Path) -> None:
+    """Each with all names again would take hours for an index that is hostile."""
+
+    class Compared(str):
+        __slots__ = ()
+        times = 0
+
+        def __eq__(self, other: object) -> bool:
+            Compared.times += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    home = {f"w{n}": Compared(f"s{n}.safetensors") for n in range(500)}
+    shards, problems = sharded._opened(tmp_path, home)
+    assert len(problems) == 500
+    assert not shards
+    assert Compared.times < 500 * 100
+
+
+PIPES = ["pipe.safetensors", "pipe.pt", "pipe.bin.index.json"]
+
+
+@pytest.mark.parametrize("name", PIPES)
+def test_pipes_are_refused_before_anybody_waits_for_them(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(SourceError, match="no file but a pipe"):
+        opened(tmp_path / name)
+
+
+def test_a_pipe_among_shards_is_a_missing_file(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / FILES[0]).unlink()
+    os.mkfifo(tmp_path / FILES[0])
+    with pytest.raises(SourceError, match="missing"):
         opened(tmp_path)
