@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from refitkit.config import Config
 from refitkit.errors import ConfigError, EngineError
 from refitkit.model import RefitReport
 from refitkit.pipeline import Pipeline
@@ -41,6 +42,17 @@ def refit(state: State, new: State, *, kind: type[FakeEngine] = OpenEngine, **co
     pipeline = Pipeline(config, plugins=[FakePlugin()])
     compiled = pipeline.load(held(state, kind))
     return pipeline.refit(compiled, new, verify="none").report
+
+
+def measure(engine: OpenEngine, values: State) -> Any:
+    """Rows for values that are staged, without a whole refit."""
+    opened = FakeModule([engine])
+    staged = Staged(opened)
+    written = {
+        ("e", n): SlotValue(engine.slots[n], "t", (), lambda v=v: v) for n, v in values.items()
+    }
+    staged.fill(written, partial=False)
+    return measured(Config(), opened, staged, written).rows
 
 
 def big(seed: int, count: int = 100_000) -> torch.Tensor:
@@ -122,17 +134,9 @@ def test_values_of_any_layout() -> None:
     """What an engine shows may lie in memory as it likes."""
     old = big(0, 6 * 5000).reshape(6, 5000)
     engine = OpenEngine("e", {"w": old, "z": torch.complex(old, old)}, Tripwire())
-    found = FakeModule([engine])
     for live in (old.t().contiguous().t(), old[:, ::1], old.repeat(1, 2)[:, :5000]):
         engine.live["w"], engine.live["z"] = live, torch.complex(live, live).conj()
-        staged = Staged(found)
-        values = {"w": live * 2, "z": torch.complex(live, live).conj()}
-        written = {
-            ("e", n): SlotValue(engine.slots[n], "t", (), lambda v=v: v) for n, v in values.items()
-        }
-        staged.fill(written, partial=False)
-        config = Pipeline(plugins=[FakePlugin()]).config
-        w, z = measured(config, found, staged, written).rows
+        w, z = measure(engine, {"w": live * 2, "z": torch.complex(live, live).conj()})
         assert w.relative == pytest.approx(1)
         assert z.relative == 0
 
@@ -142,6 +146,11 @@ def test_what_is_not_finite() -> None:
     mask = torch.tensor([0.0, -math.inf])
     (same,) = refit({"m": mask}, {"m": mask}).changes
     assert (same.relative, same.largest) == (0, 0)
+    turned = torch.complex(mask, mask).conj()
+    engine = OpenEngine("e", {"z": turned}, Tripwire())
+    engine.live["z"] = turned  # as it is, with a sign that was put off
+    (row,) = measure(engine, {"z": turned})
+    assert (row.relative, row.largest) == (0, 0)
     report = refit({"m": mask}, {"m": -mask}, check_finite=False)
     (row,) = report.changes
     assert (row.relative, row.largest) == (math.inf, math.inf)

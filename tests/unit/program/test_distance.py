@@ -64,8 +64,9 @@ def test_floats(monkeypatch: pytest.MonkeyPatch, name: str, count: int) -> None:
     monkeypatch.setattr(module, "CHUNK", 5000)
     a, b = tensors(name, count)
     found, wanted = distance(a, b), by_hand(a, b)
-    assert found.apart == pytest.approx(wanted.apart, rel=1e-5)
-    assert found.length == pytest.approx(wanted.length, rel=1e-5)
+    exact = 1e-12 if name in {"float64", "complex128"} else 1e-5
+    assert found.apart == pytest.approx(wanted.apart, rel=exact)
+    assert found.length == pytest.approx(wanted.length, rel=exact)
     assert found.largest == pytest.approx(wanted.largest, rel=1e-6)
     assert (found.differing, found.count) == (wanted.differing, wanted.count)
     assert found.relative == pytest.approx(wanted.apart / wanted.length, rel=1e-5)
@@ -107,8 +108,8 @@ def test_every_dtype_there_is_can_be_measured() -> None:
         ([1.0, 1.0], [1.0, nan], inf, inf, 0.5),
         ([1.0, inf], [1.0, -inf], inf, inf, 0.5),
         ([nan], [nan], 0, 0, 0),
-        ([1e30], [3e30], 2, 2e30, 1),  # squares are too large for float32
-        ([1e-30], [3e-30], 2, 2e-30, 1),  # and too small
+        ([1e30, 1e30], [3e30, 3e30], 2, 2e30, 1),  # squares are too large for float32
+        ([1e-30, 1e-30], [3e-30, 3e-30], 2, 2e-30, 1),  # and too small
     ],
 )
 def test_what_it_says_where_norms_alone_would_not(
@@ -136,6 +137,12 @@ def test_elements_are_compared_in_logical_order() -> None:
     z = torch.complex(a, a)
     assert distance(z.conj(), z).differing == 12
     assert distance(z.conj().imag, -a).differing == 0
+
+
+@pytest.mark.parametrize("name", ["complex64", "complex128"])
+def test_a_complex_number_differs_where_a_part_does(name: str) -> None:
+    a = torch.ones(3, dtype=dtype_of(name))
+    assert distance(a, a + torch.tensor([0, 1, 1j])).differing == 2
 
 
 def test_gradients_do_not_matter() -> None:
