@@ -47,16 +47,15 @@ class Uploader:
 
         Args:
             room: Flat, of the value's dtype and count, on the device.
-            value: Any layout, any device. Free only after ``finish``.
+            value: Any layout, any device, without gradients. Free only after ``finish``.
         """
-        value = value.detach()
         if value.is_conj() or value.is_neg():
             value = value.resolve_conj().resolve_neg()
         if value.device == room.device:
             self._later(room, value)
-        elif value.device.type == "cpu" and value.nbytes <= _SMALL:
+        elif value.is_cpu and value.nbytes <= _SMALL:
             self.copy_with_others(room, value)
-        elif value.device.type == "cpu" and not value.is_pinned():
+        elif value.is_cpu and not value.is_pinned():
             self.copy_in_chunks(room, value)
         else:
             room.view(value.shape).copy_(value, non_blocking=True)
@@ -66,7 +65,7 @@ class Uploader:
         if value.dtype not in _AS_ONE or not value.is_contiguous():
             room.view(value.shape).copy_(value, non_blocking=True)
             return
-        self._waiting.append((room, value.view(-1)))
+        self._waiting.append((room, value if value.dim() == 1 else value.view(-1)))
         self._held += value.nbytes
         if self._held > _WAITING:
             self._copy_waiting()
