@@ -590,6 +590,7 @@ def test_only_those_of_a_group_that_are_spoilt_are_named(bad: float) -> None:
         weights[name][7] = bad
     weights["w2"] *= 3e38  # the sum of its group is not finite either
     assert [p.subject for p in problems(weights, OF_MANY)] == ["w0", "w1", "w700", "w1199"]
+    assert finite_check._not_finite(TensorMap(weights), MANY) == ["w0", "w1", "w700", "w1199"]
 
 
 def test_opposite_infinities_do_not_cancel_out() -> None:
@@ -602,6 +603,7 @@ def test_opposite_infinities_do_not_cancel_out() -> None:
 def test_a_sum_that_is_too_large_accuses_nobody(dtype: torch.dtype) -> None:
     large = torch.full((300, 300), torch.finfo(dtype).max, dtype=dtype)
     assert not large.sum().isfinite()
+    assert all_finite(large)
     assert finite(large) == []
     assert finite(large[:1]) == []
     large[200, 3] = NAN
