@@ -52,23 +52,17 @@ def _warm(model: str) -> Found:
     found["weights not validated"] = _ms(hand.refit)
     found["not asynchronous"] = _ms(hand.refitter.refit_cuda_engine)
     if hasattr(hand.refitter, "unset_named_weights"):
-        found["constants unset"] = [hand.refitter.unset_named_weights(name) for name in constants]
-        found["missing without constants"] = list(hand.refitter.get_missing_weights())
-        found["without constants"] = _ms(hand.refit)
-    else:
-        found["without constants, another refitter"] = _some(kept, constants)
+        found["without constants"] = _without(hand, kept, constants)
     return found
 
 
-def _some(kept: Bytes, constants: Iterable[str]) -> Found:
-    """A refitter that was never told of some weights."""
-    own = kept.opened()
-    some = {name: value for name, value in kept.values.items() if name not in constants}
-    hand = ByHand(own.engine, some)
+def _without(hand: ByHand, kept: Bytes, constants: Iterable[str]) -> Found:
+    """A warm refitter that is no longer told of some weights, as far as it can do without."""
+    unset = [hand.refitter.unset_named_weights(name) for name in constants]
     missing = list(hand.refitter.get_missing_weights())
-    if missing:
-        hand.point({name: kept.values[name] for name in missing})
-    return {"told": len(some) + len(missing), "missing at first": missing, **_ms(hand.refit)}
+    hand.point({name: kept.values[name] for name in missing})
+    told = {"unset": sum(unset), "set again, as they are missing": missing}
+    return {**told, **_ms(hand.refit)}
 
 
 def _ms(call: Callable[[], Any]) -> Found:

@@ -63,7 +63,7 @@ class Mapping:
         that it no longer holds.
         """
         ledger = self.plan.data.ledger
-        if len(self.values) == len(ledger):  # there is one for each, as mostly
+        if len(self.values) == len(ledger):  # there is one for each, as mostly at last
             return []
         return [row for row in ledger if self._is_unserved(row)]
 

@@ -8,10 +8,6 @@ from typing import Any
 _KEPT = 20
 _NOISE = "differs from one already registered"
 """Said of every logger but a process's first, as torch_tensorrt's is."""
-_LOGGERS: list[Any] = []
-"""All loggers that were made. TensorRT goes on using the first that it met, for other objects, too,
-and when the object is gone that it was made for: a logger that is freed is an address that TensorRT
-calls. One for each engine that is ever opened, they take no memory to speak of."""
 
 
 class Listener:
@@ -31,7 +27,6 @@ class Listener:
         """
         self._said: deque[str] = deque(maxlen=_KEPT)
         self.logger: Any = _logger_class(trt)(self._said)
-        _LOGGERS.append(self.logger)
         self.recorder: Any = _recorder_class(trt)(self._said)
 
     def take(self) -> tuple[str, ...]:

@@ -611,5 +611,24 @@ def test_a_sum_that_is_too_large_accuses_nobody(dtype: torch.dtype) -> None:
     assert found.found == "1 of 90000 elements, the first at (200, 3)"
 
 
+@pytest.mark.parametrize("small", [0, 500, 1 << 20])
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_what_a_gpu_is_asked(monkeypatch: pytest.MonkeyPatch, bad: float, small: int) -> None:
+    """The questions, asked of a CPU: those that are spoilt, and those of too large a sum."""
+    monkeypatch.setattr(finite_check, "_SMALL_THERE", small)
+    values = {f"v{n}": torch.ones(100 + 10 * n) for n in range(6)}
+    asked = finite_check._suspects_there
+    assert asked(values, torch.float32) == []
+    values["v1"][4] = values["v5"][0] = bad
+    values["v3"] *= 3e38
+    assert sorted(asked(values, torch.float32)) == ["v1", "v3", "v5"]
+    assert sorted(finite_check._not_finite(TensorMap(values), values)) == ["v1", "v5"]
+
+
+def test_sums_on_a_gpu_are_wide() -> None:
+    values = {f"v{n}": torch.full((100,), 60000.0).half() for n in range(3)}
+    assert finite_check._suspects_there(values, torch.float32) == []
+
+
 def test_negative_zero_is_a_value_like_any_other() -> None:
     assert finite([-0.0, 0.0]) == []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -238,12 +236,3 @@ def test_what_is_waited_for(monkeypatch: pytest.MonkeyPatch, idle: bool) -> None
     )
     refitter.refit(idle=idle)
     assert done == ["current stream" if idle else "device", "refit on 7", "own stream"]
-
-
-def test_loggers_outlive_what_they_were_made_for() -> None:
-    """TensorRT calls the first logger of a process as long as anything of its is there."""
-    refitter, _ = made()
-    logger = weakref.ref(refitter._heard.logger)
-    del refitter
-    gc.collect()
-    assert logger() is not None
