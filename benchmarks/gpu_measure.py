@@ -12,6 +12,7 @@ usage: python benchmarks/gpu_measure.py MODEL DTYPE FILE [--runs 30] [--runtime 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import sys
@@ -401,6 +402,7 @@ def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def main() -> None:
+    faulthandler.enable()  # where it dies in native code
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("dtype", choices=DTYPES)

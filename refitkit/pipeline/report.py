@@ -53,10 +53,11 @@ class Findings:
     transforms: Callable[[], tuple[TransformRow, ...]] = tuple
     verification: VerificationResult | None = None
     _rows: tuple[ReportRow, ...] | None = None
+    _written: tuple[int, int] = (0, 0)  # slots and bytes
 
     def report(self, outcome: Literal["committed", "rolled-back"]) -> RefitReport:
         """A report of what is known so far."""
-        values = list(self.mapping.values.values()) if self.mapping else []
+        ledger = self._ledger()
         return RefitReport(
             outcome=outcome,
             backend=self.backend,
@@ -66,13 +67,13 @@ class Findings:
             delta=self.delta,
             changed=self.changed,
             changes=self.changes.rows,
-            slots_written=len(values),
+            slots_written=self._written[0],
             slots_unchanged=len(self.mapping.unchanged) if self.mapping else 0,
-            bytes_written=sum(value.slot.nbytes for value in values),
+            bytes_written=self._written[1],
             stages=self.clock.stages,
             memory=self.memory,
             kept=self.kept,
-            ledger=self._ledger(),
+            ledger=ledger,
             transforms=self.transforms(),
             verification=self.verification,
             notes=self._notes(),
@@ -84,6 +85,8 @@ class Findings:
             return ()
         if self._rows is None:  # the first report is made when the mapping is final
             self._rows = self.mapping.rows()
+            values = self.mapping.values.values()
+            self._written = len(values), sum(value.slot.nbytes for value in values)
         return self._rows
 
     def _notes(self) -> tuple[str, ...]:

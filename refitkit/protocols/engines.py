@@ -43,7 +43,11 @@ class StagedRefit(Protocol):
     """
 
     def commit(self) -> None:
-        """Make the new values live. When it raises, ``rollback`` is called."""
+        """Make the new values live. When it raises, ``rollback`` is called.
+
+        No call of the module runs meanwhile, and ``OpenedModule.drain`` has waited for what earlier
+        ones left pending.
+        """
 
     def rollback(self) -> None:
         """Make the old values live again, bit for bit; also right after a failed ``commit``."""

@@ -281,3 +281,8 @@ def test_outcomes_are_read(tests_of_upstream: Any, tmp_path: Path) -> None:
     assert [outcomes[name]["outcome"] for name in "abc"] == ["passed", "failed", "skipped"]
     assert (outcomes["b"]["why"], outcomes["b"]["trace"]) == ("wrong", "trace")
     assert outcomes["a"]["seconds"] == "1.5"
+
+
+def test_what_is_profiled_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = loaded("benchmarks/gpu_profile.py", monkeypatch)
+    assert [name for owner, name in profile.WATCHED if not hasattr(owner, name)] == []

@@ -114,7 +114,7 @@ class RefitterEngine:
         if not self.knows_live:
             size = len(self.handle.engine_bytes())
             return EngineMemory(engine=self.name, kind="engine-bytes", bytes=size)
-        size = Layout.of(self.facts.values()).nbytes
+        size = self.sets.nbytes
         return EngineMemory(engine=self.name, kind=self._options.keep, bytes=size)
 
     @property
@@ -185,15 +185,18 @@ class RefitterEngine:
         """Let the refitter and all buffers go, and with them what the live weights are."""
         self._refitter = self._facts = self._slots = self._sets = None
 
-    def refit(self) -> None:
+    def refit(self, *, idle: bool = False) -> None:
         """Give the engine what the staging set holds.
+
+        Args:
+            idle: Whether no call of the engine can be pending.
 
         Raises:
             EngineError: TensorRT failed; the engine may hold a mixture.
         """
         if self._refitter is None or self._sets is None:
             raise EngineError(f"The engine {self.name!r} has lost its refitter.")
-        self._refitter.refit()
+        self._refitter.refit(idle=idle)
 
     # -- staging ----------------------------------------------------------------------------
 

@@ -47,7 +47,7 @@ class InPlaceEngine(RefitterEngine):
     def _write_over(self, values: Sequence[SlotValue]) -> None:
         self.sets.live = None
         self._fill(values)
-        self.write()
+        self.write(idle=True)
 
     def _rehearse(self) -> str:
         if not self.knows_live:
@@ -55,14 +55,17 @@ class InPlaceEngine(RefitterEngine):
         self.sets.begin(partial=True)
         staged = StagedInPlace(self, None)
         try:
-            staged.commit()
+            self.write(idle=False)
         except BaseException as exc:
             _take_back(staged, exc)
             raise
         return ""
 
-    def write(self) -> None:
+    def write(self, *, idle: bool) -> None:
         """Refit the live engine to the staging set.
+
+        Args:
+            idle: Whether no call of it can be pending.
 
         Raises:
             EngineError: TensorRT failed; the engine may hold a mixture.
@@ -70,7 +73,7 @@ class InPlaceEngine(RefitterEngine):
         self._mixed = True
         self.handle.on_stale(self._flush)
         self.handle.drop_captured()
-        self.refit()
+        self.refit(idle=idle)
         self.sets.settle()
         self._stale, self._mixed = True, False
 
@@ -129,8 +132,8 @@ class StagedInPlace:
         self._stale = engine.stale
 
     def commit(self) -> None:
-        """Refit to the staging set."""
-        self._engine.write()
+        """Refit to the staging set; the pipeline has waited for all calls."""
+        self._engine.write(idle=True)
 
     def rollback(self) -> None:
         """Refit to the base set, or put the engine from before back."""

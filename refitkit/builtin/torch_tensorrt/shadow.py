@@ -41,13 +41,13 @@ class ShadowEngine(RefitterEngine):
         return self._own.engine
 
     def _staged(self) -> StagedEngine:
-        self.refit()
+        self.refit(idle=True)  # nobody calls this engine
         after = serialized.bytes_of(self._engine(), self._trt)
         self._size = len(after)
         return StagedEngine(self, self.handle.present(), self.handle.prepare(after))
 
     def _rehearse(self) -> str:
-        self.refit()  # to whatever the buffers hold: nobody is served by this engine
+        self.refit(idle=True)  # to whatever the buffers hold: nobody is served by this engine
         return ""
 
 
