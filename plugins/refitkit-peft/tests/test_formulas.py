@@ -47,9 +47,10 @@ def check(made, net, scale, **how):
         assert_close(found[name], value, name)
     moved = {name for name in base if not torch.equal(wanted[name], base[name])}
     assert moved <= set(source.touched)
-    assert same({n: found[n] for n in found if n not in source.touched}, {
-        n: base[n] for n in found if n not in source.touched
-    })
+    assert same(
+        {n: found[n] for n in found if n not in source.touched},
+        {n: base[n] for n in found if n not in source.touched},
+    )
     return source
 
 

@@ -90,10 +90,20 @@ class Base:
         self._set_up(weights, opener, _checked(memory, device, keep), keep)
 
     @classmethod
-    def for_one_refit(cls, weights: object, opener: Callable[[object], WeightSource]) -> Base:
-        """A base that is used as it was given; what is computed is kept as long as its source."""
+    def with_opener(
+        cls,
+        weights: object,
+        opener: Callable[[object], WeightSource],
+        memory: Kind = "given",
+        *,
+        keep: int = 1,
+    ) -> Base:
+        """A base whose weights and adapters something else opens than a pipeline of its own.
+
+        By default it is good for one refit: what is computed is kept as long as its source.
+        """
         self = cls.__new__(cls)
-        self._set_up(weights, opener, ("given", torch.device("cpu")), 1)
+        self._set_up(weights, opener, _checked(memory, "cpu", keep), keep)
         return self
 
     def _set_up(

@@ -107,7 +107,7 @@ class Fitting:
         if up.dim() < 2 or not rank or up.shape[1] != rank:  # noqa: PLR2004
             found = f"{tuple(down.shape)} and {tuple(up.shape)}"
             wanted = "(rank, inputs, ...) and (outputs, rank, ...)"
-            return 0, [Problem(key, "rank", found, wanted, "the factors do not fit each other")]
+            return 0, [Problem(key, "rank", found, wanted, _rank_hint(down, up))]
         config = self._adapter.config
         wanted_rank = rank if config is None else config.rank(parts.module)
         if rank != wanted_rank:
@@ -135,10 +135,10 @@ class Fitting:
 
     def _misfit(self, parts: ModuleParts, name: str, info: TensorInfo) -> Iterator[Problem]:
         """Why the product of the factors is not of the weight's shape."""
-        down, up = _factors(parts)
+        _, up = _factors(parts)
         shape = self._shape(parts, info)
         if shape != info.shape:
-            hint = _shape_hint(shape, info.shape, down)
+            hint = _shape_hint(shape, info.shape)
             yield Problem(name, "shape", f"factors for {shape}", str(info.shape), hint)
         magnitude = parts.parts.get(Part.MAGNITUDE)
         if magnitude is not None and not _per_output(magnitude, up.shape[0]):
@@ -250,10 +250,14 @@ def _per_output(magnitude: torch.Tensor, outputs: int) -> bool:
     return magnitude.shape[along] == outputs if magnitude.dim() else False
 
 
-def _shape_hint(found: tuple[int, ...], wanted: tuple[int, ...], down: torch.Tensor) -> str:
+def _shape_hint(found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
     if len(found) == 2 and found == wanted[::-1]:  # noqa: PLR2004
         return "stored as (in, out)? give the adapter with config={'fan_in_fan_out': True, ...}"
-    grouped = len(wanted) > 2 and found[2:] == wanted[2:] and found[0] == wanted[0]  # noqa: PLR2004
-    if grouped and down.dim() > 2 and not found[1] % max(wanted[1], 1):  # noqa: PLR2004
-        return "a convolution with groups: the product mixes them, so no weight of it can hold that"
     return "the adapter is for another model"
+
+
+def _rank_hint(down: torch.Tensor, up: torch.Tensor) -> str:
+    """Of a convolution with groups peft splits the second factor, but not the first."""
+    if down.dim() > 2 and up.dim() > 2 and up.shape[1] and not down.shape[0] % up.shape[1]:  # noqa: PLR2004
+        return "of a convolution with groups? the product mixes them: no weight of it can hold that"
+    return "the factors do not fit each other"

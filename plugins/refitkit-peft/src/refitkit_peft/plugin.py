@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from refitkit.hookspecs import hookimpl
@@ -21,17 +22,16 @@ def refitkit_load_weights(
     source: object, open_weights: Callable[[object], WeightSource]
 ) -> WeightSource | None:
     """Open a ``Lora``, or a ``Base`` as it is; nothing else is this plugin's."""
-    if not type(source).__module__.startswith("refitkit_peft."):  # before torch is imported
-        return None
-    from refitkit_peft.base import Base
-
-    if isinstance(source, Base):
+    known = sys.modules.get("refitkit_peft.base")  # needs torch: whoever has a Base has it
+    if known is not None and isinstance(source, known.Base):
         source = Lora(source)
     if not isinstance(source, Lora):
         return None
+    from refitkit_peft.base import Base
+
     base = source.base
     if not isinstance(base, Base):
-        base = Base.for_one_refit(base, open_weights)
+        base = Base.with_opener(base, open_weights)
     return base.source(source)
 
 
