@@ -8,7 +8,7 @@ What an engine may or may not be able to do is a protocol of its own: :class:`Su
 :class:`RemembersWeights`, :class:`SupportsPartial`, :class:`SupportsSpareBuffer`,
 :class:`SupportsOverwrite`, :class:`SupportsWarming`, :class:`HoldsPrevious`. So it is with what is
 staged (:class:`ShowsStaged`), with opened modules (:class:`Offline`, :class:`LowersPrecision`) and
-sources (:class:`HoldsProgram`, :class:`KnowsRevisions`).
+sources (:class:`HoldsProgram`, :class:`KnowsRevisions`, :class:`MadeOf`).
 
 Between a source and the names that a program reads stand :class:`WeightTransform` objects.
 """
@@ -29,7 +29,7 @@ from refitkit.protocols.engines import (
 )
 from refitkit.protocols.modules import LowersPrecision, Offline, OpenedModule, Rebuilds
 from refitkit.protocols.plans import BindableProgram, Plan
-from refitkit.protocols.sources import HoldsProgram, KnowsRevisions, WeightSource
+from refitkit.protocols.sources import HoldsProgram, KnowsRevisions, MadeOf, WeightSource
 from refitkit.protocols.strategies import Mapped, MappingStrategy, MapRequest
 from refitkit.protocols.tools import Tools
 from refitkit.protocols.transforms import Made, TransformRequest, WeightGroup, WeightTransform
@@ -46,6 +46,7 @@ __all__ = [
     "KnowsRevisions",
     "LowersPrecision",
     "Made",
+    "MadeOf",
     "MapRequest",
     "Mapped",
     "MappingStrategy",
