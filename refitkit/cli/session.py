@@ -78,8 +78,12 @@ class Session:
         self.progress.verbose = value
 
     def config(self, **settings: object) -> Config:
-        """Settings of this run: switched-off plugins, and what a command adds."""
-        return Config.of({"no_plugins": self.no_plugins, **settings})
+        """Settings of this run: switched-off plugins, and what a command adds.
+
+        Nothing is kept for a way back: when the command ends, nobody is there to take it.
+        """
+        kept: dict[str, object] = {"keep_base": False, "keep_versions": 0}
+        return Config.of({"no_plugins": self.no_plugins, **kept, **settings})
 
     def pipeline(self, **settings: object) -> Pipeline:
         """A pipeline whose progress is shown. Imports torch.

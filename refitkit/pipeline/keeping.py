@@ -103,12 +103,14 @@ class Keeping:
         return self.history.nbytes + sum(engines[name].slots[slot].nbytes for name, slot in new)
 
     def _copy(self, keys: Iterable[Key]) -> None:
-        for key in sorted(keys):
-            value = _present(self._module, key)
+        values = {key: _present(self._module, key) for key in sorted(keys)}
+        unknown = next((key for key in values if values[key] is None and key in self._base), None)
+        if unknown is not None:
+            self._base = self._lose_base(f"the engine {unknown[0]!r} cannot tell what it held")
+        for key in self._base | self._own:
+            value = values[key]
             if value is not None:
                 self._copies[key] = value.detach().to("cpu", copy=True)
-            elif key in self._base:
-                self._base = self._lose_base(f"the engine {key[0]!r} cannot tell what it held")
 
     def copy_mutable(self) -> None:
         """Copy again what calls may have changed since. Called when no call runs any more."""

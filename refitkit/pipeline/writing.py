@@ -136,8 +136,14 @@ class Writing:
             self._before,
             self._mapping.values,
             self._config,
-            with_base=self._config.keep_base and self._compiled.base is None,
+            with_base=self._wants_base,
         )
+
+    @property
+    def _wants_base(self) -> bool:
+        """Whether the user expects that the first weights can be brought back from copies."""
+        named = self._compiled.base is not None
+        return self._config.keep_base and self._prepared.rollback and not named
 
     def discard(self) -> None:
         """Forget what is staged and was not committed."""
@@ -158,7 +164,7 @@ class Writing:
         """Tell plugins, have the result judged, and note what the module holds."""
         after = self._after()
         self._found.kept = after.history.shown()
-        if not self._before.history.base_lost:
+        if self._wants_base and not self._before.history.base_lost:
             self._found.base_lost = after.history.base_lost
         self._tell(self._found.report("committed"))
         if self._prepared.judge is not None:

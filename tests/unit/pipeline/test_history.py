@@ -145,6 +145,13 @@ def test_what_is_not_held_is_refused_with_what_is() -> None:
     assert scene.compiled.version == 3
 
 
+def test_what_was_asked_for_is_not_told() -> None:
+    scene = Scene(keep_base=False)
+    assert not any("no longer kept" in note for note in scene.refit(10.0).report.notes)
+    scene = Scene()
+    assert not any("no longer" in n for n in scene.refit(10.0, rollback=False).report.notes)
+
+
 def test_no_refit_is_undone_where_none_is_kept() -> None:
     scene = Scene(keep_versions=0)
     first = scene.refit(10.0)

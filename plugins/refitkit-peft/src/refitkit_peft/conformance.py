@@ -37,7 +37,7 @@ class LoraSuite(SourceSuite):
 
     def _source(self, weights: Mapping[str, Any]) -> Any:
         watched = Watched(TensorMap(weights))
-        base = Base.with_opener(watched, lambda one: _opened(one), self.memory, keep=self.keep)
+        base = Base.with_opener(watched, _opened, self.memory, keep=self.keep)
         base.add("a", _factors())
         source = base.source(Lora(base, {"a": _SCALE}))
         self._before = len(watched.read)  # copies are made when a base is, and no data is read then
