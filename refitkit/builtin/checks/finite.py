@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 _SMALL = 1 << 16  # bytes; tensors of the host up to this size are looked at together
 _TOGETHER = 1 << 20  # bytes of such tensors that are looked at at once
-_SMALL_THERE = 1 << 18  # bytes; the same for tensors on a GPU, all of which are
 
 
 def problems(
@@ -79,7 +78,8 @@ def _suspects(values: Mapping[str, torch.Tensor]) -> Iterator[str]:
     """Names of tensors that may have an element that is not finite: few, or a whole group.
 
     A sum is finite only if all of its terms are; it may also be too large, so it accuses some
-    wrongly. Small tensors are laid end to end, which costs less than a sum of each.
+    wrongly. On a GPU the magnitudes of many tensors are summed by a single launch, on the host they
+    are laid end to end, which for small ones costs less than a sum of each.
     """
     groups: dict[tuple[torch.device, torch.dtype], list[str]] = defaultdict(list)
     for name, value in values.items():
@@ -90,46 +90,24 @@ def _suspects(values: Mapping[str, torch.Tensor]) -> Iterator[str]:
     for (device, dtype), names in groups.items():
         wide = dtype if dtype is torch.float64 else torch.float32
         if device.type == "cpu":
-            yield from [] if _has_finite_sum(_end_to_end(values, names)) else names
+            whole = torch.cat([values[name].reshape(-1) for name in names])
+            yield from [] if _has_finite_sum(whole) else names
         else:
             yield from _suspects_there({name: values[name] for name in names}, wide)
 
 
 def _suspects_there(values: Mapping[str, torch.Tensor], wide: torch.dtype) -> list[str]:
-    """The same for tensors of one dtype on a GPU, where each question waits for the device.
+    """The same for tensors of one dtype on a GPU, where each answer waits for the device.
 
     Args:
         values: The tensors.
         wide: What sums are computed in.
     """
-    small = [name for name, value in values.items() if value.nbytes <= _SMALL_THERE]
-    others = [name for name, value in values.items() if value.nbytes > _SMALL_THERE]
-    sums = _magnitudes(values, others, wide)
-    if not small:
-        return _not_finite_of(others, sums)
-    whole = "all small ones"
-    found = _not_finite_of([*others, whole], [*sums, _end_to_end(values, small).sum(dtype=wide)])
-    if found and found[-1] is whole:
-        found[-1:] = _not_finite_of(small, _magnitudes(values, small, wide))
-    return found
-
-
-def _magnitudes(
-    values: Mapping[str, torch.Tensor], names: list[str], wide: torch.dtype
-) -> list[torch.Tensor]:
-    """The sum of all magnitudes of each tensor, in few launches for all."""
-    some = [values[name] for name in names]
-    return list(torch._foreach_norm(some, 1, dtype=wide)) if some else []  # noqa: SLF001
-
-
-def _not_finite_of(names: list[str], sums: list[torch.Tensor]) -> list[str]:
-    """Names of sums that are not finite."""
-    told = torch.isfinite(torch.stack(sums)).tolist()
-    return [name for name, finite in zip(names, told, strict=True) if not finite]
-
-
-def _end_to_end(values: Mapping[str, torch.Tensor], names: Iterable[str]) -> torch.Tensor:
-    return torch.cat([values[name].reshape(-1) for name in names])
+    sums = torch.stack(torch._foreach_norm(list(values.values()), 1, dtype=wide))  # noqa: SLF001
+    if _has_finite_sum(sums):
+        return []
+    told = torch.isfinite(sums).tolist()
+    return [name for name, finite in zip(values, told, strict=True) if not finite]
 
 
 def _spoilt(name: str, value: torch.Tensor, present: _Present) -> Iterator[Problem]:
