@@ -135,3 +135,18 @@ def test_every_model_of_the_quick_run_is_a_model(monkeypatch: pytest.MonkeyPatch
     models = loaded("recipe_models", monkeypatch)
     assert set(models.QUICK) <= models.MODELS.keys()
     assert all(len(model.inputs()) == len(model.shapes) for model in models.MODELS.values())
+
+
+def test_memory_of_a_sharded_refit_is_judged_by_its_highest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = loaded("sharded_memory", monkeypatch)
+    sizes = {"begin": 3e8, "load_peak": 4.4e9, "loaded": 4.3e9, "refit_peak": 8.4e9}
+    sizes |= {"refitted": 8.3e9, "peak": 8.4e9, "engine": 4e9, "high_water": 9e9}
+    seconds = {"load_seconds": 3.0, "refit_seconds": 4.0, "compile_seconds": 50}
+    rest = {"layers": 15, "files": 10, "torch": "2", "verifier": "weights", "stages": {"stage": 1}}
+    found = sizes | seconds | rest
+    assert bench.verdict(found, give_up=False) == (pytest.approx(2.1), 2.15)
+    assert bench.verdict(found, give_up=True) == (pytest.approx(2.1), 1.15)
+    assert "| 2.100 | yes |" in bench.table(found, give_up=False)
+    assert "| 2.100 | NO |" in bench.table(found, give_up=True)

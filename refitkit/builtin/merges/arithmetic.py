@@ -50,14 +50,24 @@ def average(
     first = widened(given)
     total = first * shares[0]
     equal = torch.ones_like(first, dtype=torch.bool) if keep_equal else None
-    for share, value in zip(shares[1:], values, strict=True):
-        wide = widened(value.to(first.device))
-        if equal is not None:
-            equal &= wide == first
-        total += wide * share
+    for share in shares[1:]:  # no name for what is read: it is let go before the next is read
+        _add(total, share, widened(next(values).to(first.device)), first, equal)
     if equal is not None:
         total = torch.where(equal, first, total)
     return narrowed(total, given.dtype)
+
+
+def _add(
+    total: torch.Tensor,
+    share: float,
+    value: torch.Tensor,
+    first: torch.Tensor,
+    equal: torch.Tensor | None,
+) -> None:
+    """Add a share to a sum, and note where the value is still what the first is."""
+    if equal is not None:
+        equal &= value == first
+    total += value * share
 
 
 def task_sum(scales: Sequence[float], values: Iterator[torch.Tensor]) -> torch.Tensor:
@@ -73,11 +83,14 @@ def task_sum(scales: Sequence[float], values: Iterator[torch.Tensor]) -> torch.T
     given = next(values)
     base = widened(given)
     change = torch.zeros_like(base)
-    for scale, value in zip(scales, values, strict=True):
-        wide = widened(value.to(base.device))
-        difference = (wide - base).masked_fill_(wide == base, 0)  # inf less inf would be NaN
-        change += difference.mul_(scale)
+    for scale in scales:
+        change += _difference(widened(next(values).to(base.device)), base).mul_(scale)
     return narrowed(torch.where(change == 0, base, base + change), given.dtype)
+
+
+def _difference(value: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """Nothing where both are equal: infinity less infinity would be NaN."""
+    return (value - base).masked_fill_(value == base, 0)
 
 
 def widened(value: torch.Tensor) -> torch.Tensor:

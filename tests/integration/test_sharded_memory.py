@@ -1,0 +1,57 @@
+"""A refit from a sharded checkpoint holds two sets of weights, and nothing else of any size.
+
+By the benchmark that does it with 4 GB: ``benchmarks/sharded_memory.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "sharded_memory.py"
+SIZES = ["--gigabytes", "0.1", "--width", "2048", "--shards", "3"]
+IMPORTS = 0.75
+"""What libraries may take that are needed first, in engine bytes: 50 MB, and less than a copy."""
+
+BLUR = 0.25
+"""One layer of six, and a little."""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    folder = tmp_path_factory.mktemp("sharded")
+
+    def stage(name: str, *more: str) -> Any:
+        command = [sys.executable, str(SCRIPT), *SIZES, "--stage", name, "--folder", str(folder)]
+        done = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    made = stage("make")
+    assert made["files"] == 3
+    return stage
+
+
+@pytest.mark.parametrize(
+    ("how", "verifier", "more"),
+    [([], "weights", BLUR), (["--delta"], "weights", BLUR), (["--inputs"], "outputs", IMPORTS)],
+    ids=["plain", "delta", "outputs"],
+)
+def test_two_sets_of_weights_are_the_most(
+    how: list[str], verifier: str, more: float, run: Callable[..., Any]
+) -> None:
+    found = run("measure", *how)
+    engine = found["engine"]
+    assert 0.9e8 < engine < 1.1e8
+    assert 1 <= (found["load_peak"] - found["begin"]) / engine < 1 + IMPORTS
+    assert 1 <= (found["refit_peak"] - found["loaded"]) / engine < 1 + more
+    assert found["changed"]
+    assert found["verifier"] == verifier
