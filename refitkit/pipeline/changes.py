@@ -40,8 +40,8 @@ Key: TypeAlias = tuple[str, str]
 Pair: TypeAlias = tuple[Key, torch.Tensor, torch.Tensor]
 """A slot with its old and its new value."""
 
-_RUNS, _RUN = 64, 16
-"""A sample is so many runs of so many elements, of float32 a cache line each."""
+_RUNS, _RUN = 32, 32
+"""A sample is so many runs of so many elements, of float32 two cache lines each."""
 
 SAMPLE = _RUNS * _RUN
 """Elements of a sample: of weights that are drawn alike, norms are then right to a few percent."""

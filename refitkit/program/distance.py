@@ -138,8 +138,10 @@ def norms_of_rows(x: torch.Tensor, y: torch.Tensor, *, count: bool = True) -> to
     largest = norm(gap, math.inf, dim=1)
     none = torch.zeros_like(largest)
     apart, length = (none, none) if whole else (norm(gap, dim=1), norm(old, dim=1))
-    found = [apart, length, largest, none if differing is None else differing]
-    return torch.stack([one.double() for one in found])
+    found = torch.stack([apart, length, largest, none]).double()
+    if differing is not None:
+        found[3] = differing
+    return found
 
 
 def from_norms(numbers: Sequence[float], dtype: torch.dtype, count: int) -> Distance | None:
