@@ -333,7 +333,9 @@ def test_several_adapters_in_one_file(refuses, folder, made):
     tensors = folder.tensors()
     folder.write(
         {
-            key.replace("lora_A", f"lora_A.{name}").replace("lora_B", f"lora_B.{name}"): value.clone()
+            key.replace("lora_A", f"lora_A.{name}").replace(
+                "lora_B", f"lora_B.{name}"
+            ): value.clone()
             for name in ("x", "y")
             for key, value in tensors.items()
         }
