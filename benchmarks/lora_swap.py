@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import refitkit_peft
 import torch
+from refitkit_peft import Lora
 
 import refitkit
-import refitkit_peft
-from refitkit_peft import Lora
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,6 +46,7 @@ class Encoder(torch.nn.Module):
         self.layers = torch.nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What the layers make of it."""
         found: torch.Tensor = self.layers(x)
         return found
 
@@ -72,11 +73,14 @@ class Row:
         reports: Likewise.
     """
 
-    def __init__(self, name: str, file: Path, weights: Callable[[int], Any], *, delta: bool) -> None:
+    def __init__(
+        self, name: str, file: Path, weights: Callable[[int], Any], *, delta: bool
+    ) -> None:
         self.name, self.seconds, self.reports = name, list[float](), list[Any]()
         self._compiled, self._weights, self._delta = refitkit.load(file), weights, delta
 
     def turn(self, number: int, pipeline: refitkit.Pipeline) -> None:
+        """Refit to the weights of one turn."""
         weights = self._weights(number)
         began = time.perf_counter()
         result = pipeline.refit(self._compiled, weights, verify="none", delta=self._delta)
@@ -84,6 +88,7 @@ class Row:
         self.reports.append(result.report)
 
     def forget(self) -> None:
+        """Begin to count."""
         self.seconds, self.reports = [], []
 
 
@@ -101,15 +106,20 @@ def rows_of(file: Path, state: dict[str, Any], adapters: list[dict[str, Any]]) -
     def scaled(of: refitkit_peft.Base, number: int) -> Lora:
         return Lora(of, {str(number % 3): 0.7})
 
-    three, two = base(3), base(2)
+    three, two, none = base(3), base(2), base(0)
     three_merged = [merged(number) for number in range(3)]
-    lora = {"delta": True}
+    full = "full refit from merged weights"
     return [
-        Row("swap, ready sets", file, lambda n: scaled(three, n), **lora),
-        Row("swap, computed, kept", file, lambda n: scaled(two, n), **lora),
-        Row("swap, computed, not kept", file, (lambda of: lambda n: scaled(of, n))(base(0)), **lora),
-        Row("on and off, ready sets", file, lambda n: scaled(three, 0) if n % 2 else three, **lora),
-        Row("full refit from merged weights", file, lambda n: three_merged[n % 3], delta=False),
+        Row("swap, ready sets", file, lambda n: scaled(three, n), delta=True),
+        Row("swap, computed, kept", file, lambda n: scaled(two, n), delta=True),
+        Row("swap, computed, not kept", file, lambda n: scaled(none, n), delta=True),
+        Row(
+            "on and off, ready sets",
+            file,
+            lambda n: scaled(three, 0) if n % 2 else three,
+            delta=True,
+        ),
+        Row(full, file, lambda n: three_merged[n % 3], delta=False),
         Row("the same with delta", file, lambda n: three_merged[n % 3], delta=True),
     ]
 
@@ -147,34 +157,38 @@ def line(name: str, slots: str, nbytes: int, seconds: list[float], copy: float) 
     return f"| {name} | {slots} | {nbytes / 1e6:.1f} | {times} |"
 
 
+def measure(rows: list[Row], pipeline: refitkit.Pipeline) -> None:
+    for number in range(4):  # then both sets of weights of each module are in steady use
+        for row in rows:
+            row.turn(number, pipeline)
+    written = rows[0].reports[-1].bytes_written
+    copy, copies = memmove(written), list[float]()
+    for row in rows:
+        row.forget()
+    for number in range(4, 4 + TURNS):
+        for row in rows:
+            row.turn(number, pipeline)
+        copies.append(copy())
+    table(rows, copies, written)
+
+
 def main() -> None:
     if len(sys.argv) > 1:
         torch.set_num_threads(int(sys.argv[1]))
     torch.manual_seed(0)
     model = Encoder().eval()
     state = dict(model.state_dict())
-    compiled = refitkit.compile(torch.export.export(model, (torch.randn(1, 8, WIDTH),)), prove=False)
+    program = torch.export.export(model, (torch.randn(1, 8, WIDTH),))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.refitkit"
-        compiled.save(file)
+        refitkit.compile(program, prove=False).save(file)
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
         for what, kinds in KINDS.items():
             for finite in (True, False):
-                pipeline = refitkit.Pipeline({"check_finite": finite})
-                rows = rows_of(file, state, [adapter(model, seed, kinds) for seed in range(3)])
-                for number in range(4):  # both sets of weights of each module are in steady use
-                    for row in rows:
-                        row.turn(number, pipeline)
-                written = rows[0].reports[-1].bytes_written
-                copy, copies = memmove(written), []
-                for row in rows:
-                    row.forget()
-                for number in range(4, 4 + TURNS):
-                    for row in rows:
-                        row.turn(number, pipeline)
-                    copies.append(copy())
                 print(f"\n{what}, check_finite={finite}\n")
-                table(rows, copies, written)
+                adapters = [adapter(model, seed, kinds) for seed in range(3)]
+                pipeline = refitkit.Pipeline({"check_finite": finite})
+                measure(rows_of(file, state, adapters), pipeline)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The base: where it is, what its bits are known by, which sums are kept, and what all that takes."""
+"""The base: where it is, what its bits are known by, which sums are kept, and what that takes."""
 
 from __future__ import annotations
 
@@ -196,9 +196,8 @@ def test_threads_may_share_a_base(net, x, y):
     wrong = []
 
     def work(name):
-        for _ in range(20):
-            if not same(weights_of(base.source(Lora(base, {name: 1.0}))), wanted[name]):
-                wrong.append(name)
+        found = (weights_of(base.source(Lora(base, {name: 1.0}))) for _ in range(20))
+        wrong.extend(name for one in found if not same(one, wanted[name]))
 
     threads = [threading.Thread(target=work, args=(name,)) for name in "xyxy"]
     for thread in threads:

@@ -62,7 +62,8 @@ def test_any_entries_are_used_or_told(tensors, scale):
         base = base_with(tensors)
         source = base.source(Lora(base, {"a": scale}))
     except (SourceError, WeightMismatchError) as exc:
-        assert exc.problems or "holds no factors" in exc.message or "for several" in exc.message
+        told = exc.problems or "holds no factors" in exc.message
+        assert told, exc  # noqa: PT017 - it may be raised or not
         return
     for name in source.names():
         value = source.get(name)
@@ -96,7 +97,7 @@ def test_any_config_is_used_or_told(fields):
         base = base_with(tensors, fields)
         source = base.source(Lora(base, {"a": 1.0}))
     except (SourceError, WeightMismatchError) as exc:
-        assert exc.problems
+        assert exc.problems  # noqa: PT017 - it may be raised or not
         return
     config = AdapterConfig.model_validate(fields)
     delta = source.get("lin.weight").double() - NET["lin.weight"].double()

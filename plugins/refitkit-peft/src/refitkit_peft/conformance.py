@@ -33,11 +33,12 @@ class LoraSuite(SourceSuite):
     keep = 2
 
     def make_source(self) -> WeightSource:
-        return self._source(_weights())
+        source: WeightSource = self._source(_weights())
+        return source
 
     def _source(self, weights: Mapping[str, Any]) -> Any:
         watched = Watched(TensorMap(weights))
-        base = Base.with_opener(watched, lambda one: _opened(one), self.memory, keep=self.keep)
+        base = Base.with_opener(watched, _opened, self.memory, keep=self.keep)
         base.add("a", _factors())
         source = base.source(Lora(base, {"a": _SCALE}))
         self._before = len(watched.read)  # copies are made when a base is, and no data is read then
