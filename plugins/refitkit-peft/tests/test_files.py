@@ -268,7 +268,7 @@ def test_an_embedding_that_was_saved_untrained_beside_its_factors(net, adapter, 
     base.add("other", {**tensors, key: net.emb.weight.detach() + 1}, config)
     found = open_weights(Lora(base, {"other": 1.0})).get("emb.weight")
     assert_close(found, made.merged()["emb.weight"] + 1)
-    with pytest.raises(WeightMismatchError, match="scale, found 0.5, wanted 1"):
+    with pytest.raises(WeightMismatchError, match=r"scale, found 0\.5, wanted 1"):
         open_weights(Lora(base, {"other": 0.5}))
 
 

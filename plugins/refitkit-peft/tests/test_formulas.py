@@ -83,7 +83,7 @@ def test_in_other_dtypes_the_exact_sum_is_rounded_once(kind, dtype, tmp_path):
     for module in model.modules():
         if hasattr(module, "set_scale"):
             module.set_scale("default", 0.7)
-    exact = {n: v for n, v in model.merge_and_unload().state_dict().items()}
+    exact = dict(model.merge_and_unload().state_dict())
     for name in source.touched:
         found, eps = source.get(name), torch.finfo(dtype).eps
         assert found.dtype is dtype

@@ -102,7 +102,11 @@ def kinds(error):
 def test_an_adapter_for_another_model(refuses, tmp_path):
     other = make_adapter(make_net(), tmp_path / "b", target_modules=["lin", "two", "head"])
     error = refuses(WeightMismatchError, {str(other.path): 1.0})
-    assert kinds(error) == [("head", "unknown module"), ("lin", "unknown module")]
+    assert kinds(error) == [
+        ("head", "unknown module"),
+        ("lin", "unknown module"),
+        ("two.weight", "shape"),
+    ]
 
 
 def test_modules_of_the_same_names_and_other_shapes(refuses, tmp_path):

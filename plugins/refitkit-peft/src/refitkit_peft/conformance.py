@@ -33,7 +33,8 @@ class LoraSuite(SourceSuite):
     keep = 2
 
     def make_source(self) -> WeightSource:
-        return self._source(_weights())
+        source: WeightSource = self._source(_weights())
+        return source
 
     def _source(self, weights: Mapping[str, Any]) -> Any:
         watched = Watched(TensorMap(weights))

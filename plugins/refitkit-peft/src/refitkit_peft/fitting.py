@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from refitkit_peft.adapter import Adapter, ModuleParts, Whole
     from refitkit_peft.edits import Edit
-    from refitkit_peft.placing import Places, Shift
+    from refitkit_peft.placing import Places
 
 _FLOATS = {"float16", "bfloat16", "float32", "float64"}
 _FACTORS = {
@@ -62,20 +62,17 @@ class Fitting:
     def run(self) -> Fitted:
         """Look everything up."""
         dotted = [one.module for one in self._adapter.modules if not one.flat]
-        shift = self._places.shift(dotted, [one.name for one in self._adapter.wholes])
-        if isinstance(shift, list):
-            self._problems += shift
+        wholes = self._adapter.wholes
+        shift, problems = self._places.shift(dotted, [one.name for one in wholes])
+        self._problems += problems
         for parts in self._adapter.modules:
-            place = self._flat(parts) if parts.flat else self._shifted(shift, parts)
-            self._take(parts, place)
-        if not isinstance(shift, list):
-            for whole in self._adapter.wholes:
+            shifted = None if shift is None else shift.of(parts.module)
+            self._take(parts, self._flat(parts) if parts.flat else shifted)
+        for whole in wholes:
+            if shift is not None:
                 self._take_whole(whole, shift.of(whole.name))
         edits = {name: tuple(some) for name, some in self._edits.items()}
         return Fitted(edits, tuple(self._problems))
-
-    def _shifted(self, shift: Shift | list[Problem], parts: ModuleParts) -> str | None:
-        return None if isinstance(shift, list) else shift.of(parts.module)
 
     def _flat(self, parts: ModuleParts) -> str | None:
         found = self._places.flat(parts.module)

@@ -75,6 +75,9 @@ class Adapters:
 
     def add(self, name: str, contents: Contents) -> None:
         """Have one at hand."""
+        self._opened.pop(
+            name, None
+        )  # of a path that is called so: the name comes first from now on
         self._added[name] = _Read(contents, None, {})
 
     def remove(self, name: str) -> Iterator[str]:

@@ -66,20 +66,25 @@ class Places:
         """Modules whose paths are this one, written with underscores."""
         return self._flat.get(path, [])
 
-    def shift(self, modules: Collection[str], wholes: Collection[str]) -> Shift | list[Problem]:
-        """The one shift that does for all modules and whole weights; or why there is none."""
+    def shift(
+        self, modules: Collection[str], wholes: Collection[str]
+    ) -> tuple[Shift | None, list[Problem]]:
+        """The one shift that does for all modules and whole weights; or why there is none.
+
+        Where some are nowhere it is the one that does for most, to look at those.
+        """
         wanted = [*modules, *wholes]
         if not wanted or self._all(Shift(), modules, wholes):
-            return Shift()
+            return Shift(), []
         first, leaves = (modules, _LEAVES) if modules else (wholes, ("",))
         candidates = self._shifts(next(iter(first)), leaves)
         fitting = [one for one in candidates if self._all(one, modules, wholes)]
         if len(fitting) == 1:
-            return fitting[0]
+            return fitting[0], []
         if fitting:
-            return [_ambiguous(next(iter(first)), fitting)]
+            return None, [_ambiguous(next(iter(first)), fitting)]
         best = max([Shift(), *candidates], key=lambda one: self._count(one, modules, wholes))
-        return list(self._lacking(best, modules, wholes))
+        return best, list(self._lacking(best, modules, wholes))
 
     def _all(self, shift: Shift, modules: Iterable[str], wholes: Iterable[str]) -> bool:
         return all(self.weight_of(shift.of(one)) for one in modules) and all(
