@@ -46,8 +46,9 @@ class Config(Frozen):
         rollback: Whether the weights from before are held until the new ones are verified, where
             ``rollback=`` is not given. Without, engines that can write over them, and what fails
             then loses the module.
-        keep_base: Whether what slots hold as compiled or loaded is copied to memory of the host
-            when they are first written, so that ``CompiledModule.restore`` can bring it back.
+        keep_base: Whether what slots hold as compiled is copied to memory of the host when they are
+            first written, so that ``CompiledModule.restore`` can bring it back. Of a module that
+            was loaded from a file no copies are made: that is opened again.
         keep_versions: How many refits can be undone. The last one costs nothing where engines have
             the values from before anyway; more are copied to memory of the host.
         keep_limit: Most bytes that all those copies of one module may take; older ones go first.

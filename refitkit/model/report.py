@@ -44,7 +44,8 @@ class KeptWeights(Frozen):
         version: Their number.
         source: What they were, in words.
         bytes: Size of what is kept for them alone; 0 where the engines have them anyway.
-        where: ``host``: in memory of the host; ``engine``: in the engines, until the next refit.
+        where: ``host``: in memory of the host; ``engine``: in the engines, until the next refit;
+            ``file``: where the module was loaded from.
     """
 
     version: int

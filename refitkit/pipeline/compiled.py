@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from refitkit.errors import EngineError, ModuleLostError, raised_as
 from refitkit.pipeline.gate import Gate
 from refitkit.pipeline.held import Held
-from refitkit.pipeline.history import History
 from refitkit.protocols import SupportsReadback, SupportsSpareBuffer, SupportsWarming
 
 if TYPE_CHECKING:
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from refitkit.model import KeptWeights, Slot
+    from refitkit.pipeline.origin import Origin
     from refitkit.pipeline.result import RefitResult
     from refitkit.program import KeptProgram
     from refitkit.protocols import Engine, OpenedModule
@@ -51,6 +51,8 @@ class CompiledModule:
         base: Weights to go back to, as ``refit`` takes them: a path, say. Where it is set,
             ``restore`` reads it, and no copies of the first weights are kept. It is for the user to
             know that they are those that the module was compiled or loaded with.
+        origin: The file or folder that it was loaded from: ``restore`` opens that again. None: it
+            was compiled, or copied.
         held: What is known of the weights that it holds, and held before.
     """
 
@@ -65,6 +67,7 @@ class CompiledModule:
         self.plan = plan
         self.program = program
         self.base: object = None
+        self.origin: Origin | None = None
         self.held = Held()
         self.gate = Gate()
         self._opened = opened
@@ -97,7 +100,7 @@ class CompiledModule:
     @property
     def kept(self) -> tuple[KeptWeights, ...]:
         """Earlier weights that ``restore`` can bring back, and what keeping them costs."""
-        return self.held.history.shown()
+        return self.held.history.shown(self.origin)
 
     @property
     def backend(self) -> str:
@@ -156,11 +159,13 @@ class CompiledModule:
     def forget(self) -> int:
         """Free the copies that are kept of earlier weights; returns their bytes.
 
-        ``restore`` reads ``base`` afterwards, or refuses.
+        ``restore`` reads ``base``, or the file it was loaded from, afterwards, or refuses.
         """
         with self.gate.refit():
             freed = self.held.history.nbytes
-            history = History(base_lost="forget() freed them", plan=self.held.history.plan)
+            history = replace(
+                self.held.history, records=(), base={}, base_lost="forget() freed them"
+            )
             self.held = replace(self.held, history=history)
             return freed
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from refitkit.pipeline.delta import Live
+    from refitkit.pipeline.origin import Origin
     from refitkit.protocols import OpenedModule
     from refitkit.recipe import RefitPlan
 
@@ -85,12 +86,14 @@ class History:
         records: Refits, the newest last, without a gap.
         base: What slots held at first, of all that were written since. All others hold it still.
         base_lost: Why that is not whole; empty where it is.
+        written: All slots that were ever written.
         plan: The plan of the newest refit.
     """
 
     records: tuple[Record, ...] = ()
     base: Values = field(default_factory=dict)
     base_lost: str = ""
+    written: frozenset[Key] = frozenset()
     plan: RefitPlan | None = None
 
     @property
@@ -99,8 +102,12 @@ class History:
         held = [self.base, *(record.kept for record in self.records)]
         return sum({id(v): v.nbytes for values in held for v in values.values()}.values())
 
-    def shown(self) -> tuple[KeptWeights, ...]:
-        """What can be gone back to, the oldest first, and what keeping it costs."""
+    def shown(self, origin: Origin | None = None) -> tuple[KeptWeights, ...]:
+        """What can be gone back to, the oldest first, and what keeping it costs.
+
+        Args:
+            origin: What the module was loaded from, if it was.
+        """
         shared = {id(value) for value in self.base.values()}
         rows = [
             KeptWeights(
@@ -111,14 +118,15 @@ class History:
             )
             for record in self.records
         ]
-        if not self.base_lost and self.plan is not None:
-            size = sum(value.nbytes for value in self.base.values())
-            rows = [row for row in rows if row.version]
-            rows.insert(0, KeptWeights(version=0, source=FIRST, bytes=size, where="host"))
-        return tuple(rows)
+        whole = not self.base_lost and self.plan is not None
+        if not whole and (origin is None or (rows and not rows[0].version)):
+            return tuple(rows)
+        size = sum(value.nbytes for value in self.base.values())
+        first = KeptWeights(version=0, source=FIRST, bytes=size, where="host" if whole else "file")
+        return (first, *(row for row in rows if row.version))
 
-    def way_to(self, version: int, present: int, module: OpenedModule) -> Way:
-        """How to go back.
+    def way_to(self, version: int, present: int, module: OpenedModule) -> Way | None:
+        """How to go back; None where that is not held.
 
         Args:
             version: Number of the weights that are wanted.
@@ -126,7 +134,7 @@ class History:
             module: The module.
 
         Raises:
-            NotRefittableError: They are not held; says what is, and names the settings.
+            EngineError: An engine failed to tell what it held.
         """
         later = [record for record in self.records if record.version > version]
         befores = [_before(record, module, newest=record.version == present) for record in later]
@@ -136,9 +144,10 @@ class History:
             return Way(values, first.source, first.live, first.overridden)
         if version == 0 and not self.base_lost:
             return Way(self.base, FIRST, None, frozenset())
-        raise self._no_way_to(version)
+        return None
 
-    def _no_way_to(self, version: int) -> NotRefittableError:
+    def no_way_to(self, version: int) -> NotRefittableError:
+        """The error where that is so: says what is held, and names the settings."""
         problems = [Problem(f"version {row.version}", "held", row.source) for row in self.shown()]
         if self.base_lost:
             problems.append(Problem("version 0", "not held", hint=self.base_lost))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from refitkit.recipe import RefitPlan
 
 GIVEN_UP = "a refit with rollback=False wrote over them"
-OFF = "no copies of them were kept"
+OFF = "no copies are kept of them"
 
 
 class Keeping:
@@ -103,7 +103,7 @@ class Keeping:
         return self.history.nbytes + sum(engines[name].slots[slot].nbytes for name, slot in new)
 
     def _copy(self, keys: Iterable[Key]) -> None:
-        values = {key: _present(self._module, key) for key in sorted(keys)}
+        values = {key: present(self._module, key) for key in sorted(keys)}
         unknown = next((key for key in values if values[key] is None and key in self._base), None)
         if unknown is not None:
             self._base = self._lose_base(f"the engine {unknown[0]!r} cannot tell what it held")
@@ -116,7 +116,7 @@ class Keeping:
         """Copy again what calls may have changed since. Called when no call runs any more."""
         for key, kept in self._copies.items():
             if self._module.engines[key[0]].slots[key[1]].mutable:
-                value = _present(self._module, key)
+                value = present(self._module, key)
                 if value is not None:
                     kept.copy_(value.detach())
 
@@ -139,10 +139,11 @@ class Keeping:
         depth = self._config.keep_versions
         records = (*self.history.records, record)[-depth:] if depth else ()
         base = {**self.history.base, **base}
-        return replace(self.history, base=base, records=records, plan=plan)
+        written = self.history.written | self._written
+        return replace(self.history, base=base, records=records, written=written, plan=plan)
 
 
-def _present(module: OpenedModule, key: Key) -> torch.Tensor | None:
+def present(module: OpenedModule, key: Key) -> torch.Tensor | None:
     """What a slot holds, where the engine can tell: an alias."""
     tell = live_value(module.engines[key[0]])
     return None if tell is None else tell(key[1])

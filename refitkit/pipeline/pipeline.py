@@ -15,6 +15,7 @@ from refitkit.pipeline.cache import PlanCache, wanted
 from refitkit.pipeline.clock import Clock
 from refitkit.pipeline.compiled import CompiledModule
 from refitkit.pipeline.judge import judge_module
+from refitkit.pipeline.origin import Origin
 from refitkit.pipeline.plan import make_plan
 from refitkit.pipeline.prove import prove as prove_refit
 from refitkit.pipeline.prove_plan import prove_plan
@@ -190,7 +191,9 @@ class Pipeline:
         """
         with Clock(self.host, "load").stage("open"):
             tools = tools_for(self.host, self.config, "load", "open")
+            origin = Origin.of(target)
             compiled = self._handle(loading.open_target(self.host, target, self.config, tools))
+            compiled.origin = origin
         if warm:
             with Clock(self.host, "load").stage("warm"):
                 compiled.warm(tools_for(self.host, self.config, "load", "warm").tell)
@@ -380,8 +383,9 @@ class Pipeline:
         Args:
             compiled: The module, changed in place.
             version: Number of the weights: 0 are those that it was compiled or loaded with. Those
-                are read from ``compiled.base`` where that is set; all others come from copies, or
-                from the engines.
+                are read from ``compiled.base`` where that is set, or from the file or folder that
+                the module was loaded from, for which a second module is opened. All others come
+                from copies, or from the engines.
             inputs: As for ``refit``.
             reference: What outputs are compared with, if inputs are given, too.
             verify: As for ``refit``. Where None: ``outputs`` when inputs and a reference are given,

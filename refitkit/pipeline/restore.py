@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from refitkit.errors import PlanMismatchError
+from refitkit.errors import EngineError, NotRefittableError, PlanMismatchError, Problem, raised_as
 from refitkit.pipeline import verify
 from refitkit.pipeline.check import check_abilities
 from refitkit.pipeline.clock import Clock
 from refitkit.pipeline.held import Held
-from refitkit.pipeline.history import Way
+from refitkit.pipeline.history import FIRST, Way
+from refitkit.pipeline.keeping import present
+from refitkit.pipeline.load import open_target
 from refitkit.pipeline.mapping import Mapping
 from refitkit.pipeline.report import Findings
 from refitkit.pipeline.tools import tools_for
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from refitkit.host import Host
     from refitkit.model import Slot, VerificationResult
     from refitkit.pipeline.compiled import CompiledModule
+    from refitkit.pipeline.origin import Origin
     from refitkit.protocols import OpenedModule
 
 KEPT = "kept"
@@ -55,6 +58,7 @@ class Return:
         self._host, self._config, self._wish = host, config, wish
         self.compiled, self._module = compiled, compiled.opened
         self._clock = Clock(host, "restore")
+        self._second: OpenedModule | None = None
 
     def prepare(self) -> Prepared:
         """Find the way back, and do all that can be done before anything is staged.
@@ -90,7 +94,30 @@ class Return:
         version = self._wish.version
         if version == held.version:
             return Way({}, held.source, held.live, held.overridden)
-        return held.history.way_to(version, held.version, self._module)
+        way = held.history.way_to(version, held.version, self._module)
+        if way is None and version == 0 and self.compiled.origin is not None:
+            way = self._from(self.compiled.origin, held)
+        if way is None:
+            raise held.history.no_way_to(version)
+        return way
+
+    def _from(self, origin: Origin, held: Held) -> Way:
+        """What slots held that were written since, read off a second module."""
+        origin.require_unchanged()
+        tools = tools_for(self._host, self._config, "restore", "open")
+        second = open_target(self._host, origin.path, self._config, tools)
+        with raised_as(EngineError, "An engine failed to tell what it was loaded with"):
+            found = {key: present(second, key) for key in sorted(held.history.written)}
+        values = {key: value for key, value in found.items() if value is not None}
+        if len(values) < len(found):
+            mute = dict.fromkeys(name for name, slot in found if found[name, slot] is None)
+            raise NotRefittableError(
+                "Some engines cannot tell what they were loaded with.",
+                problems=[Problem(name, "no readback") for name in mute],
+                hint="compiled.base names weights that restore() reads instead.",
+            )
+        self._second = second  # its memory is what the values are in
+        return Way(values, FIRST, None, frozenset())
 
     def _mapping(self, plan: RefitPlan, way: Way) -> Mapping:
         """Values of the slots that hold other ones now; the others of their engines are left."""

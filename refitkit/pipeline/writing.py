@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from refitkit.errors import NotRefittableError, VerificationError
 from refitkit.pipeline import verify
 from refitkit.pipeline.changes import measured
+from refitkit.pipeline.history import History
 from refitkit.pipeline.keeping import GIVEN_UP, Keeping
 from refitkit.pipeline.stage import Staged
 from refitkit.pipeline.transform import require_measured
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from refitkit.pipeline.compiled import CompiledModule
     from refitkit.pipeline.gate import Gate
     from refitkit.pipeline.held import Held
-    from refitkit.pipeline.history import History
     from refitkit.pipeline.mapping import Mapping
     from refitkit.pipeline.report import Findings
     from refitkit.protocols import OpenedModule
@@ -141,9 +141,9 @@ class Writing:
 
     @property
     def _wants_base(self) -> bool:
-        """Whether the user expects that the first weights can be brought back from copies."""
-        named = self._compiled.base is not None
-        return self._config.keep_base and self._prepared.rollback and not named
+        """Whether copies are the way back to the first weights."""
+        elsewhere = self._compiled.base is not None or self._compiled.origin is not None
+        return self._config.keep_base and self._prepared.rollback and not elsewhere
 
     def discard(self) -> None:
         """Forget what is staged and was not committed."""
@@ -163,7 +163,7 @@ class Writing:
     def judge(self) -> None:
         """Tell plugins, have the result judged, and note what the module holds."""
         after = self._after()
-        self._found.kept = after.history.shown()
+        self._found.kept = after.history.shown(self._compiled.origin)
         if self._wants_base and not self._before.history.base_lost:
             self._found.base_lost = after.history.base_lost
         self._tell(self._found.report("committed"))
@@ -179,7 +179,12 @@ class Writing:
 
     def _history(self, version: int) -> History:
         if self._keeping is None:
-            return replace(self._before.history, records=(), base={}, base_lost=GIVEN_UP)
+            before = self._before.history
+            return History(
+                base_lost=GIVEN_UP,
+                written=before.written | self._mapping.values.keys(),
+                plan=self._prepared.plan,
+            )
         return self._keeping.after(version, self._prepared.plan)
 
     def _judge(self, judge: Callable[[OpenedModule], VerificationResult]) -> None:
@@ -203,7 +208,7 @@ class Writing:
     def taken_back(self) -> None:
         """The old weights are live again: note it, and tell plugins."""
         self._compiled.held = self._before
-        self._found.kept = self._before.history.shown()
+        self._found.kept = self._before.history.shown(self._compiled.origin)
         self._tell(self._found.report("rolled-back"))
 
     def _tell(self, report: RefitReport) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +19,7 @@ from refitkit.errors import (
     VerificationError,
     WeightMismatchError,
 )
+from refitkit.hookspecs import hookimpl
 from refitkit.model import KeptWeights
 from refitkit.pipeline import CompiledModule, Pipeline
 from tests.fakes import (
@@ -150,6 +153,127 @@ def test_what_was_asked_for_is_not_told() -> None:
     assert not any("no longer kept" in note for note in scene.refit(10.0).report.notes)
     scene = Scene()
     assert not any("no longer" in n for n in scene.refit(10.0, rollback=False).report.notes)
+
+
+class Files:
+    """Opens files of the name of a module, each time a new one with the first weights."""
+
+    name = "files"
+
+    def __init__(self, kind: type[FakeEngine] = OpenEngine) -> None:
+        self.opened: list[FakeModule] = []
+        self.kind = kind
+
+    @hookimpl
+    def refitkit_load_module(self, target: object) -> FakeModule | None:
+        if not isinstance(target, Path):
+            return None
+        self.opened.append(make_module(2, kind=self.kind))
+        return self.opened[-1]
+
+
+class Loaded(Scene):
+    """A module that was loaded from a file or a folder."""
+
+    def __init__(self, path: Path, kind: type[FakeEngine] = OpenEngine, **settings: Any) -> None:
+        self.files = Files(kind)
+        self.pipeline = Pipeline(settings, plugins=[FakePlugin(), self.files])
+        self.compiled = self.pipeline.load(path)
+        self.module = self.files.opened[0]
+        self.held = [self.module.holds()]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "module").write_text("weights")
+    return tmp_path / "module"
+
+
+def test_the_file_that_a_module_was_loaded_from_is_opened_again(path: Path) -> None:
+    scene = Loaded(path)
+    scene.refit(10.0)
+    kept = scene.refit(20.0).report.kept
+    assert [(row.version, row.bytes, row.where) for row in kept] == [
+        (0, 0, "file"),
+        (1, 0, "engine"),
+    ]
+    report = scene.compiled.restore().report
+    scene.require(0)
+    assert report.source == "version 0: as compiled or loaded"
+    assert len(scene.files.opened) == 2
+
+
+def test_it_is_not_opened_where_the_engines_have_the_values(path: Path) -> None:
+    scene = Loaded(path)
+    scene.refit(10.0).undo()
+    scene.require(0)
+    assert len(scene.files.opened) == 1
+
+
+def test_only_slots_that_were_written_come_from_it(path: Path) -> None:
+    """What calls change of others stays."""
+    scene = Loaded(path)
+    scene.refit(10.0, "e0.bias")
+    scene.refit(20.0, "e0.bias")
+    scene.module.engines["e1"].live["e1.bias"] = torch.tensor([7.0, 7.0])
+    report = scene.compiled.restore().report
+    assert report.slots_written == 1
+    assert torch.equal(scene.module.holds()["e1/e1.bias"], torch.tensor([7.0, 7.0]))
+    assert torch.equal(scene.module.holds()["e0/e0.bias"], scene.held[0]["e0/e0.bias"])
+
+
+@pytest.mark.parametrize("how", ["written", "longer", "another", "gone"])
+def test_a_file_that_has_changed_is_refused(path: Path, how: str) -> None:
+    scene = Loaded(path)
+    scene.refit(10.0)
+    scene.refit(20.0)
+    if how == "written":
+        os.utime(path, ns=(1, 1))
+    elif how == "longer":
+        facts = path.stat()
+        path.write_text("more weights")
+        os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    elif how == "another":
+        facts = path.stat()
+        path.rename(path.with_name("old"))
+        path.write_text("weights")
+        os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    else:
+        path.unlink()
+    with pytest.raises(NotRefittableError, match="not held any more") as info:
+        scene.compiled.restore()
+    assert [p.subject for p in info.value.problems] == [str(path)]
+    scene.require(2)
+
+
+def test_a_folder_is_looked_at_file_by_file(tmp_path: Path) -> None:
+    (tmp_path / "module/parts").mkdir(parents=True)
+    part = tmp_path / "module/parts/weights"
+    part.write_text("weights")
+    scene = Loaded(tmp_path / "module")
+    scene.refit(10.0)
+    scene.refit(20.0)
+    scene.compiled.restore()
+    scene.require(0)
+    (tmp_path / "module/parts/more").write_text("more")
+    scene.refit(30.0)
+    with pytest.raises(NotRefittableError):
+        scene.compiled.restore()
+
+
+def test_engines_that_cannot_be_read_are_not_read_off_a_file(path: Path) -> None:
+    scene = Loaded(path, FakeEngine)
+    scene.refit(10.0)
+    with pytest.raises(NotRefittableError, match="e0: no readback"):
+        scene.compiled.restore()
+    scene.require(1)
+
+
+def test_a_refit_that_gives_up_leaves_the_file(path: Path) -> None:
+    scene = Loaded(path)
+    scene.refit(10.0, rollback=False)
+    scene.compiled.restore()
+    scene.require(0)
 
 
 def test_no_refit_is_undone_where_none_is_kept() -> None:
