@@ -70,7 +70,8 @@ class BreakingSource:
 class Past:
     """What slots of one module held before its refits, and at first."""
 
-    def __init__(self) -> None:
+    def __init__(self, loaded: dict[str, torch.Tensor] | None = None) -> None:
+        self.loaded = loaded or {}  # from a file, if it was; before calls changed anything
         self.befores: list[dict[str, torch.Tensor]] = []  # by version, less one
         self.base: dict[str, torch.Tensor] = {}
         self.given_up = 0  # the versions before this one
@@ -78,7 +79,7 @@ class Past:
     def note(self, written: Any, before: dict[str, torch.Tensor]) -> None:
         self.befores.append({name: before[name] for name in written})
         for name in written:
-            self.base.setdefault(name, before[name])
+            self.base.setdefault(name, self.loaded.get(name, before[name]))
 
     def back_to(self, version: int) -> dict[str, torch.Tensor]:
         """What slots have to hold that were written since."""
@@ -105,7 +106,7 @@ class Life:
         self.done: list[str] = []
         self.depth = seed % 4
         self.pipeline = refitkit.Pipeline({"keep_versions": self.depth})
-        self.past: dict[refitkit.CompiledModule, Past] = {first: Past()}
+        self.past = {first: Past(self.alive[0][1].copy())}
 
     def _refit(self, compiled: Any, held: dict[str, Any], state: Any, **how: Any) -> Any:
         before = {name: value.clone() for name, value in held.items()}
@@ -271,7 +272,8 @@ class Life:
 
     def _add(self, compiled: refitkit.CompiledModule, held: dict[str, Any]) -> None:
         self.alive.append((compiled, dict(held)))
-        self.past[compiled] = Past()
+        loaded = None if compiled.origin is None else {n: t.clone() for n, t in held.items()}
+        self.past[compiled] = Past(loaded)
         if len(self.alive) > MODULES:
             del self.alive[self.random.randrange(len(self.alive))]
 
