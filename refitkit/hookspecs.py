@@ -85,7 +85,9 @@ def refitkit_load_module(target: object, config: Config, tools: Tools) -> Opened
 
 
 @hookspec(firstresult=True)
-def refitkit_load_weights(source: object, config: Config) -> WeightSource | None:
+def refitkit_load_weights(
+    source: object, config: Config, open_weights: Callable[[object], WeightSource]
+) -> WeightSource | None:
     """Open what a user calls weights. Kind: first.
 
     Called once for each refit, before anything is checked. Read lazily: headers now, data on
@@ -95,6 +97,8 @@ def refitkit_load_weights(source: object, config: Config) -> WeightSource | None
         source: A file or folder that exists (``pathlib.Path``), any other string as it was given,
             a mapping, a module, a program: anything.
         config: Settings of the pipeline.
+        open_weights: Opens anything that a user calls weights with the first plugin that can: for
+            weights that are made of others, such as a base and an adapter.
 
     Returns:
         The source; None when it is not this plugin's.

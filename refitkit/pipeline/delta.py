@@ -6,13 +6,14 @@ was last written, by the same plan.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 import xxhash
 
-from refitkit.protocols import SupportsPartial
+from refitkit.protocols import KnowsRevisions, SupportsPartial
 from refitkit.recipe.plan import STRATEGY
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 Key: TypeAlias = tuple[str, str]
 """``(engine, slot)``."""
 
-Origin: TypeAlias = frozenset[tuple[str, str]]
-"""What a value was computed from: names of tensors, and digests of what they were."""
+Origin: TypeAlias = frozenset[tuple[str, Hashable]]
+"""What a value was computed from: names of tensors, and digests or revisions of what they were."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Delta:
         live: Live | None,
         version: int,
     ) -> None:
-        """Read the source once, all that slots follow from.
+        """Read the source once, all that slots follow from and that has no revision.
 
         Args:
             plan: The plan that will be followed.
@@ -91,7 +92,7 @@ class Delta:
         )
         self.same = frozenset(digests.names_of(self._same(digests)))
 
-    def _same(self, digests: _Digests) -> set[tuple[str, str]]:
+    def _same(self, digests: _Digests) -> set[tuple[str, Hashable]]:
         """Origins, by name and digest, of which every slot that follows from them was computed."""
         held = {one for origin in self._origins.values() for one in origin}
         for row in self._plan.data.ledger:
@@ -127,7 +128,7 @@ class _Digests:
             for first in firsts
         }
         self._given = {first: name for first, name in given.items() if name is not None}
-        self._digests = {first: digest_of(name, source) for first, name in self._given.items()}
+        self._digests = {first: known_by(name, source) for first, name in self._given.items()}
 
     def first(self, name: str) -> str:
         """The first of a tensor's names."""
@@ -138,7 +139,7 @@ class _Digests:
         firsts = {self.first(name) for name in row.sources}
         return frozenset((n, self._digests[n]) for n in firsts if n in self._digests)
 
-    def names_of(self, origins: Iterable[tuple[str, str]]) -> Iterator[str]:
+    def names_of(self, origins: Iterable[tuple[str, Hashable]]) -> Iterator[str]:
         """The names under which the source has them."""
         return (self._given[first] for first, _ in origins)
 
@@ -152,6 +153,16 @@ def _followed(plan: RefitPlan) -> Iterator[LedgerRow]:
     for row in plan.data.ledger:
         if row.value is not None and not row.slot.mutable and mutated.isdisjoint(row.sources):
             yield row
+
+
+def known_by(name: str, source: WeightSource) -> Hashable:
+    """What tells an entry of a source from all others: its revision, or else its digest.
+
+    Raises:
+        SourceError: It cannot be read.
+    """
+    revision = source.revision(name) if isinstance(source, KnowsRevisions) else None
+    return digest_of(name, source) if revision is None else ("revision", revision)
 
 
 def digest_of(name: str, source: WeightSource) -> str:

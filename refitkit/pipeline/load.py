@@ -43,7 +43,13 @@ def open_weights(host: Host, weights: object, config: Config) -> WeightSource:
     if isinstance(weights, WeightSource):
         return weights
     weights = _as_path(weights)
-    source: WeightSource | None = host.call("refitkit_load_weights", source=weights, config=config)
+
+    def opener(others: object) -> WeightSource:
+        return open_weights(host, others, config)
+
+    source: WeightSource | None = host.call(
+        "refitkit_load_weights", source=weights, config=config, open_weights=opener
+    )
     if source is None and _is_missing_file(weights):
         raise SourceError(f"There is no file {str(weights)!r}.")
     if source is None:

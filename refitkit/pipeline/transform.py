@@ -16,11 +16,11 @@ from refitkit.errors import (
 )
 from refitkit.host import Host
 from refitkit.model import TransformRow
-from refitkit.protocols import Made, TransformRequest
+from refitkit.protocols import KnowsRevisions, Made, TransformRequest
 from refitkit.recipe.sources import describe_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Collection, Hashable, Iterable, Iterator
 
     import torch
 
@@ -90,6 +90,14 @@ class Transformed:
             raise KeyError(fqn)
         offer = self.made_by.get(fqn)
         return self._source.get(fqn) if offer is None else self._made(offer).values[fqn]
+
+    def revision(self, fqn: str) -> Hashable | None:
+        """That of the source, of what no transform has made; see ``KnowsRevisions``."""
+        if fqn not in self._names:
+            raise KeyError(fqn)
+        if fqn in self.made_by or not isinstance(self._source, KnowsRevisions):
+            return None
+        return self._source.revision(fqn)
 
     def _made(self, offer: Offer) -> Made:
         if self._last is None or self._last[0] is not offer:

@@ -6,7 +6,8 @@ every slot, has each engine stage them, and commits. Verifiers judge the result.
 
 What an engine may or may not be able to do is a protocol of its own: :class:`SupportsReadback`,
 :class:`SupportsPartial`, :class:`SupportsSpareBuffer`, :class:`SupportsWarming`. So it is with
-opened modules (:class:`Offline`, :class:`LowersPrecision`) and sources (:class:`HoldsProgram`).
+opened modules (:class:`Offline`, :class:`LowersPrecision`) and sources (:class:`HoldsProgram`,
+:class:`KnowsRevisions`).
 
 Between a source and the names that a program reads stand :class:`WeightTransform` objects.
 """
@@ -23,7 +24,7 @@ from refitkit.protocols.engines import (
 )
 from refitkit.protocols.modules import LowersPrecision, Offline, OpenedModule, Rebuilds
 from refitkit.protocols.plans import BindableProgram, Plan
-from refitkit.protocols.sources import HoldsProgram, WeightSource
+from refitkit.protocols.sources import HoldsProgram, KnowsRevisions, WeightSource
 from refitkit.protocols.strategies import Mapped, MappingStrategy, MapRequest
 from refitkit.protocols.tools import Tools
 from refitkit.protocols.transforms import Made, TransformRequest, WeightGroup, WeightTransform
@@ -36,6 +37,7 @@ __all__ = [
     "HoldsProgram",
     "HoldsValues",
     "KnowsPlanKey",
+    "KnowsRevisions",
     "LowersPrecision",
     "Made",
     "MapRequest",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Hashable
 
     import torch
 
@@ -37,6 +37,25 @@ class WeightSource(Protocol):
         Raises:
             KeyError: It has no such name.
             SourceError: The entry cannot be read.
+        """
+
+
+@runtime_checkable
+class KnowsRevisions(Protocol):
+    """A source that can tell without reading an entry that it is what it was before."""
+
+    def revision(self, fqn: str) -> Hashable | None:
+        """What the bits of an entry are known by.
+
+        In one process, entries of equal revisions have the same dtype, shape and bits, whatever
+        source they are of, and however much time lies between. So it names what nobody can change:
+        a file that must not be written to, a copy that nobody else has; and what is made of it how.
+
+        Returns:
+            None where only reading tells.
+
+        Raises:
+            KeyError: It has no such name.
         """
 
 

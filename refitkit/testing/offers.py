@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from refitkit.config import Config
-from refitkit.errors import PluginError, Problem, RefitError
+from refitkit.errors import PluginError, Problem, RefitError, SourceError
 from refitkit.model import LayerType, LedgerRow, RefitReport, SlotState, Step, VerificationResult
 from refitkit.protocols import (
     Backend,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from refitkit.host import Host
+    from refitkit.protocols import WeightSource
 
 _OFFERS: dict[str, tuple[str, type]] = {
     "refitkit_mapping_strategies": ("strategy", MappingStrategy),
@@ -77,7 +78,12 @@ class OfferSuite:
 
     def test_foreign_weights_are_left_to_others(self) -> None:
         """``refitkit_load_weights`` answers None for an object that it cannot know."""
-        self._require_none("refitkit_load_weights", source=object(), config=Config())
+        self._require_none(
+            "refitkit_load_weights",
+            source=object(),
+            config=Config(),
+            open_weights=_nothing_to_open,
+        )
 
     def test_parts_for_other_backends_are_left_to_others(self) -> None:
         """``refitkit_partition`` answers None for a backend that is not the plugin's."""
@@ -213,6 +219,10 @@ def _no_exception(contract: str) -> Iterator[None]:
             raise
         found = f"what it does not know is answered with {type(exc).__name__}: {exc}."
         raise Breach(contract, found, "Look at what is given before using it.") from exc
+
+
+def _nothing_to_open(weights: object) -> WeightSource:
+    raise SourceError(f"No plugin can read weights from a {type(weights).__name__}.")
 
 
 def _module() -> FakeModule:

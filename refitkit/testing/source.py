@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from refitkit.errors import RefitError
 from refitkit.model import TensorInfo
-from refitkit.protocols import WeightSource
+from refitkit.protocols import KnowsRevisions, WeightSource
 from refitkit.testing import oracles
 from refitkit.testing.breach import Breach, skip
 
@@ -153,6 +153,28 @@ class SourceSuite:
         if not self.reads(source):
             found = "get was called, and reads() counted nothing: the oracle does not see reads."
             raise Breach("SourceSuite.reads", found, "Count where the data really comes from.")
+
+    def test_revisions_stand_for_bits(self) -> None:
+        """``revision`` is hashable, reads no data, and two alike are two tensors alike."""
+        source = self.make_source()
+        if not isinstance(source, KnowsRevisions):
+            skip("the source has no revisions")
+        known = {name: source.revision(name) for name in source.names()}
+        contract = "KnowsRevisions.revision"
+        if self.reads(source):
+            raise Breach(contract, "data was read.", "Answer None: who asks can read it as well.")
+        try:
+            first: dict[Any, str] = {}
+            twins = [(first.setdefault(one, n), n) for n, one in known.items() if one is not None]
+        except TypeError as exc:
+            raise Breach(contract, f"one is not hashable: {exc}.", "Give a tuple of text.") from exc
+        if known != {name: source.revision(name) for name in source.names()}:
+            raise Breach(contract, "asked again, they differ.", "Name what cannot change.")
+        truth = self.truth()
+        for one, other in twins:
+            if oracles.bits(truth[one]) != oracles.bits(truth[other]):
+                found = f"{one!r} and {other!r} have one revision, and other bits."
+                raise Breach(contract, found, "Name in it what the bits depend on.")
 
     def test_what_cannot_be_a_weight_is_told(self) -> None:
         """``info`` says why; ``get`` gives a tensor or a typed error, never anything else."""

@@ -73,10 +73,10 @@ class Good(SourceSuite):
 BITES: list[Bite] = []
 
 
-def breaks(check: str, says: str) -> Any:
+def breaks(check: str, says: str, good: type[Good] = Good) -> Any:
     def note(source: type) -> type:
-        suite = type(source.__name__, (Good,), {"source": source})
-        BITES.append(Bite(f"test_{check}", suite, says, Good))
+        suite = type(source.__name__, (good,), {"source": source})
+        BITES.append(Bite(f"test_{check}", suite, says, good))
         return source
 
     return note
@@ -204,3 +204,39 @@ class Crashes(Plain):
         if fqn in self.odd:
             raise RuntimeError("no")
         return super().get(fqn)
+
+
+class Revised(Plain):
+    """A good source with revisions."""
+
+    def revision(self, fqn: str) -> Any:
+        return fqn
+
+
+class GoodRevised(Good):
+    source = Revised
+
+
+@breaks("revisions_stand_for_bits", "not hashable", GoodRevised)
+class RevisedByList(Revised):
+    def revision(self, fqn: str) -> Any:
+        return [fqn]
+
+
+@breaks("revisions_stand_for_bits", "data was read", GoodRevised)
+class RevisedByReading(Revised):
+    def revision(self, fqn: str) -> Any:
+        return str(self.get(fqn))
+
+
+@breaks("revisions_stand_for_bits", "have one revision, and other bits", GoodRevised)
+class RevisedByShapeless(Revised):
+    def revision(self, fqn: str) -> Any:
+        return "mine"
+
+
+@breaks("revisions_stand_for_bits", "asked again, they differ", GoodRevised)
+class RevisedByTheClock(Revised):
+    def revision(self, fqn: str) -> Any:
+        self.asked = getattr(self, "asked", 0) + 1
+        return fqn, self.asked

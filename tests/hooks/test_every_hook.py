@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
 
     from refitkit.config import Config
+    from refitkit.protocols import WeightSource
 
 HOOKS = {name: value for name, value in vars(hookspecs).items() if name.startswith("refitkit_")}
 
@@ -135,14 +136,23 @@ def test_refitkit_load_weights() -> None:
         name = "plugin"
 
         @refitkit.hookimpl
-        def refitkit_load_weights(self, source: object, config: Config) -> Any:
+        def refitkit_load_weights(
+            self,
+            source: object,
+            config: Config,
+            open_weights: Callable[[object], WeightSource],
+        ) -> Any:
             called(source, config)
+            if source == "hub://twice":
+                return open_weights("hub://weights")
             return mine if source == "hub://weights" else None
 
     called = Called()
     pipeline = Pipeline(plugins=[Plugin()])
     assert pipeline.open_weights("hub://weights") is mine
     assert called.once == ("hub://weights", pipeline.config)
+    assert pipeline.open_weights("hub://twice") is mine
+    assert [source for source, _ in called.calls[1:]] == ["hub://twice", "hub://weights"]
     assert pipeline.open_weights({"a": torch.ones(1)}) is not mine
 
 

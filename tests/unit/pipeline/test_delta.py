@@ -675,3 +675,51 @@ def test_unchanged_weights_are_read_to_be_compared_and_checked_only() -> None:
     told = {name: counting.reads[name] for name in ("e0.bias", "e1.bias")}
     scene.refit(counting, verify="none", delta=False)
     assert told["e1.bias"] == told["e0.bias"] + 1
+
+
+class Revised(TensorMap):
+    """Tensors with revisions, which counts readings; ``None`` among the revisions: read it."""
+
+    def __init__(self, tensors: Any, revisions: Any) -> None:
+        super().__init__(tensors, "revised weights")
+        self.revisions = revisions
+        self.read: list[str] = []
+
+    def revision(self, fqn: str) -> Any:
+        return self.revisions[fqn]
+
+    def get(self, fqn: str) -> torch.Tensor:
+        self.read.append(fqn)
+        return super().get(fqn)
+
+
+def test_entries_with_a_known_revision_are_not_read() -> None:
+    scene = Scene()
+    known: dict[str, Any] = dict.fromkeys(weights(), "first")
+    assert scene.refit(Revised(weights(), known)) == set(weights())
+    later = {**weights(), "e1.bias": torch.ones(2), "e0.bias": torch.full((2,), 5.0)}
+    source = Revised(later, {**known, "e1.bias": ("second", 2), "e0.bias": None})
+    assert scene.refit(source, verify="none") == {"e1.bias", "e0.bias"}
+    assert set(source.read) == {"e1.bias", "e0.bias"}
+    assert same_state(scene.holds(), later)
+
+
+def test_a_revision_is_no_digest() -> None:
+    """A slot of which a digest is known is compared with what has one."""
+    scene = Scene()
+    scene.refit(weights())
+    digest = digest_of("e0.bias", TensorMap(weights()))
+    known: dict[str, Any] = dict.fromkeys(weights(), None)
+    assert scene.refit(Revised(weights(5.0), {**known, "e0.bias": digest})) == set(weights())
+
+
+def test_what_a_transform_makes_has_no_revision() -> None:
+    """A rule makes the same names of other entries: those are read, the others are not."""
+    scene = Scene()
+    given = {f"module.{n}" if n == "e0.bias" else n: value for n, value in weights().items()}
+    known: dict[str, Any] = dict.fromkeys(given, "first")
+    scene.refit(Revised(given, known))
+    later = {**given, "module.e0.bias": torch.full((2,), 7.0)}
+    source = Revised(later, known)
+    assert scene.refit(source, verify="none") == {"e0.bias"}
+    assert set(source.read) == {"module.e0.bias"}
