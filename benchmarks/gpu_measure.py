@@ -35,6 +35,7 @@ from gpu_raw import (
     upstream_compiled,
     upstream_refit,
     waiting,
+    yardstick,
 )
 from gpu_tables import SOURCES, gaps, split, summary
 
@@ -200,6 +201,7 @@ class Measurement:
         for source in SOURCES if self._given.runtime == "python" else SOURCES[:1]:
             whole, first, reports = [], [], []
             self._run_in(source)
+            quick = yardstick()
             start = time.perf_counter()
             while len(whole) < self._given.runs and (
                 len(whole) < 5 or time.perf_counter() - start < self._given.limit
@@ -219,6 +221,7 @@ class Measurement:
                 "refit": summary(whole),
                 "first_output": summary(first),
                 "split": split(reports, whole),
+                "yardstick_ms": [quick, yardstick()],
             }
         self.found["correct"]["always"] = right
 

@@ -6,6 +6,8 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,7 @@ import torch
 from gpu_models import MODELS
 from gpu_probe_engines import Two
 from gpu_probe_first import Bytes
-from gpu_raw import ByHand, many
+from gpu_raw import ByHand, many, ready_values
 
 from refitkit.builtin.torch_tensorrt import upstream
 
@@ -26,7 +28,7 @@ RUNS = 30
 
 def warm_refits() -> Found:
     """What TensorRT's own refit takes once it is warm, and what could make it faster."""
-    return {model: _warm(model) for model in ("resnet18", "mobilenet_v3_small", "vit_b_16")}
+    return {model: _warm(model) for model in ("resnet18", "mobilenet_v3_small")}
 
 
 def _warm(model: str) -> Found:
@@ -70,7 +72,7 @@ def _ms(call: Callable[[], Any]) -> Found:
     return {"p50_ms": statistics.median(times) * 1e3, "least_ms": min(times) * 1e3}
 
 
-_CHILD = """
+_LOGGERS = """
 import ctypes, faulthandler, gc, sys
 faulthandler.enable()
 faulthandler.dump_traceback_later(100, exit=True)
@@ -116,21 +118,21 @@ print("SURVIVED", flush=True)
 
 def loggers() -> Found:
     """Which logger TensorRT uses once the first one's engine is gone, and whether that crashes."""
-    return {how: _child(how) for how in ("let go", "kept")}
+    return {how: _in_child(_LOGGERS, how) for how in ("let go", "kept")}
 
 
-def _child(how: str) -> Found:
-    root = Path(__file__).resolve().parent.parent
-    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+def _in_child(code: str, *words: str) -> Found:
+    here = Path(__file__).resolve().parent
+    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(  # noqa: S603 - our own interpreter and code
-        [sys.executable, "-c", _CHILD, how],
+        [sys.executable, "-c", code, *words],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=150,
         check=False,
     )
-    return {"exit": done.returncode, "said": done.stdout[-3000:], "errors": done.stderr[-1500:]}
+    return {"exit": done.returncode, "said": done.stdout[-3000:], "errors": done.stderr[:2500]}
 
 
 def looks() -> Found:
@@ -156,3 +158,47 @@ def looks() -> Found:
 def what_a_refitter_has() -> list[str]:
     """Names of this version's refitter."""
     return [name for name in dir(upstream.tensorrt().Refitter) if not name.startswith("_")]
+
+
+_REFITS = """
+import faulthandler, sys
+faulthandler.enable(all_threads=False)
+import torch
+from gpu_raw import ByHand, seconds
+from refitkit.builtin.torch_tensorrt import serialized, upstream
+folder, data, place = sys.argv[1:]
+trt = upstream.tensorrt()
+own = serialized.Deserialized(open(f"{folder}/{data}", "rb").read(), trt)
+print("deserialized", flush=True)
+values = torch.load(f"{folder}/values")
+if place == "gpu":
+    hand = ByHand(own.engine, {name: value.cuda() for name, value in values.items()})
+    print("bound", flush=True)
+    print("refitted", seconds(hand.refit), flush=True)
+else:
+    refitter = trt.Refitter(own.engine, trt.Logger(trt.Logger.ERROR))
+    from torch_tensorrt._enums import dtype
+    for name, value in values.items():
+        kind = dtype._from(value.dtype).to(trt.DataType)
+        weights = trt.Weights(kind, value.data_ptr(), value.numel())
+        assert refitter.set_named_weights(name, weights, trt.TensorLocation.HOST), name
+    print("bound", refitter.get_missing_weights(), flush=True)
+    print("refitted", refitter.refit_cuda_engine(), flush=True)
+"""
+
+
+def gpt2_half() -> Found:
+    """Which refits of GPT-2 in float16 crash: of which bytes, from where, each in a process."""
+    two = Two("gpt2", dtype=torch.float16)
+    ((name, engine),) = two.compiled.engines.items()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        (place / "built").write_bytes(engine.handle.engine_bytes())
+        two.refit(1)
+        (place / "refitted").write_bytes(engine.handle.engine_bytes())
+        values = ready_values(two.compiled, two.models[1].state_dict())[name]
+        torch.save({name: value.cpu() for name, value in values.items()}, place / "values")
+        kinds = [[data, where] for data in ("built", "refitted") for where in ("gpu", "host")]
+        with ThreadPoolExecutor(4) as pool:
+            told = pool.map(lambda kind: _in_child(_REFITS, folder, *kind), kinds)
+            return {", ".join(kind): one for kind, one in zip(kinds, told, strict=True)}

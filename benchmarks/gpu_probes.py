@@ -36,6 +36,7 @@ PROBES = {
     "loggers": "gpu_probe_warm",
     "looks": "gpu_probe_warm",
     "what_a_refitter_has": "gpu_probe_warm",
+    "gpt2_half": "gpu_probe_warm",
     "warming_beside": "gpu_probe_first",
 }
 """Probes, and the module that each is in."""
