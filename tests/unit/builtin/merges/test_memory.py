@@ -37,15 +37,20 @@ class Peak(NewMemory):
         return result
 
 
-def parts(count: int) -> list[tuple[Any, float]]:
-    states = [{n: torch.randn(COUNT, dtype=torch.float16) for n in "abcd"} for _ in range(count)]
+def parts(count: int, dtype: torch.dtype) -> list[tuple[Any, float]]:
+    states = [{n: torch.randn(COUNT).to(dtype) for n in "abcd"} for _ in range(count)]
     return [(Read(state), 1.0) for state in states]
 
 
-MERGES: dict[str, Callable[[int], object]] = {
-    "average": lambda count: WeightedAverage(parts(count)),
-    "sum": lambda count: WeightedAverage(parts(count), normalize=False),
-    "tasks": lambda count: TaskVectors(Read(parts(1)[0][0]._tensors), parts(count - 1)),
+def tasks(count: int, dtype: torch.dtype) -> TaskVectors:
+    (base, _), *others = parts(count, dtype)
+    return TaskVectors(base, others)
+
+
+MERGES: dict[str, Callable[[int, torch.dtype], object]] = {
+    "average": lambda *how: WeightedAverage(parts(*how)),
+    "sum": lambda *how: WeightedAverage(parts(*how), normalize=False),
+    "tasks": tasks,
 }
 
 
@@ -63,16 +68,20 @@ def peak_of(merge: object) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("kind", MERGES)
-def test_parts_are_read_one_by_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arithmetic, "_PIECE", COUNT // 10)
-    few, many = peak_of(MERGES[kind](3)), peak_of(MERGES[kind](12))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_parts_are_read_one_by_one(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arithmetic, "_PIECE", COUNT // 20)
+    few, many = (peak_of(MERGES[kind](count, dtype)) for count in (3, 12))
     assert few == many
     assert few[1] == 0
-    first, value, total, equal, pieces = 2, 2, 4, 1, 1.5  # bytes for each element
+    first = value = dtype.itemsize
+    total, equal, pieces = 4, 1, 1  # bytes for each element
     assert few[0] <= COUNT * (first + value + total + equal + pieces)
 
 
-SHAPES = [(), (0, 3), (1,), (29,), (1, 29), (29, 1), (5, 29), (29, 5), (3, 1, 5, 2), (2, 2, 2, 2)]
+SHAPES = [(), (0, 3), (1,), (29,), (1, 29), (29, 1), (5, 29), (29, 5), (3, 1, 5, 2), (2, 97)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.complex64]
 
 
