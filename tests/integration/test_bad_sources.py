@@ -265,6 +265,11 @@ BAD: dict[str, Bad] = {
             ("b.wieght", "unexpected"),
         },
     ),
+    "a missing shard and a wrong shape: first the files": Bad(
+        lambda p: (p.file("two").unlink(), p.change("one", a__weight=torch.zeros(1))),
+        SOURCE,
+        {("two.safetensors", "missing")},
+    ),
     **{
         f"an index that points to {name}": Bad(
             lambda p, name=name: move_out(p, name),  # type: ignore[misc]

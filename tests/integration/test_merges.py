@@ -14,6 +14,7 @@ from aoti_models import CASES
 from safetensors.torch import save_file
 
 import refitkit
+from refitkit.model import StageStarted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -142,3 +143,21 @@ def test_counters_that_differ_do_not_matter_where_nobody_reads_them(fresh: Fresh
     refitkit.refit(compiled, refitkit.WeightedAverage([(part, 1) for part in parts]))
     wanted = (parts[0]["head.bias"].double() + parts[1]["head.bias"].double()) / 2
     assert torch.equal(compiled.read("head.bias"), wanted.float())
+
+
+def test_an_average_that_goes_on_during_a_refit_is_taken_as_it_was(fresh: Fresh) -> None:
+    """Training does not stop for a refit: whatever comes in meanwhile is for the next one."""
+    ema, compiled = refitkit.Ema(0.5, state("small", 1)), fresh("small")
+
+    class Training:
+        @refitkit.hookimpl
+        def refitkit_event(self, event: object) -> None:
+            if isinstance(event, StageStarted) and event.stage != "load":
+                ema.update(state("small", 2))
+
+    pipeline = refitkit.Pipeline(plugins=[Training()])
+    report = pipeline.refit(compiled, ema, verify="weights").report
+    assert ema.updates > 3
+    assert report.source == "a moving average (updates: 0)"
+    for name, value in state("small", 1).items():
+        assert torch.equal(compiled.read(name), value)

@@ -43,7 +43,7 @@ class Merged:
     """Parts that have the same names, dtypes and shapes, as one source.
 
     Nothing is kept: what is read twice is made twice. While a tensor is made, the tensor of one
-    part at a time is read, and a few of its size are held in the dtype of the sum.
+    part at a time is read; its sum in float32 or float64, and a byte for each element, are held.
     """
 
     def __init__(self, parts: Sequence[WeightSource], formula: Formula, description: str) -> None:

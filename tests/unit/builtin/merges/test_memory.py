@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from refitkit import TaskVectors, WeightedAverage
+from refitkit.builtin.merges import arithmetic
 from refitkit.recipe import TensorMap
 from refitkit.testing.memory import NewMemory
-from tests.unit.builtin.merges.helpers import opened
+from tests.unit.builtin.merges.helpers import opened, same
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,15 +37,20 @@ class Peak(NewMemory):
         return result
 
 
-def parts(count: int) -> list[tuple[Any, float]]:
-    states = [{n: torch.randn(COUNT, dtype=torch.float16) for n in "abcd"} for _ in range(count)]
+def parts(count: int, dtype: torch.dtype) -> list[tuple[Any, float]]:
+    states = [{n: torch.randn(COUNT).to(dtype) for n in "abcd"} for _ in range(count)]
     return [(Read(state), 1.0) for state in states]
 
 
-MERGES: dict[str, Callable[[int], object]] = {
-    "average": lambda count: WeightedAverage(parts(count)),
-    "sum": lambda count: WeightedAverage(parts(count), normalize=False),
-    "tasks": lambda count: TaskVectors(Read(parts(1)[0][0]._tensors), parts(count - 1)),
+def tasks(count: int, dtype: torch.dtype) -> TaskVectors:
+    (base, _), *others = parts(count, dtype)
+    return TaskVectors(base, others)
+
+
+MERGES: dict[str, Callable[[int, torch.dtype], object]] = {
+    "average": lambda *how: WeightedAverage(parts(*how)),
+    "sum": lambda *how: WeightedAverage(parts(*how), normalize=False),
+    "tasks": tasks,
 }
 
 
@@ -62,8 +68,47 @@ def peak_of(merge: object) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("kind", MERGES)
-def test_parts_are_read_one_by_one(kind: str) -> None:
-    few, many = peak_of(MERGES[kind](3)), peak_of(MERGES[kind](12))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_parts_are_read_one_by_one(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arithmetic, "_PIECE", COUNT // 20)
+    few, many = (peak_of(MERGES[kind](count, dtype)) for count in (3, 12))
     assert few == many
     assert few[1] == 0
-    assert few[0] <= 7 * 4 * COUNT  # some tensors of float32 and masks, made on the way
+    first = value = dtype.itemsize
+    total, equal, pieces = 4, 1, 1  # bytes for each element
+    assert few[0] <= COUNT * (first + value + total + equal + pieces)
+
+
+SHAPES = [(), (0, 3), (1,), (29,), (1, 29), (29, 1), (5, 29), (29, 5), (3, 1, 5, 2), (2, 97)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.complex64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1, 7, 30])
+def test_pieces_do_not_matter(
+    dtype: torch.dtype, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    states = [{str(s): torch.randn(s, dtype=dtype) for s in SHAPES} for _ in range(3)]
+    states[2] = {n: v.t().contiguous().t() if v.dim() == 2 else v for n, v in states[2].items()}
+    for state in states[1:]:
+        for name, value in state.items():
+            if value.dim():
+                value[..., ::2] = states[0][name][..., ::2]
+    shares = [(state, share) for state, share in zip(states, (0.1, 0.7, 1.3), strict=True)]
+    merges = WeightedAverage(shares), TaskVectors(states[0], shares[1:])
+    whole = [{name: opened(merge).get(name) for name in states[0]} for merge in merges]
+    monkeypatch.setattr(arithmetic, "_PIECE", size)
+    for merge, wanted in zip(merges, whole, strict=True):
+        source = opened(merge)
+        assert all(same(source.get(name), value) for name, value in wanted.items())
+
+
+def test_pieces_are_no_larger_than_they_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arithmetic, "_PIECE", 30)
+    for shape in SHAPES:
+        pieces = list(arithmetic._pieces(torch.ones(shape), torch.ones(shape)))
+        assert sum(piece.numel() for piece, _ in pieces) == torch.ones(shape).numel()
+        assert all(piece.numel() <= 30 for piece, _ in pieces)
