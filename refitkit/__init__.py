@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from refitkit.api import compile, inspect, load, plan, refit, verify  # noqa: A004
+    from refitkit.api import compile, diff, inspect, load, plan, refit, verify  # noqa: A004
     from refitkit.config import Config
     from refitkit.errors import (
         CompileError,
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
         WeightMismatchError,
     )
     from refitkit.hookspecs import hookimpl
-    from refitkit.model import RefitReport, VerificationResult
+    from refitkit.model import DiffReport, RefitReport, VerificationResult
     from refitkit.pipeline import CompiledModule, Pipeline, RefitResult
     from refitkit.recipe import RefitPlan
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "refitkit.api": ("compile", "inspect", "load", "plan", "refit", "verify"),
+    "refitkit.api": ("compile", "diff", "inspect", "load", "plan", "refit", "verify"),
     "refitkit.config": ("Config",),
     "refitkit.errors": (
         "CompileError",
@@ -60,7 +60,7 @@ _HOMES = {
         "WeightMismatchError",
     ),
     "refitkit.hookspecs": ("hookimpl",),
-    "refitkit.model": ("RefitReport", "VerificationResult"),
+    "refitkit.model": ("DiffReport", "RefitReport", "VerificationResult"),
     "refitkit.pipeline": ("CompiledModule", "Pipeline", "RefitResult"),
     "refitkit.recipe": ("RefitPlan",),
 }
@@ -71,6 +71,7 @@ __all__ = [
     "CompiledModule",
     "Config",
     "ConfigError",
+    "DiffReport",
     "EngineError",
     "InputMismatchError",
     "ModuleLostError",
@@ -93,6 +94,7 @@ __all__ = [
     "WeightMismatchError",
     "__version__",
     "compile",
+    "diff",
     "hookimpl",
     "inspect",
     "load",
