@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch.export import ExportedProgram
 
-    from refitkit.model import VerificationResult
+    from refitkit.model import DiffReport, VerificationResult
     from refitkit.recipe import RefitPlan
 
 
@@ -86,6 +86,11 @@ def refit_all(modules: Iterable[Sequence[Any]], **how: Any) -> RefitResults:
 def verify(target: object, weights: object, **how: Any) -> VerificationResult:
     """Judge whether a module holds weights; see :meth:`refitkit.Pipeline.verify`."""
     return Pipeline().verify(target, weights, **how)
+
+
+def diff(a: object, b: object, *, plan: RefitPlan | None = None) -> DiffReport:
+    """What two sets of weights differ in; see :meth:`refitkit.Pipeline.diff`."""
+    return Pipeline().diff(a, b, plan=plan)
 
 
 def inspect(path: str | Path) -> Mapping[str, Any]:

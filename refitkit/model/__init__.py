@@ -1,5 +1,6 @@
 """Values: data only, frozen, free of torch. What is stored or shown is a pydantic model."""
 
+from refitkit.model.diff import DiffReport, DiffRow
 from refitkit.model.events import Event, StageFinished, StageStarted, Step
 from refitkit.model.layers import LayerType
 from refitkit.model.plan import (
@@ -44,6 +45,8 @@ __all__ = [
     "Argument",
     "CallRef",
     "ChangeRow",
+    "DiffReport",
+    "DiffRow",
     "EngineMemory",
     "Event",
     "Fingerprint",

@@ -14,6 +14,7 @@ from refitkit.pipeline import load as loading
 from refitkit.pipeline.cache import PlanCache, wanted
 from refitkit.pipeline.clock import Clock
 from refitkit.pipeline.compiled import CompiledModule
+from refitkit.pipeline.diff_sides import Differ
 from refitkit.pipeline.judge import judge_module
 from refitkit.pipeline.origin import Origin
 from refitkit.pipeline.plan import make_plan
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from torch.export import ExportedProgram
 
-    from refitkit.model import VerificationResult
+    from refitkit.model import DiffReport, VerificationResult
     from refitkit.program import KeptProgram
     from refitkit.protocols import Backend, OpenedModule, WeightSource
 
@@ -462,6 +463,35 @@ class Pipeline:
         """
         wish = Wish(weights, plan, inputs, reference, with_)
         return judge_module(self.host, self.config, self._compiled(target), wish)
+
+    def diff(self, a: object, b: object, *, plan: RefitPlan | None = None) -> DiffReport:
+        """What two sets of weights differ in, tensor by tensor and from all elements.
+
+        Nothing is changed, and no more than a pair of tensors is in memory at a time. With a module
+        and weights, what its slots hold is compared with what a refit would give them. Two modules
+        have to be of one model. Two weights are compared by their names, as they are; with a plan,
+        as its program reads them.
+
+        Args:
+            a: Anything that a plugin can read as weights; else a compiled module, or anything
+                ``load`` opens, which runs the code in it.
+            b: Likewise; relative changes are relative to A.
+            plan: How weights become slots; the module's own where None.
+
+        Raises:
+            SourceError: Neither weights nor a module, or it cannot be read; lists all of it.
+            WeightMismatchError: The weights do not fit the module, or the modules are of different
+                models; lists every problem.
+            UnsupportedTargetError: Nobody knows what a module holds: its engines cannot be read,
+                and were not refitted since they were opened.
+            PlanMismatchError: The module has no plan, or the plan is for another one.
+            ConfigError: There are rules, and no program to apply them for.
+        """
+        clock, differ = Clock(self.host, "diff"), Differ(self.host, self.config, self.load, plan)
+        with clock.stage("open"):
+            sides = differ.opened(a, b)
+        with clock.stage("compare"):
+            return differ.diff(*sides)
 
     def open_weights(self, weights: object, plan: RefitPlan | None = None) -> WeightSource:
         """Anything that a plugin can read, as a weight source.

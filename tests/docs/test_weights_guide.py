@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from refitkit.cli.diff import diff_command
 from refitkit.cli.refit import refit_command
 from refitkit.cli.settings import read_settings
 from refitkit.cli.verify import verify_command
@@ -16,7 +17,7 @@ from refitkit.model.rules import WRAPPERS
 if TYPE_CHECKING:
     import pytest
 
-COMMANDS = {"refit": refit_command, "verify": verify_command}
+COMMANDS = {"diff": diff_command, "refit": refit_command, "verify": verify_command}
 PAGE = (Path(__file__).parents[2] / "docs/guides/weights.md").read_text()
 BLOCKS = dict(re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", PAGE, re.DOTALL))
 

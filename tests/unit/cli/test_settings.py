@@ -146,6 +146,7 @@ def test_wrong_flags_are_named(
     assert outcome.code == 2
     assert flag in outcome.error["message"]
     assert says in outcome.error["message"]
+    assert "Value error" not in outcome.error["message"]
     assert all(plugin.module.holds()[name].equal(value) for name, value in before.items())
 
 
@@ -178,6 +179,9 @@ to = "b"
 [plugin_settings.fake]
 limit = 1
 other = 2
+
+[plugin_settings.rules]
+unread = true
 """
 
 
@@ -202,7 +206,8 @@ def test_a_file_and_flags_over_it(
     found = plugin.config
     assert (found.rules.subtree, found.rules.cast) == ("top.", "lossless")
     assert [rule.pattern for rule in found.rules.rename] == ["c"]
-    assert found.plugin_settings == {"fake": {"limit": 7, "other": 2}}
+    settings = {"fake": {"limit": 7, "other": 2}, "rules": {"unread": True}}
+    assert found.plugin_settings == settings
     assert found.changes == "exact"
 
 
@@ -257,6 +262,11 @@ def test_everything_wrong_in_a_file_is_told(
     outcome = refit(new(plugin), "--config", file)
     subjects = {problem["subject"] for problem in outcome.error["problems"]}
     assert subjects == {"checks", "delta", "rules.cast"}
+    file.write_text('{"rules": 1, "plugin_settings": 2}')
+    outcome = refit(new(plugin), "--config", file, "--cast", "any", "--set", "fake.x=1")
+    assert outcome.code == 2
+    subjects = {problem["subject"] for problem in outcome.error["problems"]}
+    assert subjects == {"rules", "plugin_settings"}
 
 
 def test_files_that_are_not_there(
@@ -274,7 +284,7 @@ RULES = {"--rename", "--subtree", "--pack", "--cast"}
 SETTINGS = {"--config", "--set"}
 
 
-@pytest.mark.parametrize("command", ["refit", "verify"])
+@pytest.mark.parametrize("command", ["refit", "verify", "diff"])
 def test_commands_that_read_weights_take_rules(run: Callable[..., Outcome], command: str) -> None:
     said = run(command, "--help").out
     assert all(flag in said for flag in RULES | SETTINGS)
