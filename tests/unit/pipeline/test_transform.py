@@ -432,7 +432,7 @@ def test_settings_of_no_plugin_are_refused() -> None:
 
 
 def test_what_was_made_tells_what_from() -> None:
-    """Of entries that a group makes, what it takes; of others themselves; of unknown ones nothing."""
+    """Of what a group makes all that it takes, of all else the name itself."""
     pipeline = pipeline_with(Quantizer())
     plan = plan_for(module_of(FLOATS["w"]))
     made: Any = pipeline.open_weights({"w": FLOATS["w"], "b": FLOATS["b"]}, plan)
