@@ -282,6 +282,19 @@ def test_entries_of_other_kinds_of_adapters(key, refuses, folder, made):
     assert kinds(error) == [(key, "cannot be merged")]
 
 
+def test_one_weight_by_two_names(refuses, folder, made):
+    pairs = {"A": "down", "B": "up"}
+    more = {
+        f"lora_unet_one.lora_{other}.weight": folder.tensors()[
+            f"base_model.model.one.lora_{side}.weight"
+        ]
+        for side, other in pairs.items()
+    }
+    folder.write({**folder.tensors(), **more})
+    error = refuses(WeightMismatchError, {str(made.path): 1.0})
+    assert kinds(error) == [("one.weight", "given twice")]
+
+
 def test_parts_without_their_others(refuses, folder, made):
     tensors = folder.tensors()
     del tensors["base_model.model.one.lora_B.weight"]

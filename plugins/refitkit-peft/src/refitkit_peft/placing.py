@@ -41,6 +41,10 @@ class Shift:
         """The path in the base."""
         return self.prefix + ".".join(path.split(".")[self.cut :])
 
+    def keeps_apart(self, *groups: Collection[str]) -> bool:
+        """Whether no two paths of a group become one."""
+        return all(len({*map(self.of, group)}) == len({*group}) for group in groups)
+
 
 class Places:
     """Names of a base, to look up modules in."""
@@ -77,7 +81,8 @@ class Places:
         if not wanted or self._all(Shift(), modules, wholes):
             return Shift(), []
         some, leaves = (list(modules), _LEAVES) if modules else (list(wholes), ("",))
-        candidates = self._shifts({some[0], some[len(some) // 2], some[-1]}, leaves)
+        found = self._shifts({some[0], some[len(some) // 2], some[-1]}, leaves)
+        candidates = [one for one in found if one.keeps_apart(modules, wholes)]
         fitting = [one for one in candidates if self._all(one, modules, wholes)]
         if len(fitting) == 1:
             return fitting[0], []
