@@ -9,16 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from refitkit.api import (  # noqa: A004
-        compile,
-        diff,
-        inspect,
-        load,
-        plan,
-        refit,
-        refit_all,
-        verify,
-    )
+    from refitkit.api import compile, diff, inspect, load, plan, refit, refit_all, verify  # noqa: A004
     from refitkit.builtin.merges.descriptions import TaskVectors, WeightedAverage
     from refitkit.builtin.merges.ema import Ema
     from refitkit.config import Config

@@ -234,6 +234,32 @@ def test_one_prefix_has_to_do_for_the_whole_adapter(net, adapter):
     assert {problem.kind for problem in caught.value.problems} == {"unknown module"}
 
 
+def test_two_modules_never_share_a_place(tmp_path):
+    torch.manual_seed(0)
+    towers = torch.nn.ModuleDict(
+        {side: torch.nn.ModuleDict({"lin": torch.nn.Linear(3, 3)}) for side in ("left", "right")}
+    )
+    made = make_adapter(towers, tmp_path / "a", target_modules=["lin"])
+    one = {f"lin.{name}": value for name, value in torch.nn.Linear(3, 3).state_dict().items()}
+    with pytest.raises(WeightMismatchError) as caught:
+        open_weights(Lora(one, {str(made.path): 1.0}))
+    assert {p.subject.rpartition(": ")[2] for p in caught.value.problems} == {
+        "left.lin",
+        "right.lin",
+    }
+
+
+def test_one_module_that_is_nowhere_does_not_hide_where_the_others_are(net, adapter):
+    made = adapter(target_modules=["lin", "two", "small", "flat"])
+    base = {f"model.{n}": v for n, v in net.state_dict().items()}
+    names = [name for name, _ in factors_of(made).items()]
+    for lacking in names:
+        some = {n: v for n, v in base.items() if not n.startswith(f"model.{lacking}.")}
+        with pytest.raises(WeightMismatchError) as caught:
+            open_weights(Lora(some, {str(made.path): 1.0}))
+        assert [p.subject.rpartition(": ")[2] for p in caught.value.problems] == [lacking]
+
+
 @pytest.mark.parametrize("live", [True, False])
 def test_a_base_that_has_adapters_in_it_is_taken_without_them(live, net, adapter):
     inside = adapter(5, target_modules=[*MODULES, "emb"], modules_to_save=["head"])

@@ -282,6 +282,17 @@ def test_entries_of_other_kinds_of_adapters(key, refuses, folder, made):
     assert kinds(error) == [(key, "cannot be merged")]
 
 
+def test_one_weight_by_two_names():
+    base = {"a.b.weight": torch.zeros(3, 3)}
+    names = {"a.b.lora_A": (2, 3), "a.b.lora_B": (3, 2)}
+    names |= {"lora_unet_a_b.lora_down": (2, 3), "lora_unet_a_b.lora_up": (3, 2)}
+    adapters = refitkit_peft.Base(base)
+    adapters.add("a", {f"{name}.weight": torch.ones(shape) for name, shape in names.items()})
+    with pytest.raises(WeightMismatchError) as caught:
+        refitkit.Pipeline().open_weights(Lora(adapters, {"a": 1.0}))
+    assert kinds(caught.value) == [("a.b.weight", "given twice")]
+
+
 def test_parts_without_their_others(refuses, folder, made):
     tensors = folder.tensors()
     del tensors["base_model.model.one.lora_B.weight"]

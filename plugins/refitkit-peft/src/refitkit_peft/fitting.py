@@ -198,7 +198,11 @@ class Fitting:
         self._problems += problems
 
     def _add(self, name: str, edit: Edit) -> None:
-        self._edits.setdefault(name, []).append(edit)
+        some = self._edits.setdefault(name, [])
+        if any(type(other) is type(edit) for other in some):
+            hint = "entries of the adapter that are called otherwise are for the same weight"
+            self._problems.append(Problem(name, "given twice", hint=hint))
+        some.append(edit)
 
 
 def _factors(parts: ModuleParts) -> tuple[torch.Tensor, torch.Tensor]:

@@ -41,6 +41,10 @@ class Shift:
         """The path in the base."""
         return self.prefix + ".".join(path.split(".")[self.cut :])
 
+    def keeps_apart(self, *groups: Collection[str]) -> bool:
+        """Whether no two paths of a group become one."""
+        return all(len({*map(self.of, group)}) == len({*group}) for group in groups)
+
 
 class Places:
     """Names of a base, to look up modules in."""
@@ -76,13 +80,14 @@ class Places:
         wanted = [*modules, *wholes]
         if not wanted or self._all(Shift(), modules, wholes):
             return Shift(), []
-        first, leaves = (modules, _LEAVES) if modules else (wholes, ("",))
-        candidates = self._shifts(next(iter(first)), leaves)
+        some, leaves = (list(modules), _LEAVES) if modules else (list(wholes), ("",))
+        found = self._shifts({some[0], some[len(some) // 2], some[-1]}, leaves)
+        candidates = [one for one in found if one.keeps_apart(modules, wholes)]
         fitting = [one for one in candidates if self._all(one, modules, wholes)]
         if len(fitting) == 1:
             return fitting[0], []
         if fitting:
-            return None, [_ambiguous(next(iter(first)), fitting)]
+            return None, [_ambiguous(some[0], fitting)]
         best = max([Shift(), *candidates], key=lambda one: self._count(one, modules, wholes))
         return best, list(self._lacking(best, modules, wholes))
 
@@ -95,9 +100,9 @@ class Places:
         found = sum(self.weight_of(shift.of(one)) is not None for one in modules)
         return found + sum(self.has(shift.of(one)) for one in wholes)
 
-    def _shifts(self, path: str, leaves: Collection[str]) -> list[Shift]:
-        """Shifts that lead from one path to something in the base."""
-        ends = [f"{path}.{leaf}" if leaf else path for leaf in leaves]
+    def _shifts(self, paths: Collection[str], leaves: Collection[str]) -> list[Shift]:
+        """Shifts that lead from one of some paths to something in the base."""
+        ends = [f"{path}.{leaf}" if leaf else path for path in paths for leaf in leaves]
         longer = {
             Shift(0, name.removesuffix(end))
             for name in self._names
@@ -106,8 +111,8 @@ class Places:
         }
         shorter = {
             Shift(cut)
-            for cut in range(1, path.count(".") + 1)
             for end in ends
+            for cut in range(1, end.count(".") + 1)
             if Shift(cut).of(end) in self._names
         }
         return sorted(longer | shorter, key=lambda one: (one.cut, one.prefix))

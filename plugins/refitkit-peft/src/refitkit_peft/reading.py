@@ -29,8 +29,8 @@ CONFIG = "adapter_config.json"
 _STEM = "adapter_model"
 _KINDS = (".safetensors", ".bin")
 _METADATA = "lora_adapter_metadata"
-_MEMORY_LIMIT = 1 << 36
-"""Bytes of an adapter: it is read whole."""
+_LIMIT = 1 << 34
+"""Elements of an adapter: it is read whole."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _copies(source: WeightSource, what: str) -> dict[str, torch.Tensor]:
     if problems:
         raise SourceError(f"{what} holds more than tensors.", problems=problems)
     size = sum(info.count for info in infos.values())
-    if size > _MEMORY_LIMIT:
+    if size > _LIMIT:
         raise SourceError(f"{what} is too large for an adapter: {size} elements.")
     return {
         name: source.get(name).detach().to("cpu", copy=True).contiguous() for name in source.names()
