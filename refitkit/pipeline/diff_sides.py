@@ -102,7 +102,6 @@ class Differ:
         with ExitStack() as held:
             for module in modules.values():
                 held.enter_context(module.gate.refit())
-                held.enter_context(module.gate.call())
             return compared(*self._sources(a, b))
 
     def _sources(self, a: Side, b: Side) -> tuple[WeightSource, WeightSource]:

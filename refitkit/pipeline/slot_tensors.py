@@ -56,14 +56,13 @@ class SlotTensors:
     def info(self, fqn: str) -> TensorInfo:
         """What the engine says of a slot; where it knows no shape, the tensor is flat."""
         slot, _ = self._tensors[fqn]
-        shape = slot.shape if slot.shape is not None else (slot.count,)
-        return TensorInfo(dtype=slot.dtype, shape=shape)
+        return TensorInfo(dtype=slot.dtype, shape=_shape(slot))
 
     def get(self, fqn: str) -> torch.Tensor:
         """Its tensor."""
         slot, load = self._tensors[fqn]
         value = load()
-        return value.reshape(-1) if slot.shape is None else value
+        return value.reshape(_shape(slot)) if value.numel() == slot.count else value
 
 
 def held_by(compiled: CompiledModule, slots: Iterable[Slot]) -> SlotTensors:
@@ -93,9 +92,13 @@ def held_by(compiled: CompiledModule, slots: Iterable[Slot]) -> SlotTensors:
 def given_by(
     description: str, compiled: CompiledModule, values: Iterable[SlotValue]
 ) -> SlotTensors:
-    """What slots of a module would get."""
-    loads = [(value.slot, value.load) for value in values]
+    """What slots of a module would get. A plan may know shapes that the engine does not."""
+    loads = [(compiled.engines[v.slot.engine].slots[v.slot.name], v.load) for v in values]
     return SlotTensors(description, loads, engines=len(compiled.engines))
+
+
+def _shape(slot: Slot) -> tuple[int, ...]:
+    return slot.shape if slot.shape is not None else (slot.count,)
 
 
 def _known(engine: Engine, slot: str) -> torch.Tensor | None:

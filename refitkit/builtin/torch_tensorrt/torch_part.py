@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from refitkit.builtin.torch_tensorrt.torch_tensors import tensors_in
+from refitkit.builtin.torch_tensorrt.torch_tensors import tensor_in, tensors_in
 from refitkit.errors import Problem, WeightMismatchError
 from refitkit.model import EngineMemory, Slot
 from refitkit.program.bits import same_bits
@@ -80,7 +80,7 @@ class TorchPartEngine:
 
     def read(self, slot: str) -> torch.Tensor:
         """The live tensor itself."""
-        return self.live[slot]
+        return tensor_in(self._module, slot).detach()
 
     def stage(self, values: Sequence[SlotValue]) -> StagedTensors:
         """Copy new values for all tensors.
