@@ -189,13 +189,30 @@ def test_bits_do_not_depend_on_threads_or_settings_around(threads, tmp_path):
     assert same(alone, again)
 
 
-def test_products_are_exact_whatever_precision_a_user_allows(net, adapter):
+def unknown() -> str:
+    raise RuntimeError("precision was set in two ways")
+
+
+@pytest.mark.parametrize(
+    ("told", "dtype"),
+    [
+        (lambda: "highest", torch.float32),
+        (lambda: "high", torch.float64),
+        (lambda: "medium", torch.float64),
+        (unknown, torch.float64),
+    ],
+)
+def test_products_are_exact_whatever_precision_a_user_allows(
+    told, dtype, net, adapter, monkeypatch
+):
+    """Not every CPU makes use of being allowed less, so what is multiplied is looked at, too."""
     made = adapter(target_modules=LAYERS)
-    torch.set_float32_matmul_precision("medium")
-    try:
-        found = weights_of(open_weights(Lora(net, {str(made.path): 0.7})))
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    multiply, seen = torch.addmm, set()
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", told)
+    monkeypatch.setattr(torch, "addmm", lambda a, b, c: seen.add(b.dtype) or multiply(a, b, c))
+    found = weights_of(open_weights(Lora(net, {str(made.path): 0.7})))
+    monkeypatch.undo()
+    assert seen == {dtype}
     for name, value in made.merged(0.7).items():
         assert_close(found[name], value, name)
 
