@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from refitkit.model import DiffReport, DiffRow
 
-DIFFERENT = 1
-"""The exit code that ``--exit-code`` gives where they differ, as git diff does."""
+DIFFERENT = 4
+"""The exit code that ``--exit-code`` gives where they differ: one that no failure has."""
 
 _COLUMNS = ("name", "state", "dtype", "shape", "relative", "largest", "share")
 
@@ -39,7 +39,7 @@ _COLUMNS = ("name", "state", "dtype", "shape", "relative", "largest", "share")
 @click.option(
     "--all", "everything", is_flag=True, help="Show all rows, also those that are the same."
 )
-@click.option("--exit-code", is_flag=True, help="Exit with 1 if they differ.")
+@click.option("--exit-code", is_flag=True, help=f"Exit with {DIFFERENT} if they differ.")
 @weight_options
 @common_options
 @click.pass_obj
