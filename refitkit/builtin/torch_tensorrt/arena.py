@@ -63,8 +63,9 @@ class Constant:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Constant | None:
-        """A tensor as it is now; None where torch does not count its changes."""
-        return None if tensor.is_inference() else cls(tensor, tensor._version)  # noqa: SLF001
+        """A tensor as it is now; None where torch does not count its changes, or puts off some."""
+        uncertain = tensor.is_inference() or tensor.is_neg() or tensor.is_conj()
+        return None if uncertain else cls(tensor, tensor._version)  # noqa: SLF001
 
     def is_same_as(self, other: Constant | None) -> bool:
         """Whether both are the same elements of the same memory, unchanged in between."""

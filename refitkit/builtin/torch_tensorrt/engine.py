@@ -111,11 +111,10 @@ class RefitterEngine:
     @property
     def memory(self) -> EngineMemory:
         """The second set of weights; engine bytes where nobody knows the live weights."""
-        if not self.knows_live:
+        if self._sets is None or not self._sets.known:
             size = len(self.handle.engine_bytes())
             return EngineMemory(engine=self.name, kind="engine-bytes", bytes=size)
-        size = self.sets.nbytes
-        return EngineMemory(engine=self.name, kind=self._options.keep, bytes=size)
+        return EngineMemory(engine=self.name, kind=self._options.keep, bytes=self._sets.nbytes)
 
     @property
     def name_map(self) -> Mapping[str, Any] | None:

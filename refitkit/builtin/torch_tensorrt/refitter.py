@@ -183,7 +183,7 @@ class PersistentRefitter:
 
         Work that is pending on the current stream is waited for, and so is all other work of the
         device: TensorRT leaves undefined what happens to calls that are still running. That wait
-        takes up to a millisecond even where there is nothing to wait for.
+        takes up to two milliseconds even where there is nothing to wait for.
 
         Args:
             idle: Whether no call of the engine can be pending: then only the stream is waited for.

@@ -138,7 +138,6 @@ class Uploader:
         finally:
             self._chunks, self._read = [], [None, None]
             self._waiting, self._held = [], 0
-            self._packed, self._used = {}, 0
 
 
 def _end_to_end(values: list[torch.Tensor], *, pinned: bool) -> torch.Tensor:

@@ -406,7 +406,8 @@ def test_a_constant_that_was_written_to_is_copied_again(runtime: str) -> None:
 def test_another_part_of_the_same_memory_is_another_constant(runtime: str) -> None:
     engine, handle = engine_of("e", A, runtime=runtime)
     memory = torch.arange(8.0)
-    for constant in (memory[:2], memory[:4:2], memory[2:4], memory[:2]):
+    turned = torch._neg_view(memory[:2])
+    for constant in (memory[:2], turned, memory[:4:2], turned, memory[2:4], memory[:2]):
         staged_with(engine, B, constant).commit()
         assert holds(handle, B, constant)
 
