@@ -229,6 +229,8 @@ def _checked(memory: Kind, device: str | torch.device, keep: int) -> tuple[Kind,
 
 
 def _described(base: str, lora: Lora) -> str:
-    """What a report says: "base 'x' + 0.7 of 'a'"."""
-    added = "".join(f" + {scale:g} of {name!r}" for name, scale in lora.adapters.items())
-    return f"base {base}{added}"
+    """What a report says: "base 'x' + 0.7 of 'a' - 0.2 of 'b'"."""
+    signed = (
+        (name, "-" if scale < 0 else "+", abs(scale)) for name, scale in lora.adapters.items()
+    )
+    return f"base {base}" + "".join(f" {sign} {size:g} of {name!r}" for name, sign, size in signed)
