@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import threading
 from pathlib import Path
@@ -14,7 +15,7 @@ from peft_models import make_net, open_weights, same, weights_of
 from refitkit.errors import ConfigError, SourceError, WeightMismatchError
 from refitkit.recipe import TensorMap
 from refitkit.testing.watching import Watched
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from refitkit_peft import Base, Lora
 
@@ -282,6 +283,24 @@ def test_a_folder_is_all_of_its_files(net, tmp_path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(SourceError, match="is not the base that was opened"):
         open_weights(base)
+
+
+def test_an_adapter_that_was_added_stays_as_it_was(net, x):
+    base = Base(net, "host", keep=0)
+    path = x.path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    config = json.loads((x.path / "adapter_config.json").read_text())
+    base.add("file", x.path)
+    base.add("tensors", tensors, config)
+    wanted = weights_of(open_weights(Lora(base, {"file": 1.0})))
+    for value in tensors.values():
+        value.zero_()
+    size = path.stat().st_size
+    with path.open("r+b") as file:  # in place: what has it mapped sees that
+        file.seek(size // 2)
+        file.write(bytes(size - size // 2))
+    for name in ("file", "tensors"):
+        assert same(weights_of(open_weights(Lora(base, {name: 1.0}))), wanted)
 
 
 def test_an_adapter_that_was_saved_anew_is_read_anew(net, x, y):

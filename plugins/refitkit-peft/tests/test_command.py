@@ -51,7 +51,7 @@ def test_a_base_with_adapters_goes_in_and_comes_out_again(folder, tmp_path):
     done = run(folder, *files, "-o", out, "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["source"] == "base 'base.safetensors' + 0.5 of 'a' + -0.25 of 'b=1'"
+    assert report["source"] == "base 'base.safetensors' + 0.5 of 'a' - 0.25 of 'b=1'"
     assert report["outcome"] == "committed"
     assert report["verification"]["verifier"] == "outputs"
     done = run(folder, "base.safetensors", "-o", str(tmp_path / "again.refitkit"))

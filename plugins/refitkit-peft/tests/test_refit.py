@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import refitkit
 import torch
-from peft_models import assert_close, make_adapter, same, slots_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft_models import assert_close, bits, make_adapter, same, slots_of
 
 import refitkit_peft
 from refitkit_peft import Lora
@@ -178,6 +180,52 @@ def test_a_swap_writes_what_either_adapter_touches_and_nothing_else(scene):
     assert written({"y": 1.0, "x": 0.0}) == 0
     assert written({}) == len(y)
     assert written({}) == 0
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from([{}, {"x": 1.0}, {"y": 1.0}, {"x": -0.5, "y": 1.0}, {"x": 0.5, "z": 0.25}]),
+        st.sampled_from(["ready", "ready", "unready", "given"]),
+        st.sampled_from([True, True, False]),
+    ),
+    min_size=3,
+    max_size=10,
+)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(STEPS)
+def test_after_any_refits_the_engine_holds_what_was_asked_for_last(convnet, bases, steps):
+    """Whatever was live, whichever base it came from, and whatever was known of it."""
+    for adapters, which, delta in steps:
+        refitkit.refit(convnet.compiled, Lora(bases[which], adapters), delta=delta, verify="none")
+        truth = refitkit.Pipeline().open_weights(Lora(bases["truth"], adapters))
+        for name, value in slots_of(convnet.compiled).items():
+            assert torch.equal(bits(value), bits(truth.get(name.removeprefix("model ")))), name
+
+
+@pytest.fixture(scope="module")
+def convnet(tmp_path_factory):
+    return Scene("convnet", tmp_path_factory.mktemp("adapters"), "aotinductor")
+
+
+@pytest.fixture(scope="module")
+def bases(convnet):
+    made = {
+        "ready": convnet.base(keep=8),
+        "unready": convnet.base(keep=1),
+        "given": convnet.base("given"),
+        "truth": convnet.base(keep=0),
+    }
+    for base in made.values():
+        base.add(
+            "z",
+            {
+                "stem.lora_A.weight": torch.ones(2, 3, 3, 3),
+                "stem.lora_B.weight": torch.ones(16, 2, 1, 1),
+            },
+        )
+    return made
 
 
 def test_engine_bytes_are_those_of_a_build_from_the_merged_model(network):

@@ -11,6 +11,7 @@ from refitkit.errors import ConfigError, Problem
 
 from refitkit_peft import reading
 from refitkit_peft.combining import combined
+from refitkit_peft.files import Files, path_of
 from refitkit_peft.keeping import Adapters, ReadySets
 from refitkit_peft.memory import KINDS
 from refitkit_peft.placing import Places
@@ -114,7 +115,9 @@ class Base:
         keep: int,
     ) -> None:
         self._open = opener
-        self._store = Store(weights, opener(weights), *place)
+        path = path_of(weights)
+        files = None if path is None else Files.at(path)  # before it is read
+        self._store = Store(weights, opener(weights), files, *place)
         self._places = Places(self._store.names())
         self._adapters = Adapters(opener)
         self._ready = ReadySets(keep)
@@ -226,6 +229,8 @@ def _checked(memory: Kind, device: str | torch.device, keep: int) -> tuple[Kind,
 
 
 def _described(base: str, lora: Lora) -> str:
-    """What a report says: "base 'x' + 0.7 of 'a'"."""
-    added = "".join(f" + {scale:g} of {name!r}" for name, scale in lora.adapters.items())
-    return f"base {base}{added}"
+    """What a report says: "base 'x' + 0.7 of 'a' - 0.2 of 'b'"."""
+    signed = (
+        (name, "-" if scale < 0 else "+", abs(scale)) for name, scale in lora.adapters.items()
+    )
+    return f"base {base}" + "".join(f" {sign} {size:g} of {name!r}" for name, sign, size in signed)

@@ -8,7 +8,6 @@ import torch
 from refitkit.errors import Problem, SourceError
 from refitkit.protocols import KnowsRevisions
 
-from refitkit_peft.files import Files, path_of
 from refitkit_peft.keys import names_of_base
 from refitkit_peft.memory import copied, nbytes_of
 
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from refitkit.model import TensorInfo
     from refitkit.protocols import WeightSource
 
+    from refitkit_peft.files import Files
     from refitkit_peft.memory import Kind
 
 
@@ -33,13 +33,19 @@ class Store:
     """
 
     def __init__(
-        self, weights: object, source: WeightSource, kind: Kind, device: torch.device
+        self,
+        weights: object,
+        source: WeightSource,
+        files: Files | None,
+        kind: Kind,
+        device: torch.device,
     ) -> None:
         """Open it, and make the copies.
 
         Args:
             weights: What the user gave.
             source: The same, opened.
+            files: The files that it lies in, as they were before that; None: in none.
             kind: Where it is to be.
             device: The device of ``device``.
 
@@ -53,8 +59,7 @@ class Store:
         self.infos: Mapping[str, TensorInfo] = {
             name: source.info(own) for name, own in self._own.items()
         }
-        path = path_of(weights)
-        self._files = None if path is None else Files.at(path)
+        self._files = files
         mapped = kind == "mapped" and self._files is not None
         self.kind: Kind = kind
         self._copies: Mapping[str, torch.Tensor] = {}
