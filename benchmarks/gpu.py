@@ -5,7 +5,8 @@ side, which takes a minute or two; then one after another has the machine alone 
 milliseconds. Tables come last, and everything is written to a file whenever a process is done.
 
 usage: python benchmarks/gpu.py [results.json] [--models resnet18 ...] [--dtypes float16 ...]
-                                [--budget SECONDS] [--runs 30] [--upstream [resnet18 ...]]
+                                [--pairs resnet18:float16 ...] [--budget SECONDS] [--runs 30]
+                                [--upstream [resnet18 ...]]
 """
 
 from __future__ import annotations
@@ -108,12 +109,17 @@ class Job:
             known["error"] = f"exit {code}"
         if code or "failed" in known:
             log = self.file.with_suffix(".log")
-            known["log"] = log.read_text()[-3000:] if log.exists() else ""
+            lines = log.read_text().splitlines() if log.exists() else []
+            told = (line for line in lines if not line.startswith("Extension modules"))
+            known["log"] = "\n".join(told)[-3000:]
         return known
 
 
 def jobs_of(given: argparse.Namespace) -> Iterator[list[Job]]:
     """Batches, each of processes that compile side by side."""
+    if given.pairs:
+        yield [Job(*pair.split(":")) for pair in given.pairs]
+        return
     for dtype in given.dtypes:
         first = dtype == "float32"
         batch = []
@@ -187,6 +193,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("results", type=Path, nargs="?", help="write the numbers to this file")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--pairs", nargs="+", metavar="MODEL:DTYPE", help="just these, one batch")
     parser.add_argument("--upstream", nargs="*", choices=MODELS, default=UPSTREAM)
     parser.add_argument("--profile", nargs="*", choices=MODELS, default=PROFILED)
     parser.add_argument("--cpp", nargs="*", choices=MODELS, default=CPP)

@@ -12,6 +12,7 @@ usage: python benchmarks/gpu_measure.py MODEL DTYPE FILE [--runs 30] [--runtime 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import sys
@@ -34,6 +35,7 @@ from gpu_raw import (
     upstream_compiled,
     upstream_refit,
     waiting,
+    yardstick,
 )
 from gpu_tables import SOURCES, gaps, split, summary
 
@@ -199,6 +201,7 @@ class Measurement:
         for source in SOURCES if self._given.runtime == "python" else SOURCES[:1]:
             whole, first, reports = [], [], []
             self._run_in(source)
+            quick = yardstick()
             start = time.perf_counter()
             while len(whole) < self._given.runs and (
                 len(whole) < 5 or time.perf_counter() - start < self._given.limit
@@ -218,6 +221,7 @@ class Measurement:
                 "refit": summary(whole),
                 "first_output": summary(first),
                 "split": split(reports, whole),
+                "yardstick_ms": [quick, yardstick()],
             }
         self.found["correct"]["always"] = right
 
@@ -401,6 +405,7 @@ def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def main() -> None:
+    faulthandler.enable()  # where it dies in native code
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("dtype", choices=DTYPES)

@@ -19,8 +19,10 @@ Found = dict[str, Any]
 class Two:
     """A compiled model, and two sets of weights for it."""
 
-    def __init__(self, model: str = MODEL, **options: Any) -> None:
-        kind, self.dtype = MODELS[model], torch.float32
+    def __init__(
+        self, model: str = MODEL, dtype: torch.dtype = torch.float32, **options: Any
+    ) -> None:
+        kind, self.dtype = MODELS[model], dtype
         self.inputs = kind.inputs(self.dtype)
         self.models = [kind.new(seed, self.dtype) for seed in (0, 1)]
         self.program = exported(self.models[0], self.inputs)

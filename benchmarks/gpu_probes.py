@@ -32,11 +32,16 @@ PROBES = {
     "first_refits_of_options": "gpu_probe_first",
     "distinct_layers": "gpu_probe_first",
     "aotinductor": "gpu_probe_aoti",
+    "warm_refits": "gpu_probe_warm",
+    "loggers": "gpu_probe_warm",
+    "looks": "gpu_probe_warm",
+    "what_a_refitter_has": "gpu_probe_warm",
+    "gpt2_half": "gpu_probe_warm",
     "warming_beside": "gpu_probe_first",
 }
 """Probes, and the module that each is in."""
-ALONE = ("warming_beside",)
-"""Probes that measure how long calls wait: they run when the others are done."""
+ALONE = ("warm_refits", "looks", "warming_beside")
+"""Probes that time milliseconds: they run when the others are done."""
 
 
 def run_here(name: str, file: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from gpu_raw import many
 
 from refitkit.builtin.checks import finite, names
+from refitkit.builtin.torch_tensorrt import engine as units
 from refitkit.builtin.torch_tensorrt import staging
 from refitkit.builtin.torch_tensorrt.engine import RefitterEngine
 from refitkit.builtin.torch_tensorrt.refitter import PersistentRefitter
@@ -45,7 +46,7 @@ WATCHED: tuple[tuple[Any, str], ...] = (
     (refitting, "check_abilities"),
     (refitting, "require_all"),
     (refitting, "overrides"),
-    (staging, "check_names"),
+    (units, "require_values"),
     (WeightSets, "begin"),
     (staging, "fill"),
     (staging, "_misfits"),

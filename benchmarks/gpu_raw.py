@@ -63,6 +63,20 @@ def waiting() -> float:
     return statistics.median(seconds(lambda: None) for _ in range(20)) * 1e3
 
 
+def yardstick() -> float:
+    """Milliseconds of a fixed piece of plain Python: how fast this process is just now.
+
+    On shared machines it is three times as fast at one time as at another.
+    """
+    found = []
+    for _ in range(5):
+        start, kept = time.perf_counter(), dict[int, tuple[int, str]]()
+        for number in range(10_000):
+            kept[number & 255] = (number, str(number))
+        found.append(time.perf_counter() - start)
+    return statistics.median(found) * 1e3
+
+
 def copies(nbytes: int) -> dict[str, float]:
     """Milliseconds of copies of so many bytes, each in one piece; medians of 20."""
     here = torch.ones(nbytes, dtype=torch.uint8, device="cuda")

@@ -133,6 +133,8 @@ REFITS = (
     Column("copy on the device ms", lambda row: row["copies"]["device_ms"]),
     Column("copy from pinned ms", lambda row: row["copies"]["pinned_ms"]),
     Column("refit alone over device copy", _over_copy),
+    Column("plain Python before ms", lambda row: row["refit"]["device"]["yardstick_ms"][0]),
+    Column("and after ms", lambda row: row["refit"]["device"]["yardstick_ms"][1]),
 )
 SPLITS = (
     *NAME,

@@ -1,12 +1,13 @@
 """Anonymous memory of a refit from a sharded checkpoint that is as large as the engine.
 
-usage: python benchmarks/sharded_memory.py [--gigabytes 4.3] [--shards 10] [--give-up] [--json FILE]
+usage: python benchmarks/sharded_memory.py [--gigabytes 4.3] [--shards 10] [--json FILE]
 
 A model of a few large linear layers is compiled and saved by one process, which also writes a
 checkpoint with other weights: several ``.safetensors`` files and their index. A fresh process then
-loads the saved module and refits it from the index, as a server would. Its anonymous memory
-(``RssAnon``: what has no file behind it) is sampled from a third process, all the time; ratios are
-of the whole process, interpreter and libraries included, to the bytes of one set of weights.
+loads the saved module and refits it from the index, as a server would, and another one does so with
+``rollback=False``. Anonymous memory (``RssAnon``: what has no file behind it) is sampled from a
+third process, all the time; ratios are of the whole process, interpreter and libraries included, to
+the bytes of one set of weights.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gigabytes", type=float, default=4.3, help="of one set of weights")
     parser.add_argument("--width", type=int, default=8192, help="of the linear layers")
     parser.add_argument("--shards", type=int, default=10, help="files of the checkpoint")
-    parser.add_argument("--give-up", action="store_true", help="give the previous weights up")
+    parser.add_argument("--give-up", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--inputs", action="store_true", help="verify outputs, not weights")
     parser.add_argument("--delta", action="store_true", help="as a refit that compares")
     parser.add_argument("--folder", type=Path, help="where files go for the time being")
@@ -185,11 +186,17 @@ def table(found: dict[str, Any], *, give_up: bool) -> str:
     return "\n".join(lines)
 
 
-def _in_a_process(stage: str, folder: Path) -> dict[str, Any]:
+def _in_a_process(stage: str, folder: Path, *more: str) -> dict[str, Any]:
     """Run one stage in a fresh process, whose temporary files go into the folder, too."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--stage", stage, "--folder", str(folder)]
+    options = [*sys.argv[1:], *more, "--stage", stage, "--folder", str(folder)]
     environment = {**os.environ, "TMPDIR": str(folder)}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603 - this file
+    done = subprocess.run(  # noqa: S603 - this file
+        [sys.executable, __file__, *options],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -200,21 +207,20 @@ def main() -> None:
         print(json.dumps(make(given.folder, given.gigabytes, given.width, given.shards)))
         return
     if given.stage == "measure":
-        how = {"give_up": True} if given.give_up else {}
+        how = {"rollback": False} if given.give_up else {}
         how |= {"delta": True} if given.delta else {}
         print(json.dumps(measure(given.folder, given.width, how, inputs=given.inputs)))
         return
     folder = Path(tempfile.mkdtemp(prefix="refitkit-sharded-", dir=given.folder))
     try:
-        found = {
-            **_in_a_process("make", folder),
-            **_in_a_process("measure", folder),
-        }
+        made = _in_a_process("make", folder)
+        kept = {**made, **_in_a_process("measure", folder)}
+        given_up = {**made, **_in_a_process("measure", folder, "--give-up")}
     finally:
         shutil.rmtree(folder)
-    print(table(found, give_up=given.give_up))
+    print(table(kept, give_up=False), "", table(given_up, give_up=True), sep="\n")
     if given.json is not None:
-        given.json.write_text(json.dumps(found, indent=2))
+        given.json.write_text(json.dumps({"kept": kept, "given up": given_up}, indent=2))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from refitkit.api import compile, inspect, load, plan, refit, verify  # noqa: A004
+    from refitkit.api import compile, diff, inspect, load, plan, refit, refit_all, verify  # noqa: A004
     from refitkit.builtin.merges.descriptions import TaskVectors, WeightedAverage
     from refitkit.builtin.merges.ema import Ema
     from refitkit.config import Config
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
         WeightMismatchError,
     )
     from refitkit.hookspecs import hookimpl
-    from refitkit.model import RefitReport, VerificationResult
-    from refitkit.pipeline import CompiledModule, Pipeline, RefitResult
+    from refitkit.model import DiffReport, RefitReport, VerificationResult
+    from refitkit.pipeline import CompiledModule, Pipeline, RefitResult, RefitResults
     from refitkit.recipe import RefitPlan
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "refitkit.api": ("compile", "inspect", "load", "plan", "refit", "verify"),
+    "refitkit.api": ("compile", "diff", "inspect", "load", "plan", "refit", "refit_all", "verify"),
     "refitkit.builtin.merges.descriptions": ("TaskVectors", "WeightedAverage"),
     "refitkit.builtin.merges.ema": ("Ema",),
     "refitkit.config": ("Config",),
@@ -64,8 +64,8 @@ _HOMES = {
         "WeightMismatchError",
     ),
     "refitkit.hookspecs": ("hookimpl",),
-    "refitkit.model": ("RefitReport", "VerificationResult"),
-    "refitkit.pipeline": ("CompiledModule", "Pipeline", "RefitResult"),
+    "refitkit.model": ("DiffReport", "RefitReport", "VerificationResult"),
+    "refitkit.pipeline": ("CompiledModule", "Pipeline", "RefitResult", "RefitResults"),
     "refitkit.recipe": ("RefitPlan",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -75,6 +75,7 @@ __all__ = [
     "CompiledModule",
     "Config",
     "ConfigError",
+    "DiffReport",
     "Ema",
     "EngineError",
     "InputMismatchError",
@@ -89,6 +90,7 @@ __all__ = [
     "RefitPlan",
     "RefitReport",
     "RefitResult",
+    "RefitResults",
     "SourceError",
     "TaskVectors",
     "ToolchainError",
@@ -100,11 +102,13 @@ __all__ = [
     "WeightedAverage",
     "__version__",
     "compile",
+    "diff",
     "hookimpl",
     "inspect",
     "load",
     "plan",
     "refit",
+    "refit_all",
     "verify",
 ]
 

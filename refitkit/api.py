@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from refitkit.pipeline import CompiledModule, Pipeline, RefitResult
+from refitkit.pipeline import CompiledModule, Pipeline, RefitResult, RefitResults
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from torch.export import ExportedProgram
 
-    from refitkit.model import VerificationResult
+    from refitkit.model import DiffReport, VerificationResult
     from refitkit.recipe import RefitPlan
 
 
@@ -61,6 +61,7 @@ def refit(  # noqa: PLR0913 - one verb; all but two are given by name
     partial: bool = False,
     copy: bool = False,
     delta: bool | None = None,
+    rollback: bool | None = None,
 ) -> RefitResult:
     """Put new weights into a compiled module; see :meth:`refitkit.Pipeline.refit`."""
     return Pipeline().refit(
@@ -73,12 +74,23 @@ def refit(  # noqa: PLR0913 - one verb; all but two are given by name
         partial=partial,
         copy=copy,
         delta=delta,
+        rollback=rollback,
     )
+
+
+def refit_all(modules: Iterable[Sequence[Any]], **how: Any) -> RefitResults:
+    """Refit several modules as one; see :meth:`refitkit.Pipeline.refit_all`."""
+    return Pipeline().refit_all(modules, **how)
 
 
 def verify(target: object, weights: object, **how: Any) -> VerificationResult:
     """Judge whether a module holds weights; see :meth:`refitkit.Pipeline.verify`."""
     return Pipeline().verify(target, weights, **how)
+
+
+def diff(a: object, b: object, *, plan: RefitPlan | None = None) -> DiffReport:
+    """What two sets of weights differ in; see :meth:`refitkit.Pipeline.diff`."""
+    return Pipeline().diff(a, b, plan=plan)
 
 
 def inspect(path: str | Path) -> Mapping[str, Any]:

@@ -85,7 +85,8 @@ def _refit(
 ) -> Any:
     _check_program(new_weight_module)
     strategies = _WITH_CACHE if use_weight_map_cache else _WITHOUT_CACHE
-    pipeline = Pipeline({"strategies": strategies})
+    # nobody has a handle to go back with
+    pipeline = Pipeline({"strategies": strategies, "keep_base": False, "keep_versions": 0})
     compiled = _opened(pipeline, compiled_module)
     plan = _plan(pipeline, compiled, new_weight_module)
     if not in_place:

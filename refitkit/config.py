@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -43,10 +43,25 @@ class Config(Frozen):
         strategies: Names of the mapping strategies to try, in this order; empty: all, by priority.
         check_finite: Whether new values must be finite wherever the present ones are.
         rollback_limit: Most bytes that one refit may hold for the way back; None: no limit.
+        rollback: Whether the weights from before are held until the new ones are verified, where
+            ``rollback=`` is not given. Without, engines that can write over them, and what fails
+            then loses the module.
+        keep_base: Whether what slots hold as compiled is copied to memory of the host when they are
+            first written, so that ``CompiledModule.restore`` can bring it back. Of a module that
+            was loaded from a file no copies are made: that is opened again.
+        keep_versions: How many refits can be undone. The last one costs nothing where engines have
+            the values from before anyway; more are copied to memory of the host.
+        keep_limit: Most bytes that all those copies of one module may take; older ones go first.
+            None: no limit.
         tolerances: ``(absolute, relative)`` by dtype: an output passes the verifier ``outputs`` if
             no element differs by more than absolute + relative x the largest absolute element of
             the reference output.
         delta: Whether refits write only slots whose weights changed, where ``delta=`` is not given.
+        changes: Whether a refit measures how far each slot moves, for ``RefitReport.changes``:
+            ``sampled``: from at most 1024 elements of each; ``exact``: from all of them, which
+            takes longer than the refit; ``off``: not at all.
+        change_limit: A slot whose relative change is larger is named in the report's notes: ten
+            times farther than it was long is likely a wrong scale or another model's. None: never.
         plan_cache: Folder in which plans are kept, so that the same program is not planned twice;
             None: the one that the environment variable ``REFITKIT_PLAN_CACHE`` names, if any. Who
             can write to it decides which weight goes where: it must be as safe as the engines.
@@ -60,8 +75,14 @@ class Config(Frozen):
     strategies: tuple[str, ...] = ()
     check_finite: bool = True
     rollback_limit: int | None = Field(default=None, ge=0)
+    rollback: bool = True
+    keep_base: bool = True
+    keep_versions: int = Field(default=1, ge=0)
+    keep_limit: int | None = Field(default=1 << 30, ge=0)
     tolerances: dict[str, tuple[Bound, Bound]] = Field(default_factory=lambda: dict(TOLERANCES))
     delta: bool = False
+    changes: Literal["sampled", "exact", "off"] = "sampled"
+    change_limit: float | None = Field(default=10.0, gt=0, allow_inf_nan=False)
     plan_cache: Path | None = None
     rules: Rules = Field(default_factory=Rules)
     plugin_settings: dict[str, dict[str, Any]] = Field(default_factory=dict)

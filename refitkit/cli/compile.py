@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from refitkit.cli.options import as_options, common_options, file_argument, file_option
+from refitkit.cli.setting_options import config_options
 from refitkit.cli.tables import facts
 from refitkit.cli.text import count, duration, size
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Try with other weights than the program's that the module can be refitted.",
 )
+@config_options
 @common_options
 @click.pass_obj
 def compile_command(

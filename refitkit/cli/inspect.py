@@ -9,6 +9,7 @@ import click
 
 from refitkit.cli.options import common_options, file_argument
 from refitkit.cli.session import Session, plain
+from refitkit.cli.setting_options import config_options
 from refitkit.errors import Problem, RefitError, UnsupportedTargetError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class _Held:
 
 @click.command("inspect", short_help="Show what a module, a plan or a weights file holds.")
 @file_argument("file")
+@config_options
 @common_options
 @click.pass_obj
 def inspect_command(session: Session, file: Path) -> None:

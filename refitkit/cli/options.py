@@ -67,9 +67,10 @@ def file_option(
     required: bool = False,
     metavar: str = "FILE",
     help: str,  # noqa: A002 - as in click
+    **more: Any,
 ) -> Callable[[Command], Command]:
-    """A file or folder that is given by an option."""
-    return click.option(*names, type=_PATH, metavar=metavar, required=required, help=help)
+    """A file or folder that is given by an option; ``more`` is as in click."""
+    return click.option(*names, type=_PATH, metavar=metavar, required=required, help=help, **more)
 
 
 def as_options(

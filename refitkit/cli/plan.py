@@ -8,6 +8,7 @@ import click
 
 from refitkit.cli.options import as_options, common_options, file_argument, file_option
 from refitkit.cli.session import Session, plain
+from refitkit.cli.setting_options import config_options
 from refitkit.errors import PlanMismatchError, UnsupportedTargetError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def plan_group() -> None:
     help="Compare what the plan computes of other weights with what the backend makes of them.",
 )
 @file_option("-o", "--output", required=True, help="Where to write the plan.")
+@config_options
 @common_options
 @click.pass_obj
 def make(

@@ -17,6 +17,7 @@ def refitkit_register_commands(cli: click.Group) -> None:
     """Add them in the order of a workflow."""
     from refitkit.cli.compile import compile_command
     from refitkit.cli.demo import demo_command
+    from refitkit.cli.diff import diff_command
     from refitkit.cli.doctor import doctor_command
     from refitkit.cli.inspect import inspect_command
     from refitkit.cli.plan import plan_group
@@ -29,6 +30,7 @@ def refitkit_register_commands(cli: click.Group) -> None:
     cli.add_command(plan_group)
     cli.add_command(refit_command)
     cli.add_command(verify_command)
+    cli.add_command(diff_command)
     cli.add_command(plugins_group)
     cli.add_command(doctor_command)
     cli.add_command(demo_command)

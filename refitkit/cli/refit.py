@@ -10,6 +10,7 @@ import click
 
 from refitkit.cli.options import common_options, file_option
 from refitkit.cli.session import Session, plain
+from refitkit.cli.setting_options import weight_options
 from refitkit.errors import SourceError, UnsupportedTargetError, WeightMismatchError
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 _FLAGS = {
     "missing": "--partial leaves slots as they are that the weights have nothing for",
     "non-finite": "--no-check-finite lets them in",
+    "dtype": "--cast lossless, or --cast any, casts weights of other dtypes",
+    "unexpected": "--rename and --subtree say what names become",
 }
 """What a flag of this command does about a kind of problem."""
 
@@ -35,6 +38,12 @@ class _Wish:
     verifier: str | None
     partial: bool
     no_check_finite: bool
+    changes: str | None
+
+    def settings(self) -> dict[str, Any]:
+        """What flags say of the settings; only what was given."""
+        given = {"changes": self.changes} if self.changes else {}
+        return {**given, "check_finite": False} if self.no_check_finite else given
 
     def target(self) -> Path:
         """Where to write the refitted module.
@@ -83,6 +92,12 @@ class _Wish:
     is_flag=True,
     help="Let NaN and infinity in, where present weights are finite.",
 )
+@click.option(
+    "--changes",
+    type=click.Choice(["sampled", "exact", "off"]),
+    help="How to measure how far each slot moves.  [default: sampled]",
+)
+@weight_options
 @common_options
 @click.pass_obj
 def refit_command(session: Session, /, **given: Any) -> None:
@@ -108,7 +123,7 @@ def refit_command(session: Session, /, **given: Any) -> None:
 def _refit(session: Session, wish: _Wish) -> RefitReport:
     from refitkit.cli.files import check_module_folder, load_inputs, load_plan
 
-    pipeline = session.pipeline(check_finite=not wish.no_check_finite)
+    pipeline = session.pipeline(**wish.settings())
     if not wish.in_place:
         check_module_folder(pipeline, wish.target())
     plan = load_plan(pipeline, wish.plan)

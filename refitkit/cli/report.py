@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from refitkit.cli.tables import facts
@@ -36,6 +37,7 @@ def print_report(
                 ("weights", report.source),
                 *(("transformed", text) for text in through(report)),
                 ("written", f"{count(report.slots_written, 'slot')}, {size(report.bytes_written)}"),
+                *(("moved most", text) for text in most_changed(report)),
                 ("refit", f"{duration(report.seconds)}: {times}"),
                 ("around it", ", ".join(around)),
                 ("way back", f"{size(kept)} in {kinds}"),
@@ -76,6 +78,19 @@ def _made(transform: str, rows: list[TransformRow]) -> str:
         return text
     limit = f" of {worst.limit:.3g}" if worst.limit else ""
     return f"{text}, largest error {worst.max_abs_error:.3g}{limit} in {worst.name}"
+
+
+def most_changed(report: RefitReport) -> list[str]:
+    """The slot that moved farthest for its length, in a line; nothing where none moved."""
+    row = report.most_changed
+    if row is None or not row.relative:
+        return []
+    name = f"{row.engine}/{row.slot}"
+    if math.isinf(row.largest):
+        return [f"{name}: to or from what is not finite"]
+    by = "from zeros" if math.isinf(row.relative) else f"{row.relative:.3g} times its length"
+    how = ", by a sample" if any(one.sampled for one in report.changes) else ""
+    return [f"{name}: {by}, largest difference {row.largest:.3g}{how}"]
 
 
 def verdict(result: VerificationResult) -> str:

@@ -20,6 +20,7 @@ import warnings
 from typing import TYPE_CHECKING, Any, TextIO
 
 from refitkit.cli.progress import Progress
+from refitkit.cli.settings import Settings
 from refitkit.cli.text import shown
 from refitkit.config import Config
 from refitkit.errors import RefitError
@@ -49,6 +50,7 @@ class Session:
         broken: Plugins that were left out because they are broken; only commands that are there to
             tell of them run then.
         progress: Shows what pipelines are at.
+        settings: What options say of the settings of pipelines.
     """
 
     host: Host
@@ -66,6 +68,7 @@ class Session:
         self.plugins = tuple(plugins)
         self.broken: list[BrokenPlugin] = []
         self.progress = Progress()
+        self.settings = Settings()
         self._stdout = stdout
 
     @property
@@ -78,8 +81,14 @@ class Session:
         self.progress.verbose = value
 
     def config(self, **settings: object) -> Config:
-        """Settings of this run: switched-off plugins, and what a command adds."""
-        return Config.of({"no_plugins": self.no_plugins, **settings})
+        """Settings of this run: switched-off plugins, those of options, and what a command adds.
+
+        Nothing is kept for a way back: when the command ends, nobody is there to take it.
+        """
+        kept: dict[str, object] = {"keep_base": False, "keep_versions": 0}
+        given = self.settings.merged()
+        off = self.no_plugins | frozenset(given.get("no_plugins", ()))
+        return Config.of({**kept, **given, "no_plugins": off, **settings})
 
     def pipeline(self, **settings: object) -> Pipeline:
         """A pipeline whose progress is shown. Imports torch.
@@ -100,7 +109,8 @@ class Session:
         _check_torch()
         from refitkit.pipeline import Pipeline
 
-        return Pipeline(self.config(**settings), plugins)
+        with self.settings.named():
+            return Pipeline(self.config(**settings), plugins)
 
     def result(self, data: Mapping[str, Any], human: Callable[[Console], object]) -> None:
         """Give the result, once.

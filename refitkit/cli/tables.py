@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-RIGHT = frozenset({"bytes", "count", "seconds", "time"})
+RIGHT = frozenset({"bytes", "count", "largest", "relative", "seconds", "share", "time"})
 """Columns of numbers."""
 
 

@@ -8,6 +8,7 @@ import click
 
 from refitkit.cli.options import common_options, file_option
 from refitkit.cli.session import Session, plain
+from refitkit.cli.setting_options import weight_options
 from refitkit.errors import SourceError, UnsupportedTargetError
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 )
 @file_option("--plan", help="The plan to follow; the module's own where not given.")
 @click.option("--with", "verifier", metavar="NAME", help="Verifier: outputs, weights, ...")
+@weight_options
 @common_options
 @click.pass_obj
 def verify_command(

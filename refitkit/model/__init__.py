@@ -1,5 +1,6 @@
 """Values: data only, frozen, free of torch. What is stored or shown is a pydantic model."""
 
+from refitkit.model.diff import DiffReport, DiffRow
 from refitkit.model.events import Event, StageFinished, StageStarted, Step
 from refitkit.model.layers import LayerType
 from refitkit.model.plan import (
@@ -26,7 +27,9 @@ from refitkit.model.recipe import (
     Value,
 )
 from refitkit.model.report import (
+    ChangeRow,
     EngineMemory,
+    KeptWeights,
     OutputMeasure,
     RefitReport,
     ReportRow,
@@ -41,10 +44,14 @@ __all__ = [
     "FORMAT",
     "Argument",
     "CallRef",
+    "ChangeRow",
+    "DiffReport",
+    "DiffRow",
     "EngineMemory",
     "Event",
     "Fingerprint",
     "Guard",
+    "KeptWeights",
     "LayerType",
     "Leaf",
     "LeafKind",

@@ -37,6 +37,23 @@ class EngineMemory(Frozen):
     bytes: int
 
 
+class KeptWeights(Frozen):
+    """Earlier weights that a module can go back to.
+
+    Attributes:
+        version: Their number.
+        source: What they were, in words.
+        bytes: Size of what is kept for them alone; 0 where the engines have them anyway.
+        where: ``host``: in memory of the host; ``engine``: in the engines, until the next refit;
+            ``file``: where the module was loaded from.
+    """
+
+    version: int
+    source: str
+    bytes: int
+    where: str
+
+
 class ReportRow(Frozen):
     """One slot in the report.
 
@@ -55,6 +72,28 @@ class ReportRow(Frozen):
     strategy: str = ""
     sources: tuple[str, ...] = ()
     reason: str = ""
+
+
+class ChangeRow(Frozen):
+    """How far a refit moves one slot.
+
+    Attributes:
+        engine: Name of the engine.
+        slot: The engine's own name of the weight.
+        relative: ||new - old|| / ||old||, in 2-norms: 0 where both have the same values, infinite
+            where the old one is all zeros or where an element that is not finite changed. Of
+            integers and flags, which have no length: the share of elements that differ.
+        largest: Largest absolute difference of two elements; infinite where an element that is not
+            finite changed.
+        sampled: Whether this is of some elements alone, evenly spread; then 0 does not say that
+            nothing changed.
+    """
+
+    engine: str
+    slot: str
+    relative: float
+    largest: float
+    sampled: bool = False
 
 
 class OutputMeasure(Frozen):
@@ -129,11 +168,13 @@ class RefitReport(Frozen):
         partial: Whether slots without a new value were left as they are.
         delta: Whether slots whose weights did not change were left as they are.
         changed: Whether any bit of any slot changed; None where no engine can tell.
+        changes: How far each slot moves that was written, in engines that show both values.
         slots_written: Number of slots that got a value.
         slots_unchanged: Number of slots that were left as they are because of ``delta``.
         bytes_written: Bytes of those slots.
         stages: Time of each stage, in order.
-        memory: What keeping the way back costs.
+        memory: What keeping the way back costs during a refit.
+        kept: Earlier weights that the module can go back to after this, and what they cost.
         ledger: One row for every slot.
         transforms: What plugins made of entries of the source, such as quantized weights.
         verification: What the verifier found; None where none ran.
@@ -147,15 +188,22 @@ class RefitReport(Frozen):
     partial: bool = False
     delta: bool = False
     changed: bool | None = None
+    changes: tuple[ChangeRow, ...] = ()
     slots_written: int = 0
     slots_unchanged: int = 0
     bytes_written: int = 0
     stages: tuple[StageTime, ...] = ()
     memory: tuple[EngineMemory, ...] = ()
+    kept: tuple[KeptWeights, ...] = ()
     ledger: tuple[ReportRow, ...] = ()
     transforms: tuple[TransformRow, ...] = ()
     verification: VerificationResult | None = None
     notes: tuple[str, ...] = Field(default_factory=tuple)
+
+    @property
+    def most_changed(self) -> ChangeRow | None:
+        """The slot that moves farthest for its length; None where nothing was measured."""
+        return max(self.changes, key=lambda row: (row.relative, row.largest), default=None)
 
     @property
     def seconds(self) -> float:

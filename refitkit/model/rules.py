@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, model_validator
 
 from refitkit.model.base import Frozen
 
@@ -48,6 +48,14 @@ class Rename(Frozen):
 
     pattern: Pattern
     to: str
+
+    @model_validator(mode="after")
+    def _with_its_groups(self) -> Self:
+        try:  # every string has an empty match, and only what matches has its replacement read
+            re.sub(f"{self.pattern}|", self.to, "")
+        except (re.error, IndexError) as exc:
+            raise ValueError(f"{self.to!r} is no replacement for it: {exc}") from exc
+        return self
 
 
 class Pack(Frozen):

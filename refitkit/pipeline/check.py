@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from refitkit.errors import NotRefittableError, PluginError, Problem, WeightMismatchError
-from refitkit.protocols import SupportsPartial
+from refitkit.protocols import SupportsOverwrite, SupportsPartial
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -53,8 +53,16 @@ def _as_problem(plugin: str, item: object) -> Problem:
     return item
 
 
-def check_abilities(module: OpenedModule, *, partial: bool, config: Config) -> None:
+def check_abilities(
+    module: OpenedModule, *, partial: bool, overwrite: bool, config: Config
+) -> None:
     """Check that the engines can do what is asked within the limits that were set.
+
+    Args:
+        module: The opened target.
+        partial: Whether slots without a value keep theirs.
+        overwrite: Whether weights are written over those from before, where engines can.
+        config: The limits.
 
     Raises:
         NotRefittableError: They cannot; names the setting.
@@ -66,10 +74,15 @@ def check_abilities(module: OpenedModule, *, partial: bool, config: Config) -> N
             raise NotRefittableError("These engines take all weights at once.", problems=problems)
     if config.rollback_limit is None:
         return
-    needed = sum(engine.memory.bytes for engine in module.engines.values())
+    keeping = [
+        engine
+        for engine in module.engines.values()
+        if not (overwrite and isinstance(engine, SupportsOverwrite))
+    ]
+    needed = sum(engine.memory.bytes for engine in keeping)
     if needed > config.rollback_limit:
         raise NotRefittableError(
             f"Keeping the way back takes {needed} bytes, and rollback_limit is "
             f"{config.rollback_limit}.",
-            hint="Raise rollback_limit: refitkit writes no weights that it cannot take back.",
+            hint="Raise rollback_limit, or give the weights from before up: rollback=False.",
         )

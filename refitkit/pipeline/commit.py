@@ -1,14 +1,14 @@
-"""Commit, verdict, rollback: everything that happens while calls wait."""
+"""Commit, verdict, rollback: everything that happens while calls wait, of one module or several."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from refitkit.errors import EngineError, ModuleLostError, raised_as
-from refitkit.pipeline.gate import lost_error
+from refitkit.pipeline.gate import in_order, inside_all, lost_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
     from refitkit.pipeline.gate import Gate
@@ -16,72 +16,126 @@ if TYPE_CHECKING:
     from refitkit.protocols import OpenedModule, StagedRefit
 
 
+class Part(Protocol):
+    """One module's part in a transaction."""
+
+    @property
+    def module(self) -> OpenedModule:
+        """The opened module."""
+
+    @property
+    def gate(self) -> Gate:
+        """Its gate."""
+
+    @property
+    def staged(self) -> Staged:
+        """What is staged."""
+
+    def put_aside(self) -> None:
+        """Copy what calls have written, and the way back needs. Nothing new is live yet."""
+
+    def timed(self) -> AbstractContextManager[None]:
+        """Times the commit itself, without waiting and judging."""
+
+    def judge(self) -> None:
+        """Raise if the new weights must not stay. All modules have theirs by then."""
+
+    def taken_back(self) -> None:
+        """Called when old weights are back after new ones were live, while calls still wait.
+
+        If it raises, the module is lost.
+        """
+
+
 class Transaction:
-    """Staged engines on their way to being live, or back.
+    """Staged engines of one module or several on their way to being live, or back.
 
     Either ``run`` returns and all new weights are live and judged good, or it raises and all old
     ones are, unless it is a ``ModuleLostError``.
     """
 
-    def __init__(
-        self,
-        module: OpenedModule,
-        gate: Gate,
-        staged: Staged,
-        *,
-        on_rollback: Callable[[], None],
-    ) -> None:
+    def __init__(self, parts: Sequence[Part]) -> None:
         """Prepare one.
 
         Args:
-            module: The opened module.
-            gate: Its gate.
-            staged: What is staged.
-            on_rollback: Called when old weights are back after new ones were live, while calls
-                still wait; if it raises, the module is lost.
+            parts: Modules, in the order in which they are committed.
         """
-        self._module, self._gate, self._staged = module, gate, staged
-        self._on_rollback = on_rollback
-        self._touched: list[tuple[str, StagedRefit]] = []
-        self._judged = False
+        self._halves = [_Half(part) for part in parts]
 
-    def run(self, judge: Callable[[], None], timed: AbstractContextManager[None]) -> None:
-        """Commit all engines and have the result judged, while calls wait.
+    def run(self) -> None:
+        """Commit all engines and have the results judged, while calls of all modules wait.
 
-        From the first commit until it is certain which weights are live, the gate is poisoned: an
-        interrupt that comes between two lines here leaves a module that refuses calls.
-
-        Args:
-            judge: Raises if the new weights must not stay.
-            timed: Times the commit itself, without waiting and judging.
+        From the first commit until it is certain which weights are live, the gates are poisoned: an
+        interrupt that comes between two lines here leaves modules that refuse calls.
 
         Raises:
             EngineError: An engine failed to commit; the old weights are back.
-            ModuleLostError: Rolling back failed; the module refuses calls.
+            ModuleLostError: Rolling back failed; the modules concerned refuse calls.
             BaseException: What ``judge`` raised; the old weights are back.
         """
-        with self._gate.alone():
-            try:
-                with raised_as(EngineError, "Pending work of the module failed"):
-                    self._module.drain()
-                self._gate.poison("a commit was interrupted")
-                with timed:
-                    self._commit()
-                self._judged = True
-                judge()
-            except BaseException as exc:
-                self._back(exc)
-                raise
-            self._gate.heal()
+        gates = [half.part.gate for half in self._halves]
+        inside_all([gate.alone for gate in in_order(gates)], self._run)
 
-    def _commit(self) -> None:
-        for name, one in self._staged.take():
-            self._touched.append((name, one))
-            with raised_as(EngineError, f"The engine {name!r} failed to commit"):
-                one.commit()
+    def _run(self) -> None:
+        try:
+            for half in self._halves:
+                half.prepare()
+            for half in self._halves:
+                half.part.gate.poison("a commit was interrupted")
+            for half in self._halves:
+                half.commit()
+            for half in self._halves:
+                half.judge()
+        except BaseException as exc:
+            self._back(exc)
+            raise
+        for half in self._halves:
+            half.part.gate.heal()
 
     def _back(self, cause: BaseException) -> None:
-        """Bring all old weights back, or poison the module."""
+        """Bring all old weights back; a module where that fails is poisoned."""
+        lost: list[ModuleLostError] = []
+        for half in reversed(self._halves):
+            failure = half.back()
+            if failure is None:
+                half.part.gate.heal()
+                continue
+            half.part.gate.poison(failure)
+            lost.append(lost_error(failure))
+        if lost:
+            for one in lost:
+                one.add_note(f"The rollback was because of: {type(cause).__name__}: {cause}")
+            if len(lost) > 1:
+                lost[0].add_note(f"It is one of {len(lost)} modules that were lost.")
+            raise lost[0] from lost[0].__cause__
+
+
+class _Half:
+    """A part, and how far it has come."""
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self._touched: list[tuple[str, StagedRefit]] = []
+        self._judged = False
+
+    def prepare(self) -> None:
+        with raised_as(EngineError, "Pending work of the module failed"):
+            self.part.module.drain()
+        self.part.put_aside()
+
+    def commit(self) -> None:
+        with self.part.timed():
+            for name, one in self.part.staged.take():
+                self._touched.append((name, one))
+                with raised_as(EngineError, f"The engine {name!r} failed to commit"):
+                    one.commit()
+
+    def judge(self) -> None:
+        self._judged = True
+        self.part.judge()
+
+    def back(self) -> BaseException | None:
+        """Bring the old weights back; what failed, if anything did."""
         failure: BaseException | None = None
         for _, one in reversed(self._touched):
             try:
@@ -90,13 +144,7 @@ class Transaction:
                 failure = exc
         if failure is None and (self._touched or self._judged):
             try:
-                self._on_rollback()
+                self.part.taken_back()
             except BaseException as exc:  # noqa: BLE001 - it decides whether calls are safe
                 failure = exc
-        if failure is None:
-            self._gate.heal()
-            return
-        self._gate.poison(failure)
-        lost: ModuleLostError = lost_error(failure)
-        lost.add_note(f"The rollback was because of: {type(cause).__name__}: {cause}")
-        raise lost from failure
+        return failure

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 from refitkit.errors import EngineError, ModuleLostError, raised_as
 from refitkit.pipeline.gate import Gate
+from refitkit.pipeline.held import Held
 from refitkit.protocols import SupportsReadback, SupportsSpareBuffer, SupportsWarming
 
 if TYPE_CHECKING:
@@ -14,11 +16,30 @@ if TYPE_CHECKING:
 
     import torch
 
-    from refitkit.model import Slot
-    from refitkit.pipeline.delta import Live
+    from refitkit.model import KeptWeights, Slot
+    from refitkit.pipeline.origin import Origin
+    from refitkit.pipeline.result import RefitResult
     from refitkit.program import KeptProgram
     from refitkit.protocols import Engine, OpenedModule
     from refitkit.recipe import RefitPlan
+
+
+class Verbs(Protocol):
+    """What a module asks of the pipeline that made it."""
+
+    def save(self, compiled: CompiledModule, path: str | Path) -> None:
+        """Write it."""
+
+    def restore(
+        self,
+        compiled: CompiledModule,
+        version: int = 0,
+        *,
+        inputs: Any = None,
+        reference: Any = None,
+        verify: str | None = None,
+    ) -> RefitResult:
+        """Go back to earlier weights."""
 
 
 class CompiledModule:
@@ -27,10 +48,12 @@ class CompiledModule:
     Attributes:
         plan: How its slots follow from the model's state; None where nobody made one.
         program: The program that was compiled, without its weights; None where it was not kept.
-        version: Number of the weights that it holds: 0 as compiled or loaded, one more with every
-            committed refit.
-        live: What its slots were computed from, where the last refit was one with ``delta``.
-        overridden: What no state_dict holds and refits gave other values for than the plan keeps.
+        base: Weights to go back to, as ``refit`` takes them: a path, say. Where it is set,
+            ``restore`` reads it, and no copies of the first weights are kept. It is for the user to
+            know that they are those that the module was compiled or loaded with.
+        origin: The file or folder that it was loaded from: ``restore`` opens that again. None: it
+            was compiled, or copied.
+        held: What is known of the weights that it holds, and held before.
     """
 
     def __init__(
@@ -38,17 +61,17 @@ class CompiledModule:
         opened: OpenedModule,
         plan: RefitPlan | None,
         program: KeptProgram | None,
-        saver: Callable[[CompiledModule, str | Path], None],
+        verbs: Verbs,
     ) -> None:
         """Made by ``refitkit.compile`` and ``refitkit.load``."""
         self.plan = plan
         self.program = program
-        self.version = 0
-        self.live: Live | None = None
-        self.overridden: frozenset[str] = frozenset()
+        self.base: object = None
+        self.origin: Origin | None = None
+        self.held = Held()
         self.gate = Gate()
         self._opened = opened
-        self._saver = saver
+        self._verbs = verbs
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Answer like the model; from a commit to its verdict, calls wait.
@@ -68,6 +91,16 @@ class CompiledModule:
     def opened(self) -> OpenedModule:
         """What the backend handed over."""
         return self._opened
+
+    @property
+    def version(self) -> int:
+        """Number of the weights that it holds: 0 as compiled or loaded, then always counting up."""
+        return self.held.version
+
+    @property
+    def kept(self) -> tuple[KeptWeights, ...]:
+        """Earlier weights that ``restore`` can bring back, and what keeping them costs."""
+        return self.held.history.shown(self.origin)
 
     @property
     def backend(self) -> str:
@@ -107,7 +140,34 @@ class CompiledModule:
             ModuleLostError: A rollback failed earlier: nobody knows its weights.
         """
         with self.gate.call():
-            self._saver(self, path)
+            self._verbs.save(self, path)
+
+    def restore(
+        self,
+        version: int = 0,
+        *,
+        inputs: Any = None,
+        reference: Any = None,
+        verify: str | None = None,
+    ) -> RefitResult:
+        """Go back to earlier weights: those that it was compiled or loaded with, or later ones.
+
+        See :meth:`refitkit.Pipeline.restore`.
+        """
+        return self._verbs.restore(self, version, inputs=inputs, reference=reference, verify=verify)
+
+    def forget(self) -> int:
+        """Free the copies that are kept of earlier weights; returns their bytes.
+
+        ``restore`` reads ``base``, or the file it was loaded from, afterwards, or refuses.
+        """
+        with self.gate.refit():
+            freed = self.held.history.nbytes
+            history = replace(
+                self.held.history, records=(), base={}, base_lost="forget() freed them"
+            )
+            self.held = replace(self.held, history=history)
+            return freed
 
     def warm(self, tell: Callable[[str], None] = lambda _: None) -> None:
         """Do now what would make the first refit slow. Weights and answers do not change.

@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from refitkit.errors import ModuleLostError, RefitInProgressError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
+
+T = TypeVar("T")
 
 
 class Gate:
@@ -117,6 +120,21 @@ class Gate:
                 yield
             finally:
                 self._refitting_thread = None
+
+
+def in_order(gates: Iterable[Gate]) -> list[Gate]:
+    """Gates in the one order in which several are entered: then no two wait for one another."""
+    return sorted(gates, key=id)
+
+
+def inside_all(
+    contexts: Sequence[Callable[[], AbstractContextManager[None]]], do: Callable[[], T]
+) -> T:
+    """Do something inside of all contexts, which are entered one after another."""
+    if not contexts:
+        return do()
+    with contexts[0]():
+        return inside_all(contexts[1:], do)
 
 
 def lost_error(why: BaseException | str) -> ModuleLostError:

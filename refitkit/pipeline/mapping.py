@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from refitkit.errors import ConfigError, PluginError, Problem, UnmappedSlotError, raised_as
@@ -61,7 +62,10 @@ class Mapping:
         Of a frozen slot nobody needs a value that the plan does not keep, until a strategy says
         that it no longer holds.
         """
-        return [row for row in self.plan.data.ledger if self._is_unserved(row)]
+        ledger = self.plan.data.ledger
+        if len(self.values) == len(ledger):  # there is one for each, as mostly at last
+            return []
+        return [row for row in ledger if self._is_unserved(row)]
 
     def _is_unserved(self, row: LedgerRow) -> bool:
         key = row.slot.key
@@ -87,18 +91,27 @@ class Mapping:
         return tuple(self._row(row) for row in self.plan.data.ledger)
 
     def _row(self, row: LedgerRow) -> ReportRow:
-        value = self.values.get(row.slot.key)
-        said = "; ".join(self.reasons.get(row.slot.key, ()))
-        if row.slot.key in self.unchanged:
+        key = row.slot.key
+        value = self.values.get(key)
+        said = "; ".join(self.reasons[key]) if key in self.reasons else ""
+        if key in self.unchanged:
             said = _UNCHANGED
-        return ReportRow(
-            engine=row.slot.engine,
-            slot=row.slot.name,
-            state=row.state,
-            strategy=value.strategy if value else "",
-            sources=value.sources if value else (),
-            reason=said or row.reason,
+        return _report_row(
+            *key,
+            row.state,
+            value.strategy if value else "",
+            tuple(value.sources) if value else (),
+            said or row.reason,
         )
+
+
+@lru_cache(maxsize=1 << 14)  # refits of one module say the same of most slots
+def _report_row(
+    engine: str, slot: str, state: SlotState, strategy: str, sources: tuple[str, ...], reason: str
+) -> ReportRow:
+    return ReportRow(
+        engine=engine, slot=slot, state=state, strategy=strategy, sources=sources, reason=reason
+    )
 
 
 def map_slots(
@@ -152,7 +165,8 @@ def _ask_rank(
             continue
         answer = ask(strategy, wanted)
         clashes += [_clash(*taken[key], offer) for key in answer.values if key in taken]
-        taken |= {row.slot.key: (row, offer) for row in wanted if row.slot.key in answer.values}
+        if offer is not rank[-1]:
+            taken |= {row.slot.key: (row, offer) for row in wanted if row.slot.key in answer.values}
         mapping.values.update(answer.values)
         for key, reason in answer.declined.items():
             mapping.reasons.setdefault(key, []).append(f"{strategy.name}: {reason}")
@@ -289,7 +303,7 @@ def _in_order(host: Host, config: Config) -> list[list[Offer]]:
 
 
 def _check_answer(strategy: MappingStrategy, answer: Mapped, wanted: set[tuple[str, str]]) -> None:
-    foreign = answer.values.keys() - wanted
+    foreign = {key for key in answer.values if key not in wanted}
     mixed = {key for key, value in answer.values.items() if value.slot.key != key}
     if foreign or mixed:
         names = ", ".join("/".join(key) for key in sorted(foreign | mixed))

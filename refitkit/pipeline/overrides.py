@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from refitkit.program.bits import same_bits
+from refitkit.recipe.once import once_for_each
 
 if TYPE_CHECKING:
     from refitkit.protocols import WeightSource
@@ -37,11 +38,12 @@ def left(before: frozenset[str], plan: RefitPlan, source: WeightSource) -> froze
     return before.difference(source.names()) | overrides(plan, source)
 
 
-def _mixed(plan: RefitPlan) -> set[str]:
+@once_for_each
+def _mixed(plan: RefitPlan) -> frozenset[str]:
     kept = {leaf.fqn for leaf in plan.data.leaves if not leaf.persistent}
     found: set[str] = set()
     for row in plan.data.ledger if kept else ():
         mine = kept.intersection(row.sources)
         if 0 < len(mine) < len(row.sources):
             found |= mine
-    return found
+    return frozenset(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,39 +14,31 @@ from refitkit.pipeline import load as loading
 from refitkit.pipeline.cache import PlanCache, wanted
 from refitkit.pipeline.clock import Clock
 from refitkit.pipeline.compiled import CompiledModule
+from refitkit.pipeline.diff_sides import Differ
 from refitkit.pipeline.judge import judge_module
+from refitkit.pipeline.origin import Origin
 from refitkit.pipeline.plan import make_plan
 from refitkit.pipeline.prove import prove as prove_refit
 from refitkit.pipeline.prove_plan import prove_plan
-from refitkit.pipeline.refit import Refit, Wish
+from refitkit.pipeline.refit import Refit, Wish, as_jobs
+from refitkit.pipeline.restore import Back, Return
+from refitkit.pipeline.result import RefitResult, RefitResults
+from refitkit.pipeline.together import Task, run
 from refitkit.pipeline.tools import tools_for
 from refitkit.pipeline.transform import transformed
 from refitkit.recipe import RefitPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch.export import ExportedProgram
 
-    from refitkit.model import RefitReport, VerificationResult
+    from refitkit.model import DiffReport, VerificationResult
     from refitkit.program import KeptProgram
     from refitkit.protocols import Backend, OpenedModule, WeightSource
 
 PLAN = "plan.refitplan"
 PROGRAM = "program.json"
-
-
-@dataclass(frozen=True)
-class RefitResult:
-    """What a refit gives back.
-
-    Attributes:
-        module: The refitted module: the one that was given, or with ``copy=True`` a second one.
-        report: What was done and measured.
-    """
-
-    module: CompiledModule
-    report: RefitReport
 
 
 class Pipeline:
@@ -145,7 +137,7 @@ class Pipeline:
         with clock.stage("plan"):
             plan = self._planned(program, opened, chosen, {})
             kept = self._kept(program)
-        compiled = CompiledModule(opened, plan, kept, self._save)
+        compiled = CompiledModule(opened, plan, kept, self)
         if prove:
             with clock.stage("prove"):
                 self._prove(compiled, program)
@@ -200,7 +192,9 @@ class Pipeline:
         """
         with Clock(self.host, "load").stage("open"):
             tools = tools_for(self.host, self.config, "load", "open")
+            origin = Origin.of(target)
             compiled = self._handle(loading.open_target(self.host, target, self.config, tools))
+            compiled.origin = origin
         if warm:
             with Clock(self.host, "load").stage("warm"):
                 compiled.warm(tools_for(self.host, self.config, "load", "warm").tell)
@@ -211,13 +205,13 @@ class Pipeline:
 
         attached = opened.attachments
         if PLAN not in attached:
-            return CompiledModule(opened, None, None, self._save)
+            return CompiledModule(opened, None, None, self)
         plan = RefitPlan.from_bytes(attached[PLAN], "the plan of this module", self._opened_for)
         data = plan.data
         kept = (
             KeptProgram(attached[PROGRAM], data.leaves, data.ties) if PROGRAM in attached else None
         )
-        return CompiledModule(opened, plan, kept, self._save)
+        return CompiledModule(opened, plan, kept, self)
 
     def plan(
         self,
@@ -286,7 +280,7 @@ class Pipeline:
         """Give a plan to a module that somebody else compiled, once a copy of it is proved."""
         kept = self._kept(program)
         if prove:
-            copy = CompiledModule(compiled.opened.reopen(), plan, kept, self._save)
+            copy = CompiledModule(compiled.opened.reopen(), plan, kept, self)
             self._prove(copy, program)
         compiled.plan, compiled.program = plan, kept
 
@@ -302,6 +296,7 @@ class Pipeline:
         partial: bool = False,
         copy: bool = False,
         delta: bool | None = None,
+        rollback: bool | None = None,
     ) -> RefitResult:
         """Put new weights into a compiled module: wholly and verified, or not at all.
 
@@ -321,6 +316,9 @@ class Pipeline:
             delta: Whether to write only what changed since the last refit with ``delta`` of this
                 module: slots whose weights have the same bits are left as they are. The first such
                 refit writes everything. None: as ``Config.delta`` says.
+            rollback: Whether the weights from before are held until the new ones are verified.
+                False: engines that can write over them, and need no memory for a second set; what
+                fails after the checks loses the module. None: as ``Config.rollback`` says.
 
         Raises:
             SourceError: The weights cannot be read.
@@ -333,17 +331,109 @@ class Pipeline:
         compiled = self._compiled(target)
         if copy and compiled is target:
             compiled = self.copy(compiled)
-        delta = self.config.delta if delta is None else delta
-        wish = Wish(weights, plan, inputs, reference, verify, partial, delta)
-        report = Refit(self.host, self.config, compiled, wish).run()
-        return RefitResult(compiled, report)
+        options = {
+            "plan": plan,
+            "inputs": inputs,
+            "reference": reference,
+            "verify": verify,
+            "partial": partial,
+            "delta": delta,
+            "rollback": rollback,
+        }
+        wish = self._wish(weights, options)
+        return self._run([Refit(self.host, self.config, compiled, wish)])[0]
+
+    def refit_all(self, modules: Iterable[Sequence[Any]], **how: Any) -> RefitResults:
+        """Refit several modules in one transaction: all of them, or none.
+
+        While weights are staged all modules serve; then the calls of all of them wait until all are
+        committed and verified.
+
+        Args:
+            modules: ``(target, weights)`` for each, or ``(target, weights, {"inputs": (x,)})`` with
+                arguments of ``refit`` for this one.
+            **how: Arguments of ``refit`` for all: ``verify``, ``partial``, ``delta``, ...
+
+        Raises:
+            ConfigError: A module is given twice, or there is no such argument.
+            RefitError: As ``refit`` raises it, with the problems of all modules; unless it is a
+                ``ModuleLostError``, all of them answer as before.
+        """
+        tasks = [
+            Refit(self.host, self.config, self._compiled(target), self._wish(weights, options))
+            for target, weights, options in as_jobs(modules, how)
+        ]
+        return self._run(tasks)
+
+    def _wish(self, weights: object, options: Mapping[str, Any]) -> Wish:
+        chosen = {name: value for name, value in options.items() if value is not None}
+        defaults = {"delta": self.config.delta, "rollback": self.config.rollback}
+        return Wish(weights, **{**defaults, **chosen})
+
+    def restore(
+        self,
+        compiled: CompiledModule,
+        version: int = 0,
+        *,
+        inputs: Any = None,
+        reference: Any = None,
+        verify: str | None = None,
+    ) -> RefitResult:
+        """Go back to earlier weights of a module; that is a refit, with a number of its own.
+
+        Args:
+            compiled: The module, changed in place.
+            version: Number of the weights: 0 are those that it was compiled or loaded with. Those
+                are read from ``compiled.base`` where that is set, or from the file or folder that
+                the module was loaded from, for which a second module is opened. All others come
+                from copies, or from the engines.
+            inputs: As for ``refit``.
+            reference: What outputs are compared with, if inputs are given, too.
+            verify: As for ``refit``. Where None: ``outputs`` when inputs and a reference are given,
+                else ``weights`` where engines can be read, else nothing.
+
+        Raises:
+            NotRefittableError: The weights are not held any more; says what is.
+            RefitError: As ``refit`` raises it; unless it is a ``ModuleLostError``, the module
+                answers as before.
+        """
+        if version == 0 and compiled.base is not None:
+            return self.refit(
+                compiled, compiled.base, inputs=inputs, reference=reference, verify=verify
+            )
+        back = Back(version, inputs, reference, verify)
+        return self._run([Return(self.host, self.config, compiled, back)])[0]
+
+    def restore_all(self, back: Iterable[tuple[CompiledModule, int]]) -> RefitResults:
+        """Go back to earlier weights of several modules, in one transaction.
+
+        Args:
+            back: Modules, and the numbers of their weights; see ``restore``.
+
+        Raises:
+            RefitError: As ``restore`` raises it, with the problems of all modules.
+        """
+        return self._run([self._way_back(compiled, version) for compiled, version in back])
+
+    def _way_back(self, compiled: CompiledModule, version: int) -> Task:
+        if version == 0 and compiled.base is not None:
+            wish = self._wish(compiled.base, {"delta": False})
+            return Refit(self.host, self.config, compiled, wish)
+        return Return(self.host, self.config, compiled, Back(version))
+
+    def _run(self, tasks: Sequence[Task]) -> RefitResults:
+        reports = run(self.host, self.config, tasks)
+        return RefitResults(
+            RefitResult(task.compiled, report, self)
+            for task, report in zip(tasks, reports, strict=True)
+        )
 
     def copy(self, compiled: CompiledModule) -> CompiledModule:
         """A second module with the same weights, plan and program, refitted on its own."""
         with compiled.gate.refit(), compiled.gate.call():
             opened = compiled.opened.reopen()
-        copy = CompiledModule(opened, compiled.plan, compiled.program, self._save)
-        copy.overridden = compiled.overridden
+        copy = CompiledModule(opened, compiled.plan, compiled.program, self)
+        copy.held = replace(copy.held, overridden=compiled.held.overridden)
         return copy
 
     def verify(
@@ -373,6 +463,35 @@ class Pipeline:
         """
         wish = Wish(weights, plan, inputs, reference, with_)
         return judge_module(self.host, self.config, self._compiled(target), wish)
+
+    def diff(self, a: object, b: object, *, plan: RefitPlan | None = None) -> DiffReport:
+        """What two sets of weights differ in, tensor by tensor and from all elements.
+
+        Nothing is changed, and no more than a pair of tensors is in memory at a time. With a module
+        and weights, what its slots hold is compared with what a refit would give them. Two modules
+        have to be of one model. Two weights are compared by their names, as they are; with a plan,
+        as its program reads them.
+
+        Args:
+            a: Anything that a plugin can read as weights; else a compiled module, or anything
+                ``load`` opens, which runs the code in it.
+            b: Likewise; relative changes are relative to A.
+            plan: How weights become slots; the module's own where None.
+
+        Raises:
+            SourceError: Neither weights nor a module, or it cannot be read; lists all of it.
+            WeightMismatchError: The weights do not fit the module, or the modules are of different
+                models; lists every problem.
+            UnsupportedTargetError: Nobody knows what a module holds: its engines cannot be read,
+                and were not refitted since they were opened.
+            PlanMismatchError: The module has no plan, or the plan is for another one.
+            ConfigError: There are rules, and no program to apply them for.
+        """
+        clock, differ = Clock(self.host, "diff"), Differ(self.host, self.config, self.load, plan)
+        with clock.stage("open"):
+            sides = differ.opened(a, b)
+        with clock.stage("compare"):
+            return differ.diff(*sides)
 
     def open_weights(self, weights: object, plan: RefitPlan | None = None) -> WeightSource:
         """Anything that a plugin can read, as a weight source.
@@ -425,7 +544,8 @@ class Pipeline:
     def _compiled(self, target: object) -> CompiledModule:
         return target if isinstance(target, CompiledModule) else self.load(target)
 
-    def _save(self, compiled: CompiledModule, path: str | Path) -> None:
+    def save(self, compiled: CompiledModule, path: str | Path) -> None:
+        """Write a module with its present weights, plan and program; see its own ``save``."""
         attachments: dict[str, bytes] = {}
         if compiled.plan is not None:
             attachments[PLAN] = compiled.plan.to_bytes()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from refitkit.errors import NotRefittableError, VerificationError
+from refitkit.pipeline.held import Held
 from refitkit.protocols import Offline
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def prove(pipeline: Pipeline, compiled: CompiledModule, program: ExportedProgram
     finally:
         pipeline.refit(compiled, program, verify="none", delta=False)
         compiled.free_spare()
-        compiled.version = 0
+        compiled.held = Held()
 
 
 @dataclass(frozen=True)

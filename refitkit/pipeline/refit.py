@@ -1,42 +1,38 @@
-"""One refit, from weights to verdict: load, map, check, prepare, stage, commit, verify."""
+"""What a refit does before anything is staged: load, compare, map, check, prepare."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from refitkit.errors import (
-    NotRefittableError,
-    PlanMismatchError,
-    SourceError,
-    VerificationError,
-    raised_as,
-)
+from refitkit.errors import ConfigError, PlanMismatchError, Problem, SourceError, raised_as
 from refitkit.pipeline import verify
 from refitkit.pipeline.check import check_abilities, check_weights
 from refitkit.pipeline.clock import Clock
-from refitkit.pipeline.commit import Transaction
 from refitkit.pipeline.delta import Delta
+from refitkit.pipeline.held import Held
 from refitkit.pipeline.load import open_weights
 from refitkit.pipeline.mapping import map_slots, require_all, require_reached
 from refitkit.pipeline.overrides import left, overrides
 from refitkit.pipeline.report import Findings
-from refitkit.pipeline.stage import Staged
 from refitkit.pipeline.tools import tools_for
-from refitkit.pipeline.transform import Transformed, require_measured, transformed
+from refitkit.pipeline.transform import Transformed, transformed
+from refitkit.pipeline.writing import Prepared
 from refitkit.protocols import VerifyRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
 
     from refitkit.config import Config
     from refitkit.host import Host
-    from refitkit.model import RefitReport, VerificationResult
+    from refitkit.model import VerificationResult
     from refitkit.pipeline.compiled import CompiledModule
-    from refitkit.pipeline.delta import Live
     from refitkit.pipeline.mapping import Mapping
     from refitkit.protocols import OpenedModule, Plan, WeightSource
     from refitkit.recipe import RefitPlan
+
+
+_WITH_OPTIONS = 3
 
 
 @dataclass(frozen=True)
@@ -50,56 +46,95 @@ class Wish:
     verify: str | None = None
     partial: bool = False
     delta: bool = False
+    rollback: bool = True
+
+
+_OPTIONS = frozenset(field.name for field in fields(Wish)) - {"weights"}
+
+
+def as_jobs(
+    modules: Iterable[Sequence[Any]], how: dict[str, Any]
+) -> list[tuple[object, object, dict[str, Any]]]:
+    """Targets, weights and options as users give them for several modules.
+
+    Raises:
+        ConfigError: Something else than those, or options that do not exist; lists all of them.
+    """
+    jobs: list[tuple[object, object, dict[str, Any]]] = []
+    problems: list[Problem] = []
+    for number, job in enumerate(modules, 1):
+        if not isinstance(job, tuple | list) or len(job) not in {2, 3}:
+            wanted = "(module, weights) or (module, weights, options)"
+            problems.append(Problem(f"module {number}", "no pair", repr(job)[:80], wanted))
+            continue
+        options = {**how, **(job[2] if len(job) == _WITH_OPTIONS else {})}
+        problems += [
+            Problem(f"module {number}", "no such option", name, ", ".join(sorted(_OPTIONS)))
+            for name in options
+            if name not in _OPTIONS
+        ]
+        jobs.append((job[0], job[1], options))
+    if problems:
+        raise ConfigError("These modules cannot be refitted together.", problems=problems)
+    return jobs
 
 
 class Refit:
-    """One refit of one module."""
+    """One refit of one module.
+
+    Attributes:
+        compiled: The module.
+    """
 
     def __init__(self, host: Host, config: Config, compiled: CompiledModule, wish: Wish) -> None:
         """Prepare one; nothing is touched yet."""
-        self._host, self._config, self._compiled, self._wish = host, config, compiled, wish
-        self._module = compiled.opened
+        self._host, self._config, self._wish = host, config, wish
+        self.compiled, self._module = compiled, compiled.opened
         self._clock = Clock(host, "refit")
         self._delta: Delta | None = None
         self._overridden: frozenset[str] = frozenset()
 
-    def run(self) -> RefitReport:
-        """Do it.
+    def prepare(self) -> Prepared:
+        """Do all that can be done before anything is staged.
 
         Raises:
-            RefitError: Refused or failed; unless it is a ``ModuleLostError``, the module answers
-                as before.
+            RefitError: Refused or failed; nothing has changed.
         """
-        with self._compiled.gate.refit():
-            before, wish = self._compiled.version, self._wish
-            self._found = Findings(
-                self._compiled.backend, before, wish.partial, wish.delta, self._clock
-            )
-            with self._clock.stage("load"):
-                source = open_weights(self._host, self._wish.weights, self._config)
-                plan = self._bound_plan()
-                source = self._transformed(plan, source)
-                self._found.source = source.description
-            self._delta = self._compared(plan, source) if wish.delta else None
-            with self._clock.stage("map"):
-                unchanged = self._delta.unchanged if self._delta else frozenset()
-                mapping = self._map(plan, source, unchanged)
-                self._found.mapping = mapping
-            with self._clock.stage("check"):
-                self._check(plan, source, mapping)
-            with self._clock.stage("prepare"):
-                judge = self._prepared(plan, source, mapping)
-            return self._write(source, mapping, judge)
+        before, wish = self.compiled.version, self._wish
+        self._found = Findings(self.compiled.backend, before, wish.partial, wish.delta, self._clock)
+        with self._clock.stage("load"):
+            source = open_weights(self._host, wish.weights, self._config)
+            plan = self._bound_plan()
+            source = self._transformed(plan, source)
+            self._found.source = source.description
+        self._delta = self._compared(plan, source) if wish.delta else None
+        with self._clock.stage("map"):
+            unchanged = self._delta.unchanged if self._delta else frozenset()
+            mapping = self._map(plan, source, unchanged)
+            self._found.mapping = mapping
+        with self._clock.stage("check"):
+            self._check(plan, source, mapping)
+        with self._clock.stage("prepare"):
+            judge = self._judge(plan, source, mapping)
+        return Prepared(
+            found=self._found,
+            plan=plan,
+            judge=judge,
+            whole=lambda: self._whole(source, mapping),
+            held=self._held,
+            partial=wish.partial,
+            rollback=wish.rollback,
+        )
 
     def _bound_plan(self) -> RefitPlan:
-        plan = self._wish.plan or self._compiled.plan
+        plan = self._wish.plan or self.compiled.plan
         if plan is None:
             raise PlanMismatchError(
                 "The module has no plan, so nobody knows which weight goes into which slot.",
                 hint="Make one from the program that was compiled: "
                 "plan = refitkit.plan(program, target=compiled).",
             )
-        plan.check_engines(self._compiled.backend, self._compiled.slots)
+        plan.check_engines(self.compiled.backend, self.compiled.slots)
         return plan
 
     def _transformed(self, plan: RefitPlan, source: WeightSource) -> WeightSource:
@@ -111,10 +146,10 @@ class Refit:
         return made
 
     def _compared(self, plan: RefitPlan, source: WeightSource) -> Delta:
-        live, version = self._compiled.live, self._compiled.version
+        held = self.compiled.held
         unreadable = raised_as(SourceError, f"{source.description} cannot be compared")
         with self._clock.stage("compare"), unreadable:
-            return Delta(plan, self._module, source, live, version)
+            return Delta(plan, self._module, source, held.live, held.version)
 
     def _map(
         self, plan: Plan, source: WeightSource, unchanged: frozenset[tuple[str, str]]
@@ -124,7 +159,7 @@ class Refit:
             plan,
             self._module,
             source,
-            self._compiled.program,
+            self.compiled.program,
             self._config,
             unchanged=unchanged,
         )
@@ -140,18 +175,19 @@ class Refit:
             config=self._config,
             unchanged=self._delta.same if self._delta else frozenset(),
         )
-        check_abilities(self._module, partial=partial, config=self._config)
+        overwrite = not self._wish.rollback
+        check_abilities(self._module, partial=partial, overwrite=overwrite, config=self._config)
         with raised_as(SourceError, f"{source.description} cannot be read"):
             if partial:
                 mapping.keep_pinned()
-                before = self._compiled.overridden
+                before = self.compiled.held.overridden
                 require_reached(mapping, source, before)
                 self._overridden = left(before, plan, source)
             else:
                 require_all(mapping, source)
                 self._overridden = overrides(plan, source)
 
-    def _prepared(
+    def _judge(
         self, plan: RefitPlan, source: WeightSource, mapping: Mapping
     ) -> Callable[[OpenedModule], VerificationResult] | None:
         wish = self._wish
@@ -168,7 +204,7 @@ class Refit:
             values=self._whole(source, mapping).values,
             inputs=inputs,
             reference=wish.reference,
-            program=self._compiled.program,
+            program=self.compiled.program,
             tolerances=verify.tolerances_for(self._config, self._module),
             tools=tools_for(self._host, self._config, "refit", "verify"),
         )
@@ -184,89 +220,9 @@ class Refit:
         whole.values.update(mapping.values)
         return whole
 
-    def _write(
-        self,
-        source: WeightSource,
-        mapping: Mapping,
-        judge: Callable[[OpenedModule], VerificationResult] | None,
-    ) -> RefitReport:
-        staged = Staged(self._module)
-        try:
-            with self._clock.stage("stage"):
-                self._stage(staged, source, mapping)
-                self._found.changed = staged.changed()
-                self._found.memory = staged.memory()
-            self._require_measured()
-            return self._commit(staged, judge)
-        finally:
-            staged.discard()
-
-    def _require_measured(self) -> None:
-        try:
-            require_measured(self._found.transforms())
-        except VerificationError as exc:
-            exc.report = self._found.report("rolled-back")
-            raise
-
-    def _stage(self, staged: Staged, source: WeightSource, mapping: Mapping) -> None:
-        """Stage what changed; all of it where an engine has lost what the others hold."""
-        if not mapping.unchanged:
-            staged.fill(mapping.values, partial=self._wish.partial)
-            return
-        keeping = {engine for engine, _ in mapping.unchanged}
-        some = {key: value for key, value in mapping.values.items() if key[0] in keeping}
-        rest = {key: value for key, value in mapping.values.items() if key[0] not in keeping}
-        try:
-            staged.fill(rest, partial=self._wish.partial)
-            staged.fill(some, partial=True)
-        except NotRefittableError:
-            if self._wish.partial:
-                raise
-            staged.discard()
-            self._found.mapping = self._whole(source, mapping)
-            staged.fill(self._found.mapping.values, partial=False)
-
-    def _commit(
-        self, staged: Staged, judge: Callable[[OpenedModule], VerificationResult] | None
-    ) -> RefitReport:
-        def verdict() -> None:
-            self._tell(self._found.report("committed"))
-            if judge is not None:
-                self._judge(judge)
-            reports.append(self._found.report("committed"))
-            self._compiled.version += 1
-            self._compiled.live = self._now_live()
-            self._compiled.overridden = self._overridden
-
-        def taken_back() -> None:
-            self._compiled.version, self._compiled.live = self._found.before, live
-            self._compiled.overridden = overridden
-            self._tell(self._found.report("rolled-back"))
-
-        reports: list[RefitReport] = []
-        live, overridden = self._compiled.live, self._compiled.overridden
-        gate = self._compiled.gate
-        transaction = Transaction(self._module, gate, staged, on_rollback=taken_back)
-        try:
-            transaction.run(verdict, self._clock.stage("commit"))
-        except VerificationError as exc:
-            exc.report = self._found.report("rolled-back")
-            raise
-        return reports[0]
-
-    def _now_live(self) -> Live | None:
-        if self._delta is None or self._found.mapping is None:
-            return None
-        return self._delta.after(self._found.mapping.values, self._compiled.version)
-
-    def _tell(self, report: RefitReport) -> None:
-        self._host.call("refitkit_weights_changed", module=self._module, report=report)
-
-    def _judge(self, judge: Callable[[OpenedModule], VerificationResult]) -> None:
-        with self._clock.stage("verify"):
-            self._found.verification = judge(self._module)
-        if not self._found.verification.ok:
-            raise VerificationError(
-                "The refitted module is not what it should be; its old weights are back.",
-                problems=verify.problems_of(self._found.verification),
-            )
+    def _held(self, mapping: Mapping) -> Held:
+        """What the module will hold once these values are live."""
+        version, live = self._found.before + 1, None
+        if self._delta is not None:
+            live = self._delta.after(mapping.values, version)
+        return Held(version=version, live=live, overridden=self._overridden)

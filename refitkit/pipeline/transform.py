@@ -48,6 +48,7 @@ class Transformed:
 
     Attributes:
         offers: Groups, and whose they are.
+        given: The weights before that.
         made_by: Which of them makes an entry, by name.
     """
 
@@ -59,7 +60,7 @@ class Transformed:
             offers: Groups none of which makes what another one makes.
         """
         self.offers = tuple(offers)
-        self._source = source
+        self.given = source
         self.made_by = {name: offer for offer in self.offers for name in offer.group.gives}
         taken = _taken(self.offers)
         kept = [name for name in source.names() if name not in taken]
@@ -71,7 +72,7 @@ class Transformed:
     def description(self) -> str:
         """What was given, and what it went through."""
         through = dict.fromkeys(offer.transform for offer in self.offers)
-        return f"{self._source.description} through {', '.join(through)}"
+        return f"{self.given.description} through {', '.join(through)}"
 
     def names(self) -> Collection[str]:
         """What was given and not used up, and what is made."""
@@ -82,22 +83,29 @@ class Transformed:
         if fqn not in self._names:
             raise KeyError(fqn)
         offer = self.made_by.get(fqn)
-        return self._source.info(fqn) if offer is None else offer.group.gives[fqn]
+        return self.given.info(fqn) if offer is None else offer.group.gives[fqn]
 
     def get(self, fqn: str) -> torch.Tensor:
         """The source's tensor, or one that is made now."""
         if fqn not in self._names:
             raise KeyError(fqn)
         offer = self.made_by.get(fqn)
-        return self._source.get(fqn) if offer is None else self._made(offer).values[fqn]
+        return self.given.get(fqn) if offer is None else self._made(offer).values[fqn]
+
+    def made_from(self, fqn: str) -> tuple[str, ...]:
+        """What a group takes for it, or the name itself; see ``MadeOf``."""
+        if fqn not in self._names:
+            raise KeyError(fqn)
+        offer = self.made_by.get(fqn)
+        return (fqn,) if offer is None else offer.group.takes
 
     def revision(self, fqn: str) -> Hashable | None:
         """That of the source, of what no transform has made; see ``KnowsRevisions``."""
         if fqn not in self._names:
             raise KeyError(fqn)
-        if fqn in self.made_by or not isinstance(self._source, KnowsRevisions):
+        if fqn in self.made_by or not isinstance(self.given, KnowsRevisions):
             return None
-        return self._source.revision(fqn)
+        return self.given.revision(fqn)
 
     def _made(self, offer: Offer) -> Made:
         if self._last is None or self._last[0] is not offer:
@@ -111,7 +119,7 @@ class Transformed:
 
     def rows(self) -> tuple[TransformRow, ...]:
         """What the report says of each group, those before it first; measures of what was made."""
-        before = self._source.rows() if isinstance(self._source, Transformed) else ()
+        before = self.given.rows() if isinstance(self.given, Transformed) else ()
         return before + tuple(
             TransformRow(
                 transform=offer.transform,

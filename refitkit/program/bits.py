@@ -19,11 +19,22 @@ def same_bits(a: torch.Tensor, b: torch.Tensor, first: int | None = None) -> boo
     """
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    x, y = _flat(_plain(a), _plain(b).to(a.device))
+    x, y = flat_pair(a, b.to(a.device))
     if first is not None:
         x, y = x[:first], y[:first]
     kind = _widest(x, y)
     return torch.equal(x.view(kind), y.view(kind))
+
+
+def flat_pair(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two tensors of one shape, each in one dimension and both in one order of elements.
+
+    Without a copy where they lie alike and without gaps; each on its own device.
+    """
+    a, b = _plain(a), _plain(b)
+    if a.stride() == b.stride() and is_dense(a):
+        return a.as_strided((a.numel(),), (1,)), b.as_strided((b.numel(),), (1,))
+    return a.contiguous().reshape(-1), b.contiguous().reshape(-1)
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -53,13 +64,6 @@ def dense_strides(shape: torch.Size, order: tuple[int, ...]) -> tuple[int, ...]:
         strides[dim] = step
         step *= max(int(shape[dim]), 1)
     return tuple(strides)
-
-
-def _flat(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both in one dimension, in one order; without a copy where they lie alike."""
-    if a.stride() == b.stride() and is_dense(a):
-        return a.as_strided((a.numel(),), (1,)), b.as_strided((b.numel(),), (1,))
-    return a.contiguous().reshape(-1), b.contiguous().reshape(-1)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,9 +5,10 @@ A backend opens or compiles a target into an :class:`OpenedModule`, which lists 
 every slot, has each engine stage them, and commits. Verifiers judge the result.
 
 What an engine may or may not be able to do is a protocol of its own: :class:`SupportsReadback`,
-:class:`SupportsPartial`, :class:`SupportsSpareBuffer`, :class:`SupportsWarming`. So it is with
-opened modules (:class:`Offline`, :class:`LowersPrecision`) and sources (:class:`HoldsProgram`,
-:class:`KnowsRevisions`).
+:class:`RemembersWeights`, :class:`SupportsPartial`, :class:`SupportsSpareBuffer`,
+:class:`SupportsOverwrite`, :class:`SupportsWarming`, :class:`HoldsPrevious`. So it is with what is
+staged (:class:`ShowsStaged`), with opened modules (:class:`Offline`, :class:`LowersPrecision`) and
+sources (:class:`HoldsProgram`, :class:`KnowsRevisions`, :class:`MadeOf`).
 
 Between a source and the names that a program reads stand :class:`WeightTransform` objects.
 """
@@ -15,8 +16,12 @@ Between a source and the names that a program reads stand :class:`WeightTransfor
 from refitkit.protocols.backends import Backend, HoldsValues, KnowsPlanKey, PlanDraft, PlanKey
 from refitkit.protocols.engines import (
     Engine,
+    HoldsPrevious,
+    RemembersWeights,
+    ShowsStaged,
     SlotValue,
     StagedRefit,
+    SupportsOverwrite,
     SupportsPartial,
     SupportsReadback,
     SupportsSpareBuffer,
@@ -24,7 +29,7 @@ from refitkit.protocols.engines import (
 )
 from refitkit.protocols.modules import LowersPrecision, Offline, OpenedModule, Rebuilds
 from refitkit.protocols.plans import BindableProgram, Plan
-from refitkit.protocols.sources import HoldsProgram, KnowsRevisions, WeightSource
+from refitkit.protocols.sources import HoldsProgram, KnowsRevisions, MadeOf, WeightSource
 from refitkit.protocols.strategies import Mapped, MappingStrategy, MapRequest
 from refitkit.protocols.tools import Tools
 from refitkit.protocols.transforms import Made, TransformRequest, WeightGroup, WeightTransform
@@ -34,12 +39,14 @@ __all__ = [
     "Backend",
     "BindableProgram",
     "Engine",
+    "HoldsPrevious",
     "HoldsProgram",
     "HoldsValues",
     "KnowsPlanKey",
     "KnowsRevisions",
     "LowersPrecision",
     "Made",
+    "MadeOf",
     "MapRequest",
     "Mapped",
     "MappingStrategy",
@@ -49,8 +56,11 @@ __all__ = [
     "PlanDraft",
     "PlanKey",
     "Rebuilds",
+    "RemembersWeights",
+    "ShowsStaged",
     "SlotValue",
     "StagedRefit",
+    "SupportsOverwrite",
     "SupportsPartial",
     "SupportsReadback",
     "SupportsSpareBuffer",

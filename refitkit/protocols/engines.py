@@ -43,7 +43,11 @@ class StagedRefit(Protocol):
     """
 
     def commit(self) -> None:
-        """Make the new values live. When it raises, ``rollback`` is called."""
+        """Make the new values live. When it raises, ``rollback`` is called.
+
+        No call of the module runs meanwhile, and ``OpenedModule.drain`` has waited for what earlier
+        ones left pending.
+        """
 
     def rollback(self) -> None:
         """Make the old values live again, bit for bit; also right after a failed ``commit``."""
@@ -90,6 +94,28 @@ class SupportsReadback(Protocol):
 
 
 @runtime_checkable
+class RemembersWeights(Protocol):
+    """An engine that cannot be read, and keeps what was last written to it."""
+
+    def remembered(self, slot: str) -> torch.Tensor | None:
+        """The live value: an alias, valid until the next refit. Not to be written to.
+
+        None where nobody knows it, as before the first refit.
+        """
+
+
+@runtime_checkable
+class ShowsStaged(Protocol):
+    """Staged values that can be looked at beside the live ones, before they are committed."""
+
+    def staged(self, slot: str) -> torch.Tensor:
+        """The new value of a slot that one was given for, in its dtype and shape.
+
+        An alias, valid until ``commit`` or ``discard``. Not to be written to.
+        """
+
+
+@runtime_checkable
 class SupportsPartial(Protocol):
     """An engine that can change some slots and keep the others."""
 
@@ -103,6 +129,36 @@ class SupportsSpareBuffer(Protocol):
 
     def free_spare(self) -> int:
         """Free the second set; returns its bytes. The next refit allocates it again."""
+
+
+@runtime_checkable
+class HoldsPrevious(Protocol):
+    """An engine that has its values from before the last commit, until something is staged."""
+
+    def previous(self) -> Mapping[str, torch.Tensor]:
+        """What slots held before the last commit: those that it changed, or more.
+
+        Values are usable until the ``stage`` that they are given to returns, and not to be written
+        to. Nothing where there was no commit, where it was rolled back, or where the values were
+        overwritten or freed since.
+        """
+
+
+@runtime_checkable
+class SupportsOverwrite(Protocol):
+    """An engine that can do without a second set of weights, and without a way back."""
+
+    def stage_over(self, values: Sequence[SlotValue]) -> StagedRefit:
+        """Like ``stage``, or ``stage_partial`` where slots are left out; but nothing is copied.
+
+        Names are checked now. A second set of weights is freed, and ``commit``, while no call runs,
+        reads the values and writes them over the live ones. From then on ``rollback`` raises an
+        ``EngineError``: see ``refitkit.recipe.Overwriting``, which does just that.
+
+        Raises:
+            WeightMismatchError: There are no such slots, or some are given twice.
+            NotRefittableError: Some have no value, and what they hold cannot be kept.
+        """
 
 
 @runtime_checkable

@@ -60,6 +60,22 @@ class KnowsRevisions(Protocol):
 
 
 @runtime_checkable
+class MadeOf(Protocol):
+    """A source whose entries are made of another's: renamed, packed, cast, quantized."""
+
+    @property
+    def given(self) -> WeightSource:
+        """The other one."""
+
+    def made_from(self, fqn: str) -> tuple[str, ...]:
+        """Names in ``given`` that an entry is made from: its own, where it is left as it was.
+
+        Raises:
+            KeyError: It has no such name.
+        """
+
+
+@runtime_checkable
 class HoldsProgram(Protocol):
     """A source whose weights are those of a program, which is at hand."""
 

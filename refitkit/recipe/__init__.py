@@ -4,6 +4,7 @@ Knows torch, knows no engine.
 """
 
 from refitkit.recipe.archive import Archive, ArchiveError, write_archive
+from refitkit.recipe.overwriting import Overwriting
 from refitkit.recipe.plan import RefitPlan
 from refitkit.recipe.record import Recorded, write
 from refitkit.recipe.sources import TensorMap, describe_tensor, unusable_reason
@@ -12,6 +13,7 @@ from refitkit.recipe.tape import Tape
 __all__ = [
     "Archive",
     "ArchiveError",
+    "Overwriting",
     "Recorded",
     "RefitPlan",
     "Tape",

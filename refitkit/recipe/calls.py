@@ -69,7 +69,6 @@ class Ready:
             to be that operand alone.
         anywhere: Whether it is exact on every device.
         device: Kind of device that it was recorded on.
-        on_cpu: Whether it can be made on a CPU.
     """
 
     op: Any
@@ -82,7 +81,6 @@ class Ready:
     alone: bool
     anywhere: bool
     device: str
-    on_cpu: bool
 
     @property
     def is_simple(self) -> bool:
@@ -93,8 +91,11 @@ class Ready:
 
     def made_on(self, device: torch.device) -> torch.device:
         """Where it is made if its operands are here: elsewhere, if it is exact only there."""
-        there = self.anywhere or device.type == self.device
-        return device if there else torch.device(self.device)
+        return device if self.is_exact_on(device.type) else torch.device(self.device)
+
+    def is_exact_on(self, kind: str) -> bool:
+        """Whether it is exact on a kind of device."""
+        return self.anywhere or kind == self.device
 
     def __call__(self, operands: Sequence[torch.Tensor]) -> Results:
         """Make it with these operands."""
@@ -204,7 +205,6 @@ class Calls:
             alone=one.op.startswith(_FROM_STORAGE),
             anywhere=anywhere,
             device=one.device,
-            on_cpu=anywhere or one.device == "cpu",
         )
 
     def _dtype(self, value: Value) -> str:

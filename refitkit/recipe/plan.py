@@ -75,6 +75,8 @@ class RefitPlan:
         self._leaves = {leaf.fqn: leaf for leaf in data.leaves}
         self._calls = Calls(data)
         self._kept = Kept()
+        self._constants: dict[tuple[str, str], SlotValue] = {}
+        self._fitted: tuple[str, tuple[Slot, ...]] | None = None
 
     @property
     def ledger(self) -> tuple[LedgerRow, ...]:
@@ -140,9 +142,8 @@ class RefitPlan:
                 if fqn in names:
                     load = _Load(source, fqn, row.slot)
                     return SlotValue(row.slot, STRATEGY, (fqn,), load, identity=True)
-        if isinstance(row.value, PinnedRef):
-            tensor = _as_slot(self._pinned[row.value.name], row.slot)
-            return SlotValue(row.slot, STRATEGY, (), lambda: tensor, identity=True, pinned=True)
+        if type(row.value) is PinnedRef:
+            return self._constant(row.value.name, row.slot)
         lacking = () if whole else self._lacking(row, names)
         if lacking:
             return f"the source has no {', '.join(map(repr, lacking))}"
@@ -155,6 +156,15 @@ class RefitPlan:
             lambda: _as_slot(replay.value(value), row.slot),
             pinned=not read,
         )
+
+    def _constant(self, name: str, slot: Slot) -> SlotValue:
+        """A tensor that the plan keeps, as a slot's value: always the same object."""
+        found = self._constants.get(slot.key)
+        if found is None:
+            tensor = _as_slot(self._pinned[name], slot)
+            found = SlotValue(slot, STRATEGY, (), lambda: tensor, identity=True, pinned=True)
+            self._constants[slot.key] = found
+        return found
 
     def lacking(self, row: LedgerRow, source: WeightSource) -> tuple[str, ...]:
         """Leaves that a row needs and that the source has under none of their names.
@@ -319,13 +329,17 @@ class RefitPlan:
         Raises:
             PlanMismatchError: Names, dtypes or counts of slots differ; lists every difference.
         """
-        problems = list(self._differences(backend, {slot.key: slot for slot in slots}))
+        engines = backend, tuple(slots)
+        if engines == self._fitted:  # mostly the very objects of the refit before
+            return
+        problems = list(self._differences(backend, {slot.key: slot for slot in engines[1]}))
         if problems:
             raise PlanMismatchError(
                 "The plan was made for another engine.",
                 problems=problems,
                 hint="Plan from the program that was compiled: refitkit.plan(program, target=...).",
             )
+        self._fitted = engines
 
     def _differences(self, backend: str, slots: dict[tuple[str, str], Slot]) -> Iterator[Problem]:
         if backend != self.backend:

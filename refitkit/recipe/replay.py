@@ -146,7 +146,8 @@ class _Run:
         self._tensors: list[Any] = [None] * schedule.size
         self._left = dict(schedule.reads)
         self._next = 0
-        self._on_cpu = True
+        self._home: torch.device | None = None  # where everything is, unless it is scattered
+        self._scattered = False
 
     def is_ahead(self, value: CallRef) -> bool:
         """Whether steps have to be made before it can be taken."""
@@ -190,7 +191,7 @@ class _Run:
     def _do(self, step: Load | Make | Keep | Many) -> None:
         tensors = self._tensors
         if isinstance(step, Make):
-            if step.simple is not None and self._on_cpu and step.ready.on_cpu:
+            if step.simple is not None and self._is_made_at_home(step.ready):
                 args = list(step.ready.args)
                 for position, place in step.simple:
                     args[position] = tensors[place]
@@ -202,22 +203,34 @@ class _Run:
             found = (
                 self._leaf(value.fqn) if isinstance(value, SourceRef) else self._pinned(value.name)
             )
-            if self._on_cpu:
-                self._on_cpu = found.is_cpu
+            self._note(found.device)
             tensors[step.place] = found
         elif isinstance(step, Keep):
             self._fill(step.places, self._steady(step.number))
         else:
             self._many(step)
 
+    def _note(self, device: torch.device) -> None:
+        """Note where something is that was read or made."""
+        if self._home is None:
+            self._home = device
+        elif device != self._home:
+            self._scattered = True
+
+    def _is_made_at_home(self, ready: Ready) -> bool:
+        """Whether a call is exact where all its operands are: nothing has to be moved."""
+        home = self._home
+        return home is not None and not self._scattered and ready.is_exact_on(home.type)
+
     def _many(self, step: Many) -> None:
         operands = [
             self._tensors[side]
             if isinstance(side, int)
-            else _end_to_end([self._tensors[place] for place in side], on_cpu=self._on_cpu)
+            else _end_to_end([self._tensors[place] for place in side], alike=not self._scattered)
             for side in step.operands
         ]
         (flat,) = _made(step.ready, operands)
+        self._note(flat.device)
         self._tensors[step.flat] = flat
         pieces = flat.split_with_sizes(step.batch.sizes)
         for place, piece, shape in zip(step.places, pieces, step.batch.shapes, strict=True):
@@ -227,6 +240,7 @@ class _Run:
         for place, result in zip(places, results, strict=True):
             if not isinstance(result, torch.Tensor):
                 raise TypeError("it gives no tensor")
+            self._note(result.device)
             self._tensors[place] = result
 
 
@@ -235,9 +249,9 @@ def _made(ready: Ready, operands: list[torch.Tensor]) -> Results:
     return ready([t if t.device == device else t.to(device) for t in operands])
 
 
-def _end_to_end(tensors: list[torch.Tensor], *, on_cpu: bool) -> torch.Tensor:
+def _end_to_end(tensors: list[torch.Tensor], *, alike: bool) -> torch.Tensor:
     flat = [t if t.dim() == 1 else t.reshape(-1) for t in tensors]
-    if on_cpu:
+    if alike:
         return torch.cat(flat)
     device = _device(tensors)
     return torch.cat([t.to(device) for t in flat])

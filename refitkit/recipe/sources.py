@@ -174,6 +174,8 @@ class TensorMap:
     def get(self, fqn: str) -> torch.Tensor:
         """The tensor itself, without its gradient history; all of a distributed one."""
         value = self._tensors[fqn]
+        if type(value) is torch.Tensor and not value.requires_grad:
+            return value  # mostly, and an alias of each would cost as much as a check of it
         if not isinstance(value, torch.Tensor):
             raise SourceError(f"{self.description}: {fqn!r} is {unusable_reason(value)}.")
         if type(value) not in _PLAIN and is_distributed(value):

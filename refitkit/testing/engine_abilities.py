@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from refitkit.protocols import (
+    RemembersWeights,
+    ShowsStaged,
     SupportsPartial,
     SupportsReadback,
     SupportsSpareBuffer,
@@ -16,13 +18,26 @@ from refitkit.testing.engine_base import A, B, C, EngineBase
 from refitkit.testing.layouts import of_other_dtypes, of_other_shapes
 from refitkit.testing.memory import NewMemory
 
+if TYPE_CHECKING:
+    import torch
+
+    from refitkit.model import Slot
+
 _READ = "SupportsReadback.read"
+_REMEMBERED = "RemembersWeights.remembered"
+_STAGED = "ShowsStaged.staged"
 _PARTIAL = "SupportsPartial.stage_partial"
 _SPARE = "SupportsSpareBuffer.free_spare"
 _WARM = "SupportsWarming.warm"
 _MEMORY = "Engine.memory"
 _SLACK = 512  # bytes for each slot: alignment
 _REFITS = 6  # so many that a leak of one set of weights each is more than any engine declares
+
+
+def _require_shape(contract: str, slot: Slot, value: torch.Tensor) -> None:
+    if slot.shape is not None and tuple(value.shape) != slot.shape:
+        found = f"{slot.name!r} is given as {tuple(value.shape)}, and is {slot.shape}."
+        raise Breach(contract, found, "Give it in the shape of its slot.")
 
 
 class AbilityChecks(EngineBase):
@@ -69,6 +84,58 @@ class AbilityChecks(EngineBase):
             if slot.count and engine.read(name).data_ptr() != engine.read(name).data_ptr():
                 found = f"{name!r} is copied whenever it is read."
                 raise Breach(_READ, found, "Give an alias of the live value; who keeps it copies.")
+
+    # -- what is not read, and what is not live yet -----------------------------------------
+
+    def test_what_is_remembered_is_held(self) -> None:
+        """At first, once staged, after a commit, a rollback and a discard; None is no lie."""
+        engine = self.make_engine()
+        if not isinstance(engine, RemembersWeights):
+            skip("the engine has no RemembersWeights.remembered")
+        self._require_remembered(engine, "at first")
+        self.stage(engine, self.make_values(engine, A)).discard()
+        self._require_remembered(engine, "after a discard")
+        self.commit(engine, self.make_values(engine, A))
+        self._require_remembered(engine, "after a commit", known=True)
+        staged = self.stage(engine, self.make_values(engine, B))
+        self._require_remembered(engine, "once values are staged")
+        staged.commit()
+        self._require_remembered(engine, "after another commit", known=True)
+        staged.rollback()
+        self._require_remembered(engine, "after a rollback")
+
+    def _require_remembered(self, engine: Any, when: str, *, known: bool = False) -> None:
+        held = self.snapshot(engine)
+        for name, slot in engine.slots.items():
+            value = engine.remembered(name)
+            if value is None and not known:
+                continue
+            if value is None or oracles.bits(value) != held[name]:
+                found = f"{when}, what it says of {name!r} is not what the engine holds."
+                raise Breach(_REMEMBERED, found, "Say None where it is not known.")
+            _require_shape(_REMEMBERED, slot, value)
+
+    def test_what_is_staged_is_shown(self) -> None:
+        """Each new value, before it is live, and as an alias; the live ones stay."""
+        engine = self.ready()
+        values = self.make_values(engine, B)
+        before, wanted = self.snapshot(engine), oracles.snapshot(values)
+        staged = self.stage(engine, values)
+        if not isinstance(staged, ShowsStaged):
+            skip("what is staged has no ShowsStaged.staged")
+        for name, slot in engine.slots.items():
+            value = staged.staged(name)
+            if oracles.bits(value) != wanted[name]:
+                found = f"what it shows of {name!r} is not the value that was given."
+                raise Breach(_STAGED, found, "Show what would be live after commit.")
+            if slot.count and value.data_ptr() != staged.staged(name).data_ptr():
+                found = f"{name!r} is copied whenever it is shown."
+                raise Breach(_STAGED, found, "Give an alias; who keeps it copies.")
+            _require_shape(_STAGED, slot, value)
+        advice = "Show, and change nothing."
+        self.require_held(engine, before, _STAGED, "after it", advice)
+        staged.commit()
+        self.require_held(engine, wanted, _STAGED, "after it and a commit", advice)
 
     # -- in part ----------------------------------------------------------------------------
 

@@ -13,6 +13,8 @@ import torch
 
 from refitkit.errors import WeightMismatchError
 from refitkit.model import EngineMemory, Slot
+from refitkit.recipe import Overwriting
+from refitkit.recipe.sources import require_values
 from refitkit.testing.oracles import bits
 
 if TYPE_CHECKING:
@@ -74,6 +76,11 @@ class FakeStaged:
         live = self.engine.live
         return any(bits(live[name]) != bits(value) for name, value in self.values.items())
 
+    def staged(self, slot: str) -> torch.Tensor:
+        """What a slot will hold: its new value, else the live one."""
+        self._trip("show")
+        return self.values.get(slot, self.engine.live[slot])
+
     def commit(self) -> None:
         """Put one value after another into its slot."""
         self.did.append("commit")
@@ -88,6 +95,7 @@ class FakeStaged:
         self.did.append("rollback")
         self._trip("rollback")
         self.engine.live.update(self._before)
+        self.engine.spare = {}
         self._trip("rollback-end")
 
     def discard(self) -> None:
@@ -151,7 +159,10 @@ class FakeEngine:
 
 
 class OpenEngine(FakeEngine):
-    """An engine that can be read, refitted in part and warmed, and has a spare buffer."""
+    """An engine that can be read, refitted in part, written over and warmed; with a spare buffer.
+
+    What it held before the last commit stays there.
+    """
 
     def read(self, slot: str) -> torch.Tensor:
         """The live value."""
@@ -162,6 +173,23 @@ class OpenEngine(FakeEngine):
         """Copy values for some slots."""
         self.wire(f"{self.name}.stage-partial")
         return self._stage(values)
+
+    def previous(self) -> dict[str, torch.Tensor]:
+        """The values before the last commit."""
+        self.wire(f"{self.name}.previous")
+        return dict(self.spare)
+
+    def stage_over(self, values: Sequence[SlotValue]) -> Overwriting:
+        """Write one value after another into its slot, at the commit."""
+        self.wire(f"{self.name}.stage-over")
+        require_values(self.slots, values, partial=True)
+        self.free_spare()
+        return Overwriting(lambda: self._write_over(values))
+
+    def _write_over(self, values: Sequence[SlotValue]) -> None:
+        for value in values:
+            self.wire(f"{self.name}.over-{value.slot.name}")
+            self.live[value.slot.name] = _copied(value.load())
 
     def free_spare(self) -> int:
         """Forget the values before the last commit; returns their bytes."""

@@ -35,7 +35,10 @@ class Open(OpenEngine):
     def __init__(self) -> None:
         super().__init__("engine", VALUES, Tripwire())
 
-    def known(self, name: str, copies: dict[str, Any]) -> None:
+    def remembered(self, slot: str) -> torch.Tensor | None:
+        return self.live[slot]
+
+    def require_new(self, name: str, copies: dict[str, Any]) -> None:
         if name in copies or name not in self.slots:
             raise WeightMismatchError(f"{name} is given twice, or is no slot.")
 
@@ -48,7 +51,7 @@ class Open(OpenEngine):
     def _stage(self, values: Sequence[SlotValue]) -> FakeStaged:
         copies: dict[str, torch.Tensor] = {}
         for value in values:
-            self.known(value.slot.name, copies)
+            self.require_new(value.slot.name, copies)
             copies[value.slot.name] = self.copied(self.slots[value.slot.name], value.load())
         return self.Staged(self, copies)
 
@@ -65,15 +68,15 @@ class Good(TestOpenEngine):
 BITES: list[Bite] = []
 
 
-def breaks(check: str, says: str) -> Any:
+def breaks(check: str, says: str, good: type[Good] = Good) -> Any:
     """Note a broken engine, or a broken ``StagedRefit``, for a check."""
 
     def note(thing: type) -> type:
         engine = thing
         if issubclass(thing, FakeStaged):
             engine = type(thing.__name__, (Open,), {"Staged": thing})
-        suite = type(thing.__name__, (Good,), {"engine": engine})
-        BITES.append(Bite(f"test_{check}", suite, says, Good))
+        suite = type(thing.__name__, (good,), {"engine": engine})
+        BITES.append(Bite(f"test_{check}", suite, says, good))
         return thing
 
     return note
@@ -589,3 +592,173 @@ class PilesUp(Triples):
         staged = Open._stage(self, values)
         self.all = [*getattr(self, "all", []), staged.values]
         return staged
+
+
+# -- earlier values, and no way back ----------------------------------------------------------
+
+_BEFORE = "previous_values_are_those_before_the_last_commit"
+
+
+@breaks(_BEFORE, "slots that it changed are lacking: 'complex', 'half', 'matrix' and 1 more")
+class RemembersNothing(Open):
+    def previous(self) -> Any:
+        return {}
+
+
+@breaks(_BEFORE, "after a commit, it tells of values that were not live before")
+class RemembersTheLive(Open):
+    def previous(self) -> Any:
+        return dict(self.live) if self.spare else {}
+
+
+@breaks(_BEFORE, "staged and discarded, it tells of values that were not live before: 'half'")
+class StagesOverThePast(Open):
+    def _stage(self, values: Any) -> Any:
+        staged = super()._stage(values)
+        if self.spare:
+            self.spare["half"] = staged.values["half"]
+        return staged
+
+
+@breaks(_BEFORE, "after a rollback, it tells of")
+class RemembersAfterARollback(FakeStaged):
+    def rollback(self) -> None:
+        super().rollback()
+        self.engine.spare = dict(self.values)
+
+
+@breaks("no_previous_values_where_there_are_none", "before any refit, it tells of")
+class BornWithAPast(Open):
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = dict(self.live)
+
+
+@breaks("no_previous_values_where_there_are_none", "once the spare buffer is freed, it tells of")
+class RemembersTheFreed(Open):
+    def free_spare(self) -> int:
+        return sum(value.nbytes for value in self.spare.values())
+
+
+@breaks("previous_values_can_be_staged", "after they were staged, 4 of 4 slots are wrong")
+class LendsItsStagingSet(Open):
+    """What is staged goes through the very memory that the previous values are in."""
+
+    def _stage(self, values: Any) -> Any:
+        for value in self.spare.values():
+            value.zero_()
+        return super()._stage(values)
+
+
+@breaks("overwriting_begins_at_the_commit", "after what it gave was discarded, 4 of 4")
+class WritesAtOnce(Open):
+    def stage_over(self, values: Any) -> Any:
+        staged = super().stage_over(values)
+        staged.commit()
+        return staged
+
+
+@breaks("overwriting_begins_at_the_commit", "a rollback after overwriting was accepted")
+class HasNoRegrets(Open):
+    def stage_over(self, values: Any) -> Any:
+        staged = super().stage_over(values)
+        staged.rollback = lambda: None  # type: ignore[method-assign]
+        return staged
+
+
+@breaks("overwriting_some_leaves_the_others", "after 'matrix' alone was written over, 3 of 4")
+class ClearsTheRest(Open):
+    def _write_over(self, values: Any) -> None:
+        self.live = {name: torch.zeros_like(value) for name, value in self.live.items()}
+        super()._write_over(values)
+
+
+@breaks("overwriting_refuses_names_that_are_not_its_own", "a name given twice was accepted")
+class WritesTwice(Open):
+    def stage_over(self, values: Any) -> Any:
+        return super().stage_over(list({value.slot.name: value for value in values}.values()))
+
+
+@breaks("overwriting_needs_no_second_set", "bytes more are kept after it; one set has")
+class OverwritesWithASpare(Triples):
+    def _write_over(self, values: Any) -> None:
+        super()._write_over(values)
+        self.more = [value.clone() for value in self.live.values()]
+
+
+# -- what is remembered, and what is shown before it is live ------------------------------------
+
+
+@breaks("what_is_remembered_is_held", "at first, what it says of 'matrix' is not what")
+class RemembersOnes(Open):
+    def remembered(self, slot: str) -> torch.Tensor | None:
+        return torch.ones_like(self.live[slot])
+
+
+@breaks("what_is_remembered_is_held", "after a discard, what it says of 'matrix' is not")
+class RemembersWhatWasStaged(Open):
+    def _stage(self, values: Any) -> Any:
+        staged = super()._stage(values)
+        self.last = staged.values
+        return staged
+
+    def remembered(self, slot: str) -> torch.Tensor | None:
+        return self.last[slot] if hasattr(self, "last") else None
+
+
+@breaks("what_is_remembered_is_held", "after a commit, what it says of 'matrix' is not")
+class NeverRemembers(Open):
+    def remembered(self, slot: str) -> torch.Tensor | None:
+        return None
+
+
+@breaks("what_is_remembered_is_held", "after a rollback, what it says of 'matrix' is not")
+class RemembersWhatWasCommitted(FakeStaged):
+    def commit(self) -> None:
+        super().commit()
+        last = dict(self.values)
+        self.engine.remembered = last.get  # type: ignore[attr-defined]
+
+
+@breaks("what_is_remembered_is_held", r"RemembersWeights.*'matrix' is given as \(6,\), and is")
+class RemembersFlat(Open):
+    def remembered(self, slot: str) -> torch.Tensor | None:
+        return self.live[slot].reshape(-1)
+
+
+@breaks("what_is_staged_is_shown", "what it shows of 'matrix' is not the value that was given")
+class ShowsTheLive(FakeStaged):
+    def staged(self, slot: str) -> torch.Tensor:
+        return self.engine.live[slot]
+
+
+@breaks("what_is_staged_is_shown", "'matrix' is copied whenever it is shown")
+class ShowsCopies(FakeStaged):
+    def staged(self, slot: str) -> torch.Tensor:
+        self.all = [*getattr(self, "all", []), self.values[slot].clone()]
+        return self.all[-1]
+
+
+@breaks("what_is_staged_is_shown", r"ShowsStaged.*'matrix' is given as \(6,\), and is \(2, 3\)")
+class ShowsFlat(FakeStaged):
+    def staged(self, slot: str) -> torch.Tensor:
+        return self.values[slot].reshape(-1)
+
+
+@breaks("what_is_staged_is_shown", "after it, 4 of 4 slots are wrong")
+class CommitsToShow(FakeStaged):
+    def staged(self, slot: str) -> torch.Tensor:
+        self.engine.live.update(self.values)
+        return self.values[slot]
+
+
+@breaks("what_is_staged_is_shown", "after it and a commit, 4 of 4 slots are wrong")
+class TakesAway(FakeStaged):
+    def staged(self, slot: str) -> torch.Tensor:
+        self.gone = {**getattr(self, "gone", {}), slot: self.values[slot]}
+        return self.gone[slot]
+
+    def commit(self) -> None:
+        gone = getattr(self, "gone", {})
+        self.values = {name: v for name, v in self.values.items() if name not in gone}
+        super().commit()

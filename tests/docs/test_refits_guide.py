@@ -16,7 +16,7 @@ BLOCKS = dict(re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", PAGE, re.
 
 
 def test_every_python_block_is_run_here() -> None:
-    assert PAGE.count("```python") == len(BLOCKS) == 4
+    assert PAGE.count("```python") == len(BLOCKS) == 8
 
 
 def test_every_setting_is_listed() -> None:

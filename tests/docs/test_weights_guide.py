@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from refitkit.cli.diff import diff_command
+from refitkit.cli.refit import refit_command
+from refitkit.cli.settings import read_settings
+from refitkit.cli.verify import verify_command
 from refitkit.model import Rules
 from refitkit.model.rules import WRAPPERS
 
 if TYPE_CHECKING:
     import pytest
 
+COMMANDS = {"diff": diff_command, "refit": refit_command, "verify": verify_command}
 PAGE = (Path(__file__).parents[2] / "docs/guides/weights.md").read_text()
 BLOCKS = dict(re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", PAGE, re.DOTALL))
 
@@ -21,6 +27,26 @@ def test_every_rule_is_listed_with_its_default() -> None:
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(Rules.model_fields)
     (line,) = (line for line in table.splitlines() if line.startswith("| `wrappers`"))
     assert tuple(re.findall(r"`(\w+)`", line.split("|")[2])) == WRAPPERS
+
+
+def test_the_commands_have_these_flags() -> None:
+    section = PAGE.partition("## On the command line")[2]
+    (block,) = re.findall(r"```console\n(.*?)```", section, re.DOTALL)
+    listed = set(re.findall(r"^\| `(--[\w-]+)", section, re.MULTILINE))
+    assert {"--rename", "--config"} < listed
+    for line in block.replace("\\\n", "").splitlines():
+        _, program, name, *words = shlex.split(line)
+        command = COMMANDS[name]
+        flags = {option for param in command.params for option in param.opts}
+        assert program == "refitkit"
+        assert listed < flags
+        assert {word for word in words if word.startswith("-")} < flags
+
+
+def test_the_toml_holds_settings(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+    (tmp_path / "settings.toml").write_text(text)
+    assert read_settings(tmp_path / "settings.toml")["rules"]["cast"] == "lossless"
 
 
 def test_the_code_runs(

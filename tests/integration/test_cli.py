@@ -239,6 +239,44 @@ def test_plans(cli: Server, files: Files, tmp_path: Path) -> None:
     answers_like(out, 1)
 
 
+def test_diff(cli: Server, files: Files, tmp_path: Path) -> None:
+    new, out = load_file(files.new), tmp_path / "out.refitkit"
+    changed = {n for n, v in load_file(files.old).items() if not v.equal(new[n])}
+    for a, b in ((files.old, files.new), (files.module, files.new), (files.old, files.module)):
+        report = cli.data("diff", a, b)
+        assert {row["name"] for row in report["rows"]} == new.keys()
+        if b != files.module:
+            assert report["counts"]["changed"] == len(changed)
+    assert cli.data("diff", files.old, files.module)["counts"] == {"same": len(new)}
+    assert cli("refit", files.module, files.new, "-o", out).code == 0
+    assert cli("diff", out, files.new, "--exit-code").code == 0
+    assert cli("diff", out, files.module, "--exit-code").code == 4
+    assert cli.data("diff", files.module, out)["counts"]["changed"] == len(changed)
+    refusal = cli.error("diff", files.module, files.inputs)
+    assert refusal["type"] == "WeightMismatchError"
+    assert {problem["kind"] for problem in refusal["problems"]} == {"missing", "unexpected"}
+
+
+def test_rules_and_settings(cli: Server, files: Files, tmp_path: Path) -> None:
+    half = {
+        f"net.{n}": v.half() if v.is_floating_point() else v
+        for n, v in load_file(files.new).items()
+    }
+    trained, settings = tmp_path / "trained.safetensors", tmp_path / "settings.toml"
+    save_file(half, trained)
+    settings.write_text('changes = "exact"\n[rules]\ncast = "lossless"\n')
+    flags = ("--config", settings, "--subtree", "net.")
+    out = tmp_path / "out.refitkit"
+    assert cli.error("refit", files.module, trained, "-o", out)["type"] == "WeightMismatchError"
+    report = cli.data("refit", files.module, trained, "-o", out, *flags)
+    assert {row["transform"] for row in report["transforms"]} == {"names", "casts"}
+    assert not any(row["sampled"] for row in report["changes"])
+    assert len(report["changes"]) == report["slots_written"]
+    assert cli.data("verify", out, trained, *flags)["ok"] is True
+    assert cli("diff", out, trained, *flags, "--exit-code").code == 0
+    assert "moved most" in cli("refit", files.module, trained, "-o", out, *flags).out
+
+
 def test_partial(cli: Server, files: Files, tmp_path: Path) -> None:
     part, out = tmp_path / "part.safetensors", tmp_path / "out.refitkit"
     save_file({"b.bias": load_file(files.new)["b.bias"]}, part)
@@ -306,6 +344,12 @@ def test_junk_as_weights(
     out = tmp_path / "out"
     assert cli.error("refit", files.module, path, "-o", out)["type"] == "SourceError"
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", JUNK)
+def test_junk_in_a_diff(cli: Server, files: Files, junk: dict[str, Path], name: str) -> None:
+    for args in ((junk[name], files.new), (files.new, junk[name]), (junk[name], files.module)):
+        assert cli.error("diff", *args)["type"] == "SourceError"
 
 
 @pytest.mark.parametrize("name", JUNK)

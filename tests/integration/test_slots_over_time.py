@@ -1,7 +1,8 @@
 """A random life of a module, compared slot by slot and bit for bit with a model of what it holds.
 
 The engine has two sets of weights that take turns, and the set that does not serve may be stale in
-some slots. The model here knows nothing of that: it is a dict of tensors.
+some slots. The model here knows nothing of that: it is a dict of tensors, with lists of dicts of
+what slots held before.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from aoti_models import CASES
 
 import refitkit
 from refitkit.model import TensorInfo
+from refitkit.pipeline.origin import Origin
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,6 +67,28 @@ class BreakingSource:
         return self._state[fqn]
 
 
+class Past:
+    """What slots of one module held before its refits, and at first."""
+
+    def __init__(self, loaded: dict[str, torch.Tensor] | None = None) -> None:
+        self.loaded = loaded or {}  # from a file, if it was; before calls changed anything
+        self.befores: list[dict[str, torch.Tensor]] = []  # by version, less one
+        self.base: dict[str, torch.Tensor] = {}
+        self.given_up = 0  # the versions before this one
+
+    def note(self, written: Any, before: dict[str, torch.Tensor]) -> None:
+        self.befores.append({name: before[name] for name in written})
+        for name in written:
+            self.base.setdefault(name, self.loaded.get(name, before[name]))
+
+    def back_to(self, version: int) -> dict[str, torch.Tensor]:
+        """What slots have to hold that were written since."""
+        found: dict[str, torch.Tensor] = {}
+        for before in reversed(self.befores[version:]):
+            found.update(before)
+        return found
+
+
 class Life:
     """Some modules and, for each, a dict of what its slots should hold."""
 
@@ -80,6 +104,20 @@ class Life:
             if name.startswith("_do_")
         }
         self.done: list[str] = []
+        self.depth = seed % 4
+        self.pipeline = refitkit.Pipeline({"keep_versions": self.depth})
+        self.past = {first: Past(self.alive[0][1].copy())}
+
+    def _refit(self, compiled: Any, held: dict[str, Any], state: Any, **how: Any) -> Any:
+        before = {name: value.clone() for name, value in held.items()}
+        result = self.pipeline.refit(compiled, state, **how)
+        self._note(compiled, result.report, before)
+        return result
+
+    def _note(self, compiled: Any, report: Any, before: dict[str, torch.Tensor]) -> None:
+        past = self.past[compiled]
+        past.note([row.slot for row in report.ledger if row.strategy], before)
+        assert len(past.befores) == compiled.version
 
     def step(self) -> None:
         compiled, held = self.random.choice(self.alive)
@@ -116,7 +154,7 @@ class Life:
         if self.random.random() < 0.3:
             state[PINNED] = self._value(PINNED)
         how = {"verify": self.random.choice([None, "none"]), "delta": self._coin()}
-        refitkit.refit(compiled, state, **how)
+        self._refit(compiled, held, state, **how)
         held.update({PINNED: self.derived, **state})
 
     def _do_change_some(self, compiled: Any, held: dict[str, Any]) -> None:
@@ -126,26 +164,59 @@ class Life:
         state.update(self._values(changed))
         if self._coin():
             state[PINNED] = held[PINNED].clone()
-        report = refitkit.refit(compiled, state, delta=True, verify="none").report
+        report = self._refit(compiled, held, state, delta=True, verify="none").report
         assert report.slots_written + report.slots_unchanged == len(compiled.slots)
         assert report.slots_written >= len(changed)
         held.update({PINNED: self.derived, **state})
 
     def _do_refit_with_inputs(self, compiled: Any, held: dict[str, Any]) -> None:
         state = {n: t.clamp(-9, 9) for n, t in self._values(PERSISTENT).items()}
-        refitkit.refit(compiled, state, inputs=CASE.args())
+        self._refit(compiled, held, state, inputs=CASE.args())
         held.update({PINNED: self.derived, **state})
 
     def _do_partial(self, compiled: Any, held: dict[str, Any]) -> None:
         state = self._values(self._some())
         how = {"verify": self.random.choice([None, "none"]), "delta": self._coin()}
-        refitkit.refit(compiled, state, partial=True, **how)
+        self._refit(compiled, held, state, partial=True, **how)
         held.update(state)
 
     def _do_same_again(self, compiled: Any, held: dict[str, Any]) -> None:
         state = {name: held[name].clone() for name in self._some()}
-        report = refitkit.refit(compiled, state, partial=True, delta=self._coin()).report
+        report = self._refit(compiled, held, state, partial=True, delta=self._coin()).report
         assert report.changed is False
+
+    def _do_write_over(self, compiled: Any, held: dict[str, Any]) -> None:
+        state = self._values(self._some())
+        self._refit(compiled, held, state, partial=True, rollback=False)
+        held.update(state)
+        self.past[compiled].given_up = compiled.version
+
+    def _do_go_back(self, compiled: Any, held: dict[str, Any]) -> None:
+        past, present = self.past[compiled], compiled.version
+        version = self.random.randint(max(0, present - self.depth - 1), present)
+        try:
+            report = compiled.restore(version).report
+        except refitkit.NotRefittableError:
+            kept = self.depth > 1 and present - version <= self.depth
+            assert not kept or version < past.given_up
+            assert compiled.version == present
+            return
+        before = {name: value.clone() for name, value in held.items()}
+        held.update(past.back_to(version))
+        self._note(compiled, report, before)
+
+    def _do_restore(self, compiled: Any, held: dict[str, Any]) -> None:
+        past = self.past[compiled]
+        before = {name: value.clone() for name, value in held.items()}
+        origin = compiled.origin
+        gone = past.given_up > 0 if origin is None else Origin.of(origin.path) != origin
+        try:
+            report = compiled.restore().report
+        except refitkit.NotRefittableError:
+            assert gone
+            return
+        held.update(past.base)
+        self._note(compiled, report, before)
 
     def _do_refused(self, compiled: Any, held: dict[str, Any]) -> None:
         state = self._values(PERSISTENT)
@@ -190,16 +261,19 @@ class Life:
     def _do_save_and_load(self, compiled: Any, held: dict[str, Any]) -> None:
         path = self.folder / "module.refit"
         compiled.save(path)
-        self._add(refitkit.load(path), held)
+        self._add(self.pipeline.load(path), held)
 
     def _do_copy(self, compiled: Any, held: dict[str, Any]) -> None:
         state = self._values(self._some())
-        result = refitkit.refit(compiled, state, partial=True, copy=True)
+        result = self.pipeline.refit(compiled, state, partial=True, copy=True)
         assert result.module is not compiled
         self._add(result.module, {**held, **state})
+        self._note(result.module, result.report, {n: v.clone() for n, v in held.items()})
 
     def _add(self, compiled: refitkit.CompiledModule, held: dict[str, Any]) -> None:
         self.alive.append((compiled, dict(held)))
+        loaded = None if compiled.origin is None else {n: t.clone() for n, t in held.items()}
+        self.past[compiled] = Past(loaded)
         if len(self.alive) > MODULES:
             del self.alive[self.random.randrange(len(self.alive))]
 

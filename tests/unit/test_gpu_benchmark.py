@@ -168,11 +168,17 @@ def test_a_batch_is_of_one_dtype(bench: Any) -> None:
     ]
 
 
+def test_pairs_are_one_batch(bench: Any) -> None:
+    given = bench.arguments(["--pairs", "gpt2:float32", "llama:float16"])
+    (batch,) = bench.jobs_of(given)
+    assert [(j.model, j.dtype) for j in batch] == [("gpt2", "float32"), ("llama", "float16")]
+
+
 CHILD = """
 import json, sys
 from pathlib import Path
 file = Path(sys.argv[3])
-if sys.argv[1] == "dies": sys.exit("on purpose")
+if sys.argv[1] == "dies": sys.exit("on purpose\\nExtension modules: a, b")
 print("noise"); print("READY", flush=True)
 sys.stdin.readline()
 file.write_text(json.dumps({"model": sys.argv[1], "dtype": sys.argv[2], "measured": True}))
@@ -195,7 +201,7 @@ def test_processes_wait_for_their_turn(
     jobs[2].measure(1)
     works, dies, hangs = (job.found() for job in jobs)
     assert works == {"model": "works", "dtype": "float32", "measured": True}
-    assert (dies["error"], dies["log"]) == ("exit 1", "on purpose\n")
+    assert (dies["error"], dies["log"]) == ("exit 1", "on purpose")
     assert hangs["measured"]
     assert hangs["error"].startswith("exit -")
 
@@ -281,3 +287,8 @@ def test_outcomes_are_read(tests_of_upstream: Any, tmp_path: Path) -> None:
     assert [outcomes[name]["outcome"] for name in "abc"] == ["passed", "failed", "skipped"]
     assert (outcomes["b"]["why"], outcomes["b"]["trace"]) == ("wrong", "trace")
     assert outcomes["a"]["seconds"] == "1.5"
+
+
+def test_what_is_profiled_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = loaded("benchmarks/gpu_profile.py", monkeypatch)
+    assert [name for owner, name in profile.WATCHED if not hasattr(owner, name)] == []

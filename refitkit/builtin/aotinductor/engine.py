@@ -19,6 +19,7 @@ from refitkit.errors import EngineError, NotRefittableError, Problem, WeightMism
 from refitkit.model import EngineMemory, Slot
 from refitkit.program.bits import is_dense, same_bits
 from refitkit.program.dtypes import dtype_name
+from refitkit.recipe import Overwriting
 from refitkit.recipe.sources import require_values
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class AOTInductorEngine:
         self._inactive: dict[str, torch.Tensor] | None = None
         self._mutable = frozenset(mutable) & self._active.keys()
         self._stale: set[str] = set()  # where the inactive buffer may differ from the active one
+        self._has_previous = False  # whether it holds what was live before the last commit
         self._slots = {name: self._slot(name, t) for name, t in sorted(self._active.items())}
         _check_layouts(self._active)
 
@@ -120,6 +122,7 @@ class AOTInductorEngine:
 
     def _stage(self, values: Sequence[SlotValue]) -> StagedSwap:
         inactive = self._ready_inactive()
+        self._has_previous = False
         names = [value.slot.name for value in values]
         carried = self._stale - set(names)
         self._stale |= set(names)
@@ -131,6 +134,25 @@ class AOTInductorEngine:
         self._stale -= carried
         self.drain()
         return StagedSwap(self, names)
+
+    def stage_over(self, values: Sequence[SlotValue]) -> Overwriting:
+        """Free the inactive buffer; the commit writes the active one."""
+        require_values(self._slots, values, partial=True)
+        self.free_spare()
+        return Overwriting(lambda: self._write_over(values))
+
+    def _write_over(self, values: Sequence[SlotValue]) -> None:
+        with torch.no_grad():
+            for value in values:
+                self._active[value.slot.name].copy_(_checked(value.slot, value.load()))
+        self.drain()
+
+    def previous(self) -> Mapping[str, torch.Tensor]:
+        """The inactive buffer, where the last thing that was done to it was a swap.
+
+        Staging a value of it copies nothing: it is in its place.
+        """
+        return dict(self._inactive or {}) if self._has_previous else {}
 
     def carry_mutable(self, but: Collection[str]) -> None:
         """Bring what calls have written since staging over to the inactive buffer.
@@ -162,18 +184,24 @@ class AOTInductorEngine:
             not same_bits(a, b) for a, b in pairs
         )
 
+    def spare(self, slot: str) -> torch.Tensor:
+        """The value of a slot in the inactive buffer: an alias."""
+        return self._ready_inactive()[slot]
+
     def swap(self) -> None:
         """Let the two buffers change places: calls that start now use the other one."""
         if self._inactive is None:
             raise EngineError("The engine has no second set of weights to swap to.")
         self.runner.swap_constant_buffer()
         self._active, self._inactive = self._inactive, self._active
+        self._has_previous = True
 
     def serve_again(self, aliases: dict[str, torch.Tensor]) -> None:
         """Serve from the buffer that these are the aliases of, whichever is served from now.
 
         An interrupt may have come between a swap and the note of it, so the container is asked.
         """
+        self._has_previous = False
         other = self._inactive if self._active is aliases else self._active
         live = self.runner.extract_constants_map(False)  # noqa: FBT003
         if any(live[name].data_ptr() != tensor.data_ptr() for name, tensor in aliases.items()):
@@ -191,6 +219,7 @@ class AOTInductorEngine:
             return 0
         self._inactive = None
         self._stale = set()
+        self._has_previous = False
         self.runner.free_inactive_constant_buffer()
         return self.nbytes
 
@@ -226,6 +255,10 @@ class StagedSwap:
     def changed(self) -> bool:
         """Whether any bit differs from the live values."""
         return self._engine.differs(self._names)
+
+    def staged(self, slot: str) -> torch.Tensor:
+        """The new value of a slot: an alias, valid until ``commit``."""
+        return self._engine.spare(slot)
 
 
 def _checked(slot: Slot, value: torch.Tensor) -> torch.Tensor:

@@ -7,12 +7,14 @@ then be non-finite if the slot is.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from refitkit.builtin.checks.reads import reads_of
 from refitkit.errors import Problem
 from refitkit.model import CallRef
 from refitkit.protocols import SupportsReadback
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from refitkit.model import LedgerRow
     from refitkit.protocols import OpenedModule, Plan, WeightSource
 
+_SMALL = 1 << 16  # bytes; tensors of the host up to this size are looked at together
+_TOGETHER = 1 << 20  # bytes of such tensors that are looked at at once
+
 
 def problems(
     plan: Plan, module: OpenedModule, source: WeightSource, names: Iterable[str]
@@ -31,50 +36,78 @@ def problems(
 
     Of entries that no row names as its source nothing present is known; engines check their slots.
     """
-    rows: dict[str, list[LedgerRow]] = defaultdict(list)
-    for row in plan.data.ledger:
-        for name in row.sources:
-            rows[name].append(row)
-    for name in _not_finite(source, [name for name in names if name in rows]):
-        present = _Present(plan, module, name, rows[name])
-        yield from _spoilt(name, source.get(name), present)
+    sources = reads_of(plan).sources
+    for name in _not_finite(source, [name for name in names if name in sources]):
+        rows = [row for row in plan.data.ledger if name in row.sources]
+        yield from _spoilt(name, source.get(name), _Present(plan, module, name, rows))
 
 
 def _not_finite(source: WeightSource, names: Iterable[str]) -> list[str]:
     """Entries with an element that is not finite.
 
-    Those on a GPU are asked all at once: each answer waits for the device.
+    Those on a GPU are asked all at once, as each answer waits for the device, and small ones in
+    groups. A large one of the host is looked at on its own and forgotten: a source may make it.
     """
-    names, elsewhere = list(names), dict[str, torch.Tensor]()
+    names, elsewhere, small = list(names), dict[str, torch.Tensor](), dict[str, torch.Tensor]()
     spoilt: set[str] = set()
+    held = 0
     for name in names:
         value = source.get(name)
-        if value.device.type != "cpu" and _can_spoil(value):
+        if not _can_spoil(value):
+            continue
+        if not value.is_cpu:
             elsewhere[name] = value
-        elif not all_finite(value):
-            spoilt.add(name)
-    spoilt |= {name for name in _suspects(elsewhere) if not all_finite(elsewhere[name])}
+        elif value.nbytes > _SMALL:
+            spoilt |= {name} if not all_finite(value) else set()
+        else:
+            small[name] = value
+            held += value.nbytes
+        if held > _TOGETHER:
+            spoilt |= _spoilt_of(small)
+            small, held = {}, 0
+    spoilt |= _spoilt_of(small) | _spoilt_of(elsewhere)
     return [name for name in names if name in spoilt]
 
 
-def _suspects(values: Mapping[str, torch.Tensor]) -> Iterator[str]:
-    """Names of tensors on GPUs that may have an element that is not finite.
+def _spoilt_of(values: Mapping[str, torch.Tensor]) -> set[str]:
+    """Names of tensors with an element that is not finite; asks few questions if there is none."""
+    return {name for name in _suspects(values) if not all_finite(values[name])}
 
-    A sum of magnitudes is finite only if all of them are; it may also be too large, so it accuses
-    some wrongly. For many tensors of one dtype it is a single launch.
+
+def _suspects(values: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    """Names of tensors that may have an element that is not finite: few, or a whole group.
+
+    A sum is finite only if all of its terms are; it may also be too large, so it accuses some
+    wrongly. On a GPU the magnitudes of many tensors are summed by a single launch, on the host they
+    are laid end to end, which for small ones costs less than a sum of each.
     """
     groups: dict[tuple[torch.device, torch.dtype], list[str]] = defaultdict(list)
     for name, value in values.items():
-        odd = value.is_complex() or value.dtype.itemsize == 1
-        if odd:
+        if value.is_complex() or value.dtype.itemsize == 1:
             yield name
         else:
             groups[value.device, value.dtype].append(name)
-    for (_, dtype), names in groups.items():
+    for (device, dtype), names in groups.items():
         wide = dtype if dtype is torch.float64 else torch.float32
-        sums = torch._foreach_norm([values[name] for name in names], 1, dtype=wide)  # noqa: SLF001
-        told = torch.isfinite(torch.stack(sums)).tolist()
-        yield from (name for name, finite in zip(names, told, strict=True) if not finite)
+        if device.type == "cpu":
+            whole = torch.cat([values[name].reshape(-1) for name in names])
+            yield from [] if _has_finite_sum(whole) else names
+        else:
+            yield from _suspects_there({name: values[name] for name in names}, wide)
+
+
+def _suspects_there(values: Mapping[str, torch.Tensor], wide: torch.dtype) -> list[str]:
+    """The same for tensors of one dtype on a GPU, where each answer waits for the device.
+
+    Args:
+        values: The tensors.
+        wide: What sums are computed in.
+    """
+    sums = torch.stack(torch._foreach_norm(list(values.values()), 1, dtype=wide))  # noqa: SLF001
+    if _has_finite_sum(sums):
+        return []
+    told = torch.isfinite(sums).tolist()
+    return [name for name, finite in zip(values, told, strict=True) if not finite]
 
 
 def _spoilt(name: str, value: torch.Tensor, present: _Present) -> Iterator[Problem]:
@@ -127,14 +160,22 @@ class _Present:
 def all_finite(value: torch.Tensor) -> bool:
     """Whether no element is NaN or infinite.
 
-    ``aminmax`` reads once and allocates nothing; ``isfinite`` would write a mask of the same size.
+    Mostly the sum tells, which costs a third of ``aminmax``; where that is not finite, it may only
+    be too large. Neither allocates anything; ``isfinite`` would write a mask of the same size.
     """
     if not _can_spoil(value):
         return True
     if value.is_complex() or value.dtype.itemsize == 1:
         return bool(_finite(value).all())
+    if _has_finite_sum(value):
+        return True
     low, high = torch.aminmax(value)
     return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _has_finite_sum(value: torch.Tensor) -> bool:
+    """Whether the sum of all elements is finite: then each of them is."""
+    return math.isfinite(value.sum().item())
 
 
 def _can_spoil(value: torch.Tensor) -> bool:

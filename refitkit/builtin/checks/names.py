@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from refitkit.builtin.checks.following import sources_of_guards
+from refitkit.builtin.checks.reads import reads_of
 from refitkit.errors import Problem
-from refitkit.model import SlotState
+from refitkit.recipe.sources import TensorMap
 from refitkit.recipe.strangers import unexpected
 from refitkit.recipe.ties import broken_ties
 
@@ -25,28 +25,16 @@ class Names:
 
     def __init__(self, plan: Plan, source: WeightSource) -> None:
         """Look at every name of the source once, at headers only."""
-        self._plan, self._source = plan, source
-        self._leaves = {leaf.fqn: leaf for leaf in plan.data.leaves}
-        self._infos = {name: source.info(name) for name in source.names()}
-        self._twins = {name: tie for tie in plan.data.ties for name in tie}
-        self._of_slots = {
-            name
-            for row in plan.data.ledger
-            if row.state in {SlotState.RECIPE, SlotState.PINNED}
-            for name in row.sources
-        }
-        self._guarded = sources_of_guards(plan.data)
-        self._needed = self._of_slots | self._names_of(self._guarded)
-        self._wholly = any(row.state is SlotState.UNMAPPED for row in plan.data.ledger)
-        if self._wholly:  # nobody knows what such slots follow from: it may be anything
-            self._of_slots |= {leaf.fqn for leaf in plan.data.leaves if leaf.used}
-            self._needed |= self._of_slots
-        self._bad = {p.subject for p in self._misfits()}
+        self._reads, self._source = reads_of(plan), source
+        self._names = source.names()
+        self._infos = {name: source.info(name) for name in self._doubtful()}
+        self._misfits = list(self._all_misfits())
+        self._bad = {p.subject for p in self._misfits}
 
     def problems(self, *, partial: bool) -> Iterator[Problem]:
         """Everything that is wrong, missing names last."""
         yield from self._unexpected()
-        yield from self._misfits()
+        yield from self._misfits
         yield from self._broken_ties()
         if partial:
             yield from self._nothing_at_all()
@@ -55,21 +43,28 @@ class Names:
 
     def usable(self) -> list[str]:
         """Names that slots will be filled from and whose headers are right."""
-        return [n for n in self._infos if n in self._needed and n not in self._bad]
+        needed = self._reads.needed
+        return [n for n in self._names if n in needed and n not in self._bad]
+
+    def _doubtful(self) -> Iterable[str]:
+        """Names that need a closer look; all others are just what the program has."""
+        if isinstance(self._source, TensorMap):
+            return self._source.doubtful(self._names, self._reads.wanted)
+        return self._names
 
     def _unexpected(self) -> Iterator[Problem]:
-        known = {leaf.fqn for leaf in self._plan.data.leaves} | self._needed
+        known = self._reads.known
         strange = {n: i for n, i in self._infos.items() if n not in known and i.persistent}
         yield from unexpected(strange, known, "the model")
 
-    def _misfits(self) -> Iterator[Problem]:
+    def _all_misfits(self) -> Iterator[Problem]:
         """Entries that cannot become what the program reads under their names.
 
         What the program has but does not read must have the right shape all the same: otherwise
         the weights are those of another model.
         """
         for name, info in self._infos.items():
-            leaf, needed = self._leaves.get(name), name in self._needed
+            leaf, needed = self._reads.leaves.get(name), name in self._reads.needed
             if info.unusable and needed:
                 yield Problem(name, "unusable", info.unusable, _leaf_text(leaf))
             elif leaf and not info.unusable:
@@ -77,37 +72,17 @@ class Names:
 
     def _broken_ties(self) -> Iterator[Problem]:
         """Names of one tensor for which the source has different tensors."""
-        needed = [tie for tie in self._plan.data.ties if self._needed & set(tie)]
-        return broken_ties(needed, self._infos.keys() - self._bad, self._source)
+        if self._reads.ties:
+            good = set(self._names) - self._bad
+            yield from broken_ties(self._reads.ties, good, self._source)
 
     def _missing(self) -> Iterator[Problem]:
-        """What slots, then guards, then perhaps slots that nobody knows, follow from."""
-        wanting = self._wanting()
-        for name, needed_by in wanting.items():
+        """What the source must have and has under none of its names."""
+        for name, needed_by in self._reads.lacking(self._names).items():
             yield self._lack(name, needed_by)
-        used = [leaf.fqn for leaf in self._plan.data.leaves if self._wholly and leaf.used]
-        for name in dict.fromkeys(map(self._first, [*self._guarded, *used])):
-            if name not in wanting and self._lacks(name):
-                yield self._lack(name, [])
-
-    def _wanting(self) -> dict[str, list[str]]:
-        """Names that the source lacks, with the slots that need them, in the ledger's order."""
-        found: dict[str, list[str]] = {}
-        for row in self._plan.data.ledger:
-            if row.state is SlotState.RECIPE:
-                for name in dict.fromkeys(map(self._first, row.sources)):
-                    if self._lacks(name):
-                        found.setdefault(name, []).append(row.slot.name)
-        return found
-
-    def _lacks(self, name: str) -> bool:
-        """Whether a source must have a tensor and has it under none of its names."""
-        leaf = self._leaves.get(name)
-        must = leaf is None or leaf.persistent
-        return must and not self._infos.keys() & set(self._names_of([name]))
 
     def _lack(self, name: str, needed_by: list[str]) -> Problem:
-        others = self._names_of([name]) - {name}
+        others = self._reads.names_of([name]) - {name}
         also = f", or its other names {tuple(sorted(others))}" if others else ""
         hint = f"pass it{also}"
         if needed_by and needed_by != [name]:
@@ -115,19 +90,11 @@ class Names:
             hint += f"; needed by {', '.join(map(repr, needed_by[:_SHOWN]))}{more}"
         if needed_by:
             hint += "; to leave such slots as they are: partial=True"
-        return Problem(name, "missing", wanted=_leaf_text(self._leaves.get(name)), hint=hint)
-
-    def _first(self, name: str) -> str:
-        """The first of a tensor's names."""
-        return self._twins.get(name, (name,))[0]
-
-    def _names_of(self, names: Iterable[str]) -> set[str]:
-        """All names of the tensors of these names."""
-        return {twin for name in names for twin in self._twins.get(name, (name,))}
+        return Problem(name, "missing", wanted=_leaf_text(self._reads.leaves.get(name)), hint=hint)
 
     def _nothing_at_all(self) -> Iterator[Problem]:
-        if not self._of_slots & self._infos.keys():
-            found = f"{len(self._infos)} names, none of a slot"
+        if self._reads.of_slots.isdisjoint(self._names):
+            found = f"{len(self._names)} names, none of a slot"
             yield Problem(self._source.description, "nothing to refit", found)
 
 

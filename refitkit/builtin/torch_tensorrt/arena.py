@@ -49,12 +49,45 @@ class Layout:
         return cls({fact.name: fact for fact in ordered}, offsets, end, runs)
 
 
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """A tensor that is not expected to change, as it was at one time.
+
+    Attributes:
+        tensor: It, or a view of it; kept, so that nothing else comes to lie at its address.
+        version: How often its memory had been changed.
+    """
+
+    tensor: torch.Tensor
+    version: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Constant | None:
+        """A tensor as it is now; None where torch does not count its changes, or puts off some."""
+        uncertain = tensor.is_inference() or tensor.is_neg() or tensor.is_conj()
+        return None if uncertain else cls(tensor, tensor._version)  # noqa: SLF001
+
+    def is_same_as(self, other: Constant | None) -> bool:
+        """Whether both are the same elements of the same memory, unchanged in between."""
+        if other is None or self.version != other.version:
+            return False
+        mine, theirs = self.tensor, other.tensor
+        return mine is theirs or (
+            mine.data_ptr() == theirs.data_ptr()
+            and mine.device == theirs.device
+            and mine.dtype is theirs.dtype
+            and mine.shape == theirs.shape
+            and mine.stride() == theirs.stride()
+        )
+
+
 class Arena:
     """One set of weights.
 
     Attributes:
         memory: All of it, as bytes; gaps between weights are zero, and stay so.
         views: Each weight, flat, by name.
+        constants: What weights were last written from, where that is a constant, by name.
     """
 
     def __init__(self, layout: Layout, device: torch.device, *, pinned: bool = False) -> None:
@@ -66,6 +99,7 @@ class Arena:
             name: self._view(layout.offsets[name], fact.count, fact.dtype)
             for name, fact in layout.facts.items()
         }
+        self.constants: dict[str, Constant] = {}
         self.runs = {
             name: self.memory[first:end].view(dtype_of(name))
             for name, (first, end) in layout.runs.items()
@@ -77,4 +111,5 @@ class Arena:
 
     def copy_from(self, other: Arena) -> None:
         """Take over all values of another one with the same layout."""
+        self.constants.clear()
         self.memory.copy_(other.memory, non_blocking=True)

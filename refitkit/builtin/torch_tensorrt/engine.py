@@ -111,11 +111,10 @@ class RefitterEngine:
     @property
     def memory(self) -> EngineMemory:
         """The second set of weights; engine bytes where nobody knows the live weights."""
-        if not self.knows_live:
+        if self._sets is None or not self._sets.known:
             size = len(self.handle.engine_bytes())
             return EngineMemory(engine=self.name, kind="engine-bytes", bytes=size)
-        size = Layout.of(self.facts.values()).nbytes
-        return EngineMemory(engine=self.name, kind=self._options.keep, bytes=size)
+        return EngineMemory(engine=self.name, kind=self._options.keep, bytes=self._sets.nbytes)
 
     @property
     def name_map(self) -> Mapping[str, Any] | None:
@@ -127,6 +126,24 @@ class RefitterEngine:
     def knows_live(self) -> bool:
         """Whether the live weights are known: from a refit, or from ``adopt``."""
         return self._sets is not None and self._sets.known
+
+    def remembered(self, slot: str) -> torch.Tensor | None:
+        """What was last given to a slot: an alias; None while nobody knows it."""
+        value = self._sets.known_value(slot) if self._sets is not None else None
+        return None if value is None else self._shaped(slot, value)
+
+    def staged(self, slot: str) -> torch.Tensor:
+        """What the staging set holds for a slot: an alias."""
+        return self._shaped(slot, self.sets.staging.views[slot])
+
+    def previous(self) -> Mapping[str, torch.Tensor]:
+        """Copies of what was given before the last refit: staging overwrites what they are of."""
+        values = self._sets.previous() if self._sets is not None else {}
+        return {name: self._shaped(name, value) for name, value in values.items()}
+
+    def _shaped(self, slot: str, value: torch.Tensor) -> torch.Tensor:
+        shape = self.facts[slot].shape
+        return value if shape is None else value.view(shape)
 
     # -- for subclasses ---------------------------------------------------------------------
 
@@ -167,15 +184,18 @@ class RefitterEngine:
         """Let the refitter and all buffers go, and with them what the live weights are."""
         self._refitter = self._facts = self._slots = self._sets = None
 
-    def refit(self) -> None:
+    def refit(self, *, idle: bool = False) -> None:
         """Give the engine what the staging set holds.
+
+        Args:
+            idle: Whether no call of the engine can be pending.
 
         Raises:
             EngineError: TensorRT failed; the engine may hold a mixture.
         """
         if self._refitter is None or self._sets is None:
             raise EngineError(f"The engine {self.name!r} has lost its refitter.")
-        self._refitter.refit()
+        self._refitter.refit(idle=idle)
 
     # -- staging ----------------------------------------------------------------------------
 
@@ -191,21 +211,28 @@ class RefitterEngine:
         """
         self._ready_refitter()
         if not self.knows_live:
-            raise NotRefittableError(
-                f"Nobody knows the present weights of the engine {self.name!r}: TensorRT cannot "
-                "be asked for them.",
-                hint="Refit it fully once; after that it can be refitted in part.",
-            )
+            raise self._unknown()
         return self._stage(values, partial=True)
 
     def _stage(self, values: Sequence[SlotValue], *, partial: bool) -> StagedRefit:
         require_values(self.facts, values, partial=partial)
         sets = self.sets
         sets.begin(partial=partial)
-        staging.fill(sets.staging, self.facts, values, self._uploader)
+        self._fill(values)
         if self._options.check_finite:
             self._check_finite(sets)
         return self._staged()
+
+    def _fill(self, values: Sequence[SlotValue]) -> None:
+        """Copy values into the staging set."""
+        staging.fill(self.sets.staging, self.facts, values, self._uploader)
+
+    def _unknown(self) -> NotRefittableError:
+        return NotRefittableError(
+            f"Nobody knows the present weights of the engine {self.name!r}: TensorRT cannot be "
+            "asked for them.",
+            hint="Refit it fully once; after that it can be refitted in part.",
+        )
 
     def _check_finite(self, sets: WeightSets) -> None:
         problems = [
@@ -233,7 +260,7 @@ class RefitterEngine:
         require_values(self.facts, values)
         sets = self.sets
         sets.live = None
-        staging.fill(sets.staging, self.facts, values, self._uploader)
+        self._fill(values)
         sets.live = "staging"
 
     # -- warming and freeing ----------------------------------------------------------------

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from refitkit.builtin.torch_tensorrt import serialized
 from refitkit.builtin.torch_tensorrt.engine import RefitterEngine
 from refitkit.errors import EngineError, ModuleLostError
+from refitkit.recipe import Overwriting
+from refitkit.recipe.sources import require_values
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from refitkit.protocols import SlotValue
+
+if TYPE_CHECKING:
+    import torch
 
 _UNKNOWN = "its weights are not known, so its first refit still compiles for seconds"
 
@@ -24,20 +34,38 @@ class InPlaceEngine(RefitterEngine):
         before = None if self.knows_live else self.handle.engine_bytes()
         return StagedInPlace(self, before)
 
+    def stage_over(self, values: Sequence[SlotValue]) -> Overwriting:
+        """Free the base set; the commit fills the staging set and refits the live engine."""
+        self._ready_refitter()
+        partial = len(values) < len(self.facts)
+        if partial and not self.knows_live:
+            raise self._unknown()
+        require_values(self.facts, values, partial=partial)
+        self.sets.free_base()
+        return Overwriting(lambda: self._write_over(values))
+
+    def _write_over(self, values: Sequence[SlotValue]) -> None:
+        self.sets.live = None
+        self._fill(values)
+        self.write(idle=True)
+
     def _rehearse(self) -> str:
         if not self.knows_live:
             return _UNKNOWN
         self.sets.begin(partial=True)
         staged = StagedInPlace(self, None)
         try:
-            staged.commit()
+            self.write(idle=False)
         except BaseException as exc:
             _take_back(staged, exc)
             raise
         return ""
 
-    def write(self) -> None:
+    def write(self, *, idle: bool) -> None:
         """Refit the live engine to the staging set.
+
+        Args:
+            idle: Whether no call of it can be pending.
 
         Raises:
             EngineError: TensorRT failed; the engine may hold a mixture.
@@ -45,8 +73,8 @@ class InPlaceEngine(RefitterEngine):
         self._mixed = True
         self.handle.on_stale(self._flush)
         self.handle.drop_captured()
-        self.refit()
-        self.sets.live = "staging"
+        self.refit(idle=idle)
+        self.sets.settle()
         self._stale, self._mixed = True, False
 
     def write_back(self, before: bytes | None, *, stale: bool) -> None:
@@ -104,8 +132,8 @@ class StagedInPlace:
         self._stale = engine.stale
 
     def commit(self) -> None:
-        """Refit to the staging set."""
-        self._engine.write()
+        """Refit to the staging set; the pipeline has waited for all calls."""
+        self._engine.write(idle=True)
 
     def rollback(self) -> None:
         """Refit to the base set, or put the engine from before back."""
@@ -117,6 +145,10 @@ class StagedInPlace:
     def changed(self) -> bool | None:
         """Whether any bit differs from the live values; None while those are not known."""
         return self._engine.sets.changed()
+
+    def staged(self, slot: str) -> torch.Tensor:
+        """The new value of a slot: an alias, valid until the next refit is staged."""
+        return self._engine.staged(slot)
 
 
 def _take_back(staged: StagedInPlace, cause: BaseException) -> None:

@@ -178,18 +178,22 @@ class PersistentRefitter:
 
     # -- refitting --------------------------------------------------------------------------
 
-    def refit(self) -> None:
+    def refit(self, *, idle: bool = False) -> None:
         """Give the engine what the buffers hold; when this returns, it is done.
 
         Work that is pending on the current stream is waited for, and so is all other work of the
-        device: TensorRT leaves undefined what happens to calls that are still running.
+        device: TensorRT leaves undefined what happens to calls that are still running. That wait
+        takes up to two milliseconds even where there is nothing to wait for.
+
+        Args:
+            idle: Whether no call of the engine can be pending: then only the stream is waited for.
 
         Raises:
             EngineError: TensorRT failed. Some of the weights may be new by then, and others not.
         """
         self._heard.take()
         with current(self._device):
-            done = self._run()
+            done = self._run(idle=idle)
         if not done:
             missing = self._refitter.get_missing_weights()
             raise EngineError(
@@ -197,10 +201,13 @@ class PersistentRefitter:
                 problems=[Problem(name, "missing") for name in missing],
             )
 
-    def _run(self) -> bool:
+    def _run(self, *, idle: bool) -> bool:
         if self._stream is None:
             return bool(self._refitter.refit_cuda_engine())
-        torch.cuda.synchronize(self._device)
+        if idle:
+            torch.cuda.current_stream(self._device).synchronize()
+        else:
+            torch.cuda.synchronize(self._device)
         try:
             return bool(self._refitter.refit_cuda_engine_async(self._stream.cuda_stream))
         finally:

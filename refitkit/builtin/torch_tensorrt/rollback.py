@@ -28,15 +28,35 @@ class WeightSets:
 
     Attributes:
         staging: What the refitter reads.
-        live: Which set holds the live values; None: neither, nobody knows them.
     """
 
     def __init__(self, layout: Layout, device: torch.device, keep: Keep) -> None:
         """Allocate the staging set only."""
         self._layout, self._device, self._keep = layout, device, keep
         self.staging = Arena(layout, device)
-        self.live: Literal["staging", "base"] | None = None
+        self._live: Literal["staging", "base"] | None = None
         self._base: Arena | None = None
+        self._has_previous = False  # whether it holds what was live before the last commit
+
+    @property
+    def live(self) -> Literal["staging", "base"] | None:
+        """Which set holds the live values; None: neither, nobody knows them."""
+        return self._live
+
+    @live.setter
+    def live(self, which: Literal["staging", "base"] | None) -> None:
+        self._live, self._has_previous = which, False
+
+    def settle(self) -> None:
+        """What is staged is live from now on, and what was put aside is what was before."""
+        previous = self._live == "base"
+        self.live, self._has_previous = "staging", previous
+
+    def previous(self) -> dict[str, torch.Tensor]:
+        """Copies of what was live before the last commit, where that is still there."""
+        if not self._has_previous:
+            return {}
+        return {name: view.clone() for name, view in self._ready_base().views.items()}
 
     @property
     def known(self) -> bool:
@@ -59,6 +79,7 @@ class WeightSets:
         Args:
             partial: Whether the staging set must hold the live values, too.
         """
+        self._has_previous = False
         if self.live == "staging":
             self._ready_base().copy_from(self.staging)
             self.live = "base"
@@ -74,6 +95,12 @@ class WeightSets:
         if self.live != "base":
             return None
         return not same_bits(self.staging.memory, self._ready_base().memory)
+
+    def known_value(self, name: str) -> torch.Tensor | None:
+        """The live value of a weight, flat: an alias; None where it is not known."""
+        if self.live is None:
+            return None
+        return (self.staging if self.live == "staging" else self._ready_base()).views[name]
 
     def spoilt(self) -> Iterator[tuple[str, int]]:
         """Weights with elements that are not finite where the live ones are: name and number."""
@@ -96,7 +123,7 @@ class WeightSets:
         if self.live == "base":
             self.restore()
             self.live = "staging"
-        freed, self._base = self.spare, None
+        freed, self._base, self._has_previous = self.spare, None, False
         return freed
 
     def _ready_base(self) -> Arena:

@@ -17,6 +17,8 @@ from refitkit.builtin.torch_tensorrt.refitter import current
 from refitkit.model import EngineMemory
 
 if TYPE_CHECKING:
+    import torch
+
     from refitkit.builtin.torch_tensorrt.handles import EngineHandle
 
 
@@ -39,13 +41,13 @@ class ShadowEngine(RefitterEngine):
         return self._own.engine
 
     def _staged(self) -> StagedEngine:
-        self.refit()
+        self.refit(idle=True)  # nobody calls this engine
         after = serialized.bytes_of(self._engine(), self._trt)
         self._size = len(after)
         return StagedEngine(self, self.handle.present(), self.handle.prepare(after))
 
     def _rehearse(self) -> str:
-        self.refit()  # to whatever the buffers hold: nobody is served by this engine
+        self.refit(idle=True)  # to whatever the buffers hold: nobody is served by this engine
         return ""
 
 
@@ -60,7 +62,7 @@ class StagedEngine:
     def commit(self) -> None:
         """Put the refitted engine in place."""
         _put(self._engine.handle, self._after)
-        self._engine.sets.live = "staging"
+        self._engine.sets.settle()
 
     def rollback(self) -> None:
         """Put the engine from before back."""
@@ -73,6 +75,10 @@ class StagedEngine:
     def changed(self) -> bool | None:
         """Whether any bit differs from the live values; None while those are not known."""
         return self._engine.sets.changed()
+
+    def staged(self, slot: str) -> torch.Tensor:
+        """The new value of a slot: an alias, valid until the next refit is staged."""
+        return self._engine.staged(slot)
 
 
 def _put(handle: EngineHandle, engine: Any) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from refitkit.builtin.torch_tensorrt.arena import Constant
 from refitkit.errors import Problem, WeightMismatchError
 from refitkit.program.dtypes import dtype_name
 
@@ -26,22 +27,42 @@ def fill(
 ) -> None:
     """Copy values that fit; the caller's tensors are free when this returns, or raises.
 
+    What the plan keeps is not copied where the arena holds it already: some networks have more
+    constants than weights.
+
     Raises:
         WeightMismatchError: Lists all that do not fit.
     """
     problems: list[Problem] = []
+    copied: dict[str, Constant] = {}
     try:
         with torch.no_grad():
             for value in values:
-                tensor, fact = value.load(), facts[value.slot.name]
-                found = list(_misfits(fact, tensor))
-                problems += found
-                if not found:
-                    uploader.copy(arena.views[fact.name], tensor)
+                name, tensor = value.slot.name, value.load()
+                constant = Constant.of(tensor) if value.pinned else None
+                if constant and constant.is_same_as(arena.constants.get(name)):
+                    continue
+                room, fact = arena.views[name], facts[name]
+                if not _fits(tensor, room, fact):
+                    problems += _misfits(fact, tensor)
+                    continue
+                arena.constants.pop(name, None)
+                uploader.copy(room, tensor)
+                if constant:
+                    copied[name] = constant
     finally:
         uploader.finish()
+    arena.constants |= copied  # they are there only now
     if problems:
         raise WeightMismatchError("Values do not fit the engine.", problems=problems)
+
+
+def _fits(tensor: torch.Tensor, room: torch.Tensor, fact: WeightFact) -> bool:
+    return (
+        tensor.dtype is room.dtype
+        and tensor.numel() == fact.count
+        and (fact.shape is None or tensor.shape == fact.shape)
+    )
 
 
 def _misfits(fact: WeightFact, tensor: torch.Tensor) -> Iterator[Problem]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from refitkit.builtin.torch_tensorrt.torch_tensors import tensors_in
+from refitkit.builtin.torch_tensorrt.torch_tensors import tensor_in, tensors_in
 from refitkit.errors import Problem, WeightMismatchError
 from refitkit.model import EngineMemory, Slot
 from refitkit.program.bits import same_bits
@@ -43,6 +43,7 @@ class TorchPartEngine:
         self._mutable = frozenset(mutable)
         self._new: Tensors = {}
         self._old: Tensors = {}
+        self._before: tuple[str, ...] = ()  # of which the old values are those before a commit
 
     @property
     def name(self) -> str:
@@ -79,7 +80,7 @@ class TorchPartEngine:
 
     def read(self, slot: str) -> torch.Tensor:
         """The live tensor itself."""
-        return self.live[slot]
+        return tensor_in(self._module, slot).detach()
 
     def stage(self, values: Sequence[SlotValue]) -> StagedTensors:
         """Copy new values for all tensors.
@@ -114,10 +115,24 @@ class TorchPartEngine:
         problems += _untied({name: live[name] for name in names}, self._new)
         if problems:
             raise WeightMismatchError("Values do not fit the module.", problems=problems)
-        return StagedTensors(live, self._new, self._old, names)
+        return StagedTensors(self, live, names)
+
+    @property
+    def copies(self) -> tuple[Tensors, Tensors]:
+        """New values that are staged, and room for old ones."""
+        return self._new, self._old
+
+    def note_before(self, names: Sequence[str]) -> None:
+        """Say of which tensors the old values are those from before the last commit."""
+        self._before = tuple(names)
+
+    def previous(self) -> Tensors:
+        """The old values of the tensors that the last commit changed."""
+        return {name: self._old[name] for name in self._before}
 
     def free_spare(self) -> int:
         """Free both copies; returns their bytes."""
+        self.note_before(())
         freed = sum(t.nbytes for copies in (self._new, self._old) for t in copies.values())
         self._new, self._old = {}, {}
         return freed
@@ -126,13 +141,15 @@ class TorchPartEngine:
 class StagedTensors:
     """New values beside the live tensors."""
 
-    def __init__(self, live: Tensors, new: Tensors, old: Tensors, names: Sequence[str]) -> None:
+    def __init__(self, engine: TorchPartEngine, live: Tensors, names: Sequence[str]) -> None:
         """Made by ``TorchPartEngine.stage``."""
-        self._live, self._new, self._old, self._names = live, new, old, names
+        self._engine, self._live, self._names = engine, live, names
+        self._new, self._old = engine.copies
         self._kept: list[str] = []
 
     def commit(self) -> None:
         """Put the live values aside, which calls may have changed since, and write the new."""
+        self._engine.note_before(())
         with torch.no_grad():
             for name in self._names:
                 self._old[name].copy_(self._live[name])
@@ -141,9 +158,11 @@ class StagedTensors:
             for name in self._names:
                 self._live[name].copy_(self._new[name])
         _drain(self._live.values())
+        self._engine.note_before(self._names)
 
     def rollback(self) -> None:
         """Write the old values."""
+        self._engine.note_before(())
         with torch.no_grad():
             for name in self._kept:
                 self._live[name].copy_(self._old[name])
@@ -155,6 +174,10 @@ class StagedTensors:
     def changed(self) -> bool:
         """Whether any bit differs from the live values."""
         return any(not same_bits(self._new[name], self._live[name]) for name in self._names)
+
+    def staged(self, slot: str) -> torch.Tensor:
+        """The copy of the new value of a slot."""
+        return self._new[slot]
 
 
 def _misfits(name: str, live: torch.Tensor, value: torch.Tensor) -> Iterator[Problem]:

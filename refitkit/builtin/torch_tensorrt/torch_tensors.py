@@ -59,6 +59,21 @@ class TorchTensors:
         self.scanned.update(values)
 
 
+def tensor_in(module: GraphModule, name: str) -> torch.Tensor:
+    """One of ``tensors_in``: its name is a path of attributes, and no graph has to be walked.
+
+    Raises:
+        KeyError: There is none of this name.
+    """
+    try:
+        value = attrgetter(name)(module)
+    except AttributeError:  # a hook of the module's state_dict may have names of its own
+        return tensors_in(module)[name]
+    if not isinstance(value, torch.Tensor):
+        raise KeyError(name)
+    return value
+
+
 def tensors_in(module: GraphModule) -> dict[str, torch.Tensor]:
     """Tensors that the graph of a module reads, by name, and those of its state_dict."""
     found: dict[str, torch.Tensor] = dict(module.state_dict())

@@ -14,11 +14,12 @@ _CHUNK = 32 << 20  # bytes; PCIe is at full speed from about 8 MiB
 _SMALL = 1 << 16  # bytes; values of the host up to this size are sent together
 _TOGETHER = 1 << 20  # bytes of such values that are sent at once
 _WAITING = 64 << 20  # bytes of values that are held until they are copied
-_ALIGNMENT = 16  # bytes; suits every dtype
 _AS_ONE = frozenset(
     {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32}
 )
 """Types that one call copies for many tensors."""
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers by their size: whatever a value is, its bits are copied."""
 
 
 class Uploader:
@@ -26,7 +27,7 @@ class Uploader:
 
     A copy from pageable memory takes several times as long as one from pinned memory, and pinning
     the whole model would take as much memory again. So there are two pinned chunks: while the
-    device reads one of them, the other is filled. Small values lie side by side in a third one.
+    device reads one of them, the other is filled. Small values are laid end to end and sent as one.
     """
 
     def __init__(self, device: torch.device, chunk: int = _CHUNK) -> None:
@@ -38,25 +39,23 @@ class Uploader:
         self._turn = 0
         self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._held = 0  # bytes of what is waiting
-        self._pack: torch.Tensor | None = None
-        self._packed: list[tuple[torch.Tensor, int]] = []
-        self._used = 0  # bytes of the pack
+        self._packed: dict[torch.dtype, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._used = 0  # bytes of what is in there
 
     def copy(self, room: torch.Tensor, value: torch.Tensor) -> None:
         """Copy all elements in logical order, at the latest in ``finish``.
 
         Args:
             room: Flat, of the value's dtype and count, on the device.
-            value: Any layout, any device. Free only after ``finish``.
+            value: Any layout, any device, without gradients. Free only after ``finish``.
         """
-        value = value.detach()
         if value.is_conj() or value.is_neg():
             value = value.resolve_conj().resolve_neg()
         if value.device == room.device:
             self._later(room, value)
-        elif value.device.type == "cpu" and value.nbytes <= _SMALL:
+        elif value.is_cpu and value.nbytes <= _SMALL:
             self.copy_with_others(room, value)
-        elif value.device.type == "cpu" and not value.is_pinned():
+        elif value.is_cpu and not value.is_pinned():
             self.copy_in_chunks(room, value)
         else:
             room.view(value.shape).copy_(value, non_blocking=True)
@@ -66,7 +65,7 @@ class Uploader:
         if value.dtype not in _AS_ONE or not value.is_contiguous():
             room.view(value.shape).copy_(value, non_blocking=True)
             return
-        self._waiting.append((room, value.view(-1)))
+        self._waiting.append((room, value if value.dim() == 1 else value.view(-1)))
         self._held += value.nbytes
         if self._held > _WAITING:
             self._copy_waiting()
@@ -83,24 +82,21 @@ class Uploader:
 
     def copy_with_others(self, room: torch.Tensor, value: torch.Tensor) -> None:
         """Copy a small value of the host, in one piece with those that come before and after."""
-        first = -(-self._used // _ALIGNMENT) * _ALIGNMENT
-        if first + value.nbytes > _TOGETHER:
+        if self._used + value.nbytes > _TOGETHER:
             self._send_pack()
-            first = 0
-        if self._pack is None:
-            pinned = self._device.type == "cuda"
-            self._pack = torch.empty(_TOGETHER, dtype=torch.uint8, pin_memory=pinned)
-        self._used = first + value.nbytes
-        self._pack[first : self._used].view(value.dtype).view(value.shape).copy_(value)
-        self._packed.append((room, first))
+        self._used += value.nbytes
+        self._packed.setdefault(value.dtype, []).append((room, value.reshape(-1)))
 
     def _send_pack(self) -> None:
-        """Send what lies in the pack, and have it copied from there to where it belongs."""
-        if self._pack is not None and self._packed:
-            there = self._pack[: self._used].to(self._device, non_blocking=True, copy=True)
-            for room, first in self._packed:
-                self._later(room, there[first : first + room.nbytes].view(room.dtype))
-        self._pack, self._packed, self._used = None, [], 0
+        """Lay small values end to end, send them, and have them copied to where they belong."""
+        packed, self._packed, self._used = self._packed, {}, 0
+        for some in packed.values():
+            values = [value for _, value in some]
+            pack = _end_to_end(values, pinned=self._device.type == "cuda")
+            there = pack.to(self._device, non_blocking=True, copy=True)
+            pieces = there.split_with_sizes([value.numel() for value in values])
+            for (room, _), piece in zip(some, pieces, strict=True):
+                self._later(room, piece)
 
     def copy_in_chunks(self, room: torch.Tensor, value: torch.Tensor) -> None:
         """Copy a value of the host through the pinned chunks."""
@@ -142,4 +138,12 @@ class Uploader:
         finally:
             self._chunks, self._read = [], [None, None]
             self._waiting, self._held = [], 0
-            self._pack, self._packed, self._used = None, [], 0
+
+
+def _end_to_end(values: list[torch.Tensor], *, pinned: bool) -> torch.Tensor:
+    """Flat values of one dtype, one after another in memory of our own."""
+    kind = values[0].dtype
+    whole = torch.empty(sum(v.numel() for v in values), dtype=kind, pin_memory=pinned)
+    bits = _BITS.get(kind.itemsize, kind)
+    torch.cat([value.view(bits) for value in values], out=whole.view(bits))
+    return whole

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from refitkit.builtin.checks import finite as finite_check
 from refitkit.builtin.checks.finite import all_finite
 from refitkit.config import Config
 from refitkit.errors import SHOWN_PROBLEMS, Problem, WeightMismatchError
 from refitkit.host import make_host
-from refitkit.model import CallRef, Leaf, LeafKind, LedgerRow, SlotState, SourceRef
+from refitkit.model import CallRef, Leaf, LeafKind, LedgerRow, SlotState, SourceRef, TensorInfo
 from refitkit.pipeline.check import check_weights
 from refitkit.recipe import TensorMap, strangers
 from tests.fakes import (
@@ -222,6 +223,21 @@ def test_only_headers_are_read_where_names_do_not_fit() -> None:
 
     source = Headers({"w": torch.ones(3), "b": torch.ones(3), "x": torch.ones(1)})
     assert len(problems(source)) == 4
+
+
+def test_what_fits_is_not_described() -> None:
+    """A description of every entry was half of what checks took."""
+
+    class Told(TensorMap):
+        def info(self, fqn: str) -> TensorInfo:
+            told.append(fqn)
+            return super().info(fqn)
+
+    told: list[str] = []
+    assert problems(Told({**GOOD, "steps": torch.tensor(3)})) == []
+    assert told == []
+    assert kinds(problems(Told({**GOOD, "w": torch.ones(3)}))) == [("w", "shape")]
+    assert told == ["w"]
 
 
 # -- ties -------------------------------------------------------------------------------------
@@ -549,6 +565,66 @@ def test_one_bad_element_anywhere_is_found(size: int) -> None:
 def test_very_large_values_are_finite() -> None:
     assert all_finite(torch.tensor([3.4e38, -3.4e38]))
     assert all_finite(torch.tensor([65504.0, -65504.0], dtype=torch.float16))
+
+
+MANY = {f"w{n}": make_slot(f"w{n}", (300,)) for n in range(1200)}  # 1.4 MB: more than one group
+OF_MANY = make_plan([recipe_row(slot) for slot in MANY.values()])
+
+
+def test_small_weights_are_looked_at_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    real = finite_check._has_finite_sum
+    monkeypatch.setattr(
+        finite_check, "_has_finite_sum", lambda value: asked.append(value.numel()) or real(value)
+    )
+    assert problems({name: torch.ones(300) for name in MANY}, OF_MANY) == []
+    assert len(asked) == 2
+    assert sum(asked) == 300 * len(MANY)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_only_those_of_a_group_that_are_spoilt_are_named(bad: float) -> None:
+    weights = {name: torch.ones(300) for name in MANY}
+    for name in ("w0", "w1", "w700", "w1199"):
+        weights[name][7] = bad
+    weights["w2"] *= 3e38  # the sum of its group is not finite either
+    assert [p.subject for p in problems(weights, OF_MANY)] == ["w0", "w1", "w700", "w1199"]
+    assert finite_check._not_finite(TensorMap(weights), MANY) == ["w0", "w1", "w700", "w1199"]
+
+
+def test_opposite_infinities_do_not_cancel_out() -> None:
+    weights = {name: torch.ones(300) for name in MANY}
+    weights["w5"][0], weights["w6"][0] = INF, -INF
+    assert [p.subject for p in problems(weights, OF_MANY)] == ["w5", "w6"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_sum_that_is_too_large_accuses_nobody(dtype: torch.dtype) -> None:
+    large = torch.full((300, 300), torch.finfo(dtype).max, dtype=dtype)
+    assert not large.sum().isfinite()
+    assert all_finite(large)
+    assert finite(large) == []
+    assert finite(large[:1]) == []
+    large[200, 3] = NAN
+    (found,) = finite(large)
+    assert found.found == "1 of 90000 elements, the first at (200, 3)"
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_what_a_gpu_is_asked(bad: float) -> None:
+    """The questions, asked of a CPU: those that are spoilt, and those of too large a sum."""
+    values = {f"v{n}": torch.ones(100 + 10 * n) for n in range(6)}
+    asked = finite_check._suspects_there
+    assert asked(values, torch.float32) == []
+    values["v1"][4] = values["v5"][0] = bad
+    values["v3"] *= 3e38
+    assert sorted(asked(values, torch.float32)) == ["v1", "v3", "v5"]
+    assert sorted(finite_check._not_finite(TensorMap(values), values)) == ["v1", "v5"]
+
+
+def test_sums_on_a_gpu_are_wide() -> None:
+    values = {f"v{n}": torch.full((100,), 60000.0).half() for n in range(3)}
+    assert finite_check._suspects_there(values, torch.float32) == []
 
 
 def test_negative_zero_is_a_value_like_any_other() -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from tests.unit.cli.conftest import Outcome
 
-BUILT_IN = ["compile", "inspect", "plan", "refit", "verify", "plugins", "doctor", "demo"]
+BUILT_IN = ["compile", "inspect", "plan", "refit", "verify", "diff", "plugins", "doctor", "demo"]
 
 
 def greet(session: Any) -> None:
@@ -41,7 +41,7 @@ def test_every_command_has_help_and_the_common_options(
         assert option in outcome.out
 
 
-@pytest.mark.parametrize("command", ["compile", "refit", "verify", "plan make"])
+@pytest.mark.parametrize("command", ["compile", "refit", "verify", "diff", "plan make"])
 def test_help_warns_where_code_is_run(run: Callable[..., Outcome], command: str) -> None:
     words = " ".join(run(*command.split(), "--help").out.split())
     assert "only files that you trust" in words

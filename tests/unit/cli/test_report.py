@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from refitkit.cli.report import through
-from refitkit.model import OutputMeasure, RefitReport, TransformRow
+import math
+
+from refitkit.cli.report import most_changed, through
+from refitkit.model import ChangeRow, OutputMeasure, RefitReport, TransformRow
 
 
 def row(transform: str, *errors: tuple[str, float], gives: int = 2) -> TransformRow:
@@ -36,3 +38,22 @@ def test_an_error_without_a_limit_is_told_too() -> None:
     measure = OutputMeasure(name="a", ok=True, max_abs_error=0.1)
     found = report(row("int8").model_copy(update={"measures": (measure,)}))
     assert through(found) == ["2 weights by int8, largest error 0.1 in a"]
+
+
+def moved(*rows: tuple[str, float, float], sampled: bool = False) -> list[str]:
+    changes = tuple(
+        ChangeRow(engine="e", slot=slot, relative=relative, largest=largest, sampled=sampled)
+        for slot, relative, largest in rows
+    )
+    return most_changed(report().model_copy(update={"changes": changes}))
+
+
+def test_the_slot_that_moved_most_is_told() -> None:
+    rows = ("a", 0.25, 8.0), ("b", 0.5, 0.125), ("c", 0.5, 0.0625)
+    assert moved(*rows) == ["e/b: 0.5 times its length, largest difference 0.125"]
+    assert moved(*rows, sampled=True) == [
+        "e/b: 0.5 times its length, largest difference 0.125, by a sample"
+    ]
+    assert moved(*rows, ("z", math.inf, 0.5)) == ["e/z: from zeros, largest difference 0.5"]
+    assert moved(("z", math.inf, math.inf)) == ["e/z: to or from what is not finite"]
+    assert moved() == moved(("a", 0.0, 0.0)) == []

@@ -32,7 +32,7 @@ def loaded_after(*args: str) -> list[str]:
     [
         ["--help"],
         ["--version"],
-        *([name, "--help"] for name in ("compile", "inspect", "plan", "refit", "verify")),
+        *([name, "--help"] for name in ("compile", "inspect", "plan", "refit", "verify", "diff")),
         *([name, "--help"] for name in ("plugins", "doctor", "demo")),
         ["plugins", "--json"],
     ],

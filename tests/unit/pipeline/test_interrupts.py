@@ -21,7 +21,18 @@ from tests.unit.pipeline.test_transaction import Scene
 if TYPE_CHECKING:
     from types import FrameType
 
-FILES = {str(Path(pipeline.__path__[0]) / name) for name in ("commit.py", "refit.py", "stage.py")}
+FILES = {
+    str(Path(pipeline.__path__[0]) / name)
+    for name in (
+        "commit.py",
+        "refit.py",
+        "stage.py",
+        "together.py",
+        "writing.py",
+        "keeping.py",
+        "history.py",
+    )
+}
 
 
 class Interrupter:

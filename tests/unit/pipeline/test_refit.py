@@ -111,7 +111,7 @@ def test_stages_come_in_order_and_are_told_and_timed() -> None:
 
 def test_the_report_says_what_was_done() -> None:
     module = make_module(2)
-    report = refit(module, weights_for(module, 10.0)).report
+    report = refit(module, weights_for(module, 5.0)).report
     assert (report.outcome, report.backend, report.version) == ("committed", "fake", 1)
     assert (report.slots_written, report.bytes_written) == (4, 2 * (6 + 2) * 4)
     assert report.changed is True

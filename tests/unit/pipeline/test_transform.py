@@ -17,7 +17,7 @@ from refitkit.errors import (
 )
 from refitkit.model import OutputMeasure, TensorInfo
 from refitkit.pipeline import Pipeline
-from refitkit.protocols import Made, TransformRequest, WeightGroup
+from refitkit.protocols import Made, MadeOf, TransformRequest, WeightGroup
 from refitkit.recipe import TensorMap
 from tests.fakes import CountingMapping, FakeModule, FakePlugin, OpenEngine, plan_for, same_state
 
@@ -429,3 +429,20 @@ def test_settings_of_no_plugin_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"plugin_settings\.quont: no such plugin") as info:
         Pipeline({"plugin_settings": {"quont": {}}}, plugins=[Plugin(name="quant")])
     assert "quant" in info.value.hint
+
+
+def test_what_was_made_tells_what_from() -> None:
+    """Of what a group makes all that it takes, of all else the name itself."""
+    pipeline = pipeline_with(Quantizer())
+    plan = plan_for(module_of(FLOATS["w"]))
+    made: Any = pipeline.open_weights({"w": FLOATS["w"], "b": FLOATS["b"]}, plan)
+    assert isinstance(made, MadeOf)
+    assert not isinstance(made.given, MadeOf)
+    assert {name: made.made_from(name) for name in made.names()} == {
+        "b": ("b",),
+        "w.q": ("w",),
+        "w.scale": ("w",),
+    }
+    assert set(made.given.names()) == {"w", "b"}
+    with pytest.raises(KeyError):
+        made.made_from("w")

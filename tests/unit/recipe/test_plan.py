@@ -185,6 +185,7 @@ def test_a_plan_is_what_strategies_and_checks_see() -> None:
 
 def test_a_plan_fits_engines_of_the_same_slots() -> None:
     PLAN.check_engines("fake", [M, B, W])
+    PLAN.check_engines("fake", iter([M, B, W]))
     other = W.model_copy(update={"device": "cuda:0", "readable": True, "shape": None})
     PLAN.check_engines("fake", [M, B, other])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -177,3 +178,23 @@ def test_bits_of_zeros_and_nans() -> None:
     weights["b"] = torch.tensor([-0.0, float("nan"), float("inf"), -float("inf"), 0.0, 1e-45])
     plan = record(lambda w, b, i: (b, b.view(2, 3).t(), b[i]), leaves())
     assert agree(plan.values(weights), truth(lambda w, b, i: (b, b.view(2, 3).t(), b[i]), weights))
+
+
+@pytest.mark.parametrize("many", [1, 8])
+@pytest.mark.parametrize("name", ["exp", "sqrt"])  # sqrt of many is made as one
+def test_calls_that_are_exact_elsewhere_draw_others_after_them(name: str, many: int) -> None:
+    """The device ``meta`` in the place of a GPU: what follows from its results is made there."""
+
+    def both(**leaves: torch.Tensor) -> dict[str, torch.Tensor]:
+        made = {fqn: getattr(torch, name)(leaf) for fqn, leaf in leaves.items()}
+        return {fqn: one[:, None] + leaves[fqn] for fqn, one in made.items()}
+
+    weights = {f"w{n}": torch.arange(3.0) + n for n in range(many)}
+    plan = record(both, weights).plan
+    op = getattr(torch.ops.aten, name).default
+    elsewhere = {"anywhere": False, "device": "meta"}
+    plan._calls.ready = tuple(  # type: ignore[misc] # a cached property
+        replace(call, **elsewhere) if call.op is op else call for call in plan._calls.ready
+    )
+    found = plan.materialize(weights)["model"]
+    assert {one.device.type for one in found.values()} == {"meta"}

@@ -110,8 +110,12 @@ class NetworkEngine:
 
     def read(self, slot: str) -> torch.Tensor:
         """The live value of a slot: an alias, valid until the next commit."""
+        return self.value_in(self.live, slot)
+
+    def value_in(self, built: Built, slot: str) -> torch.Tensor:
+        """The value of a slot in what was built with it: an alias."""
         shape = self._slots[slot].shape
-        value = self.live.region.views[slot]
+        value = built.region.views[slot]
         return value if shape is None else value.view(shape)
 
     def free_spare(self) -> int:
@@ -121,6 +125,11 @@ class NetworkEngine:
             return 0
         self._remove(before)
         return int(before.region.whole.nbytes)
+
+    def previous(self) -> Mapping[str, torch.Tensor]:
+        """The values in the file from before the last commit; once it is deleted, still mapped."""
+        before = self._before
+        return {} if before is None else {name: self.value_in(before, name) for name in self._slots}
 
     def stage(self, values: Sequence[SlotValue]) -> StagedBuild:
         """Build with new values for all slots; see ``refitkit.protocols.Engine``."""
@@ -223,6 +232,10 @@ class StagedBuild:
     def changed(self) -> bool:
         """Whether any bit of a value differs from the live ones."""
         return not torch.equal(self._built.region.whole, self._engine.live.region.whole)
+
+    def staged(self, slot: str) -> torch.Tensor:
+        """The new value of a slot: an alias."""
+        return self._engine.value_in(self._built, slot)
 
 
 def _misfits(slot: Slot, tensor: torch.Tensor) -> Iterator[Problem]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
+from refitkit.builtin.torch_tensorrt.refitter import PersistentRefitter
+from refitkit.builtin.torch_tensorrt.upload import Uploader
 from refitkit.errors import EngineError, ModuleLostError, NotRefittableError, WeightMismatchError
 from refitkit.protocols import SlotValue, SupportsPartial, SupportsSpareBuffer, SupportsWarming
 from tests.fakes import Tripwire, same_state, slot_for
@@ -342,3 +345,147 @@ def test_values_are_loaded_once_each() -> None:
 
     engine.stage([counted(value) for value in slot_values(engine, B)])
     assert sorted(loads) == sorted(B)
+
+
+# -- constants --------------------------------------------------------------------------------
+
+CONSTANT = "e CONSTANT"
+
+
+def staged_with(engine: Any, values: Mapping[str, torch.Tensor], constant: torch.Tensor) -> Any:
+    """Staged: weights of a source, and a constant of the plan's."""
+    given = slot_values(engine, {**values, CONSTANT: constant})
+    return engine.stage([replace(v, pinned=v.slot.name == CONSTANT) for v in given])
+
+
+@pytest.fixture
+def copied(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What is copied, by the last element of each."""
+    seen: list[float] = []
+    real = Uploader.copy
+
+    def copy(self: Uploader, room: torch.Tensor, value: torch.Tensor) -> None:
+        seen.append(float(value.reshape(-1)[-1]))
+        real(self, room, value)
+
+    monkeypatch.setattr(Uploader, "copy", copy)
+    return seen
+
+
+def holds(handle: Any, values: Mapping[str, torch.Tensor], constant: torch.Tensor) -> bool:
+    return same_state(handle.engine.values(), flat({**values, CONSTANT: constant}))
+
+
+def test_constants_are_copied_once(runtime: str, copied: list[float]) -> None:
+    engine, handle = engine_of("e", A, runtime=runtime)
+    constant = torch.tensor([5.0, 77.0])
+    for values in (A, B, C):
+        staged_with(engine, values, constant.view(2)).commit()
+        assert holds(handle, values, constant)
+    assert copied.count(77.0) == 1
+
+
+def test_another_constant_is_copied(runtime: str, copied: list[float]) -> None:
+    engine, handle = engine_of("e", A, runtime=runtime)
+    for last in (77.0, 78.0, 77.0):
+        constant = torch.tensor([5.0, last])
+        staged_with(engine, B, constant).commit()
+        assert holds(handle, B, constant)
+    assert (copied.count(77.0), copied.count(78.0)) == (2, 1)
+
+
+def test_a_constant_that_was_written_to_is_copied_again(runtime: str) -> None:
+    engine, handle = engine_of("e", A, runtime=runtime)
+    constant = torch.tensor([5.0, 77.0])
+    staged_with(engine, B, constant).commit()
+    constant[1] = 1.0
+    staged_with(engine, B, constant).commit()
+    assert holds(handle, B, constant)
+
+
+def test_another_part_of_the_same_memory_is_another_constant(runtime: str) -> None:
+    engine, handle = engine_of("e", A, runtime=runtime)
+    memory = torch.arange(8.0)
+    turned = torch._neg_view(memory[:2])
+    for constant in (memory[:2], turned, memory[:4:2], turned, memory[2:4], memory[:2]):
+        staged_with(engine, B, constant).commit()
+        assert holds(handle, B, constant)
+
+
+def test_a_weight_in_a_constants_place_counts(runtime: str) -> None:
+    """A source may override what the plan keeps."""
+    engine, handle = engine_of("e", A, runtime=runtime)
+    constant = torch.tensor([5.0, 77.0])
+    staged_with(engine, B, constant).commit()
+    refit(engine, A)
+    assert same_state(handle.engine.values(), flat(A))
+    staged_with(engine, B, constant).commit()
+    assert holds(handle, B, constant)
+
+
+@pytest.mark.parametrize("end", ["rollback", "discard"])
+def test_constants_after_a_refit_that_did_not_last(runtime: str, end: str) -> None:
+    engine, handle = engine_of("e", A, runtime=runtime)
+    old, new = torch.tensor([5.0, 77.0]), torch.tensor([6.0, 78.0])
+    staged_with(engine, B, old).commit()
+    staged = staged_with(engine, C, new)
+    if end == "rollback":
+        staged.commit()
+        staged.rollback()
+        assert holds(handle, B, old)
+    else:
+        staged.discard()
+    staged_with(engine, A, new).commit()
+    assert holds(handle, A, new)
+    staged_with(engine, A, old).commit()
+    assert holds(handle, A, old)
+
+
+def test_constants_that_did_not_arrive_are_copied_again(
+    runtime: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, handle = engine_of("e", A, runtime=runtime)
+    old, new = torch.tensor([5.0, 77.0]), torch.tensor([6.0, 78.0])
+    staged_with(engine, B, old).commit()
+    with monkeypatch.context() as patch:
+        patch.setattr(Uploader, "_copy_waiting", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            staged_with(engine, C, new)
+    staged_with(engine, A, new).commit()
+    assert holds(handle, A, new)
+
+
+def test_constants_without_a_count_of_changes_are_always_copied(runtime: str) -> None:
+    engine, handle = engine_of("e", A, runtime=runtime)
+    with torch.inference_mode():
+        constant = torch.tensor([5.0, 77.0])
+    staged_with(engine, B, constant).commit()
+    with torch.inference_mode():
+        constant[1] = 1.0
+    staged_with(engine, B, constant).commit()
+    assert holds(handle, B, constant)
+
+
+# -- waiting ----------------------------------------------------------------------------------
+
+
+def test_only_a_commit_knows_that_no_call_is_pending(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pipeline waits before a commit; rollbacks come after calls, and warming anywhere."""
+    idle: list[bool] = []
+    real = PersistentRefitter.refit
+
+    def refitted(self: PersistentRefitter, *, idle: bool = False) -> None:
+        found.append(idle)
+        real(self, idle=idle)
+
+    found = idle
+    monkeypatch.setattr(PersistentRefitter, "refit", refitted)
+    engine, _ = engine_of("e", A)
+    engine.adopt(slot_values(engine, A))
+    engine.warm(lambda _: None)
+    assert idle == [False]
+    staged = engine.stage(slot_values(engine, B))
+    staged.commit()
+    assert idle == [False, True]
+    staged.rollback()
+    assert idle == [False, True, False]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -214,3 +215,24 @@ def test_a_flag_that_does_not_go_away_is_an_error() -> None:
     engine.create_serialization_config = lambda: config
     with pytest.raises(EngineError, match="EXCLUDE_WEIGHTS"):
         serialized.bytes_of(engine, fake_trt(wire))
+
+
+@pytest.mark.parametrize("idle", [True, False])
+def test_what_is_waited_for(monkeypatch: pytest.MonkeyPatch, idle: bool) -> None:
+    """A wait for the whole device grows with every refitter, so it is left out where it can be."""
+    done: list[str] = []
+    stream = SimpleNamespace(cuda_stream=7, synchronize=lambda: done.append("own stream"))
+    pending = SimpleNamespace(synchronize=lambda: done.append("current stream"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: done.append("device"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: pending)
+    refitter, _ = made()
+    refitter.bind(refitter.facts({}), VALUES)
+    refitter._stream = stream
+    monkeypatch.setattr(
+        refitter._refitter,
+        "refit_cuda_engine_async",
+        lambda given: done.append(f"refit on {given}") or True,
+        raising=False,
+    )
+    refitter.refit(idle=idle)
+    assert done == ["current stream" if idle else "device", "refit on 7", "own stream"]

@@ -71,6 +71,25 @@ def test_all_tensors_are_slots(engine: TorchPartEngine) -> None:
         assert isinstance(engine, kind)
 
 
+def test_one_tensor_is_read_as_all_are(engine: TorchPartEngine, part: torch.fx.GraphModule) -> None:
+    for name, tensor in engine.live.items():
+        assert engine.read(name).data_ptr() == tensor.data_ptr()
+        assert not engine.read(name).requires_grad
+    part.odd = "text"
+    for wrong in ("nothing", "a.nothing", "odd"):
+        with pytest.raises(KeyError):
+            engine.read(wrong)
+
+
+def test_names_that_a_hook_gives_are_read_too(part: torch.fx.GraphModule) -> None:
+    def renamed(module: Any, state: dict[str, Any], *_: Any) -> None:
+        state["by.hook"] = state.pop("a.bias")
+
+    part.register_state_dict_post_hook(renamed)
+    engine = TorchPartEngine("part", part)
+    assert engine.read("by.hook").data_ptr() == part.get_submodule("a").bias.data_ptr()
+
+
 def test_tensors_are_written_in_place(engine: TorchPartEngine, part: torch.fx.GraphModule) -> None:
     before, new = held(engine), others(engine)
     addresses = {name: value.data_ptr() for name, value in engine.live.items()}

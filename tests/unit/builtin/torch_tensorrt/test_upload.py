@@ -63,6 +63,7 @@ VALUES = [
     torch.arange(12.0).reshape(3, 4).T,
     torch.tensor(3.5),
     torch.zeros(0),
+    torch.arange(8.0)[::2],
     torch.tensor([True, False]),
     torch.arange(6, dtype=torch.int64),
     torch.arange(7, dtype=torch.float16),
@@ -130,7 +131,10 @@ def test_small_values_of_the_host_go_together(
     for _ in range(2):
         for room, value in zip(rooms, values, strict=True):
             uploader.copy_with_others(room, value)
+            assert uploader._used <= max(together, value.nbytes)
+        assert uploader._used
         uploader.finish()
+        assert uploader._used == 0
         assert right(rooms, values)
         for room in rooms:
             room.zero_()

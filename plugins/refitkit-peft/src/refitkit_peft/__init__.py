@@ -1,0 +1,31 @@
+"""LoRA adapters as weights: a base plus scaled adapters, for engines that refitkit refits.
+
+::
+
+    base = refitkit_peft.Base("model.safetensors")
+    base.add("a", "path/of/adapter")
+    refitkit.refit(compiled, refitkit_peft.Lora(base, {"a": 0.7}), delta=True)
+    refitkit.refit(compiled, refitkit_peft.Lora(base), delta=True)  # the base again, bit for bit
+
+Importing this imports neither torch nor peft.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from refitkit_peft.lora import Lora
+
+if TYPE_CHECKING:
+    from refitkit_peft.base import Base, BaseMemory
+
+__all__ = ["Base", "BaseMemory", "Lora"]
+
+
+def __getattr__(name: str) -> Any:
+    """``Base`` and what belongs to it, which need torch, on first use."""
+    if name not in {"Base", "BaseMemory"}:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from refitkit_peft import base
+
+    return getattr(base, name)

@@ -1,0 +1,51 @@
+"""The hooks. Found by the entry-point group ``refitkit`` under the name ``peft``."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from refitkit.hookspecs import hookimpl
+
+from refitkit_peft.lora import Lora
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    import click
+    from refitkit.errors import Problem
+    from refitkit.protocols import Plan, WeightSource
+
+
+@hookimpl
+def refitkit_load_weights(
+    source: object, open_weights: Callable[[object], WeightSource]
+) -> WeightSource | None:
+    """Open a ``Lora``, or a ``Base`` as it is; nothing else is this plugin's."""
+    known = sys.modules.get("refitkit_peft.base")  # needs torch: whoever has a Base has it
+    if known is not None and isinstance(source, known.Base):
+        source = Lora(source)
+    if not isinstance(source, Lora):
+        return None
+    from refitkit_peft.base import Base
+
+    base = source.base
+    if not isinstance(base, Base):
+        base = Base.with_opener(base, open_weights)
+    return base.source(source)
+
+
+@hookimpl
+def refitkit_check(plan: Plan, source: WeightSource) -> Iterable[Problem]:
+    """Adapters on weights that no slot follows from, or that are one with others in the model."""
+    from refitkit_peft.checks import problems
+
+    return problems(plan.data, source)
+
+
+@hookimpl
+def refitkit_register_commands(cli: click.Group) -> None:
+    """Add ``refitkit lora``."""
+    from refitkit_peft.command import lora_command
+
+    cli.add_command(lora_command)

@@ -1,0 +1,126 @@
+"""``refitkit lora``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import refitkit
+import torch
+from peft_models import make_adapter
+from refitkit.cli.main import main
+from safetensors.torch import save_file
+
+pytest.importorskip("peft")
+
+
+class Small(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = torch.nn.Linear(12, 20)
+        self.two = torch.nn.Linear(20, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(torch.relu(self.one(x)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A module, a base, two adapters and inputs."""
+    path = tmp_path_factory.mktemp("files")
+    torch.manual_seed(0)
+    model, x = Small().eval(), torch.randn(2, 12)
+    refitkit.compile(torch.export.export(model, (x,)), prove=False).save(path / "module.refitkit")
+    save_file(dict(model.state_dict()), path / "base.safetensors")
+    save_file({"0": x}, path / "inputs.safetensors")
+    make_adapter(model, path / "a", 1, target_modules=["one"])
+    make_adapter(model, path / "b=1", 2, target_modules=["one", "two"])
+    return path
+
+
+def run(folder, *arguments):
+    command = [sys.executable, "-m", "refitkit.cli", "lora", "module.refitkit", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_a_base_with_adapters_goes_in_and_comes_out_again(folder, tmp_path):
+    out = str(tmp_path / "out.refitkit")
+    files = ("base.safetensors", "a=0.5", "b=1=-0.25", "--inputs", "inputs.safetensors")
+    done = run(folder, *files, "-o", out, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["source"] == "base 'base.safetensors' + 0.5 of 'a' - 0.25 of 'b=1'"
+    assert report["outcome"] == "committed"
+    assert report["verification"]["verifier"] == "outputs"
+    done = run(folder, "base.safetensors", "-o", str(tmp_path / "again.refitkit"))
+    assert done.returncode == 0, done.stderr
+    assert "committed" in done.stdout
+    x = torch.ones(2, 12)
+    first, lora, again = (
+        refitkit.load(path)(x)
+        for path in (folder / "module.refitkit", out, tmp_path / "again.refitkit")
+    )
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, lora)
+
+
+def test_a_whole_name_that_is_there_is_no_scale(folder, tmp_path):
+    done = run(folder, "base.safetensors", "b=1", "-o", str(tmp_path / "out"), "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["source"].endswith(" + 1 of 'b=1'")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("base.safetensors", "a=much"), "is no scale"),
+        (("base.safetensors", "a=1", "a=2"), "given before"),
+        (("base.safetensors", "=1"), "no path"),
+        (("base.safetensors", "a=nan"), "scale, found nan"),
+        (("base.safetensors", "nowhere"), "no adapter of the name 'nowhere'"),
+        (("nowhere.safetensors", "a"), "There is no file"),
+        (("a/adapter_model.safetensors", "a"), "one: unknown module"),
+        (("base.safetensors", "base.safetensors"), "holds no factors of a LoRA adapter"),
+        (("base.safetensors", "a", "--component", "unet"), "has nothing for 'unet'"),
+    ],
+)
+def test_what_cannot_be_meant_writes_nothing(arguments, told, folder, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(folder)
+    code = main(["lora", "module.refitkit", *arguments, "-o", str(tmp_path / "out.refitkit")])
+    errors = capfd.readouterr().err
+    assert code in {1, 2}
+    assert told in errors
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_is_there_without_torch(folder):
+    code = (
+        "import sys; from refitkit.cli.main import main\n"
+        "try: main()\nfinally: assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    command = [sys.executable, "-c", code, "lora", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "ADAPTER[=SCALE]" in done.stdout
+
+
+def test_importing_the_plugin_imports_neither_torch_nor_peft():
+    code = (
+        "import sys, refitkit_peft, refitkit_peft.plugin\n"
+        "refitkit_peft.Lora('base', {'a': 1})\n"
+        "assert not {'torch', 'peft', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_refit_does_not_import_peft(folder):
+    code = (
+        "import sys, refitkit, refitkit_peft\n"
+        "compiled = refitkit.load('module.refitkit')\n"
+        "refitkit.refit(compiled, refitkit_peft.Lora('base.safetensors', {'a': 0.5}))\n"
+        "assert not {'peft', 'transformers', 'huggingface_hub'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=folder)

@@ -1,0 +1,12 @@
+"""The conformance kit, run against the source."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("refitkit.testing")
+
+from refitkit_peft.conformance import suites
+
+for _suite in suites():
+    globals()[f"Test{_suite.__name__}"] = _suite

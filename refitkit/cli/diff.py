@@ -1,0 +1,101 @@
+"""``refitkit diff``: what two sets of weights differ in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from refitkit.cli.options import common_options, file_option
+from refitkit.cli.session import Session, plain
+from refitkit.cli.setting_options import weight_options
+from refitkit.errors import SourceError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from refitkit.model import DiffReport, DiffRow
+
+DIFFERENT = 4
+"""The exit code that ``--exit-code`` gives where they differ: one that no failure has."""
+
+_COLUMNS = ("name", "state", "dtype", "shape", "relative", "largest", "share")
+
+
+@click.command("diff", short_help="Show what two sets of weights differ in.")
+@click.argument("a")
+@click.argument("b")
+@file_option("--plan", help="How weights become slots; the module's own where not given.")
+@click.option(
+    "--top",
+    metavar="N",
+    type=click.IntRange(min=0),
+    default=20,
+    show_default=True,
+    help="Show so many rows that differ.",
+)
+@click.option(
+    "--all", "everything", is_flag=True, help="Show all rows, also those that are the same."
+)
+@click.option("--exit-code", is_flag=True, help=f"Exit with {DIFFERENT} if they differ.")
+@weight_options
+@common_options
+@click.pass_obj
+def diff_command(
+    session: Session,
+    a: str,
+    b: str,
+    plan: Path | None,
+    top: int,
+    *,
+    everything: bool,
+    exit_code: bool,
+) -> int:
+    """Show what A and B differ in, tensor by tensor, the largest relative change first.
+
+    Each is weights (.safetensors, a state_dict of torch.save, a folder), or a saved module: then
+    what its slots hold is compared with what the other would give them. --json prints all rows.
+
+    Loading a module runs the code in it: use only files that you trust as you would a program.
+    """
+    from refitkit.cli.files import check_readable, load_plan
+
+    for name in (a, b):
+        check_readable(name, SourceError)
+    pipeline = session.pipeline()
+    report = pipeline.diff(a, b, plan=load_plan(pipeline, plan))
+    data = {"summary": report.summary, "counts": report.counts, **plain(report)}
+    shown = report.rows if everything else [row for row in report.rows if row.state != "same"][:top]
+    session.result(data, lambda console: print_diff(console, report, shown))
+    return DIFFERENT if exit_code and report.differs else 0
+
+
+def print_diff(
+    console: Console, report: DiffReport, rows: list[DiffRow] | tuple[DiffRow, ...]
+) -> None:
+    """Print some rows of a diff, and all of it in a line."""
+    from refitkit.cli.tables import facts, table
+    from refitkit.cli.text import count
+
+    left = sum(row.state != "same" for row in report.rows) - sum(r.state != "same" for r in rows)
+    if rows:
+        console.print(table(_COLUMNS, map(_cells, rows)))
+    more = [("not shown", f"{count(left, 'row')} that differ: --all shows them")] if left else []
+    console.print(facts([("A", report.a), ("B", report.b), *more, ("in all", report.summary)]))
+
+
+def _cells(row: DiffRow) -> tuple[str, ...]:
+    from refitkit.cli.text import shape
+
+    state = f"{row.state}: {row.note}" if row.note else row.state
+    dtype = f"{row.dtype} -> {row.other_dtype}" if row.other_dtype else row.dtype
+    sizes = shape(row.shape)
+    if row.other_shape is not None:
+        sizes = f"{sizes} -> {shape(row.other_shape)}"
+    return row.name, state, dtype, sizes, *map(_number, (row.relative, row.largest, row.share))
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"

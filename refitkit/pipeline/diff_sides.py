@@ -1,0 +1,169 @@
+"""The two sides of a diff: each is weights, or a module that holds some."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from refitkit.errors import (
+    ConfigError,
+    PlanMismatchError,
+    Problem,
+    SourceError,
+    UnsupportedTargetError,
+    WeightMismatchError,
+    raised_as,
+)
+from refitkit.model import Rules
+from refitkit.pipeline.check import check_weights
+from refitkit.pipeline.compiled import CompiledModule
+from refitkit.pipeline.diff import compared
+from refitkit.pipeline.load import open_weights
+from refitkit.pipeline.mapping import map_slots, require_all
+from refitkit.pipeline.slot_tensors import SlotTensors, given_by, held_by
+from refitkit.pipeline.transform import transformed
+from refitkit.protocols import WeightSource
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from refitkit.config import Config
+    from refitkit.host import Host
+    from refitkit.model import DiffReport, Slot
+    from refitkit.recipe import RefitPlan
+
+Side: TypeAlias = CompiledModule | WeightSource
+
+
+@dataclass(frozen=True)
+class Differ:
+    """Compares two sides with the plugins and settings of a pipeline.
+
+    Attributes:
+        host: All plugins.
+        config: Settings.
+        load: Opens a module, which runs the code in it.
+        plan: How weights become slots, or what a program reads; None: the module's own.
+    """
+
+    host: Host
+    config: Config
+    load: Callable[[object], CompiledModule]
+    plan: RefitPlan | None = None
+
+    # -- opening ----------------------------------------------------------------------------
+
+    def opened(self, a: object, b: object) -> tuple[Side, Side]:
+        """Both, each as weights if it can be read as such, else as a module.
+
+        Raises:
+            SourceError: One or both are neither; says why, of each.
+        """
+        found = [self._side(thing) for thing in (a, b)]
+        wrong = [side for side in found if isinstance(side, SourceError)]
+        if len(wrong) > 1:
+            problems = [
+                Problem(n, "cannot be read", hint=str(e)) for n, e in zip("AB", wrong, strict=True)
+            ]
+            raise SourceError("Neither A nor B can be read.", problems=problems) from wrong[0]
+        one, other = found
+        if isinstance(one, SourceError):
+            raise one
+        if isinstance(other, SourceError):
+            raise other
+        return one, other
+
+    def _side(self, thing: object) -> Side | SourceError:
+        if isinstance(thing, CompiledModule):
+            return thing
+        try:
+            return open_weights(self.host, thing, self.config)
+        except SourceError as exc:
+            as_weights = exc
+        try:
+            return self.load(thing)
+        except UnsupportedTargetError as exc:
+            if not isinstance(thing, str | Path) or not Path(thing).exists():
+                return as_weights
+            problems = [
+                Problem("as weights", as_weights.message),
+                Problem("as a module", exc.message),
+            ]
+            message = f"{str(thing)!r} holds neither weights nor a module that can be read."
+            return SourceError(message, problems=problems)
+
+    # -- comparing --------------------------------------------------------------------------
+
+    def diff(self, a: Side, b: Side) -> DiffReport:
+        """What they differ in; see ``Pipeline.diff``. No refit of a module comes between."""
+        modules = {id(side): side for side in (a, b) if isinstance(side, CompiledModule)}
+        with ExitStack() as held:
+            for module in modules.values():
+                held.enter_context(module.gate.refit())
+            return compared(*self._sources(a, b))
+
+    def _sources(self, a: Side, b: Side) -> tuple[WeightSource, WeightSource]:
+        if isinstance(a, CompiledModule):
+            if isinstance(b, CompiledModule):
+                _require_alike(a, b)
+                return held_by(a, a.slots), held_by(b, b.slots)
+            given = self._given_to(a, b)
+            return held_by(a, given.slots), given
+        if isinstance(b, CompiledModule):
+            given = self._given_to(b, a)
+            return given, held_by(b, given.slots)
+        return self._as_read(a), self._as_read(b)
+
+    def _as_read(self, source: WeightSource) -> WeightSource:
+        """A source as the plan's program reads it; as it is where there is no plan."""
+        if self.plan is not None:
+            return transformed(self.host, self.config, self.plan, source)
+        if self.config.rules != Rules():
+            raise ConfigError(
+                "Rules say how names of weights become those of a program, and of weights alone "
+                "nobody knows the program.",
+                hint="Pass its plan: plan= in Python, --plan FILE on the command line.",
+            )
+        return source
+
+    def _given_to(self, compiled: CompiledModule, source: WeightSource) -> SlotTensors:
+        """What the slots of a module would get from a source, in a refit."""
+        plan = self.plan or compiled.plan
+        if plan is None:
+            raise PlanMismatchError(
+                "The module has no plan, so nobody knows which weight goes into which slot.",
+                hint="Pass one, made from the program that was compiled.",
+            )
+        plan.check_engines(compiled.backend, compiled.slots)
+        config = self.config.model_copy(update={"check_finite": False})  # NaN can be compared
+        source = transformed(self.host, config, plan, source)
+        opened = compiled.opened
+        mapping = map_slots(self.host, plan, opened, source, compiled.program, config)
+        check_weights(self.host, plan, opened, source, partial=False, config=config)
+        with raised_as(SourceError, f"{source.description} cannot be read"):
+            require_all(mapping, source)
+        return given_by(source.description, compiled, mapping.values.values())
+
+
+def _require_alike(a: CompiledModule, b: CompiledModule) -> None:
+    """Refuse modules of other models.
+
+    Raises:
+        WeightMismatchError: Lists the slots that only one has, or that are not alike.
+    """
+    problems = list(_unlike({s.key: s for s in a.slots}, {s.key: s for s in b.slots}))
+    if problems:
+        message = "The modules are of different models, or were compiled differently."
+        raise WeightMismatchError(message, problems=problems)
+
+
+def _unlike(a: dict[tuple[str, str], Slot], b: dict[tuple[str, str], Slot]) -> Iterator[Problem]:
+    for key in dict.fromkeys([*a, *b]):
+        name, one, other = "/".join(key), a.get(key), b.get(key)
+        if one is None or other is None:
+            yield Problem(name, "only in A" if other is None else "only in B")
+        elif (one.dtype, one.shape, one.count) != (other.dtype, other.shape, other.count):
+            found, wanted = (f"{s.dtype} {s.shape or s.count}" for s in (one, other))
+            yield Problem(name, "not alike", found, wanted)

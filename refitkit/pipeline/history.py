@@ -1,0 +1,180 @@
+"""What a module held before: the refits that can be taken back, and the weights it began with.
+
+Of a refit, the values are kept that its slots held before it: weights that touch a few slots, such
+as adapters, cost no more than those. The newest refit costs nothing where the engines have its old
+values anyway. Of what the module was compiled or loaded with, a slot is copied when it is first
+written. ``keeping.py`` makes the copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+from refitkit.errors import EngineError, NotRefittableError, Problem, raised_as
+from refitkit.model import KeptWeights
+from refitkit.protocols import HoldsPrevious
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    import torch
+
+    from refitkit.pipeline.delta import Live
+    from refitkit.pipeline.origin import Origin
+    from refitkit.protocols import OpenedModule
+    from refitkit.recipe import RefitPlan
+
+Key: TypeAlias = tuple[str, str]
+"""``(engine, slot)``."""
+
+Values: TypeAlias = Mapping[Key, "torch.Tensor"]
+
+FIRST = "as compiled or loaded"
+"""What the weights of version 0 are, in words."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A refit that may be taken back.
+
+    Attributes:
+        version: Number of the weights that it brought.
+        written: The slots that it wrote.
+        kept: What they held before it. Of the others at most the engines have that.
+        source: What the module held before it, in words.
+        live: What was known of that; see ``Held``.
+        overridden: Likewise.
+    """
+
+    version: int
+    written: frozenset[Key]
+    kept: Values
+    source: str
+    live: Live | None
+    overridden: frozenset[str]
+
+    @property
+    def whole(self) -> bool:
+        """Whether the copies suffice."""
+        return self.written <= self.kept.keys()
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way back to earlier weights.
+
+    Attributes:
+        values: What slots held then; all others hold it still.
+        source: What they were, in words.
+        live: What was known of them, under the number that they had; see ``Held``.
+        overridden: Likewise.
+    """
+
+    values: Values
+    source: str
+    live: Live | None
+    overridden: frozenset[str]
+
+
+@dataclass(frozen=True)
+class History:
+    """What is kept.
+
+    Attributes:
+        records: Refits, the newest last, without a gap.
+        base: What slots held at first, of all that were written since. All others hold it still.
+        base_lost: Why that is not whole; empty where it is.
+        written: All slots that were ever written.
+        plan: The plan of the newest refit.
+    """
+
+    records: tuple[Record, ...] = ()
+    base: Values = field(default_factory=dict)
+    base_lost: str = ""
+    written: frozenset[Key] = frozenset()
+    plan: RefitPlan | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all copies; the base and records share some."""
+        held = [self.base, *(record.kept for record in self.records)]
+        return sum({id(v): v.nbytes for values in held for v in values.values()}.values())
+
+    def shown(self, origin: Origin | None = None) -> tuple[KeptWeights, ...]:
+        """What can be gone back to, the oldest first, and what keeping it costs.
+
+        Args:
+            origin: What the module was loaded from, if it was.
+        """
+        shared = {id(value) for value in self.base.values()}
+        rows = [
+            KeptWeights(
+                version=record.version - 1,
+                source=record.source,
+                bytes=sum(v.nbytes for v in record.kept.values() if id(v) not in shared),
+                where="host" if record.whole else "engine",
+            )
+            for record in self.records
+        ]
+        whole = not self.base_lost and self.plan is not None
+        if not whole and (origin is None or (rows and not rows[0].version)):
+            return tuple(rows)
+        size = sum(value.nbytes for value in self.base.values())
+        first = KeptWeights(version=0, source=FIRST, bytes=size, where="host" if whole else "file")
+        return (first, *(row for row in rows if row.version))
+
+    def way_to(self, version: int, present: int, module: OpenedModule) -> Way | None:
+        """How to go back; None where that is not held.
+
+        Args:
+            version: Number of the weights that are wanted.
+            present: Number of the weights that the module holds.
+            module: The module.
+
+        Raises:
+            EngineError: An engine failed to tell what it held.
+        """
+        later = [record for record in self.records if record.version > version]
+        befores = [_before(record, module, newest=record.version == present) for record in later]
+        if later and len(later) == present - version and None not in befores:
+            values = {key: v for before in reversed(befores) for key, v in (before or {}).items()}
+            first = later[0]
+            return Way(values, first.source, first.live, first.overridden)
+        if version == 0 and not self.base_lost:
+            return Way(self.base, FIRST, None, frozenset())
+        return None
+
+    def no_way_to(self, version: int) -> NotRefittableError:
+        """The error where that is so: says what is held, and names the settings."""
+        problems = [Problem(f"version {row.version}", "held", row.source) for row in self.shown()]
+        if self.base_lost:
+            problems.append(Problem("version 0", "not held", hint=self.base_lost))
+        return NotRefittableError(
+            f"The weights of version {version} are not held.",
+            problems=problems,
+            hint="Config.keep_versions is how many refits can be undone, Config.keep_limit how "
+            "many bytes that may take; compiled.base names weights that restore() reads instead.",
+        )
+
+
+def _before(record: Record, module: OpenedModule, *, newest: bool) -> Values | None:
+    """What slots held before a refit; None where that is not known of all of them."""
+    lacking = record.written - record.kept.keys()
+    if not lacking:
+        return record.kept
+    found = _of_engines(module, lacking) if newest else {}
+    return {**record.kept, **found} if lacking <= found.keys() else None
+
+
+def _of_engines(module: OpenedModule, keys: Collection[Key]) -> dict[Key, torch.Tensor]:
+    """What the engines still have of values from before the newest refit."""
+    found: dict[Key, torch.Tensor] = {}
+    for name in dict.fromkeys(engine for engine, _ in keys):
+        engine = module.engines[name]
+        if isinstance(engine, HoldsPrevious):
+            with raised_as(EngineError, f"The engine {name!r} failed to tell what it held"):
+                held = engine.previous()
+            found |= {(name, slot): value for slot, value in held.items() if (name, slot) in keys}
+    return found

@@ -1,0 +1,66 @@
+"""The file or folder that a module was loaded from: its first weights, for as long as it is there.
+
+A second module is opened from it when they are wanted, so that nothing has to be kept in memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from refitkit.errors import NotRefittableError, Problem
+
+Mark: TypeAlias = tuple[str, int, int, int]
+"""Name below the path, inode, size in bytes, and time of the last change in nanoseconds."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A path, and what lay there when the module was loaded.
+
+    Attributes:
+        path: It.
+        marks: Of the file, or of all files in the folder.
+    """
+
+    path: Path
+    marks: tuple[Mark, ...]
+
+    @classmethod
+    def of(cls, target: object) -> Origin | None:
+        """Note what lies at a path; None where a target is none."""
+        if not isinstance(target, str | Path):
+            return None
+        try:
+            path = Path(target).absolute()
+            return cls(path, _marks(path)) if path.exists() else None
+        except (OSError, ValueError):  # a name of a plugin's own, which no file can have
+            return None
+
+    def require_unchanged(self) -> None:
+        """Check that what lies there is what lay there.
+
+        Raises:
+            NotRefittableError: It is not; names the path.
+        """
+        try:
+            same = _marks(self.path) == self.marks
+        except OSError:
+            same = False
+        if not same:
+            raise NotRefittableError(
+                "The weights that the module was loaded with are not held any more.",
+                problems=[Problem(str(self.path), "changed since the module was loaded")],
+                hint="compiled.base names weights that restore() reads instead.",
+            )
+
+
+def _marks(path: Path) -> tuple[Mark, ...]:
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return tuple(_mark(path, file) for file in files if file.is_file())
+
+
+def _mark(path: Path, file: Path) -> Mark:
+    facts = file.stat()
+    return str(file.relative_to(path)), facts.st_ino, facts.st_size, facts.st_mtime_ns

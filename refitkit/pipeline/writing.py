@@ -1,0 +1,215 @@
+"""New values of one module on their way: staged, committed, judged; or taken back."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from refitkit.errors import NotRefittableError, VerificationError
+from refitkit.pipeline import verify
+from refitkit.pipeline.changes import measured
+from refitkit.pipeline.history import History
+from refitkit.pipeline.keeping import GIVEN_UP, Keeping
+from refitkit.pipeline.stage import Staged
+from refitkit.pipeline.transform import require_measured
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+
+    from refitkit.config import Config
+    from refitkit.host import Host
+    from refitkit.model import RefitReport, VerificationResult
+    from refitkit.pipeline.compiled import CompiledModule
+    from refitkit.pipeline.gate import Gate
+    from refitkit.pipeline.held import Held
+    from refitkit.pipeline.mapping import Mapping
+    from refitkit.pipeline.report import Findings
+    from refitkit.protocols import OpenedModule
+    from refitkit.recipe import RefitPlan
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that is known before anything is staged.
+
+    Attributes:
+        found: What the report will say.
+        plan: The plan that is followed.
+        judge: What judges the result; None: nothing does.
+        whole: Values of all slots, of those too that hold theirs already: for engines that have
+            lost them.
+        held: What the module will hold, but for its history, once these values are live.
+        partial: Whether slots without a value keep theirs.
+        rollback: Whether the weights from before are kept until the verdict.
+    """
+
+    found: Findings
+    plan: RefitPlan
+    judge: Callable[[OpenedModule], VerificationResult] | None
+    whole: Callable[[], Mapping]
+    held: Callable[[Mapping], Held]
+    partial: bool = False
+    rollback: bool = True
+
+
+class Writing:
+    """One module's part in a transaction; see ``commit.Part``.
+
+    Attributes:
+        staged: What is staged.
+        report: What was done; there once it is committed and judged.
+    """
+
+    report: RefitReport
+
+    def __init__(
+        self, host: Host, config: Config, compiled: CompiledModule, prepared: Prepared
+    ) -> None:
+        """Nothing is staged yet."""
+        self._host, self._config, self._compiled = host, config, compiled
+        self._prepared, self._found = prepared, prepared.found
+        self._before = compiled.held
+        self._keeping: Keeping | None = None
+        self.staged = Staged(compiled.opened)
+
+    @property
+    def module(self) -> OpenedModule:
+        """The opened module."""
+        return self._compiled.opened
+
+    @property
+    def gate(self) -> Gate:
+        """Its gate."""
+        return self._compiled.gate
+
+    @property
+    def _mapping(self) -> Mapping:
+        mapping = self._found.mapping
+        if mapping is None:
+            raise RuntimeError("nothing is written before it is mapped")
+        return mapping
+
+    # -- before the commit --------------------------------------------------------------------
+
+    def stage(self) -> None:
+        """Stage all values, and copy what is kept of the old ones.
+
+        Raises:
+            RefitError: An engine refuses or fails, or transforms have made too bad values.
+        """
+        with self._found.clock.stage("stage"):
+            self._stage()
+            self._found.changed = self.staged.changed()
+            written = self._mapping.values
+            self._found.changes = measured(self._config, self.module, self.staged, written)
+            self._found.memory = self.staged.memory()
+            if self._prepared.rollback:
+                self._keeping = self._kept()
+        with self._reporting():
+            require_measured(self._found.transforms())
+
+    def _stage(self) -> None:
+        """Stage what changed; all of it where an engine has lost what the others hold."""
+        mapping, partial = self._mapping, self._prepared.partial
+        overwrite = not self._prepared.rollback
+        if not mapping.unchanged:
+            self.staged.fill(mapping.values, partial=partial, overwrite=overwrite)
+            return
+        keeping = {engine for engine, _ in mapping.unchanged}
+        some = {key: value for key, value in mapping.values.items() if key[0] in keeping}
+        rest = {key: value for key, value in mapping.values.items() if key[0] not in keeping}
+        try:
+            self.staged.fill(rest, partial=partial, overwrite=overwrite)
+            self.staged.fill(some, partial=True, overwrite=overwrite)
+        except NotRefittableError:
+            if partial:
+                raise
+            self.staged.discard()
+            self._found.mapping = self._prepared.whole()
+            self.staged.fill(self._mapping.values, partial=False, overwrite=overwrite)
+
+    def _kept(self) -> Keeping:
+        return Keeping(
+            self.module,
+            self._before,
+            self._mapping.values,
+            self._config,
+            with_base=self._wants_base,
+        )
+
+    @property
+    def _wants_base(self) -> bool:
+        """Whether copies are the way back to the first weights."""
+        elsewhere = self._compiled.base is not None or self._compiled.origin is not None
+        return self._config.keep_base and self._prepared.rollback and not elsewhere
+
+    def discard(self) -> None:
+        """Forget what is staged and was not committed."""
+        self.staged.discard()
+
+    # -- the transaction ----------------------------------------------------------------------
+
+    def put_aside(self) -> None:
+        """Copy what calls may have written since."""
+        if self._keeping is not None:
+            self._keeping.copy_mutable()
+
+    def timed(self) -> AbstractContextManager[None]:
+        """Times the commit."""
+        return self._found.clock.stage("commit")
+
+    def judge(self) -> None:
+        """Tell plugins, have the result judged, and note what the module holds."""
+        after = self._after()
+        self._found.kept = after.history.shown(self._compiled.origin)
+        if self._wants_base and not self._before.history.base_lost:
+            self._found.base_lost = after.history.base_lost
+        self._tell(self._found.report("committed"))
+        if self._prepared.judge is not None:
+            with self._reporting():
+                self._judge(self._prepared.judge)
+        self.report = self._found.report("committed")
+        self._compiled.held = after
+
+    def _after(self) -> Held:
+        held = self._prepared.held(self._mapping)
+        return replace(held, source=self._found.source, history=self._history(held.version))
+
+    def _history(self, version: int) -> History:
+        if self._keeping is None:
+            before = self._before.history
+            return History(
+                base_lost=GIVEN_UP,
+                written=before.written | self._mapping.values.keys(),
+                plan=self._prepared.plan,
+            )
+        return self._keeping.after(version, self._prepared.plan)
+
+    def _judge(self, judge: Callable[[OpenedModule], VerificationResult]) -> None:
+        with self._found.clock.stage("verify"):
+            self._found.verification = judge(self.module)
+        if not self._found.verification.ok:
+            raise VerificationError(
+                "The refitted module is not what it should be; its old weights are back.",
+                problems=verify.problems_of(self._found.verification),
+            )
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """Give a verdict the report of the attempt, with all that was measured."""
+        try:
+            yield
+        except VerificationError as exc:
+            exc.report = self._found.report("rolled-back")
+            raise
+
+    def taken_back(self) -> None:
+        """The old weights are live again: note it, and tell plugins."""
+        self._compiled.held = self._before
+        self._found.kept = self._before.history.shown(self._compiled.origin)
+        self._tell(self._found.report("rolled-back"))
+
+    def _tell(self, report: RefitReport) -> None:
+        self._host.call("refitkit_weights_changed", module=self.module, report=report)

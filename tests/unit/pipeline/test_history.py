@@ -1,0 +1,624 @@
+"""The way back: undo, restore, what keeping it costs, and refits that give it up."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from refitkit.errors import (
+    ConfigError,
+    EngineError,
+    ModuleLostError,
+    NotRefittableError,
+    RefitError,
+    SourceError,
+    VerificationError,
+    WeightMismatchError,
+)
+from refitkit.hookspecs import hookimpl
+from refitkit.model import KeptWeights
+from refitkit.pipeline import CompiledModule, Pipeline
+from tests.fakes import (
+    FakeEngine,
+    FakeModule,
+    FakePlugin,
+    OpenEngine,
+    Tripping,
+    TrippingPlugin,
+    Tripwire,
+    make_module,
+    same_state,
+    weights_for,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+ENGINE = 8 * 4  # bytes of the two slots of an engine
+
+
+class Scene:
+    """A module of engines that can be read, and what it held at each version."""
+
+    def __init__(self, engines: int = 2, module: FakeModule | None = None, **settings: Any) -> None:
+        self.module = module or make_module(engines)
+        self.pipeline = Pipeline(settings, plugins=[FakePlugin()])
+        self.compiled: CompiledModule = self.pipeline.load(self.module)
+        self.held = [self.module.holds()]
+
+    def refit(self, fill: float, *names: str, **how: Any) -> Any:
+        """Refit all slots, or those of these names."""
+        weights = weights_for(self.module, fill)
+        if names:
+            weights = {name: weights[name] for name in names}
+        result = self.pipeline.refit(self.compiled, weights, partial=bool(names), **how)
+        self.held.append(self.module.holds())
+        return result
+
+    def require(self, version: int) -> None:
+        """Bits are those that were live under this number."""
+        assert same_state(self.module.holds(), self.held[version])
+
+
+def test_a_refit_is_undone() -> None:
+    scene = Scene()
+    undone = scene.refit(10.0).undo()
+    scene.require(0)
+    assert undone.module is scene.compiled
+    assert undone.report.version == scene.compiled.version == 2
+    assert undone.report.source == "version 0: as compiled or loaded"
+    assert undone.report.verification is not None
+    assert undone.report.verification.ok
+    assert {row.strategy for row in undone.report.ledger} == {"kept"}
+
+
+def test_an_undoing_is_undone() -> None:
+    scene = Scene()
+    scene.refit(10.0).undo().undo()
+    scene.require(1)
+    assert scene.compiled.version == 3
+
+
+def test_undoing_the_last_costs_no_copies_but_of_what_came_first() -> None:
+    scene = Scene()
+    kept = scene.refit(10.0).report.kept
+    assert kept == (KeptWeights(version=0, source="as compiled or loaded", bytes=64, where="host"),)
+    report = scene.refit(20.0).report
+    assert report.kept == scene.compiled.kept
+    assert [(row.version, row.bytes, row.where) for row in report.kept] == [
+        (0, 64, "host"),
+        (1, 0, "engine"),
+    ]
+
+
+def test_the_first_weights_are_copied_slot_by_slot() -> None:
+    """Weights that touch a few slots cost those: an adapter, and another, and both taken away."""
+    scene = Scene()
+    scene.refit(10.0, "e0.bias")
+    assert sum(row.bytes for row in scene.compiled.kept) == 8
+    scene.refit(20.0, "e0.bias", "e1.bias")
+    assert sum(row.bytes for row in scene.compiled.kept) == 16
+    report = scene.compiled.restore().report
+    scene.require(0)
+    assert report.slots_written == 2
+    assert {row.slot for row in report.ledger if row.strategy} == {"e0.bias", "e1.bias"}
+
+
+def test_restoring_a_module_that_was_never_refitted_changes_nothing() -> None:
+    scene = Scene()
+    report = scene.compiled.restore().report
+    assert (report.changed, report.slots_written, report.version) == (False, 0, 1)
+    scene.require(0)
+
+
+def test_any_refit_that_is_held_is_undone() -> None:
+    scene = Scene(keep_versions=3, keep_base=False)
+    results = [scene.refit(10.0), scene.refit(20.0, "e0.bias"), scene.refit(30.0, "e1.weight")]
+    results.append(scene.refit(40.0, "e0.bias", "e1.bias"))
+    assert [row.version for row in scene.compiled.kept] == [1, 2, 3]
+    results[1].undo()
+    scene.require(1)
+    scene.compiled.restore(4)
+    scene.require(4)
+
+
+def test_what_is_not_held_is_refused_with_what_is() -> None:
+    scene = Scene(keep_versions=2, keep_base=False)
+    first = scene.refit(10.0)
+    scene.refit(20.0)
+    scene.refit(30.0)
+    for action in (
+        first.undo,
+        lambda: scene.compiled.restore(7),
+        lambda: scene.compiled.restore(-1),
+    ):
+        with pytest.raises(NotRefittableError, match="keep_versions") as info:
+            action()
+        problems = [(p.subject, p.kind) for p in info.value.problems]
+        assert problems == [
+            ("version 1", "held"),
+            ("version 2", "held"),
+            ("version 0", "not held"),
+        ]
+    scene.require(3)
+    assert scene.compiled.version == 3
+
+
+def test_what_was_asked_for_is_not_told() -> None:
+    scene = Scene(keep_base=False)
+    assert not any("no longer kept" in note for note in scene.refit(10.0).report.notes)
+    scene = Scene()
+    assert not any("no longer" in n for n in scene.refit(10.0, rollback=False).report.notes)
+
+
+class Files:
+    """Opens files of the name of a module, each time a new one with the first weights."""
+
+    name = "files"
+
+    def __init__(self, kind: type[FakeEngine] = OpenEngine) -> None:
+        self.opened: list[FakeModule] = []
+        self.kind = kind
+
+    @hookimpl
+    def refitkit_load_module(self, target: object) -> FakeModule | None:
+        if not isinstance(target, Path):
+            return None
+        self.opened.append(make_module(2, kind=self.kind))
+        return self.opened[-1]
+
+
+class Loaded(Scene):
+    """A module that was loaded from a file or a folder."""
+
+    def __init__(self, path: Path, kind: type[FakeEngine] = OpenEngine, **settings: Any) -> None:
+        self.files = Files(kind)
+        self.pipeline = Pipeline(settings, plugins=[FakePlugin(), self.files])
+        self.compiled = self.pipeline.load(path)
+        self.module = self.files.opened[0]
+        self.held = [self.module.holds()]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "module").write_text("weights")
+    return tmp_path / "module"
+
+
+def test_the_file_that_a_module_was_loaded_from_is_opened_again(path: Path) -> None:
+    scene = Loaded(path)
+    scene.refit(10.0)
+    kept = scene.refit(20.0).report.kept
+    assert [(row.version, row.bytes, row.where) for row in kept] == [
+        (0, 0, "file"),
+        (1, 0, "engine"),
+    ]
+    report = scene.compiled.restore().report
+    scene.require(0)
+    assert report.source == "version 0: as compiled or loaded"
+    assert len(scene.files.opened) == 2
+
+
+def test_it_is_not_opened_where_the_engines_have_the_values(path: Path) -> None:
+    scene = Loaded(path)
+    scene.refit(10.0).undo()
+    scene.require(0)
+    assert len(scene.files.opened) == 1
+
+
+def test_only_slots_that_were_written_come_from_it(path: Path) -> None:
+    """What calls change of others stays."""
+    scene = Loaded(path)
+    scene.refit(10.0, "e0.bias")
+    scene.refit(20.0, "e0.bias")
+    scene.module.engines["e1"].live["e1.bias"] = torch.tensor([7.0, 7.0])
+    report = scene.compiled.restore().report
+    assert report.slots_written == 1
+    assert torch.equal(scene.module.holds()["e1/e1.bias"], torch.tensor([7.0, 7.0]))
+    assert torch.equal(scene.module.holds()["e0/e0.bias"], scene.held[0]["e0/e0.bias"])
+
+
+@pytest.mark.parametrize("how", ["written", "longer", "another", "gone"])
+def test_a_file_that_has_changed_is_refused(path: Path, how: str) -> None:
+    scene = Loaded(path)
+    scene.refit(10.0)
+    scene.refit(20.0)
+    if how == "written":
+        os.utime(path, ns=(1, 1))
+    elif how == "longer":
+        facts = path.stat()
+        path.write_text("more weights")
+        os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    elif how == "another":
+        facts = path.stat()
+        path.rename(path.with_name("old"))
+        path.write_text("weights")
+        os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    else:
+        path.unlink()
+    with pytest.raises(NotRefittableError, match="not held any more") as info:
+        scene.compiled.restore()
+    assert [p.subject for p in info.value.problems] == [str(path)]
+    scene.require(2)
+
+
+def test_a_folder_is_looked_at_file_by_file(tmp_path: Path) -> None:
+    (tmp_path / "module/parts").mkdir(parents=True)
+    part = tmp_path / "module/parts/weights"
+    part.write_text("weights")
+    scene = Loaded(tmp_path / "module")
+    scene.refit(10.0)
+    scene.refit(20.0)
+    scene.compiled.restore()
+    scene.require(0)
+    (tmp_path / "module/parts/more").write_text("more")
+    scene.refit(30.0)
+    with pytest.raises(NotRefittableError):
+        scene.compiled.restore()
+
+
+def test_engines_that_cannot_be_read_are_not_read_off_a_file(path: Path) -> None:
+    scene = Loaded(path, FakeEngine)
+    scene.refit(10.0)
+    with pytest.raises(NotRefittableError, match="e0: no readback"):
+        scene.compiled.restore()
+    scene.require(1)
+
+
+def test_a_refit_that_gives_up_leaves_the_file(path: Path) -> None:
+    scene = Loaded(path)
+    scene.refit(10.0, rollback=False)
+    scene.compiled.restore()
+    scene.require(0)
+
+
+def test_no_refit_is_undone_where_none_is_kept() -> None:
+    scene = Scene(keep_versions=0)
+    first = scene.refit(10.0)
+    second = scene.refit(20.0)
+    with pytest.raises(NotRefittableError):
+        second.undo()
+    first.undo()  # to version 0, of which there are copies
+    scene.require(0)
+
+
+def test_a_limit_is_kept_the_oldest_goes_first() -> None:
+    scene = Scene(keep_versions=9, keep_limit=3 * 2 * ENGINE)
+    for fill in (10.0, 20.0, 30.0, 40.0):
+        scene.refit(fill)
+        assert sum(row.bytes for row in scene.compiled.kept) <= 3 * 2 * ENGINE
+    assert [row.version for row in scene.compiled.kept] == [0, 2, 3]
+    scene.compiled.restore(2)
+    scene.require(2)
+    scene.compiled.restore(0)
+    scene.require(0)
+
+
+def test_first_weights_that_are_too_large_are_not_kept_and_that_is_told() -> None:
+    scene = Scene(keep_limit=63)
+    result = scene.refit(10.0)
+    told = [note for note in result.report.notes if "no longer kept" in note]
+    assert told
+    assert "64 bytes" in told[0]
+    assert "keep_limit" in told[0]
+    assert not any("no longer kept" in note for note in scene.refit(20.0).report.notes)
+    with pytest.raises(NotRefittableError, match="keep_limit is 63"):
+        scene.compiled.restore()
+    scene.compiled.restore(1)  # which the engines have
+    scene.require(1)
+
+
+def test_the_last_is_kept_by_copies_where_engines_do_not() -> None:
+    class Forgetful(OpenEngine):
+        previous = None  # type: ignore[assignment]
+
+    del Forgetful.previous
+
+    class Short(FakeEngine):
+        """Readable, refitted in part, and that is all."""
+
+        read = OpenEngine.read
+        stage_partial = OpenEngine.stage_partial
+
+    scene = Scene(module=make_module(2, kind=Short), keep_base=False)
+    scene.refit(10.0)
+    assert [(row.version, row.bytes, row.where) for row in scene.compiled.kept] == [(0, 64, "host")]
+    result = scene.refit(20.0)
+    assert [row.version for row in scene.compiled.kept] == [1]
+    result.undo()
+    scene.require(1)
+
+
+def test_engines_that_cannot_tell_what_they_held_have_no_way_back() -> None:
+    scene = Scene(module=make_module(2, kind=FakeEngine))
+    result = scene.refit(10.0)
+    assert any("cannot tell what it held" in note for note in result.report.notes)
+    assert result.report.kept == () or result.report.kept[0].where == "engine"
+    for action in (result.undo, scene.compiled.restore):
+        with pytest.raises(NotRefittableError, match="'e0' cannot tell"):
+            action()
+    scene.require(1)
+
+
+def test_what_an_engine_knows_is_enough() -> None:
+    class Knowing(FakeEngine):
+        """It keeps what was given to it, and takes all weights at once."""
+
+        def remembered(self, slot: str) -> torch.Tensor:
+            return self.live[slot]
+
+    scene = Scene(module=make_module(2, kind=Knowing))
+    scene.refit(10.0)
+    scene.refit(20.0)
+    scene.compiled.restore()
+    scene.require(0)
+
+
+def test_freeing_the_spare_buffer_gives_the_last_refit_up() -> None:
+    scene = Scene()
+    scene.refit(10.0)
+    result = scene.refit(20.0)
+    scene.compiled.free_spare()
+    with pytest.raises(NotRefittableError):
+        result.undo()
+    scene.require(2)
+    scene.compiled.restore()
+    scene.require(0)
+
+
+def test_forgetting_frees_the_copies() -> None:
+    scene = Scene(keep_versions=2)
+    scene.refit(10.0)
+    scene.refit(20.0)
+    assert scene.compiled.forget() == 64 + 64
+    assert scene.compiled.kept == ()
+    with pytest.raises(NotRefittableError, match="forget"):
+        scene.compiled.restore()
+    scene.require(2)
+
+
+def test_a_refit_after_another_pipelines_keeps_no_gap() -> None:
+    """Copies of older refits are worth nothing once the engines alone had those of a newer one."""
+    scene = Scene(keep_versions=3, keep_base=False)
+    scene.refit(10.0)
+    scene.refit(20.0)
+    scene.pipeline = Pipeline({"keep_base": False}, plugins=[FakePlugin()])
+    scene.refit(30.0)
+    scene.pipeline = Pipeline({"keep_versions": 3, "keep_base": False}, plugins=[FakePlugin()])
+    scene.refit(40.0)
+    assert [row.version for row in scene.compiled.kept] == [3]
+    scene.compiled.restore(3)
+    scene.require(3)
+
+
+def test_a_failed_refit_leaves_all_that_is_known() -> None:
+    scene = Scene(keep_versions=3)
+    scene.refit(10.0)
+    held = scene.compiled.held
+    wrong: Any = {"verify": "outputs", "reference": {}, "inputs": (torch.ones(()),)}
+    with pytest.raises(VerificationError):
+        scene.refit(20.0, **wrong)
+    assert scene.compiled.held is held
+    scene.compiled.restore()
+    scene.require(0)
+
+
+def test_a_copy_begins_with_what_it_was_copied_with() -> None:
+    scene = Scene()
+    scene.refit(10.0)
+    copy = scene.pipeline.copy(scene.compiled)
+    held = copy.opened.holds()  # type: ignore[attr-defined]
+    scene.pipeline.refit(copy, weights_for(scene.module, 20.0))
+    copy.restore()
+    assert same_state(copy.opened.holds(), held)  # type: ignore[attr-defined]
+    scene.require(1)
+
+
+def test_what_calls_change_is_kept_as_it_was_at_the_commit() -> None:
+    scene = Scene(1, keep_versions=2, keep_base=False)
+    engine = scene.module.engines["e0"]
+    engine.slots["e0.bias"] = engine.slots["e0.bias"].model_copy(update={"mutable": True})
+    changed = torch.tensor([7.0, 8.0])
+
+    def drain() -> None:
+        engine.live["e0.bias"] = changed
+
+    scene.module.drain = drain  # type: ignore[method-assign]
+    result = scene.refit(10.0)
+    scene.module.drain = lambda: None  # type: ignore[method-assign]
+    result.undo()
+    assert torch.equal(engine.live["e0.bias"], changed)
+
+
+def test_what_is_known_by_digest_is_known_again() -> None:
+    scene = Scene()
+    scene.refit(10.0, delta=True)
+    scene.refit(20.0, delta=True).undo()
+    report = scene.pipeline.refit(
+        scene.compiled, weights_for(scene.module, 10.0), delta=True
+    ).report
+    assert (report.slots_written, report.slots_unchanged) == (0, 4)
+    scene.compiled.restore()
+    report = scene.pipeline.refit(
+        scene.compiled, weights_for(scene.module, 10.0), delta=True
+    ).report
+    assert report.slots_written == 4
+
+
+# -- named weights ----------------------------------------------------------------------------
+
+
+def test_named_weights_are_read_and_no_copies_are_made() -> None:
+    scene = Scene()
+    base = {name.partition("/")[2]: value for name, value in scene.held[0].items()}
+    scene.compiled.base = base
+    result = scene.refit(10.0)
+    assert [(row.version, row.bytes) for row in result.report.kept] == [(0, 0)]
+    scene.refit(20.0)
+    scene.compiled.restore()
+    scene.require(0)
+    result = scene.refit(30.0)
+    scene.compiled.base = {"e0.weight": base["e0.weight"]}
+    with pytest.raises(WeightMismatchError):
+        scene.compiled.restore()
+    scene.compiled.base = "no/such/file.safetensors"
+    with pytest.raises(SourceError):
+        scene.compiled.restore()
+
+
+def test_undoing_what_began_with_named_weights() -> None:
+    scene = Scene()
+    scene.compiled.base = {n.partition("/")[2]: v for n, v in scene.held[0].items()}
+    first = scene.refit(10.0)
+    scene.refit(20.0)
+    first.undo()
+    scene.require(0)
+
+
+# -- faults -----------------------------------------------------------------------------------
+
+
+class Faulty:
+    """A module that was refitted once, and a pipeline that fails when told to."""
+
+    def __init__(self) -> None:
+        self.wire = Tripwire()
+        self.module = make_module(2, wire=self.wire)
+        self.before = self.module.holds()
+        self.plugin = TrippingPlugin(self.wire)
+        self.pipeline = Pipeline(plugins=[FakePlugin(), self.plugin])
+        self.compiled = self.pipeline.load(self.module)
+        weights = Tripping(weights_for(self.module, 100.0))
+        self.result = self.pipeline.refit(self.compiled, weights, verify="tripping-verifier")
+        self.after = self.module.holds()
+
+    def undo(self, faults: Mapping[int, BaseException] | None = None) -> None:
+        self.wire.arm(faults)
+        self.result.undo(verify="tripping-verifier")
+
+
+def undo_faults() -> Iterator[Any]:
+    scene = Faulty()
+    scene.undo()
+    for number, label in enumerate(scene.wire.calls):
+        yield pytest.param(number, id=f"{number}-{label}".replace(" ", "-"))
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("number", list(undo_faults()))
+def test_a_fault_anywhere_on_the_way_back(number: int, kind: type[BaseException]) -> None:
+    scene = Faulty()
+    with pytest.raises((RefitError, KeyboardInterrupt)):
+        scene.undo({number: kind("on purpose")})
+    scene.wire.arm()
+    assert not scene.compiled.gate.lost
+    assert same_state(scene.module.holds(), scene.after)
+    assert scene.compiled.version == 1
+    scene.compiled.restore()
+    assert same_state(scene.module.holds(), scene.before)
+
+
+# -- without a way back -----------------------------------------------------------------------
+
+
+def test_what_is_given_up_is_written_over() -> None:
+    scene = Scene()
+    report = scene.refit(10.0, rollback=False).report
+    assert same_state(
+        scene.module.holds(),
+        {f"{name[:2]}/{name}": value for name, value in weights_for(scene.module, 10.0).items()},
+    )
+    assert [(row.kind, row.bytes) for row in report.memory] == [("none", 0), ("none", 0)]
+    assert report.kept == ()
+    assert report.verification is not None
+    assert report.verification.ok
+    assert not any(engine.staged for engine in scene.module.engines.values())
+
+
+def test_nothing_is_undone_after_it() -> None:
+    scene = Scene(keep_versions=5)
+    scene.refit(5.0)
+    result = scene.refit(10.0, rollback=False)
+    for action in (result.undo, scene.compiled.restore):
+        with pytest.raises(NotRefittableError, match="rollback=False wrote over them"):
+            action()
+    scene.refit(20.0).undo()
+    scene.require(2)
+
+
+def test_a_setting_gives_up_by_default() -> None:
+    scene = Scene(rollback=False, rollback_limit=0)
+    assert scene.refit(10.0).report.memory[0].kind == "none"
+    with pytest.raises(NotRefittableError, match="rollback=False"):
+        scene.refit(20.0, rollback=True)
+
+
+def test_engines_that_cannot_keep_their_way_back() -> None:
+    scene = Scene(module=make_module(2, kind=FakeEngine))
+    report = scene.refit(10.0, rollback=False).report
+    assert [(row.kind, row.bytes) for row in report.memory] == [("device", 32), ("device", 32)]
+    with pytest.raises(NotRefittableError, match="rollback_limit"):
+        Pipeline({"rollback_limit": 0}, plugins=[FakePlugin()]).refit(
+            scene.compiled, weights_for(scene.module, 20.0), rollback=False
+        )
+
+
+def test_in_part_and_only_what_changed() -> None:
+    scene = Scene()
+    scene.refit(10.0, rollback=False, delta=True)
+    report = scene.refit(30.0, "e0.bias", rollback=False).report
+    assert report.slots_written == 1
+    held = scene.module.holds()
+    assert torch.equal(held["e0/e0.weight"], scene.held[1]["e0/e0.weight"])
+    assert held["e0/e0.bias"][0] == 31.0
+
+
+def test_what_is_refused_before_anything_is_written_loses_nothing() -> None:
+    scene = Scene()
+    weights = weights_for(scene.module, 10.0)
+    with pytest.raises(WeightMismatchError):
+        scene.pipeline.refit(scene.compiled, {**weights, "e0.bias": torch.zeros(9)}, rollback=False)
+    with pytest.raises(ConfigError):
+        scene.pipeline.refit(scene.compiled, weights, rollback=False, verify="no such")
+    scene.module.engines["e0"].wire.arm({})
+    scene.require(0)
+    assert scene.compiled() is not None
+
+
+def test_a_fault_loses_the_module_from_the_first_write_on() -> None:
+    """And not before: a dry run tells where that is."""
+
+    def refit(faults: Mapping[int, BaseException] | None = None) -> tuple[Tripwire, CompiledModule]:
+        wire = Tripwire()
+        module = make_module(2, wire=wire)
+        pipeline = Pipeline(plugins=[FakePlugin(), TrippingPlugin(wire)])
+        compiled = pipeline.load(module)
+        before = module.holds()
+        wire.arm(faults)
+        weights = Tripping(weights_for(module, 100.0))
+        how: Any = {"verify": "tripping-verifier", "rollback": False}
+        if not faults:
+            pipeline.refit(compiled, weights, **how)
+            return wire, compiled
+        with pytest.raises(RefitError) as info:
+            pipeline.refit(compiled, weights, **how)
+        lost = isinstance(info.value, ModuleLostError)
+        assert isinstance(info.value.__cause__, EngineError) or not lost
+        if lost:
+            with pytest.raises(ModuleLostError):
+                compiled()
+            return wire, compiled
+        assert same_state(module.holds(), before)
+        wire.arm()
+        assert same_state(compiled(), before)
+        return wire, compiled
+
+    wire, _ = refit()
+    first = next(number for number, label in enumerate(wire.calls) if ".over-" in label)
+    for number in range(len(wire.calls)):
+        _, compiled = refit({number: RuntimeError("on purpose")})
+        assert compiled.gate.lost == (number >= first), wire.calls[number]
