@@ -17,7 +17,7 @@ from refitkit.model import KeptWeights
 from refitkit.protocols import HoldsPrevious
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable
 
     import torch
 
@@ -70,12 +70,14 @@ class Way:
         source: What they were, in words.
         live: What was known of them, under the number that they had; see ``Held``.
         overridden: Likewise.
+        lent: Slots whose values are the engines' own: usable until they are staged, no longer.
     """
 
     values: Values
     source: str
     live: Live | None
     overridden: frozenset[str]
+    lent: frozenset[Key] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,8 @@ class History:
         if later and len(later) == present - version and None not in befores:
             values = {key: v for before in reversed(befores) for key, v in (before or {}).items()}
             first = later[0]
-            return Way(values, first.source, first.live, first.overridden)
+            lent = frozenset(k for k, v in values.items() if not _is_copy(v, later, k))
+            return Way(values, first.source, first.live, first.overridden, lent)
         if version == 0 and not self.base_lost:
             return Way(self.base, FIRST, None, frozenset())
         return None
@@ -157,6 +160,11 @@ class History:
             hint="Config.keep_versions is how many refits can be undone, Config.keep_limit how "
             "many bytes that may take; compiled.base names weights that restore() reads instead.",
         )
+
+
+def _is_copy(value: torch.Tensor, records: Iterable[Record], key: Key) -> bool:
+    """Whether a value is one of the copies that records keep."""
+    return any(record.kept.get(key) is value for record in records)
 
 
 def _before(record: Record, module: OpenedModule, *, newest: bool) -> Values | None:

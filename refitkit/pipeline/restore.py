@@ -10,7 +10,7 @@ from refitkit.pipeline import verify
 from refitkit.pipeline.check import check_abilities
 from refitkit.pipeline.clock import Clock
 from refitkit.pipeline.held import Held
-from refitkit.pipeline.history import FIRST, Way
+from refitkit.pipeline.history import FIRST, Key, Way
 from refitkit.pipeline.keeping import present
 from refitkit.pipeline.load import open_target
 from refitkit.pipeline.mapping import Mapping
@@ -81,7 +81,7 @@ class Return:
         with self._clock.stage("check"):
             check_abilities(self._module, partial=False, overwrite=False, config=self._config)
         with self._clock.stage("prepare"):
-            judge = self._judge(plan, mapping, found.source)
+            judge = self._judge(plan, mapping, found.source, way.lent)
         return Prepared(
             found=found,
             plan=plan,
@@ -137,7 +137,7 @@ class Return:
         )
 
     def _judge(
-        self, plan: RefitPlan, mapping: Mapping, source: str
+        self, plan: RefitPlan, mapping: Mapping, source: str, lent: frozenset[Key]
     ) -> Callable[[OpenedModule], VerificationResult] | None:
         wish, module = self._wish, self._module
         inputs = verify.as_inputs(wish.inputs)
@@ -149,7 +149,10 @@ class Return:
             plan=plan,
             module=module,
             source=TensorMap({}, source),
-            values=mapping.values,
+            values={
+                key: _copied(value) if key in lent else value
+                for key, value in mapping.values.items()
+            },
             inputs=inputs,
             reference=wish.reference,
             program=self.compiled.program,
@@ -162,6 +165,12 @@ class Return:
 def _value(slot: Slot, kept: torch.Tensor) -> SlotValue:
     shaped = kept if slot.shape is None else kept.reshape(slot.shape)
     return SlotValue(slot=slot, strategy=KEPT, sources=(), load=lambda: shaped, identity=True)
+
+
+def _copied(value: SlotValue) -> SlotValue:
+    """The value for the verdict: by then the engine's own is what is judged, or overwritten."""
+    copy = value.load().detach().to("cpu", copy=True)
+    return replace(value, load=lambda: copy)
 
 
 def _held(way: Way, version: int) -> Held:

@@ -124,3 +124,23 @@ def test_weights_that_are_given_up_need_no_second_set(fresh: Fresh) -> None:
     assert torch.allclose(compiled(*args), expected, atol=1e-5)
     refitkit.refit(compiled, state("transformer", 0)).undo()
     assert torch.allclose(compiled(*args), expected, atol=1e-5)
+
+
+def test_an_undoing_is_judged_by_what_the_weights_were(
+    fresh: Fresh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not by the buffer that is live then, which would be compared with itself."""
+    compiled = fresh("small")
+    result = refitkit.refit(compiled, state("small", 1))
+    before = slots_of(compiled)
+    engine: Any = compiled.engines["model"]
+    swap = engine.swap
+
+    def spoiling() -> None:
+        swap()
+        engine.read("b.bias").add_(1)
+
+    monkeypatch.setattr(engine, "swap", spoiling)
+    with pytest.raises(refitkit.VerificationError, match=r"b\.bias"):
+        result.undo()
+    assert slots_of(compiled) == before
