@@ -100,12 +100,19 @@ class Transformed:
         return (fqn,) if offer is None else offer.group.takes
 
     def revision(self, fqn: str) -> Hashable | None:
-        """That of the source, of what no transform has made; see ``KnowsRevisions``."""
+        """That of the source, or what was made how of which; see ``KnowsRevisions``."""
         if fqn not in self._names:
             raise KeyError(fqn)
-        if fqn in self.made_by or not isinstance(self.given, KnowsRevisions):
+        if not isinstance(self.given, KnowsRevisions):
             return None
-        return self.given.revision(fqn)
+        offer = self.made_by.get(fqn)
+        if offer is None:
+            return self.given.revision(fqn)
+        taken = tuple(map(self.given.revision, offer.group.takes))
+        if offer.group.formula is None or None in taken:
+            return None
+        number = list(offer.group.gives).index(fqn)
+        return offer.plugin, offer.group.formula, number, taken
 
     def _made(self, offer: Offer) -> Made:
         if self._last is None or self._last[0] is not offer:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Hashable, Iterable, Mapping
 
     import torch
 
@@ -56,11 +56,15 @@ class WeightGroup:
             what a later transform takes.
         make: Reads what it takes and makes what it gives; the same each time. It may be called
             several times in one refit: once for every look at the values.
+        formula: What stands for ``make`` in this process: groups of one plugin with equal formulas
+            make equal bits of equal entries, so that a refit with ``delta`` need not read what has
+            a revision (see :class:`KnowsRevisions`). None: only reading tells.
     """
 
     takes: tuple[str, ...]
     gives: Mapping[str, TensorInfo]
     make: Callable[[], Made]
+    formula: Hashable | None = None
 
 
 @runtime_checkable

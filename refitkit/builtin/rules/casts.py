@@ -42,7 +42,8 @@ class Casts:
 
 def _cast(source: WeightSource, name: str, info: TensorInfo, dtype: str) -> WeightGroup:
     gives = {name: info.model_copy(update={"dtype": dtype})}
-    return WeightGroup((name,), gives, partial(_as, source, name, dtype_of(dtype)))
+    make = partial(_as, source, name, dtype_of(dtype))
+    return WeightGroup((name,), gives, make, formula=("cast", dtype))
 
 
 def _as(source: WeightSource, name: str, dtype: torch.dtype) -> Made:

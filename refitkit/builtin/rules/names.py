@@ -67,7 +67,8 @@ class Names:
 def _renamed(source: WeightSource, name: str, new: str) -> WeightGroup:
     if not new:
         return WeightGroup((name,), {}, lambda: Made({}))
-    return WeightGroup((name,), {new: source.info(name)}, partial(_same, source, name, new))
+    make = partial(_same, source, name, new)
+    return WeightGroup((name,), {new: source.info(name)}, make, formula="as it is")
 
 
 def _same(source: WeightSource, name: str, new: str) -> Made:

@@ -57,9 +57,9 @@ def part_names(rule: Pack, name: str) -> tuple[str, ...]:
 
 def _group(parts: tuple[str, ...], source: WeightSource, leaf: Leaf, dim: int) -> WeightGroup:
     info = TensorInfo(dtype=source.info(parts[0]).dtype, shape=leaf.shape)
-    return WeightGroup(
-        parts, {leaf.fqn: info}, partial(_joined, source, parts, leaf.fqn, dim % len(leaf.shape))
-    )
+    along = dim % len(leaf.shape)
+    make = partial(_joined, source, parts, leaf.fqn, along)
+    return WeightGroup(parts, {leaf.fqn: info}, make, formula=("joined", along))
 
 
 def _misfits(

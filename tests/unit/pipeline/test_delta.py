@@ -24,7 +24,7 @@ from refitkit.hookspecs import hookimpl
 from refitkit.model import CallRef, LeafKind, LedgerRow, SlotState, SourceRef
 from refitkit.pipeline import CompiledModule, Pipeline
 from refitkit.pipeline.delta import digest_of
-from refitkit.protocols import Mapped, SlotValue
+from refitkit.protocols import Made, Mapped, SlotValue, TransformRequest, WeightGroup
 from refitkit.recipe import TensorMap
 from tests.fakes import (
     CountingMapping,
@@ -714,13 +714,46 @@ def test_a_revision_is_no_digest() -> None:
     assert scene.refit(Revised(weights(5.0), {**known, "e0.bias": digest})) == set(weights())
 
 
-def test_what_a_transform_makes_has_no_revision() -> None:
-    """A rule makes the same names of other entries: those are read, the others are not."""
-    scene = Scene()
+def test_what_rules_make_is_known_by_what_it_is_made_of() -> None:
+    """Renamed and cast: read only where what it is made of, or how, is another one."""
     given = {f"module.{n}" if n == "e0.bias" else n: value for n, value in weights().items()}
     known: dict[str, Any] = dict.fromkeys(given, "first")
+    scene = Scene(rules={"cast": "lossless"})
     scene.refit(Revised(given, known))
+    source = Revised(given, known)
+    assert scene.refit(source, verify="none") == set()
+    assert source.read == []
     later = {**given, "module.e0.bias": torch.full((2,), 7.0)}
-    source = Revised(later, known)
+    source = Revised(later, {**known, "module.e0.bias": "second"})
     assert scene.refit(source, verify="none") == {"e0.bias"}
-    assert set(source.read) == {"module.e0.bias"}
+    halves = {**later, "module.e0.bias": later["module.e0.bias"].half()}
+    source = Revised(halves, {**known, "module.e0.bias": "second"})  # a lie, told apart by the cast
+    assert scene.refit(source, verify="none") == {"e0.bias"}
+
+
+def test_what_a_transform_makes_without_a_formula_is_read() -> None:
+    class Doubled:
+        name, priority = "doubled", 50
+
+        def groups(self, request: TransformRequest) -> list[WeightGroup]:
+            source = request.source
+            gives = {"e0.bias": source.info("e0.bias")}
+            return [
+                WeightGroup(
+                    ("e0.bias",), gives, lambda: Made({"e0.bias": source.get("e0.bias") * 2})
+                )
+            ]
+
+    class Plugin:
+        name = "doubling"
+
+        @hookimpl
+        def refitkit_weight_transforms(self) -> list[Any]:
+            return [Doubled()]
+
+    scene = Scene(None, None, Plugin())
+    known: dict[str, Any] = dict.fromkeys(weights(), "first")
+    scene.refit(Revised(weights(), known))
+    source = Revised({**weights(), "e0.bias": torch.full((2,), 7.0)}, known)
+    assert scene.refit(source, verify="none") == {"e0.bias"}
+    assert set(source.read) == {"e0.bias"}
