@@ -16,7 +16,7 @@ from refitkit.errors import (
     WeightMismatchError,
 )
 from refitkit.model import OutputMeasure, TensorInfo
-from refitkit.pipeline import Pipeline
+from refitkit.pipeline import Pipeline, transform
 from refitkit.protocols import Made, MadeOf, TransformRequest, WeightGroup
 from refitkit.recipe import TensorMap
 from tests.fakes import CountingMapping, FakeModule, FakePlugin, OpenEngine, plan_for, same_state
@@ -446,3 +446,28 @@ def test_what_was_made_tells_what_from() -> None:
     assert set(made.given.names()) == {"w", "b"}
     with pytest.raises(KeyError):
         made.made_from("w")
+
+
+def test_a_revision_tells_what_was_made_how_by_whom() -> None:
+    class Source(TensorMap):
+        def revision(self, fqn: str) -> Any:
+            return revisions[fqn]
+
+    def revision(formula: Any = "doubled", plugin: str = "mine", of: str = "w") -> Any:
+        info = TensorInfo(dtype="float32", shape=(2,))
+        gives = {"v": info, "w": info}
+        group = WeightGroup(("w", "x"), gives, lambda: Made({}), formula=formula)
+        offer = transform.Offer(plugin, "transform", group)
+        return transform.Transformed(Source(given), [offer]).revision(of)
+
+    given = {"w": torch.zeros(2), "x": torch.zeros(2)}
+    revisions: dict[str, Any] = {"w": 1, "x": 2}
+    first = revision()
+    assert first == revision()
+    others = [revision(("doubled", 1)), revision(plugin="yours"), revision(of="v")]
+    revisions["x"] = 3
+    others.append(revision())
+    assert len({first, *others}) == 5
+    assert revision(None) is None
+    revisions["x"] = None
+    assert revision() is None
