@@ -32,3 +32,8 @@ class Held:
     live: Live | None = None
     overridden: frozenset[str] = frozenset()
     history: History = field(default_factory=History)
+
+    @classmethod
+    def first(cls, overridden: frozenset[str]) -> Held:
+        """What a module holds at first of which others have overridden values that plans keep."""
+        return cls(overridden=overridden, history=History(overridden=overridden))

@@ -90,6 +90,7 @@ class History:
         base_lost: Why that is not whole; empty where it is.
         written: All slots that were ever written.
         plan: The plan of the newest refit.
+        overridden: What was overridden at first; see ``Held``.
     """
 
     records: tuple[Record, ...] = ()
@@ -97,6 +98,7 @@ class History:
     base_lost: str = ""
     written: frozenset[Key] = frozenset()
     plan: RefitPlan | None = None
+    overridden: frozenset[str] = frozenset()
 
     @property
     def nbytes(self) -> int:
@@ -146,7 +148,7 @@ class History:
             lent = frozenset(k for k, v in values.items() if not _is_copy(v, later, k))
             return Way(values, first.source, first.live, first.overridden, lent)
         if version == 0 and not self.base_lost:
-            return Way(self.base, FIRST, None, frozenset())
+            return Way(self.base, FIRST, None, self.overridden)
         return None
 
     def no_way_to(self, version: int) -> NotRefittableError:

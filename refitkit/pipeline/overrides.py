@@ -7,8 +7,10 @@ that gives the weights only, while what is live came from another one.
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
+from refitkit.errors import PlanMismatchError
 from refitkit.program.bits import same_bits
 from refitkit.recipe.once import once_for_each
 
@@ -36,6 +38,26 @@ def overrides(plan: RefitPlan, source: WeightSource) -> frozenset[str]:
 def left(before: frozenset[str], plan: RefitPlan, source: WeightSource) -> frozenset[str]:
     """What is overridden after a refit in part: what it gives is as it gives it."""
     return before.difference(source.names()) | overrides(plan, source)
+
+
+def overridden_as(names: frozenset[str]) -> bytes:
+    """Names as a saved module holds them: its values are not those of its plan either."""
+    return json.dumps(sorted(names)).encode()
+
+
+def overridden_in(content: bytes) -> frozenset[str]:
+    """Names that a saved module holds.
+
+    Raises:
+        PlanMismatchError: They are no JSON list of names.
+    """
+    try:
+        names = json.loads(content)
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise PlanMismatchError("What this module has overridden of its plan cannot be read.")
+    return frozenset(names)
 
 
 @once_for_each

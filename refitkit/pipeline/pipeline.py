@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,10 @@ from refitkit.pipeline.cache import PlanCache, wanted
 from refitkit.pipeline.clock import Clock
 from refitkit.pipeline.compiled import CompiledModule
 from refitkit.pipeline.diff_sides import Differ
+from refitkit.pipeline.held import Held
 from refitkit.pipeline.judge import judge_module
 from refitkit.pipeline.origin import Origin
+from refitkit.pipeline.overrides import overridden_as, overridden_in
 from refitkit.pipeline.plan import make_plan
 from refitkit.pipeline.prove import prove as prove_refit
 from refitkit.pipeline.prove_plan import prove_plan
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 PLAN = "plan.refitplan"
 PROGRAM = "program.json"
+OVERRIDDEN = "overridden.json"
 
 
 class Pipeline:
@@ -211,7 +213,9 @@ class Pipeline:
         kept = (
             KeptProgram(attached[PROGRAM], data.leaves, data.ties) if PROGRAM in attached else None
         )
-        return CompiledModule(opened, plan, kept, self)
+        compiled = CompiledModule(opened, plan, kept, self)
+        compiled.held = Held.first(overridden_in(attached.get(OVERRIDDEN, b"[]")))
+        return compiled
 
     def plan(
         self,
@@ -433,7 +437,7 @@ class Pipeline:
         with compiled.gate.refit(), compiled.gate.call():
             opened = compiled.opened.reopen()
         copy = CompiledModule(opened, compiled.plan, compiled.program, self)
-        copy.held = replace(copy.held, overridden=compiled.held.overridden)
+        copy.held = Held.first(compiled.held.overridden)
         return copy
 
     def verify(
@@ -551,6 +555,8 @@ class Pipeline:
             attachments[PLAN] = compiled.plan.to_bytes()
         if compiled.program is not None:
             attachments[PROGRAM] = compiled.program.to_bytes()
+        if compiled.held.overridden:
+            attachments[OVERRIDDEN] = overridden_as(compiled.held.overridden)
         with Clock(self.host, "save").stage("save"):
             compiled.opened.save(Path(path), attachments)
 

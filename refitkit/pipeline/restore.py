@@ -117,7 +117,7 @@ class Return:
                 hint="compiled.base names weights that restore() reads instead.",
             )
         self._second = second  # its memory is what the values are in
-        return Way(values, FIRST, None, frozenset())
+        return Way(values, FIRST, None, held.history.overridden)
 
     def _mapping(self, plan: RefitPlan, way: Way) -> Mapping:
         """Values of the slots that hold other ones now; the others of their engines are left."""

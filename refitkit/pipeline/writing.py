@@ -184,6 +184,7 @@ class Writing:
                 base_lost=GIVEN_UP,
                 written=before.written | self._mapping.values.keys(),
                 plan=self._prepared.plan,
+                overridden=before.overridden,
             )
         return self._keeping.after(version, self._prepared.plan)
 

@@ -180,11 +180,9 @@ class NetworkEngine:
             raise EngineError(f"The engine {self.name!r} was not built yet.")
         return self._live
 
-    def replace(self, built: Built) -> Built:
-        """Make something live; returns what was."""
-        before = self.live
-        self._live, self._before = built, before
-        return before
+    def replace(self, built: Built) -> None:
+        """Make something live, and keep what was."""
+        self._live, self._before = built, self.live
 
     def abandon(self, built: Built) -> None:
         """Forget what was staged."""
@@ -211,15 +209,18 @@ class StagedBuild:
     def __init__(self, engine: NetworkEngine, built: Built) -> None:
         """Made by the engine."""
         self._engine, self._built = engine, built
-        self._before: Built | None = None
+        self._before = engine.live
 
     def commit(self) -> None:
         """The new engine bytes and values are the engine's."""
-        self._before = self._engine.replace(self._built)
+        self._engine.replace(self._built)
 
     def rollback(self) -> None:
-        """The old ones are again."""
-        if self._before is None:
+        """The old ones are again.
+
+        The engine is asked which are: an interrupt may have come right after they were replaced.
+        """
+        if self._engine.live is self._before:
             self._engine.abandon(self._built)
         else:
             self._engine.replace(self._before)
