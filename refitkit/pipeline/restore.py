@@ -134,7 +134,7 @@ class Return:
         if way is None and version == 0 and self.compiled.origin is not None:
             way = self._from(self.compiled.origin, held)
         if way is None:
-            raise held.history.no_way_to(version)
+            raise held.history.no_way_to(version, self._module)
         return way
 
     def _from(self, origin: Origin, held: Held) -> Way:
