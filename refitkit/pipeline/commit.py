@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from refitkit.errors import EngineError, ModuleLostError, raised_as
+from refitkit.errors import EngineError, ModuleLostError, RefitError, raised_as
 from refitkit.pipeline.gate import in_order, inside_all, lost_error
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
     from refitkit.pipeline.gate import Gate
     from refitkit.pipeline.stage import Staged
     from refitkit.protocols import OpenedModule, StagedRefit
+
+
+Failure = TypeVar("Failure", bound=RefitError)
 
 
 class Part(Protocol):
@@ -54,13 +58,15 @@ class Transaction:
     ones are, unless it is a ``ModuleLostError``.
     """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[Part], names: Sequence[str]) -> None:
         """Prepare one.
 
         Args:
             parts: Modules, in the order in which they are committed.
+            names: What they are called in errors, if there are several.
         """
-        self._halves = [_Half(part) for part in parts]
+        named = zip(parts, names, strict=True)
+        self._halves = [_Half(part, name if len(names) > 1 else "") for part, name in named]
 
     def run(self) -> None:
         """Commit all engines and have the results judged, while calls of all modules wait.
@@ -79,13 +85,13 @@ class Transaction:
     def _run(self) -> None:
         try:
             for half in self._halves:
-                half.prepare()
+                half.named(half.prepare)
             for half in self._halves:
                 half.part.gate.poison("a commit was interrupted")
             for half in self._halves:
-                half.commit()
+                half.named(half.commit)
             for half in self._halves:
-                half.judge()
+                half.named(half.judge)
         except BaseException as exc:
             self._back(exc)
             raise
@@ -101,27 +107,47 @@ class Transaction:
                 half.part.gate.heal()
                 continue
             half.part.gate.poison(failure)
-            lost.append(lost_error(failure))
+            lost.append(half.naming(lost_error(failure)))
         if lost:
             for one in lost:
                 one.add_note(f"The rollback was because of: {type(cause).__name__}: {cause}")
             if len(lost) > 1:
-                lost[0].add_note(f"It is one of {len(lost)} modules that were lost.")
+                names = ", ".join(half.name for half in self._halves if half.part.gate.lost)
+                lost[0].add_note(f"{len(lost)} modules were lost: {names}.")
             raise lost[0] from lost[0].__cause__
 
 
 class _Half:
     """A part, and how far it has come."""
 
-    def __init__(self, part: Part) -> None:
-        self.part = part
+    def __init__(self, part: Part, name: str) -> None:
+        self.part, self.name = part, name
         self._touched: list[tuple[str, StagedRefit]] = []
         self._judged = False
+
+    def named(self, action: Callable[[], None]) -> None:
+        """Do something; what is wrong then is said of this module."""
+        try:
+            action()
+        except RefitError as exc:
+            self.naming(exc)
+            raise
+
+    def naming(self, error: Failure) -> Failure:
+        """The error, naming the module."""
+        if self.name:
+            error.message = f"{self.name[0].upper()}{self.name[1:]}: {error.message}"
+            error.problems = tuple(
+                replace(problem, subject=f"{self.name}: {problem.subject}")
+                for problem in error.problems
+            )
+        return error
 
     def prepare(self) -> None:
         with raised_as(EngineError, "Pending work of the module failed"):
             self.part.module.drain()
-        self.part.put_aside()
+        with raised_as(EngineError, "What calls have written cannot be copied"):
+            self.part.put_aside()
 
     def commit(self) -> None:
         with self.part.timed():

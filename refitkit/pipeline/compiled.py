@@ -100,7 +100,7 @@ class CompiledModule:
     @property
     def kept(self) -> tuple[KeptWeights, ...]:
         """Earlier weights that ``restore`` can bring back, and what keeping them costs."""
-        return self.held.history.shown(self.origin)
+        return self.held.history.shown(self.origin, self._opened)
 
     @property
     def backend(self) -> str:
@@ -162,10 +162,10 @@ class CompiledModule:
         ``restore`` reads ``base``, or the file it was loaded from, afterwards, or refuses.
         """
         with self.gate.refit():
-            freed = self.held.history.nbytes
-            history = replace(
-                self.held.history, records=(), base={}, base_lost="forget() freed them"
-            )
+            before = self.held.history
+            freed = before.nbytes
+            lost = before.base_lost or ("forget() freed them" if before.written else "")
+            history = replace(before, records=(), base={}, base_lost=lost)
             self.held = replace(self.held, history=history)
             return freed
 

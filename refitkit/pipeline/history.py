@@ -46,6 +46,7 @@ class Record:
         source: What the module held before it, in words.
         live: What was known of that; see ``Held``.
         overridden: Likewise.
+        lent: Whether engines have what was not copied, until the next refit.
     """
 
     version: int
@@ -54,6 +55,7 @@ class Record:
     source: str
     live: Live | None
     overridden: frozenset[str]
+    lent: bool = False
 
     @property
     def whole(self) -> bool:
@@ -106,11 +108,19 @@ class History:
         held = [self.base, *(record.kept for record in self.records)]
         return sum({id(v): v.nbytes for values in held for v in values.values()}.values())
 
-    def shown(self, origin: Origin | None = None) -> tuple[KeptWeights, ...]:
+    def shown(
+        self, origin: Origin | None, module: OpenedModule | None = None, *, spent: bool = False
+    ) -> tuple[KeptWeights, ...]:
         """What can be gone back to, the oldest first, and what keeping it costs.
 
         Args:
             origin: What the module was loaded from, if it was.
+            module: The module, to ask engines what they still have. None: right after a refit they
+                have what they should.
+            spent: Whether engines have nothing any more, because a refit failed.
+
+        Raises:
+            EngineError: An engine failed to tell.
         """
         shared = {id(value) for value in self.base.values()}
         rows = [
@@ -121,6 +131,7 @@ class History:
                 where="host" if record.whole else "engine",
             )
             for record in self.records
+            if record.whole or (record.lent and not spent and _is_lent(record, module))
         ]
         whole = not self.base_lost and self.plan is not None
         if not whole and (origin is None or (rows and not rows[0].version)):
@@ -151,9 +162,10 @@ class History:
             return Way(self.base, FIRST, None, self.overridden)
         return None
 
-    def no_way_to(self, version: int) -> NotRefittableError:
+    def no_way_to(self, version: int, module: OpenedModule) -> NotRefittableError:
         """The error where that is so: says what is held, and names the settings."""
-        problems = [Problem(f"version {row.version}", "held", row.source) for row in self.shown()]
+        rows = self.shown(None, module)
+        problems = [Problem(f"version {row.version}", "held", row.source) for row in rows]
         if self.base_lost:
             problems.append(Problem("version 0", "not held", hint=self.base_lost))
         return NotRefittableError(
@@ -162,6 +174,11 @@ class History:
             hint="Config.keep_versions is how many refits can be undone, Config.keep_limit how "
             "many bytes that may take; compiled.base names weights that restore() reads instead.",
         )
+
+
+def _is_lent(record: Record, module: OpenedModule | None) -> bool:
+    """Whether the engines still have what was not copied."""
+    return module is None or _before(record, module, newest=True) is not None
 
 
 def _is_copy(value: torch.Tensor, records: Iterable[Record], key: Key) -> bool:
@@ -186,5 +203,5 @@ def _of_engines(module: OpenedModule, keys: Collection[Key]) -> dict[Key, torch.
         if isinstance(engine, HoldsPrevious):
             with raised_as(EngineError, f"The engine {name!r} failed to tell what it held"):
                 held = engine.previous()
-            found |= {(name, slot): value for slot, value in held.items() if (name, slot) in keys}
+                found |= {(name, slot): held[slot] for slot in held if (name, slot) in keys}
     return found

@@ -60,8 +60,9 @@ class Keeping:
         self._own = self._not_in_engines()
         if self._base or self._own:
             self._fit()
-            with raised_as(EngineError, "An engine failed to tell what it holds"):
-                self._copy(self._base | self._own)
+        with raised_as(EngineError, "An engine failed to tell what it holds"):
+            self._copy(self._base | self._own)
+            self._lent = all(self._is_lent(key) for key in self._written - self._kept.keys())
 
     def _missing_in_base(self) -> frozenset[Key]:
         """Slots of which the values of version 0 have to be copied now."""
@@ -79,6 +80,11 @@ class Keeping:
             return self._written if depth else frozenset()
         engines = self._module.engines
         return frozenset(k for k in self._written if not isinstance(engines[k[0]], HoldsPrevious))
+
+    def _is_lent(self, key: Key) -> bool:
+        """Whether an engine will have what a slot holds now: it knows it, and keeps it."""
+        keeps = isinstance(self._module.engines[key[0]], HoldsPrevious)
+        return keeps and present(self._module, key) is not None
 
     def _fit(self) -> None:
         """Keep less where it would be more than is allowed: the oldest goes first."""
@@ -112,6 +118,10 @@ class Keeping:
             if value is not None:
                 self._copies[key] = value.detach().to("cpu", copy=True)
 
+    @property
+    def _kept(self) -> dict[Key, torch.Tensor]:
+        return {key: self._copies[key] for key in self._own if key in self._copies}
+
     def copy_mutable(self) -> None:
         """Copy again what calls may have changed since. Called when no call runs any more."""
         for key, kept in self._copies.items():
@@ -131,10 +141,11 @@ class Keeping:
         record = Record(
             version=version,
             written=self._written,
-            kept={key: self._copies[key] for key in self._own if key in self._copies},
+            kept=self._kept,
             source=self._before.source,
             live=self._before.live,
             overridden=self._before.overridden,
+            lent=self._lent,
         )
         depth = self._config.keep_versions
         records = (*self.history.records, record)[-depth:] if depth else ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +23,9 @@ from refitkit.pipeline.plan import make_plan
 from refitkit.pipeline.prove import prove as prove_refit
 from refitkit.pipeline.prove_plan import prove_plan
 from refitkit.pipeline.refit import Refit, Wish, as_jobs
-from refitkit.pipeline.restore import Back, Return
+from refitkit.pipeline.restore import Back, Return, as_ways
 from refitkit.pipeline.result import RefitResult, RefitResults
-from refitkit.pipeline.together import Task, run
+from refitkit.pipeline.together import Task, each, run
 from refitkit.pipeline.tools import tools_for
 from refitkit.pipeline.transform import transformed
 from refitkit.recipe import RefitPlan
@@ -363,11 +364,27 @@ class Pipeline:
             RefitError: As ``refit`` raises it, with the problems of all modules; unless it is a
                 ``ModuleLostError``, all of them answer as before.
         """
+        jobs = as_jobs(modules, how)
+        opened = self._all_compiled([target for target, _, _ in jobs])
         tasks = [
-            Refit(self.host, self.config, self._compiled(target), self._wish(weights, options))
-            for target, weights, options in as_jobs(modules, how)
+            Refit(self.host, self.config, compiled, self._wish(weights, options))
+            for compiled, (_, weights, options) in zip(opened, jobs, strict=True)
         ]
         return self._run(tasks)
+
+    def _all_compiled(self, targets: Sequence[object]) -> list[CompiledModule]:
+        """Handles of targets: the same one for an object that is given twice, which is refused."""
+        handles: dict[int, CompiledModule] = {}
+
+        def handle(target: object) -> CompiledModule:
+            if isinstance(target, str | Path):  # each is opened anew
+                return self._compiled(target)
+            if id(target) not in handles:
+                handles[id(target)] = self._compiled(target)
+            return handles[id(target)]
+
+        names = [f"module {number}" for number in range(1, len(targets) + 1)]
+        return each(names, [partial(handle, target) for target in targets])
 
     def _wish(self, weights: object, options: Mapping[str, Any]) -> Wish:
         chosen = {name: value for name, value in options.items() if value is not None}
@@ -397,10 +414,12 @@ class Pipeline:
                 else ``weights`` where engines can be read, else nothing.
 
         Raises:
+            ConfigError: That is no compiled module, or no whole number.
             NotRefittableError: The weights are not held any more; says what is.
             RefitError: As ``refit`` raises it; unless it is a ``ModuleLostError``, the module
                 answers as before.
         """
+        as_ways([(compiled, version)])
         if version == 0 and compiled.base is not None:
             return self.refit(
                 compiled, compiled.base, inputs=inputs, reference=reference, verify=verify
@@ -417,7 +436,7 @@ class Pipeline:
         Raises:
             RefitError: As ``restore`` raises it, with the problems of all modules.
         """
-        return self._run([self._way_back(compiled, version) for compiled, version in back])
+        return self._run([self._way_back(*way) for way in as_ways(back)])
 
     def _way_back(self, compiled: CompiledModule, version: int) -> Task:
         if version == 0 and compiled.base is not None:

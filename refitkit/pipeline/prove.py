@@ -50,7 +50,7 @@ def prove(pipeline: Pipeline, compiled: CompiledModule, program: ExportedProgram
     try:
         return _trials(pipeline, compiled, program, how)
     finally:
-        pipeline.refit(compiled, program, verify="none", delta=False)
+        pipeline.refit(compiled, program, verify="none", delta=False, rollback=True)
         compiled.free_spare()
         compiled.held = Held()
 
@@ -83,7 +83,14 @@ def _trials(
             reason = "other weights change values that decided what slots hold"
             continue
         try:
-            pipeline.refit(compiled, weights, inputs=how.inputs, verify=how.verifier, delta=False)
+            pipeline.refit(
+                compiled,
+                weights,
+                inputs=how.inputs,
+                verify=how.verifier,
+                delta=False,
+                rollback=True,  # a verdict that is bad must not lose the module
+            )
         except VerificationError as exc:
             if not _endless(exc):
                 raise NotRefittableError(

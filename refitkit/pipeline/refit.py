@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections import abc
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from refitkit.errors import ConfigError, PlanMismatchError, Problem, SourceError, raised_as
@@ -19,9 +20,10 @@ from refitkit.pipeline.tools import tools_for
 from refitkit.pipeline.transform import Transformed, transformed
 from refitkit.pipeline.writing import Prepared
 from refitkit.protocols import VerifyRequest
+from refitkit.recipe import RefitPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from refitkit.config import Config
     from refitkit.host import Host
@@ -29,10 +31,10 @@ if TYPE_CHECKING:
     from refitkit.pipeline.compiled import CompiledModule
     from refitkit.pipeline.mapping import Mapping
     from refitkit.protocols import OpenedModule, Plan, WeightSource
-    from refitkit.recipe import RefitPlan
 
 
 _WITH_OPTIONS = 3
+_ON_JOBS = 'Pass [(module, weights), ...], or (module, weights, {"inputs": (x,)}) for some of them.'
 
 
 @dataclass(frozen=True)
@@ -60,23 +62,34 @@ def as_jobs(
     Raises:
         ConfigError: Something else than those, or options that do not exist; lists all of them.
     """
+    if not isinstance(modules, abc.Iterable) or isinstance(modules, str | abc.Mapping):
+        raise ConfigError(f"A {type(modules).__name__} is no list of modules.", hint=_ON_JOBS)
     jobs: list[tuple[object, object, dict[str, Any]]] = []
     problems: list[Problem] = []
     for number, job in enumerate(modules, 1):
-        if not isinstance(job, tuple | list) or len(job) not in {2, 3}:
-            wanted = "(module, weights) or (module, weights, options)"
-            problems.append(Problem(f"module {number}", "no pair", repr(job)[:80], wanted))
-            continue
-        options = {**how, **(job[2] if len(job) == _WITH_OPTIONS else {})}
-        problems += [
-            Problem(f"module {number}", "no such option", name, ", ".join(sorted(_OPTIONS)))
-            for name in options
-            if name not in _OPTIONS
-        ]
-        jobs.append((job[0], job[1], options))
+        wrong = list(_wrong_with(job, how))
+        problems += [replace(problem, subject=f"module {number}") for problem in wrong]
+        if not wrong:
+            own = job[2] if len(job) == _WITH_OPTIONS else {}
+            jobs.append((job[0], job[1], {**how, **own}))
     if problems:
-        raise ConfigError("These modules cannot be refitted together.", problems=problems)
+        message = "These modules cannot be refitted together."
+        raise ConfigError(message, problems=problems, hint=_ON_JOBS)
     return jobs
+
+
+def _wrong_with(job: Any, how: dict[str, Any]) -> Iterator[Problem]:
+    if not isinstance(job, tuple | list) or len(job) not in {2, 3}:
+        yield Problem("", "no pair", repr(job)[:80], "(module, weights, options)")
+        return
+    own = job[2] if len(job) == _WITH_OPTIONS else {}
+    if not isinstance(own, abc.Mapping):
+        yield Problem("", "no options", repr(own)[:80], "a dict of arguments of refit")
+        return
+    names = ", ".join(sorted(_OPTIONS))
+    for name in {**how, **own}:
+        if name not in _OPTIONS:
+            yield Problem("", "no such option", str(name), names)
 
 
 class Refit:
@@ -127,12 +140,17 @@ class Refit:
         )
 
     def _bound_plan(self) -> RefitPlan:
-        plan = self._wish.plan or self.compiled.plan
+        plan = self._wish.plan if self._wish.plan is not None else self.compiled.plan
         if plan is None:
             raise PlanMismatchError(
                 "The module has no plan, so nobody knows which weight goes into which slot.",
                 hint="Make one from the program that was compiled: "
                 "plan = refitkit.plan(program, target=compiled).",
+            )
+        if not isinstance(plan, RefitPlan):
+            raise ConfigError(
+                f"plan= is a {type(plan).__name__}.",
+                hint="Pass what refitkit.plan gives, or refitkit.RefitPlan.load(path).",
             )
         plan.check_engines(self.compiled.backend, self.compiled.slots)
         return plan

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections import abc
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from refitkit.errors import EngineError, NotRefittableError, PlanMismatchError, Problem, raised_as
+from refitkit.errors import (
+    ConfigError,
+    EngineError,
+    NotRefittableError,
+    PlanMismatchError,
+    Problem,
+    raised_as,
+)
 from refitkit.pipeline import verify
 from refitkit.pipeline.check import check_abilities
 from refitkit.pipeline.clock import Clock
+from refitkit.pipeline.compiled import CompiledModule
 from refitkit.pipeline.held import Held
 from refitkit.pipeline.history import FIRST, Key, Way
 from refitkit.pipeline.keeping import present
@@ -28,9 +37,13 @@ if TYPE_CHECKING:
     from refitkit.config import Config
     from refitkit.host import Host
     from refitkit.model import Slot, VerificationResult
-    from refitkit.pipeline.compiled import CompiledModule
     from refitkit.pipeline.origin import Origin
     from refitkit.protocols import OpenedModule
+
+_ON_WAYS = (
+    "Pass modules that refitkit.compile or refitkit.load gave, and numbers of their weights as "
+    "compiled.kept lists them: 0 are the first."
+)
 
 KEPT = "kept"
 """What reports give as the strategy of values that were kept."""
@@ -44,6 +57,29 @@ class Back:
     inputs: Any = None
     reference: Any = None
     verify: str | None = None
+
+
+def as_ways(back: object) -> list[tuple[CompiledModule, int]]:
+    """Modules and numbers of their weights as users give them.
+
+    Raises:
+        ConfigError: Something else than those; lists all of it.
+    """
+    if not isinstance(back, abc.Iterable) or isinstance(back, str):
+        raise ConfigError(f"A {type(back).__name__} is no list of modules.", hint=_ON_WAYS)
+    ways: list[tuple[CompiledModule, int]] = []
+    problems: list[Problem] = []
+    for number, way in enumerate(back, 1):
+        match way:
+            case (CompiledModule() as compiled, int() as version) if not isinstance(version, bool):
+                ways.append((compiled, version))
+            case _:
+                wanted = "a compiled module and a whole number"
+                problems.append(Problem(f"module {number}", "no version", repr(way)[:80], wanted))
+    if problems:
+        message = "Nobody can go back to what this names."
+        raise ConfigError(message, problems=problems, hint=_ON_WAYS)
+    return ways
 
 
 class Return:
@@ -98,16 +134,17 @@ class Return:
         if way is None and version == 0 and self.compiled.origin is not None:
             way = self._from(self.compiled.origin, held)
         if way is None:
-            raise held.history.no_way_to(version)
+            raise held.history.no_way_to(version, self._module)
         return way
 
     def _from(self, origin: Origin, held: Held) -> Way:
         """What slots held that were written since, read off a second module."""
-        origin.require_unchanged()
+        origin.require_unchanged()  # before code in it runs, and after: it takes a while
         tools = tools_for(self._host, self._config, "restore", "open")
         second = open_target(self._host, origin.path, self._config, tools)
         with raised_as(EngineError, "An engine failed to tell what it was loaded with"):
             found = {key: present(second, key) for key in sorted(held.history.written)}
+        origin.require_unchanged()
         values = {key: value for key, value in found.items() if value is not None}
         if len(values) < len(found):
             mute = dict.fromkeys(name for name, slot in found if found[name, slot] is None)

@@ -49,13 +49,14 @@ def run(host: Host, config: Config, tasks: Sequence[Task]) -> tuple[RefitReport,
 
 
 def _run(host: Host, config: Config, tasks: Sequence[Task]) -> tuple[RefitReport, ...]:
-    prepared = _each(tasks, [task.prepare for task in tasks])
+    names = [_name(number, task) for number, task in enumerate(tasks)]
+    prepared = each(names, [task.prepare for task in tasks])
     writings = [
         Writing(host, config, task.compiled, one) for task, one in zip(tasks, prepared, strict=True)
     ]
     try:
-        _each(tasks, [writing.stage for writing in writings])
-        Transaction(writings).run()
+        each(names, [writing.stage for writing in writings])
+        Transaction(writings, names).run()
     finally:
         for writing in writings:
             writing.discard()
@@ -74,23 +75,27 @@ def _require_distinct(tasks: Sequence[Task]) -> None:
         raise ConfigError("A module can be refitted once at a time.", problems=twice, hint=hint)
 
 
-def _each(tasks: Sequence[Task], actions: Sequence[Callable[[], T]]) -> list[T]:
+def each(names: Sequence[str], actions: Sequence[Callable[[], T]]) -> list[T]:
     """What all actions return.
+
+    Args:
+        names: What the modules are called in errors, if there are several.
+        actions: One for each.
 
     Raises:
         RefitError: Some were refused; one error with all problems, which says which modules.
     """
     done: list[T] = []
     refused: list[tuple[str, RefitError]] = []
-    for number, (task, action) in enumerate(zip(tasks, actions, strict=True)):
+    for name, action in zip(names, actions, strict=True):
         try:
             done.append(action())
         except RefitError as exc:
-            if len(tasks) == 1:
+            if len(names) == 1:
                 raise
-            refused.append((_name(number, task), exc))
+            refused.append((name, exc))
     if refused:
-        raise _as_one(refused, len(tasks)) from refused[0][1]
+        raise _as_one(refused, len(names)) from refused[0][1]
     return done
 
 

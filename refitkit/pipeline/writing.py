@@ -203,14 +203,20 @@ class Writing:
         try:
             yield
         except VerificationError as exc:
+            self._find_before()
             exc.report = self._found.report("rolled-back")
             raise
 
     def taken_back(self) -> None:
         """The old weights are live again: note it, and tell plugins."""
         self._compiled.held = self._before
-        self._found.kept = self._before.history.shown(self._compiled.origin)
+        self._find_before()
         self._tell(self._found.report("rolled-back"))
+
+    def _find_before(self) -> None:
+        """What is kept is what was, but for what engines had."""
+        self._found.kept = self._before.history.shown(self._compiled.origin, spent=True)
+        self._found.base_lost = ""
 
     def _tell(self, report: RefitReport) -> None:
         self._host.call("refitkit_weights_changed", module=self.module, report=report)

@@ -337,7 +337,7 @@ def test_engines_that_cannot_tell_what_they_held_have_no_way_back() -> None:
     scene = Scene(module=make_module(2, kind=FakeEngine))
     result = scene.refit(10.0)
     assert any("cannot tell what it held" in note for note in result.report.notes)
-    assert result.report.kept == () or result.report.kept[0].where == "engine"
+    assert result.report.kept == ()
     for action in (result.undo, scene.compiled.restore):
         with pytest.raises(NotRefittableError, match="'e0' cannot tell"):
             action()
@@ -622,3 +622,61 @@ def test_a_fault_loses_the_module_from_the_first_write_on() -> None:
     for number in range(len(wire.calls)):
         _, compiled = refit({number: RuntimeError("on purpose")})
         assert compiled.gate.lost == (number >= first), wire.calls[number]
+
+
+# -- what is told of it -----------------------------------------------------------------------
+
+
+def test_what_engines_have_no_more_is_not_told() -> None:
+    scene = Scene(keep_base=False)
+    result = scene.refit(10.0)
+    assert [row.version for row in scene.compiled.kept] == [0]
+    scene.compiled.free_spare()
+    assert scene.compiled.kept == ()
+    with pytest.raises(NotRefittableError) as info:
+        result.undo()
+    assert [(p.subject, p.kind) for p in info.value.problems] == [("version 0", "not held")]
+
+
+def test_a_refit_that_failed_has_used_it_up() -> None:
+    scene = Scene(keep_base=False)
+    scene.refit(10.0)
+    wrong: Any = {"verify": "outputs", "reference": {}, "inputs": (torch.ones(()),)}
+    with pytest.raises(VerificationError) as info:
+        scene.refit(20.0, **wrong)
+    assert scene.compiled.kept == ()
+    assert info.value.report is not None
+    assert info.value.report.kept == ()
+
+
+@pytest.mark.parametrize("kind", [FakeEngine, None])
+def test_what_engines_never_had_is_not_told(kind: type[FakeEngine] | None) -> None:
+    class Unknowing(FakeEngine):
+        """It keeps what was given to it, and was not given what it held at first."""
+
+        def remembered(self, slot: str) -> torch.Tensor | None:
+            return None
+
+        def previous(self) -> dict[str, torch.Tensor]:
+            return {}
+
+    scene = Scene(module=make_module(2, kind=kind or Unknowing))
+    assert scene.refit(10.0).report.kept == scene.compiled.kept == ()
+
+
+def test_forgetting_before_there_is_anything_to_forget() -> None:
+    scene = Scene()
+    assert scene.compiled.forget() == 0
+    scene.refit(10.0)
+    scene.refit(20.0)
+    scene.compiled.restore()
+    scene.require(0)
+
+
+def test_a_refit_that_failed_has_not_given_the_first_weights_up() -> None:
+    scene = Scene(keep_limit=0)
+    wrong: Any = {"verify": "outputs", "reference": {}, "inputs": (torch.ones(()),)}
+    with pytest.raises(VerificationError) as info:
+        scene.refit(20.0, **wrong)
+    assert info.value.report is not None
+    assert not any("no longer kept" in note for note in info.value.report.notes)

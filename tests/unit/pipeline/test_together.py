@@ -321,3 +321,22 @@ def test_engines_that_cannot_be_read_are_refitted_with_others() -> None:
     assert [result.report.verification is None for result in results] == [True, False]
     with pytest.raises(SourceError):
         pipeline.refit_all([(modules[0], "no/such/file.pt"), (modules[1], "no/such/file.pt")])
+
+
+@pytest.mark.parametrize("where", ["drain", "commit", "verifier.judge", "rollback"])
+def test_errors_name_the_module(where: str) -> None:
+    """Of three modules of one kind, the second fails: before, at and after the commit, and back."""
+    dry = Scene.of()
+    dry.refit()
+    calls, scene = dry.wire.calls, Scene.of()
+    later = "commit" if where == "rollback" else where
+    found = [number for number, label in enumerate(calls) if label.endswith(later)]
+    number = found[len(found) // 3 * 2 - 1]
+    faults = {number: RuntimeError("on purpose")}
+    if where == "rollback":
+        faults[number + 1] = RuntimeError("again")  # the first thing that is taken back
+    with pytest.raises(RefitError) as info:
+        scene.refit(faults)
+    assert info.value.message.startswith("Module 2 (fake): ")
+    assert isinstance(info.value, ModuleLostError) == (where == "rollback")
+    assert [one.gate.lost for one in scene.compiled] == [False, where == "rollback", False]
