@@ -178,6 +178,12 @@ class Return:
     ) -> Callable[[OpenedModule], VerificationResult] | None:
         wish, module = self._wish, self._module
         inputs = verify.as_inputs(wish.inputs)
+        if inputs is not None and wish.verify == "outputs" and wish.reference is None:
+            raise ConfigError(
+                "The verifier 'outputs' has nothing to compare with: kept values are those of "
+                "slots, which the program cannot be bound to.",
+                hint="Pass reference=, a callable or the outputs from then, or leave verify out.",
+            )
         with_inputs = inputs is not None and wish.reference is not None
         verifier = verify.choose(self._host, wish.verify, module, with_inputs=with_inputs)
         if verifier is None:

@@ -246,6 +246,22 @@ def test_a_file_that_has_changed_is_refused(path: Path, how: str) -> None:
     scene.require(2)
 
 
+def test_a_file_that_changes_while_it_is_opened_is_refused(path: Path) -> None:
+    scene = Loaded(path)
+    scene.refit(10.0)
+    scene.refit(20.0)
+    opening = scene.files.kind
+
+    def replacing(*args: Any) -> FakeEngine:
+        path.write_text("other weights")
+        return opening(*args)
+
+    scene.files.kind = replacing  # type: ignore[assignment]
+    with pytest.raises(NotRefittableError, match="not held any more"):
+        scene.compiled.restore()
+    scene.require(2)
+
+
 def test_a_folder_is_looked_at_file_by_file(tmp_path: Path) -> None:
     (tmp_path / "module/parts").mkdir(parents=True)
     part = tmp_path / "module/parts/weights"

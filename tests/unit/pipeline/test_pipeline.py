@@ -555,3 +555,22 @@ def test_a_saved_plan_with_calls_refits_after_loading() -> None:
         assert compiled.read("scale").tolist() == [6.0, 6.0]
     with pytest.raises(UnmappedSlotError):
         pipeline.refit(compiled, {"w": torch.ones(2), "eps": torch.zeros(2)})
+
+
+@pytest.mark.parametrize("rollback", [True, False])
+def test_a_proof_that_fails_says_why_however_refits_are_set(
+    rollback: bool, program: torch.export.ExportedProgram
+) -> None:
+    plugin = FakePlugin()
+    answer = program.module()(X)
+    compiling = plugin.backend.compile
+
+    def folded(*args: Any) -> FakeModule:
+        module = compiling(*args)
+        module.answer = lambda *_, **__: answer
+        return module
+
+    plugin.backend.compile = folded  # type: ignore[method-assign]
+    pipeline = Pipeline({"rollback": rollback}, plugins=[plugin])
+    with pytest.raises(NotRefittableError, match="other weights"):
+        pipeline.compile(program, BACKEND)

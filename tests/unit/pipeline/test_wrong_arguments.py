@@ -119,3 +119,9 @@ def test_what_is_no_base(base: Any, scene: Scene) -> None:
             action()
         assert isinstance(info.value, SourceError) or info.value.problems
     scene.require_unchanged()
+
+
+def test_going_back_has_no_reference_of_its_own(scene: Scene) -> None:
+    with pytest.raises(ConfigError, match="kept values"):
+        scene.result.undo(inputs=(torch.ones(()),), verify="outputs")
+    scene.require_unchanged()
