@@ -17,7 +17,7 @@ from refitkit.model import KeptWeights
 from refitkit.protocols import HoldsPrevious
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Iterator
 
     import torch
 
@@ -177,8 +177,11 @@ class History:
 
 
 def _is_lent(record: Record, module: OpenedModule | None) -> bool:
-    """Whether the engines still have what was not copied."""
-    return module is None or _before(record, module, newest=True) is not None
+    """Whether the engines still have what was not copied; no value is looked at."""
+    if module is None:
+        return True
+    lacking = sorted(record.written - record.kept.keys())
+    return all(slot in held for held, slot in _places(module, lacking))
 
 
 def _is_copy(value: torch.Tensor, records: Iterable[Record], key: Key) -> bool:
@@ -191,17 +194,25 @@ def _before(record: Record, module: OpenedModule, *, newest: bool) -> Values | N
     lacking = record.written - record.kept.keys()
     if not lacking:
         return record.kept
-    found = _of_engines(module, lacking) if newest else {}
+    found = _of_engines(module, sorted(lacking)) if newest else {}
     return {**record.kept, **found} if lacking <= found.keys() else None
 
 
 def _of_engines(module: OpenedModule, keys: Collection[Key]) -> dict[Key, torch.Tensor]:
     """What the engines still have of values from before the newest refit."""
-    found: dict[Key, torch.Tensor] = {}
-    for name in dict.fromkeys(engine for engine, _ in keys):
-        engine = module.engines[name]
-        if isinstance(engine, HoldsPrevious):
+    with raised_as(EngineError, "An engine failed to tell what it held"):
+        places = zip(keys, _places(module, keys), strict=True)
+        return {key: held[slot] for key, (held, slot) in places if slot in held}
+
+
+def _places(
+    module: OpenedModule, keys: Collection[Key]
+) -> Iterator[tuple[Mapping[str, torch.Tensor], str]]:
+    """For each key what its engine has of values from before, and the slot's name."""
+    held: dict[str, Mapping[str, torch.Tensor]] = {}
+    for name, slot in keys:
+        if name not in held:
+            engine = module.engines[name]
             with raised_as(EngineError, f"The engine {name!r} failed to tell what it held"):
-                held = engine.previous()
-                found |= {(name, slot): held[slot] for slot in held if (name, slot) in keys}
-    return found
+                held[name] = engine.previous() if isinstance(engine, HoldsPrevious) else {}
+        yield held[name], slot

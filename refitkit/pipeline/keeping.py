@@ -62,7 +62,8 @@ class Keeping:
             self._fit()
         with raised_as(EngineError, "An engine failed to tell what it holds"):
             self._copy(self._base | self._own)
-            self._lent = all(self._is_lent(key) for key in self._written - self._kept.keys())
+            others = sorted(self._written - self._kept.keys())
+            self._lent = all(self._is_lent(key) for key in others)
 
     def _missing_in_base(self) -> frozenset[Key]:
         """Slots of which the values of version 0 have to be copied now."""
@@ -113,7 +114,7 @@ class Keeping:
         unknown = next((key for key in values if values[key] is None and key in self._base), None)
         if unknown is not None:
             self._base = self._lose_base(f"the engine {unknown[0]!r} cannot tell what it held")
-        for key in self._base | self._own:
+        for key in sorted(self._base | self._own):
             value = values[key]
             if value is not None:
                 self._copies[key] = value.detach().to("cpu", copy=True)

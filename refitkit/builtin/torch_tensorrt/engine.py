@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from refitkit.builtin.torch_tensorrt import staging
 from refitkit.builtin.torch_tensorrt.arena import Layout
 from refitkit.builtin.torch_tensorrt.refitter import PersistentRefitter
-from refitkit.builtin.torch_tensorrt.rollback import WeightSets
+from refitkit.builtin.torch_tensorrt.rollback import Copies, WeightSets
 from refitkit.builtin.torch_tensorrt.upload import Uploader
 from refitkit.errors import EngineError, NotRefittableError, Problem, WeightMismatchError
 from refitkit.model import EngineMemory, Slot
@@ -137,9 +137,9 @@ class RefitterEngine:
         return self._shaped(slot, self.sets.staging.views[slot])
 
     def previous(self) -> Mapping[str, torch.Tensor]:
-        """Copies of what was given before the last refit: staging overwrites what they are of."""
+        """What was given before the last refit, copied when asked for: staging overwrites it."""
         values = self._sets.previous() if self._sets is not None else {}
-        return {name: self._shaped(name, value) for name, value in values.items()}
+        return Copies(values, lambda name: self._shaped(name, values[name]).clone())
 
     def _shaped(self, slot: str, value: torch.Tensor) -> torch.Tensor:
         shape = self.facts[slot].shape

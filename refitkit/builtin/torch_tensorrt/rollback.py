@@ -7,6 +7,7 @@ copies them aside before it overwrites them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -15,12 +16,33 @@ from refitkit.builtin.torch_tensorrt.arena import Arena
 from refitkit.program.bits import same_bits
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from refitkit.builtin.torch_tensorrt.arena import Layout
 
 Keep = Literal["device", "pinned-host"]
 """Where the second set is: a copy on the device is fast, one on the host spares its memory."""
+
+
+class Copies(Mapping[str, torch.Tensor]):
+    """Values that are copied one by one, whenever they are asked for."""
+
+    def __init__(self, names: Iterable[str], copy: Callable[[str], torch.Tensor]) -> None:
+        """Copy nothing yet."""
+        self._names, self._copy = dict.fromkeys(names), copy
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self._names[name]
+        return self._copy(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # the inherited one would copy
 
 
 class WeightSets:
@@ -52,11 +74,9 @@ class WeightSets:
         previous = self._live == "base"
         self.live, self._has_previous = "staging", previous
 
-    def previous(self) -> dict[str, torch.Tensor]:
-        """Copies of what was live before the last commit, where that is still there."""
-        if not self._has_previous:
-            return {}
-        return {name: view.clone() for name, view in self._ready_base().views.items()}
+    def previous(self) -> Mapping[str, torch.Tensor]:
+        """What was live before the last commit, flat, where that is still there."""
+        return self._ready_base().views if self._has_previous else {}
 
     @property
     def known(self) -> bool:
