@@ -25,7 +25,10 @@ from refitkit.builtin.torch_tensorrt.rollback import WeightSets
 from refitkit.builtin.torch_tensorrt.upload import Uploader
 from refitkit.pipeline import refit as refitting
 from refitkit.pipeline.commit import Transaction
+from refitkit.pipeline.keeping import Keeping
 from refitkit.pipeline.report import Findings
+from refitkit.pipeline.stage import Staged
+from refitkit.pipeline.writing import Writing
 from refitkit.program.bits import same_bits
 from refitkit.recipe.plan import RefitPlan
 from refitkit.recipe.replay import Replay
@@ -56,7 +59,11 @@ WATCHED: tuple[tuple[Any, str], ...] = (
     (RefitterEngine, "_check_finite"),
     (WeightSets, "changed"),
     (Transaction, "run"),
-    (Transaction, "_commit"),
+    (Writing, "stage"),
+    (Writing, "put_aside"),
+    (Writing, "judge"),
+    (Staged, "fill"),
+    (Keeping, "__init__"),
     (PersistentRefitter, "_run"),
     (Findings, "report"),
 )

@@ -231,7 +231,7 @@ def test_only_what_is_written() -> None:
 
 def test_an_engine_that_fails_to_show_leaves_all_as_it_was() -> None:
     """Nothing is live yet: what was staged is discarded, and the error names the setting."""
-    pipeline = Pipeline({"keep_base": False}, plugins=[FakePlugin()])
+    pipeline = Pipeline({"keep_base": False, "keep_versions": 0}, plugins=[FakePlugin()])
     opened = held(STATE)
     compiled = pipeline.load(opened)
     engine = opened.engines["e"]
