@@ -62,7 +62,8 @@ class Keeping:
             self._fit()
         with raised_as(EngineError, "An engine failed to tell what it holds"):
             self._copy(self._base | self._own)
-            others = sorted(self._written - self._kept.keys())
+            undone = self._written if config.keep_versions else frozenset()
+            others = sorted(undone - self._kept.keys())
             self._lent = all(self._is_lent(key) for key in others)
 
     def _missing_in_base(self) -> frozenset[Key]:
