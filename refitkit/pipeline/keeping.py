@@ -11,7 +11,7 @@ from refitkit.pipeline.history import History, Key, Record
 from refitkit.protocols import HoldsPrevious
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     import torch
 
@@ -55,6 +55,7 @@ class Keeping:
         self._module, self._before, self._config = module, before, config
         self._written = frozenset(written)
         self._copies: dict[Key, torch.Tensor] = {}
+        self._keepers = {n for n, e in module.engines.items() if isinstance(e, HoldsPrevious)}
         self.history = _unbroken(before.history, config.keep_versions)
         self._base = self._missing_in_base() if with_base else self._lose_base(OFF)
         self._own = self._not_in_engines()
@@ -64,7 +65,7 @@ class Keeping:
             self._copy(self._base | self._own)
             undone = self._written if config.keep_versions else frozenset()
             others = sorted(undone - self._kept.keys())
-            self._lent = all(self._is_lent(key) for key in others)
+            self._lent = self._will_be_lent(others)
 
     def _missing_in_base(self) -> frozenset[Key]:
         """Slots of which the values of version 0 have to be copied now."""
@@ -80,13 +81,13 @@ class Keeping:
         depth = self._config.keep_versions
         if depth != 1:
             return self._written if depth else frozenset()
-        engines = self._module.engines
-        return frozenset(k for k in self._written if not isinstance(engines[k[0]], HoldsPrevious))
+        return frozenset(key for key in self._written if key[0] not in self._keepers)
 
-    def _is_lent(self, key: Key) -> bool:
-        """Whether an engine will have what a slot holds now: it knows it, and keeps it."""
-        keeps = isinstance(self._module.engines[key[0]], HoldsPrevious)
-        return keeps and present(self._module, key) is not None
+    def _will_be_lent(self, keys: Collection[Key]) -> bool:
+        """Whether the engines will have what slots hold now: they know it, and keep it."""
+        if not self._keepers.issuperset(name for name, _ in keys):
+            return False
+        return all(value is not None for value in present(self._module, keys).values())
 
     def _fit(self) -> None:
         """Keep less where it would be more than is allowed: the oldest goes first."""
@@ -110,8 +111,8 @@ class Keeping:
         new = self._base | self._own
         return self.history.nbytes + sum(engines[name].slots[slot].nbytes for name, slot in new)
 
-    def _copy(self, keys: Iterable[Key]) -> None:
-        values = {key: present(self._module, key) for key in sorted(keys)}
+    def _copy(self, keys: Collection[Key]) -> None:
+        values = present(self._module, keys)
         unknown = next((key for key in values if values[key] is None and key in self._base), None)
         if unknown is not None:
             self._base = self._lose_base(f"the engine {unknown[0]!r} cannot tell what it held")
@@ -126,11 +127,11 @@ class Keeping:
 
     def copy_mutable(self) -> None:
         """Copy again what calls may have changed since. Called when no call runs any more."""
-        for key, kept in self._copies.items():
-            if self._module.engines[key[0]].slots[key[1]].mutable:
-                value = present(self._module, key)
-                if value is not None:
-                    kept.copy_(value.detach())
+        engines = self._module.engines
+        mutable = [key for key in self._copies if engines[key[0]].slots[key[1]].mutable]
+        for key, value in present(self._module, mutable).items():
+            if value is not None:
+                self._copies[key].copy_(value.detach())
 
     def after(self, version: int, plan: RefitPlan) -> History:
         """The history once the refit is committed.
@@ -139,7 +140,7 @@ class Keeping:
             version: Number of the weights that it brings.
             plan: The plan that it follows.
         """
-        base = {key: self._copies[key] for key in self._base}
+        base = {**self.history.base, **{key: self._copies[key] for key in self._base}}
         record = Record(
             version=version,
             written=self._written,
@@ -151,15 +152,22 @@ class Keeping:
         )
         depth = self._config.keep_versions
         records = (*self.history.records, record)[-depth:] if depth else ()
-        base = {**self.history.base, **base}
         written = self.history.written | self._written
         return replace(self.history, base=base, records=records, written=written, plan=plan)
 
 
-def present(module: OpenedModule, key: Key) -> torch.Tensor | None:
-    """What a slot holds, where the engine can tell: an alias."""
-    tell = live_value(module.engines[key[0]])
-    return None if tell is None else tell(key[1])
+def present(module: OpenedModule, keys: Collection[Key]) -> dict[Key, torch.Tensor | None]:
+    """What slots hold, where their engines can tell: aliases, in the order of their names.
+
+    What an engine is able to do is asked once: that takes longer than reading a slot.
+    """
+    names = dict.fromkeys(name for name, _ in keys)
+    tells = {name: live_value(module.engines[name]) for name in names}
+    found: dict[Key, torch.Tensor | None] = {}
+    for engine, slot in sorted(keys):
+        tell = tells[engine]
+        found[engine, slot] = None if tell is None else tell(slot)
+    return found
 
 
 def _unbroken(history: History, depth: int) -> History:

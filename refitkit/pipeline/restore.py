@@ -143,7 +143,7 @@ class Return:
         tools = tools_for(self._host, self._config, "restore", "open")
         second = open_target(self._host, origin.path, self._config, tools)
         with raised_as(EngineError, "An engine failed to tell what it was loaded with"):
-            found = {key: present(second, key) for key in sorted(held.history.written)}
+            found = present(second, held.history.written)
         origin.require_unchanged()
         values = {key: value for key, value in found.items() if value is not None}
         if len(values) < len(found):
