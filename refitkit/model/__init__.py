@@ -38,7 +38,7 @@ from refitkit.model.report import (
     VerificationResult,
 )
 from refitkit.model.rules import Pack, Rename, Rules
-from refitkit.model.slot import Slot, TensorInfo
+from refitkit.model.slot import Slot, SlotKey, TensorInfo
 
 __all__ = [
     "FORMAT",
@@ -68,6 +68,7 @@ __all__ = [
     "ReportRow",
     "Rules",
     "Slot",
+    "SlotKey",
     "SlotState",
     "SourceRef",
     "StageFinished",

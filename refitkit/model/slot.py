@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 from pydantic import AfterValidator, Field
 
 from refitkit.model.base import Frozen
 
 Dim = Annotated[int, Field(ge=0, lt=2**62)]
+
+SlotKey: TypeAlias = tuple[str, str]
+"""``(engine, slot)``: a slot among those of all engines of a module."""
 
 ITEM_BYTES = {
     "bool": 1,
@@ -97,6 +100,6 @@ class Slot(Frozen):
         return self.count * ITEM_BYTES[self.dtype]
 
     @property
-    def key(self) -> tuple[str, str]:
+    def key(self) -> SlotKey:
         """``(engine, name)``."""
         return self.engine, self.name

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from refitkit.errors import EngineError, raised_as
-from refitkit.model import ChangeRow
+from refitkit.model import ChangeRow, SlotKey
 from refitkit.program.bits import flat_pair
 from refitkit.program.distance import (
     Distance,
@@ -34,10 +34,7 @@ if TYPE_CHECKING:
     from refitkit.pipeline.stage import Staged
     from refitkit.protocols import Engine, OpenedModule
 
-Key: TypeAlias = tuple[str, str]
-"""``(engine, slot)``."""
-
-Pair: TypeAlias = tuple[Key, torch.Tensor, torch.Tensor]
+Pair: TypeAlias = tuple[SlotKey, torch.Tensor, torch.Tensor]
 """A slot with its old and its new value."""
 
 _RUNS, _RUN = 32, 32
@@ -71,7 +68,7 @@ class Changes:
 
 
 def measured(
-    config: Config, module: OpenedModule, staged: Staged, written: Collection[Key]
+    config: Config, module: OpenedModule, staged: Staged, written: Collection[SlotKey]
 ) -> Changes:
     """Measure all slots whose engines show both values.
 
@@ -100,8 +97,8 @@ def live_value(engine: Engine) -> Callable[[str], torch.Tensor | None] | None:
     return engine.remembered if isinstance(engine, RemembersWeights) else None
 
 
-def _pairs(module: OpenedModule, staged: Staged, written: Collection[Key]) -> Iterator[Pair]:
-    by_engine: dict[str, list[Key]] = defaultdict(list)
+def _pairs(module: OpenedModule, staged: Staged, written: Collection[SlotKey]) -> Iterator[Pair]:
+    by_engine: dict[str, list[SlotKey]] = defaultdict(list)
     for key in written:
         by_engine[key[0]].append(key)
     for name, one in staged.waiting():

@@ -19,12 +19,9 @@ from refitkit.recipe.plan import STRATEGY
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from refitkit.model import LedgerRow
+    from refitkit.model import LedgerRow, SlotKey
     from refitkit.protocols import OpenedModule, SlotValue, WeightSource
     from refitkit.recipe import RefitPlan
-
-Key: TypeAlias = tuple[str, str]
-"""``(engine, slot)``."""
 
 Origin: TypeAlias = frozenset[tuple[str, Hashable]]
 """What a value was computed from: names of tensors, and digests or revisions of what they were."""
@@ -42,7 +39,7 @@ class Live:
 
     plan: RefitPlan
     version: int
-    origins: Mapping[Key, Origin]
+    origins: Mapping[SlotKey, Origin]
 
     def holds_for(self, plan: RefitPlan, version: int) -> bool:
         """Whether this is of the present weights, and of what a plan would compute."""
@@ -99,7 +96,7 @@ class Delta:
             held -= digests.origin(row) - self._before.get(row.slot.key, frozenset())
         return held
 
-    def after(self, values: Mapping[Key, SlotValue], version: int) -> Live:
+    def after(self, values: Mapping[SlotKey, SlotValue], version: int) -> Live:
         """What is live once these values are.
 
         Args:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from refitkit.errors import EngineError, NotRefittableError, Problem, raised_as
-from refitkit.model import KeptWeights
+from refitkit.model import KeptWeights, SlotKey
 from refitkit.protocols import HoldsPrevious
 
 if TYPE_CHECKING:
@@ -26,10 +26,7 @@ if TYPE_CHECKING:
     from refitkit.protocols import OpenedModule
     from refitkit.recipe import RefitPlan
 
-Key: TypeAlias = tuple[str, str]
-"""``(engine, slot)``."""
-
-Values: TypeAlias = Mapping[Key, "torch.Tensor"]
+Values: TypeAlias = Mapping[SlotKey, "torch.Tensor"]
 
 FIRST = "as compiled or loaded"
 """What the weights of version 0 are, in words."""
@@ -50,7 +47,7 @@ class Record:
     """
 
     version: int
-    written: frozenset[Key]
+    written: frozenset[SlotKey]
     kept: Values
     source: str
     live: Live | None
@@ -79,7 +76,7 @@ class Way:
     source: str
     live: Live | None
     overridden: frozenset[str]
-    lent: frozenset[Key] = frozenset()
+    lent: frozenset[SlotKey] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ class History:
     records: tuple[Record, ...] = ()
     base: Values = field(default_factory=dict)
     base_lost: str = ""
-    written: frozenset[Key] = frozenset()
+    written: frozenset[SlotKey] = frozenset()
     plan: RefitPlan | None = None
     overridden: frozenset[str] = frozenset()
 
@@ -184,7 +181,7 @@ def _is_lent(record: Record, module: OpenedModule | None) -> bool:
     return all(slot in held for held, slot in _places(module, lacking))
 
 
-def _is_copy(value: torch.Tensor, records: Iterable[Record], key: Key) -> bool:
+def _is_copy(value: torch.Tensor, records: Iterable[Record], key: SlotKey) -> bool:
     """Whether a value is one of the copies that records keep."""
     return any(record.kept.get(key) is value for record in records)
 
@@ -198,7 +195,7 @@ def _before(record: Record, module: OpenedModule, *, newest: bool) -> Values | N
     return {**record.kept, **found} if lacking <= found.keys() else None
 
 
-def _of_engines(module: OpenedModule, keys: Collection[Key]) -> dict[Key, torch.Tensor]:
+def _of_engines(module: OpenedModule, keys: Collection[SlotKey]) -> dict[SlotKey, torch.Tensor]:
     """What the engines still have of values from before the newest refit."""
     with raised_as(EngineError, "An engine failed to tell what it held"):
         places = zip(keys, _places(module, keys), strict=True)
@@ -206,7 +203,7 @@ def _of_engines(module: OpenedModule, keys: Collection[Key]) -> dict[Key, torch.
 
 
 def _places(
-    module: OpenedModule, keys: Collection[Key]
+    module: OpenedModule, keys: Collection[SlotKey]
 ) -> Iterator[tuple[Mapping[str, torch.Tensor], str]]:
     """For each key what its engine has of values from before, and the slot's name."""
     held: dict[str, Mapping[str, torch.Tensor]] = {}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from refitkit.errors import EngineError, raised_as
 from refitkit.pipeline.changes import live_value
-from refitkit.pipeline.history import History, Key, Record
+from refitkit.pipeline.history import History, Record
 from refitkit.protocols import HoldsPrevious
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from refitkit.config import Config
+    from refitkit.model import SlotKey
     from refitkit.pipeline.held import Held
     from refitkit.protocols import OpenedModule
     from refitkit.recipe import RefitPlan
@@ -35,7 +36,7 @@ class Keeping:
         self,
         module: OpenedModule,
         before: Held,
-        written: Iterable[Key],
+        written: Iterable[SlotKey],
         config: Config,
         *,
         with_base: bool,
@@ -54,7 +55,7 @@ class Keeping:
         """
         self._module, self._before, self._config = module, before, config
         self._written = frozenset(written)
-        self._copies: dict[Key, torch.Tensor] = {}
+        self._copies: dict[SlotKey, torch.Tensor] = {}
         self._keepers = {n for n, e in module.engines.items() if isinstance(e, HoldsPrevious)}
         self.history = _unbroken(before.history, config.keep_versions)
         self._base = self._missing_in_base() if with_base else self._lose_base(OFF)
@@ -67,13 +68,13 @@ class Keeping:
             others = sorted(undone - self._kept.keys())
             self._lent = self._will_be_lent(others)
 
-    def _missing_in_base(self) -> frozenset[Key]:
+    def _missing_in_base(self) -> frozenset[SlotKey]:
         """Slots of which the values of version 0 have to be copied now."""
         if self.history.base_lost:
             return frozenset()
         return self._written - self.history.base.keys()
 
-    def _not_in_engines(self) -> frozenset[Key]:
+    def _not_in_engines(self) -> frozenset[SlotKey]:
         """Slots of which the values before this refit have to be copied, so that it can be undone.
 
         What engines hold anyway suffices until the next refit.
@@ -83,7 +84,7 @@ class Keeping:
             return self._written if depth else frozenset()
         return frozenset(key for key in self._written if key[0] not in self._keepers)
 
-    def _will_be_lent(self, keys: Collection[Key]) -> bool:
+    def _will_be_lent(self, keys: Collection[SlotKey]) -> bool:
         """Whether the engines will have what slots hold now: they know it, and keep it."""
         if not self._keepers.issuperset(name for name, _ in keys):
             return False
@@ -100,7 +101,7 @@ class Keeping:
             why = f"they take {self._size()} bytes, and keep_limit is {limit}"
             self._base = self._lose_base(why)
 
-    def _lose_base(self, why: str) -> frozenset[Key]:
+    def _lose_base(self, why: str) -> frozenset[SlotKey]:
         """Values of version 0 are not kept any more: none of them has to be copied."""
         why = self.history.base_lost or why
         self.history = replace(self.history, base={}, base_lost=why)
@@ -111,7 +112,7 @@ class Keeping:
         new = self._base | self._own
         return self.history.nbytes + sum(engines[name].slots[slot].nbytes for name, slot in new)
 
-    def _copy(self, keys: Collection[Key]) -> None:
+    def _copy(self, keys: Collection[SlotKey]) -> None:
         values = present(self._module, keys)
         unknown = next((key for key in values if values[key] is None and key in self._base), None)
         if unknown is not None:
@@ -122,7 +123,7 @@ class Keeping:
                 self._copies[key] = value.detach().to("cpu", copy=True)
 
     @property
-    def _kept(self) -> dict[Key, torch.Tensor]:
+    def _kept(self) -> dict[SlotKey, torch.Tensor]:
         return {key: self._copies[key] for key in self._own if key in self._copies}
 
     def copy_mutable(self) -> None:
@@ -156,14 +157,14 @@ class Keeping:
         return replace(self.history, base=base, records=records, written=written, plan=plan)
 
 
-def present(module: OpenedModule, keys: Collection[Key]) -> dict[Key, torch.Tensor | None]:
+def present(module: OpenedModule, keys: Collection[SlotKey]) -> dict[SlotKey, torch.Tensor | None]:
     """What slots hold, where their engines can tell: aliases, in the order of their names.
 
     What an engine is able to do is asked once: that takes longer than reading a slot.
     """
     names = dict.fromkeys(name for name, _ in keys)
     tells = {name: live_value(module.engines[name]) for name in names}
-    found: dict[Key, torch.Tensor | None] = {}
+    found: dict[SlotKey, torch.Tensor | None] = {}
     for engine, slot in sorted(keys):
         tell = tells[engine]
         found[engine, slot] = None if tell is None else tell(slot)

@@ -19,7 +19,7 @@ from refitkit.pipeline.check import check_abilities
 from refitkit.pipeline.clock import Clock
 from refitkit.pipeline.compiled import CompiledModule
 from refitkit.pipeline.held import Held
-from refitkit.pipeline.history import FIRST, Key, Way
+from refitkit.pipeline.history import FIRST, Way
 from refitkit.pipeline.keeping import present
 from refitkit.pipeline.load import open_target
 from refitkit.pipeline.mapping import Mapping
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from refitkit.config import Config
     from refitkit.host import Host
-    from refitkit.model import Slot, VerificationResult
+    from refitkit.model import Slot, SlotKey, VerificationResult
     from refitkit.pipeline.origin import Origin
     from refitkit.protocols import OpenedModule
 
@@ -174,7 +174,7 @@ class Return:
         )
 
     def _judge(
-        self, plan: RefitPlan, mapping: Mapping, source: str, lent: frozenset[Key]
+        self, plan: RefitPlan, mapping: Mapping, source: str, lent: frozenset[SlotKey]
     ) -> Callable[[OpenedModule], VerificationResult] | None:
         wish, module = self._wish, self._module
         inputs = verify.as_inputs(wish.inputs)
