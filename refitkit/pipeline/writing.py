@@ -101,9 +101,11 @@ class Writing:
         """
         with self._found.clock.stage("stage"):
             self._stage()
-            self._found.changed = self.staged.changed()
             written = self._mapping.values
-            self._found.changes = measured(self._config, self.module, self.staged, written)
+            changes = measured(self._config, self.module, self.staged, written)
+            # where a sample differs nobody has to compare all of both sets
+            self._found.changed = changes.seen or self.staged.changed()
+            self._found.changes = changes
             self._found.memory = self.staged.memory()
             if self._prepared.rollback:
                 self._keeping = self._kept()

@@ -157,7 +157,7 @@ def from_norms(numbers: Sequence[float], dtype: torch.dtype, count: int) -> Dist
     """
     whole = is_whole(dtype)
     apart, length, largest, differing = numbers
-    lost = not all(map(math.isfinite, numbers)) or ((not apart or not length) and largest > 0)
+    lost = not math.isfinite(apart + length + largest) or (not (apart and length) and largest > 0)
     if lost and not whole:
         return None
     return Distance(apart, length, largest, int(differing), count, whole)

@@ -7,8 +7,9 @@ every slot, has each engine stage them, and commits. Verifiers judge the result.
 What an engine may or may not be able to do is a protocol of its own: :class:`SupportsReadback`,
 :class:`RemembersWeights`, :class:`SupportsPartial`, :class:`SupportsSpareBuffer`,
 :class:`SupportsOverwrite`, :class:`SupportsWarming`, :class:`HoldsPrevious`. So it is with what is
-staged (:class:`ShowsStaged`), with opened modules (:class:`Offline`, :class:`LowersPrecision`) and
-sources (:class:`HoldsProgram`, :class:`KnowsRevisions`, :class:`MadeOf`).
+staged (:class:`ShowsStaged`, :class:`ShowsMemory`), with opened modules (:class:`Offline`,
+:class:`LowersPrecision`) and sources (:class:`HoldsProgram`, :class:`KnowsRevisions`,
+:class:`MadeOf`).
 
 Between a source and the names that a program reads stand :class:`WeightTransform` objects.
 """
@@ -17,8 +18,12 @@ from refitkit.protocols.backends import Backend, HoldsValues, KnowsPlanKey, Plan
 from refitkit.protocols.engines import (
     Engine,
     HoldsPrevious,
+    Place,
+    Places,
     RemembersWeights,
+    ShowsMemory,
     ShowsStaged,
+    SideBySide,
     SlotValue,
     StagedRefit,
     SupportsOverwrite,
@@ -52,12 +57,16 @@ __all__ = [
     "MappingStrategy",
     "Offline",
     "OpenedModule",
+    "Place",
+    "Places",
     "Plan",
     "PlanDraft",
     "PlanKey",
     "Rebuilds",
     "RemembersWeights",
+    "ShowsMemory",
     "ShowsStaged",
+    "SideBySide",
     "SlotValue",
     "StagedRefit",
     "SupportsOverwrite",

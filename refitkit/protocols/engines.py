@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     import torch
 
@@ -112,6 +112,64 @@ class ShowsStaged(Protocol):
         """The new value of a slot that one was given for, in its dtype and shape.
 
         An alias, valid until ``commit`` or ``discard``. Not to be written to.
+        """
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the value of a slot lies in a piece of memory.
+
+    Attributes:
+        slot: Its name.
+        dtype: Its dtype.
+        offset: Where it begins, in bytes: a multiple of the size of an element.
+        count: Number of its elements; they lie one after another.
+    """
+
+    slot: str
+    dtype: torch.dtype
+    offset: int
+    count: int
+
+
+class Places:
+    """Where all slots of an engine lie. Never changes: what follows from it is found out once.
+
+    Attributes:
+        all: One place for each slot, in any order.
+    """
+
+    def __init__(self, places: Iterable[Place]) -> None:
+        """Take the places of all slots."""
+        self.all = tuple(places)
+
+
+@dataclass(frozen=True, eq=False)
+class SideBySide:
+    """All values of an engine, the live and the staged ones, each in one piece of memory.
+
+    Attributes:
+        live: Bytes of the live values: a flat tensor of ``uint8``, on any device.
+        staged: Bytes of the staged values, likewise, of the same size.
+        places: Where slots lie in both: the same object from refit to refit.
+    """
+
+    live: torch.Tensor
+    staged: torch.Tensor
+    places: Places
+
+
+@runtime_checkable
+class ShowsMemory(Protocol):
+    """Staged values that lie as the live ones do: all slots are compared by a few operations.
+
+    For engines with many slots, where one operation for each would cost more than what it does.
+    """
+
+    def side_by_side(self) -> SideBySide | None:
+        """Both, valid until ``commit`` or ``discard``, not to be written to.
+
+        None where nobody knows the live values.
         """
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from refitkit.program.dtypes import dtype_of
+from refitkit.protocols import Place, Places
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -26,12 +27,14 @@ class Layout:
         offsets: Where each begins, in bytes, by name.
         nbytes: Size of all.
         runs: First byte and end of all weights of a dtype, by its name.
+        places: The same for those who compare two sets.
     """
 
     facts: Mapping[str, WeightFact]
     offsets: Mapping[str, int]
     nbytes: int
     runs: Mapping[str, tuple[int, int]]
+    places: Places
 
     @classmethod
     def of(cls, facts: Iterable[WeightFact]) -> Layout:
@@ -46,7 +49,11 @@ class Layout:
             first, _ = runs.get(fact.dtype, (end, end))
             end += -(-size // _ALIGNMENT) * _ALIGNMENT
             runs[fact.dtype] = (first, end)
-        return cls({fact.name: fact for fact in ordered}, offsets, end, runs)
+        places = Places(
+            Place(fact.name, dtype_of(fact.dtype), offsets[fact.name], fact.count)
+            for fact in ordered
+        )
+        return cls({fact.name: fact for fact in ordered}, offsets, end, runs, places)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +94,7 @@ class Arena:
     Attributes:
         memory: All of it, as bytes; gaps between weights are zero, and stay so.
         views: Each weight, flat, by name.
+        tensors: Each weight in its shape, where that is known, by name.
         constants: What weights were last written from, where that is a constant, by name.
     """
 
@@ -98,6 +106,10 @@ class Arena:
         self.views = {
             name: self._view(layout.offsets[name], fact.count, fact.dtype)
             for name, fact in layout.facts.items()
+        }
+        self.tensors = {
+            name: view if (shape := layout.facts[name].shape) is None else view.view(shape)
+            for name, view in self.views.items()
         }
         self.constants: dict[str, Constant] = {}
         self.runs = {

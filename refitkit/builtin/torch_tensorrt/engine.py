@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from refitkit.builtin.torch_tensorrt.handles import EngineHandle
     from refitkit.builtin.torch_tensorrt.rollback import Keep
     from refitkit.builtin.torch_tensorrt.weighttypes import WeightFact
-    from refitkit.protocols import SlotValue, StagedRefit
+    from refitkit.protocols import SideBySide, SlotValue, StagedRefit
 
 
 @dataclass(frozen=True)
@@ -129,21 +129,20 @@ class RefitterEngine:
 
     def remembered(self, slot: str) -> torch.Tensor | None:
         """What was last given to a slot: an alias; None while nobody knows it."""
-        value = self._sets.known_value(slot) if self._sets is not None else None
-        return None if value is None else self._shaped(slot, value)
+        return self._sets.known_value(slot) if self._sets is not None else None
 
     def staged(self, slot: str) -> torch.Tensor:
         """What the staging set holds for a slot: an alias."""
-        return self._shaped(slot, self.sets.staging.views[slot])
+        return self.sets.staging.tensors[slot]
+
+    def side_by_side(self) -> SideBySide | None:
+        """Both sets as they lie in memory; None while nobody knows the live values."""
+        return self.sets.side_by_side()
 
     def previous(self) -> Mapping[str, torch.Tensor]:
         """What was given before the last refit, copied when asked for: staging overwrites it."""
         values = self._sets.previous() if self._sets is not None else {}
-        return Copies(values, lambda name: self._shaped(name, values[name]).clone())
-
-    def _shaped(self, slot: str, value: torch.Tensor) -> torch.Tensor:
-        shape = self.facts[slot].shape
-        return value if shape is None else value.view(shape)
+        return Copies(values, lambda name: values[name].clone())
 
     # -- for subclasses ---------------------------------------------------------------------
 

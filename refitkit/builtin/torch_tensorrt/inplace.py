@@ -13,10 +13,9 @@ from refitkit.recipe.sources import require_values
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from refitkit.protocols import SlotValue
-
-if TYPE_CHECKING:
     import torch
+
+    from refitkit.protocols import SideBySide, SlotValue
 
 _UNKNOWN = "its weights are not known, so its first refit still compiles for seconds"
 
@@ -149,6 +148,10 @@ class StagedInPlace:
     def staged(self, slot: str) -> torch.Tensor:
         """The new value of a slot: an alias, valid until the next refit is staged."""
         return self._engine.staged(slot)
+
+    def side_by_side(self) -> SideBySide | None:
+        """Live and new values as they lie in memory; None while the live ones are not known."""
+        return self._engine.side_by_side()
 
 
 def _take_back(staged: StagedInPlace, cause: BaseException) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from refitkit.builtin.torch_tensorrt.arena import Arena
 from refitkit.program.bits import same_bits
+from refitkit.protocols import SideBySide
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -75,8 +76,8 @@ class WeightSets:
         self.live, self._has_previous = "staging", previous
 
     def previous(self) -> Mapping[str, torch.Tensor]:
-        """What was live before the last commit, flat, where that is still there."""
-        return self._ready_base().views if self._has_previous else {}
+        """What was live before the last commit, where that is still there."""
+        return self._ready_base().tensors if self._has_previous else {}
 
     @property
     def known(self) -> bool:
@@ -117,10 +118,16 @@ class WeightSets:
         return not same_bits(self.staging.memory, self._ready_base().memory)
 
     def known_value(self, name: str) -> torch.Tensor | None:
-        """The live value of a weight, flat: an alias; None where it is not known."""
-        if self.live is None:
+        """The live value of a weight: an alias; None where it is not known."""
+        if self._live is None:
             return None
-        return (self.staging if self.live == "staging" else self._ready_base()).views[name]
+        return (self.staging if self._live == "staging" else self._ready_base()).tensors[name]
+
+    def side_by_side(self) -> SideBySide | None:
+        """Both sets as they lie in memory; None where the live values are not put aside."""
+        if self.live != "base":
+            return None
+        return SideBySide(self._ready_base().memory, self.staging.memory, self._layout.places)
 
     def spoilt(self) -> Iterator[tuple[str, int]]:
         """Weights with elements that are not finite where the live ones are: name and number."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from refitkit.builtin.torch_tensorrt.handles import EngineHandle
+    from refitkit.protocols import SideBySide
 
 
 class ShadowEngine(RefitterEngine):
@@ -79,6 +80,10 @@ class StagedEngine:
     def staged(self, slot: str) -> torch.Tensor:
         """The new value of a slot: an alias, valid until the next refit is staged."""
         return self._engine.staged(slot)
+
+    def side_by_side(self) -> SideBySide | None:
+        """Live and new values as they lie in memory; None while the live ones are not known."""
+        return self._engine.side_by_side()
 
 
 def _put(handle: EngineHandle, engine: Any) -> None:

@@ -42,10 +42,12 @@ def fill(
                 constant = Constant.of(tensor) if value.pinned else None
                 if constant and constant.is_same_as(arena.constants.get(name)):
                     continue
-                room, fact = arena.views[name], facts[name]
-                if not _fits(tensor, room, fact):
-                    problems += _misfits(fact, tensor)
-                    continue
+                room = arena.tensors[name]
+                if tensor.dtype is not room.dtype or tensor.shape != room.shape:
+                    wrong = list(_misfits(facts[name], tensor))
+                    problems += wrong
+                    if wrong:
+                        continue
                 arena.constants.pop(name, None)
                 uploader.copy(room, tensor)
                 if constant:
@@ -57,15 +59,8 @@ def fill(
         raise WeightMismatchError("Values do not fit the engine.", problems=problems)
 
 
-def _fits(tensor: torch.Tensor, room: torch.Tensor, fact: WeightFact) -> bool:
-    return (
-        tensor.dtype is room.dtype
-        and tensor.numel() == fact.count
-        and (fact.shape is None or tensor.shape == fact.shape)
-    )
-
-
 def _misfits(fact: WeightFact, tensor: torch.Tensor) -> Iterator[Problem]:
+    """What keeps a tensor from being the weight: nothing where only nobody knows its shape."""
     kind = dtype_name(tensor.dtype)
     if kind != fact.dtype:
         yield Problem(fact.name, "dtype", kind, fact.dtype)

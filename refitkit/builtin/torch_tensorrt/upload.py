@@ -46,7 +46,7 @@ class Uploader:
         """Copy all elements in logical order, at the latest in ``finish``.
 
         Args:
-            room: Flat, of the value's dtype and count, on the device.
+            room: Contiguous, flat or of the value's shape, of its dtype and count, on the device.
             value: Any layout, any device, without gradients. Free only after ``finish``.
         """
         if value.is_conj() or value.is_neg():
@@ -65,7 +65,8 @@ class Uploader:
         if value.dtype not in _AS_ONE or not value.is_contiguous():
             room.view(value.shape).copy_(value, non_blocking=True)
             return
-        self._waiting.append((room, value if value.dim() == 1 else value.view(-1)))
+        alike = value.dim() == room.dim()
+        self._waiting.append((room, value if alike else value.view(room.shape)))
         self._held += value.nbytes
         if self._held > _WAITING:
             self._copy_waiting()
@@ -101,7 +102,7 @@ class Uploader:
     def copy_in_chunks(self, room: torch.Tensor, value: torch.Tensor) -> None:
         """Copy a value of the host through the pinned chunks."""
         source = value.contiguous().reshape(-1).view(torch.uint8)
-        target = room.view(torch.uint8)
+        target = room.view(-1).view(torch.uint8)
         for first in range(0, source.numel(), self._size):
             part = source[first : first + self._size]
             chunk = self._next()[: part.numel()]

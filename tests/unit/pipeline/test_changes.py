@@ -12,11 +12,11 @@ import torch
 from refitkit.config import Config
 from refitkit.errors import ConfigError, EngineError
 from refitkit.model import RefitReport
-from refitkit.pipeline import Pipeline
-from refitkit.pipeline import changes as module
-from refitkit.pipeline.changes import SAMPLE, measured
+from refitkit.pipeline import Pipeline, samples
+from refitkit.pipeline.changes import measured
 from refitkit.pipeline.pipeline import PLAN
 from refitkit.pipeline.report import UNCHANGED
+from refitkit.pipeline.samples import SAMPLE
 from refitkit.pipeline.stage import Staged
 from refitkit.program.distance import distance
 from refitkit.protocols import SlotValue
@@ -103,7 +103,7 @@ def test_a_sample_is_spread_over_all_of_it() -> None:
     """Of each thirtieth some elements are looked at, and never more than a sample."""
     for count in (SAMPLE + 1, SAMPLE + 777, 65 * SAMPLE, 100_000):
         old = torch.ones(count)
-        seen = module._sample(torch.arange(count)).reshape(-1)
+        seen = samples.sample(torch.arange(count)).reshape(-1)
         assert len(seen.unique()) == SAMPLE
         assert seen.min() == 0
         assert seen.max() >= count - 1 - count // 30
@@ -113,7 +113,7 @@ def test_a_sample_is_spread_over_all_of_it() -> None:
 
 
 def test_many_slots_of_many_kinds_keep_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_TOGETHER", 3)
+    monkeypatch.setattr(samples, "_TOGETHER", 3)
     kinds = [torch.float32, torch.float16, torch.float64, torch.complex64, torch.int8]
     kinds += [torch.float8_e4m3fn, torch.bool]
     state, new = {}, {}

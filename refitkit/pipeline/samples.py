@@ -1,0 +1,200 @@
+"""Distances of slots from samples of their elements: the time goes by slots, not by bytes.
+
+At most ``SAMPLE`` elements of each slot are looked at, in runs that are spread evenly over it:
+single elements would each cost a cache line. Samples of one dtype are rows of one matrix, and what
+comes out is fetched once for each device.
+
+An engine whose values lie in one piece of memory is sampled by reading that piece at places that
+are worked out once. Of all others each slot is looked at on its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import torch
+
+from refitkit.program.bits import flat_pair
+from refitkit.program.distance import (
+    Distance,
+    from_norms,
+    is_whole,
+    looked_through,
+    norms_of_rows,
+)
+from refitkit.recipe.once import once_for_each
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from refitkit.protocols import Place, Places, SideBySide
+
+_RUNS, _RUN = 32, 32
+"""A sample is so many runs of so many elements, of float32 two cache lines each."""
+
+SAMPLE = _RUNS * _RUN
+"""Elements of a sample: of weights that are drawn alike, norms are then right to a few percent."""
+
+_FEW = 64
+"""On a CPU slots of at most so many elements have a matrix of their own: filling up takes time."""
+
+_TOGETHER = 31
+"""Samples that are put into one matrix. From 32,768 elements on (``at::internal::GRAIN_SIZE``)
+torch would call other threads, which on a busy CPU costs more than it saves."""
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+# -- values that lie anywhere -------------------------------------------------------------------
+
+
+def of_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[Distance]:
+    """The distance of each pair of an old and a new value of one dtype and shape."""
+    samples = [_both(old, new) for old, new in pairs]
+    groups: dict[object, list[int]] = defaultdict(list)
+    for n, (x, y) in enumerate(samples):
+        if x.numel():
+            groups[x.dtype, x.shape, x.device, y.device].append(n)
+    batches = [
+        some[start : start + _TOGETHER]
+        for some in groups.values()
+        for start in range(0, len(some), _TOGETHER)
+    ]
+    sums = [_norms_of([samples[n] for n in batch]) for batch in batches]
+    found = [Distance() for _ in pairs]
+    for batch, columns in zip(batches, _fetched(sums), strict=True):
+        for n, some in zip(batch, columns, strict=True):
+            x, y = samples[n]
+            found[n] = from_norms(some, x.dtype, x.numel()) or looked_through(x, y)
+    return found
+
+
+def _both(old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of the same elements of both: all, or runs that are spread evenly."""
+    if not (old.is_contiguous() and new.is_contiguous()):
+        old, new = flat_pair(old, new)
+    return sample(old), sample(new)
+
+
+def sample(dense: torch.Tensor) -> torch.Tensor:
+    """The sample of a dense tensor, a view."""
+    count = dense.numel()
+    if count <= SAMPLE:
+        return dense.as_strided((count,), (1,))
+    return dense.as_strided((_RUNS, _RUN), (_step(count), 1))
+
+
+def _step(count: int) -> int:
+    """How far it is from the beginning of one run to that of the next."""
+    return (count - _RUN) // (_RUNS - 1)
+
+
+def _norms_of(samples: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Norms of samples of one dtype, shape and device, each one row."""
+    x, y = (_matrix(side) for side in zip(*samples, strict=True))
+    return norms_of_rows(x.to(y.device), y, count=False)
+
+
+def _matrix(samples: Sequence[torch.Tensor]) -> torch.Tensor:
+    dtype = samples[0].dtype
+    if dtype.itemsize == 1:  # the 8-bit floats have few operations
+        return torch.stack([s.view(torch.uint8) for s in samples]).flatten(1).view(dtype)
+    return torch.stack(list(samples)).flatten(1)
+
+
+# -- values that lie in one piece of memory -----------------------------------------------------
+
+
+def of_memory(both: SideBySide) -> dict[str, tuple[float, float]]:
+    """Of every slot, by its name: ``relative`` and ``largest`` of the :class:`Distance`."""
+    matrices = _matrices_of(both.places)[both.staged.is_cuda]
+    samples = [one.of(both) for one in matrices]
+    sums = [norms_of_rows(x, y, count=False) for x, y in samples]
+    found = {place.slot: (0.0, 0.0) for place in both.places.all}
+    for one, (x, y), columns in zip(matrices, samples, _fetched(sums), strict=True):
+        for row, (place, some) in enumerate(zip(one.places, columns, strict=True)):
+            apart, length, largest, _ = some
+            if one.plain and length and apart and math.isfinite(apart + length + largest):
+                found[place.slot] = apart / length, largest
+                continue
+            count = min(place.count, SAMPLE)
+            told = from_norms(some, place.dtype, count)
+            told = told or looked_through(x[row, :count], y[row, :count])
+            found[place.slot] = told.relative, told.largest
+    return found
+
+
+class _Matrix:
+    """Where in memory the samples of slots of one dtype are, a row for each.
+
+    Attributes:
+        places: The slots.
+        plain: Whether they have a length; see :class:`Distance`.
+    """
+
+    def __init__(self, dtype: torch.dtype, width: int, places: Sequence[Place]) -> None:
+        self.places, self.plain = places, not is_whole(dtype)
+        self._dtype, self._kind = dtype, _BITS.get(dtype.itemsize, dtype)
+        counts = torch.tensor([place.count for place in places])[:, None]
+        first = torch.tensor([place.offset // dtype.itemsize for place in places])[:, None]
+        steps = torch.tensor([_step(place.count) for place in places])[:, None]
+        column = torch.arange(width)[None]
+        run, element = column // _RUN, column % _RUN
+        spread = steps * run + element
+        self._beyond = column >= counts
+        self._indices = (first + torch.where(counts > SAMPLE, spread, column)).where(
+            ~self._beyond, first
+        )
+        self._ready: dict[torch.device, tuple[torch.Tensor, torch.Tensor | None]] = {}
+
+    def of(self, both: SideBySide) -> tuple[torch.Tensor, torch.Tensor]:
+        """Samples of the live and of the staged values, where the staged ones are."""
+        live, staged = self._read(both.live), self._read(both.staged)
+        return live.to(staged.device), staged
+
+    def _read(self, memory: torch.Tensor) -> torch.Tensor:
+        """Rows that are filled up with zeros, which change no norm."""
+        if memory.device not in self._ready:
+            beyond = self._beyond.to(memory.device) if self._beyond.any() else None
+            self._ready[memory.device] = self._indices.to(memory.device), beyond
+        indices, beyond = self._ready[memory.device]
+        size = self._kind.itemsize
+        found = memory[: memory.numel() // size * size].view(self._kind).take(indices)
+        return (found if beyond is None else found.masked_fill_(beyond, 0)).view(self._dtype)
+
+
+@once_for_each
+def _matrices_of(places: Places) -> Mapping[bool, tuple[_Matrix, ...]]:
+    """Matrices for a CPU and, as each takes many launches, few for a GPU."""
+    return {
+        cuda: tuple(_matrices(places.all, (SAMPLE,) if cuda else (_FEW, SAMPLE)))
+        for cuda in (False, True)
+    }
+
+
+def _matrices(places: Iterable[Place], widths: Sequence[int]) -> Iterator[_Matrix]:
+    groups: dict[tuple[torch.dtype, int], list[Place]] = defaultdict(list)
+    for place in places:
+        if place.count:
+            fitting = (width for width in widths if place.count <= width)
+            groups[place.dtype, next(fitting, widths[-1])].append(place)
+    for (dtype, width), some in groups.items():
+        yield _Matrix(dtype, width, some)
+
+
+# -- both -----------------------------------------------------------------------------------------
+
+
+def _fetched(sums: Sequence[torch.Tensor]) -> list[list[list[float]]]:
+    """Matrices as lists of their columns, fetched once from each device."""
+    by_device: dict[torch.device, list[int]] = defaultdict(list)
+    for n, one in enumerate(sums):
+        by_device[one.device].append(n)
+    found: list[list[list[float]]] = [[] for _ in sums]
+    for numbers in by_device.values():
+        columns = iter(torch.cat([sums[n] for n in numbers], dim=1).T.tolist())
+        for n in numbers:
+            found[n] = [next(columns) for _ in range(sums[n].shape[1])]
+    return found
