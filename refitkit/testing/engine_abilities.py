@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from refitkit.protocols import (
     RemembersWeights,
+    ShowsMemory,
     ShowsStaged,
     SupportsPartial,
     SupportsReadback,
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
     import torch
 
     from refitkit.model import Slot
+    from refitkit.protocols import Places
 
 _READ = "SupportsReadback.read"
 _REMEMBERED = "RemembersWeights.remembered"
 _STAGED = "ShowsStaged.staged"
+_SIDES = "ShowsMemory.side_by_side"
 _PARTIAL = "SupportsPartial.stage_partial"
 _SPARE = "SupportsSpareBuffer.free_spare"
 _WARM = "SupportsWarming.warm"
@@ -38,6 +41,16 @@ def _require_shape(contract: str, slot: Slot, value: torch.Tensor) -> None:
     if slot.shape is not None and tuple(value.shape) != slot.shape:
         found = f"{slot.name!r} is given as {tuple(value.shape)}, and is {slot.shape}."
         raise Breach(contract, found, "Give it in the shape of its slot.")
+
+
+def _at(memory: torch.Tensor, places: Places) -> dict[str, oracles.Bits]:
+    """What lies at the places of slots."""
+    return {
+        one.slot: oracles.bits(
+            memory[one.offset : one.offset + one.count * one.dtype.itemsize].view(one.dtype)
+        )
+        for one in places.all
+    }
 
 
 class AbilityChecks(EngineBase):
@@ -136,6 +149,35 @@ class AbilityChecks(EngineBase):
         self.require_held(engine, before, _STAGED, "after it", advice)
         staged.commit()
         self.require_held(engine, wanted, _STAGED, "after it and a commit", advice)
+
+    def test_both_sets_lie_side_by_side(self) -> None:
+        """Each slot once, live and new values where places say; nothing while none is known."""
+        engine = self.ready()
+        values = self.make_values(engine, B)
+        before, wanted = self.snapshot(engine), oracles.snapshot(values)
+        staged = self.stage(engine, values)
+        if not isinstance(staged, ShowsMemory):
+            skip("what is staged has no ShowsMemory.side_by_side")
+        both = staged.side_by_side()
+        if both is None:
+            found = "nothing is shown after a refit."
+            raise Breach(_SIDES, found, "Show both; None is for live values that nobody knows.")
+        named = sorted(one.slot for one in both.places.all)
+        if named != sorted(engine.slots):
+            found = f"there are places for {oracles.shown(named)}."
+            raise Breach(_SIDES, found, "Have one place for each slot.")
+        for what, memory, held in (("live", both.live, before), ("staged", both.staged, wanted)):
+            there = _at(memory, both.places)
+            wrong = sorted(name for name, value in there.items() if value != held[name])
+            if wrong:
+                found = f"the {what} memory has something else for {oracles.shown(wrong)}."
+                raise Breach(_SIDES, found, "Say where each slot lies in both, in bytes.")
+        staged.commit()
+        again = self.stage(engine, self.make_values(engine, C))
+        shown = again.side_by_side() if isinstance(again, ShowsMemory) else None
+        if shown is not None and shown.places is not both.places:
+            found = "the next refit brings other places."
+            raise Breach(_SIDES, found, "Keep one Places: what follows from it is kept with it.")
 
     # -- in part ----------------------------------------------------------------------------
 

@@ -10,12 +10,13 @@ import torch
 
 from refitkit.errors import WeightMismatchError
 from refitkit.model import EngineMemory
+from refitkit.protocols import Place, Places, SideBySide
 from refitkit.testing.fakes import FakeStaged, OpenEngine, Tripwire
 from tests.conformance.bites import Bite
 from tests.conformance.test_fakes import TestOpenEngine
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from refitkit.protocols import SlotValue
 
@@ -27,10 +28,37 @@ VALUES = {
 }
 
 
+PLACES = Places(
+    [
+        Place("matrix", torch.float32, 0, 6),
+        Place("half", torch.float16, 24, 3),
+        Place("complex", torch.complex64, 32, 4),
+        Place("whole", torch.int8, 64, 8),
+    ]
+)
+
+
+def laid_out(values: Mapping[str, torch.Tensor], places: Places) -> torch.Tensor:
+    """Values where places say."""
+    memory = torch.zeros(80, dtype=torch.uint8)
+    for one in places.all:
+        end = one.offset + one.count * one.dtype.itemsize
+        memory[one.offset : end].view(one.dtype).copy_(values[one.slot].reshape(-1))
+    return memory
+
+
+class Laid(FakeStaged):
+    """New values that can be seen in one piece."""
+
+    def side_by_side(self) -> Any:
+        live, new = self.engine.live, {**self.engine.live, **self.values}
+        return SideBySide(laid_out(live, PLACES), laid_out(new, PLACES), PLACES)
+
+
 class Open(OpenEngine):
     """A good engine whose parts can be broken one by one."""
 
-    Staged = FakeStaged
+    Staged: type[FakeStaged] = Laid
 
     def __init__(self) -> None:
         super().__init__("engine", VALUES, Tripwire())
@@ -762,3 +790,38 @@ class TakesAway(FakeStaged):
         gone = getattr(self, "gone", {})
         self.values = {name: v for name, v in self.values.items() if name not in gone}
         super().commit()
+
+
+@breaks("both_sets_lie_side_by_side", "nothing is shown after a refit")
+class ShowsNothing(Laid):
+    def side_by_side(self) -> None:
+        return None
+
+
+@breaks("both_sets_lie_side_by_side", "there are places for 'complex', 'half', 'matrix'")
+class ForgetsASlot(Laid):
+    def side_by_side(self) -> SideBySide:
+        both = super().side_by_side()
+        return SideBySide(both.live, both.staged, Places(PLACES.all[:3]))
+
+
+@breaks("both_sets_lie_side_by_side", "the live memory has something else for 'complex', 'half'")
+class ShowsTheNewTwice(Laid):
+    def side_by_side(self) -> SideBySide:
+        both = super().side_by_side()
+        return SideBySide(both.staged, both.staged, PLACES)
+
+
+@breaks("both_sets_lie_side_by_side", "the staged memory has something else for 'matrix'")
+class LiesElsewhere(Laid):
+    def side_by_side(self) -> SideBySide:
+        both = super().side_by_side()
+        both.staged[:24] = both.staged[:24].flip(0)
+        return both
+
+
+@breaks("both_sets_lie_side_by_side", "the next refit brings other places")
+class NewPlaces(Laid):
+    def side_by_side(self) -> SideBySide:
+        both = super().side_by_side()
+        return SideBySide(both.live, both.staged, Places(PLACES.all))
