@@ -6,7 +6,7 @@ milliseconds. Tables come last, and everything is written to a file whenever a p
 
 usage: python benchmarks/gpu.py [results.json] [--models resnet18 ...] [--dtypes float16 ...]
                                 [--pairs resnet18:float16 ...] [--budget SECONDS] [--runs 30]
-                                [--upstream [resnet18 ...]]
+                                [--upstream [resnet18 ...]] [--immutable [resnet18 ...]]
 """
 
 from __future__ import annotations
@@ -124,7 +124,11 @@ def jobs_of(given: argparse.Namespace) -> Iterator[list[Job]]:
         first = dtype == "float32"
         batch = []
         for model in given.models:
-            chosen = {"--upstream": given.upstream, "--profile": given.profile}
+            chosen = {
+                "--upstream": given.upstream,
+                "--profile": given.profile,
+                "--immutable": given.immutable,
+            }
             options = [option for option, models in chosen.items() if first and model in models]
             batch.append(Job(model, dtype, tuple(options)))
             if first and model in given.cpp:
@@ -196,6 +200,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pairs", nargs="+", metavar="MODEL:DTYPE", help="just these, one batch")
     parser.add_argument("--upstream", nargs="*", choices=MODELS, default=UPSTREAM)
     parser.add_argument("--profile", nargs="*", choices=MODELS, default=PROFILED)
+    parser.add_argument("--immutable", nargs="*", choices=MODELS, default=MODELS)
     parser.add_argument("--cpp", nargs="*", choices=MODELS, default=CPP)
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--budget", type=float, default=3600.0, help="seconds for all")

@@ -6,7 +6,7 @@ milliseconds has the machine alone. The file is written after every step, so tha
 outlives what fails later.
 
 usage: python benchmarks/gpu_measure.py MODEL DTYPE FILE [--runs 30] [--runtime cpp]
-                                                         [--profile] [--upstream]
+                                                         [--profile] [--upstream] [--immutable]
 """
 
 from __future__ import annotations
@@ -136,10 +136,11 @@ class Measurement:
             self._by_hand(ByHand.refit)
         self.found["by_hand"] = {"new_s": self.found["seconds"]["first refit by hand"]}
         del program
-        self._immutable = upstream_compiled(
-            exported(self._a, self.inputs), self.inputs, immutable_weights=True
-        )
-        self._immutable(*self.inputs)
+        if self._given.immutable:
+            self._immutable = upstream_compiled(
+                exported(self._a, self.inputs), self.inputs, immutable_weights=True
+            )
+            self._immutable(*self.inputs)
         if self._given.upstream:
             self._theirs = upstream_compiled(
                 exported(self._a, self.inputs), self.inputs, immutable_weights=False
@@ -236,7 +237,7 @@ class Measurement:
 
     def _calls(self) -> None:
         modules = {"refittable": self.compiled}
-        if self._given.runtime == "python":
+        if self._given.immutable:
             modules["immutable"] = self._immutable
         self.found["call"] = {
             name: summary(many(lambda _, m=module: m(*self.inputs), 100, 2.0))
@@ -415,6 +416,7 @@ def main() -> None:
     parser.add_argument("--runtime", choices=("python", "cpp"), default="python")
     parser.add_argument("--profile", action="store_true", help="where the time of a refit goes")
     parser.add_argument("--upstream", action="store_true", help="upstream's function, too")
+    parser.add_argument("--immutable", action="store_true", help="an engine without REFIT, too")
     one = Measurement(parser.parse_args())
     try:
         with torch.no_grad():

@@ -24,6 +24,7 @@ from refitkit.builtin.torch_tensorrt.refitter import PersistentRefitter
 from refitkit.builtin.torch_tensorrt.rollback import WeightSets
 from refitkit.builtin.torch_tensorrt.upload import Uploader
 from refitkit.pipeline import refit as refitting
+from refitkit.pipeline import samples, writing
 from refitkit.pipeline.commit import Transaction
 from refitkit.pipeline.keeping import Keeping
 from refitkit.pipeline.report import Findings
@@ -64,6 +65,10 @@ WATCHED: tuple[tuple[Any, str], ...] = (
     (Writing, "judge"),
     (Staged, "fill"),
     (Keeping, "__init__"),
+    (writing, "measured"),
+    (samples, "of_memory"),
+    (samples, "norms_of_rows"),
+    (samples, "_fetched"),
     (PersistentRefitter, "_run"),
     (Findings, "report"),
 )
