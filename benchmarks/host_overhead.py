@@ -103,11 +103,11 @@ def main() -> None:
     whole, stages = [], defaultdict(list)
     for number in range(runs + 4):
         start = time.perf_counter()
-        report = pipeline.refit(compiled, states[number % 2], verify="none").report
+        result = pipeline.refit(compiled, states[number % 2], verify="none")
         if number < 4:
             continue
         whole.append(time.perf_counter() - start)
-        for one in report.stages:
+        for one in result.report.stages:
             stages[one.stage].append(one.seconds)
     print(f"{len(plan.ledger)} slots, {len(states[0])} entries; medians of {runs}, ms")
     for name, times in {"whole": whole, **stages}.items():

@@ -132,6 +132,10 @@ class Host:
             name, taken.origin, hooks, taken.module, taken.distribution, taken.version
         )
 
+    def has(self, hook: str) -> bool:
+        """Whether any plugin implements a hook."""
+        return bool(getattr(self._manager.hook, hook).get_hookimpls())
+
     def kind_of(self, hook: str) -> str:
         """``first`` or ``all``."""
         spec = getattr(self._manager.hook, hook).spec

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +22,7 @@ from refitkit.program.distance import distance
 from refitkit.protocols import RemembersWeights, ShowsMemory, ShowsStaged, SupportsReadback
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from refitkit.config import Config
     from refitkit.model import SlotKey
@@ -37,20 +38,43 @@ _HINT = 'Config.changes="off" leaves this measurement out.'
 
 @dataclass(frozen=True)
 class Changes:
-    """What a report says of how far slots move.
+    """How far slots move.
 
     Attributes:
-        rows: One for each slot that could be measured.
-        notes: Which of them changed beyond reason.
+        how: ``Config.changes``.
+        limit: ``Config.change_limit``.
+        moved: By slot, ``relative`` and ``largest`` of :class:`ChangeRow`, and the number of
+            elements.
     """
 
-    rows: tuple[ChangeRow, ...] = ()
-    notes: tuple[str, ...] = ()
+    how: str = "off"
+    limit: float | None = None
+    moved: Mapping[SlotKey, tuple[float, float, int]] = field(default_factory=dict)
 
     @property
     def seen(self) -> bool:
         """Whether any element that was looked at differs."""
-        return any(row.largest for row in self.rows)
+        return any(largest for _, largest, _ in self.moved.values())
+
+    @cached_property
+    def rows(self) -> tuple[ChangeRow, ...]:
+        """A row of the report for each slot."""
+        sampled = self.how == "sampled"
+        return tuple(
+            ChangeRow(
+                engine=engine,
+                slot=slot,
+                relative=relative,
+                largest=largest,
+                sampled=sampled and count > SAMPLE,
+            )
+            for (engine, slot), (relative, largest, count) in self.moved.items()
+        )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Which slots changed beyond reason."""
+        return tuple(_notes(self.rows, self.limit)) if self.limit is not None else ()
 
 
 def measured(
@@ -67,27 +91,20 @@ def measured(
     Raises:
         EngineError: An engine failed to show a value, or there is no memory; nothing is live yet.
     """
-    if config.changes == "off":
+    how = config.changes
+    if how == "off":
         return Changes()
     wanted: dict[str, list[str]] = defaultdict(list)
-    for engine, slot in written:
-        wanted[engine].append(slot)
-    rows: list[ChangeRow] = []
+    for name, slot in written:
+        wanted[name].append(slot)
+    moved: dict[SlotKey, tuple[float, float, int]] = {}
     with torch.no_grad(), raised_as(EngineError, _FAILED, hint=_HINT):
         for name, one in staged.waiting():
-            found = _of_engine(module.engines[name], one, wanted[name], config.changes)
-            slots, sampled = module.engines[name].slots, config.changes == "sampled"
-            rows += [
-                ChangeRow(
-                    engine=name,
-                    slot=slot,
-                    relative=relative,
-                    largest=largest,
-                    sampled=sampled and slots[slot].count > SAMPLE,
-                )
-                for slot, (relative, largest) in found.items()
-            ]
-    return Changes(tuple(rows), tuple(_notes(rows, config.change_limit)))
+            engine = module.engines[name]
+            slots = engine.slots
+            for slot, told in _of_engine(engine, one, wanted[name], how).items():
+                moved[name, slot] = (*told, slots[slot].count)
+    return Changes(how, config.change_limit, moved)
 
 
 def _of_engine(
@@ -126,10 +143,8 @@ def _pairs(
             yield slot, (old, staged.staged(slot))
 
 
-def _notes(rows: Iterable[ChangeRow], limit: float | None) -> Iterator[str]:
+def _notes(rows: Iterable[ChangeRow], limit: float) -> Iterator[str]:
     """Which slots changed beyond reason, the farthest first."""
-    if limit is None:
-        return
     beyond = [row for row in rows if row.relative > limit and not _from_zeros(row)]
     beyond.sort(key=lambda row: row.relative, reverse=True)
     if beyond:

@@ -65,8 +65,7 @@ class Keeping:
         with raised_as(EngineError, "An engine failed to tell what it holds"):
             self._copy(self._base | self._own)
             undone = self._written if config.keep_versions else frozenset()
-            others = sorted(undone - self._kept.keys())
-            self._lent = self._will_be_lent(others)
+            self._lent = self._will_be_lent(undone - self._kept.keys())
 
     def _missing_in_base(self) -> frozenset[SlotKey]:
         """Slots of which the values of version 0 have to be copied now."""
@@ -86,9 +85,11 @@ class Keeping:
 
     def _will_be_lent(self, keys: Collection[SlotKey]) -> bool:
         """Whether the engines will have what slots hold now: they know it, and keep it."""
-        if not self._keepers.issuperset(name for name, _ in keys):
+        engines = self._module.engines
+        tells = {name: live_value(engines[name]) for name in {name for name, _ in keys}}
+        if not self._keepers.issuperset(tells):
             return False
-        return all(value is not None for value in present(self._module, keys).values())
+        return all((tell := tells[name]) and tell(slot) is not None for name, slot in keys)
 
     def _fit(self) -> None:
         """Keep less where it would be more than is allowed: the oldest goes first."""

@@ -7,12 +7,14 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from refitkit.errors import ConfigError, PluginError, Problem, UnmappedSlotError, raised_as
-from refitkit.model import LedgerRow, ReportRow, SlotState
+from refitkit.model import LedgerRow, ReportRow, SlotKey, SlotState
 from refitkit.pipeline.tools import tools_for
 from refitkit.protocols import MapRequest
-from refitkit.recipe.plan import STRATEGY, RefitPlan
+from refitkit.recipe.plan import RefitPlan
+from refitkit.recipe.values import STRATEGY
 
 if TYPE_CHECKING:
+    from collections import abc
     from collections.abc import Callable, Iterable
 
     from refitkit.config import Config
@@ -86,23 +88,49 @@ class Mapping:
             return list(plan.broken_guards(source))
         return []
 
+    def served(self) -> Served:
+        """How slots were served, without what they were served with."""
+        values = self.values.items()
+        return Served(
+            self.plan.data.ledger,
+            {key: (value.strategy, tuple(value.sources)) for key, value in values},
+            self.reasons,
+            self.unchanged,
+        )
+
+
+@dataclass(frozen=True)
+class Served:
+    """How slots were served.
+
+    Attributes:
+        ledger: All rows of the plan.
+        slots: The strategy and the sources of the slots that have a value.
+        reasons: As of :class:`Mapping`.
+        unchanged: Likewise.
+    """
+
+    ledger: tuple[LedgerRow, ...]
+    slots: abc.Mapping[SlotKey, tuple[str, tuple[str, ...]]]
+    reasons: abc.Mapping[SlotKey, list[str]]
+    unchanged: frozenset[SlotKey]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the slots that have a value."""
+        return sum(row.slot.nbytes for row in self.ledger if row.slot.key in self.slots)
+
     def rows(self) -> tuple[ReportRow, ...]:
         """One row of the report for every slot."""
-        return tuple(self._row(row) for row in self.plan.data.ledger)
+        return tuple(map(self._row, self.ledger))
 
     def _row(self, row: LedgerRow) -> ReportRow:
         key = row.slot.key
-        value = self.values.get(key)
+        strategy, sources = self.slots.get(key, ("", ()))
         said = "; ".join(self.reasons[key]) if key in self.reasons else ""
         if key in self.unchanged:
             said = _UNCHANGED
-        return _report_row(
-            *key,
-            row.state,
-            value.strategy if value else "",
-            tuple(value.sources) if value else (),
-            said or row.reason,
-        )
+        return _report_row(*key, row.state, strategy, sources, said or row.reason)
 
 
 @lru_cache(maxsize=1 << 14)  # refits of one module say the same of most slots
@@ -137,7 +165,7 @@ def map_slots(
         request = MapRequest(plan, module, source, wanted, program, tools)
         with raised_as(PluginError, f"The strategy {strategy.name!r} failed"):
             answer = strategy.map(request)
-        _check_answer(strategy, answer, {row.slot.key for row in wanted})
+        _check_answer(strategy, answer, wanted)
         return answer
 
     for rank in _in_order(host, config):
@@ -302,9 +330,11 @@ def _in_order(host: Host, config: Config) -> list[list[Offer]]:
     return [[offered[name]] for name in config.strategies]
 
 
-def _check_answer(strategy: MappingStrategy, answer: Mapped, wanted: set[tuple[str, str]]) -> None:
-    foreign = {key for key in answer.values if key not in wanted}
-    mixed = {key for key, value in answer.values.items() if value.slot.key != key}
+def _check_answer(strategy: MappingStrategy, answer: Mapped, wanted: tuple[LedgerRow, ...]) -> None:
+    keys = {row.slot.key: row.slot for row in wanted}
+    odd = {key: value for key, value in answer.values.items() if value.slot is not keys.get(key)}
+    foreign = {key for key in odd if key not in keys}
+    mixed = {key for key, value in odd.items() if value.slot.key != key}
     if foreign or mixed:
         names = ", ".join("/".join(key) for key in sorted(foreign | mixed))
         what = "nobody asked for" if foreign else "under the names of other slots"

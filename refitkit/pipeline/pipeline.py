@@ -445,10 +445,10 @@ class Pipeline:
         return Return(self.host, self.config, compiled, Back(version))
 
     def _run(self, tasks: Sequence[Task]) -> RefitResults:
-        reports = run(self.host, self.config, tasks)
+        outcomes = run(self.host, self.config, tasks)
         return RefitResults(
-            RefitResult(task.compiled, report, self)
-            for task, report in zip(tasks, reports, strict=True)
+            RefitResult(task.compiled, outcome, self)
+            for task, outcome in zip(tasks, outcomes, strict=True)
         )
 
     def copy(self, compiled: CompiledModule) -> CompiledModule:

@@ -7,10 +7,12 @@ and no source, and cannot fail.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from refitkit.model import RefitReport
 from refitkit.pipeline.changes import Changes
+from refitkit.pipeline.mapping import Served
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from refitkit.model import (
         EngineMemory,
         KeptWeights,
-        ReportRow,
+        StageTime,
         TransformRow,
         VerificationResult,
     )
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 UNVERIFIED = "nothing was verified after the commit: only staging was checked"
 UNCHANGED = "the new weights are bit for bit those that the module held: nothing changed"
+NOBODY = Served((), {}, {}, frozenset())
 BASE_LOST = "the weights that the module was compiled or loaded with are no longer kept"
 
 
@@ -52,13 +55,10 @@ class Findings:
     base_lost: str = ""
     transforms: Callable[[], tuple[TransformRow, ...]] = tuple
     verification: VerificationResult | None = None
-    _rows: tuple[ReportRow, ...] | None = None
-    _written: tuple[int, int] = (0, 0)  # slots and bytes
 
-    def report(self, outcome: Literal["committed", "rolled-back"]) -> RefitReport:
-        """A report of what is known so far."""
-        ledger = self._ledger()
-        return RefitReport(
+    def outcome(self, outcome: Literal["committed", "rolled-back"]) -> Outcome:
+        """What is known so far, and how it went."""
+        return Outcome(
             outcome=outcome,
             backend=self.backend,
             source=self.source,
@@ -66,28 +66,67 @@ class Findings:
             partial=self.partial,
             delta=self.delta,
             changed=self.changed,
-            changes=self.changes.rows,
-            slots_written=self._written[0],
-            slots_unchanged=len(self.mapping.unchanged) if self.mapping else 0,
-            bytes_written=self._written[1],
+            changes=self.changes,
             stages=self.clock.stages,
             memory=self.memory,
             kept=self.kept,
-            ledger=ledger,
+            served=self.mapping.served() if self.mapping else NOBODY,
             transforms=self.transforms(),
+            verification=self.verification,
+            base_lost=self.base_lost,
+        )
+
+    def report(self, outcome: Literal["committed", "rolled-back"]) -> RefitReport:
+        """A report of what is known so far."""
+        return self.outcome(outcome).report
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a refit went: all that a report says, and nothing of the weights.
+
+    A row for each slot takes longer than some refits, so the report is made when it is asked for.
+    """
+
+    outcome: Literal["committed", "rolled-back"]
+    backend: str
+    source: str
+    version: int
+    partial: bool
+    delta: bool
+    changed: bool | None
+    changes: Changes
+    stages: tuple[StageTime, ...]
+    memory: tuple[EngineMemory, ...]
+    kept: tuple[KeptWeights, ...]
+    served: Served
+    transforms: tuple[TransformRow, ...]
+    verification: VerificationResult | None
+    base_lost: str
+
+    @cached_property
+    def report(self) -> RefitReport:
+        """The report."""
+        return RefitReport(
+            outcome=self.outcome,
+            backend=self.backend,
+            source=self.source,
+            version=self.version,
+            partial=self.partial,
+            delta=self.delta,
+            changed=self.changed,
+            changes=self.changes.rows,
+            slots_written=len(self.served.slots),
+            slots_unchanged=len(self.served.unchanged),
+            bytes_written=self.served.nbytes,
+            stages=self.stages,
+            memory=self.memory,
+            kept=self.kept,
+            ledger=self.served.rows(),
+            transforms=self.transforms,
             verification=self.verification,
             notes=self._notes(),
         )
-
-    def _ledger(self) -> tuple[ReportRow, ...]:
-        """Rows of all slots, made once: every commit is reported before and after the verdict."""
-        if self.mapping is None:
-            return ()
-        if self._rows is None:  # the first report is made when the mapping is final
-            self._rows = self.mapping.rows()
-            values = self.mapping.values.values()
-            self._written = len(values), sum(value.slot.nbytes for value in values)
-        return self._rows
 
     def _notes(self) -> tuple[str, ...]:
         notes = [UNCHANGED] if self.changed is False else []

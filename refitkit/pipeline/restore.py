@@ -213,7 +213,7 @@ def _value(slot: Slot, kept: torch.Tensor) -> SlotValue:
 def _copied(value: SlotValue) -> SlotValue:
     """The value for the verdict: by then the engine's own is what is judged, or overwritten."""
     copy = value.load().detach().to("cpu", copy=True)
-    return replace(value, load=lambda: copy)
+    return value._replace(load=lambda: copy)
 
 
 def _held(way: Way, version: int) -> Held:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from refitkit.model import RefitReport
     from refitkit.pipeline.compiled import CompiledModule
     from refitkit.pipeline.pipeline import Pipeline
+    from refitkit.pipeline.report import Outcome
 
 
 @dataclass(frozen=True)
@@ -17,13 +18,18 @@ class RefitResult:
 
     Attributes:
         module: The refitted module: the one that was given, or with ``copy=True`` a second one.
-        report: What was done and measured.
+        outcome: How it went.
         pipeline: What did it, and can undo it.
     """
 
     module: CompiledModule
-    report: RefitReport
+    outcome: Outcome = field(repr=False)
     pipeline: Pipeline = field(repr=False, compare=False)
+
+    @property
+    def report(self) -> RefitReport:
+        """What was done and measured. Made when it is first asked for."""
+        return self.outcome.report
 
     def undo(self, **how: Any) -> RefitResult:
         """Go back to the weights from before this refit, as far as they are still held.
@@ -34,7 +40,7 @@ class RefitResult:
             **how: ``inputs``, ``reference``, ``verify``, as for
                 :meth:`refitkit.Pipeline.restore`, which says what is raised, too.
         """
-        return self.pipeline.restore(self.module, self.report.version - 1, **how)
+        return self.pipeline.restore(self.module, self.outcome.version - 1, **how)
 
 
 class RefitResults(tuple[RefitResult, ...]):
@@ -48,5 +54,5 @@ class RefitResults(tuple[RefitResult, ...]):
         Raises:
             RefitError: As :meth:`refitkit.Pipeline.restore` says.
         """
-        back = [(result.module, result.report.version - 1) for result in self]
+        back = [(result.module, result.outcome.version - 1) for result in self]
         return self[0].pipeline.restore_all(back) if self else self

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from refitkit.config import Config
     from refitkit.host import Host
-    from refitkit.model import RefitReport
     from refitkit.pipeline.compiled import CompiledModule
+    from refitkit.pipeline.report import Outcome
 
 T = TypeVar("T")
 
@@ -32,11 +32,11 @@ class Task(Protocol):
         """Do all that can be done before anything is staged; nothing is changed."""
 
 
-def run(host: Host, config: Config, tasks: Sequence[Task]) -> tuple[RefitReport, ...]:
+def run(host: Host, config: Config, tasks: Sequence[Task]) -> tuple[Outcome, ...]:
     """Do all tasks in one transaction.
 
     Returns:
-        A report for each.
+        How each went.
 
     Raises:
         ConfigError: Two tasks are for one module.
@@ -48,7 +48,7 @@ def run(host: Host, config: Config, tasks: Sequence[Task]) -> tuple[RefitReport,
     return inside_all([gate.refit for gate in gates], lambda: _run(host, config, tasks))
 
 
-def _run(host: Host, config: Config, tasks: Sequence[Task]) -> tuple[RefitReport, ...]:
+def _run(host: Host, config: Config, tasks: Sequence[Task]) -> tuple[Outcome, ...]:
     names = [_name(number, task) for number, task in enumerate(tasks)]
     prepared = each(names, [task.prepare for task in tasks])
     writings = [
@@ -60,7 +60,7 @@ def _run(host: Host, config: Config, tasks: Sequence[Task]) -> tuple[RefitReport
     finally:
         for writing in writings:
             writing.discard()
-    return tuple(writing.report for writing in writings)
+    return tuple(writing.outcome for writing in writings)
 
 
 def _require_distinct(tasks: Sequence[Task]) -> None:

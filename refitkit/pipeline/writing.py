@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from refitkit.errors import NotRefittableError, VerificationError
 from refitkit.pipeline import verify
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
     from refitkit.config import Config
     from refitkit.host import Host
-    from refitkit.model import RefitReport, VerificationResult
+    from refitkit.model import VerificationResult
     from refitkit.pipeline.compiled import CompiledModule
     from refitkit.pipeline.gate import Gate
     from refitkit.pipeline.held import Held
     from refitkit.pipeline.mapping import Mapping
-    from refitkit.pipeline.report import Findings
+    from refitkit.pipeline.report import Findings, Outcome
     from refitkit.protocols import OpenedModule
     from refitkit.recipe import RefitPlan
 
@@ -59,10 +59,10 @@ class Writing:
 
     Attributes:
         staged: What is staged.
-        report: What was done; there once it is committed and judged.
+        outcome: What was done; there once it is committed and judged.
     """
 
-    report: RefitReport
+    outcome: Outcome
 
     def __init__(
         self, host: Host, config: Config, compiled: CompiledModule, prepared: Prepared
@@ -168,11 +168,11 @@ class Writing:
         self._found.kept = after.history.shown(self._compiled.origin)
         if self._wants_base and not self._before.history.base_lost:
             self._found.base_lost = after.history.base_lost
-        self._tell(self._found.report("committed"))
+        self._tell("committed")
         if self._prepared.judge is not None:
             with self._reporting():
                 self._judge(self._prepared.judge)
-        self.report = self._found.report("committed")
+        self.outcome = self._found.outcome("committed")
         self._compiled.held = after
 
     def _after(self) -> Held:
@@ -213,12 +213,14 @@ class Writing:
         """The old weights are live again: note it, and tell plugins."""
         self._compiled.held = self._before
         self._find_before()
-        self._tell(self._found.report("rolled-back"))
+        self._tell("rolled-back")
 
     def _find_before(self) -> None:
         """What is kept is what was, but for what engines had."""
         self._found.kept = self._before.history.shown(self._compiled.origin, spent=True)
         self._found.base_lost = ""
 
-    def _tell(self, report: RefitReport) -> None:
-        self._host.call("refitkit_weights_changed", module=self.module, report=report)
+    def _tell(self, outcome: Literal["committed", "rolled-back"]) -> None:
+        hook = "refitkit_weights_changed"
+        if self._host.has(hook):  # mostly nobody asks, and a report takes its time
+            self._host.call(hook, module=self.module, report=self._found.report(outcome))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -15,37 +15,29 @@ from refitkit.errors import (
     WeightMismatchError,
 )
 from refitkit.model import (
-    CallRef,
-    Guard,
     LedgerRow,
-    PinnedRef,
     PlanData,
     Slot,
     SlotState,
-    SourceRef,
-    Value,
 )
-from refitkit.program.bits import digest
-from refitkit.program.dtypes import dtype_name, dtype_of
+from refitkit.program.dtypes import dtype_of
 from refitkit.protocols import SlotValue, WeightSource
 from refitkit.recipe import store
 from refitkit.recipe.archive import replacing
-from refitkit.recipe.calls import Calls
-from refitkit.recipe.replay import Kept, Replay
 from refitkit.recipe.sources import TensorMap
 from refitkit.recipe.ties import broken_ties
+from refitkit.recipe.values import Values
 
 if TYPE_CHECKING:
     import torch
+
+    from refitkit.model import SlotKey
 
 Opener: TypeAlias = Callable[[Any, "RefitPlan"], WeightSource]
 """Turns anything that a user calls weights into a source of what a plan's program reads."""
 
 _DEVICES = frozenset({"cpu", "cuda"})
 """Kinds of devices with which platforms in fingerprints end."""
-
-STRATEGY = "recipe"
-"""Name of the strategy that serves slots from a plan."""
 
 
 class RefitPlan:
@@ -71,11 +63,8 @@ class RefitPlan:
         self.data = data
         self._pinned = dict(pinned)
         self._opener = opener
-        self._twins = {name: tie for tie in data.ties for name in tie}
         self._leaves = {leaf.fqn: leaf for leaf in data.leaves}
-        self._calls = Calls(data)
-        self._kept = Kept()
-        self._constants: dict[tuple[str, str], SlotValue] = {}
+        self._values = Values(data, self._pinned)
         self._fitted: tuple[str, tuple[Slot, ...]] | None = None
 
     @property
@@ -100,127 +89,27 @@ class RefitPlan:
 
     def values_of(
         self, rows: Sequence[LedgerRow], source: WeightSource
-    ) -> dict[tuple[str, str], SlotValue | str]:
+    ) -> dict[SlotKey, SlotValue | str]:
         """Values of rows from a source, not yet computed; or why there is none, by slot.
 
         What several of them need is computed once, if each is read once.
         """
-        names = source.names()
-        whole = all(fqn in names for fqn in self._all_sources)
-        values = [
-            row.value
-            for row in rows
-            if type(row.value) is CallRef and (whole or not self._lacking(row, names))
-        ]
-        replay = self._replay(values, source)
-        return {
-            row.slot.key: self._value_of(row, source, names, replay, whole=whole) for row in rows
-        }
-
-    @cached_property
-    def _all_sources(self) -> tuple[str, ...]:
-        """Every leaf that any row follows from, under all its names."""
-        return tuple(dict.fromkeys(fqn for row in self.ledger for fqn in row.sources))
+        return self._values.of(rows, source)
 
     def value_of(self, row: LedgerRow, source: WeightSource) -> SlotValue | str:
         """The same of one row."""
-        return self.values_of([row], source)[row.slot.key]
-
-    def _value_of(
-        self,
-        row: LedgerRow,
-        source: WeightSource,
-        names: Collection[str],
-        replay: Replay,
-        *,
-        whole: bool,
-    ) -> SlotValue | str:
-        if row.value is None:
-            return row.reason or f"its state is {row.state}"
-        if type(row.value) is not CallRef and row.state is not SlotState.FROZEN:
-            for fqn in self._candidates(row):
-                if fqn in names:
-                    load = _Load(source, fqn, row.slot)
-                    return SlotValue(row.slot, STRATEGY, (fqn,), load, identity=True)
-        if type(row.value) is PinnedRef:
-            return self._constant(row.value.name, row.slot)
-        lacking = () if whole else self._lacking(row, names)
-        if lacking:
-            return f"the source has no {', '.join(map(repr, lacking))}"
-        read = row.sources if whole else tuple(fqn for fqn in row.sources if fqn in names)
-        value = row.value
-        return SlotValue(
-            row.slot,
-            STRATEGY,
-            read,
-            lambda: _as_slot(replay.value(value), row.slot),
-            pinned=not read,
-        )
-
-    def _constant(self, name: str, slot: Slot) -> SlotValue:
-        """A tensor that the plan keeps, as a slot's value: always the same object."""
-        found = self._constants.get(slot.key)
-        if found is None:
-            tensor = _as_slot(self._pinned[name], slot)
-            found = SlotValue(slot, STRATEGY, (), lambda: tensor, identity=True, pinned=True)
-            self._constants[slot.key] = found
-        return found
+        return self._values.of((row,), source)[row.slot.key]
 
     def lacking(self, row: LedgerRow, source: WeightSource) -> tuple[str, ...]:
         """Leaves that a row needs and that the source has under none of their names.
 
         Leaves that no state_dict holds are not among them: the plan keeps their values.
         """
-        return self._lacking(row, source.names())
-
-    def _lacking(self, row: LedgerRow, names: Collection[str]) -> tuple[str, ...]:
-        return tuple(
-            fqn
-            for fqn in row.sources
-            if self._twins.get(fqn, (fqn,))[0] == fqn
-            and fqn not in self._pinned
-            and not any(name in names for name in self._twins.get(fqn, (fqn,)))
-        )
+        return self._values.lacking(row, source)
 
     def broken_guards(self, source: WeightSource) -> list[Problem]:
         """Guards whose value is another one with this source, or cannot be told."""
-        guards = self.data.guards
-        if not guards:
-            return []
-        names = source.names()
-        values = [guard.value for guard in guards if not self._lacked_by(guard, names)]
-        replay = self._replay(values, source)
-        return [problem for guard in guards for problem in self._broken(guard, source, replay)]
-
-    def _broken(self, guard: Guard, source: WeightSource, replay: Replay) -> Iterator[Problem]:
-        shown = ", ".join(sorted(self._calls.leaves_of(guard.value))) or "guard"
-        lacking = self._lacked_by(guard, source.names())
-        if lacking:
-            hint = f"the source has no {', '.join(map(repr, lacking))}"
-            yield Problem(shown, "guard", wanted=guard.reason, hint=hint)
-            return
-        value = replay.value(guard.value)
-        same = (dtype_name(value.dtype), tuple(value.shape)) == (guard.dtype, guard.shape)
-        if not same or digest(value) != guard.sha256:
-            found = str(value.tolist()) if guard.shown else "another value"
-            yield Problem(shown, "guard", found, guard.shown or "the value of then", guard.reason)
-
-    def _lacked_by(self, guard: Guard, names: Collection[str]) -> list[str]:
-        return sorted(n for n in self._calls.leaves_of(guard.value) if not self._has(n, names))
-
-    def _has(self, fqn: str, names: Collection[str]) -> bool:
-        return fqn in self._pinned or any(n in names for n in self._twins.get(fqn, (fqn,)))
-
-    def _replay(self, values: Sequence[Value], source: WeightSource) -> Replay:
-        names, get = source.names(), source.get
-
-        def leaf(fqn: str) -> torch.Tensor:
-            if fqn in names:
-                return get(fqn)
-            twin = next((name for name in self._twins.get(fqn, ()) if name in names), None)
-            return self._pinned[fqn] if twin is None else get(twin)
-
-        return Replay(self._calls, values, leaf, self._pinned.__getitem__, self._kept)
+        return self._values.broken_guards(source)
 
     def iter_slots(
         self, weights: Any, device: str | None = None
@@ -257,7 +146,7 @@ class RefitPlan:
                 f"{source.description} does not fill all slots.", problems=problems
             )
         wanted = [value for value in values.values() if isinstance(value, SlotValue)]
-        names = self._read_of(wanted, source)
+        names = self._values.read_of(wanted, source)
         problems = list(self._misfits(names, source)) or list(
             broken_ties(self.data.ties, names, source)
         )
@@ -276,16 +165,6 @@ class RefitPlan:
             result.setdefault(slot.engine, {})[slot.name] = tensor
         return result
 
-    def _read_of(self, values: Iterable[SlotValue], source: WeightSource) -> dict[str, None]:
-        """Entries of the source that values and guards follow from, under all their names."""
-        names = source.names()
-        read = dict.fromkeys(name for value in values for name in value.sources)
-        for guard in self.data.guards:
-            read |= dict.fromkeys(sorted(self._calls.leaves_of(guard.value)))
-        if self.data.ties:
-            read = {twin: None for name in read for twin in self._twins.get(name, (name,))}
-        return {name: None for name in read if name in names}
-
     def _misfits(self, names: Iterable[str], source: WeightSource) -> Iterator[Problem]:
         """Entries of the source that are not what the program had under these names."""
         if isinstance(source, TensorMap):
@@ -302,12 +181,6 @@ class RefitPlan:
     def _wanted(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """What each leaf has to be."""
         return {leaf.fqn: (dtype_of(leaf.dtype), leaf.shape) for leaf in self.data.leaves}
-
-    def _candidates(self, row: LedgerRow) -> tuple[str, ...]:
-        if isinstance(row.value, SourceRef):
-            first = row.value.fqn
-            return (first, *(n for n in self._twins.get(first, ()) if n != first))
-        return row.sources
 
     def _open(self, weights: Any) -> WeightSource:
         if self._opener is not None:
@@ -407,21 +280,6 @@ class RefitPlan:
         except OSError as exc:
             raise PlanMismatchError(f"The plan {str(path)!r} cannot be read: {exc}.") from exc
         return cls.from_bytes(content, f"{str(path)!r}")
-
-
-class _Load:
-    """Reads one tensor of a source when it is called."""
-
-    def __init__(self, source: WeightSource, fqn: str, slot: Slot) -> None:
-        self._source, self._fqn, self._slot = source, fqn, slot
-
-    def __call__(self) -> torch.Tensor:
-        return _as_slot(self._source.get(self._fqn), self._slot)
-
-
-def _as_slot(value: torch.Tensor, slot: Slot) -> torch.Tensor:
-    """A value in the shape of its slot."""
-    return value if slot.shape is None or value.shape == slot.shape else value.reshape(slot.shape)
 
 
 def _on(value: torch.Tensor, device: str | None) -> torch.Tensor:

@@ -87,7 +87,10 @@ def odd_names(
     slots: Collection[str], values: Iterable[SlotValue], *, partial: bool = False
 ) -> list[Problem]:
     """Names that are unknown, given twice, or missing; see ``require_values``."""
-    given = Counter(value.slot.name for value in values)
+    names = [value.slot.name for value in values]
+    if len(names) == len(slots) and set(names) == set(slots):  # mostly each slot has its value
+        return []
+    given = Counter(names)
     problems = [
         Problem(name, "unexpected", hint="the engine has no such weight")
         for name in sorted(given.keys() - set(slots))

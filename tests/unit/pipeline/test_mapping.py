@@ -81,7 +81,7 @@ def mapped(*plugins: object, source: Any = None, plan: Any = PLAN, **settings: A
 
 
 def served(mapping: Any) -> dict[str, str]:
-    return {row.slot: row.strategy for row in mapping.rows()}
+    return {row.slot: row.strategy for row in mapping.served().rows()}
 
 
 def test_strategies_are_tried_by_priority_for_what_is_left() -> None:
@@ -184,7 +184,7 @@ def test_built_in_strategies_have_an_order() -> None:
 def test_reasons_of_all_that_declined_are_told() -> None:
     shy, choosy = Strategy("shy", "", declines=True), Strategy("choosy", "b", declines=True)
     mapping = mapped(Strategies(shy, choosy))
-    rows = {row.slot: row for row in mapping.rows()}
+    rows = {row.slot: row for row in mapping.served().rows()}
     assert "shy: not mine" in rows["a"].reason
     assert "choosy: not mine" in rows["a"].reason
     assert "recipe: the source has no 'a'" in rows["a"].reason
@@ -287,7 +287,9 @@ def test_with_a_broken_guard_another_strategy_serves_all_slots() -> None:
     mapping = mapped(Strategies(rebuilds), source=BREAKS, plan=GUARDED)
     assert served(mapping) == dict.fromkeys("abc", "rebuilds")
     require_all(mapping, TensorMap(BREAKS))
-    assert all("recipe: " in row.reason and "bool() of a" in row.reason for row in mapping.rows())
+    assert all(
+        "recipe: " in row.reason and "bool() of a" in row.reason for row in mapping.served().rows()
+    )
 
 
 def test_of_several_guards_those_that_can_be_told_are() -> None:

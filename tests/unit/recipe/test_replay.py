@@ -193,8 +193,8 @@ def test_calls_that_are_exact_elsewhere_draw_others_after_them(name: str, many: 
     plan = record(both, weights).plan
     op = getattr(torch.ops.aten, name).default
     elsewhere = {"anywhere": False, "device": "meta"}
-    plan._calls.ready = tuple(  # type: ignore[misc] # a cached property
-        replace(call, **elsewhere) if call.op is op else call for call in plan._calls.ready
+    plan._values._calls.ready = tuple(  # type: ignore[misc] # a cached property
+        replace(call, **elsewhere) if call.op is op else call for call in plan._values._calls.ready
     )
     found = plan.materialize(weights)["model"]
     assert {one.device.type for one in found.values()} == {"meta"}
