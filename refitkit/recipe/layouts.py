@@ -41,7 +41,7 @@ def needs_contiguous(op: Any) -> bool:
 
 
 def plainly_laid_out(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor with its elements one after another in memory, each as it is."""
+    """A tensor with one element after another in memory, and no signs that torch has put off."""
     return tensor.resolve_conj().resolve_neg().contiguous()
 
 
