@@ -6,7 +6,8 @@ Knows torch, knows no engine.
 from refitkit.recipe.archive import Archive, ArchiveError, write_archive
 from refitkit.recipe.overwriting import Overwriting
 from refitkit.recipe.plan import RefitPlan
-from refitkit.recipe.record import Recorded, write
+from refitkit.recipe.record import write
+from refitkit.recipe.recorded import Recorded
 from refitkit.recipe.sources import TensorMap, describe_tensor, unusable_reason
 from refitkit.recipe.tape import Tape
 

@@ -124,7 +124,7 @@ def _setitem(tape: Tape, real: Any) -> Any:
         if isinstance(value, bool | int | float | complex) and tape.sees(self):
             with tape.paused():
                 value = torch.tensor(value, dtype=self.dtype, device=self.device)
-            tape.literal(value)
+            tape.provenance.literal(value)
         real(self, index, value)
 
     return setitem
@@ -134,7 +134,7 @@ def _data_ptr(tape: Tape, real: Any) -> Any:
     def data_ptr(self: torch.Tensor) -> Any:
         address = real(self)
         if tape.sees(self):
-            tape.exported(self, address)
+            tape.provenance.exported(self, address)
         return address
 
     return data_ptr
@@ -144,7 +144,7 @@ def _clone(tape: Tape, real: Any) -> Any:
     def clone(self: torch.UntypedStorage) -> Any:
         with tape.paused():
             copy = real(self)
-        tape.copied(self, copy)
+        tape.provenance.copied(self, copy)
         return copy
 
     return clone
@@ -184,14 +184,14 @@ def _from_numpy(tape: Tape, real: Any) -> Any:
 
 def _made(tape: Tape, data: Any, found: Any) -> Any:
     """A tensor made of an array or of numbers: on a known memory, or a literal."""
-    if tape.sees(found) and tape.knows(found):
-        tape.came_back(found)
+    if tape.sees(found) and tape.provenance.knows_memory(found):
+        tape.provenance.came_back(found)
     elif tape.sees(found):
         _tell(data, "a tensor is made of it")
         for one in tree_leaves(data):
             if isinstance(one, np.ndarray) and not isinstance(one, arrays.Watched):
                 tape.loans.own(one)
-        tape.literal(found, foreign=isinstance(data, np.ndarray))
+        tape.provenance.literal(found, foreign=isinstance(data, np.ndarray))
     return found
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 address_of = torch.Tensor.data_ptr
 """The method itself: a recording replaces it to see who asks."""
+_WITHOUT_DISPATCH = torch._C._disabled_torch_dispatch_impl  # noqa: SLF001 - its only name
 
 
 class Geometry(NamedTuple):
@@ -236,3 +237,25 @@ def geometry_of(tensor: torch.Tensor, memory: Memory) -> Geometry:
     )
     start = 0 if empty else address_of(tensor) - memory.address
     return Geometry(start, shape, stride, tensor.dtype, (tensor.is_conj(), tensor.is_neg()))
+
+
+def is_followed(value: Any) -> bool:
+    """Whether it is a tensor with data of its own, in the ordinary layout: known by its memory."""
+    return (
+        isinstance(value, torch.Tensor)
+        and type(value).__torch_dispatch__ is _WITHOUT_DISPATCH
+        and not value.is_meta
+        and value.layout is torch.strided
+        and not value.is_quantized
+        and not torch._is_functional_tensor(value)  # noqa: SLF001 - there is no other way
+        and _has_memory(value)
+    )
+
+
+def _has_memory(value: torch.Tensor) -> bool:
+    """Whether it is more than a promise: tracing makes tensors that say they are on a device."""
+    try:
+        address_of(value)
+    except RuntimeError:
+        return False
+    return True

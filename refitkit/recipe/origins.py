@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from refitkit.model import Tensor
+from refitkit.program.dtypes import dtype_name
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     import torch
 
-    from refitkit.model import Tensor
+    from refitkit.model import Leaf as LeafFacts
 
 
 @dataclass(eq=False)
@@ -87,6 +90,47 @@ def follows_from_leaf(origin: Origin) -> bool:
             seen.add(id(node))
             stack += [below.node for below in node.inputs]
     return False
+
+
+def bottom_up(origin: Origin, is_known: Callable[[Origin], bool]) -> Iterator[Origin]:
+    """Everything that a value is made of, each before what is made of it; without recursion."""
+    stack, seen = [(origin, False)], set[tuple[int, int]]()
+    while stack:
+        one, ready = stack.pop()
+        key = id(one.node), one.output
+        if ready:
+            yield one
+        elif isinstance(one.node, Call) and key not in seen and not is_known(one):
+            seen.add(key)
+            if one is not origin:
+                stack.append((one, True))
+            stack += [(below, False) for below in one.node.inputs]
+
+
+def facts_of(origin: Origin, leaves: Mapping[str, LeafFacts]) -> Tensor:
+    """Dtype and shape of a value.
+
+    Args:
+        origin: Where it comes from.
+        leaves: All leaves of the program, by FQN.
+
+    Raises:
+        TypeError: Nobody knows where.
+    """
+    node = origin.node
+    if isinstance(node, Call):
+        return node.results[origin.output]
+    if isinstance(node, Leaf):
+        leaf = leaves[node.fqn]
+        return Tensor(dtype=leaf.dtype, shape=leaf.shape)
+    if isinstance(node, Literal):
+        return facts_of_tensor(node.value)
+    raise TypeError(type(node))
+
+
+def facts_of_tensor(tensor: torch.Tensor) -> Tensor:
+    """Dtype and shape of a tensor."""
+    return Tensor(dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))
 
 
 @dataclass(frozen=True)

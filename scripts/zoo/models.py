@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from scripts.zoo import by_hand, from_timm, from_torchvision, from_transformers
+from scripts.zoo import from_timm, from_torch_nn, from_torchvision, from_transformers
+from scripts.zoo.by_hand import computed, memory, precision, tables
 
 if TYPE_CHECKING:
     from scripts.zoo.entry import Entry
 
-FAMILIES = (by_hand, from_torchvision, from_timm, from_transformers)
+BY_HAND = (memory, tables, precision, computed)
+FAMILIES = (from_torch_nn, *BY_HAND, from_torchvision, from_timm, from_transformers)
 
 
 def zoo() -> dict[str, Entry]:

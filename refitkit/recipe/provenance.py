@@ -1,0 +1,190 @@
+"""Where the present value of every tensor comes from, as far as anybody saw it.
+
+Who records tells what ops gave and wrote; who watches arrays and storages tells what became of
+them. Tensors are known by their memory (:mod:`refitkit.recipe.memories`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+
+from refitkit.program.bits import same_bits
+from refitkit.recipe import aliases
+from refitkit.recipe.memories import (
+    Geometry,
+    Memories,
+    Memory,
+    address_of,
+    geometry_of,
+    is_followed,
+)
+from refitkit.recipe.origins import Call, Leaf, Literal, Origin, Unknown
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from refitkit.recipe.attention import Attention
+    from refitkit.recipe.loans import Loans
+    from refitkit.recipe.origins import Escape
+
+Place: TypeAlias = tuple[Memory, Geometry]
+"""A memory, and how a tensor lies in it."""
+
+
+class Provenance:
+    """Of all tensors of one recording."""
+
+    def __init__(
+        self, leaves: Mapping[str, torch.Tensor], attention: Attention, loans: Loans
+    ) -> None:
+        """Know the leaves.
+
+        Args:
+            leaves: Everything that the program reads, by FQN.
+            attention: The recording's: it must not see how values are kept and compared.
+            loans: Arrays of NumPy that were given out.
+        """
+        self._memories = Memories()
+        self._attention = attention
+        self._loans = loans
+        self._exported: dict[int, Origin] = {}
+        for fqn, tensor in leaves.items():
+            if is_followed(tensor):
+                memory, geometry = self.place(tensor)
+                memory.leaves.append(fqn)
+                memory.values.setdefault(geometry, Origin(Leaf(fqn), 0, geometry.contiguous))
+
+    # -- asking -----------------------------------------------------------------------------
+
+    def of(self, tensor: torch.Tensor) -> Origin:
+        """Where the present value of a tensor comes from."""
+        memory, geometry = self.place(tensor)
+        if memory.foreign and self._changed(memory, tensor):
+            memory.values.clear()
+            self._loans.found()
+            self.literal(tensor)
+        found: Origin | None = memory.values.get(geometry)
+        if found is None:
+            found = aliases.seen_otherwise(memory, geometry)
+            memory.values[geometry] = found
+        return found
+
+    def at(self, flat: torch.Tensor) -> Origin:
+        """Where the values in a stretch of memory come from that somebody found by its address.
+
+        Args:
+            flat: One-dimensional and contiguous, on that memory.
+        """
+        address = address_of(flat)
+        memory = self._memories.at(address, flat.nbytes)
+        if memory is not None:
+            self._loans.back(memory)
+            return self.of(flat)
+        if address in self._exported:
+            reason = "its memory was freed before it was read"
+            return Origin(Unknown(reason), 0, contiguous=True)
+        literal = self.copy(flat)
+        with self._attention.pause():
+            self._loans.at(address, literal.view(torch.uint8).numpy())
+        return Origin(Literal(literal), 0, contiguous=True)
+
+    def place(self, tensor: torch.Tensor) -> Place:
+        """Where a tensor lies."""
+        memory = self._memories.find(tensor) or self._memories.add(tensor)
+        return memory, geometry_of(tensor, memory)
+
+    def knows_memory(self, tensor: torch.Tensor) -> bool:
+        """Whether the memory of a tensor was seen before."""
+        return self._memories.find(tensor) is not None
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor was seen before, as it lies, since its memory was last written to."""
+        memory = self._memories.find(tensor)
+        return memory is not None and geometry_of(tensor, memory) in memory.values
+
+    def leaves_in(self, tensor: torch.Tensor) -> list[str]:
+        """The leaves that lie in the memory of a tensor."""
+        memory = self._memories.find(tensor)
+        return [] if memory is None else memory.leaves
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The present value of a tensor, to be kept."""
+        with self._attention.pause():
+            return tensor.detach().clone()
+
+    # -- what ops did -----------------------------------------------------------------------
+
+    def made(self, tensor: torch.Tensor, node: Call | Literal | Unknown, output: int) -> None:
+        """Note that a tensor was made, and which result of what it is."""
+        memory, geometry = self.place(tensor)
+        memory.values[geometry] = Origin(node, output, geometry.contiguous)
+
+    def wrote(self, place: Place, node: Call | Literal | Unknown, output: int) -> None:
+        """Note that a place was written to; what the memory around that is now, follows."""
+        memory, geometry = place
+        aliases.write(memory, geometry, Origin(node, output, geometry.contiguous))
+
+    def lost(self, place: Place) -> None:
+        """Note that nobody knows what a place holds now."""
+        aliases.forget(*place)
+
+    # -- what others did --------------------------------------------------------------------
+
+    def literal(self, tensor: torch.Tensor, *, foreign: bool = False) -> None:
+        """Note that a tensor was made of what is no tensor.
+
+        Args:
+            tensor: It.
+            foreign: Whether its memory is that of an array, so that NumPy can change it.
+        """
+        memory, geometry = self.place(tensor)
+        node = Literal(self.copy(tensor))
+        memory.values.setdefault(geometry, Origin(node, 0, geometry.contiguous))
+        memory.foreign |= foreign
+
+    def lent(self, tensor: torch.Tensor, escape: Escape) -> None:
+        """Note that an array of NumPy on the memory of a tensor was given out."""
+        self._loans.lend(self.place(tensor)[0], escape)
+
+    def came_back(self, tensor: torch.Tensor) -> None:
+        """Note that such an array, or a view of it, became a tensor again."""
+        self._loans.back(self.place(tensor)[0])
+
+    def copied(self, old: torch.UntypedStorage, new: torch.UntypedStorage) -> None:
+        """Note that a storage was copied as a whole."""
+        with self._attention.pause():
+            before, after = _bytes_of(old), _bytes_of(new)
+        memory = self._memories.find(before)
+        if memory is not None and self._memories.find(after) is None:
+            shift = old.data_ptr() - memory.address if old.nbytes() else 0
+            self._memories.add(after).values = {
+                geometry._replace(start=geometry.start - shift): value
+                for geometry, value in memory.values.items()
+                if geometry.start >= shift
+            }
+
+    def exported(self, tensor: torch.Tensor, address: int) -> None:
+        """Note that somebody asked for the address of a tensor."""
+        if is_followed(tensor) and tensor.numel():
+            self._exported[address] = self.of(tensor)
+
+    def _changed(self, memory: Memory, tensor: torch.Tensor) -> bool:
+        """Whether an array of NumPy has another value than when a tensor was made of it."""
+        storage = tensor.untyped_storage()
+        shift = storage.data_ptr() - memory.address
+        with self._attention.pause():
+            for geometry, origin in memory.values.items():
+                first, off = divmod(geometry.start - shift, geometry.dtype.itemsize)
+                inside = first >= 0 and not off and geometry.end - shift <= storage.nbytes()
+                if isinstance(origin.node, Literal) and inside:
+                    now = torch.empty(0, dtype=geometry.dtype)
+                    now.set_(storage, first, geometry.shape, geometry.stride)
+                    if not same_bits(now, origin.node.value):
+                        return True
+        return False
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

@@ -1,0 +1,1 @@
+"""Modules written to be hard for recipes."""
