@@ -158,9 +158,9 @@ def test_a_batch_is_of_one_dtype(bench: Any) -> None:
     given = bench.arguments(["--models", "resnet18", "gpt2"])
     batches = list(bench.jobs_of(given))
     assert [(j.model, j.dtype, j.options) for j in batches[0]] == [
-        ("resnet18", "float32", ("--upstream", "--profile")),
+        ("resnet18", "float32", ("--upstream", "--profile", "--immutable")),
         ("resnet18", "float32", ("--runtime", "cpp")),
-        ("gpt2", "float32", ()),
+        ("gpt2", "float32", ("--immutable",)),
     ]
     assert [(j.model, j.dtype, j.options) for j in batches[1]] == [
         ("resnet18", "float16", ()),

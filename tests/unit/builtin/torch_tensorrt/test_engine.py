@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -355,7 +354,7 @@ CONSTANT = "e CONSTANT"
 def staged_with(engine: Any, values: Mapping[str, torch.Tensor], constant: torch.Tensor) -> Any:
     """Staged: weights of a source, and a constant of the plan's."""
     given = slot_values(engine, {**values, CONSTANT: constant})
-    return engine.stage([replace(v, pinned=v.slot.name == CONSTANT) for v in given])
+    return engine.stage([v._replace(pinned=v.slot.name == CONSTANT) for v in given])
 
 
 @pytest.fixture
