@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import refitkit
+from refitkit.config import Config
 from refitkit.model import (
     CallRef,
     Event,
@@ -216,6 +217,25 @@ class FakePlugin:
         self, program: torch.export.ExportedProgram, backend: str
     ) -> Mapping[str, Any] | None:
         return parts_of(program) if backend == BACKEND else None
+
+
+class Opener(FakePlugin):
+    """Opens the one module that it has, by name and from any file: what a command line can say.
+
+    Attributes:
+        module: The module; its name is ``fake:module``, and files of it end in ``.fake``.
+        config: The settings that it was last asked with.
+    """
+
+    def __init__(self, module: FakeModule) -> None:
+        super().__init__()
+        self.module, self.config = module, Config()
+
+    @refitkit.hookimpl
+    def refitkit_load_module(self, target: Any, config: Config) -> FakeModule | None:  # type: ignore[override]  # takes more
+        self.config = config
+        named = target == "fake:module" or getattr(target, "suffix", "") == ".fake"
+        return self.module if named else None
 
 
 class KeyedPlugin(FakePlugin):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import refitkit
-from tests.fakes import FakePlugin, make_module, same_state, weights_for
+from tests.fakes import Opener, make_module, same_state, weights_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,19 +19,6 @@ if TYPE_CHECKING:
 
     from tests.fakes import FakeModule
     from tests.unit.cli.conftest import Outcome
-
-
-class Opener(FakePlugin):
-    """Opens the one module that it has under the name ``fake:module`` and from any file."""
-
-    def __init__(self, module: FakeModule) -> None:
-        super().__init__()
-        self.module = module
-
-    @refitkit.hookimpl
-    def refitkit_load_module(self, target: Any) -> FakeModule | None:
-        named = target == "fake:module" or getattr(target, "suffix", "") == ".fake"
-        return self.module if named else None
 
 
 @pytest.fixture
