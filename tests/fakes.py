@@ -33,7 +33,7 @@ from refitkit.model import (
     TensorInfo,
     VerificationResult,
 )
-from refitkit.pipeline.pipeline import PLAN
+from refitkit.pipeline.saved import PLAN
 from refitkit.program.facts import facts_of, tensors_of
 from refitkit.protocols import (
     Mapped,

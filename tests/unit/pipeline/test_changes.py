@@ -14,9 +14,9 @@ from refitkit.errors import ConfigError, EngineError
 from refitkit.model import RefitReport
 from refitkit.pipeline import Pipeline, samples
 from refitkit.pipeline.changes import measured
-from refitkit.pipeline.pipeline import PLAN
 from refitkit.pipeline.report import UNCHANGED
 from refitkit.pipeline.samples import SAMPLE
+from refitkit.pipeline.saved import PLAN
 from refitkit.pipeline.stage import Staged
 from refitkit.program.distance import distance
 from refitkit.protocols import SlotValue

@@ -8,7 +8,7 @@ import torch
 
 from refitkit.builtin.torch_tensorrt.torch_part import TorchPartEngine
 from refitkit.pipeline import Pipeline
-from refitkit.pipeline.pipeline import PLAN
+from refitkit.pipeline.saved import PLAN
 from tests.fakes import FakeModule, FakePlugin, plan_for, same_state
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from refitkit.model import (
     StageStarted,
 )
 from refitkit.pipeline import Pipeline
-from refitkit.pipeline.pipeline import PLAN
+from refitkit.pipeline.saved import PLAN
 from tests.fakes import (
     FakeEngine,
     FakeModule,
