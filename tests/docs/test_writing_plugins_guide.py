@@ -111,6 +111,6 @@ def test_the_command_promotes_the_newest_checkpoint(
     assert main(command, plugins) == 0
     report = refitkit.RefitReport.model_validate_json(capsys.readouterr().out)
     assert (report.outcome, report.source) == ("committed", f"{str(run / '2.safetensors')!r}")
-    held = {name.partition("/")[2]: value for name, value in module.holds().items()}
+    held = module.by_slot()
     assert same_state(held, weights_for(module, 2.0))
     assert out.exists()

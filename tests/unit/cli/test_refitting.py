@@ -65,10 +65,6 @@ def fill(run: Callable[..., Outcome], module: FakeModule) -> Callable[..., Outco
     return do
 
 
-def holds(module: FakeModule) -> dict[str, torch.Tensor]:
-    return {name.partition("/")[2]: value for name, value in module.holds().items()}
-
-
 def test_the_module_is_refitted_and_written_and_the_report_is_the_result(
     fill: Callable[..., Outcome], module: FakeModule, tmp_path: Path
 ) -> None:
@@ -78,7 +74,7 @@ def test_the_module_is_refitted_and_written_and_the_report_is_the_result(
     report = refitkit.RefitReport.model_validate_json(outcome.out)
     assert (report.outcome, report.slots_written, report.changes) == ("committed", 4, ())
     assert report.verification is not None
-    assert same_state(holds(module), weights_for(module, FILL))
+    assert same_state(module.by_slot(), weights_for(module, FILL))
     assert out.exists()
     printed = fill("fake:module", "-o", out, "--verify", "none").out
     assert str(out) in printed
@@ -98,14 +94,14 @@ def test_plan_inputs_and_verifier_are_those_of_the_options(
     outcome = fill("fake:module", "-o", out, "--verify", "strange", "--json")
     assert "strange" in outcome.error["message"]
     assert not out.exists()
-    assert not same_state(holds(module), weights_for(module, FILL))
+    assert not same_state(module.by_slot(), weights_for(module, FILL))
 
 
 def test_a_refit_in_part(fill: Callable[..., Outcome], module: FakeModule, tmp_path: Path) -> None:
-    before = holds(module)
+    before = module.by_slot()
     assert fill("fake:module", "--half", "-o", tmp_path / "out").code == 0
     new = {n: v for n, v in weights_for(module, FILL).items() if "bias" in n}
-    assert same_state(holds(module), {**before, **new})
+    assert same_state(module.by_slot(), {**before, **new})
 
 
 def test_where_to_write_has_to_be_said(fill: Callable[..., Outcome], tmp_path: Path) -> None:

@@ -282,7 +282,7 @@ def test_other_commands_take_settings(run: Callable[..., Outcome], command: str)
 
 
 def test_verify_follows_rules(run: Callable[..., Outcome], plugin: Opener, tmp_path: Path) -> None:
-    held = {name.partition("/")[2]: value for name, value in plugin.module.holds().items()}
+    held = plugin.module.by_slot()
     file = tmp_path / "w.safetensors"
     save_file({f"net.{name}": value.half() for name, value in held.items()}, file)
     args = ("verify", "fake:module", file, "--json")

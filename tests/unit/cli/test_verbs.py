@@ -56,7 +56,7 @@ def test_a_refit_writes_and_reports(
     assert report.verification is not None
     assert report.verification.verifier == "weights"
     new = weights_for(module, 5.0)
-    assert same_state({k.partition("/")[2]: v for k, v in module.holds().items()}, new)
+    assert same_state(module.by_slot(), new)
     assert json.loads(out.read_text())["attachments"] == ["plan.refitplan"]
 
 
@@ -168,7 +168,7 @@ def test_verify_says_whether_it_holds_them(
     call: Callable[..., Outcome], module: FakeModule, weights: Path, tmp_path: Path
 ) -> None:
     held = tmp_path / "held.safetensors"
-    save_file({k.partition("/")[2]: v for k, v in module.holds().items()}, held)
+    save_file(module.by_slot(), held)
     outcome = call("verify", "fake:module", held)
     assert outcome.code == 0
     assert "holds these weights (weights: 4 slots read back" in outcome.out
