@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import refitkit
+from refitkit.config import Config
 from refitkit.model import (
     CallRef,
     Event,
@@ -32,7 +33,8 @@ from refitkit.model import (
     TensorInfo,
     VerificationResult,
 )
-from refitkit.pipeline.pipeline import PLAN
+from refitkit.pipeline import CompiledModule, Pipeline
+from refitkit.pipeline.saved import PLAN
 from refitkit.program.facts import facts_of, tensors_of
 from refitkit.protocols import (
     Mapped,
@@ -100,6 +102,10 @@ class FakeModule(fakes.FakeModule):
     def staged(self) -> list[FakeStaged]:
         """Everything that was ever staged, in order of engines."""
         return [one for engine in self.engines.values() for one in engine.staged]
+
+    def by_slot(self) -> dict[str, torch.Tensor]:
+        """What slots hold, by their names alone: as weights for another refit are."""
+        return {name.partition("/")[2]: value for name, value in self.holds().items()}
 
 
 class FakeBackend:
@@ -218,6 +224,25 @@ class FakePlugin:
         return parts_of(program) if backend == BACKEND else None
 
 
+class Opener(FakePlugin):
+    """Opens the one module that it has, by name and from any file: what a command line can say.
+
+    Attributes:
+        module: The module; its name is ``fake:module``, and files of it end in ``.fake``.
+        config: The settings that it was last asked with.
+    """
+
+    def __init__(self, module: FakeModule) -> None:
+        super().__init__()
+        self.module, self.config = module, Config()
+
+    @refitkit.hookimpl
+    def refitkit_load_module(self, target: Any, config: Config) -> FakeModule | None:  # type: ignore[override]  # takes more
+        self.config = config
+        named = target == "fake:module" or getattr(target, "suffix", "") == ".fake"
+        return self.module if named else None
+
+
 class KeyedPlugin(FakePlugin):
     """The same with a :class:`KeyedBackend`."""
 
@@ -296,9 +321,37 @@ def make_module(
         )
         for n in range(engines)
     ]
-    module = FakeModule(made, wire=wire)
+    return with_plan(FakeModule(made, wire=wire))
+
+
+def with_plan(module: FakeModule) -> FakeModule:
+    """A module with a plan inside it: every slot is a parameter of its name."""
     module.attachments = {PLAN: plan_for(module).to_bytes()}
     return module
+
+
+def pipeline_with(*plugins: object, **settings: Any) -> Pipeline:
+    """A pipeline that opens fakes, with these plugins and settings."""
+    return Pipeline(settings, plugins=[FakePlugin(), *plugins])
+
+
+class Loaded:
+    """A fake that a pipeline has loaded, for scenes to inherit.
+
+    Attributes:
+        module: The fake.
+        pipeline: What loaded it.
+        compiled: Its handle.
+    """
+
+    def __init__(self, module: FakeModule, *plugins: object, **settings: Any) -> None:
+        self.module = module
+        self.pipeline = pipeline_with(*plugins, **settings)
+        self.compiled: CompiledModule = self.pipeline.load(module)
+
+    def holds(self) -> dict[str, torch.Tensor]:
+        """What its slots hold, by their names."""
+        return self.module.by_slot()
 
 
 # -- a plugin that fails at will --------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import click
 
@@ -14,17 +14,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 Command = TypeVar("Command", bound="Callable[..., Any] | click.Command")
+Callback: TypeAlias = "Callable[[click.Context, click.Parameter, Any], Any]"
 
 _PATH = click.Path(path_type=Path, readable=False)
 """Not checked by click: what cannot be read is refused in one way, wherever it is named."""
 _PYTHON_WORDS = {"True": True, "False": False, "None": None}
-
-
-def common_options(command: Command) -> Command:
-    """Give a command ``--json``, ``--no-plugin`` and ``-v``; all three work by themselves."""
-    for add in (_verbose, _no_plugin, _json):
-        command = add(command)
-    return command
 
 
 def _be_verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # noqa: FBT001 - click's
@@ -33,28 +27,53 @@ def _be_verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:  #
         session.verbose = True
 
 
-# The first two are acted upon by refitkit.cli.arguments, before commands exist.
-_json = click.option(
-    "--json",
-    is_flag=True,
-    expose_value=False,
-    help="Print the result as JSON on stdout, and nothing else there.",
+def acting_option(
+    *names: str,
+    callback: Callback | None = None,
+    help: str,  # noqa: A002 - as in click
+    **more: Any,
+) -> Callable[[Command], Command]:
+    """An option that works by itself: its callback acts, and the command is not given its value.
+
+    Args:
+        *names: As in click.
+        callback: What acts; None where ``refitkit.cli.arguments`` does, before commands exist.
+        help: As in click.
+        **more: As in click.
+    """
+    return click.option(*names, callback=callback, expose_value=False, help=help, **more)
+
+
+_COMMON = (
+    acting_option(
+        "--json", is_flag=True, help="Print the result as JSON on stdout, and nothing else there."
+    ),
+    acting_option(
+        "--no-plugin",
+        metavar="NAME",
+        multiple=True,
+        help="Switch a plugin off; can be given several times.",
+    ),
+    acting_option(
+        "-v",
+        "--verbose",
+        is_flag=True,
+        callback=_be_verbose,
+        help="Tell what takes how long; show tracebacks of errors.",
+    ),
 )
-_no_plugin = click.option(
-    "--no-plugin",
-    metavar="NAME",
-    multiple=True,
-    expose_value=False,
-    help="Switch a plugin off; can be given several times.",
-)
-_verbose = click.option(
-    "-v",
-    "--verbose",
-    is_flag=True,
-    expose_value=False,
-    callback=_be_verbose,
-    help="Tell what takes how long; show tracebacks of errors.",
-)
+
+
+def common_options(command: Command) -> Command:
+    """Give a command ``--json``, ``--no-plugin`` and ``-v``; all three work by themselves."""
+    return with_options(command, *_COMMON)
+
+
+def with_options(command: Command, *options: Callable[[Any], Any]) -> Command:
+    """A command with options, which its help shows in this order."""
+    for add in reversed(options):
+        command = add(command)
+    return command
 
 
 def file_argument(name: str) -> Callable[[Command], Command]:

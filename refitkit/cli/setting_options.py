@@ -8,31 +8,18 @@ from typing import TYPE_CHECKING, Any
 import click
 from pydantic import ValidationError
 
-from refitkit.cli.options import Command, as_options, file_option
+from refitkit.cli.options import Command, acting_option, as_options, file_option, with_options
 from refitkit.cli.session import Session
 from refitkit.cli.settings import Settings
 from refitkit.model.rules import Pack, Rename
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from pydantic import BaseModel
 
 _DIM = re.compile(r"@(-?\d+)$")
-
-
-def config_options(command: Command) -> Command:
-    """Give a command ``--config`` and ``--set``; both work by themselves."""
-    for add in (_set, _config):
-        command = add(command)
-    return command
-
-
-def weight_options(command: Command) -> Command:
-    """Give a command that reads weights all settings; see ``Config.rules`` for what rules do."""
-    for add in (_cast, _pack, _rename, _subtree, config_options):
-        command = add(command)
-    return command
 
 
 def _settings(ctx: click.Context) -> Settings:
@@ -66,28 +53,47 @@ def _set_rule(ctx: click.Context, param: click.Parameter, value: Any) -> None:
         _settings(ctx).rules[str(param.name)] = value
 
 
-def _set_renames(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> None:
-    made = []
-    for text in given:
-        pattern, equals, to = text.rpartition("=")  # patterns may have (?=...)
-        if not equals or not pattern:
-            raise click.BadParameter(f"{text!r} is not of the form PATTERN=TO.", ctx, param)
-        made.append(_valid(ctx, param, text, Rename, pattern=pattern, to=to))
-    _set_rule(ctx, param, made or None)
+def _fields_of_rename(text: str) -> dict[str, Any] | None:
+    pattern, equals, to = text.rpartition("=")  # patterns may have (?=...)
+    return {"pattern": pattern, "to": to} if equals and pattern else None
 
 
-def _set_packs(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> None:
-    made = []
-    for text in given:
-        into, equals, rest = text.partition("=")
-        dim = _DIM.search(rest)
-        parts = (rest[: dim.start()] if dim else rest).split(",")
-        if not equals or not into or not all(parts) or "@" in "".join(parts):
-            message = f"{text!r} is not of the form INTO=PART,PART[@DIM]."
-            raise click.BadParameter(message, ctx, param)
-        fields = {"into": into, "parts": parts, "dim": int(dim[1]) if dim else 0}
-        made.append(_valid(ctx, param, text, Pack, **fields))
-    _set_rule(ctx, param, made or None)
+def _fields_of_pack(text: str) -> dict[str, Any] | None:
+    into, equals, rest = text.partition("=")
+    dim = _DIM.search(rest)
+    parts = (rest[: dim.start()] if dim else rest).split(",")
+    if not equals or not into or not all(parts) or "@" in "".join(parts):
+        return None
+    return {"into": into, "parts": parts, "dim": int(dim[1]) if dim else 0}
+
+
+def _rules_option(
+    name: str,
+    kind: type[BaseModel],
+    form: str,
+    fields_of: Callable[[str], dict[str, Any] | None],
+    about: str,
+) -> Callable[[Command], Command]:
+    """An option that can be given several times, a rule each time.
+
+    Args:
+        name: Its name; the setting has the same.
+        kind: What rules are.
+        form: How one is written, for help and errors.
+        fields_of: Fields of a rule, or None for a text that is not of this form.
+        about: What help says of it.
+    """
+
+    def note(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> None:
+        made = []
+        for text in given:
+            fields = fields_of(text)
+            if fields is None:
+                raise click.BadParameter(f"{text!r} is not of the form {form}.", ctx, param)
+            made.append(_valid(ctx, param, text, kind, **fields))
+        _set_rule(ctx, param, made or None)
+
+    return acting_option(name, metavar=form, multiple=True, callback=note, help=about)
 
 
 def _valid(
@@ -105,50 +111,60 @@ def _valid(
         raise click.BadParameter(f"{text!r} cannot be used: {why}.", ctx, param) from exc
 
 
-_config = file_option(
-    "--config",
-    metavar="FILE",
-    callback=_read_config,
-    expose_value=False,
-    help="Settings in a .toml or .json file, by fields of refitkit.Config; flags win over it.",
+_CONFIG = (
+    file_option(
+        "--config",
+        metavar="FILE",
+        callback=_read_config,
+        expose_value=False,
+        help="Settings in a .toml or .json file, by fields of refitkit.Config; flags win over it.",
+    ),
+    acting_option(
+        "--set",
+        metavar="PLUGIN.KEY=JSON",
+        multiple=True,
+        callback=_set_plugins,
+        help="A setting of a plugin. Can be given several times.",
+    ),
 )
-_set = click.option(
-    "--set",
-    metavar="PLUGIN.KEY=JSON",
-    multiple=True,
-    callback=_set_plugins,
-    expose_value=False,
-    help="A setting of a plugin. Can be given several times.",
+_RULES = (
+    acting_option(
+        "--subtree",
+        metavar="PREFIX",
+        callback=_set_rule,
+        help="Use only weights whose names begin so, without it.",
+    ),
+    _rules_option(
+        "--rename",
+        Rename,
+        "PATTERN=TO",
+        _fields_of_rename,
+        r"Rename weights whose whole names match: 'encoder\.(.*)=\1'. Can be given several "
+        "times; the first that matches counts.",
+    ),
+    _rules_option(
+        "--pack",
+        Pack,
+        "INTO=PART,PART[@DIM]",
+        _fields_of_pack,
+        "Put parts in one piece, end to end in a dimension (0): "
+        "'{}.qkv.weight={}.q.weight,{}.k.weight,{}.v.weight'. Can be given several times.",
+    ),
+    acting_option(
+        "--cast",
+        type=click.Choice(["no", "lossless", "any"]),
+        callback=_set_rule,
+        help="Cast weights of other dtypes: where every value stays what it is, or any.  "
+        "[default: no]",
+    ),
 )
-_subtree = click.option(
-    "--subtree",
-    metavar="PREFIX",
-    callback=_set_rule,
-    expose_value=False,
-    help="Use only weights whose names begin so, without it.",
-)
-_rename = click.option(
-    "--rename",
-    metavar="PATTERN=TO",
-    multiple=True,
-    callback=_set_renames,
-    expose_value=False,
-    help=r"Rename weights whose whole names match: 'encoder\.(.*)=\1'. Can be given several "
-    "times; the first that matches counts.",
-)
-_pack = click.option(
-    "--pack",
-    metavar="INTO=PART,PART[@DIM]",
-    multiple=True,
-    callback=_set_packs,
-    expose_value=False,
-    help="Put parts in one piece, end to end in a dimension (0): "
-    "'{}.qkv.weight={}.q.weight,{}.k.weight,{}.v.weight'. Can be given several times.",
-)
-_cast = click.option(
-    "--cast",
-    type=click.Choice(["no", "lossless", "any"]),
-    callback=_set_rule,
-    expose_value=False,
-    help="Cast weights of other dtypes: where every value stays what it is, or any.  [default: no]",
-)
+
+
+def config_options(command: Command) -> Command:
+    """Give a command ``--config`` and ``--set``; both work by themselves."""
+    return with_options(command, *_CONFIG)
+
+
+def weight_options(command: Command) -> Command:
+    """Give a command that reads weights all settings; see ``Config.rules`` for what rules do."""
+    return with_options(command, *_CONFIG, *_RULES)

@@ -18,6 +18,7 @@ from refitkit.errors import (
 )
 from refitkit.model import Rules
 from refitkit.pipeline.check import check_weights
+from refitkit.pipeline.clock import Clock
 from refitkit.pipeline.compiled import CompiledModule
 from refitkit.pipeline.diff import compared
 from refitkit.pipeline.load import open_weights
@@ -53,9 +54,17 @@ class Differ:
     load: Callable[[object], CompiledModule]
     plan: RefitPlan | None = None
 
+    def diff(self, a: object, b: object) -> DiffReport:
+        """What two sets of weights differ in; see ``Pipeline.diff``."""
+        clock = Clock(self.host, "diff")
+        with clock.stage("open"):
+            sides = self._opened(a, b)
+        with clock.stage("compare"):
+            return self._compared(*sides)
+
     # -- opening ----------------------------------------------------------------------------
 
-    def opened(self, a: object, b: object) -> tuple[Side, Side]:
+    def _opened(self, a: object, b: object) -> tuple[Side, Side]:
         """Both, each as weights if it can be read as such, else as a module.
 
         Raises:
@@ -96,8 +105,8 @@ class Differ:
 
     # -- comparing --------------------------------------------------------------------------
 
-    def diff(self, a: Side, b: Side) -> DiffReport:
-        """What they differ in; see ``Pipeline.diff``. No refit of a module comes between."""
+    def _compared(self, a: Side, b: Side) -> DiffReport:
+        """What they differ in. No refit of a module comes between."""
         modules = {id(side): side for side in (a, b) if isinstance(side, CompiledModule)}
         with ExitStack() as held:
             for module in modules.values():

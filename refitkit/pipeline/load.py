@@ -6,12 +6,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refitkit.errors import SourceError, UnsupportedTargetError
+from refitkit.pipeline.clock import Clock
+from refitkit.pipeline.origin import Origin
+from refitkit.pipeline.saved import handle_on
+from refitkit.pipeline.tools import tools_for
 from refitkit.protocols import WeightSource
 
 if TYPE_CHECKING:
     from refitkit.config import Config
     from refitkit.host import Host
+    from refitkit.pipeline.compiled import CompiledModule
+    from refitkit.pipeline.pipeline import Pipeline
     from refitkit.protocols import OpenedModule, Tools
+
+
+def load_module(pipeline: Pipeline, target: object, *, warm: bool) -> CompiledModule:
+    """A handle on a target, which remembers where it came from; see ``Pipeline.load``."""
+    host, config = pipeline.host, pipeline.config
+    with Clock(host, "load").stage("open"):
+        tools = tools_for(host, config, "load", "open")
+        origin = Origin.of(target)
+        opened = open_target(host, target, config, tools)
+        compiled = handle_on(opened, pipeline.open_weights, pipeline)
+        compiled.origin = origin
+    if warm:
+        with Clock(host, "load").stage("warm"):
+            compiled.warm(tools_for(host, config, "load", "warm").tell)
+    return compiled
 
 
 def open_target(host: Host, target: object, config: Config, tools: Tools) -> OpenedModule:

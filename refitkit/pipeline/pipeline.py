@@ -2,46 +2,34 @@
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from refitkit.config import Config
-from refitkit.errors import ConfigError, Problem, UnsupportedTargetError
 from refitkit.host import Host, make_host
-from refitkit.model import Step
 from refitkit.pipeline import load as loading
-from refitkit.pipeline.cache import PlanCache, wanted
-from refitkit.pipeline.clock import Clock
+from refitkit.pipeline.backends import described, named, plan_in, registered
 from refitkit.pipeline.compiled import CompiledModule
 from refitkit.pipeline.diff_sides import Differ
-from refitkit.pipeline.held import Held
 from refitkit.pipeline.judge import judge_module
-from refitkit.pipeline.origin import Origin
-from refitkit.pipeline.overrides import overridden_as, overridden_in
-from refitkit.pipeline.plan import make_plan
-from refitkit.pipeline.prove import prove as prove_refit
-from refitkit.pipeline.prove_plan import prove_plan
-from refitkit.pipeline.refit import Refit, Wish, as_jobs
-from refitkit.pipeline.restore import Back, Return, as_ways
-from refitkit.pipeline.result import RefitResult, RefitResults
-from refitkit.pipeline.together import Task, each, run
-from refitkit.pipeline.tools import tools_for
+from refitkit.pipeline.making import Making
+from refitkit.pipeline.refit import Wish
+from refitkit.pipeline.restore import Back, as_ways
+from refitkit.pipeline.saved import copy_of, save_module
+from refitkit.pipeline.settings import require_plugins
+from refitkit.pipeline.tasks import refit_task, refit_tasks, return_task, run_tasks
 from refitkit.pipeline.transform import transformed
-from refitkit.recipe import RefitPlan
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
 
     from torch.export import ExportedProgram
 
     from refitkit.model import DiffReport, VerificationResult
-    from refitkit.program import KeptProgram
-    from refitkit.protocols import Backend, OpenedModule, WeightSource
-
-PLAN = "plan.refitplan"
-PROGRAM = "program.json"
-OVERRIDDEN = "overridden.json"
+    from refitkit.pipeline.result import RefitResult, RefitResults
+    from refitkit.protocols import Backend, WeightSource
+    from refitkit.recipe import RefitPlan
 
 
 class Pipeline:
@@ -69,30 +57,14 @@ class Pipeline:
         """
         self.config = Config.of(config)
         self.host: Host = make_host(self.config, plugins)
-        _check_settings(self.config, self.host)
-        self._backends: dict[str, Backend] | None = None
+        require_plugins(self.config, self.host)
 
     # -- backends ---------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def backends(self) -> Mapping[str, Backend]:
         """All backends by name."""
-        if self._backends is None:
-            self._backends = self._registered()
-        return self._backends
-
-    def _registered(self) -> dict[str, Backend]:
-        hook = "refitkit_register_backends"
-        owners: dict[str, str] = {}
-        backends: dict[str, Backend] = {}
-        for info in self.host.plugins():
-            given: list[Backend] = []
-            if hook in info.hooks:
-                self.host.call_one(info.name, hook, register=given.append)
-            for backend in given:
-                self.host.claim(owners, backend, info.name, hook)
-                backends[backend.name] = backend
-        return backends
+        return registered(self.host)
 
     def backend(self, name: str) -> Backend:
         """A backend by name.
@@ -100,10 +72,7 @@ class Pipeline:
         Raises:
             ConfigError: There is none of this name; lists those that there are.
         """
-        if name not in self.backends:
-            hint = f"There are: {', '.join(sorted(self.backends))}."
-            raise ConfigError(f"There is no backend {name!r}.", hint=hint)
-        return self.backends[name]
+        return named(self.backends, name)
 
     # -- verbs ------------------------------------------------------------------------------
 
@@ -132,51 +101,7 @@ class Pipeline:
             CompileError: The compiler refused the program, or a tool is missing.
             NotRefittableError: An option makes the engine unfit for refits, or the proof failed.
         """
-        _check_program(program)
-        chosen, clock = self.backend(backend), Clock(self.host, "compile")
-        with clock.stage("compile"):
-            tools = tools_for(self.host, self.config, "compile", "compile")
-            opened = chosen.compile(program, dict(options or {}), tools)
-        with clock.stage("plan"):
-            plan = self._planned(program, opened, chosen, {})
-            kept = self._kept(program)
-        compiled = CompiledModule(opened, plan, kept, self)
-        if prove:
-            with clock.stage("prove"):
-                self._prove(compiled, program)
-        return compiled
-
-    def _planned(
-        self,
-        program: ExportedProgram,
-        opened: OpenedModule | None,
-        backend: Backend,
-        options: Mapping[str, Any],
-    ) -> RefitPlan:
-        opener, folder = self._opened_for, self.config.cache_folder()
-
-        def make() -> RefitPlan:
-            return make_plan(self.host, program, opened, backend, options, self.config, opener)
-
-        if folder is None:
-            return make()
-        tools = tools_for(self.host, self.config, "plan", "plan")
-        wish = wanted(self.host, backend, program, opened, options, tools)
-        return make() if wish is None else PlanCache(folder, tools.tell, opener).get(wish, make)
-
-    def _prove(self, compiled: CompiledModule, program: ExportedProgram) -> None:
-        missing = prove_refit(self, compiled, program) if compiled.program else ""
-        if missing:
-            self.host.emit(Step("compile", "prove", f"there is no proof by trial: {missing}"))
-
-    def _kept(self, program: ExportedProgram) -> KeptProgram | None:
-        from refitkit.program import KeptProgram  # noqa: PLC0415 - imports torch
-
-        kept = KeptProgram.of(program)
-        if kept is None:
-            text = "the program cannot be kept: no proof, and verify='outputs' needs reference="
-            self.host.emit(Step("plan", "plan", text))
-        return kept
+        return Making(self, program, options).compile(backend, prove=prove)
 
     def load(self, target: object, *, warm: bool = False) -> CompiledModule:
         """Open what was compiled or saved before.
@@ -193,30 +118,7 @@ class Pipeline:
             UnsupportedTargetError: It is missing, damaged, or no plugin can open it.
             PlanMismatchError: The plan inside it is damaged.
         """
-        with Clock(self.host, "load").stage("open"):
-            tools = tools_for(self.host, self.config, "load", "open")
-            origin = Origin.of(target)
-            compiled = self._handle(loading.open_target(self.host, target, self.config, tools))
-            compiled.origin = origin
-        if warm:
-            with Clock(self.host, "load").stage("warm"):
-                compiled.warm(tools_for(self.host, self.config, "load", "warm").tell)
-        return compiled
-
-    def _handle(self, opened: OpenedModule) -> CompiledModule:
-        from refitkit.program import KeptProgram  # noqa: PLC0415 - imports torch
-
-        attached = opened.attachments
-        if PLAN not in attached:
-            return CompiledModule(opened, None, None, self)
-        plan = RefitPlan.from_bytes(attached[PLAN], "the plan of this module", self._opened_for)
-        data = plan.data
-        kept = (
-            KeptProgram(attached[PROGRAM], data.leaves, data.ties) if PROGRAM in attached else None
-        )
-        compiled = CompiledModule(opened, plan, kept, self)
-        compiled.held = Held.first(overridden_in(attached.get(OVERRIDDEN, b"[]")))
-        return compiled
+        return loading.load_module(self, target, warm=warm)
 
     def plan(
         self,
@@ -250,44 +152,9 @@ class Pipeline:
                 in part.
             ConfigError: Neither target nor backend was given.
         """
-        _check_program(program)
+        making = Making(self, program, options)
         compiled = self._compiled(target) if target is not None else None
-        name = backend or (compiled.backend if compiled else None)
-        if name is None:
-            raise ConfigError(
-                "A plan is for a target or, offline, for a backend: pass one of them."
-            )
-        opened = compiled.opened if compiled else None
-        with Clock(self.host, "plan").stage("plan"):
-            plan = self._planned(program, opened, self.backend(name), dict(options or {}))
-        if prove:
-            with Clock(self.host, "plan").stage("prove"):
-                self._prove_plan(plan, program, opened, dict(options or {}))
-        if compiled is not None and compiled.plan is None:
-            with Clock(self.host, "plan").stage("adopt"):
-                self._adopt(compiled, plan, program, prove=prove is not False)
-        return plan
-
-    def _prove_plan(
-        self,
-        plan: RefitPlan,
-        program: ExportedProgram,
-        opened: OpenedModule | None,
-        options: Mapping[str, Any],
-    ) -> None:
-        missing = prove_plan(self.host, self.config, plan, program, opened, options)
-        if missing:
-            self.host.emit(Step("plan", "prove", f"there is no proof by trial: {missing}"))
-
-    def _adopt(
-        self, compiled: CompiledModule, plan: RefitPlan, program: ExportedProgram, *, prove: bool
-    ) -> None:
-        """Give a plan to a module that somebody else compiled, once a copy of it is proved."""
-        kept = self._kept(program)
-        if prove:
-            copy = CompiledModule(compiled.opened.reopen(), plan, kept, self)
-            self._prove(copy, program)
-        compiled.plan, compiled.program = plan, kept
+        return making.plan(compiled, backend, prove=prove)
 
     def refit(  # noqa: PLR0913 - one verb; all but two are given by name
         self,
@@ -336,17 +203,9 @@ class Pipeline:
         compiled = self._compiled(target)
         if copy and compiled is target:
             compiled = self.copy(compiled)
-        options = {
-            "plan": plan,
-            "inputs": inputs,
-            "reference": reference,
-            "verify": verify,
-            "partial": partial,
-            "delta": delta,
-            "rollback": rollback,
-        }
-        wish = self._wish(weights, options)
-        return self._run([Refit(self.host, self.config, compiled, wish)])[0]
+        how: dict[str, Any] = {"plan": plan, "inputs": inputs, "reference": reference}
+        how |= {"verify": verify, "partial": partial, "delta": delta, "rollback": rollback}
+        return run_tasks(self, [refit_task(self, compiled, weights, how)])[0]
 
     def refit_all(self, modules: Iterable[Sequence[Any]], **how: Any) -> RefitResults:
         """Refit several modules in one transaction: all of them, or none.
@@ -364,32 +223,7 @@ class Pipeline:
             RefitError: As ``refit`` raises it, with the problems of all modules; unless it is a
                 ``ModuleLostError``, all of them answer as before.
         """
-        jobs = as_jobs(modules, how)
-        opened = self._all_compiled([target for target, _, _ in jobs])
-        tasks = [
-            Refit(self.host, self.config, compiled, self._wish(weights, options))
-            for compiled, (_, weights, options) in zip(opened, jobs, strict=True)
-        ]
-        return self._run(tasks)
-
-    def _all_compiled(self, targets: Sequence[object]) -> list[CompiledModule]:
-        """Handles of targets: the same one for an object that is given twice, which is refused."""
-        handles: dict[int, CompiledModule] = {}
-
-        def handle(target: object) -> CompiledModule:
-            if isinstance(target, str | Path):  # each is opened anew
-                return self._compiled(target)
-            if id(target) not in handles:
-                handles[id(target)] = self._compiled(target)
-            return handles[id(target)]
-
-        names = [f"module {number}" for number in range(1, len(targets) + 1)]
-        return each(names, [partial(handle, target) for target in targets])
-
-    def _wish(self, weights: object, options: Mapping[str, Any]) -> Wish:
-        chosen = {name: value for name, value in options.items() if value is not None}
-        defaults = {"delta": self.config.delta, "rollback": self.config.rollback}
-        return Wish(weights, **{**defaults, **chosen})
+        return run_tasks(self, refit_tasks(self, modules, how, self._compiled))
 
     def restore(
         self,
@@ -420,12 +254,8 @@ class Pipeline:
                 answers as before.
         """
         as_ways([(compiled, version)])
-        if version == 0 and compiled.base is not None:
-            return self.refit(
-                compiled, compiled.base, inputs=inputs, reference=reference, verify=verify
-            )
         back = Back(version, inputs, reference, verify)
-        return self._run([Return(self.host, self.config, compiled, back)])[0]
+        return run_tasks(self, [return_task(self, compiled, back)])[0]
 
     def restore_all(self, back: Iterable[tuple[CompiledModule, int]]) -> RefitResults:
         """Go back to earlier weights of several modules, in one transaction.
@@ -436,28 +266,12 @@ class Pipeline:
         Raises:
             RefitError: As ``restore`` raises it, with the problems of all modules.
         """
-        return self._run([self._way_back(*way) for way in as_ways(back)])
-
-    def _way_back(self, compiled: CompiledModule, version: int) -> Task:
-        if version == 0 and compiled.base is not None:
-            wish = self._wish(compiled.base, {"delta": False})
-            return Refit(self.host, self.config, compiled, wish)
-        return Return(self.host, self.config, compiled, Back(version))
-
-    def _run(self, tasks: Sequence[Task]) -> RefitResults:
-        outcomes = run(self.host, self.config, tasks)
-        return RefitResults(
-            RefitResult(task.compiled, outcome, self)
-            for task, outcome in zip(tasks, outcomes, strict=True)
-        )
+        ways = [(compiled, Back(version)) for compiled, version in as_ways(back)]
+        return run_tasks(self, [return_task(self, *way, delta=False) for way in ways])
 
     def copy(self, compiled: CompiledModule) -> CompiledModule:
         """A second module with the same weights, plan and program, refitted on its own."""
-        with compiled.gate.refit(), compiled.gate.call():
-            opened = compiled.opened.reopen()
-        copy = CompiledModule(opened, compiled.plan, compiled.program, self)
-        copy.held = Held.first(compiled.held.overridden)
-        return copy
+        return copy_of(compiled, self)
 
     def verify(
         self,
@@ -510,11 +324,7 @@ class Pipeline:
             PlanMismatchError: The module has no plan, or the plan is for another one.
             ConfigError: There are rules, and no program to apply them for.
         """
-        clock, differ = Clock(self.host, "diff"), Differ(self.host, self.config, self.load, plan)
-        with clock.stage("open"):
-            sides = differ.opened(a, b)
-        with clock.stage("compare"):
-            return differ.diff(*sides)
+        return Differ(self.host, self.config, self.load, plan).diff(a, b)
 
     def open_weights(self, weights: object, plan: RefitPlan | None = None) -> WeightSource:
         """Anything that a plugin can read, as a weight source.
@@ -531,23 +341,13 @@ class Pipeline:
         source = loading.open_weights(self.host, weights, self.config)
         return source if plan is None else transformed(self.host, self.config, plan, source)
 
-    def _opened_for(self, weights: Any, plan: RefitPlan) -> WeightSource:
-        return self.open_weights(weights, plan)
-
     def describe(self, path: str | Path) -> Mapping[str, Any]:
         """What a saved module holds, without running any of its code.
 
         Raises:
             UnsupportedTargetError: It is missing, damaged, or of no backend.
         """
-        path = Path(path)
-        if not path.exists():
-            raise UnsupportedTargetError(f"There is no file {str(path)!r}.")
-        for backend in self.backends.values():
-            found = backend.describe(path)
-            if found is not None:
-                return found
-        raise UnsupportedTargetError(f"{str(path)!r} is no saved module of any backend.")
+        return described(self.backends, path)
 
     def read_plan(self, path: str | Path) -> RefitPlan:
         """The plan in a plan file or in a saved module, without running any code of either.
@@ -556,46 +356,11 @@ class Pipeline:
             PlanMismatchError: It is missing, or there is no plan in it that can be read.
             UnsupportedTargetError: It is a saved module, and damaged.
         """
-        path = Path(path)
-        for backend in self.backends.values() if path.exists() else ():
-            attached = backend.attachments(path)
-            if PLAN in attached:
-                what = f"the plan of {str(path)!r}"
-                return RefitPlan.from_bytes(attached[PLAN], what, self._opened_for)
-        return RefitPlan.load(path)
+        return plan_in(self.backends, path, self.open_weights)
 
     def _compiled(self, target: object) -> CompiledModule:
         return target if isinstance(target, CompiledModule) else self.load(target)
 
     def save(self, compiled: CompiledModule, path: str | Path) -> None:
         """Write a module with its present weights, plan and program; see its own ``save``."""
-        attachments: dict[str, bytes] = {}
-        if compiled.plan is not None:
-            attachments[PLAN] = compiled.plan.to_bytes()
-        if compiled.program is not None:
-            attachments[PROGRAM] = compiled.program.to_bytes()
-        if compiled.held.overridden:
-            attachments[OVERRIDDEN] = overridden_as(compiled.held.overridden)
-        with Clock(self.host, "save").stage("save"):
-            compiled.opened.save(Path(path), attachments)
-
-
-def _check_settings(config: Config, host: Host) -> None:
-    names = {info.name for info in host.plugins()}
-    strange = [name for name in config.plugin_settings if name not in names]
-    if strange:
-        problems = [Problem(f"plugin_settings.{name}", "no such plugin") for name in strange]
-        hint = f"There are: {', '.join(sorted(names))}."
-        raise ConfigError(
-            "There are settings of plugins that do not exist.", problems=problems, hint=hint
-        )
-
-
-def _check_program(program: object) -> None:
-    from torch.export import ExportedProgram  # noqa: PLC0415 - slow to import
-
-    if not isinstance(program, ExportedProgram):
-        raise UnsupportedTargetError(
-            f"A {type(program).__name__} cannot be compiled or planned.",
-            hint="Export it first: program = torch.export.export(model, inputs).",
-        )
+        save_module(self.host, compiled, path)

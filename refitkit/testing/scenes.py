@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from refitkit.hookspecs import hookimpl
 from refitkit.model import VerificationResult
-from refitkit.pipeline.pipeline import PLAN, Pipeline
+from refitkit.pipeline.pipeline import Pipeline
+from refitkit.pipeline.saved import PLAN
 from refitkit.testing.fakes import FakeModule
 from refitkit.testing.isolation import isolated_config
 from refitkit.testing.plans import plan_for

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 import refitkit
 from refitkit import hookspecs
 from refitkit.builtin.torch_tensorrt import upstream
+from refitkit.cli.api import main
 from refitkit.host import GROUP
+from tests.fakes import Opener, make_module, same_state, weights_for
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "plugins" / "refitkit-example"
@@ -31,7 +34,7 @@ def lines(text: str) -> list[str]:
 
 def test_every_python_block_is_looked_at() -> None:
     assert PAGE.count("```python") == len(BLOCKS)
-    assert list(RUN) == ["object", "without", "with", "clash", "errors", "settings"]
+    assert list(RUN) == ["object", "without", "with", "clash", "errors", "settings", "command"]
 
 
 @pytest.mark.parametrize("name", QUOTED)
@@ -90,3 +93,24 @@ def test_the_code_runs_and_says_what_it_says(capsys: pytest.CaptureFixture[str])
         said = capsys.readouterr().out.splitlines()
         told = [line.removeprefix("# ") for line in code.splitlines() if line.startswith("# ")]
         assert said == told, name
+
+
+def test_the_command_promotes_the_newest_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names: dict[str, Any] = {"refitkit": refitkit}
+    exec(compile(RUN["command"], "writing-plugins.md:command", "exec"), names)  # noqa: S102
+    module, run, out = make_module(2), tmp_path / "run", tmp_path / "out"
+    run.mkdir()
+    command = ["promote", "fake:module", str(run), "-o", str(out), "--json"]
+    plugins = [Opener(module), names["Promote"]()]
+    assert main(command, plugins) == 1
+    assert "There is no checkpoint" in capsys.readouterr().out
+    for step in (1, 2):
+        save_file(weights_for(module, float(step)), run / f"{step}.safetensors")
+    assert main(command, plugins) == 0
+    report = refitkit.RefitReport.model_validate_json(capsys.readouterr().out)
+    assert (report.outcome, report.source) == ("committed", f"{str(run / '2.safetensors')!r}")
+    held = module.by_slot()
+    assert same_state(held, weights_for(module, 2.0))
+    assert out.exists()

@@ -37,20 +37,16 @@ def compiled_by_somebody() -> FakeModule:
     return module.opened  # type: ignore[no-any-return]
 
 
-def holds(module: FakeModule) -> dict[str, torch.Tensor]:
-    return {name.partition("/")[2]: value for name, value in module.holds().items()}
-
-
 @pytest.mark.parametrize("in_place", [True, False])
 def test_the_second_refit_of_a_module_plans_nothing(plugin: KeyedPlugin, in_place: bool) -> None:
     module = compiled_by_somebody()
-    before = holds(module)
+    before = module.by_slot()
     for seed in (1, 2):
         found = compat._refit(module, program_of(seed), in_place=in_place)
         assert (found is module) == in_place
-        assert same_state(holds(found), dict(program_of(seed).state_dict))
+        assert same_state(found.by_slot(), dict(program_of(seed).state_dict))
     assert plugin.keyed.drafts == 1
-    assert same_state(holds(module), before) != in_place
+    assert same_state(module.by_slot(), before) != in_place
 
 
 def test_another_module_finds_the_plan_in_the_folder(
@@ -60,6 +56,6 @@ def test_another_module_finds_the_plan_in_the_folder(
     monkeypatch.setenv(PLAN_CACHE_VARIABLE, str(tmp_path))
     for seed, module in enumerate(modules):
         found = compat._refit(module, program_of(seed))
-        assert same_state(holds(found), dict(program_of(seed).state_dict))
+        assert same_state(found.by_slot(), dict(program_of(seed).state_dict))
     assert plugin.keyed.drafts == 1
     assert len(list(tmp_path.iterdir())) == 1

@@ -144,13 +144,7 @@ ALLOWED = {
 def test_built_ins_use_only_what_a_third_party_may(path: Path) -> None:
     """Imports of their own family aside; also those inside functions."""
     family = "builtin." + path.relative_to(PACKAGE / "builtin").parts[0].removesuffix(".py")
-    tree = ast.parse(path.read_text())
-    names = [
-        node.module or ""
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom)
-    ]  # fmt: skip
-    names += [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
+    names = imported_by(path)
     own = [n.removeprefix("refitkit.") for n in names if n.startswith("refitkit.")]
     foreign = [
         name
@@ -159,3 +153,23 @@ def test_built_ins_use_only_what_a_third_party_may(path: Path) -> None:
     ]
     assert foreign == []
     assert "refitkit" not in names or family == "builtin"
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(PACKAGE.parent.glob("plugins/*/src/**/*.py")),
+    ids=lambda p: f"{p.parent.name}.{p.stem}",
+)
+def test_our_plugins_use_only_what_a_third_party_may(path: Path) -> None:
+    """What docs/guides/writing-plugins.md lists; of the package itself its public names."""
+    own = [n.removeprefix("refitkit.") for n in imported_by(path) if n.startswith("refitkit.")]
+    conformance = {"testing"} if path.name == "conformance.py" else set()
+    foreign = [name for name in own if name.partition(".")[0] not in ALLOWED | conformance]
+    assert set(foreign) <= {"cli.api"}
+
+
+def imported_by(path: Path) -> list[str]:
+    """Names of all modules that a file imports, or imports something from."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    return names + [a.name for node in nodes if isinstance(node, ast.Import) for a in node.names]

@@ -96,6 +96,16 @@ def test_what_cannot_be_meant_writes_nothing(arguments, told, folder, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_of_an_adapter_is_not_written_over(folder, monkeypatch, capfd):
+    monkeypatch.chdir(folder)
+    adapter = folder / "a/adapter_model.safetensors"
+    before = adapter.read_bytes()
+    code = main(["lora", "module.refitkit", "base.safetensors", str(adapter), "-o", str(adapter)])
+    assert "is read by this command: write to another file" in capfd.readouterr().err
+    assert code == 2
+    assert adapter.read_bytes() == before
+
+
 def test_help_is_there_without_torch(folder):
     code = (
         "import sys; from refitkit.cli.main import main\n"

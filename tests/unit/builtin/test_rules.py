@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +10,7 @@ import torch
 from refitkit.builtin.rules.casts import is_lossless
 from refitkit.errors import ConfigError, WeightMismatchError
 from refitkit.pipeline import Pipeline
-from tests.fakes import FakeModule, FakePlugin, OpenEngine, plan_for, same_state
-
-if TYPE_CHECKING:
-    import refitkit
+from tests.fakes import FakeModule, Loaded, OpenEngine, plan_for, same_state
 
 PROGRAM = {
     "a.weight": torch.zeros(4, 3),
@@ -23,22 +20,18 @@ PROGRAM = {
 NEW = {name: torch.randn(value.shape) for name, value in PROGRAM.items()}
 
 
-class Scene:
+class Scene(Loaded):
     """A module that holds zeros, refitted under rules."""
 
     def __init__(self, program: dict[str, torch.Tensor] | None = None, **rules: Any) -> None:
-        self.module = FakeModule([OpenEngine("e0", PROGRAM if program is None else program)])
-        self.pipeline = Pipeline({"rules": rules}, plugins=[FakePlugin()])
-        self.compiled: refitkit.CompiledModule = self.pipeline.load(self.module)
+        module = FakeModule([OpenEngine("e0", PROGRAM if program is None else program)])
+        super().__init__(module, rules=rules)
         self.compiled.plan = plan_for(self.module)
 
     def refit(self, weights: Any, **how: Any) -> list[tuple[Any, Any]]:
         """What was made of what."""
         report = self.pipeline.refit(self.compiled, weights, **how).report
         return [(row.takes, row.gives) for row in report.transforms]
-
-    def holds(self) -> dict[str, torch.Tensor]:
-        return {name.partition("/")[2]: value for name, value in self.module.holds().items()}
 
 
 # -- names ------------------------------------------------------------------------------------

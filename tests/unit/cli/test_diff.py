@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-import refitkit
-from tests.fakes import FakePlugin, make_module, weights_for
+from tests.fakes import Opener, make_module, weights_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from tests.fakes import FakeModule
     from tests.unit.cli.conftest import Outcome
-
-
-class Opener(FakePlugin):
-    """Opens the one module that it has."""
-
-    def __init__(self, module: FakeModule) -> None:
-        super().__init__()
-        self.module = module
-
-    @refitkit.hookimpl
-    def refitkit_load_module(self, target: Any) -> FakeModule | None:
-        return self.module if target == "fake:module" else None
 
 
 @pytest.fixture

@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import refitkit
-from refitkit.config import Config
-from tests.fakes import FakePlugin, make_module, weights_for
+from tests.fakes import Opener, make_module, weights_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from tests.fakes import FakeModule
     from tests.unit.cli.conftest import Outcome
-
-
-class Opener(FakePlugin):
-    """Opens the one module that it has, and remembers the config that it was asked with."""
-
-    def __init__(self, module: FakeModule) -> None:
-        super().__init__()
-        self.module = module
-        self.config = Config()
-
-    @refitkit.hookimpl
-    def refitkit_load_module(self, target: Any, config: Config) -> FakeModule | None:  # type: ignore[override]
-        self.config = config
-        return self.module if target == "fake:module" else None
 
 
 @pytest.fixture
@@ -298,7 +282,7 @@ def test_other_commands_take_settings(run: Callable[..., Outcome], command: str)
 
 
 def test_verify_follows_rules(run: Callable[..., Outcome], plugin: Opener, tmp_path: Path) -> None:
-    held = {name.partition("/")[2]: value for name, value in plugin.module.holds().items()}
+    held = plugin.module.by_slot()
     file = tmp_path / "w.safetensors"
     save_file({f"net.{name}": value.half() for name, value in held.items()}, file)
     args = ("verify", "fake:module", file, "--json")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import refitkit
-from tests.fakes import FakePlugin, make_module, same_state, weights_for
+from tests.fakes import Opener, make_module, same_state, weights_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,19 +19,6 @@ if TYPE_CHECKING:
 
     from tests.fakes import FakeModule
     from tests.unit.cli.conftest import Outcome
-
-
-class Opener(FakePlugin):
-    """Opens the one module that it has under the name ``fake:module`` and from any file."""
-
-    def __init__(self, module: FakeModule) -> None:
-        super().__init__()
-        self.module = module
-
-    @refitkit.hookimpl
-    def refitkit_load_module(self, target: Any) -> FakeModule | None:
-        named = target == "fake:module" or getattr(target, "suffix", "") == ".fake"
-        return self.module if named else None
 
 
 @pytest.fixture
@@ -69,7 +56,7 @@ def test_a_refit_writes_and_reports(
     assert report.verification is not None
     assert report.verification.verifier == "weights"
     new = weights_for(module, 5.0)
-    assert same_state({k.partition("/")[2]: v for k, v in module.holds().items()}, new)
+    assert same_state(module.by_slot(), new)
     assert json.loads(out.read_text())["attachments"] == ["plan.refitplan"]
 
 
@@ -181,7 +168,7 @@ def test_verify_says_whether_it_holds_them(
     call: Callable[..., Outcome], module: FakeModule, weights: Path, tmp_path: Path
 ) -> None:
     held = tmp_path / "held.safetensors"
-    save_file({k.partition("/")[2]: v for k, v in module.holds().items()}, held)
+    save_file(module.by_slot(), held)
     outcome = call("verify", "fake:module", held)
     assert outcome.code == 0
     assert "holds these weights (weights: 4 slots read back" in outcome.out

@@ -14,13 +14,20 @@ from refitkit.errors import ConfigError, EngineError
 from refitkit.model import RefitReport
 from refitkit.pipeline import Pipeline, samples
 from refitkit.pipeline.changes import measured
-from refitkit.pipeline.pipeline import PLAN
 from refitkit.pipeline.report import UNCHANGED
 from refitkit.pipeline.samples import SAMPLE
 from refitkit.pipeline.stage import Staged
 from refitkit.program.distance import distance
 from refitkit.protocols import SlotValue
-from tests.fakes import FakeEngine, FakeModule, FakePlugin, OpenEngine, Tripwire, plan_for
+from tests.fakes import (
+    FakeEngine,
+    FakeModule,
+    FakePlugin,
+    OpenEngine,
+    Tripwire,
+    pipeline_with,
+    with_plan,
+)
 
 State = dict[str, torch.Tensor]
 
@@ -33,13 +40,11 @@ class Remembering(FakeEngine):
 
 
 def held(state: State, kind: type[FakeEngine] = OpenEngine) -> FakeModule:
-    found = FakeModule([kind("e", state, Tripwire())])
-    found.attachments = {PLAN: plan_for(found).to_bytes()}
-    return found
+    return with_plan(FakeModule([kind("e", state, Tripwire())]))
 
 
 def refit(state: State, new: State, *, kind: type[FakeEngine] = OpenEngine, **config: Any) -> Any:
-    pipeline = Pipeline(config, plugins=[FakePlugin()])
+    pipeline = pipeline_with(**config)
     compiled = pipeline.load(held(state, kind))
     return pipeline.refit(compiled, new, verify="none").report
 

@@ -22,7 +22,7 @@ from refitkit.errors import (
 )
 from refitkit.hookspecs import hookimpl
 from refitkit.model import CallRef, LeafKind, LedgerRow, SlotState, SourceRef
-from refitkit.pipeline import CompiledModule, Pipeline
+from refitkit.pipeline import Pipeline
 from refitkit.pipeline.delta import digest_of
 from refitkit.protocols import Made, Mapped, SlotValue, TransformRequest, WeightGroup
 from refitkit.recipe import TensorMap
@@ -31,6 +31,7 @@ from tests.fakes import (
     FakeEngine,
     FakeModule,
     FakePlugin,
+    Loaded,
     OpenEngine,
     TrippingPlugin,
     Tripwire,
@@ -61,7 +62,7 @@ WRONG: Any = {"verify": "outputs", "reference": {}, "inputs": (torch.ones(()),)}
 """A verification that no module passes."""
 
 
-class Scene:
+class Scene(Loaded):
     """A compiled module, refitted with ``delta``; it knows which slots a refit wrote."""
 
     def __init__(
@@ -71,9 +72,7 @@ class Scene:
         *plugins: object,
         **settings: Any,
     ) -> None:
-        self.module = module or make_module(3)
-        self.pipeline = Pipeline(settings, plugins=[FakePlugin(), *plugins])
-        self.compiled: CompiledModule = self.pipeline.load(self.module)
+        super().__init__(module or make_module(3), *plugins, **settings)
         self.compiled.plan = plan or self.compiled.plan
         self.report: RefitReport | None = None
 
@@ -88,9 +87,6 @@ class Scene:
             for staged in engine.staged[before[engine.name] :]
             for slot in staged.values
         }
-
-    def holds(self) -> dict[str, torch.Tensor]:
-        return {name.partition("/")[2]: value for name, value in self.module.holds().items()}
 
 
 def weights(fill: float = 1.0, engines: int = 3) -> dict[str, torch.Tensor]:

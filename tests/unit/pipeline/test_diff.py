@@ -20,21 +20,16 @@ from refitkit.errors import (
     WeightMismatchError,
 )
 from refitkit.model import DiffReport
-from refitkit.pipeline import Pipeline
 from refitkit.recipe import TensorMap
 from refitkit.testing.memory import NewMemory
-from tests.fakes import FakeEngine, FakePlugin, make_module, plan_for, weights_for
+from tests.fakes import FakeEngine, make_module, pipeline_with, plan_for, weights_for
 from tests.unit.builtin.torch_tensorrt.scenes import Scene, weights_of
 
 State = dict[str, torch.Tensor]
 
 
-def pipeline(**settings: Any) -> Pipeline:
-    return Pipeline(settings, plugins=[FakePlugin()])
-
-
 def diff(a: object, b: object, **settings: Any) -> DiffReport:
-    return pipeline(**settings).diff(a, b)
+    return pipeline_with(**settings).diff(a, b)
 
 
 def states(report: DiffReport) -> dict[str, str]:
@@ -238,7 +233,9 @@ def test_with_a_plan_weights_are_compared_as_the_program_reads_them() -> None:
     with pytest.raises(ConfigError, match="nobody knows the program") as info:
         diff(b, b, rules=rules)
     assert "--plan" in info.value.hint
-    held = pipeline(rules={"rename": [{"pattern": r"net\.(.*)", "to": r"\1"}], "cast": "lossless"})
+    held = pipeline_with(
+        rules={"rename": [{"pattern": r"net\.(.*)", "to": r"\1"}], "cast": "lossless"}
+    )
     assert not held.diff(a, b, plan=plan).differs
     assert "through" in held.diff(a, b, plan=plan).b
     assert states(diff(a, b)) == {
@@ -251,7 +248,7 @@ def test_with_a_plan_weights_are_compared_as_the_program_reads_them() -> None:
 
 
 def test_weights_and_what_a_module_holds() -> None:
-    made = pipeline()
+    made = pipeline_with()
     compiled = made.load(make_module(2))
     new = weights_for(compiled.opened, 1.0)
     new["e1.bias"] = compiled.read("e1.bias")
@@ -275,8 +272,8 @@ def test_weights_and_what_a_module_holds() -> None:
 
 
 def test_with_one_engine_names_are_the_slots() -> None:
-    compiled = pipeline().load(make_module(1))
-    report = pipeline().diff(compiled, weights_for(compiled.opened, 1.0))
+    compiled = pipeline_with().load(make_module(1))
+    report = pipeline_with().diff(compiled, weights_for(compiled.opened, 1.0))
     assert set(states(report)) == {"e0.weight", "e0.bias"}
     assert report.a == "a module of fake"
 
@@ -285,7 +282,7 @@ def test_a_slot_whose_shape_nobody_knows_is_flat() -> None:
     opened = make_module(1)
     slots = opened.engines["e0"].slots
     slots["e0.weight"] = slots["e0.weight"].model_copy(update={"shape": None})  # the plan knows it
-    made = pipeline()
+    made = pipeline_with()
     compiled, new = made.load(opened), weights_for(opened, 1.0)
     report = made.diff(compiled, new)
     assert {row.name: row.shape for row in report.rows} == {"e0.weight": (6,), "e0.bias": (2,)}
@@ -293,10 +290,10 @@ def test_a_slot_whose_shape_nobody_knows_is_flat() -> None:
 
 
 def test_rules_are_followed_with_a_module() -> None:
-    compiled = pipeline().load(make_module(1))
+    compiled = pipeline_with().load(make_module(1))
     wrapped = {f"module.{n}": v for n, v in weights_for(compiled.opened, 1.0).items()}
-    assert pipeline().diff(compiled, wrapped).counts == {"changed": 2}
-    made = pipeline(rules={"subtree": "net.", "cast": "any"})
+    assert pipeline_with().diff(compiled, wrapped).counts == {"changed": 2}
+    made = pipeline_with(rules={"subtree": "net.", "cast": "any"})
     compiled = made.load(make_module(1))
     new = {f"net.{n}": v.double() for n, v in weights_for(compiled.opened, 1.0).items()}
     assert states(made.diff(compiled, new)) == {"e0.weight": "changed", "e0.bias": "changed"}
@@ -304,7 +301,7 @@ def test_rules_are_followed_with_a_module() -> None:
 
 def test_weights_that_are_not_finite_can_be_compared() -> None:
     """A refit would refuse them; here one wants to see them."""
-    made = pipeline()
+    made = pipeline_with()
     compiled = made.load(make_module(1))
     new = weights_for(compiled.opened, 1.0)
     new["e0.weight"][0, 0] = math.nan
@@ -313,7 +310,7 @@ def test_weights_that_are_not_finite_can_be_compared() -> None:
 
 
 def test_nothing_is_changed() -> None:
-    made = pipeline()
+    made = pipeline_with()
     compiled = made.load(make_module(2))
     before = compiled.opened.holds()
     made.diff(compiled, weights_for(compiled.opened, 1.0))
@@ -324,7 +321,7 @@ def test_nothing_is_changed() -> None:
 
 
 def test_two_modules() -> None:
-    made = pipeline()
+    made = pipeline_with()
     compiled = made.load(make_module(2))
     copy = made.copy(compiled)
     assert made.diff(compiled, copy).summary == "nothing changed: 4 same"
@@ -335,7 +332,7 @@ def test_two_modules() -> None:
 
 
 def test_a_module_that_cannot_be_read() -> None:
-    made = pipeline()
+    made = pipeline_with()
     compiled = made.load(make_module(2, kind=FakeEngine))
     for a, b in ((compiled, weights_for(compiled.opened, 1.0)), (compiled, compiled)):
         with pytest.raises(UnsupportedTargetError, match="Nobody knows what the module") as info:
@@ -372,7 +369,7 @@ def test_tensorrt_is_known_once_it_was_refitted(runtime: str) -> None:
 
 
 def test_weights_of_another_model() -> None:
-    made = pipeline()
+    made = pipeline_with()
     compiled = made.load(make_module(1))
     with pytest.raises(WeightMismatchError) as info:
         made.diff({"e0.weight": torch.ones(3, 2), "other": torch.ones(1)}, compiled)
@@ -381,7 +378,7 @@ def test_weights_of_another_model() -> None:
 
 
 def test_modules_of_other_models() -> None:
-    made = pipeline()
+    made = pipeline_with()
     one, other = made.load(make_module(1)), make_module(2)
     slot = other.engines["e0"].slots["e0.bias"]
     other.engines["e0"].slots["e0.bias"] = slot.model_copy(update={"dtype": "float16"})
@@ -396,7 +393,7 @@ def test_modules_of_other_models() -> None:
 
 
 def test_a_module_without_a_plan_or_with_another_ones() -> None:
-    made = pipeline()
+    made = pipeline_with()
     opened = make_module(1)
     opened.attachments = {}
     compiled = made.load(opened)
@@ -449,7 +446,7 @@ def test_all_entries_that_cannot_be_read_are_told() -> None:
 
 
 def test_it_is_refused_inside_a_call_or_a_refit_and_of_a_lost_module() -> None:
-    made = pipeline()
+    made = pipeline_with()
     opened = make_module(1)
     compiled = made.load(opened)
     errors: list[Exception] = []

@@ -26,6 +26,7 @@ from tests.fakes import (
     FakeEngine,
     FakeModule,
     FakePlugin,
+    Loaded,
     OpenEngine,
     Tripping,
     TrippingPlugin,
@@ -41,13 +42,11 @@ if TYPE_CHECKING:
 ENGINE = 8 * 4  # bytes of the two slots of an engine
 
 
-class Scene:
+class Scene(Loaded):
     """A module of engines that can be read, and what it held at each version."""
 
     def __init__(self, engines: int = 2, module: FakeModule | None = None, **settings: Any) -> None:
-        self.module = module or make_module(engines)
-        self.pipeline = Pipeline(settings, plugins=[FakePlugin()])
-        self.compiled: CompiledModule = self.pipeline.load(self.module)
+        super().__init__(module or make_module(engines), **settings)
         self.held = [self.module.holds()]
 
     def refit(self, fill: float, *names: str, **how: Any) -> Any:
@@ -172,7 +171,7 @@ class Files:
         return self.opened[-1]
 
 
-class Loaded(Scene):
+class FromFile(Scene):
     """A module that was loaded from a file or a folder."""
 
     def __init__(self, path: Path, kind: type[FakeEngine] = OpenEngine, **settings: Any) -> None:
@@ -190,7 +189,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_the_file_that_a_module_was_loaded_from_is_opened_again(path: Path) -> None:
-    scene = Loaded(path)
+    scene = FromFile(path)
     scene.refit(10.0)
     kept = scene.refit(20.0).report.kept
     assert [(row.version, row.bytes, row.where) for row in kept] == [
@@ -204,7 +203,7 @@ def test_the_file_that_a_module_was_loaded_from_is_opened_again(path: Path) -> N
 
 
 def test_it_is_not_opened_where_the_engines_have_the_values(path: Path) -> None:
-    scene = Loaded(path)
+    scene = FromFile(path)
     scene.refit(10.0).undo()
     scene.require(0)
     assert len(scene.files.opened) == 1
@@ -212,7 +211,7 @@ def test_it_is_not_opened_where_the_engines_have_the_values(path: Path) -> None:
 
 def test_only_slots_that_were_written_come_from_it(path: Path) -> None:
     """What calls change of others stays."""
-    scene = Loaded(path)
+    scene = FromFile(path)
     scene.refit(10.0, "e0.bias")
     scene.refit(20.0, "e0.bias")
     scene.module.engines["e1"].live["e1.bias"] = torch.tensor([7.0, 7.0])
@@ -224,7 +223,7 @@ def test_only_slots_that_were_written_come_from_it(path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["written", "longer", "another", "gone"])
 def test_a_file_that_has_changed_is_refused(path: Path, how: str) -> None:
-    scene = Loaded(path)
+    scene = FromFile(path)
     scene.refit(10.0)
     scene.refit(20.0)
     if how == "written":
@@ -247,7 +246,7 @@ def test_a_file_that_has_changed_is_refused(path: Path, how: str) -> None:
 
 
 def test_a_file_that_changes_while_it_is_opened_is_refused(path: Path) -> None:
-    scene = Loaded(path)
+    scene = FromFile(path)
     scene.refit(10.0)
     scene.refit(20.0)
     opening = scene.files.kind
@@ -266,7 +265,7 @@ def test_a_folder_is_looked_at_file_by_file(tmp_path: Path) -> None:
     (tmp_path / "module/parts").mkdir(parents=True)
     part = tmp_path / "module/parts/weights"
     part.write_text("weights")
-    scene = Loaded(tmp_path / "module")
+    scene = FromFile(tmp_path / "module")
     scene.refit(10.0)
     scene.refit(20.0)
     scene.compiled.restore()
@@ -278,7 +277,7 @@ def test_a_folder_is_looked_at_file_by_file(tmp_path: Path) -> None:
 
 
 def test_engines_that_cannot_be_read_are_not_read_off_a_file(path: Path) -> None:
-    scene = Loaded(path, FakeEngine)
+    scene = FromFile(path, FakeEngine)
     scene.refit(10.0)
     with pytest.raises(NotRefittableError, match="e0: no readback"):
         scene.compiled.restore()
@@ -286,7 +285,7 @@ def test_engines_that_cannot_be_read_are_not_read_off_a_file(path: Path) -> None
 
 
 def test_a_refit_that_gives_up_leaves_the_file(path: Path) -> None:
-    scene = Loaded(path)
+    scene = FromFile(path)
     scene.refit(10.0, rollback=False)
     scene.compiled.restore()
     scene.require(0)
@@ -498,16 +497,14 @@ def test_undoing_what_began_with_named_weights() -> None:
 # -- faults -----------------------------------------------------------------------------------
 
 
-class Faulty:
+class Faulty(Loaded):
     """A module that was refitted once, and a pipeline that fails when told to."""
 
     def __init__(self) -> None:
         self.wire = Tripwire()
-        self.module = make_module(2, wire=self.wire)
-        self.before = self.module.holds()
         self.plugin = TrippingPlugin(self.wire)
-        self.pipeline = Pipeline(plugins=[FakePlugin(), self.plugin])
-        self.compiled = self.pipeline.load(self.module)
+        super().__init__(make_module(2, wire=self.wire), self.plugin)
+        self.before = self.module.holds()
         weights = Tripping(weights_for(self.module, 100.0))
         self.result = self.pipeline.refit(self.compiled, weights, verify="tripping-verifier")
         self.after = self.module.holds()

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from refitkit.builtin.torch_tensorrt.torch_part import TorchPartEngine
-from refitkit.pipeline import Pipeline
-from refitkit.pipeline.pipeline import PLAN
-from tests.fakes import FakeModule, FakePlugin, plan_for, same_state
+from tests.fakes import FakeModule, pipeline_with, same_state, with_plan
 
 if TYPE_CHECKING:
-    from refitkit.pipeline import CompiledModule
+    from refitkit.pipeline import CompiledModule, Pipeline
 
 
 def torch_parts() -> tuple[Pipeline, CompiledModule, TorchPartEngine]:
@@ -20,10 +18,8 @@ def torch_parts() -> tuple[Pipeline, CompiledModule, TorchPartEngine]:
     engine = TorchPartEngine(
         "part", torch.fx.symbolic_trace(torch.nn.Sequential(torch.nn.Linear(2, 2)))
     )
-    module = FakeModule([engine])
-    module.attachments = {PLAN: plan_for(module).to_bytes()}
-    pipeline = Pipeline({"keep_base": False}, plugins=[FakePlugin()])
-    return pipeline, pipeline.load(module), engine
+    pipeline = pipeline_with(keep_base=False)
+    return pipeline, pipeline.load(with_plan(FakeModule([engine]))), engine
 
 
 def test_an_engine_that_writes_over_what_it_lent() -> None:

@@ -11,7 +11,7 @@ from refitkit.errors import PlanMismatchError, UnmappedSlotError
 from refitkit.model import Leaf, LeafKind
 from refitkit.pipeline import CompiledModule, Pipeline
 from refitkit.pipeline.overrides import overridden_in
-from refitkit.pipeline.pipeline import OVERRIDDEN, PLAN
+from refitkit.pipeline.saved import OVERRIDDEN, PLAN
 from tests.fakes import (
     FakeModule,
     FakePlugin,

@@ -24,7 +24,7 @@ from refitkit.errors import (
 )
 from refitkit.model import LeafKind, SlotState, SourceRef, Step
 from refitkit.pipeline import CompiledModule, Pipeline
-from refitkit.pipeline.pipeline import PLAN, PROGRAM
+from refitkit.pipeline.saved import PLAN, PROGRAM
 from refitkit.recipe import RefitPlan
 from tests.fakes import (
     BACKEND,

@@ -27,7 +27,7 @@ from refitkit.model import (
     StageStarted,
 )
 from refitkit.pipeline import Pipeline
-from refitkit.pipeline.pipeline import PLAN
+from refitkit.pipeline.saved import PLAN
 from tests.fakes import (
     FakeEngine,
     FakeModule,
@@ -43,6 +43,7 @@ from tests.fakes import (
     make_slot,
     op_call,
     pinned_row,
+    pipeline_with,
     plan_for,
     recipe_row,
     same_state,
@@ -56,12 +57,8 @@ if TYPE_CHECKING:
 STAGES = ["load", "map", "check", "prepare", "stage", "commit", "verify"]
 
 
-def pipeline(*plugins: object, **settings: object) -> Pipeline:
-    return Pipeline(settings, plugins=[FakePlugin(), *plugins])
-
-
 def refit(module: FakeModule, weights: Any, **how: Any) -> RefitResult:
-    return pipeline().refit(module, weights, **how)
+    return pipeline_with().refit(module, weights, **how)
 
 
 # -- a whole refit ----------------------------------------------------------------------------
@@ -97,7 +94,7 @@ def test_a_refit_leaves_gradient_mode_and_autocast_alone() -> None:
 
 def test_stages_come_in_order_and_are_told_and_timed() -> None:
     plugin, module = TrippingPlugin(Tripwire()), make_module(1)
-    made = pipeline(plugin)
+    made = pipeline_with(plugin)
     compiled = made.load(module)
     plugin.events.clear()
     report = made.refit(compiled, weights_for(module, 1.0)).report
@@ -139,7 +136,7 @@ def test_a_report_survives_json() -> None:
 
 def test_weights_that_are_the_same_are_told() -> None:
     module = make_module(2)
-    same = {k.partition("/")[2]: v for k, v in module.holds().items()}
+    same = module.by_slot()
     report = refit(module, same).report
     assert report.changed is False
     assert any("nothing changed" in note for note in report.notes)
@@ -148,8 +145,8 @@ def test_weights_that_are_the_same_are_told() -> None:
 
 def test_an_engine_that_cannot_tell_makes_changed_unknown() -> None:
     module = make_module(2)
-    same = {k.partition("/")[2]: v for k, v in module.holds().items()}
-    compiled = pipeline().load(module)
+    same = module.by_slot()
+    compiled = pipeline_with().load(module)
     stage = module.engines["e1"].stage
 
     def cannot_tell(values: Any) -> Any:
@@ -158,14 +155,14 @@ def test_an_engine_that_cannot_tell_makes_changed_unknown() -> None:
         return staged
 
     module.engines["e1"].stage = cannot_tell  # type: ignore[method-assign]
-    assert pipeline().refit(compiled, same).report.changed is None
+    assert pipeline_with().refit(compiled, same).report.changed is None
     same["e0.bias"] = torch.tensor([5.0, 5.0])
-    assert pipeline().refit(compiled, same).report.changed is True
+    assert pipeline_with().refit(compiled, same).report.changed is True
 
 
 def test_versions_count_commits_only() -> None:
     module = make_module(1)
-    made = pipeline()
+    made = pipeline_with()
     compiled = made.load(module)
     assert compiled.version == 0
     made.refit(compiled, weights_for(module, 1.0))
@@ -179,9 +176,9 @@ def test_forward_and_back_again_is_exact() -> None:
     module = make_module(3)
     before = module.holds()
     old = {k.partition("/")[2]: v for k, v in before.items()}
-    compiled = pipeline().load(module)
-    pipeline().refit(compiled, weights_for(module, 1.0))
-    pipeline().refit(compiled, old)
+    compiled = pipeline_with().load(module)
+    pipeline_with().refit(compiled, weights_for(module, 1.0))
+    pipeline_with().refit(compiled, old)
     assert same_state(module.holds(), before)
 
 
@@ -191,7 +188,7 @@ def test_forward_and_back_again_is_exact() -> None:
 def test_a_copy_is_refitted_and_the_original_is_not() -> None:
     module = make_module(2)
     before = module.holds()
-    made = pipeline()
+    made = pipeline_with()
     compiled = made.load(module)
     result = made.refit(compiled, weights_for(module, 9.0), copy=True)
     assert result.module is not compiled
@@ -202,13 +199,13 @@ def test_a_copy_is_refitted_and_the_original_is_not() -> None:
 
 
 def test_without_copy_the_module_itself_is_refitted() -> None:
-    made, module = pipeline(), make_module(1)
+    made, module = pipeline_with(), make_module(1)
     compiled = made.load(module)
     assert made.refit(compiled, weights_for(module, 9.0)).module is compiled
 
 
 def test_a_copy_that_fails_leaves_the_original() -> None:
-    made, module = pipeline(), make_module(1)
+    made, module = pipeline_with(), make_module(1)
     compiled = made.load(module)
     before = module.holds()
     with pytest.raises(WeightMismatchError):
@@ -224,7 +221,7 @@ def refused(module: FakeModule, weights: Any, *plugins: object, **how: Any) -> A
     settings = how.pop("settings", {})
     before = module.holds()
     with pytest.raises(Exception) as info:  # noqa: PT011 - returned
-        pipeline(*plugins, **settings).refit(module, weights, **how)
+        pipeline_with(*plugins, **settings).refit(module, weights, **how)
     assert module.staged() == []
     assert same_state(module.holds(), before)
     return info.value
@@ -282,7 +279,7 @@ def test_rollback_limit() -> None:
     assert isinstance(error, NotRefittableError)
     assert "64" in str(error)
     assert "rollback_limit" in str(error)
-    done = pipeline(rollback_limit=64).refit(module, new)
+    done = pipeline_with(rollback_limit=64).refit(module, new)
     assert done.report.outcome == "committed"
 
 
@@ -504,7 +501,7 @@ def test_a_hook_may_call_the_module_inside_the_transaction() -> None:
         def refitkit_weights_changed(self, report: RefitReport) -> None:
             seen.append((report.outcome, compiled()["e0/e0.bias"].tolist()))
 
-    made, module = pipeline(Caller()), make_module(1)
+    made, module = pipeline_with(Caller()), make_module(1)
     compiled: CompiledModule = made.load(module)
     made.refit(compiled, weights_for(module, 7.0))
     assert seen == [("committed", [8.0, 8.0])]
@@ -521,7 +518,7 @@ def test_settings_reach_the_checks() -> None:
 def test_the_plan_inside_a_module_is_used() -> None:
     module = make_module(1)
     assert PLAN in module.attachments
-    compiled = pipeline().load(module)
+    compiled = pipeline_with().load(module)
     assert compiled.plan is not None
     assert len(compiled.plan.ledger) == 2
 
@@ -610,7 +607,7 @@ def mixed() -> tuple[FakeModule, RefitPlan]:
 
 def test_a_kept_value_that_was_given_another_value_has_to_be_given_in_part_too() -> None:
     module, plan = mixed()
-    made = pipeline()
+    made = pipeline_with()
     compiled = made.load(module)
     full, five = {n: torch.ones(2) for n in ("g", "w")}, torch.full((2,), 5.0)
     part = {"g": torch.full((2,), 3.0)}

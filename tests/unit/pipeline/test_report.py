@@ -11,8 +11,7 @@ import torch
 import refitkit
 from refitkit.pipeline import Pipeline
 from refitkit.pipeline import report as module
-from refitkit.pipeline.pipeline import PLAN
-from tests.fakes import FakeModule, FakePlugin, OpenEngine, Tripwire, plan_for
+from tests.fakes import FakeModule, FakePlugin, OpenEngine, Tripwire, with_plan
 
 if TYPE_CHECKING:
     import pytest
@@ -23,9 +22,7 @@ STATE = {"weight": torch.tensor([3.0, 4.0]), "bias": torch.zeros(2)}
 
 
 def loaded(pipeline: Pipeline) -> CompiledModule:
-    found = FakeModule([OpenEngine("e", STATE, Tripwire())])
-    found.attachments = {PLAN: plan_for(found).to_bytes()}
-    return pipeline.load(found)
+    return pipeline.load(with_plan(FakeModule([OpenEngine("e", STATE, Tripwire())])))
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -28,6 +28,7 @@ from tests.fakes import (
     TrippingPlugin,
     Tripwire,
     make_module,
+    pipeline_with,
     same_state,
     weights_for,
 )
@@ -53,7 +54,7 @@ class Scene:
         wire = Tripwire()
         modules = [make_module(2, wire=wire) for _ in range(3)]
         plugin = TrippingPlugin(wire, verdict=verdict)
-        pipeline = Pipeline(settings, plugins=[FakePlugin(), plugin])
+        pipeline = pipeline_with(plugin, **settings)
         return cls(wire, modules, [pipeline.load(m) for m in modules], plugin, pipeline)
 
     def new(self, number: int) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from refitkit.model import LayerType, Step
 from refitkit.pipeline.tools import tools_for
 from refitkit.pipeline.verify import choose, tolerances_for
 from refitkit.protocols import Mapped, MapRequest, SlotValue
-from tests.fakes import FakeModule, OpenEngine, make_module, plan_for, weights_for
+from tests.fakes import FakeModule, FakePlugin, OpenEngine, make_module, plan_for, weights_for
 
 CONFIG = Config()
 POOL = LayerType(name="POOL", interface="IPoolLayer", weights=(("values", "VALUES"),))
@@ -122,17 +122,9 @@ class WarmEngine(OpenEngine):
         self.warmed.append(self.name)
 
 
-class Opener:
-    name = "opener"
-
-    @refitkit.hookimpl
-    def refitkit_load_module(self, target: object) -> Any:
-        return target if isinstance(target, FakeModule) else None
-
-
 def test_a_module_is_warmed_on_request_and_tells_of_it() -> None:
     engine, ear = WarmEngine("e0", {"w": torch.zeros(2)}), Ear()
-    pipeline = Pipeline(plugins=[Opener(), ear])
+    pipeline = Pipeline(plugins=[FakePlugin(), ear])
     compiled = pipeline.load(FakeModule([engine]))
     assert engine.warmed == []
     pipeline.load(FakeModule([engine]), warm=True)
@@ -145,13 +137,13 @@ def test_a_module_is_warmed_on_request_and_tells_of_it() -> None:
 def test_an_engine_that_cannot_be_warmed_is_named() -> None:
     engine = WarmEngine("e0", {"w": torch.zeros(2)})
     engine.fails = True
-    compiled = Pipeline(plugins=[Opener()]).load(FakeModule([engine]))
+    compiled = Pipeline(plugins=[FakePlugin()]).load(FakeModule([engine]))
     with pytest.raises(EngineError, match=r"'e0' failed to warm up.*cold"):
         compiled.warm()
 
 
 def test_engines_that_need_no_warming_are_passed_over() -> None:
-    Pipeline(plugins=[Opener()]).load(make_module(2), warm=True)
+    Pipeline(plugins=[FakePlugin()]).load(make_module(2), warm=True)
 
 
 class Asked:
@@ -190,7 +182,7 @@ class AskedPlugin:
 def test_strategies_are_given_tools_and_their_values_serve_partial_refits_too() -> None:
     """Values without named sources are not values of the plan: a partial refit keeps them."""
     asked, module = Asked(), make_module()
-    pipeline = Pipeline(plugins=[Opener(), AskedPlugin(asked)])
+    pipeline = Pipeline(plugins=[FakePlugin(), AskedPlugin(asked)])
     compiled = pipeline.load(module)
     weights = weights_for(module, 5)
     result = pipeline.refit(compiled, weights, plan=plan_for(module), partial=True)

@@ -19,14 +19,13 @@ from refitkit.errors import (
     RefitError,
     VerificationError,
 )
-from refitkit.pipeline import CompiledModule, Pipeline
 from tests.fakes import (
     FakeModule,
-    FakePlugin,
     Tripping,
     TrippingPlugin,
     Tripwire,
     make_module,
+    pipeline_with,
     same_state,
     weights_for,
 )
@@ -34,6 +33,8 @@ from tests.fakes import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
+
+    from refitkit.pipeline import CompiledModule, Pipeline
 
 PATIENCE = 30.0  # seconds until a call that waits for ever is called a failure
 
@@ -53,7 +54,7 @@ class Scene:
         wire = Tripwire()
         module = make_module(engines, wire=wire)
         plugin = TrippingPlugin(wire, verdict=verdict)
-        pipeline = Pipeline(plugins=[FakePlugin(), plugin])
+        pipeline = pipeline_with(plugin)
         return cls(wire, module, plugin, pipeline, pipeline.load(module))
 
     def refit(self, faults: Mapping[int, BaseException] | None = None) -> Any:

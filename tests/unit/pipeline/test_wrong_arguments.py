@@ -8,17 +8,15 @@ import pytest
 import torch
 
 from refitkit.errors import ConfigError, RefitError, SourceError, UnsupportedTargetError
-from refitkit.pipeline import CompiledModule, Pipeline
-from tests.fakes import FakeModule, FakePlugin, make_module, same_state, weights_for
+from refitkit.pipeline import Pipeline
+from tests.fakes import FakeModule, FakePlugin, Loaded, make_module, same_state, weights_for
 
 
-class Scene:
+class Scene(Loaded):
     """A module that was refitted once."""
 
     def __init__(self) -> None:
-        self.module = make_module(2)
-        self.pipeline = Pipeline(plugins=[FakePlugin()])
-        self.compiled: CompiledModule = self.pipeline.load(self.module)
+        super().__init__(make_module(2))
         self.new = weights_for(self.module, 20.0)
         self.result = self.pipeline.refit(self.compiled, weights_for(self.module, 10.0))
         self.held = self.module.holds()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from refitkit.pipeline import Pipeline
+    from refitkit import Pipeline
     from refitkit.protocols import WeightSource
 
     from refitkit_peft.lora import Lora
@@ -85,7 +85,7 @@ class Base:
             SourceError: It cannot be read, or has adapters merged into it.
             ConfigError: These settings cannot be meant, or there is no such memory here.
         """
-        from refitkit.pipeline import Pipeline
+        from refitkit import Pipeline
 
         opener = (pipeline or Pipeline()).open_weights
         self._set_up(weights, opener, _checked(memory, device, keep), keep)

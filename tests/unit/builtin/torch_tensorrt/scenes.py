@@ -12,7 +12,8 @@ import refitkit
 from refitkit.builtin.torch_tensorrt.engine import EngineOptions
 from refitkit.builtin.torch_tensorrt.runtimes import engine_for
 from refitkit.builtin.torch_tensorrt.torch_part import TorchPartEngine
-from refitkit.pipeline.pipeline import PLAN, Pipeline
+from refitkit.pipeline.pipeline import Pipeline
+from refitkit.pipeline.saved import PLAN
 from refitkit.protocols import SlotValue
 from tests.fakes import Tripping, TrippingPlugin, Tripwire, make_plan, recipe_row, slot_for
 from tests.unit.builtin.torch_tensorrt.fake_trt import (

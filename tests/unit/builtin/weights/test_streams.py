@@ -39,7 +39,7 @@ def test_a_refit_from_a_stream() -> None:
     weights = weights_for(module, 3.0)
     report = pipeline.refit(module, iter(weights.items())).report
     assert report.source == "a stream of 4 tensors"
-    held = {name.partition("/")[2]: value for name, value in module.holds().items()}
+    held = module.by_slot()
     assert same_state(held, weights)
 
 

@@ -41,7 +41,7 @@ def main(rank: int, port: str, folder: str) -> None:
     assert source.info("e0.weight").shape == (2, 3)
     assert source.info("e0.weight").unusable == ""
     pipeline.refit(module, {**weights, **placed}, verify="weights", delta=True)
-    held = {name.partition("/")[2]: value for name, value in module.holds().items()}
+    held = module.by_slot()
     assert same_state(held, weights)
     (Path(folder) / f"rank {rank}").touch()
     dist.barrier()  # or one process may be gone while the other still talks to it

@@ -1,0 +1,30 @@
+"""What commands of plugins may use, in one place; docs/guides/writing-plugins.md shows a command.
+
+Everything else in :mod:`refitkit.cli` is refitkit's own and may change. Importing this imports no
+torch.
+"""
+
+from refitkit.cli.files import check_output, check_readable, load_inputs, load_plan
+from refitkit.cli.main import main
+from refitkit.cli.options import common_options, file_argument, file_option
+from refitkit.cli.refitting import RefitWish, refit_options, run_refit
+from refitkit.cli.session import Session, plain
+from refitkit.cli.setting_options import config_options, weight_options
+
+__all__ = [
+    "RefitWish",
+    "Session",
+    "check_output",
+    "check_readable",
+    "common_options",
+    "config_options",
+    "file_argument",
+    "file_option",
+    "load_inputs",
+    "load_plan",
+    "main",
+    "plain",
+    "refit_options",
+    "run_refit",
+    "weight_options",
+]

@@ -1,0 +1,75 @@
+"""What a saved module holds beside its engines: its plan, its program, what is overridden of them.
+
+From these, or from another handle, a handle is made on what a backend has opened.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from refitkit.pipeline.clock import Clock
+from refitkit.pipeline.compiled import CompiledModule
+from refitkit.pipeline.held import Held
+from refitkit.pipeline.overrides import overridden_as, overridden_in
+from refitkit.program import KeptProgram
+from refitkit.recipe import RefitPlan
+
+if TYPE_CHECKING:
+    from refitkit.host import Host
+    from refitkit.pipeline.compiled import Verbs
+    from refitkit.protocols import OpenedModule
+    from refitkit.recipe.plan import Opener
+
+PLAN = "plan.refitplan"
+PROGRAM = "program.json"
+OVERRIDDEN = "overridden.json"
+
+
+def save_module(host: Host, compiled: CompiledModule, path: str | Path) -> None:
+    """Write a module with its plan and program; see ``Pipeline.save``."""
+    attachments = _attachments_of(compiled)
+    with Clock(host, "save").stage("save"):
+        compiled.opened.save(Path(path), attachments)
+
+
+def _attachments_of(compiled: CompiledModule) -> dict[str, bytes]:
+    attachments: dict[str, bytes] = {}
+    if compiled.plan is not None:
+        attachments[PLAN] = compiled.plan.to_bytes()
+    if compiled.program is not None:
+        attachments[PROGRAM] = compiled.program.to_bytes()
+    if compiled.held.overridden:
+        attachments[OVERRIDDEN] = overridden_as(compiled.held.overridden)
+    return attachments
+
+
+def handle_on(opened: OpenedModule, opener: Opener, verbs: Verbs) -> CompiledModule:
+    """A handle on an opened module, with what was saved with it.
+
+    Args:
+        opened: The module.
+        opener: What turns weights into sources, for its plan.
+        verbs: The pipeline.
+
+    Raises:
+        PlanMismatchError: The plan is damaged, or what is overridden of it.
+    """
+    attached = opened.attachments
+    if PLAN not in attached:
+        return CompiledModule(opened, None, None, verbs)
+    plan = RefitPlan.from_bytes(attached[PLAN], "the plan of this module", opener)
+    data = plan.data
+    kept = KeptProgram(attached[PROGRAM], data.leaves, data.ties) if PROGRAM in attached else None
+    compiled = CompiledModule(opened, plan, kept, verbs)
+    compiled.held = Held.first(overridden_in(attached.get(OVERRIDDEN, b"[]")))
+    return compiled
+
+
+def copy_of(compiled: CompiledModule, verbs: Verbs) -> CompiledModule:
+    """A handle on a second module with the same weights, plan and program."""
+    with compiled.gate.refit(), compiled.gate.call():
+        opened = compiled.opened.reopen()
+    copy = CompiledModule(opened, compiled.plan, compiled.program, verbs)
+    copy.held = Held.first(compiled.held.overridden)
+    return copy
