@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from refitkit.errors import SourceError, UnsupportedTargetError
-from refitkit.protocols import WeightSource
+from refitkit.errors import SourceError, UnsupportedTargetError, raised_as
+from refitkit.protocols import MadeOf, MayChange, WeightSource
 
 if TYPE_CHECKING:
     from refitkit.config import Config
@@ -59,6 +59,19 @@ def open_weights(host: Host, weights: object, config: Config) -> WeightSource:
             ".safetensors or torch.save file.",
         )
     return source
+
+
+def require_unchanged(source: WeightSource) -> None:
+    """Check that all that a source gave is of one version of the weights.
+
+    Raises:
+        SourceError: Files were written to since they were opened, or it cannot tell.
+    """
+    if isinstance(source, MayChange):
+        with raised_as(SourceError, f"{source.description} cannot be read"):
+            source.require_unchanged()
+    if isinstance(source, MadeOf):
+        require_unchanged(source.given)
 
 
 def _as_path(thing: Any) -> Any:

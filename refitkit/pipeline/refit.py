@@ -12,7 +12,7 @@ from refitkit.pipeline.check import check_abilities, check_weights
 from refitkit.pipeline.clock import Clock
 from refitkit.pipeline.delta import Delta
 from refitkit.pipeline.held import Held
-from refitkit.pipeline.load import open_weights
+from refitkit.pipeline.load import open_weights, require_unchanged
 from refitkit.pipeline.mapping import map_slots, require_all, require_reached
 from refitkit.pipeline.overrides import left, overrides
 from refitkit.pipeline.report import Findings
@@ -135,6 +135,7 @@ class Refit:
             judge=judge,
             whole=lambda: self._whole(source, mapping),
             held=self._held,
+            read=lambda: require_unchanged(source),
             partial=wish.partial,
             rollback=wish.rollback,
         )

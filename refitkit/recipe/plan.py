@@ -31,6 +31,7 @@ from refitkit.protocols import SlotValue, WeightSource
 from refitkit.recipe import store
 from refitkit.recipe.archive import replacing
 from refitkit.recipe.calls import Calls
+from refitkit.recipe.pieces import pieces_of
 from refitkit.recipe.replay import Kept, Replay
 from refitkit.recipe.sources import TensorMap
 from refitkit.recipe.ties import broken_ties
@@ -141,7 +142,9 @@ class RefitPlan:
             for fqn in self._candidates(row):
                 if fqn in names:
                     load = _Load(source, fqn, row.slot)
-                    return SlotValue(row.slot, STRATEGY, (fqn,), load, identity=True)
+                    return SlotValue(
+                        row.slot, STRATEGY, (fqn,), load, identity=True, pieces=load.pieces
+                    )
         if type(row.value) is PinnedRef:
             return self._constant(row.value.name, row.slot)
         lacking = () if whole else self._lacking(row, names)
@@ -417,6 +420,9 @@ class _Load:
 
     def __call__(self) -> torch.Tensor:
         return _as_slot(self._source.get(self._fqn), self._slot)
+
+    def pieces(self) -> Iterator[torch.Tensor] | None:
+        return pieces_of(self._source, self._fqn)
 
 
 def _as_slot(value: torch.Tensor, slot: Slot) -> torch.Tensor:

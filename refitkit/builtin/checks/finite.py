@@ -18,6 +18,7 @@ from refitkit.builtin.checks.reads import reads_of
 from refitkit.errors import Problem
 from refitkit.model import CallRef
 from refitkit.protocols import SupportsReadback
+from refitkit.recipe import pieces_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -52,16 +53,21 @@ def _not_finite(source: WeightSource, names: Iterable[str]) -> list[str]:
     spoilt: set[str] = set()
     held = 0
     for name in names:
+        pieces = pieces_of(source, name)
+        if pieces is not None:
+            spoilt |= set() if all(map(all_finite, pieces)) else {name}
+            continue
         value = source.get(name)
         if not _can_spoil(value):
-            continue
-        if not value.is_cpu:
+            pass
+        elif not value.is_cpu:
             elsewhere[name] = value
         elif value.nbytes > _SMALL:
             spoilt |= {name} if not all_finite(value) else set()
         else:
             small[name] = value
             held += value.nbytes
+        del value  # so that two large ones are not in memory
         if held > _TOGETHER:
             spoilt |= _spoilt_of(small)
             small, held = {}, 0

@@ -11,7 +11,7 @@ from refitkit.builtin.merges.aligning import all_misfits, infos_of, place_of, re
 from refitkit.builtin.merges.arithmetic import is_summed
 from refitkit.errors import SourceError
 from refitkit.program.bits import same_bits
-from refitkit.protocols import KnowsRevisions
+from refitkit.protocols import KnowsRevisions, MayChange
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
@@ -100,6 +100,12 @@ class Merged:
             return revisions[0]
         numbers = tuple(formula.numbers[place] for place in places) if summed else ()
         return (formula.kind if summed else "the same", numbers, revisions)
+
+    def require_unchanged(self) -> None:
+        """Ask all parts; see ``refitkit.protocols.MayChange``."""
+        for part in self._parts:
+            if isinstance(part, MayChange):
+                part.require_unchanged()
 
     def _is_one(self, fqn: str) -> bool:
         """Whether the result is the tensor of the first part that counts, untouched."""
