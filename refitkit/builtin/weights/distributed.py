@@ -148,6 +148,8 @@ class DistributedCheckpoint:
             value = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except SourceError:
             raise
+        except FileNotFoundError:
+            self._folder.require(piece.file, None)
         except Exception as exc:  # no code of the file runs: whatever is raised, it cannot be read
             raise SourceError(f"{what} cannot be read: {exc}.") from exc
         found, wanted = (
