@@ -6,16 +6,13 @@ Every case runs in a process of its own, which a page that is gone from a mapped
 from __future__ import annotations
 
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from aoti_helpers import answer_of, start_child
 
 import refitkit
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 WIDTH = 1024
 FILES = ["safetensors", "zipped", "sharded", "distributed", "merged"]
@@ -26,7 +23,7 @@ WHILE_READING = [f"2 reads of {stage}" for stage in ("check", "stage")]
 
 
 def case(kind: str, how: str, when: str, options: str = "{}") -> str:
-    return " | ".join((kind, how, when, options))
+    return f"{kind} | {how} | {when} | {options}"
 
 
 REFUSED = [case(*one) for one in product(FILES, ["cut", "overwrite"], BEFORE_THE_COMMIT)]

@@ -149,7 +149,7 @@ def outcome(model: Path, folder: Path, case: str) -> dict[str, Any]:
 def main() -> None:
     model, folder, *cases = sys.argv[1:]
     tasks = {case: functools.partial(outcome, Path(model), Path(folder), case) for case in cases}
-    print(json.dumps(each_in_a_process(tasks)))
+    sys.stdout.write(json.dumps(each_in_a_process(tasks)))
 
 
 if __name__ == "__main__":
