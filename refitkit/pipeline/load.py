@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refitkit.errors import SourceError, UnsupportedTargetError, raised_as
-from refitkit.protocols import MadeOf, MayChange, WeightSource
+from refitkit.protocols import KeepsMade, MadeOf, MayChange, WeightSource
 
 if TYPE_CHECKING:
     from refitkit.config import Config
@@ -58,6 +58,18 @@ def open_weights(host: Host, weights: object, config: Config) -> WeightSource:
             hint="Pass a state_dict, an nn.Module, an ExportedProgram, or the path of a "
             ".safetensors or torch.save file.",
         )
+    return source
+
+
+def for_one_refit(host: Host, weights: object, config: Config, *, rollback: bool) -> WeightSource:
+    """Weights that are looked at several times and then forgotten; see ``open_weights``.
+
+    What is computed for the first look is kept for the others, up to ``Config.keep_limit``. Not
+    without a way back: who gives that up has no memory for another set of weights.
+    """
+    source = open_weights(host, weights, config)
+    if rollback and isinstance(source, KeepsMade):
+        return source.keeping(config.keep_limit)
     return source
 
 

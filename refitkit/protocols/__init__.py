@@ -8,8 +8,8 @@ What an engine may or may not be able to do is a protocol of its own: :class:`Su
 :class:`RemembersWeights`, :class:`SupportsPartial`, :class:`SupportsSpareBuffer`,
 :class:`SupportsOverwrite`, :class:`SupportsWarming`, :class:`HoldsPrevious`. So it is with what is
 staged (:class:`ShowsStaged`), with opened modules (:class:`Offline`, :class:`LowersPrecision`) and
-sources (:class:`GivesPieces`, :class:`HoldsProgram`, :class:`KnowsRevisions`, :class:`MadeOf`,
-:class:`MayChange`).
+sources (:class:`GivesPieces`, :class:`HoldsProgram`, :class:`KeepsMade`, :class:`KnowsRevisions`,
+:class:`MadeOf`, :class:`MayChange`).
 
 Between a source and the names that a program reads stand :class:`WeightTransform` objects.
 """
@@ -33,6 +33,7 @@ from refitkit.protocols.plans import BindableProgram, Plan
 from refitkit.protocols.sources import (
     GivesPieces,
     HoldsProgram,
+    KeepsMade,
     KnowsRevisions,
     MadeOf,
     MayChange,
@@ -51,6 +52,7 @@ __all__ = [
     "HoldsPrevious",
     "HoldsProgram",
     "HoldsValues",
+    "KeepsMade",
     "KnowsPlanKey",
     "KnowsRevisions",
     "LowersPrecision",

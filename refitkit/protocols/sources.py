@@ -77,6 +77,18 @@ class GivesPieces(Protocol):
 
 
 @runtime_checkable
+class KeepsMade(Protocol):
+    """A source that computes what it gives, and can keep it for those who look several times."""
+
+    def keeping(self, limit: int | None) -> WeightSource:
+        """A source of the same entries, for one refit, whose parts keep nothing.
+
+        Args:
+            limit: Most bytes of host memory that it may keep; None: no limit.
+        """
+
+
+@runtime_checkable
 class MayChange(Protocol):
     """A source of what others can write to: files. It is asked once all of it was staged.
 
