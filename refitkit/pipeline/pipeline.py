@@ -198,6 +198,7 @@ class Pipeline:
             origin = Origin.of(target)
             compiled = self._handle(loading.open_target(self.host, target, self.config, tools))
             compiled.origin = origin
+            compiled.target = None if isinstance(target, str | Path) else target
         if warm:
             with Clock(self.host, "load").stage("warm"):
                 compiled.warm(tools_for(self.host, self.config, "load", "warm").tell)
