@@ -87,10 +87,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--megabytes", type=int, default=400)
     parser.add_argument("--width", type=int, default=4096, help="of the layers")
+    parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--json", type=Path, help="write the numbers to this file, too")
     given = parser.parse_args()
-    dtypes = (torch.float32, torch.bfloat16)
+    dtypes = [getattr(torch, name) for name in given.dtype or ("float32", "bfloat16")]
     found = [row for dtype in dtypes for row in times(dtype, given)]
     table = Table("dtype", "MB", "weights", "made anew, ms", "kept, ms", "kept over made anew")
     table.add_column("peak, made anew")
