@@ -131,6 +131,9 @@ def _records(file: OpenFile, archive: zipfile.ZipFile) -> dict[int, int] | None:
     Records may be compressed, or of a machine that has the bytes of a number the other way round.
     """
     records: dict[int, int] = {}
+    told = {entry.filename.rpartition("/")[2] for entry in archive.infolist()}
+    if "byteorder" not in told and torch.serialization.get_default_load_endianness() is not None:
+        return None  # torch would turn bytes round that are not there, and crash (2.14)
     for entry in archive.infolist():
         if entry.compress_type != zipfile.ZIP_STORED:
             return None

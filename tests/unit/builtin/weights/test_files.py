@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
+from torch.serialization import LoadEndianness
 
 from refitkit.errors import SourceError
 from refitkit.pipeline import Pipeline
@@ -338,6 +339,24 @@ def test_a_zip_file_that_others_have_packed_again(
     path = file_of(tmp_path, "w.pt", NEW)
     rewritten(path, zipfile.ZIP_STORED)
     assert_holds(opened(path), TENSORS)
+
+
+def test_an_order_of_bytes_that_the_process_has_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of files that do not tell theirs: torch crashes if there is no data to turn round."""
+    path = file_of(tmp_path, "w.pt", saved({"w": torch.arange(6.0)}))
+    with zipfile.ZipFile(path) as archive:
+        members = {n: archive.read(n) for n in archive.namelist() if "byteorder" not in n}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    assert opened(path).get("w").tolist() == [0, 1, 2, 3, 4, 5]
+    monkeypatch.setattr(
+        torch.serialization, "get_default_load_endianness", lambda: LoadEndianness.BIG
+    )
+    wanted = torch.from_numpy(torch.arange(6.0).numpy().byteswap())
+    assert opened(path).get("w").equal(wanted)
 
 
 def rewritten(path: Path, how: int, **changed: bytes) -> None:
