@@ -210,13 +210,13 @@ class Measurement:
                 to = len(whole) % 2
                 torch.cuda.synchronize()
                 begin = time.perf_counter()
-                report = self.refit(source, to)
+                result = self.refit(source, to)
                 middle = time.perf_counter()
                 output = self.call()
                 torch.cuda.synchronize()
                 first.append(time.perf_counter() - begin)
                 whole.append(middle - begin)
-                reports.append({**_by_stage(report), "drain": self._drained})
+                reports.append({**_by_stage(result.report), "drain": self._drained})
                 right = right and same_bits(output, self._expected[to])
             self.found["refit"][source] = {
                 "refit": summary(whole),
@@ -349,9 +349,9 @@ class Measurement:
 
     # -- shared -----------------------------------------------------------------------------
 
-    def refit(self, source: str, to: int) -> refitkit.RefitReport:
+    def refit(self, source: str, to: int) -> refitkit.RefitResult:
         """One refit, nothing verified: outputs are compared by whoever times it."""
-        return self._pipeline.refit(self.compiled, self.states[source][to], verify="none").report
+        return self._pipeline.refit(self.compiled, self.states[source][to], verify="none")
 
     def call(self) -> torch.Tensor:
         """One call."""

@@ -52,7 +52,8 @@ class Config(Frozen):
         keep_versions: How many refits can be undone. The last one costs nothing where engines have
             the values from before anyway; more are copied to memory of the host.
         keep_limit: Most bytes that all those copies of one module may take; older ones go first.
-            None: no limit.
+            And most bytes of what a merge makes that a refit keeps until it is over, so that it is
+            made once. None: no limit.
         tolerances: ``(absolute, relative)`` by dtype: an output passes the verifier ``outputs`` if
             no element differs by more than absolute + relative x the largest absolute element of
             the reference output.

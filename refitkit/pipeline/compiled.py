@@ -53,6 +53,7 @@ class CompiledModule:
             know that they are those that the module was compiled or loaded with.
         origin: The file or folder that it was loaded from: ``restore`` opens that again. None: it
             was compiled, or copied.
+        target: The object that it was loaded from; None: it was loaded otherwise, or compiled.
         held: What is known of the weights that it holds, and held before.
     """
 
@@ -68,6 +69,7 @@ class CompiledModule:
         self.program = program
         self.base: object = None
         self.origin: Origin | None = None
+        self.target: object = None
         self.held = Held()
         self.gate = Gate()
         self._opened = opened

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from refitkit.errors import SourceError, UnsupportedTargetError
+from refitkit.errors import SourceError, UnsupportedTargetError, raised_as
 from refitkit.pipeline.clock import Clock
 from refitkit.pipeline.origin import Origin
 from refitkit.pipeline.saved import handle_on
 from refitkit.pipeline.tools import tools_for
-from refitkit.protocols import WeightSource
+from refitkit.protocols import KeepsMade, MadeOf, MayChange, WeightSource
 
 if TYPE_CHECKING:
     from refitkit.config import Config
@@ -29,6 +29,7 @@ def load_module(pipeline: Pipeline, target: object, *, warm: bool) -> CompiledMo
         opened = open_target(host, target, config, tools)
         compiled = handle_on(opened, pipeline.open_weights, pipeline)
         compiled.origin = origin
+        compiled.target = None if isinstance(target, str | Path) else target
     if warm:
         with Clock(host, "load").stage("warm"):
             compiled.warm(tools_for(host, config, "load", "warm").tell)
@@ -80,6 +81,31 @@ def open_weights(host: Host, weights: object, config: Config) -> WeightSource:
             ".safetensors or torch.save file.",
         )
     return source
+
+
+def for_one_refit(host: Host, weights: object, config: Config, *, rollback: bool) -> WeightSource:
+    """Weights that are looked at several times and then forgotten; see ``open_weights``.
+
+    What is computed for the first look is kept for the others, up to ``Config.keep_limit``. Not
+    without a way back: who gives that up has no memory for another set of weights.
+    """
+    source = open_weights(host, weights, config)
+    if rollback and isinstance(source, KeepsMade):
+        return source.keeping(config.keep_limit)
+    return source
+
+
+def require_unchanged(source: WeightSource) -> None:
+    """Check that all that a source gave is of one version of the weights.
+
+    Raises:
+        SourceError: Files were written to since they were opened, or it cannot tell.
+    """
+    if isinstance(source, MayChange):
+        with raised_as(SourceError, f"{source.description} cannot be read"):
+            source.require_unchanged()
+    if isinstance(source, MadeOf):
+        require_unchanged(source.given)
 
 
 def _as_path(thing: Any) -> Any:

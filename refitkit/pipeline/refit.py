@@ -12,7 +12,7 @@ from refitkit.pipeline.check import check_abilities, check_weights
 from refitkit.pipeline.clock import Clock
 from refitkit.pipeline.delta import Delta
 from refitkit.pipeline.held import Held
-from refitkit.pipeline.load import open_weights
+from refitkit.pipeline.load import for_one_refit, require_unchanged
 from refitkit.pipeline.mapping import map_slots, require_all, require_reached
 from refitkit.pipeline.overrides import left, overrides
 from refitkit.pipeline.report import Findings
@@ -116,7 +116,7 @@ class Refit:
         before, wish = self.compiled.version, self._wish
         self._found = Findings(self.compiled.backend, before, wish.partial, wish.delta, self._clock)
         with self._clock.stage("load"):
-            source = open_weights(self._host, wish.weights, self._config)
+            source = for_one_refit(self._host, wish.weights, self._config, rollback=wish.rollback)
             plan = self._bound_plan()
             source = self._transformed(plan, source)
             self._found.source = source.description
@@ -135,6 +135,7 @@ class Refit:
             judge=judge,
             whole=lambda: self._whole(source, mapping),
             held=self._held,
+            read=lambda: require_unchanged(source),
             partial=wish.partial,
             rollback=wish.rollback,
         )

@@ -22,6 +22,7 @@ from refitkit.program.distance import (
     from_norms,
     is_whole,
     looked_through,
+    looked_through_rows,
     norms_of_rows,
 )
 from refitkit.recipe.once import once_for_each
@@ -114,15 +115,21 @@ def of_memory(both: SideBySide) -> dict[str, tuple[float, float]]:
     sums = [norms_of_rows(x, y, count=False) for x, y in samples]
     found = {place.slot: (0.0, 0.0) for place in both.places.all}
     for one, (x, y), columns in zip(matrices, samples, _fetched(sums), strict=True):
+        lost: list[int] = []
         for row, (place, some) in enumerate(zip(one.places, columns, strict=True)):
             apart, length, largest, _ = some
+            if one.plain and not apart and not largest:
+                continue  # no element has moved, however large they are
             if one.plain and length and apart and math.isfinite(apart + length + largest):
                 found[place.slot] = apart / length, largest
-                continue
-            count = min(place.count, SAMPLE)
-            told = from_norms(some, place.dtype, count)
-            told = told or looked_through(x[row, :count], y[row, :count])
-            found[place.slot] = told.relative, told.largest
+            elif told := from_norms(some, place.dtype, min(place.count, SAMPLE)):
+                found[place.slot] = told.relative, told.largest
+            else:
+                lost.append(row)
+        rows = torch.tensor(lost, device=x.device)
+        looked = looked_through_rows(x[rows], y[rows]) if lost else []
+        for row, told in zip(lost, looked, strict=True):
+            found[one.places[row].slot] = told.relative, told.largest
     return found
 
 

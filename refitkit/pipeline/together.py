@@ -68,11 +68,16 @@ def _require_distinct(tasks: Sequence[Task]) -> None:
     twice = [
         Problem(_name(number, task), "the same module", hint=f"it is module {seen + 1}, too")
         for number, task in enumerate(tasks)
-        if (seen := first.setdefault(id(task.compiled), number)) != number
+        if (seen := first.setdefault(_identity(task.compiled), number)) != number
     ]
     if twice:
         hint = "Give each module once, with all its weights."
         raise ConfigError("A module can be refitted once at a time.", problems=twice, hint=hint)
+
+
+def _identity(compiled: CompiledModule) -> int:
+    """Equal for handles of one module: a handle, and what another one was loaded from."""
+    return id(compiled if compiled.target is None else compiled.target)
 
 
 def each(names: Sequence[str], actions: Sequence[Callable[[], T]]) -> list[T]:

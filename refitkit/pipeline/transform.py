@@ -17,6 +17,7 @@ from refitkit.errors import (
 from refitkit.host import Host
 from refitkit.model import TransformRow
 from refitkit.protocols import KnowsRevisions, Made, TransformRequest
+from refitkit.recipe import pieces_of
 from refitkit.recipe.sources import describe_tensor
 
 if TYPE_CHECKING:
@@ -91,6 +92,10 @@ class Transformed:
             raise KeyError(fqn)
         offer = self.made_by.get(fqn)
         return self.given.get(fqn) if offer is None else self._made(offer).values[fqn]
+
+    def pieces(self, fqn: str) -> Iterator[torch.Tensor] | None:
+        """What the source gives in pieces and no group has made; see ``GivesPieces``."""
+        return pieces_of(self.given, fqn) if self.made_by.get(fqn) is None else None
 
     def made_from(self, fqn: str) -> tuple[str, ...]:
         """What a group takes for it, or the name itself; see ``MadeOf``."""

@@ -41,6 +41,7 @@ class Prepared:
         whole: Values of all slots, of those too that hold theirs already: for engines that have
             lost them.
         held: What the module will hold, but for its history, once these values are live.
+        read: Called once all is staged; raises where what was read is not of one version.
         partial: Whether slots without a value keep theirs.
         rollback: Whether the weights from before are kept until the verdict.
     """
@@ -50,6 +51,7 @@ class Prepared:
     judge: Callable[[OpenedModule], VerificationResult] | None
     whole: Callable[[], Mapping]
     held: Callable[[Mapping], Held]
+    read: Callable[[], None] = lambda: None
     partial: bool = False
     rollback: bool = True
 
@@ -101,6 +103,7 @@ class Writing:
         """
         with self._found.clock.stage("stage"):
             self._stage()
+            self._prepared.read()
             written = self._mapping.values
             changes = measured(self._config, self.module, self.staged, written)
             # where a sample differs nobody has to compare all of both sets

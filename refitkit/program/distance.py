@@ -163,32 +163,40 @@ def from_norms(numbers: Sequence[float], dtype: torch.dtype, count: int) -> Dist
     return Distance(apart, length, largest, int(differing), count, whole)
 
 
-@torch.no_grad()
 def looked_through(x: torch.Tensor, y: torch.Tensor) -> Distance:
     """The distance of two small tensors of floats, without what is not finite, in float64."""
     x, y = flat_pair(x, y.to(x.device))
+    return looked_through_rows(x[None], y[None])[0]
+
+
+@torch.no_grad()
+def looked_through_rows(x: torch.Tensor, y: torch.Tensor) -> list[Distance]:
+    """The same of each row of two matrices of one device, which is asked once."""
     unlike = _unlike(x, y)
     wide = torch.complex128 if x.is_complex() else torch.float64
     old, new = x.to(wide), y.to(wide)
     finite = torch.isfinite(old) & torch.isfinite(new)
-    lost = bool((unlike & ~finite).any())
+    lost = (unlike & ~finite).any(dim=1)
     old, new = (torch.where(finite, t, 0) for t in (old, new))
     gap = (new - old).abs()
-    return Distance(
-        math.inf if lost else _norm(gap),
-        _norm(old),
-        math.inf if lost else float(gap.max()),
-        int(unlike.sum()),
-        x.numel(),
-    )
+    columns = torch.stack([_norm(gap), _norm(old), gap.amax(dim=1), unlike.sum(dim=1), lost])
+    return [
+        Distance(
+            math.inf if gone else apart,
+            length,
+            math.inf if gone else largest,
+            int(differing),
+            x.shape[1],
+        )
+        for apart, length, largest, differing, gone in columns.T.tolist()
+    ]
 
 
-def _norm(values: torch.Tensor) -> float:
-    """A 2-norm whose squares are neither too large nor too small for float64."""
-    scale = float(values.abs().max())
-    if not scale or not math.isfinite(scale):
-        return scale
-    return scale * float(torch.linalg.vector_norm(values / scale))
+def _norm(rows: torch.Tensor) -> torch.Tensor:
+    """2-norms of rows whose squares are neither too large nor too small for float64."""
+    scale = rows.abs().amax(dim=1, keepdim=True)
+    scaled = torch.linalg.vector_norm(rows / scale, dim=1) * scale[:, 0]
+    return torch.where((scale[:, 0] > 0) & torch.isfinite(scale[:, 0]), scaled, scale[:, 0])
 
 
 def is_whole(dtype: torch.dtype) -> bool:

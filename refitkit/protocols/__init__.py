@@ -8,8 +8,8 @@ What an engine may or may not be able to do is a protocol of its own: :class:`Su
 :class:`RemembersWeights`, :class:`SupportsPartial`, :class:`SupportsSpareBuffer`,
 :class:`SupportsOverwrite`, :class:`SupportsWarming`, :class:`HoldsPrevious`. So it is with what is
 staged (:class:`ShowsStaged`, :class:`ShowsMemory`), with opened modules (:class:`Offline`,
-:class:`LowersPrecision`) and sources (:class:`HoldsProgram`, :class:`KnowsRevisions`,
-:class:`MadeOf`).
+:class:`LowersPrecision`) and sources (:class:`GivesPieces`, :class:`HoldsProgram`,
+:class:`KeepsMade`, :class:`KnowsRevisions`, :class:`MadeOf`, :class:`MayChange`).
 
 Between a source and the names that a program reads stand :class:`WeightTransform` objects.
 """
@@ -34,7 +34,15 @@ from refitkit.protocols.engines import (
 )
 from refitkit.protocols.modules import LowersPrecision, Offline, OpenedModule, Rebuilds
 from refitkit.protocols.plans import BindableProgram, Plan
-from refitkit.protocols.sources import HoldsProgram, KnowsRevisions, MadeOf, WeightSource
+from refitkit.protocols.sources import (
+    GivesPieces,
+    HoldsProgram,
+    KeepsMade,
+    KnowsRevisions,
+    MadeOf,
+    MayChange,
+    WeightSource,
+)
 from refitkit.protocols.strategies import Mapped, MappingStrategy, MapRequest
 from refitkit.protocols.tools import Tools
 from refitkit.protocols.transforms import Made, TransformRequest, WeightGroup, WeightTransform
@@ -44,9 +52,11 @@ __all__ = [
     "Backend",
     "BindableProgram",
     "Engine",
+    "GivesPieces",
     "HoldsPrevious",
     "HoldsProgram",
     "HoldsValues",
+    "KeepsMade",
     "KnowsPlanKey",
     "KnowsRevisions",
     "LowersPrecision",
@@ -55,6 +65,7 @@ __all__ = [
     "MapRequest",
     "Mapped",
     "MappingStrategy",
+    "MayChange",
     "Offline",
     "OpenedModule",
     "Place",

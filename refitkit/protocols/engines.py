@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     import torch
 
@@ -27,6 +27,7 @@ class SlotValue(NamedTuple):
             view of the caller's tensor: read it, never write or keep it.
         identity: Whether the value is a source's tensor itself, so that ``load`` is free.
         pinned: Whether it is a value that the plan keeps, and nothing of the source's.
+        pieces: Gives the same elements in pieces, where that can be: see ``GivesPieces``.
     """
 
     slot: Slot
@@ -35,6 +36,7 @@ class SlotValue(NamedTuple):
     load: Callable[[], torch.Tensor]
     identity: bool = False
     pinned: bool = False
+    pieces: Callable[[], Iterator[torch.Tensor] | None] | None = None
 
 
 class StagedRefit(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Hashable
+    from collections.abc import Collection, Hashable, Iterator
 
     import torch
 
@@ -56,6 +56,50 @@ class KnowsRevisions(Protocol):
 
         Raises:
             KeyError: It has no such name.
+        """
+
+
+@runtime_checkable
+class GivesPieces(Protocol):
+    """A source that reads large entries piece by piece, without memory for the whole."""
+
+    def pieces(self, fqn: str) -> Iterator[torch.Tensor] | None:
+        """The elements of an entry in logical order, cut into runs.
+
+        Returns:
+            Tensors of one dimension on the CPU, each valid until the next one is asked for, and not
+            to be written to; None where the entry is small, or only ``get`` can give it.
+
+        Raises:
+            KeyError: It has no such name.
+            SourceError: The entry cannot be read; also while it is iterated over.
+        """
+
+
+@runtime_checkable
+class KeepsMade(Protocol):
+    """A source that computes what it gives, and can keep it for those who look several times."""
+
+    def keeping(self, limit: int | None) -> WeightSource:
+        """A source of the same entries, for one refit, whose parts keep nothing.
+
+        Args:
+            limit: Most bytes of host memory that it may keep; None: no limit.
+        """
+
+
+@runtime_checkable
+class MayChange(Protocol):
+    """A source of what others can write to: files. It is asked once all of it was staged.
+
+    What ``get`` gives must be of one version: a source whose data is another one by now raises.
+    """
+
+    def require_unchanged(self) -> None:
+        """Check that all that it gave is of one version of the weights.
+
+        Raises:
+            SourceError: It may be of several; says what was changed.
         """
 
 

@@ -5,6 +5,7 @@ Knows torch, knows no engine.
 
 from refitkit.recipe.archive import Archive, ArchiveError, write_archive
 from refitkit.recipe.overwriting import Overwriting
+from refitkit.recipe.pieces import is_value, pieces_of, write_value
 from refitkit.recipe.plan import RefitPlan
 from refitkit.recipe.record import write
 from refitkit.recipe.recorded import Recorded
@@ -20,7 +21,10 @@ __all__ = [
     "Tape",
     "TensorMap",
     "describe_tensor",
+    "is_value",
+    "pieces_of",
     "unusable_reason",
     "write",
     "write_archive",
+    "write_value",
 ]

@@ -11,6 +11,7 @@ from refitkit.program.bits import digest
 from refitkit.program.dtypes import dtype_name
 from refitkit.protocols import SlotValue
 from refitkit.recipe.calls import Calls
+from refitkit.recipe.pieces import pieces_of
 from refitkit.recipe.replay import Kept, Replay
 
 if TYPE_CHECKING:
@@ -189,7 +190,8 @@ def _constant(value: SlotValue, _source: WeightSource, _replay: Replay) -> SlotV
 
 def _identity(slot: Slot, sources: tuple[str], source: WeightSource, _replay: Replay) -> SlotValue:
     load = partial(_read, source.get, sources[0], slot)
-    return SlotValue(slot, STRATEGY, sources, load, identity=True)
+    pieces = partial(pieces_of, source, sources[0])
+    return SlotValue(slot, STRATEGY, sources, load, identity=True, pieces=pieces)
 
 
 def _computed(

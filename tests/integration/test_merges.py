@@ -5,6 +5,7 @@ By hand means: in float64, without refitkit, rounded at the end.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +16,9 @@ from safetensors.torch import save_file
 
 import refitkit
 from refitkit.model import StageStarted
+from refitkit.protocols import KeepsMade
+from refitkit.recipe import TensorMap
+from refitkit.testing.memory import NewMemory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -161,3 +165,102 @@ def test_an_average_that_goes_on_during_a_refit_is_taken_as_it_was(fresh: Fresh)
     assert report.source == "a moving average (updates: 0)"
     for name, value in state("small", 1).items():
         assert torch.equal(compiled.read(name), value)
+
+
+class Counted(TensorMap):
+    """Weights that count how often each is read."""
+
+    def __init__(self, tensors: State) -> None:
+        super().__init__(tensors)
+        self.reads: Counter[str] = Counter()
+
+    def get(self, fqn: str) -> torch.Tensor:
+        self.reads[fqn] += 1
+        return super().get(fqn)
+
+
+def reads_of(compiled: Any, seed: int, config: Any = None, **how: Any) -> set[int]:
+    """How often a refit to an average reads each entry of a part."""
+    part = Counted(state("small", seed))
+    merge = refitkit.WeightedAverage([(part, 1), (state("small", seed + 1), 1)])
+    refitkit.Pipeline(config).refit(compiled, merge, **how)
+    assert part.reads.keys() == state("small", seed).keys()
+    return set(part.reads.values())
+
+
+def test_a_refit_makes_each_tensor_of_a_merge_once(fresh: Fresh) -> None:
+    """However often it looks: for digests, finite values, what is staged, and what is there."""
+    compiled = fresh("small")
+    assert reads_of(compiled, 1) == {1}
+    assert reads_of(compiled, 2, delta=True) == {1}
+    assert reads_of(compiled, 3, inputs=CASES["small"].args()) == {1}
+    assert reads_of(compiled, 4, {"keep_limit": 0}) == {3}
+    assert reads_of(compiled, 5, {"keep_limit": 0}, delta=True) == {4}
+
+
+def test_who_gives_up_the_way_back_keeps_nothing(fresh: Fresh) -> None:
+    assert reads_of(fresh("small"), 1, rollback=False) == {3}
+
+
+def test_what_was_made_is_kept_up_to_the_limit(fresh: Fresh) -> None:
+    """What comes first is kept: of all others nothing would be there when it is looked at again."""
+    compiled = fresh("small")
+    part = Counted(state("small", 1))
+    merge = refitkit.WeightedAverage([(part, 1), (state("small", 2), 1)])
+    sizes = {name: value.nbytes for name, value in state("small", 1).items()}
+    limit = sizes["a.weight"] + sizes["a.bias"]
+    refitkit.Pipeline({"keep_limit": limit}).refit(compiled, merge)
+    assert set(part.reads.values()) == {1, 3}
+    kept = {name for name, times in part.reads.items() if times == 1}
+    held = sum(sizes[name] for name in kept)
+    assert held <= limit
+    assert all(held + sizes[name] > limit for name in sizes.keys() - kept)
+
+
+def test_a_merge_of_merges_is_kept_once(fresh: Fresh) -> None:
+    """Of its parts nothing is kept: they are made as often as the whole, which is once."""
+    compiled = fresh("small")
+    part = Counted(state("small", 1))
+    inner = refitkit.WeightedAverage([(part, 1), (state("small", 2), 1)])
+    refitkit.refit(compiled, refitkit.WeightedAverage([(inner, 1), (state("small", 3), 1)]))
+    assert set(part.reads.values()) == {1}
+
+
+@pytest.mark.parametrize("make", [averaged, with_tasks, moving])
+def test_nothing_that_was_made_outlives_the_refit(
+    make: Callable[[str], tuple[Any, State]], fresh: Fresh
+) -> None:
+    compiled = fresh("bfloat16") if make is moving else fresh("small")
+    pipeline = refitkit.Pipeline({"changes": "off", "keep_base": False})
+    merge, _ = make("bfloat16" if make is moving else "small")
+    pipeline.refit(compiled, merge, verify="none")  # what is allocated once is there
+    with NewMemory() as memory:
+        source = pipeline.open_weights(merge)
+        opened = memory.kept()
+        pipeline.refit(compiled, source, verify="none")
+        assert memory.kept() == opened
+
+
+def test_an_opened_merge_is_made_anew_for_the_next_refit(fresh: Fresh) -> None:
+    """Of what changes in between the next refit has to know."""
+    compiled, other = fresh("small"), state("small", 1)
+    pipeline = refitkit.Pipeline()
+    source = pipeline.open_weights(refitkit.WeightedAverage([(state("small", 2), 1), (other, 1)]))
+    pipeline.refit(compiled, source)
+    for value in other.values():
+        value.add_(1)
+    assert pipeline.refit(compiled, source).report.changed
+    wanted = (state("small", 2)["scale"] + other["scale"]) / 2
+    assert torch.allclose(compiled.read("scale"), wanted)
+
+
+def test_an_average_in_lower_precision_is_rounded_once(fresh: Fresh) -> None:
+    compiled = fresh("bfloat16")
+    ema = refitkit.Ema(0.5, CASES["bfloat16"].model(1))
+    source = refitkit.Pipeline().open_weights(ema)
+    assert isinstance(source, KeepsMade)
+    kept = source.keeping(None)
+    assert kept.get("scale").data_ptr() == kept.get("scale").data_ptr()
+    assert source.get("scale").data_ptr() != kept.get("scale").data_ptr()
+    refitkit.refit(compiled, source)
+    assert torch.equal(compiled.read("scale"), kept.get("scale"))

@@ -19,7 +19,7 @@ from refitkit.errors import EngineError, NotRefittableError, Problem, WeightMism
 from refitkit.model import EngineMemory, Slot
 from refitkit.program.bits import is_dense, same_bits
 from refitkit.program.dtypes import dtype_name
-from refitkit.recipe import Overwriting
+from refitkit.recipe import Overwriting, write_value
 from refitkit.recipe.sources import require_values
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class AOTInductorEngine:
         self._stale |= set(names)
         with torch.no_grad():
             for value in values:
-                inactive[value.slot.name].copy_(_checked(value.slot, value.load()))
+                _write(inactive[value.slot.name], value)
             for name in carried:
                 inactive[name].copy_(self._active[name])
         self._stale -= carried
@@ -144,7 +144,7 @@ class AOTInductorEngine:
     def _write_over(self, values: Sequence[SlotValue]) -> None:
         with torch.no_grad():
             for value in values:
-                self._active[value.slot.name].copy_(_checked(value.slot, value.load()))
+                _write(self._active[value.slot.name], value)
         self.drain()
 
     def previous(self) -> Mapping[str, torch.Tensor]:
@@ -259,6 +259,12 @@ class StagedSwap:
     def staged(self, slot: str) -> torch.Tensor:
         """The new value of a slot: an alias, valid until ``commit``."""
         return self._engine.spare(slot)
+
+
+def _write(into: torch.Tensor, value: SlotValue) -> None:
+    """Write a value; a large one of a file as it is read."""
+    if not write_value(into, value):
+        into.copy_(_checked(value.slot, value.load()))
 
 
 def _checked(slot: Slot, value: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 from refitkit.builtin.checks.reads import reads_of
 from refitkit.errors import Problem
 from refitkit.model import CallRef
-from refitkit.protocols import SupportsReadback
+from refitkit.protocols import GivesPieces, SupportsReadback
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -49,24 +49,30 @@ def _not_finite(source: WeightSource, names: Iterable[str]) -> list[str]:
     groups. A large one of the host is looked at on its own and forgotten: a source may make it.
     """
     names, elsewhere, small = list(names), dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    pieces = source.pieces if isinstance(source, GivesPieces) else _no_pieces
     spoilt: set[str] = set()
     held = 0
     for name in names:
-        value = source.get(name)
-        if not _can_spoil(value):
+        parts = pieces(name)
+        if parts is not None:
+            spoilt |= set() if all(map(all_finite, parts)) else {name}
             continue
-        if not value.is_cpu:
-            elsewhere[name] = value
-        elif value.nbytes > _SMALL:
-            spoilt |= {name} if not all_finite(value) else set()
-        else:
-            small[name] = value
-            held += value.nbytes
+        value = source.get(name)
+        if value.is_cpu and value.nbytes > _SMALL:
+            spoilt |= set() if all_finite(value) else {name}
+        elif _can_spoil(value):
+            (small if value.is_cpu else elsewhere)[name] = value
+            held += value.nbytes if value.is_cpu else 0
+        del value  # so that two large ones are not in memory
         if held > _TOGETHER:
             spoilt |= _spoilt_of(small)
             small, held = {}, 0
     spoilt |= _spoilt_of(small) | _spoilt_of(elsewhere)
     return [name for name in names if name in spoilt]
+
+
+def _no_pieces(_name: str) -> None:
+    """What a source gives that has no pieces."""
 
 
 def _spoilt_of(values: Mapping[str, torch.Tensor]) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import torch
 from refitkit.builtin.merges.aligning import Infos, infos_of, misfits, read_as
 from refitkit.builtin.merges.arithmetic import is_summed, narrowed, widened
 from refitkit.builtin.merges.descriptions import Merge
+from refitkit.builtin.merges.keeping import Made
 from refitkit.errors import ConfigError, Problem, SourceError, WeightMismatchError
 from refitkit.program.dtypes import dtype_name, dtype_of
 from refitkit.protocols import WeightSource
@@ -131,6 +133,7 @@ class Snapshot:
         """Keep tensors that nobody writes to."""
         self.description = description
         self._infos, self._shadows, self._revision = infos, shadows, revision
+        self._made = Made(0)
 
     def names(self) -> Collection[str]:
         """Names at the start."""
@@ -142,8 +145,18 @@ class Snapshot:
 
     def get(self, fqn: str) -> torch.Tensor:
         """The average, rounded to the dtype that the weights have."""
-        shadow, dtype = self._shadows[fqn], self._infos[fqn].dtype
-        return narrowed(shadow, dtype_of(dtype)) if is_summed(dtype) else shadow
+        shadow, dtype = self._shadows[fqn], dtype_of(self._infos[fqn].dtype)
+        if not is_summed(self._infos[fqn].dtype):
+            return shadow
+        if shadow.dtype is dtype.to_real():
+            return narrowed(shadow, dtype)  # a view
+        return self._made.get(fqn, lambda: narrowed(shadow, dtype))
+
+    def keeping(self, limit: int | None) -> Snapshot:
+        """The same, which keeps what it rounds; see ``refitkit.protocols.KeepsMade``."""
+        one = copy(self)
+        one._made = Made(limit)  # noqa: SLF001 - it is one of these
+        return one
 
     def revision(self, fqn: str) -> Hashable:
         """The average that it is of, the number of updates, and the name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,9 +10,10 @@ import torch
 
 from refitkit.builtin.merges.aligning import all_misfits, infos_of, place_of, read_as
 from refitkit.builtin.merges.arithmetic import is_summed
+from refitkit.builtin.merges.keeping import Made
 from refitkit.errors import SourceError
 from refitkit.program.bits import same_bits
-from refitkit.protocols import KnowsRevisions
+from refitkit.protocols import KnowsRevisions, MayChange
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
@@ -42,8 +44,9 @@ class Formula:
 class Merged:
     """Parts that have the same names, dtypes and shapes, as one source.
 
-    Nothing is kept: what is read twice is made twice. While a tensor is made, the tensor of one
-    part at a time is read; its sum in float32 or float64, and a byte for each element, are held.
+    Nothing is kept, but by what ``keeping`` gives: what is read twice is made twice. While a tensor
+    is made, the tensor of one part at a time is read; its sum in float32 or float64, and a byte for
+    each element, are held.
     """
 
     def __init__(self, parts: Sequence[WeightSource], formula: Formula, description: str) -> None:
@@ -56,6 +59,7 @@ class Merged:
         self._parts, self._formula = tuple(parts), formula
         self._infos = _aligned(self._parts, description)
         self._verdicts: dict[str, str] = {}
+        self._made = Made(0)
 
     def names(self) -> Collection[str]:
         """Names of the first part; what a state_dict would not hold only where all have it."""
@@ -82,9 +86,18 @@ class Merged:
             raise SourceError(f"{self.description}: {fqn!r} is unusable: {info.unusable}.")
         if not is_summed(info.dtype):
             return self._read(0, fqn, info)
-        counts, numbers = self._formula.counts, self._formula.numbers
         if self._is_one(fqn):
-            return self._read(counts[0], fqn, info)
+            return self._read(self._formula.counts[0], fqn, info)
+        return self._made.get(fqn, lambda: self._make(fqn, info))
+
+    def keeping(self, limit: int | None) -> Merged:
+        """The same, which keeps what it makes; see ``refitkit.protocols.KeepsMade``."""
+        one = copy(self)
+        one._made = Made(limit)  # noqa: SLF001 - it is one of these
+        return one
+
+    def _make(self, fqn: str, info: TensorInfo) -> torch.Tensor:
+        counts, numbers = self._formula.counts, self._formula.numbers
         with torch.no_grad():
             values = (self._read(place, fqn, info) for place in counts)
             return self._formula.make([numbers[place] for place in counts], values)
@@ -100,6 +113,12 @@ class Merged:
             return revisions[0]
         numbers = tuple(formula.numbers[place] for place in places) if summed else ()
         return (formula.kind if summed else "the same", numbers, revisions)
+
+    def require_unchanged(self) -> None:
+        """Ask all parts; see ``refitkit.protocols.MayChange``."""
+        for part in self._parts:
+            if isinstance(part, MayChange):
+                part.require_unchanged()
 
     def _is_one(self, fqn: str) -> bool:
         """Whether the result is the tensor of the first part that counts, untouched."""

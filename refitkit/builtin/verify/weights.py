@@ -10,6 +10,7 @@ from refitkit.errors import NotRefittableError, Problem
 from refitkit.model import OutputMeasure, VerificationResult
 from refitkit.program.bits import same_bits
 from refitkit.protocols import SupportsReadback
+from refitkit.recipe import is_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,6 +56,8 @@ def _measure(module: OpenedModule, value: SlotValue) -> OutputMeasure:
     slot = value.slot
     engine = module.engines[slot.engine]
     found = engine.read(slot.name) if isinstance(engine, SupportsReadback) else torch.empty(0)
+    if is_value(found, value):
+        return OutputMeasure(name=slot.name, ok=True)
     wanted = value.load().to(found.device)
     if slot.shape is None and wanted.numel() == found.numel():
         wanted = wanted.reshape(found.shape)  # the engine knows no shape of it

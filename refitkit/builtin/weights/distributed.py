@@ -9,6 +9,7 @@ the metadata; here it is read as data, and nothing that it names is looked up or
 from __future__ import annotations
 
 import io
+import os
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import takewhile
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from refitkit.builtin.weights.files import is_file
+from refitkit.builtin.weights.reading import Folder
 from refitkit.errors import Problem, SourceError
 from refitkit.model import TensorInfo
 from refitkit.model.slot import ITEM_BYTES
@@ -86,7 +88,8 @@ class DistributedCheckpoint:
             SourceError: It is damaged, or pieces are missing; lists all of them.
         """
         self.description = f"{str(folder)!r}"
-        self._folder = folder
+        self._folder = Folder(folder, self.description)
+        self._folder.note(METADATA)
         table = _read(folder / METADATA, self.description)
         try:
             self._entries = dict(_entries(table))
@@ -104,6 +107,8 @@ class DistributedCheckpoint:
                 problems=problems,
                 hint="Check that every process wrote its files, and that all were copied.",
             )
+        for file in {piece.file for entry in self._entries.values() for piece in entry.pieces}:
+            self._folder.note(file)
 
     def names(self) -> Collection[str]:
         """Names of all tensors."""
@@ -128,13 +133,23 @@ class DistributedCheckpoint:
             part.copy_(self._read(fqn, piece, dtype))
         return whole
 
+    def require_unchanged(self) -> None:
+        """Check that all files are what they were; see ``refitkit.protocols.MayChange``."""
+        self._folder.require_unchanged()
+
     def _read(self, fqn: str, piece: _Piece, dtype: torch.dtype) -> torch.Tensor:
         what = f"{self.description}: {fqn!r} in {piece.file!r}"
         try:
-            with (self._folder / piece.file).open("rb") as file:
+            with (self._folder.path / piece.file).open("rb") as file:
                 file.seek(piece.start)
                 content = file.read(piece.length)
+                now = os.fstat(file.fileno())
+            self._folder.require(piece.file, now)
             value = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except SourceError:
+            raise
+        except FileNotFoundError:
+            self._folder.require(piece.file, None)
         except Exception as exc:  # no code of the file runs: whatever is raised, it cannot be read
             raise SourceError(f"{what} cannot be read: {exc}.") from exc
         found, wanted = (

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from refitkit.builtin.weights.files import is_file, open_file
+from refitkit.builtin.weights.reading import Folder
 from refitkit.errors import Problem, SourceError
+from refitkit.recipe import pieces_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -46,10 +48,12 @@ class ShardedFiles:
                 everything that is wrong.
         """
         self.description = f"{str(index)!r}"
+        self._folder = Folder(index.parent, self.description)
+        self._folder.note(index.name)
         self._home = _read_index(index).weight_map
         problems = list(_outside(self._home))
         if not problems:
-            self._shards, problems = _opened(index.parent, self._home)
+            self._shards, problems = _opened(self._folder, self._home)
             problems += _contradictions(self._home, self._shards)
         if problems:
             raise SourceError(
@@ -71,6 +75,14 @@ class ShardedFiles:
     def get(self, fqn: str) -> torch.Tensor:
         """The tensor, on the CPU."""
         return self._shards[self._home[fqn]].get(fqn)
+
+    def pieces(self, fqn: str) -> Iterator[torch.Tensor] | None:
+        """See ``refitkit.protocols.GivesPieces``."""
+        return pieces_of(self._shards[self._home[fqn]], fqn)
+
+    def require_unchanged(self) -> None:
+        """Check the index and all files; see ``refitkit.protocols.MayChange``."""
+        self._folder.require_unchanged()
 
 
 def _read_index(path: Path) -> _Index:
@@ -122,15 +134,18 @@ def _outside(home: Mapping[str, str]) -> Iterator[Problem]:
             yield Problem(repr(file), "not beside the index", hint=hint)
 
 
-def _opened(folder: Path, home: Mapping[str, str]) -> tuple[dict[str, WeightSource], list[Problem]]:
+def _opened(
+    folder: Folder, home: Mapping[str, str]
+) -> tuple[dict[str, WeightSource], list[Problem]]:
     shards: dict[str, WeightSource] = {}
     problems: list[Problem] = []
     for file, lost in sorted(Counter(home.values()).items()):
-        if not is_file(folder / file):
+        folder.note(file)
+        if not is_file(folder.path / file):
             problems.append(Problem(file, "missing", wanted=f"a file with {lost} weights"))
             continue
         try:
-            source = open_file(folder / file)
+            source = open_file(folder.path / file)
         except SourceError as exc:
             problems += [Problem(file, "unreadable", hint=exc.message), *exc.problems]
             continue

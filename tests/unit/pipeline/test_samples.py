@@ -90,3 +90,15 @@ def test_what_is_not_finite_and_what_is_zero(count: int) -> None:
         "large": (pytest.approx(1), pytest.approx(1e30)),
         "same": (0, 0),
     }
+
+
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d.is_floating_point or d.is_complex])
+def test_elements_that_are_no_numbers_in_any_type(dtype: torch.dtype) -> None:
+    old = torch.ones(70).to(dtype)
+    old[3] = math.nan
+    new = old.clone()
+    new[5] = 2
+    ((relative, largest),) = of_memory(side_by_side({"w": (old, new)})).values()
+    assert (relative, largest) == (pytest.approx(69**-0.5), 1)
+    new[4] = math.nan
+    assert of_memory(side_by_side({"w": (old, new)}))["w"] == (math.inf, math.inf)

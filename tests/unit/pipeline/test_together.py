@@ -242,6 +242,22 @@ def test_a_module_is_given_once() -> None:
     assert one.version == 0
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_handle_and_what_it_was_loaded_from_are_one_module(order: tuple[int, int]) -> None:
+    scene = Scene.of()
+    module = scene.modules[0]
+    other = scene.pipeline.load(module)
+    before = scene.holds()
+    for second in (module, other):
+        both = (scene.compiled[0], second)
+        jobs = [(both[number], scene.new(0)) for number in order]
+        with pytest.raises(ConfigError, match="once") as info:
+            scene.pipeline.refit_all(jobs)
+        assert [p.kind for p in info.value.problems] == ["the same module"]
+    assert all(map(same_state, scene.holds(), before))
+    scene.pipeline.refit_all([(scene.compiled[0], scene.new(0)), (scene.modules[1], scene.new(1))])
+
+
 def test_no_modules_are_no_refit() -> None:
     assert Scene.of().pipeline.refit_all([]) == ()
 

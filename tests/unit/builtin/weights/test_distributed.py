@@ -74,9 +74,9 @@ def test_unknown_names_are_key_errors(saved: Path) -> None:
 
 
 def test_only_what_is_asked_for_is_read(copied: Path) -> None:
-    source = opened(copied)
     for file in copied.glob("*.distcp"):
         file.write_bytes(b"\0" * file.stat().st_size)
+    source = opened(copied)
     assert source.info("model.rows.weight").shape == (10, 6)
     with pytest.raises(SourceError, match=r"'model\.rows\.weight' in '__0_0\.distcp'"):
         source.get("model.rows.weight")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import struct
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +16,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
+from torch.serialization import LoadEndianness
 
-from refitkit.builtin.weights import files
 from refitkit.errors import SourceError
 from refitkit.pipeline import Pipeline
-from refitkit.protocols import WeightSource
+from refitkit.protocols import GivesPieces, WeightSource
+from refitkit.testing.oracles import bits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -143,6 +146,12 @@ SAFE = save(TENSORS)
         header({"w": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}, b"\0" * 8),
         header({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 2**63]}}, b"\0" * 8),
         header({"w": 3}),
+        header(entry("F32", [0, 2**62, 4], 0)),
+        header(entry("F32", [-2, -1], 8), b"\0" * 8),
+        header(entry("F32", [True, 2], 8), b"\0" * 8),
+        header(b'{"w":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"w":3}'),
+        header({**entry("F32", [1], 4), "v": entry("F32", [1], 4)["w"]}, b"\0" * 8),
+        header({"w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, b"\0" * 8),
     ],
 )
 def test_what_is_no_safetensors_file(tmp_path: Path, content: bytes) -> None:
@@ -157,22 +166,117 @@ def test_a_truncated_safetensors_file(tmp_path: Path, cut: int) -> None:
         opened(file_of(tmp_path, "cut.safetensors", SAFE[:cut]))
 
 
-def test_tensors_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
-    path = file_of(tmp_path, "w.safetensors", save({"w": torch.ones(4)}))
+def read_from(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Notes where files are read from, and how much."""
+    read: list[tuple[int, int]] = []
+    preadv = os.preadv
+
+    def noted(fd: int, buffers: Any, start: int) -> int:
+        read.append((start, sum(map(len, buffers))))
+        return preadv(fd, buffers, start)
+
+    monkeypatch.setattr(os, "preadv", noted)
+    return read
+
+
+def test_tensors_are_read_when_they_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {"w": torch.ones(4096), "v": torch.ones(4096)}
+    for name, content in [("w.safetensors", save(tensors)), ("w.pt", saved(tensors))]:
+        path = file_of(tmp_path, name, content)
+        read = read_from(monkeypatch)
+        source = opened(path)
+        assert source.info("w").shape == (4096,)
+        assert sum(count for _, count in read) < 4096
+        read.clear()
+        assert source.get("w").tolist() == [1] * 4096
+        assert [count for _, count in read] == [4 * 4096]
+
+
+def test_what_a_file_was_when_it_was_opened_is_what_is_read(tmp_path: Path) -> None:
+    for name, content in [("w.safetensors", save(TENSORS)), ("w.pt", saved(TENSORS))]:
+        path = file_of(tmp_path, name, content)
+        source = opened(path)
+        assert source.get("a.weight").equal(TENSORS["a.weight"])
+        source.require_unchanged()
+        with path.open("r+b") as file:
+            file.seek(len(content) // 2)
+            file.write(b"\0")
+        os.utime(path, (1, 1))  # whatever the clock of this file system can tell
+        for ask in (lambda s=source: s.get("a.weight"), source.require_unchanged):
+            with pytest.raises(SourceError, match="changed since it was opened") as info:
+                ask()
+            assert [problem.subject for problem in info.value.problems] == [name]
+            assert "os.replace" in info.value.hint
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_a_file_that_ends_early_is_told(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a file system does not tell that it was cut."""
+    content = save(TENSORS) if kind == "safetensors" else saved(TENSORS)
+    source = opened(file_of(tmp_path, f"w.{kind}", content))
+    monkeypatch.setattr(os, "preadv", lambda *_: 0)
+    with pytest.raises(SourceError, match="ends before its tensors do"):
+        source.get("a.weight")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_a_disk_that_fails_is_told(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> int:
+        raise OSError("stale file handle")
+
+    path = file_of(tmp_path, f"w.{kind}", save(TENSORS) if kind == "safetensors" else NEW)
     source = opened(path)
-    with path.open("r+b") as file:
-        file.seek(-16, io.SEEK_END)
-        file.write(torch.full((4,), 5.0).numpy().tobytes())
-    assert source.get("w").tolist() == [5, 5, 5, 5]
+    monkeypatch.setattr(os, "preadv", fails)
+    with pytest.raises(SourceError, match="stale file handle"):
+        source.get("a.weight")
+    if kind == "safetensors":  # of the others torch reads the beginning
+        with pytest.raises(SourceError, match=r"w\.safetensors.* cannot be read"):
+            opened(path)
 
 
-def test_a_file_that_cannot_be_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*arguments: object, **named: object) -> None:
-        raise RuntimeError("unable to mmap 1099511627868 bytes")
+def test_what_was_read_stays_what_it_is(tmp_path: Path) -> None:
+    """Memory is used again, but not while somebody holds what was read into it."""
+    tensors = {str(n): torch.full((1 << 16,), float(n)) for n in range(6)}
+    save_file(tensors, tmp_path / "w.safetensors")
+    source = opened(tmp_path / "w.safetensors")
+    held = {name: source.get(name)[5:].view(-1) for name in "012"}
+    places = {source.get(name).data_ptr() for name in "345"}
+    assert len(places) == 1
+    assert all(value.equal(tensors[name][5:]) for name, value in held.items())
+    assert len({value.data_ptr() for value in held.values()} | places) == 4
 
-    monkeypatch.setattr(files, "safe_open", fails)
-    with pytest.raises(SourceError, match="unable to mmap"):
-        opened(file_of(tmp_path, "w.safetensors", SAFE))
+
+def test_large_tensors_come_in_pieces(tmp_path: Path) -> None:
+    large = torch.arange(3 << 20, dtype=torch.int32).reshape(3, 1 << 20)
+    tensors = {"large": large, "small": torch.ones(3), "turned": large.t()}
+    save_file({"large": large, "small": torch.ones(3)}, tmp_path / "w.safetensors")
+    torch.save(tensors, tmp_path / "w.pt")
+    for file in ("w.safetensors", "w.pt"):
+        source = opened(tmp_path / file)
+        assert isinstance(source, GivesPieces)
+        pieces = [piece.clone() for piece in source.pieces("large") or ()]
+        assert len(pieces) > 2
+        assert torch.cat(pieces).equal(large.reshape(-1))
+        assert source.pieces("small") is None
+        with pytest.raises(KeyError):
+            source.pieces("no such name")
+    assert source.pieces("turned") is None
+    assert source.get("turned").equal(large.t())
+
+
+def test_a_piece_of_a_file_that_was_changed_is_no_piece(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(3 << 20)}, tmp_path / "w.safetensors")
+    pieces = opened(tmp_path / "w.safetensors").pieces("w")
+    next(pieces)
+    os.truncate(tmp_path / "w.safetensors", 4096)
+    with pytest.raises(SourceError, match="changed since it was opened"):
+        next(pieces)
 
 
 # -- torch.save -------------------------------------------------------------------------------
@@ -199,7 +303,8 @@ def test_parameters_and_views_and_ties_in_a_file(tmp_path: Path) -> None:
     assert source.get("view").tolist() == [3, 4, 5, 6]
     assert source.get("t").tolist() == base.reshape(2, 4).t().tolist()
     assert not source.get("p").requires_grad
-    assert source.get("p").data_ptr() == source.get("tied").data_ptr()
+    one, other = source.get("p"), source.get("tied")
+    assert one.data_ptr() == other.data_ptr()
 
 
 def test_extra_state_in_a_file_is_no_weight(tmp_path: Path) -> None:
@@ -207,19 +312,72 @@ def test_extra_state_in_a_file_is_no_weight(tmp_path: Path) -> None:
     assert list(opened(file_of(tmp_path, "w.pt", saved(state))).names()) == ["w"]
 
 
-def test_a_zip_file_is_mapped_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-    load = torch.load
+@pytest.mark.parametrize("how", ["sparse", "squeezed", "turned", "old"])
+def test_what_has_no_place_in_a_file_is_read_as_a_whole(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Odd tensors, and records that are not the bytes of storages as this machine has them."""
+    state: dict[str, Any] = {"w": torch.arange(6.0)}
+    if how == "sparse":
+        state["odd"] = torch.ones(2, 2).to_sparse()
+    path = file_of(tmp_path, "w.pt", saved(state, _use_new_zipfile_serialization=how != "old"))
+    if how == "squeezed":
+        rewritten(path, zipfile.ZIP_DEFLATED)
+    if how == "turned":
+        rewritten(path, zipfile.ZIP_STORED, byteorder=b"big")
+        state["w"] = torch.from_numpy(state["w"].numpy().byteswap())
+    source = opened(path)
+    read = read_from(monkeypatch)
+    assert source.get("w").equal(state["w"])
+    assert read == []
 
-    def loads(*args: Any, **kwargs: Any) -> Any:
-        asked.append(kwargs)
-        return load(*args, **kwargs)
 
-    monkeypatch.setattr(torch, "load", loads)
-    opened(file_of(tmp_path, "new.pt", saved(TENSORS)))
-    opened(file_of(tmp_path, "old.pt", saved(TENSORS, _use_new_zipfile_serialization=False)))
-    assert [how["mmap"] for how in asked] == [True, False]
-    assert all(how["weights_only"] for how in asked)
+def test_a_zip_file_that_others_have_packed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch may compute places of records from what its own writer does; these lie elsewhere."""
+    path = file_of(tmp_path, "w.pt", NEW)
+    rewritten(path, zipfile.ZIP_STORED)
+    assert_holds(opened(path), TENSORS)
+
+
+def test_an_order_of_bytes_that_the_process_has_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of files that do not tell theirs: torch crashes if there is no data to turn round."""
+    path = file_of(tmp_path, "w.pt", saved({"w": torch.arange(6.0)}))
+    with zipfile.ZipFile(path) as archive:
+        members = {n: archive.read(n) for n in archive.namelist() if "byteorder" not in n}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    assert opened(path).get("w").tolist() == [0, 1, 2, 3, 4, 5]
+    monkeypatch.setattr(
+        torch.serialization, "get_default_load_endianness", lambda: LoadEndianness.BIG
+    )
+    wanted = torch.from_numpy(torch.arange(6.0).numpy().byteswap())
+    assert opened(path).get("w").equal(wanted)
+
+
+def rewritten(path: Path, how: int, **changed: bytes) -> None:
+    """Pack a zip file again, other than torch does."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", how) as archive:
+        for name, content in members.items():
+            archive.writestr(name, changed.get(name.rpartition("/")[2], content))
+
+
+def test_conjugates_and_negatives_in_a_file(tmp_path: Path) -> None:
+    value = torch.randn(3, 2, dtype=torch.complex64)
+    state = {
+        "conj": value.conj(),
+        "neg": value.clone().conj().imag,
+        "f8": torch.ones(3).to(torch.float8_e5m2),
+    }
+    source = opened(file_of(tmp_path, "w.pt", saved(state)))
+    for name, wanted in state.items():
+        assert bits(source.get(name)) == bits(wanted)
 
 
 class Bomb:

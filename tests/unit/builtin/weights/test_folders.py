@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from refitkit.builtin.weights import sharded
+from refitkit.builtin.weights.reading import Folder
 from refitkit.errors import SourceError
 from refitkit.pipeline import Pipeline
 
@@ -208,7 +209,7 @@ def test_names_of_missing_files_are_counted_once(tmp_path: Path) -> None:
         __hash__ = str.__hash__
 
     home = {f"w{n}": Compared(f"s{n}.safetensors") for n in range(500)}
-    shards, problems = sharded._opened(tmp_path, home)
+    shards, problems = sharded._opened(Folder(tmp_path, "it"), home)
     assert len(problems) == 500
     assert not shards
     assert Compared.times < 500 * 100

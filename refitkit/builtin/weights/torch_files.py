@@ -1,0 +1,211 @@
+"""Weights in what ``torch.save`` wrote of a state_dict.
+
+Since torch 1.6 that is a zip file whose records are the bytes of storages, and a pickle, which
+``torch.load`` reads with ``weights_only=True``: nothing in it is run. It is loaded without data
+(``map_location="meta"``), where each storage is told its place in the file (``_checkpoint_offset``;
+``torch/serialization.py``, 2.11 to 2.14). torch can map the file, too, but see ``reading``.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import warnings
+import zipfile
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from refitkit.builtin.weights.reading import OpenFile
+from refitkit.errors import Problem, SourceError
+from refitkit.model import TensorInfo
+from refitkit.program.dtypes import dtype_name
+from refitkit.recipe import TensorMap
+from refitkit.recipe.pieces import LARGE
+from refitkit.recipe.sources import describe_tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+    from pathlib import Path
+    from typing import IO
+
+    from refitkit.protocols import WeightSource
+
+_LOCAL_HEADER = 30
+"""Bytes before the name of a record, the last four of which are two lengths (APPNOTE, 4.3.7)."""
+
+_HINT = "Save tensors alone: torch.save(model.state_dict(), path), or use safetensors."
+
+
+def open_torch_file(path: Path) -> WeightSource:
+    """Open it.
+
+    Files older than torch 1.6, and those with tensors of kinds that cannot be loaded without data
+    (sparse and quantized ones), are read as a whole.
+
+    Raises:
+        SourceError: It is missing, truncated or holds something else.
+    """
+    what = f"{str(path)!r}"
+    try:
+        file = OpenFile(path, what)
+    except OSError as exc:
+        raise SourceError(f"{what} cannot be read: {exc}.") from exc
+    placed = _without_data(file)
+    state = _load(file, what, "cpu") if placed is None else placed
+    _require_state_dict(state, what)
+    file.require_unchanged()
+    return TensorMap(state, what) if placed is None else TorchFile(file, placed, what)
+
+
+class TorchFile:
+    """A state_dict in a zip file; tensors are read on demand."""
+
+    def __init__(self, file: OpenFile, state: Mapping[str, Any], description: str) -> None:
+        """Keep the file, and its state_dict without data."""
+        self.description = description
+        self._file, self._state = file, state
+        self._names = TensorMap(state).names()
+
+    def names(self) -> Collection[str]:
+        """All names."""
+        return self._names
+
+    def info(self, fqn: str) -> TensorInfo:
+        """Dtype and shape, as the file says."""
+        value = self._state[fqn]
+        if _place(value) is None:
+            return describe_tensor(value)
+        return TensorInfo(dtype=dtype_name(value.dtype), shape=tuple(value.shape))
+
+    def get(self, fqn: str) -> torch.Tensor:
+        """The tensor, on the CPU, in memory of its own, with the strides that it was saved with."""
+        value, place = self._state[fqn], _place(self._state[fqn])
+        if place is None:
+            raise SourceError(f"{self.description}: {fqn!r} is {describe_tensor(value).unusable}.")
+        size = value.itemsize
+        raw = self._file.read(place + value.storage_offset() * size, _extent(value) * size)
+        flat = raw.view(value.dtype)
+        if value.is_conj() or value.is_neg():
+            flat = flat.conj() if value.is_conj() else torch._neg_view(flat)  # noqa: SLF001 - there is no other way
+        return flat.as_strided(value.shape, value.stride())
+
+    def pieces(self, fqn: str) -> Iterator[torch.Tensor] | None:
+        """See ``refitkit.protocols.GivesPieces``."""
+        value, place = self._state[fqn], _place(self._state[fqn])
+        lies_so = value.is_contiguous() and not value.is_conj() and not value.is_neg()
+        if place is None or value.nbytes < LARGE or not lies_so:
+            return None
+        start = place + value.storage_offset() * value.itemsize
+        return self._file.pieces(start, value.nbytes, value.dtype)
+
+    def require_unchanged(self) -> None:
+        """See ``refitkit.protocols.MayChange``."""
+        self._file.require_unchanged()
+
+
+def _without_data(file: OpenFile) -> Any:
+    """What a file holds, on the device ``meta``; None where it has to be read as a whole."""
+    try:
+        with _stream(file) as stream, zipfile.ZipFile(stream) as archive:
+            records = _records(file, archive)
+            if records is None:
+                return None
+        found = _load(file, "", "meta")
+    except Exception:  # noqa: BLE001 - the one who reads all of it will say what is wrong
+        return None
+    values = found.values() if isinstance(found, Mapping) else ()
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    return found if all(_is_at(value, records) for value in tensors) else None
+
+
+def _records(file: OpenFile, archive: zipfile.ZipFile) -> dict[int, int] | None:
+    """Bytes of records by the places where they begin; None where those are not storages' own.
+
+    Records may be compressed, or of a machine that has the bytes of a number the other way round.
+    """
+    records: dict[int, int] = {}
+    told = {entry.filename.rpartition("/")[2] for entry in archive.infolist()}
+    if "byteorder" not in told and torch.serialization.get_default_load_endianness() is not None:
+        return None  # torch would turn bytes round that are not there, and crash (2.14)
+    for entry in archive.infolist():
+        if entry.compress_type != zipfile.ZIP_STORED:
+            return None
+        if entry.filename.rpartition("/")[2] == "byteorder":
+            order = archive.read(entry).decode()
+            if order != sys.byteorder:
+                return None
+        header = bytes(file.read(entry.header_offset, _LOCAL_HEADER).tolist())
+        lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:], "little")
+        records[entry.header_offset + _LOCAL_HEADER + lengths] = entry.file_size
+    return records
+
+
+def _is_at(value: torch.Tensor, records: Mapping[int, int]) -> bool:
+    """Whether a tensor without data is one of the file's."""
+    if value.layout is not torch.strided or value.is_nested:
+        return False
+    place = _place(value)
+    last = (value.storage_offset() + _extent(value)) * value.itemsize
+    return place is not None and bool(last <= records.get(place, -1))
+
+
+def _place(value: Any) -> int | None:
+    """Where the bytes of a tensor's storage begin; None for what is no tensor or has no data."""
+    if not isinstance(value, torch.Tensor) or not value.is_meta:
+        return None
+    place = getattr(value.untyped_storage(), "_checkpoint_offset", None)
+    return None if place is None else int(place)
+
+
+def _extent(value: torch.Tensor) -> int:
+    """Elements from the first to the last of a tensor in its storage."""
+    if not value.numel():
+        return 0
+    return 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+
+
+def _load(file: OpenFile, what: str, device: str) -> Any:
+    try:
+        with _stream(file) as stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the file's age, which is no fault
+            return torch.load(stream, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as exc:
+        first = str(exc).splitlines()[0]
+        message = f"{what} holds more than tensors, and refitkit runs no code from files: {first}"
+        raise SourceError(message, hint=_HINT) from exc
+    except Exception as exc:  # no code of the file runs: whatever is raised, it cannot be read
+        raise SourceError(f"{what} cannot be read with torch.load: {exc}.", hint=_HINT) from exc
+
+
+def _stream(file: OpenFile) -> IO[bytes]:
+    """The open file as a stream from its beginning."""
+    stream = open(file.fd, "rb", closefd=False)  # noqa: SIM115 - it has no path any more
+    stream.seek(0)
+    return stream
+
+
+def _require_state_dict(state: Any, what: str) -> None:
+    if not isinstance(state, Mapping):
+        raise SourceError(f"{what} holds a {type(state).__name__}, not a state_dict.")
+    problems = [
+        Problem(str(name), "not a tensor", _shown(value), hint=_nested_hint(name, value))
+        for name, value in state.items()
+        if not isinstance(name, str)
+        or (not isinstance(value, torch.Tensor) and name.rpartition(".")[2] != "_extra_state")
+    ]
+    if problems:
+        message = f"{what} holds more than the tensors of a state_dict."
+        raise SourceError(message, problems=problems)
+
+
+def _shown(value: object) -> str:
+    size = f" of {len(value)} entries" if isinstance(value, Mapping) else ""
+    return f"a {type(value).__name__}{size}"
+
+
+def _nested_hint(name: object, value: object) -> str:
+    if isinstance(value, Mapping) and any(isinstance(v, torch.Tensor) for v in value.values()):
+        return f"a state_dict may be inside: pass torch.load(path, weights_only=True)[{name!r}]"
+    return ""
