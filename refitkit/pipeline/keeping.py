@@ -54,7 +54,8 @@ class Keeping:
             EngineError: An engine failed to tell what it holds.
         """
         self._module, self._before, self._config = module, before, config
-        self._written = frozenset(written)
+        self._in_order = tuple(written)
+        self._written = frozenset(self._in_order)
         self._copies: dict[SlotKey, torch.Tensor] = {}
         self._keepers = {n for n, e in module.engines.items() if isinstance(e, HoldsPrevious)}
         self.history = _unbroken(before.history, config.keep_versions)
@@ -64,8 +65,9 @@ class Keeping:
             self._fit()
         with raised_as(EngineError, "An engine failed to tell what it holds"):
             self._copy(self._base | self._own)
-            undone = self._written if config.keep_versions else frozenset()
-            self._lent = self._will_be_lent(undone - self._kept.keys())
+            kept = self._kept
+            undone = self._in_order if config.keep_versions else ()
+            self._lent = self._will_be_lent([key for key in undone if key not in kept])
 
     def _missing_in_base(self) -> frozenset[SlotKey]:
         """Slots of which the values of version 0 have to be copied now."""
