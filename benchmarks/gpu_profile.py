@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 RUNS, SHOWN = 12, 45
 WATCHED: tuple[tuple[Any, str], ...] = (
-    (refitting, "open_weights"),
+    (refitting, "for_one_refit"),
     (RefitPlan, "check_engines"),
     (refitting, "map_slots"),
     (refitting, "check_weights"),
