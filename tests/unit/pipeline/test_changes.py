@@ -258,6 +258,34 @@ def test_an_engine_that_fails_to_show_leaves_all_as_it_was() -> None:
     assert engine.live["weight"].equal(new["weight"])
 
 
+@pytest.mark.parametrize(
+    ("how", "factor", "asked"), [("sampled", 2, False), ("sampled", 1, True), ("off", 2, True)]
+)
+def test_all_of_both_sets_is_compared_where_no_sample_differs(
+    how: str, factor: int, asked: bool
+) -> None:
+    """A sample that differs says that something changed; one that does not says nothing."""
+    pipeline = Pipeline({"changes": how}, plugins=[FakePlugin()])
+    opened = held({"w": big(0)})
+    compiled = pipeline.load(opened)
+    wire = opened.engines["e"].wire
+    wire.arm()
+    report = pipeline.refit(compiled, {"w": big(0) * factor}, verify="none").report
+    assert report.changed is (factor != 1)
+    assert ("e.changed" in wire.calls) is asked
+
+
+def test_what_changes_beside_the_samples_is_seen() -> None:
+    new = big(0)
+    beside = set(range(new.numel())) - set(
+        samples.sample(torch.arange(new.numel())).reshape(-1).tolist()
+    )
+    new[min(beside)] += 1
+    report = refit({"w": big(0)}, {"w": new})
+    assert report.changed is True
+    assert [row.relative for row in report.changes] == [0]
+
+
 def test_an_interrupt_goes_through() -> None:
     pipeline = Pipeline(plugins=[FakePlugin()])
     opened = held(STATE)
