@@ -333,6 +333,13 @@ def _in_order(host: Host, config: Config) -> list[list[Offer]]:
 def _check_answer(strategy: MappingStrategy, answer: Mapped, wanted: tuple[LedgerRow, ...]) -> None:
     keys = {row.slot.key: row.slot for row in wanted}
     odd = {key: value for key, value in answer.values.items() if value.slot is not keys.get(key)}
+    kinds = {type(text) for value in answer.values.values() for text in value.sources}
+    kinds |= {type(value.strategy) for value in answer.values.values()}
+    if not all(issubclass(kind, str) for kind in kinds):
+        raise PluginError(
+            f"The strategy {strategy.name!r} gave values whose strategy or sources are no names.",
+            hint="SlotValue(slot, strategy, sources, load): a text, and a tuple of texts.",
+        )
     foreign = {key for key in odd if key not in keys}
     mixed = {key for key, value in odd.items() if value.slot.key != key}
     if foreign or mixed:

@@ -144,10 +144,10 @@ class _Matrix:
     def __init__(self, dtype: torch.dtype, width: int, places: Sequence[Place]) -> None:
         self.places, self.plain = places, not is_whole(dtype)
         self._dtype, self._kind = dtype, _BITS.get(dtype.itemsize, dtype)
-        counts = torch.tensor([place.count for place in places])[:, None]
-        first = torch.tensor([place.offset // dtype.itemsize for place in places])[:, None]
-        steps = torch.tensor([_step(place.count) for place in places])[:, None]
-        column = torch.arange(width)[None]
+        counts = _column([place.count for place in places])
+        first = _column([place.offset // dtype.itemsize for place in places])
+        steps = _column([_step(place.count) for place in places])
+        column = torch.arange(width, device="cpu")[None]
         run, element = column // _RUN, column % _RUN
         spread = steps * run + element
         self._beyond = column >= counts
@@ -170,6 +170,11 @@ class _Matrix:
         size = self._kind.itemsize
         found = memory[: memory.numel() // size * size].view(self._kind).take(indices)
         return (found if beyond is None else found.masked_fill_(beyond, 0)).view(self._dtype)
+
+
+def _column(numbers: Sequence[int]) -> torch.Tensor:
+    """A column on the CPU, whatever the default device is now: it is kept."""
+    return torch.tensor(numbers, device="cpu")[:, None]
 
 
 @once_for_each

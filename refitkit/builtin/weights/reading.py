@@ -170,7 +170,7 @@ class OpenFile:
             SourceError: It was written to since, or cannot be read.
         """
         if not nbytes:
-            return torch.empty(0, dtype=torch.uint8)
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
         held = self._held.get((start, nbytes))
         if held is not None:  # two names of one tensor
             self.require_unchanged()
@@ -272,7 +272,7 @@ class Folder:
 
 def _block(nbytes: int) -> Bytes:
     """Memory as torch aligns it."""
-    block: Bytes = torch.empty(nbytes, dtype=torch.uint8).numpy()
+    block: Bytes = torch.empty(nbytes, dtype=torch.uint8, device="cpu").numpy()
     return block
 
 

@@ -124,8 +124,7 @@ def _entries(file: OpenFile) -> dict[str, _Entry]:
     text = file.read(_LENGTH, length).numpy().tobytes()
     if not text.startswith(b"{"):
         raise ValueError("the header is no JSON object")
-    header = json.loads(text.decode(), object_pairs_hook=_once)
-    header.pop("__metadata__", None)
+    header = _header(text.decode())
     entries = {name: _entry(name, found, begin) for name, found in header.items()}
     end = begin
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):
@@ -137,11 +136,26 @@ def _entries(file: OpenFile) -> dict[str, _Entry]:
     return entries
 
 
+def _header(text: str) -> dict[str, Any]:
+    """What it says of tensors."""
+    header: dict[str, Any] = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+    told = header.pop("__metadata__", {})
+    if not isinstance(told, dict) or not all(isinstance(text, str) for text in told.values()):
+        raise ValueError("its metadata is no map of texts")
+    for name in header:
+        name.encode()  # JSON can escape halves of characters, which nobody could print
+    return header
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a name is given twice")
     return found
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
 
 
 def _entry(name: str, found: Any, begin: int) -> _Entry:

@@ -9,6 +9,7 @@ Since torch 1.6 that is a zip file whose records are the bytes of storages, and 
 from __future__ import annotations
 
 import pickle
+import pickletools
 import sys
 import warnings
 import zipfile
@@ -87,15 +88,18 @@ class TorchFile:
         size = value.itemsize
         raw = self._file.read(place + value.storage_offset() * size, _extent(value) * size)
         flat = raw.view(value.dtype)
-        if value.is_conj() or value.is_neg():
-            flat = flat.conj() if value.is_conj() else torch._neg_view(flat)  # noqa: SLF001 - there is no other way
+        if value.is_conj():
+            flat = flat.conj()
+        if value.is_neg():
+            flat = torch._neg_view(flat)  # noqa: SLF001 - there is no other way
         return flat.as_strided(value.shape, value.stride())
 
     def pieces(self, fqn: str) -> Iterator[torch.Tensor] | None:
         """See ``refitkit.protocols.GivesPieces``."""
         value, place = self._state[fqn], _place(self._state[fqn])
-        lies_so = value.is_contiguous() and not value.is_conj() and not value.is_neg()
-        if place is None or value.nbytes < LARGE or not lies_so:
+        if place is None or value.nbytes < LARGE or not value.is_contiguous():
+            return None
+        if value.is_conj() or value.is_neg():
             return None
         start = place + value.storage_offset() * value.itemsize
         return self._file.pieces(start, value.nbytes, value.dtype)
@@ -110,7 +114,7 @@ def _without_data(file: OpenFile) -> Any:
     try:
         with _stream(file) as stream, zipfile.ZipFile(stream) as archive:
             records = _records(file, archive)
-            if records is None:
+            if records is None or not _lie_in_order(archive):
                 return None
         found = _load(file, "", "meta")
     except Exception:  # noqa: BLE001 - the one who reads all of it will say what is wrong
@@ -142,6 +146,47 @@ def _records(file: OpenFile, archive: zipfile.ZipFile) -> dict[int, int] | None:
     return records
 
 
+def _lie_in_order(archive: zipfile.ZipFile) -> bool:
+    """Whether storages lie in the order in which the pickle asks for them, and nothing between.
+
+    torch does not look their places up without data, but counts them up in that order
+    (``_get_offset`` in ``torch/serialization.py``): of a file that another tool has put together
+    that may be another storage's place.
+    """
+    entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+    names = [entry.filename.partition("/")[2] for entry in entries]
+    (pickled,) = (entry for entry, name in zip(entries, names, strict=True) if name == "data.pkl")
+    storages = [name for name in names if name.startswith("data/")]
+    return storages == [f"data/{key}" for key in _keys(archive.read(pickled))]
+
+
+def _keys(pickled: bytes) -> list[str]:
+    """Keys of storages in the order in which a pickle first asks for them; nothing is run.
+
+    They are the third of five in ``("storage", type, key, location, number of elements)``, as
+    ``persistent_id`` in ``torch/serialization.py`` writes it.
+
+    Raises:
+        ValueError: It does not ask as torch's do.
+    """
+    pushed: list[Any] = []
+    memo: dict[Any, Any] = {}
+    found: dict[str, None] = {}
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name in {"BINPUT", "LONG_BINPUT"}:
+            memo[argument] = pushed[-1] if pushed else None
+        elif opcode.name in {"BINGET", "LONG_BINGET"}:
+            pushed.append(memo[argument])
+        elif opcode.name == "BINPERSID":
+            kind, _, key, _, _ = pushed[-6:-1]
+            if kind != "storage" or not isinstance(key, str):
+                raise ValueError("a storage is asked for in another way")
+            found[key] = None
+        else:
+            pushed.append(argument if opcode.stack_after else None)
+    return list(found)
+
+
 def _is_at(value: torch.Tensor, records: Mapping[int, int]) -> bool:
     """Whether a tensor without data is one of the file's."""
     if value.layout is not torch.strided or value.is_nested:
@@ -170,7 +215,7 @@ def _load(file: OpenFile, what: str, device: str) -> Any:
     try:
         with _stream(file) as stream, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the file's age, which is no fault
-            return torch.load(stream, map_location=device, weights_only=True)
+            return torch.load(stream, map_location=device, weights_only=True, mmap=False)
     except pickle.UnpicklingError as exc:
         first = str(exc).splitlines()[0]
         message = f"{what} holds more than tensors, and refitkit runs no code from files: {first}"

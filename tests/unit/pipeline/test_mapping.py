@@ -221,6 +221,14 @@ def answering(answer: Callable[[MapRequest], Mapped]) -> Strategies:
     return Strategies(Strategy("odd", "", answer=answer))
 
 
+@pytest.mark.parametrize(("strategy", "sources"), [(7, ("a",)), ("odd", (7,))])
+def test_values_of_what_has_no_name_are_refused(strategy: Any, sources: Any) -> None:
+    """The report, which is made after the commit, tells of them."""
+    value = SlotValue(A, strategy, sources, lambda: torch.zeros(2))
+    with pytest.raises(PluginError, match=r"'odd'.*are no names"):
+        mapped(answering(lambda _: Mapped({A.key: value})))
+
+
 def test_values_that_nobody_asked_for_are_refused() -> None:
     foreign = make_slot("z")
     with pytest.raises(PluginError, match=r"'odd'.*nobody asked for.*model/z"):

@@ -102,3 +102,11 @@ def test_elements_that_are_no_numbers_in_any_type(dtype: torch.dtype) -> None:
     assert (relative, largest) == (pytest.approx(69**-0.5), 1)
     new[4] = math.nan
     assert of_memory(side_by_side({"w": (old, new)}))["w"] == (math.inf, math.inf)
+
+
+def test_another_default_device_spoils_nothing() -> None:
+    """Where samples lie is found out once, at whatever time that is."""
+    both = side_by_side({"w": (torch.ones(5000), torch.ones(5000) * 2)})
+    with torch.device("meta"):
+        assert of_memory(both) == {"w": (1, 1)}
+    assert of_memory(both) == {"w": (1, 1)}

@@ -15,11 +15,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch.serialization import LoadEndianness
 
 from refitkit.errors import SourceError
 from refitkit.pipeline import Pipeline
+from refitkit.program.bits import same_bits
 from refitkit.protocols import GivesPieces, WeightSource
 from refitkit.testing.oracles import bits
 
@@ -488,3 +490,66 @@ def test_any_damage_is_a_source_error_or_still_readable(
                 source.get(found).clone()
     except SourceError:
         return
+
+
+# -- files that others have put together, and settings of the process ----------------------------
+
+
+def test_storages_in_another_order_are_where_their_names_say(tmp_path: Path) -> None:
+    """Without data torch counts places up in the order of reading."""
+    path = tmp_path / "swapped.pt"
+    torch.save({"a": torch.ones(256), "b": torch.ones(256) * 2, "c": torch.ones(256) * 3}, path)
+    raw = path.read_bytes().replace(b"/data/1", b"/data/@")
+    raw = raw.replace(b"/data/2", b"/data/1").replace(b"/data/@", b"/data/2")
+    path.write_bytes(raw)
+    wanted = torch.load(path, weights_only=True)
+    assert wanted["b"][0] == 3
+    found = opened(path)
+    assert all(same_bits(found.get(name), value) for name, value in wanted.items())
+
+
+def test_both_bits_of_a_saved_view(tmp_path: Path) -> None:
+    path = tmp_path / "bits.pt"
+    value = torch._neg_view(torch.randn(5, 3, dtype=torch.complex64).conj())
+    torch.save({"k": value}, path)
+    found = opened(path).get("k")
+    assert (found.is_conj(), found.is_neg()) == (True, True)
+    assert torch.equal(found.resolve_neg().resolve_conj(), value.resolve_neg().resolve_conj())
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_another_default_device(tmp_path: Path, name: str) -> None:
+    state = {"k": torch.randn(70, 1000), "none": torch.zeros(0)}
+    path = tmp_path / name
+    torch.save(state, path) if name == "w.pt" else save_file(state, path)
+    with torch.device("meta"):
+        found = opened(path)
+        given = {key: found.get(key) for key in state}
+    assert all(same_bits(given[key], value) for key, value in state.items())
+    assert {value.device.type for value in given.values()} == {"cpu"}
+
+
+def test_torch_is_set_to_map_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = pytest.importorskip("torch.utils.serialization").config
+    monkeypatch.setattr(config.load, "mmap", True)
+    torch.save({"k": torch.ones(3)}, tmp_path / "w.pt")
+    assert opened(tmp_path / "w.pt").get("k").tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        '{"__metadata__": NaN}',
+        '{"__metadata__": [[], []]}',
+        '{"__metadata__": {"a": 1}}',
+        '{"\\ud800": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}',
+        '{"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0], "x": Infinity}}',
+    ],
+)
+def test_headers_that_safetensors_refuses(tmp_path: Path, header: str) -> None:
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    with pytest.raises(SafetensorError), safe_open(path, framework="pt"):
+        pass
+    with pytest.raises(SourceError, match="cannot be read as safetensors"):
+        opened(path)
