@@ -529,11 +529,12 @@ def test_another_default_device(tmp_path: Path, name: str) -> None:
     assert {value.device.type for value in given.values()} == {"cpu"}
 
 
-def test_torch_is_set_to_map_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_is_set_to_map_files(tmp_path: Path) -> None:
     config = pytest.importorskip("torch.utils.serialization").config
-    monkeypatch.setattr(config.load, "mmap", True)
     torch.save({"k": torch.ones(3)}, tmp_path / "w.pt")
-    assert opened(tmp_path / "w.pt").get("k").tolist() == [1, 1, 1]
+    with config.patch({"load.mmap": True}):
+        assert opened(tmp_path / "w.pt").get("k").tolist() == [1, 1, 1]
+    assert config.load.mmap is False
 
 
 @pytest.mark.parametrize(
