@@ -54,8 +54,8 @@ class Keeping:
             EngineError: An engine failed to tell what it holds.
         """
         self._module, self._before, self._config = module, before, config
-        self._in_order = tuple(written)
-        self._written = frozenset(self._in_order)
+        in_order = tuple(written)
+        self._written = frozenset(in_order)
         self._copies: dict[SlotKey, torch.Tensor] = {}
         self._keepers = {n for n, e in module.engines.items() if isinstance(e, HoldsPrevious)}
         self.history = _unbroken(before.history, config.keep_versions)
@@ -66,7 +66,7 @@ class Keeping:
         with raised_as(EngineError, "An engine failed to tell what it holds"):
             self._copy(self._base | self._own)
             kept = self._kept
-            undone = self._in_order if config.keep_versions else ()
+            undone = in_order if config.keep_versions else ()
             self._lent = self._will_be_lent([key for key in undone if key not in kept])
 
     def _missing_in_base(self) -> frozenset[SlotKey]:
