@@ -38,6 +38,10 @@ PROBES = {
     "what_a_refitter_has": "gpu_probe_warm",
     "gpt2_half": "gpu_probe_warm",
     "warming_beside": "gpu_probe_first",
+    "engine_memory_resnet18": "gpu_probe_memory",
+    "engine_memory_mobilenet": "gpu_probe_memory",
+    "engine_memory_vit": "gpu_probe_memory",
+    "engine_memory_llama": "gpu_probe_memory",
 }
 """Probes, and the module that each is in."""
 ALONE = ("warm_refits", "looks", "warming_beside")

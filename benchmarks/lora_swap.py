@@ -1,6 +1,7 @@
 """Swaps of LoRA adapters of rank 16 on a transformer encoder, against a memmove and a full refit.
 
-usage: python benchmarks/lora_swap.py [THREADS]        (refitkit-peft has to be importable)
+usage: python benchmarks/lora_swap.py [THREADS] [--device cuda] [--backend torch_tensorrt]
+                                      [--memory host ...]     (refitkit-peft has to be importable)
 
 Each turn does everything once, so that what else the machine does falls on all of it alike. Each
 row has a module of its own, which nothing else refits.
@@ -8,9 +9,9 @@ row has a module of its own, which nothing else refits.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -29,6 +30,7 @@ TURNS = 15
 RANK = 16
 LAYERS, WIDTH, INNER = 8, 768, 3072
 """56.7 M parameters, all of them of the encoder's layers."""
+OPTIONS = {"torch_tensorrt": {"min_block_size": 1, "use_python_runtime": True}}
 
 ALL = ("in_proj_weight", "out_proj.weight", "linear1.weight", "linear2.weight")
 KINDS = {"all matrices": ALL, "a quarter of them": ("in_proj_weight",)}
@@ -82,8 +84,10 @@ class Row:
     def turn(self, number: int, pipeline: refitkit.Pipeline) -> None:
         """Refit to the weights of one turn."""
         weights = self._weights(number)
+        wait()
         began = time.perf_counter()
         result = pipeline.refit(self._compiled, weights, verify="none", delta=self._delta)
+        wait()
         self.seconds.append(time.perf_counter() - began)
         self.reports.append(result.report)
 
@@ -92,40 +96,76 @@ class Row:
         self.seconds, self.reports = [], []
 
 
-def rows_of(file: Path, state: dict[str, Any], adapters: list[dict[str, Any]]) -> list[Row]:
-    def base(keep: int) -> refitkit_peft.Base:
-        made = refitkit_peft.Base(state, "host", keep=keep)
+def wait() -> None:
+    """Until a GPU, if there is one, has done all of it."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def scaled(of: refitkit_peft.Base, number: int) -> Lora:
+    return Lora(of, {str(number % 3): 0.7})
+
+
+def rows_of(
+    file: Path, state: dict[str, Any], adapters: list[dict[str, Any]], kinds: list[Any]
+) -> list[Row]:
+    def base(keep: int, kind: Any) -> refitkit_peft.Base:
+        made = refitkit_peft.Base(state, kind, keep=keep)
         for number, tensors in enumerate(adapters):
             made.add(str(number), tensors)
         return made
 
     def merged(number: int) -> dict[str, torch.Tensor]:
-        source = refitkit.Pipeline().open_weights(scaled(three, number))
+        source = refitkit.Pipeline().open_weights(scaled(base(1, "given"), number))
         return {name: source.get(name) for name in source.names()}
 
-    def scaled(of: refitkit_peft.Base, number: int) -> Lora:
-        return Lora(of, {str(number % 3): 0.7})
-
-    three, two, none = base(3), base(2), base(0)
-    three_merged = [merged(number) for number in range(3)]
+    merges = [merged(number) for number in range(3)]
+    rows = []
+    for kind in kinds:
+        rows += rows_of_one(file, kind, [base(keep, kind) for keep in (0, 2, 3)])
     full = "full refit from merged weights"
     return [
-        Row("swap, ready sets", file, lambda n: scaled(three, n), delta=True),
-        Row("swap, computed, kept", file, lambda n: scaled(two, n), delta=True),
-        Row("swap, computed, not kept", file, lambda n: scaled(none, n), delta=True),
+        *rows,
+        Row(full, file, lambda n: merges[n % 3], delta=False),
+        Row("the same with delta", file, lambda n: merges[n % 3], delta=True),
+    ]
+
+
+def rows_of_one(file: Path, kind: str, bases: list[refitkit_peft.Base]) -> list[Row]:
+    """Rows of a base in one kind of memory, which keeps none, too few, or all of three sets."""
+    none, two, three = bases
+    return [
+        Row(f"{kind}: swap, ready sets", file, lambda n: scaled(three, n), delta=True),
+        Row(f"{kind}: swap, computed, kept", file, lambda n: scaled(two, n), delta=True),
+        Row(f"{kind}: swap, computed, not kept", file, lambda n: scaled(none, n), delta=True),
         Row(
-            "on and off, ready sets",
+            f"{kind}: on and off, ready sets",
             file,
             lambda n: scaled(three, 0) if n % 2 else three,
             delta=True,
         ),
-        Row(full, file, lambda n: three_merged[n % 3], delta=False),
-        Row("the same with delta", file, lambda n: three_merged[n % 3], delta=True),
     ]
 
 
+def copier(nbytes: int, device: str) -> Callable[[], float]:
+    """A copy of so many bytes, into memory that was touched before; its seconds."""
+    if device == "cpu":
+        return memmove(nbytes)
+    source = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)
+
+    def copy() -> float:
+        wait()
+        began = time.perf_counter()
+        target.copy_(source)
+        wait()
+        return time.perf_counter() - began
+
+    return copy
+
+
 def memmove(nbytes: int) -> Callable[[], float]:
-    """A copy of so many bytes, one thread, into memory that was touched before; its seconds."""
+    """The same on the host, by one thread."""
     source, target = torch.zeros(nbytes, dtype=torch.uint8), torch.ones(nbytes, dtype=torch.uint8)
 
     def copy() -> float:
@@ -138,10 +178,10 @@ def memmove(nbytes: int) -> Callable[[], float]:
 
 def table(rows: list[Row], copies: list[float], written: int) -> None:
     copy = statistics.median(copies)
-    heads = ["what", "slots", "MB", "median ms", "quartiles", "over memmove"]
+    heads = ["what", "slots", "MB", "median ms", "quartiles", "over a copy"]
     print("| " + " | ".join([*heads, *(f"{stage} ms" for stage in STAGES)]) + " |")
     print("|---" * (len(heads) + len(STAGES)) + "|")
-    print(line("memmove, one thread", "", written, copies, copy) + " |" * len(STAGES))
+    print(line("a copy, in one piece", "", written, copies, copy) + " |" * len(STAGES))
     for row in rows:
         last = row.reports[-1]
         cells = line(row.name, str(last.slots_written), last.bytes_written, row.seconds, copy)
@@ -157,12 +197,12 @@ def line(name: str, slots: str, nbytes: int, seconds: list[float], copy: float) 
     return f"| {name} | {slots} | {nbytes / 1e6:.1f} | {times} |"
 
 
-def measure(rows: list[Row], pipeline: refitkit.Pipeline) -> None:
+def measure(rows: list[Row], pipeline: refitkit.Pipeline, device: str) -> None:
     for number in range(4):  # then both sets of weights of each module are in steady use
         for row in rows:
             row.turn(number, pipeline)
     written = rows[0].reports[-1].bytes_written
-    copy, copies = memmove(written), list[float]()
+    copy, copies = copier(written, device), list[float]()
     for row in rows:
         row.forget()
     for number in range(4, 4 + TURNS):
@@ -172,23 +212,34 @@ def measure(rows: list[Row], pipeline: refitkit.Pipeline) -> None:
     table(rows, copies, written)
 
 
+def asked() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("threads", nargs="?", type=int)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--backend", default="aotinductor")
+    parser.add_argument("--memory", nargs="+", default=["host"])
+    return parser.parse_args()
+
+
 def main() -> None:
-    if len(sys.argv) > 1:
-        torch.set_num_threads(int(sys.argv[1]))
+    given = asked()
+    if given.threads:
+        torch.set_num_threads(given.threads)
     torch.manual_seed(0)
-    model = Encoder().eval()
+    model = Encoder().eval().to(given.device)
     state = dict(model.state_dict())
-    program = torch.export.export(model, (torch.randn(1, 8, WIDTH),))
+    program = torch.export.export(model, (torch.randn(1, 8, WIDTH, device=given.device),))
+    options = OPTIONS.get(given.backend, {})
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.refitkit"
-        refitkit.compile(program, prove=False).save(file)
-        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+        refitkit.compile(program, given.backend, options, prove=False).save(file)
+        print(f"{given.backend}, torch {torch.__version__}, {torch.get_num_threads()} threads")
         for what, kinds in KINDS.items():
+            adapters = [adapter(model, seed, kinds) for seed in range(3)]
+            rows = rows_of(file, state, adapters, given.memory)
             for finite in (True, False):
                 print(f"\n{what}, check_finite={finite}\n")
-                adapters = [adapter(model, seed, kinds) for seed in range(3)]
-                pipeline = refitkit.Pipeline({"check_finite": finite})
-                measure(rows_of(file, state, adapters), pipeline)
+                measure(rows, refitkit.Pipeline({"check_finite": finite}), given.device)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
+import torch
 from refitkit.errors import ConfigError, Problem, SourceError
 
 from refitkit_peft import reading
@@ -17,7 +18,6 @@ from refitkit_peft.fitting import Fitting
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    import torch
     from refitkit.protocols import WeightSource
 
     from refitkit_peft.adapter import Adapter
@@ -136,6 +136,39 @@ class Adapters:
         return known
 
 
+class ReadySet:
+    """Sums of one base with the same adapters, by name.
+
+    A device goes on with its work after the call that asked for it has returned, and its streams do
+    not wait for one another. So who takes a sum has its own stream wait until that sum is made,
+    whichever stream that is done on: by ``Base.prepare`` in a thread, say.
+    """
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self._made: dict[str, tuple[torch.Tensor, torch.Event | None]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all sums."""
+        return sum(value.nbytes for value, _ in list(self._made.values()))
+
+    def put(self, name: str, value: torch.Tensor) -> None:
+        """Keep a sum that the current stream makes."""
+        made = None
+        if value.device.type != "cpu":
+            made = torch.Event(value.device)
+            made.record()
+        self._made[name] = value, made
+
+    def get(self, name: str) -> torch.Tensor | None:
+        """A sum that work on the current stream can read from now on; None: it was never made."""
+        value, made = self._made.get(name, (None, None))
+        if made is not None:
+            made.wait()
+        return value
+
+
 class ReadySets:
     """Sums that are kept, set by set: the one that was used longest ago goes first."""
 
@@ -146,9 +179,9 @@ class ReadySets:
             keep: So many at most.
         """
         self._keep = keep
-        self._sets: OrderedDict[Key, tuple[str, dict[str, torch.Tensor]]] = OrderedDict()
+        self._sets: OrderedDict[Key, tuple[str, ReadySet]] = OrderedDict()
 
-    def of(self, key: Key, text: str, *, across_refits: bool) -> dict[str, torch.Tensor] | None:
+    def of(self, key: Key, text: str, *, across_refits: bool) -> ReadySet | None:
         """Where sums of one kind are kept; None: nowhere.
 
         Args:
@@ -159,8 +192,8 @@ class ReadySets:
         if not self._keep or not key:
             return None
         if not across_refits:
-            return {}
-        _, made = self._sets.pop(key, ("", {}))
+            return ReadySet()
+        _, made = self._sets.pop(key, ("", ReadySet()))
         self._sets[key] = text, made
         while len(self._sets) > self._keep:
             self._sets.popitem(last=False)
@@ -173,7 +206,4 @@ class ReadySets:
 
     def nbytes(self) -> dict[str, int]:
         """Bytes by what each set is."""
-        return {
-            text: sum(value.nbytes for value in list(made.values()))
-            for text, made in self._sets.values()
-        }
+        return {text: made.nbytes for text, made in self._sets.values()}

@@ -44,6 +44,8 @@ def copied(
     else:
         copy = _copier(kind, device)
         kept = {name: copy(source.get(name)) for name, first in firsts.items() if name == first}
+        if kind == "device" and device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # then every stream can read them
     return {name: kept[first] for name, first in firsts.items()}
 
 

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 from refitkit_peft.edits import FORMULA, summed
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Hashable, Mapping, MutableMapping
+    from collections.abc import Collection, Hashable, Mapping
 
     import torch
     from refitkit.model import TensorInfo
 
     from refitkit_peft.edits import Scaled
+    from refitkit_peft.keeping import ReadySet
     from refitkit_peft.stores import Store
 
 
@@ -28,7 +29,7 @@ class LoraSource:
         self,
         store: Store,
         edits: Mapping[str, tuple[Scaled, ...]],
-        made: MutableMapping[str, torch.Tensor] | None,
+        made: ReadySet | None,
         description: str,
     ) -> None:
         """Nothing is computed yet.
@@ -64,7 +65,7 @@ class LoraSource:
         if found is None:
             found = summed(self._store.get(fqn), self._edits[fqn])
             if self._made is not None:
-                self._made[fqn] = found
+                self._made.put(fqn, found)
         return found
 
     def revision(self, fqn: str) -> Hashable | None:
