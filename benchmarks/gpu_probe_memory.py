@@ -42,37 +42,51 @@ def engine_memory_llama() -> Found:
     return _probed("llama")
 
 
-def _allocator(trt: Any) -> Any:
-    """An allocator that knows what is allocated."""
+class _Pieces:
+    """Memory that was allocated, by address."""
 
-    class Watching(trt.IGpuAllocator):  # type: ignore[misc]
+    def __init__(self) -> None:
+        self.sizes: dict[int, int] = {}
+
+    def take(self, size: int) -> int | None:
+        """Some; None for no bytes."""
+        if not size:
+            return None
+        address: int = torch.cuda.caching_allocator_alloc(size)
+        self.sizes[address] = size
+        return address
+
+    def leave(self, address: int) -> bool:
+        """Give it back."""
+        if address:
+            del self.sizes[address]
+            torch.cuda.caching_allocator_delete(address)
+        return True
+
+
+def _allocator(trt: Any, pieces: _Pieces) -> Any:
+    """TensorRT's way to ask for memory."""
+
+    class Allocator(trt.IGpuAllocator):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IGpuAllocator.__init__(self)
-            self.live: dict[int, int] = {}
 
         def allocate(self, size: int, _alignment: int, _flags: int) -> int | None:
-            if not size:
-                return None
-            address: int = torch.cuda.caching_allocator_alloc(size)
-            self.live[address] = size
-            return address
+            return pieces.take(size)
 
         def deallocate(self, address: int) -> bool:
-            if address:
-                del self.live[address]
-                torch.cuda.caching_allocator_delete(address)
-            return True
+            return pieces.leave(address)
 
         def reallocate(self, _address: int, _alignment: int, _size: int) -> None:
             return None
 
-        def allocate_async(self, size: int, alignment: int, flags: int, _stream: int) -> int | None:
-            return self.allocate(size, alignment, flags)
+        def allocate_async(self, size: int, _alignment: int, _flags: int, _: int) -> int | None:
+            return pieces.take(size)
 
         def deallocate_async(self, address: int, _stream: int) -> bool:
-            return self.deallocate(address)
+            return pieces.leave(address)
 
-    return Watching()
+    return Allocator()
 
 
 class _Words:
@@ -94,9 +108,10 @@ class Engine:
         trt = upstream.tensorrt()
         ((name, engine),) = two.compiled.engines.items()
         self._two, self._child = two, two.child
-        self.allocator = _allocator(trt)
-        self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-        self._runtime.gpu_allocator = self.allocator
+        self._pieces = _Pieces()
+        self._kept = trt.Logger(trt.Logger.ERROR), _allocator(trt, self._pieces)
+        self._runtime = trt.Runtime(self._kept[0])
+        self._runtime.gpu_allocator = self._kept[1]
         self.engine = self._runtime.deserialize_cuda_engine(engine.handle.engine_bytes())
         self.values = [ready_values(two.compiled, model.state_dict())[name] for model in two.models]
         self.coded = [one for one, v in self.values[0].items() if v.dtype == torch.float32]
@@ -124,7 +139,7 @@ class Engine:
         """Live memory, not a copy of it."""
         return {
             address: torch.as_tensor(_Words(address, size), device="cuda")
-            for address, size in sorted(self.allocator.live.items())
+            for address, size in sorted(self._pieces.sizes.items())
             if size >= 4
         }
 
