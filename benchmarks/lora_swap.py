@@ -4,7 +4,8 @@ usage: python benchmarks/lora_swap.py [THREADS] [--device cuda] [--backend torch
                                       [--memory host ...]     (refitkit-peft has to be importable)
 
 Each turn does everything once, so that what else the machine does falls on all of it alike. Each
-row has a module of its own, which nothing else refits.
+row has a module of its own, which nothing else refits; on TensorRT, which would compile a refitter
+for each, they share one, which is refitted to what the row had before whenever its turn comes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import ctypes
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +68,23 @@ def adapter(model: torch.nn.Module, seed: int, kinds: tuple[str, ...]) -> dict[s
     return found
 
 
+@dataclass
+class Modules:
+    """Modules of one program.
+
+    Attributes:
+        file: Where they are opened from.
+        shared: The one that all share instead.
+    """
+
+    file: Path
+    shared: refitkit.CompiledModule | None = None
+
+    def one(self) -> refitkit.CompiledModule:
+        """One."""
+        return self.shared or refitkit.load(self.file)
+
+
 class Row:
     """One way to refit, and a module that only it refits.
 
@@ -76,13 +95,16 @@ class Row:
     """
 
     def __init__(
-        self, name: str, file: Path, weights: Callable[[int], Any], *, delta: bool
+        self, name: str, modules: Modules, weights: Callable[[int], Any], *, delta: bool
     ) -> None:
         self.name, self.seconds, self.reports = name, list[float](), list[Any]()
-        self._compiled, self._weights, self._delta = refitkit.load(file), weights, delta
+        self._compiled, self._shared = modules.one(), modules.shared is not None
+        self._weights, self._delta = weights, delta
 
     def turn(self, number: int, pipeline: refitkit.Pipeline) -> None:
         """Refit to the weights of one turn."""
+        if self._shared:
+            pipeline.refit(self._compiled, self._weights(number - 1), verify="none")
         weights = self._weights(number)
         wait()
         began = time.perf_counter()
@@ -107,7 +129,7 @@ def scaled(of: refitkit_peft.Base, number: int) -> Lora:
 
 
 def rows_of(
-    file: Path, state: dict[str, Any], adapters: list[dict[str, Any]], kinds: list[Any]
+    modules: Modules, state: dict[str, Any], adapters: list[dict[str, Any]], kinds: list[Any]
 ) -> list[Row]:
     def base(keep: int, kind: Any) -> refitkit_peft.Base:
         made = refitkit_peft.Base(state, kind, keep=keep)
@@ -122,25 +144,25 @@ def rows_of(
     merges = [merged(number) for number in range(3)]
     rows = []
     for kind in kinds:
-        rows += rows_of_one(file, kind, [base(keep, kind) for keep in (0, 2, 3)])
+        rows += rows_of_one(modules, kind, [base(keep, kind) for keep in (0, 2, 3)])
     full = "full refit from merged weights"
     return [
         *rows,
-        Row(full, file, lambda n: merges[n % 3], delta=False),
-        Row("the same with delta", file, lambda n: merges[n % 3], delta=True),
+        Row(full, modules, lambda n: merges[n % 3], delta=False),
+        Row("the same with delta", modules, lambda n: merges[n % 3], delta=True),
     ]
 
 
-def rows_of_one(file: Path, kind: str, bases: list[refitkit_peft.Base]) -> list[Row]:
+def rows_of_one(modules: Modules, kind: str, bases: list[refitkit_peft.Base]) -> list[Row]:
     """Rows of a base in one kind of memory, which keeps none, too few, or all of three sets."""
     none, two, three = bases
     return [
-        Row(f"{kind}: swap, ready sets", file, lambda n: scaled(three, n), delta=True),
-        Row(f"{kind}: swap, computed, kept", file, lambda n: scaled(two, n), delta=True),
-        Row(f"{kind}: swap, computed, not kept", file, lambda n: scaled(none, n), delta=True),
+        Row(f"{kind}: swap, ready sets", modules, lambda n: scaled(three, n), delta=True),
+        Row(f"{kind}: swap, computed, kept", modules, lambda n: scaled(two, n), delta=True),
+        Row(f"{kind}: swap, computed, not kept", modules, lambda n: scaled(none, n), delta=True),
         Row(
             f"{kind}: on and off, ready sets",
-            file,
+            modules,
             lambda n: scaled(three, 0) if n % 2 else three,
             delta=True,
         ),
@@ -232,11 +254,14 @@ def main() -> None:
     options = OPTIONS.get(given.backend, {})
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.refitkit"
-        refitkit.compile(program, given.backend, options, prove=False).save(file)
+        compiled = refitkit.compile(program, given.backend, options, prove=False)
+        modules = Modules(file, compiled if given.backend == "torch_tensorrt" else None)
+        if not modules.shared:
+            compiled.save(file)
         print(f"{given.backend}, torch {torch.__version__}, {torch.get_num_threads()} threads")
         for what, kinds in KINDS.items():
             adapters = [adapter(model, seed, kinds) for seed in range(3)]
-            rows = rows_of(file, state, adapters, given.memory)
+            rows = rows_of(modules, state, adapters, given.memory)
             for finite in (True, False):
                 print(f"\n{what}, check_finite={finite}\n")
                 measure(rows, refitkit.Pipeline({"check_finite": finite}), given.device)

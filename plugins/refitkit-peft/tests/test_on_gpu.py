@@ -138,6 +138,13 @@ def test_copies_are_where_they_are_said_to_be(model, made) -> None:
     assert all(value.is_pinned() for value in weights_of_store(pinned).values())
 
 
+def test_ready_sums_of_a_pinned_base_are_pinned(model, made) -> None:
+    """From pageable memory a GPU reads several times as slowly."""
+    for keep in (0, 1):
+        source = open_weights(Lora(base_of(model, made, "pinned", keep=keep), {"x": 1.0}))
+        assert {source.get(name).is_pinned() for name in source.touched} == {keep == 1}
+
+
 def weights_of_store(base: refitkit_peft.Base) -> dict[str, torch.Tensor]:
     source = open_weights(Lora(base, {}))
     return {name: source.get(name) for name in source.names()}

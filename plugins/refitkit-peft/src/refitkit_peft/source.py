@@ -65,6 +65,7 @@ class LoraSource:
         if found is None:
             found = summed(self._store.get(fqn), self._edits[fqn])
             if self._made is not None:
+                found = found.pin_memory() if self._store.kind == "pinned" else found
                 self._made.put(fqn, found)
         return found
 
