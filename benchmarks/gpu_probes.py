@@ -41,6 +41,7 @@ PROBES = {
     "engine_memory_resnet18": "gpu_probe_memory",
     "engine_memory_mobilenet": "gpu_probe_memory",
     "engine_memory_vit": "gpu_probe_memory",
+    "engine_memory_vit_half": "gpu_probe_memory",
     "engine_memory_llama": "gpu_probe_memory",
 }
 """Probes, and the module that each is in."""
