@@ -104,7 +104,8 @@ class Row:
     def turn(self, number: int, pipeline: refitkit.Pipeline) -> None:
         """Refit to the weights of one turn."""
         if self._shared:
-            pipeline.refit(self._compiled, self._weights(number - 1), verify="none")
+            before = self._weights(number - 1)
+            pipeline.refit(self._compiled, before, verify="none", delta=self._delta)
         weights = self._weights(number)
         wait()
         began = time.perf_counter()
