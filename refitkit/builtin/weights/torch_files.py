@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _LOCAL_HEADER = 30
 """Bytes before the name of a record, the last four of which are two lengths (APPNOTE, 4.3.7)."""
+_SIGNATURE = b"PK\3\4"
 
 _HINT = "Save tensors alone: torch.save(model.state_dict(), path), or use safetensors."
 
@@ -141,6 +142,8 @@ def _records(file: OpenFile, archive: zipfile.ZipFile) -> dict[int, int] | None:
             if order != sys.byteorder:
                 return None
         header = bytes(file.read(entry.header_offset, _LOCAL_HEADER).tolist())
+        if not header.startswith(_SIGNATURE):
+            return None  # it is damaged, as torch will say
         lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:], "little")
         records[entry.header_offset + _LOCAL_HEADER + lengths] = entry.file_size
     return records

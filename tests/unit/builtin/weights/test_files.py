@@ -495,6 +495,16 @@ def test_any_damage_is_a_source_error_or_still_readable(
 # -- files that others have put together, and settings of the process ----------------------------
 
 
+def test_a_damaged_header_of_a_record(tmp_path: Path) -> None:
+    """Its record could be found, but torch.load would not take it either."""
+    path = file_of(tmp_path, "w.pt", NEW)
+    with zipfile.ZipFile(path) as archive:
+        (place,) = (e.header_offset for e in archive.infolist() if e.filename.endswith("data/1"))
+    path.write_bytes(NEW[:place] + b"X" + NEW[place + 1 :])
+    with pytest.raises(SourceError, match="torch.load"):
+        opened(path)
+
+
 def test_storages_in_another_order_are_where_their_names_say(tmp_path: Path) -> None:
     """Without data torch counts places up in the order of reading."""
     path = tmp_path / "swapped.pt"
