@@ -501,7 +501,7 @@ def test_a_damaged_header_of_a_record(tmp_path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         (place,) = (e.header_offset for e in archive.infolist() if e.filename.endswith("data/1"))
     path.write_bytes(NEW[:place] + b"X" + NEW[place + 1 :])
-    with pytest.raises(SourceError, match="torch.load"):
+    with pytest.raises(SourceError, match=r"torch\.load"):
         opened(path)
 
 
