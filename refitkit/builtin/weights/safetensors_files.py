@@ -54,6 +54,7 @@ _LIMIT = 100_000_000
 
 _LENGTH = 8
 _MOST = 2**63 - 1  # elements that torch can count
+_LONGEST = 2**62 - 1  # of a dimension, even of a tensor without elements
 
 
 class _Entry(NamedTuple):
@@ -139,7 +140,8 @@ def _entries(file: OpenFile) -> dict[str, _Entry]:
 def _header(text: str) -> dict[str, Any]:
     """What it says of tensors."""
     header: dict[str, Any] = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
-    told = header.pop("__metadata__", {})
+    told = header.pop("__metadata__", None)
+    told = {} if told is None else told
     if not isinstance(told, dict) or not all(isinstance(text, str) for text in told.values()):
         raise ValueError("its metadata is no map of texts")
     for name in header:
@@ -168,6 +170,7 @@ def _entry(name: str, found: Any, begin: int) -> _Entry:
         raise ValueError(f"{name!r} is of the unknown dtype {text!r}")
     sizes = (*shape, first, last)
     odd = any(type(size) is not int or size < 0 for size in sizes)
+    odd = odd or any(size > _LONGEST for size in shape)
     if odd or prod(size or 1 for size in shape) > _MOST:
         raise ValueError(f"{name!r} has an odd shape or place")
     dtype, width = _DTYPES[text]

@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 _LOCAL_HEADER = 30
 """Bytes before the name of a record, the last four of which are two lengths (APPNOTE, 4.3.7)."""
 _SIGNATURE = b"PK\3\4"
+_ENCRYPTED, _FOLDER = 0x1, 0x10
 
+_DAMAGED = "Check that it was written or downloaded completely."
 _HINT = "Save tensors alone: torch.save(model.state_dict(), path), or use safetensors."
 
 
@@ -54,6 +56,7 @@ def open_torch_file(path: Path) -> WeightSource:
         file = OpenFile(path, what)
     except OSError as exc:
         raise SourceError(f"{what} cannot be read: {exc}.") from exc
+    _require_readable(file, what)
     placed = _without_data(file)
     state = _load(file, what, "cpu") if placed is None else placed
     _require_state_dict(state, what)
@@ -125,6 +128,30 @@ def _without_data(file: OpenFile) -> Any:
     return found if all(_is_at(value, records) for value in tensors) else None
 
 
+def _require_readable(file: OpenFile, what: str) -> None:
+    """Refuse records that torch does not read, and for which it gives what memory happens to hold.
+
+    Those are of two sizes, or folders by their attributes (seen with 2.14).
+
+    Raises:
+        SourceError: There are some; lists them.
+    """
+    try:
+        with _stream(file) as stream, zipfile.ZipFile(stream) as archive:
+            entries = archive.infolist()
+    except Exception:  # noqa: BLE001 - it is no zip file, and torch.load will say so
+        return
+    problems = [
+        Problem(entry.filename, "damaged", f"{entry.compress_size} bytes of {entry.file_size}")
+        for entry in entries
+        if entry.compress_type == zipfile.ZIP_STORED
+        and not entry.is_dir()
+        and (entry.compress_size != entry.file_size or entry.external_attr & _FOLDER)
+    ]
+    if problems:
+        raise SourceError(f"{what} is a damaged zip file.", problems=problems, hint=_DAMAGED)
+
+
 def _records(file: OpenFile, archive: zipfile.ZipFile) -> dict[int, int] | None:
     """Bytes of records by the places where they begin; None where those are not storages' own.
 
@@ -135,7 +162,7 @@ def _records(file: OpenFile, archive: zipfile.ZipFile) -> dict[int, int] | None:
     if "byteorder" not in told and torch.serialization.get_default_load_endianness() is not None:
         return None  # torch would turn bytes round that are not there, and crash (2.14)
     for entry in archive.infolist():
-        if entry.compress_type != zipfile.ZIP_STORED:
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & _ENCRYPTED:
             return None
         if entry.filename.rpartition("/")[2] == "byteorder":
             order = archive.read(entry).decode()

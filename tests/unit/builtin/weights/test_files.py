@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import load, save, save_file
 from torch.serialization import LoadEndianness
 
 from refitkit.errors import SourceError
@@ -505,6 +505,32 @@ def test_a_damaged_header_of_a_record(tmp_path: Path) -> None:
         opened(path)
 
 
+@pytest.mark.parametrize("field", [20, 24, 38])
+def test_a_record_of_two_sizes_or_that_is_a_folder(tmp_path: Path, field: int) -> None:
+    """Of some torch.load gives what happens to be in memory, without a word."""
+    at = NEW.rindex(b"PK\1\2", 0, NEW.rindex(b"archive/data/0")) + field  # in the directory
+    path = file_of(tmp_path, "w.pt", NEW[:at] + bytes([NEW[at] ^ 0x10]) + NEW[at + 1 :])
+    with pytest.raises(SourceError) as caught:
+        opened(path)
+    assert caught.value.problems[0].subject == "archive/data/0"
+    assert caught.value.problems[0].kind == "damaged"
+
+
+def test_a_zip_file_with_folders(tmp_path: Path) -> None:
+    """As other tools pack them."""
+    path = file_of(tmp_path, "w.pt", NEW)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.mkdir("archive/data")
+    assert_holds(opened(path), TENSORS)
+
+
+def test_a_record_that_says_that_it_is_encrypted(tmp_path: Path) -> None:
+    at = NEW.rindex(b"PK\1\2", 0, NEW.rindex(b"archive/data/0")) + 8
+    path = file_of(tmp_path, "w.pt", NEW[:at] + bytes([NEW[at] | 1]) + NEW[at + 1 :])
+    with pytest.raises(SourceError, match="encrypt"):
+        opened(path)
+
+
 def test_storages_in_another_order_are_where_their_names_say(tmp_path: Path) -> None:
     """Without data torch counts places up in the order of reading."""
     path = tmp_path / "swapped.pt"
@@ -563,4 +589,17 @@ def test_headers_that_safetensors_refuses(tmp_path: Path, header: str) -> None:
     with pytest.raises(SafetensorError), safe_open(path, framework="pt"):
         pass
     with pytest.raises(SourceError, match="cannot be read as safetensors"):
+        opened(path)
+
+
+def test_metadata_that_is_null(tmp_path: Path) -> None:
+    header = b'{"__metadata__": null, "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}'
+    path = file_of(tmp_path, "w.safetensors", len(header).to_bytes(8, "little") + header + b"\7")
+    assert_holds(opened(path), load(path.read_bytes()))
+
+
+def test_a_dimension_that_no_slot_can_have(tmp_path: Path) -> None:
+    header = b'{"a": {"dtype": "F32", "shape": [0, 4611686018427387904], "data_offsets": [0, 0]}}'
+    path = file_of(tmp_path, "w.safetensors", len(header).to_bytes(8, "little") + header)
+    with pytest.raises(SourceError, match="'a' has an odd shape or place"):
         opened(path)
