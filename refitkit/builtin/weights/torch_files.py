@@ -145,7 +145,7 @@ def _require_readable(file: OpenFile, what: str) -> None:
         Problem(entry.filename, "damaged", f"{entry.compress_size} bytes of {entry.file_size}")
         for entry in entries
         if entry.compress_type == zipfile.ZIP_STORED
-        and not entry.is_dir()
+        and not entry.filename.endswith("/")  # is_dir() fails of no name
         and (entry.compress_size != entry.file_size or entry.external_attr & _FOLDER)
     ]
     if problems:

@@ -524,6 +524,15 @@ def test_a_zip_file_with_folders(tmp_path: Path) -> None:
     assert_holds(opened(path), TENSORS)
 
 
+def test_a_record_without_a_name(tmp_path: Path) -> None:
+    file = io.BytesIO(NEW)
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("archive/data/@", b"x")
+    content = file.getvalue().replace(b"archive/data/@", b"\0" * 14)
+    with pytest.raises(SourceError, match=r"torch\.load"):
+        opened(file_of(tmp_path, "w.pt", content))
+
+
 def test_a_record_that_says_that_it_is_encrypted(tmp_path: Path) -> None:
     at = NEW.rindex(b"PK\1\2", 0, NEW.rindex(b"archive/data/0")) + 8
     path = file_of(tmp_path, "w.pt", NEW[:at] + bytes([NEW[at] | 1]) + NEW[at + 1 :])
