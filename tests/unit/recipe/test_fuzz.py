@@ -1,4 +1,4 @@
-"""Mutated plan files; ``scripts/fuzz_plans.py`` tries ten thousand of them."""
+"""Mutated plan files; ``scripts/fuzz.py plans`` tries ten thousand of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.unit.recipe import mutants
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SCRIPT = Path(__file__).parents[3] / "scripts" / "fuzz_plans.py"
+SCRIPT = Path(__file__).parents[3] / "scripts" / "fuzz.py"
 
 
 @pytest.fixture(autouse=True)
@@ -43,10 +43,13 @@ def test_mutants_are_known_by_their_number() -> None:
 
 def test_mutants_are_refused_or_do_no_harm() -> None:
     run = subprocess.run(
-        [sys.executable, SCRIPT, "--count=300"], capture_output=True, text=True, check=False
+        [sys.executable, SCRIPT, "plans", "--count=300"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.startswith("300 mutants of a plan file\n"), run.stdout
+    assert run.stdout.startswith("300 mutants of plans\n"), run.stdout
 
 
 def verdicts(count: int) -> Counter[str]:
