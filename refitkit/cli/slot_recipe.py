@@ -9,8 +9,8 @@ from refitkit.cli.tables import facts, table
 from refitkit.cli.text import shape
 from refitkit.errors import ConfigError, Problem
 from refitkit.model import CallRef, Number, PinnedRef, SourceRef, TorchName
-from refitkit.recipe.calls import operands_of
-from refitkit.recipe.vet_calls import Facts
+from refitkit.recipe.operands import calls_below, is_reference, operands_of
+from refitkit.recipe.vet_facts import Facts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,14 +57,7 @@ def find_row(data: PlanData, wanted: str) -> LedgerRow:
 
 def calls_of(data: PlanData, value: Any) -> list[int]:
     """The calls that a value needs, in the order in which they are made."""
-    needed: set[int] = set()
-    stack = [value]
-    while stack:
-        one = stack.pop()
-        if isinstance(one, CallRef) and one.call not in needed:
-            needed.add(one.call)
-            stack += operands_of(data.calls[one.call])
-    return sorted(needed)
+    return sorted(calls_below([value], lambda number: operands_of(data.calls[number])))
 
 
 def as_data(data: PlanData, row: LedgerRow) -> dict[str, Any]:
@@ -152,7 +145,7 @@ def _written(call: OpCall, data: PlanData) -> str:
 def _text(argument: Argument, data: PlanData) -> str:
     if isinstance(argument, tuple):
         return f"[{', '.join(_text(one, data) for one in argument)}]"
-    if isinstance(argument, SourceRef | PinnedRef | CallRef):
+    if is_reference(argument):
         return _named(argument, data)
     if isinstance(argument, TorchName):
         return argument.name

@@ -117,10 +117,9 @@ def _of_engine(
         return {slot: found[slot] for slot in wanted}
     pairs = dict(_pairs(engine, staged, wanted))
     if how == "sampled":
-        told = samples.of_pairs(list(pairs.values()))
-    else:
-        told = [distance(old, new) for old, new in pairs.values()]
-    return {slot: (one.relative, one.largest) for slot, one in zip(pairs, told, strict=True)}
+        return dict(zip(pairs, samples.of_pairs(list(pairs.values())), strict=True))
+    told = {slot: distance(old, new) for slot, (old, new) in pairs.items()}
+    return {slot: (one.relative, one.largest) for slot, one in told.items()}
 
 
 def live_value(engine: Engine) -> Callable[[str], torch.Tensor | None] | None:

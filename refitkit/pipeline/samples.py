@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from refitkit.program.bits import flat_pair
 from refitkit.program.distance import (
-    Distance,
     from_norms,
     is_whole,
-    looked_through,
     looked_through_rows,
     norms_of_rows,
 )
@@ -47,12 +46,17 @@ torch would call other threads, which on a busy CPU costs more than it saves."""
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+Moved: TypeAlias = tuple[float, float]
+"""``relative`` and ``largest`` of a :class:`~refitkit.program.distance.Distance`."""
+
+_STAYED: Moved = (0.0, 0.0)
+
 
 # -- values that lie anywhere -------------------------------------------------------------------
 
 
-def of_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[Distance]:
-    """The distance of each pair of an old and a new value of one dtype and shape."""
+def of_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[Moved]:
+    """How far each pair of an old and a new value of one dtype and shape is apart."""
     samples = [_both(old, new) for old, new in pairs]
     groups: dict[object, list[int]] = defaultdict(list)
     for n, (x, y) in enumerate(samples):
@@ -63,12 +67,11 @@ def of_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[Distanc
         for some in groups.values()
         for start in range(0, len(some), _TOGETHER)
     ]
-    sums = [_norms_of([samples[n] for n in batch]) for batch in batches]
-    found = [Distance() for _ in pairs]
-    for batch, columns in zip(batches, _fetched(sums), strict=True):
-        for n, some in zip(batch, columns, strict=True):
-            x, y = samples[n]
-            found[n] = from_norms(some, x.dtype, x.numel()) or looked_through(x, y)
+    found = [_STAYED for _ in pairs]
+    told = _measured([_rows_of([samples[n] for n in batch]) for batch in batches])
+    for batch, rows in zip(batches, told, strict=True):
+        for n, moved in zip(batch, rows, strict=True):
+            found[n] = moved
     return found
 
 
@@ -92,10 +95,10 @@ def _step(count: int) -> int:
     return (count - _RUN) // (_RUNS - 1)
 
 
-def _norms_of(samples: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """Norms of samples of one dtype, shape and device, each one row."""
-    x, y = (_matrix(side) for side in zip(*samples, strict=True))
-    return norms_of_rows(x.to(y.device), y, count=False)
+def _rows_of(samples: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> _Rows:
+    """Samples of one dtype, shape and device, each one row."""
+    old, new = (_matrix(side) for side in zip(*samples, strict=True))
+    return _Rows(old.to(new.device), new, [new.shape[1]] * len(samples))
 
 
 def _matrix(samples: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -108,28 +111,12 @@ def _matrix(samples: Sequence[torch.Tensor]) -> torch.Tensor:
 # -- values that lie in one piece of memory -----------------------------------------------------
 
 
-def of_memory(both: SideBySide) -> dict[str, tuple[float, float]]:
-    """Of every slot, by its name: ``relative`` and ``largest`` of the :class:`Distance`."""
+def of_memory(both: SideBySide) -> dict[str, Moved]:
+    """How far the live and the staged value of every slot are apart, by its name."""
     matrices = _matrices_of(both.places)[both.staged.is_cuda]
-    samples = [one.of(both) for one in matrices]
-    sums = [norms_of_rows(x, y, count=False) for x, y in samples]
-    found = {place.slot: (0.0, 0.0) for place in both.places.all}
-    for one, (x, y), columns in zip(matrices, samples, _fetched(sums), strict=True):
-        lost: list[int] = []
-        for row, (place, some) in enumerate(zip(one.places, columns, strict=True)):
-            apart, length, largest, _ = some
-            if one.plain and not apart and not largest:
-                continue  # no element has moved, however large they are
-            if one.plain and length and apart and math.isfinite(apart + length + largest):
-                found[place.slot] = apart / length, largest
-            elif told := from_norms(some, place.dtype, min(place.count, SAMPLE)):
-                found[place.slot] = told.relative, told.largest
-            else:
-                lost.append(row)
-        rows = torch.tensor(lost, device=x.device)
-        looked = looked_through_rows(x[rows], y[rows]) if lost else []
-        for row, told in zip(lost, looked, strict=True):
-            found[one.places[row].slot] = told.relative, told.largest
+    found = dict.fromkeys((place.slot for place in both.places.all), _STAYED)
+    for one, told in zip(matrices, _measured([one.of(both) for one in matrices]), strict=True):
+        found.update(zip(one.slots, told, strict=True))
     return found
 
 
@@ -137,12 +124,12 @@ class _Matrix:
     """Where in memory the samples of slots of one dtype are, a row for each.
 
     Attributes:
-        places: The slots.
-        plain: Whether they have a length; see :class:`Distance`.
+        slots: Their names.
     """
 
     def __init__(self, dtype: torch.dtype, width: int, places: Sequence[Place]) -> None:
-        self.places, self.plain = places, not is_whole(dtype)
+        self.slots = [place.slot for place in places]
+        self._sizes = [min(place.count, SAMPLE) for place in places]
         self._dtype, self._kind = dtype, _BITS.get(dtype.itemsize, dtype)
         counts = _column([place.count for place in places])
         first = _column([place.offset // dtype.itemsize for place in places])
@@ -156,10 +143,10 @@ class _Matrix:
         )
         self._ready: dict[torch.device, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
-    def of(self, both: SideBySide) -> tuple[torch.Tensor, torch.Tensor]:
+    def of(self, both: SideBySide) -> _Rows:
         """Samples of the live and of the staged values, where the staged ones are."""
         live, staged = self._read(both.live), self._read(both.staged)
-        return live.to(staged.device), staged
+        return _Rows(live.to(staged.device), staged, self._sizes)
 
     def _read(self, memory: torch.Tensor) -> torch.Tensor:
         """Rows that are filled up with zeros, which change no norm."""
@@ -197,6 +184,51 @@ def _matrices(places: Iterable[Place], widths: Sequence[int]) -> Iterator[_Matri
 
 
 # -- both -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Samples of one dtype: rows of two matrices of one device.
+
+    Attributes:
+        old: Those of old values.
+        new: Those of new ones.
+        sizes: How many elements of each row count; zeros fill it up.
+    """
+
+    old: torch.Tensor
+    new: torch.Tensor
+    sizes: Sequence[int]
+
+    def told_by(self, norms: Sequence[Sequence[float]]) -> list[Moved]:
+        """How far the two of each row are apart: mostly their norms tell, else their elements."""
+        found, lost, dtype = list[Moved](), list[int](), self.new.dtype
+        plain = not is_whole(dtype)
+        for some, size in zip(norms, self.sizes, strict=True):
+            apart, length, largest, _ = some
+            moved = _STAYED
+            if plain and length and apart and math.isfinite(apart + length + largest):
+                moved = apart / length, largest
+            elif plain and not apart and not largest:
+                pass  # no element has moved, however large they are
+            elif told := from_norms(some, dtype, size):
+                moved = told.relative, told.largest
+            else:
+                lost.append(len(found))
+            found.append(moved)
+        if lost:
+            rows = torch.tensor(lost, device=self.new.device)
+            looked = looked_through_rows(self.old[rows], self.new[rows])
+            for row, told in zip(lost, looked, strict=True):
+                found[row] = told.relative, told.largest
+        return found
+
+
+def _measured(matrices: Sequence[_Rows]) -> Iterator[list[Moved]]:
+    """How far the two of each row of each of them are apart."""
+    sums = [norms_of_rows(one.old, one.new, count=False) for one in matrices]
+    for one, norms in zip(matrices, _fetched(sums), strict=True):
+        yield one.told_by(norms)
 
 
 def _fetched(sums: Sequence[torch.Tensor]) -> list[list[list[float]]]:

@@ -13,6 +13,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
 
 from refitkit.model import CallRef
+from refitkit.recipe.operands import is_reference
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -85,7 +86,7 @@ def batched(
         if number in facts.steady or not _fits(one, operands[number], facts):
             continue
         levels[number] += 1  # none follows from another one of its own batch
-        literals = [a for a in (*one.args, *one.kwargs.items()) if not _is_value(a)]
+        literals = [a for a in (*one.args, *one.kwargs.items()) if not is_reference(a)]
         below = tuple(
             kinds.get(value.call) if isinstance(value, CallRef) else None
             for value in operands[number]
@@ -142,7 +143,3 @@ def _fits(one: OpCall, operands: Sequence[Value], facts: Facts) -> bool:
         return False
     shape = one.results[0].shape
     return 0 < prod(shape) <= _LARGEST and all(facts.facts(v)[1] == shape for v in operands)
-
-
-def _is_value(argument: Any) -> bool:
-    return getattr(argument, "kind", "") in {"source", "pinned", "call"}

@@ -11,6 +11,8 @@ import torch
 from refitkit.model import CallRef, PinnedRef, SourceRef
 from refitkit.recipe import ops
 from refitkit.recipe.batches import batched
+from refitkit.recipe.literals import decode
+from refitkit.recipe.operands import Followed, is_reference, operands_of
 from refitkit.recipe.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from refitkit.recipe.batches import Batch
 
 _FROM_STORAGE = ("aten.as_strided", "aten._reshape_alias")
-_References = (SourceRef, PinnedRef, CallRef)
 Results: TypeAlias = tuple[torch.Tensor, ...]
 """What a call gives."""
 
@@ -122,7 +123,11 @@ def _alone(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Calls:
-    """All calls of a plan, made ready once."""
+    """All calls of a plan, made ready once.
+
+    Attributes:
+        followed: Knows the leaves that values follow from.
+    """
 
     def __init__(self, data: PlanData) -> None:
         """Decode them.
@@ -133,6 +138,7 @@ class Calls:
         """
         self._data = data
         self._leaves = {leaf.fqn: leaf for leaf in data.leaves}
+        self.followed = Followed(data.calls)
         self._below: dict[int, Schedule] = {}
         self._schedules: dict[tuple[CallRef, ...], Schedule] = {}
 
@@ -163,25 +169,6 @@ class Calls:
         found = {value.call for value in used if isinstance(value, CallRef)}
         return frozenset(found & self.steady)
 
-    @cached_property
-    def _followed(self) -> tuple[frozenset[str], ...]:
-        found: list[frozenset[str]] = []
-        for one in self.ready:
-            names = {value.fqn for value in one.operands if isinstance(value, SourceRef)}
-            earlier = (found[value.call] for value in one.operands if isinstance(value, CallRef))
-            found.append(frozenset(names).union(*earlier))
-        return tuple(found)
-
-    def leaves_of(self, value: Value) -> frozenset[str]:
-        """The leaves that a value follows from."""
-        if isinstance(value, SourceRef):
-            return frozenset({value.fqn})
-        return self.follows(value.call) if isinstance(value, CallRef) else frozenset()
-
-    def follows(self, number: int) -> frozenset[str]:
-        """The leaves that a call follows from."""
-        return self._followed[number]
-
     def _is_steady(self, value: Value, found: set[int]) -> bool:
         if isinstance(value, CallRef):
             return value.call in found
@@ -196,8 +183,8 @@ class Calls:
         anywhere = ops.is_exact_anywhere(one, [self._dtype(value) for value in operands])
         return Ready(
             op=op,
-            args=tuple(map(ops.decode, one.args)),
-            kwargs={name: ops.decode(value) for name, value in one.kwargs.items()},
+            args=tuple(map(decode, one.args)),
+            kwargs={name: decode(value) for name, value in one.kwargs.items()},
             operands=operands,
             places=tuple(_places(one)),
             writes=_writes(op),
@@ -242,22 +229,14 @@ class Calls:
         return self._schedules[values]
 
 
-def operands_of(one: OpCall) -> tuple[Value, ...]:
-    """The tensors among the arguments of a call."""
-    flat: list[Any] = []
-    for argument in (*one.args, *one.kwargs.values()):
-        flat += argument if isinstance(argument, tuple) else (argument,)
-    return tuple(value for value in flat if isinstance(value, _References))
-
-
 def _places(one: OpCall) -> Iterator[tuple[int | str, int | None]]:
     """Where they stand, in the same order."""
     given: list[tuple[int | str, Any]] = [*enumerate(one.args), *one.kwargs.items()]
     for where, argument in given:
-        if isinstance(argument, _References):
+        if is_reference(argument):
             yield where, None
         elif isinstance(argument, tuple):
-            yield from ((where, i) for i, a in enumerate(argument) if isinstance(a, _References))
+            yield from ((where, i) for i, a in enumerate(argument) if is_reference(a))
 
 
 def _is_float(dtype: str) -> bool:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from refitkit.model import CallRef, OpCall, PinnedRef, SourceRef, Tensor
 from refitkit.program.bits import digest
 from refitkit.program.dtypes import dtype_name, dtype_of
-from refitkit.recipe import ops
-from refitkit.recipe.calls import operands_of
+from refitkit.recipe.literals import encode
+from refitkit.recipe.operands import Followed, operands_of
 from refitkit.recipe.origins import facts_of_tensor
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Draft:
         self._twins = {name: tuple(tie) for tie in ties for name in tie}
         self._numbers: dict[str, int] = {}
         self._lazy: set[int] = set()
-        self._sources: dict[int, tuple[str, ...]] = {}
+        self._followed = Followed(self.calls, ties)
 
     # -- writing ----------------------------------------------------------------------------
 
@@ -94,7 +94,7 @@ class Draft:
             OpCall(
                 op="aten._to_copy.default",
                 args=(value,),
-                kwargs={"dtype": ops.encode(dtype_of(dtype))},
+                kwargs={"dtype": encode(dtype_of(dtype))},
                 results=(Tensor(dtype=dtype, shape=facts.shape),),
                 device=device,
             )
@@ -133,11 +133,5 @@ class Draft:
         """The leaves that it follows from, with all names of those that are one tensor."""
         if isinstance(value, SourceRef):
             return self._twins.get(value.fqn, (value.fqn,))
-        if isinstance(value, PinnedRef):
-            return ()
-        for number in range(value.call + 1):  # so none of them asks for what is not there yet
-            if number not in self._sources:
-                parts = map(self.sources, operands_of(self.calls[number]))
-                names = {name for part in parts for name in part}
-                self._sources[number] = tuple(name for name in self._leaves if name in names)
-        return self._sources[value.call]
+        names = self._followed.by(value)
+        return tuple(name for name in self._leaves if name in names)

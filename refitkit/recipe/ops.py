@@ -1,4 +1,4 @@
-"""Which aten ops a recipe may hold, and how their literals are written.
+"""Which aten ops a recipe may hold, and which of them are exact on every kind of device.
 
 A plan is a file that may come from anywhere, so what it can run is a closed list. An overload is on
 it if its packet is named below and its schema says that it does nothing but compute tensors from
@@ -15,19 +15,16 @@ sparse and nested tensors.
 from __future__ import annotations
 
 import functools
-import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from refitkit.model import CallRef, Number, PinnedRef, SourceRef, TorchName
-from refitkit.model.slot import ITEM_BYTES
+from refitkit.model import Number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from refitkit.model import Argument, OpCall
-    from refitkit.model.recipe import Atom
+    from refitkit.model import OpCall
 
 _NAMESPACE = "aten"
 
@@ -147,20 +144,6 @@ _REFUSED_NAMES = frozenset({"as_strided_", "detach_", "requires_grad_"})
 _REFUSED_TAGS = (torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output)
 _CACHED = 4096
 
-_LAYOUTS = {str(kind).removeprefix("torch."): kind for kind in (torch.strided,)}
-_FORMATS = {
-    str(kind).removeprefix("torch."): kind
-    for kind in (
-        torch.contiguous_format,
-        torch.preserve_format,
-        torch.channels_last,
-        torch.channels_last_3d,
-    )
-}
-_DTYPES = {name: getattr(torch, name) for name in ITEM_BYTES if hasattr(torch, name)}
-_CONSTANTS: dict[str, Any] = {**_DTYPES, **_LAYOUTS, **_FORMATS}
-_NAME_OF = {id(constant): name for name, constant in _CONSTANTS.items()}
-
 
 # -- the list ---------------------------------------------------------------------------------
 
@@ -220,65 +203,6 @@ def _is_pure(op: torch._ops.OpOverload) -> bool:
     results = {str(result.type) for result in schema.returns}
     operands = any("Tensor" in kind for kind, _ in arguments)
     return operands and bool(results) and results <= {"Tensor", "List[Tensor]"}
-
-
-# -- literals ---------------------------------------------------------------------------------
-
-
-def encode(value: object) -> Argument:
-    """A literal of a call as the manifest has it.
-
-    References to tensors (:data:`refitkit.model.Value`) and what is encoded already stay as they
-    are.
-
-    Raises:
-        TypeError: There is no way to write it: a device, a symbolic number, a list in a list.
-    """
-    if isinstance(value, list | tuple):
-        return tuple(_encode_atom(item) for item in value)
-    return _encode_atom(value)
-
-
-def _encode_atom(value: object) -> Atom:
-    if isinstance(value, SourceRef | PinnedRef | CallRef | TorchName | Number):
-        return value
-    if value is None or type(value) in {bool, int, str}:
-        return value  # type: ignore[return-value]  # of one of these types, none of a subclass
-    if type(value) is float:
-        return value if math.isfinite(value) else Number(text=repr(value))
-    if type(value) is complex:
-        return Number(text=repr(value))
-    if isinstance(value, torch.dtype | torch.layout | torch.memory_format):
-        if id(value) in _NAME_OF:
-            return TorchName(name=_NAME_OF[id(value)])
-        raise TypeError(f"{value} does not occur in recipes")
-    raise TypeError(f"a {type(value).__name__} does not occur in recipes")
-
-
-def decode(argument: Argument) -> Any:
-    """A literal from the manifest; lists come as lists, references to tensors as they are.
-
-    Raises:
-        ValueError: It names a constant that torch does not have, or is no number.
-    """
-    if isinstance(argument, tuple):
-        return [decode(item) for item in argument]
-    if isinstance(argument, TorchName):
-        if argument.name not in _CONSTANTS:
-            raise ValueError(f"torch has no constant {argument.name!r}")
-        return _CONSTANTS[argument.name]
-    if isinstance(argument, Number):
-        return _number(argument.text)
-    return argument
-
-
-def _number(text: str) -> float | complex:
-    """``inf``, ``-inf``, ``nan``, or what ``repr`` writes for a complex number."""
-    if text in {"inf", "-inf", "nan"}:
-        return float(text)
-    if not text.endswith(("j", "j)")):
-        raise ValueError(f"{text!r} is no number of a recipe")
-    return complex(text)
 
 
 # -- exactness --------------------------------------------------------------------------------

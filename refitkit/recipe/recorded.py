@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from refitkit.model import CallRef, PinnedRef
-from refitkit.recipe.calls import operands_of
+from refitkit.recipe.operands import calls_below, operands_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping
 
     import torch
 
-    from refitkit.model import Guard, LedgerRow, OpCall, Value
+    from refitkit.model import Guard, LedgerRow, OpCall
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def needed(found: Recorded) -> Recorded:
     """All of it, without calls and literals that no row and no guard needs."""
     wanted = [row.value for row in found.rows if row.value]
     wanted += [guard.value for guard in found.guards]
-    below = _calls_below(wanted, found.calls)
+    below = sorted(calls_below(wanted, lambda number: operands_of(found.calls[number])))
     numbers = {old: new for new, old in enumerate(below)}
     calls = tuple(_renumbered(found.calls[old], numbers) for old in below)
     kept = {v.name for call in calls for v in operands_of(call) if isinstance(v, PinnedRef)}
@@ -53,18 +53,6 @@ def needed(found: Recorded) -> Recorded:
         ),
         literals={name: value for name, value in found.literals.items() if name in kept},
     )
-
-
-def _calls_below(values: Iterable[Value], calls: Sequence[OpCall]) -> list[int]:
-    """Numbers of the calls that values are made by, in order."""
-    found: set[int] = set()
-    stack = list(values)
-    while stack:
-        value = stack.pop()
-        if isinstance(value, CallRef) and value.call not in found:
-            found.add(value.call)
-            stack += operands_of(calls[value.call])
-    return sorted(found)
 
 
 def _renumber(argument: Any, numbers: Mapping[int, int]) -> Any:

@@ -121,7 +121,7 @@ class Replay:
 
     def _below(self, number: int) -> Results:
         """Results of a steady call: those of before, if its leaves are what they were."""
-        leaves = {fqn: self._leaf(fqn) for fqn in self._calls.follows(number)}
+        leaves = {fqn: self._leaf(fqn) for fqn in self._calls.followed.by_call(number)}
         found = self._kept.of(number, leaves)
         if found is None:
             run = _Run(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from refitkit.model import CallRef, PinnedRef, SourceRef
+from refitkit.recipe.operands import calls_below
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -129,7 +130,7 @@ class Schedule:
         self._numbers: dict[Any, int] = {}
         self._done: set[int] = set()
         self.steps: list[Load | Make | Keep | Many] = []
-        self._needed = self._all_needed(values)
+        self._needed = calls_below(values, self._operands)
         for value in values:
             self._want(value)
         self.place = {value: self._number(value) for value in values}
@@ -137,17 +138,9 @@ class Schedule:
         self.size = len(self._numbers)
         self._forget()
 
-    def _all_needed(self, values: Sequence[Value]) -> set[int]:
-        """Calls that are made: all that these follow from, but nothing below kept ones."""
-        found: set[int] = set()
-        stack = list(values)
-        while stack:
-            value = stack.pop()
-            if isinstance(value, CallRef) and value.call not in found:
-                found.add(value.call)
-                if not self._is_kept(value.call):
-                    stack += self._calls.ready[value.call].operands
-        return found
+    def _operands(self, number: int) -> tuple[Value, ...]:
+        """What a call is made of: nothing where its results are kept."""
+        return () if self._is_kept(number) else self._calls.ready[number].operands
 
     def _is_kept(self, number: int) -> bool:
         return number in self._calls.frontier and number != self._inside
@@ -172,11 +165,9 @@ class Schedule:
 
     def _below(self, number: int) -> list[Value]:
         """What has to be there before a call is made."""
-        if self._is_kept(number):
-            return []
         batch = self._batch(number)
         if batch is None:
-            return list(self._calls.ready[number].operands)
+            return list(self._operands(number))
         return [value for column in batch.operands for value in column]
 
     def _batch(self, number: int) -> Batch | None:

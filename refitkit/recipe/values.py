@@ -130,7 +130,7 @@ class Values:
         names = source.names()
         read = dict.fromkeys(name for value in values for name in value.sources)
         for guard in self._data.guards:
-            read |= dict.fromkeys(sorted(self._calls.leaves_of(guard.value)))
+            read |= dict.fromkeys(sorted(self._calls.followed.by(guard.value)))
         if self._data.ties:
             read = {twin: None for name in read for twin in self._twins.get(name, (name,))}
         return {name: None for name in read if name in names}
@@ -148,7 +148,7 @@ class Values:
         return [problem for guard in guards for problem in self._broken(guard, source, replay)]
 
     def _broken(self, guard: Guard, source: WeightSource, replay: Replay) -> Iterator[Problem]:
-        shown = ", ".join(sorted(self._calls.leaves_of(guard.value))) or "guard"
+        shown = ", ".join(sorted(self._calls.followed.by(guard.value))) or "guard"
         lacking = self._lacked_by(guard, source.names())
         if lacking:
             hint = f"the source has no {', '.join(map(repr, lacking))}"
@@ -161,7 +161,7 @@ class Values:
             yield Problem(shown, "guard", found, guard.shown or "the value of then", guard.reason)
 
     def _lacked_by(self, guard: Guard, names: Collection[str]) -> list[str]:
-        return sorted(n for n in self._calls.leaves_of(guard.value) if not self._has(n, names))
+        return sorted(n for n in self._calls.followed.by(guard.value) if not self._has(n, names))
 
     def _has(self, fqn: str, names: Collection[str]) -> bool:
         return fqn in self._pinned or any(n in names for n in self._twins.get(fqn, (fqn,)))

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from refitkit.errors import Problem
 from refitkit.model import CallRef, PinnedRef, SlotState, SourceRef
 from refitkit.model.plan import fingerprint_of_slots
-from refitkit.recipe.vet_calls import Facts, problems_of_calls
+from refitkit.recipe.vet_calls import problems_of_calls
+from refitkit.recipe.vet_facts import Facts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

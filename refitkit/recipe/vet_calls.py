@@ -1,9 +1,9 @@
 """Whether the calls of a plan can be made, without making them.
 
-First what is written: ops that recipes may hold, arguments that they take, references to what is
-there. Then every call is tried on tensors of torch's ``meta`` device, which have dtypes and shapes
-and no data, and its results are compared with what the plan says. So a file can neither run what it
-should not nor ask for memory out of proportion to its slots and leaves.
+First what is written (:mod:`refitkit.recipe.vet_form`). Then every call is tried on tensors of
+torch's ``meta`` device, which have dtypes and shapes and no data, and its results are compared with
+what the plan says. So a file can neither run what it should not nor ask for memory out of
+proportion to its slots and leaves.
 """
 
 from __future__ import annotations
@@ -18,96 +18,27 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from refitkit.errors import Problem
-from refitkit.model import CallRef, PinnedRef, SourceRef, Tensor
+from refitkit.model import CallRef, SourceRef, Tensor
 from refitkit.model.slot import ITEM_BYTES
 from refitkit.program.dtypes import dtype_name, dtype_of
 from refitkit.recipe import ops
-from refitkit.recipe.calls import operands_of
+from refitkit.recipe.literals import decode
+from refitkit.recipe.operands import is_reference, operands_of
+from refitkit.recipe.vet_form import ANY_STRIDE, Form, by_name, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from refitkit.model import Argument, OpCall, PlanData, Value
+    from refitkit.recipe.vet_facts import Facts
 
-_References = (SourceRef, PinnedRef, CallRef)
 _SPARE_BYTES = 1 << 26
 _ONE_RESULT, _ALL_RESULTS = 16, 128
 """Results may take so many times the bytes of all slots, leaves and kept tensors."""
 _MANY = 4096
-_INT64 = range(-(2**63), 2**63)
-_AT_LEAST_ONE = frozenset(
-    {
-        *("chunks", "dilation", "downscale_factor", "group", "groups", "kernel_size"),
-        *(
-            "num_groups",
-            "output_size",
-            "sections",
-            "split_size",
-            "step",
-            "stride",
-            "upscale_factor",
-        ),
-    }
-)
-"""Numbers that some kernels divide by without a look."""
-_WITH_ANY_STRIDE = ("aten.as_strided", "aten._reshape_alias")
 _AS_RESHAPE = frozenset({"aten.view.default", "aten._unsafe_view.default"})
 """What they ask of strides depends on how the source lies in memory."""
 _SEVERAL = {"unbind": "", "split": "split_size", "chunk": "chunks", "tensor_split": "sections"}
-
-
-class Facts:
-    """What a plan says of the tensors that its recipes refer to."""
-
-    def __init__(self, data: PlanData) -> None:
-        """Know them; nothing is checked.
-
-        Args:
-            data: The plan.
-        """
-        self._calls = data.calls
-        self._leaves = {leaf.fqn: leaf for leaf in data.leaves}
-        self._pinned = data.pinned
-        self._twins = {name: tie for tie in data.ties for name in tie}
-        self._followed: list[frozenset[str]] = []
-
-    def missing(self, value: Value, before: int | None = None) -> tuple[str, str] | None:
-        """Why a reference leads nowhere, and where it leads; None if it is good.
-
-        Args:
-            value: The reference.
-            before: Only calls before this one are there.
-        """
-        if isinstance(value, SourceRef):
-            return None if value.fqn in self._leaves else ("unknown source", value.fqn)
-        if isinstance(value, PinnedRef):
-            return None if value.name in self._pinned else ("unknown pinned tensor", value.name)
-        last = len(self._calls) if before is None else before
-        if value.call >= last:
-            return "refers to a call that does not come before it", str(value.call)
-        if value.output >= len(self._calls[value.call].results):
-            return "refers to a result that does not exist", f"{value.call}.{value.output}"
-        return None
-
-    def tensor(self, value: Value) -> Tensor:
-        """Dtype and shape; only of references that lead somewhere."""
-        if isinstance(value, CallRef):
-            return self._calls[value.call].results[value.output]
-        found = (
-            self._leaves[value.fqn] if isinstance(value, SourceRef) else self._pinned[value.name]
-        )
-        return Tensor(dtype=found.dtype, shape=found.shape)
-
-    def sources(self, value: Value) -> frozenset[str]:
-        """All names of all leaves that a value follows from."""
-        if isinstance(value, SourceRef):
-            return frozenset({value.fqn, *self._twins.get(value.fqn, ())})
-        if isinstance(value, PinnedRef):
-            return frozenset()
-        for number in range(len(self._followed), value.call + 1):
-            parts = map(self.sources, operands_of(self._calls[number]))
-            self._followed.append(frozenset[str]().union(*parts))
-        return self._followed[value.call]
 
 
 def problems_of_calls(data: PlanData, facts: Facts) -> Iterator[Problem]:
@@ -115,7 +46,7 @@ def problems_of_calls(data: PlanData, facts: Facts) -> Iterator[Problem]:
     written = [
         problem
         for number, call in enumerate(data.calls)
-        for problem in _Form(number, call).problems(facts)
+        for problem in Form(number, call).problems(facts)
     ]
     if written or not data.calls:
         yield from written
@@ -124,94 +55,6 @@ def problems_of_calls(data: PlanData, facts: Facts) -> Iterator[Problem]:
         warnings.simplefilter("ignore")  # torch's about ops are for whoever recorded them
         tried = list(_Trial(data, facts).problems())
     yield from tried
-
-
-# -- as it is written -------------------------------------------------------------------------
-
-
-class _Form:
-    """One call as it is written."""
-
-    def __init__(self, number: int, call: OpCall) -> None:
-        self._call, self._number = call, number
-        self._name = _name(number, call)
-        any_stride = call.op.startswith(_WITH_ANY_STRIDE)
-        self._positive = frozenset[str]() if any_stride else _AT_LEAST_ONE
-
-    def problems(self, facts: Facts) -> Iterator[Problem]:
-        if not ops.is_allowed(self._call.op):
-            hint = f"It may be one of another version of torch than {torch.__version__}."
-            yield Problem(self._name, "no op that a recipe may hold", hint=hint)
-            return
-        op = ops.overload(self._call.op)
-        names = [argument.name for argument in op._schema.arguments]  # noqa: SLF001
-        unknown = set(self._call.kwargs) - set(names[len(self._call.args) :])
-        if unknown or len(self._call.args) > len(names):
-            yield Problem(self._name, "arguments that the op does not take", str(sorted(unknown)))
-            return
-        yield from self._of_results(op)
-        operands = operands_of(self._call)
-        if not operands or (ops.writes_to_operand(op) and not _starts_with_tensor(self._call)):
-            yield Problem(self._name, "lacks an operand")
-        for value in operands:
-            if (reason := facts.missing(value, self._number)) is not None:
-                yield Problem(self._name, *reason)
-        for name, argument in _bound(op, self._call.args, self._call.kwargs):
-            yield from self._of_argument(name, argument)
-
-    def _of_results(self, op: Any) -> Iterator[Problem]:
-        stated = len(self._call.results)
-        if stated != _number_of_results(op, stated):
-            yield Problem(self._name, "another number of results", str(stated))
-        if not _is_device_kind(self._call.device):
-            yield Problem(self._name, "no kind of device", self._call.device[:80])
-
-    def _of_argument(self, name: str, argument: Argument) -> Iterator[Problem]:
-        try:
-            decoded = ops.decode(argument)
-        except ValueError as exc:
-            yield Problem(self._name, f"argument {name}", hint=str(exc))
-            return
-        if (name in {"device", "generator"} and argument is not None) or (
-            name == "pin_memory" and argument
-        ):
-            yield Problem(self._name, f"argument {name}", str(argument)[:80], "none")
-        for atom in decoded if isinstance(decoded, list) else [decoded]:
-            if isinstance(atom, int) and atom not in _INT64:
-                yield Problem(self._name, f"argument {name}", hint="a number of more than 64 bits")
-            elif name in self._positive and isinstance(atom, int) and atom < 1:
-                yield Problem(self._name, f"argument {name}", str(atom), "at least 1")
-
-
-def _bound(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Arguments by name."""
-    for argument, given in zip(op._schema.arguments, args, strict=False):  # noqa: SLF001
-        yield argument.name, given
-    yield from kwargs.items()
-
-
-def _number_of_results(op: Any, stated: int) -> int:
-    """How many an op gives; of a list of any length, as many as the plan says."""
-    returns = op._schema.returns  # noqa: SLF001
-    return stated if any("List" in str(one.type) for one in returns) else len(returns)
-
-
-def _starts_with_tensor(call: OpCall) -> bool:
-    return bool(call.args) and isinstance(call.args[0], _References)
-
-
-def _is_device_kind(text: str) -> bool:
-    try:
-        return text != "meta" and torch.device(text).type == text
-    except RuntimeError:
-        return False
-
-
-def _name(number: int, call: OpCall) -> str:
-    return f"calls.{number} ({call.op[:80]})"
-
-
-# -- tried ------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -242,7 +85,9 @@ class _Trial:
                 self._make(call)
             except Exception as exc:  # noqa: BLE001 - torch raises what it likes
                 hint = str(exc).strip().split("\n", 1)[0]
-                yield Problem(_name(number, call), "cannot be made", type(exc).__name__, hint=hint)
+                yield Problem(
+                    name_of(number, call), "cannot be made", type(exc).__name__, hint=hint
+                )
                 return
 
     def _make(self, call: OpCall) -> None:
@@ -252,7 +97,7 @@ class _Trial:
         stated = call.results
         key = call.op, stated, _described(args), _described(kwargs.items())
         if key not in self._tried:  # blocks of a model are alike
-            bound = dict(_bound(op, args, kwargs))
+            bound = dict(by_name(op, args, kwargs))
             _check_number_of_results(op, bound, len(stated))
             _check_bounds(call.op, bound)
             self._tried[key] = self._try(op, args, kwargs, stated)
@@ -280,7 +125,7 @@ class _Trial:
     def _resolved(self, argument: Argument) -> Any:
         if isinstance(argument, tuple):
             return [self._resolved(atom) for atom in argument]
-        return self._tensor(argument) if isinstance(argument, _References) else ops.decode(argument)
+        return self._tensor(argument) if is_reference(argument) else decode(argument)
 
     def _tensor(self, value: Value) -> torch.Tensor:
         if isinstance(value, CallRef):
@@ -313,7 +158,7 @@ def _check_number_of_results(op: Any, bound: Mapping[str, Any], stated: int) -> 
 
 def _check_bounds(op: str, bound: Mapping[str, Any]) -> None:
     """Refuse what reads or writes beside its operand, which is taken to lie in memory alone."""
-    if not op.startswith(_WITH_ANY_STRIDE) or 0 in bound["size"]:
+    if not op.startswith(ANY_STRIDE) or 0 in bound["size"]:
         return
     first = bound.get("storage_offset") or 0
     steps = ((n - 1) * step for n, step in zip(bound["size"], bound["stride"], strict=True))
@@ -354,7 +199,7 @@ def _called(op: Any, args: list[Any], kwargs: Mapping[str, Any]) -> list[torch.T
         return [copy]
     if str(op) in _AS_RESHAPE:
         op = torch.ops.aten.reshape.default
-    if str(op).startswith(_WITH_ANY_STRIDE):
+    if str(op).startswith(ANY_STRIDE):
         args = [args[0].clone(memory_format=torch.contiguous_format), *args[1:]]
     result = op(*args, **kwargs)
     return [result] if isinstance(result, torch.Tensor) else list(result)

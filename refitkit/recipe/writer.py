@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from refitkit.model import CallRef, OpCall, PinnedRef, SourceRef
+from refitkit.model import OpCall, PinnedRef, SourceRef
 from refitkit.recipe import ops
 from refitkit.recipe.folding import Folding
 from refitkit.recipe.layouts import ORDERED, is_laid_out, needs_contiguous, on_ordered
 from refitkit.recipe.lineage import UnwritableError
+from refitkit.recipe.literals import encode
+from refitkit.recipe.operands import is_reference
 from refitkit.recipe.origins import Call, Leaf, Origin, bottom_up, facts_of
 
 if TYPE_CHECKING:
@@ -40,7 +42,6 @@ _RESHAPES = {
     _aten._reshape_alias.default,  # noqa: SLF001 - the op's name
 }
 _CASTS = {_aten._to_copy.default}  # noqa: SLF001 - the op's name
-_References = (SourceRef, PinnedRef, CallRef)
 _OF_THE_RUN = frozenset({"device", "pin_memory", "non_blocking", "layout", "memory_format", "copy"})
 """Arguments that say nothing of values."""
 
@@ -140,17 +141,17 @@ class Writer:
         if isinstance(value, list | tuple):
             return tuple(self._argument(one) for one in value)
         try:
-            return ops.encode(value)
+            return encode(value)
         except TypeError as exc:
             raise UnwritableError(f"an argument of its recipe cannot be written: {exc}") from exc
 
     def _promoted(self, node: Call, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Arguments of an op that makes floats of whole numbers: no default dtype decides which."""
-        dtypes = [self._draft.facts(one).dtype for one in args if isinstance(one, _References)]
+        dtypes = [self._draft.facts(one).dtype for one in args if is_reference(one)]
         whole = all(map(_is_whole, dtypes)) and not str(node.op).startswith("aten.where")
         if not whole or _is_whole(node.results[0].dtype):
             return args
-        return tuple(self._cast(node, one) if isinstance(one, _References) else one for one in args)
+        return tuple(self._cast(node, one) if is_reference(one) else one for one in args)
 
     # -- operands as they lie in memory -----------------------------------------------------
 

@@ -6,234 +6,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from scripts.zoo import transformers_configs as configs
 from scripts.zoo.entry import F32, HALF, Entry
+from scripts.zoo.transformers_configs import VOCABULARY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-VOCABULARY = 99
-TOKENS, IMAGE = ((1, 12),), ((1, 3, 32, 32),)
-TEXT: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 64,
-}
-DECODER: dict[str, Any] = {**TEXT, "num_key_value_heads": 2, "pad_token_id": 0}
-VISION: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "image_size": 32,
-    "patch_size": 8,
-}
-EAGER: dict[str, Any] = {"experts_implementation": "eager"}
-STAGES: dict[str, Any] = {"hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 1, 1]}
-GPT: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": 64,
-}
-
-ENCODERS: dict[str, dict[str, Any]] = {
-    "Albert": {**TEXT, "embedding_size": 16},
-    "Bert": TEXT,
-    "ConvBert": {**TEXT, "embedding_size": 16},
-    "Deberta": {**TEXT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
-    "DebertaV2": {**TEXT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
-    "DistilBert": {
-        "vocab_size": VOCABULARY,
-        "dim": 32,
-        "n_layers": 2,
-        "n_heads": 4,
-        "hidden_dim": 64,
-        "max_position_embeddings": 64,
-    },
-    "Electra": {**TEXT, "embedding_size": 16},
-    "FNet": TEXT,
-    "Funnel": {
-        "vocab_size": VOCABULARY,
-        "d_model": 32,
-        "n_head": 4,
-        "d_head": 8,
-        "d_inner": 64,
-        "block_sizes": [1, 1],
-        "num_decoder_layers": 1,
-    },
-    "IBert": TEXT,
-    "MobileBert": {
-        **TEXT,
-        "intra_bottleneck_size": 16,
-        "embedding_size": 16,
-        "num_feedforward_networks": 2,
-        "true_hidden_size": 16,
-    },
-    "ModernBert": {**TEXT, "pad_token_id": 0, "reference_compile": False},
-    "MPNet": TEXT,
-    "RemBert": {**TEXT, "input_embedding_size": 16, "output_embedding_size": 16},
-    "Roberta": {**TEXT, "pad_token_id": 0},
-    "RoFormer": {**TEXT, "embedding_size": 32},
-    "SqueezeBert": {**TEXT, "embedding_size": 32},
-    "Yoso": TEXT,
-}
-DECODERS: dict[str, dict[str, Any]] = {
-    "Bloom": {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4},
-    "CodeGen": {**GPT, "rotary_dim": 4},
-    "Cohere": DECODER,
-    "Falcon": {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    },
-    "Gemma": {**DECODER, "head_dim": 8},
-    "Gemma2": {**DECODER, "head_dim": 8},
-    "GPT2": GPT,
-    "GPTBigCode": GPT,
-    "GPTJ": {**GPT, "rotary_dim": 4},
-    "GPTNeo": {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "num_layers": 2,
-        "num_heads": 4,
-        "attention_types": [[["global", "local"], 1]],
-        "max_position_embeddings": 64,
-    },
-    "GPTNeoX": TEXT,
-    "Llama": DECODER,
-    "Mistral": DECODER,
-    "Mixtral": {**DECODER, "num_local_experts": 2, "num_experts_per_tok": 1, **EAGER},
-    "Mpt": {
-        "vocab_size": VOCABULARY,
-        "d_model": 32,
-        "n_layers": 2,
-        "n_heads": 4,
-        "max_seq_len": 64,
-    },
-    "OPT": {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "ffn_dim": 64,
-        "max_position_embeddings": 64,
-        "word_embed_proj_dim": 32,
-    },
-    "Olmo2": DECODER,
-    "Phi": DECODER,
-    "Phi3": DECODER,
-    "Qwen2": DECODER,
-    "Qwen3": {**DECODER, "head_dim": 8},
-}
-IMAGES: dict[str, dict[str, Any]] = {
-    "Beit": {**VISION, "use_relative_position_bias": True},
-    "Bit": {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "num_groups": 4},
-    "CLIPVision": VISION,
-    "ConvNext": STAGES,
-    "ConvNextV2": STAGES,
-    "DeiT": VISION,
-    "Dinov2": {**VISION, "num_hidden_layers": 2},
-    "MobileNetV2": {"image_size": 32, "depth_multiplier": 0.35},
-    "MobileViT": {
-        "image_size": 64,
-        "hidden_sizes": [16, 24, 32],
-        "neck_hidden_sizes": [8, 8, 16, 24, 24, 32, 48],
-    },
-    "PoolFormer": {"hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1]},
-    "RegNet": {
-        "embedding_size": 16,
-        "hidden_sizes": [16, 16, 32, 32],
-        "depths": [1, 1, 1, 1],
-        "groups_width": 8,
-    },
-    "ResNet": {"embedding_size": 16, "hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1]},
-    "Segformer": {
-        "depths": [1, 1, 1, 1],
-        "hidden_sizes": [16, 16, 32, 32],
-        "num_attention_heads": [1, 1, 2, 2],
-    },
-    "SiglipVision": VISION,
-    "SwiftFormer": {"depths": [1, 1, 1, 1], "embed_dims": [16, 16, 32, 32], "image_size": 64},
-    "Swin": {
-        "image_size": 32,
-        "patch_size": 2,
-        "embed_dim": 16,
-        "depths": [1, 1],
-        "num_heads": [1, 2],
-        "window_size": 4,
-    },
-    "Swinv2": {
-        "image_size": 32,
-        "patch_size": 2,
-        "embed_dim": 16,
-        "depths": [1, 1],
-        "num_heads": [1, 2],
-        "window_size": 4,
-    },
-    "ViT": VISION,
-    "Yolos": {**VISION, "image_size": [32, 32], "num_detection_tokens": 4},
-}
-AUDIO: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "conv_dim": (16, 16),
-    "conv_stride": (4, 4),
-    "conv_kernel": (8, 8),
-    "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 4,
-    "mask_time_prob": 0.0,
-    "mask_feature_prob": 0.0,
-    "apply_spec_augment": False,
-    "vocab_size": 32,
-}
-SPEECH: dict[str, dict[str, Any]] = {
-    "Wav2Vec2": AUDIO,
-    "Hubert": AUDIO,
-    "SEW": {**AUDIO, "squeeze_factor": 2},
-    "WavLM": AUDIO,
-}
-IN_HALF = {
-    "Albert",
-    "Bert",
-    "DistilBert",
-    "Electra",
-    "GPT2",
-    "GPTNeoX",
-    "Gemma",
-    "Llama",
-    "Mistral",
-    "OPT",
-    "Phi",
-    "Qwen2",
-    "Roberta",
-    "ConvNext",
-    "DeiT",
-    "Swin",
-    "ViT",
-}
+TOKENS = ((1, 12),)
 
 
 def entries() -> Iterator[Entry]:
     """All of them."""
-    for name, config in ENCODERS.items():
+    for name, config in configs.ENCODERS.items():
         yield _entry(name, config, TOKENS, tokens=VOCABULARY)
-    for name, config in DECODERS.items():
+    for name, config in configs.DECODERS.items():
         yield _entry(name, config, TOKENS, tokens=VOCABULARY, use_cache=False)
-    for name, config in IMAGES.items():
-        side = (
-            int(config.get("image_size", 32))
-            if not isinstance(config.get("image_size"), list)
-            else 32
-        )
-        yield _entry(name, config, ((1, 3, side, side),))
-    for name, config in SPEECH.items():
+    for name, config in configs.IMAGES.items():
+        size = config.get("image_size", 32)
+        sides = size if isinstance(size, list) else [size, size]
+        yield _entry(name, config, ((1, 3, *sides),))
+    for name, config in configs.SPEECH.items():
         yield _entry(name, config, ((1, 1600),))
     yield from _parts()
     yield from _variants()
@@ -242,90 +35,35 @@ def entries() -> Iterator[Entry]:
 def _entry(
     name: str, config: dict[str, Any], inputs: Any, *, tokens: int = 0, **arguments: Any
 ) -> Entry:
-    dtypes = HALF if name in IN_HALF else F32
+    dtypes = HALF if name in configs.IN_HALF else F32
     make = _of(f"{name}Config", f"{name}Model", config, **arguments)
     return Entry(f"transformers/{name}", make, inputs, dtypes, tokens=tokens)
 
 
 def _parts() -> Iterator[Entry]:
-    """Encoders and decoders of models that have both, and heads."""
-    t5 = {
-        "vocab_size": VOCABULARY,
-        "d_model": 32,
-        "d_kv": 8,
-        "d_ff": 64,
-        "num_layers": 2,
-        "num_heads": 4,
-    }
-    for name in ("T5", "UMT5"):
-        make = _of(f"{name}Config", f"{name}EncoderModel", t5)
-        yield Entry(
-            f"transformers/{name} encoder",
-            make,
-            TOKENS,
-            HALF if name == "T5" else F32,
-            tokens=VOCABULARY,
-        )
-    clip_text = {
-        **TEXT,
-        "eos_token_id": 2,
-        "bos_token_id": 1,
-        "pad_token_id": 0,
-        "projection_dim": 16,
-    }
-    make = _of("CLIPTextConfig", "CLIPTextModel", clip_text)
-    yield Entry("transformers/CLIPText", make, TOKENS, HALF, tokens=VOCABULARY)
-    make = _of("SiglipTextConfig", "SiglipTextModel", clip_text)
-    yield Entry("transformers/SiglipText", make, TOKENS, tokens=VOCABULARY)
-    seq2seq = {
-        "vocab_size": VOCABULARY,
-        "d_model": 32,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4,
-        "encoder_ffn_dim": 64,
-        "decoder_ffn_dim": 64,
-        "max_position_embeddings": 64,
-    }
+    """Encoders and decoders of models that have both, and towers of those that have two."""
+    t5, umt5 = (_of(f"{n}Config", f"{n}EncoderModel", configs.T5) for n in ("T5", "UMT5"))
+    yield Entry("transformers/T5 encoder", t5, TOKENS, HALF, tokens=VOCABULARY)
+    yield Entry("transformers/UMT5 encoder", umt5, TOKENS, tokens=VOCABULARY)
+    clip, siglip = (
+        _of(f"{n}TextConfig", f"{n}TextModel", configs.TEXT_TOWER) for n in ("CLIP", "Siglip")
+    )
+    yield Entry("transformers/CLIPText", clip, TOKENS, HALF, tokens=VOCABULARY)
+    yield Entry("transformers/SiglipText", siglip, TOKENS, tokens=VOCABULARY)
     for name in ("Bart", "Marian"):
-        make = _of(
-            f"{name}Config",
-            f"{name}Model",
-            {**seq2seq, "pad_token_id": 0, "decoder_start_token_id": 2},
-            part="encoder",
-        )
+        make = _part("encoder", name, configs.TRANSLATOR)
         yield Entry(f"transformers/{name} encoder", make, TOKENS, tokens=VOCABULARY)
-    whisper = {
-        **seq2seq,
-        "num_mel_bins": 16,
-        "max_source_positions": 20,
-        "max_target_positions": 20,
-        "pad_token_id": 0,
-    }
-    make = _of("WhisperConfig", "WhisperModel", whisper, part="encoder")
+    make = _part("encoder", "Whisper", configs.WHISPER)
     yield Entry("transformers/Whisper encoder", make, ((1, 16, 40),), HALF)
-    ast = {
-        **VISION,
-        "patch_size": 8,
-        "max_length": 32,
-        "num_mel_bins": 16,
-        "frequency_stride": 8,
-        "time_stride": 8,
-    }
-    del ast["image_size"]
-    yield Entry("transformers/AST", _of("ASTConfig", "ASTModel", ast), ((1, 32, 16),))
-    encodec = {
-        "num_filters": 4,
-        "hidden_size": 16,
-        "upsampling_ratios": [4, 2],
-        "num_lstm_layers": 1,
-        "codebook_size": 16,
-    }
-    make = _of("EncodecConfig", "EncodecModel", encodec, part="encoder")
-    yield Entry("transformers/Encodec encoder", make, ((1, 1, 64),))
-    make = _of("EncodecConfig", "EncodecModel", encodec, part="decoder")
-    yield Entry("transformers/Encodec decoder", make, ((1, 16, 8),))
+    make = _of("ASTConfig", "ASTModel", configs.SPECTROGRAM)
+    yield Entry("transformers/AST", make, ((1, 32, 16),))
+    for part, shape in (("encoder", (1, 1, 64)), ("decoder", (1, 16, 8))):
+        make = _part(part, "Encodec", configs.ENCODEC)
+        yield Entry(f"transformers/Encodec {part}", make, (shape,))
+
+
+def _part(part: str, name: str, values: dict[str, Any]) -> Callable[[], torch.nn.Module]:
+    return _of(f"{name}Config", f"{name}Model", values, part)
 
 
 def _variants() -> Iterator[Entry]:
@@ -333,12 +71,12 @@ def _variants() -> Iterator[Entry]:
     length = {1: torch.export.Dim("length", min=2, max=64)}
     silu, gelu = "torch.ops.aten.silu.default", "torch.ops.aten.gelu.default"
     text: dict[str, Any] = {"inputs": TOKENS, "tokens": VOCABULARY}
-    masked = _of("BertConfig", "BertForMaskedLM", TEXT)
+    masked = _of("BertConfig", "BertForMaskedLM", configs.TEXT)
     bert = Entry("transformers/Bert, masked LM", masked, dtypes=HALF, **text)
     yield bert
     yield bert.named(", in several engines", options={"torch_executed_ops": [gelu]})
     yield bert.named(", dynamic length", dynamic=(length,))
-    tied = {**DECODER, "tie_word_embeddings": True}
+    tied = {**configs.DECODER, "tie_word_embeddings": True}
     llama = Entry(
         "transformers/Llama, tied LM",
         _of("LlamaConfig", "LlamaForCausalLM", tied, use_cache=False),
@@ -348,10 +86,10 @@ def _variants() -> Iterator[Entry]:
     yield llama
     yield llama.named(", in several engines", options={"torch_executed_ops": [silu]})
     yield llama.named(", dynamic length", dynamic=(length,))
-    eager = {**DECODER, "attn_implementation": "eager"}
+    eager = {**configs.DECODER, "attn_implementation": "eager"}
     make = _of("LlamaConfig", "LlamaModel", eager, use_cache=False)
     yield Entry("transformers/Llama, eager attention", make, **text)
-    make = _of("GPT2Config", "GPT2LMHeadModel", GPT, use_cache=False)
+    make = _of("GPT2Config", "GPT2LMHeadModel", configs.GPT, use_cache=False)
     yield Entry("transformers/GPT2, tied LM", make, dtypes=HALF, **text)
 
 

@@ -7,7 +7,6 @@ then be non-finite if the slot is.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ import torch
 from refitkit.builtin.checks.reads import reads_of
 from refitkit.errors import Problem
 from refitkit.model import CallRef
+from refitkit.program.finite import all_finite, counted, finite, has_finite_sum, has_floats
 from refitkit.protocols import GivesPieces, SupportsReadback
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _not_finite(source: WeightSource, names: Iterable[str]) -> list[str]:
         value = source.get(name)
         if value.is_cpu and value.nbytes > _SMALL:
             spoilt |= set() if all_finite(value) else {name}
-        elif _can_spoil(value):
+        elif has_floats(value):
             (small if value.is_cpu else elsewhere)[name] = value
             held += value.nbytes if value.is_cpu else 0
         del value  # so that two large ones are not in memory
@@ -97,7 +97,7 @@ def _suspects(values: Mapping[str, torch.Tensor]) -> Iterator[str]:
         wide = dtype if dtype is torch.float64 else torch.float32
         if device.type == "cpu":
             whole = torch.cat([values[name].reshape(-1) for name in names])
-            yield from [] if _has_finite_sum(whole) else names
+            yield from [] if has_finite_sum(whole) else names
         else:
             yield from _suspects_there({name: values[name] for name in names}, wide)
 
@@ -110,26 +110,24 @@ def _suspects_there(values: Mapping[str, torch.Tensor], wide: torch.dtype) -> li
         wide: What sums are computed in.
     """
     sums = torch.stack(torch._foreach_norm(list(values.values()), 1, dtype=wide))  # noqa: SLF001
-    if _has_finite_sum(sums):
+    if has_finite_sum(sums):
         return []
     told = torch.isfinite(sums).tolist()
-    return [name for name, finite in zip(values, told, strict=True) if not finite]
+    return [name for name, good in zip(values, told, strict=True) if not good]
 
 
 def _spoilt(name: str, value: torch.Tensor, present: _Present) -> Iterator[Problem]:
     """A problem, unless the present values are not finite either."""
     alike = present.alike(value.shape)
-    bad = ~_finite(value)
+    bad = ~finite(value)
     if alike is not None:
-        bad &= _finite(alike).to(bad.device)
+        bad &= finite(alike).to(bad.device)
     elif present.derived_not_finite():
         return
-    count = int(bad.sum())
-    if count:
-        where = tuple(int(i) for i in bad.nonzero()[0])
-        found = f"{count} of {value.numel()} elements, the first at {where}"
+    if bad.any():
+        wanted = "finite, as the present values are"
         hint = "to allow it: check_finite=False in the config"
-        yield Problem(name, "non-finite", found, "finite, as the present values are", hint)
+        yield Problem(name, "non-finite", counted(bad), wanted, hint)
 
 
 @dataclass(frozen=True)
@@ -161,34 +159,3 @@ class _Present:
     def _read(self, row: LedgerRow) -> torch.Tensor | None:
         engine = self.module.engines[row.slot.engine]
         return engine.read(row.slot.name) if isinstance(engine, SupportsReadback) else None
-
-
-def all_finite(value: torch.Tensor) -> bool:
-    """Whether no element is NaN or infinite.
-
-    Mostly the sum tells, which costs a third of ``aminmax``; where that is not finite, it may only
-    be too large. Neither allocates anything; ``isfinite`` would write a mask of the same size.
-    """
-    if not _can_spoil(value):
-        return True
-    if value.is_complex() or value.dtype.itemsize == 1:
-        return bool(_finite(value).all())
-    if _has_finite_sum(value):
-        return True
-    low, high = torch.aminmax(value)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-def _has_finite_sum(value: torch.Tensor) -> bool:
-    """Whether the sum of all elements is finite: then each of them is."""
-    return math.isfinite(value.sum().item())
-
-
-def _can_spoil(value: torch.Tensor) -> bool:
-    return bool(value.numel()) and (value.is_floating_point() or value.is_complex())
-
-
-def _finite(value: torch.Tensor) -> torch.Tensor:
-    """Where elements are finite; the 8-bit floats have neither ``isfinite`` nor ``aminmax``."""
-    wide = value.is_floating_point() and value.dtype.itemsize == 1
-    return torch.isfinite(value.float() if wide else value)

@@ -14,6 +14,7 @@ import torch
 
 from refitkit.builtin.torch_tensorrt.arena import Arena
 from refitkit.program.bits import same_bits
+from refitkit.program.finite import all_finite, finite
 from refitkit.protocols import SideBySide
 
 if TYPE_CHECKING:
@@ -135,12 +136,12 @@ class WeightSets:
             return
         base = self._ready_base()
         for kind, run in self.staging.runs.items():
-            if _all_finite(run):
+            if all_finite(run):
                 continue
             for name, new in self.staging.views.items():
-                if self._layout.facts[name].dtype != kind or _all_finite(new):
+                if self._layout.facts[name].dtype != kind or all_finite(new):
                     continue
-                bad = ~_finite(new) & _finite(base.views[name]).to(new.device)
+                bad = ~finite(new) & finite(base.views[name]).to(new.device)
                 count = int(bad.sum())
                 if count:
                     yield name, count
@@ -160,18 +161,3 @@ class WeightSets:
             pinned = on_host and self._device.type == "cuda"
             self._base = Arena(self._layout, device, pinned=pinned)
         return self._base
-
-
-def _all_finite(values: torch.Tensor) -> bool:
-    """Whether no element is NaN or infinite; ``aminmax`` writes no mask of the same size."""
-    if not values.is_floating_point() or not values.numel():
-        return True
-    if values.dtype.itemsize == 1:
-        return bool(_finite(values).all())
-    low, high = torch.aminmax(values)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-def _finite(values: torch.Tensor) -> torch.Tensor:
-    """Where elements are finite; the 8-bit floats have no ``isfinite``."""
-    return torch.isfinite(values.float() if values.dtype.itemsize == 1 else values)

@@ -59,8 +59,8 @@ def test_memory_and_pairs_say_the_same(on_a_gpu: bool, monkeypatch: pytest.Monke
     found = of_memory(side_by_side(pairs))
     wanted = of_pairs(list(pairs.values()))
     assert list(found) == list(pairs)
-    for (name, told), distance in zip(found.items(), wanted, strict=True):
-        assert told == pytest.approx((distance.relative, distance.largest), rel=1e-5), name
+    for (name, told), moved in zip(found.items(), wanted, strict=True):
+        assert told == pytest.approx(moved, rel=1e-5), name
     assert sum(bool(relative) for relative, _ in found.values()) > len(DTYPES) * 6
 
 
@@ -70,19 +70,15 @@ def test_what_is_not_finite_and_what_is_zero(count: int) -> None:
     mask, large = torch.full((count,), -math.inf), torch.full((count,), 1e30)
     broken = ones.clone()
     broken[0] = math.nan
-    found = of_memory(
-        side_by_side(
-            {
-                "stays": (mask, mask),
-                "stays nan": (broken, broken),
-                "breaks": (ones, broken),
-                "from zeros": (zeros, ones),
-                "large": (large, large * 2),
-                "same": (ones, ones),
-            }
-        )
-    )
-    assert found == {
+    pairs = {
+        "same": (ones, ones),
+        "stays": (mask, mask),
+        "stays nan": (broken, broken),
+        "breaks": (ones, broken),
+        "from zeros": (zeros, ones),
+        "large": (large, large * 2),
+    }
+    wanted = {
         "stays": (0, 0),
         "stays nan": (0, 0),
         "breaks": (math.inf, math.inf),
@@ -90,6 +86,8 @@ def test_what_is_not_finite_and_what_is_zero(count: int) -> None:
         "large": (pytest.approx(1), pytest.approx(1e30)),
         "same": (0, 0),
     }
+    assert of_memory(side_by_side(pairs)) == wanted
+    assert dict(zip(pairs, of_pairs(list(pairs.values())), strict=True)) == wanted
 
 
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d.is_floating_point or d.is_complex])
@@ -98,10 +96,12 @@ def test_elements_that_are_no_numbers_in_any_type(dtype: torch.dtype) -> None:
     old[3] = math.nan
     new = old.clone()
     new[5] = 2
-    ((relative, largest),) = of_memory(side_by_side({"w": (old, new)})).values()
-    assert (relative, largest) == (pytest.approx(69**-0.5), 1)
+    moved = (pytest.approx(69**-0.5), 1)
+    assert of_memory(side_by_side({"w": (old, new)})) == {"w": moved}
+    assert of_pairs([(old, new)]) == [moved]
     new[4] = math.nan
-    assert of_memory(side_by_side({"w": (old, new)}))["w"] == (math.inf, math.inf)
+    assert of_memory(side_by_side({"w": (old, new)})) == {"w": (math.inf, math.inf)}
+    assert of_pairs([(old, new)]) == [(math.inf, math.inf)]
 
 
 def test_another_default_device_spoils_nothing() -> None:

@@ -38,7 +38,9 @@ from refitkit.model.plan import PlanData
 from refitkit.model.slot import ITEM_BYTES, Slot
 from refitkit.program.bits import digest, same_bits
 from refitkit.recipe import RefitPlan, ops, vet_calls
+from refitkit.recipe.literals import encode
 from refitkit.recipe.store import DIGEST, MANIFEST, PINNED, index_of
+from refitkit.recipe.vet_facts import Facts
 from tests.fakes import call_row, make_plan, make_slot, pinned_row, recipe_row
 
 if TYPE_CHECKING:
@@ -71,8 +73,8 @@ def _gives(*shape: int, dtype: str = "float32") -> tuple[Tensor, ...]:
 
 
 def _call(op: str, *args: Any, to: tuple[Tensor, ...], **kwargs: Any) -> OpCall:
-    literals = {name: ops.encode(value) for name, value in kwargs.items()}
-    return OpCall(op=f"aten.{op}", args=tuple(map(ops.encode, args)), kwargs=literals, results=to)
+    literals = {name: encode(value) for name, value in kwargs.items()}
+    return OpCall(op=f"aten.{op}", args=tuple(map(encode, args)), kwargs=literals, results=to)
 
 
 def _at(call: int, output: int = 0) -> CallRef:
@@ -480,7 +482,7 @@ def _call_made_up(rng: random.Random) -> bytes:
     """Any op that is allowed, with arguments of the types that it takes; a guard asks for it."""
     members = _members()
     data = json.loads(members[MANIFEST])
-    facts = vet_calls.Facts(original().data)
+    facts = Facts(original().data)
     values: list[Any] = [SourceRef(fqn=name) for name in _LEAVES]
     values += [PinnedRef(name=name) for name in sorted(original().data.pinned)]
     for number, one in enumerate(original().data.calls):
@@ -499,7 +501,7 @@ def _call_made_up(rng: random.Random) -> bytes:
     return _archive(members)
 
 
-def _made_up(rng: random.Random, facts: vet_calls.Facts, values: list[Any]) -> OpCall | None:
+def _made_up(rng: random.Random, facts: Facts, values: list[Any]) -> OpCall | None:
     op = ops.overload(rng.choice(_op_names()))
     args: list[Any] = []
     for argument in op._schema.arguments:
@@ -521,7 +523,7 @@ def _made_up(rng: random.Random, facts: vet_calls.Facts, values: list[Any]) -> O
         stated = (Tensor(dtype=rng.choice(["float32", "int64"]), shape=shape),)
     except Exception:  # noqa: BLE001 - torch refuses it; the next one may be taken
         return None
-    encoded = tuple(ops.encode(argument) for argument in args)
+    encoded = tuple(encode(argument) for argument in args)
     return OpCall(op=str(op), args=encoded, results=stated) if stated else None
 
 

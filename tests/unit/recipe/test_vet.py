@@ -27,8 +27,9 @@ from refitkit.model import (
     fingerprint_of_slots,
 )
 from refitkit.recipe import RefitPlan, vet_calls
-from refitkit.recipe.ops import encode
+from refitkit.recipe.literals import encode
 from refitkit.recipe.vet import problems_of
+from refitkit.recipe.vet_facts import Facts
 from tests.fakes import call_row, make_plan, make_slot, pinned_row, recipe_row
 
 if TYPE_CHECKING:
@@ -337,7 +338,7 @@ def zeros(*sizes: int) -> list[OpCall]:
 def test_the_most_memory_that_results_may_take() -> None:
     """Of one, of all; in proportion to what the plan has anyway."""
     data = only(*zeros(1))
-    size = vet_calls._bytes_of_plan(data, vet_calls.Facts(data))
+    size = vet_calls._bytes_of_plan(data, Facts(data))
     assert size == 6 * 4 + W_BYTES + 2 * 8 + 2  # its slot, its leaf, what it keeps
     one, every = ((1 << 26) + size * times for times in (16, 128))
     assert tried(*zeros(one // 4)) == ""

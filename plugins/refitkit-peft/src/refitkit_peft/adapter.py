@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from refitkit.errors import Problem, SourceError
+from refitkit.program.finite import all_finite, counted, finite
 
 from refitkit_peft.keys import Key, Part, read_key
 
@@ -204,13 +205,8 @@ def _wrong(keys: Iterable[Key], tensors: Mapping[str, torch.Tensor]) -> Iterator
 
 
 def _not_finite(name: str, value: torch.Tensor) -> Iterator[Problem]:
-    if not value.is_floating_point() or not value.numel():
-        return
-    bad = ~torch.isfinite(value.float() if value.dtype.itemsize == 1 else value)
-    if bool(bad.any()):
-        where = tuple(int(i) for i in bad.nonzero()[0])
-        found = f"{int(bad.sum())} of {value.numel()} elements, the first at {where}"
-        yield Problem(name, "non-finite", found, "finite")
+    if not all_finite(value):
+        yield Problem(name, "non-finite", counted(~finite(value)), "finite")
 
 
 def _digest(tensors: Mapping[str, torch.Tensor], config: AdapterConfig | None) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from refitkit.errors import Problem, WeightMismatchError
 from refitkit.model import OutputMeasure, TensorInfo
+from refitkit.program.finite import all_finite, counted, finite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
 
+    import torch
     from refitkit.protocols import WeightSource
 
     from refitkit_quant.scheme import Entry
@@ -93,11 +94,8 @@ class Given:
     def not_finite(self, name: str) -> Iterator[Problem]:
         """Why a weight has no scale: an element that is NaN or infinite."""
         value = self.read(name)
-        wide = value.float() if value.dtype.itemsize == 1 else value
-        bad = ~torch.isfinite(wide) if not _all_finite(wide) else None
-        if bad is not None:
-            where = tuple(int(i) for i in bad.nonzero()[0])
-            found = f"{int(bad.sum())} of {value.numel()} elements, the first at {where}"
+        if not all_finite(value):
+            found = counted(~finite(value))
             yield Problem(name, "non-finite", found, hint="it cannot be quantized")
 
     def measure(self, name: str, given: torch.Tensor, meant: torch.Tensor) -> OutputMeasure:
@@ -121,13 +119,6 @@ class Given:
             scale=scale,
             note=f"error of quantization: {share:.3g} of the largest element",
         )
-
-
-def _all_finite(value: torch.Tensor) -> bool:
-    if not value.numel():
-        return True
-    low, high = torch.aminmax(value)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def info_of(entry: Entry) -> TensorInfo:
