@@ -133,7 +133,7 @@ def measure(folder: Path, how: dict[str, Any], given: argparse.Namespace) -> dic
         base = anonymous(os.getpid())
         report = refitkit.refit(compiled, index, **how).report
         found["refit_seconds"] = time.perf_counter() - start
-    found["refit_peak"] = base + probe.own
+    found["refit_base"], found["refit_peak"] = base, base + probe.own
     found["refitted"] = anonymous(os.getpid())
     found["peak"] = max(found["load_peak"], found["refit_peak"])
     found["high_water"] = _status("VmHWM")
