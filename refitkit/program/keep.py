@@ -11,15 +11,16 @@ import importlib
 import inspect
 import json
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.func import functional_call
 
 from refitkit.errors import PlanMismatchError, SourceError, raised_as
 from refitkit.model import LeafKind
 from refitkit.program.dtypes import dtype_of
 from refitkit.program.facts import facts_of
+from refitkit.program.on_demand import OnDemand
 from refitkit.program.vet import check_graph
 
 if TYPE_CHECKING:
@@ -44,8 +45,7 @@ class KeptProgram:
         self._graph = graph
         self._leaves = leaves
         self._twins = {name: tie for tie in ties for name in tie}
-        self._empty: torch.nn.Module | None = None
-        self._lock = threading.Lock()
+        self._empty: OnDemand | None = None
 
     @classmethod
     def of(cls, program: ExportedProgram) -> KeptProgram | None:
@@ -86,28 +86,31 @@ class KeptProgram:
     ) -> Callable[..., Any]:
         """The program as an eager callable on the source's weights.
 
-        The source's tensors are used as they are, not copied, unless the program changes them or
-        keeps them on another device. Leaves that the program does not read are zeros.
+        Each call reads a tensor when the program needs it and lets go of it after its last use, so
+        weights that are read from files are never in memory all at once. The source's tensors are
+        used as they are, not copied, unless the program changes them or keeps them on another
+        device; those that it changes are copied now.
 
         Args:
             source: The weights.
             pinned: Gives a tensor that the plan keeps, for what the source does not have.
 
         Returns:
-            A callable; its results have no gradient history.
+            A callable; its results have no gradient history. It raises SourceError where the source
+            cannot be read.
 
         Raises:
             SourceError: Neither has something that the program needs.
             PlanMismatchError: The kept program is damaged, or another torch wrote it.
         """
-        state = self._values(source, pinned)
-        module = self._module()
+        read = self._readers(source, pinned)
+        changed = {leaf.fqn: read[leaf.fqn]().clone() for leaf in self._leaves if leaf.mutated}
+        program = self._module()
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with self._lock, torch.no_grad():  # it puts the tensors into the one module
-                return functional_call(module, state, args, kwargs)
+        def give(fqn: str) -> torch.Tensor:
+            return changed[fqn] if fqn in changed else read[fqn]()
 
-        return call
+        return lambda *args, **kwargs: program.run(give, args, kwargs)
 
     def restore(
         self, source: WeightSource, pinned: Callable[[str], torch.Tensor]
@@ -136,34 +139,41 @@ class KeptProgram:
     def _values(
         self, source: WeightSource, pinned: Callable[[str], torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        have = set(source.names())
-        state: dict[str, torch.Tensor] = {}
-        for leaf in self._leaves:
-            value = self._value(leaf, source, have, pinned)
-            state[leaf.fqn] = value.clone() if leaf.mutated else value
-        return state
+        """All tensors at once, for who keeps them."""
+        read = self._readers(source, pinned)
+        return {
+            leaf.fqn: read[leaf.fqn]().clone() if leaf.mutated else read[leaf.fqn]()
+            for leaf in self._leaves
+        }
 
-    def _value(
+    def _readers(
+        self, source: WeightSource, pinned: Callable[[str], torch.Tensor]
+    ) -> dict[str, Callable[[], torch.Tensor]]:
+        """What reads each tensor, by FQN. The source is asked only for its names."""
+        have = set(source.names())
+        return {leaf.fqn: self._reader(leaf, source, have, pinned) for leaf in self._leaves}
+
+    def _reader(
         self,
         leaf: Leaf,
         source: WeightSource,
         have: set[str],
         pinned: Callable[[str], torch.Tensor],
-    ) -> torch.Tensor:
+    ) -> Callable[[], torch.Tensor]:
         for name in (leaf.fqn, *self._twins.get(leaf.fqn, ())):
             if name in have:
-                return source.get(name).detach().to(leaf.device)
+                return partial(_read, source, name, leaf.device)
         if not leaf.used:
-            return torch.zeros(leaf.shape, dtype=dtype_of(leaf.dtype), device=leaf.device)
+            return partial(_zeros, leaf)
         if not leaf.persistent:
             try:
-                return pinned(leaf.fqn).to(leaf.device)
+                return partial(pinned(leaf.fqn).to, leaf.device)
             except KeyError:
                 message = f"The plan does not keep {leaf.fqn!r}, which the program reads."
                 raise SourceError(message) from None
         raise SourceError(f"{source.description} has no {leaf.fqn!r}, which the program reads.")
 
-    def _module(self) -> torch.nn.Module:
+    def _module(self) -> OnDemand:
         """The program as a module without data, made once; calls bring their tensors."""
         hint = "Pass reference= to verify outputs, or use verify='weights'."
         with _DESERIALIZING:
@@ -171,8 +181,7 @@ class KeptProgram:
                 with raised_as(PlanMismatchError, "The kept program cannot be read", hint=hint):
                     blanks = {leaf.fqn: _blank(leaf) for leaf in self._leaves}
                     program = self._deserialized(blanks)
-                    empty: torch.nn.Module = program.module(check_guards=False)
-                    self._empty = empty
+                    self._empty = OnDemand(program.module(check_guards=False), blanks.keys())
             return self._empty
 
     def _deserialized(self, values: Mapping[str, torch.Tensor]) -> ExportedProgram:
@@ -192,6 +201,15 @@ class KeptProgram:
             schema, state, constants
         )
         return program
+
+
+def _read(source: WeightSource, name: str, device: str) -> torch.Tensor:
+    with raised_as(SourceError, f"{source.description} cannot be read"):
+        return source.get(name).detach().to(device)
+
+
+def _zeros(leaf: Leaf) -> torch.Tensor:
+    return torch.zeros(leaf.shape, dtype=dtype_of(leaf.dtype), device=leaf.device)
 
 
 def _blank(leaf: Leaf) -> torch.Tensor:

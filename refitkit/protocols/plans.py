@@ -31,10 +31,11 @@ class BindableProgram(Protocol):
     def bind(
         self, source: WeightSource, pinned: Callable[[str], torch.Tensor]
     ) -> Callable[..., Any]:
-        """The program as an eager callable with the source's weights.
+        """The program as an eager callable with the source's weights, which calls read.
 
         Raises:
-            SourceError: The source lacks something that the program needs.
+            SourceError: The source lacks something that the program needs. Calls raise it where
+                the source cannot be read.
         """
 
     def restore(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -153,6 +155,118 @@ def test_weights_are_used_where_they_are() -> None:
     first = bound(x)
     source["kept"].add_(1.0)
     assert same(bound(x), first + 1.0)
+
+
+class Lending(TensorMap):
+    """A source that reads anew what it is asked for, and knows what is still held of that."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().__init__(tensors)
+        self.asked: list[str] = []
+        self.most = 0
+        self._lent: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def get(self, fqn: str) -> torch.Tensor:
+        self.asked.append(fqn)
+        read = super().get(fqn).detach().clone()
+        self._lent.append(weakref.ref(read.untyped_storage()))
+        self.most = max(self.most, self.held)
+        return read
+
+    @property
+    def held(self) -> int:
+        return sum(one() is not None for one in self._lent)
+
+
+class Layers(nn.Module):
+    """A chain of layers whose first weight is used once more at the end, and one that is not."""
+
+    inputs = (torch.ones(1, 4),)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(6))
+        self.unused = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x @ self.layers[0].weight  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_weights_are_read_when_they_are_needed_and_then_let_go(*, decomposed: bool) -> None:
+    program, model = exported(Layers, decomposed=decomposed), reweighted(Layers)
+    source = Lending(model.state_dict())
+    bound = kept_from(program).bind(source, pinned_of(program))
+    assert not source.asked
+    with torch.no_grad():
+        assert same(bound(*Layers.inputs), model(*Layers.inputs))
+    assert source.most == 3  # of one layer, and what is used again
+    assert source.held == 0
+    read = [name for name in model.state_dict() if not name.startswith("unused")]
+    assert sorted(source.asked) == sorted(read)
+
+
+class InRegions(Layers):
+    """The same inside of regions, one in the other, which export makes submodules of."""
+
+    inputs = (torch.ones(1, 4),)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            x = self.layers[0](x)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                for layer in self.layers[1:]:
+                    x = torch.tanh(layer(x))
+            return x.float() @ self.layers[0].weight  # type: ignore[operator]
+
+
+def test_regions_let_go_of_weights_too() -> None:
+    program, model = exported(InRegions), reweighted(InRegions)
+    source = Lending(model.state_dict())
+    bound = kept_from(program).bind(source, pinned_of(program))
+    with torch.no_grad():
+        assert same(bound(*InRegions.inputs), model(*InRegions.inputs))
+    assert source.most == 3
+    assert source.held == 0
+
+
+def test_what_a_source_computes_knows_nothing_of_regions() -> None:
+    class Computing(TensorMap):
+        def get(self, fqn: str) -> torch.Tensor:
+            seen.add((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+            return super().get(fqn)
+
+    seen: set[tuple[bool, bool]] = set()
+    program = exported(InRegions)
+    bound = kept_from(program).bind(Computing(program.state_dict), pinned_of(program))
+    with torch.enable_grad():
+        bound(*InRegions.inputs)
+    assert seen == {(False, False)}
+
+
+def test_a_call_that_fails_holds_nothing() -> None:
+    program = exported(Layers)
+    source, kept = Lending(program.state_dict), kept_from(program)
+    alive = weakref.ref(source)
+    with pytest.raises(RuntimeError):
+        kept.bind(source, pinned_of(program))(torch.ones(1, 3))
+    assert source.held == 0
+    del source
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_source_that_cannot_be_read_when_it_is_asked() -> None:
+    class Broken(TensorMap):
+        def get(self, fqn: str) -> torch.Tensor:
+            raise OSError(fqn)
+
+    program = exported(Layers)
+    bound = kept_from(program).bind(Broken(program.state_dict, "the file"), pinned_of(program))
+    with pytest.raises(SourceError, match=r"the file cannot be read: OSError: layers\.0"):
+        bound(*Layers.inputs)
 
 
 def test_a_changed_buffer_starts_from_its_value_at_every_bind() -> None:
