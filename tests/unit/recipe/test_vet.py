@@ -136,6 +136,17 @@ def test_a_problem_in_a_file_is_a_typed_error() -> None:
     assert [p.subject for p in info.value.problems] == ["calls.0 (aten.rand.default)"]
 
 
+def test_a_slot_whose_shape_has_another_count() -> None:
+    """An engine that has no shape of its own would lay the weight out by it."""
+    row = PLAN.data.ledger[0]
+    slot = row.slot.model_copy(update={"shape": (7,)})
+    ledger = (row.model_copy(update={"slot": slot}), *PLAN.data.ledger[1:])
+    slots = [one.slot for one in ledger]
+    prints = PLAN.data.fingerprint.model_copy(update={"slots": fingerprint_of_slots(slots)})
+    data = PLAN.data.model_copy(update={"ledger": ledger, "fingerprint": prints})
+    assert "fused: count" in found(data)
+
+
 # -- calls as they are written ----------------------------------------------------------------
 
 
