@@ -138,6 +138,7 @@ class Refit:
             read=lambda: require_unchanged(source),
             partial=wish.partial,
             rollback=wish.rollback,
+            finite=self._config.check_finite,
         )
 
     def _bound_plan(self) -> RefitPlan:
