@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 _LOCAL_HEADER = 30
 """Bytes before the name of a record, the last four of which are two lengths (APPNOTE, 4.3.7)."""
 
+_TAR_MARK = 257
+"""Where a tar file says that it is one (POSIX, ``ustar`` interchange format)."""
+
+_WHOLE = "Check that it was written or downloaded completely, and is no pointer to a file."
 _HINT = "Save tensors alone: torch.save(model.state_dict(), path), or use safetensors."
 
 
@@ -217,11 +221,23 @@ def _load(file: OpenFile, what: str, device: str) -> Any:
             warnings.simplefilter("ignore")  # about the file's age, which is no fault
             return torch.load(stream, map_location=device, weights_only=True, mmap=False)
     except pickle.UnpicklingError as exc:
+        if not _is_torchs(file):
+            raise SourceError(f"{what} is no file of torch.save.", hint=_WHOLE) from exc
         first = str(exc).splitlines()[0]
         message = f"{what} holds more than tensors, and refitkit runs no code from files: {first}"
         raise SourceError(message, hint=_HINT) from exc
     except Exception as exc:  # no code of the file runs: whatever is raised, it cannot be read
-        raise SourceError(f"{what} cannot be read with torch.load: {exc}.", hint=_HINT) from exc
+        if not _is_torchs(file):
+            raise SourceError(f"{what} is no file of torch.save.", hint=_WHOLE) from exc
+        why = str(exc) or type(exc).__name__
+        raise SourceError(f"{what} cannot be read with torch.load: {why}.", hint=_HINT) from exc
+
+
+def _is_torchs(file: OpenFile) -> bool:
+    """Whether it begins as a zip file, a pickle or a tar file does: all that torch ever wrote."""
+    with _stream(file) as stream:
+        start = stream.read(_TAR_MARK + 5)
+    return start[:2] == b"PK" or start[:1] == b"\x80" or start[_TAR_MARK:] == b"ustar"
 
 
 def _stream(file: OpenFile) -> IO[bytes]:
