@@ -16,23 +16,32 @@ _SUGGESTIONS = 10
 
 
 def unexpected(
-    strange: Mapping[str, TensorInfo], known: Collection[str], whose: str, where: str = ""
+    strange: Mapping[str, TensorInfo],
+    known: Collection[str],
+    whose: str,
+    where: str = "",
+    *,
+    given: Collection[str] = (),
 ) -> Iterator[Problem]:
-    """One problem for each name, with a prefix to take away or a name that is much like it.
+    """One problem for each name, with a prefix to take away or add, or a name much like it.
 
     Args:
         strange: What was found under names that are not known.
         known: Names that there could be.
         whose: Whose names those are, for messages: ``the model``.
         where: Where the names were found, if that has to be said.
+        given: All names that were found: nobody meant one that is there, too.
     """
-    prefix = _common_prefix(list(strange), known)
+    prefix, lacking = _common_prefix(list(strange), known), _lacking_prefix(list(strange), known)
+    meant = [name for name in known if name not in given]
     for number, (name, info) in enumerate(strange.items()):
         hint = f"{whose} has no such name"
         if prefix:
             hint = f"{whose}'s names have no prefix {prefix!r}: take it away"
+        elif lacking:
+            hint = f"{whose}'s names have the prefix {lacking!r}: put it before them"
         elif number < _SUGGESTIONS:  # each compares with every name that is known
-            near = get_close_matches(name, known, n=1, cutoff=0.8)
+            near = get_close_matches(name, meant, n=1, cutoff=0.8)
             hint = f"did you mean {near[0]!r}?" if near else hint
         found = f"{info.dtype} {info.shape}"
         yield Problem(name, "unexpected", f"{found} in {where}" if where else found, hint=hint)
@@ -48,3 +57,11 @@ def _common_prefix(names: list[str], known: Collection[str]) -> str:
         if all(n.startswith(prefix) and n.removeprefix(prefix) in known for n in names):
             return prefix
     return ""
+
+
+def _lacking_prefix(names: list[str], known: Collection[str]) -> str:
+    """A prefix such as ``model.`` with which all of these names are known; empty if none."""
+    if not names:
+        return ""
+    prefixes = [one.removesuffix(names[0]) for one in known if one.endswith(f".{names[0]}")]
+    return next((one for one in prefixes if all(one + name in known for name in names)), "")
