@@ -30,7 +30,7 @@ def unexpected(
         known: Names that there could be.
         whose: Whose names those are, for messages: ``the model``.
         where: Where the names were found, if that has to be said.
-        given: All names that were found: nobody meant one that is there, too.
+        given: All names that were found: what is not among them is more likely meant.
     """
     prefix, lacking = _common_prefix(list(strange), known), _lacking_prefix(list(strange), known)
     meant = [name for name in known if name not in given]
@@ -41,10 +41,14 @@ def unexpected(
         elif lacking:
             hint = f"{whose}'s names have the prefix {lacking!r}: put it before them"
         elif number < _SUGGESTIONS:  # each compares with every name that is known
-            near = get_close_matches(name, meant, n=1, cutoff=0.8)
+            near = _nearest(name, meant) or _nearest(name, known)
             hint = f"did you mean {near[0]!r}?" if near else hint
         found = f"{info.dtype} {info.shape}"
         yield Problem(name, "unexpected", f"{found} in {where}" if where else found, hint=hint)
+
+
+def _nearest(name: str, names: Collection[str]) -> list[str]:
+    return get_close_matches(name, names, n=1, cutoff=0.8)
 
 
 def _common_prefix(names: list[str], known: Collection[str]) -> str:

@@ -636,12 +636,11 @@ def test_what_to_do_about_a_dtype() -> None:
     assert "rules.cast" in found.hint
 
 
-def test_a_name_that_is_there_was_not_meant() -> None:
-    """A layer more than the model has is not one that it has."""
-    plan = make_plan([recipe_row(make_slot(f"layers.{n}.weight")) for n in range(2)])
-    weights = {f"layers.{n}.weight": torch.ones(2) for n in range(3)}
-    (found,) = problems(weights, plan)
-    assert (found.subject, found.hint) == ("layers.2.weight", "the model has no such name")
+def test_a_name_that_is_missing_is_more_likely_meant() -> None:
+    plan = make_plan([recipe_row(make_slot(f"net.layer.{name}")) for name in "ab"])
+    found = problems({"net.layer.a": torch.ones(2), "net.layer.aa": torch.ones(2)}, plan)
+    hints = {p.subject: p.hint for p in found}
+    assert hints["net.layer.aa"] == "did you mean 'net.layer.b'?"
 
 
 def test_a_prefix_that_all_names_lack() -> None:
