@@ -32,8 +32,11 @@ def unexpected(
         where: Where the names were found, if that has to be said.
         given: All names that were found: what is not among them is more likely meant.
     """
+    if not strange:
+        return  # as nearly always: the rest looks at every name
     prefix, lacking = _common_prefix(list(strange), known), _lacking_prefix(list(strange), known)
-    meant = [name for name in known if name not in given]
+    there = set(given)
+    meant = [name for name in known if name not in there]
     for number, (name, info) in enumerate(strange.items()):
         hint = f"{whose} has no such name"
         if prefix:
