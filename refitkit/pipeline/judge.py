@@ -29,6 +29,7 @@ def judge_module(
     if plan is None:
         raise ConfigError("The module has no plan: pass plan=.")
     inputs = verify.as_inputs(wish.inputs)
+    verify.require_used(wish.reference, inputs, wish.verify)
     verifier = verify.choose(host, wish.verify, compiled.opened, with_inputs=inputs is not None)
     if verifier is None:
         raise ConfigError(

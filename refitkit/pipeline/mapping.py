@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from refitkit.errors import ConfigError, PluginError, Problem, UnmappedSlotError, raised_as
 from refitkit.model import LedgerRow, ReportRow, SlotKey, SlotState
 from refitkit.pipeline.tools import tools_for
-from refitkit.protocols import MapRequest
+from refitkit.protocols import Mapped, MapRequest
 from refitkit.recipe.plan import RefitPlan
 from refitkit.recipe.values import STRATEGY
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from refitkit.host import Host, Offer
     from refitkit.protocols import (
         BindableProgram,
-        Mapped,
         MappingStrategy,
         OpenedModule,
         Plan,
@@ -165,7 +164,8 @@ def map_slots(
         request = MapRequest(plan, module, source, wanted, program, tools)
         with raised_as(PluginError, f"The strategy {strategy.name!r} failed"):
             answer = strategy.map(request)
-        _check_answer(strategy, answer, wanted)
+        with raised_as(PluginError, f"The strategy {strategy.name!r} gave what is no answer"):
+            _check_answer(strategy, answer, wanted)
         return answer
 
     for rank in _in_order(host, config):
@@ -330,7 +330,12 @@ def _in_order(host: Host, config: Config) -> list[list[Offer]]:
     return [[offered[name]] for name in config.strategies]
 
 
-def _check_answer(strategy: MappingStrategy, answer: Mapped, wanted: tuple[LedgerRow, ...]) -> None:
+def _check_answer(strategy: MappingStrategy, answer: object, wanted: tuple[LedgerRow, ...]) -> None:
+    if not isinstance(answer, Mapped):
+        raise PluginError(
+            f"The strategy {strategy.name!r} gave a {type(answer).__name__}.",
+            hint="Mapped(values, declined): SlotValues by (engine, slot), and reasons likewise.",
+        )
     keys = {row.slot.key: row.slot for row in wanted}
     odd = {key: value for key, value in answer.values.items() if value.slot is not keys.get(key)}
     kinds = {type(text) for value in answer.values.values() for text in value.sources}

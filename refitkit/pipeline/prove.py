@@ -8,6 +8,7 @@ program, as any refit is verified; then it gets its own weights back.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -47,12 +48,23 @@ def prove(pipeline: Pipeline, compiled: CompiledModule, program: ExportedProgram
         pipeline.verify(compiled, program, inputs=how.inputs, with_=how.verifier)
     except VerificationError as exc:
         return f"it is not the program with its own weights, too: {exc.problems}"
+    lax = _without_finite(pipeline)
     try:
-        return _trials(pipeline, compiled, program, how)
+        return _trials(lax, compiled, program, how)
     finally:
-        pipeline.refit(compiled, program, verify="none", delta=False, rollback=True)
+        lax.refit(compiled, program, verify="none", delta=False, rollback=True)
         compiled.free_spare()
         compiled.held = Held()
+
+
+def _without_finite(pipeline: Pipeline) -> Pipeline:
+    """The same pipeline, for which slots may become NaN: what the program has of them comes back.
+
+    Where a variance is 0 a folded scale can be infinite, and with moved weights it is not.
+    """
+    lax = copy.copy(pipeline)
+    lax.config = pipeline.config.model_copy(update={"check_finite": False})
+    return lax
 
 
 @dataclass(frozen=True)

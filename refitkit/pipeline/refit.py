@@ -138,6 +138,7 @@ class Refit:
             read=lambda: require_unchanged(source),
             partial=wish.partial,
             rollback=wish.rollback,
+            finite=self._config.check_finite,
         )
 
     def _bound_plan(self) -> RefitPlan:
@@ -211,6 +212,7 @@ class Refit:
     ) -> Callable[[OpenedModule], VerificationResult] | None:
         wish = self._wish
         inputs = verify.as_inputs(wish.inputs)
+        verify.require_used(wish.reference, inputs, wish.verify)
         verifier = verify.choose(
             self._host, wish.verify, self._module, with_inputs=inputs is not None
         )

@@ -178,6 +178,7 @@ class Return:
     ) -> Callable[[OpenedModule], VerificationResult] | None:
         wish, module = self._wish, self._module
         inputs = verify.as_inputs(wish.inputs)
+        verify.require_used(wish.reference, inputs, wish.verify)
         if inputs is not None and wish.verify == "outputs" and wish.reference is None:
             raise ConfigError(
                 "The verifier 'outputs' has nothing to compare with: kept values are those of "

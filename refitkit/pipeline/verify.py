@@ -102,6 +102,19 @@ def as_inputs(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
     )
 
 
+def require_used(reference: Any, inputs: object, verifier: str | None) -> None:
+    """Check that outputs to compare with are not given in vain.
+
+    Raises:
+        ConfigError: There are no inputs, and no verifier was named that might do without.
+    """
+    if reference is not None and inputs is None and verifier is None:
+        raise ConfigError(
+            "reference= is what outputs are compared with, and there are no inputs to call with.",
+            hint="Pass inputs=, too.",
+        )
+
+
 def _is_pair(inputs: tuple[Any, ...]) -> bool:
     match inputs:
         case (tuple(), dict() as named):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from refitkit.errors import NotRefittableError, VerificationError
 from refitkit.pipeline import verify
 from refitkit.pipeline.changes import measured
+from refitkit.pipeline.finite import require_finite
 from refitkit.pipeline.history import History
 from refitkit.pipeline.keeping import GIVEN_UP, Keeping
 from refitkit.pipeline.stage import Staged
@@ -44,6 +45,7 @@ class Prepared:
         read: Called once all is staged; raises where what was read is not of one version.
         partial: Whether slots without a value keep theirs.
         rollback: Whether the weights from before are kept until the verdict.
+        finite: Whether what is computed has to be finite where the present values are.
     """
 
     found: Findings
@@ -54,6 +56,7 @@ class Prepared:
     read: Callable[[], None] = lambda: None
     partial: bool = False
     rollback: bool = True
+    finite: bool = False
 
 
 class Writing:
@@ -99,12 +102,14 @@ class Writing:
         """Stage all values, and copy what is kept of the old ones.
 
         Raises:
-            RefitError: An engine refuses or fails, or transforms have made too bad values.
+            RefitError: An engine refuses or fails, or what was computed is too bad or not finite.
         """
         with self._found.clock.stage("stage"):
             self._stage()
             self._prepared.read()
             written = self._mapping.values
+            if self._prepared.finite:
+                require_finite(self.module, self.staged, self._prepared.plan, written)
             changes = measured(self._config, self.module, self.staged, written)
             # where a sample differs nobody has to compare all of both sets
             self._found.changed = changes.seen or self.staged.changed()

@@ -55,7 +55,7 @@ class Names:
     def _unexpected(self) -> Iterator[Problem]:
         known = self._reads.known
         strange = {n: i for n, i in self._infos.items() if n not in known and i.persistent}
-        yield from unexpected(strange, known, "the model")
+        yield from unexpected(strange, known, "the model", given=self._names)
 
     def _all_misfits(self) -> Iterator[Problem]:
         """Entries that cannot become what the program reads under their names.
@@ -100,7 +100,10 @@ class Names:
 
 def _differences(leaf: Leaf, info: TensorInfo, *, with_dtype: bool) -> Iterator[Problem]:
     if with_dtype and info.dtype != leaf.dtype:
-        hint = "convert it yourself: refitkit never casts weights silently"
+        hint = (
+            "convert it yourself, or set rules.cast to 'lossless' or 'any': refitkit never casts "
+            "weights silently"
+        )
         yield Problem(leaf.fqn, "dtype", info.dtype, leaf.dtype, hint)
     if info.shape != leaf.shape:
         hint = "the transposed shape" if info.shape == leaf.shape[::-1] else ""

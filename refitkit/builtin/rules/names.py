@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from refitkit.model import Rules
     from refitkit.protocols import TransformRequest, WeightSource
 
+_SHOWN = 5
+
 
 class Names:
     """Leaves out what is not in the subtree, renames, and takes names of wrappers away."""
@@ -35,6 +37,7 @@ class Names:
             return
         for rule in self._rules.pack:
             known.update(*(part_names(rule, leaf.fqn) for leaf in request.plan.data.leaves))
+        _require_inside(self._rules.subtree, names)
         found = {name: self._becomes(name, known) for name in names}
         _refuse_doubles(found)
         for name, new in found.items():
@@ -86,3 +89,23 @@ def _refuse_doubles(found: dict[str, str]) -> None:
             problems.append(Problem(name, "given twice", hint=hint))
     if problems:
         raise WeightMismatchError("Several names become one.", problems=problems)
+
+
+def _require_inside(subtree: str, names: Collection[str]) -> None:
+    """Refuse a subtree that no name is in, or that ends before a dot."""
+    rests = [name.removeprefix(subtree) for name in names if name.startswith(subtree)]
+    dotted = bool(subtree) and bool(rests) and all(rest.startswith(".") for rest in rests)
+    if dotted or (names and not rests):
+        begin = sorted({name.partition(".")[0] for name in names})
+        more = f" and {len(begin) - _SHOWN} more" if len(begin) > _SHOWN else ""
+        hint = f"names begin with {', '.join(map(repr, begin[:_SHOWN]))}{more}"
+        raise WeightMismatchError(
+            "The rule subtree fits no names.",
+            problems=[
+                Problem(
+                    repr(subtree),
+                    "no such subtree",
+                    hint=f"{subtree + '.'!r} is meant" if dotted else hint,
+                )
+            ],
+        )

@@ -38,7 +38,10 @@ _LOCAL_HEADER = 30
 _SIGNATURE = b"PK\3\4"
 _ENCRYPTED, _FOLDER = 0x1, 0x10
 
-_DAMAGED = "Check that it was written or downloaded completely."
+_TAR_MARK = 257
+"""Where a tar file says that it is one (POSIX, ``ustar`` interchange format)."""
+
+_WHOLE = "Check that it was written or downloaded completely, and is no pointer to a file."
 _HINT = "Save tensors alone: torch.save(model.state_dict(), path), or use safetensors."
 
 
@@ -149,7 +152,7 @@ def _require_readable(file: OpenFile, what: str) -> None:
         and (entry.compress_size != entry.file_size or entry.external_attr & _FOLDER)
     ]
     if problems:
-        raise SourceError(f"{what} is a damaged zip file.", problems=problems, hint=_DAMAGED)
+        raise SourceError(f"{what} is a damaged zip file.", problems=problems, hint=_WHOLE)
 
 
 def _records(file: OpenFile, archive: zipfile.ZipFile) -> dict[int, int] | None:
@@ -247,11 +250,23 @@ def _load(file: OpenFile, what: str, device: str) -> Any:
             warnings.simplefilter("ignore")  # about the file's age, which is no fault
             return torch.load(stream, map_location=device, weights_only=True, mmap=False)
     except pickle.UnpicklingError as exc:
+        if not _is_torchs(file):
+            raise SourceError(f"{what} is no file of torch.save.", hint=_WHOLE) from exc
         first = str(exc).splitlines()[0]
         message = f"{what} holds more than tensors, and refitkit runs no code from files: {first}"
         raise SourceError(message, hint=_HINT) from exc
     except Exception as exc:  # no code of the file runs: whatever is raised, it cannot be read
-        raise SourceError(f"{what} cannot be read with torch.load: {exc}.", hint=_HINT) from exc
+        if not _is_torchs(file):
+            raise SourceError(f"{what} is no file of torch.save.", hint=_WHOLE) from exc
+        why = str(exc) or type(exc).__name__
+        raise SourceError(f"{what} cannot be read with torch.load: {why}.", hint=_HINT) from exc
+
+
+def _is_torchs(file: OpenFile) -> bool:
+    """Whether it begins as a zip file, a pickle or a tar file does: all that torch ever wrote."""
+    with _stream(file) as stream:
+        start = stream.read(_TAR_MARK + 5)
+    return start[:2] == b"PK" or start[:1] == b"\x80" or start[_TAR_MARK:] == b"ustar"
 
 
 def _stream(file: OpenFile) -> IO[bytes]:

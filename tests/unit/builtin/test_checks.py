@@ -611,3 +611,23 @@ def test_sums_on_a_gpu_are_wide() -> None:
 
 def test_negative_zero_is_a_value_like_any_other() -> None:
     assert finite([-0.0, 0.0]) == []
+
+
+def test_what_to_do_about_a_dtype() -> None:
+    (found,) = problems({**GOOD, "w": torch.ones(2, 3).double()})
+    assert "rules.cast" in found.hint
+
+
+def test_a_name_that_is_missing_is_more_likely_meant() -> None:
+    plan = make_plan([recipe_row(make_slot(f"net.layer.{name}")) for name in "ab"])
+    found = problems({"net.layer.a": torch.ones(2), "net.layer.aa": torch.ones(2)}, plan)
+    hints = {p.subject: p.hint for p in found}
+    assert hints["net.layer.aa"] == "did you mean 'net.layer.b'?"
+
+
+def test_a_prefix_that_all_names_lack() -> None:
+    names = [f"layers.{n}.weight" for n in range(30)]
+    plan = make_plan([recipe_row(make_slot(f"net.{name}")) for name in names])
+    found = problems(dict.fromkeys(names, torch.ones(2)), plan)
+    hints = {p.hint for p in found if p.kind == "unexpected"}
+    assert hints == {"the model's names have the prefix 'net.': put it before them"}

@@ -324,3 +324,10 @@ def test_a_broken_guard_that_nobody_else_can_serve_is_told_once() -> None:
     assert [p.subject for p in slots] == ["model/a", "model/b", "model/c"]
     assert "torch.export.export" in info.value.hint
     assert "refitkit.plan" in info.value.hint
+
+
+@pytest.mark.parametrize("answer", [None, {}, Mapped({A.key: 3})], ids=str)  # type: ignore[dict-item]
+def test_a_strategy_that_answers_something_else(answer: Any) -> None:
+    plugin = Strategies(Strategy("odd", (), answer=lambda _: answer))
+    with pytest.raises(PluginError, match="'odd'"):
+        mapped(plugin)

@@ -123,3 +123,17 @@ def test_going_back_has_no_reference_of_its_own(scene: Scene) -> None:
     with pytest.raises(ConfigError, match="kept values"):
         scene.result.undo(inputs=(torch.ones(()),), verify="outputs")
     scene.require_unchanged()
+
+
+def test_a_reference_without_inputs(scene: Scene) -> None:
+    """Whoever passes one believes that outputs are compared."""
+    pipeline, compiled = scene.pipeline, scene.compiled
+    for action in (
+        lambda: pipeline.refit(compiled, scene.new, reference=torch.ones(2)),
+        lambda: pipeline.verify(compiled, scene.new, reference=torch.ones(2)),
+        lambda: compiled.restore(reference=torch.ones(2)),
+    ):
+        with pytest.raises(ConfigError, match="reference=") as info:
+            action()
+        assert "inputs=" in info.value.hint
+    scene.require_unchanged()

@@ -452,6 +452,15 @@ def test_what_torch_did_not_save(tmp_path: Path, content: bytes) -> None:
         opened(file_of(tmp_path, "odd.pt", content))
 
 
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n"])
+def test_what_is_no_file_of_torch_at_all_is_told_so(tmp_path: Path, content: bytes) -> None:
+    """Torch says of it that loading with weights_only=False will likely succeed."""
+    with pytest.raises(SourceError, match=r"is no file of torch\.save\.") as info:
+        opened(file_of(tmp_path, "odd.pt", content))
+    assert "weights_only" not in str(info.value)
+    assert "pointer" in info.value.hint
+
+
 NEW, OLD = saved(TENSORS), saved(TENSORS, _use_new_zipfile_serialization=False)
 
 
