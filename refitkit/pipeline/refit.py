@@ -213,6 +213,7 @@ class Refit:
         wish = self._wish
         inputs = verify.as_inputs(wish.inputs)
         verify.require_used(wish.reference, inputs, wish.verify)
+        self._found.unused = verify.why_unused(inputs, wish.verify, self._module)
         verifier = verify.choose(
             self._host, wish.verify, self._module, with_inputs=inputs is not None
         )

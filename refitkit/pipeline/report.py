@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 UNVERIFIED = "nothing was verified after the commit: only staging was checked"
 UNCHANGED = "the new weights are bit for bit those that the module held: nothing changed"
 NOBODY = Served((), {}, {}, frozenset())
+UNUSED = "inputs= were given and not used"
 BASE_LOST = "the weights that the module was compiled or loaded with are no longer kept"
 
 
@@ -39,6 +40,7 @@ class Findings:
 
     Attributes:
         base_lost: Why the weights of version 0 cannot be gone back to from now on.
+        unused: Why inputs were given in vain.
     """
 
     backend: str
@@ -55,6 +57,7 @@ class Findings:
     base_lost: str = ""
     transforms: Callable[[], tuple[TransformRow, ...]] = tuple
     verification: VerificationResult | None = None
+    unused: str = ""
 
     def outcome(self, outcome: Literal["committed", "rolled-back"]) -> Outcome:
         """What is known so far, and how it went."""
@@ -74,6 +77,7 @@ class Findings:
             transforms=self.transforms(),
             verification=self.verification,
             base_lost=self.base_lost,
+            unused=self.unused,
         )
 
     def report(self, outcome: Literal["committed", "rolled-back"]) -> RefitReport:
@@ -103,6 +107,7 @@ class Outcome:
     transforms: tuple[TransformRow, ...]
     verification: VerificationResult | None
     base_lost: str
+    unused: str
 
     @cached_property
     def report(self) -> RefitReport:
@@ -133,6 +138,8 @@ class Outcome:
         notes += self.changes.notes
         if self.base_lost:
             notes.append(f"{BASE_LOST}: {self.base_lost}")
+        if self.unused:
+            notes.append(f"{UNUSED}: {self.unused}")
         if not self.verification:
             notes.append(UNVERIFIED)
         return tuple(notes)

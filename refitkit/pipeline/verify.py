@@ -115,6 +115,13 @@ def require_used(reference: Any, inputs: object, verifier: str | None) -> None:
         )
 
 
+def why_unused(inputs: object, wanted: str | None, module: OpenedModule) -> str:
+    """Why inputs are given in vain, for the report; nothing where they are used."""
+    if inputs is None or wanted is not None or not isinstance(module, Offline):
+        return ""
+    return module.offline
+
+
 def _is_pair(inputs: tuple[Any, ...]) -> bool:
     match inputs:
         case (tuple(), dict() as named):

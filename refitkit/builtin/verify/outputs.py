@@ -175,8 +175,14 @@ def _measure_values(name: str, found: Any, expected: Any) -> OutputMeasure:
     """Compare leaves of which at least one is no tensor: they are to be the same, and finite."""
     ok = type(found) is type(expected) and not isinstance(found, torch.Tensor)
     ok = ok and bool(found == expected) and not _is_endless(found)
-    note = "" if ok else f"is {found!r}, should be {expected!r}"[:200]
+    note = "" if ok else f"is {_shown(found)}, should be {_shown(expected)}"
     return OutputMeasure(name=name, ok=ok, note=note)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor, {dtype_name(value.dtype)} {tuple(value.shape)}"
+    return f"{value!r}"[:100]
 
 
 def _is_endless(value: Any) -> bool:

@@ -103,7 +103,8 @@ def test_a_strategy_that_gives_nan() -> None:
     compiled = pipeline.load(with_plan(FakeModule([OpenEngine("model", {"w": torch.ones(2)})])))
     with pytest.raises(WeightMismatchError) as info:
         pipeline.refit(compiled, {"w": torch.ones(2)}, verify="none")
-    assert [(p.subject, p.found) for p in info.value.problems] == [("w", "1 of 2 elements, the first at (0,)")]
+    (problem,) = info.value.problems
+    assert (problem.subject, problem.found) == ("w", "1 of 2 elements, the first at (0,)")
     assert compiled.read("w").tolist() == [1.0, 1.0]
 
 

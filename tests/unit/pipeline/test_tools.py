@@ -16,7 +16,15 @@ from refitkit.model import LayerType, Step
 from refitkit.pipeline.tools import tools_for
 from refitkit.pipeline.verify import choose, tolerances_for
 from refitkit.protocols import Mapped, MapRequest, SlotValue
-from tests.fakes import FakeModule, FakePlugin, OpenEngine, make_module, plan_for, weights_for
+from tests.fakes import (
+    FakeModule,
+    FakePlugin,
+    OpenEngine,
+    make_module,
+    plan_for,
+    weights_for,
+    with_plan,
+)
 
 CONFIG = Config()
 POOL = LayerType(name="POOL", interface="IPoolLayer", weights=(("values", "VALUES"),))
@@ -85,6 +93,17 @@ def test_an_offline_module_is_never_judged_by_a_call() -> None:
         choose(make_host(), "outputs", offline_module(), with_inputs=True)
     assert "It lacks a device." in info.value.hint
     assert "'weights'" in info.value.hint
+
+
+def test_a_report_tells_of_inputs_that_nothing_was_called_with() -> None:
+    pipeline, module = Pipeline(plugins=[FakePlugin()]), make_module()
+    offline = with_plan(OfflineModule(list(module.engines.values())))
+    compiled, weights = pipeline.load(offline), weights_for(offline, 5)
+    told = "inputs= were given and not used: It lacks a device."
+    assert told in pipeline.refit(compiled, weights, inputs=(torch.ones(2),)).report.notes
+    assert told not in pipeline.refit(compiled, weights).report.notes
+    given: Any = {"inputs": (torch.ones(2),), "verify": "weights"}  # who names it knows
+    assert told not in pipeline.refit(compiled, weights, **given).report.notes
 
 
 class LowModule(FakeModule):

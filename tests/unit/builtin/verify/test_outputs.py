@@ -145,7 +145,9 @@ def test_what_is_wrong_is_named() -> None:
     (shape,) = compare(t(1.0), t(1.0, 2.0), TOLERANCES).measures
     assert shape.note == "is float32 (1,), should be float32 (2,)"
     (value,) = compare("x" * 500, "y", TOLERANCES).measures
-    assert len(value.note) <= 200
+    assert len(value.note) <= 220
+    (lost,) = compare(torch.randn(50, 50), None, TOLERANCES).measures
+    assert lost.note == "is a tensor, float32 (50, 50), should be None"
 
 
 # -- numbers ----------------------------------------------------------------------------------
