@@ -112,6 +112,9 @@ def load_program(path: Path, *, verbose: bool = False) -> ExportedProgram:
         UnsupportedTargetError: It is missing, or holds no program that can be loaded.
     """
     check_readable(path, UnsupportedTargetError)
+    if path.is_dir():
+        message = f"{str(path)!r} is a folder, not the file of a program."
+        raise UnsupportedTargetError(message, hint=_EXPORT_HINT)
     if not path.is_file():
         raise UnsupportedTargetError(f"There is no file {str(path)!r}.")
     if not _looks_like_program(path):

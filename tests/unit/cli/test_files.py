@@ -143,9 +143,11 @@ def test_what_is_no_program(tmp_path: Path) -> None:
         with pytest.raises(UnsupportedTargetError, match="holds no program") as caught:
             load_program(path)
         assert "torch.export.save" in caught.value.hint
-    for missing in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(UnsupportedTargetError, match="There is no file"):
-            load_program(missing)
+    with pytest.raises(UnsupportedTargetError, match="There is no file"):
+        load_program(tmp_path / "missing")
+    with pytest.raises(UnsupportedTargetError, match="is a folder, not the file") as caught:
+        load_program(tmp_path)
+    assert "torch.export.save" in caught.value.hint
 
 
 def test_a_damaged_program_is_told_in_words(
