@@ -76,9 +76,7 @@ def open_weights(host: Host, weights: object, config: Config) -> WeightSource:
         raise SourceError(f"There is no file {str(weights)!r}.")
     if source is None:
         raise SourceError(
-            f"No plugin can read weights from {_shown(weights)}.",
-            hint="Pass a state_dict, an nn.Module, an ExportedProgram, or the path of a "
-            ".safetensors or torch.save file.",
+            f"No plugin can read weights from {_shown(weights)}.", hint=_what_is_read(weights)
         )
     return source
 
@@ -106,6 +104,25 @@ def require_unchanged(source: WeightSource) -> None:
             source.require_unchanged()
     if isinstance(source, MadeOf):
         require_unchanged(source.given)
+
+
+def _what_is_read(weights: object) -> str:
+    """What the built-in readers would have opened in place of this."""
+    if not isinstance(weights, Path):
+        return (
+            "Pass a state_dict, an nn.Module, an ExportedProgram, or the path of a .safetensors or "
+            "torch.save file."
+        )
+    if weights.is_dir():
+        return (
+            "A folder needs model, diffusion_pytorch_model or pytorch_model with the ending "
+            ".safetensors or .bin, or the index of such shards (.index.json after it), or "
+            ".metadata of a distributed checkpoint. Or pass the file that is meant."
+        )
+    return (
+        "Files are known by how their names end: .safetensors, .index.json of shards, and .pt, "
+        ".pth, .bin or .ckpt of torch.save. Rename it, or link to it under such a name."
+    )
 
 
 def _as_path(thing: Any) -> Any:

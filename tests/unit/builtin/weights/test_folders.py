@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from refitkit.builtin.weights import sharded
+from refitkit.builtin.weights import files, folders, sharded
+from refitkit.builtin.weights.distributed import METADATA
 from refitkit.builtin.weights.reading import Folder
+from refitkit.builtin.weights.sharded import SUFFIX
 from refitkit.errors import SourceError
 from refitkit.pipeline import Pipeline
 
@@ -103,8 +105,20 @@ def test_two_models_in_a_folder_are_not_chosen_from(tmp_path: Path) -> None:
 
 def test_a_folder_without_weights_is_nobodys(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(SourceError, match="No plugin can read"):
+    save_file(TENSORS, tmp_path / "model-00001-of-00002.safetensors")  # and no index
+    with pytest.raises(SourceError, match="No plugin can read") as info:
         opened(tmp_path)
+    assert all(stem in info.value.hint for stem in folders._STEMS)
+    assert all(said in info.value.hint for said in (SUFFIX, METADATA, "Or pass the file"))
+
+
+@pytest.mark.parametrize("name", ["w.th", "w.pth.tar", "w"])
+def test_a_file_of_an_unknown_name_is_nobodys(tmp_path: Path, name: str) -> None:
+    torch.save(TENSORS, tmp_path / name)
+    with pytest.raises(SourceError, match="No plugin can read") as info:
+        opened(tmp_path / name)
+    known = {*files._TORCH_SUFFIXES, ".safetensors", SUFFIX}
+    assert all(ending in info.value.hint for ending in known)
 
 
 # -- damaged ----------------------------------------------------------------------------------
