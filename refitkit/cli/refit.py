@@ -18,6 +18,7 @@ _FLAGS = {
     "missing": "--partial leaves slots as they are that the weights have nothing for",
     "non-finite": "--no-check-finite lets them in",
     "dtype": "--cast lossless, or --cast any, casts weights of other dtypes",
+    "a subtree has all names": "--subtree says which one is meant",
     "unexpected": "--rename and --subtree say what names become",
 }
 """What a flag of this command does about a kind of problem."""

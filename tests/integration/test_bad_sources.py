@@ -291,10 +291,10 @@ BAD: dict[str, Bad] = {
         {("epoch", "not a tensor"), ("lr", "not a tensor")},
     ),
     "a trainer's checkpoint": Bad(
-        file_of(lambda p: {"model": p.state, "optimizer": {}}),
-        SOURCE,
-        {("model", "not a tensor"), ("optimizer", "not a tensor")},
-        says="['model']",
+        file_of(lambda p: {"student": p.state, "teacher": p.state, "optimizer": {}}),
+        MISMATCH,
+        {("student.", "a subtree has all names"), ("teacher.", "a subtree has all names")},
+        says="rules.subtree",
     ),
     "a whole module": Bad(
         file_of(lambda _: CASE.model(1)), SOURCE, set(), says="runs no code from files"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 _SHOWN = 3
+_INSIDE = "a subtree has all names"
 
 
 class Names:
@@ -33,6 +34,9 @@ class Names:
 
     def problems(self, *, partial: bool) -> Iterator[Problem]:
         """Everything that is wrong, missing names last."""
+        if not partial and (subtrees := self._subtrees()):
+            yield from subtrees
+            return
         yield from self._unexpected()
         yield from self._misfits
         yield from self._broken_ties()
@@ -51,6 +55,19 @@ class Names:
         if isinstance(self._source, TensorMap):
             return self._source.doubtful(self._names, self._reads.wanted)
         return self._names
+
+    def _subtrees(self) -> list[Problem]:
+        """Prefixes of whole models, where the source has no name that the program has."""
+        if not self._names or not self._reads.known.isdisjoint(self._names):
+            return []
+        first = next(iter(self._reads.lacking(self._names)), "")
+        ends = tuple(f".{name}" for name in self._reads.names_of([first]) if name)
+        inside = {n.removesuffix(e) + "." for n in self._names for e in ends if n.endswith(e)}
+        return [
+            Problem(repr(prefix), _INSIDE, hint=f"set rules.subtree to {prefix!r}")
+            for prefix in sorted(inside)
+            if not self._reads.lacking(_without(prefix, self._names))
+        ]
 
     def _unexpected(self) -> Iterator[Problem]:
         known = self._reads.known
@@ -96,6 +113,10 @@ class Names:
         if self._reads.of_slots.isdisjoint(self._names):
             found = f"{len(self._names)} names, none of a slot"
             yield Problem(self._source.description, "nothing to refit", found)
+
+
+def _without(prefix: str, names: Iterable[str]) -> list[str]:
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
 
 def _differences(leaf: Leaf, info: TensorInfo, *, with_dtype: bool) -> Iterator[Problem]:

@@ -1,4 +1,4 @@
-"""Weights in what ``torch.save`` wrote of a state_dict.
+"""Weights in what ``torch.save`` wrote of a state_dict, or of a dictionary with some in it.
 
 Since torch 1.6 that is a zip file whose records are the bytes of storages, and a pickle, which
 ``torch.load`` reads with ``weights_only=True``: nothing in it is run. It is loaded without data
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from refitkit.builtin.weights.nesting import flattened
 from refitkit.builtin.weights.reading import OpenFile
 from refitkit.errors import Problem, SourceError
 from refitkit.model import TensorInfo
@@ -61,7 +62,7 @@ def open_torch_file(path: Path) -> WeightSource:
         raise SourceError(f"{what} cannot be read: {exc}.") from exc
     _require_readable(file, what)
     placed = _without_data(file)
-    state = _load(file, what, "cpu") if placed is None else placed
+    state = flattened(_load(file, what, "cpu"), what) if placed is None else placed
     _require_state_dict(state, what)
     file.require_unchanged()
     return TensorMap(state, what) if placed is None else TorchFile(file, placed, what)
@@ -117,13 +118,13 @@ class TorchFile:
 
 
 def _without_data(file: OpenFile) -> Any:
-    """What a file holds, on the device ``meta``; None where it has to be read as a whole."""
+    """What a file holds, flat, on the device ``meta``; None where it has to be read as a whole."""
     try:
         with _stream(file) as stream, zipfile.ZipFile(stream) as archive:
             records = _records(file, archive)
             if records is None or not _lie_in_order(archive):
                 return None
-        found = _load(file, "", "meta")
+        found = flattened(_load(file, "", "meta"), "")
     except Exception:  # noqa: BLE001 - the one who reads all of it will say what is wrong
         return None
     values = found.values() if isinstance(found, Mapping) else ()
@@ -280,7 +281,7 @@ def _require_state_dict(state: Any, what: str) -> None:
     if not isinstance(state, Mapping):
         raise SourceError(f"{what} holds a {type(state).__name__}, not a state_dict.")
     problems = [
-        Problem(str(name), "not a tensor", _shown(value), hint=_nested_hint(name, value))
+        Problem(str(name), "not a tensor", _shown(value))
         for name, value in state.items()
         if not isinstance(name, str)
         or (not isinstance(value, torch.Tensor) and name.rpartition(".")[2] != "_extra_state")
@@ -293,9 +294,3 @@ def _require_state_dict(state: Any, what: str) -> None:
 def _shown(value: object) -> str:
     size = f" of {len(value)} entries" if isinstance(value, Mapping) else ""
     return f"a {type(value).__name__}{size}"
-
-
-def _nested_hint(name: object, value: object) -> str:
-    if isinstance(value, Mapping) and any(isinstance(v, torch.Tensor) for v in value.values()):
-        return f"a state_dict may be inside: pass torch.load(path, weights_only=True)[{name!r}]"
-    return ""

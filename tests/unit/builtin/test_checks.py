@@ -68,6 +68,7 @@ def kinds(found: list[Problem]) -> list[tuple[str, str]]:
 W, B = make_slot("w", (2, 3)), make_slot("b", (2,), "bfloat16")
 UNUSED = Leaf(fqn="steps", kind=LeafKind.BUFFER, dtype="int64", shape=(), used=False)
 PLAN = make_plan([recipe_row(W), recipe_row(B)], leaves=[leaf_for(W), leaf_for(B), UNUSED])
+WHOLE = "a subtree has all names"
 GOOD: dict[str, Any] = {"w": torch.ones(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
 
 
@@ -166,10 +167,32 @@ def test_suggestions_are_looked_for_a_few_times_only(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(strangers, "get_close_matches", counted)
     plan = make_plan([recipe_row(make_slot(f"layers.{n}.weight")) for n in range(200)])
-    weights = {f"module.layers.{n}.weight": torch.ones(2) for n in range(200)}
-    found = problems(weights, plan)
-    assert len(found) == 400
+    weights = {f"module.layers.{n}.weight": torch.ones(2) for n in range(1, 200)}
+    found = problems(weights, plan)  # of a whole model under a prefix that alone would be told
+    assert len(found) == 399
     assert len(calls) <= SHOWN_PROBLEMS
+
+
+def test_whole_models_under_prefixes_are_told_and_nothing_else() -> None:
+    part = dict(list(GOOD.items())[1:])
+    trees = {"best.net.": GOOD, "last.": GOOD, "part.": part}
+    given = {prefix + name: value for prefix, tree in trees.items() for name, value in tree.items()}
+    found = problems(given)
+    assert kinds(found) == [("'best.net.'", WHOLE), ("'last.'", WHOLE)]
+    assert [p.hint for p in found] == [
+        "set rules.subtree to 'best.net.'",
+        "set rules.subtree to 'last.'",
+    ]
+
+
+def test_a_model_of_which_a_name_is_there_is_not_looked_for_elsewhere() -> None:
+    name, value = next(iter(GOOD.items()))
+    given = {**{f"net.{n}": v for n, v in GOOD.items()}, name: value}
+    assert {kind for _, kind in kinds(problems(given))} <= {"unexpected", "missing"}
+    assert {kind for _, kind in kinds(problems({f"part.{name}": value}))} == {
+        "unexpected",
+        "missing",
+    }
 
 
 def test_what_a_state_dict_would_not_hold_is_never_unexpected() -> None:

@@ -72,6 +72,22 @@ def test_subtree(refit: Callable[..., Outcome], plugin: Opener) -> None:
     assert holds(plugin, wanted)
 
 
+def test_a_trainers_checkpoint(run: Callable[..., Outcome], plugin: Opener, tmp_path: Path) -> None:
+    file, wanted = tmp_path / "trainer.ckpt", new(plugin)
+    state = {f"net.{name}": value for name, value in wanted.items()}
+    steps = {"state": {0: {"step": torch.ones(1)}}, "param_groups": [{"lr": 0.1}]}
+    torch.save({"state_dict": state, "optimizer": steps, "epoch": 1}, file)
+    args = ("refit", "fake:module", file, "-o", tmp_path / "out", "--json")
+    refused = run(*args, plugins=[plugin])
+    assert refused.code == 1
+    (problem,) = refused.error["problems"]
+    assert problem["subject"] == "'state_dict.net.'"
+    assert "--subtree" in refused.error["hint"]
+    done = run(*args, "--subtree", "state_dict.net.", plugins=[plugin])
+    assert done.code == 0, done.err
+    assert holds(plugin, wanted)
+
+
 def test_cast(refit: Callable[..., Outcome], plugin: Opener) -> None:
     wanted = new(plugin)
     half = {name: value.half() for name, value in wanted.items()}

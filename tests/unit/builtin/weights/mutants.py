@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
 from refitkit.errors import SourceError
 from refitkit.pipeline import Pipeline
@@ -59,13 +60,23 @@ def originals() -> dict[str, bytes]:
         "mask": torch.tensor([True, False]),
     }
     whole = {name: value.contiguous() for name, value in state.items()}
-    new, old = io.BytesIO(), io.BytesIO()
+    trained = {
+        "state_dict": {"a": {"weight": state["a.weight"], "bias": state["a.bias"]}, "b": base.t()},
+        "ema": {"a.weight": state["c.v"], "steps": 3},
+        "optimizer": {"state": {0: {"step": state["e"]}}, "param_groups": [{"lr": 0.1}]},
+        "scale": state["d"],
+        "epoch": 7,
+        "losses": [0.5, torch.ones(2)],
+    }
+    new, old, nested = io.BytesIO(), io.BytesIO(), io.BytesIO()
     torch.save(state, new)
+    torch.save(trained, nested)
     torch.save(whole, old, _use_new_zipfile_serialization=False)
     return {
         "safetensors": safetensors.torch.save(whole),
         "zip": new.getvalue(),
         "legacy": old.getvalue(),
+        "nested": nested.getvalue(),
     }
 
 
@@ -75,11 +86,12 @@ def originals() -> dict[str, bytes]:
 def mutant(number: int) -> tuple[str, bytes]:
     """The format of a mutant, and its bytes."""
     drawn = random.Random(number)  # noqa: S311 - no secret
-    kind = drawn.choice(["safetensors", "safetensors", "zip", "zip", "zip", "legacy"])
+    kind = drawn.choice(["safetensors"] * 2 + ["zip"] * 3 + ["legacy", "nested"])
     edit: Callable[[random.Random, bytes], bytes] = {
         "safetensors": _header_edited,
         "zip": _packed_again,
         "legacy": _damaged,
+        "nested": _packed_again,
     }[kind]
     if drawn.random() < 0.4:
         edit = _damaged
@@ -275,9 +287,27 @@ def _theirs(kind: str, content: bytes) -> Found:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if any(isinstance(value, dict) for value in state.values()):
+            state = _flat(state)
         if not all(isinstance(value, torch.Tensor) for value in state.values()):
             raise TypeError("no state_dict")
     return {name: _known(value) for name, value in state.items()}
+
+
+def _flat(state: dict[Any, Any]) -> dict[str, torch.Tensor]:
+    """Tensors under the names of torch's own checkpoints, but those that are reached by numbers."""
+    flat, paths = flatten_state_dict(state)
+    made = {name: value for name, value in flat.items() if isinstance(value, torch.Tensor)}
+    return {name: value for name, value in made.items() if not _has_number(state, paths[name])}
+
+
+def _has_number(state: Any, path: tuple[Any, ...]) -> bool:
+    """Whether one of the containers on a path is a list or has keys that are no strings."""
+    for key in path:
+        if not isinstance(state, dict) or not all(isinstance(known, str) for known in state):
+            return True
+        state = state[key]
+    return False
 
 
 def _known(value: torch.Tensor) -> tuple[Any, ...]:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save, save_file
 from torch.serialization import LoadEndianness
 
+from refitkit.builtin.weights.torch_files import TorchFile
 from refitkit.errors import SourceError
 from refitkit.pipeline import Pipeline
 from refitkit.program.bits import same_bits
@@ -408,14 +409,80 @@ def test_no_code_of_a_file_is_run(tmp_path: Path, how: str) -> None:
     assert "safetensors" in info.value.hint
 
 
-def test_a_nested_state_dict_is_pointed_at(tmp_path: Path) -> None:
-    state = {"model": {"w": torch.ones(1)}, "epoch": 3, "optimizer": {"lr": 0.1}}
-    with pytest.raises(SourceError) as info:
-        opened(file_of(tmp_path, "checkpoint.pt", saved(state)))
-    hints = {p.subject: p.hint for p in info.value.problems}
-    assert hints.keys() == {"model", "epoch", "optimizer"}
-    assert "['model']" in hints["model"]
-    assert hints["optimizer"] == ""
+TRAINED = {
+    "state_dict": {f"model.{name}": value for name, value in TENSORS.items()},
+    "ema": {
+        "deep": {"w": torch.ones(2).t()},
+        "steps": 3,
+        "child._extra_state": {"w": torch.ones(1)},
+    },
+    "optimizer": {"state": {0: {"step": torch.ones(1)}}, "param_groups": [{"lr": 0.1}]},
+    "scale": torch.ones(1),
+    "losses": [torch.ones(1)],
+    "epoch": 3,
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_trainers_file_has_the_names_of_a_distributed_checkpoint(
+    tmp_path: Path, zipped: bool
+) -> None:
+    content = saved(TRAINED, _use_new_zipfile_serialization=zipped)
+    wanted = {f"state_dict.model.{name}": value for name, value in TENSORS.items()}
+    wanted |= {"ema.deep.w": torch.ones(2), "scale": torch.ones(1)}
+    source = opened(file_of(tmp_path, "trainer.ckpt", content))
+    assert_holds(source, wanted)
+    assert isinstance(source, TorchFile) == zipped
+
+
+def test_tensors_of_a_trainers_file_are_read_when_they_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {"model": {"w": torch.ones(4096)}, "optimizer": {"state": {0: torch.ones(4096)}}}
+    path = file_of(tmp_path, "trainer.ckpt", saved(state))
+    read = read_from(monkeypatch)
+    source = opened(path)
+    assert sum(count for _, count in read) < 4096
+    read.clear()
+    assert source.get("model.w").tolist() == [1] * 4096
+    assert [count for _, count in read] == [4 * 4096]
+
+
+def test_a_trainers_file_with_odd_tensors_is_read_as_a_whole(tmp_path: Path) -> None:
+    state = {"model": {"w": torch.ones(2), "odd": torch.ones(2, 2).to_sparse()}}
+    source = opened(file_of(tmp_path, "trainer.ckpt", saved(state)))
+    assert source.get("model.w").tolist() == [1, 1]
+    assert "sparse" in source.info("model.odd").unusable
+
+
+def test_names_that_are_the_same_when_keys_are_joined(tmp_path: Path) -> None:
+    one = torch.ones(1)
+    state = {"a": {"b.c": one, "d": one}, "a.b": {"c": one}, "a.d": one, "e": {"f": one}}
+    with pytest.raises(SourceError, match="several tensors of one name") as info:
+        opened(file_of(tmp_path, "w.pt", saved(state)))
+    found = {(problem.subject, problem.kind) for problem in info.value.problems}
+    assert found == {("a.b.c", "given twice"), ("a.d", "given twice")}
+
+
+@pytest.mark.parametrize("how", ["itself", "deep", "shared"])
+def test_a_file_that_is_nested_without_end(tmp_path: Path, how: str) -> None:
+    state: dict[str, Any] = {"w": torch.ones(1)}
+    if how == "itself":
+        state["more"] = state
+    for _ in range(15 if how == "shared" else 17):
+        state = dict.fromkeys("abcdefgh" if how == "shared" else "a", state)
+    with pytest.raises(SourceError, match="nested too deeply, or has too many names"):
+        opened(file_of(tmp_path, "w.pt", saved(state)))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"epoch": 3}, {"optimizer": {"lr": 0.1}}, {"optimizer": {0: torch.ones(1)}}, {"s": [1]}],
+)
+def test_a_flat_state_dict_has_nothing_but_tensors(tmp_path: Path, more: dict[str, Any]) -> None:
+    with pytest.raises(SourceError, match="more than the tensors") as info:
+        opened(file_of(tmp_path, "w.pt", saved({"w": torch.ones(1), **more})))
+    assert [problem.subject for problem in info.value.problems] == list(more)
 
 
 def test_keys_that_are_no_names(tmp_path: Path) -> None:
