@@ -34,7 +34,7 @@ class Names:
 
     def problems(self, *, partial: bool) -> Iterator[Problem]:
         """Everything that is wrong, missing names last."""
-        if not partial and (subtrees := self._subtrees()):
+        if subtrees := self._subtrees():
             yield from subtrees
             return
         yield from self._unexpected()

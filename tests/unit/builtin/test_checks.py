@@ -179,6 +179,7 @@ def test_whole_models_under_prefixes_are_told_and_nothing_else() -> None:
     given = {prefix + name: value for prefix, tree in trees.items() for name, value in tree.items()}
     found = problems(given)
     assert kinds(found) == [("'best.net.'", WHOLE), ("'last.'", WHOLE)]
+    assert problems(given, partial=True) == found
     assert [p.hint for p in found] == [
         "set rules.subtree to 'best.net.'",
         "set rules.subtree to 'last.'",
