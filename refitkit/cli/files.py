@@ -150,7 +150,7 @@ def load_inputs(pipeline: Pipeline, path: Path | None) -> Inputs | None:
 
     Raises:
         SourceError: The file cannot be read.
-        ConfigError: It is empty, or positions are missing.
+        ConfigError: It is empty, positions are missing, or inputs are nested.
     """
     if path is None:
         return None
@@ -162,6 +162,8 @@ def load_inputs(pipeline: Pipeline, path: Path | None) -> Inputs | None:
     if positions != list(range(len(positions))):
         raise ConfigError(f"Positional inputs are to be 0, 1, ... without gaps, not {positions}.")
     keywords = [name for name in source.names() if not _is_position(name)]
+    if dotted := [name for name in keywords if "." in name]:
+        raise ConfigError(f"Inputs are to be tensors, not mappings of them: {dotted}.")
     args = tuple(source.get(str(position)) for position in positions)
     return args, {name: source.get(name) for name in keywords}
 

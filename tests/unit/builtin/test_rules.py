@@ -288,11 +288,17 @@ def test_rules_that_cannot_be_meant_are_refused(rules: dict[str, Any], said: str
 
 
 @pytest.mark.parametrize(
-    ("subtree", "hint"), [("modle.", "names begin with 'model'"), ("model", "'model.' is meant")]
+    ("subtree", "hint"),
+    [
+        ("modle.", "names begin with 'model'"),
+        ("model", "'model.' is meant"),
+        ("net.", "'model.net.' is meant"),
+        ("a.", "'model.net.a.' is meant"),
+    ],
 )
 def test_a_subtree_that_fits_no_names(subtree: str, hint: str) -> None:
     scene = Scene(subtree=subtree)
     with pytest.raises(WeightMismatchError, match="subtree") as info:
-        scene.refit({f"model.{name}": value for name, value in NEW.items()})
+        scene.refit({f"model.net.{name}": value for name, value in NEW.items()})
     (problem,) = info.value.problems
     assert (problem.subject, problem.hint) == (repr(subtree), hint)

@@ -127,6 +127,12 @@ def test_programs_are_loaded_whatever_their_name(tmp_path: Path, name: str) -> N
     assert loaded.module()(torch.ones(2)).tolist() == [2.0, 2.0]
 
 
+def test_inputs_that_are_nested_are_no_keywords(tmp_path: Path) -> None:
+    torch.save({"x": {"a": torch.ones(1)}}, tmp_path / "inputs.pt")
+    with pytest.raises(ConfigError, match=r"\['x\.a'\]"):
+        load_inputs(Pipeline(), tmp_path / "inputs.pt")
+
+
 class Bomb:
     def __reduce__(self) -> tuple[object, ...]:
         return os._exit, (77,)
