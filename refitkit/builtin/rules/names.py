@@ -100,9 +100,7 @@ def _require_inside(subtree: str, names: Collection[str]) -> None:
         more = f" and {len(begin) - _SHOWN} more" if len(begin) > _SHOWN else ""
         hint = f"names begin with {', '.join(map(repr, begin[:_SHOWN]))}{more}"
         within = {n.partition(f".{subtree}")[0] for n in names if f".{subtree}" in n}
-        if (
-            subtree.endswith(".") and len(within) == 1
-        ):  # a trainer's {"state_dict": {"model.weight": ...}}
+        if subtree.endswith(".") and len(within) == 1:  # {"state_dict": {"model.weight": ...}}
             hint = f"{f'{within.pop()}.{subtree}'!r} is meant"
         raise WeightMismatchError(
             "The rule subtree fits no names.",
