@@ -140,6 +140,7 @@ class CompiledModule:
 
         Raises:
             ModuleLostError: A rollback failed earlier: nobody knows its weights.
+            RefitError: It cannot be written there; says why.
         """
         with self.gate.call():
             self._verbs.save(self, path)
