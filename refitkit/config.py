@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -10,11 +11,13 @@ from pydantic import Field, ValidationError, field_validator
 
 from refitkit.errors import ConfigError, Problem
 from refitkit.model.base import Frozen
-from refitkit.model.rules import Rules
+from refitkit.model.rules import Pack, Rename, Rules
 from refitkit.model.slot import ITEM_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
+
+    from pydantic_core import ErrorDetails
 
 Bound = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 NO_PLUGIN_VARIABLE = "REFITKIT_NO_PLUGIN"
@@ -112,15 +115,7 @@ class Config(Frozen):
         try:
             return cls.model_validate(settings)
         except ValidationError as exc:
-            problems = [
-                Problem(
-                    subject=".".join(map(str, error["loc"])) or "config",
-                    kind=error["type"].replace("_", " "),
-                    found=repr(error["input"]),
-                    hint=error["msg"],
-                )
-                for error in exc.errors()
-            ]
+            problems = [_problem(error) for error in exc.errors()]
             raise ConfigError("These settings cannot be used.", problems=problems) from exc
 
     def switched_off(self) -> frozenset[str]:
@@ -132,3 +127,27 @@ class Config(Frozen):
         """Where plans are kept: as the settings say, else the environment; None: nowhere."""
         named = os.environ.get(PLAN_CACHE_VARIABLE, "").strip()
         return self.plan_cache or (Path(named) if named else None)
+
+
+def _problem(error: ErrorDetails) -> Problem:
+    """What is wrong with one setting, without the words of the library that found it."""
+    where, found = tuple(map(str, error["loc"])), repr(error["input"])
+    name = ".".join(where) or "config"
+    if error["type"] == "extra_forbidden":
+        near = get_close_matches(where[-1], _fields_at(where[:-1]), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else ""
+        return Problem(name, "no such setting", found, hint=hint)
+    kind = "unusable" if error["type"] == "value_error" else error["type"].replace("_", " ")
+    return Problem(name, kind, found, hint=error["msg"].removeprefix("Value error, "))
+
+
+def _fields_at(where: tuple[str, ...]) -> Iterable[str]:
+    """Names of the settings there: of ``Config``, of its rules, of one of these."""
+    known: dict[tuple[str, ...], type[Frozen]] = {
+        (): Config,
+        ("rules",): Rules,
+        ("rules", "rename"): Rename,
+        ("rules", "pack"): Pack,
+    }
+    model = known.get(where[:2])
+    return () if model is None else model.model_fields

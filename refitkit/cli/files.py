@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path, PurePath
@@ -74,9 +75,18 @@ def check_output(path: Path, *inputs: str | Path | None, folders: bool = False) 
         raise RefitError(f"{what}: its folder is not yours to write to.")
     if path.exists() and not os.access(path, os.W_OK):
         raise RefitError(f"{what}: it is write-protected.", hint="Write to another file.")
+    _try(folder, what)
     for other in inputs:
         if other is not None and path.exists() and Path(other).exists() and path.samefile(other):
             raise click.UsageError(f"{str(path)!r} is read by this command: write to another file.")
+
+
+def _try(folder: Path, what: str) -> None:
+    """Make a file that has no name: the rights of a folder do not say all, of /proc for one."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as exc:
+        raise RefitError(f"{what}: no file can be made in {str(folder)!r}.") from exc
 
 
 def check_module_folder(pipeline: Pipeline, path: Path) -> None:

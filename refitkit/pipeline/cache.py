@@ -198,7 +198,7 @@ class PlanCache:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             plan.save(path)
-        except OSError as exc:
+        except (OSError, RefitError) as exc:
             self._tell(f"the plan cannot be kept for the next time: {exc}")
         else:
             self._tell(f"the plan is kept for the next time: {path}")

@@ -89,6 +89,18 @@ class CompiledModule:
         slots = sum(len(engine.slots) for engine in self.engines.values())
         return f"<CompiledModule {self.backend}, {slots} slots, weights version {self.version}>"
 
+    def __reduce_ex__(self, protocol: object) -> Any:
+        """Neither pickled nor copied by ``copy``: it holds machine code, and engines in memory.
+
+        Raises:
+            TypeError: Always; says what to do instead.
+        """
+        raise TypeError(
+            "A CompiledModule can be neither pickled nor copied with the module copy. To keep it: "
+            "compiled.save(path), and refitkit.load(path). For a second one with other weights: "
+            "refitkit.refit(compiled, weights, copy=True)."
+        )
+
     @property
     def opened(self) -> OpenedModule:
         """What the backend handed over."""
@@ -140,6 +152,7 @@ class CompiledModule:
 
         Raises:
             ModuleLostError: A rollback failed earlier: nobody knows its weights.
+            RefitError: It cannot be written there; says why.
         """
         with self.gate.call():
             self._verbs.save(self, path)

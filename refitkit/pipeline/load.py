@@ -10,6 +10,7 @@ from refitkit.pipeline.clock import Clock
 from refitkit.pipeline.origin import Origin
 from refitkit.pipeline.saved import handle_on
 from refitkit.pipeline.tools import tools_for
+from refitkit.pipeline.unopened import kind_of
 from refitkit.protocols import KeepsMade, MadeOf, MayChange, WeightSource
 
 if TYPE_CHECKING:
@@ -49,6 +50,10 @@ def open_target(host: Host, target: object, config: Config, tools: Tools) -> Ope
     if opened is None and _is_missing_file(target):
         raise UnsupportedTargetError(f"There is no file {str(target)!r}.")
     if opened is None:
+        kind = kind_of(target)
+        if kind and kind.as_module:
+            message = f"{_shown(target)} is {kind.what}."
+            raise UnsupportedTargetError(_capital(message), hint=kind.as_module)
         raise UnsupportedTargetError(
             f"No plugin can open {_shown(target)}.",
             hint="`refitkit plugins` lists them; `refitkit doctor` says what is possible here.",
@@ -75,6 +80,10 @@ def open_weights(host: Host, weights: object, config: Config) -> WeightSource:
     if source is None and _is_missing_file(weights):
         raise SourceError(f"There is no file {str(weights)!r}.")
     if source is None:
+        kind = kind_of(weights)
+        if kind and kind.as_weights:
+            message = f"{_shown(weights)} is {kind.what}, and no weights."
+            raise SourceError(_capital(message), hint=kind.as_weights)
         raise SourceError(
             f"No plugin can read weights from {_shown(weights)}.", hint=_what_is_read(weights)
         )
@@ -139,6 +148,10 @@ def _exists(name: str | Path) -> bool:
         return Path(name).exists()
     except (OSError, ValueError):  # too long a name, or one that no file can have
         return False
+
+
+def _capital(message: str) -> str:
+    return f"{message[0].upper()}{message[1:]}"
 
 
 def _shown(thing: object) -> str:

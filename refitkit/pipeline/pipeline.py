@@ -16,7 +16,7 @@ from refitkit.pipeline.making import Making
 from refitkit.pipeline.refit import Wish
 from refitkit.pipeline.restore import Back, as_ways
 from refitkit.pipeline.saved import copy_of, save_module
-from refitkit.pipeline.settings import require_plugins
+from refitkit.pipeline.settings import require_list, require_plugins
 from refitkit.pipeline.tasks import refit_task, refit_tasks, return_task, run_tasks
 from refitkit.pipeline.transform import transformed
 
@@ -52,9 +52,10 @@ class Pipeline:
             plugins: Plugins beside the built-in and installed ones; they win over both.
 
         Raises:
-            ConfigError: A setting does not exist or has a wrong type.
+            ConfigError: A setting does not exist or has a wrong type, or plugins are no list.
             PluginError: A plugin cannot be registered; names it.
         """
+        require_list(plugins)
         self.config = Config.of(config)
         self.host: Host = make_host(self.config, plugins)
         require_plugins(self.config, self.host)

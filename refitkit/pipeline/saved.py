@@ -14,6 +14,7 @@ from refitkit.pipeline.held import Held
 from refitkit.pipeline.overrides import overridden_as, overridden_in
 from refitkit.program import KeptProgram
 from refitkit.recipe import RefitPlan
+from refitkit.recipe.archive import saying_why
 
 if TYPE_CHECKING:
     from refitkit.host import Host
@@ -29,8 +30,9 @@ OVERRIDDEN = "overridden.json"
 def save_module(host: Host, compiled: CompiledModule, path: str | Path) -> None:
     """Write a module with its plan and program; see ``Pipeline.save``."""
     attachments = _attachments_of(compiled)
-    with Clock(host, "save").stage("save"):
-        compiled.opened.save(Path(path), attachments)
+    path = Path(path)
+    with Clock(host, "save").stage("save"), saying_why(path):
+        compiled.opened.save(path, attachments)
 
 
 def _attachments_of(compiled: CompiledModule) -> dict[str, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from refitkit.errors import ConfigError, Problem
@@ -9,6 +10,19 @@ from refitkit.errors import ConfigError, Problem
 if TYPE_CHECKING:
     from refitkit.config import Config
     from refitkit.host import Host
+
+
+def require_list(plugins: object) -> None:
+    """Check that plugins are given as a list, also one alone.
+
+    Raises:
+        ConfigError: They are not.
+    """
+    if isinstance(plugins, str) or not isinstance(plugins, Iterable):
+        raise ConfigError(
+            f"Plugins are given as a list, not as a {type(plugins).__name__}.",
+            hint="Pipeline(plugins=[plugin]), also of a single one.",
+        )
 
 
 def require_plugins(config: Config, host: Host) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from refitkit.errors import EngineError, raised_as
 from refitkit.model import EngineMemory
+from refitkit.pipeline.blame import require_sound
 from refitkit.protocols import SupportsOverwrite, SupportsPartial
 
 if TYPE_CHECKING:
@@ -44,13 +45,18 @@ class Staged:
 
         Raises:
             EngineError: One failed; names it.
+            PluginError: A strategy's value failed; names the strategy and the slot.
         """
         by_engine: dict[str, list[SlotValue]] = defaultdict(list)
         for (engine, _), value in values.items():
             by_engine[engine].append(value)
         for name, some in by_engine.items():
             with raised_as(EngineError, f"The engine {name!r} failed to stage"):
-                staged = self._stage(name, some, partial=partial, overwrite=overwrite)
+                try:
+                    staged = self._stage(name, some, partial=partial, overwrite=overwrite)
+                except Exception as exc:
+                    require_sound(some, exc)
+                    raise
             self._waiting.append((name, staged))
 
     def _stage(

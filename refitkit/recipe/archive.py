@@ -7,6 +7,7 @@ against the file's before anything is read, and CRCs while it is read.
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -14,6 +15,8 @@ import struct
 import zipfile
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Self
+
+from refitkit.errors import RefitError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -135,7 +138,12 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
     It lies beside ``path`` under another name until then, so a crash leaves the old file or the
     new one, never a mixture.
+
+    Raises:
+        OSError: It cannot be written; ``saying_why`` makes a typed error of it.
     """
+    if path.is_dir():  # told before the work, and not when it is done
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
     try:
         with beside.open("xb") as file:
@@ -147,6 +155,35 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def saying_why(path: Path) -> Iterator[None]:
+    """Turn the errors of writing a file into a typed one about the path that the user gave.
+
+    Raises:
+        RefitError: It cannot be written; says why, and what to do.
+    """
+    if not path.name or "\0" in str(path):
+        raise RefitError(f"{str(path)!r} cannot be written: it is no name of a file.")
+    try:
+        yield
+    except OSError as exc:
+        why, hint = _why(path, exc)
+        raise RefitError(f"{str(path)!r} cannot be written: {why}.", hint=hint) from exc
+
+
+def _why(path: Path, exc: OSError) -> tuple[str, str]:
+    """What keeps a file from being written, and what to do."""
+    if isinstance(exc, IsADirectoryError):
+        return "it is a folder", "Name a file."
+    if isinstance(exc, FileNotFoundError | NotADirectoryError):
+        if not path.parent.is_dir():
+            return f"there is no folder {str(path.parent)!r}", "Make it first."
+        return f"no file can be made in {str(path.parent)!r}", "Write to another folder."
+    if isinstance(exc, PermissionError):
+        return "its folder is not yours to write to", "Write to another folder."
+    return exc.strerror or str(exc) or type(exc).__name__, ""
 
 
 def _sync_folder(folder: Path) -> None:

@@ -23,7 +23,7 @@ from refitkit.model import (
 from refitkit.program.dtypes import dtype_of
 from refitkit.protocols import SlotValue, WeightSource
 from refitkit.recipe import store
-from refitkit.recipe.archive import replacing
+from refitkit.recipe.archive import replacing, saying_why
 from refitkit.recipe.sources import TensorMap
 from refitkit.recipe.ties import broken_ties
 from refitkit.recipe.values import Values
@@ -264,8 +264,13 @@ class RefitPlan:
         return cls(data, pinned, opener)
 
     def save(self, path: str | Path) -> None:
-        """Write a plan file: beside ``path``, then renamed."""
-        with replacing(Path(path)) as file:
+        """Write a plan file: beside ``path``, then renamed.
+
+        Raises:
+            RefitError: It cannot be written there; says why.
+        """
+        path = Path(path)
+        with saying_why(path), replacing(path) as file:
             file.write(self.to_bytes())
 
     @classmethod

@@ -49,7 +49,7 @@ def test_weights_that_are_no_program_are_refused() -> None:
 def test_modules_without_engines_are_refused() -> None:
     """The reference gives an uncompiled module back."""
     case = CASES["odd"]
-    with pytest.raises(refitkit.UnsupportedTargetError, match="No plugin can open"):
+    with pytest.raises(refitkit.UnsupportedTargetError, match="an eager module"):
         compat.refit_module_weights(torch.nn.Identity(), case.program(1))
 
 

@@ -118,3 +118,34 @@ def test_plans_are_kept_where_the_settings_say_or_else_the_environment(
     monkeypatch.setenv(PLAN_CACHE_VARIABLE, "/from/environment")
     assert Config().cache_folder() == Path("/from/environment")
     assert Config.of({"plan_cache": "/from/settings"}).cache_folder() == Path("/from/settings")
+
+
+@pytest.mark.parametrize(
+    ("settings", "subject", "near"),
+    [
+        ({"rule": {}}, "rule", "rules"),
+        ({"rules": {"subtre": "a"}}, "rules.subtre", "subtree"),
+        (
+            {"rules": {"pack": [{"into": "a", "parts": ["b"], "dims": 1}]}},
+            "rules.pack.0.dims",
+            "dim",
+        ),
+    ],
+)
+def test_a_setting_that_does_not_exist_is_told_with_what_may_be_meant(
+    settings: dict[str, object], subject: str, near: str
+) -> None:
+    with pytest.raises(ConfigError) as info:
+        Config.of(settings)
+    problem = next(p for p in info.value.problems if p.subject == subject)
+    assert problem.kind == "no such setting"
+    assert problem.hint == f"did you mean {near!r}?"
+
+
+def test_messages_have_no_words_of_the_library() -> None:
+    with pytest.raises(ConfigError) as info:
+        Config.of({"tolerances": {"float23": (0.0, 0.0)}, "xyzzy": 1})
+    assert "Value error" not in str(info.value)
+    assert "value error" not in str(info.value)
+    assert "Extra inputs" not in str(info.value)
+    assert "there are no dtypes float23" in str(info.value)

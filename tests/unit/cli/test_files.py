@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import click
 import pytest
@@ -27,9 +27,6 @@ from refitkit.errors import (
     UnsupportedTargetError,
 )
 from refitkit.pipeline import Pipeline
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 class Net(torch.nn.Module):
@@ -90,14 +87,18 @@ def test_what_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         check_output(tmp_path / "out")
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder where nobody can write")
+def test_a_folder_whose_rights_do_not_say_all() -> None:
+    with pytest.raises(RefitError, match=r"'/proc/out' cannot be written: .*('/proc'|not yours)"):
+        check_output(Path("/proc/out"))
+
+
 def test_devices_are_not_replaced() -> None:
     with pytest.raises(RefitError, match="folder or a device"):
         check_output(_null())
 
 
 def _null() -> Path:
-    from pathlib import Path
-
     return Path(os.devnull)
 
 

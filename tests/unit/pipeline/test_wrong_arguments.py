@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -137,3 +139,16 @@ def test_a_reference_without_inputs(scene: Scene) -> None:
             action()
         assert "inputs=" in info.value.hint
     scene.require_unchanged()
+
+
+@pytest.mark.parametrize("act", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_module_is_not_copied_or_pickled(act: Any, scene: Scene) -> None:
+    with pytest.raises(TypeError, match=r"compiled\.save\(path\).*copy=True"):
+        act(scene.compiled)
+    scene.require_unchanged()
+
+
+@pytest.mark.parametrize("plugins", [FakePlugin(), None, "name"])
+def test_plugins_that_are_no_list(plugins: Any) -> None:
+    with pytest.raises(ConfigError, match=r"plugins=\[plugin\]"):
+        Pipeline(plugins=plugins)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from refitkit.errors import RefitError
 from refitkit.recipe import Archive, ArchiveError, RefitPlan, write_archive
-from refitkit.recipe.archive import replacing
+from refitkit.recipe.archive import replacing, saying_why
 from tests.fakes import make_module, plan_for
 
 MEMBERS = {"a": b"first", "b/c": b"second"}
@@ -183,3 +184,56 @@ def test_a_plan_that_cannot_be_written_leaves_the_old_one(
         plan_for(make_module(2)).save(path)
     assert RefitPlan.load(path).data == old.data
     assert names(tmp_path) == ["plan"]
+
+
+# -- saying why ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("missing/x", r"there is no folder '.*missing'\.\nMake it first\."),
+        ("file/x", r"there is no folder '.*file'"),
+        ("folder", r"it is a folder\.\nName a file\."),
+        ("x" * 300, "File name too long"),
+        ("a\0b", "it is no name of a file"),
+    ],
+)
+def test_what_cannot_be_written_is_told_by_the_name_that_was_given(
+    tmp_path: Path, name: str, why: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("x")
+    path = tmp_path / name
+    with pytest.raises(RefitError, match=why) as info, saying_why(path), replacing(path) as file:
+        file.write(b"new")
+    assert info.value.message.startswith(f"{str(path)!r} cannot be written: ")
+    assert ".part" not in str(info.value)
+    assert {one.name for one in tmp_path.rglob("*")} == {"folder", "file"}
+
+
+def test_rights_and_other_errors_are_told() -> None:
+    for error, why in (
+        (PermissionError(13, "Permission denied", "x.part"), "not yours to write to"),
+        (FileNotFoundError(2, "No such file", "x.part"), r"no file can be made in '\.'"),
+        (OSError("the disk is gone"), "the disk is gone"),
+    ):
+        with (
+            pytest.raises(RefitError, match=f"'x' cannot be written: .*{why}"),
+            saying_why(Path("x")),
+        ):
+            raise error
+
+
+def test_no_name_at_all() -> None:
+    with pytest.raises(RefitError, match="no name of a file"), saying_why(Path()):
+        pytest.fail("it was written")
+
+
+def test_a_plan_says_why(tmp_path: Path) -> None:
+    plan = plan_for(make_module(2))
+    with pytest.raises(RefitError, match="there is no folder"):
+        plan.save(tmp_path / "missing" / "plan")
+    with pytest.raises(RefitError, match="it is a folder"):
+        plan.save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
