@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 pytestmark = needs_torch_tensorrt
 REBUILDING = refitkit.Pipeline({"strategies": ("rebuild",)})
-CASE = CASES["odd"]
+CASE = CASES["transposed"]
+"""Of one output: TensorRT-RTX orders several by chance, and bytes are compared here."""
 
 
 @pytest.fixture(scope="module")

@@ -144,7 +144,14 @@ def test_memory_of_a_sharded_refit_is_judged_by_its_highest(
     sizes = {"begin": 3e8, "load_peak": 4.4e9, "loaded": 4.3e9, "refit_peak": 8.4e9}
     sizes |= {"refitted": 8.3e9, "peak": 8.4e9, "engine": 4e9, "high_water": 9e9}
     seconds = {"load_seconds": 3.0, "refit_seconds": 4.0, "compile_seconds": 50}
-    rest = {"layers": 15, "files": 10, "torch": "2", "verifier": "weights", "stages": {"stage": 1}}
+    rest = {
+        "layers": 15,
+        "files": 10,
+        "torch": "2",
+        "which": "refit",
+        "verifier": "weights",
+        "stages": {"stage": 1},
+    }
     found = sizes | seconds | rest
     assert bench.verdict(found, give_up=False) == (pytest.approx(2.1), 2.15)
     assert bench.verdict(found, give_up=True) == (pytest.approx(2.1), 1.15)
