@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from refitkit.errors import Problem
+
 
 def all_finite(value: torch.Tensor) -> bool:
     """Whether no element is NaN or infinite.
@@ -37,6 +39,21 @@ def finite(value: torch.Tensor) -> torch.Tensor:
     """Where elements are finite; the 8-bit floats have neither ``isfinite`` nor ``aminmax``."""
     wide = value.is_floating_point() and value.dtype.itemsize == 1
     return torch.isfinite(value.float() if wide else value)
+
+
+def spoilt(subject: str, bad: torch.Tensor, why: str = "") -> Problem:
+    """The problem of elements that are not finite where the present ones are.
+
+    Args:
+        subject: What they are of.
+        bad: Where they are; at least one.
+        why: What the hint begins with.
+    """
+    wanted, hint = (
+        "finite, as the present values are",
+        "to allow it: check_finite=False in the config",
+    )
+    return Problem(subject, "non-finite", counted(bad), wanted, why + hint)
 
 
 def counted(bad: torch.Tensor) -> str:

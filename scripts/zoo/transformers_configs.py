@@ -22,6 +22,14 @@ VISION: dict[str, Any] = {
     "image_size": 32,
     "patch_size": 8,
 }
+SWIN: dict[str, Any] = {
+    "image_size": 32,
+    "patch_size": 2,
+    "embed_dim": 16,
+    "depths": [1, 1],
+    "num_heads": [1, 2],
+    "window_size": 4,
+}
 EAGER: dict[str, Any] = {"experts_implementation": "eager"}
 STAGES: dict[str, Any] = {"hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 1, 1]}
 GPT: dict[str, Any] = {
@@ -151,22 +159,8 @@ IMAGES: dict[str, dict[str, Any]] = {
     },
     "SiglipVision": VISION,
     "SwiftFormer": {"depths": [1, 1, 1, 1], "embed_dims": [16, 16, 32, 32], "image_size": 64},
-    "Swin": {
-        "image_size": 32,
-        "patch_size": 2,
-        "embed_dim": 16,
-        "depths": [1, 1],
-        "num_heads": [1, 2],
-        "window_size": 4,
-    },
-    "Swinv2": {
-        "image_size": 32,
-        "patch_size": 2,
-        "embed_dim": 16,
-        "depths": [1, 1],
-        "num_heads": [1, 2],
-        "window_size": 4,
-    },
+    "Swin": SWIN,
+    "Swinv2": SWIN,
     "ViT": VISION,
     "Yolos": {**VISION, "image_size": [32, 32], "num_detection_tokens": 4},
 }

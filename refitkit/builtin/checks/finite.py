@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from refitkit.builtin.checks.reads import reads_of
-from refitkit.errors import Problem
 from refitkit.model import CallRef
-from refitkit.program.finite import all_finite, counted, finite, has_finite_sum, has_floats
+from refitkit.program.finite import all_finite, finite, has_finite_sum, has_floats, spoilt
 from refitkit.protocols import GivesPieces, SupportsReadback
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from refitkit.errors import Problem
     from refitkit.model import LedgerRow
     from refitkit.protocols import OpenedModule, Plan, WeightSource
 
@@ -125,9 +125,7 @@ def _spoilt(name: str, value: torch.Tensor, present: _Present) -> Iterator[Probl
     elif present.derived_not_finite():
         return
     if bad.any():
-        wanted = "finite, as the present values are"
-        hint = "to allow it: check_finite=False in the config"
-        yield Problem(name, "non-finite", counted(bad), wanted, hint)
+        yield spoilt(name, bad)
 
 
 @dataclass(frozen=True)

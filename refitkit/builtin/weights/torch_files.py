@@ -14,6 +14,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Mapping
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,8 +61,10 @@ def open_torch_file(path: Path) -> WeightSource:
         file = OpenFile(path, what)
     except OSError as exc:
         raise SourceError(f"{what} cannot be read: {exc}.") from exc
-    _require_readable(file, what)
-    placed = _without_data(file)
+    with _archive(file) as archive:
+        if archive is not None:
+            _require_readable(archive, what)
+        placed = None if archive is None else _without_data(file, archive)
     state = flattened(_load(file, what, "cpu"), what) if placed is None else placed
     _require_state_dict(state, what)
     file.require_unchanged()
@@ -117,13 +120,26 @@ class TorchFile:
         self._file.require_unchanged()
 
 
-def _without_data(file: OpenFile) -> Any:
+@contextmanager
+def _archive(file: OpenFile) -> Iterator[zipfile.ZipFile | None]:
+    """The file as a zip file; None where it is none, or damaged, as torch.load will say.
+
+    Streams of one open file share its position: it is not to be read after another was.
+    """
+    with _stream(file) as stream, ExitStack() as stack:
+        try:
+            archive = stack.enter_context(zipfile.ZipFile(stream))
+        except Exception:  # noqa: BLE001 - damaged ones raise anything
+            archive = None
+        yield archive
+
+
+def _without_data(file: OpenFile, archive: zipfile.ZipFile) -> Any:
     """What a file holds, flat, on the device ``meta``; None where it has to be read as a whole."""
     try:
-        with _stream(file) as stream, zipfile.ZipFile(stream) as archive:
-            records = _records(file, archive)
-            if records is None or not _lie_in_order(archive):
-                return None
+        records = _records(file, archive)
+        if records is None or not _lie_in_order(archive):
+            return None
         found = flattened(_load(file, "", "meta"), "")
     except Exception:  # noqa: BLE001 - the one who reads all of it will say what is wrong
         return None
@@ -132,7 +148,7 @@ def _without_data(file: OpenFile) -> Any:
     return found if all(_is_at(value, records) for value in tensors) else None
 
 
-def _require_readable(file: OpenFile, what: str) -> None:
+def _require_readable(archive: zipfile.ZipFile, what: str) -> None:
     """Refuse records that torch does not read, and for which it gives what memory happens to hold.
 
     Those are of two sizes, or folders by their attributes (seen with 2.14).
@@ -140,14 +156,9 @@ def _require_readable(file: OpenFile, what: str) -> None:
     Raises:
         SourceError: There are some; lists them.
     """
-    try:
-        with _stream(file) as stream, zipfile.ZipFile(stream) as archive:
-            entries = archive.infolist()
-    except Exception:  # noqa: BLE001 - it is no zip file, and torch.load will say so
-        return
     problems = [
         Problem(entry.filename, "damaged", f"{entry.compress_size} bytes of {entry.file_size}")
-        for entry in entries
+        for entry in archive.infolist()
         if entry.compress_type == zipfile.ZIP_STORED
         and not entry.filename.endswith("/")  # is_dir() fails of no name
         and (entry.compress_size != entry.file_size or entry.external_attr & _FOLDER)

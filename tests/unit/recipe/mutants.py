@@ -13,7 +13,6 @@ import io
 import json
 import math
 import random
-import signal
 import zipfile
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +41,7 @@ from refitkit.recipe.literals import encode
 from refitkit.recipe.store import DIGEST, MANIFEST, PINNED, index_of
 from refitkit.recipe.vet_facts import Facts
 from tests.fakes import call_row, make_plan, make_slot, pinned_row, recipe_row
+from tests.fuzzing import tried
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -554,31 +554,13 @@ def _argument(rng: random.Random, kind: str, values: list[Any]) -> Any:
 SECONDS = 30
 
 
-class _HungError(Exception):
-    pass
-
-
 def judge(number: int) -> tuple[str, str]:
     """What comes of a mutant: one of ``GOOD``, or a fault; and what was done, with the error."""
     kind, file = mutant(number)
-    sealed = kind != "bytes changed"
-
-    def ring(*_: object) -> None:
-        raise _HungError
-
-    signal.signal(signal.SIGALRM, ring)
-    signal.alarm(SECONDS)
-    try:
-        verdict, more = _verdict(file)
-    except _HungError:
-        return "fault: it hung", kind
-    except Exception as exc:  # noqa: BLE001 - that is what is looked for
-        return f"fault: {type(exc).__name__} is no RefitError", f"{kind}: {exc}"[:300]
-    finally:
-        signal.alarm(0)
-    if verdict == NEEDS_PROOF and not sealed:
+    verdict, more = tried(lambda: _verdict(file), SECONDS, kind, "RefitError")
+    if verdict == NEEDS_PROOF and kind == "bytes changed":  # and not sealed with a new digest
         return "fault: damage that gave other slots", kind
-    return verdict, f"{kind}: {more}"
+    return verdict, more
 
 
 def _verdict(file: bytes) -> tuple[str, str]:

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from refitkit.recipe import RefitPlan, store
+from tests.fuzzing import quiet_alarm  # noqa: F401 - a fixture
 from tests.unit.recipe import mutants
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "fuzz.py"
 
 
-@pytest.fixture(autouse=True)
-def quiet_alarm() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGALRM)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+pytestmark = pytest.mark.usefixtures("quiet_alarm")
 
 
 def test_the_plan_itself_is_good() -> None:

@@ -9,7 +9,6 @@ import functools
 import io
 import json
 import random
-import signal
 import tempfile
 import warnings
 import zipfile
@@ -24,9 +23,12 @@ from refitkit.errors import SourceError
 from refitkit.pipeline import Pipeline
 from refitkit.program.dtypes import dtype_name
 from refitkit.testing.oracles import bits
+from tests.fuzzing import tried
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from tests.fuzzing import Verdict
 
 BOTH = "taken by both, equal bits"
 NONE = "refused by both"
@@ -212,31 +214,13 @@ def _contents_edited(drawn: random.Random, records: Records, at: int) -> None:
 # -- verdicts ------------------------------------------------------------------------------------
 
 
-class _HungError(BaseException):
-    """Nothing that the code under test catches."""
-
-
-def judge(number: int) -> tuple[str, str]:
+def judge(number: int) -> Verdict:
     """What comes of a mutant, ``fault: ...`` where that may not be; and its format and error."""
     kind, content = mutant(number)
-
-    def ring(*_: object) -> None:
-        raise _HungError
-
-    signal.signal(signal.SIGALRM, ring)
-    signal.alarm(SECONDS)
-    try:
-        verdict, more = _verdict(kind, content)
-    except _HungError:
-        return "fault: it hung", kind
-    except Exception as exc:  # noqa: BLE001 - that is what is looked for
-        return f"fault: {type(exc).__name__} is no SourceError", f"{kind}: {exc}"[:300]
-    finally:
-        signal.alarm(0)
-    return verdict, f"{kind}: {more}"
+    return tried(lambda: _verdict(kind, content), SECONDS, kind, "SourceError")
 
 
-def _verdict(kind: str, content: bytes) -> tuple[str, str]:
+def _verdict(kind: str, content: bytes) -> Verdict:
     try:
         ours: Found | None = _ours(kind, content)
         told = ""

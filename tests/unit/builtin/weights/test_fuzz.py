@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from refitkit.builtin.weights import safetensors_files, torch_files
+from tests.fuzzing import quiet_alarm  # noqa: F401 - a fixture
 from tests.unit.builtin.weights import mutants
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 SCRIPT = Path(__file__).parents[4] / "scripts" / "fuzz.py"
 
 
-@pytest.fixture(autouse=True)
-def quiet_alarm() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGALRM)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+pytestmark = pytest.mark.usefixtures("quiet_alarm")
 
 
 @pytest.mark.parametrize("kind", mutants.originals())
