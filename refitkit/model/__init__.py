@@ -9,6 +9,7 @@ from refitkit.model.plan import (
     Leaf,
     LeafKind,
     LedgerRow,
+    Overlap,
     PinnedTensor,
     PlanData,
     SlotState,
@@ -38,10 +39,11 @@ from refitkit.model.report import (
     VerificationResult,
 )
 from refitkit.model.rules import Pack, Rename, Rules
-from refitkit.model.slot import Slot, SlotKey, TensorInfo
+from refitkit.model.slot import ITEM_BYTES, Slot, SlotKey, TensorInfo
 
 __all__ = [
     "FORMAT",
+    "ITEM_BYTES",
     "Argument",
     "CallRef",
     "ChangeRow",
@@ -59,6 +61,7 @@ __all__ = [
     "Number",
     "OpCall",
     "OutputMeasure",
+    "Overlap",
     "Pack",
     "PinnedRef",
     "PinnedTensor",

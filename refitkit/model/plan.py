@@ -32,8 +32,30 @@ class LeafKind(StrEnum):
     CONSTANT = "constant"
 
 
+class Overlap(Frozen):
+    """Where one leaf lies in the memory of another one, the whole, which has no gaps.
+
+    The elements of the whole, with its dimensions permuted to ``order``, lie one after another. The
+    part is ``torch.as_strided(those elements, shape of the part, stride, offset)``.
+
+    Attributes:
+        fqn: The other leaf.
+        order: Dimensions of the whole as they lie in memory, slowest first.
+        stride: Strides of the part, in elements of the part's dtype.
+        offset: First element of the part, counted in elements of the part's dtype.
+    """
+
+    fqn: str
+    order: tuple[Dim, ...]
+    stride: tuple[Dim, ...]
+    offset: Dim
+
+
 class Leaf(Frozen):
     """One tensor that a program reads: a parameter, a buffer or a lifted constant.
+
+    A leaf can share memory with another one. ``load_state_dict`` writes in place, so the model's
+    own leaf follows; ``view`` and ``parts`` let an engine's slot follow in the same way.
 
     Attributes:
         fqn: Fully qualified name, as in the model's state_dict.
@@ -43,6 +65,8 @@ class Leaf(Frozen):
         device: Where the program keeps it.
         used: Whether the graph reads it (``num_batches_tracked`` is seldom read).
         mutated: Whether the graph changes it in place.
+        view: The parameter or buffer that it is a view of; None for a leaf of its own.
+        parts: Parameters and buffers that are views of it, where no state_dict holds it itself.
     """
 
     fqn: str
@@ -52,11 +76,28 @@ class Leaf(Frozen):
     device: str = "cpu"
     used: bool = True
     mutated: bool = False
+    view: Overlap | None = None
+    parts: tuple[Overlap, ...] = ()
 
     @property
     def persistent(self) -> bool:
         """Whether the model's state_dict holds it."""
         return self.kind in {LeafKind.PARAMETER, LeafKind.BUFFER}
+
+    @property
+    def kept(self) -> bool:
+        """Whether a plan keeps its value: no state_dict holds all of it."""
+        return not self.persistent and self.view is None
+
+    @property
+    def derived(self) -> bool:
+        """Whether its value follows from other leaves."""
+        return self.view is not None or bool(self.parts)
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """FQNs of the leaves that its value follows from."""
+        return (self.view.fqn,) if self.view else tuple(part.fqn for part in self.parts)
 
 
 class SlotState(StrEnum):

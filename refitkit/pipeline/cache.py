@@ -101,7 +101,7 @@ def wanted(
     if key is None:
         return None
     facts, tensors = facts_of(program), tensors_of(program)
-    kept = {leaf.fqn: tensors[leaf.fqn] for leaf in facts.leaves if not leaf.persistent}
+    kept = {leaf.fqn: tensors[leaf.fqn] for leaf in facts.leaves if leaf.kept}
     plugins = [f"{one.name} {one.origin}" for one in host.plugins()]
     plugins += [f"layer type {one.model_dump_json()}" for one in tools.layer_types.values()]
     return Wanted(

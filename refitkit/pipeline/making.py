@@ -11,7 +11,7 @@ from refitkit.model import Step
 from refitkit.pipeline.cache import PlanCache, wanted
 from refitkit.pipeline.clock import Clock
 from refitkit.pipeline.compiled import CompiledModule
-from refitkit.pipeline.plan import make_plan
+from refitkit.pipeline.plan import make_plan, require_followable
 from refitkit.pipeline.prove import prove as prove_refit
 from refitkit.pipeline.prove_plan import prove_plan
 from refitkit.pipeline.tools import tools_for
@@ -61,6 +61,7 @@ class Making:
     def compile(self, name: str, *, prove: bool) -> CompiledModule:
         """Compile it; see ``Pipeline.compile``."""
         backend, clock = self._pipeline.backend(name), Clock(self._host, "compile")
+        require_followable(self._program)
         with clock.stage("compile"):
             tools = tools_for(self._host, self._config, "compile", "compile")
             opened = backend.compile(self._program, self._options, tools)

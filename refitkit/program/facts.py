@@ -14,11 +14,14 @@ from torch.export.graph_signature import InputKind
 from refitkit.model import Leaf, LeafKind
 from refitkit.program.dtypes import dtype_name
 from refitkit.program.mutation import mutated_placeholders, submodules_of
+from refitkit.program.views import with_overlaps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from torch.export import ExportedProgram
+
+    from refitkit.errors import Problem
 
 _KINDS = {
     InputKind.PARAMETER: LeafKind.PARAMETER,
@@ -35,17 +38,19 @@ class ProgramFacts:
         leaves: All parameters, buffers and lifted constants.
         ties: Classes of FQNs that are one tensor; only classes of two and more.
         graph: sha256 over ops, FQNs, shapes and dtypes; values of weights do not matter.
+        conflicts: Leaves that share memory in a way that no recipe can follow.
     """
 
     leaves: tuple[Leaf, ...]
     ties: tuple[tuple[str, ...], ...]
     graph: str
+    conflicts: tuple[Problem, ...] = ()
 
 
 def facts_of(program: ExportedProgram) -> ProgramFacts:
     """Leaves, ties and fingerprint of a program."""
-    leaves = tuple(_leaves(program))
-    return ProgramFacts(leaves, _ties(program, leaves), _fingerprint(program))
+    leaves, conflicts = with_overlaps(tuple(_leaves(program)), tensors_of(program))
+    return ProgramFacts(leaves, _ties(program, leaves), _fingerprint(program), conflicts)
 
 
 def tensors_of(program: ExportedProgram) -> dict[str, torch.Tensor]:

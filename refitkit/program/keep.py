@@ -22,6 +22,7 @@ from refitkit.program.dtypes import dtype_of
 from refitkit.program.facts import facts_of
 from refitkit.program.on_demand import OnDemand
 from refitkit.program.vet import check_graph
+from refitkit.program.views import derived_value, on_shared_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -44,6 +45,7 @@ class KeptProgram:
         """Use ``of`` or, for what ``to_bytes`` gave, this."""
         self._graph = graph
         self._leaves = leaves
+        self._by_fqn = {leaf.fqn: leaf for leaf in leaves}
         self._twins = {name: tie for tie in ties for name in tie}
         self._empty: OnDemand | None = None
 
@@ -118,7 +120,8 @@ class KeptProgram:
         """The program again, with the source's weights.
 
         Tensors are shared with the source, except those that the program changes or keeps on
-        another device. It has no example inputs.
+        another device. Leaves that share memory in the program do so again. It has no example
+        inputs.
 
         Args:
             source: The weights.
@@ -129,6 +132,7 @@ class KeptProgram:
             PlanMismatchError: The kept program is damaged, or another torch wrote it.
         """
         values = self._values(source, pinned)
+        values.update(on_shared_memory(self._by_fqn, values))
         shared: dict[str, torch.Tensor] = {}
         for tie in self._twins.values():
             shared.update({name: values[tie[0]] for name in tie if tie[0] in values})
@@ -160,18 +164,38 @@ class KeptProgram:
         have: set[str],
         pinned: Callable[[str], torch.Tensor],
     ) -> Callable[[], torch.Tensor]:
-        for name in (leaf.fqn, *self._twins.get(leaf.fqn, ())):
-            if name in have:
-                return partial(_read, source, name, leaf.device)
+        names = (leaf.fqn, *self._twins.get(leaf.fqn, ()))
+        found = next((name for name in names if name in have), None)
+        if leaf.derived and (found is None or self._has_bases(leaf, have)):
+            return self._deriver(leaf, source, have, pinned)
+        if found is not None:
+            return partial(_read, source, found, leaf.device)
         if not leaf.used:
             return partial(_zeros, leaf)
         if not leaf.persistent:
-            try:
-                return partial(pinned(leaf.fqn).to, leaf.device)
-            except KeyError:
-                message = f"The plan does not keep {leaf.fqn!r}, which the program reads."
-                raise SourceError(message) from None
+            return _kept(leaf, pinned)
         raise SourceError(f"{source.description} has no {leaf.fqn!r}, which the program reads.")
+
+    def _has_bases(self, leaf: Leaf, have: set[str]) -> bool:
+        """Whether a source has all leaves that one follows from."""
+        return all(
+            not have.isdisjoint((base, *self._twins.get(base, ())))
+            or (self._by_fqn[base].derived and self._has_bases(self._by_fqn[base], have))
+            for base in leaf.bases
+        )
+
+    def _deriver(
+        self,
+        leaf: Leaf,
+        source: WeightSource,
+        have: set[str],
+        pinned: Callable[[str], torch.Tensor],
+    ) -> Callable[[], torch.Tensor]:
+        """What computes a leaf that follows from others."""
+        bases = {fqn: self._reader(self._by_fqn[fqn], source, have, pinned) for fqn in leaf.bases}
+        if leaf.parts:
+            bases[leaf.fqn] = _kept(leaf, pinned)
+        return lambda: derived_value(leaf, self._by_fqn, lambda fqn: bases[fqn]())
 
     def _module(self) -> OnDemand:
         """The program as a module without data, made once; calls bring their tensors."""
@@ -201,6 +225,19 @@ class KeptProgram:
             schema, state, constants
         )
         return program
+
+
+def _kept(leaf: Leaf, pinned: Callable[[str], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """What gives the value that the plan keeps of a leaf.
+
+    Raises:
+        SourceError: It keeps none.
+    """
+    try:
+        return partial(pinned(leaf.fqn).to, leaf.device)
+    except KeyError:
+        message = f"The plan does not keep {leaf.fqn!r}, which the program reads."
+        raise SourceError(message) from None
 
 
 def _read(source: WeightSource, name: str, device: str) -> torch.Tensor:

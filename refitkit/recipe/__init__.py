@@ -4,6 +4,7 @@ Knows torch, knows no engine.
 """
 
 from refitkit.recipe.archive import Archive, ArchiveError, write_archive
+from refitkit.recipe.draft import Draft
 from refitkit.recipe.overwriting import Overwriting
 from refitkit.recipe.pieces import is_value, pieces_of, write_value
 from refitkit.recipe.plan import RefitPlan
@@ -15,6 +16,7 @@ from refitkit.recipe.tape import Tape
 __all__ = [
     "Archive",
     "ArchiveError",
+    "Draft",
     "Overwriting",
     "Recorded",
     "RefitPlan",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from refitkit.model import CallRef, OpCall, PinnedRef, SourceRef, Tensor
 from refitkit.program.bits import digest
 from refitkit.program.dtypes import dtype_name, dtype_of
+from refitkit.program.views import derive
 from refitkit.recipe.literals import encode
 from refitkit.recipe.operands import Followed, operands_of
 from refitkit.recipe.origins import facts_of_tensor
@@ -67,6 +68,25 @@ class Draft:
         self.literals.setdefault(name, kept.clone())
         return PinnedRef(name=name)
 
+    def leaf(self, fqn: str) -> Value:
+        """A leaf; one that shares the memory of others is computed from those."""
+        one = self._leaves[fqn]
+        if one.derived:
+            return derive(one, self._leaves, lambda name: self._other(one, name), self._call)
+        persistent = (name for name in (fqn, *self._twins.get(fqn, ())) if self._is_weight(name))
+        return SourceRef(fqn=next(persistent, fqn))
+
+    def _other(self, leaf: Leaf, fqn: str) -> Value:
+        """What a leaf follows from; itself stands for the value that the plan keeps of it."""
+        return PinnedRef(name=fqn) if fqn == leaf.fqn else self.leaf(fqn)
+
+    def _is_weight(self, fqn: str) -> bool:
+        return self._leaves[fqn].persistent and not self._leaves[fqn].derived
+
+    def _call(self, op: str, args: tuple[Any, ...], dtype: str, shape: tuple[int, ...]) -> Value:
+        written = tuple(encode(one) for one in args)
+        return self.emit(OpCall(op=op, args=written, results=(Tensor(dtype=dtype, shape=shape),)))
+
     # -- calls that change no value: none where nothing would change ----------------------------
 
     def reshaped(self, value: Value, shape: tuple[int, ...]) -> Value:
@@ -123,6 +143,9 @@ class Draft:
             return Tensor(dtype=leaf.dtype, shape=leaf.shape)
         if isinstance(value, CallRef):
             return self.calls[value.call].results[value.output]
+        if value.name in self._leaves:
+            leaf = self._leaves[value.name]
+            return Tensor(dtype=leaf.dtype, shape=leaf.shape)
         return facts_of_tensor(self.literals[value.name])
 
     def is_lazy(self, value: Value) -> bool:

@@ -25,7 +25,7 @@ from refitkit.protocols import SlotValue, WeightSource
 from refitkit.recipe import store
 from refitkit.recipe.archive import replacing, saying_why
 from refitkit.recipe.sources import TensorMap
-from refitkit.recipe.ties import broken_ties
+from refitkit.recipe.ties import broken_ties, broken_views
 from refitkit.recipe.values import Values
 
 if TYPE_CHECKING:
@@ -147,9 +147,10 @@ class RefitPlan:
             )
         wanted = [value for value in values.values() if isinstance(value, SlotValue)]
         names = self._values.read_of(wanted, source)
-        problems = list(self._misfits(names, source)) or list(
-            broken_ties(self.data.ties, names, source)
-        )
+        problems = list(self._misfits(names, source)) or [
+            *broken_ties(self.data.ties, names, source),
+            *broken_views(self._leaves, source.names(), source),
+        ]
         if problems:
             message = f"{source.description} does not fit the plan."
             raise WeightMismatchError(message, problems=problems)

@@ -138,7 +138,8 @@ def _tried(
     values: Mapping[tuple[str, str], torch.Tensor],
 ) -> Recorded:
     """The same; without recipes that do not give the value that the slot had."""
-    wrong = set(unlike(found.rows, found.calls, leaves, tensors, found.literals, values))
+    kept = {leaf.fqn: tensors[leaf.fqn] for leaf in leaves if leaf.parts} | dict(found.literals)
+    wrong = set(unlike(found.rows, found.calls, leaves, tensors, kept, values))
     rows = (
         LedgerRow(slot=row.slot, state=SlotState.UNMAPPED, reason=_CHANGED)
         if row.slot.key in wrong

@@ -1,4 +1,4 @@
-"""Names of one tensor, for which a source may have several."""
+"""Names of one tensor, and names of one memory, for which a source may have several values."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 
 from refitkit.errors import Problem
 from refitkit.program.bits import same_bits
+from refitkit.program.views import derived_value
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
     import torch
 
+    from refitkit.model import Leaf
     from refitkit.protocols import WeightSource
 
 
@@ -38,6 +40,28 @@ def broken_ties(
                     f"values other than those of {present[0]!r}",
                     "the same: the engine has one weight for both names",
                 )
+
+
+def broken_views(
+    leaves: Mapping[str, Leaf], names: Collection[str], source: WeightSource
+) -> Iterator[Problem]:
+    """Views of other entries for which a source has values of their own.
+
+    Args:
+        leaves: All leaves of the program, by FQN.
+        names: Entries of the source that are usable; others are not read.
+        source: The source.
+    """
+    for leaf in leaves.values():
+        if leaf.view is None or not leaf.persistent or leaf.fqn not in names:
+            continue
+        base = leaf.view.fqn
+        if base not in names:
+            wanted = f"with {base!r}: it is a view of that"
+            yield Problem(leaf.fqn, "given alone", wanted=wanted)
+        elif not same_bits(derived_value(leaf, leaves, source.get), source.get(leaf.fqn)):
+            wanted = f"the values of {base!r}, which it is a view of"
+            yield Problem(leaf.fqn, "view broken", "other values", wanted)
 
 
 def _are_one(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from refitkit.errors import Problem
 from refitkit.model import CallRef, PinnedRef, SlotState, SourceRef
 from refitkit.model.plan import fingerprint_of_slots
+from refitkit.program.views import overlap_problems
 from refitkit.recipe.vet_calls import problems_of_calls
 from refitkit.recipe.vet_facts import Facts
 
@@ -70,6 +71,7 @@ def _problems_of_leaves(data: PlanData) -> Iterator[Problem]:
     for tie in data.ties:
         if len({leaves.get(name) for name in tie}) > 1:
             yield Problem(" = ".join(tie), "tied, and of several shapes or dtypes")
+    yield from overlap_problems(data.leaves)
     for name, kept in data.pinned.items():
         if leaves.get(name, facts := (kept.dtype, kept.shape)) != facts:
             yield Problem(name, "kept, and unlike the leaf", f"{kept.dtype} {kept.shape}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from refitkit.model import OpCall, PinnedRef, SourceRef
+from refitkit.model import OpCall, PinnedRef
 from refitkit.recipe import ops
 from refitkit.recipe.folding import Folding
 from refitkit.recipe.layouts import ORDERED, is_laid_out, needs_contiguous, on_ordered
@@ -89,7 +89,7 @@ class Writer:
         if not self._lineage.follows(origin):
             return self._draft.keep(self._folding.value(origin))
         if isinstance(origin.node, Leaf):
-            return SourceRef(fqn=origin.node.fqn)
+            return self._draft.leaf(origin.node.fqn)
         if not isinstance(origin.node, Call):
             raise TypeError(type(origin.node))
         return self._of_call(origin.node, origin.output)

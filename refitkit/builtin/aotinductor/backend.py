@@ -44,7 +44,7 @@ class AOTInductorBackend:
         module: OpenedModule | None,
         tools: Tools,  # noqa: ARG002 - the protocol's
     ) -> PlanDraft:
-        """Identity recipes, and pinned values for what no state_dict holds."""
+        """Weights as they are, views of weights, and pinned values for what no state_dict holds."""
         if not isinstance(module, AOTInductorModule):
             raise UnsupportedTargetError(
                 "AOTInductor names its weights while it compiles: no plan without an engine.",
@@ -57,6 +57,7 @@ class AOTInductorBackend:
             module.learn(parts[ENGINE])
         return PlanDraft(
             rows=ledger.rows,
+            calls=ledger.calls,
             pinned=ledger.pinned,
             settings=dict(module.files.settings),
             versions=dict(module.files.versions),

@@ -16,12 +16,15 @@ from refitkit.builtin.aotinductor.inputs import spec_of
 from refitkit.builtin.aotinductor.module import AOTInductorModule, Files
 from refitkit.builtin.aotinductor.package import Folder
 from refitkit.errors import CompileError, RefitError
+from refitkit.model import LeafKind
 from refitkit.program import facts_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch.export import ExportedProgram
+
+    from refitkit.program import ProgramFacts
 
 _NOT_KEPT = {".cpp", ".blob", ".o"}
 
@@ -73,6 +76,7 @@ def _inductor(program: ExportedProgram, configured: Mapping[str, Any]) -> Sequen
     module = program.module(check_guards=False)
     if not isinstance(module, torch.fx.GraphModule):
         raise CompileError("The program has no graph that AOTInductor can compile.")
+    _name_views(module, facts_of(program))
     _own_weights(module)
     patches = {**configured, "aot_inductor.package": True}
     try:
@@ -82,6 +86,23 @@ def _inductor(program: ExportedProgram, configured: Mapping[str, Any]) -> Sequen
     except Exception as exc:
         raise CompileError(f"AOTInductor cannot compile the program: {exc}") from exc
     return [file for file in files if isinstance(file, str)] if isinstance(files, list) else []
+
+
+def _name_views(module: torch.fx.GraphModule, facts: ProgramFacts) -> None:
+    """Turn constants that follow from weights into buffers.
+
+    Inductor names buffers as the program does. Other constants it numbers, and it may put small
+    ones into the code. Only this module is changed.
+    """
+    weights = {leaf.fqn for leaf in facts.leaves if leaf.persistent}
+    twins = {name for tie in facts.ties if not weights.isdisjoint(tie) for name in tie}
+    for leaf in facts.leaves:
+        if leaf.kind is LeafKind.CONSTANT and (leaf.derived or leaf.fqn in twins):
+            owner, _, attribute = leaf.fqn.rpartition(".")
+            holder = module.get_submodule(owner)
+            tensor = getattr(holder, attribute)
+            delattr(holder, attribute)
+            holder.register_buffer(attribute, tensor.detach(), persistent=False)
 
 
 def _own_weights(module: torch.fx.GraphModule) -> None:

@@ -10,6 +10,7 @@ from refitkit.model import LeafKind, LedgerRow, PinnedRef, Slot, SlotState, Sour
 from refitkit.program import facts_of
 from refitkit.program.bits import same_bits
 from refitkit.program.facts import tensors_of
+from refitkit.recipe import Draft
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,6 +27,7 @@ class Ledger:
 
     Attributes:
         rows: One row for every slot.
+        calls: What rows compute.
         pinned: Values of the pinned ones, and of all constants of the program.
     """
 
@@ -48,12 +50,14 @@ class Ledger:
         self._twins = {name: tie for tie in self._facts.ties for name in tie}
         self._leaves = {leaf.fqn: leaf for leaf in self._facts.leaves}
         self._tensors = tensors_of(program)
+        self._draft = Draft(self._leaves, self._facts.ties)
         self.pinned: dict[str, torch.Tensor] = {
             leaf.fqn: self._tensors[leaf.fqn].detach().clone()
             for leaf in self._facts.leaves
-            if not leaf.persistent
+            if leaf.kept
         }
         self.rows = tuple(self._row(slot) for slot in engine.slots.values())
+        self.calls = tuple(self._draft.calls)
         problems = [*self._unlike(), *self._foreign()]
         if problems:
             raise PlanMismatchError(
@@ -67,16 +71,19 @@ class Ledger:
         leaf = self._leaves.get(slot.name)
         if leaf is None:
             return self._anonymous(slot)
-        names = self._twins.get(leaf.fqn, (leaf.fqn,))
-        if leaf.persistent:
-            return LedgerRow(
-                slot=slot, state=SlotState.RECIPE, value=SourceRef(fqn=leaf.fqn), sources=names
-            )
+        return self._of_leaf(slot, leaf)
+
+    def _of_leaf(self, slot: Slot, leaf: Leaf) -> LedgerRow:
+        """A slot that holds a leaf of the program."""
+        value = self._draft.leaf(leaf.fqn)
+        if not isinstance(value, SourceRef) or self._leaves[value.fqn].persistent:
+            sources = self._draft.sources(value)
+            return LedgerRow(slot=slot, state=SlotState.RECIPE, value=value, sources=sources)
         return LedgerRow(
             slot=slot,
             state=SlotState.PINNED,
             value=PinnedRef(name=leaf.fqn),
-            sources=names,
+            sources=self._twins.get(leaf.fqn, (leaf.fqn,)),
             reason=f"a {leaf.kind.value.replace('-buffer', ' buffer')}: no state_dict holds it",
         )
 
@@ -88,6 +95,16 @@ class Ledger:
             for leaf in self._facts.leaves
             if not leaf.persistent and same_bits(live, self._tensors[leaf.fqn])
         ]
+        follow = [fqn for fqn in same if self._follows(fqn)]
+        if follow and len(same) == 1:
+            return self._of_leaf(slot, self._leaves[same[0]])
+        if follow:
+            problems = [Problem(slot.name, "may follow from weights", ", ".join(same))]
+            raise NotRefittableError(
+                "Constants of the engine have equal values, and some are views of weights.",
+                problems=problems,
+                hint="Compile the program with refitkit.compile, which gives them names.",
+            )
         self.pinned[slot.name] = live.detach().clone()
         return LedgerRow(
             slot=slot,
@@ -96,6 +113,11 @@ class Ledger:
             sources=tuple(same) if len(same) == 1 else (),
             reason="a constant of the graph",
         )
+
+    def _follows(self, fqn: str) -> bool:
+        """Whether a leaf has the value of weights: it is a view of them, or their other name."""
+        value = self._draft.leaf(fqn)
+        return not isinstance(value, SourceRef) or self._leaves[value.fqn].persistent
 
     def _unlike(self) -> Iterator[Problem]:
         for row in self.rows:
@@ -114,11 +136,11 @@ class Ledger:
 
     def _check_reachable(self) -> None:
         """Every weight that the graph reads must be a slot, or a refit could not change it."""
-        slots = self._engine.slots.keys()
+        reached = self._engine.slots.keys() | {name for row in self.rows for name in row.sources}
         problems = [
             Problem(leaf.fqn, "folded into the engine's code")
             for leaf in self._facts.leaves
-            if _matters(leaf) and not set(self._twins.get(leaf.fqn, (leaf.fqn,))) & slots
+            if _matters(leaf) and not set(self._twins.get(leaf.fqn, (leaf.fqn,))) & reached
         ]
         if problems:
             raise NotRefittableError(

@@ -8,7 +8,7 @@ from refitkit.builtin.checks.reads import reads_of
 from refitkit.errors import Problem
 from refitkit.recipe.sources import TensorMap
 from refitkit.recipe.strangers import unexpected
-from refitkit.recipe.ties import broken_ties
+from refitkit.recipe.ties import broken_ties, broken_views
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -40,6 +40,7 @@ class Names:
         yield from self._unexpected()
         yield from self._misfits
         yield from self._broken_ties()
+        yield from self._broken_views()
         if partial:
             yield from self._nothing_at_all()
         else:
@@ -92,6 +93,12 @@ class Names:
         if self._reads.ties:
             good = set(self._names) - self._bad
             yield from broken_ties(self._reads.ties, good, self._source)
+
+    def _broken_views(self) -> Iterator[Problem]:
+        """Entries that are views of others in the model, and have other values in the source."""
+        if self._reads.views:
+            good = set(self._names) - self._bad
+            yield from broken_views(self._reads.leaves, good, self._source)
 
     def _missing(self) -> Iterator[Problem]:
         """What the source must have and has under none of its names."""

@@ -31,6 +31,7 @@ class Reads:
         guarded: Names that guards follow from, as recipes have them.
         wholly: Whether there are slots of which nobody knows what they follow from.
         ties: Names of one tensor, where one of them is needed.
+        views: Whether state_dicts have entries that are views of others.
     """
 
     def __init__(self, data: PlanData) -> None:
@@ -55,6 +56,7 @@ class Reads:
         self.known = self.leaves.keys() | self.needed
         self.sources = {name for row in data.ledger for name in row.sources}
         self.ties = [tie for tie in data.ties if self.needed & set(tie)]
+        self.views = any(leaf.view is not None and leaf.persistent for leaf in data.leaves)
         self._demands = [(first, set(self.names_of([first]))) for first in self._must_be_there()]
         self._alone = {first for first, names in self._demands if len(names) == 1}
         self._tied = [names for _, names in self._demands if len(names) > 1]

@@ -71,7 +71,10 @@ def program_with(
     lacking = [
         leaf.fqn
         for leaf in plan.data.leaves
-        if leaf.used and leaf.persistent and not names & {leaf.fqn, *twins.get(leaf.fqn, ())}
+        if leaf.used
+        and leaf.persistent
+        and not leaf.derived
+        and not names & {leaf.fqn, *twins.get(leaf.fqn, ())}
     ]
     if lacking:
         shown = ", ".join(map(repr, lacking[:3]))

@@ -74,5 +74,5 @@ def constants_of(program: ExportedProgram) -> dict[str, torch.Tensor]:
     return {
         leaf.fqn: tensors[leaf.fqn].detach().clone()
         for leaf in facts_of(program).leaves
-        if not leaf.persistent
+        if leaf.kept
     }

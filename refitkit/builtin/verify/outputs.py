@@ -16,13 +16,14 @@ import torch
 from torch.utils import _pytree as pytree
 
 from refitkit.errors import ConfigError, NotRefittableError, raised_as
-from refitkit.model import OutputMeasure, VerificationResult
+from refitkit.model import CallRef, OutputMeasure, VerificationResult
 from refitkit.program.dtypes import dtype_name
 from refitkit.protocols import SupportsReadback
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
+    from refitkit.model import LedgerRow
     from refitkit.protocols import OpenedModule, VerifyRequest
 
 NAME = "outputs"
@@ -85,11 +86,12 @@ class _Merged:
     def __init__(self, request: VerifyRequest) -> None:
         self._source = request.source
         self.description = request.source.description
+        views = {leaf.fqn for leaf in request.plan.data.leaves if leaf.derived}
         self._kept = {
-            name: (row.slot.engine, row.slot.name)
+            name: row.slot.key
             for row in request.plan.data.ledger
             if row.slot.key not in request.values
-            for name in row.sources
+            for name in _names_of(row, views)
         }
         self._module = request.module
         self._names = frozenset(request.source.names()) | self._kept.keys()
@@ -115,6 +117,13 @@ class _Merged:
                 hint="Pass reference=, or verify='none'.",
             )
         return engine.read(slot).clone()
+
+
+def _names_of(row: LedgerRow, views: Collection[str]) -> tuple[str, ...]:
+    """Entries of a source that a slot holds as they are; of a computed slot, a view of weights."""
+    if not isinstance(row.value, CallRef):
+        return row.sources
+    return (row.slot.name,) if row.slot.name in views else ()
 
 
 def compare(

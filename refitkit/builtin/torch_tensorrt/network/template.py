@@ -64,7 +64,7 @@ class Template:
         constants = {
             leaf.fqn: tensors[leaf.fqn].detach().clone().contiguous()
             for leaf in facts.leaves
-            if not leaf.persistent or not tensors[leaf.fqn].is_floating_point()
+            if leaf.kept or not tensors[leaf.fqn].is_floating_point()
         }
         return cls(kept.to_bytes(), facts.leaves, facts.ties, constants)
 

@@ -1,0 +1,446 @@
+"""Leaves that share memory with other leaves: which they are, and what their values follow from.
+
+``load_state_dict`` writes into the memory of parameters and buffers. A tensor that is a view of
+that memory (``self.q = self.qkv.data[:4]``) follows in the eager model, though no state_dict has a
+name for it. Exported, it is a leaf of its own: here it is recognized by its memory.
+
+Leaves of one memory, shape and strides are ties (:mod:`refitkit.program.facts`), not views.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from refitkit.errors import Problem
+from refitkit.model import ITEM_BYTES, LeafKind, Overlap
+from refitkit.program.bits import dense_strides, same_bits
+from refitkit.program.dtypes import dtype_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch.export import ExportedProgram
+
+    from refitkit.model import Leaf
+
+T = TypeVar("T")
+_DEEPEST = 3
+_FEW = 4
+
+
+# -- finding them -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Region:
+    """Where a leaf lies.
+
+    Attributes:
+        leaf: The leaf.
+        tensor: Its tensor.
+        space: What its addresses count in: a device's memory, or a storage without data.
+        start: Address of the first byte.
+        end: Address behind the last byte.
+    """
+
+    leaf: Leaf
+    tensor: torch.Tensor
+    space: object
+    start: int
+    end: int
+
+    @property
+    def same(self) -> object:
+        """Equal for names of one tensor."""
+        return self.space, self.start, self.tensor.dtype, self.tensor.shape, self.tensor.stride()
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Dimensions as they lie in memory, slowest first."""
+        strides, shape = self.tensor.stride(), self.tensor.shape
+        return tuple(sorted(range(len(shape)), key=lambda d: (-strides[d], -shape[d], d)))
+
+    @property
+    def dense(self) -> bool:
+        """Whether it has neither gaps nor overlaps."""
+        wanted = dense_strides(self.tensor.shape, self.order)
+        sizes = zip(self.tensor.stride(), wanted, self.tensor.shape, strict=True)
+        return all(found == right for found, right, size in sizes if size > 1)
+
+    @property
+    def lazy(self) -> bool:
+        """Whether torch has put off signs or conjugations of its elements."""
+        return self.tensor.is_conj() or self.tensor.is_neg()
+
+    def meets(self, other: _Region) -> bool:
+        """Whether both have a byte in common."""
+        if self.space != other.space or self.end <= other.start or other.end <= self.start:
+            return False
+        if self.dense or other.dense:
+            return True  # what has gaps starts and ends with an element
+        return _have_common_elements(self, other)
+
+    def contains(self, other: _Region) -> bool:
+        """Whether it has no gaps, and all elements of another one are among its own."""
+        width = other.tensor.dtype.itemsize
+        return (
+            self.space == other.space
+            and self.start <= other.start
+            and other.end <= self.end
+            and self.dense
+            and not self.lazy
+            and not other.lazy
+            and not (other.start - self.start) % width
+            and not self.tensor.nbytes % width
+        )
+
+    def overlap(self, fqn: str, part: _Region) -> Overlap:
+        """Where a part lies in it."""
+        width = part.tensor.dtype.itemsize
+        strides = zip(part.tensor.stride(), part.tensor.shape, strict=True)
+        return Overlap(
+            fqn=fqn,
+            order=self.order,
+            stride=tuple(step if size > 1 else 1 for step, size in strides),
+            offset=(part.start - self.start) // width,
+        )
+
+
+def with_overlaps(
+    leaves: Sequence[Leaf], tensors: Mapping[str, torch.Tensor]
+) -> tuple[tuple[Leaf, ...], tuple[Problem, ...]]:
+    """Leaves with what they share with others.
+
+    Args:
+        leaves: All leaves of a program.
+        tensors: Their tensors, by FQN.
+
+    Returns:
+        The leaves with ``view`` and ``parts``; a leaf whose view is read counts as read. And what
+        no recipe can follow, with the names of both leaves.
+    """
+    regions = {leaf.fqn: region for leaf in leaves if (region := _region(leaf, tensors[leaf.fqn]))}
+    found, problems = _followed(_neighbours(list(regions.values())))
+    read = {base for leaf in found.values() if leaf.used for base in leaf.bases}
+    shared = (found.get(leaf.fqn, leaf) for leaf in leaves)
+    return tuple(
+        leaf.model_copy(update={"used": True}) if leaf.fqn in read and not leaf.used else leaf
+        for leaf in shared
+    ), tuple(problems)
+
+
+def _region(leaf: Leaf, tensor: torch.Tensor) -> _Region | None:
+    """Where a leaf lies; None for what has no memory or no strides."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or not tensor.numel():
+        return None
+    try:
+        nowhere = tensor.is_meta or isinstance(tensor, FakeTensor) or not tensor.data_ptr()
+    except RuntimeError:  # a tensor subclass that wraps others
+        return None
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    nbytes = (1 + sum((n - 1) * int(step) for n, step in sizes)) * tensor.dtype.itemsize
+    space: object
+    if nowhere:
+        storage = tensor.untyped_storage()._cdata  # noqa: SLF001 - it has no other name
+        space, start = ("storage", storage), int(tensor.storage_offset()) * tensor.dtype.itemsize
+    else:
+        space, start = ("memory", str(tensor.device)), tensor.data_ptr()
+    return _Region(leaf, tensor, space, start, start + nbytes)
+
+
+def _neighbours(regions: list[_Region]) -> dict[str, tuple[_Region, list[_Region]]]:
+    """Leaves that share memory with others, and those, without other names of the leaf itself."""
+    regions = sorted(regions, key=lambda one: (str(one.space), one.start))
+    found: dict[str, tuple[_Region, list[_Region]]] = {}
+    before: list[_Region] = []
+    for region in regions:
+        before = [one for one in before if one.space == region.space and one.end > region.start]
+        for one in before:
+            if one.same != region.same and one.meets(region):
+                found.setdefault(one.leaf.fqn, (one, []))[1].append(region)
+                found.setdefault(region.leaf.fqn, (region, []))[1].append(one)
+        before.append(region)
+    return found
+
+
+def _followed(
+    neighbours: Mapping[str, tuple[_Region, list[_Region]]],
+) -> tuple[dict[str, Leaf], list[Problem]]:
+    """Leaves that follow from others, and what no recipe can follow."""
+    found: dict[str, Leaf] = {}
+    problems: list[Problem] = []
+    for region, others in sorted(neighbours.values(), key=lambda one: _rank(one[0])):
+        leaf = region.leaf
+        faults = [
+            Problem(leaf.fqn, "shares memory with a buffer that calls change", other.leaf.fqn)
+            for other in others
+            if other.leaf.mutated and leaf.used
+        ]
+        weights = [
+            other
+            for other in others
+            if other.leaf.persistent and (not leaf.persistent or _rank(other) < _rank(region))
+        ]
+        changes = None if faults else _place(region, weights, others, found)
+        if changes:
+            found[leaf.fqn] = leaf.model_copy(update=changes)
+        elif weights and leaf.used and not leaf.persistent and not faults:
+            names = ", ".join(sorted(other.leaf.fqn for other in weights))
+            faults = [Problem(leaf.fqn, "shares memory in a way that no recipe can follow", names)]
+        problems += faults
+    return found, problems
+
+
+def _place(
+    region: _Region, weights: list[_Region], others: list[_Region], found: Mapping[str, Leaf]
+) -> dict[str, Any] | None:
+    """How a leaf lies among weights, as changes of it; None where it does not follow from them."""
+    if not weights:
+        return None
+    wholes = [other for other in weights if other.contains(region)] or [
+        other
+        for other in others
+        if other.leaf.fqn in found and found[other.leaf.fqn].parts and other.contains(region)
+    ]
+    if wholes:
+        whole = min(wholes, key=_rank)
+        return {"view": whole.overlap(whole.leaf.fqn, region)}
+    if not region.leaf.persistent and all(_is_part(region, other) for other in weights):
+        return {"parts": tuple(region.overlap(one.leaf.fqn, one) for one in weights)}
+    return None
+
+
+def _rank(region: _Region) -> tuple[int, bool, int, str]:
+    """Roots first: the larger, the parameter, the one without gaps."""
+    is_parameter = region.leaf.kind is LeafKind.PARAMETER
+    return -(region.end - region.start), not is_parameter, not region.dense, region.leaf.fqn
+
+
+def _is_part(whole: _Region, part: _Region) -> bool:
+    return whole.contains(part) and whole.tensor.dtype == part.tensor.dtype
+
+
+def _have_common_elements(a: _Region, b: _Region) -> bool:
+    """Whether two tensors with gaps share an element, by marking their bytes."""
+    start = min(a.start, b.start)
+    marks = torch.zeros(max(a.end, b.end) - start, dtype=torch.uint8)
+    for region, seen in ((a, False), (b, True)):
+        width = region.tensor.dtype.itemsize
+        shape = (*region.tensor.shape, width)
+        stride = (*(step * width for step in region.tensor.stride()), 1)
+        place = marks.as_strided(shape, stride, region.start - start)
+        if seen:
+            return bool(place.any())
+        place.fill_(1)
+    return False
+
+
+def overlap_problems(leaves: Sequence[Leaf]) -> Iterator[Problem]:
+    """Overlaps that no program can have: leaves may come from a file."""
+    by_fqn = {leaf.fqn: leaf for leaf in leaves}
+    for leaf in leaves:
+        for overlap in (*([leaf.view] if leaf.view else []), *leaf.parts):
+            other = by_fqn.get(overlap.fqn)
+            if other is None or other is leaf:
+                yield Problem(leaf.fqn, "shares memory with no leaf", overlap.fqn)
+                continue
+            whole, part = (other, leaf) if overlap is leaf.view else (leaf, other)
+            if not _fits(overlap, whole, part):
+                yield Problem(leaf.fqn, "lies outside of the memory that it shares", overlap.fqn)
+        if leaf.view and leaf.parts:
+            yield Problem(leaf.fqn, "is a view and has parts")
+    if any(_is_deep(leaf, by_fqn) for leaf in leaves):
+        yield Problem("leaves", "follow from one another in a circle")
+
+
+def _fits(overlap: Overlap, whole: Leaf, part: Leaf) -> bool:
+    if sorted(overlap.order) != list(range(len(whole.shape))):
+        return False
+    if len(overlap.stride) != len(part.shape):
+        return False
+    steps = zip(part.shape, overlap.stride, strict=True)
+    last = overlap.offset + sum((size - 1) * step for size, step in steps)
+    room = prod(whole.shape) * ITEM_BYTES[whole.dtype]
+    return min(part.shape, default=1) > 0 and (last + 1) * ITEM_BYTES[part.dtype] <= room
+
+
+def _is_deep(leaf: Leaf, leaves: Mapping[str, Leaf], depth: int = 0) -> bool:
+    """Whether it follows from others over more steps than a program gives: view, whole, part."""
+    bases = (leaves[base] for base in leaf.bases if base in leaves)
+    return depth > _DEEPEST or any(_is_deep(base, leaves, depth + 1) for base in bases)
+
+
+# -- views that a file has lost ---------------------------------------------------------------
+
+
+def lost_views(
+    program: ExportedProgram,
+    leaves: Sequence[Leaf],
+    ties: Sequence[Sequence[str]],
+    tensors: Mapping[str, torch.Tensor],
+) -> Iterator[Problem]:
+    """Constants of a program read from a file that may have been views of weights.
+
+    ``torch.export.save`` (2.11 to 2.14) writes the memory of each constant on its own, so a view
+    comes back as a copy. Its bits are still those of the weight's memory.
+
+    Args:
+        program: The program.
+        leaves: Its leaves.
+        ties: Names of one tensor.
+        tensors: Its tensors, by FQN.
+    """
+    if not _was_read(program):
+        return
+    weights = {leaf.fqn for leaf in leaves if leaf.persistent}
+    tied = {name for tie in ties if not weights.isdisjoint(tie) for name in tie}
+    for leaf in leaves:
+        tensor = tensors[leaf.fqn]
+        if not leaf.kept or leaf.derived or leaf.fqn in tied or not leaf.used:
+            continue
+        if _region(leaf, tensor) is None or not _is_telling(tensor):
+            continue
+        memory = _memory(tensor)
+        others = (name for name in weights if tensors[name].dtype == tensor.dtype)
+        found = [name for name in others if same_bits(memory, _memory(tensors[name]))]
+        if found:
+            names = ", ".join(sorted(found))
+            yield Problem(leaf.fqn, "has the bits of a weight's memory", names)
+
+
+def _was_read(program: ExportedProgram) -> bool:
+    """Whether a program comes from a file: only the deserializer gives its output node a value."""
+    return any(node.op == "output" and "val" in node.meta for node in program.graph.nodes)
+
+
+def _is_telling(tensor: torch.Tensor) -> bool:
+    """Whether it is no chance that a weight has the same bits: not for zeros, ones and indices."""
+    if not tensor.is_floating_point() or tensor.numel() < _FEW:
+        return False
+    return bool((tensor != tensor.reshape(-1)[0]).any())
+
+
+def _memory(tensor: torch.Tensor) -> torch.Tensor:
+    """All elements of a tensor's storage."""
+    count = tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
+    return tensor.detach().as_strided((count,), (1,), 0)
+
+
+# -- computing them ---------------------------------------------------------------------------
+
+
+Emit: TypeAlias = "Callable[[str, tuple[Any, ...], str, tuple[int, ...]], T]"
+"""Carries out or writes down one call of an aten op, and gives its result.
+
+It takes the name of the overload, the arguments, and dtype and shape of the result.
+"""
+
+
+def derive(
+    leaf: Leaf, leaves: Mapping[str, Leaf], value_of: Callable[[str], T], emit: Emit[T]
+) -> T:
+    """The value of a leaf that follows from others.
+
+    Args:
+        leaf: A leaf with ``view`` or ``parts``.
+        leaves: All leaves, by FQN.
+        value_of: Gives the value of another leaf. For a leaf with parts it is asked for the leaf
+            itself, too: the plan keeps that for the elements that no part covers.
+        emit: Carries out calls.
+    """
+    if leaf.view is not None:
+        base = leaves[leaf.view.fqn]
+        flat = _flat(value_of(base.fqn), base, leaf.view.order, emit)
+        if base.dtype != leaf.dtype:
+            count = prod(base.shape) * ITEM_BYTES[base.dtype] // ITEM_BYTES[leaf.dtype]
+            flat = emit("aten.view.dtype", (flat, dtype_of(leaf.dtype)), leaf.dtype, (count,))
+        where = (leaf.shape, leaf.view.stride, leaf.view.offset)
+        return emit("aten.as_strided.default", (flat, *where), leaf.dtype, leaf.shape)
+    order = leaf.parts[0].order
+    flat = _flat(value_of(leaf.fqn), leaf, order, emit)
+    for part in leaf.parts:
+        where = (leaves[part.fqn].shape, part.stride, part.offset)
+        scattered = (flat, value_of(part.fqn), *where)
+        shape = (prod(leaf.shape),)
+        flat = emit("aten.as_strided_scatter.default", scattered, leaf.dtype, shape)
+    where = (leaf.shape, dense_strides(torch.Size(leaf.shape), order), 0)
+    return emit("aten.as_strided.default", (flat, *where), leaf.dtype, leaf.shape)
+
+
+def _flat(value: T, leaf: Leaf, order: tuple[int, ...], emit: Emit[T]) -> T:
+    """All elements one after another, in the order of the program's memory."""
+    if order != tuple(range(len(order))):
+        shape = tuple(leaf.shape[dim] for dim in order)
+        value = emit("aten.permute.default", (value, order), leaf.dtype, shape)
+    else:
+        shape = leaf.shape
+    value = emit("aten.contiguous.default", (value,), leaf.dtype, shape)
+    return emit("aten.reshape.default", (value, (prod(shape),)), leaf.dtype, (prod(shape),))
+
+
+def on_shared_memory(
+    leaves: Mapping[str, Leaf], values: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The same values, in which leaves share memory as in the program.
+
+    Args:
+        leaves: All leaves, by FQN.
+        values: Their values, by FQN; those that follow from others are right, too.
+
+    Returns:
+        The values of all leaves that share memory, and no others.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for leaf in leaves.values():
+        if leaf.parts:
+            order = leaf.parts[0].order
+            found[leaf.fqn] = whole = _laid_out(values[leaf.fqn], order, copy=True)
+            flat = whole.permute(order).reshape(-1)
+            for part in leaf.parts:
+                found[part.fqn] = flat.as_strided(
+                    leaves[part.fqn].shape, part.stride, part.offset + flat.storage_offset()
+                )
+    for leaf in leaves.values():
+        if leaf.view is not None and leaf.view.fqn not in found:
+            found[leaf.view.fqn] = _laid_out(values[leaf.view.fqn], leaf.view.order)
+    for leaf in sorted(leaves.values(), key=lambda one: not one.persistent):
+        if leaf.view is not None and leaf.fqn not in found:
+            found[leaf.fqn] = derived_value(leaf, leaves, found.__getitem__)
+    return found
+
+
+def _laid_out(value: torch.Tensor, order: tuple[int, ...], *, copy: bool = False) -> torch.Tensor:
+    """A tensor whose elements lie one after another, its dimensions in this order."""
+    moved = value.detach().permute(order)
+    moved = moved.clone(memory_format=torch.contiguous_format) if copy else moved.contiguous()
+    return moved.permute([order.index(dim) for dim in range(len(order))])
+
+
+def derived_value(
+    leaf: Leaf, leaves: Mapping[str, Leaf], value_of: Callable[[str], torch.Tensor]
+) -> torch.Tensor:
+    """The value of a leaf that follows from others; see :func:`derive`.
+
+    It is a view of the other leaf's value where that lies in memory as the program's did.
+    """
+    return derive(leaf, leaves, value_of, _carried_out)
+
+
+def _carried_out(
+    op: str,
+    args: tuple[Any, ...],
+    dtype: str,  # noqa: ARG001 - the protocol's
+    shape: tuple[int, ...],  # noqa: ARG001 - the protocol's
+) -> torch.Tensor:
+    _, name, overload = op.split(".")
+    first, *others = args
+    first = first.resolve_conj().resolve_neg()
+    if name == "as_strided":  # counts from the start of the storage
+        others[-1] += first.storage_offset()
+    found: torch.Tensor = getattr(getattr(torch.ops.aten, name), overload)(first, *others)
+    return found
