@@ -195,7 +195,11 @@ class KeptProgram:
         bases = {fqn: self._reader(self._by_fqn[fqn], source, have, pinned) for fqn in leaf.bases}
         if leaf.parts:
             bases[leaf.fqn] = _kept(leaf, pinned)
-        return lambda: derived_value(leaf, self._by_fqn, lambda fqn: bases[fqn]())
+
+        def value_of(fqn: str) -> torch.Tensor:
+            return bases[fqn]()
+
+        return partial(derived_value, leaf, self._by_fqn, value_of, value_of)
 
     def _module(self) -> OnDemand:
         """The program as a module without data, made once; calls bring their tensors."""

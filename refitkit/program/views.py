@@ -246,7 +246,7 @@ def overlap_problems(leaves: Sequence[Leaf]) -> Iterator[Problem]:
     for leaf in leaves:
         for overlap in (*([leaf.view] if leaf.view else []), *leaf.parts):
             other = by_fqn.get(overlap.fqn)
-            if other is None or other is leaf:
+            if other is None:
                 yield Problem(leaf.fqn, "shares memory with no leaf", overlap.fqn)
                 continue
             whole, part = (other, leaf) if overlap is leaf.view else (leaf, other)
@@ -342,15 +342,19 @@ It takes the name of the overload, the arguments, and dtype and shape of the res
 
 
 def derive(
-    leaf: Leaf, leaves: Mapping[str, Leaf], value_of: Callable[[str], T], emit: Emit[T]
+    leaf: Leaf,
+    leaves: Mapping[str, Leaf],
+    value_of: Callable[[str], T],
+    kept: Callable[[str], T],
+    emit: Emit[T],
 ) -> T:
     """The value of a leaf that follows from others.
 
     Args:
         leaf: A leaf with ``view`` or ``parts``.
         leaves: All leaves, by FQN.
-        value_of: Gives the value of another leaf. For a leaf with parts it is asked for the leaf
-            itself, too: the plan keeps that for the elements that no part covers.
+        value_of: Gives the value of another leaf.
+        kept: Gives the value that a plan keeps of a leaf with parts, for what no part covers.
         emit: Carries out calls.
     """
     if leaf.view is not None:
@@ -362,7 +366,7 @@ def derive(
         where = (leaf.shape, leaf.view.stride, leaf.view.offset)
         return emit("aten.as_strided.default", (flat, *where), leaf.dtype, leaf.shape)
     order = leaf.parts[0].order
-    flat = _flat(value_of(leaf.fqn), leaf, order, emit)
+    flat = _flat(kept(leaf.fqn), leaf, order, emit)
     for part in leaf.parts:
         where = (leaves[part.fqn].shape, part.stride, part.offset)
         scattered = (flat, value_of(part.fqn), *where)
@@ -410,7 +414,7 @@ def on_shared_memory(
             found[leaf.view.fqn] = _laid_out(values[leaf.view.fqn], leaf.view.order)
     for leaf in sorted(leaves.values(), key=lambda one: not one.persistent):
         if leaf.view is not None and leaf.fqn not in found:
-            found[leaf.fqn] = derived_value(leaf, leaves, found.__getitem__)
+            found[leaf.fqn] = derived_value(leaf, leaves, found.__getitem__, found.__getitem__)
     return found
 
 
@@ -422,13 +426,16 @@ def _laid_out(value: torch.Tensor, order: tuple[int, ...], *, copy: bool = False
 
 
 def derived_value(
-    leaf: Leaf, leaves: Mapping[str, Leaf], value_of: Callable[[str], torch.Tensor]
+    leaf: Leaf,
+    leaves: Mapping[str, Leaf],
+    value_of: Callable[[str], torch.Tensor],
+    kept: Callable[[str], torch.Tensor],
 ) -> torch.Tensor:
     """The value of a leaf that follows from others; see :func:`derive`.
 
     It is a view of the other leaf's value where that lies in memory as the program's did.
     """
-    return derive(leaf, leaves, value_of, _carried_out)
+    return derive(leaf, leaves, value_of, kept, _carried_out)
 
 
 def _carried_out(

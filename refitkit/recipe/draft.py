@@ -72,13 +72,9 @@ class Draft:
         """A leaf; one that shares the memory of others is computed from those."""
         one = self._leaves[fqn]
         if one.derived:
-            return derive(one, self._leaves, lambda name: self._other(one, name), self._call)
+            return derive(one, self._leaves, self.leaf, _kept, self._call)
         persistent = (name for name in (fqn, *self._twins.get(fqn, ())) if self._is_weight(name))
         return SourceRef(fqn=next(persistent, fqn))
-
-    def _other(self, leaf: Leaf, fqn: str) -> Value:
-        """What a leaf follows from; itself stands for the value that the plan keeps of it."""
-        return PinnedRef(name=fqn) if fqn == leaf.fqn else self.leaf(fqn)
 
     def _is_weight(self, fqn: str) -> bool:
         return self._leaves[fqn].persistent and not self._leaves[fqn].derived
@@ -158,3 +154,8 @@ class Draft:
             return self._twins.get(value.fqn, (value.fqn,))
         names = self._followed.by(value)
         return tuple(name for name in self._leaves if name in names)
+
+
+def _kept(fqn: str) -> Value:
+    """The value that the plan keeps of a leaf."""
+    return PinnedRef(name=fqn)

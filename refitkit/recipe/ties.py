@@ -59,7 +59,9 @@ def broken_views(
         if base not in names:
             wanted = f"with {base!r}: it is a view of that"
             yield Problem(leaf.fqn, "given alone", wanted=wanted)
-        elif not same_bits(derived_value(leaf, leaves, source.get), source.get(leaf.fqn)):
+        elif not same_bits(
+            derived_value(leaf, leaves, source.get, source.get), source.get(leaf.fqn)
+        ):
             wanted = f"the values of {base!r}, which it is a view of"
             yield Problem(leaf.fqn, "view broken", "other values", wanted)
 
