@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from refitkit.model import CallRef, OpCall, PinnedRef, SourceRef, Tensor
@@ -72,16 +73,20 @@ class Draft:
         """A leaf; one that shares the memory of others is computed from those."""
         one = self._leaves[fqn]
         if one.derived:
-            return derive(one, self._leaves, self.leaf, _kept, self._call)
+            emit = partial(self._call, one.device.partition(":")[0])
+            return derive(one, self._leaves, self.leaf, _kept, emit)
         persistent = (name for name in (fqn, *self._twins.get(fqn, ())) if self._is_weight(name))
         return SourceRef(fqn=next(persistent, fqn))
 
     def _is_weight(self, fqn: str) -> bool:
         return self._leaves[fqn].persistent and not self._leaves[fqn].derived
 
-    def _call(self, op: str, args: tuple[Any, ...], dtype: str, shape: tuple[int, ...]) -> Value:
+    def _call(
+        self, device: str, op: str, args: tuple[Any, ...], dtype: str, shape: tuple[int, ...]
+    ) -> Value:
         written = tuple(encode(one) for one in args)
-        return self.emit(OpCall(op=op, args=written, results=(Tensor(dtype=dtype, shape=shape),)))
+        results = (Tensor(dtype=dtype, shape=shape),)
+        return self.emit(OpCall(op=op, args=written, results=results, device=device))
 
     # -- calls that change no value: none where nothing would change ----------------------------
 
