@@ -135,7 +135,7 @@ def rows_of(
     def base(keep: int, kind: Any) -> refitkit_peft.Base:
         made = refitkit_peft.Base(state, kind, keep=keep)
         for number, tensors in enumerate(adapters):
-            made.add(str(number), tensors)
+            made.add(str(number), tensors, alpha="rank")
         return made
 
     def merged(number: int) -> dict[str, torch.Tensor]:

@@ -37,7 +37,7 @@ def test_the_code_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert PAGE.count("```python") == len(BLOCKS) == 5
+    assert PAGE.count("```python") == len(BLOCKS) == 6
     names: dict[str, Any] = {}
     for name, code in BLOCKS.items():
         exec(compile(code, f"adapters.md:{name}", "exec"), names)  # noqa: S102

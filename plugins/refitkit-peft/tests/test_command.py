@@ -11,7 +11,7 @@ import refitkit
 import torch
 from peft_models import make_adapter
 from refitkit.cli.main import main
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("peft")
 
@@ -37,6 +37,9 @@ def folder(tmp_path_factory):
     save_file({"0": x}, path / "inputs.safetensors")
     make_adapter(model, path / "a", 1, target_modules=["one"])
     make_adapter(model, path / "b=1", 2, target_modules=["one", "two"])
+    lone = load_file(path / "a/adapter_model.safetensors")
+    save_file(lone, path / "lone.safetensors")
+    save_file(lone, path / "lone=2.safetensors")
     return path
 
 
@@ -84,6 +87,15 @@ def test_a_whole_name_that_is_there_is_no_scale(folder, tmp_path):
         (("a/adapter_model.safetensors", "a"), "one: unknown module"),
         (("base.safetensors", "base.safetensors"), "holds no factors of a LoRA adapter"),
         (("base.safetensors", "a", "--component", "unet"), "has nothing for 'unet'"),
+        (("base.safetensors", "lone.safetensors"), "lone.safetensors: one: alpha unknown"),
+        (("base.safetensors", "lone.safetensors"), "--alpha lone.safetensors=16 on the command"),
+        (("base.safetensors", "lone=2.safetensors"), "'lone=2.safetensors'"),
+        (("base.safetensors", "a", "b=1", "--alpha", "6"), "name the adapter: --alpha ADAPTER=6"),
+        (("base.safetensors", "a", "--alpha", "c=6"), "'c' is no adapter"),
+        (("base.safetensors", "a", "--alpha", "6", "--alpha", "a=7"), "was given before"),
+        (("base.safetensors", "a", "--alpha", "many"), "'many' is no number and not rank"),
+        (("base.safetensors", "a", "--alpha", "nan"), "a number greater than 0, or 'rank'"),
+        (("base.safetensors", "a", "--alpha", "0"), "a number greater than 0, or 'rank'"),
     ],
 )
 def test_what_cannot_be_meant_writes_nothing(arguments, told, folder, tmp_path, monkeypatch, capfd):
@@ -94,6 +106,31 @@ def test_what_cannot_be_meant_writes_nothing(arguments, told, folder, tmp_path, 
     assert told in errors
     assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("alphas", [("6",), ("lone.safetensors=6",)])
+def test_an_alpha_that_a_file_does_not_say_is_given(alphas, folder, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(folder)
+    given = [text for alpha in alphas for text in ("--alpha", alpha)]
+    x, outputs = torch.ones(2, 12), []
+    for number, adapter in enumerate((["lone.safetensors=-0.5", *given], ["a=-0.5"])):
+        out = str(tmp_path / str(number))
+        code = main(["lora", "module.refitkit", "base.safetensors", *adapter, "-o", out, "--json"])
+        report = json.loads(capfd.readouterr().out)
+        assert code == 0
+        outputs.append(refitkit.load(out)(x))
+    assert report["source"].endswith(" - 0.5 of 'a'")
+    assert torch.equal(*outputs)
+    assert not torch.equal(outputs[0], refitkit.load("module.refitkit")(x))
+
+
+def test_one_of_several_adapters_is_given_its_alpha(folder, tmp_path):
+    out = str(tmp_path / "out")
+    files = ("base.safetensors", "b=1", "lone=2.safetensors=0.5")
+    done = run(folder, *files, "--alpha", "lone=2.safetensors=rank", "-o", out, "--json")
+    assert done.returncode == 0, done.stderr
+    source = json.loads(done.stdout)["source"]
+    assert source.endswith(" + 1 of 'b=1' + 0.5 of 'lone=2.safetensors' with alpha rank")
 
 
 def test_a_file_of_an_adapter_is_not_written_over(folder, monkeypatch, capfd):

@@ -54,15 +54,21 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_file_alone_has_the_scaling_that_its_factors_have(form, net, adapter, tmp_path):
-    made = adapter(target_modules=MODULES, lora_alpha=4)  # of rank 4: a scaling of 1
+def test_a_file_without_alpha_is_read_with_the_one_that_a_user_gives(form, net, adapter, tmp_path):
+    made = adapter(target_modules=MODULES)
     tensors = {
         key.format(name): factor.contiguous()
         for name, pair in factors_of(made).items()
         for key, factor in zip(FORMS[form], pair, strict=True)
     }
     save_file(tensors, tmp_path / "lora.safetensors")
-    source = open_weights(Lora(net, {str(tmp_path / "lora.safetensors"): 0.5}))
+    file = str(tmp_path / "lora.safetensors")
+    with pytest.raises(WeightMismatchError, match="Nothing says the alpha of") as caught:
+        open_weights(Lora(net, {file: 0.5}))
+    assert {p.kind for p in caught.value.problems} == {"alpha unknown"}
+    layers = (p.subject.removeprefix(f"{file}: ") for p in caught.value.problems)
+    assert {layer.removeprefix("unet.") for layer in layers} == set(MODULES)
+    source = open_weights(Lora(net, {file: 0.5}, alphas={file: 6}))
     equal_to(weights_of(source), made.merged(0.5))
     assert {name.rpartition(".")[0] for name in source.touched} == set(MODULES)
 
@@ -91,8 +97,9 @@ def test_two_modules_of_one_name_with_underscores_are_an_error(tmp_path):
     tensors = {"lora_unet_a_b.lora_down.weight": torch.ones(2, 3)}
     tensors["lora_unet_a_b.lora_up.weight"] = torch.ones(3, 2)
     save_file(tensors, tmp_path / "lora.safetensors")
+    file = str(tmp_path / "lora.safetensors")
     with pytest.raises(WeightMismatchError) as caught:
-        open_weights(Lora(net, {str(tmp_path / "lora.safetensors"): 1.0}))
+        open_weights(Lora(net, {file: 1.0}, alphas={file: 2}))
     (problem,) = caught.value.problems
     assert (problem.kind, problem.found) == ("ambiguous", "'a_b', 'a.b'")
 

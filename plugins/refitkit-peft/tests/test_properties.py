@@ -41,9 +41,9 @@ def opened(thing):
     return thing if isinstance(thing, TensorMap) else TensorMap(thing)
 
 
-def base_with(tensors, config=None):
+def base_with(tensors, config=None, alpha=None):
     base = Base.with_opener(NET, opened)
-    base.add("a", tensors, config)
+    base.add("a", tensors, config, alpha=alpha)
     return base
 
 
@@ -56,10 +56,10 @@ def adapters(draw):
 
 
 @FAST
-@given(adapters(), st.sampled_from([1.0, 0.5, -2.0]))
-def test_any_entries_are_used_or_told(tensors, scale):
+@given(adapters(), st.sampled_from([1.0, 0.5, -2.0]), st.sampled_from([None, "rank", 3]))
+def test_any_entries_are_used_or_told(tensors, scale, alpha):
     try:
-        base = base_with(tensors)
+        base = base_with(tensors, alpha=alpha)
         source = base.source(Lora(base, {"a": scale}))
     except (SourceError, WeightMismatchError) as exc:
         told = exc.problems or "holds no factors" in exc.message
@@ -101,7 +101,7 @@ def test_any_config_is_used_or_told(fields):
         return
     config = AdapterConfig.model_validate(fields)
     delta = source.get("lin.weight").double() - NET["lin.weight"].double()
-    wanted = 4 * config.scaling("lin", 4)
+    wanted = 4 * config.scaling(4, "lin")
     torch.testing.assert_close(delta, torch.full_like(delta, wanted), rtol=1e-4, atol=1e-5)
 
 
@@ -176,7 +176,7 @@ def test_sums_are_exact_and_rounded_once(case):
     base = Base.with_opener({"w.weight": weight.to(dtype)}, opened)
     exact = weight.double()
     for number, ((down, up), scale) in enumerate(zip(pairs, scales, strict=True)):
-        base.add(str(number), {"w.lora_A.weight": down, "w.lora_B.weight": up})
+        base.add(str(number), {"w.lora_A.weight": down, "w.lora_B.weight": up}, alpha="rank")
         product = up.flatten(1).double() @ down.flatten(1).double()
         exact += scale * product.reshape(weight.shape)
     source = base.source(Lora(base, {str(n): scale for n, scale in enumerate(scales)}))

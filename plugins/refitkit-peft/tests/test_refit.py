@@ -224,6 +224,7 @@ def bases(convnet):
                 "stem.lora_A.weight": torch.ones(2, 3, 3, 3),
                 "stem.lora_B.weight": torch.ones(16, 2, 1, 1),
             },
+            alpha="rank",
         )
     return made
 

@@ -151,6 +151,23 @@ def test_numbers_that_are_not_finite_are_told_with_all_else(refuses, folder, mad
     assert "2 of 48 elements, the first at (0, 1)" in str(error)
 
 
+def test_an_alpha_that_is_nowhere(refuses, compiled, model, folder, made, tmp_path):
+    lone, slots = str(tmp_path / "lone.safetensors"), {}
+    save_file(folder.tensors(), lone)
+    error = refuses(WeightMismatchError, {lone: 1.0, str(made.path): 0.5})
+    assert kinds(error) == [("one", "alpha unknown"), ("two", "alpha unknown")]
+    assert f"alphas={{{lone!r}: 16}}" in error.hint
+    refuses(WeightMismatchError, {str(made.path): 1.0, lone: -2.0}, alphas={str(made.path): 3})
+    base = refitkit_peft.Base(model, "host")
+    for name, alphas in ((lone, {lone: 6}), (str(made.path), {}), (lone, {lone: 12})):
+        refitkit.refit(compiled, Lora(base, {name: -0.5}, alphas=alphas), delta=True)
+        slots[name, alphas.get(lone)] = slots_of(compiled)
+    assert same(slots[lone, 6], slots[str(made.path), None])
+    assert not same(slots[lone, 6], slots[lone, 12])
+    refitkit.refit(compiled, base, delta=True)
+    assert torch.equal(slots_of(compiled)["model one.weight"], model.one.weight)
+
+
 def test_weights_that_no_product_can_be_added_to(refuses, model, made):
     base = {name: value.detach().clone() for name, value in model.state_dict().items()}
     base["one.weight"] = base["one.weight"].to(torch.int8)
@@ -284,7 +301,8 @@ def test_one_weight_by_two_names():
     names = {"a.b.lora_A": (2, 3), "a.b.lora_B": (3, 2)}
     names |= {"lora_unet_a_b.lora_down": (2, 3), "lora_unet_a_b.lora_up": (3, 2)}
     adapters = refitkit_peft.Base(base)
-    adapters.add("a", {f"{name}.weight": torch.ones(shape) for name, shape in names.items()})
+    tensors = {f"{name}.weight": torch.ones(shape) for name, shape in names.items()}
+    adapters.add("a", tensors, alpha="rank")
     with pytest.raises(WeightMismatchError) as caught:
         refitkit.Pipeline().open_weights(Lora(adapters, {"a": 1.0}))
     assert kinds(caught.value) == [("a.b.weight", "given twice")]

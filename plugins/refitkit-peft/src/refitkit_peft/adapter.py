@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,14 +12,17 @@ from refitkit.errors import Problem, SourceError
 from refitkit.program.finite import all_finite, counted, finite
 
 from refitkit_peft.keys import Key, Part, read_key
+from refitkit_peft.scales import Scales
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from refitkit_peft.config import AdapterConfig
+    from refitkit_peft.declarations import Declaration
+    from refitkit_peft.lora import Alpha
     from refitkit_peft.reading import Contents
 
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,14 @@ class ModuleParts:
     Attributes:
         module: Path of the module in the model; with underscores where ``flat``.
         flat: Whether it is written with underscores.
+        component: Model of the pipeline, where its keys have one.
         parts: Tensors, by what they are.
         keys: The adapter's own key of each.
     """
 
     module: str
     flat: bool
+    component: str = ""
     parts: dict[Part, torch.Tensor] = field(default_factory=dict)
     keys: dict[Part, str] = field(default_factory=dict)
 
@@ -41,6 +47,24 @@ class ModuleParts:
     def key(self) -> str:
         """One of its keys, to name it by."""
         return next(iter(self.keys.values()))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its path as it is, and without the component: configs are for a component alone."""
+        inner = self.module.removeprefix(f"{self.component}.")
+        return tuple(dict.fromkeys((self.module, inner)))
+
+    @property
+    def rank(self) -> int:
+        """The rank of the first factor; 0 if that is missing or no matrix."""
+        down = self.parts.get(Part.DOWN, self.parts.get(Part.TABLE_DOWN))
+        return 0 if down is None or down.dim() < 2 else down.shape[0]  # noqa: PLR2004
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether it is a convolution with a kernel larger than 1."""
+        down = self.parts.get(Part.DOWN)
+        return down is not None and prod(down.shape[2:]) > 1
 
     @property
     def twice(self) -> bool:
@@ -75,7 +99,7 @@ class Adapter:
 
     Attributes:
         what: What it is, for messages.
-        config: Its config; None where its file has none.
+        scales: Alpha, rank and settings of each module.
         modules: What it has, by path of the module.
         wholes: Weights that it holds whole.
         problems: What is wrong with it, whatever base it is for.
@@ -84,38 +108,21 @@ class Adapter:
     """
 
     what: str
-    config: AdapterConfig | None
+    scales: Scales
     modules: tuple[ModuleParts, ...]
     wholes: tuple[Whole, ...]
     problems: tuple[Problem, ...]
     digest: str
     nbytes: int
 
-    def scaling(self, parts: ModuleParts, rank: int) -> float:
-        """What a product is multiplied by: the file's own alpha, else as the config says, else 1.
 
-        A file without either holds factors that are scaled already (``get_peft_kwargs`` in
-        ``utils/peft_utils.py`` of diffusers 0.42.1: alpha is the rank).
-        """
-        alpha = parts.parts.get(Part.ALPHA)
-        if alpha is not None:
-            return float(alpha) / rank
-        if self.config is None:
-            return 1.0
-        return self.config.scaling(parts.module, rank) * (2 if parts.twice else 1)
-
-
-def components(contents: Contents) -> list[str]:
-    """Models of a pipeline that a file has adapters for."""
-    return sorted({key.component for key in map(read_key, contents.tensors) if key.component})
-
-
-def adapter_of(contents: Contents, component: str = "") -> Adapter:
+def adapter_of(contents: Contents, component: str = "", alpha: Alpha | None = None) -> Adapter:
     """What a file holds for one model.
 
     Args:
         contents: What was read.
         component: Which model of a pipeline; empty: the file is for one.
+        alpha: The user's own alpha, in place of that of the files.
 
     Raises:
         SourceError: It holds several adapters, or none for this model.
@@ -124,16 +131,14 @@ def adapter_of(contents: Contents, component: str = "") -> Adapter:
     _require_one(contents.what, keys)
     tensors = {key.text: contents.tensors[key.text] for key in keys}
     modules, wholes = _sorted(keys, tensors)
-    config = contents.configs.get(component) or contents.configs.get("")
-    if config is None and len(contents.configs) == 1:
-        (config,) = contents.configs.values()
+    scales = Scales(contents.declarations, alpha, modules.values())
     return Adapter(
         what=contents.what,
-        config=config,
+        scales=scales,
         modules=tuple(modules.values()),
         wholes=tuple(wholes),
-        problems=tuple(_wrong(keys, tensors)),
-        digest=_digest(tensors, config),
+        problems=(*_wrong(keys, tensors), *scales.problems),
+        digest=_digest(tensors, contents.declarations, alpha),
         nbytes=sum(tensor.nbytes for tensor in tensors.values()),
     )
 
@@ -179,7 +184,7 @@ def _sorted(
         if key.part is Part.WHOLE:
             wholes.append(Whole(key.module, key.text, value, key.of_base))
         elif key.part is not Part.FOREIGN:
-            parts = modules.setdefault(key.module, ModuleParts(key.module, key.flat))
+            parts = modules.setdefault(key.module, ModuleParts(key.module, key.flat, key.component))
             parts.parts[key.part] = value
             parts.keys[key.part] = key.text
     return modules, wholes
@@ -195,13 +200,19 @@ def _wrong(keys: Iterable[Key], tensors: Mapping[str, torch.Tensor]) -> Iterator
             yield Problem(key.text, "cannot be merged", hint="of another kind of adapter than LoRA")
         elif first != key.text:
             yield Problem(key.text, "given twice", hint=f"{first!r} is the same")
-        elif key.part is not Part.WHOLE and value.dtype not in _FLOATS:
+        elif key.part is not Part.WHOLE and value.dtype not in _dtypes_of(key.part):
             found = str(value.dtype).removeprefix("torch.")
             yield Problem(key.text, "dtype", found, "float16, bfloat16, float32 or float64")
-        elif key.part is Part.ALPHA and value.numel() != 1:
-            yield Problem(key.text, "shape", str(tuple(value.shape)), "one number")
+        elif key.part is Part.ALPHA:  # whether it is a number to divide, the scales say
+            if value.numel() != 1:
+                yield Problem(key.text, "shape", str(tuple(value.shape)), "one number")
         elif key.part is not Part.WHOLE:  # a mask may hold infinities: refitkit compares wholes
             yield from _not_finite(key.text, value)
+
+
+def _dtypes_of(part: Part) -> set[torch.dtype]:
+    """An alpha may be an integer: ``torch.tensor(alpha)`` in ``networks/lora.py`` of kohya's."""
+    return _FLOATS | _INTEGERS if part is Part.ALPHA else _FLOATS
 
 
 def _not_finite(name: str, value: torch.Tensor) -> Iterator[Problem]:
@@ -209,10 +220,14 @@ def _not_finite(name: str, value: torch.Tensor) -> Iterator[Problem]:
         yield Problem(name, "non-finite", counted(~finite(value)), "finite")
 
 
-def _digest(tensors: Mapping[str, torch.Tensor], config: AdapterConfig | None) -> str:
-    """Keys, dtypes, shapes and bytes, and what of the config says how they are used."""
+def _digest(
+    tensors: Mapping[str, torch.Tensor],
+    declarations: Iterable[Declaration],
+    alpha: Alpha | None,
+) -> str:
+    """Keys, dtypes, shapes and bytes, and everything that says how they are used."""
     told = hashlib.blake2b(digest_size=16)
-    told.update(repr(None if config is None else config.model_dump(mode="json")).encode())
+    told.update(repr((alpha, [one.as_data() for one in declarations])).encode())
     for name in sorted(tensors):
         value = tensors[name]
         told.update(repr((name, str(value.dtype), tuple(value.shape))).encode())

@@ -13,6 +13,7 @@ from refitkit_peft import reading
 from refitkit_peft.combining import combined
 from refitkit_peft.files import Files, path_of
 from refitkit_peft.keeping import Adapters, ReadySets
+from refitkit_peft.lora import Lora, checked_alpha
 from refitkit_peft.memory import KINDS
 from refitkit_peft.placing import Places
 from refitkit_peft.source import LoraSource
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from refitkit import Pipeline
     from refitkit.protocols import WeightSource
 
-    from refitkit_peft.lora import Lora
+    from refitkit_peft.lora import Alpha
     from refitkit_peft.memory import Kind
 
 
@@ -151,21 +152,26 @@ class Base:
         name: str,
         adapter: str | Path | Mapping[str, torch.Tensor],
         config: Mapping[str, Any] | None = None,
+        *,
+        alpha: Alpha | None = None,
     ) -> None:
         """Read an adapter, and have it at hand under a name; another one of that name is replaced.
 
         Args:
             name: How ``Lora`` calls it.
             adapter: A PEFT folder, a file, or tensors by the keys of either.
-            config: Fields of ``peft.LoraConfig``, in place of those of the files. Tensors and files
-                without any have the scaling that they tell by ``alpha``, else 1.
+            config: Fields of ``peft.LoraConfig``, in place of those of the files.
+            alpha: The alpha that it was trained with, in place of the one that its tensors and
+                files say; ``"rank"`` for a scale of 1. An adapter that says none needs it.
 
         Raises:
+            ConfigError: Alpha is neither a positive number nor ``"rank"``.
             SourceError: It cannot be read, or is of a kind that weights cannot hold.
         """
+        checked = None if alpha is None else checked_alpha(alpha)
         contents = reading.read(adapter, self._open, config)
         with self._lock:
-            self._adapters.add(name, contents)
+            self._adapters.add(name, contents, checked)
 
     def remove(self, name: str) -> None:
         """Forget an adapter that was added, and ready sets that it is in.
@@ -177,15 +183,18 @@ class Base:
             for digest in self._adapters.remove(name):
                 self._ready.forget(digest)
 
-    def prepare(self, adapters: Mapping[str, float], component: str = "") -> None:
+    def prepare(
+        self,
+        adapters: Mapping[str, float],
+        component: str = "",
+        alphas: Mapping[str, Alpha] | None = None,
+    ) -> None:
         """Compute a ready set now, so that the refit that needs it finds it.
 
         Raises:
             RefitError: As a refit would.
         """
-        from refitkit_peft.lora import Lora
-
-        source = self.source(Lora(self, adapters, component))
+        source = self.source(Lora(self, adapters, component, alphas or {}))
         for name in source.touched:
             source.get(name)
 
@@ -229,8 +238,11 @@ def _checked(memory: Kind, device: str | torch.device, keep: int) -> tuple[Kind,
 
 
 def _described(base: str, lora: Lora) -> str:
-    """What a report says: "base 'x' + 0.7 of 'a' - 0.2 of 'b'"."""
-    signed = (
-        (name, "-" if scale < 0 else "+", abs(scale)) for name, scale in lora.adapters.items()
-    )
-    return f"base {base}" + "".join(f" {sign} {size:g} of {name!r}" for name, sign, size in signed)
+    """The description in reports: "base 'x' + 0.7 of 'a' - 0.2 of 'b' with alpha 16"."""
+    text = f"base {base}"
+    for name, scale in lora.adapters.items():
+        text += f" {'-' if scale < 0 else '+'} {abs(scale):g} of {name!r}"
+        alpha = lora.alphas.get(name)
+        if alpha is not None:
+            text += f" with alpha {alpha if alpha == 'rank' else format(alpha, 'g')}"
+    return text

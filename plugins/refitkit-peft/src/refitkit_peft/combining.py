@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from refitkit.errors import Problem, SourceError, WeightMismatchError
 from refitkit.program.bits import same_bits
 
 from refitkit_peft.edits import Product, Replaced, Scaled
+from refitkit_peft.scales import UNKNOWN
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -64,8 +66,25 @@ def require_usable(
         message = f"{len(unreadable)} adapters cannot be read."
         raise SourceError(message, problems=[*told, *problems], hint=first.hint)
     if problems:
+        unknown = [one.name for one in used if _has_unknown(one)]
         message = f"Adapters do not fit the base {store.description}."
-        raise WeightMismatchError(message, problems=problems)
+        if all(problem.kind == UNKNOWN for problem in problems):
+            message = f"Nothing says the alpha of {', '.join(map(repr, unknown))}."
+        hint = _how_to_give(unknown[0]) if unknown else ""
+        raise WeightMismatchError(message, problems=problems, hint=hint)
+
+
+def _has_unknown(one: UsedAdapter) -> bool:
+    return any(problem.kind == UNKNOWN for problem in one.fitted.problems)
+
+
+def _how_to_give(name: str) -> str:
+    return (
+        "A product counts alpha / rank times, and its tensors, config and header do not say alpha. "
+        f"Give the one that it was trained with: Lora(base, {{...}}, alphas={{{name!r}: 16}}), or "
+        f"base.add(name, adapter, alpha=16), or --alpha {shlex.quote(name)}=16 on the command "
+        'line. "rank" instead of 16 is a scale of 1, for factors that are scaled already.'
+    )
 
 
 def without_own(fitted: Fitted, store: Store) -> Fitted:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from refitkit.cli.api import RefitWish, Session, common_options, refit_options, run_refit
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 
 def scales_of(adapters: tuple[str, ...]) -> dict[str, float]:
@@ -32,6 +35,28 @@ def scales_of(adapters: tuple[str, ...]) -> dict[str, float]:
     return found
 
 
+def alphas_of(texts: tuple[str, ...], adapters: Collection[str]) -> dict[str, Any]:
+    """``{"a": 16.0, "b": "rank"}`` for ``("a=16", "b=rank")``.
+
+    Raises:
+        click.UsageError: An alpha is no number, or it is unclear which adapter it is for.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, alpha = text.rpartition("=")
+        if not equals:
+            if len(adapters) != 1:
+                raise click.UsageError(f"--alpha {text}: name the adapter: --alpha ADAPTER={text}.")
+            (name,) = adapters
+        if name not in adapters or name in found:
+            raise click.UsageError(f"--alpha {text}: {name!r} is no adapter, or was given before.")
+        try:
+            found[name] = alpha if alpha == "rank" else float(alpha)
+        except ValueError as exc:
+            raise click.UsageError(f"--alpha {text}: {alpha!r} is no number and not rank.") from exc
+    return found
+
+
 @click.command("lora", short_help="Put a base with LoRA adapters into a saved module.")
 @click.argument("module")
 @click.argument("base")
@@ -43,6 +68,14 @@ def scales_of(adapters: tuple[str, ...]) -> dict[str, float]:
     metavar="NAME",
     help="Model of a pipeline, where adapters are for several: unet, text_encoder, ...",
 )
+@click.option(
+    "--alpha",
+    "alphas",
+    multiple=True,
+    metavar="[ADAPTER=]ALPHA",
+    help="Alpha that an adapter was trained with, in place of the alpha in its files. Needed if "
+    "they have none. rank: a scale of 1.",
+)
 @common_options
 @click.pass_obj
 def lora_command(
@@ -52,12 +85,14 @@ def lora_command(
     base: str,
     adapters: tuple[str, ...],
     component: str,
+    alphas: tuple[str, ...],
     **given: Any,
 ) -> None:
     """Put BASE with ADAPTERs added into MODULE.
 
     BASE is a checkpoint: the weights that the adapters were trained on. An ADAPTER is a folder of
     PEFT, or a LoRA file; its scale is 1 where none is given. With no adapter it is the base alone.
+    An adapter whose files do not say its alpha is refused unless --alpha gives it.
     What MODULE holds now does not matter. Loading a module runs the code in it: use only files that
     you trust as you would a program.
     """
@@ -65,4 +100,4 @@ def lora_command(
 
     scales, wish = scales_of(adapters), RefitWish(module, **given)
     wish.check_files(base, *scales)
-    run_refit(session, wish, Lora(base, scales, component))
+    run_refit(session, wish, Lora(base, scales, component, alphas_of(alphas, scales)))

@@ -6,11 +6,20 @@ Nothing in it is run, followed or downloaded: ``base_model_name_or_path`` is tex
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    field_validator,
+)
 from refitkit.errors import Problem, SourceError
 
 if TYPE_CHECKING:
@@ -32,7 +41,7 @@ _HARMLESS = {
 _OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initializations that change the base (``LoraLayer.update_layer`` in ``tuners/lora/layer.py``)."""
 
-_NOT_MERGED = {
+NOT_MERGED = {
     "alora_invocation_tokens": "it adds to some tokens only",
     "arrow_config": "a router chooses among adapters for each token",
     "kasa_config": "it was trained on a base that was cut down, and not on the one given here",
@@ -54,13 +63,26 @@ _QUANTIFIED_GROUP = re.compile(r"\)[*+{]")
 _MANY_QUANTIFIERS = 3
 
 
+def _no_flag(value: Any) -> Any:
+    """Pydantic reads ``true`` as the number 1."""
+    if isinstance(value, bool):
+        raise ValueError("a number is needed")  # noqa: TRY004 - pydantic collects ValueErrors
+    return value
+
+
+_Rank = Annotated[int, BeforeValidator(_no_flag), Field(gt=0)]
+_Alpha = Annotated[float, BeforeValidator(_no_flag), Field(gt=0, allow_inf_nan=False)]
+"""An alpha of 0 is refused: kohya's scripts take it as the rank, and for peft it adds nothing."""
+
+
 class AdapterConfig(BaseModel):
-    """What of ``LoraConfig`` says what an adapter adds to weights.
+    """The fields of ``LoraConfig`` that determine the values an adapter adds to weights.
 
     Attributes:
         peft_type: The kind of adapter.
-        r: Rank.
-        lora_alpha: The adapter adds ``lora_alpha / r`` times the product of its factors.
+        r: Rank; None if the file does not say.
+        lora_alpha: The adapter adds ``lora_alpha / r`` times the product of its factors. None if
+            the file does not say: peft would take 8, but peft itself always writes the field.
         rank_pattern: Other ranks, by regular expressions of names of modules.
         alpha_pattern: Other alphas, likewise.
         use_rslora: Whether it is ``lora_alpha / sqrt(r)``.
@@ -73,14 +95,14 @@ class AdapterConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
 
     peft_type: str = "LORA"
-    r: int = Field(default=8, gt=0)
-    lora_alpha: float = Field(default=8, allow_inf_nan=False)
-    rank_pattern: dict[str, int] = Field(default_factory=dict)
-    alpha_pattern: dict[str, float] = Field(default_factory=dict)
-    use_rslora: bool = False
-    use_dora: bool = False
-    fan_in_fan_out: bool = False
-    lora_bias: bool = False
+    r: _Rank | None = None
+    lora_alpha: _Alpha | None = None
+    rank_pattern: dict[str, _Rank] = Field(default_factory=dict)
+    alpha_pattern: dict[str, _Alpha] = Field(default_factory=dict)
+    use_rslora: StrictBool = False
+    use_dora: StrictBool = False
+    fan_in_fan_out: StrictBool = False
+    lora_bias: StrictBool = False
     bias: str = "none"
     init_lora_weights: bool | str | None = True
     peft_version: str | None = None
@@ -101,11 +123,14 @@ class AdapterConfig(BaseModel):
         try:
             if path.stat().st_size > _LIMIT:
                 raise SourceError(f"{what}: it has more than {_LIMIT} bytes.")
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate(parsed(path.read_bytes()))
         except OSError as exc:
             raise SourceError(f"{what}: {exc}.") from exc
         except ValidationError as exc:
             raise SourceError(f"{what}.", problems=_problems(exc, path.name)) from exc
+        except ValueError as exc:
+            problem = Problem(path.name, "no JSON", hint=str(exc))
+            raise SourceError(f"{what}.", problems=[problem]) from exc
 
     @classmethod
     def of(cls, given: Mapping[str, Any], what: str) -> AdapterConfig:
@@ -131,8 +156,8 @@ class AdapterConfig(BaseModel):
             hint = "save it with path_initial_model_for_weight_conversion, which makes it fit yours"
             yield Problem("init_lora_weights", "made for a changed base", init, hint=hint)
         for name, value in (self.model_extra or {}).items():
-            if value and name in _NOT_MERGED:
-                yield Problem(name, "cannot be merged", hint=_NOT_MERGED[name])
+            if value and name in NOT_MERGED:
+                yield Problem(name, "cannot be merged", hint=NOT_MERGED[name])
             elif value and name not in _HARMLESS:
                 hint = "a newer peft may know what it means; this plugin does not"
                 yield Problem(name, "unknown setting", repr(value)[:80], hint=hint)
@@ -146,27 +171,62 @@ class AdapterConfig(BaseModel):
         found = re.match(r"(\d{1,4})\.(\d{1,4})", self.peft_version or "0.0")
         return found is not None and (int(found[1]), int(found[2])) <= _NEWEST
 
-    def rank(self, module: str) -> int:
-        """The rank that a module's factors are to have."""
-        return self.rank_pattern.get(_matching(self.rank_pattern, module), self.r)
+    def rank(self, *modules: str) -> int | None:
+        """The rank that a module's factors are to have; None if the config does not say.
 
-    def scaling(self, module: str, rank: int) -> float:
-        """What the product of a module's factors is multiplied by, before the user's scale.
+        Args:
+            modules: Names of the module: with and without the prefix of its component.
+        """
+        return self.rank_pattern.get(_matching(self.rank_pattern, modules), self.r)
+
+    def scaling(self, rank: int, *modules: str) -> float | None:
+        """The factor of a module's product, before the user's scale; None if alpha is unknown.
+
+        Args:
+            rank: The rank of the module's factors.
+            modules: Names of the module: with and without the prefix of its component.
+        """
+        key = _matching(self.alpha_pattern, modules)
+        alpha = self.alpha_pattern.get(key, self.lora_alpha)
+        return None if alpha is None else self.scaling_of(alpha, rank)
+
+    def scaling_of(self, alpha: float, rank: int) -> float:
+        """The same for a given alpha.
 
         ``LoraLayer.update_layer`` in ``tuners/lora/layer.py``, peft 0.21.2.
         """
-        key = _matching(self.alpha_pattern, module)
-        alpha = self.alpha_pattern.get(key, self.lora_alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
-def _matching(patterns: Iterable[str], module: str) -> str:
+def parsed(text: str | bytes) -> Any:
+    """JSON as data.
+
+    Raises:
+        ValueError: It is no JSON, is nested too deeply, or gives one name two values.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_without_twins)
+    except RecursionError as exc:
+        raise ValueError("it is nested too deeply") from exc
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name[:80]!r} is given twice")
+        found[name] = value
+    return found
+
+
+def _matching(patterns: Iterable[str], modules: Iterable[str]) -> str:
     """The first pattern that a module's name ends with; ``get_pattern_key`` in ``utils/other.py``.
 
     The longest of these names has a few hundred letters, and ``_plain`` bounds the work for each.
     """
-    found = (key for key in patterns if re.match(rf"(.*\.)?({key})$", module))
-    return next(found, module)
+    names = list(modules)
+    found = (key for key in patterns if any(re.match(rf"(.*\.)?({key})$", name) for name in names))
+    return next(found, names[0])
 
 
 def _plain(pattern: str) -> bool:

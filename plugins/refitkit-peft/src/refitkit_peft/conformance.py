@@ -39,7 +39,7 @@ class LoraSuite(SourceSuite):
     def _source(self, weights: Mapping[str, Any]) -> Any:
         watched = Watched(TensorMap(weights))
         base = Base.with_opener(watched, _opened, self.memory, keep=self.keep)
-        base.add("a", _factors())
+        base.add("a", _factors(), alpha="rank")
         source = base.source(Lora(base, {"a": _SCALE}))
         self._before = len(watched.read)  # copies are made when a base is, and no data is read then
         self._watched = watched

@@ -92,8 +92,11 @@ class Fitting:
         problems = list(_torn(parts))
         if not problems:
             rank, problems = self._rank(parts)
-            if not problems and place is not None:
-                problems = list(self._place(parts, place, rank))
+            if not problems:
+                scaling, unknown = self._adapter.scales.scaling(parts, rank)
+                problems = [] if unknown is None else [unknown]
+                if place is not None:
+                    problems += self._place(parts, place, scaling)
         self._problems += problems
 
     def _rank(self, parts: ModuleParts) -> tuple[int, list[Problem]]:
@@ -105,14 +108,10 @@ class Fitting:
             found = f"{tuple(down.shape)} and {tuple(up.shape)}"
             wanted = "(rank, inputs, ...) and (outputs, rank, ...)"
             return 0, [Problem(key, "rank", found, wanted, _rank_hint(down, up))]
-        config = self._adapter.config
-        wanted_rank = rank if config is None else config.rank(parts.module)
-        if rank != wanted_rank:
-            hint = "the tensors are not those that the config is of"
-            return 0, [Problem(key, "rank", str(rank), f"{wanted_rank}, as the config says", hint)]
-        return rank, []
+        problem = self._adapter.scales.rank_problem(parts, rank)
+        return rank, [] if problem is None else [problem]
 
-    def _place(self, parts: ModuleParts, place: str, rank: int) -> Iterator[Problem]:
+    def _place(self, parts: ModuleParts, place: str, scaling: float) -> Iterator[Problem]:
         name = self._places.weight_of(place)
         if name is None:
             if parts.flat:
@@ -120,12 +119,11 @@ class Fitting:
             return  # of others, the look for the shift has told already
         info = self._infos[name]
         problems = [*_not_float(name, info), *self._misfit(parts, name, info)]
-        config = self._adapter.config
-        if parts.twice and config is not None and not config.is_known:
+        config = self._adapter.scales.config(parts)
+        if parts.twice and not config.is_known:
             hint = "peft up to 0.21 adds it twice (huggingface/peft#3774): does a later one?"
             problems.append(Problem(parts.key, "unclear", f"peft {config.peft_version}", hint=hint))
         if not problems:
-            scaling = self._adapter.scaling(parts, rank)
             self._add(name, self._product(parts, info, scaling))
             problems = list(self._take_bias(parts, place, scaling))
         yield from problems
@@ -142,15 +140,14 @@ class Fitting:
             found = str(tuple(magnitude.shape))
             hint = "only magnitudes for each output have a formula"
             yield Problem(parts.keys[Part.MAGNITUDE], "shape", found, f"({up.shape[0]},)", hint)
-        config = self._adapter.config
-        if magnitude is None and config is not None and config.use_dora:
+        if magnitude is None and self._adapter.scales.config(parts).use_dora:
             yield Problem(name, "missing", "no magnitude", "one: use_dora is set")
 
     def _shape(self, parts: ModuleParts, info: TensorInfo) -> tuple[int, ...]:
         """The shape of the weight that the factors were made for."""
         down, up = _factors(parts)
         outputs, inputs = up.shape[0], tuple(down.shape[1:])
-        if Part.TABLE_DOWN in parts.parts or self._transposed(info):
+        if Part.TABLE_DOWN in parts.parts or self._transposed(parts, info):
             return (*inputs, outputs)
         if prod(up.shape[2:]) != 1:
             return tuple(up.shape)
@@ -159,14 +156,14 @@ class Fitting:
             return (outputs, *info.shape[1:])  # a linear adapter of a 1x1 convolution, or reversed
         return (outputs, *inputs)
 
-    def _transposed(self, info: TensorInfo) -> bool:
-        config = self._adapter.config
-        return config is not None and config.fan_in_fan_out and len(info.shape) == 2  # noqa: PLR2004
+    def _transposed(self, parts: ModuleParts, info: TensorInfo) -> bool:
+        config = self._adapter.scales.config(parts)
+        return config.fan_in_fan_out and len(info.shape) == 2  # noqa: PLR2004
 
     def _product(self, parts: ModuleParts, info: TensorInfo, scaling: float) -> Product:
         down, up = (factor.flatten(1) for factor in _factors(parts))
         magnitude = parts.parts.get(Part.MAGNITUDE)
-        if Part.TABLE_DOWN in parts.parts or self._transposed(info):
+        if Part.TABLE_DOWN in parts.parts or self._transposed(parts, info):
             return Product(down.t(), up.t(), scaling, magnitude, by_column=True)
         return Product(up, down, scaling, magnitude)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from refitkit_peft.adapter import Adapter
     from refitkit_peft.fitting import Fitted
-    from refitkit_peft.lora import Lora
+    from refitkit_peft.lora import Alpha, Lora
     from refitkit_peft.placing import Places
     from refitkit_peft.reading import Contents
     from refitkit_peft.stores import Store
@@ -41,12 +41,14 @@ class _Read:
     Attributes:
         contents: What it holds.
         files: The files that it was read from, as they were.
-        fitted: For each component what it is there, and how that fits the base.
+        fitted: For each component and alpha the adapter, and how it fits the base.
+        alpha: The alpha that it was added with.
     """
 
     contents: Contents
     files: Files | None
-    fitted: dict[str, tuple[Adapter, Fitted]]
+    fitted: dict[tuple[str, Alpha | None], tuple[Adapter, Fitted]]
+    alpha: Alpha | None = None
 
 
 class Adapters:
@@ -73,12 +75,12 @@ class Adapters:
         kept = [*self._added.values(), *self._opened.values()]
         return sum(tensor.nbytes for one in kept for tensor in one.contents.tensors.values())
 
-    def add(self, name: str, contents: Contents) -> None:
-        """Have one at hand."""
+    def add(self, name: str, contents: Contents, alpha: Alpha | None = None) -> None:
+        """Have one at hand; with an alpha in place of that of its files."""
         self._opened.pop(
             name, None
         )  # of a path that is called so: the name comes first from now on
-        self._added[name] = _Read(contents, None, {})
+        self._added[name] = _Read(contents, None, {}, alpha)
 
     def remove(self, name: str) -> Iterator[str]:
         """Forget one.
@@ -106,7 +108,7 @@ class Adapters:
         unreadable: list[SourceError] = []
         for name, scale in lora.adapters.items():
             try:
-                adapter, fitted = self._one(name, lora.component, store, places)
+                adapter, fitted = self._one(name, lora, store, places)
             except SourceError as exc:
                 unreadable.append(exc)
             else:
@@ -114,15 +116,15 @@ class Adapters:
         require_usable(store, used, unreadable)
         return sorted((one for one in used if one.scale), key=lambda one: one.order)
 
-    def _one(
-        self, name: str, component: str, store: Store, places: Places
-    ) -> tuple[Adapter, Fitted]:
+    def _one(self, name: str, lora: Lora, store: Store, places: Places) -> tuple[Adapter, Fitted]:
         read = self._added.get(name) or self._by_path(name)
-        if component not in read.fitted:
-            adapter = adapter_of(read.contents, component)
+        alpha = lora.alphas.get(name, read.alpha)
+        key = lora.component, alpha
+        if key not in read.fitted:
+            adapter = adapter_of(read.contents, lora.component, alpha)
             fitted = Fitting(adapter, places, store.infos).run()
-            read.fitted[component] = adapter, without_own(fitted, store)
-        return read.fitted[component]
+            read.fitted[key] = adapter, without_own(fitted, store)
+        return read.fitted[key]
 
     def _by_path(self, name: str) -> _Read:
         known = self._opened.pop(name, None)

@@ -66,7 +66,8 @@ _FORMS: tuple[tuple[str, Part], ...] = (
     (r"\.lora_down\.weight", Part.DOWN),
     (r"\.lora_up\.weight", Part.UP),
     (r"\.dora_scale", Part.MAGNITUDE),
-    (r"\.alpha", Part.ALPHA),
+    (r"\.lora\.alpha", Part.ALPHA),
+    (r"\.(?:lora_)?alpha", Part.ALPHA),
 )
 _READERS = [(re.compile(rf"(?P<module>.+){form}"), part) for form, part in _FORMS]
 
@@ -89,7 +90,7 @@ _FLAT = {
     "lora_te_": "text_encoder",
 }
 
-_PEFT = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 _WRAPPERS = frozenset({"base_layer", "original_module"})
 """Parts that peft's layers add to names of what they wrap (``LoraLayer``, ``utils/other.py``)."""
 
@@ -118,8 +119,8 @@ def _placed(text: str, part: Part, module: str, adapter: str) -> Key:
         if module.startswith(prefix):
             flat = module.removeprefix(prefix)
             return Key(text, part, flat, adapter, component, flat=True)
-    if module.startswith(_PEFT):
-        module, component = module.removeprefix(_PEFT), ""
+    if module.startswith(PEFT_PREFIX):
+        module, component = module.removeprefix(PEFT_PREFIX), ""
     else:
         found = _COMPONENT.match(module)
         component = found[1] if found else ""
@@ -157,7 +158,7 @@ def names_of_base(names: Collection[str]) -> tuple[dict[str, str], int]:
     if not any(_WRAPPED.search(name) for name in names):
         return {name: name for name in names}, 0
     found = {
-        _without(name.removeprefix(_PEFT), _WRAPPERS): name
+        _without(name.removeprefix(PEFT_PREFIX), _WRAPPERS): name
         for name in names
         if not _OF_ADAPTER.search(name)
     }

@@ -1,36 +1,39 @@
-"""Adapter files as tensors and a config. Data alone: nothing is run, followed or downloaded.
+"""Adapter files as tensors and declarations. Data alone: nothing is run, followed or downloaded.
 
 A folder holds what ``PeftModel.save_pretrained`` writes: ``adapter_config.json`` and
-``adapter_model.safetensors`` or ``.bin`` (peft 0.21.2, ``utils/constants.py``). A file alone holds
-what diffusers or kohya's scripts write; newer diffusers keep peft's config in its metadata
-(``LORA_ADAPTER_METADATA_KEY`` in ``loaders/lora_base.py``).
+``adapter_model.safetensors`` or ``.bin`` (peft 0.21.2, ``utils/constants.py``). A file alone comes
+from diffusers, kohya's scripts or other trainers; ``declarations`` knows their metadata.
 """
 
 from __future__ import annotations
 
-import json
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from refitkit.errors import Problem, SourceError
 from safetensors import SafetensorError, safe_open
 
 from refitkit_peft.config import AdapterConfig
+from refitkit_peft.declarations import Declaration, declarations_in, may_declare
 from refitkit_peft.files import path_of
+from refitkit_peft.keys import Part, read_key
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    import torch
     from refitkit.protocols import WeightSource
 
 CONFIG = "adapter_config.json"
 _STEM = "adapter_model"
 _KINDS = (".safetensors", ".bin")
-_METADATA = "lora_adapter_metadata"
 _LIMIT = 1 << 34
 """Elements of an adapter: it is read whole."""
+_DEPTH, _VISITED = 4, 1 << 20
+"""How deep dictionaries of a file of ``torch.save`` are looked into, and how many entries of it."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,12 @@ class Contents:
     Attributes:
         what: What it is, for messages.
         tensors: Copies that nobody else has, on the CPU, contiguous, by key.
-        configs: By component of a pipeline; under an empty name that of all of it.
+        declarations: Everything that is said of alpha, rank and settings.
     """
 
     what: str
     tensors: Mapping[str, torch.Tensor]
-    configs: Mapping[str, AdapterConfig]
+    declarations: tuple[Declaration, ...]
 
 
 def read(
@@ -57,9 +60,9 @@ def read(
 
     Args:
         adapter: A folder, a file, a mapping from keys to tensors, or anything else that a user
-            calls weights.
+            calls weights. In a mapping an alpha may be a plain number.
         open_weights: Opens files and mappings.
-        config: Fields of ``LoraConfig``, where the files have none, or instead of theirs.
+        config: Fields of ``LoraConfig``, in place of everything that the files declare.
 
     Raises:
         SourceError: It cannot be read, or holds more than tensors; lists everything that is wrong.
@@ -70,17 +73,49 @@ def read(
         message = f"There is no adapter of the name {adapter!r}, and no file or folder."
         raise SourceError(message, hint="Add it: base.add(name, path).")
     what = repr(str(path)) if path is not None else f"an adapter in a {type(adapter).__name__}"
-    configs: dict[str, AdapterConfig] = {}
+    source = _opened(adapter, file, open_weights)
+    found: list[Declaration] = []
     if config is not None:
-        configs = {"": AdapterConfig.of(config, what)}
-    elif beside is not None:
-        configs = {"": AdapterConfig.load(beside)}
-    elif file is not None and file.suffix == ".safetensors":
-        configs = _embedded(file, what)
-    for one in configs.values():
-        _require_mergeable(one, what)
-    source = open_weights(adapter if file is None else file)
-    return Contents(what, _copies(source, what), configs)
+        found = [Declaration("config", AdapterConfig.of(config, what))]
+    else:
+        if beside is not None:
+            found.append(Declaration(CONFIG, AdapterConfig.load(beside)))
+        found += declarations_in({} if file is None else _metadata(file), what)
+    for one in found:
+        _require_mergeable(one.config, what)
+    return Contents(what, _copies(source, what), tuple(found))
+
+
+def _opened(
+    adapter: object, file: Path | None, open_weights: Callable[[object], WeightSource]
+) -> WeightSource:
+    """The tensors of an adapter, without declarations that are right among them.
+
+    Raises:
+        SourceError: They cannot be read.
+    """
+    if file is None:
+        if isinstance(adapter, Mapping):
+            adapter = {key: _as_tensor(key, value) for key, value in adapter.items()}
+        return open_weights(adapter)
+    try:
+        return open_weights(file)
+    except SourceError as exc:
+        others = {problem.subject for problem in exc.problems if problem.kind == "not a tensor"}
+        if not others or len(others) < len(exc.problems) or not all(map(may_declare, others)):
+            raise
+        state = _loaded(file, "cpu")
+        if not isinstance(state, Mapping) or len(others) == len(state):
+            raise
+        return open_weights({key: value for key, value in state.items() if key not in others})
+
+
+def _as_tensor(key: object, value: object) -> object:
+    """A number as a tensor, where the key says that it is an alpha."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and isinstance(key, str) and read_key(key).part is Part.ALPHA:
+        return torch.tensor(float(value), dtype=torch.float64)  # type: ignore[arg-type]
+    return value
 
 
 def _files(path: Path) -> tuple[Path, Path | None]:
@@ -109,32 +144,60 @@ def _require_mergeable(config: AdapterConfig, what: str) -> None:
         raise SourceError(message, problems=problems)
 
 
-def _embedded(file: Path, what: str) -> dict[str, AdapterConfig]:
-    """The configs that diffusers keeps in a file's metadata, by component."""
+def _metadata(file: Path) -> Mapping[str, Any]:
+    """The entries of a file that are no tensors.
+
+    Returns:
+        The header of a safetensors file, or numbers, texts and dictionaries of one of
+        ``torch.save``, by names with dots.
+    """
     try:
         with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
+            return dict(opened.metadata() or {})
     except (SafetensorError, OSError, RuntimeError):
-        return {}  # whoever opens it for its tensors says what is wrong
-    text = metadata.get(_METADATA)
-    if text is None:
-        return {}
+        state = _loaded(file, "meta")
+        return dict(_plain_entries(state)) if isinstance(state, Mapping) else {}
+
+
+def _loaded(file: Path, device: str) -> object:
+    """The content of a file of ``torch.save``, as data alone; None if it cannot be read."""
     try:
-        fields = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as exc:
-        raise SourceError(f"The config in {what} is no JSON: {exc}.") from exc
-    if not isinstance(fields, dict):
-        raise SourceError(f"The config in {what} is a {type(fields).__name__}, not an object.")
-    return _by_component(fields, what)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the file's age, which is no fault
+            return torch.load(file, map_location=device, weights_only=True, mmap=False)
+    except Exception:  # noqa: BLE001 - its tensors were read already, by whoever knows its format
+        return None
 
 
-def _by_component(fields: Mapping[str, Any], what: str) -> dict[str, AdapterConfig]:
-    """``{"unet.r": 4}`` as a config of ``unet``; names without a component are everybody's."""
-    parts: dict[str, dict[str, Any]] = {}
-    for name, value in fields.items():
-        component, _, field = name.rpartition(".")
-        parts.setdefault(component, {})[field] = value
-    return {one: AdapterConfig.of(given, what) for one, given in parts.items()}
+def _plain_entries(state: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """Everything but tensors, in the dictionaries that hold these: names with dots, and values."""
+    left = _VISITED
+    entered = [("", 0, state)]
+    while entered:
+        before, depth, some = entered.pop()
+        for key, value in some.items():
+            left -= 1
+            if left < 0:
+                return
+            if not isinstance(key, str) or isinstance(value, torch.Tensor):
+                continue
+            if isinstance(value, Mapping) and depth < _DEPTH and _has_tensors(value):
+                entered.append((f"{before}{key}.", depth + 1, value))
+            else:
+                yield before + key, value
+
+
+def _has_tensors(value: object) -> bool:
+    """Whether it is a dictionary with tensors in it, or in the dictionaries in it."""
+    if not isinstance(value, Mapping):
+        return False
+    inner = list(value.values())
+    return any(isinstance(one, torch.Tensor) for one in inner) or any(
+        isinstance(two, torch.Tensor)
+        for one in inner
+        if isinstance(one, Mapping)
+        for two in one.values()
+    )
 
 
 def _copies(source: WeightSource, what: str) -> dict[str, torch.Tensor]:
