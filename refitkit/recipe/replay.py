@@ -15,6 +15,7 @@ import torch
 from refitkit.errors import PlanMismatchError, Problem
 from refitkit.model import CallRef, PinnedRef, SourceRef
 from refitkit.program.bits import same_bits
+from refitkit.recipe.conditions import no_flushing
 from refitkit.recipe.schedule import Keep, Load, Make, Many, Schedule
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without gradients and without autocast, whatever the caller has switched on."""
-    with torch.no_grad(), torch._C._DisableAutocast():  # noqa: SLF001 - of all devices at once
+    """Without gradients and autocast and with denormals, whatever the caller has switched on."""
+    with torch.no_grad(), torch._C._DisableAutocast(), no_flushing():  # noqa: SLF001 - of all devices
         yield
 
 
