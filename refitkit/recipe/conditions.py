@@ -27,8 +27,13 @@ if TYPE_CHECKING:
 ALIGNMENT = 64
 """Bytes: torch's allocators put tensors at multiples of this (``c10/core/alignment.h``)."""
 _FULL = frozenset({"none", "ieee"})
-_PRECISIONS = (("generic", "all"), ("mkldnn", "all"), ("cuda", "all")) + tuple(
-    (backend, op) for backend in ("mkldnn", "cuda") for op in ("matmul",)
+_PRECISIONS = (
+    ("generic", "all"),
+    ("mkldnn", "all"),
+    ("mkldnn", "matmul"),
+    ("mkldnn", "conv"),
+    ("cuda", "all"),
+    ("cuda", "matmul"),
 )
 """Settings that let float32 products be computed in less, those that others inherit from first.
 
@@ -81,11 +86,11 @@ def no_flushing() -> Iterator[None]:
     if _DENORMAL * 1.0:
         yield
         return
-    torch.set_flush_denormal(False)  # noqa: FBT003 - torch's signature
+    torch.set_flush_denormal(False)
     try:
         yield
     finally:
-        torch.set_flush_denormal(True)  # noqa: FBT003
+        torch.set_flush_denormal(True)
 
 
 @contextmanager

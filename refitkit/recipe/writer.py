@@ -100,10 +100,9 @@ class Writer:
 
     def _of_call(self, node: Call, output: int) -> Value:
         op, shape = node.op, node.results[0].shape
-        if op is ORDERED:
-            return self._draft.ordered(self._one(node.args[0]), node.args[1])
-        if op in _SAME:
-            return self._one(node.args[0])
+        if op in _SAME or op is ORDERED:
+            same = self._one(node.args[0])
+            return self._draft.ordered(same, node.args[1]) if op is ORDERED else same
         if op in RESHAPES:
             return self._draft.reshaped(self._one(node.args[0]), shape)
         if op in _CASTS:
