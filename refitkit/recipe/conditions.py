@@ -80,22 +80,14 @@ def moved(tensor: torch.Tensor, offset: int) -> torch.Tensor:
 # -- settings ---------------------------------------------------------------------------------
 
 
-@contextmanager
-def no_flushing() -> Iterator[None]:
-    """Compute with denormal numbers in this thread, whatever the caller has set."""
-    if _DENORMAL * 1.0:
-        yield
-        return
-    torch.set_flush_denormal(False)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(True)
+def is_flushing() -> bool:
+    """Whether this thread takes denormal numbers for zeros (``torch.set_flush_denormal``)."""
+    return _DENORMAL * 1.0 == 0.0
 
 
 @contextmanager
 def same_settings() -> Iterator[None]:
-    """Compute in one thread and in full precision, whatever the caller has set.
+    """Compute in one thread, in full precision and with denormals, whatever the caller has set.
 
     The number of threads is that of the calling thread only. Precisions and oneDNN's switch belong
     to the process; they are touched only where they are not torch's defaults.
@@ -104,8 +96,10 @@ def same_settings() -> Iterator[None]:
     try:
         _one_thread(undo)
         _full_precision(undo)
-        with no_flushing():
-            yield
+        if is_flushing():
+            torch.set_flush_denormal(False)
+            undo.append(lambda: torch.set_flush_denormal(True))
+        yield
     finally:
         for one in reversed(undo):
             one()
