@@ -19,9 +19,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from refitkit.recipe.memories import Geometry, Memory
+    from refitkit.recipe.origins import Leaf, Literal
 
 _SEPARATE = "it was made where no op is seen"
 _aten = torch.ops.aten
+
+
+def lying(node: Leaf | Literal | Unknown | Call, output: int, geometry: Geometry) -> Origin:
+    """Where a tensor comes from that lies in memory like this."""
+    return Origin(node, output, geometry.contiguous, geometry.turned)
 
 
 def write(memory: Memory, geometry: Geometry, value: Origin) -> None:
@@ -46,7 +52,7 @@ def seen_otherwise(memory: Memory, geometry: Geometry) -> Origin:
     """A value that was not seen in this geometry: a part of one that was, or unknown."""
     found = None if any(geometry.lazy) else min(_around(memory, geometry), default=None, key=_size)
     if found is None:
-        return Origin(Unknown(_SEPARATE), 0, geometry.contiguous)
+        return lying(Unknown(_SEPARATE), 0, geometry)
     outer, base = found
     flat = geometry.permuted(geometry.order)
     if (outer.start, outer.size) != (geometry.start, geometry.size) or not flat.contiguous:
@@ -78,7 +84,7 @@ def _made(
     memory: Memory, op: Any, args: tuple[Any, ...], inputs: tuple[Origin, ...], found: Geometry
 ) -> Origin:
     facts = (Tensor(dtype=dtype_name(found.dtype), shape=found.shape),)
-    return Origin(Call(op, args, {}, facts, memory.device, inputs), 0, found.contiguous)
+    return lying(Call(op, args, {}, facts, memory.device, inputs), 0, found)
 
 
 def _size(found: tuple[Geometry, Origin]) -> int:

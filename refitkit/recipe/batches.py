@@ -13,6 +13,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
 
 from refitkit.model import CallRef
+from refitkit.recipe import ops
 from refitkit.recipe.operands import is_reference
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ BATCHED = frozenset(
         "aten.sub.Tensor",
     }
 )
+_SQUARE_ROOT = "aten.sqrt.default"
+"""Sensitive (:func:`refitkit.recipe.ops.is_sensitive`) in general, but not of contiguous floats."""
 _FEWEST = 4
 _LARGEST = 1 << 14
 """Most elements of one operand: to lay large ones end to end costs more than calls do."""
@@ -140,6 +143,12 @@ def _is_aligned(column: Sequence[Value], found: Mapping[int, list[int]]) -> bool
 def _fits(one: OpCall, operands: Sequence[Value], facts: Facts) -> bool:
     """Whether every operand is a small tensor of the result's shape, and the op one of ours."""
     if one.op not in BATCHED or len(one.results) != 1:
+        return False
+    dtypes = [facts.facts(value)[0] for value in operands]
+    if one.op == _SQUARE_ROOT:
+        if any(dtype.startswith("complex") for dtype in dtypes):
+            return False
+    elif ops.is_sensitive(one.op, dtypes, one.kwargs.get("alpha", 1)):
         return False
     shape = one.results[0].shape
     return 0 < prod(shape) <= _LARGEST and all(facts.facts(v)[1] == shape for v in operands)

@@ -11,6 +11,8 @@ import torch
 from refitkit.model import CallRef, PinnedRef, SourceRef
 from refitkit.recipe import ops
 from refitkit.recipe.batches import batched
+from refitkit.recipe.conditions import aligned, same_settings
+from refitkit.recipe.layouts import RESHAPES, is_view
 from refitkit.recipe.literals import decode
 from refitkit.recipe.operands import Followed, is_reference, operands_of
 from refitkit.recipe.schedule import Schedule
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from refitkit.model import OpCall, PlanData, Value
     from refitkit.recipe.batches import Batch
 
+_CONTIGUOUS = torch.ops.aten.contiguous.default
 _FROM_STORAGE = ("aten.as_strided", "aten._reshape_alias")
 Results: TypeAlias = tuple[torch.Tensor, ...]
 """What a call gives."""
@@ -68,6 +71,9 @@ class Ready:
         results: How many tensors it gives.
         alone: Whether it counts from the start of its first operand's storage, which therefore has
             to be that operand alone.
+        whole: Which operands are all of their memory, so that they can be put where recordings have
+            them: contiguous and aligned. Others are views of what recipes have put there.
+        sensitive: Whether its bits depend on that, on threads and on settings.
         anywhere: Whether it is exact on every device.
         device: Kind of device that it was recorded on.
     """
@@ -80,6 +86,8 @@ class Ready:
     writes: int
     results: int
     alone: bool
+    whole: tuple[bool, ...]
+    sensitive: bool
     anywhere: bool
     device: str
 
@@ -88,7 +96,13 @@ class Ready:
         """Whether it gives one tensor, writes nothing, and has all operands as arguments."""
         plain = all(isinstance(where, int) and inner is None for where, inner in self.places)
         kinds = [str(one.type) for one in self.op._schema.returns]  # noqa: SLF001
-        return plain and not self.writes and not self.alone and kinds == ["Tensor"]
+        direct = not (self.writes or self.alone or self.sensitive or self.is_ordering)
+        return plain and direct and kinds == ["Tensor"]
+
+    @property
+    def is_ordering(self) -> bool:
+        """Whether it only puts elements one after another."""
+        return self.op is _CONTIGUOUS
 
     def made_on(self, device: torch.device) -> torch.device:
         """Where it is made if its operands are here: elsewhere, if it is exact only there."""
@@ -100,6 +114,15 @@ class Ready:
 
     def __call__(self, operands: Sequence[torch.Tensor]) -> Results:
         """Make it with these operands."""
+        if self.is_ordering:
+            return (aligned(operands[0]),)
+        if not self.sensitive:
+            return self._made(operands)
+        there = [aligned(t) if at else t for t, at in zip(operands, self.whole, strict=True)]
+        with same_settings():
+            return self._made(there)
+
+    def _made(self, operands: Sequence[torch.Tensor]) -> Results:
         args, kwargs = list(self.args), dict(self.kwargs)
         for (where, inner), operand in zip(self.places, operands, strict=True):
             given: Any = kwargs if isinstance(where, str) else args
@@ -190,9 +213,25 @@ class Calls:
             writes=_writes(op),
             results=len(one.results),
             alone=one.op.startswith(_FROM_STORAGE),
+            whole=tuple(map(self._is_whole, operands)),
+            sensitive=ops.is_sensitive(
+                one.op, [self._dtype(value) for value in operands], one.kwargs.get("alpha", 1)
+            ),
             anywhere=anywhere,
             device=one.device,
         )
+
+    def _is_whole(self, value: Value) -> bool:
+        """Whether a value is all of its memory: no view but for its shape."""
+        while isinstance(value, CallRef):
+            one = self._data.calls[value.call]
+            op = ops.overload(one.op)
+            if op is _CONTIGUOUS or not is_view(op):
+                return True
+            if op not in RESHAPES:
+                return False
+            (value,) = operands_of(one)
+        return True
 
     def _dtype(self, value: Value) -> str:
         return self.facts(value)[0]

@@ -24,6 +24,8 @@ _LITERAL = "literal:"
 """How names of tensors start that a plan keeps and that are no leaves."""
 _LAZY = frozenset({"aten._conj.default", "aten._neg_view.default"})
 _RESHAPE = "aten.reshape.default"
+_CONTIGUOUS = "aten.contiguous.default"
+_PERMUTE = "aten.permute.default"
 
 
 class Draft:
@@ -132,8 +134,21 @@ class Draft:
 
     def contiguous(self, value: Value) -> CallRef:
         """A value whose elements lie one after another."""
-        op = "aten.contiguous.default"
-        return self.emit(OpCall(op=op, args=(value,), results=(self.facts(value),)))
+        if isinstance(value, CallRef) and self.calls[value.call].op == _CONTIGUOUS:
+            return value
+        return self.emit(OpCall(op=_CONTIGUOUS, args=(value,), results=(self.facts(value),)))
+
+    def ordered(self, value: Value, order: tuple[int, ...] | None) -> CallRef:
+        """A value whose elements lie one after another, if its dimensions are put in this order."""
+        if order is None:
+            return self.contiguous(value)
+        back = tuple(map(order.index, range(len(order))))
+        return self._permuted(self.contiguous(self._permuted(value, order)), back)
+
+    def _permuted(self, value: Value, order: tuple[int, ...]) -> CallRef:
+        facts = self.facts(value)
+        result = Tensor(dtype=facts.dtype, shape=tuple(facts.shape[dim] for dim in order))
+        return self.emit(OpCall(op=_PERMUTE, args=(value, order), results=(result,)))
 
     # -- asking -----------------------------------------------------------------------------
 

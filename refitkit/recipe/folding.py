@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 
 from refitkit.program.dtypes import dtype_of
+from refitkit.recipe import ops
 from refitkit.recipe.calls import call
+from refitkit.recipe.conditions import aligned, same_settings
 from refitkit.recipe.layouts import is_laid_out, plainly_laid_out
 from refitkit.recipe.lineage import UnwritableError, reads_first
 from refitkit.recipe.origins import Call, Literal, Origin, facts_of, facts_of_tensor
@@ -64,12 +66,20 @@ class Folding:
         if is_laid_out(node.op):
             args = (plainly_laid_out(args[0]), *args[1:])
         try:
-            found = call(node.op, args, kwargs)
+            found = self._called(node, args, kwargs)
         except (RuntimeError, TypeError, ValueError) as exc:
             raise UnwritableError(f"{node.op} cannot be computed again: {exc}") from exc
         if tuple(map(facts_of_tensor, found)) != node.results:
             raise UnwritableError(f"{node.op} gives something else when it is computed again")
         return found
+
+    def _called(self, node: Call, args: Any, kwargs: Any) -> tuple[torch.Tensor, ...]:
+        dtypes = [facts_of(one, self._leaves).dtype for one in node.inputs]
+        if not ops.is_sensitive(str(node.op), dtypes, kwargs.get("alpha", 1)):
+            return call(node.op, args, kwargs)
+        args, kwargs = tree_map_only(torch.Tensor, aligned, (args, kwargs))  # as recorded
+        with same_settings():
+            return call(node.op, args, kwargs)
 
 
 def _stand_in(facts: Tensor) -> torch.Tensor:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 
-from refitkit.recipe.origins import Call, Origin, facts_of
+from refitkit.recipe.origins import Call, facts_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from refitkit.model import Leaf as LeafFacts
     from refitkit.recipe.lineage import Lineage
+    from refitkit.recipe.origins import Origin
 
 _aten = torch.ops.aten
 _LAID_OUT = {
@@ -26,8 +27,16 @@ _LAID_OUT = {
 """Ops whose result depends on how their first argument lies in memory."""
 _ANY_LAYOUT = {_aten.view_as_real.default}
 """Those that only need it to be free of signs and conjugations that torch has put off."""
+RESHAPES = {
+    _aten.view.default,
+    _aten._unsafe_view.default,  # noqa: SLF001 - the op's name
+    _aten.reshape.default,
+    _aten._reshape_alias.default,  # noqa: SLF001 - the op's name
+}
+"""Ops that give what they are given in another shape."""
 ORDERED = "in order"
-"""What stands for the op of a call that puts elements one after another."""
+"""What stands for the op of a call that puts elements one after another, in an order of dimensions
+that is its second argument; None is their own."""
 
 
 def is_laid_out(op: Any) -> bool:
@@ -46,7 +55,7 @@ def plainly_laid_out(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def on_ordered(origin: Origin, lineage: Lineage, leaves: Mapping[str, LeafFacts]) -> Origin:
-    """The same view of memory whose elements lie one after another, if they did so.
+    """The same view of memory whose elements lie one after another, as they did.
 
     Args:
         origin: A value that was recorded.
@@ -57,18 +66,42 @@ def on_ordered(origin: Origin, lineage: Lineage, leaves: Mapping[str, LeafFacts]
         UnwritableError: Nobody knows what it follows from.
     """
     node = origin.node
-    if origin.contiguous and lineage.follows(origin):
-        device = node.device if isinstance(node, Call) else "cpu"
-        ordered = Call(ORDERED, (origin,), {}, (facts_of(origin, leaves),), device, (origin,))
-        return Origin(ordered, 0, contiguous=True)
-    if not isinstance(node, Call) or not _is_view(node.op):
+    if not lineage.follows(origin):
         return origin
-    below = on_ordered(node.args[0], lineage, leaves)
-    moved = replace(node, args=(below, *node.args[1:]), inputs=(below, *node.inputs[1:]))
-    return origin._replace(node=moved)
+    if _is_view_of_another(node):
+        below = on_ordered(node.args[0], lineage, leaves)
+        moved = replace(node, args=(below, *node.args[1:]), inputs=(below, *node.inputs[1:]))
+        return origin._replace(node=moved)
+    device = node.device if isinstance(node, Call) else "cpu"
+    facts = (facts_of(origin, leaves),)
+    ordered = Call(ORDERED, (origin, origin.order), {}, facts, device, (origin,))
+    return origin._replace(node=ordered, output=0)
 
 
-def _is_view(op: Any) -> bool:
+def is_anchored(origin: Origin) -> bool:
+    """Whether a value is a view of memory without gaps, which a recipe can make again.
+
+    Other operands have to be made contiguous, in a recording and in recipes.
+    """
+    while _is_view_of_another(origin.node):
+        origin = origin.node.args[0]
+    return origin.contiguous or origin.order is not None
+
+
+def is_whole(origin: Origin) -> bool:
+    """Whether a value is all of its memory, one element after another."""
+    if not origin.contiguous:
+        return False
+    while _is_view_of_another(origin.node) and origin.node.op in RESHAPES:
+        origin = origin.node.args[0]
+    return origin.contiguous and not _is_view_of_another(origin.node)
+
+
+def _is_view_of_another(node: object) -> TypeGuard[Call]:
+    return isinstance(node, Call) and node.op is not ORDERED and is_view(node.op)
+
+
+def is_view(op: Any) -> bool:
     """Whether it gives a part of the memory of its first argument, and writes nothing."""
     first, *_ = op._schema.arguments  # noqa: SLF001 - there is no other way
     return first.alias_info is not None and not first.alias_info.is_write

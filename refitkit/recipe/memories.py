@@ -71,6 +71,14 @@ class Geometry(NamedTuple):
             sorted(range(len(self.shape)), key=lambda d: (d in moving, -self.stride[d], d))
         )
 
+    @property
+    def turned(self) -> tuple[int, ...] | None:
+        """This order, if it is not that of the dimensions and there are no gaps."""
+        if self.contiguous or any(self.lazy):
+            return None
+        order = self.order
+        return order if self.permuted(order).contiguous else None
+
     def permuted(self, order: tuple[int, ...]) -> Geometry:
         """The same with dimensions in another order."""
         shape, stride = (tuple(part[d] for d in order) for part in (self.shape, self.stride))

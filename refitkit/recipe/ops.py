@@ -259,6 +259,28 @@ def is_exact_anywhere(call: OpCall, operands: Sequence[str] = ()) -> bool:
     return _same_anywhere(call, operands, [*operands, *results])
 
 
+def is_sensitive(op: str, operands: Sequence[str], alpha: object = 1) -> bool:
+    """Whether bits of what an op gives may depend on how operands lie in memory, or on threads.
+
+    False of movement, casts, correctly rounded arithmetic, and what is done with bits and whole
+    numbers: each element is computed alike wherever it lies. Not so complex products, and sums with
+    a factor, which vectorized loops round once and others twice.
+
+    Args:
+        op: The overload, written as torch does.
+        operands: Dtypes of all its tensors, without the ``torch.``.
+        alpha: The factor of the second operand of a sum.
+    """
+    packet = op.removeprefix(f"{_NAMESPACE}.").partition(".")[0]
+    name = packet if packet in _BITWISE else packet.removesuffix("_")
+    if name in _MOVES or name in _BITWISE or name in _CASTING or name in _COMPARING:
+        return False
+    if _all_whole(operands):
+        return name not in _ROUNDED and name not in _OF_INTEGERS
+    is_complex = any(dtype.startswith("complex") for dtype in operands)
+    return name not in _ROUNDED or is_complex or alpha != 1
+
+
 def _exact_cast(result: str, operands: Sequence[str]) -> bool:
     if result.startswith(_WHOLE) and result != "bool":
         return bool(operands) and _all_whole(operands)

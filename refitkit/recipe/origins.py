@@ -71,12 +71,15 @@ class Origin(NamedTuple):
     Attributes:
         node: What made it.
         output: Which of the node's results it is.
-        geometry: How it lay in memory.
+        contiguous: Whether its elements lay one after another in memory.
+        order: Its dimensions in the order in which they lay in memory, slowest first, if that is
+            not their own order and there were no gaps.
     """
 
     node: Leaf | Literal | Unknown | Call
     output: int
     contiguous: bool
+    order: tuple[int, ...] | None = None
 
 
 def follows_from_leaf(origin: Origin) -> bool:

@@ -54,7 +54,7 @@ class Provenance:
             if is_followed(tensor):
                 memory, geometry = self.place(tensor)
                 memory.leaves.append(fqn)
-                memory.values.setdefault(geometry, Origin(Leaf(fqn), 0, geometry.contiguous))
+                memory.values.setdefault(geometry, aliases.lying(Leaf(fqn), 0, geometry))
 
     # -- asking -----------------------------------------------------------------------------
 
@@ -95,6 +95,16 @@ class Provenance:
         memory = self._memories.find(tensor) or self._memories.add(tensor)
         return memory, geometry_of(tensor, memory)
 
+    def offset(self, tensor: torch.Tensor) -> int:
+        """Bytes to a tensor from where the leaf that it lies in starts, or else its memory."""
+        memory, geometry = self.place(tensor)
+        starts = (
+            at.start
+            for at, value in memory.values.items()
+            if isinstance(value.node, Leaf) and at.start <= geometry.start
+        )
+        return geometry.start - max(starts, default=0)
+
     def knows_memory(self, tensor: torch.Tensor) -> bool:
         """Whether the memory of a tensor was seen before."""
         return self._memories.find(tensor) is not None
@@ -119,12 +129,12 @@ class Provenance:
     def made(self, tensor: torch.Tensor, node: Call | Literal | Unknown, output: int) -> None:
         """Note that a tensor was made, and which result of what it is."""
         memory, geometry = self.place(tensor)
-        memory.values[geometry] = Origin(node, output, geometry.contiguous)
+        memory.values[geometry] = aliases.lying(node, output, geometry)
 
     def wrote(self, place: Place, node: Call | Literal | Unknown, output: int) -> None:
         """Note that a place was written to; what the memory around that is now, follows."""
         memory, geometry = place
-        aliases.write(memory, geometry, Origin(node, output, geometry.contiguous))
+        aliases.write(memory, geometry, aliases.lying(node, output, geometry))
 
     def lost(self, place: Place) -> None:
         """Note that nobody knows what a place holds now."""
@@ -141,7 +151,7 @@ class Provenance:
         """
         memory, geometry = self.place(tensor)
         node = Literal(self.copy(tensor))
-        memory.values.setdefault(geometry, Origin(node, 0, geometry.contiguous))
+        memory.values.setdefault(geometry, aliases.lying(node, 0, geometry))
         memory.foreign |= foreign
 
     def lent(self, tensor: torch.Tensor, escape: Escape) -> None:

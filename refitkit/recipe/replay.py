@@ -15,6 +15,7 @@ import torch
 from refitkit.errors import PlanMismatchError, Problem
 from refitkit.model import CallRef, PinnedRef, SourceRef
 from refitkit.program.bits import same_bits
+from refitkit.recipe.conditions import is_flushing
 from refitkit.recipe.schedule import Keep, Load, Make, Many, Schedule
 
 if TYPE_CHECKING:
@@ -26,9 +27,17 @@ if TYPE_CHECKING:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without gradients and without autocast, whatever the caller has switched on."""
+    """Without gradients and autocast and with denormals, whatever the caller has switched on."""
+    flushing = is_flushing()
     with torch.no_grad(), torch._C._DisableAutocast():  # noqa: SLF001 - of all devices at once
-        yield
+        if not flushing:
+            yield
+            return
+        torch.set_flush_denormal(False)
+        try:
+            yield
+        finally:
+            torch.set_flush_denormal(True)
 
 
 class Kept:

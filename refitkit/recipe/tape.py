@@ -18,8 +18,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from refitkit.errors import CompileError, Problem
 from refitkit.program.bits import digest
-from refitkit.recipe import escapes, modes, schemas
+from refitkit.program.dtypes import dtype_name
+from refitkit.recipe import escapes, modes, ops, schemas
 from refitkit.recipe.attention import Attention
+from refitkit.recipe.conditions import ALIGNMENT, aligned, is_aligned, moved, same_settings
+from refitkit.recipe.layouts import is_anchored
 from refitkit.recipe.loans import Loans
 from refitkit.recipe.memories import is_followed
 from refitkit.recipe.origins import (
@@ -71,6 +74,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
+            stack.enter_context(same_settings())
             stack.enter_context(modes.lowest(self))
             stack.enter_context(escapes.watched(self))
             self._on = stack.pop_all()
@@ -131,7 +135,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         """Run an op on tensors that are followed."""
         known = {id(tensor): self.origin_of(tensor) for tensor in inputs}
         places = [self.provenance.place(tensor) for tensor in written]
-        result = func(*args, **kwargs)
+        result = self._run(func, args, kwargs, known, written, inputs)
         outputs = [a for a in tree_leaves(result) if isinstance(a, torch.Tensor)]
         if written:
             self._wrote(self._node(func, args, kwargs, known, written), places)
@@ -140,6 +144,54 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         elif not schemas.is_quiet(func):
             self._asked(func, inputs, known)
         return result
+
+    def _run(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        known: Mapping[int, Origin],
+        written: list[torch.Tensor],
+        inputs: list[torch.Tensor],
+    ) -> Any:
+        """Run an op as recipes will: where it matters, on operands that lie as theirs do."""
+        dtypes = [dtype_name(tensor.dtype) for tensor in inputs]
+        if not ops.is_sensitive(str(func), dtypes, kwargs.get("alpha", 1)):
+            return func(*args, **kwargs)
+        targets = {id(tensor): tensor for tensor in written}
+        with self.paused():
+            others = {
+                id(tensor): found
+                for tensor in inputs
+                if (found := self._as_replayed(tensor, known, targets)) is not tensor
+            }
+        if not others:
+            return func(*args, **kwargs)
+        args, kwargs = _swapped((args, kwargs), others)
+        result = func(*args, **kwargs)
+        with self.paused():
+            for key in others.keys() & targets:
+                targets[key].copy_(others[key])
+        return _swapped(result, {id(others[k]): t for k, t in targets.items() if k in others})
+
+    def _as_replayed(
+        self,
+        tensor: torch.Tensor,
+        known: Mapping[int, Origin],
+        targets: Mapping[int, torch.Tensor],
+    ) -> torch.Tensor:
+        """An operand as it lies in memory when recipes are computed; mostly itself."""
+        if tensor.is_conj() or tensor.is_neg():
+            return tensor
+        if id(tensor) in targets:
+            return aligned(tensor)
+        origin, offset = known[id(tensor)], self.provenance.offset(tensor)
+        first = offset % ALIGNMENT == 0
+        if first and tensor.is_contiguous() and is_aligned(tensor):  # as most are
+            return tensor
+        if not is_anchored(origin) or not follows_from_leaf(origin):
+            return aligned(tensor)
+        return tensor if is_aligned(tensor, offset) else moved(tensor, offset)
 
     def _ran_inside(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an op of a higher order: what it calls is what counts, if that is ops on tensors."""
@@ -268,3 +320,8 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             flat: One-dimensional and contiguous, on that memory.
         """
         return self.provenance.at(flat)
+
+
+def _swapped(tree: Any, others: Mapping[int, torch.Tensor]) -> Any:
+    """The same with other tensors in the place of some, which are known by identity."""
+    return tree_map(lambda one: others.get(id(one), one), tree)

@@ -10,7 +10,15 @@ import torch
 from refitkit.model import OpCall, PinnedRef
 from refitkit.recipe import ops
 from refitkit.recipe.folding import Folding
-from refitkit.recipe.layouts import ORDERED, is_laid_out, needs_contiguous, on_ordered
+from refitkit.recipe.layouts import (
+    ORDERED,
+    RESHAPES,
+    is_anchored,
+    is_laid_out,
+    is_whole,
+    needs_contiguous,
+    on_ordered,
+)
 from refitkit.recipe.lineage import UnwritableError
 from refitkit.recipe.literals import encode
 from refitkit.recipe.operands import is_reference
@@ -35,12 +43,6 @@ _SAME = {
     _aten.lift.default,
 }
 """Ops that give what they are given."""
-_RESHAPES = {
-    _aten.view.default,
-    _aten._unsafe_view.default,  # noqa: SLF001 - the op's name
-    _aten.reshape.default,
-    _aten._reshape_alias.default,  # noqa: SLF001 - the op's name
-}
 _CASTS = {_aten._to_copy.default}  # noqa: SLF001 - the op's name
 _OF_THE_RUN = frozenset({"device", "pin_memory", "non_blocking", "layout", "memory_format", "copy"})
 """Arguments that say nothing of values."""
@@ -100,8 +102,8 @@ class Writer:
         op, shape = node.op, node.results[0].shape
         if op in _SAME or op is ORDERED:
             same = self._one(node.args[0])
-            return self._draft.contiguous(same) if op is ORDERED else same
-        if op in _RESHAPES:
+            return self._draft.ordered(same, node.args[1]) if op is ORDERED else same
+        if op in RESHAPES:
             return self._draft.reshaped(self._one(node.args[0]), shape)
         if op in _CASTS:
             return self._cast(node, self._one(node.args[0]))
@@ -125,6 +127,8 @@ class Writer:
             args = (self._laid_out(node, args[0]), *args[1:])
         elif torch.Tag.pointwise in node.op.tags:
             args = self._promoted(node, args)
+            if self._is_sensitive(node):
+                args = tuple(map(self._in_order_unless_whole, node.args, args))
         elif not self._is_exact(node):
             args = tuple(map(self._in_order, node.args, args))
         kwargs = {
@@ -175,14 +179,27 @@ class Writer:
         dtypes = [facts_of(one, self._leaves).dtype for one in node.inputs]
         return ops.is_exact_anywhere(bare, dtypes)
 
+    def _is_sensitive(self, node: Call) -> bool:
+        """Whether it may matter for the result how operands lie in memory."""
+        dtypes = [facts_of(one, self._leaves).dtype for one in node.inputs]
+        return ops.is_sensitive(str(node.op), dtypes, node.kwargs.get("alpha", 1))
+
+    def _in_order_unless_whole(self, origin: Any, value: Any) -> Any:
+        """The same, of an op that gives results like its operands: whole ones are made so anyway.
+
+        See ``Ready.whole`` of :mod:`refitkit.recipe.calls`.
+        """
+        whole = isinstance(origin, Origin) and is_whole(origin)
+        return value if whole else self._in_order(origin, value)
+
     def _in_order(self, origin: Any, value: Any) -> Any:
-        """An argument whose elements lie one after another if they did so in the recording."""
+        """An argument that lies in memory as it did in the recording."""
         if not isinstance(origin, Origin):
             listed = isinstance(origin, list | tuple)
             return tuple(map(self._in_order, origin, value)) if listed else value
         if isinstance(value, PinnedRef):
             return value
-        if origin.contiguous:
+        if not is_anchored(origin):
             return self._draft.contiguous(value)
         return self._one(on_ordered(origin, self._lineage, self._leaves))
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from scripts.zoo.entry import F32, HALF, RELU, Entry
 from scripts.zoo.shapes import IMAGE, LINE, ROWS, SEQUENCE, VOLUME
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def entries() -> Iterator[Entry]:
     """All of them."""
-    for name, make, inputs, dtypes in (*_layers(), *_networks()):
+    for name, make, inputs, dtypes in (*_layers(), *_networks(), *_parametrized()):
         yield Entry(f"nn/{name}", make, inputs, dtypes)
     whole = Entry("nn/conv and norm", _conv_and_norm, IMAGE, HALF)
     batch = ({0: torch.export.Dim("batch", min=1, max=8)},)
@@ -169,12 +169,124 @@ def _networks() -> Iterator[tuple[str, Any, Any, tuple[str, ...]]]:
     )
 
 
-def _old_weight_norm(module: nn.Module) -> nn.Module:
+def _parametrized() -> Iterator[tuple[str, Any, Any, tuple[str, ...]]]:
+    """The same of weights that are products, reductions and decompositions of parameters."""
+    yield "weight norm of a whole", lambda: _normed(nn.Linear(8, 8), dim=None), ROWS, HALF
+    yield (
+        "weight norm of a transposed conv",
+        lambda: _normed(nn.ConvTranspose2d(4, 6, 3)),
+        IMAGE,
+        HALF,
+    )
+    yield "weight norm of a conv3d", lambda: _normed(nn.Conv3d(4, 6, 3)), VOLUME, HALF
+    yield (
+        "weight norm of a gru",
+        lambda: First(_normed(nn.GRU(8, 5, batch_first=True), "weight_hh_l0")),
+        SEQUENCE,
+        HALF,
+    )
+    yield (
+        "weight norm of a whole, the old one",
+        lambda: _old_weight_norm(nn.Linear(8, 7), dim=None),
+        ROWS,
+        F32,
+    )
+    yield (
+        "spectral norm of a conv, five steps",
+        lambda: parametrizations.spectral_norm(nn.Conv1d(4, 7, 3), n_power_iterations=5),
+        LINE,
+        HALF,
+    )
+    yield "spectral norm of attention", _spectral_attention, SEQUENCE, F32
+    for how in ("matrix_exp", "cayley", "householder"):
+        yield f"orthogonal by {how}", lambda how=how: _orthogonal(how), ROWS, F32
+        yield (
+            f"orthogonal by {how}, plain, of a conv",
+            lambda how=how: _orthogonal(how, use_trivialization=False),
+            IMAGE,
+            F32,
+        )
+    for name, function in PARAMETRIZATIONS.items():
+        yield f"weights by {name}", lambda f=function: _beside(nn.Linear(8, 7), f), ROWS, F32
+        yield f"conv by {name}", lambda f=function: _by(nn.Conv2d(4, 6, 3), f), IMAGE, F32
+    yield "pruned", lambda: _pruned(nn.Conv2d(4, 6, 3)), IMAGE, HALF
+
+
+def _matrix(function: Any) -> Any:
+    """The same of a weight as a matrix, one row for each output."""
+    return lambda w: function(w.reshape(w.shape[0], -1)).reshape(w.shape)
+
+
+def _gram(function: Any) -> Any:
+    """A weight times a function of the products of its rows."""
+    return _matrix(lambda w: function(w @ w.t() / w.shape[1] + torch.eye(len(w))) @ w)
+
+
+PARAMETRIZATIONS: dict[str, Any] = {
+    "mv": _matrix(lambda w: w / torch.linalg.vector_norm(torch.mv(w, w.sum(0)))),
+    "vdot": lambda w: w * torch.vdot(w.reshape(-1), w.reshape(-1)).rsqrt(),
+    "variance": _matrix(lambda w: (w - w.mean(1, keepdim=True)) / w.std(1, keepdim=True)),
+    "softmax": _matrix(lambda w: w.t().softmax(0).t()),
+    "sums": _matrix(lambda w: w.cumsum(0) - w.logsumexp(1, keepdim=True)),
+    "einsum": _matrix(lambda w: torch.einsum("ij,kj,kl->il", w, w, w)),
+    "qr": _matrix(lambda w: torch.linalg.qr(w.t()).Q.t()),
+    "svd": _matrix(lambda w: w / torch.linalg.matrix_norm(w, 2)),
+    "cholesky": _gram(torch.linalg.cholesky),
+    "inverse": _gram(torch.linalg.inv),
+    "matrix exponential": _gram(torch.matrix_exp),
+    "softplus": nn.functional.softplus,
+}
+
+
+class Function(nn.Module):
+    """A parametrization without parameters."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
+
+
+def _by(module: nn.Module, function: Any) -> nn.Module:
+    parametrize.register_parametrization(module, "weight", Function(function))
+    return module
+
+
+def _beside(module: nn.Module, function: Any) -> nn.Module:
+    """A weight by a function, beside layers that have ordinary ones."""
+    return Seq(nn.Linear(8, 8), nn.LayerNorm(8), _by(module, function), nn.ReLU(), nn.Linear(7, 3))
+
+
+def _normed(module: nn.Module, name: str = "weight", dim: int | None = 0) -> nn.Module:
+    return parametrizations.weight_norm(module, name, dim)
+
+
+def _orthogonal(how: str, *, use_trivialization: bool = True) -> nn.Module:
+    layer = nn.Linear(8, 7) if use_trivialization else nn.Conv2d(4, 6, 3)
+    return parametrizations.orthogonal(
+        layer, orthogonal_map=how, use_trivialization=use_trivialization
+    )
+
+
+def _spectral_attention() -> nn.Module:
+    whole = SelfAttention(8, 2)
+    parametrizations.spectral_norm(whole.attention, "in_proj_weight")
+    return whole
+
+
+def _pruned(module: nn.Module) -> nn.Module:
+    prune.ln_structured(module, "weight", 0.4, n=2, dim=0)
+    return module
+
+
+def _old_weight_norm(module: nn.Module, dim: int | None = 0) -> nn.Module:
     import warnings
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return nn.utils.weight_norm(module)
+        return nn.utils.weight_norm(module, dim=dim)
 
 
 def _symmetric_and_scaled() -> nn.Module:

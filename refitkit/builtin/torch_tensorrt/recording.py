@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -67,9 +66,9 @@ def read(
         PlanMismatchError: ``more`` refused the parts.
     """
     facts, tensors = facts_of(program), tensors_of(program)
-    tape = Tape(tensors) if record else None
+    tape = Tape(tensors)
     holders: dict[str, Network | TorchTensors] = {}
-    with nullcontext() if tape is None else tape:
+    with tape:  # also where nothing is written down: ops give the bits that recipes will give
         tell("lowering the program")
         lowered = lower(program, settings)
         tell("cutting the program into parts")
@@ -83,7 +82,7 @@ def read(
                 else TorchTensors(part.name, part.module, tape)
             )
         holders |= {name: TorchTensors(name, module, tape) for name, module in rest.items()}
-    if tape is None:
+    if not record:
         return Reading(found, holders, None)
     slots = [
         (slot, holder.origins[slot.name], holder.scanned[slot.name])

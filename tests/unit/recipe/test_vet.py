@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 W, B, G = SourceRef(fqn="w"), SourceRef(fqn="b"), SourceRef(fqn="g")
+W_HALF = SourceRef(fqn="h")
 TABLE = PinnedRef(name="table")
 W_BYTES = 2 * 3 * 4
 
@@ -249,6 +250,19 @@ def test_results_that_are_not_what_the_op_gives(results: tuple[Tensor, ...]) -> 
     assert {f"calls.0 (aten.mul.Tensor): {kind}" for kind in kinds} & set(
         found(with_call(0, results=results))
     )
+
+
+def test_statistics_may_have_another_precision_than_on_meta() -> None:
+    """The results of these ops differ between devices in nothing else."""
+    w = leaf("h", 2, 3, dtype="bfloat16")
+    for precision, refused in (("bfloat16", False), ("float32", False), ("float64", True)):
+        statistics = gives(2, 1, dtype=precision) * 2
+        to = (*gives(2, 3, dtype="bfloat16"), *statistics)
+        one = call("native_layer_norm.default", W_HALF, (3,), None, None, 1e-5, to=to)
+        assert ("it gives" in tried(one, leaves=(w,))) is refused
+    wrong = (*gives(2, 3), *gives(2, 1) * 2)
+    other = call("native_layer_norm.default", W_HALF, (3,), None, None, 1e-5, to=wrong)
+    assert "it gives" in tried(other, leaves=(w,))
 
 
 def test_an_op_whose_results_depend_on_values_has_as_many_as_its_schema_says() -> None:
