@@ -168,9 +168,9 @@ class KeptProgram:
         found = next((name for name in names if name in have), None)
         if leaf.derived and (found is None or self._has_bases(leaf, have)):
             return self._deriver(leaf, source, have, pinned)
-        if found is not None:
+        if found is not None and (leaf.used or _fits(leaf, source, found)):
             return partial(_read, source, found, leaf.device)
-        if not leaf.used:
+        if not leaf.used:  # dead code runs on any values, but not on other dtypes and shapes
             return partial(_zeros, leaf)
         if not leaf.persistent:
             return _kept(leaf, pinned)
@@ -242,6 +242,11 @@ def _kept(leaf: Leaf, pinned: Callable[[str], torch.Tensor]) -> Callable[[], tor
     except KeyError:
         message = f"The plan does not keep {leaf.fqn!r}, which the program reads."
         raise SourceError(message) from None
+
+
+def _fits(leaf: Leaf, source: WeightSource, name: str) -> bool:
+    info = source.info(name)
+    return not info.unusable and (info.dtype, info.shape) == (leaf.dtype, leaf.shape)
 
 
 def _read(source: WeightSource, name: str, device: str) -> torch.Tensor:
