@@ -24,7 +24,7 @@ MOE: dict[str, Any] = {
     "moe_intermediate_size": 16,
     "head_dim": 8,
     "norm_topk_prob": True,
-    "experts_implementation": "eager",
+    "experts_implementation": "batched_mm",
 }
 MAMBA: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -60,8 +60,7 @@ def _encoders() -> Iterator[Entry]:
     )
     yield _entry("Albert", "AlbertModel", configs.ENCODERS["Albert"], _text)
     yield _entry("Electra", "ElectraForPreTraining", configs.ENCODERS["Electra"], _text)
-    deberta = {**configs.ENCODERS["DebertaV2"], **CLASSES}
-    yield _entry("DebertaV2", "DebertaV2ForSequenceClassification", deberta, _labelled)
+    yield _entry("DebertaV2", "DebertaV2Model", configs.ENCODERS["DebertaV2"], _text)
     yield _entry("ModernBert", "ModernBertForMaskedLM", configs.ENCODERS["ModernBert"], _text)
     yield _entry("MPNet", "MPNetModel", text, _text)
     yield _entry("FNet", "FNetModel", configs.ENCODERS["FNet"], _ids)
@@ -97,15 +96,16 @@ def _decoders() -> Iterator[Entry]:
         "transformers/Llama with a static cache",
         _llama_with_cache,
         (),
-        values=lambda _: (torch.tensor([[5]]), torch.tensor([0])),
-        others=lambda _: [(torch.tensor([[7 + n]]), torch.tensor([n])) for n in (1, 2)],
+        values=lambda _: (torch.tensor([[5]]), None, torch.tensor([0])),
+        others=lambda _: [(torch.tensor([[7 + n]]), None, torch.tensor([n])) for n in (1, 2)],
         stateful=True,
     )
 
 
 def _both() -> Iterator[Entry]:
     """Encoders with decoders, and two towers."""
-    yield _entry("T5", "T5ForConditionalGeneration", {**configs.T5, "use_cache": False}, _pair)
+    t5 = {**configs.T5, "use_cache": False, "decoder_start_token_id": 0, "pad_token_id": 0}
+    yield _entry("T5", "T5ForConditionalGeneration", t5, _pair)
     translator = {**configs.TRANSLATOR, "use_cache": False}
     yield _entry("Bart", "BartForConditionalGeneration", translator, _pair)
     yield _entry("Marian", "MarianMTModel", translator, _pair)

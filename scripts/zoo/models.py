@@ -29,7 +29,7 @@ OF_BOTH = (
     *("nn/orthogonal", "nn/prelu", "nn/relative position bias", "nn/reparametrized conv"),
     *("nn/rms norm", "nn/scalars and nothing", "nn/spectral norm", "nn/spectral norm, the old one"),
     *("nn/stacked weights", "nn/tied weights", "nn/transposed conv2d", "nn/two parametrizations"),
-    *("nn/unused parameters", "nn/weight norm", "nn/weight norm, the old one"),
+    *("nn/unused parameters", "nn/weight norm"),
     *("nn/weights written in place", "nn/a parameter inside another"),
     *("torchvision/resnet18", "torchvision/mobilenet_v3_small", "torchvision/vit, 2 blocks"),
     *("torchvision/swin, 4 blocks", "torchvision/convnext, 4 blocks", "torchvision/resnet18 fpn"),
