@@ -46,7 +46,7 @@ def check_aoti(entry: Entry, dtype: str) -> Result:
         return result
     rows = compiled.plan.ledger
     result.slots, result.states = len(rows), dict(Counter(str(row.state) for row in rows))
-    _there_and_back(entry, dtype, model, compiled, calls, result)
+    there_and_back(entry, dtype, model, compiled, calls, result)
     return result
 
 
@@ -101,9 +101,10 @@ def _compiles_alone(program: torch.export.ExportedProgram) -> bool:
     return True
 
 
-def _there_and_back(
+def there_and_back(
     entry: Entry, dtype: str, model: torch.nn.Module, compiled: Any, calls: Calls, result: Result
 ) -> None:
+    """Refit a compiled module to other weights and back; what is wrong is noted."""
     first_state = _state(model, whole=entry.stateful)
     eager = copy.deepcopy(model)
     first = _outputs(compiled, calls)
