@@ -3,7 +3,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: setup demo test test-plugins test-matrix zoo check bench clean
+.PHONY: setup demo test test-plugins test-matrix zoo zoo-aoti check bench clean
 
 setup: .venv/installed
 
@@ -37,6 +37,11 @@ test-matrix: setup
 # Plans of many models against the reference's rebuild, and docs/zoo.md: about an hour. Resumes.
 zoo: setup
 	$(BIN)/python -m scripts.zoo --engines $(ZOO)
+
+# Refits with AOTInductor against eager, and their part of docs/zoo.md: about an hour. Resumes.
+# One row anew: make zoo-aoti ZOO="--only 'nn/lstm' --again --write".
+zoo-aoti: setup
+	$(BIN)/python -m scripts.zoo --backend aotinductor --workers 1 $(ZOO)
 
 bench: setup
 	$(BIN)/python benchmarks/aotinductor_refit.py

@@ -63,7 +63,8 @@ class Leaf(Frozen):
         dtype: torch's name without the ``torch.``.
         shape: Sizes of all dimensions.
         device: Where the program keeps it.
-        used: Whether the graph reads it (``num_batches_tracked`` is seldom read).
+        used: Whether its value can change an output or have a side effect. False for
+            ``num_batches_tracked``, and for weights that only dead code reads.
         mutated: Whether the graph changes it in place.
         view: The parameter or buffer that it is a view of; None for a leaf of its own.
         parts: Parameters and buffers that are views of it, where no state_dict holds it itself.

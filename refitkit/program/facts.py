@@ -13,6 +13,7 @@ from torch.export.graph_signature import InputKind
 
 from refitkit.model import Leaf, LeafKind
 from refitkit.program.dtypes import dtype_name
+from refitkit.program.liveness import live_inputs
 from refitkit.program.mutation import mutated_placeholders, submodules_of
 from refitkit.program.views import with_overlaps
 
@@ -63,6 +64,7 @@ def _leaves(program: ExportedProgram) -> Iterator[Leaf]:
     tensors = tensors_of(program)
     placeholders = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
     mutated = mutated_placeholders(program)
+    live = live_inputs(program.graph_module)
     for spec in program.graph_signature.input_specs:
         if spec.kind not in _KINDS or spec.target not in tensors:
             continue
@@ -76,7 +78,7 @@ def _leaves(program: ExportedProgram) -> Iterator[Leaf]:
             dtype=dtype_name(tensor.dtype),
             shape=tuple(tensor.shape),
             device=str(tensor.device),
-            used=bool(node.users),
+            used=node in live,
             mutated=node.name in mutated,
         )
 

@@ -67,11 +67,9 @@ class KeptProgram:
             parts = serializer.serialize(program, **dict.fromkeys(flags, False))
         except Exception:  # noqa: BLE001 - whatever torch cannot write can still be compiled
             return None
-        text = json.dumps(
-            serde._dataclass_to_dict(parts.exported_program),  # noqa: SLF001
-            cls=serde.EnumEncoder,
-            allow_nan=False,
-        )
+        described = serde._dataclass_to_dict(parts.exported_program)  # noqa: SLF001
+        _drop_empty_regions(described)
+        text = json.dumps(described, cls=serde.EnumEncoder, allow_nan=False)
         try:
             check_graph(json.loads(text))
         except ValueError:
@@ -168,9 +166,9 @@ class KeptProgram:
         found = next((name for name in names if name in have), None)
         if leaf.derived and (found is None or self._has_bases(leaf, have)):
             return self._deriver(leaf, source, have, pinned)
-        if found is not None:
+        if found is not None and (leaf.used or _fits(leaf, source, found)):
             return partial(_read, source, found, leaf.device)
-        if not leaf.used:
+        if not leaf.used:  # dead code runs on any values, but not on other dtypes and shapes
             return partial(_zeros, leaf)
         if not leaf.persistent:
             return _kept(leaf, pinned)
@@ -242,6 +240,33 @@ def _kept(leaf: Leaf, pinned: Callable[[str], torch.Tensor]) -> Callable[[], tor
     except KeyError:
         message = f"The plan does not keep {leaf.fqn!r}, which the program reads."
         raise SourceError(message) from None
+
+
+def _drop_empty_regions(value: Any) -> None:
+    """Take out calls of graphs without nodes and results.
+
+    ``torch.export`` writes them after a region inside another one, and its deserializer refuses
+    them ("missing val field", ``torch/_export/verifier.py``, 2.14).
+    """
+    if isinstance(value, list):
+        for one in value:
+            _drop_empty_regions(one)
+    elif isinstance(value, dict):
+        if isinstance(nodes := value.get("nodes"), list):
+            value["nodes"] = [node for node in nodes if not _is_empty_region(node)]
+        for one in value.values():
+            _drop_empty_regions(one)
+
+
+def _is_empty_region(node: dict[str, Any]) -> bool:
+    graphs = [(one["arg"].get("as_graph") or {}).get("graph") for one in node["inputs"]]
+    called = [graph for graph in graphs if graph is not None]
+    return bool(called) and not node["outputs"] and not any(one["nodes"] for one in called)
+
+
+def _fits(leaf: Leaf, source: WeightSource, name: str) -> bool:
+    info = source.info(name)
+    return not info.unusable and (info.dtype, info.shape) == (leaf.dtype, leaf.shape)
 
 
 def _read(source: WeightSource, name: str, device: str) -> torch.Tensor:

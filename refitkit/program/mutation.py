@@ -76,13 +76,14 @@ def submodules_of(node: torch.fx.Node) -> list[torch.fx.GraphModule]:
 def _written(module: torch.fx.GraphModule) -> set[str]:
     found: set[str] = set()
     for node in module.graph.nodes:
-        for argument in _written_arguments(node):
+        for argument in written_arguments(node):
             found |= _roots(argument)
     return found
 
 
-def _written_arguments(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
-    for argument, value in _arguments(node):
+def written_arguments(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
+    """Arguments that a call writes to."""
+    for argument, value in arguments_of(node):
         if argument.alias_info is not None and argument.alias_info.is_write:
             values = value if isinstance(value, list | tuple) else [value]
             yield from (v for v in values if isinstance(v, torch.fx.Node))
@@ -95,13 +96,13 @@ def _running_statistics(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
     flag = _IN_TRAINING.get(getattr(getattr(node.target, "_schema", None), "name", ""))
     if flag is None:
         return
-    given = {argument.name: value for argument, value in _arguments(node)}
+    given = {argument.name: value for argument, value in arguments_of(node)}
     if given.get(flag) is not False:
         names = ("running_mean", "running_var")
         yield from (given[n] for n in names if isinstance(given.get(n), torch.fx.Node))
 
 
-def _arguments(node: torch.fx.Node) -> Iterator[tuple[Any, Any]]:
+def arguments_of(node: torch.fx.Node) -> Iterator[tuple[Any, Any]]:
     """(schema argument, value) of a call of an op."""
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None:
@@ -113,12 +114,12 @@ def _arguments(node: torch.fx.Node) -> Iterator[tuple[Any, Any]]:
             yield argument, node.kwargs[argument.name]
 
 
-def _aliased(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
+def aliased_inputs(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
     """Nodes whose memory the result of a node may share."""
     quiet = getattr(getattr(node.target, "_schema", None), "name", "") in _QUIET_ALIASES
     if quiet or node.target is operator.getitem or submodules_of(node):
         yield from node.all_input_nodes
-    for argument, value in _arguments(node):
+    for argument, value in arguments_of(node):
         if argument.alias_info is not None and isinstance(value, torch.fx.Node):
             yield value
 
@@ -134,5 +135,5 @@ def _roots(node: torch.fx.Node) -> set[str]:
         seen.add(current)
         if current.op == "placeholder":
             found.add(current.name)
-        stack += _aliased(current)
+        stack += aliased_inputs(current)
     return found

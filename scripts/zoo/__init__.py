@@ -1,4 +1,5 @@
-"""The zoo: how well plans serve many models; see ``docs/zoo.md``.
+"""The zoo: how well plans serve many models, and refits of AOTInductor; see ``docs/zoo.md``.
 
-usage: python -m scripts.zoo [--list] [--only PATTERN] [--dtype DTYPE] [--engines] [--fresh]
+usage: python -m scripts.zoo [--backend BACKEND] [--list] [--only PATTERN] [--dtype DTYPE]
+       [--engines] [--again] [--write] [--fresh]
 """

@@ -7,9 +7,8 @@ through lowering, partitioning and the interpreter. Values are compared as raw b
 from __future__ import annotations
 
 import tempfile
-import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from refitkit.builtin.torch_tensorrt.network.planning import Planned, plan_progr
 from refitkit.errors import CompileError, RefitError
 from refitkit.model import SlotState
 from refitkit.protocols import Tools
+from scripts.zoo.result import FIRST_SEED, Result, raw, timed, told
 from scripts.zoo.runner import NOT_BUILT
 
 if TYPE_CHECKING:
@@ -49,58 +49,10 @@ class Round:
     attempts: tuple[tuple[int, bool], ...]
 
 
-FIRST_SEED = 11
 ROUNDS = (
     Round("B", ((1, False), (5, False))),
     Round("C", ((2, True), (3, True), (4, False))),
 )
-
-
-@dataclass
-class Result:
-    """What was found of one model in one dtype; a line of the results.
-
-    Attributes:
-        model: Its name.
-        dtype: The dtype.
-        status: ``ok``, ``failed``, or ``upstream`` where upstream cannot make networks of it.
-        reason: Why it is not ok.
-        slots: Number of slots.
-        engines: Number of engines.
-        torch_parts: Number of parts that torch runs.
-        states: Number of slots by state.
-        ops: Calls in the plan.
-        guards: Guards in the plan.
-        unmapped: Slots without a recipe, with the reason; the first few.
-        rounds: By round, what differs from the rebuild; the first few slots, and their number.
-        bytes: What became of the comparison of engine bytes; empty where it was not made.
-        seconds: What took how long.
-        rss: Largest resident memory of the process until then, MiB.
-        commit: What was tested.
-    """
-
-    model: str
-    dtype: str
-    status: str = "ok"
-    reason: str = ""
-    slots: int = 0
-    engines: int = 0
-    torch_parts: int = 0
-    states: dict[str, int] = field(default_factory=dict)
-    ops: int = 0
-    guards: int = 0
-    unmapped: list[list[str]] = field(default_factory=list)
-    rounds: dict[str, dict[str, Any]] = field(default_factory=dict)
-    bytes: str = ""
-    seconds: dict[str, float] = field(default_factory=dict)
-    rss: int = 0
-    commit: str = ""
-
-    def fail(self, reason: str, status: str = "failed") -> Result:
-        """Note a failure; the first reason stays."""
-        if self.status == "ok":
-            self.status, self.reason = status, reason
-        return self
 
 
 @dataclass(frozen=True)
@@ -142,25 +94,6 @@ def check(entry: Entry, dtype: str, *, engines: bool) -> Result:
     for one in rebuilt.values():
         one.planned.session.close()
     return result
-
-
-class timed:  # noqa: N801 - used as a statement
-    """Note how long something takes."""
-
-    def __init__(self, result: Result, what: str) -> None:
-        self.result, self.what = result, what
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.result.seconds[self.what] = round(time.perf_counter() - self.start, 2)
-
-
-def told(exc: BaseException) -> str:
-    """An error in one line, with its problems."""
-    text = f"{type(exc).__name__}: {exc}" if not isinstance(exc, RefitError) else str(exc)
-    return " ".join(text.split())[:600]
 
 
 def _rebuilt(entry: Entry, dtype: str, one: Round, result: Result) -> Rebuilt:
@@ -230,12 +163,6 @@ def _difference(value: torch.Tensor | None, wanted: torch.Tensor | None, *, froz
         return ""
     a, b = value.reshape(-1).double(), wanted.reshape(-1).double()
     return f"{int((a != b).sum())} of {a.numel()} elements, by {float((a - b).abs().max()):.3g}"
-
-
-def raw(tensor: torch.Tensor) -> bytes:
-    """The bytes of a tensor."""
-    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
 def _check_frozen(result: Result, plan: RefitPlan, values: list[Values]) -> None:

@@ -31,6 +31,11 @@ class Entry:
         dynamic: What ``torch.export.export`` takes as ``dynamic_shapes``.
         tokens: Largest index plus one, where inputs are indices.
         values: Makes the inputs where shapes do not say enough.
+        keywords: Makes the keyword inputs.
+        others: Makes the positional inputs of further calls: other sizes, or the next steps of a
+            model that keeps a state.
+        stateful: Whether calls change buffers.
+        strict: Whether ``torch.export.export`` traces in its strict mode.
     """
 
     name: str
@@ -40,7 +45,11 @@ class Entry:
     options: dict[str, Any] = field(default_factory=dict)
     dynamic: Any = None
     tokens: int = 0
-    values: Callable[[torch.dtype], tuple[torch.Tensor, ...]] | None = None
+    values: Callable[[torch.dtype], tuple[Any, ...]] | None = None
+    keywords: Callable[[torch.dtype], dict[str, Any]] | None = None
+    others: Callable[[torch.dtype], list[tuple[Any, ...]]] | None = None
+    stateful: bool = False
+    strict: bool = False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -63,14 +72,24 @@ class Entry:
 
     def program(self, model: torch.nn.Module, dtype: str) -> torch.export.ExportedProgram:
         """The module exported."""
-        torch.manual_seed(0)
-        given = self._given(getattr(torch, dtype))
+        args, kwargs = self.calls(dtype)[0]
         logging.getLogger("torch.export").setLevel(logging.ERROR)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            return torch.export.export(model, given, dynamic_shapes=self.dynamic)
+            return torch.export.export(
+                model, args, kwargs, dynamic_shapes=self.dynamic, strict=self.strict
+            )
 
-    def _given(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    def calls(self, dtype: str) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Inputs of all calls, new tensors each time; the first ones are those of the export."""
+        kind: torch.dtype = getattr(torch, dtype)
+        torch.manual_seed(0)
+        args = self._given(kind)
+        kwargs = self.keywords(kind) if self.keywords else {}
+        further = self.others(kind) if self.others else []
+        return [(args, kwargs), *((one, {}) for one in further)]
+
+    def _given(self, dtype: torch.dtype) -> tuple[Any, ...]:
         if self.values is not None:
             return self.values(dtype)
         if self.tokens:

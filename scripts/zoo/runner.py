@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-RESULTS = ROOT / "build" / "zoo" / "results.jsonl"
+FOLDER = ROOT / "build" / "zoo"
+TENSORRT, AOTI = "tensorrt_network", "aotinductor"
+RESULTS = {TENSORRT: FOLDER / "results.jsonl", AOTI: FOLDER / "aotinductor.jsonl"}
+"""Where results of each backend are kept."""
 TASKS_A_WORKER = 20
 LIMIT_S = 900
 NOT_BUILT = "not built"
@@ -31,7 +34,9 @@ def read(path: Path) -> dict[Task, dict[str, Any]]:
     return {(one["model"], one["dtype"]): one for one in found}
 
 
-def run(todo: list[Task], results: Path, *, engines: bool, workers: int) -> None:
+def run(
+    todo: list[Task], results: Path, *, engines: bool, workers: int, backend: str = TENSORRT
+) -> None:
     """Check all; what a process that dies was asked for has failed, and another one goes on."""
     waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
     for task in todo:
@@ -45,7 +50,10 @@ def run(todo: list[Task], results: Path, *, engines: bool, workers: int) -> None
             print(f"[{len(todo) - waiting.qsize()}/{len(todo)}] {said[:200]}", flush=True)
 
     def work(number: int) -> None:
-        with Workers(number, engines=engines) as mine, contextlib.suppress(queue.Empty):
+        with (
+            Workers(number, engines=engines, backend=backend) as mine,
+            contextlib.suppress(queue.Empty),
+        ):
             while True:
                 keep(mine.check(waiting.get_nowait()))
 
@@ -59,17 +67,19 @@ def run(todo: list[Task], results: Path, *, engines: bool, workers: int) -> None
 class Workers(contextlib.AbstractContextManager["Workers"]):
     """One process at a time, replaced when it has died or served for long."""
 
-    def __init__(self, number: int, *, engines: bool) -> None:
+    def __init__(self, number: int, *, engines: bool, backend: str = TENSORRT) -> None:
         """Start none yet."""
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        self._log = (RESULTS.parent / f"worker-{number}.log").open("a")
-        self._engines, self._used = engines, 0
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        self._log = (FOLDER / f"worker-{backend}-{number}.log").open("a")
+        self._engines, self._backend, self._used = engines, backend, 0
         self._process: subprocess.Popen[bytes] | None = None
 
     def check(self, task: Task) -> dict[str, Any]:
         """Have one checked; a process that dies or takes too long is a result, too."""
         model, dtype = task
-        told = json.dumps({"model": model, "dtype": dtype, "engines": self._engines})
+        told = json.dumps(
+            {"model": model, "dtype": dtype, "engines": self._engines, "backend": self._backend}
+        )
         start, before = time.monotonic(), Path(self._log.name).stat().st_size
         answer = self._asked(f"{told}\n".encode())
         if answer:

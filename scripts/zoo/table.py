@@ -19,6 +19,18 @@ PACKAGES = (
 )
 STATES = ("recipe", "pinned", "frozen", "unmapped")
 Row = dict[str, Any]
+_SECOND = "<!-- made by python -m scripts.zoo --backend aotinductor -->"
+"""What the second part of the page begins with."""
+
+
+def with_part(text: str, backend: str, made: str) -> str:
+    """The page with one backend's part replaced; the other part stays what it is."""
+    first, _, second = text.partition(_SECOND)
+    if backend == "aotinductor":
+        second = made
+    else:
+        first = made
+    return f"{first.rstrip()}\n\n{_SECOND}\n\n{second.strip()}\n" if second.strip() else first
 
 
 def page(results: list[Row]) -> str:
@@ -59,10 +71,11 @@ bytes are equal, at most 12 times ("equal to build 3"), and where its own builds
 another and none is equal, that decides nothing ("undecided"). In half precision there is one
 round, C.
 
-{_versions()}"""
+{versions()}"""
 
 
-def _versions() -> str:
+def versions() -> str:
+    """Versions of what was used, as a sentence."""
     found = [f"Python {platform.python_version()}"]
     for name in PACKAGES:
         try:
@@ -156,13 +169,13 @@ def _differ(rounds: Row) -> str:
 def _failures(failed: list[Row]) -> str:
     if not failed:
         return ""
-    lines = [f"- {one['model']}, {one['dtype']}: {_text(one['reason'])}" for one in failed]
+    lines = [f"- {one['model']}, {one['dtype']}: {text_of(one['reason'])}" for one in failed]
     return "\n".join(["## Failures\n", *lines])
 
 
 def _unbuilt(tried: list[Row]) -> str:
     lines = [
-        f"- {one['model']}, {one['dtype']}: {_text(one['bytes'])}"
+        f"- {one['model']}, {one['dtype']}: {text_of(one['bytes'])}"
         for one in tried
         if _bytes(one) in {"not built", "undecided"}
     ]
@@ -175,11 +188,11 @@ def _refused(refused: list[Row]) -> str:
     intro = (
         "Not counted above: `torch.export` or Torch-TensorRT fails on them, without refitkit too."
     )
-    lines = [f"- {one['model']}, {one['dtype']}: {_text(one['reason'])}" for one in refused]
+    lines = [f"- {one['model']}, {one['dtype']}: {text_of(one['reason'])}" for one in refused]
     return "\n".join(["## What upstream cannot do\n", intro, "", *lines])
 
 
-def _text(reason: str) -> str:
+def text_of(reason: str) -> str:
     """A reason as Markdown text of moderate length."""
     for sign in "|<>[]()_*`":
         reason = reason.replace(sign, f"\\{sign}")

@@ -10,8 +10,9 @@ import torch
 
 from refitkit.recipe import RefitPlan
 from scripts.zoo import runner
-from scripts.zoo.check import Result, check, raw
+from scripts.zoo.check import check
 from scripts.zoo.models import zoo
+from scripts.zoo.result import Result, raw
 from scripts.zoo.table import page
 from scripts.zoo.weights import fill
 from tests.tensorrt.helpers import needs_torch_tensorrt

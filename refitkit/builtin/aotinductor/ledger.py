@@ -28,7 +28,7 @@ class Ledger:
     Attributes:
         rows: One row for every slot.
         calls: What rows compute.
-        pinned: Values of the pinned ones, and of all constants of the program.
+        pinned: Values of the pinned slots, and of all constants of the program.
     """
 
     def __init__(
@@ -71,6 +71,9 @@ class Ledger:
         leaf = self._leaves.get(slot.name)
         if leaf is None:
             return self._anonymous(slot)
+        names = self._twins.get(leaf.fqn, (leaf.fqn,))
+        if leaf.persistent and not leaf.derived and not self._is_needed(names):
+            return self._dead(slot, names)
         return self._of_leaf(slot, leaf)
 
     def _of_leaf(self, slot: Slot, leaf: Leaf) -> LedgerRow:
@@ -85,6 +88,26 @@ class Ledger:
             value=PinnedRef(name=leaf.fqn),
             sources=self._twins.get(leaf.fqn, (leaf.fqn,)),
             reason=f"a {leaf.kind.value.replace('-buffer', ' buffer')}: no state_dict holds it",
+        )
+
+    def _is_needed(self, names: tuple[str, ...]) -> bool:
+        """Whether a source has to have a tensor: the program's results follow from it."""
+        leaves = [self._leaves[name] for name in names if name in self._leaves]
+        return any(leaf.used or leaf.mutated for leaf in leaves)
+
+    def _dead(self, slot: Slot, names: tuple[str, ...]) -> LedgerRow:
+        """A weight that only dead code reads, and that is a slot all the same.
+
+        Inductor keeps unused operands of loops and branches. A source may lack it, so the plan
+        has a value for it.
+        """
+        self.pinned[slot.name] = self._tensors[slot.name].detach().clone()
+        return LedgerRow(
+            slot=slot,
+            state=SlotState.PINNED,
+            value=PinnedRef(name=slot.name),
+            sources=names,
+            reason="only code without results reads it: a source may have it",
         )
 
     def _anonymous(self, slot: Slot) -> LedgerRow:

@@ -29,7 +29,9 @@ class Casts:
 
     def groups(self, request: TransformRequest) -> Iterator[WeightGroup]:
         """One for each entry that is cast; others are left for the checks to refuse."""
-        leaves = {leaf.fqn: leaf for leaf in request.plan.data.leaves if leaf.used}
+        data = request.plan.data
+        slots = {name for row in data.ledger for name in row.sources}
+        leaves = {leaf.fqn: leaf for leaf in data.leaves if leaf.used or leaf.fqn in slots}
         for name in request.source.names():
             leaf = leaves.get(name)
             info = request.source.info(name)

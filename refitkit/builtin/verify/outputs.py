@@ -16,7 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from refitkit.errors import ConfigError, NotRefittableError, raised_as
-from refitkit.model import CallRef, OutputMeasure, VerificationResult
+from refitkit.model import CallRef, OutputMeasure, TensorInfo, VerificationResult
 from refitkit.program.dtypes import dtype_name
 from refitkit.protocols import SupportsReadback
 
@@ -93,6 +93,7 @@ class _Merged:
             if row.slot.key not in request.values
             for name in _names_of(row, views)
         }
+        self._leaves = {leaf.fqn: leaf for leaf in request.plan.data.leaves}
         self._module = request.module
         self._names = frozenset(request.source.names()) | self._kept.keys()
 
@@ -101,8 +102,11 @@ class _Merged:
         return self._names
 
     def info(self, fqn: str) -> Any:
-        """What the new weights have."""
-        return self._source.info(fqn)
+        """The new entry's, else the program's: a slot holds what the program reads."""
+        if fqn not in self._kept:
+            return self._source.info(fqn)
+        leaf = self._leaves[fqn]
+        return TensorInfo(dtype=leaf.dtype, shape=leaf.shape)
 
     def get(self, fqn: str) -> torch.Tensor:
         """The new value, else the one that the module holds."""

@@ -370,6 +370,23 @@ class Region(nn.Module):
         return x * scale
 
 
+class NestedRegions(nn.Module):
+    """A region at the end of another one: export leaves an empty one behind."""
+
+    inputs: Inputs = (torch.ones(2),)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([2.0, 3.0]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            scale = self.weight.sin()
+            with torch.no_grad():
+                shift = self.weight.cos()
+        return x * scale + shift
+
+
 class Attention(nn.Module):
     """A block with a causal mask, whose shapes are dynamic."""
 
@@ -400,7 +417,7 @@ CHANGING_PARAMETERS = [OwnParameter, ParameterThroughData]
 
 ALL = [
     Plain, Tied, TiedBuffers, Views, OnlyReads, InPlaceActivations, Counter, Infinite, Nested,
-    Normalized, Mixed, Strided, Branches, Region, Attention, Training, *CHANGING,
+    Normalized, Mixed, Strided, Branches, Region, NestedRegions, Attention, Training, *CHANGING,
     *CHANGING_PARAMETERS,
 ]  # fmt: skip
 
