@@ -15,6 +15,7 @@ from refitkit.program.bits import same_bits
 from refitkit.protocols import LeavesOut
 from refitkit.recipe import unusable_reason
 from refitkit.recipe.once import once_for_each
+from refitkit.recipe.ties import kept_leaves
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -50,7 +51,7 @@ def differing(plan: RefitPlan, source: WeightSource, wrappers: Collection[str]) 
     """Tensors that a source leaves out and that are not what the plan keeps.
 
     A value that is the plan's in another dtype is the plan's. State that calls write is no value
-    to compare.
+    to compare, and neither is what follows from weights.
 
     Args:
         plan: The plan.
@@ -59,7 +60,11 @@ def differing(plan: RefitPlan, source: WeightSource, wrappers: Collection[str]) 
     """
     if not isinstance(source, LeavesOut):
         return ()
-    leaves = {leaf.fqn for leaf in plan.data.leaves if leaf.used and not leaf.mutated}
+    leaves = {
+        name
+        for name, leaf in kept_leaves(plan).items()
+        if leaf.used and not (leaf.mutated or leaf.parts)
+    }
     found: dict[str, None] = {}
     for given, value in source.left_out.items():
         unwrapped = ".".join(part for part in given.split(".") if part not in wrappers)

@@ -10,6 +10,7 @@ import torch
 from refitkit.program.bits import same_bits
 from refitkit.program.dtypes import dtype_of
 from refitkit.protocols import Made, WeightGroup
+from refitkit.recipe.ties import kept_leaves
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,6 +35,7 @@ class Casts:
 
     def groups(self, request: TransformRequest) -> Iterator[WeightGroup]:
         """One for each entry that is cast; others are left for the checks to refuse."""
+        kept = kept_leaves(request.plan)
         leaves = {leaf.fqn: leaf for leaf in request.plan.data.leaves if leaf.used}
         for name in request.source.names():
             leaf = leaves.get(name)
@@ -41,7 +43,7 @@ class Casts:
             if leaf is None or info.unusable or info.dtype == leaf.dtype:
                 continue
             before, after = dtype_of(info.dtype), dtype_of(leaf.dtype)
-            if not leaf.persistent:
+            if name in kept:
                 if _is_planned(request, leaf, info):
                     yield WeightGroup((name,), {}, lambda: Made({}))
             elif is_lossless(before, after) or (self._any and _alike(before, after)):

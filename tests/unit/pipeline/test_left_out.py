@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from refitkit.builtin.merges.descriptions import WeightedAverage
 from refitkit.errors import WeightMismatchError
 from refitkit.model import Leaf, LeafKind
+from refitkit.program import facts_of
 from tests.fakes import (
     FakeModule,
     Loaded,
@@ -165,3 +166,38 @@ def test_differences_are_those_of_the_state_dict() -> None:
     wanted = scene.pipeline.diff(scene.compiled, model.state_dict())
     assert found.rows == wanted.rows
     assert scene.pipeline.diff(model, model.state_dict()).summary == "nothing changed: 2 same"
+
+
+class Tied(torch.nn.Module):
+    """A buffer that is a weight under another name, and one that is a view of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.randn(4))
+        self.register_buffer("same", self.w.data, persistent=False)
+        self.register_buffer("part", self.w.data[:2], persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.w + self.same + self.part.sum()
+
+
+@pytest.mark.parametrize("kind", ["live module", "state_dict", "program"])
+def test_what_follows_from_weights_is_cast_with_them(kind: str) -> None:
+    program = torch.export.export(Tied(), (torch.ones(4),))
+    facts = facts_of(program)
+    engine = OpenEngine("e0", {"w": torch.zeros(4)})
+    scene = Loaded(FakeModule([engine]), rules={"cast": "any"})
+    pinned = {leaf.fqn: torch.zeros(4) for leaf in facts.leaves if leaf.kept}
+    row = recipe_row(engine.slots["w"], "w", "same")
+    scene.compiled.plan = make_plan([row], leaves=facts.leaves, ties=facts.ties, pinned=pinned)
+    lower = Tied()
+    lower.w.data = lower.w.data.bfloat16()
+    lower.same, lower.part = lower.w.data, lower.w.data[:2]
+    weights = {
+        "live module": lower,
+        "state_dict": lower.state_dict(),
+        "program": torch.export.export(lower, (torch.ones(4),)),
+    }[kind]
+    report = scene.pipeline.refit(scene.compiled, weights).report
+    assert same_state(scene.holds(), {"w": lower.w.detach().float()})
+    assert not any("differ" in note for note in report.notes)
