@@ -62,6 +62,7 @@ def refit(  # noqa: PLR0913 - one verb; all but two are given by name
     copy: bool = False,
     delta: bool | None = None,
     rollback: bool | None = None,
+    reset_state: bool = False,
 ) -> RefitResult:
     """Put new weights into a compiled module; see :meth:`refitkit.Pipeline.refit`."""
     return Pipeline().refit(
@@ -75,6 +76,7 @@ def refit(  # noqa: PLR0913 - one verb; all but two are given by name
         copy=copy,
         delta=delta,
         rollback=rollback,
+        reset_state=reset_state,
     )
 
 

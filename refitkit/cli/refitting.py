@@ -61,11 +61,16 @@ _HOW = (
         help="Verifier: outputs, weights, ..., or none.  [default: outputs if there are inputs, "
         "else weights where they can be read back]",
     ),
+    click.option(
+        "--reset-state",
+        is_flag=True,
+        help="Reset buffers that calls write and no weights are given for, such as KV caches.",
+    ),
 )
 
 
 def refit_options(*, in_place: bool = False) -> Callable[[Command], Command]:
-    """Give a command ``-o``, ``--plan``, ``--inputs`` and ``--verify``.
+    """Give a command ``-o``, ``--plan``, ``--inputs``, ``--verify`` and ``--reset-state``.
 
     It gets their values by name, as :class:`RefitWish` takes them.
 
@@ -87,6 +92,7 @@ class RefitWish:
         plan: File with the plan to follow; None: the module's own.
         inputs: File with the inputs for the verifier.
         verifier: Name of the verifier; None: as ``refitkit.refit`` chooses.
+        reset_state: Whether state that the weights do not contain is reset, not kept.
     """
 
     module: str
@@ -95,6 +101,7 @@ class RefitWish:
     plan: Path | None = None
     inputs: Path | None = None
     verifier: str | None = None
+    reset_state: bool = False
 
     @property
     def target(self) -> Path:
@@ -162,6 +169,7 @@ def run_refit(
         inputs=load_inputs(pipeline, wish.inputs),
         verify=wish.verifier,
         partial=partial,
+        reset_state=wish.reset_state,
     )
     result.module.save(target)
     report, finished = result.report, session.progress.finished

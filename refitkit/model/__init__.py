@@ -35,6 +35,7 @@ from refitkit.model.report import (
     RefitReport,
     ReportRow,
     StageTime,
+    StateRow,
     TransformRow,
     VerificationResult,
 )
@@ -77,6 +78,7 @@ __all__ = [
     "StageFinished",
     "StageStarted",
     "StageTime",
+    "StateRow",
     "Step",
     "Tensor",
     "TensorInfo",

@@ -74,6 +74,22 @@ class ReportRow(Frozen):
     reason: str = ""
 
 
+class StateRow(Frozen):
+    """What a refit did to one slot that calls of the module write.
+
+    Attributes:
+        engine: Name of the engine.
+        slot: The engine's own name of the slot.
+        outcome: ``kept``: it holds what calls wrote, because the weights do not contain it.
+            ``set``: it got the value of the weights. ``reset``: it got the value that it had when
+            the program was exported.
+    """
+
+    engine: str
+    slot: str
+    outcome: Literal["kept", "set", "reset"]
+
+
 class ChangeRow(Frozen):
     """How far a refit moves one slot.
 
@@ -176,6 +192,7 @@ class RefitReport(Frozen):
         memory: What keeping the way back costs during a refit.
         kept: Earlier weights that the module can go back to after this, and what they cost.
         ledger: One row for every slot.
+        state: One row for every slot that calls of the module write.
         transforms: What plugins made of entries of the source, such as quantized weights.
         verification: What the verifier found; None where none ran.
         notes: Things a user should know (only staging was checked, nothing changed, ...).
@@ -196,6 +213,7 @@ class RefitReport(Frozen):
     memory: tuple[EngineMemory, ...] = ()
     kept: tuple[KeptWeights, ...] = ()
     ledger: tuple[ReportRow, ...] = ()
+    state: tuple[StateRow, ...] = ()
     transforms: tuple[TransformRow, ...] = ()
     verification: VerificationResult | None = None
     notes: tuple[str, ...] = Field(default_factory=tuple)

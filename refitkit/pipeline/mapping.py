@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from refitkit.errors import ConfigError, PluginError, Problem, UnmappedSlotError, raised_as
-from refitkit.model import LedgerRow, ReportRow, SlotKey, SlotState
+from refitkit.errors import (
+    ConfigError,
+    PluginError,
+    Problem,
+    SourceError,
+    UnmappedSlotError,
+    raised_as,
+)
+from refitkit.model import LedgerRow, ReportRow, SlotKey, SlotState, StateRow
 from refitkit.pipeline.tools import tools_for
-from refitkit.protocols import Mapped, MapRequest
+from refitkit.protocols import Mapped, MapRequest, SupportsPartial
 from refitkit.recipe.plan import RefitPlan
+from refitkit.recipe.state import state_slots
 from refitkit.recipe.values import STRATEGY
 
 if TYPE_CHECKING:
     from collections import abc
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Collection, Iterable
 
     from refitkit.config import Config
     from refitkit.host import Host, Offer
@@ -29,6 +37,7 @@ if TYPE_CHECKING:
     )
 
 _UNCHANGED = "unchanged: it holds already what its weights give"
+_KEPT = "kept: calls of the module write it, and the weights do not contain it"
 _ON_UNSERVED = (
     "Leave them as they are with partial=True, install a plugin that maps them, or leave "
     "Config.strategies empty: then all strategies are tried."
@@ -50,12 +59,16 @@ class Mapping:
         values: Values by ``(engine, slot)``.
         reasons: For each slot, what strategies said that did not serve it.
         unchanged: Slots that hold already what the source has for them; nobody is asked for them.
+        kept: State that stays as it is live, with the values that would reset it.
+        reset: State whose value is not one of the weights.
     """
 
     plan: Plan
     values: dict[tuple[str, str], SlotValue] = field(default_factory=dict)
     reasons: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     unchanged: frozenset[tuple[str, str]] = frozenset()
+    kept: dict[tuple[str, str], SlotValue] = field(default_factory=dict)
+    reset: frozenset[tuple[str, str]] = frozenset()
 
     def unserved(self) -> list[LedgerRow]:
         """Rows without a value that need one.
@@ -71,7 +84,30 @@ class Mapping:
     def _is_unserved(self, row: LedgerRow) -> bool:
         key = row.slot.key
         held = row.state is SlotState.FROZEN and row.value is None and key not in self.reasons
-        return key not in self.values and key not in self.unchanged and not held
+        served = key in self.values or key in self.unchanged or key in self.kept
+        return not served and not held
+
+    def keep_state(self, module: OpenedModule, source: WeightSource) -> None:
+        """Leave state as it is live where the source does not contain it, as load_state_dict does.
+
+        A program brings the state that it was exported with, which no state_dict holds: that is a
+        value to reset to, too. An engine that takes all its weights at once cannot keep state.
+        """
+        names, engines = source.names(), module.engines
+        for key in state_slots(self.plan):
+            value = self.values.get(key)
+            if value is None or _is_contained(value, names, source):
+                continue
+            if isinstance(engines[key[0]], SupportsPartial):
+                self.kept[key] = self.values.pop(key)
+            else:
+                self.reset |= {key}
+
+    def reset_state(self) -> None:
+        """Give the state that would be kept the values that reset it."""
+        self.reset |= self.kept.keys()
+        self.values.update(self.kept)
+        self.kept = {}
 
     def keep_pinned(self) -> None:
         """Drop values that come from the plan and not from the source.
@@ -95,7 +131,14 @@ class Mapping:
             {key: (value.strategy, tuple(value.sources)) for key, value in values},
             self.reasons,
             self.unchanged,
+            tuple((key, self._outcome(key)) for key in state_slots(self.plan)),
         )
+
+    def _outcome(self, key: SlotKey) -> Literal["kept", "set", "reset"]:
+        """What the refit does to one slot of the state."""
+        if key in self.reset:
+            return "reset"
+        return "set" if key in self.values else "kept"
 
 
 @dataclass(frozen=True)
@@ -107,12 +150,14 @@ class Served:
         slots: The strategy and the sources of the slots that have a value.
         reasons: As of :class:`Mapping`.
         unchanged: Likewise.
+        state: What was done to each slot that calls of the module write.
     """
 
     ledger: tuple[LedgerRow, ...]
     slots: abc.Mapping[SlotKey, tuple[str, tuple[str, ...]]]
     reasons: abc.Mapping[SlotKey, list[str]]
     unchanged: frozenset[SlotKey]
+    state: tuple[tuple[SlotKey, Literal["kept", "set", "reset"]], ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -121,13 +166,20 @@ class Served:
 
     def rows(self) -> tuple[ReportRow, ...]:
         """One row of the report for every slot."""
-        return tuple(map(self._row, self.ledger))
+        kept = {key for key, outcome in self.state if outcome == "kept"}
+        return tuple(self._row(row, kept) for row in self.ledger)
 
-    def _row(self, row: LedgerRow) -> ReportRow:
+    def state_rows(self) -> tuple[StateRow, ...]:
+        """One row of the report for every slot that calls of the module write."""
+        return tuple(StateRow(engine=e, slot=s, outcome=outcome) for (e, s), outcome in self.state)
+
+    def _row(self, row: LedgerRow, kept: Collection[SlotKey]) -> ReportRow:
         key = row.slot.key
         strategy, sources = self.slots.get(key, ("", ()))
         said = "; ".join(self.reasons[key]) if key in self.reasons else ""
-        if key in self.unchanged:
+        if key in kept:
+            said = _KEPT
+        elif key in self.unchanged:
             said = _UNCHANGED
         return _report_row(*key, row.state, strategy, sources, said or row.reason)
 
@@ -153,6 +205,8 @@ def map_slots(
 ) -> Mapping:
     """Ask the strategies, in order, for what is still without a value and not unchanged.
 
+    State that the source does not contain is kept.
+
     Raises:
         PluginError: A strategy failed, or strategies of several plugins that nothing puts in order
             have a value for the same slot; names them and lists the slots.
@@ -170,6 +224,9 @@ def map_slots(
 
     for rank in _in_order(host, config):
         _ask_rank(mapping, rank, ask)
+    if state_slots(plan):
+        with raised_as(SourceError, f"{source.description} cannot be read"):
+            mapping.keep_state(module, source)
     return mapping
 
 
@@ -306,6 +363,13 @@ def _more_wanted(row: LedgerRow, given: Iterable[str], lacking: Iterable[str]) -
         ", ".join(given),
         f"{', '.join(lacking)} with it",
     )
+
+
+def _is_contained(value: SlotValue, names: Collection[str], source: WeightSource) -> bool:
+    """Whether a value is one of the weights: a state_dict of the source would hold it."""
+    if not value.sources:
+        return not _of_plan(value)
+    return any(name not in names or source.info(name).persistent for name in value.sources)
 
 
 def _of_plan(value: SlotValue) -> bool:

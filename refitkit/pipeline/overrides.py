@@ -12,9 +12,16 @@ from typing import TYPE_CHECKING
 
 from refitkit.errors import PlanMismatchError
 from refitkit.program.bits import same_bits
+from refitkit.protocols import LeavesOut
+from refitkit.recipe import unusable_reason
 from refitkit.recipe.once import once_for_each
+from refitkit.recipe.ties import kept_leaves
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    import torch
+
     from refitkit.protocols import WeightSource
     from refitkit.recipe import RefitPlan
 
@@ -38,6 +45,37 @@ def overrides(plan: RefitPlan, source: WeightSource) -> frozenset[str]:
 def left(before: frozenset[str], plan: RefitPlan, source: WeightSource) -> frozenset[str]:
     """What is overridden after a refit in part: what it gives is as it gives it."""
     return before.difference(source.names()) | overrides(plan, source)
+
+
+def differing(plan: RefitPlan, source: WeightSource, wrappers: Collection[str]) -> tuple[str, ...]:
+    """Tensors that a source leaves out and that are not what the plan keeps.
+
+    A value that is the plan's in another dtype is the plan's. State that calls write is no value
+    to compare, and neither is what follows from weights.
+
+    Args:
+        plan: The plan.
+        source: The weights, as they were given.
+        wrappers: Parts of names that wrappers of a module put there.
+    """
+    if not isinstance(source, LeavesOut):
+        return ()
+    leaves = {
+        name
+        for name, leaf in kept_leaves(plan).items()
+        if leaf.used and not (leaf.mutated or leaf.parts)
+    }
+    found: dict[str, None] = {}
+    for given, value in source.left_out.items():
+        unwrapped = ".".join(part for part in given.split(".") if part not in wrappers)
+        name = given if given in leaves else unwrapped
+        if name in leaves and name in plan.data.pinned and not _is_planned(plan, name, value):
+            found[name] = None
+    return tuple(found)
+
+
+def _is_planned(plan: RefitPlan, name: str, value: torch.Tensor) -> bool:
+    return not unusable_reason(value) and same_bits(plan.pinned(name).to(value.dtype), value)
 
 
 def overridden_as(names: frozenset[str]) -> bytes:

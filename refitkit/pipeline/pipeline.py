@@ -170,6 +170,7 @@ class Pipeline:
         copy: bool = False,
         delta: bool | None = None,
         rollback: bool | None = None,
+        reset_state: bool = False,
     ) -> RefitResult:
         """Put new weights into a compiled module: wholly and verified, or not at all.
 
@@ -192,6 +193,9 @@ class Pipeline:
             rollback: Whether the weights from before are held until the new ones are verified.
                 False: engines that can write over them, and need no memory for a second set; what
                 fails after the checks loses the module. None: as ``Config.rollback`` says.
+            reset_state: Whether state that calls write (KV caches, counters) and that the weights
+                do not contain gets its value of the export again. Otherwise it is kept, as
+                ``load_state_dict`` does. ``report.state`` says which.
 
         Raises:
             SourceError: The weights cannot be read.
@@ -206,6 +210,7 @@ class Pipeline:
             compiled = self.copy(compiled)
         how: dict[str, Any] = {"plan": plan, "inputs": inputs, "reference": reference}
         how |= {"verify": verify, "partial": partial, "delta": delta, "rollback": rollback}
+        how["reset_state"] = reset_state
         return run_tasks(self, [refit_task(self, compiled, weights, how)])[0]
 
     def refit_all(self, modules: Iterable[Sequence[Any]], **how: Any) -> RefitResults:

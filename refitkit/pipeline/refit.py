@@ -14,7 +14,7 @@ from refitkit.pipeline.delta import Delta
 from refitkit.pipeline.held import Held
 from refitkit.pipeline.load import for_one_refit, require_unchanged
 from refitkit.pipeline.mapping import map_slots, require_all, require_reached
-from refitkit.pipeline.overrides import left, overrides
+from refitkit.pipeline.overrides import differing, left, overrides
 from refitkit.pipeline.report import Findings
 from refitkit.pipeline.tools import tools_for
 from refitkit.pipeline.transform import Transformed, transformed
@@ -49,6 +49,7 @@ class Wish:
     partial: bool = False
     delta: bool = False
     rollback: bool = True
+    reset_state: bool = False
 
 
 _OPTIONS = frozenset(field.name for field in fields(Wish)) - {"weights"}
@@ -118,6 +119,7 @@ class Refit:
         with self._clock.stage("load"):
             source = for_one_refit(self._host, wish.weights, self._config, rollback=wish.rollback)
             plan = self._bound_plan()
+            self._found.left_out = differing(plan, source, self._config.rules.wrappers)
             source = self._transformed(plan, source)
             self._found.source = source.description
         self._delta = self._compared(plan, source) if wish.delta else None
@@ -206,6 +208,8 @@ class Refit:
             else:
                 require_all(mapping, source)
                 self._overridden = overrides(plan, source)
+        if self._wish.reset_state:
+            mapping.reset_state()
 
     def _judge(
         self, plan: RefitPlan, source: WeightSource, mapping: Mapping
@@ -239,6 +243,8 @@ class Refit:
         whole = self._map(mapping.plan, source, frozenset())
         if self._wish.partial:
             whole.keep_pinned()
+        if self._wish.reset_state:
+            whole.reset_state()
         whole.values.update(mapping.values)
         return whole
 

@@ -15,7 +15,7 @@ from refitkit.pipeline.changes import Changes
 from refitkit.pipeline.mapping import Served
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from refitkit.model import (
         EngineMemory,
@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 UNVERIFIED = "nothing was verified after the commit: only staging was checked"
 UNCHANGED = "the new weights are bit for bit those that the module held: nothing changed"
 NOBODY = Served((), {}, {}, frozenset())
+ON_LEFT_OUT = "to set them, name them in a state_dict or pass a program"
 UNUSED = "inputs= were given and not used"
+LEFT_OUT = "the module's buffers that no state_dict holds differ from the plan's, which stay"
+STATE_KEPT = "state that calls write was kept, as the weights do not contain it"
+STATE_RESET = "state that calls write was reset to its value at export"
 BASE_LOST = "the weights that the module was compiled or loaded with are no longer kept"
 
 
@@ -40,6 +44,7 @@ class Findings:
 
     Attributes:
         base_lost: Why the weights of version 0 cannot be gone back to from now on.
+        left_out: Buffers of a live module that are not what the plan keeps.
         unused: Why inputs were given in vain.
     """
 
@@ -55,6 +60,7 @@ class Findings:
     memory: tuple[EngineMemory, ...] = ()
     kept: tuple[KeptWeights, ...] = ()
     base_lost: str = ""
+    left_out: tuple[str, ...] = ()
     transforms: Callable[[], tuple[TransformRow, ...]] = tuple
     verification: VerificationResult | None = None
     unused: str = ""
@@ -77,6 +83,7 @@ class Findings:
             transforms=self.transforms(),
             verification=self.verification,
             base_lost=self.base_lost,
+            left_out=self.left_out,
             unused=self.unused,
         )
 
@@ -107,6 +114,7 @@ class Outcome:
     transforms: tuple[TransformRow, ...]
     verification: VerificationResult | None
     base_lost: str
+    left_out: tuple[str, ...]
     unused: str
 
     @cached_property
@@ -128,6 +136,7 @@ class Outcome:
             memory=self.memory,
             kept=self.kept,
             ledger=self.served.rows(),
+            state=self.served.state_rows(),
             transforms=self.transforms,
             verification=self.verification,
             notes=self._notes(),
@@ -136,6 +145,9 @@ class Outcome:
     def _notes(self) -> tuple[str, ...]:
         notes = [UNCHANGED] if self.changed is False else []
         notes += self.changes.notes
+        notes += self._state_notes()
+        if self.left_out:
+            notes.append(f"{LEFT_OUT}: {', '.join(self.left_out)} ({ON_LEFT_OUT})")
         if self.base_lost:
             notes.append(f"{BASE_LOST}: {self.base_lost}")
         if self.unused:
@@ -143,3 +155,15 @@ class Outcome:
         if not self.verification:
             notes.append(UNVERIFIED)
         return tuple(notes)
+
+    def _state_notes(self) -> Iterator[str]:
+        """Which slots that calls write were kept, and which were reset."""
+        several = len({row.slot.engine for row in self.served.ledger}) > 1
+        for outcome, text, hint in (
+            ("kept", STATE_KEPT, " (reset_state=True resets it)"),
+            ("reset", STATE_RESET, ""),
+        ):
+            keys = [key for key, found in self.served.state if found == outcome]
+            if keys:
+                shown = ", ".join("/".join(key) if several else key[1] for key in keys)
+                yield f"{text}: {shown}{hint}"

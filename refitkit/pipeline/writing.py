@@ -16,7 +16,7 @@ from refitkit.pipeline.stage import Staged
 from refitkit.pipeline.transform import require_measured
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
     from contextlib import AbstractContextManager
 
     from refitkit.config import Config
@@ -123,22 +123,24 @@ class Writing:
     def _stage(self) -> None:
         """Stage what changed; all of it where an engine has lost what the others hold."""
         mapping, partial = self._mapping, self._prepared.partial
-        overwrite = not self._prepared.rollback
-        if not mapping.unchanged:
-            self.staged.fill(mapping.values, partial=partial, overwrite=overwrite)
-            return
-        keeping = {engine for engine, _ in mapping.unchanged}
-        some = {key: value for key, value in mapping.values.items() if key[0] in keeping}
-        rest = {key: value for key, value in mapping.values.items() if key[0] not in keeping}
+        keeping = {engine for engine, _ in (*mapping.unchanged, *mapping.kept)}
         try:
-            self.staged.fill(rest, partial=partial, overwrite=overwrite)
-            self.staged.fill(some, partial=True, overwrite=overwrite)
+            self._stage_keeping(keeping)
         except NotRefittableError:
-            if partial:
+            if partial or not mapping.unchanged:
                 raise
             self.staged.discard()
             self._found.mapping = self._prepared.whole()
-            self.staged.fill(self._mapping.values, partial=False, overwrite=overwrite)
+            self._stage_keeping({engine for engine, _ in self._mapping.kept})
+
+    def _stage_keeping(self, keeping: Collection[str]) -> None:
+        """Stage all values; engines of these names keep what they have no value for."""
+        values, partial = self._mapping.values, self._prepared.partial
+        overwrite = not self._prepared.rollback
+        some = {key: value for key, value in values.items() if key[0] in keeping}
+        rest = {key: value for key, value in values.items() if key[0] not in keeping}
+        self.staged.fill(rest, partial=partial, overwrite=overwrite)
+        self.staged.fill(some, partial=True, overwrite=overwrite)
 
     def _kept(self) -> Keeping:
         return Keeping(

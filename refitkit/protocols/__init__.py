@@ -8,8 +8,9 @@ What an engine may or may not be able to do is a protocol of its own: :class:`Su
 :class:`RemembersWeights`, :class:`SupportsPartial`, :class:`SupportsSpareBuffer`,
 :class:`SupportsOverwrite`, :class:`SupportsWarming`, :class:`HoldsPrevious`. So it is with what is
 staged (:class:`ShowsStaged`, :class:`ShowsMemory`), with opened modules (:class:`Offline`,
-:class:`LowersPrecision`) and sources (:class:`GivesPieces`, :class:`HoldsProgram`,
-:class:`KeepsMade`, :class:`KnowsRevisions`, :class:`MadeOf`, :class:`MayChange`).
+:class:`LowersPrecision`, :class:`ProbesFromState`) and sources (:class:`GivesPieces`,
+:class:`HoldsProgram`, :class:`KeepsMade`, :class:`KnowsRevisions`, :class:`LeavesOut`,
+:class:`MadeOf`, :class:`MayChange`).
 
 Between a source and the names that a program reads stand :class:`WeightTransform` objects.
 """
@@ -32,13 +33,20 @@ from refitkit.protocols.engines import (
     SupportsSpareBuffer,
     SupportsWarming,
 )
-from refitkit.protocols.modules import LowersPrecision, Offline, OpenedModule, Rebuilds
+from refitkit.protocols.modules import (
+    LowersPrecision,
+    Offline,
+    OpenedModule,
+    ProbesFromState,
+    Rebuilds,
+)
 from refitkit.protocols.plans import BindableProgram, Plan
 from refitkit.protocols.sources import (
     GivesPieces,
     HoldsProgram,
     KeepsMade,
     KnowsRevisions,
+    LeavesOut,
     MadeOf,
     MayChange,
     WeightSource,
@@ -59,6 +67,7 @@ __all__ = [
     "KeepsMade",
     "KnowsPlanKey",
     "KnowsRevisions",
+    "LeavesOut",
     "LowersPrecision",
     "Made",
     "MadeOf",
@@ -73,6 +82,7 @@ __all__ = [
     "Plan",
     "PlanDraft",
     "PlanKey",
+    "ProbesFromState",
     "Rebuilds",
     "RemembersWeights",
     "ShowsMemory",

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from refitkit.model import SlotKey
     from refitkit.protocols.engines import Engine
     from refitkit.protocols.tools import Tools
 
@@ -47,6 +48,28 @@ class OpenedModule(Protocol):
 
     def reopen(self) -> OpenedModule:
         """A second, independent one with the same present weights."""
+
+
+@runtime_checkable
+class ProbesFromState(Protocol):
+    """An opened module that can be probed from another state than its present one."""
+
+    def probe_from(
+        self,
+        state: Mapping[SlotKey, torch.Tensor],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Like ``OpenedModule.probe``, but these slots hold other values while it runs.
+
+        Verifiers compute what the module should answer before the commit, from a copy of its state.
+        Calls go on and write the state until the commit.
+
+        Args:
+            state: Values of slots that calls change, by ``(engine, slot)``.
+            args: Positional inputs.
+            kwargs: Keyword inputs.
+        """
 
 
 @runtime_checkable

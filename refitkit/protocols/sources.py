@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Hashable, Iterator
+    from collections.abc import Collection, Hashable, Iterator, Mapping
 
     import torch
 
@@ -117,6 +117,18 @@ class MadeOf(Protocol):
         Raises:
             KeyError: It has no such name.
         """
+
+
+@runtime_checkable
+class LeavesOut(Protocol):
+    """A source that has tensors that are no weights, because no state_dict holds them.
+
+    Reports name those that are not what the plan keeps, as the module goes on with the plan's.
+    """
+
+    @property
+    def left_out(self) -> Mapping[str, torch.Tensor]:
+        """The tensors, by FQN. Not to be written to."""
 
 
 @runtime_checkable

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from refitkit.errors import Problem
 from refitkit.program.bits import same_bits
 from refitkit.program.views import derived_value
+from refitkit.recipe.once import once_for_each
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -14,7 +15,15 @@ if TYPE_CHECKING:
     import torch
 
     from refitkit.model import Leaf
-    from refitkit.protocols import WeightSource
+    from refitkit.protocols import Plan, WeightSource
+
+
+@once_for_each
+def kept_leaves(plan: Plan) -> Mapping[str, Leaf]:
+    """Leaves that no state_dict holds: under none of their names, and not as a view of a weight."""
+    weights = {leaf.fqn for leaf in plan.data.leaves if leaf.persistent}
+    tied = {name for tie in plan.data.ties if not weights.isdisjoint(tie) for name in tie}
+    return {leaf.fqn: leaf for leaf in plan.data.leaves if leaf.kept and leaf.fqn not in tied}
 
 
 def broken_ties(

@@ -10,7 +10,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from refitkit.errors import ConfigError, InputMismatchError
-from refitkit.protocols import Backend, Offline, Tools
+from refitkit.program.dtypes import dtype_of
+from refitkit.protocols import Backend, Offline, ProbesFromState, Tools
 from refitkit.testing import oracles
 from refitkit.testing.breach import Breach, skip
 
@@ -153,14 +154,25 @@ class BackendSuite:
         raise Breach("OpenedModule.run", found, "Check inputs: engines read past them.")
 
     def test_probing_changes_nothing(self) -> None:
-        """After ``probe`` every weight and buffer is as before."""
+        """After ``probe`` every weight and buffer is as before, and after ``probe_from``."""
         module = self._callable_module()
         before = oracles.snapshot(self.held(module))
         module.probe(self.inputs(), {})
+        self._require_held(module, before, "OpenedModule.probe")
+        if isinstance(module, ProbesFromState):
+            slots = [slot for engine in module.engines.values() for slot in engine.slots.values()]
+            # integers may be indices: no value but the present one is sure to be a good one
+            written = [s for s in slots if s.mutable and dtype_of(s.dtype).is_floating_point]
+            values = oracles.random_values(written, 1)
+            state = {slot.key: values[slot.name] for slot in written}
+            module.probe_from(state, self.inputs(), {})
+            self._require_held(module, before, "ProbesFromState.probe_from")
+
+    def _require_held(self, module: OpenedModule, before: Any, contract: str) -> None:
         wrong = oracles.differing(oracles.snapshot(self.held(module)), before)
         if wrong:
             found = f"it changed {oracles.shown(wrong)}."
-            raise Breach("OpenedModule.probe", found, "Put buffers back that the model writes to.")
+            raise Breach(contract, found, "Put buffers back that the model writes to.")
 
     def test_a_second_module_is_independent(self) -> None:
         """``reopen`` has the present weights; refitting it leaves the first alone."""

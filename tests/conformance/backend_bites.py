@@ -196,6 +196,13 @@ class CountsProbes(Module):
         return self.run(args, kwargs)
 
 
+@breaks("probing_changes_nothing", "ProbesFromState.probe_from: it changed 'calls'")
+class LeavesState(Module):
+    def probe_from(self, state: Any, args: Any, kwargs: Any) -> Any:
+        self.engines["all"].live["calls"] += 1
+        return self.run(args, kwargs)
+
+
 @breaks("a_second_module_is_independent", "a refit of the second changed the first")
 class SharesEngines(Module):
     def reopen(self) -> Any:

@@ -72,7 +72,7 @@ class Mixed(nn.Module):
         self.a = nn.Linear(6, 10)
         self.b = nn.Linear(10, 4)
         self.register_buffer("kept", torch.randn(4))
-        self.register_buffer("derived", torch.rand(10) + 0.5, persistent=False)
+        self.register_buffer("derived", torch.linspace(0.5, 1.5, 10), persistent=False)
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         self.unused = nn.Parameter(torch.randn(3))
 

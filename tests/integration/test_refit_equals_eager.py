@@ -147,10 +147,15 @@ def test_any_number_of_rows(rows: int, fresh: Fresh) -> None:
 def test_what_no_state_dict_holds_stays_as_compiled(fresh: Fresh) -> None:
     case, compiled = CASES["mixed"], fresh("mixed")
     a, b = case.model(0), case.model(1)
-    refitkit.refit(compiled, b)
+    b.derived.mul_(2)
+    refitkit.refit(compiled, {**b.state_dict(), "derived": b.derived}, inputs=case.inputs())
     assert bits(compiled.read("derived")) == bits(b.derived)
-    refitkit.refit(compiled, b.state_dict(), inputs=case.inputs())
-    assert bits(compiled.read("derived")) == bits(a.derived)
+    for weights in (b, b.state_dict()):
+        refitkit.refit(compiled, weights, inputs=case.inputs())
+        assert bits(compiled.read("derived")) == bits(a.derived)
+    refitkit.refit(compiled, torch.export.export(b, case.args()), inputs=case.inputs())
+    assert bits(compiled.read("derived")) == bits(b.derived)
+    refitkit.refit(compiled, b)
     b.derived.copy_(a.derived)
     assert max_error(compiled(*case.args()), case.expected(b)) <= LIMIT
     refitkit.refit(compiled, {"derived": b.derived + 1}, partial=True)

@@ -40,12 +40,13 @@ class AOTInductorEngine:
         runner: torch's binding of the container, with weights in its active buffer.
     """
 
-    def __init__(self, runner: Any, mutable: Collection[str] = ()) -> None:
+    def __init__(self, runner: Any, mutable: Collection[str] | None = None) -> None:
         """Read the slots off a container.
 
         Args:
             runner: ``torch._C._aoti.AOTIModelContainerRunnerCpu`` or its CUDA twin.
-            mutable: Slots that calls of the model change in place.
+            mutable: Slots that calls of the model change in place. None: nobody knows, so any
+                slot may be one, and what live slots hold is carried over at every commit.
 
         Raises:
             NotRefittableError: Weights that a refit could not write exactly.
@@ -54,7 +55,8 @@ class AOTInductorEngine:
         self._internal = _internal_names(runner)
         self._active: dict[str, torch.Tensor] = runner.extract_constants_map(False)  # noqa: FBT003
         self._inactive: dict[str, torch.Tensor] | None = None
-        self._mutable = frozenset(mutable) & self._active.keys()
+        self._known = frozenset(mutable or ()) & self._active.keys()
+        self._mutable = frozenset(self._active) if mutable is None else self._known
         self._stale: set[str] = set()  # where the inactive buffer may differ from the active one
         self._has_previous = False  # whether it holds what was live before the last commit
         self._slots = {name: self._slot(name, t) for name, t in sorted(self._active.items())}
@@ -69,7 +71,7 @@ class AOTInductorEngine:
             count=tensor.numel(),
             device=str(tensor.device),
             readable=True,
-            mutable=name in self._mutable,
+            mutable=name in self._known,
         )
 
     @property

@@ -116,7 +116,7 @@ class Ledger:
         same = [
             leaf.fqn
             for leaf in self._facts.leaves
-            if not leaf.persistent and same_bits(live, self._tensors[leaf.fqn])
+            if not (leaf.persistent or leaf.mutated) and same_bits(live, self._tensors[leaf.fqn])
         ]
         follow = [fqn for fqn in same if self._follows(fqn)]
         if follow and len(same) == 1:

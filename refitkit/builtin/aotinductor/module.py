@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from torch.export import ExportedProgram
 
+    from refitkit.model import SlotKey
+
 
 @dataclass(frozen=True)
 class Files:
@@ -34,7 +36,7 @@ class Files:
         device: Kind of device that it was compiled for.
         weights_beside: Whether the library expects its weights from outside.
         call: What inputs it takes and outputs it gives.
-        mutable: Slots that calls change in place.
+        mutable: Slots that calls change in place; None: nobody knows.
         versions: Versions of what made it.
         settings: Compilation options, as text.
     """
@@ -44,7 +46,7 @@ class Files:
     device: str
     weights_beside: bool
     call: CallSpec | None
-    mutable: frozenset[str] = frozenset()
+    mutable: frozenset[str] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, str] = field(default_factory=dict)
 
@@ -103,8 +105,18 @@ class AOTInductorModule:
 
     def probe(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call it, then put back the buffers that it changed."""
+        return self.probe_from({}, args, kwargs)
+
+    def probe_from(
+        self,
+        state: Mapping[SlotKey, torch.Tensor],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Call it with other values in buffers that it changes, then put all of those back."""
         kept = self._engine.mutable_values()
         try:
+            self._engine.write_active({slot: value for (_, slot), value in state.items()})
             return self.run(args, kwargs)
         finally:
             self._engine.write_active(kept)

@@ -95,7 +95,8 @@ def _open_ours(archive: Archive, path: Path) -> AOTInductorModule:
     runner = container.open_container(folder.path / manifest.library, manifest.device)
     if manifest.weights_beside:
         container.fill_with_zeros(runner)
-    mutable = frozenset(slot.name for slot in manifest.slots if slot.mutable)
+    known = manifest.call is not None  # else it is torch's package, and was never planned
+    mutable = frozenset(slot.name for slot in manifest.slots if slot.mutable) if known else None
     engine = AOTInductorEngine(runner, mutable)
     _check_slots(engine, manifest, path)
     _fill(engine, weights, path)

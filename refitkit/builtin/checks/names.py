@@ -132,6 +132,11 @@ def _differences(leaf: Leaf, info: TensorInfo, *, with_dtype: bool) -> Iterator[
             "convert it yourself, or set rules.cast to 'lossless' or 'any': refitkit never casts "
             "weights silently"
         )
+        if not leaf.persistent:
+            hint = (
+                "leave it out: no state_dict holds it, so the plan's value is kept; to set it, "
+                "convert it yourself"
+            )
         yield Problem(leaf.fqn, "dtype", info.dtype, leaf.dtype, hint)
     if info.shape != leaf.shape:
         hint = "the transposed shape" if info.shape == leaf.shape[::-1] else ""

@@ -7,18 +7,24 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from refitkit.program.bits import same_bits
 from refitkit.program.dtypes import dtype_of
 from refitkit.protocols import Made, WeightGroup
+from refitkit.recipe.ties import kept_leaves
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from refitkit.model import TensorInfo
+    from refitkit.model import Leaf, TensorInfo
     from refitkit.protocols import TransformRequest, WeightSource
 
 
 class Casts:
-    """Casts entries to the dtype that the program has them in."""
+    """Casts entries to the dtype that the program has them in.
+
+    Never those that no state_dict holds, such as the frequencies of rotary embeddings: the plan
+    keeps them as the program had them, and a cast would lose bits of that.
+    """
 
     name = "casts"
     priority = 30
@@ -32,14 +38,29 @@ class Casts:
         data = request.plan.data
         slots = {name for row in data.ledger for name in row.sources}
         leaves = {leaf.fqn: leaf for leaf in data.leaves if leaf.used or leaf.fqn in slots}
+        kept = kept_leaves(request.plan)
         for name in request.source.names():
             leaf = leaves.get(name)
             info = request.source.info(name)
             if leaf is None or info.unusable or info.dtype == leaf.dtype:
                 continue
             before, after = dtype_of(info.dtype), dtype_of(leaf.dtype)
-            if is_lossless(before, after) or (self._any and _alike(before, after)):
+            if name in kept:
+                if _is_planned(request, leaf, info):
+                    yield WeightGroup((name,), {}, lambda: Made({}))
+            elif is_lossless(before, after) or (self._any and _alike(before, after)):
                 yield _cast(request.source, name, info, leaf.dtype)
+
+
+def _is_planned(request: TransformRequest, leaf: Leaf, info: TensorInfo) -> bool:
+    """Whether an entry is what the plan keeps anyway, in another dtype, or state of a program."""
+    name = leaf.fqn
+    if leaf.mutated and not info.persistent:
+        return True
+    if name not in request.plan.data.pinned:
+        return False
+    planned = request.plan.pinned(name).to(dtype_of(info.dtype))
+    return same_bits(planned, request.source.get(name))
 
 
 def _cast(source: WeightSource, name: str, info: TensorInfo, dtype: str) -> WeightGroup:

@@ -18,13 +18,16 @@ from torch.utils import _pytree as pytree
 from refitkit.errors import ConfigError, NotRefittableError, raised_as
 from refitkit.model import CallRef, OutputMeasure, TensorInfo, VerificationResult
 from refitkit.program.dtypes import dtype_name
-from refitkit.protocols import SupportsReadback
+from refitkit.protocols import ProbesFromState, SupportsReadback
+from refitkit.recipe.state import state_slots
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
 
-    from refitkit.model import LedgerRow
+    from refitkit.model import LedgerRow, SlotKey
     from refitkit.protocols import OpenedModule, VerifyRequest
+
+    State = Mapping[SlotKey, torch.Tensor]
 
 NAME = "outputs"
 _EXACT = (0.0, 0.0)
@@ -50,18 +53,39 @@ class OutputsVerifier:
                 hint="Pass inputs=(x,), or choose verify='weights' or verify='none'.",
             )
         args, kwargs = request.inputs
+        state = {} if request.reference is not None else _kept_state(request)
         with _plain_mode():
-            expected = _expected(request, _copied(args), _copied(dict(kwargs)))
+            expected = _expected(request, state, _copied(args), _copied(dict(kwargs)))
 
         def judge(module: OpenedModule) -> VerificationResult:
             with _plain_mode():
-                found = module.probe(_copied(args), _copied(dict(kwargs)))
+                found = _probed(module, state, _copied(args), _copied(dict(kwargs)))
             return compare(found, expected, request.tolerances)
 
         return judge
 
 
-def _expected(request: VerifyRequest, args: Any, kwargs: Any) -> Any:
+def _kept_state(request: VerifyRequest) -> State:
+    """Copies of the state that the refit keeps: the program and the module both start from them.
+
+    Calls go on until the commit, so what is live then may be another state.
+    """
+    engines = request.module.engines
+    return {
+        (name, slot): engine.read(slot).clone()
+        for name, slot in state_slots(request.plan)
+        if (name, slot) not in request.values
+        and isinstance(engine := engines[name], SupportsReadback)
+    }
+
+
+def _probed(module: OpenedModule, state: State, args: Any, kwargs: Any) -> Any:
+    if state and isinstance(module, ProbesFromState):
+        return module.probe_from(state, args, kwargs)
+    return module.probe(args, kwargs)
+
+
+def _expected(request: VerifyRequest, state: State, args: Any, kwargs: Any) -> Any:
     reference = request.reference
     if reference is None and request.program is None:
         raise ConfigError(
@@ -70,7 +94,7 @@ def _expected(request: VerifyRequest, args: Any, kwargs: Any) -> Any:
             hint="Pass reference=, a callable or the expected outputs, or choose verify='weights'.",
         )
     if reference is None and request.program is not None:
-        reference = request.program.bind(_Merged(request), request.plan.pinned)
+        reference = request.program.bind(_Merged(request, state), request.plan.pinned)
     if not callable(reference):
         return reference
     with raised_as(ConfigError, "The reference cannot be called with these inputs"):
@@ -83,8 +107,8 @@ class _Merged:
     A partial refit changes some weights and keeps the others: the reference must do the same.
     """
 
-    def __init__(self, request: VerifyRequest) -> None:
-        self._source = request.source
+    def __init__(self, request: VerifyRequest, state: State) -> None:
+        self._source, self._state = request.source, state
         self.description = request.source.description
         views = {leaf.fqn for leaf in request.plan.data.leaves if leaf.derived}
         self._kept = {
@@ -113,6 +137,8 @@ class _Merged:
         if fqn not in self._kept:
             return self._source.get(fqn)
         name, slot = self._kept[fqn]
+        if (name, slot) in self._state:
+            return self._state[name, slot]
         engine = self._module.engines[name]
         if not isinstance(engine, SupportsReadback):
             raise NotRefittableError(

@@ -33,24 +33,35 @@ def from_mapping(state: Mapping[Any, Any]) -> WeightSource:
 def from_object(thing: object) -> WeightSource | None:
     """A live module or a program; None for anything else."""
     if isinstance(thing, torch.nn.Module):
-        return _from_module(thing)
+        return ModuleWeights(thing)
     if isinstance(thing, ExportedProgram):
         return ProgramWeights(thing)
     return None
 
 
-def _from_module(module: torch.nn.Module) -> TensorMap:
-    """Parameters and buffers, as they are when they are read; gradients do not matter."""
-    state = module.state_dict(keep_vars=True)
-    buffers = dict(module.named_buffers(remove_duplicate=False))
-    others = {name: value for name, value in buffers.items() if name not in state}
-    return TensorMap(
-        {**state, **others}, f"a live {type(module).__name__}", not_persistent=others.keys()
-    )
+class ModuleWeights(TensorMap):
+    """What a live module's state_dict holds, as it is when it is read; gradients do not matter.
+
+    Buffers that no state_dict holds are no weights, so that a module and its state_dict give the
+    same result.
+
+    Attributes:
+        left_out: Those buffers, by FQN; see ``refitkit.protocols.LeavesOut``.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        """Keep the tensors, no copies."""
+        state = module.state_dict(keep_vars=True)
+        super().__init__(state, f"a live {type(module).__name__}")
+        buffers = module.named_buffers(remove_duplicate=False)
+        self.left_out = {name: value for name, value in buffers if name not in state}
 
 
 class ProgramWeights(TensorMap):
     """The weights of a program; see ``refitkit.protocols.HoldsProgram``.
+
+    Its constants and all of its buffers are among them, as they are part of the program: a refit
+    gives what compiling it would.
 
     Attributes:
         program: The program.

@@ -13,6 +13,7 @@ import refitkit
 from refitkit import WeightedAverage
 from refitkit.errors import ConfigError, SourceError
 from refitkit.protocols import KnowsRevisions, WeightSource
+from refitkit.recipe import TensorMap
 from tests.fakes import FakePlugin, make_module, weights_for
 from tests.unit.builtin.merges.helpers import Known, opened, problems_of, same
 
@@ -261,13 +262,12 @@ def test_unusable_entries_are_told_with_their_part() -> None:
 
 
 def test_what_a_state_dict_would_not_hold_need_not_be_everywhere() -> None:
-    module = torch.nn.Linear(1, 1)
-    module.register_buffer("mask", torch.ones(1), persistent=False)
-    both = [(module, 1), (module, 1)]
+    state = torch.nn.Linear(1, 1).state_dict()
+    program = TensorMap({**state, "mask": torch.ones(1)}, not_persistent=["mask"])
+    both = [(program, 1), (program, 1)]
     assert set(opened(WeightedAverage(both)).names()) == {"weight", "bias", "mask"}
     assert not opened(WeightedAverage(both)).info("mask").persistent
-    state = {name: value.detach() for name, value in module.state_dict().items()}
-    for parts in ([(module, 1), (state, 1)], [(state, 1), (module, 1)]):
+    for parts in ([(program, 1), (state, 1)], [(state, 1), (program, 1)]):
         assert set(opened(WeightedAverage(parts)).names()) == {"weight", "bias"}
 
 
