@@ -195,7 +195,9 @@ def _storage(tape: Tape, real: Any) -> Any:
 
     def give(self: torch.UntypedStorage, *args: Any, **kwargs: Any) -> Any:
         if tape.is_on and not is_trusted():
-            tape.provenance.gave_storage(self, "the storage")
+            for one in (self, *args):
+                if isinstance(one, torch.UntypedStorage):
+                    tape.provenance.gave_storage(one, "the storage")
         return real(self, *args, **kwargs)
 
     return give

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 _TRUSTED = frozenset({"refitkit", "torch_tensorrt"})
 """Packages that ask for addresses and arrays only to hand them to TensorRT, or to compare them."""
-_TRANSPARENT = frozenset({"torch", "copy"})
+_COPYING = "copy"
+"""A package that asks to make another tensor, which is known by its memory."""
+_TRANSPARENT = frozenset({"torch", *sys.stdlib_module_names})
 """Packages that ask on behalf of their caller."""
 _SHOWN = 3
 
@@ -33,6 +35,8 @@ def is_trusted() -> bool:
     frame: FrameType | None = sys._getframe(2)  # noqa: SLF001 - inspect.stack reads source files
     while frame is not None:
         package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package == _COPYING:
+            return True
         if package not in _TRANSPARENT:
             return package in _TRUSTED
         frame = frame.f_back
@@ -62,14 +66,10 @@ class Unwatched:
 
 def _reason(origins: Iterable[Origin], how: str) -> str:
     """Empty where no value follows from a leaf: then nothing was given that a refit changes."""
-    names, known = dict[str, None](), True
-    for origin in origins:
-        below = leaves_below(origin)
-        known &= None not in below
-        names |= dict.fromkeys(name for name in below if name is not None)
-    if not names and known:
+    names = sorted({name for origin in origins for name in leaves_below(origin) if name})
+    if not names:
         return ""
-    shown = ", ".join(map(repr, list(names)[:_SHOWN])) or "a value of unknown origin"
+    shown = ", ".join(map(repr, names[:_SHOWN]))
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return (
         f"it is made of numbers that appeared after {how} of {shown}{more} was given to code that "

@@ -455,6 +455,13 @@ SMUGGLED: dict[str, Function] = {
         np.ctypeslib.as_array((ctypes.c_float * 6).from_address(b.data_ptr())).copy()
     ),
     "storage, its address": lambda w, b, i: torch.tensor(six_at(b.untyped_storage().data_ptr())),
+    "storage, a copy of it": lambda w, b, i: torch.tensor(
+        six_at(torch.UntypedStorage(24).copy_(b.untyped_storage()).data_ptr())
+    ),
+    "storage, a clone of it": lambda w, b, i: torch.tensor(
+        six_at((clone := b.untyped_storage().clone()).data_ptr())
+    )
+    * clone.nbytes(),
     "storage, a file": lambda w, b, i: from_storage(b.untyped_storage()),
     "storage, another process's": lambda w, b, i: shared(b),
     "pickle, its size": lambda w, b, i: w * len(set(pickle.dumps(b))),
