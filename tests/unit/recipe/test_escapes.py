@@ -458,10 +458,9 @@ SMUGGLED: dict[str, Function] = {
     "storage, a copy of it": lambda w, b, i: torch.tensor(
         six_at(torch.UntypedStorage(24).copy_(b.untyped_storage()).data_ptr())
     ),
-    "storage, a clone of it": lambda w, b, i: torch.tensor(
-        six_at((clone := b.untyped_storage().clone()).data_ptr())
-    )
-    * clone.nbytes(),
+    "storage, a clone of it": lambda w, b, i: (
+        torch.tensor(six_at((clone := b.untyped_storage().clone()).data_ptr())) * clone.nbytes()
+    ),
     "storage, a file": lambda w, b, i: from_storage(b.untyped_storage()),
     "storage, another process's": lambda w, b, i: shared(b),
     "pickle, its size": lambda w, b, i: w * len(set(pickle.dumps(b))),
@@ -568,7 +567,9 @@ def test_all_functions_are_as_before() -> None:
         *((torch.Tensor, name) for name in ("__dlpack__", "__setitem__", "new_tensor")),
         *((torch, name) for name in ("tensor", "as_tensor", "asarray", "from_numpy")),
         *((np, name) for name in ("array", "asarray", "full", "copyto", "ascontiguousarray")),
-        (torch.UntypedStorage, "clone"),
+        *((torch.UntypedStorage, name) for name in ("clone", "data_ptr", "__reduce__", "cpu")),
+        *((torch.Tensor, name) for name in ("__reduce_ex__", "__cuda_array_interface__")),
+        *((torch._C, name) for name in ("_data_address", "_to_dlpack")),
         (torch, "from_dlpack"),
     ]
     before = [getattr(owner, name) for owner, name in watched]
