@@ -12,7 +12,7 @@ from refitkit.cli.text import count, shape
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from refitkit.model import LedgerRow, PlanData
+    from refitkit.model import LedgerRow, Need, PlanData
     from refitkit.recipe import RefitPlan
 
 _COLUMNS = ("slot", "state", "dtype", "shape", "from", "ops", "reason")
@@ -33,6 +33,8 @@ def print_plan(console: Console, plan: RefitPlan) -> None:
                 ("slots", ", ".join(f"{number} {state}" for state, number in states.items())),
                 *([("ops", f"{calls}, shared by all slots")] if calls else []),
                 *(("one tensor", " = ".join(tie)) for tie in plan.data.ties),
+                *(("needs", _need(need)) for need in plan.data.needs),
+                *(("without slot", f"{n}: {why}") for n, why in plan.data.unreached.items()),
             ]
         )
     )
@@ -42,6 +44,12 @@ def print_plan(console: Console, plan: RefitPlan) -> None:
         title = f"engine {engine}, {count(len(rows), 'slot')}"
         console.print(table(_COLUMNS, rows, title))
     print_guards(console, plan.data)
+
+
+def _need(need: Need) -> str:
+    from refitkit.pipeline.needs import described
+
+    return f"{need.kind} {need.name} of {described(need)}"
 
 
 def _cells(row: LedgerRow, data: PlanData) -> tuple[str, ...]:

@@ -162,6 +162,28 @@ class Fingerprint(Frozen):
     platform: str = ""
 
 
+class Need(Frozen):
+    """Something of a plugin's without which a plan cannot be relied on.
+
+    Attributes:
+        kind: ``layer type``: its layers hold weights of the engines. ``strategy``: it gave values
+            in the proof by trial.
+        name: Its name.
+        plugin: Name of the plugin that offers it.
+        distribution: What brings the plugin, as ``pip install`` takes it; empty where nothing does.
+        version: Version of that.
+        slots: ``engine/slot`` of the slots that a strategy served though the plan keeps a value for
+            them.
+    """
+
+    kind: Literal["layer type", "strategy"]
+    name: str
+    plugin: str
+    distribution: str = ""
+    version: str = ""
+    slots: tuple[str, ...] = ()
+
+
 class PlanData(Frozen):
     """A whole plan: the ledgers of all engines of one model.
 
@@ -175,6 +197,9 @@ class PlanData(Frozen):
         guards: Values that must be what they were when the plan was made.
         pinned: Index of the tensors that the plan keeps.
         fingerprint: What the plan belongs to.
+        unreached: Weights that the program uses and that reach no slot, by FQN, each with the
+            reason why a refit need not change anything for them.
+        needs: What plugins have to offer where the plan is used.
     """
 
     format: Literal["refitplan/1", "refitplan/2"] = FORMAT
@@ -186,6 +211,8 @@ class PlanData(Frozen):
     guards: tuple[Guard, ...] = ()
     pinned: dict[str, PinnedTensor] = Field(default_factory=dict)
     fingerprint: Fingerprint
+    unreached: dict[str, str] = Field(default_factory=dict)
+    needs: tuple[Need, ...] = ()
 
 
 def fingerprint_of_slots(slots: Iterable[Slot]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refitkit.errors import ConfigError, UnsupportedTargetError
+from refitkit.pipeline.needs import described as described_need
 from refitkit.pipeline.saved import PLAN
 from refitkit.recipe import RefitPlan
 
@@ -53,8 +54,19 @@ def described(backends: Mapping[str, Backend], path: str | Path) -> Mapping[str,
     for backend in backends.values():
         found = backend.describe(path)
         if found is not None:
-            return found
+            return {**found, **_of_plan(backend, path)}
     raise UnsupportedTargetError(f"{str(path)!r} is no saved module of any backend.")
+
+
+def _of_plan(backend: Backend, path: Path) -> Mapping[str, Any]:
+    """What the plan of a saved module needs of plugins, and says of weights without a slot."""
+    attached = backend.attachments(path)
+    if PLAN not in attached:
+        return {}
+    data = RefitPlan.from_bytes(attached[PLAN], f"the plan of {str(path)!r}").data
+    needs = [f"{need.kind} {need.name} of {described_need(need)}" for need in data.needs]
+    said = {"needs": needs, "without_slot": dict(data.unreached)}
+    return {name: value for name, value in said.items() if value}
 
 
 def plan_in(backends: Mapping[str, Backend], path: str | Path, opener: Opener) -> RefitPlan:

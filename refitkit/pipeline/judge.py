@@ -9,6 +9,7 @@ from refitkit.pipeline import verify
 from refitkit.pipeline.check import check_weights
 from refitkit.pipeline.load import open_weights
 from refitkit.pipeline.mapping import map_slots, require_all
+from refitkit.pipeline.needs import require_needs
 from refitkit.pipeline.tools import tools_for
 from refitkit.pipeline.transform import transformed
 from refitkit.protocols import VerifyRequest
@@ -35,11 +36,13 @@ def judge_module(
         raise ConfigError(
             "Nothing can be verified: the engines cannot be read and no inputs were given."
         )
+    require_needs(host, config, plan)
     plan.check_engines(compiled.backend, compiled.slots)
     source = transformed(host, config, plan, open_weights(host, wish.weights, config))
     mapping = map_slots(host, plan, compiled.opened, source, compiled.program, config)
     check_weights(host, plan, compiled.opened, source, partial=False, config=config)
     require_all(mapping, source)
+    mapping.require_complete()
     request = VerifyRequest(
         plan=plan,
         module=compiled.opened,

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from refitkit.errors import SourceError, UnsupportedTargetError, raised_as
+from refitkit.errors import RefitError, SourceError, UnsupportedTargetError, raised_as
+from refitkit.pipeline.backends import plan_in
 from refitkit.pipeline.clock import Clock
+from refitkit.pipeline.needs import missing_needs
 from refitkit.pipeline.origin import Origin
 from refitkit.pipeline.saved import handle_on
 from refitkit.pipeline.tools import tools_for
@@ -27,7 +29,13 @@ def load_module(pipeline: Pipeline, target: object, *, warm: bool) -> CompiledMo
     with Clock(host, "load").stage("open"):
         tools = tools_for(host, config, "load", "open")
         origin = Origin.of(target)
-        opened = open_target(host, target, config, tools)
+        try:
+            opened = open_target(host, target, config, tools)
+        except RefitError as exc:
+            named = _naming_plugins(pipeline, target, exc)
+            if named is None:
+                raise
+            raise named from exc
         compiled = handle_on(opened, pipeline.open_weights, pipeline)
         compiled.origin = origin
         compiled.target = None if isinstance(target, str | Path) else target
@@ -35,6 +43,25 @@ def load_module(pipeline: Pipeline, target: object, *, warm: bool) -> CompiledMo
         with Clock(host, "load").stage("warm"):
             compiled.warm(tools_for(host, config, "load", "warm").tell)
     return compiled
+
+
+def _naming_plugins(pipeline: Pipeline, target: object, exc: RefitError) -> RefitError | None:
+    """The error again, after the plugins that the plan of a saved module needs and that lack.
+
+    None where none lacks, or nobody can read a plan there.
+    """
+    path = _as_path(target)
+    if not isinstance(path, Path):
+        return None
+    try:
+        data = plan_in(pipeline.backends, path, pipeline.open_weights).data
+        problems = list(missing_needs(pipeline.host, pipeline.config, data))
+    except RefitError:
+        return None
+    if not problems:
+        return None
+    hint = f"Plugins that its plan needs are not in use here. {exc.hint}".strip()
+    return type(exc)(exc.message, problems=[*problems, *exc.problems], hint=hint)
 
 
 def open_target(host: Host, target: object, config: Config, tools: Tools) -> OpenedModule:

@@ -11,6 +11,7 @@ from refitkit.model import Step
 from refitkit.pipeline.cache import PlanCache, wanted
 from refitkit.pipeline.clock import Clock
 from refitkit.pipeline.compiled import CompiledModule
+from refitkit.pipeline.needs import needing
 from refitkit.pipeline.plan import make_plan, require_followable
 from refitkit.pipeline.prove import prove as prove_refit
 from refitkit.pipeline.prove_plan import prove_plan
@@ -36,6 +37,11 @@ def _require_program(program: object) -> None:
             f"A {type(program).__name__} cannot be compiled or planned.",
             hint="Export it first: program = torch.export.export(model, inputs).",
         )
+
+
+def _as_proved(plan: RefitPlan, before: RefitPlan) -> RefitPlan:
+    """A plan with what the proof of the same plan needed."""
+    return needing(plan, before.data.needs) if plan.ledger == before.ledger else plan
 
 
 class Making:
@@ -71,7 +77,7 @@ class Making:
         compiled = CompiledModule(opened, plan, kept, self._pipeline)
         if prove:
             with clock.stage("prove"):
-                self._prove(compiled)
+                compiled.plan = self._prove(compiled, plan)
         return compiled
 
     def plan(
@@ -88,10 +94,12 @@ class Making:
             plan = self._planned(opened, self._pipeline.backend(name), self._options)
         if prove:
             with clock.stage("prove"):
-                self._prove_plan(plan, opened)
+                plan = self._prove_plan(plan, opened)
         if compiled is not None and compiled.plan is None:
             with clock.stage("adopt"):
-                self._adopt(compiled, plan, prove=prove is not False)
+                plan = self._adopt(compiled, plan, prove=prove is not False)
+        elif compiled is not None and compiled.plan is not None:
+            plan = _as_proved(plan, compiled.plan)
         return plan
 
     def _planned(
@@ -117,20 +125,28 @@ class Making:
             self._host.emit(Step("plan", "plan", text))
         return kept
 
-    def _adopt(self, compiled: CompiledModule, plan: RefitPlan, *, prove: bool) -> None:
+    def _adopt(self, compiled: CompiledModule, plan: RefitPlan, *, prove: bool) -> RefitPlan:
         """Give the plan to a module that somebody else compiled, once a copy of it is proved."""
         kept = self._kept()
         if prove:
-            self._prove(CompiledModule(compiled.opened.reopen(), plan, kept, self._pipeline))
+            copy = CompiledModule(compiled.opened.reopen(), plan, kept, self._pipeline)
+            plan = self._prove(copy, plan)
         compiled.plan, compiled.program = plan, kept
+        return plan
 
-    def _prove(self, compiled: CompiledModule) -> None:
-        if compiled.program:
-            self._tell("compile", prove_refit(self._pipeline, compiled, self._program))
+    def _prove(self, compiled: CompiledModule, plan: RefitPlan) -> RefitPlan:
+        """The plan with what its proof needed."""
+        if not compiled.program:
+            return plan
+        proof = prove_refit(self._pipeline, compiled, self._program)
+        self._tell("compile", proof.missing)
+        return needing(plan, proof.needs)
 
-    def _prove_plan(self, plan: RefitPlan, opened: OpenedModule | None) -> None:
+    def _prove_plan(self, plan: RefitPlan, opened: OpenedModule | None) -> RefitPlan:
         host, config, options = self._host, self._config, self._options
-        self._tell("plan", prove_plan(host, config, plan, self._program, opened, options))
+        proof = prove_plan(host, config, plan, self._program, opened, options)
+        self._tell("plan", proof.missing)
+        return needing(plan, proof.needs)
 
     def _tell(self, verb: str, missing: str) -> None:
         """Tell why there is no proof, if there is none."""

@@ -15,6 +15,8 @@ from refitkit.errors import (
     raised_as,
 )
 from refitkit.model import LedgerRow, ReportRow, SlotKey, SlotState, StateRow
+from refitkit.pipeline.needs import require_served
+from refitkit.pipeline.reach import require_reached_by
 from refitkit.pipeline.tools import tools_for
 from refitkit.protocols import Mapped, MapRequest, SupportsPartial
 from refitkit.recipe.plan import RefitPlan
@@ -122,6 +124,19 @@ class Mapping:
         if isinstance(plan, RefitPlan) and plan.data.guards:
             return list(plan.broken_guards(source))
         return []
+
+    def require_complete(self, given: abc.Collection[str] | None = None) -> None:
+        """Check that every weight goes into a slot, and every slot gets the value that was proved.
+
+        Args:
+            given: Names of the weights, where only those are refitted; None where all are.
+
+        Raises:
+            UnmappedSlotError: Weights reach no slot; lists them.
+            PlanMismatchError: Slots would get another strategy's value than in the plan's proof.
+        """
+        require_reached_by(self.plan, self.values, self.unchanged, given)
+        require_served(self.plan.data, {key: value.strategy for key, value in self.values.items()})
 
     def served(self) -> Served:
         """How slots were served, without what they were served with."""

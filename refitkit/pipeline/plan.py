@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from refitkit.errors import NotRefittableError
 from refitkit.model import Fingerprint, PlanData, fingerprint_of_slots
+from refitkit.pipeline.needs import of_layer_types
 from refitkit.pipeline.partition import partition
+from refitkit.pipeline.reach import require_planned, stated
 from refitkit.pipeline.tools import tools_for
 from refitkit.program import facts_of
 from refitkit.program.facts import tensors_of
@@ -69,7 +71,7 @@ def make_plan(
     Raises:
         PlanMismatchError: The program is not the one that was compiled.
         NotRefittableError: Weights of the program are not weights of the engines, or tensors of
-            the program share memory in a way that no recipe can follow.
+            the program share memory in a way that no recipe can follow; names them.
     """
     facts = require_followable(program)
     tools = tools_for(host, config, "plan", "plan")
@@ -90,9 +92,12 @@ def make_plan(
             versions=dict(draft.versions),
             platform=draft.platform,
         ),
+        needs=of_layer_types(host, draft.layer_types),
     )
+    data = data.model_copy(update={"unreached": stated(program, data)})
     plan = RefitPlan(data, draft.pinned, opener)
     if module is not None:
         slots = [slot for engine in module.engines.values() for slot in engine.slots.values()]
         plan.check_engines(backend.name, slots)
+    require_planned(host, data)
     return plan

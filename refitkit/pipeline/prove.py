@@ -15,19 +15,37 @@ from typing import TYPE_CHECKING
 import torch
 
 from refitkit.errors import NotRefittableError, VerificationError
+from refitkit.pipeline.blamed_slots import KEPT, wrong_slots
 from refitkit.pipeline.held import Held
+from refitkit.pipeline.needs import of_strategies
 from refitkit.protocols import Offline
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch.export import ExportedProgram
 
+    from refitkit.model import Need
     from refitkit.pipeline.compiled import CompiledModule
     from refitkit.pipeline.pipeline import Pipeline
 
 _SEEDS = (0, 1)
 
 
-def prove(pipeline: Pipeline, compiled: CompiledModule, program: ExportedProgram) -> str:
+@dataclass(frozen=True)
+class Proof:
+    """How a proof by trial went.
+
+    Attributes:
+        missing: Why there is none; empty where there is one.
+        needs: What plugins gave it.
+    """
+
+    missing: str = ""
+    needs: tuple[Need, ...] = ()
+
+
+def prove(pipeline: Pipeline, compiled: CompiledModule, program: ExportedProgram) -> Proof:
     """Refit a new module to other weights and back.
 
     Args:
@@ -35,19 +53,17 @@ def prove(pipeline: Pipeline, compiled: CompiledModule, program: ExportedProgram
         compiled: The module, with the program's weights.
         program: What it was compiled from.
 
-    Returns:
-        Why there is no proof; empty where there is one.
-
     Raises:
-        NotRefittableError: With other weights it answers wrongly; lists the outputs.
+        NotRefittableError: With other weights it answers wrongly; lists the outputs, and the slots
+            that kept their old value.
     """
     how = _way(compiled, program)
     if how is None:
-        return "the program has no example inputs"
+        return Proof("the program has no example inputs")
     try:
         pipeline.verify(compiled, program, inputs=how.inputs, with_=how.verifier)
     except VerificationError as exc:
-        return f"it is not the program with its own weights, too: {exc.problems}"
+        return Proof(f"it is not the program with its own weights, too: {exc.problems}")
     lax = _without_finite(pipeline)
     try:
         return _trials(lax, compiled, program, how)
@@ -87,7 +103,7 @@ def _way(compiled: CompiledModule, program: ExportedProgram) -> _Way | None:
 
 def _trials(
     pipeline: Pipeline, compiled: CompiledModule, program: ExportedProgram, how: _Way
-) -> str:
+) -> Proof:
     reason = ""
     for seed in _SEEDS:
         weights = moved_weights(program, seed)
@@ -95,7 +111,7 @@ def _trials(
             reason = "other weights change values that decided what slots hold"
             continue
         try:
-            pipeline.refit(
+            result = pipeline.refit(
                 compiled,
                 weights,
                 inputs=how.inputs,
@@ -105,17 +121,34 @@ def _trials(
             )
         except VerificationError as exc:
             if not _endless(exc):
-                raise NotRefittableError(
-                    "With other weights than those of its compilation the module answers wrongly: "
-                    "the compiler has made some of them part of its code.",
-                    problems=exc.problems,
-                    hint="Options that fold constants do this. To compile all the same, and verify "
-                    "every refit: prove=False.",
-                ) from exc
+                raise _failed(pipeline, compiled, weights, exc) from exc
             reason = "other weights make the program itself answer NaN or infinity"
         else:
-            return ""
-    return reason
+            return Proof(needs=of_strategies(pipeline.host, result.report.ledger))
+    return Proof(reason)
+
+
+def _failed(
+    pipeline: Pipeline,
+    compiled: CompiledModule,
+    weights: Mapping[str, torch.Tensor],
+    exc: VerificationError,
+) -> NotRefittableError:
+    """The error of a proof that failed, with the slots that are to blame as far as that shows."""
+    slots = list(wrong_slots(pipeline, compiled, weights))
+    if any(problem.kind == KEPT for problem in slots):
+        why = "some slots kept their old value"
+    elif slots:
+        why = "some slots did not get the value that the program gives them"
+    else:
+        why = "the compiler has made some of them part of its code, as all slots took new values"
+    return NotRefittableError(
+        f"With other weights than those of its compilation the module answers wrongly: {why}.",
+        problems=[*slots, *exc.problems],
+        hint="Options that fold constants do this, and so do converters that make numbers of "
+        "weights: install the plugin that maps those. To compile all the same, and verify every "
+        "refit: prove=False.",
+    )
 
 
 def _endless(exc: VerificationError) -> bool:

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 
 from refitkit.errors import NotRefittableError, Problem
 from refitkit.model import SlotState
+from refitkit.pipeline.blamed_slots import KEPT
+from refitkit.pipeline.mapping import Served, map_slots
+from refitkit.pipeline.needs import of_strategies
 from refitkit.pipeline.partition import partition
-from refitkit.pipeline.prove import moved_weights
+from refitkit.pipeline.prove import Proof, moved_weights
 from refitkit.pipeline.tools import tools_for
 from refitkit.program import KeptProgram
 from refitkit.program.bits import same_bits
-from refitkit.protocols import HoldsValues
+from refitkit.protocols import HoldsValues, SlotValue
 from refitkit.recipe import TensorMap
 
 if TYPE_CHECKING:
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
     from refitkit.config import Config
     from refitkit.host import Host
+    from refitkit.model import LedgerRow, Need, ReportRow, SlotKey
     from refitkit.protocols import OpenedModule
     from refitkit.recipe import RefitPlan
 
@@ -42,7 +46,7 @@ def prove_plan(
     program: ExportedProgram,
     module: OpenedModule | None,
     options: Mapping[str, object],
-) -> str:
+) -> Proof:
     """Compare what a plan computes with what an interpreter gives, for other weights.
 
     Args:
@@ -53,31 +57,58 @@ def prove_plan(
         module: The module that it is for; None where it was made offline.
         options: The backend's options, where it was made offline.
 
-    Returns:
-        Why there is no proof; empty where there is one.
-
     Raises:
-        NotRefittableError: The plan gives other values; lists the slots.
+        NotRefittableError: The plan, or a strategy, gives other values; lists the slots, and says
+            which keep their old value.
     """
     kept = KeptProgram.of(program)
     if kept is None:
-        return "torch cannot write this program without a pickle"
+        return Proof("torch cannot write this program without a pickle")
     tools, judged, reason = tools_for(host, config, "plan", "prove"), 0, ""
+    own = TensorMap(program.state_dict)
+    needs: tuple[Need, ...] = ()
     for seed in _SEEDS:
         weights = moved_weights(program, seed)
         other = kept.restore(TensorMap(weights), plan.pinned)
         parts = partition(host, other, module, plan.backend, options, config, tools)
         held = next(iter(parts.values()))
         if not isinstance(held, HoldsValues):
-            return f"the backend {plan.backend!r} gives no values without an engine"
+            return Proof(f"the backend {plan.backend!r} gives no values without an engine")
         wanted = held.values()
         reason = _unjudged(plan, weights, wanted)
         if not reason:
-            _compare(plan, weights, wanted)
+            values = _values(host, config, plan, module, kept, TensorMap(weights))
+            _compare(plan, values, wanted, own)
+            needs = of_strategies(host, _report(plan, values))
             judged += 1
         if judged == _ENOUGH:
-            return ""
-    return reason
+            return Proof(needs=needs)
+    return Proof(reason)
+
+
+def _values(
+    host: Host,
+    config: Config,
+    plan: RefitPlan,
+    module: OpenedModule | None,
+    kept: KeptProgram,
+    source: TensorMap,
+) -> dict[SlotKey, SlotValue | str]:
+    """Values of all slots that a refit would give one; without a module, what the plan gives."""
+    rows = [row for row in plan.ledger if row.state is not SlotState.UNMAPPED and row.value]
+    if module is None:
+        return plan.values_of(rows, source)
+    mapping = map_slots(host, plan, module, source, kept, config)
+    found: dict[SlotKey, SlotValue | str] = dict(mapping.values)
+    for row in mapping.unserved():
+        if row.state is not SlotState.UNMAPPED:
+            found[row.slot.key] = "; ".join(mapping.reasons.get(row.slot.key, [row.reason]))
+    return found
+
+
+def _report(plan: RefitPlan, values: Mapping[SlotKey, SlotValue | str]) -> tuple[ReportRow, ...]:
+    slots = {k: (v.strategy, v.sources) for k, v in values.items() if isinstance(v, SlotValue)}
+    return Served(plan.ledger, slots, {}, frozenset()).rows()
 
 
 def _unjudged(
@@ -97,10 +128,11 @@ def _unjudged(
 
 def _compare(
     plan: RefitPlan,
-    weights: Mapping[str, torch.Tensor],
+    values: Mapping[SlotKey, SlotValue | str],
     wanted: Mapping[str, Mapping[str, torch.Tensor]],
+    own: TensorMap,
 ) -> None:
-    problems = list(_differences(plan, weights, wanted))
+    problems = list(_differences(plan, values, wanted, own))
     if problems:
         raise NotRefittableError(
             "The plan is wrong: with other weights, slots would get other values than the backend "
@@ -113,12 +145,13 @@ def _compare(
 
 def _differences(
     plan: RefitPlan,
-    weights: Mapping[str, torch.Tensor],
+    values: Mapping[SlotKey, SlotValue | str],
     wanted: Mapping[str, Mapping[str, torch.Tensor]],
+    own: TensorMap,
 ) -> Iterator[Problem]:
-    rows = [row for row in plan.ledger if row.state is not SlotState.UNMAPPED and row.value]
-    values = plan.values_of(rows, TensorMap(weights))
-    for row in rows:
+    for row in plan.ledger:
+        if row.slot.key not in values:
+            continue
         name, value = f"{row.slot.engine}/{row.slot.name}", values[row.slot.key]
         if isinstance(value, str):
             yield Problem(name, "no value", hint=value)
@@ -126,5 +159,19 @@ def _differences(
         right = wanted.get(row.slot.engine, {}).get(row.slot.name)
         if right is None:
             yield Problem(name, "no such weight with other weights")
-        elif not same_bits(value.load().contiguous().reshape(-1), right.reshape(-1).contiguous()):
-            yield Problem(name, "differs", wanted="the value that the backend gives")
+            continue
+        found = _flat(value.load())
+        if not same_bits(found, _flat(right)):
+            kind = KEPT if _is_old(plan, row, found, own) else "differs"
+            text = str(row.state) if kind == KEPT else ""
+            yield Problem(name, kind, text, "the value that the backend gives")
+
+
+def _is_old(plan: RefitPlan, row: LedgerRow, found: torch.Tensor, own: TensorMap) -> bool:
+    """Whether a value is what the slot has with the program's own weights."""
+    before = plan.value_of(row, own) if row.value else ""
+    return isinstance(before, SlotValue) and same_bits(_flat(before.load()), found)
+
+
+def _flat(value: torch.Tensor) -> torch.Tensor:
+    return value.contiguous().reshape(-1)

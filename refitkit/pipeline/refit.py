@@ -14,6 +14,7 @@ from refitkit.pipeline.delta import Delta
 from refitkit.pipeline.held import Held
 from refitkit.pipeline.load import for_one_refit, require_unchanged
 from refitkit.pipeline.mapping import map_slots, require_all, require_reached
+from refitkit.pipeline.needs import require_needs
 from refitkit.pipeline.overrides import differing, left, overrides
 from refitkit.pipeline.report import Findings
 from refitkit.pipeline.tools import tools_for
@@ -156,6 +157,7 @@ class Refit:
                 f"plan= is a {type(plan).__name__}.",
                 hint="Pass what refitkit.plan gives, or refitkit.RefitPlan.load(path).",
             )
+        require_needs(self._host, self._config, plan)
         plan.check_engines(self.compiled.backend, self.compiled.slots)
         return plan
 
@@ -208,6 +210,7 @@ class Refit:
             else:
                 require_all(mapping, source)
                 self._overridden = overrides(plan, source)
+            mapping.require_complete(source.names() if partial else None)
         if self._wish.reset_state:
             mapping.reset_state()
 

@@ -28,6 +28,7 @@ class PlanDraft:
         settings: Compilation settings, as text by name.
         versions: Versions of what made the engines, by package.
         platform: Operating system, machine and device kind.
+        layer_types: Names of the layer types of ``Tools`` in whose layers weights were found.
     """
 
     rows: tuple[LedgerRow, ...]
@@ -37,6 +38,7 @@ class PlanDraft:
     settings: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     platform: str = ""
+    layer_types: tuple[str, ...] = ()
 
 
 @runtime_checkable

@@ -5,10 +5,14 @@ libraries are not: here the functions that give them are watched while a tape ru
 with an array is watched by :mod:`refitkit.recipe.arrays`; that an array was read unseen (through
 the buffer protocol, in C, by ``plain[:] = array``) is concluded by :mod:`refitkit.recipe.loans`.
 
-What nobody can watch, so that only a perturbed run finds it: memory that is read by its address
-(``data_ptr``, ``ctypes``, extensions in C), an array that is read unseen and passed on as well,
-tensors that are pickled, and what other threads do. What is written unseen shows, as recipes are
-tried (:mod:`refitkit.recipe.trial`).
+Memory that is given away by its address, as a storage, a pickle or a handle can be read unseen, by
+``ctypes`` or a library in C. Where code of a third party asks for one, numbers that appear after
+that are not taken for literals (:mod:`refitkit.recipe.unwatched`).
+
+Code that takes a tensor as it is and reads it in C, a method of torch that was looked up before the
+recording began, other threads and forked processes cannot be watched. There a weight that reaches
+no slot, a slot that holds the bits of a weight (:mod:`refitkit.recipe.record`), and the proof by
+trial remain. What is written unseen shows, as recipes are tried (:mod:`refitkit.recipe.trial`).
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from refitkit.recipe import arrays
+from refitkit.recipe.unwatched import is_trusted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,6 +38,20 @@ _MAKERS = ("array", "asarray", "ascontiguousarray", "asfortranarray", "asanyarra
 """Functions of NumPy that give an array itself, or a copy of it, or one of several."""
 _COPIERS = ("copyto", "frombuffer", "fromiter", "nditer")
 """Functions of NumPy that read arrays and do not ask them."""
+_C, _AOTI = torch._C, torch._C._aoti  # noqa: SLF001 - what they give has no other name
+_LEADING = (
+    (_C, "_data_address", "the address"),
+    (_C, "_to_dlpack", "a DLPack capsule"),
+    (_C, "_to_dlpack_versioned", "a DLPack capsule"),
+    (_AOTI, "unsafe_alloc_void_ptr_from_tensor", "a handle"),
+    (_AOTI, "unsafe_alloc_void_ptrs_from_tensors", "a handle"),
+)
+"""Functions that give what leads to the memory of tensors."""
+_STORAGE = (
+    *("data_ptr", "tolist", "__getitem__", "_write_file", "_share_fd_cpu_", "_share_filename_cpu_"),
+    *("_share_cuda_", "share_memory_", "cpu", "copy_", "__reduce__", "byteswap"),
+)
+"""Methods of storages that give their bytes or lead to them."""
 _FRESH = ("arange", "eye", "full", "identity", "ones", "ones_like", "zeros", "zeros_like")
 """Functions of NumPy that give an array of numbers."""
 
@@ -49,6 +68,11 @@ def watched(tape: Tape) -> Iterator[None]:
             (torch.Tensor, "tolist", partial(_exporter, how="it becomes a list")),
             (torch.Tensor, "__setitem__", _setitem),
             (torch.Tensor, "data_ptr", _data_ptr),
+            (torch.Tensor, "const_data_ptr", _data_ptr),
+            (torch.Tensor, "__reduce_ex__", partial(_given, how="a pickle")),
+            (torch.Tensor, "__cuda_array_interface__", _interface),
+            *((owner, name, partial(_given, how=how)) for owner, name, how in _LEADING),
+            *((torch.UntypedStorage, name, _storage) for name in _STORAGE),
             (torch.UntypedStorage, "clone", _clone),
             (torch, "tensor", _tensor),
             (torch, "as_tensor", _tensor),
@@ -62,6 +86,8 @@ def watched(tape: Tape) -> Iterator[None]:
             *((np, name, _fresh) for name in _FRESH),
         )
         for owner, name, make in patches:
+            if not hasattr(owner, name):  # another version of torch
+                continue
             patched = make(tape, getattr(owner, name))
             stack.enter_context(mock.patch.object(owner, name, patched))
         yield
@@ -78,7 +104,7 @@ def _numpy(tape: Tape, real: Any) -> Any:
         array = real(self, *args, **kwargs)
         if not tape.sees(self):
             return array
-        tape.lent(self)
+        tape.lent(self, array, trusted=is_trusted())
         return arrays.watched(array, _left(tape, self))
 
     return numpy
@@ -135,9 +161,46 @@ def _data_ptr(tape: Tape, real: Any) -> Any:
         address = real(self)
         if tape.sees(self):
             tape.provenance.exported(self, address)
+            if not is_trusted():
+                tape.provenance.gave_memory(self, "the address")
         return address
 
     return data_ptr
+
+
+def _given(tape: Tape, real: Any, *, how: str) -> Any:
+    """A function that gives what leads to the memory of its first argument, or holds a copy."""
+
+    def give(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen = [one for one in tree_leaves(self) if tape.sees(one)]
+        if seen and not is_trusted():
+            for one in seen:
+                tape.provenance.gave_memory(one, how)
+        return real(self, *args, **kwargs)
+
+    return give
+
+
+def _interface(tape: Tape, real: Any) -> Any:
+    def read(self: torch.Tensor) -> Any:
+        if tape.sees(self) and not is_trusted():
+            tape.provenance.gave_memory(self, "the address")
+        return real.__get__(self)
+
+    return property(read)
+
+
+def _storage(tape: Tape, real: Any) -> Any:
+    """A method of storages that gives their bytes, their address, or another process's way in."""
+
+    def give(self: torch.UntypedStorage, *args: Any, **kwargs: Any) -> Any:
+        if tape.is_on and not is_trusted():
+            for one in (self, *args):
+                if isinstance(one, torch.UntypedStorage):
+                    tape.provenance.gave_storage(one, "the storage")
+        return real(self, *args, **kwargs)
+
+    return give
 
 
 def _clone(tape: Tape, real: Any) -> Any:
@@ -191,7 +254,8 @@ def _made(tape: Tape, data: Any, found: Any) -> Any:
         for one in tree_leaves(data):
             if isinstance(one, np.ndarray) and not isinstance(one, arrays.Watched):
                 tape.loans.own(one)
-        tape.provenance.literal(found, foreign=isinstance(data, np.ndarray))
+        known = isinstance(data, np.ndarray) and tape.loans.knows(data)
+        tape.provenance.literal(found, foreign=isinstance(data, np.ndarray), known=known)
     return found
 
 
@@ -210,7 +274,7 @@ def _maker(tape: Tape, real: Any) -> Any:
         elif made is not data:
             _tell(data, "NumPy copies it")
             if not any(isinstance(one, np.ndarray) for one in tree_leaves(data)):
-                tape.loans.made(made)
+                tape.loans.made(made, doubtful=bool(tape.provenance.unwatched.doubt))
         return made
 
     return make
@@ -228,7 +292,8 @@ def _fresh(tape: Tape, real: Any) -> Any:
     def make(*args: Any, **kwargs: Any) -> Any:
         made = real(*args, **kwargs)
         _tell((args, kwargs) if real.__name__ == "full" else (), "NumPy copies it")
-        tape.loans.made(made)
+        doubt = tape.provenance.unwatched.doubt if real.__name__ == "full" else ""
+        tape.loans.made(made, doubtful=bool(doubt))
         return made
 
     return make

@@ -30,6 +30,12 @@ _SHAPES_ONLY = frozenset(
 """Ops whose result does not depend on the values of their operand."""
 
 
+_IN_AN_ARRAY = (
+    "its numbers are in an array of NumPy on a weight that was given to code of a third party: "
+    "they may have been read there, unseen"
+)
+
+
 class UnwritableError(Exception):
     """A value whose way is not known, or cannot stand in a plan; says why."""
 
@@ -59,6 +65,8 @@ class Lineage:
         if isinstance(node, Leaf):
             return frozenset({node.fqn})
         if isinstance(node, Literal):
+            if any(loan.only_passed_on for loan in node.loans):
+                raise UnwritableError(_IN_AN_ARRAY)
             return frozenset()
         found = self._follows.get(node)
         if found is None:
@@ -76,4 +84,4 @@ def _read_by(call: Call) -> Sequence[Origin]:
     """The operands whose values matter."""
     if reads_first(call):
         return call.inputs
-    return [one for one in call.args[1:2] if isinstance(one, Origin)]
+    return [one for one in (*call.args[1:2], *call.numbers) if isinstance(one, Origin)]

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 address_of = torch.Tensor.data_ptr
 """The method itself: a recording replaces it to see who asks."""
+storage_address = torch.UntypedStorage.data_ptr
+"""Likewise of storages."""
 _WITHOUT_DISPATCH = torch._C._disabled_torch_dispatch_impl  # noqa: SLF001 - its only name
 
 
@@ -127,7 +129,7 @@ class Memory:
         """Whether any storage of it is, and has not moved elsewhere."""
         for reference in self.storages.values():
             storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)  # noqa: SLF001
-            if storage is not None and self.has(storage.data_ptr(), storage.nbytes()):
+            if storage is not None and self.has(storage_address(storage), storage.nbytes()):
                 return True
         return False
 
@@ -155,7 +157,7 @@ class Memories:
         """The memory of a tensor, if it is known: by its storage, or by its address."""
         storage = tensor.untyped_storage()
         identity = storage._cdata  # noqa: SLF001 - it has no other name
-        address, nbytes = storage.data_ptr(), storage.nbytes()
+        address, nbytes = storage_address(storage), storage.nbytes()
         found = self._by_storage.get(identity)
         if found is not None and found.has(address, nbytes):
             return found
@@ -173,7 +175,7 @@ class Memories:
     def add(self, tensor: torch.Tensor) -> Memory:
         """The memory of a tensor of which nothing is known."""
         storage = tensor.untyped_storage()
-        memory = Memory(storage.data_ptr(), storage.nbytes(), tensor.device.type)
+        memory = Memory(storage_address(storage), storage.nbytes(), tensor.device.type)
         self._keep(memory, storage)
         self._number(memory)
         return memory

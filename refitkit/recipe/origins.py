@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from refitkit.model import Tensor
 from refitkit.program.dtypes import dtype_name
@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     import torch
 
     from refitkit.model import Leaf as LeafFacts
+
+
+class Loan(Protocol):
+    """An array on a tensor's memory that was given out; see :mod:`refitkit.recipe.loans`."""
+
+    @property
+    def only_passed_on(self) -> bool:
+        """Whether it counts as passed on and not as read."""
 
 
 @dataclass(eq=False)
@@ -29,9 +37,11 @@ class Literal:
 
     Attributes:
         value: It; a copy.
+        loans: Arrays on tensors' memory that its numbers may have been read from.
     """
 
     value: torch.Tensor
+    loans: tuple[Loan, ...] = ()
 
 
 @dataclass(eq=False)
@@ -55,6 +65,8 @@ class Call:
         kwargs: Its keyword arguments, likewise.
         results: Dtype and shape of its results; of an op that writes, of what it has written.
         device: Kind of device that it ran on.
+        inputs: The tensors among its arguments, and what its numbers may have been read from.
+        numbers: The latter.
     """
 
     op: Any
@@ -63,6 +75,7 @@ class Call:
     results: tuple[Tensor, ...]
     device: str
     inputs: tuple[Origin, ...] = field(default=())
+    numbers: tuple[Origin, ...] = field(default=())
 
 
 class Origin(NamedTuple):
@@ -84,15 +97,23 @@ class Origin(NamedTuple):
 
 def follows_from_leaf(origin: Origin) -> bool:
     """Whether a leaf, or nobody knows what, is among what a value is made of."""
+    return bool(leaves_below(origin))
+
+
+def leaves_below(origin: Origin) -> frozenset[str | None]:
+    """Names of the leaves that are among what a value is made of; None stands for the unknown."""
+    found: set[str | None] = set()
     stack, seen = [origin.node], set[int]()
     while stack:
         node = stack.pop()
-        if isinstance(node, Leaf | Unknown):
-            return True
-        if isinstance(node, Call) and id(node) not in seen:
+        if isinstance(node, Leaf):
+            found.add(node.fqn)
+        elif isinstance(node, Unknown):
+            found.add(None)
+        elif isinstance(node, Call) and id(node) not in seen:
             seen.add(id(node))
             stack += [below.node for below in node.inputs]
-    return False
+    return frozenset(found)
 
 
 def bottom_up(origin: Origin, is_known: Callable[[Origin], bool]) -> Iterator[Origin]:

@@ -85,6 +85,10 @@ class RefitPlan:
         """
         return self._pinned[name]
 
+    def noting(self, **fields: Any) -> RefitPlan:
+        """This plan with other fields of its data; tensors are shared."""
+        return RefitPlan(self.data.model_copy(update=fields), self._pinned, self._opener)
+
     # -- values -----------------------------------------------------------------------------
 
     def values_of(

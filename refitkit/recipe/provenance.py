@@ -19,11 +19,15 @@ from refitkit.recipe.memories import (
     address_of,
     geometry_of,
     is_followed,
+    storage_address,
 )
 from refitkit.recipe.origins import Call, Leaf, Literal, Origin, Unknown
+from refitkit.recipe.unwatched import Unwatched
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    import numpy as np
 
     from refitkit.recipe.attention import Attention
     from refitkit.recipe.loans import Loans
@@ -34,7 +38,11 @@ Place: TypeAlias = tuple[Memory, Geometry]
 
 
 class Provenance:
-    """Of all tensors of one recording."""
+    """Of all tensors of one recording.
+
+    Attributes:
+        unwatched: What was given to code that cannot be watched.
+    """
 
     def __init__(
         self, leaves: Mapping[str, torch.Tensor], attention: Attention, loans: Loans
@@ -50,6 +58,7 @@ class Provenance:
         self._attention = attention
         self._loans = loans
         self._exported: dict[int, Origin] = {}
+        self.unwatched = Unwatched()
         for fqn, tensor in leaves.items():
             if is_followed(tensor):
                 memory, geometry = self.place(tensor)
@@ -87,8 +96,8 @@ class Provenance:
             return Origin(Unknown(reason), 0, contiguous=True)
         literal = self.copy(flat)
         with self._attention.pause():
-            self._loans.at(address, literal.view(torch.uint8).numpy())
-        return Origin(Literal(literal), 0, contiguous=True)
+            known = self._loans.at(address, literal.view(torch.uint8).numpy())
+        return Origin(self._made_of_numbers(literal, known=known), 0, contiguous=True)
 
     def place(self, tensor: torch.Tensor) -> Place:
         """Where a tensor lies."""
@@ -142,21 +151,50 @@ class Provenance:
 
     # -- what others did --------------------------------------------------------------------
 
-    def literal(self, tensor: torch.Tensor, *, foreign: bool = False) -> None:
+    def literal(self, tensor: torch.Tensor, *, foreign: bool = False, known: bool = False) -> None:
         """Note that a tensor was made of what is no tensor.
 
         Args:
             tensor: It.
             foreign: Whether its memory is that of an array, so that NumPy can change it.
+            known: Whether it was seen which numbers it was made of.
         """
         memory, geometry = self.place(tensor)
-        node = Literal(self.copy(tensor))
+        node = self._made_of_numbers(self.copy(tensor), known=known)
         memory.values.setdefault(geometry, aliases.lying(node, 0, geometry))
         memory.foreign |= foreign
 
-    def lent(self, tensor: torch.Tensor, escape: Escape) -> None:
-        """Note that an array of NumPy on the memory of a tensor was given out."""
-        self._loans.lend(self.place(tensor)[0], escape)
+    def _made_of_numbers(self, value: torch.Tensor, *, known: bool) -> Literal | Unknown:
+        if known or not value.numel():
+            return Literal(value)
+        if self.unwatched.doubt:
+            return Unknown(self.unwatched.doubt)
+        with self._attention.pause():
+            floats = value.is_floating_point() and value.dtype.itemsize > 1
+            numbers = value.double().cpu().numpy() if floats else None
+        return Literal(value, () if numbers is None else self._loans.among(numbers))
+
+    def gave_memory(self, tensor: torch.Tensor, how: str) -> None:
+        """Note that code that cannot be watched may read a tensor."""
+        if tensor.numel():
+            self.unwatched.gave([self.of(tensor)], how)
+
+    def gave_storage(self, storage: torch.UntypedStorage, how: str) -> None:
+        """Note the same of a storage: of all values that are known to lie in it."""
+        with self._attention.pause():
+            memory = self._memories.find(_bytes_of(storage)) if storage.nbytes() else None
+        if memory is not None:
+            self.unwatched.gave(memory.values.values(), how)
+
+    def lent(self, tensor: torch.Tensor, escape: Escape, array: np.ndarray | None = None) -> None:
+        """Note that an array of NumPy on the memory of a tensor was given out.
+
+        Args:
+            tensor: The tensor.
+            escape: What it holds.
+            array: It, where somebody got it who may do more than pass it on.
+        """
+        self._loans.lend(self.place(tensor)[0], escape, array)
 
     def came_back(self, tensor: torch.Tensor) -> None:
         """Note that such an array, or a view of it, became a tensor again."""
@@ -168,7 +206,7 @@ class Provenance:
             before, after = _bytes_of(old), _bytes_of(new)
         memory = self._memories.find(before)
         if memory is not None and self._memories.find(after) is None:
-            shift = old.data_ptr() - memory.address if old.nbytes() else 0
+            shift = storage_address(old) - memory.address if old.nbytes() else 0
             self._memories.add(after).values = {
                 geometry._replace(start=geometry.start - shift): value
                 for geometry, value in memory.values.items()
@@ -183,7 +221,7 @@ class Provenance:
     def _changed(self, memory: Memory, tensor: torch.Tensor) -> bool:
         """Whether an array of NumPy has another value than when a tensor was made of it."""
         storage = tensor.untyped_storage()
-        shift = storage.data_ptr() - memory.address
+        shift = storage_address(storage) - memory.address
         with self._attention.pause():
             for geometry, origin in memory.values.items():
                 first, off = divmod(geometry.start - shift, geometry.dtype.itemsize)

@@ -15,6 +15,8 @@ import torch
 from refitkit.model import Guard, LedgerRow, PinnedRef, SlotState, SourceRef
 from refitkit.recipe.draft import Draft
 from refitkit.recipe.lineage import Lineage, UnwritableError
+from refitkit.recipe.lookalikes import Lookalikes
+from refitkit.recipe.origins import Literal
 from refitkit.recipe.recorded import Recorded, needed
 from refitkit.recipe.trial import unlike
 from refitkit.recipe.writer import Writer
@@ -46,7 +48,7 @@ def write(
         tensors: Values of the leaves, by FQN: recipes have to give the slots' values of them.
     """
     slots = tuple(slots)
-    rows = _Rows({leaf.fqn: leaf for leaf in leaves}, ties)
+    rows = _Rows({leaf.fqn: leaf for leaf in leaves}, ties, Lookalikes(leaves, tensors))
     guards, fault = rows.guards(tape.escapes)
     found = rows.recorded(
         [rows.row(slot, origin, value, fault) for slot, origin, value in slots], guards
@@ -58,11 +60,17 @@ def write(
 class _Rows:
     """Says of each slot how its value is had, and of what left the recording how it is guarded."""
 
-    def __init__(self, leaves: Mapping[str, Leaf], ties: Sequence[Sequence[str]]) -> None:
-        self._leaves = leaves
+    def __init__(
+        self,
+        leaves: Mapping[str, Leaf],
+        ties: Sequence[Sequence[str]],
+        lookalikes: Lookalikes,
+    ) -> None:
+        self._leaves, self._lookalikes = leaves, lookalikes
         self._lineage = Lineage()
         self._draft = Draft(leaves, ties)
         self._writer = Writer(leaves, self._lineage, self._draft)
+        self._guarded: set[str] = set()
 
     def row(self, slot: Slot, origin: Origin, value: torch.Tensor, fault: str) -> LedgerRow:
         """One slot."""
@@ -70,7 +78,7 @@ class _Rows:
             return LedgerRow(slot=slot, state=SlotState.UNMAPPED, reason=fault)
         try:
             if not self._lineage.follows(origin):
-                return self._frozen(slot, value)
+                return self._frozen(slot, value, seen=not isinstance(origin.node, Literal))
             found = self._fitting(self._writer.value(origin), slot)
         except UnwritableError as exc:
             return LedgerRow(slot=slot, state=SlotState.UNMAPPED, reason=str(exc))
@@ -97,7 +105,11 @@ class _Rows:
             )
         return LedgerRow(slot=slot, state=SlotState.RECIPE, value=found, sources=sources)
 
-    def _frozen(self, slot: Slot, value: torch.Tensor) -> LedgerRow:
+    def _frozen(self, slot: Slot, value: torch.Tensor, *, seen: bool) -> LedgerRow:
+        """A literal, unless its numbers are a weight's and nobody saw them being made."""
+        fqn = "" if seen else self._lookalikes.of(value)
+        if fqn and fqn not in self._guarded:
+            raise UnwritableError(f"it holds the values of {fqn!r}, and no op is seen between them")
         kept = self._draft.keep(value if slot.shape is None else value.reshape(slot.shape))
         reason = "nothing that it is made of comes from a parameter or buffer"
         return LedgerRow(slot=slot, state=SlotState.FROZEN, value=kept, reason=reason)
@@ -110,6 +122,7 @@ class _Rows:
                 if self._lineage.follows(escape.origin):
                     value = self._writer.value(escape.origin)
                     found.setdefault(value, _guard(value, escape))
+                    self._guarded.update(self._draft.sources(value))
             except UnwritableError as exc:
                 return [], f"a value decided what the engines are ({escape.how}), and {exc}"
         return list(found.values()), ""

@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 _DRAWN = frozenset(
     f"aten::{name}"
@@ -51,6 +51,19 @@ _QUIET = frozenset(
 """Ops that give no tensor and tell nothing of values."""
 
 
+_LAYOUT = frozenset(
+    {
+        *("self", "a", "dtype", "out_dtype", "layout", "memory_format", "size", "sizes", "shape"),
+        *("stride", "storage_offset", "dim", "dims", "dim0", "dim1", "dim2", "dimension", "axis"),
+        *("start_dim", "end_dim", "source", "destination", "output_size", "input_size"),
+        *("input_sizes", "bias_sizes", "normalized_shape", "chunks", "num_chunks", "sections"),
+        *("split_size", "split_sizes", "reduction", "groups", "group", "padding", "dilation"),
+        *("kernel_size", "output_padding", "pad", "N", "C", "HxW", "num_heads", "num_head"),
+    }
+)
+"""Arguments of whole numbers that say how tensors lie, not which values they have."""
+
+
 def is_quiet(op: Any) -> bool:
     """Whether an op that gives no tensor tells nothing of values."""
     return _name(op) in _QUIET or _name(op).startswith("prim::")
@@ -72,6 +85,31 @@ def deciding(op: Any, inputs: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         return []
     indexing = _name(op) == "aten::index"
     return [tensor for tensor in inputs if tensor.dtype is torch.bool or not indexing]
+
+
+def numbers_of(
+    op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Iterator[int | float | complex]:
+    """The Python numbers in a call that decide values, not how tensors lie."""
+    for position, name, counts in _numbers(op):
+        given = args[position] if position < len(args) else kwargs.get(name)
+        if given is not None:
+            for one in given if isinstance(given, list | tuple) else (given,):
+                if isinstance(one, int | float | complex) and (counts or not isinstance(one, bool)):
+                    yield one
+
+
+@cache
+def _numbers(op: Any) -> tuple[tuple[int, str, bool], ...]:
+    """Position and name of arguments for such numbers, and whether truth values are some."""
+    arguments = op._schema.arguments  # noqa: SLF001 - there is no other way
+    kinds = {a.name: str(a.type).lower() for a in arguments}
+    wide = {name for name, kind in kinds.items() if "int" not in kind and "bool" not in kind}
+    return tuple(
+        (position, argument.name, argument.name in wide)
+        for position, argument in enumerate(arguments)
+        if argument.name in wide or ("int" in kinds[argument.name] and argument.name not in _LAYOUT)
+    )
 
 
 def written_by(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:

@@ -37,14 +37,17 @@ from refitkit.recipe.origins import (
 from refitkit.recipe.provenance import Provenance
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from contextlib import AbstractContextManager
     from types import TracebackType
+
+    import numpy as np
 
     from refitkit.recipe.provenance import Place
 
 _SHOWN = 4
 """Largest number of elements of a value that is shown as text."""
+_NOTHING = torch.empty(0)
 _RANDOM = "random numbers decide it"
 
 
@@ -92,6 +95,11 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     def paused(self) -> AbstractContextManager[None]:
         """See nothing until the end of the block."""
         return self._attention.pause()
+
+    @property
+    def is_on(self) -> bool:
+        """Whether what happens now, in this thread, is recorded."""
+        return self._attention.is_here
 
     def sees(self, value: Any) -> bool:
         """Whether it is a tensor that this tape records: with data, and in its own thread."""
@@ -244,12 +252,27 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         if schemas.is_random(func):
             drawn = not known or schemas.is_drawn(func)
             return Literal(self.provenance.copy(results[0])) if drawn else Unknown(_RANDOM)
+        numbers = self._numbers(schemas.numbers_of(func, args, kwargs))
+        if isinstance(numbers, Unknown):
+            return numbers
         swapped, named = tree_map(
             lambda a: known[id(a)] if isinstance(a, torch.Tensor) else a, (args, dict(kwargs))
         )
         facts = tuple(map(facts_of_tensor, results))
         device = results[0].device.type
-        return Call(func, tuple(swapped), named, facts, device, tuple(known.values()))
+        inputs = (*known.values(), *numbers)
+        return Call(func, tuple(swapped), named, facts, device, inputs, numbers)
+
+    def _numbers(self, numbers: Iterable[complex]) -> tuple[Origin, ...] | Unknown:
+        """What the numbers of a call may have been read from; unknown where nobody can say."""
+        loans: list[Any] = []
+        for number in numbers:
+            if self.provenance.unwatched.doubt:
+                return Unknown(self.provenance.unwatched.doubt)
+            loans += self.loans.among(number)
+        if not loans:
+            return ()
+        return (Origin(Literal(_NOTHING, tuple(loans)), 0, contiguous=True),)
 
     def _wrote(self, node: Call | Literal | Unknown, places: list[Place]) -> None:
         """Write down an op that writes."""
@@ -281,12 +304,18 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         """Values that left it: what they were, and how they left."""
         return [*self._escapes, *self.loans.escapes()]
 
-    def lent(self, tensor: torch.Tensor) -> None:
-        """Note that an array of NumPy on the memory of a tensor was given out."""
+    def lent(self, tensor: torch.Tensor, array: np.ndarray, *, trusted: bool) -> None:
+        """Note that an array of NumPy on the memory of a tensor was given out.
+
+        Args:
+            tensor: The tensor.
+            array: The array.
+            trusted: Whether whoever asked for it is known only to pass it on.
+        """
         origin = self.origin_of(tensor)
         if follows_from_leaf(origin):
             escape = self._escape(tensor, origin, "it is given to NumPy")
-            self.provenance.lent(tensor, escape)
+            self.provenance.lent(tensor, escape, None if trusted else array)
 
     def escaped(self, tensor: torch.Tensor, origin: Origin, how: str) -> None:
         """Note that a value became something that is no tensor.

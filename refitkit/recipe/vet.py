@@ -38,6 +38,7 @@ def problems_of(data: PlanData) -> Iterator[Problem]:
     facts = Facts(data)
     bad_calls = list(problems_of_calls(data, facts))
     yield from _problems_of_names(data)
+    yield from _problems_of_statements(data)
     yield from bad_calls
     if bad_calls:
         return  # what rows say cannot be judged
@@ -75,6 +76,16 @@ def _problems_of_leaves(data: PlanData) -> Iterator[Problem]:
     for name, kept in data.pinned.items():
         if leaves.get(name, facts := (kept.dtype, kept.shape)) != facts:
             yield Problem(name, "kept, and unlike the leaf", f"{kept.dtype} {kept.shape}")
+
+
+def _problems_of_statements(data: PlanData) -> Iterator[Problem]:
+    """What it says of weights without a slot, and of slots that a strategy served."""
+    for name in sorted(data.unreached.keys() - {leaf.fqn for leaf in data.leaves}):
+        yield Problem(name, "said to need no slot, and no leaf of the program")
+    listed = {"/".join(row.slot.key) for row in data.ledger}
+    for need in data.needs:
+        for slot in sorted(set(need.slots) - listed):
+            yield Problem(slot, f"served by {need.name!r}, and no slot")
 
 
 def _problems_of_row(row: LedgerRow, facts: Facts) -> Iterator[Problem]:

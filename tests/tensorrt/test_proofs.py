@@ -29,7 +29,7 @@ def program() -> torch.export.ExportedProgram:
 
 def proof(plan: refitkit.RefitPlan, program: torch.export.ExportedProgram) -> str:
     pipeline = refitkit.Pipeline()
-    return prove_plan(pipeline.host, pipeline.config, plan, program, None, OPTIONS)
+    return prove_plan(pipeline.host, pipeline.config, plan, program, None, OPTIONS).missing
 
 
 @pytest.mark.parametrize("backend", ["tensorrt_network", "torch_tensorrt"])
@@ -74,5 +74,8 @@ def test_what_nobody_can_watch_is_found() -> None:
     plan = refitkit.plan(unseen, backend="tensorrt_network", options=options)
     assert [row.state for row in plan.ledger] == ["recipe"]
     assert not plan.data.guards
-    with pytest.raises(refitkit.NotRefittableError, match="The plan is wrong"):
+    with pytest.raises(refitkit.NotRefittableError, match="The plan is wrong") as info:
         refitkit.plan(unseen, backend="tensorrt_network", options=options, prove=True)
+    assert [problem.subject for problem in info.value.problems] == [
+        f"{row.slot.engine}/{row.slot.name}" for row in plan.ledger
+    ]

@@ -1,4 +1,7 @@
-"""Another converter of the op, which makes its constant as an array: it looks like a literal."""
+"""Another converter of the op, which makes its constant as an array: it looks like a literal.
+
+It has a method of torch from before any recording, so nobody sees that it asks for an address.
+"""
 
 import ctypes
 import math
@@ -11,11 +14,13 @@ import torch
 from refitkit_example.op import LAYER
 from torch_tensorrt.dynamo.conversion import dynamo_tensorrt_converter
 
+_address_of = torch.Tensor.data_ptr
+
 
 @dynamo_tensorrt_converter(torch.ops.refitkit_example.gate.default)
 def convert_gate(ctx: Any, target: Any, args: Any, kwargs: Any, name: str) -> Any:
     x, weight, fqn = args
-    raw = ctypes.string_at(weight.data_ptr(), weight.nbytes)
+    raw = ctypes.string_at(_address_of(weight), weight.nbytes)
     numbers = [math.tanh(number) for number in struct.unpack(f"{weight.numel()}f", raw)]
     values = np.array(numbers, dtype=np.float32)
     ctx.cpu_weights_reference_holder.append(values)

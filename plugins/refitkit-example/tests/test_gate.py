@@ -163,13 +163,61 @@ def test_a_missing_weight_is_told(compiled: refitkit.CompiledModule) -> None:
     assert [(p.subject, p.kind) for p in info.value.problems] == [("gate", "missing")]
 
 
-def test_a_constant_that_is_taken_for_a_literal_is_found_by_the_proof() -> None:
-    """Nobody can see such a constant for what it is; ``compile`` tries other weights."""
-    options = {**OPTIONS, "imports": ["looks_frozen"]}
-    unproved = refitkit.compile(program(0), BACKEND, options, prove=False)
-    assert {row.state for row in unproved.plan.ledger if LAYER in row.slot.name} == {"frozen"}
-    with pytest.raises(refitkit.NotRefittableError):
-        refitkit.compile(program(0), BACKEND, options)
+FROZEN = {**OPTIONS, "imports": ["looks_frozen"]}
+
+
+def test_numbers_read_by_address_are_no_literal() -> None:
+    options = {**OPTIONS, "imports": ["reads_by_address"]}
+    compiled = refitkit.compile(program(0), BACKEND, options, prove=False)
+    found = {row.state for row in compiled.plan.ledger if LAYER in row.slot.name}
+    assert found == {"unmapped"}
+    report = refitkit.refit(compiled, program(1).state_dict, verify="engine-bytes").report
+    assert report.verification.ok
+
+
+def test_where_a_constant_is_taken_for_a_literal_its_weight_reaches_no_slot() -> None:
+    """Without the plugin nobody could serve it; with it, a mapper that is asked too late."""
+    with pytest.raises(refitkit.NotRefittableError, match="reach no slot") as info:
+        without().compile(program(0), BACKEND, FROZEN, prove=False)
+    assert [problem.subject for problem in info.value.problems] == ["gate", "last.gate"]
+    unproved = refitkit.compile(program(0), BACKEND, FROZEN, prove=False)
+    before = values(unproved)
+    with pytest.raises(refitkit.UnmappedSlotError, match="reach no slot") as info:
+        refitkit.refit(unproved, program(1).state_dict)
+    assert [problem.subject for problem in info.value.problems] == ["gate", "last.gate"]
+    after = values(unproved)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_mapper_that_is_asked_first_serves_it_and_is_needed_from_then_on() -> None:
+    first = refitkit.Pipeline({"strategies": ["example-gate", "recipe"]})
+    compiled = first.compile(program(0), BACKEND, FROZEN)
+    (need,) = [one for one in compiled.plan.data.needs if one.name == "example-gate"]
+    assert (need.plugin, need.distribution) == ("example", "refitkit-example")
+    assert sorted(need.slots) == sorted(GATES)
+    new = program(1)
+    for pipeline in (refitkit.Pipeline(), without()):
+        with pytest.raises(refitkit.RefitError):
+            pipeline.refit(compiled, new.state_dict)
+    report = first.refit(compiled, new.state_dict, verify="engine-bytes").report
+    assert report.verification.ok
+
+
+def test_a_proved_module_is_refused_without_the_plugin(tmp_path: Path) -> None:
+    compiled, alone = refitkit.compile(program(0), BACKEND, OPTIONS), without()
+    compiled.save(tmp_path / "module")
+    before = values(compiled)
+    with pytest.raises(refitkit.PlanMismatchError, match="needs plugins") as info:
+        alone.refit(compiled, program(1).state_dict)
+    (problem,) = info.value.problems
+    assert "'example'" in problem.wanted
+    assert "refitkit-example" in problem.hint
+    after = values(compiled)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    needs = alone.describe(tmp_path / "module")["needs"]
+    assert any("example-gate" in text for text in needs)
+    with pytest.raises(refitkit.UnsupportedTargetError, match="example-gate"):
+        alone.load(tmp_path / "module")  # its converter is not imported here, either
 
 
 def test_the_converter_passes_the_proof() -> None:

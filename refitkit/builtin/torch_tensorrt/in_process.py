@@ -62,6 +62,11 @@ class Interpreted:
             for name, holder in self.holders.items()
         }
 
+    @property
+    def layer_types(self) -> tuple[str, ...]:
+        """Names of the layer types that hold weights."""
+        return tuple(sorted({n for holder in self.holders.values() for n in holder.layer_types}))
+
     def values(self) -> dict[str, Mapping[str, torch.Tensor]]:
         """Values by part and slot, flat."""
         return {name: holder.scanned for name, holder in self.holders.items()}

@@ -55,6 +55,7 @@ class Network:
         recorded: Weights that the interpreter recorded, by engine weight name.
         scanned: Weights found in the layers, by engine weight name; flat.
         origins: Where they come from, if a recording ran.
+        layer_types: Names of the layer types that hold them.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Network:
         self.recorded: dict[str, torch.Tensor] = dict(self._interpreter.ctx.weight_refit_map)
         self._places: dict[str, Place] = {}
         self.scanned: dict[str, torch.Tensor] = {}
+        self.layer_types: set[str] = set()
         problems = list(self._scan(layer_types))
         self.origins = {} if tape is None else self._origins(tape)
         owned = self._own_scattered()
@@ -118,6 +120,7 @@ class Network:
                 if name in self.scanned:
                     yield Problem(name, "two weights of one name")
                 self.scanned[name] = value
+                self.layer_types.add(found.name)
                 self._places[name] = _place(layer, attribute, held, value)
 
     def _origins(self, tape: Tape) -> dict[str, Origin]:

@@ -51,6 +51,7 @@ def draft_of(found: Interpreted | Planned, slots: Iterable[Slot], device: str) -
         settings=dict(found.settings),
         versions=dict(found.versions),
         platform=f"{platform.system()} {platform.machine()} {device}",
+        layer_types=found.layer_types,
     )
 
 

@@ -25,7 +25,10 @@ class TorchTensors:
     Attributes:
         scanned: Their values by name; flat and contiguous.
         origins: Where they come from, if a recording ran.
+        layer_types: Always empty: it has no layers.
     """
+
+    layer_types: frozenset[str] = frozenset()
 
     def __init__(self, name: str, module: GraphModule, tape: Tape | None = None) -> None:
         """Read a part."""

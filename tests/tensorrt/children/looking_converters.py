@@ -12,6 +12,8 @@ from torch_tensorrt.dynamo._SourceIR import SourceIR
 from torch_tensorrt.dynamo.conversion import ConverterPriority, dynamo_tensorrt_converter, impl
 from torch_tensorrt.dynamo.conversion.converter_utils import get_trt_tensor
 
+_address_of = torch.Tensor.data_ptr
+
 
 def _times(ctx: Any, target: Any, name: str, x: Any, factor: Any) -> Any:
     made = get_trt_tensor(ctx, factor, f"{name}_factor")
@@ -65,9 +67,9 @@ def fills(ctx: Any, target: Any, args: Any, kwargs: Any, name: str) -> Any:
 
 @dynamo_tensorrt_converter(torch.ops.aten.special_zeta.default, priority=ConverterPriority.HIGH)
 def reads_memory(ctx: Any, target: Any, args: Any, kwargs: Any, name: str) -> Any:
-    """Makes a number of what lies at the weight's address."""
+    """Makes a number of what lies at the weight's address, with a method that it had before."""
     x, weight = args
-    number = ctypes.c_float.from_address(weight.data_ptr()).value
+    number = ctypes.c_float.from_address(_address_of(weight)).value
     return _times(ctx, target, name, x, weight * number)
 
 

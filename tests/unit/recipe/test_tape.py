@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from refitkit.errors import CompileError
 from refitkit.recipe import Tape
+from refitkit.recipe.memories import address_of
 from tests.unit.recipe.recorder import agree, like, named, planned, record, truth
 
 Function = Any
@@ -248,7 +249,7 @@ def use_addresses_again() -> None:
         found = []
         for number in range(30):
             one = (w * number).repeat(64, 16)
-            seen.append((one.data_ptr(), one.data_ptr() + one.nbytes))
+            seen.append((address_of(one), address_of(one) + one.nbytes))
             found.append(one.sum())
             del one
             array = np.full((4, 6), number, np.float32)

@@ -595,6 +595,16 @@ EDITS: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda d: d["ties"][0].append("zz"),
         "zz: tied, and no leaf",
     ),
+    "no slot needed for what is no leaf": (
+        lambda d: d["unreached"].update(zz="dead"),
+        "zz: said to need no slot",
+    ),
+    "a strategy that served what is no slot": (
+        lambda d: d["needs"].append(
+            {"kind": "strategy", "name": "s", "plugin": "p", "slots": ["model/zz"]}
+        ),
+        "model/zz: served by 's'",
+    ),
     "sources of what never changes": (
         lambda d: d["ledger"][5].update(sources=["m"]),
         "eps: sources of a value that never changes",

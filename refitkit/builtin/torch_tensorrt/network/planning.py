@@ -39,6 +39,7 @@ class Planned:
         versions: Versions of what made them.
         constants: What the program has and no state_dict holds, by FQN.
         recorded: How slots follow from the program's weights; None where it was not recorded.
+        layer_types: Names of the layer types that hold weights.
     """
 
     session: SessionClient
@@ -48,6 +49,7 @@ class Planned:
     versions: Mapping[str, str]
     constants: Mapping[str, torch.Tensor]
     recorded: Recorded | None = None
+    layer_types: tuple[str, ...] = ()
 
     @property
     def all_slots(self) -> list[Slot]:
@@ -121,4 +123,5 @@ def plan_program(
         versions=found["versions"],
         constants=constants_of(program),
         recorded=recorded,
+        layer_types=tuple(found["layer_types"]),
     )

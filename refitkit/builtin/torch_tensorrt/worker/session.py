@@ -75,7 +75,8 @@ class Session:
             record: Whether to write down how weights follow from those of the program.
 
         Returns:
-            Structures and slots of all parts, settings, versions and recipes, as plain data.
+            Structures and slots of all parts, settings, versions, layer types that hold weights,
+            and recipes, as plain data.
         """
         sys.path += [place for place in places if place and place not in sys.path]
         for name in imports:
@@ -95,6 +96,9 @@ class Session:
             },
             "settings": settings_text(settings),
             "versions": versions(),
+            "layer_types": sorted(
+                {name for holder in self._holders.values() for name in holder.layer_types}
+            ),
             "recorded": None if recorded is None else recordings.write(recorded, Path(folder)),
         }
 
