@@ -61,11 +61,17 @@ _HOW = (
         help="Verifier: outputs, weights, ..., or none.  [default: outputs if there are inputs, "
         "else weights where they can be read back]",
     ),
+    click.option(
+        "--reread",
+        is_flag=True,
+        help="Read files of weights a second time before anything is changed, and refuse weights "
+        "that are not the same in both readings.",
+    ),
 )
 
 
 def refit_options(*, in_place: bool = False) -> Callable[[Command], Command]:
-    """Give a command ``-o``, ``--plan``, ``--inputs`` and ``--verify``.
+    """Give a command ``-o``, ``--plan``, ``--inputs``, ``--verify`` and ``--reread``.
 
     It gets their values by name, as :class:`RefitWish` takes them.
 
@@ -87,6 +93,7 @@ class RefitWish:
         plan: File with the plan to follow; None: the module's own.
         inputs: File with the inputs for the verifier.
         verifier: Name of the verifier; None: as ``refitkit.refit`` chooses.
+        reread: Whether files of weights are read a second time; see ``refitkit.Config``.
     """
 
     module: str
@@ -95,6 +102,7 @@ class RefitWish:
     plan: Path | None = None
     inputs: Path | None = None
     verifier: str | None = None
+    reread: bool = False
 
     @property
     def target(self) -> Path:
@@ -152,7 +160,8 @@ def run_refit(
     """
     from refitkit.cli.report import print_report
 
-    target, pipeline = wish.target, session.pipeline(**(settings or {}))
+    target = wish.target
+    pipeline = session.pipeline(**(settings or {}), **({"reread": True} if wish.reread else {}))
     if not wish.in_place:
         check_module_folder(pipeline, target)
     result = pipeline.refit(

@@ -9,7 +9,8 @@ What an engine may or may not be able to do is a protocol of its own: :class:`Su
 :class:`SupportsOverwrite`, :class:`SupportsWarming`, :class:`HoldsPrevious`. So it is with what is
 staged (:class:`ShowsStaged`, :class:`ShowsMemory`), with opened modules (:class:`Offline`,
 :class:`LowersPrecision`) and sources (:class:`GivesPieces`, :class:`HoldsProgram`,
-:class:`KeepsMade`, :class:`KnowsRevisions`, :class:`MadeOf`, :class:`MayChange`).
+:class:`KeepsMade`, :class:`KnowsRevisions`, :class:`MadeOf`, :class:`MayChange`,
+:class:`SupportsReread`).
 
 Between a source and the names that a program reads stand :class:`WeightTransform` objects.
 """
@@ -41,6 +42,7 @@ from refitkit.protocols.sources import (
     KnowsRevisions,
     MadeOf,
     MayChange,
+    SupportsReread,
     WeightSource,
 )
 from refitkit.protocols.strategies import Mapped, MappingStrategy, MapRequest
@@ -83,6 +85,7 @@ __all__ = [
     "SupportsOverwrite",
     "SupportsPartial",
     "SupportsReadback",
+    "SupportsReread",
     "SupportsSpareBuffer",
     "SupportsWarming",
     "Tools",
