@@ -45,6 +45,9 @@ class Config(Frozen):
             environment variable ``REFITKIT_NO_PLUGIN`` are added.
         strategies: Names of the mapping strategies to try, in this order; empty: all, by priority.
         check_finite: Whether new values must be finite wherever the present ones are.
+        reread: Whether all that a refit read from files is read a second time, once everything is
+            staged, and held against digests of the first reading. For writers that leave no trace
+            in the file's times: see the guide to weights.
         rollback_limit: Most bytes that one refit may hold for the way back; None: no limit.
         rollback: Whether the weights from before are held until the new ones are verified, where
             ``rollback=`` is not given. Without, engines that can write over them, and what fails
@@ -78,6 +81,7 @@ class Config(Frozen):
     no_plugins: frozenset[str] = frozenset()
     strategies: tuple[str, ...] = ()
     check_finite: bool = True
+    reread: bool = False
     rollback_limit: int | None = Field(default=None, ge=0)
     rollback: bool = True
     keep_base: bool = True

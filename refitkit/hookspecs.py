@@ -188,6 +188,7 @@ def refitkit_check(
     source: WeightSource,
     partial: bool,  # noqa: FBT001 - hook arguments have no defaults and are passed by name
     unchanged: Collection[str],
+    deferred: Collection[str],
     config: Config,
 ) -> Iterable[Problem]:
     """Find what forbids a refit. Kind: all.
@@ -202,6 +203,9 @@ def refitkit_check(
         partial: Whether slots that the source has nothing for keep their present values.
         unchanged: Names of entries with the very bits that the live slots were computed from, as a
             refit with ``delta`` knows; empty where nobody knows. They need no second look.
+        deferred: Names of entries that the refit judges where they are staged, before the commit:
+            the bytes that are found finite are those that are written, and a file is read once. A
+            check of finiteness leaves them out, unless the refit is refused anyway.
         config: Settings of the pipeline.
 
     Returns:

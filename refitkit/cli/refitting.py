@@ -66,11 +66,17 @@ _HOW = (
         is_flag=True,
         help="Reset buffers that calls write and no weights are given for, such as KV caches.",
     ),
+    click.option(
+        "--reread",
+        is_flag=True,
+        help="Read files of weights a second time before anything is changed, and refuse weights "
+        "that are not the same in both readings.",
+    ),
 )
 
 
 def refit_options(*, in_place: bool = False) -> Callable[[Command], Command]:
-    """Give a command ``-o``, ``--plan``, ``--inputs``, ``--verify`` and ``--reset-state``.
+    """Give a command ``-o``, ``--plan``, ``--inputs``, ``--verify``, ``--reset-state``, ``--reread``.
 
     It gets their values by name, as :class:`RefitWish` takes them.
 
@@ -93,6 +99,7 @@ class RefitWish:
         inputs: File with the inputs for the verifier.
         verifier: Name of the verifier; None: as ``refitkit.refit`` chooses.
         reset_state: Whether state that the weights do not contain is reset, not kept.
+        reread: Whether files of weights are read a second time; see ``refitkit.Config``.
     """
 
     module: str
@@ -102,6 +109,7 @@ class RefitWish:
     inputs: Path | None = None
     verifier: str | None = None
     reset_state: bool = False
+    reread: bool = False
 
     @property
     def target(self) -> Path:
@@ -159,7 +167,8 @@ def run_refit(
     """
     from refitkit.cli.report import print_report
 
-    target, pipeline = wish.target, session.pipeline(**(settings or {}))
+    target = wish.target
+    pipeline = session.pipeline(**(settings or {}), **({"reread": True} if wish.reread else {}))
     if not wish.in_place:
         check_module_folder(pipeline, target)
     result = pipeline.refit(

@@ -24,8 +24,9 @@ def check_weights(
     partial: bool,
     config: Config,
     unchanged: Collection[str] = (),
+    deferred: Collection[str] = (),
 ) -> None:
-    """Collect the problems of all checks.
+    """Collect the problems of all checks; see the hook ``refitkit_check``.
 
     Raises:
         WeightMismatchError: There are some; lists all of them.
@@ -37,6 +38,7 @@ def check_weights(
         source=source,
         partial=partial,
         unchanged=unchanged,
+        deferred=deferred,
         config=config,
     )
     problems = [_as_problem(plugin, item) for plugin, item in found]

@@ -21,7 +21,7 @@ from refitkit.pipeline.check import check_weights
 from refitkit.pipeline.clock import Clock
 from refitkit.pipeline.compiled import CompiledModule
 from refitkit.pipeline.diff import compared
-from refitkit.pipeline.load import open_weights
+from refitkit.pipeline.load import open_weights, require_unchanged
 from refitkit.pipeline.mapping import map_slots, require_all
 from refitkit.pipeline.slot_tensors import SlotTensors, given_by, held_by
 from refitkit.pipeline.transform import transformed
@@ -60,7 +60,11 @@ class Differ:
         with clock.stage("open"):
             sides = self._opened(a, b)
         with clock.stage("compare"):
-            return self._compared(*sides)
+            report = self._compared(*sides)
+            for side in sides:
+                if not isinstance(side, CompiledModule):
+                    require_unchanged(side, reread=self.config.reread)
+            return report
 
     # -- opening ----------------------------------------------------------------------------
 

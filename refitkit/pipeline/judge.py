@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from refitkit.errors import ConfigError, VerificationError
 from refitkit.pipeline import verify
 from refitkit.pipeline.check import check_weights
-from refitkit.pipeline.load import open_weights
+from refitkit.pipeline.load import open_weights, require_unchanged
 from refitkit.pipeline.mapping import map_slots, require_all
 from refitkit.pipeline.needs import require_needs
 from refitkit.pipeline.tools import tools_for
@@ -56,6 +56,7 @@ def judge_module(
     )
     with compiled.gate.refit(), compiled.gate.alone():
         result = verify.prepared(verifier, request)(compiled.opened)
+    require_unchanged(source, reread=config.reread)
     if not result.ok:
         message = f"The module does not hold {source.description}."
         raise VerificationError(message, problems=verify.problems_of(result), report=result)

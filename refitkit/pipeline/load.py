@@ -14,6 +14,7 @@ from refitkit.pipeline.saved import handle_on
 from refitkit.pipeline.tools import tools_for
 from refitkit.pipeline.unopened import kind_of
 from refitkit.protocols import KeepsMade, MadeOf, MayChange, WeightSource
+from refitkit.recipe.sources import require_reread
 
 if TYPE_CHECKING:
     from refitkit.config import Config
@@ -129,17 +130,23 @@ def for_one_refit(host: Host, weights: object, config: Config, *, rollback: bool
     return source
 
 
-def require_unchanged(source: WeightSource) -> None:
+def require_unchanged(source: WeightSource, *, reread: bool = False) -> None:
     """Check that all that a source gave is of one version of the weights.
+
+    Args:
+        source: The weights.
+        reread: Whether all that was read from files is read a second time; see ``Config.reread``.
 
     Raises:
         SourceError: Files were written to since they were opened, or it cannot tell.
     """
-    if isinstance(source, MayChange):
-        with raised_as(SourceError, f"{source.description} cannot be read"):
+    with raised_as(SourceError, f"{source.description} cannot be read"):
+        if isinstance(source, MayChange):
             source.require_unchanged()
+        if reread and not isinstance(source, MadeOf):
+            require_reread(source)
     if isinstance(source, MadeOf):
-        require_unchanged(source.given)
+        require_unchanged(source.given, reread=reread)
 
 
 def _what_is_read(weights: object) -> str:

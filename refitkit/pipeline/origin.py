@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TypeAlias
 
 from refitkit.errors import NotRefittableError, Problem
+from refitkit.file_state import FileState
 
-Mark: TypeAlias = tuple[str, int, int, int]
-"""Name below the path, inode, size in bytes, and time of the last change in nanoseconds."""
+Mark: TypeAlias = tuple[str, FileState]
+"""Name below the path, and what the file was."""
 
 
 @dataclass(frozen=True)
@@ -62,5 +63,4 @@ def _marks(path: Path) -> tuple[Mark, ...]:
 
 
 def _mark(path: Path, file: Path) -> Mark:
-    facts = file.stat()
-    return str(file.relative_to(path)), facts.st_ino, facts.st_size, facts.st_mtime_ns
+    return str(file.relative_to(path)), FileState.settled(file.stat)

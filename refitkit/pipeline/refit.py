@@ -11,6 +11,7 @@ from refitkit.pipeline import verify
 from refitkit.pipeline.check import check_abilities, check_weights
 from refitkit.pipeline.clock import Clock
 from refitkit.pipeline.delta import Delta
+from refitkit.pipeline.finite import judged_where_staged
 from refitkit.pipeline.held import Held
 from refitkit.pipeline.load import for_one_refit, require_unchanged
 from refitkit.pipeline.mapping import map_slots, require_all, require_reached
@@ -138,7 +139,7 @@ class Refit:
             judge=judge,
             whole=lambda: self._whole(source, mapping),
             held=self._held,
-            read=lambda: require_unchanged(source),
+            read=lambda: require_unchanged(source, reread=self._config.reread),
             partial=wish.partial,
             rollback=wish.rollback,
             finite=self._config.check_finite,
@@ -189,7 +190,7 @@ class Refit:
         )
 
     def _check(self, plan: RefitPlan, source: WeightSource, mapping: Mapping) -> None:
-        partial = self._wish.partial
+        partial, overwrite = self._wish.partial, not self._wish.rollback
         check_weights(
             self._host,
             plan,
@@ -198,8 +199,8 @@ class Refit:
             partial=partial,
             config=self._config,
             unchanged=self._delta.same if self._delta else frozenset(),
+            deferred=judged_where_staged(mapping.values, self._module, overwrite=overwrite),
         )
-        overwrite = not self._wish.rollback
         check_abilities(self._module, partial=partial, overwrite=overwrite, config=self._config)
         with raised_as(SourceError, f"{source.description} cannot be read"):
             if partial:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from refitkit.errors import NotRefittableError, VerificationError
 from refitkit.pipeline import verify
 from refitkit.pipeline.changes import measured
-from refitkit.pipeline.finite import require_finite
+from refitkit.pipeline.finite import FiniteCheck
 from refitkit.pipeline.history import History
 from refitkit.pipeline.keeping import GIVEN_UP, Keeping
 from refitkit.pipeline.stage import Staged
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
     from refitkit.config import Config
     from refitkit.host import Host
-    from refitkit.model import VerificationResult
+    from refitkit.model import SlotKey, VerificationResult
     from refitkit.pipeline.compiled import CompiledModule
     from refitkit.pipeline.gate import Gate
     from refitkit.pipeline.held import Held
     from refitkit.pipeline.mapping import Mapping
     from refitkit.pipeline.report import Findings, Outcome
-    from refitkit.protocols import OpenedModule
+    from refitkit.protocols import OpenedModule, SlotValue
     from refitkit.recipe import RefitPlan
 
 
@@ -45,7 +45,7 @@ class Prepared:
         read: Called once all is staged; raises where what was read is not of one version.
         partial: Whether slots without a value keep theirs.
         rollback: Whether the weights from before are kept until the verdict.
-        finite: Whether what is computed has to be finite where the present values are.
+        finite: Whether new values have to be finite where the present ones are.
     """
 
     found: Findings
@@ -78,6 +78,10 @@ class Writing:
         self._before = compiled.held
         self._keeping: Keeping | None = None
         self.staged = Staged(compiled.opened)
+        self._finite: FiniteCheck | None = None
+        if prepared.finite:
+            overwrite = not prepared.rollback
+            self._finite = FiniteCheck(compiled.opened, prepared.plan, overwrite=overwrite)
 
     @property
     def module(self) -> OpenedModule:
@@ -108,8 +112,8 @@ class Writing:
             self._stage()
             self._prepared.read()
             written = self._mapping.values
-            if self._prepared.finite:
-                require_finite(self.module, self.staged, self._prepared.plan, written)
+            if self._finite is not None:
+                self._finite.require(self.staged, written)
             changes = measured(self._config, self.module, self.staged, written)
             # where a sample differs nobody has to compare all of both sets
             self._found.changed = changes.seen or self.staged.changed()
@@ -135,12 +139,15 @@ class Writing:
 
     def _stage_keeping(self, keeping: Collection[str]) -> None:
         """Stage all values; engines of these names keep what they have no value for."""
-        values, partial = self._mapping.values, self._prepared.partial
-        overwrite = not self._prepared.rollback
+        values = self._mapping.values
         some = {key: value for key, value in values.items() if key[0] in keeping}
         rest = {key: value for key, value in values.items() if key[0] not in keeping}
-        self.staged.fill(rest, partial=partial, overwrite=overwrite)
-        self.staged.fill(some, partial=True, overwrite=overwrite)
+        self._fill(rest, partial=self._prepared.partial)
+        self._fill(some, partial=True)
+
+    def _fill(self, values: dict[SlotKey, SlotValue], *, partial: bool) -> None:
+        watched = values if self._finite is None else self._finite.watched(values)
+        self.staged.fill(watched, partial=partial, overwrite=not self._prepared.rollback)
 
     def _kept(self) -> Keeping:
         return Keeping(

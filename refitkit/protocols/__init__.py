@@ -10,7 +10,7 @@ What an engine may or may not be able to do is a protocol of its own: :class:`Su
 staged (:class:`ShowsStaged`, :class:`ShowsMemory`), with opened modules (:class:`Offline`,
 :class:`LowersPrecision`, :class:`ProbesFromState`) and sources (:class:`GivesPieces`,
 :class:`HoldsProgram`, :class:`KeepsMade`, :class:`KnowsRevisions`, :class:`LeavesOut`,
-:class:`MadeOf`, :class:`MayChange`).
+:class:`MadeOf`, :class:`MayChange`, :class:`SupportsReread`).
 
 Between a source and the names that a program reads stand :class:`WeightTransform` objects.
 """
@@ -49,6 +49,7 @@ from refitkit.protocols.sources import (
     LeavesOut,
     MadeOf,
     MayChange,
+    SupportsReread,
     WeightSource,
 )
 from refitkit.protocols.strategies import Mapped, MappingStrategy, MapRequest
@@ -93,6 +94,7 @@ __all__ = [
     "SupportsOverwrite",
     "SupportsPartial",
     "SupportsReadback",
+    "SupportsReread",
     "SupportsSpareBuffer",
     "SupportsWarming",
     "Tools",

@@ -104,6 +104,22 @@ class MayChange(Protocol):
 
 
 @runtime_checkable
+class SupportsReread(Protocol):
+    """A source of files that can hold everything it gave against a second reading.
+
+    It is asked with ``Config.reread``, once all was staged. A source that others can write to
+    (``MayChange``) and that cannot do this is refused then.
+    """
+
+    def reread(self) -> None:
+        """Read again all that was read from files, and compare bytes or digests of them.
+
+        Raises:
+            SourceError: Some are others; says which file was changed.
+        """
+
+
+@runtime_checkable
 class MadeOf(Protocol):
     """A source whose entries are made of another's: renamed, packed, cast, quantized."""
 

@@ -12,11 +12,12 @@ from torch.nn.parameter import is_lazy
 from refitkit.errors import Problem, SourceError, WeightMismatchError
 from refitkit.model import TensorInfo
 from refitkit.program.dtypes import dtype_name
+from refitkit.protocols import MayChange, SupportsReread
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
 
-    from refitkit.protocols import SlotValue
+    from refitkit.protocols import SlotValue, WeightSource
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _EXTRA_STATE = "_extra_state"  # torch.nn.Module.get_extra_state: anything, under this name
@@ -113,6 +114,22 @@ def describe_tensor(value: Any, *, persistent: bool = True) -> TensorInfo:
         persistent=persistent,
         unusable=unusable,
     )
+
+
+def require_reread(source: WeightSource) -> None:
+    """Hold all that a source gave against a second reading, where it comes from files.
+
+    Raises:
+        SourceError: Files have other bytes now, or the source cannot read them again.
+    """
+    if isinstance(source, SupportsReread):
+        source.reread()
+    elif isinstance(source, MayChange):
+        raise SourceError(
+            f"{source.description} cannot be held against a second reading.",
+            hint="Leave reread=True out of the settings, or copy the weights to a file that "
+            "refitkit reads itself: .safetensors or torch.save.",
+        )
 
 
 class TensorMap:

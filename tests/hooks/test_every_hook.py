@@ -284,9 +284,10 @@ def test_refitkit_check() -> None:
             source: Any,
             partial: bool,
             unchanged: Collection[str],
+            deferred: Collection[str],
             config: Config,
         ) -> Iterable[Problem]:
-            called(plan, module, source, partial, unchanged, config)
+            called(plan, module, source, partial, unchanged, deferred, config)
             yield Problem("e0.bias", "not to my taste")
 
     called = Called()
@@ -295,11 +296,12 @@ def test_refitkit_check() -> None:
     weights = new_weights(compiled)
     with pytest.raises(WeightMismatchError, match=r"e0\.bias: not to my taste"):
         pipeline.refit(compiled, weights)
-    plan, module, source, partial, unchanged, config = called.once
+    plan, module, source, partial, unchanged, deferred, config = called.once
     assert plan.data == compiled.plan.data
     assert module is compiled.opened
     assert set(source.names()) == set(weights)
     assert (partial, list(unchanged), config) == (False, [], pipeline.config)
+    assert set(deferred) == set(weights)  # its engines can be read
 
 
 def test_refitkit_verifiers() -> None:

@@ -19,7 +19,7 @@ FILES = ["safetensors", "zipped", "sharded", "distributed", "merged"]
 
 BEFORE_THE_COMMIT = ["StageFinished load", "StageStarted check", "StageFinished check"]
 BEFORE_THE_COMMIT += ["StageStarted stage"]
-WHILE_READING = [f"2 reads of {stage}" for stage in ("check", "stage")]
+OVER = '{"rollback": false}'  # then there is no place where values are staged: a check reads them
 
 
 def case(kind: str, how: str, when: str, options: str = "{}") -> str:
@@ -27,11 +27,20 @@ def case(kind: str, how: str, when: str, options: str = "{}") -> str:
 
 
 REFUSED = [case(*one) for one in product(FILES, ["cut", "overwrite"], BEFORE_THE_COMMIT)]
+REFUSED += [case(kind, "rewrite", when) for kind in FILES for when in BEFORE_THE_COMMIT[::2]]
 REFUSED += [
-    case(kind, how, when)
-    for kind, how, when in product(FILES, ["cut", "overwrite"], WHILE_READING)
-    # distributed ones are read by other means; what was merged is read once, for the check
-    if kind != "distributed" and (kind, when) != ("merged", "2 reads of stage")
+    case(kind, how, "2 reads of stage")
+    for kind, how in product(FILES, ["cut", "overwrite", "rewrite"])
+]
+REFUSED += [
+    case(kind, how, "2 reads of check", OVER)
+    for kind, how in product(FILES, ["cut", "overwrite"])
+    if kind != "distributed"
+]
+REFUSED += [  # of shards, the one that is written to is the second one
+    case(kind, "rewrite_mapped", f"{3 if kind == 'sharded' else 2} reads of stage")
+    for kind in FILES
+    if kind != "distributed"  # those have checksums of their own, which no longer match
 ]
 REFUSED += [
     case(kind, "cut", when, '{"delta": true}')
@@ -39,7 +48,9 @@ REFUSED += [
     for when in ("StageStarted compare", "StageFinished compare")
 ]
 REFUSED += [  # the verifier reads again what is committed
-    case(kind, "cut", "StageFinished commit") for kind in FILES if kind != "merged"
+    case(kind, how, "StageFinished commit")
+    for kind, how in product(FILES, ["cut", "rewrite"])
+    if kind != "merged"
 ]
 REFUSED += [  # nothing is read before the commit, which has no way back
     case(kind, "cut", "StageStarted stage", '{"rollback": false, "verify": "none"}')
@@ -55,6 +66,7 @@ TAKEN = [
     for kind in ("safetensors", "zipped", "merged")
     for how in ("replace", "remove")
 ]
+TAKEN += [case(kind, "link", "2 reads of stage") for kind in FILES]
 TAKEN += [case(kind, "cut", "StageFinished stage", '{"verify": "none"}') for kind in FILES]
 TAKEN += [case("merged", "cut", "StageFinished commit")]  # what was made is kept till then
 LOST = [

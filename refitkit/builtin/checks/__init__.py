@@ -21,6 +21,7 @@ def refitkit_check(
     source: WeightSource,
     partial: bool,  # noqa: FBT001 - passed by name, as the hook says
     unchanged: Collection[str],
+    deferred: Collection[str],
     config: Config,
 ) -> Iterable[Problem]:
     """Names, ties, dtypes, shapes, layouts; then, of what passed, finiteness."""
@@ -29,6 +30,8 @@ def refitkit_check(
     found = names.Names(plan, source)
     problems = list(found.problems(partial=partial))
     if config.check_finite:
-        new = [name for name in found.usable() if name not in unchanged]
+        # what is refused now is never staged: then all that is wrong is reported at once
+        later: Collection[str] = () if problems else deferred
+        new = [name for name in found.usable() if name not in unchanged and name not in later]
         problems += finite.problems(plan, module, source, new)
     return problems

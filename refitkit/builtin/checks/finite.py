@@ -7,26 +7,22 @@ then be non-finite if the slot is.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from refitkit.builtin.checks.reads import reads_of
 from refitkit.model import CallRef
-from refitkit.program.finite import all_finite, finite, has_finite_sum, has_floats, spoilt
+from refitkit.program.finite import all_finite, finite, not_finite, spoilt
 from refitkit.protocols import GivesPieces, SupportsReadback
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator
+
+    import torch
 
     from refitkit.errors import Problem
     from refitkit.model import LedgerRow
     from refitkit.protocols import OpenedModule, Plan, WeightSource
-
-_SMALL = 1 << 16  # bytes; tensors of the host up to this size are looked at together
-_TOGETHER = 1 << 20  # bytes of such tensors that are looked at at once
 
 
 def problems(
@@ -43,77 +39,21 @@ def problems(
 
 
 def _not_finite(source: WeightSource, names: Iterable[str]) -> list[str]:
-    """Entries with an element that is not finite.
-
-    Those on a GPU are asked all at once, as each answer waits for the device, and small ones in
-    groups. A large one of the host is looked at on its own and forgotten: a source may make it.
-    """
-    names, elsewhere, small = list(names), dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    """Entries with an element that is not finite; a large one comes in pieces, if it can."""
+    names, whole, spoilt = list(names), list[str](), set[str]()
     pieces = source.pieces if isinstance(source, GivesPieces) else _no_pieces
-    spoilt: set[str] = set()
-    held = 0
     for name in names:
         parts = pieces(name)
-        if parts is not None:
-            spoilt |= set() if all(map(all_finite, parts)) else {name}
-            continue
-        value = source.get(name)
-        if value.is_cpu and value.nbytes > _SMALL:
-            spoilt |= set() if all_finite(value) else {name}
-        elif has_floats(value):
-            (small if value.is_cpu else elsewhere)[name] = value
-            held += value.nbytes if value.is_cpu else 0
-        del value  # so that two large ones are not in memory
-        if held > _TOGETHER:
-            spoilt |= _spoilt_of(small)
-            small, held = {}, 0
-    spoilt |= _spoilt_of(small) | _spoilt_of(elsewhere)
+        if parts is None:
+            whole.append(name)
+        elif not all(map(all_finite, parts)):
+            spoilt.add(name)
+    spoilt.update(not_finite((name, source.get(name)) for name in whole))
     return [name for name in names if name in spoilt]
 
 
 def _no_pieces(_name: str) -> None:
     """What a source gives that has no pieces."""
-
-
-def _spoilt_of(values: Mapping[str, torch.Tensor]) -> set[str]:
-    """Names of tensors with an element that is not finite; asks few questions if there is none."""
-    return {name for name in _suspects(values) if not all_finite(values[name])}
-
-
-def _suspects(values: Mapping[str, torch.Tensor]) -> Iterator[str]:
-    """Names of tensors that may have an element that is not finite: few, or a whole group.
-
-    A sum is finite only if all of its terms are; it may also be too large, so it accuses some
-    wrongly. On a GPU the magnitudes of many tensors are summed by a single launch, on the host they
-    are laid end to end, which for small ones costs less than a sum of each.
-    """
-    groups: dict[tuple[torch.device, torch.dtype], list[str]] = defaultdict(list)
-    for name, value in values.items():
-        if value.is_complex() or value.dtype.itemsize == 1:
-            yield name
-        else:
-            groups[value.device, value.dtype].append(name)
-    for (device, dtype), names in groups.items():
-        wide = dtype if dtype is torch.float64 else torch.float32
-        if device.type == "cpu":
-            whole = torch.cat([values[name].reshape(-1) for name in names])
-            yield from [] if has_finite_sum(whole) else names
-        else:
-            yield from _suspects_there({name: values[name] for name in names}, wide)
-
-
-def _suspects_there(values: Mapping[str, torch.Tensor], wide: torch.dtype) -> list[str]:
-    """The same for tensors of one dtype on a GPU, where each answer waits for the device.
-
-    Args:
-        values: The tensors.
-        wide: What sums are computed in.
-    """
-    sums = torch.stack(torch._foreach_norm(list(values.values()), 1, dtype=wide))  # noqa: SLF001
-    if has_finite_sum(sums):
-        return []
-    told = torch.isfinite(sums).tolist()
-    return [name for name, good in zip(values, told, strict=True) if not good]
 
 
 def _spoilt(name: str, value: torch.Tensor, present: _Present) -> Iterator[Problem]:

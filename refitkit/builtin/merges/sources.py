@@ -14,6 +14,7 @@ from refitkit.builtin.merges.keeping import Made
 from refitkit.errors import SourceError
 from refitkit.program.bits import same_bits
 from refitkit.protocols import KnowsRevisions, MayChange
+from refitkit.recipe.sources import require_reread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
@@ -119,6 +120,11 @@ class Merged:
         for part in self._parts:
             if isinstance(part, MayChange):
                 part.require_unchanged()
+
+    def reread(self) -> None:
+        """Ask all parts; see ``refitkit.protocols.SupportsReread``."""
+        for part in self._parts:
+            require_reread(part)
 
     def _is_one(self, fqn: str) -> bool:
         """Whether the result is the tensor of the first part that counts, untouched."""

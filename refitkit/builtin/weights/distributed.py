@@ -9,7 +9,6 @@ the metadata; here it is read as data, and nothing that it names is looked up or
 from __future__ import annotations
 
 import io
-import os
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import takewhile
@@ -19,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from refitkit.builtin.weights.files import is_file
-from refitkit.builtin.weights.reading import Folder
-from refitkit.errors import Problem, SourceError
+from refitkit.builtin.weights.reading import Folder, OpenFile
+from refitkit.errors import Problem, SourceError, raised_as
 from refitkit.model import TensorInfo
 from refitkit.model.slot import ITEM_BYTES
 from refitkit.plain_pickle import Global, Instance, PickleRefusedError, read_pickle
@@ -90,7 +89,7 @@ class DistributedCheckpoint:
         self.description = f"{str(folder)!r}"
         self._folder = Folder(folder, self.description)
         self._folder.note(METADATA)
-        table = _read(folder / METADATA, self.description)
+        self._metadata, table = _read(folder / METADATA, self.description)
         try:
             self._entries = dict(_entries(table))
         except (KeyError, TypeError, ValueError, AttributeError) as exc:
@@ -107,8 +106,11 @@ class DistributedCheckpoint:
                 problems=problems,
                 hint="Check that every process wrote its files, and that all were copied.",
             )
+        self._files: dict[str, OpenFile] = {}
         for file in {piece.file for entry in self._entries.values() for piece in entry.pieces}:
             self._folder.note(file)
+            with raised_as(SourceError, f"{self.description} cannot be read"):
+                self._files[file] = OpenFile(folder / file, self.description, hold=False)
 
     def names(self) -> Collection[str]:
         """Names of all tensors."""
@@ -136,20 +138,19 @@ class DistributedCheckpoint:
     def require_unchanged(self) -> None:
         """Check that all files are what they were; see ``refitkit.protocols.MayChange``."""
         self._folder.require_unchanged()
+        for file in (self._metadata, *self._files.values()):
+            file.require_unchanged()
+
+    def reread(self) -> None:
+        """Read all files again; see ``refitkit.protocols.SupportsReread``."""
+        for file in (self._metadata, *self._files.values()):
+            file.reread()
 
     def _read(self, fqn: str, piece: _Piece, dtype: torch.dtype) -> torch.Tensor:
         what = f"{self.description}: {fqn!r} in {piece.file!r}"
+        content = self._files[piece.file].read_bytes(piece.start, piece.length)
         try:
-            with (self._folder.path / piece.file).open("rb") as file:
-                file.seek(piece.start)
-                content = file.read(piece.length)
-                now = os.fstat(file.fileno())
-            self._folder.require(piece.file, now)
             value = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        except SourceError:
-            raise
-        except FileNotFoundError:
-            self._folder.require(piece.file, None)
         except Exception as exc:  # no code of the file runs: whatever is raised, it cannot be read
             raise SourceError(f"{what} cannot be read: {exc}.") from exc
         found, wanted = (
@@ -165,11 +166,12 @@ class DistributedCheckpoint:
         return tensor
 
 
-def _read(path: Path, what: str) -> Any:
+def _read(path: Path, what: str) -> tuple[OpenFile, Any]:
     try:
-        if path.stat().st_size > _LIMIT:
+        file = OpenFile(path, what, hold=False)
+        if file.size > _LIMIT:
             raise SourceError(f"{what}: {METADATA} has more than {_LIMIT} bytes.")
-        return read_pickle(path.read_bytes(), _ADMITTED)
+        return file, read_pickle(file.read_bytes(0, file.size), _ADMITTED)
     except OSError as exc:
         raise SourceError(f"{what} cannot be read: {exc}.") from exc
     except PickleRefusedError as exc:

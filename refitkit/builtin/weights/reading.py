@@ -1,21 +1,40 @@
-"""Bytes of a file that others may cut or overwrite while it is open.
+"""Bytes of a file that others may cut, overwrite or replace while it is open.
 
 A page of a mapped file that is no longer there ends the process with SIGBUS (``mmap(2)``), and no
 check comes before each page. So nothing is mapped here: bytes are copied to memory of our own,
-where a file that ends too early is an error like any other. After each read the file is asked
-whether it is still what it was when it was opened: what was handed out is of one version of it.
+where a file that ends too early is an error like any other.
+
+All bytes of a file that a refit reads are of one version of it:
+
+- After each read the file's state is compared with that at opening: size, modification time,
+  change time, inode. ``cp -p`` and ``rsync -t`` set the modification time back, but nobody can set
+  the change time.
+- A digest of each range is kept. Who reads a range again, for another check or for the engine, gets
+  the same bytes or an error.
+- Where the state cannot tell (somebody has the file open for writing, or names of it were added or
+  removed), all ranges are read once more before the commit: ``reread``.
 """
 
 from __future__ import annotations
 
+import io
 import os
+import signal
 import weakref
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 import torch
+import xxhash
 
 from refitkit.errors import Problem, SourceError
+from refitkit.file_state import FileState
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,61 +47,76 @@ if TYPE_CHECKING:
 
 _SMALL = 1 << 16  # bytes; less than that the allocator has at hand
 _PIECE = 1 << 21  # bytes: not more than a cache of a core
-_AT_ONCE = 1 << 30  # bytes of one call: Linux reads less than 2 GiB
 _HINT = (
     "Write new weights to another file or folder, rename it when it is complete (os.replace), and "
     "refit again: who has an old file open reads that to its end."
 )
+_ATTRIBUTES = "it was written to and its time set back, or its rights or owner changed"
 
 
-class State(NamedTuple):
-    """What shows that a file was written to, or is another one.
+def require_same(
+    before: FileState, now: FileState | None, name: str, description: str
+) -> FileState:
+    """Check that a file is what it was, but for the names that it has.
 
-    Attributes:
-        size: Bytes.
-        modified: When it was last written to, in nanoseconds since 1970. Clocks of file systems
-            tick every few milliseconds: of two writes within one tick nobody can tell. (Most of
-            them can from Linux 6.13 on.)
-        inode: Its number, and
-        device: where that is counted.
+    Args:
+        before: Its state then.
+        now: Its state; None: it is gone.
+        name: The file's.
+        description: What errors call its source.
+
+    Returns:
+        The present state.
+
+    Raises:
+        SourceError: It was written to, or is another file.
     """
+    if now is None:
+        raise _changed(name, description, "it is gone", str(before))
+    match before.difference(now):
+        case "" | "links":
+            return now
+        case "another file":
+            raise _changed(name, description, f"another file: {now}", str(before))
+        case "attributes":
+            raise _changed(name, description, str(now), str(before), _ATTRIBUTES)
+        case _:
+            raise _changed(name, description, str(now), str(before))
 
-    size: int
-    modified: int
-    inode: int
-    device: int
 
-    @classmethod
-    def of(cls, found: os.stat_result) -> State:
-        """That of a file that was asked."""
-        return cls(found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev)
+def _changed(name: str, description: str, found: str, wanted: str, why: str = "") -> SourceError:
+    return SourceError(
+        f"{description} was changed since it was opened; nothing of it can be trusted.",
+        problems=[Problem(name, "changed", found, wanted, why)],
+        hint=_HINT,
+    )
 
-    def require(self, found: os.stat_result | None, name: str, description: str) -> None:
-        """Check that a file is what it was.
 
-        Args:
-            found: What it is; None: it is gone.
-            name: The file's.
-            description: What errors call its source.
+def open_for_writing(fd: int) -> bool:
+    """Whether somebody has a file open for writing, or mapped so, at this moment.
 
-        Raises:
-            SourceError: It is not.
-        """
-        now = None if found is None else State.of(found)
-        if now == self:
-            return
-        shown = "it is gone" if now is None else str(now)
-        if now is not None and (now.inode, now.device) != (self.inode, self.device):
-            shown = f"another file: {now}"
-        raise SourceError(
-            f"{description} was changed since it was opened; nothing of it can be trusted.",
-            problems=[Problem(name, "changed", shown, str(self))],
-            hint=_HINT,
-        )
+    Linux grants a read lease only on a file that nobody can write to (``fcntl(2)``, "Leases"), so
+    one is taken and given back at once. Whoever opens the file for writing in these microseconds
+    waits for the latter, and this process gets a signal that is ignored unless somebody handles it.
 
-    def __str__(self) -> str:
-        """As problems show it."""
-        return f"{self.size} bytes, written at {self.modified / 1e9:.6f}"
+    Args:
+        fd: The file, open for reading only.
+
+    Returns:
+        False also where nobody can tell: not on Linux, a file of another user (without
+        ``CAP_LEASE``), most network file systems.
+    """
+    if fcntl is None or not hasattr(fcntl, "F_SETLEASE"):
+        return False
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # the default, SIGIO, ends a process
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False
 
 
 class Memory:
@@ -128,14 +162,19 @@ def shared_memory() -> Memory:
 
 
 class OpenFile:
-    """A file with weights, held open: renamed or removed it can still be read to its end."""
+    """A file with weights, held open: renamed or removed it can still be read to its end.
 
-    def __init__(self, path: Path, description: str) -> None:
+    Whatever range of it is read, and however often, all of it is of one version.
+    """
+
+    def __init__(self, path: Path, description: str, *, hold: bool = True) -> None:
         """Open it.
 
         Args:
             path: The file.
             description: What errors call it.
+            hold: Whether it is held open. Otherwise each read opens it, where it has to be in its
+                place: for checkpoints of more files than a process may have open.
 
         Raises:
             OSError: It cannot be opened.
@@ -145,19 +184,20 @@ class OpenFile:
         self._held: weakref.WeakValueDictionary[tuple[int, int], Bytes] = (
             weakref.WeakValueDictionary()
         )
-        self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        weakref.finalize(self, os.close, self._fd).atexit = False
-        self._state = State.of(os.fstat(self._fd))
+        self._digests: dict[tuple[int, int], bytes] = {}
+        fd = _open(path)
+        self._fd = fd if hold else None
+        closing = weakref.finalize(self, os.close, fd)
+        closing.atexit = False
+        self._state = FileState.settled(lambda: os.fstat(fd))
+        self._doubtful = open_for_writing(fd)
+        if not hold:
+            closing()
 
     @property
     def size(self) -> int:
         """Its bytes, when it was opened."""
         return self._state.size
-
-    @property
-    def fd(self) -> int:
-        """The open file, which stays open as long as this object is there."""
-        return self._fd
 
     def read(self, start: int, nbytes: int) -> torch.Tensor:
         """Some of its bytes, which are what they were when it was opened.
@@ -173,10 +213,10 @@ class OpenFile:
             return torch.empty(0, dtype=torch.uint8, device="cpu")
         held = self._held.get((start, nbytes))
         if held is not None:  # two names of one tensor
-            self.require_unchanged()
+            self._require_state()
             return torch.frombuffer(held, dtype=torch.uint8)
         into = self._memory.take(nbytes)
-        self._fill(into, start)
+        self.fill(into.data, start)
         self._held[start, nbytes] = into
         return torch.frombuffer(into, dtype=torch.uint8)
 
@@ -195,25 +235,141 @@ class OpenFile:
         flat = torch.frombuffer(block, dtype=dtype)
         for at in range(start, start + nbytes, _PIECE):
             count = min(_PIECE, start + nbytes - at)
-            self._fill(block[:count], at)
+            self.fill(block.data[:count], at)
             yield flat[: count // dtype.itemsize]
 
-    def _fill(self, into: Bytes, start: int) -> None:
+    def read_bytes(self, start: int, nbytes: int) -> bytes:
+        """Some of its bytes, as ``read`` gives them, in an object of Python's.
+
+        Raises:
+            SourceError: See ``read``.
+        """
+        into = bytearray(nbytes)
+        self.fill(memoryview(into), start)
+        return bytes(into)
+
+    def fill(self, into: memoryview, start: int) -> None:
+        """Read some of its bytes to memory; see ``read``."""
+        pieces = [into[at : at + _PIECE] for at in range(0, len(into), _PIECE)]
+        done, digests = 0, list[bytes]()
         try:
-            done = _read_into(self._fd, into, start)
+            with self._opened() as fd:
+                for piece in pieces:
+                    done += _read_into(fd, piece, start + done)
+                    digests.append(xxhash.xxh3_128_digest(piece))  # while it is in the cache
+                self._require_state(FileState.of(os.fstat(fd)))
         except OSError as exc:
+            if isinstance(exc, FileNotFoundError):
+                self._require_state()
             raise SourceError(f"{self._description} cannot be read: {exc}.") from exc
-        self.require_unchanged()
-        if done < into.nbytes:
+        if done < len(into):
             raise SourceError(f"{self._description} ends before its tensors do.", hint=_HINT)
+        for piece, digest in zip(pieces, digests, strict=True):
+            self._require_digest(start, len(piece), digest)
+            start += len(piece)
 
     def require_unchanged(self) -> None:
         """Check that it was not written to since it was opened.
 
+        Where its state cannot tell, everything that was read is read again.
+
         Raises:
             SourceError: It was.
         """
-        self._state.require(os.fstat(self._fd), self.path.name, self._description)
+        self._require_state()
+        if self._doubtful:
+            self.reread()
+
+    def reread(self) -> None:
+        """Read again all that was read, and compare digests.
+
+        Raises:
+            SourceError: Some bytes are others, or it cannot be read.
+        """
+        block = self._memory.take(_PIECE)
+        for start, nbytes in sorted(self._digests):
+            self.fill(block.data[:nbytes], start)
+
+    def _require_digest(self, start: int, nbytes: int, digest: bytes) -> None:
+        """Note a digest of a range, or compare it with the one that was noted.
+
+        XXH3 is no cryptographic hash: a writer that makes collisions has no need to.
+        """
+        noted = self._digests.setdefault((start, nbytes), digest)
+        if noted != digest:
+            where = f"bytes {start} to {start + nbytes}"
+            found = f"{where} are others than when they were first read"
+            raise _changed(self.path.name, self._description, found, f"{self._state}")
+
+    def _require_state(self, now: FileState | None = None) -> None:
+        """Check that it is what it was; see ``require_same``."""
+        if now is None:
+            now = self._present_state()
+        now = require_same(self._state, now, self.path.name, self._description)
+        self._doubtful |= now.links != self._state.links
+        self._state = now
+
+    def _present_state(self) -> FileState | None:
+        try:
+            with self._opened() as fd:
+                return FileState.of(os.fstat(fd))
+        except OSError as exc:
+            if isinstance(exc, FileNotFoundError):
+                return None
+            raise SourceError(f"{self._description} cannot be read: {exc}.") from exc
+
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
+        """The file, which is in its place where it is not held open."""
+        if self._fd is not None:
+            yield self._fd
+            return
+        fd = _open(self.path)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+
+class FileStream(io.RawIOBase):
+    """An open file as a stream, for readers of formats: see ``OpenFile.read``."""
+
+    def __init__(self, file: OpenFile) -> None:
+        """Begin at its beginning."""
+        super().__init__()
+        self._file, self._at = file, 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def tell(self) -> int:
+        """Where the next read begins."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Set where the next read begins.
+
+        Raises:
+            ValueError: Before the file's beginning.
+        """
+        begin = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._file.size}[whence]
+        if begin + offset < 0:
+            raise ValueError(f"no place in a file: {begin + offset}")
+        self._at = begin + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """Read to memory, as much as there is."""
+        view = memoryview(buffer).cast("B")
+        view = view[: max(0, self._file.size - self._at)]
+        self._file.fill(view, self._at)
+        self._at += len(view)
+        return len(view)
 
 
 class Folder:
@@ -231,21 +387,12 @@ class Folder:
             description: What errors call the checkpoint.
         """
         self.path, self._description = path, description
-        self._states: dict[str, State] = {}
+        self._states: dict[str, FileState] = {}
 
     def note(self, name: str) -> None:
         """Note what a file is now. One that is not there is not noted."""
-        found = self._stat(name)
-        if found is not None:
-            self._states[name] = State.of(found)
-
-    def require(self, name: str, found: os.stat_result | None) -> None:
-        """Check that a file is the one that was noted.
-
-        Raises:
-            SourceError: It is not.
-        """
-        self._states[name].require(found, name, self._description)
+        with suppress(OSError):
+            self._states[name] = FileState.settled((self.path / name).stat)
 
     def require_unchanged(self) -> None:
         """Check that all that was noted is in its place, as it was.
@@ -254,20 +401,24 @@ class Folder:
             SourceError: Some is not; lists all of it.
         """
         changed: list[SourceError] = []
-        for name in self._states:
+        for name, before in self._states.items():
             try:
-                self.require(name, self._stat(name))
+                require_same(before, self._state(name), name, self._description)
             except SourceError as exc:
                 changed.append(exc)
         if changed:
             problems = [problem for one in changed for problem in one.problems]
             raise SourceError(changed[0].message, problems=problems, hint=changed[0].hint)
 
-    def _stat(self, name: str) -> os.stat_result | None:
+    def _state(self, name: str) -> FileState | None:
         try:
-            return (self.path / name).stat()
+            return FileState.of((self.path / name).stat())
         except OSError:
             return None
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
 
 
 def _block(nbytes: int) -> Bytes:
@@ -276,11 +427,11 @@ def _block(nbytes: int) -> Bytes:
     return block
 
 
-def _read_into(fd: int, into: Bytes, start: int) -> int:
+def _read_into(fd: int, into: memoryview, start: int) -> int:
     """Fill memory from a place of a file on; returns the bytes read, fewer only at its end."""
-    done, left = 0, into.data
-    while done < len(left):
-        count = os.preadv(fd, [left[done : done + _AT_ONCE]], start + done)
+    done = 0
+    while done < len(into):
+        count = os.preadv(fd, [into[done:]], start + done)
         if not count:
             break
         done += count

@@ -109,6 +109,10 @@ class SafetensorsFile:
         """See ``refitkit.protocols.MayChange``."""
         self._file.require_unchanged()
 
+    def reread(self) -> None:
+        """See ``refitkit.protocols.SupportsReread``."""
+        self._file.reread()
+
 
 def _entries(file: OpenFile) -> dict[str, _Entry]:
     """Everything that a header names.

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from refitkit.builtin.weights.files import is_file, open_file
-from refitkit.builtin.weights.reading import Folder
+from refitkit.builtin.weights.reading import Folder, OpenFile
 from refitkit.errors import Problem, SourceError
+from refitkit.protocols import MayChange, SupportsReread
 from refitkit.recipe import pieces_of
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ class ShardedFiles:
         self.description = f"{str(index)!r}"
         self._folder = Folder(index.parent, self.description)
         self._folder.note(index.name)
-        self._home = _read_index(index).weight_map
+        self._index, read = _read_index(index)
+        self._home = read.weight_map
         problems = list(_outside(self._home))
         if not problems:
             self._shards, problems = _opened(self._folder, self._home)
@@ -83,14 +85,26 @@ class ShardedFiles:
     def require_unchanged(self) -> None:
         """Check the index and all files; see ``refitkit.protocols.MayChange``."""
         self._folder.require_unchanged()
+        self._index.require_unchanged()
+        for shard in self._shards.values():
+            if isinstance(shard, MayChange):
+                shard.require_unchanged()
+
+    def reread(self) -> None:
+        """Read the index and all files again; see ``refitkit.protocols.SupportsReread``."""
+        self._index.reread()
+        for shard in self._shards.values():
+            if isinstance(shard, SupportsReread):
+                shard.reread()
 
 
-def _read_index(path: Path) -> _Index:
+def _read_index(path: Path) -> tuple[OpenFile, _Index]:
     what = f"{str(path)!r} cannot be read as an index of weights"
     try:
-        if path.stat().st_size > _LIMIT:
+        file = OpenFile(path, f"{str(path)!r}", hold=False)
+        if file.size > _LIMIT:
             raise SourceError(f"{what}: it has more than {_LIMIT} bytes.")
-        content = path.read_bytes()
+        content = file.read_bytes(0, file.size)
         index = _Index.model_validate_json(content)
     except OSError as exc:
         raise SourceError(f"{what}: {exc}.") from exc
@@ -106,7 +120,7 @@ def _read_index(path: Path) -> _Index:
     ]
     if problems:
         raise SourceError(f"{what}.", problems=problems)
-    return index
+    return file, index
 
 
 def _given_twice(content: bytes) -> list[str]:

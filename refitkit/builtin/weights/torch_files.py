@@ -8,6 +8,7 @@ Since torch 1.6 that is a zip file whose records are the bytes of storages, and 
 
 from __future__ import annotations
 
+import io
 import pickle
 import pickletools
 import sys
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from refitkit.builtin.weights.nesting import flattened
-from refitkit.builtin.weights.reading import OpenFile
+from refitkit.builtin.weights.reading import FileStream, OpenFile
 from refitkit.errors import Problem, SourceError
 from refitkit.model import TensorInfo
 from refitkit.program.dtypes import dtype_name
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from typing import IO
 
     from refitkit.protocols import WeightSource
+
+_BUFFER = 512
+"""Bytes that a stream reads ahead: headers and pickles are short, and tensors are not wanted."""
 
 _LOCAL_HEADER = 30
 """Bytes before the name of a record, the last four of which are two lengths (APPNOTE, 4.3.7)."""
@@ -67,8 +71,23 @@ def open_torch_file(path: Path) -> WeightSource:
         placed = None if archive is None else _without_data(file, archive)
     state = flattened(_load(file, what, "cpu"), what) if placed is None else placed
     _require_state_dict(state, what)
-    file.require_unchanged()
-    return TensorMap(state, what) if placed is None else TorchFile(file, placed, what)
+    if placed is not None:
+        return TorchFile(file, placed, what)
+    file.require_unchanged()  # nothing is read from it any more
+    return LoadedTorchFile(file, state, what)
+
+
+class LoadedTorchFile(TensorMap):
+    """A state_dict that was read as a whole. Nobody asks any more whether the file is unchanged."""
+
+    def __init__(self, file: OpenFile, state: Mapping[str, Any], description: str) -> None:
+        """Keep the tensors, and the file for ``reread``."""
+        super().__init__(state, description)
+        self._file = file
+
+    def reread(self) -> None:
+        """See ``refitkit.protocols.SupportsReread``."""
+        self._file.reread()
 
 
 class TorchFile:
@@ -119,13 +138,14 @@ class TorchFile:
         """See ``refitkit.protocols.MayChange``."""
         self._file.require_unchanged()
 
+    def reread(self) -> None:
+        """See ``refitkit.protocols.SupportsReread``."""
+        self._file.reread()
+
 
 @contextmanager
 def _archive(file: OpenFile) -> Iterator[zipfile.ZipFile | None]:
-    """The file as a zip file; None where it is none, or damaged, as torch.load will say.
-
-    Streams of one open file share its position: it is not to be read after another was.
-    """
+    """The file as a zip file; None where it is none, or damaged, as torch.load will say."""
     with _stream(file) as stream, ExitStack() as stack:
         try:
             archive = stack.enter_context(zipfile.ZipFile(stream))
@@ -283,9 +303,7 @@ def _is_torchs(file: OpenFile) -> bool:
 
 def _stream(file: OpenFile) -> IO[bytes]:
     """The open file as a stream from its beginning."""
-    stream = open(file.fd, "rb", closefd=False)  # noqa: SIM115 - it has no path any more
-    stream.seek(0)
-    return stream
+    return io.BufferedReader(FileStream(file), _BUFFER)
 
 
 def _require_state_dict(state: Any, what: str) -> None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import json
+import mmap
 import os
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ import refitkit
 
 State = dict[str, torch.Tensor]
 WIDTH = 1024
+OLD, OTHER = (struct.pack("<f", value) * 4 for value in (0.02, 0.020001))
+MAPPED: dict[Path, mmap.mmap] = {}
 
 
 def safetensors(folder: Path, state: State) -> tuple[Path, Path]:
@@ -72,6 +76,43 @@ def overwrite(file: Path) -> None:
         stream.write(bytes(size // 4))
 
 
+def rewrite(file: Path) -> None:
+    """All values of another checkpoint in place, with size and modification time as before.
+
+    As ``cp -p`` and ``rsync --inplace -t`` do it of files that were made at the same time.
+    """
+    times, content = file.stat(), file.read_bytes()
+    with file.open("r+b") as stream:
+        stream.write(content.replace(OLD, OTHER))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def rewrite_mapped(file: Path) -> None:
+    """The same through a shared mapping whose pages were written to before: no time moves."""
+    times = file.stat()
+    mapped = MAPPED[file]
+    mapped[:] = mapped[:].replace(OLD, OTHER)
+    assert (times.st_mtime_ns, times.st_ctime_ns) == _times(file)
+
+
+def _times(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_mtime_ns, found.st_ctime_ns
+
+
+def map_for_writing(file: Path) -> None:
+    """Map a file as another process might, and write to all pages."""
+    with file.open("r+b") as stream:
+        mapped = mmap.mmap(stream.fileno(), 0)
+    mapped[:] = mapped[:]
+    MAPPED[file] = mapped
+
+
+def link(file: Path) -> None:
+    """One more name of it, as backups make: nothing was written to."""
+    os.link(file, file.with_name("backup"))
+
+
 def replace(file: Path) -> None:
     """By another one: the old one is still there for who has it open."""
     other = file.with_name("other")
@@ -83,7 +124,7 @@ def remove(file: Path) -> None:
     file.unlink()
 
 
-HOWS = {f.__name__: f for f in (cut, overwrite, replace, remove)}
+HOWS = {f.__name__: f for f in (cut, overwrite, rewrite, rewrite_mapped, link, replace, remove)}
 
 
 class Spoiler:
@@ -123,6 +164,8 @@ def outcome(model: Path, folder: Path, case: str) -> dict[str, Any]:
     folder.mkdir()
     state = {f"{n}.weight": torch.full((WIDTH, WIDTH), 0.02) for n in range(3)}
     weights, file = KINDS[kind](folder, state)
+    if how == "rewrite_mapped":
+        map_for_writing(file)
     spoiler = Spoiler(how, when, file)
     os.preadv = spoiler.read
     pipeline = refitkit.Pipeline(plugins=[spoiler])

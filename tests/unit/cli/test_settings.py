@@ -218,6 +218,9 @@ def test_a_flag_of_the_command_wins_too(
     file.write_text(json.dumps({"check_finite": True, "changes": "exact"}))
     assert refit(new(plugin), "--config", file).code == 0
     assert (plugin.config.check_finite, plugin.config.changes) == (True, "exact")
+    assert not plugin.config.reread
+    assert refit(new(plugin), "--config", file, "--reread").code == 0
+    assert plugin.config.reread
     flags = ("--config", file, "--no-check-finite", "--changes", "off")
     assert refit(new(plugin), *flags).data["changes"] == []
     assert (plugin.config.check_finite, plugin.config.changes) == (False, "off")

@@ -9,8 +9,12 @@ import pytest
 import torch
 
 import refitkit
-from refitkit.errors import WeightMismatchError
+from refitkit.errors import SourceError, WeightMismatchError
+from refitkit.pipeline.finite import FiniteCheck
+from refitkit.program.bits import same_bits
 from refitkit.protocols import Mapped, MapRequest, SlotValue
+from refitkit.recipe import TensorMap
+from refitkit.recipe.pieces import LARGE
 from tests.fakes import (
     BACKEND,
     FakeModule,
@@ -139,3 +143,126 @@ def test_a_proof_brings_back_what_the_program_has() -> None:
     compiled = pipeline.compile(program, BACKEND)
     assert compiled.read("first.bias").isnan().all()
     assert pipeline.config.check_finite
+
+
+class Turning(TensorMap):
+    """A source whose values are another's from the second reading on, as of a file that changes."""
+
+    def __init__(self, first: torch.Tensor, later: torch.Tensor) -> None:
+        super().__init__({"w": first})
+        self.first, self.later, self.reads = first, later, 0
+
+    def get(self, fqn: str) -> torch.Tensor:
+        self.reads += 1
+        return self.first if self.reads == 1 else self.later
+
+
+def test_the_bytes_that_are_found_finite_are_those_that_are_committed() -> None:
+    pipeline = pipeline_with()
+    compiled = pipeline.load(with_plan(FakeModule([OpenEngine("model", {"w": torch.ones(2)})])))
+    source = Turning(torch.zeros(2), torch.tensor([math.nan, 1.0]))
+    pipeline.refit(compiled, source, verify="none")
+    assert source.reads == 1
+    assert compiled.read("w").tolist() == [0.0, 0.0]
+    bad = Turning(source.later, source.first)
+    with pytest.raises(WeightMismatchError) as info:
+        pipeline.refit(compiled, bad, verify="none")
+    (problem,) = info.value.problems
+    assert (problem.subject, problem.found) == ("w", "1 of 2 elements, the first at (0,)")
+    assert compiled.read("w").tolist() == [0.0, 0.0]
+
+
+def test_what_is_not_finite_by_design_may_stay_so_where_it_is_staged() -> None:
+    pipeline = pipeline_with()
+    mask = torch.tensor([-math.inf, 1.0])
+    compiled = pipeline.load(with_plan(FakeModule([OpenEngine("model", {"w": mask})])))
+    pipeline.refit(compiled, {"w": torch.tensor([math.nan, 2.0])}, verify="none")
+    assert compiled.read("w")[1] == 2
+    with pytest.raises(WeightMismatchError):
+        pipeline.refit(compiled, {"w": torch.tensor([0.0, math.inf])}, verify="none")
+
+
+def test_what_is_refused_anyway_is_refused_for_all_reasons_at_once() -> None:
+    pipeline, compiled = folded()
+    with pytest.raises(WeightMismatchError) as info:
+        refit(pipeline, compiled, w=[math.nan, 1.0], other=[1.0])
+    assert {(p.subject, p.kind) for p in info.value.problems} == {
+        ("w", "non-finite"),
+        ("other", "unexpected"),
+    }
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_pieces_are_judged_on_their_way(bad: float) -> None:
+    """Only what was found finite to its end is not looked at again."""
+    size = LARGE // 4
+    module = FakeModule([OpenEngine("model", {"w": torch.ones(size)})])
+    slot = make_slot("w", (size,))
+    good, spoilt = torch.ones(size), torch.ones(size)
+    spoilt[-1] = bad
+    looked = []
+    for value in (good, spoilt):
+        check = FiniteCheck(module, make_plan([recipe_row(slot)]), overwrite=False)
+        given = SlotValue(
+            slot,
+            "recipe",
+            ("w",),
+            lambda v=value: v,
+            True,
+            False,
+            lambda v=value: iter(v.split(999)),
+        )
+        (watched,) = check.watched({slot.key: given}).values()
+        assert watched.pieces is not None
+        assert same_bits(torch.cat(list(watched.pieces() or ())), value)
+        looked.append(not check._judged({slot.key: watched}))
+        next(iter(watched.pieces() or ()))
+        assert check._judged({slot.key: watched})  # not read to its end this time
+    assert looked == [True, False]
+
+
+class Watching(TensorMap):
+    """A source of files that says how often it is asked whether they are what they were."""
+
+    description = "files"
+
+    def __init__(self, *, changed: str = "") -> None:
+        super().__init__({"w": torch.zeros(2)}, "files")
+        self.asked: list[str] = []
+        self.changed = changed
+
+    def require_unchanged(self) -> None:
+        self._ask("unchanged")
+
+    def reread(self) -> None:
+        self._ask("reread")
+
+    def _ask(self, what: str) -> None:
+        self.asked.append(what)
+        if what == self.changed:
+            raise SourceError("w was changed")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({}, ["unchanged"]), ({"reread": True}, ["unchanged", "reread"])],
+    ids=["default", "reread"],
+)
+def test_files_are_asked_before_the_commit(settings: Any, expected: list[str]) -> None:
+    module = with_plan(FakeModule([OpenEngine("model", {"w": torch.ones(2)})]))
+    pipeline = pipeline_with(**settings)
+    compiled = pipeline.load(module)
+    for what in expected:
+        source = Watching(changed=what)
+        with pytest.raises(SourceError, match="w was changed"):
+            pipeline.refit(compiled, source, verify="none")
+        assert compiled.read("w").tolist() == [1.0, 1.0]
+    source = Watching()
+    pipeline.refit(compiled, source, verify="none")
+    assert source.asked == expected
+    for ask in (pipeline.verify, pipeline.diff):
+        source = Watching()
+        ask(compiled, source)
+        assert source.asked == expected
+        with pytest.raises(SourceError, match="w was changed"):
+            ask(compiled, Watching(changed=expected[-1]))

@@ -221,13 +221,17 @@ def test_only_slots_that_were_written_come_from_it(path: Path) -> None:
     assert torch.equal(scene.module.holds()["e0/e0.bias"], scene.held[0]["e0/e0.bias"])
 
 
-@pytest.mark.parametrize("how", ["written", "longer", "another", "gone"])
+@pytest.mark.parametrize("how", ["written", "rewritten", "longer", "another", "gone"])
 def test_a_file_that_has_changed_is_refused(path: Path, how: str) -> None:
     scene = FromFile(path)
     scene.refit(10.0)
     scene.refit(20.0)
     if how == "written":
         os.utime(path, ns=(1, 1))
+    elif how == "rewritten":
+        facts = path.stat()
+        path.write_text(path.read_text().swapcase())
+        os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
     elif how == "longer":
         facts = path.stat()
         path.write_text("more weights")

@@ -510,7 +510,10 @@ def test_a_hook_may_call_the_module_inside_the_transaction() -> None:
 def test_settings_reach_the_checks() -> None:
     module = make_module(1)
     new = {**weights_for(module, 1.0), "e0.bias": torch.tensor([float("nan"), 0.0])}
-    assert [p.kind for p in refused(module, new).problems] == ["non-finite"]
+    with pytest.raises(WeightMismatchError) as info:  # judged where it is staged
+        pipeline_with().refit(module, new)
+    assert [(p.subject, p.kind) for p in info.value.problems] == [("e0.bias", "non-finite")]
+    assert [one.did for one in module.staged()] == [["discard"]]
     made = Pipeline(Config(check_finite=False), plugins=[FakePlugin()])
     assert made.refit(module, new).report.outcome == "committed"
 

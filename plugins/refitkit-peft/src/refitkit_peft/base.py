@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from refitkit.errors import ConfigError, Problem
 
-from refitkit_peft import reading
 from refitkit_peft.combining import combined
 from refitkit_peft.files import Files, path_of
 from refitkit_peft.keeping import Adapters, ReadySets
@@ -80,7 +79,8 @@ class Base:
             keep: So many ready sets are kept: of the entries that adapters touch, as they are with
                 them. The one that was used longest ago goes first. With 0 every entry is computed
                 whenever it is read, which is twice in a refit, and takes no memory.
-            pipeline: What opens weights; None: one with all installed plugins.
+            pipeline: What opens weights; None: one with all installed plugins. Its setting
+                ``reread`` counts for adapters, and for copies of the base.
 
         Raises:
             SourceError: It cannot be read, or has adapters merged into it.
@@ -88,8 +88,9 @@ class Base:
         """
         from refitkit import Pipeline
 
-        opener = (pipeline or Pipeline()).open_weights
-        self._set_up(weights, opener, _checked(memory, device, keep), keep)
+        pipeline = pipeline or Pipeline()
+        place, reread = _checked(memory, device, keep), pipeline.config.reread
+        self._set_up(weights, pipeline.open_weights, place, keep, reread=reread)
 
     @classmethod
     def with_opener(
@@ -99,13 +100,14 @@ class Base:
         memory: Kind = "given",
         *,
         keep: int = 1,
+        reread: bool = False,
     ) -> Base:
         """A base whose weights and adapters something else opens than a pipeline of its own.
 
         By default it is good for one refit: what is computed is kept as long as its source.
         """
         self = cls.__new__(cls)
-        self._set_up(weights, opener, _checked(memory, "cpu", keep), keep)
+        self._set_up(weights, opener, _checked(memory, "cpu", keep), keep, reread=reread)
         return self
 
     def _set_up(
@@ -114,13 +116,14 @@ class Base:
         opener: Callable[[object], WeightSource],
         place: tuple[Kind, torch.device],
         keep: int,
+        *,
+        reread: bool,
     ) -> None:
-        self._open = opener
         path = path_of(weights)
         files = None if path is None else Files.at(path)  # before it is read
-        self._store = Store(weights, opener(weights), files, *place)
+        self._store = Store(weights, opener(weights), files, *place, reread=reread)
         self._places = Places(self._store.names())
-        self._adapters = Adapters(opener)
+        self._adapters = Adapters(opener, reread=reread)
         self._ready = ReadySets(keep)
         self._lock = RLock()
 
@@ -169,7 +172,7 @@ class Base:
             SourceError: It cannot be read, or is of a kind that weights cannot hold.
         """
         checked = None if alpha is None else checked_alpha(alpha)
-        contents = reading.read(adapter, self._open, config)
+        contents = self._adapters.read(adapter, config)
         with self._lock:
             self._adapters.add(name, contents, checked)
 

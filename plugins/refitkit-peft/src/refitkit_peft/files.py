@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from refitkit.errors import Problem, SourceError
+from refitkit.file_state import FileState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
-Identity: TypeAlias = tuple[int, int, int, int]
-"""Device, inode, bytes, and time of the last change in nanoseconds."""
+    from refitkit.file_state import Difference
 
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".metadata", ".json")
 
@@ -36,49 +36,74 @@ def files_of(path: Path) -> list[Path]:
     return sorted(one for one in folder.iterdir() if one.name.endswith(_SUFFIXES))
 
 
+_SHOWN: dict[Difference, str] = {
+    "links": "names of it were added or removed",
+    "another file": "another file of this name",
+    "size": "another size",
+    "written": "written to",
+    "attributes": "written to and its time set back, or its rights or owner changed",
+}
+
+
 @dataclass(frozen=True)
 class Files:
     """Files as they were.
 
     Attributes:
-        identities: By path.
+        states: By path.
     """
 
-    identities: dict[Path, Identity]
+    states: dict[Path, FileState]
 
     @classmethod
     def at(cls, path: Path) -> Files:
-        """Those that weights at a path come from, as they are now.
+        """Those that weights at a path come from, as they are now; see ``of``."""
+        return cls.of(files_of(path))
+
+    @classmethod
+    def of(cls, files: Iterable[Path]) -> Files:
+        """Files as they are now: a later write is sure to be seen.
 
         Raises:
             SourceError: One cannot be looked at.
         """
         found = {}
-        for file in files_of(path):
-            identity = _identity(file)
-            if identity is None:
-                raise SourceError(f"{str(file)!r} cannot be looked at.")
-            found[file] = identity
+        for file in files:
+            try:
+                found[file] = FileState.settled(file.stat)
+            except OSError as exc:
+                raise SourceError(f"{str(file)!r} cannot be looked at: {exc}.") from exc
         return cls(found)
 
-    def changed(self) -> Iterator[Problem]:
-        """Files that are other ones now."""
-        for file, before in self.identities.items():
-            now = _identity(file)
-            if now != before:
-                what = "gone" if now is None else _difference(before, now)
-                yield Problem(str(file), "changed since it was opened", what)
+    def require_unchanged(self, what: str) -> None:
+        """Check that all files are what they were.
 
+        Args:
+            what: What was read from them, for the message.
 
-def _identity(path: Path) -> Identity | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+        Raises:
+            SourceError: They are not; lists all of them.
+        """
+        problems = list(self.changed())
+        if problems:
+            raise SourceError(
+                f"{what} was changed while it was read.",
+                problems=problems,
+                hint="Write new files beside it and rename them when they are complete "
+                "(os.replace), then refit again.",
+            )
 
+    def changed(self, *, links: bool = True) -> Iterator[Problem]:
+        """Files that are other ones now.
 
-def _difference(before: Identity, now: Identity) -> str:
-    if before[:2] != now[:2]:
-        return "another file of this name"
-    return "another size" if before[2] != now[2] else "written to"
+        Args:
+            links: Whether a file that has more or fewer names than before is one of them.
+        """
+        for file, before in self.states.items():
+            try:
+                how = before.difference(FileState.of(file.stat()))
+            except OSError:
+                yield Problem(str(file), "changed since it was opened", "gone")
+                continue
+            if how and (links or how != "links"):
+                yield Problem(str(file), "changed since it was opened", _SHOWN[how])

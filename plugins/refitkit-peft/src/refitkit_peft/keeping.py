@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from refitkit.errors import ConfigError, Problem, SourceError
@@ -16,7 +16,7 @@ from refitkit_peft.files import Files, path_of
 from refitkit_peft.fitting import Fitting
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from refitkit.protocols import WeightSource
 
@@ -54,13 +54,14 @@ class _Read:
 class Adapters:
     """Adapters that were read for one base: by name, or by path."""
 
-    def __init__(self, opener: Callable[[object], WeightSource]) -> None:
+    def __init__(self, opener: Callable[[object], WeightSource], *, reread: bool) -> None:
         """None yet.
 
         Args:
             opener: Opens files.
+            reread: Whether they are read a second time, and compared.
         """
-        self._open = opener
+        self._open, self._reread = opener, reread
         self._added: dict[str, _Read] = {}
         self._opened: OrderedDict[str, _Read] = OrderedDict()
 
@@ -74,6 +75,10 @@ class Adapters:
         """Bytes of all tensors."""
         kept = [*self._added.values(), *self._opened.values()]
         return sum(tensor.nbytes for one in kept for tensor in one.contents.tensors.values())
+
+    def read(self, adapter: object, config: Mapping[str, Any] | None = None) -> Contents:
+        """Read one; see ``reading.read``."""
+        return reading.read(adapter, self._open, config, reread=self._reread)
 
     def add(self, name: str, contents: Contents, alpha: Alpha | None = None) -> None:
         """Have one at hand; with an alpha in place of that of its files."""
@@ -131,7 +136,7 @@ class Adapters:
         if known is None or known.files is None or any(known.files.changed()):
             path = path_of(name)
             files = None if path is None else Files.at(path)
-            known = _Read(reading.read(name, self._open), files, {})
+            known = _Read(self.read(name), files, {})
         self._opened[name] = known
         while len(self._opened) > _OPENED:
             self._opened.popitem(last=False)

@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     import click
+    from refitkit.config import Config
     from refitkit.errors import Problem
     from refitkit.protocols import Plan, WeightSource
 
 
 @hookimpl
 def refitkit_load_weights(
-    source: object, open_weights: Callable[[object], WeightSource]
+    source: object, config: Config, open_weights: Callable[[object], WeightSource]
 ) -> WeightSource | None:
     """Open a ``Lora``, or a ``Base`` as it is; nothing else is this plugin's."""
     known = sys.modules.get("refitkit_peft.base")  # needs torch: whoever has a Base has it
@@ -31,7 +32,7 @@ def refitkit_load_weights(
 
     base = source.base
     if not isinstance(base, Base):
-        base = Base.with_opener(base, open_weights)
+        base = Base.with_opener(base, open_weights, reread=config.reread)
     return base.source(source)
 
 

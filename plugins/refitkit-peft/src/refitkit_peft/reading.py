@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from refitkit.errors import Problem, SourceError
+from refitkit.protocols import MayChange
+from refitkit.recipe.sources import require_reread
 from safetensors import SafetensorError, safe_open
 
 from refitkit_peft.config import AdapterConfig
 from refitkit_peft.declarations import Declaration, declarations_in, may_declare
-from refitkit_peft.files import path_of
+from refitkit_peft.files import Files, path_of
 from refitkit_peft.keys import Part, read_key
 
 if TYPE_CHECKING:
@@ -55,23 +57,28 @@ def read(
     adapter: object,
     open_weights: Callable[[object], WeightSource],
     config: Mapping[str, Any] | None = None,
+    *,
+    reread: bool = False,
 ) -> Contents:
-    """Read an adapter whole.
+    """Read an adapter whole: config and tensors are of one version of its files.
 
     Args:
         adapter: A folder, a file, a mapping from keys to tensors, or anything else that a user
             calls weights. In a mapping an alpha may be a plain number.
         open_weights: Opens files and mappings.
         config: Fields of ``LoraConfig``, in place of everything that the files declare.
+        reread: Whether files with tensors are read a second time, and compared.
 
     Raises:
-        SourceError: It cannot be read, or holds more than tensors; lists everything that is wrong.
+        SourceError: It cannot be read, was written to meanwhile, or holds more than tensors; lists
+            everything that is wrong.
     """
     path = path_of(adapter)
     file, beside = _files(path) if path is not None else (None, None)
     if file is None and isinstance(adapter, str):
         message = f"There is no adapter of the name {adapter!r}, and no file or folder."
         raise SourceError(message, hint="Add it: base.add(name, path).")
+    files = Files.of(one for one in (file, beside) if one is not None)  # before they are read
     what = repr(str(path)) if path is not None else f"an adapter in a {type(adapter).__name__}"
     source = _opened(adapter, file, open_weights)
     found: list[Declaration] = []
@@ -83,7 +90,13 @@ def read(
         found += declarations_in({} if file is None else _metadata(file), what)
     for one in found:
         _require_mergeable(one.config, what)
-    return Contents(what, _copies(source, what), tuple(found))
+    tensors = _copies(source, what)
+    if isinstance(source, MayChange):
+        source.require_unchanged()
+    if reread:
+        require_reread(source)
+    files.require_unchanged(what)
+    return Contents(what, tensors, tuple(found))
 
 
 def _opened(

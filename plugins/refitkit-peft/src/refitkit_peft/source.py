@@ -69,6 +69,14 @@ class LoraSource:
                 self._made.put(fqn, found)
         return found
 
+    def require_unchanged(self) -> None:
+        """Check the base; see ``refitkit.protocols.MayChange``. Adapters were read whole."""
+        self._store.require_one_version()
+
+    def reread(self) -> None:
+        """Read the base again; see ``refitkit.protocols.SupportsReread``."""
+        self._store.reread()
+
     def revision(self, fqn: str) -> Hashable | None:
         """That of the base, and what is added to it; see ``KnowsRevisions``."""
         base = self._store.revision(fqn)

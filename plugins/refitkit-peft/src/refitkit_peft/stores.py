@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from refitkit.errors import Problem, SourceError
-from refitkit.protocols import KnowsRevisions
+from refitkit.protocols import KnowsRevisions, MayChange
+from refitkit.recipe.sources import require_reread
 
 from refitkit_peft.keys import names_of_base
 from refitkit_peft.memory import copied, nbytes_of
@@ -39,6 +40,8 @@ class Store:
         files: Files | None,
         kind: Kind,
         device: torch.device,
+        *,
+        reread: bool = False,
     ) -> None:
         """Open it, and make the copies.
 
@@ -48,6 +51,7 @@ class Store:
             files: The files that it lies in, as they were before that; None: in none.
             kind: Where it is to be.
             device: The device of ``device``.
+            reread: Whether files are read a second time once copies are made, and compared.
 
         Raises:
             SourceError: It cannot be read, or has adapters merged into it.
@@ -66,9 +70,13 @@ class Store:
         if kind != "given" and not mapped:
             usable = [own for name, own in self._own.items() if not self.infos[name].unusable]
             self._copies = copied(source, usable, kind, device)
+            if isinstance(source, MayChange):
+                source.require_unchanged()
+            if reread:
+                require_reread(source)
             self._files = None
         # of copies: nothing else is this object; of files: whoever opens the same has the same
-        self._mark: Hashable = tuple(self._files.identities.items()) if self._files else object()
+        self._mark: Hashable = tuple(self._files.states.items()) if self._files else object()
         self.nbytes = nbytes_of(self._copies)
         self.constant = bool(self._copies) or self._files is not None
         self.description = source.description
@@ -92,13 +100,28 @@ class Store:
             return self._mark, own
         return self._source.revision(own) if isinstance(self._source, KnowsRevisions) else None
 
+    def require_one_version(self) -> None:
+        """Check that all that was read is of one version, whatever lies at the path by now.
+
+        Raises:
+            SourceError: It is not.
+        """
+        if isinstance(self._source, MayChange) and not self._copies:
+            self._source.require_unchanged()
+
+    def reread(self) -> None:
+        """Hold what was read of files against a second reading, unless there are copies."""
+        if not self._copies:
+            require_reread(self._source)
+
     def require_unchanged(self) -> None:
-        """Check that files are those that were opened.
+        """Check that files are those that were opened; asked before they are used again.
 
         Raises:
             SourceError: They are not; lists all of them.
         """
-        problems = [] if self._files is None else list(self._files.changed())
+        # who reads them says whether a file with other links was written to as well
+        problems = [] if self._files is None else list(self._files.changed(links=False))
         if problems:
             raise SourceError(
                 f"{self.description} is not the base that was opened.",

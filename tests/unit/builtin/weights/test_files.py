@@ -191,7 +191,7 @@ def test_tensors_are_read_when_they_are_asked_for(
         read = read_from(monkeypatch)
         source = opened(path)
         assert source.info("w").shape == (4096,)
-        assert sum(count for _, count in read) < 4096
+        assert sum(count for _, count in read) < 4 * 4096  # less than a tensor
         read.clear()
         assert source.get("w").tolist() == [1] * 4096
         assert [count for _, count in read] == [4 * 4096]
@@ -442,7 +442,7 @@ def test_tensors_of_a_trainers_file_are_read_when_they_are_asked_for(
     path = file_of(tmp_path, "trainer.ckpt", saved(state))
     read = read_from(monkeypatch)
     source = opened(path)
-    assert sum(count for _, count in read) < 4096
+    assert sum(count for _, count in read) < 4 * 4096  # less than a tensor
     read.clear()
     assert source.get("model.w").tolist() == [1] * 4096
     assert [count for _, count in read] == [4 * 4096]
