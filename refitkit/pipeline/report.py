@@ -135,6 +135,7 @@ class Outcome:
 
     def _notes(self) -> tuple[str, ...]:
         notes = [UNCHANGED] if self.changed is False else []
+        notes += dict.fromkeys(row.note for row in self.transforms if row.note)
         notes += self.changes.notes
         if self.base_lost:
             notes.append(f"{BASE_LOST}: {self.base_lost}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from refitkit.builtin.checks.reads import reads_of
+from refitkit.recipe.reads import reads_of
 from refitkit.model import CallRef
 from refitkit.program.finite import all_finite, finite, has_finite_sum, has_floats, spoilt
 from refitkit.protocols import GivesPieces, SupportsReadback

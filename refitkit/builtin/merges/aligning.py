@@ -59,7 +59,7 @@ def misfits(
         where: what the other is, for messages.
     """
     more = {n: info for n, info in other.items() if n not in first and info.persistent}
-    yield from unexpected(more, first.keys(), whose, where, given=other)
+    yield from unexpected(more, first.keys(), whose, more.__getitem__, where, given=other)
     for name, wanted in first.items():
         found = other.get(name)
         if found is not None:

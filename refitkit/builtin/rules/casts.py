@@ -9,6 +9,7 @@ import torch
 
 from refitkit.program.dtypes import dtype_of
 from refitkit.protocols import Made, WeightGroup
+from refitkit.recipe.reads import reads_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,7 +30,8 @@ class Casts:
 
     def groups(self, request: TransformRequest) -> Iterator[WeightGroup]:
         """One for each entry that is cast; others are left for the checks to refuse."""
-        leaves = {leaf.fqn: leaf for leaf in request.plan.data.leaves if leaf.used}
+        reads = reads_of(request.plan)
+        leaves = {name: leaf for name, leaf in reads.leaves.items() if name in reads.used}
         for name in request.source.names():
             leaf = leaves.get(name)
             info = request.source.info(name)

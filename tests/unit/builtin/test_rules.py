@@ -70,8 +70,12 @@ def test_a_name_that_fits_in_no_way_stays_what_it_is() -> None:
 
 
 def test_no_wrappers_are_known_where_none_are_wanted() -> None:
+    given = {"module." + name: value for name, value in NEW.items()}
     with pytest.raises(WeightMismatchError, match=r"'module\.': a subtree has all names"):
-        Scene(wrappers=[]).refit({"module." + name: value for name, value in NEW.items()})
+        Scene(wrappers=[]).refit(given, partial=True)
+    some = {"module.a.weight": NEW["a.weight"], **{n: NEW[n] for n in list(NEW)[1:]}}
+    with pytest.raises(WeightMismatchError, match=r"module\.a\.weight: unexpected"):
+        Scene(wrappers=[]).refit(some)
 
 
 def test_two_names_that_become_one_are_refused() -> None:
