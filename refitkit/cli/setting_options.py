@@ -150,7 +150,8 @@ _RULES = (
         metavar="PATTERN",
         multiple=True,
         callback=_set_patterns,
-        help=r"Leave out weights whose whole names match: 'lm_head\..*'. Can be given several times.",
+        help=r"Leave out weights whose whole names match: 'lm_head\..*'. Can be given several "
+        "times.",
     ),
     _rules_option(
         "--rename",

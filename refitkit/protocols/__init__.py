@@ -9,7 +9,8 @@ What an engine may or may not be able to do is a protocol of its own: :class:`Su
 :class:`SupportsOverwrite`, :class:`SupportsWarming`, :class:`HoldsPrevious`. So it is with what is
 staged (:class:`ShowsStaged`, :class:`ShowsMemory`), with opened modules (:class:`Offline`,
 :class:`LowersPrecision`) and sources (:class:`GivesPieces`, :class:`HoldsProgram`,
-:class:`KeepsMade`, :class:`KnowsRevisions`, :class:`MadeOf`, :class:`MayChange`).
+:class:`KeepsMade`, :class:`KnowsRevisions`, :class:`KnowsTies`, :class:`MadeOf`,
+:class:`MayChange`).
 
 Between a source and the names that a program reads stand :class:`WeightTransform` objects.
 """
@@ -39,6 +40,7 @@ from refitkit.protocols.sources import (
     HoldsProgram,
     KeepsMade,
     KnowsRevisions,
+    KnowsTies,
     MadeOf,
     MayChange,
     WeightSource,
@@ -59,6 +61,7 @@ __all__ = [
     "KeepsMade",
     "KnowsPlanKey",
     "KnowsRevisions",
+    "KnowsTies",
     "LowersPrecision",
     "Made",
     "MadeOf",

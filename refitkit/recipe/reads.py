@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from refitkit.recipe.following import sources_of_guards
 from refitkit.model import SlotState
+from refitkit.recipe.following import sources_of_guards
 from refitkit.recipe.once import once_for_each
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from refitkit.errors import Problem
 from refitkit.program.bits import same_bits
 from refitkit.program.views import derived_value
+from refitkit.protocols import KnowsTies
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -15,6 +16,30 @@ if TYPE_CHECKING:
 
     from refitkit.model import Leaf
     from refitkit.protocols import WeightSource
+
+
+def twins_of(
+    sources: Iterable[WeightSource], more: Iterable[Iterable[str]] = ()
+) -> dict[str, tuple[str, ...]]:
+    """All names of the tensor of each name, as far as one of some sources shows it.
+
+    Args:
+        sources: Sources of one model.
+        more: Classes of names that are known to be one tensor.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    known = (tie for one in sources if isinstance(one, KnowsTies) for tie in one.ties())
+    for tie in (*more, *known):
+        names = dict.fromkeys(twin for name in tie for twin in found.get(name, (name,)))
+        found |= dict.fromkeys(names, tuple(names))
+    return found
+
+
+def name_in(names: Collection[str], name: str, twins: Mapping[str, tuple[str, ...]]) -> str | None:
+    """The name under which some names have a tensor: its own, or one that it is tied to."""
+    if name in names:
+        return name
+    return next((twin for twin in twins.get(name, ()) if twin in names), None)
 
 
 def broken_ties(
@@ -38,7 +63,7 @@ def broken_ties(
                     other,
                     "tie broken",
                     f"values other than those of {present[0]!r}",
-                    "the same: the engine has one weight for both names",
+                    "the same: the model has one weight for both names",
                 )
 
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from refitkit.recipe.reads import reads_of
 from refitkit.model import CallRef
 from refitkit.program.finite import all_finite, finite, has_finite_sum, has_floats, spoilt
 from refitkit.protocols import GivesPieces, SupportsReadback
+from refitkit.recipe.reads import reads_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from refitkit.recipe.reads import reads_of
 from refitkit.errors import Problem
+from refitkit.recipe.reads import reads_of
 from refitkit.recipe.sources import TensorMap
 from refitkit.recipe.strangers import WHOLE_SUBTREE, ignoring, names_under, unexpected
 from refitkit.recipe.ties import broken_ties, broken_views
@@ -82,15 +82,9 @@ class Names:
         strange = [name for name in self._names if name not in known]
         if len(strange) <= _MANY:  # a module has few buffers that no state_dict would hold
             strange = [name for name in strange if self._source.info(name).persistent]
+        others = "" if self._reads.lacking(self._names) else _to_ignore(strange, self._mine)
         yield from unexpected(
-            strange,
-            known,
-            "the model",
-            self._source.info,
-            given=self._mine,
-            to_leave_out=""
-            if self._reads.lacking(self._names)
-            else _to_ignore(strange, self._mine),
+            strange, known, "the model", self._source.info, given=self._mine, to_leave_out=others
         )
 
     def _all_misfits(self) -> Iterator[Problem]:

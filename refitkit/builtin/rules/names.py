@@ -22,7 +22,7 @@ _SHOWN = 5
 
 
 class Names:
-    """Leaves out entries, renames others, and reads names as the program's, in the one way that fits.
+    """Leaves out entries, and gives others the names of the program.
 
     Rules of the user come first. Then parts that wrappers added are taken out. If names still do
     not fit, ``readings.py`` looks for the only prefix or subtree with which all of them do.

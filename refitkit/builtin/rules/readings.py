@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 _MANY = 1000
 """More subtrees than this may hold the model: then none is looked at, to bound time and memory."""
-_SHOWN = 5
+_ANCHORS = 8
+"""By so many tensors subtrees are looked for, if there are too many with the first."""
 
 _ENDS = ("n_averaged", "position_ids", "rotary_emb.inv_freq", "attn.masked_bias")
 """Entries that are no weights of a model, where a program does not have them: the counter of
@@ -287,16 +288,11 @@ class Readings:
         """Names of a few tensors that a source must have, the longest first; parts count, too."""
         demands = self.reads.demands
         longest = sorted(demands, key=lambda name: (-name.count("."), name))
-        return [
-            demands[first]
-            | {
-                part
-                for rule in self.rules.pack
-                for n in demands[first]
-                for part in part_names(rule, n)
-            }
-            for first in longest[:8]
-        ]
+        return [self._with_parts(demands[first]) for first in longest[:_ANCHORS]]
+
+    def _with_parts(self, names: set[str]) -> set[str]:
+        parts = (part_names(rule, name) for rule in self.rules.pack for name in names)
+        return names.union(*parts)
 
     # -- judging them -----------------------------------------------------------------------
 
@@ -325,8 +321,9 @@ class Readings:
         return next((p for p in rules if p and all(part in given for part in p)), ())
 
     def _misfits(self, reading: Reading) -> Iterator[Problem]:
-        """Entries with another shape than the program's, or that are unusable. Dtypes come later:
-        entries may be cast.
+        """Entries with another shape than the program's, or that are unusable.
+
+        Dtypes do not count: whether they are cast is for other rules to say.
         """
         leaves = self.reads.leaves
         for name, new in reading.found.items():
@@ -361,11 +358,9 @@ class Readings:
         """The source's names that count, in the order of the tensors that a source must have."""
         given = reading.given
         for names in self.reads.demands.values():
-            here = sorted(given[name] for name in names if name in given)
-            parts = (
-                () if here else next(filter(None, (self._parts_of(n, given) for n in names)), ())
-            )
-            yield "\n".join([*here, *(given[part] for part in parts)])
+            here = [name for name in sorted(names) if name in given]
+            parts = [part for name in names if not here for part in self._parts_of(name, given)]
+            yield "\n".join(given[name] for name in (*here, *parts))
 
     # -- errors -----------------------------------------------------------------------------
 
