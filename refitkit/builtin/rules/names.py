@@ -50,11 +50,14 @@ class Names:
         outside, ignored, kept = self._sorted(names)
         readings = Readings(reads, request.source, rules, kept)
         reading = readings.chosen(partial=request.partial)
-        gone = {*reading.no_weights, *reading.beside}
+        no_weights = readings.no_weights(reading)
+        gone = {*no_weights, *reading.beside}
         found = {n: reading.found.get(n, new) for n, new in kept.items() if n not in gone}
         _refuse_doubles(found)
         yield from (_left_out((name,)) for name in outside)
-        yield from _all_left_out(ignored, reading)
+        yield from _left_out_for(ignored, "which rules.ignore names")
+        yield from _left_out_for(no_weights, "which are no weights of a model")
+        yield from _left_out_for(reading.beside, f"which are not under {reading.dropped!r}")
         note = _how(reading)
         for name, new in found.items():
             if new != name:
@@ -63,6 +66,8 @@ class Names:
     def _sorted(self, names: Iterable[str]) -> tuple[list[str], list[str], dict[str, str]]:
         """Names outside the subtree, those that rules ignore, and all others with new names."""
         subtree = self._rules.subtree
+        if not (subtree or self._ignored or self._rules.rename):
+            return [], [], {name: name for name in names}
         outside, ignored, kept = list[str](), list[str](), dict[str, str]()
         for name in names:
             if not name.startswith(subtree):
@@ -91,18 +96,13 @@ def _how(reading: Reading) -> str:
     return ""
 
 
-def _all_left_out(ignored: list[str], reading: Reading) -> Iterator[WeightGroup]:
-    """One group for each reason to leave entries out."""
-    for names, why in (
-        (ignored, "which rules.ignore names"),
-        (reading.no_weights, "which are no weights of a model"),
-        (reading.beside, f"which are not under {reading.dropped!r}"),
-    ):
-        if names:
-            entries = "1 entry" if len(names) == 1 else f"{len(names)} entries"
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            shown = ", ".join(map(repr, list(names)[:_SHOWN]))
-            yield _left_out(tuple(names), f"names: left out {entries}, {why}: {shown}{more}")
+def _left_out_for(names: Collection[str], why: str) -> Iterator[WeightGroup]:
+    """All entries that are left out for one reason, if there are some."""
+    if names:
+        entries = "1 entry" if len(names) == 1 else f"{len(names)} entries"
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        shown = ", ".join(map(repr, list(names)[:_SHOWN]))
+        yield _left_out(tuple(names), f"names: left out {entries}, {why}: {shown}{more}")
 
 
 def _left_out(names: tuple[str, ...], note: str = "") -> WeightGroup:

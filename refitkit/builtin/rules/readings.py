@@ -58,13 +58,11 @@ class Spelling:
         """
         self._known = frozenset(known)
         self.wrappers = frozenset(wrappers)
+        self._last_parts = {name.rpartition(".")[2] for name in self._known}
         self._by_bare: dict[str, list[str]] = defaultdict(list)
         for name in self._known:
             self._by_bare[self.bare(name)].append(name)
-
-    def __contains__(self, name: str) -> bool:
-        """Whether the program has the name."""
-        return name in self._known
+        self.has_wrappers = not self._known >= self._by_bare.keys()
 
     def bare(self, name: str) -> str:
         """A name without the parts of wrappers. The last part is the tensor's own and stays."""
@@ -82,8 +80,13 @@ class Spelling:
         """
         if name in self._known:
             return name
+        if name.rpartition(".")[2] not in self._last_parts:
+            return None
+        alike = self._by_bare.get(self.bare(name))
+        if alike is None:
+            return None
         parts = name.split(".")
-        found = [one for one in self._by_bare.get(self.bare(name), ()) if _is_within(one, parts)]
+        found = [one for one in alike if _is_within(one, parts)]
         if len(found) < 2:  # noqa: PLR2004 - mostly one
             return found[0] if found else None
         most = max(one.count(".") for one in found)
@@ -94,8 +97,10 @@ class Spelling:
     def nearest(self, name: str) -> str | None:
         """The same, or the only name that differs in parts of wrappers alone."""
         found = self.without_wrappers(name)
-        others = self._by_bare.get(self.bare(name), ()) if found is None else ()
-        return others[0] if len(others) == 1 else found
+        if found is not None or not self.has_wrappers:
+            return found
+        others = self._by_bare.get(self.bare(name), ())
+        return others[0] if len(others) == 1 else None
 
     def prefixes(self, name: str, ends: Collection[str]) -> Iterator[str]:
         """Beginnings of a name after which it is one of some bare names.
@@ -124,18 +129,16 @@ class Reading:
 
     Attributes:
         found: The program's name for each name of the source that stands for one.
-        extra: Names that stand for nothing in the program and are not known to be no weights.
+        rest: Names that stand for nothing in the program.
         beside: Names outside of the subtree that is read.
-        no_weights: Names that are known to be no weights, and that the program does not have.
         dropped: The prefix that is taken away.
         added: The prefix that is put before every name.
         exact: Number of names that the program has as they are, after the prefix was taken away.
     """
 
     found: Mapping[str, str]
-    extra: Collection[str] = ()
+    rest: Collection[str] = ()
     beside: Collection[str] = ()
-    no_weights: Collection[str] = ()
     dropped: str = ""
     added: str = ""
     exact: int = 0
@@ -193,7 +196,7 @@ class Readings:
         if classes and not plain.doubles:
             return classes[0]
         if others and not whole and not classes:
-            raise self._wrong_shapes(max(others, key=_clarity))
+            raise self._wrong_shapes(max(others, key=self._clarity))
         return plain
 
     # -- making them ------------------------------------------------------------------------
@@ -211,7 +214,7 @@ class Readings:
 
     def _others(self) -> list[Reading]:
         """All that have a name of the program under another one."""
-        found = [self._reading(self.names)]
+        found = [self._reading(self.names)] if self._spelling.has_wrappers else []
         found += [self._reading(self.names, added=prefix) for prefix in self._addable()]
         if not self.rules.subtree:
             subtrees = names_under(self._subtrees(), self.names)
@@ -226,24 +229,31 @@ class Readings:
         added: str = "",
         removing: bool = False,
     ) -> Reading:
-        spelling, found, extra, no_weights = self._spelling, dict[str, str](), list[str](), []
-        find = spelling.without_wrappers if removing else spelling.nearest
-        exact = count = 0
+        found, rest = dict[str, str](), list[str]()
+        find = self._spelling.without_wrappers if removing else self._spelling.nearest
+        exact = 0
         for name in inside:
-            count += 1
             now = self.names[name].removeprefix(dropped)
             new = find(added + now)
-            if new is not None:
+            if new is None:
+                rest.append(name)
+            else:
                 found[name] = new
                 exact += new == now
-            elif self._is_no_weight(name, now):
-                no_weights.append(name)
-            else:
-                extra.append(name)
         beside: Collection[str] = ()
-        if dropped and count < len(self.names):
+        if dropped and len(found) + len(rest) < len(self.names):
             beside = [name for name in self.names if not self.names[name].startswith(dropped)]
-        return Reading(found, extra, beside, no_weights, dropped, added, exact)
+        return Reading(found, rest, beside, dropped, added, exact)
+
+    def no_weights(self, reading: Reading) -> list[str]:
+        """Names that are known to be no weights of a model, and that the program does not have."""
+        dropped, names = reading.dropped, self.names
+        return [n for n in reading.rest if self._is_no_weight(n, names[n].removeprefix(dropped))]
+
+    def _extra(self, reading: Reading) -> list[str]:
+        """Names that stand for nothing in the program, without those that are no weights."""
+        gone = set(self.no_weights(reading))
+        return [name for name in reading.rest if name not in gone]
 
     def _is_no_weight(self, name: str, now: str) -> bool:
         if now in _STATES or _ends_with(now, _ENDS) or is_of_training(now):
@@ -309,12 +319,9 @@ class Readings:
 
         A live module has a few of these.
         """
-        few = len(reading.extra) <= _MANY
-        return (
-            few
-            and not reading.doubles
-            and not any(self._info(name).persistent for name in reading.extra)
-        )
+        if reading.doubles or len(reading.rest) > _MANY:
+            return False
+        return not any(self._info(name).persistent for name in self._extra(reading))
 
     def _parts_of(self, name: str, given: Collection[str]) -> tuple[str, ...]:
         rules = (part_names(rule, name) for rule in self.rules.pack)
@@ -352,7 +359,11 @@ class Readings:
         groups: dict[tuple[str, ...], list[Reading]] = defaultdict(list)
         for one in fitting:
             groups[tuple(self._given_for(one))].append(one)
-        return [max(group, key=_clarity) for group in groups.values()]
+        return [max(group, key=self._clarity) for group in groups.values()]
+
+    def _clarity(self, reading: Reading) -> tuple[bool, int, int]:
+        """How well a reading says which weights are meant."""
+        return not self._extra(reading), reading.exact, len(reading.dropped)
 
     def _given_for(self, reading: Reading) -> Iterator[str]:
         """The source's names that count, in the order of the tensors that a source must have."""
@@ -383,7 +394,7 @@ class Readings:
         if reading.added:
             to = rf"{reading.added}\1"
             return f"rename to [{{'pattern': '(.*)', 'to': {to!r}}}]", f"--rename '(.*)={to}'"
-        pattern = ignoring(reading.extra, reading.found) or ".*"
+        pattern = ignoring(self._extra(reading), reading.found) or ".*"
         return f"ignore to [{pattern!r}]", f"--ignore '{pattern}'"
 
     def _wrong_shapes(self, reading: Reading) -> WeightMismatchError:
@@ -412,18 +423,18 @@ class _View:
 
 def is_of_training(name: str) -> bool:
     """Whether a trainer keeps the state of the training under this name, and no weights."""
-    top, *below = name.split(".", 2)
-    return bool(below) and (top in _AT_THE_TOP or (len(below) > 1 and below[0] in _TRAINING))
+    top, dot, below = name.partition(".")
+    if top in _AT_THE_TOP:
+        return bool(dot)
+    second, dot, _ = below.partition(".")
+    return second in _TRAINING and bool(dot)
 
 
 def _ends_with(name: str, ends: tuple[str, ...]) -> bool:
     """Whether the last parts of a name are one of these."""
-    return name.endswith(ends) and any(name == end or name.endswith(f".{end}") for end in ends)
-
-
-def _clarity(reading: Reading) -> tuple[bool, int, int]:
-    """How well a reading says which weights are meant."""
-    return not reading.extra, reading.exact, len(reading.dropped)
+    if not name.endswith(ends):
+        return False
+    return any(name == end or name.endswith(f".{end}") for end in ends)
 
 
 def _is_within(name: str, parts: Iterable[str]) -> bool:
