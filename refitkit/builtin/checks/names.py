@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from refitkit.errors import Problem
+from refitkit.protocols import MadeOf
 from refitkit.recipe.reads import reads_of
 from refitkit.recipe.sources import TensorMap
 from refitkit.recipe.strangers import WHOLE_SUBTREE, ignoring, names_under, unexpected
 from refitkit.recipe.ties import broken_ties, broken_views
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
     from refitkit.model import Leaf, TensorInfo
     from refitkit.protocols import Plan, WeightSource
@@ -82,10 +83,25 @@ class Names:
         strange = [name for name in self._names if name not in known]
         if len(strange) <= _MANY:  # a module has few buffers that no state_dict would hold
             strange = [name for name in strange if self._source.info(name).persistent]
-        others = "" if self._reads.lacking(self._names) else _to_ignore(strange, self._mine)
+        others = "" if self._reads.lacking(self._names) else self._to_ignore(strange)
         yield from unexpected(
             strange, known, "the model", self._source.info, given=self._mine, to_leave_out=others
         )
+
+    def _to_ignore(self, strange: Iterable[str]) -> str:
+        """How to leave out entries that the program does not need, by the names that were given."""
+        source, kept = self._source, set(self._mine)
+        strange = dict.fromkeys(strange)
+        while isinstance(source, MadeOf):
+            kept = {name for one in kept for name in source.made_from(one)}
+            strange = {name: None for one in strange for name in source.made_from(one)}
+            source = source.given
+        pattern = ignoring(strange, kept)
+        if pattern:
+            return (
+                f"to leave it out, set rules.ignore to [{pattern!r}], or pass --ignore '{pattern}'"
+            )
+        return "to leave entries out, set rules.ignore to patterns, or pass --ignore PATTERN"
 
     def _all_misfits(self) -> Iterator[Problem]:
         """Entries that cannot become what the program reads under their names.
@@ -132,14 +148,6 @@ class Names:
         if self._reads.of_slots.isdisjoint(self._names):
             found = f"{len(self._names)} names, none of a slot"
             yield Problem(self._source.description, "nothing to refit", found)
-
-
-def _to_ignore(strange: Collection[str], kept: Collection[str]) -> str:
-    """How to leave out entries that the program does not need."""
-    pattern = ignoring(strange, kept)
-    if not pattern:
-        return "to leave entries out, set rules.ignore to patterns, or pass --ignore PATTERN"
-    return f"to leave it out, set rules.ignore to [{pattern!r}], or pass --ignore '{pattern}'"
 
 
 def _differences(leaf: Leaf, info: TensorInfo, *, with_dtype: bool) -> Iterator[Problem]:

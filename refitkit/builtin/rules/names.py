@@ -93,6 +93,8 @@ def _how(reading: Reading) -> str:
         return f"names: took the weights under {reading.dropped!r}, where all of the program's are"
     if reading.added:
         return f"names: put {reading.added!r} before the names, as the program has them"
+    if reading.puts_wrappers:
+        return "names: put parts of wrappers into the names, as the program has them"
     return ""
 
 

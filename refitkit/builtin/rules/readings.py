@@ -133,6 +133,7 @@ class Reading:
         beside: Names outside of the subtree that is read.
         dropped: The prefix that is taken away.
         added: The prefix that is put before every name.
+        puts_wrappers: Whether parts of wrappers that only the program has are put into names.
         exact: Number of names that the program has as they are, after the prefix was taken away.
     """
 
@@ -141,6 +142,7 @@ class Reading:
     beside: Collection[str] = ()
     dropped: str = ""
     added: str = ""
+    puts_wrappers: bool = False
     exact: int = 0
 
     @cached_property
@@ -214,8 +216,9 @@ class Readings:
 
     def _others(self) -> list[Reading]:
         """All that have a name of the program under another one."""
-        found = [self._reading(self.names)] if self._spelling.has_wrappers else []
-        found += [self._reading(self.names, added=prefix) for prefix in self._addable()]
+        found = [self._reading(self.names, added=prefix) for prefix in self._addable()]
+        if self._spelling.has_wrappers:
+            found.append(self._reading(self.names))
         if not self.rules.subtree:
             subtrees = names_under(self._subtrees(), self.names)
             found += [self._reading(inside, dropped=prefix) for prefix, inside in subtrees.items()]
@@ -243,7 +246,7 @@ class Readings:
         beside: Collection[str] = ()
         if dropped and len(found) + len(rest) < len(self.names):
             beside = [name for name in self.names if not self.names[name].startswith(dropped)]
-        return Reading(found, rest, beside, dropped, added, exact)
+        return Reading(found, rest, beside, dropped, added, not removing, exact)
 
     def no_weights(self, reading: Reading) -> list[str]:
         """Names that are known to be no weights of a model, and that the program does not have."""
@@ -355,23 +358,31 @@ class Readings:
         return found
 
     def _classes(self, fitting: Iterable[Reading]) -> list[Reading]:
-        """Of readings that give every tensor the same values the one that says it best."""
-        groups: dict[tuple[str, ...], list[Reading]] = defaultdict(list)
+        """Of readings that give every tensor the same values the one that says it best.
+
+        One that leaves out names of tied weights, and is as another one otherwise, does not count:
+        whether these are one weight is to be checked.
+        """
+        groups: dict[tuple[frozenset[str], ...], list[Reading]] = defaultdict(list)
         for one in fitting:
             groups[tuple(self._given_for(one))].append(one)
-        return [max(group, key=self._clarity) for group in groups.values()]
+        return [
+            max(group, key=self._clarity)
+            for given, group in groups.items()
+            if not any(given != other and _is_part(given, other) for other in groups)
+        ]
 
     def _clarity(self, reading: Reading) -> tuple[bool, int, int]:
         """How well a reading says which weights are meant."""
         return not self._extra(reading), reading.exact, len(reading.dropped)
 
-    def _given_for(self, reading: Reading) -> Iterator[str]:
-        """The source's names that count, in the order of the tensors that a source must have."""
+    def _given_for(self, reading: Reading) -> Iterator[frozenset[str]]:
+        """The source's names for each of the tensors that a source must have."""
         given = reading.given
         for names in self.reads.demands.values():
-            here = [name for name in sorted(names) if name in given]
+            here = [name for name in names if name in given]
             parts = [part for name in names if not here for part in self._parts_of(name, given)]
-            yield "\n".join(given[name] for name in (*here, *parts))
+            yield frozenset(given[name] for name in (*here, *parts))
 
     # -- errors -----------------------------------------------------------------------------
 
@@ -435,6 +446,10 @@ def _ends_with(name: str, ends: tuple[str, ...]) -> bool:
     if not name.endswith(ends):
         return False
     return any(name == end or name.endswith(f".{end}") for end in ends)
+
+
+def _is_part(some: Iterable[frozenset[str]], others: Iterable[frozenset[str]]) -> bool:
+    return all(one <= other for one, other in zip(some, others, strict=True))
 
 
 def _is_within(name: str, parts: Iterable[str]) -> bool:
