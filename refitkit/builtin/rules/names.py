@@ -55,9 +55,9 @@ class Names:
         found = {n: reading.found.get(n, new) for n, new in kept.items() if n not in gone}
         _refuse_doubles(found)
         yield from (_left_out((name,)) for name in outside)
-        yield from _left_out_for(ignored, "which rules.ignore names")
-        yield from _left_out_for(no_weights, "which are no weights of a model")
-        yield from _left_out_for(reading.beside, f"which are not under {reading.dropped!r}")
+        yield from _left_out_for(ignored, "named by rules.ignore")
+        yield from _left_out_for(no_weights, "no weights of a model")
+        yield from _left_out_for(reading.beside, f"not under {reading.dropped!r}")
         note = _how(reading)
         for name, new in found.items():
             if new != name:
