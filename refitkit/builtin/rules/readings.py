@@ -251,7 +251,10 @@ class Readings:
     def no_weights(self, reading: Reading) -> list[str]:
         """Names that are known to be no weights of a model, and that the program does not have."""
         dropped, names = reading.dropped, self.names
-        return [n for n in reading.rest if self._is_no_weight(n, names[n].removeprefix(dropped))]
+        found = [n for n in reading.rest if self._is_no_weight(n, names[n].removeprefix(dropped))]
+        if len(found) > _MANY:
+            return found
+        return [n for n in found if self._info(n).persistent]  # others are never in the way
 
     def _extra(self, reading: Reading) -> list[str]:
         """Names that stand for nothing in the program, without those that are no weights."""

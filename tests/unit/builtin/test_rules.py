@@ -446,6 +446,11 @@ def test_names_that_look_like_those_are_unexpected(name: str, shape: tuple[int, 
         Scene().refit({**NEW, name: torch.ones(shape)})
 
 
+def test_buffers_of_a_live_module_that_no_state_dict_has_are_not_mentioned() -> None:
+    given = TensorMap({**NEW, "position_ids": torch.arange(3)}, not_persistent=["position_ids"])
+    assert Scene().refit(given) == []
+
+
 def test_a_program_that_has_such_a_name_gets_it() -> None:
     program = {**PROGRAM, "embeddings.position_ids": torch.zeros(3)}
     new = {**NEW, "embeddings.position_ids": torch.ones(3)}
