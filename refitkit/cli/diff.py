@@ -83,7 +83,10 @@ def print_diff(
     if rows:
         console.print(table(_COLUMNS, map(_cells, rows)))
     more = [("not shown", f"{count(left, 'row')} that differ: --all shows them")] if left else []
-    console.print(facts([("A", report.a), ("B", report.b), *more, ("in all", report.summary)]))
+    notes = [("note", note) for note in report.notes]
+    console.print(
+        facts([("A", report.a), ("B", report.b), *more, *notes, ("in all", report.summary)])
+    )
 
 
 def _cells(row: DiffRow) -> tuple[str, ...]:

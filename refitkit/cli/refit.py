@@ -19,7 +19,7 @@ _FLAGS = {
     "non-finite": "--no-check-finite lets them in",
     "dtype": "--cast lossless, or --cast any, casts weights of other dtypes",
     "a subtree has all names": "--subtree says which one is meant",
-    "unexpected": "--rename and --subtree say what names become",
+    "unexpected": "--rename and --subtree say what names become, --ignore what is left out",
 }
 """What a flag of this command does about a kind of problem."""
 

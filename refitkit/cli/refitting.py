@@ -76,7 +76,7 @@ _HOW = (
 
 
 def refit_options(*, in_place: bool = False) -> Callable[[Command], Command]:
-    """Give a command ``-o``, ``--plan``, ``--inputs``, ``--verify``, ``--reset-state``, ``--reread``.
+    """Give a command the options of a refit, ``-o`` to ``--reread``.
 
     It gets their values by name, as :class:`RefitWish` takes them.
 

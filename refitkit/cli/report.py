@@ -69,6 +69,9 @@ def through(report: RefitReport) -> list[str]:
 def _made(transform: str, rows: list[TransformRow]) -> str:
     entries = sum(len(row.gives) for row in rows)
     text = f"{count(entries, 'weight')} by {transform}"
+    left = sum(len(row.takes) for row in rows if not row.gives)
+    if left:
+        text += f", {left} left out"
     worst = max(
         (measure for row in rows for measure in row.measures),
         key=lambda measure: measure.max_abs_error / (measure.limit or 1),

@@ -53,6 +53,17 @@ def _set_rule(ctx: click.Context, param: click.Parameter, value: Any) -> None:
         _settings(ctx).rules[str(param.name)] = value
 
 
+def _set_patterns(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> None:
+    """Note a rule of regular expressions."""
+    for text in given:
+        try:
+            re.compile(text)
+        except re.error as exc:
+            message = f"{text!r} cannot be used: it is no regular expression: {exc}."
+            raise click.BadParameter(message, ctx, param) from exc
+    _set_rule(ctx, param, list(given) or None)
+
+
 def _fields_of_rename(text: str) -> dict[str, Any] | None:
     pattern, equals, to = text.rpartition("=")  # patterns may have (?=...)
     return {"pattern": pattern, "to": to} if equals and pattern else None
@@ -133,6 +144,14 @@ _RULES = (
         metavar="PREFIX",
         callback=_set_rule,
         help="Use only weights whose names begin so, without it.",
+    ),
+    acting_option(
+        "--ignore",
+        metavar="PATTERN",
+        multiple=True,
+        callback=_set_patterns,
+        help=r"Leave out weights whose whole names match: 'lm_head\..*'. Can be given several "
+        "times.",
     ),
     _rules_option(
         "--rename",

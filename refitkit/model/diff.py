@@ -40,7 +40,7 @@ class DiffRow(Frozen):
         largest: Largest absolute difference of two elements; None likewise.
         share: Share of elements of which any bit differs; of other dtypes, after both are
             converted to a wider one. None likewise.
-        note: Why it is not usable.
+        note: Why it is not usable, or the name under which A or B has the same tied weight.
     """
 
     name: str
@@ -63,11 +63,13 @@ class DiffReport(Frozen):
         b: What B is, in words.
         rows: One for each name in either: first those that cannot be subtracted, then by relative
             change, the largest first, then those that are the same.
+        notes: How the names of A and B were read, where that was not as they are.
     """
 
     a: str
     b: str
     rows: tuple[DiffRow, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def differs(self) -> bool:

@@ -163,6 +163,7 @@ class TransformRow(Frozen):
         gives: FQNs that were made of them.
         measures: How far what was made is from what was taken; empty where it was not read, or
             the transform tells nothing.
+        note: What the transform says of it; also among the notes of the report.
     """
 
     transform: str
@@ -170,6 +171,7 @@ class TransformRow(Frozen):
     takes: tuple[str, ...] = ()
     gives: tuple[str, ...] = ()
     measures: tuple[OutputMeasure, ...] = ()
+    note: str = ""
 
 
 class RefitReport(Frozen):

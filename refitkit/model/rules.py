@@ -14,10 +14,13 @@ WRAPPERS = (
     "model",
     "_orig_mod",
     "_fsdp_wrapped_module",
+    "_fpw_module",
     "_checkpoint_wrapped_module",
+    "_forward_module",
 )
 """Parts of names that wrappers put there: DataParallel, Lightning and transformers, modules that
-``torch.compile`` made, fully sharded ones, and those that compute again in the backward pass."""
+``torch.compile`` made, fully sharded ones (of torch, and of older versions and fairscale), those
+that compute again in the backward pass, and Lightning Fabric's."""
 
 
 def _pattern(text: str) -> str:
@@ -74,14 +77,22 @@ class Pack(Frozen):
 
 
 class Rules(Frozen):
-    """What is done to weights before they are held against what a program reads.
+    r"""What is done to weights before they are held against what a program reads.
 
     Nothing is done to an entry that the program reads as it is. What was done is in the report.
 
+    Where these rules leave names that do not fit, and exactly one prefix to drop or add makes all
+    names of the program fit, with their shapes, that is done without a rule and reported; never in
+    a refit in part. Where several do, the error lists a rule for each.
+
     Attributes:
         subtree: Only names that begin with this count, without it; others are left out.
+        ignore: Regular expressions for entries to leave out, such as ``lm_head\..*``: they match
+            a whole name, with or without the subtree. A few entries that are no weights of any
+            model, such as ``n_averaged`` and the state of optimizers, are always left out if the
+            program does not have them.
         wrappers: Parts that are taken out of a name that the program does not have, if it has the
-            name without them.
+            name without some of them.
         rename: Rules of which the first that matches is followed.
         pack: Weights that the program has in one piece.
         cast: Whether an entry of another dtype than the program's is cast to it. ``no``: it is an
@@ -90,6 +101,7 @@ class Rules(Frozen):
     """
 
     subtree: str = ""
+    ignore: tuple[Pattern, ...] = ()
     wrappers: tuple[str, ...] = WRAPPERS
     rename: tuple[Rename, ...] = ()
     pack: tuple[Pack, ...] = ()

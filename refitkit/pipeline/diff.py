@@ -6,7 +6,7 @@ is in memory at a time, but for what a source or the replay of recipes keeps.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -14,23 +14,39 @@ from refitkit.errors import Problem, SourceError, raised_as
 from refitkit.model import DiffReport, DiffRow
 from refitkit.program.distance import Distance, chunks, distance, is_whole
 from refitkit.program.dtypes import dtype_of
+from refitkit.recipe.ties import name_in, twins_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from refitkit.model import TensorInfo
     from refitkit.protocols import WeightSource
 
+_Entry: TypeAlias = "tuple[WeightSource, str]"
+"""A source, and the name of an entry in it."""
 
-def compared(a: WeightSource, b: WeightSource) -> DiffReport:
+
+def compared(a: WeightSource, b: WeightSource, ties: Iterable[tuple[str, ...]] = ()) -> DiffReport:
     """What two sources differ in, name by name.
+
+    Of tied weights a source may have all names or one: a name that only one source has is compared
+    with a name of the other one that is the same tensor.
+
+    Args:
+        a: A source.
+        b: Another one.
+        ties: Names that are known to be one tensor, beside those that the sources show.
 
     Raises:
         SourceError: Entries cannot be read, or are not what the source said; lists all of them.
     """
     names, problems, rows = dict.fromkeys([*a.names(), *b.names()]), list[Problem](), []
+    alike = len(names) == len(a.names()) == len(b.names())
+    twins = {} if alike else twins_of((a, b), ties)
     for name in names:
         try:
             with raised_as(SourceError, f"{name!r} cannot be read"):
-                rows.append(_row(name, a, b))
+                rows.append(_row(name, a, b, twins))
         except SourceError as exc:
             problems += exc.problems or [Problem(name, "cannot be read", exc.message)]
     if problems:
@@ -45,31 +61,39 @@ def _place(row: DiffRow) -> tuple[int, float, float, str]:
     return rank, -(row.relative or 0.0), -(row.largest or 0.0), row.name
 
 
-def _row(name: str, a: WeightSource, b: WeightSource) -> DiffRow:
-    if name not in b.names():
+def _row(
+    name: str, a: WeightSource, b: WeightSource, twins: Mapping[str, tuple[str, ...]]
+) -> DiffRow:
+    in_a, in_b = name_in(a.names(), name, twins), name_in(b.names(), name, twins)
+    if in_b is None:
         return _described(name, "only in A", a.info(name))
-    if name not in a.names():
+    if in_a is None:
         return _described(name, "only in B", b.info(name))
-    one, other = a.info(name), b.info(name)
+    row = _of_both(name, (a, in_a), (b, in_b))
+    tied = [f"{which} has it as {n!r}" for which, n in (("A", in_a), ("B", in_b)) if n != name]
+    return row.model_copy(update={"note": "; ".join(filter(None, (*tied, row.note)))})
+
+
+def _of_both(name: str, a: _Entry, b: _Entry) -> DiffRow:
+    one, other = (source.info(there) for source, there in (a, b))
     unusable = [f"{which}: {i.unusable}" for which, i in (("A", one), ("B", other)) if i.unusable]
     if unusable:
         return _described(name, "not usable", one, other, note="; ".join(unusable))
     if one.shape != other.shape:
         return _described(name, "other shape", one, other)
-    return _subtracted(name, a, b)
+    return _subtracted(name, a, b, one, other)
 
 
-def _subtracted(name: str, a: WeightSource, b: WeightSource) -> DiffRow:
+def _subtracted(name: str, a: _Entry, b: _Entry, one: TensorInfo, other: TensorInfo) -> DiffRow:
     """A row of two tensors of one shape."""
-    one, other = a.info(name), b.info(name)
     if one.dtype == other.dtype:
-        found = distance(_read(a, name, one), _read(b, name, other))
+        found = distance(_read(*a, one), _read(*b, other))
         state = "changed" if found.differing else "same"
         return _measured(_described(name, state, one), found)
     row, wider = _described(name, "other dtype", one, other), _wider(one, other)
     if wider is None:
         return row
-    pieces = chunks(_read(a, name, one), _read(b, name, other))
+    pieces = chunks(_read(*a, one), _read(*b, other))
     parts = (distance(x.to(wider), y.to(wider)) for x, y in pieces)
     return _measured(row, sum(parts, start=Distance()))
 

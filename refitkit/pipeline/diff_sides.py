@@ -24,7 +24,7 @@ from refitkit.pipeline.diff import compared
 from refitkit.pipeline.load import open_weights, require_unchanged
 from refitkit.pipeline.mapping import map_slots, require_all
 from refitkit.pipeline.slot_tensors import SlotTensors, given_by, held_by
-from refitkit.pipeline.transform import transformed
+from refitkit.pipeline.transform import Transformed, transformed
 from refitkit.protocols import WeightSource
 
 if TYPE_CHECKING:
@@ -115,7 +115,10 @@ class Differ:
         with ExitStack() as held:
             for module in modules.values():
                 held.enter_context(module.gate.refit())
-            return compared(*self._sources(a, b))
+            ties = () if self.plan is None else self.plan.data.ties
+            sources = self._sources(a, b)
+            notes = dict.fromkeys(note for one in sources for note in _notes_of(one))
+            return compared(*sources, ties).model_copy(update={"notes": tuple(notes)})
 
     def _sources(self, a: Side, b: Side) -> tuple[WeightSource, WeightSource]:
         if isinstance(a, CompiledModule):
@@ -157,7 +160,16 @@ class Differ:
         check_weights(self.host, plan, opened, source, partial=False, config=config)
         with raised_as(SourceError, f"{source.description} cannot be read"):
             require_all(mapping, source)
-        return given_by(source.description, compiled, mapping.values.values())
+        return given_by(
+            source.description, compiled, mapping.values.values(), notes=_notes_of(source)
+        )
+
+
+def _notes_of(source: WeightSource) -> tuple[str, ...]:
+    """How the names of a source were read, where that was not as they are."""
+    if isinstance(source, SlotTensors):
+        return source.notes
+    return source.notes() if isinstance(source, Transformed) else ()
 
 
 def _require_alike(a: CompiledModule, b: CompiledModule) -> None:

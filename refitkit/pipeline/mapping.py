@@ -20,6 +20,7 @@ from refitkit.pipeline.reach import require_reached_by
 from refitkit.pipeline.tools import tools_for
 from refitkit.protocols import Mapped, MapRequest, SupportsPartial
 from refitkit.recipe.plan import RefitPlan
+from refitkit.recipe.reads import reads_of
 from refitkit.recipe.state import state_slots
 from refitkit.recipe.values import STRATEGY
 
@@ -343,9 +344,10 @@ def _require_known(mapping: Mapping, source: WeightSource, unknown: list[LedgerR
     reached = {name for value in mapping.values.values() for name in value.sources}
     unchanged = [row for row in mapping.plan.data.ledger if row.slot.key in mapping.unchanged]
     reached.update(name for row in unchanged for name in row.sources)
+    reads = reads_of(mapping.plan)
+    reached = reads.names_of(reached)
     whole = any(not value.sources for value in mapping.values.values())
-    used = {leaf.fqn for leaf in mapping.plan.data.leaves if leaf.used}
-    lost = [] if whole else [name for name in source.names() if name in used - reached]
+    lost = [] if whole else [name for name in source.names() if name in reads.used - reached]
     if lost or not (mapping.values or unchanged):
         problems = [Problem(name, "no written slot comes from it") for name in lost]
         problems += [

@@ -144,6 +144,7 @@ class Outcome:
 
     def _notes(self) -> tuple[str, ...]:
         notes = [UNCHANGED] if self.changed is False else []
+        notes += dict.fromkeys(row.note for row in self.transforms if row.note)
         notes += self.changes.notes
         notes += self._state_notes()
         if self.left_out:

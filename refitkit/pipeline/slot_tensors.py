@@ -26,10 +26,16 @@ class SlotTensors:
 
     Attributes:
         description: What they are, in words.
+        notes: How the names of the weights that they come from were read.
     """
 
     def __init__(
-        self, description: str, tensors: Iterable[tuple[Slot, Load]], *, engines: int
+        self,
+        description: str,
+        tensors: Iterable[tuple[Slot, Load]],
+        *,
+        engines: int,
+        notes: tuple[str, ...] = (),
     ) -> None:
         """Read nothing yet.
 
@@ -37,8 +43,9 @@ class SlotTensors:
             description: What they are, in words.
             tensors: Slots, each with what loads its tensor.
             engines: Number of engines of the module: of several, names begin with the engine's.
+            notes: How the names of the weights that they come from were read.
         """
-        self.description = description
+        self.description, self.notes = description, notes
         self._tensors: Mapping[str, tuple[Slot, Load]] = {
             slot.name if engines == 1 else f"{slot.engine}/{slot.name}": (slot, load)
             for slot, load in tensors
@@ -90,11 +97,15 @@ def held_by(compiled: CompiledModule, slots: Iterable[Slot]) -> SlotTensors:
 
 
 def given_by(
-    description: str, compiled: CompiledModule, values: Iterable[SlotValue]
+    description: str,
+    compiled: CompiledModule,
+    values: Iterable[SlotValue],
+    *,
+    notes: tuple[str, ...] = (),
 ) -> SlotTensors:
     """What slots of a module would get. A plan may know shapes that the engine does not."""
     loads = [(compiled.engines[v.slot.engine].slots[v.slot.name], v.load) for v in values]
-    return SlotTensors(description, loads, engines=len(compiled.engines))
+    return SlotTensors(description, loads, engines=len(compiled.engines), notes=notes)
 
 
 def _shape(slot: Slot) -> tuple[int, ...]:

@@ -139,9 +139,16 @@ class Transformed:
                 takes=offer.group.takes,
                 gives=tuple(offer.group.gives),
                 measures=self._measured[offer].measures if offer in self._measured else (),
+                note=offer.group.note,
             )
             for offer in self.offers
         )
+
+    def notes(self) -> tuple[str, ...]:
+        """What transforms say of their groups, each text once, those before it first."""
+        before = self.given.notes() if isinstance(self.given, Transformed) else ()
+        here = (offer.group.note for offer in self.offers)
+        return tuple(dict.fromkeys(note for note in (*before, *here) if note))
 
 
 def transformed(

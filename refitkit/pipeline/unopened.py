@@ -55,6 +55,11 @@ ENGINE = Kind(
     "Save the compiled module to a path that does not end in '.engine', and load that.",
     "The weights in it cannot be read: pass those that it was built from.",
 )
+GGUF = Kind(
+    "a GGUF file, with names and formats of llama.cpp",
+    "Compile the model that it was converted from.",
+    "Pass the checkpoint that it was converted from: a .safetensors or torch.save file.",
+)
 PLAN = Kind(
     "a plan, not a compiled module",
     "Pass it beside the module: plan=refitkit.RefitPlan.load(path), or --plan.",
@@ -90,6 +95,7 @@ _OBJECTS: tuple[tuple[type, Kind], ...] = (
 _MAGIC: tuple[tuple[bytes, Kind], ...] = (
     (b"ftrt", ENGINE),  # of TensorRT
     (b"vtrt", ENGINE),  # of TensorRT-RTX
+    (b"GGUF", GGUF),
     (b"\x80\x02", TORCH_SAVE),  # a bare pickle, as before torch 1.6
 )
 

@@ -9,8 +9,8 @@ What an engine may or may not be able to do is a protocol of its own: :class:`Su
 :class:`SupportsOverwrite`, :class:`SupportsWarming`, :class:`HoldsPrevious`. So it is with what is
 staged (:class:`ShowsStaged`, :class:`ShowsMemory`), with opened modules (:class:`Offline`,
 :class:`LowersPrecision`, :class:`ProbesFromState`) and sources (:class:`GivesPieces`,
-:class:`HoldsProgram`, :class:`KeepsMade`, :class:`KnowsRevisions`, :class:`LeavesOut`,
-:class:`MadeOf`, :class:`MayChange`, :class:`SupportsReread`).
+:class:`HoldsProgram`, :class:`KeepsMade`, :class:`KnowsRevisions`, :class:`KnowsTies`,
+:class:`LeavesOut`, :class:`MadeOf`, :class:`MayChange`, :class:`SupportsReread`).
 
 Between a source and the names that a program reads stand :class:`WeightTransform` objects.
 """
@@ -46,6 +46,7 @@ from refitkit.protocols.sources import (
     HoldsProgram,
     KeepsMade,
     KnowsRevisions,
+    KnowsTies,
     LeavesOut,
     MadeOf,
     MayChange,
@@ -68,6 +69,7 @@ __all__ = [
     "KeepsMade",
     "KnowsPlanKey",
     "KnowsRevisions",
+    "KnowsTies",
     "LeavesOut",
     "LowersPrecision",
     "Made",

@@ -148,6 +148,17 @@ class LeavesOut(Protocol):
 
 
 @runtime_checkable
+class KnowsTies(Protocol):
+    """A source that can see which of its names are one tensor: tied weights."""
+
+    def ties(self) -> Collection[tuple[str, ...]]:
+        """Classes of two and more names that are one tensor, without reading data.
+
+        Names that are not in a class may be tied all the same, where nothing shows it.
+        """
+
+
+@runtime_checkable
 class HoldsProgram(Protocol):
     """A source whose weights are those of a program, which is at hand."""
 

@@ -59,12 +59,15 @@ class WeightGroup:
         formula: What stands for ``make`` in this process: groups of one plugin with equal formulas
             make equal bits of equal entries, so that a refit with ``delta`` need not read what has
             a revision (see :class:`KnowsRevisions`). None: only reading tells.
+        note: What users should know of it, for the notes of the report; the same text is shown
+            once, however many groups have it.
     """
 
     takes: tuple[str, ...]
     gives: Mapping[str, TensorInfo]
     make: Callable[[], Made]
     formula: Hashable | None = None
+    note: str = ""
 
 
 @runtime_checkable

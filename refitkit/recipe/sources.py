@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -190,6 +190,16 @@ class TensorMap:
                 and value.untyped_storage().nbytes() >= value.nbytes
             ):
                 yield name
+
+    def ties(self) -> Collection[tuple[str, ...]]:
+        """Names that share all of their memory; see ``refitkit.protocols.KnowsTies``."""
+        classes: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+        for name in self._names:
+            value = self._tensors[name]
+            if type(value) in _PLAIN and not unusable_reason(value) and value.data_ptr():
+                place = value.device, value.data_ptr()
+                classes[(*place, value.dtype, value.shape, value.stride())].append(name)
+        return [tuple(names) for names in classes.values() if len(names) > 1]
 
     def get(self, fqn: str) -> torch.Tensor:
         """The tensor itself, without its gradient history; all of a distributed one."""

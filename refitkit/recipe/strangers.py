@@ -2,73 +2,135 @@
 
 from __future__ import annotations
 
+import re
 from difflib import get_close_matches
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from refitkit.errors import Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
     from refitkit.model import TensorInfo
 
+WHOLE_SUBTREE = "a subtree has all names"
+"""Kind of problem: the whole model lies under a prefix."""
+
 _SUGGESTIONS = 10
+_LISTED = 10_000
+"""So many unexpected names are listed one by one: a file may have millions."""
+_PATTERNS = 8
+_NUMBER = re.compile(r"(?<=\\.)\d+(?=\\.)")
 
 
 def unexpected(
-    strange: Mapping[str, TensorInfo],
+    strange: Collection[str],
     known: Collection[str],
     whose: str,
+    describe: Callable[[str], TensorInfo],
     where: str = "",
     *,
     given: Collection[str] = (),
+    to_leave_out: str = "",
 ) -> Iterator[Problem]:
     """One problem for each name, with a prefix to take away or add, or a name much like it.
 
+    Of millions of names the first are listed, and one problem counts all others.
+
     Args:
-        strange: What was found under names that are not known.
+        strange: Names that were found and are not known.
         known: Names that there could be.
         whose: Whose names those are, for messages: ``the model``.
+        describe: Returns the header of an entry.
         where: Where the names were found, if that has to be said.
         given: All names that were found: what is not among them is more likely meant.
+        to_leave_out: What to do to leave all of them out; empty where that is not the answer.
     """
     if not strange:
         return  # as nearly always: the rest looks at every name
-    prefix, lacking = _common_prefix(list(strange), known), _lacking_prefix(list(strange), known)
+    prefix, lacking = _common_prefix(strange, known), _lacking_prefix(strange, known)
     there = set(given)
     meant = [name for name in known if name not in there]
-    for number, (name, info) in enumerate(strange.items()):
+    for number, name in enumerate(islice(strange, _LISTED)):
         hint = f"{whose} has no such name"
-        if prefix:
+        if to_leave_out:
+            hint += f"; {to_leave_out}"
+        elif prefix:
             hint = f"{whose}'s names have no prefix {prefix!r}: take it away"
         elif lacking:
             hint = f"{whose}'s names have the prefix {lacking!r}: put it before them"
         elif number < _SUGGESTIONS:  # each compares with every name that is known
             near = _nearest(name, meant) or _nearest(name, known)
             hint = f"did you mean {near[0]!r}?" if near else hint
-        found = f"{info.dtype} {info.shape}"
+        info = describe(name)
+        found = info.unusable or f"{info.dtype} {info.shape}"
         yield Problem(name, "unexpected", f"{found} in {where}" if where else found, hint=hint)
+    if len(strange) > _LISTED:
+        hint = to_leave_out or f"{whose} has none of them"
+        yield Problem(f"{len(strange) - _LISTED} more names", "unexpected", where, hint=hint)
+
+
+def ignoring(strange: Iterable[str], kept: Collection[str]) -> str:
+    """A regular expression that matches some names and no others, as short as it can be found.
+
+    Args:
+        strange: Names that it matches, each as a whole.
+        kept: Names that it must not match.
+
+    Returns:
+        It; empty where it would be long.
+    """
+    inside = {name[:end] for name in kept for end in _dots(name)}
+    found: dict[str, None] = {}
+    for name in strange:
+        ends = (end for end in _dots(name) if name[:end] not in inside)
+        end = next(ends, None)
+        pattern = re.escape(name) if end is None else re.escape(name[:end]) + ".*"
+        several = _NUMBER.sub(r"\\d+", pattern)
+        if pattern in found or several in found:
+            continue
+        if not any(re.fullmatch(several, one) for one in kept):
+            pattern = several
+        found[pattern] = None
+        if len(found) > _PATTERNS:
+            return ""
+    return "|".join(found)
+
+
+def names_under(prefixes: Collection[str], names: Iterable[str]) -> dict[str, list[str]]:
+    """Names by the prefix that they begin with; each prefix ends with a dot."""
+    found: dict[str, list[str]] = {prefix: [] for prefix in sorted(prefixes)}
+    for name in names if found else ():
+        for end in _dots(name):
+            if name[:end] in found:
+                found[name[:end]].append(name)
+    return found
+
+
+def _dots(name: str) -> Iterator[int]:
+    """Lengths of all beginnings of a name that end with a dot, the shortest first."""
+    end = name.find(".") + 1
+    while end:
+        yield end
+        end = name.find(".", end) + 1
 
 
 def _nearest(name: str, names: Collection[str]) -> list[str]:
     return get_close_matches(name, names, n=1, cutoff=0.8)
 
 
-def _common_prefix(names: list[str], known: Collection[str]) -> str:
+def _common_prefix(names: Collection[str], known: Collection[str]) -> str:
     """A prefix such as ``module.`` without which all of these names are known; empty if none."""
-    if not names:
-        return ""
-    first = names[0]
-    parts = [first[: i + 1] for i, letter in enumerate(first) if letter == "."]
-    for prefix in parts:
+    first = next(iter(names))
+    for prefix in (first[:end] for end in _dots(first)):
         if all(n.startswith(prefix) and n.removeprefix(prefix) in known for n in names):
             return prefix
     return ""
 
 
-def _lacking_prefix(names: list[str], known: Collection[str]) -> str:
+def _lacking_prefix(names: Collection[str], known: Collection[str]) -> str:
     """A prefix such as ``model.`` with which all of these names are known; empty if none."""
-    if not names:
-        return ""
-    prefixes = [one.removesuffix(names[0]) for one in known if one.endswith(f".{names[0]}")]
+    first = next(iter(names))
+    prefixes = [one.removesuffix(first) for one in known if one.endswith(f".{first}")]
     return next((one for one in prefixes if all(one + name in known for name in names)), "")

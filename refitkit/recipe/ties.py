@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from refitkit.errors import Problem
 from refitkit.program.bits import same_bits
 from refitkit.program.views import derived_value
+from refitkit.protocols import KnowsTies
 from refitkit.recipe.once import once_for_each
 
 if TYPE_CHECKING:
@@ -24,6 +25,30 @@ def kept_leaves(plan: Plan) -> Mapping[str, Leaf]:
     weights = {leaf.fqn for leaf in plan.data.leaves if leaf.persistent}
     tied = {name for tie in plan.data.ties if not weights.isdisjoint(tie) for name in tie}
     return {leaf.fqn: leaf for leaf in plan.data.leaves if leaf.kept and leaf.fqn not in tied}
+
+
+def twins_of(
+    sources: Iterable[WeightSource], more: Iterable[Iterable[str]] = ()
+) -> dict[str, tuple[str, ...]]:
+    """All names of the tensor of each name, as far as one of some sources shows it.
+
+    Args:
+        sources: Sources of one model.
+        more: Classes of names that are known to be one tensor.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    known = (tie for one in sources if isinstance(one, KnowsTies) for tie in one.ties())
+    for tie in (*more, *known):
+        names = dict.fromkeys(twin for name in tie for twin in found.get(name, (name,)))
+        found |= dict.fromkeys(names, tuple(names))
+    return found
+
+
+def name_in(names: Collection[str], name: str, twins: Mapping[str, tuple[str, ...]]) -> str | None:
+    """The name under which some names have a tensor: its own, or one that it is tied to."""
+    if name in names:
+        return name
+    return next((twin for twin in twins.get(name, ()) if twin in names), None)
 
 
 def broken_ties(
@@ -47,7 +72,7 @@ def broken_ties(
                     other,
                     "tie broken",
                     f"values other than those of {present[0]!r}",
-                    "the same: the engine has one weight for both names",
+                    "the same: the model has one weight for both names",
                 )
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from refitkit.builtin.checks.reads import reads_of
 from refitkit.model import CallRef
 from refitkit.program.finite import all_finite, finite, not_finite, spoilt
 from refitkit.protocols import GivesPieces, SupportsReadback
+from refitkit.recipe.reads import reads_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from refitkit.builtin.checks.reads import reads_of
 from refitkit.errors import Problem
+from refitkit.protocols import MadeOf
+from refitkit.recipe.reads import reads_of
 from refitkit.recipe.sources import TensorMap
-from refitkit.recipe.strangers import unexpected
+from refitkit.recipe.strangers import WHOLE_SUBTREE, ignoring, names_under, unexpected
 from refitkit.recipe.ties import broken_ties, broken_views
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 _SHOWN = 3
-_INSIDE = "a subtree has all names"
+_MANY = 1000
 
 
 class Names:
@@ -28,6 +29,9 @@ class Names:
         """Look at every name of the source once, at headers only."""
         self._reads, self._source = reads_of(plan), source
         self._names = source.names()
+        known = self._reads.known
+        whole = known.issuperset(self._names)  # as nearly always
+        self._mine = self._names if whole else [name for name in self._names if name in known]
         self._infos = {name: source.info(name) for name in self._doubtful()}
         self._misfits = list(self._all_misfits())
         self._bad = {p.subject for p in self._misfits}
@@ -54,8 +58,8 @@ class Names:
     def _doubtful(self) -> Iterable[str]:
         """Names that need a closer look; all others are just what the program has."""
         if isinstance(self._source, TensorMap):
-            return self._source.doubtful(self._names, self._reads.wanted)
-        return self._names
+            return self._source.doubtful(self._mine, self._reads.wanted)
+        return self._mine
 
     def _subtrees(self) -> list[Problem]:
         """Prefixes of whole models, where the source has no name that the program has."""
@@ -64,16 +68,40 @@ class Names:
         first = next(iter(self._reads.lacking(self._names)), "")
         ends = tuple(f".{name}" for name in self._reads.names_of([first]) if name)
         inside = {n.removesuffix(e) + "." for n in self._names for e in ends if n.endswith(e)}
+        if len(inside) > _MANY:
+            return []
         return [
-            Problem(repr(prefix), _INSIDE, hint=f"set rules.subtree to {prefix!r}")
-            for prefix in sorted(inside)
-            if not self._reads.lacking(_without(prefix, self._names))
+            Problem(repr(prefix), WHOLE_SUBTREE, hint=f"set rules.subtree to {prefix!r}")
+            for prefix, names in names_under(inside, self._names).items()
+            if not self._reads.lacking([name.removeprefix(prefix) for name in names])
         ]
 
     def _unexpected(self) -> Iterator[Problem]:
         known = self._reads.known
-        strange = {n: i for n, i in self._infos.items() if n not in known and i.persistent}
-        yield from unexpected(strange, known, "the model", given=self._names)
+        if len(self._mine) == len(self._names):
+            return
+        strange = [name for name in self._names if name not in known]
+        if len(strange) <= _MANY:  # a module has few buffers that no state_dict would hold
+            strange = [name for name in strange if self._source.info(name).persistent]
+        others = "" if self._reads.lacking(self._names) else self._to_ignore(strange)
+        yield from unexpected(
+            strange, known, "the model", self._source.info, given=self._mine, to_leave_out=others
+        )
+
+    def _to_ignore(self, strange: Iterable[str]) -> str:
+        """How to leave out entries that the program does not need, by the names that were given."""
+        source, kept = self._source, set(self._mine)
+        strange = dict.fromkeys(strange)
+        while isinstance(source, MadeOf):
+            kept = {name for one in kept for name in source.made_from(one)}
+            strange = {name: None for one in strange for name in source.made_from(one)}
+            source = source.given
+        pattern = ignoring(strange, kept)
+        if pattern:
+            return (
+                f"to leave it out, set rules.ignore to [{pattern!r}], or pass --ignore '{pattern}'"
+            )
+        return "to leave entries out, set rules.ignore to patterns, or pass --ignore PATTERN"
 
     def _all_misfits(self) -> Iterator[Problem]:
         """Entries that cannot become what the program reads under their names.
@@ -120,10 +148,6 @@ class Names:
         if self._reads.of_slots.isdisjoint(self._names):
             found = f"{len(self._names)} names, none of a slot"
             yield Problem(self._source.description, "nothing to refit", found)
-
-
-def _without(prefix: str, names: Iterable[str]) -> list[str]:
-    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
 
 def _differences(leaf: Leaf, info: TensorInfo, *, with_dtype: bool) -> Iterator[Problem]:

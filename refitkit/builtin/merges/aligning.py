@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from refitkit.errors import Problem, SourceError
 from refitkit.recipe.sources import describe_tensor
 from refitkit.recipe.strangers import unexpected
+from refitkit.recipe.ties import broken_ties, name_in, twins_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     import torch
 
@@ -31,12 +32,44 @@ def all_misfits(parts: Mapping[int, WeightSource]) -> list[Problem]:
         parts: Sources, by the number that they have for users.
     """
     (number, first), *others = parts.items()
-    wanted = infos_of(first)
-    return [
+    wanted, found = infos_of(first), {other: infos_of(part) for other, part in others}
+    twins = twins_where_needed(parts.values(), [wanted, *found.values()])
+    problems = [
         problem
         for other, part in others
-        for problem in misfits(wanted, infos_of(part), f"part {number}", place_of(other, part))
+        for problem in misfits(wanted, found[other], f"part {number}", place_of(other, part), twins)
     ]
+    return problems or [
+        problem for part in parts.values() for problem in broken(set(twins.values()), part)
+    ]
+
+
+def twins_where_needed(
+    parts: Iterable[WeightSource], infos: Sequence[Infos], more: Iterable[tuple[str, ...]] = ()
+) -> dict[str, tuple[str, ...]]:
+    """Names of one tensor, where a part lacks one of them and another part shows that it is tied.
+
+    Args:
+        parts: Sources of one model.
+        infos: Headers of all of them, and of others.
+        more: Further classes of names that are known to be one tensor.
+    """
+    first, *others = infos
+    if all(first.keys() == other.keys() for other in others):  # as nearly always
+        return {}
+    twins = twins_of(parts, more)
+    return {
+        name: tie
+        for name, tie in twins.items()
+        if any(not other.keys() >= {*tie} for other in infos)
+    }
+
+
+def broken(ties: Iterable[tuple[str, ...]], part: WeightSource) -> Iterator[Problem]:
+    """Names that are one tensor elsewhere, and that this part has several tensors for."""
+    mine = {name for tie in ties for name in tie if name in part.names()}
+    usable = {name for name in mine if not part.info(name).unusable}
+    yield from broken_ties(ties, usable, part)
 
 
 def place_of(number: int, part: WeightSource) -> str:
@@ -45,7 +78,11 @@ def place_of(number: int, part: WeightSource) -> str:
 
 
 def misfits(
-    first: Infos, other: Mapping[str, TensorInfo], whose: str, where: str
+    first: Infos,
+    other: Mapping[str, TensorInfo],
+    whose: str,
+    where: str,
+    twins: Mapping[str, tuple[str, ...]],
 ) -> Iterator[Problem]:
     """Everything in which one source is not like the first.
 
@@ -57,13 +94,18 @@ def misfits(
         other: What is there.
         whose: What the first is, and
         where: what the other is, for messages.
+        twins: Names of one tensor: it is enough to have it under one of them.
     """
-    more = {n: info for n, info in other.items() if n not in first and info.persistent}
-    yield from unexpected(more, first.keys(), whose, where, given=other)
+    more = {
+        name: info
+        for name, info in other.items()
+        if name_in(first, name, twins) is None and info.persistent
+    }
+    yield from unexpected(more, first.keys(), whose, more.__getitem__, where, given=other)
     for name, wanted in first.items():
-        found = other.get(name)
-        if found is not None:
-            yield from _differences(name, found, wanted, where)
+        here = name_in(other, name, twins)
+        if here is not None:
+            yield from _differences(here, other[here], wanted, where)
         elif wanted.persistent:
             yield Problem(name, "missing", f"nothing in {where}", f"{wanted.dtype} {wanted.shape}")
 

@@ -11,14 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from refitkit.builtin.merges.aligning import Infos, infos_of, misfits, read_as
+from refitkit.builtin.merges.aligning import (
+    Infos,
+    broken,
+    infos_of,
+    misfits,
+    read_as,
+    twins_where_needed,
+)
 from refitkit.builtin.merges.arithmetic import is_summed, narrowed, widened
 from refitkit.builtin.merges.descriptions import Merge
 from refitkit.builtin.merges.keeping import Made
 from refitkit.errors import ConfigError, Problem, SourceError, WeightMismatchError
 from refitkit.program.dtypes import dtype_name, dtype_of
-from refitkit.protocols import WeightSource
+from refitkit.protocols import KnowsTies, WeightSource
 from refitkit.recipe import TensorMap
+from refitkit.recipe.ties import name_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable
@@ -57,6 +65,7 @@ class Ema(Merge):
         self._decay = _checked(decay)
         source = _source(start)
         self._infos = infos_of(source)
+        self._ties = tuple(source.ties()) if isinstance(source, KnowsTies) else ()
         odd = _unusable(self._infos)
         if odd:
             raise SourceError(f"{source.description} cannot be averaged.", problems=odd)
@@ -84,19 +93,26 @@ class Ema(Merge):
         """
         source = _source(weights)
         infos = infos_of(source)
-        wanted = {name: infos[name] for name in self._infos if name in infos}
-        problems = list(misfits(self._infos, infos, "the average", source.description))
-        problems += _unusable(wanted)
+        twins = twins_where_needed([source], [self._infos, infos], self._ties)
+        called = {name: name_in(infos, name, twins) for name in self._infos}
+        here = {name: there for name, there in called.items() if there is not None}
+        problems = list(misfits(self._infos, infos, "the average", source.description, twins))
+        problems += _unusable({there: infos[there] for there in here.values()})
+        problems += [] if problems else broken(set(twins.values()), source)
         if problems:
             what = f"{source.description} is no update of this average; nothing was updated."
             raise WeightMismatchError(what, problems=problems)
         with self._updating:
             old = self._state
-            new = {name: self._updated(old.shadows[name], source, name) for name in wanted}
+            new = {
+                name: self._updated(old.shadows[name], source, there, self._infos[name])
+                for name, there in here.items()
+            }
             self._state = _State({**old.shadows, **new}, old.updates + 1)
 
-    def _updated(self, shadow: torch.Tensor, source: WeightSource, name: str) -> torch.Tensor:
-        info = self._infos[name]
+    def _updated(
+        self, shadow: torch.Tensor, source: WeightSource, name: str, info: TensorInfo
+    ) -> torch.Tensor:
         value = read_as(info, source, name).to(shadow.device)
         if not is_summed(info.dtype):
             return _copy(value)
@@ -109,7 +125,7 @@ class Ema(Merge):
         """The average as it is now."""
         state = self._state
         what = f"a moving average (updates: {state.updates})"
-        return Snapshot(self._infos, state.shadows, (self._self, state.updates), what)
+        return Snapshot(self._infos, state.shadows, (self._self, state.updates), what, self._ties)
 
 
 @dataclass(frozen=True)
@@ -129,8 +145,10 @@ class Snapshot:
         shadows: Mapping[str, torch.Tensor],
         revision: Hashable,
         description: str,
+        ties: Collection[tuple[str, ...]] = (),
     ) -> None:
         """Keep tensors that nobody writes to."""
+        self._ties = ties
         self.description = description
         self._infos, self._shadows, self._revision = infos, shadows, revision
         self._made = Made(0)
@@ -138,6 +156,10 @@ class Snapshot:
     def names(self) -> Collection[str]:
         """Names at the start."""
         return self._infos.keys()
+
+    def ties(self) -> Collection[tuple[str, ...]]:
+        """Names that were one tensor at the start; see ``refitkit.protocols.KnowsTies``."""
+        return self._ties
 
     def info(self, fqn: str) -> TensorInfo:
         """Dtype and shape at the start."""

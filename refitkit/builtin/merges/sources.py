@@ -8,13 +8,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from refitkit.builtin.merges.aligning import all_misfits, infos_of, place_of, read_as
+from refitkit.builtin.merges.aligning import (
+    all_misfits,
+    infos_of,
+    place_of,
+    read_as,
+    twins_where_needed,
+)
 from refitkit.builtin.merges.arithmetic import is_summed
 from refitkit.builtin.merges.keeping import Made
 from refitkit.errors import SourceError
 from refitkit.program.bits import same_bits
 from refitkit.protocols import KnowsRevisions, MayChange
 from refitkit.recipe.sources import require_reread
+from refitkit.recipe.ties import name_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
@@ -58,7 +65,7 @@ class Merged:
         """
         self.description = description
         self._parts, self._formula = tuple(parts), formula
-        self._infos = _aligned(self._parts, description)
+        self._infos, self._twins = _aligned(self._parts, description)
         self._verdicts: dict[str, str] = {}
         self._made = Made(0)
 
@@ -90,6 +97,11 @@ class Merged:
         if self._is_one(fqn):
             return self._read(self._formula.counts[0], fqn, info)
         return self._made.get(fqn, lambda: self._make(fqn, info))
+
+    def ties(self) -> Collection[tuple[str, ...]]:
+        """Names that are one tensor in all parts; see ``refitkit.protocols.KnowsTies``."""
+        own = {tie for tie in self._twins.values() if sum(name in self._infos for name in tie) > 1}
+        return [tuple(name for name in tie if name in self._infos) for tie in own]
 
     def keeping(self, limit: int | None) -> Merged:
         """The same, which keeps what it makes; see ``refitkit.protocols.KeepsMade``."""
@@ -147,14 +159,19 @@ class Merged:
 
     def _revision(self, place: int, fqn: str) -> Hashable | None:
         part = self._parts[place]
-        return part.revision(fqn) if isinstance(part, KnowsRevisions) else None
+        if not isinstance(part, KnowsRevisions):
+            return None
+        return part.revision(name_in(part.names(), fqn, self._twins) or fqn)
 
     def _read(self, place: int, fqn: str, info: TensorInfo) -> torch.Tensor:
-        return read_as(info, self._parts[place], fqn)
+        part = self._parts[place]
+        return read_as(info, part, name_in(part.names(), fqn, self._twins) or fqn)
 
 
-def _aligned(parts: Sequence[WeightSource], what: str) -> dict[str, TensorInfo]:
-    """What all parts have.
+def _aligned(
+    parts: Sequence[WeightSource], what: str
+) -> tuple[dict[str, TensorInfo], dict[str, tuple[str, ...]]]:
+    """Headers of what all parts have, and names that are one tensor, where some part lacks one.
 
     Raises:
         SourceError: They are not weights of one model.
@@ -167,10 +184,13 @@ def _aligned(parts: Sequence[WeightSource], what: str) -> dict[str, TensorInfo]:
             hint="All of them need the names, dtypes and shapes of the first.",
         )
     infos, *others = map(infos_of, parts)
+    twins = twins_where_needed(parts, [infos, *others])
     for number, (other, part) in enumerate(zip(others, parts[1:], strict=True), 2):
-        infos = {name: info for name, info in infos.items() if name in other}
+        here = {name: name_in(other, name, twins) for name in infos}
+        infos = {name: info for name, info in infos.items() if here[name] is not None}
         for name, info in infos.items():
-            if other[name].unusable and not info.unusable:
-                reason = f"{other[name].unusable}, in {place_of(number, part)}"
+            unusable = other[here[name] or name].unusable
+            if unusable and not info.unusable:
+                reason = f"{unusable}, in {place_of(number, part)}"
                 infos[name] = info.model_copy(update={"unusable": reason})
-    return infos
+    return infos, twins

@@ -10,6 +10,7 @@ import torch
 from refitkit.program.bits import same_bits
 from refitkit.program.dtypes import dtype_of
 from refitkit.protocols import Made, WeightGroup
+from refitkit.recipe.reads import reads_of
 from refitkit.recipe.ties import kept_leaves
 
 if TYPE_CHECKING:
@@ -35,9 +36,9 @@ class Casts:
 
     def groups(self, request: TransformRequest) -> Iterator[WeightGroup]:
         """One for each entry that is cast; others are left for the checks to refuse."""
-        data = request.plan.data
-        slots = {name for row in data.ledger for name in row.sources}
-        leaves = {leaf.fqn: leaf for leaf in data.leaves if leaf.used or leaf.fqn in slots}
+        reads = reads_of(request.plan)
+        read = reads.used | reads.of_slots
+        leaves = {name: leaf for name, leaf in reads.leaves.items() if name in read}
         kept = kept_leaves(request.plan)
         for name in request.source.names():
             leaf = leaves.get(name)

@@ -6,13 +6,15 @@ import re
 from functools import partial
 from typing import TYPE_CHECKING
 
-from refitkit.builtin.rules.packs import part_names
+from refitkit.builtin.rules.readings import Readings
 from refitkit.errors import Problem, WeightMismatchError
 from refitkit.protocols import Made, WeightGroup
+from refitkit.recipe.reads import reads_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
+    from refitkit.builtin.rules.readings import Reading
     from refitkit.model import Rules
     from refitkit.protocols import TransformRequest, WeightSource
 
@@ -20,7 +22,11 @@ _SHOWN = 5
 
 
 class Names:
-    """Leaves out what is not in the subtree, renames, and takes names of wrappers away."""
+    """Leaves out entries, and gives others the names of the program.
+
+    Rules of the user come first. Then parts that wrappers added are taken out. If names still do
+    not fit, ``readings.py`` looks for the only prefix or subtree with which all of them do.
+    """
 
     name = "names"
     priority = 10
@@ -28,50 +34,86 @@ class Names:
     def __init__(self, rules: Rules) -> None:
         """Follow rules."""
         self._rules = rules
+        self._ignored = [re.compile(pattern) for pattern in rules.ignore]
 
     def groups(self, request: TransformRequest) -> Iterator[WeightGroup]:
-        """One for each name that becomes another, or nothing."""
-        known = {leaf.fqn for leaf in request.plan.data.leaves}
-        names = request.source.names()
-        if not self._rules.subtree and known.issuperset(names):
+        """One for each name that becomes another, or nothing; one for all that are left out.
+
+        Raises:
+            WeightMismatchError: Names cannot be meant, or can be meant in several ways; lists all.
+        """
+        names, reads = request.source.names(), reads_of(request.plan)
+        rules = self._rules
+        if not (rules.subtree or rules.ignore) and reads.known.issuperset(names):
             return
-        for rule in self._rules.pack:
-            known.update(*(part_names(rule, leaf.fqn) for leaf in request.plan.data.leaves))
-        _require_inside(self._rules.subtree, names)
-        found = {name: self._becomes(name, known) for name in names}
+        _require_inside(rules.subtree, names)
+        outside, ignored, kept = self._sorted(names)
+        readings = Readings(reads, request.source, rules, kept)
+        reading = readings.chosen(partial=request.partial)
+        no_weights = readings.no_weights(reading)
+        gone = {*no_weights, *reading.beside}
+        found = {n: reading.found.get(n, new) for n, new in kept.items() if n not in gone}
         _refuse_doubles(found)
+        yield from (_left_out((name,)) for name in outside)
+        yield from _left_out_for(ignored, "named by rules.ignore")
+        yield from _left_out_for(no_weights, "no weights of a model")
+        yield from _left_out_for(reading.beside, f"not under {reading.dropped!r}")
+        note = _how(reading)
         for name, new in found.items():
             if new != name:
-                yield _renamed(request.source, name, new)
+                yield _renamed(request.source, name, new, note)
 
-    def _becomes(self, name: str, known: Collection[str]) -> str:
-        """Its new name, itself, or nothing."""
+    def _sorted(self, names: Iterable[str]) -> tuple[list[str], list[str], dict[str, str]]:
+        """Names outside the subtree, those that rules ignore, and all others with new names."""
         subtree = self._rules.subtree
-        if not name.startswith(subtree):
-            return ""
-        name = name.removeprefix(subtree)
+        if not (subtree or self._ignored or self._rules.rename):
+            return [], [], {name: name for name in names}
+        outside, ignored, kept = list[str](), list[str](), dict[str, str]()
+        for name in names:
+            if not name.startswith(subtree):
+                outside.append(name)
+                continue
+            rest = name.removeprefix(subtree)
+            if any(rule.fullmatch(name) or rule.fullmatch(rest) for rule in self._ignored):
+                ignored.append(name)
+            else:
+                kept[name] = self._renamed(rest)
+        return outside, ignored, kept
+
+    def _renamed(self, name: str) -> str:
         for rule in self._rules.rename:
             if re.fullmatch(rule.pattern, name):
                 return re.sub(rule.pattern, rule.to, name, count=1)
-        return next((one for one in self._unwrapped(name) if one in known), name)
-
-    def _unwrapped(self, name: str) -> Iterator[str]:
-        """The name, then without wrappers at its beginning, one by one, then without any."""
-        wrappers = self._rules.wrappers
-        parts = name.split(".")
-        yield name
-        rest = parts
-        while len(rest) > 1 and rest[0] in wrappers:
-            rest = rest[1:]
-            yield ".".join(rest)
-        yield ".".join(part for part in parts if part not in wrappers)
+        return name
 
 
-def _renamed(source: WeightSource, name: str, new: str) -> WeightGroup:
-    if not new:
-        return WeightGroup((name,), {}, lambda: Made({}))
+def _how(reading: Reading) -> str:
+    """How names were read, if not as they are but for wrappers."""
+    if reading.dropped:
+        return f"names: took the weights under {reading.dropped!r}, where all of the program's are"
+    if reading.added:
+        return f"names: put {reading.added!r} before the names, as the program has them"
+    if reading.puts_wrappers:
+        return "names: put parts of wrappers into the names, as the program has them"
+    return ""
+
+
+def _left_out_for(names: Collection[str], why: str) -> Iterator[WeightGroup]:
+    """All entries that are left out for one reason, if there are some."""
+    if names:
+        entries = "1 entry" if len(names) == 1 else f"{len(names)} entries"
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        shown = ", ".join(map(repr, list(names)[:_SHOWN]))
+        yield _left_out(tuple(names), f"names: left out {entries}, {why}: {shown}{more}")
+
+
+def _left_out(names: tuple[str, ...], note: str = "") -> WeightGroup:
+    return WeightGroup(names, {}, lambda: Made({}), note=note)
+
+
+def _renamed(source: WeightSource, name: str, new: str, note: str = "") -> WeightGroup:
     make = partial(_same, source, name, new)
-    return WeightGroup((name,), {new: source.info(name)}, make, formula="as it is")
+    return WeightGroup((name,), {new: source.info(name)}, make, formula="as it is", note=note)
 
 
 def _same(source: WeightSource, name: str, new: str) -> Made:

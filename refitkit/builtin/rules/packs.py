@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -12,10 +12,20 @@ from refitkit.model import TensorInfo
 from refitkit.protocols import Made, WeightGroup
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from refitkit.model import Leaf, Pack
     from refitkit.protocols import TransformRequest, WeightSource
+
+
+class Headers(Protocol):
+    """What a source says of its entries, without data."""
+
+    def names(self) -> Collection[str]:
+        """Names of all entries."""
+
+    def info(self, fqn: str) -> TensorInfo:
+        """Dtype and shape of an entry."""
 
 
 class Packs:
@@ -36,7 +46,7 @@ class Packs:
                 parts = part_names(rule, leaf.fqn)
                 if not any(part in names for part in parts):
                     continue
-                found = list(_misfits(parts, request.source, leaf, rule.dim))
+                found = list(misfits(parts, request.source, leaf, rule.dim))
                 problems += found
                 if not found:
                     yield _group(parts, request.source, leaf, rule.dim)
@@ -62,9 +72,7 @@ def _group(parts: tuple[str, ...], source: WeightSource, leaf: Leaf, dim: int) -
     return WeightGroup(parts, {leaf.fqn: info}, make, formula=("joined", along))
 
 
-def _misfits(
-    parts: tuple[str, ...], source: WeightSource, leaf: Leaf, dim: int
-) -> Iterator[Problem]:
+def misfits(parts: tuple[str, ...], source: Headers, leaf: Leaf, dim: int) -> Iterator[Problem]:
     """Why parts do not make up a weight; of which dtype it is, is a matter of casts."""
     wanted, names = leaf.shape, source.names()
     lacking = [part for part in parts if part not in names]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.export import ExportedProgram
 
+from refitkit.builtin.weights.nesting import flattened
 from refitkit.errors import Problem, SourceError
 from refitkit.program.facts import tensors_of
 from refitkit.recipe import TensorMap
@@ -18,11 +19,15 @@ if TYPE_CHECKING:
 
 
 def from_mapping(state: Mapping[Any, Any]) -> WeightSource:
-    """A state_dict. Tensors are read where they are, never copied or changed.
+    """A state_dict, or a trainer's dictionary with some in it.
+
+    Tensors are read where they are, never copied or changed.
 
     Raises:
         SourceError: Keys are not names.
     """
+    if isinstance(state, dict):  # other mappings may read a value when it is looked at
+        state = flattened(state, "This dictionary")
     odd = [key for key in state if not isinstance(key, str)]
     if odd:
         problems = [Problem(repr(key), "key", type(key).__name__, "str") for key in odd]

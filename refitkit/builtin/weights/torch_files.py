@@ -14,6 +14,7 @@ import pickletools
 import sys
 import warnings
 import zipfile
+from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -123,6 +124,17 @@ class TorchFile:
         if value.is_neg():
             flat = torch._neg_view(flat)  # noqa: SLF001 - there is no other way
         return flat.as_strided(value.shape, value.stride())
+
+    def ties(self) -> Collection[tuple[str, ...]]:
+        """Names that the file has one piece of data for; see ``refitkit.protocols.KnowsTies``."""
+        classes: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+        for name in self._names:
+            value, place = self._state[name], _place(self._state[name])
+            if place is not None and value.numel():
+                first = place + value.storage_offset() * value.itemsize
+                bits = value.is_conj(), value.is_neg()
+                classes[(first, value.dtype, value.shape, value.stride(), bits)].append(name)
+        return [tuple(names) for names in classes.values() if len(names) > 1]
 
     def pieces(self, fqn: str) -> Iterator[torch.Tensor] | None:
         """See ``refitkit.protocols.GivesPieces``."""

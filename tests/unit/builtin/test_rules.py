@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -10,7 +11,23 @@ import torch
 from refitkit.builtin.rules.casts import is_lossless
 from refitkit.errors import ConfigError, WeightMismatchError
 from refitkit.pipeline import Pipeline
-from tests.fakes import FakeModule, Loaded, OpenEngine, plan_for, same_state
+from refitkit.recipe import TensorMap
+from tests.fakes import (
+    FakeModule,
+    Loaded,
+    OpenEngine,
+    leaf_for,
+    make_plan,
+    make_slot,
+    plan_for,
+    recipe_row,
+    same_state,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from refitkit.model import TensorInfo
 
 PROGRAM = {
     "a.weight": torch.zeros(4, 3),
@@ -70,8 +87,12 @@ def test_a_name_that_fits_in_no_way_stays_what_it_is() -> None:
 
 
 def test_no_wrappers_are_known_where_none_are_wanted() -> None:
+    given = {"module." + name: value for name, value in NEW.items()}
     with pytest.raises(WeightMismatchError, match=r"'module\.': a subtree has all names"):
-        Scene(wrappers=[]).refit({"module." + name: value for name, value in NEW.items()})
+        Scene(wrappers=[]).refit(given, partial=True)
+    some = {"module.a.weight": NEW["a.weight"], **{n: NEW[n] for n in list(NEW)[1:]}}
+    with pytest.raises(WeightMismatchError, match=r"module\.a\.weight: unexpected"):
+        Scene(wrappers=[]).refit(some)
 
 
 def test_two_names_that_become_one_are_refused() -> None:
@@ -269,6 +290,214 @@ def test_lossless_between_other_numbers(
     assert is_lossless(before, after) is lossless
 
 
+# -- the one way in which all names fit ---------------------------------------------------------
+
+WRAPPED = {
+    "model.layers.0.weight": torch.zeros(2, 3),
+    "model.layers.0.module.scale": torch.zeros(3),
+    "model.module.weight": torch.zeros(2),
+}
+"""A program with wrapper words among the parts of its own names."""
+PARTS = {name: torch.randn(value.shape) for name, value in WRAPPED.items()}
+
+
+def renamed(of: Callable[[str], str], state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {of(name): value for name, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda n: n.replace(".0.", ".0._orig_mod."),
+        lambda n: f"module.{n.replace('.0.', '._orig_mod.0._checkpoint_wrapped_module.')}",
+        lambda n: f"_fsdp_wrapped_module.{n.replace('model.', 'model._fsdp_wrapped_module.')}",
+        lambda n: f"model.module._orig_mod.{n}",
+        lambda n: n.replace("module.", "module.module."),
+    ],
+)
+def test_wrapper_words_are_told_from_parts_of_the_name(of: Callable[[str], str]) -> None:
+    for how in ({}, {"partial": True}):
+        scene = Scene(WRAPPED)
+        scene.refit(renamed(of, PARTS), **how)
+        assert same_state(scene.holds(), PARTS)
+
+
+def test_of_two_names_the_one_with_fewer_parts_taken_out_is_meant() -> None:
+    program = {"model.w": torch.zeros(2), "w": torch.zeros(2)}
+    new = {"module.model.w": torch.ones(2), "module.w": torch.full((2,), 2.0)}
+    scene = Scene(program)
+    scene.refit(new)
+    assert same_state(scene.holds(), {"model.w": new["module.model.w"], "w": new["module.w"]})
+
+
+def test_a_name_that_may_be_two_is_left_alone() -> None:
+    program = {"x.model.y.w": torch.zeros(2), "x.y.module.w": torch.zeros(2)}
+    given = {"x.model.y.module.w": torch.ones(2)}
+    with pytest.raises(WeightMismatchError, match=r"x\.model\.y\.module\.w: unexpected"):
+        Scene(program).refit(given)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.", "net.body.", "_orig_mod."])
+def test_a_prefix_that_all_names_lack_is_put_before_them(prefix: str) -> None:
+    scene = Scene({prefix + name: value for name, value in PROGRAM.items()})
+    report = scene.pipeline.refit(scene.compiled, {**NEW, "n_averaged": torch.ones(())}).report
+    assert same_state(scene.holds(), {prefix + name: value for name, value in NEW.items()})
+    assert any(repr(prefix) in note for note in report.notes)
+    with pytest.raises(WeightMismatchError):
+        Scene({prefix + name: value for name, value in PROGRAM.items()}).refit(NEW, partial=True)
+
+
+def test_wrappers_that_the_program_has_in_the_middle() -> None:
+    program = renamed(lambda n: n.replace("a.", "a._orig_mod."), PROGRAM)
+    for prefix, said in (("state_dict.", "'state_dict.'"), ("", "parts of wrappers")):
+        scene, given = Scene(program), {prefix + name: value for name, value in NEW.items()}
+        report = scene.pipeline.refit(scene.compiled, given).report
+        assert same_state(scene.holds(), renamed(lambda n: n.replace("a.", "a._orig_mod."), NEW))
+        assert any(said in note for note in report.notes)
+
+
+def test_a_subtree_is_taken_under_a_prefix_of_wrappers_alone() -> None:
+    """Any other prefix in place of another one may be another model's."""
+    names = {"decoder.weight": torch.ones(2), "decoder.bias": torch.ones(2)}
+    program = {name.replace("decoder", "encoder"): torch.zeros(2) for name in names}
+    with pytest.raises(WeightMismatchError, match=r"decoder\.weight: unexpected"):
+        Scene(program).refit(names)
+    scene = Scene({name.replace("decoder", "model"): torch.zeros(2) for name in names})
+    scene.refit(names)
+    assert all(value.all() for value in scene.holds().values())
+
+
+def test_packed_weights_count_for_a_subtree() -> None:
+    given = {f"net.{n}": v for layer in ("l0", "l1") for n, v in parts(layer).items()}
+    scene = Scene(PACKED, pack=[QKV])
+    scene.refit(given)
+    joined = torch.cat([given[f"net.l0.{n}.weight"] for n in "qkv"])
+    assert torch.equal(scene.holds()["l0.qkv.weight"], joined)
+    given["net.l1.v.weight"] = torch.zeros(3, 3)
+    with pytest.raises(WeightMismatchError, match=r"l1\.qkv\.weight: shape"):
+        Scene(PACKED, pack=[QKV]).refit(given)
+
+
+def test_renaming_comes_first() -> None:
+    scene = Scene(rename=[{"pattern": r"(.*)\.kernel", "to": r"module.\1.weight"}])
+    given = {"a.kernel": NEW["a.weight"], "module.a.bias": NEW["a.bias"]}
+    scene.refit({**given, "b.module.weight": NEW["b.module.weight"]})
+    assert same_state(scene.holds(), NEW)
+
+
+def test_choosing_reads_headers_only() -> None:
+    class Headers(TensorMap):
+        def get(self, fqn: str) -> torch.Tensor:
+            raise AssertionError(fqn)
+
+    given = {f"{tree}.{name}": v for tree in ("net", "old") for name, v in NEW.items()}
+    with pytest.raises(WeightMismatchError, match=r"--subtree 'old\.'"):
+        Scene().refit(Headers(given))
+
+
+# -- entries that are no weights ----------------------------------------------------------------
+
+
+def test_what_rules_ignore_is_left_out_even_if_the_program_has_it() -> None:
+    given = {**NEW, "head.weight": torch.ones(1), "heads": torch.ones(1)}
+    with pytest.raises(WeightMismatchError, match=r"--ignore 'head\\\.\.\*\|heads'"):
+        Scene().refit(given)
+    scene = Scene(ignore=[r"head\..*", "heads"])
+    assert scene.refit(given) == [(("head.weight", "heads"), ())]
+    assert same_state(scene.holds(), NEW)
+    with pytest.raises(WeightMismatchError, match=r"a\.bias: missing"):
+        Scene(ignore=[r"a\.b.*"]).refit(NEW)
+
+
+def test_patterns_match_with_and_without_the_subtree() -> None:
+    given = {**{f"net.{name}": v for name, v in NEW.items()}, "net.odd": torch.ones(1)}
+    for pattern in (r"net\.odd", "odd"):
+        scene = Scene(subtree="net.", ignore=[pattern])
+        scene.refit(given)
+        assert same_state(scene.holds(), NEW)
+
+
+KNOWN = {
+    "n_averaged": torch.ones(()),
+    "embeddings.position_ids": torch.arange(3),
+    "a.rotary_emb.inv_freq": torch.ones(3),
+    "h.0.attn.bias": torch.ones(1, 1, 3, 3),
+    "optimizer.state.a.weight.exp_avg": torch.ones(4, 3),
+    "rng_state": torch.ones(5, dtype=torch.uint8),
+    "step": torch.ones(()),
+}
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_well_known_ones_are_left_out_and_reported(partial: bool) -> None:
+    scene = Scene()
+    report = scene.pipeline.refit(scene.compiled, {**NEW, **KNOWN}, partial=partial).report
+    assert same_state(scene.holds(), NEW)
+    (note,) = [note for note in report.notes if "no weights of a model" in note]
+    assert "7 entries" in note
+    assert "'n_averaged'" in note
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("h.0.attn.bias", (3, 3)), ("step", (3,)), ("my_position_ids", (3,))]
+)
+def test_names_that_look_like_those_are_unexpected(name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(WeightMismatchError, match=f"{name}: unexpected"):
+        Scene().refit({**NEW, name: torch.ones(shape)})
+
+
+def test_buffers_of_a_live_module_that_no_state_dict_has_are_not_mentioned() -> None:
+    given = TensorMap({**NEW, "position_ids": torch.arange(3)}, not_persistent=["position_ids"])
+    assert Scene().refit(given) == []
+
+
+def test_a_program_that_has_such_a_name_gets_it() -> None:
+    program = {**PROGRAM, "embeddings.position_ids": torch.zeros(3)}
+    new = {**NEW, "embeddings.position_ids": torch.ones(3)}
+    scene = Scene(program)
+    scene.refit({f"net.{name}": value for name, value in new.items()})
+    assert same_state(scene.holds(), new)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_many_unexpected_names_are_described_in_part(whole: bool) -> None:
+    described: list[str] = []
+
+    class Counting(TensorMap):
+        def info(self, fqn: str) -> TensorInfo:
+            described.append(fqn)
+            return super().info(fqn)
+
+    one = torch.ones(2)
+    given = {f"x{n}.y.weight": one for n in range(30_000)}
+    with pytest.raises(WeightMismatchError) as info:
+        Scene().refit(Counting({**(NEW if whole else {}), **given}))
+    kinds = Counter(problem.kind for problem in info.value.problems)
+    assert kinds["unexpected"] == 10_001
+    assert any(problem.subject == "20000 more names" for problem in info.value.problems)
+    assert len(described) < 11_000
+
+
+def test_many_subtrees_are_refused_without_a_look_at_each() -> None:
+    one = {name: value for name, value in NEW.items() if name == "a.weight"}
+    given = {f"x{n}.{name}": value for n in range(3000) for name, value in one.items()}
+    with pytest.raises(WeightMismatchError, match=r"x0\.a\.weight: unexpected") as info:
+        Scene({"a.weight": torch.zeros(4, 3)}).refit(given)
+    assert {problem.kind for problem in info.value.problems} == {"unexpected", "missing"}
+
+
+# -- ties ---------------------------------------------------------------------------------------
+
+
+def test_a_name_that_the_graph_does_not_read_is_cast_as_the_one_it_is_tied_to() -> None:
+    slot = make_slot("embed")
+    leaves = [leaf_for(slot), leaf_for(slot, fqn="head").model_copy(update={"used": False})]
+    plan = make_plan([recipe_row(slot, "embed", "head")], leaves=leaves, ties=[("embed", "head")])
+    pipeline = Pipeline({"rules": {"cast": "lossless"}})
+    source = pipeline.open_weights({"head": torch.ones(2).half()}, plan)
+    assert source.info("head").dtype == "float32"
+
+
 # -- settings ---------------------------------------------------------------------------------
 
 
@@ -276,6 +505,7 @@ def test_lossless_between_other_numbers(
     ("rules", "said"),
     [
         ({"rename": [{"pattern": "(", "to": ""}]}, "no regular expression"),
+        ({"ignore": ["("]}, "no regular expression"),
         ({"pack": [{"into": "qkv", "parts": ["{}.a"]}]}, "one {}"),
         ({"pack": [{"into": "{}.qkv", "parts": ["a"]}]}, "one {}"),
         ({"cast": "perhaps"}, "literal error"),

@@ -90,8 +90,13 @@ def test_a_module(run: Callable[..., Outcome], tmp_path: Path) -> None:
     new = weights_for(plugin.module, 1.0)
     new["e0.bias"] = plugin.module.engines["e0"].live["e0.bias"]
     file = tmp_path / "w.safetensors"
-    save_file({f"net.{name}": value for name, value in new.items()}, file)
+    alone = {f"net.{name}": value for name, value in new.items()}
     args = ("diff", "fake:module", file, "--json")
+    save_file(alone, file)
+    (note,) = run(*args, plugins=[plugin]).data["notes"]
+    assert "'net.'" in note
+    assert "'net.'" in run(*args[:-1], plugins=[plugin]).out
+    save_file({**alone, **{f"old.{name}": value + 1 for name, value in new.items()}}, file)
     refused = run(*args, plugins=[plugin])
     assert (refused.code, refused.error["type"]) == (1, "WeightMismatchError")
     data = run(*args, "--subtree", "net.", plugins=[plugin]).data

@@ -64,10 +64,13 @@ def test_rename(refit: Callable[..., Outcome], plugin: Opener) -> None:
 def test_subtree(refit: Callable[..., Outcome], plugin: Opener) -> None:
     wanted = new(plugin)
     given = {f"net.{name}": value for name, value in wanted.items()}
+    given |= {f"old.{name}": torch.zeros_like(value) for name, value in wanted.items()}
     given["optimizer.step"] = torch.zeros(1)
     refused = refit(given)
     assert refused.code == 1
     assert "--subtree" in refused.error["hint"]
+    flags = {p["subject"]: p["hint"].rpartition("pass ")[2] for p in refused.error["problems"]}
+    assert flags == {"'net.'": "--subtree 'net.'", "'old.'": "--subtree 'old.'"}
     assert refit(given, "--subtree", "net.").code == 0
     assert holds(plugin, wanted)
 
@@ -77,15 +80,18 @@ def test_a_trainers_checkpoint(run: Callable[..., Outcome], plugin: Opener, tmp_
     state = {f"net.{name}": value for name, value in wanted.items()}
     steps = {"state": {0: {"step": torch.ones(1)}}, "param_groups": [{"lr": 0.1}]}
     torch.save({"state_dict": state, "optimizer": steps, "epoch": 1}, file)
-    args = ("refit", "fake:module", file, "-o", tmp_path / "out", "--json")
-    refused = run(*args, plugins=[plugin])
+    args = ("refit", "fake:module", file, "-o", tmp_path / "out")
+    done = run(*args, plugins=[plugin])
+    assert done.code == 0, done.err
+    assert "took the weights under 'state_dict.net.'" in " ".join(done.out.split())
+    assert holds(plugin, wanted)
+    refused = run(*args, "--partial", "--json", plugins=[plugin])
     assert refused.code == 1
     (problem,) = refused.error["problems"]
     assert problem["subject"] == "'state_dict.net.'"
     assert "--subtree" in refused.error["hint"]
-    done = run(*args, "--subtree", "state_dict.net.", plugins=[plugin])
+    done = run(*args, "--partial", "--subtree", "state_dict.net.", plugins=[plugin])
     assert done.code == 0, done.err
-    assert holds(plugin, wanted)
 
 
 def test_cast(refit: Callable[..., Outcome], plugin: Opener) -> None:

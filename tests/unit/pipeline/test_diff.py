@@ -463,3 +463,16 @@ def test_it_is_refused_inside_a_call_or_a_refit_and_of_a_lost_module() -> None:
     compiled.gate.poison("lost")
     with pytest.raises(ModuleLostError):
         made.diff(compiled, {})
+
+
+def test_a_tied_weight_is_compared_under_either_of_its_names() -> None:
+    one, two = torch.ones(3), torch.full((3,), 2.0)
+    report = refitkit.diff({"embed": one}, {"embed": one, "head": one})
+    assert {(row.name, row.state, row.note) for row in report.rows} == {
+        ("embed", "same", ""),
+        ("head", "same", "A has it as 'embed'"),
+    }
+    report = refitkit.diff({"embed": two, "head": two}, {"embed": one})
+    assert report.counts == {"changed": 2}
+    report = refitkit.diff({"embed": one}, {"embed": one, "head": one.clone()})
+    assert report.counts == {"only in B": 1, "same": 1}

@@ -543,6 +543,19 @@ def test_a_partial_refit_leaves_out_no_given_weight_without_a_word() -> None:
     assert same_state(module.holds(), before)
 
 
+def test_both_names_of_a_tied_weight_reach_its_slot() -> None:
+    module = make_module(1)
+    rows = list(plan_for(module).ledger)
+    weight = rows[0].slot
+    rows[0] = recipe_row(weight, "e0.weight", "e0.twin")
+    rows[1] = LedgerRow(slot=rows[1].slot, state=SlotState.UNMAPPED, reason="nobody knows")
+    leaves = [*plan_for(module).data.leaves, leaf_for(weight, fqn="e0.twin")]
+    plan = make_plan(rows, leaves=leaves, ties=[("e0.weight", "e0.twin")])
+    weights = dict.fromkeys(("e0.weight", "e0.twin"), torch.ones(2, 3))
+    refit(module, weights, plan=plan, partial=True)
+    assert module.by_slot()["e0.weight"].equal(torch.ones(2, 3))
+
+
 # -- partial refits of computed slots ---------------------------------------------------------
 
 

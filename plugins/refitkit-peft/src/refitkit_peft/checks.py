@@ -29,8 +29,9 @@ def problems(plan: PlanData, source: WeightSource) -> Iterator[Problem]:
     touched = _touched(source)
     if not touched:
         return
-    used = {leaf.fqn for leaf in plan.leaves if leaf.used}
     ties = {name: tie for tie in plan.ties for name in tie}
+    read = (leaf.fqn for leaf in plan.leaves if leaf.used)
+    used = {twin for name in read for twin in ties.get(name, (name,))}
     fed = _fed(plan, ties)
     for name in touched:
         if name in used and name not in fed:

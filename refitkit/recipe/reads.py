@@ -30,8 +30,10 @@ class Reads:
         sources: Names that some row gives as its source.
         guarded: Names that guards follow from, as recipes have them.
         wholly: Whether there are slots of which nobody knows what they follow from.
+        used: Names of tensors that the graph reads under one of their names.
         ties: Names of one tensor, where one of them is needed.
         views: Whether state_dicts have entries that are views of others.
+        demands: For each tensor that a source has to have, all of its names.
     """
 
     def __init__(self, data: PlanData) -> None:
@@ -49,7 +51,9 @@ class Reads:
         self.guarded = sources_of_guards(data)
         self.needed = self.of_slots | self.names_of(self.guarded)
         self.wholly = any(row.state is SlotState.UNMAPPED for row in data.ledger)
-        self._used = [leaf.fqn for leaf in data.leaves if self.wholly and leaf.used]
+        used = [leaf.fqn for leaf in data.leaves if leaf.used]
+        self.used = self.names_of(used)
+        self._used = used if self.wholly else []
         if self.wholly:  # nobody knows what such slots follow from: it may be anything
             self.of_slots |= set(self._used)
             self.needed |= self.of_slots
@@ -57,9 +61,9 @@ class Reads:
         self.sources = {name for row in data.ledger for name in row.sources}
         self.ties = [tie for tie in data.ties if self.needed & set(tie)]
         self.views = any(leaf.view is not None and leaf.persistent for leaf in data.leaves)
-        self._demands = [(first, set(self.names_of([first]))) for first in self._must_be_there()]
-        self._alone = {first for first, names in self._demands if len(names) == 1}
-        self._tied = [names for _, names in self._demands if len(names) > 1]
+        self.demands = {first: self.names_of([first]) for first in self._must_be_there()}
+        self._alone = {first for first, names in self.demands.items() if len(names) == 1}
+        self._tied = [names for names in self.demands.values() if len(names) > 1]
 
     def names_of(self, names: Iterable[str]) -> set[str]:
         """All names of the tensors of these names."""
@@ -74,8 +78,8 @@ class Reads:
         if self._alone.issubset(names) and all(map(set(names).intersection, self._tied)):
             return {}
         given = set(names)
-        gone = {first for first, others in self._demands if not given & others}
-        found: dict[str, list[str]] = {first: [] for first, _ in self._demands if first in gone}
+        gone = {first for first, others in self.demands.items() if not given & others}
+        found: dict[str, list[str]] = {first: [] for first in self.demands if first in gone}
         for row in self.data.ledger:
             if row.state is SlotState.RECIPE:
                 for first in dict.fromkeys(map(self._first, row.sources)):
