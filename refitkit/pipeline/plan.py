@@ -95,7 +95,7 @@ def make_plan(
         ),
         needs=of_layer_types(host, draft.layer_types),
     )
-    data = data.model_copy(update={"unreached": stated(program, data)})
+    data = data.model_copy(update={"unreached": stated(data)})
     plan = RefitPlan(data, draft.pinned, opener)
     if module is None:
         require_planned(host, data, None)

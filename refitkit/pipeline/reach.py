@@ -10,14 +10,11 @@ from typing import TYPE_CHECKING
 
 from refitkit.errors import NotRefittableError, Problem, UnmappedSlotError
 from refitkit.model import SlotState
-from refitkit.program.unread import unread
 from refitkit.recipe.following import sources_of_guards
 from refitkit.recipe.once import once_for_each
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-
-    from torch.export import ExportedProgram
 
     from refitkit.host import Host
     from refitkit.model import Leaf, PlanData
@@ -32,19 +29,14 @@ _HINT = (
 )
 
 
-def stated(program: ExportedProgram, data: PlanData) -> dict[str, str]:
-    """Why weights that reach no slot need not, by FQN, as far as that is known.
+def stated(data: PlanData) -> dict[str, str]:
+    """Why weights that the program uses and that reach no slot need not, by FQN.
 
-    Args:
-        program: The program that was planned.
-        data: Its plan.
+    Whose values change nothing is not used: see ``Leaf.used``.
     """
-    lacking = list(_lacking(data, _in_slots(data)))
-    if not lacking:
-        return {}
+    lacking = _lacking(data, _in_slots(data))
     guarded = _with_twins(data, sources_of_guards(data))
-    found = dict.fromkeys((name for name in lacking if name in guarded), _ON_GUARD)
-    return {name: why for name, why in unread(program).items() if name in lacking} | found
+    return dict.fromkeys((name for name in lacking if name in guarded), _ON_GUARD)
 
 
 def require_planned(

@@ -96,11 +96,14 @@ def test_offline_it_is_one_where_no_plugin_could_map_it(
 def test_the_plan_states_why_a_weight_needs_no_slot(
     program: torch.export.ExportedProgram,
 ) -> None:
-    def without(row: LedgerRow) -> LedgerRow:
-        return frozen(row) if row.slot.name == "shape.weight" else row
-
-    plan = Pipeline(plugins=[Losing(without)]).plan(program, backend=BACKEND)
-    assert plan.data.unreached == {"shape.weight": "the program reads its shape and dtype only"}
+    plugin = Losing(frozen)
+    value = program.state_dict["a.bias"].detach()
+    guard = guard_of(SourceRef(fqn="a.bias"), value, "bool() of it")
+    draft = plugin.backend.draft
+    plugin.backend.draft = lambda *args: replace(draft(*args), guards=(guard,))  # type: ignore[method-assign]
+    plan = Pipeline(plugins=[plugin]).plan(program, backend=BACKEND)
+    assert list(plan.data.unreached) == ["a.bias"]
+    assert "guard" in plan.data.unreached["a.bias"]
     assert RefitPlan.from_bytes(plan.to_bytes()).data.unreached == plan.data.unreached
 
 
