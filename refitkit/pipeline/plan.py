@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from refitkit.errors import NotRefittableError
 from refitkit.model import Fingerprint, PlanData, fingerprint_of_slots
+from refitkit.pipeline.mapping import map_slots
 from refitkit.pipeline.needs import of_layer_types
 from refitkit.pipeline.partition import partition
 from refitkit.pipeline.reach import require_planned, stated
@@ -13,18 +14,18 @@ from refitkit.pipeline.tools import tools_for
 from refitkit.program import facts_of
 from refitkit.program.facts import tensors_of
 from refitkit.program.views import lost_views
-from refitkit.recipe import RefitPlan
+from refitkit.recipe import RefitPlan, TensorMap
 from refitkit.recipe.store import index_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from torch.export import ExportedProgram
 
     from refitkit.config import Config
     from refitkit.host import Host
     from refitkit.program import ProgramFacts
-    from refitkit.protocols import Backend, OpenedModule
+    from refitkit.protocols import Backend, OpenedModule, SlotValue
     from refitkit.recipe.plan import Opener
 
 
@@ -94,10 +95,17 @@ def make_plan(
         ),
         needs=of_layer_types(host, draft.layer_types),
     )
-    data = data.model_copy(update={"unreached": stated(program, data)})
+    data = data.model_copy(update={"unreached": stated(data)})
     plan = RefitPlan(data, draft.pinned, opener)
-    if module is not None:
+    if module is None:
+        require_planned(host, data, None)
+    else:
         slots = [slot for engine in module.engines.values() for slot in engine.slots.values()]
         plan.check_engines(backend.name, slots)
-    require_planned(host, data)
+
+        def served() -> Iterable[SlotValue]:
+            own = TensorMap(program.state_dict)
+            return map_slots(host, plan, module, own, None, config).values.values()
+
+        require_planned(host, data, served)
     return plan

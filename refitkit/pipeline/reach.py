@@ -10,14 +10,11 @@ from typing import TYPE_CHECKING
 
 from refitkit.errors import NotRefittableError, Problem, UnmappedSlotError
 from refitkit.model import SlotState
-from refitkit.program.unread import unread
 from refitkit.recipe.following import sources_of_guards
 from refitkit.recipe.once import once_for_each
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping
-
-    from torch.export import ExportedProgram
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
     from refitkit.host import Host
     from refitkit.model import Leaf, PlanData
@@ -32,33 +29,42 @@ _HINT = (
 )
 
 
-def stated(program: ExportedProgram, data: PlanData) -> dict[str, str]:
-    """Why weights that reach no slot need not, by FQN, as far as that is known.
+def stated(data: PlanData) -> dict[str, str]:
+    """Why weights that the program uses and that reach no slot need not, by FQN.
 
-    Args:
-        program: The program that was planned.
-        data: Its plan.
+    Whose values change nothing is not used: see ``Leaf.used``.
     """
-    lacking = list(_lacking(data, _in_slots(data)))
-    if not lacking:
-        return {}
+    lacking = _lacking(data, _in_slots(data))
     guarded = _with_twins(data, sources_of_guards(data))
-    found = dict.fromkeys((name for name in lacking if name in guarded), _ON_GUARD)
-    return {name: why for name, why in unread(program).items() if name in lacking} | found
+    return dict.fromkeys((name for name in lacking if name in guarded), _ON_GUARD)
 
 
-def require_planned(host: Host, data: PlanData) -> None:
+def require_planned(
+    host: Host, data: PlanData, served: Callable[[], Iterable[SlotValue]] | None
+) -> None:
     """Check a new plan.
 
-    Weights may be in slots whose origin is unknown, or that a strategy of a plugin serves: that
-    shows when those are served (:func:`require_reached_by`).
+    Weights may be in slots whose origin is unknown: that shows when those are served
+    (:func:`require_reached_by`).
+
+    Args:
+        host: All plugins.
+        data: The plan.
+        served: Returns the values that strategies have for the program's own weights; None where
+            there is no module to ask them for.
 
     Raises:
         NotRefittableError: Weights reach no slot and nobody says why; lists them.
     """
-    if any(row.state is SlotState.UNMAPPED for row in data.ledger) or _has_mappers(host):
+    reached = _reached_by(data)
+    lost = _unstated(data, reached)
+    if not lost or any(row.state is SlotState.UNMAPPED for row in data.ledger):
         return
-    problems = [Problem(name, _WITHOUT_SLOT) for name in _unstated(data, _reached_by(data))]
+    if _has_mappers(host):
+        if served is None:
+            return
+        reached.update(name for value in served() for name in value.sources)
+    problems = [Problem(name, _WITHOUT_SLOT) for name in _unstated(data, reached)]
     if problems:
         raise NotRefittableError(
             "Weights that the program uses reach no slot of the engines: a refit could not change "

@@ -177,10 +177,12 @@ def test_numbers_read_by_address_are_no_literal() -> None:
 
 def test_where_a_constant_is_taken_for_a_literal_its_weight_reaches_no_slot() -> None:
     """Without the plugin nobody could serve it; with it, a mapper that is asked too late."""
-    with pytest.raises(refitkit.NotRefittableError, match="reach no slot") as info:
-        without().compile(program(0), BACKEND, FROZEN, prove=False)
-    assert [problem.subject for problem in info.value.problems] == ["gate", "last.gate"]
-    unproved = refitkit.compile(program(0), BACKEND, FROZEN, prove=False)
+    for pipeline in (without(), refitkit.Pipeline()):
+        with pytest.raises(refitkit.NotRefittableError, match="reach no slot") as info:
+            pipeline.compile(program(0), BACKEND, FROZEN, prove=False)
+        assert [problem.subject for problem in info.value.problems] == ["gate", "last.gate"]
+    first = refitkit.Pipeline({"strategies": ["example-gate", "recipe"]})
+    unproved = first.compile(program(0), BACKEND, FROZEN, prove=False)
     before = values(unproved)
     with pytest.raises(refitkit.UnmappedSlotError, match="reach no slot") as info:
         refitkit.refit(unproved, program(1).state_dict)

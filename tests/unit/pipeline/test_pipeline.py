@@ -497,7 +497,8 @@ def test_the_plain_functions_run_on_a_pipeline_of_their_own(
     monkeypatch.setattr(api, "Pipeline", lambda: Pipeline(plugins=[plugin]))
     compiled = refitkit.compile(program, BACKEND, options={"mute": False})
     plan = refitkit.plan(program, target=compiled)
-    assert refitkit.plan(program, backend=BACKEND).data == plan.data
+    offline = refitkit.plan(program, backend=BACKEND)
+    assert offline.data == plan.noting(needs=()).data  # nothing was proved of this one
     result = refitkit.refit(compiled, other, plan=plan, inputs=(X,), verify="outputs")
     assert result.module is compiled
     assert refitkit.verify(compiled, other).ok

@@ -10,7 +10,7 @@ import torch
 
 from refitkit.errors import NotRefittableError, UnmappedSlotError
 from refitkit.model import LeafKind, LedgerRow, PinnedRef, SlotState, SourceRef
-from refitkit.pipeline import Pipeline
+from refitkit.pipeline import Pipeline, reach
 from refitkit.protocols import Mapped, SlotValue
 from refitkit.recipe import RefitPlan
 from tests.fakes import (
@@ -76,21 +76,34 @@ def frozen(row: LedgerRow) -> LedgerRow:
 def test_a_weight_without_a_slot_is_an_error_with_its_name(
     program: torch.export.ExportedProgram,
 ) -> None:
+    """Also where a plugin has a strategy that gives no value for it."""
+    idle = Strategies(Strategy("idle", ()))
+    for plugins in ([Losing(frozen)], [Losing(frozen), idle]):
+        with pytest.raises(NotRefittableError, match="reach no slot") as info:
+            Pipeline(plugins=plugins).compile(program, BACKEND, prove=False)
+        assert [problem.subject for problem in info.value.problems] == ["a.bias"]
+
+
+def test_offline_it_is_one_where_no_plugin_could_map_it(
+    program: torch.export.ExportedProgram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reach, "_has_mappers", lambda _: False)
     with pytest.raises(NotRefittableError, match="reach no slot") as info:
         Pipeline(plugins=[Losing(frozen)]).plan(program, backend=BACKEND)
     assert [problem.subject for problem in info.value.problems] == ["a.bias"]
-    with pytest.raises(NotRefittableError, match="reach no slot"):
-        Pipeline(plugins=[Losing(frozen)]).compile(program, BACKEND, prove=False)
 
 
 def test_the_plan_states_why_a_weight_needs_no_slot(
     program: torch.export.ExportedProgram,
 ) -> None:
-    def without(row: LedgerRow) -> LedgerRow:
-        return frozen(row) if row.slot.name == "shape.weight" else row
-
-    plan = Pipeline(plugins=[Losing(without)]).plan(program, backend=BACKEND)
-    assert plan.data.unreached == {"shape.weight": "the program reads its shape and dtype only"}
+    plugin = Losing(frozen)
+    value = program.state_dict["a.bias"].detach()
+    guard = guard_of(SourceRef(fqn="a.bias"), value, "bool() of it")
+    draft = plugin.backend.draft
+    plugin.backend.draft = lambda *args: replace(draft(*args), guards=(guard,))  # type: ignore[method-assign]
+    plan = Pipeline(plugins=[plugin]).plan(program, backend=BACKEND)
+    assert list(plan.data.unreached) == ["a.bias"]
+    assert "guard" in plan.data.unreached["a.bias"]
     assert RefitPlan.from_bytes(plan.to_bytes()).data.unreached == plan.data.unreached
 
 
