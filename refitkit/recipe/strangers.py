@@ -54,15 +54,14 @@ def unexpected(
     meant = [name for name in known if name not in there]
     for number, name in enumerate(islice(strange, _LISTED)):
         hint = f"{whose} has no such name"
-        if to_leave_out:
-            hint += f"; {to_leave_out}"
-        elif prefix:
+        if prefix and not to_leave_out:
             hint = f"{whose}'s names have no prefix {prefix!r}: take it away"
-        elif lacking:
+        elif lacking and not to_leave_out:
             hint = f"{whose}'s names have the prefix {lacking!r}: put it before them"
         elif number < _SUGGESTIONS:  # each compares with every name that is known
             near = _nearest(name, meant) or _nearest(name, known)
             hint = f"did you mean {near[0]!r}?" if near else hint
+        hint += f"; {to_leave_out}" if to_leave_out else ""
         info = describe(name)
         found = info.unusable or f"{info.dtype} {info.shape}"
         yield Problem(name, "unexpected", f"{found} in {where}" if where else found, hint=hint)
