@@ -65,6 +65,7 @@ def _leaves(program: ExportedProgram) -> Iterator[Leaf]:
     placeholders = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
     mutated = mutated_placeholders(program)
     live = live_inputs(program.graph_module)
+    listed = set()
     for spec in program.graph_signature.input_specs:
         if spec.kind not in _KINDS or spec.target not in tensors:
             continue
@@ -72,15 +73,26 @@ def _leaves(program: ExportedProgram) -> Iterator[Leaf]:
         if spec.kind is InputKind.BUFFER and not spec.persistent:
             kind = LeafKind.NON_PERSISTENT_BUFFER
         tensor, node = tensors[spec.target], placeholders[spec.arg.name]
-        yield Leaf(
-            fqn=spec.target,
-            kind=kind,
-            dtype=dtype_name(tensor.dtype),
-            shape=tuple(tensor.shape),
-            device=str(tensor.device),
-            used=node in live,
-            mutated=node.name in mutated,
-        )
+        listed.add(spec.target)
+        yield _leaf(spec.target, kind, tensor, used=node in live, mutated=node.name in mutated)
+    # a strict export leaves out of the graph what it does not read: other names of tied weights
+    for fqn in [name for name in program.state_dict if name not in listed]:
+        tensor = program.state_dict[fqn]
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        kind = LeafKind.PARAMETER if is_parameter else LeafKind.BUFFER
+        yield _leaf(fqn, kind, tensor, used=False, mutated=False)
+
+
+def _leaf(fqn: str, kind: LeafKind, tensor: torch.Tensor, *, used: bool, mutated: bool) -> Leaf:
+    return Leaf(
+        fqn=fqn,
+        kind=kind,
+        dtype=dtype_name(tensor.dtype),
+        shape=tuple(tensor.shape),
+        device=str(tensor.device),
+        used=used,
+        mutated=mutated,
+    )
 
 
 def _ties(program: ExportedProgram, leaves: tuple[Leaf, ...]) -> tuple[tuple[str, ...], ...]:

@@ -280,3 +280,15 @@ def test_a_fingerprint_is_the_same_in_every_process(pytestconfig: pytest.Config)
     )
     kinds = (models.Plain, models.WithoutGradients)
     assert done.stdout.split() == [facts_of(exported(kind)).graph for kind in kinds]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_names_that_a_strict_export_leaves_out_are_leaves_all_the_same(strict: bool) -> None:
+    model = models.Tied().eval()
+    model.register_buffer("counter", torch.zeros(2))
+    facts = facts_of(torch.export.export(model, models.Tied.inputs, strict=strict))
+    assert {leaf.fqn for leaf in facts.leaves} == model.state_dict().keys()
+    assert {"counter"} <= {leaf.fqn for leaf in facts.leaves if not leaf.used}
+    assert {frozenset(tie) for tie in facts.ties} == {
+        frozenset({"embedding.weight", "head.weight"})
+    }
