@@ -67,7 +67,7 @@ def _seen(part: torch.Tensor) -> torch.Tensor:
         flat = flat * 2.0**-30
     if part.dtype is torch.float64:
         flat = flat.clamp(-1.0, 1.0)
-    return (flat * torch.linspace(0.5, 1.5, flat.numel())).sum()
+    return (flat * torch.linspace(0.5, 1.5, flat.numel(), device=flat.device)).sum()
 
 
 class SharedTurned(Shared):
