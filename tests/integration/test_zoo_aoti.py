@@ -20,7 +20,7 @@ FEW = [
     ("nn/nested regions", "float32"),
     ("nn/several outputs", "float32"),
     ("nn/two parametrizations", "float32"),
-    ("transformers/LlamaForCausalLM, tied, dynamic length", "float32"),
+    ("transformers/LlamaForCausalLM, strict", "float32"),
 ]
 
 
