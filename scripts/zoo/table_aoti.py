@@ -59,29 +59,23 @@ def _summary(tried: list[Row], refused: list[Row]) -> str:
         states.update(one.get("states", {}))
     shown = ", ".join(f"{families[name]} {name}" for name in FAMILIES if families[name])
     errors = [one["errors"]["B"] for one in ok]
-    compiles = [one["seconds"]["compile"] for one in ok]
     lines = [
         ("models", f"{len(tried)}: {shown}"),
         ("B equal to eager, A bit-equal again", f"{len(ok)} of {len(tried)}"),
         ("slots", f"{sum(states.values())}: " + ", ".join(f"{states[s]} {s}" for s in STATES)),
         ("error, median and largest", f"{median(errors):.1e}, {max(errors):.1e}" if ok else ""),
-        ("compilation with proof, median", f"{median(compiles):.0f} s" if ok else ""),
         ("what upstream cannot do (not counted)", str(len(refused))),
     ]
     return "\n".join(["| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in lines)])
 
 
 def _table(tried: list[Row]) -> str:
-    head = (
-        "| model | dtype | slots | recipe/pinned | result | error | compile, s | refit, ms |\n"
-        "|---|---|---|---|---|---|---|---|"
-    )
+    head = "| model | dtype | slots | recipe/pinned | result | error |\n|---|---|---|---|---|---|"
     return "\n".join([head, *map(_row, tried)])
 
 
 def _row(one: Row) -> str:
-    states, seconds = one.get("states", {}), one.get("seconds", {})
-    error, refit = one.get("errors", {}).get("B"), seconds.get("refit")
+    states, error = one.get("states", {}), one.get("errors", {}).get("B")
     cells = (
         one["model"],
         one["dtype"],
@@ -89,8 +83,6 @@ def _row(one: Row) -> str:
         "/".join(str(states.get(state, 0)) for state in ("recipe", "pinned")),
         one["status"],
         "" if error is None else f"{error:.1e}",
-        seconds.get("compile", ""),
-        "" if refit is None else f"{refit * 1000:.0f}",
     )
     return "| " + " | ".join(map(str, cells)) + " |"
 

@@ -13,8 +13,9 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from refitkit.model import LeafKind
-from refitkit.program import facts_of
+from refitkit.program import KeptProgram, facts_of
 from refitkit.program.facts import tensors_of
+from refitkit.recipe.sources import TensorMap
 from tests.unit.program import models
 from tests.unit.program.models import export, exported
 
@@ -67,6 +68,51 @@ def test_tensors_are_found_under_the_names_of_leaves() -> None:
     tensors = tensors_of(program)
     assert tensors.keys() >= {leaf.fqn for leaf in facts_of(program).leaves}
     assert tensors["lost"].tolist() == [0.5, 0.25]
+
+
+class Strict(nn.Module):
+    """Names that the strict mode of export drops: of ties, and of what nobody reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+        self.head.weight = self.embedding.weight
+        self.unused = nn.Linear(4, 4)
+        self.register_buffer("scale", torch.ones(5))
+        self.register_buffer("other_name", self.scale)
+        self.register_buffer("steps", torch.tensor(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embedding(x)) * self.scale
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_the_strict_mode_of_export_loses_no_name(strict: bool) -> None:
+    model = Strict()
+    program = torch.export.export(model, (torch.tensor([0, 2]),), strict=strict)
+    facts = facts_of(program)
+    leaves = {leaf.fqn: leaf for leaf in facts.leaves}
+    assert leaves.keys() == model.state_dict().keys()
+    ties = {frozenset(tie) for tie in facts.ties}
+    assert ties == {
+        frozenset({"embedding.weight", "head.weight"}),
+        frozenset({"scale", "other_name"}),
+    }
+    for tie in ties:
+        assert any(leaves[name].used for name in tie)
+    assert not any(leaves[name].used for name in ("unused.weight", "unused.bias", "steps"))
+    assert leaves["unused.weight"].kind is LeafKind.PARAMETER
+    assert leaves["steps"].kind is LeafKind.BUFFER
+    kept = KeptProgram.of(program)
+    assert kept is not None
+    x, state = torch.tensor([1, 4]), Strict().state_dict()
+    model.load_state_dict(state)
+    for lacking in ("head.weight", "embedding.weight", "unused.weight"):
+        given = TensorMap({name: value for name, value in state.items() if name != lacking})
+        with torch.no_grad():
+            assert kept.bind(given, {}.__getitem__)(x).equal(model(x))
+            restored = kept.restore(given, {}.__getitem__)
+            assert restored.module(check_guards=False)(x).equal(model(x))
 
 
 def test_a_program_without_leaves() -> None:
