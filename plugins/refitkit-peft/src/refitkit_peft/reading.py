@@ -93,11 +93,15 @@ def read(
         found += declarations_in({} if file is None else _metadata(file), what)
     for one in found:
         _require_mergeable(one.config, what)
-    tensors = _copies(source, what)
-    if isinstance(source, MayChange):
-        source.require_unchanged()
-    if reread:
-        require_reread(source)
+    try:
+        tensors = _copies(source, what)
+        if isinstance(source, MayChange):
+            source.require_unchanged()
+        if reread:
+            require_reread(source)
+    except SourceError:
+        files.require_unchanged(what)  # which names the config, too
+        raise
     files.require_unchanged(what)
     return Contents(what, tensors, tuple(found))
 
