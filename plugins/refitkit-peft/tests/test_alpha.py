@@ -193,6 +193,40 @@ def test_settings_of_peft_are_read_from_headers_too(net, tmp_path):
     check(net, saved(tmp_path, tensors, written), made.merged())
 
 
+@pytest.mark.parametrize("name", ["use_rslora", "rslora", "rs_lora", "use_rs_lora"])
+@pytest.mark.parametrize("written", ["true", "True", "in a config"])
+def test_the_square_root_of_the_rank_has_several_names(name, written, net, tmp_path):
+    made = make_adapter(net, tmp_path / "a", target_modules=MODULES, use_rslora=True)
+    metadata = {"lora_alpha": "6", "r": "4", name: written}
+    if written == "in a config":
+        metadata = packed(r=4, lora_alpha=6, **{name: True})
+    check(net, saved(tmp_path, tensors_of(made), metadata), made.merged())
+
+
+def test_dropout_of_ranks_gives_no_layer_a_number_of_its_own(net, made, tmp_path):
+    arguments = {"rank_dropout": "0.1", "module_dropout": "0.1", "rank_dropout_scale": "True"}
+    metadata = {"ss_network_alpha": "6", "ss_network_dim": "4"}
+    metadata["ss_network_args"] = json.dumps(arguments)
+    check(net, saved(tmp_path, kohya_of(made), metadata), made.merged())
+
+
+@pytest.mark.parametrize("kind", [".safetensors", ".bin"])
+def test_a_folder_of_diffusers_holds_one_file_and_no_config(kind, net, made, tmp_path):
+    folder = tmp_path / "diffusers"
+    folder.mkdir()
+    tensors, file = tensors_of(made, "unet."), folder / f"pytorch_lora_weights{kind}"
+    if kind == ".bin":
+        torch.save({**tensors, "lora_alpha": 6}, file)
+    else:
+        save_file(tensors, file, packed(**{"unet.r": 4, "unet.lora_alpha": 6}))
+    check(net, str(folder), made.merged())
+    # of a config beside it nobody knows whose it is
+    (folder / "adapter_config.json").write_text((made.path / "adapter_config.json").read_text())
+    assert kinds(refused(net, str(folder), SourceError)) == {
+        ("adapter_model.safetensors", "missing")
+    }
+
+
 def test_a_dora_has_its_alpha_in_the_header(net, tmp_path):
     made = make_adapter(net, tmp_path / "a", target_modules=MODULES, use_dora=True)
     check(net, saved(tmp_path, tensors_of(made), {"lora_alpha": "6", "r": "4"}), made.merged())

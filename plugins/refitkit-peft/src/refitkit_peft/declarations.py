@@ -51,7 +51,9 @@ _SHOWN = 80
 
 _ALPHAS = frozenset({"lora_alpha", "alpha", "network_alpha"})
 _RANKS = frozenset({"r", "rank", "lora_rank", "lora_r", "lora_dim", "network_dim", "network_rank"})
-_SETTINGS = (frozenset(AdapterConfig.model_fields) | NOT_MERGED.keys()) - {
+_ROOTS = frozenset({"rslora", "rs_lora", "use_rs_lora"})
+"""Other names of ``use_rslora``; LyCORIS calls it ``rs_lora``."""
+_SETTINGS = (frozenset(AdapterConfig.model_fields) | NOT_MERGED.keys() | _ROOTS) - {
     *_ALPHAS,
     *_RANKS,
     "bias",
@@ -254,6 +256,8 @@ def _of_entry(key: str, value: Any, problems: list[Problem]) -> Iterator[_Entry]
 def _field(name: str) -> str:
     if name in _ALPHAS:
         return "lora_alpha"
+    if name in _ROOTS:
+        return "use_rslora"
     return "r" if name in _RANKS else name
 
 
@@ -335,7 +339,8 @@ def _arguments_of_kohya(
     if given is None or (isinstance(given, str) and given.strip().lower() in _ABSENT):
         return {}, ""
     arguments = _json("ss_network_args", given, problems) or {}
-    odd = [name for name in arguments if _ARGUMENTS_WITH_SCALES.search(name)]
+    scaling = (name for name in arguments if _ARGUMENTS_WITH_SCALES.search(name))
+    odd = [name for name in scaling if "dropout" not in name]  # rank_dropout is for training alone
     of_lycoris = "lycoris" in str(metadata.get("ss_network_module"))
     if not {*odd} <= {"conv_dim", "conv_alpha"} or (odd and of_lycoris):
         return {}, f"ss_network_args: {', '.join(odd)}"

@@ -28,8 +28,8 @@ class Lora:
         base: A ``Base``, or anything that a user calls weights: those are opened for one refit, and
             nothing is kept.
         adapters: The scale of each adapter, by the name that it was added to the base with, or by
-            its path: a PEFT folder, or a file. Their order does not matter. None at all: the base
-            as it is.
+            its path: a folder of PEFT or diffusers, or a file. Their order does not matter. None
+            at all: the base as it is.
         component: Which model of a pipeline this is, for adapter files that hold several: ``unet``,
             ``transformer``, ``text_encoder``, ...
         alphas: The alpha of adapters by the same names, in place of that of their files: a number,

@@ -1,8 +1,10 @@
 """Adapter files as tensors and declarations. Data alone: nothing is run, followed or downloaded.
 
 A folder holds what ``PeftModel.save_pretrained`` writes: ``adapter_config.json`` and
-``adapter_model.safetensors`` or ``.bin`` (peft 0.21.2, ``utils/constants.py``). A file alone comes
-from diffusers, kohya's scripts or other trainers; ``declarations`` knows their metadata.
+``adapter_model.safetensors`` or ``.bin`` (peft 0.21.2, ``utils/constants.py``), or what
+``save_lora_weights`` of diffusers writes: ``pytorch_lora_weights`` of the same kinds, without a
+config (0.42.1, ``loaders/lora_base.py``). A file alone comes from diffusers, kohya's scripts or
+other trainers; ``declarations`` knows their metadata.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 _STEM = "adapter_model"
+_STEM_OF_DIFFUSERS = "pytorch_lora_weights"
 _KINDS = (".safetensors", ".bin")
 _LIMIT = 1 << 34
 """Elements of an adapter: it is read whole."""
@@ -90,11 +93,15 @@ def read(
         found += declarations_in({} if file is None else _metadata(file), what)
     for one in found:
         _require_mergeable(one.config, what)
-    tensors = _copies(source, what)
-    if isinstance(source, MayChange):
-        source.require_unchanged()
-    if reread:
-        require_reread(source)
+    try:
+        tensors = _copies(source, what)
+        if isinstance(source, MayChange):
+            source.require_unchanged()
+        if reread:
+            require_reread(source)
+    except SourceError:
+        files.require_unchanged(what)  # which names the config, too
+        raise
     files.require_unchanged(what)
     return Contents(what, tensors, tuple(found))
 
@@ -137,17 +144,28 @@ def _files(path: Path) -> tuple[Path, Path | None]:
         beside = path.parent / CONFIG
         mine = path.stem == _STEM and beside.is_file()
         return path, beside if mine else None
-    file = next((one for kind in _KINDS if (one := path / f"{_STEM}{kind}").is_file()), None)
+    file, config = _preferred(path, _STEM), path / CONFIG
+    of_diffusers = _preferred(path, _STEM_OF_DIFFUSERS)
+    if file is None and of_diffusers is not None and not config.is_file():
+        return of_diffusers, None
     problems = []
-    if not (path / CONFIG).is_file():
+    if not config.is_file():
         problems.append(Problem(CONFIG, "missing"))
     if file is None:
         problems.append(Problem(f"{_STEM}.safetensors", "missing"))
     if problems or file is None:
         message = f"{str(path)!r} is not the folder of an adapter."
-        hint = "peft's save_pretrained writes one; of another file, pass its path."
+        hint = (
+            "save_pretrained of peft and save_lora_weights of diffusers write one; of another file,"
+            " pass its path."
+        )
         raise SourceError(message, problems=problems, hint=hint)
-    return file, path / CONFIG
+    return file, config
+
+
+def _preferred(folder: Path, stem: str) -> Path | None:
+    files = (folder / f"{stem}{kind}" for kind in _KINDS)
+    return next((file for file in files if file.is_file()), None)
 
 
 def _require_mergeable(config: AdapterConfig, what: str) -> None:
