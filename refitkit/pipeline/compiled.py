@@ -114,7 +114,17 @@ class CompiledModule:
     @property
     def kept(self) -> tuple[KeptWeights, ...]:
         """Earlier weights that ``restore`` can bring back, and what keeping them costs."""
-        return self.held.history.shown(self.origin, self._opened)
+        origin = self.origin if self._is_read_from_origin else None
+        named = self.base is not None
+        return self.held.history.shown(origin, self._opened, named=named)
+
+    @property
+    def _is_read_from_origin(self) -> bool:
+        """Whether what it was loaded from is as it was, and tells what was written over."""
+        if self.origin is None or not self.origin.is_unchanged():
+            return False
+        written = {name for name, _ in self.held.history.written}
+        return all(isinstance(self.engines[name], SupportsReadback) for name in written)
 
     @property
     def backend(self) -> str:
