@@ -45,7 +45,8 @@ class KeptWeights(Frozen):
         source: What they were, in words.
         bytes: Size of what is kept for them alone; 0 where the engines have them anyway.
         where: ``host``: in memory of the host; ``engine``: in the engines, until the next refit;
-            ``file``: where the module was loaded from.
+            ``file``: where the module was loaded from; ``base``: in the weights that
+            ``compiled.base`` names.
     """
 
     version: int

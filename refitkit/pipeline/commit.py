@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 Failure = TypeVar("Failure", bound=RefitError)
 
+_LAST_ATTEMPT = (False, False, True)
+"""So often the way back is tried while it is interrupted: Ctrl-C is often pressed twice."""
+
 
 class Part(Protocol):
     """One module's part in a transaction."""
@@ -71,8 +74,9 @@ class Transaction:
     def run(self) -> None:
         """Commit all engines and have the results judged, while calls of all modules wait.
 
-        From the first commit until it is certain which weights are live, the gates are poisoned: an
-        interrupt that comes between two lines here leaves modules that refuse calls.
+        From the first commit until it is certain which weights are live, the gates are poisoned.
+        An interrupt before that brings the old weights back. One that comes on the way back starts
+        the way back again; only if all attempts are interrupted, modules refuse calls.
 
         Raises:
             EngineError: An engine failed to commit; the old weights are back.
@@ -84,25 +88,44 @@ class Transaction:
 
     def _run(self) -> None:
         try:
-            for half in self._halves:
-                half.named(half.prepare)
-            for half in self._halves:
-                half.part.gate.poison("a commit was interrupted")
-            for half in self._halves:
-                half.named(half.commit)
-            for half in self._halves:
-                half.named(half.judge)
+            self._forward()
         except BaseException as exc:
-            self._back(exc)
+            # Nothing is called here but _back: CPython could raise an interrupt behind a call.
+            interrupt: BaseException | None = None
+            for last in _LAST_ATTEMPT:
+                try:
+                    self._back(exc, last=last)
+                    break
+                except Exception:
+                    raise
+                except BaseException as again:  # noqa: BLE001 - raised once the weights are back
+                    interrupt = again
+            if interrupt is not None:
+                raise interrupt from exc
             raise
+
+    def _forward(self) -> None:
+        for half in self._halves:
+            half.named(half.prepare)
+        for half in self._halves:
+            half.part.gate.poison("a commit was interrupted")
+        for half in self._halves:
+            half.named(half.commit)
+        for half in self._halves:
+            half.named(half.judge)
         for half in self._halves:
             half.part.gate.heal()
 
-    def _back(self, cause: BaseException) -> None:
-        """Bring all old weights back; a module where that fails is poisoned."""
+    def _back(self, cause: BaseException, *, last: bool) -> None:
+        """Bring all old weights back; a module where that fails is poisoned.
+
+        Args:
+            cause: Why.
+            last: Whether an interrupt is a failure. Otherwise it is raised, to begin again.
+        """
         lost: list[ModuleLostError] = []
         for half in reversed(self._halves):
-            failure = half.back()
+            failure = half.back(last=last)
             if failure is None:
                 half.part.gate.heal()
                 continue
@@ -123,7 +146,8 @@ class _Half:
     def __init__(self, part: Part, name: str) -> None:
         self.part, self.name = part, name
         self._touched: list[tuple[str, StagedRefit]] = []
-        self._judged = False
+        self._begun = False
+        self._failure: BaseException | None = None
 
     def named(self, action: Callable[[], None]) -> None:
         """Do something; what is wrong then is said of this module."""
@@ -152,25 +176,36 @@ class _Half:
     def commit(self) -> None:
         with self.part.timed():
             for name, one in self.part.staged.take():
+                self._begun = True
                 self._touched.append((name, one))
                 with raised_as(EngineError, f"The engine {name!r} failed to commit"):
                     one.commit()
 
     def judge(self) -> None:
-        self._judged = True
+        self._begun = True
         self.part.judge()
 
-    def back(self) -> BaseException | None:
-        """Bring the old weights back; what failed, if anything did."""
-        failure: BaseException | None = None
-        for _, one in reversed(self._touched):
+    def back(self, *, last: bool) -> BaseException | None:
+        """Bring the old weights back; what failed, if anything did.
+
+        After an interrupt it goes on where it was: an engine is tried again unless its rollback
+        returned or failed.
+        """
+        while self._touched:
             try:
-                one.rollback()
-            except BaseException as exc:  # noqa: BLE001 - every engine must be tried
-                failure = exc
-        if failure is None and (self._touched or self._judged):
+                self._touched[-1][1].rollback()
+            except BaseException as exc:
+                if not last and not isinstance(exc, Exception):
+                    raise
+                self._failure = exc
+            self._touched.pop()
+        if self._failure is None and self._begun:
             try:
                 self.part.taken_back()
-            except BaseException as exc:  # noqa: BLE001 - it decides whether calls are safe
-                failure = exc
-        return failure
+            except BaseException as exc:
+                if not last and not isinstance(exc, Exception):
+                    raise
+                self._failure = exc
+            else:
+                self._begun = False
+        return self._failure

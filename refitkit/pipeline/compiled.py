@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from refitkit.errors import EngineError, ModuleLostError, raised_as
@@ -82,8 +83,7 @@ class CompiledModule:
             InputMismatchError: The inputs are not those that the model was compiled for.
             ModuleLostError: A rollback failed earlier.
         """
-        with self.gate.call():
-            return self._opened.run(args, kwargs)
+        return self.gate.call(lambda: self._opened.run(args, kwargs))
 
     def __repr__(self) -> str:
         slots = sum(len(engine.slots) for engine in self.engines.values())
@@ -114,7 +114,17 @@ class CompiledModule:
     @property
     def kept(self) -> tuple[KeptWeights, ...]:
         """Earlier weights that ``restore`` can bring back, and what keeping them costs."""
-        return self.held.history.shown(self.origin, self._opened)
+        origin = self.origin if self._is_read_from_origin else None
+        named = self.base is not None
+        return self.held.history.shown(origin, self._opened, named=named)
+
+    @property
+    def _is_read_from_origin(self) -> bool:
+        """Whether what it was loaded from is as it was, and tells what was written over."""
+        if self.origin is None or not self.origin.is_unchanged():
+            return False
+        written = {name for name, _ in self.held.history.written}
+        return all(isinstance(self.engines[name], SupportsReadback) for name in written)
 
     @property
     def backend(self) -> str:
@@ -143,8 +153,7 @@ class CompiledModule:
         """
         for name, one in self.engines.items():
             if engine in {None, name} and slot in one.slots and isinstance(one, SupportsReadback):
-                with self.gate.call():
-                    return one.read(slot).clone()
+                return self.gate.call(partial(_copy_of, one, slot))
         raise KeyError(slot)
 
     def save(self, path: str | Path) -> None:
@@ -154,8 +163,7 @@ class CompiledModule:
             ModuleLostError: A rollback failed earlier: nobody knows its weights.
             RefitError: It cannot be written there; says why.
         """
-        with self.gate.call():
-            self._verbs.save(self, path)
+        self.gate.call(lambda: self._verbs.save(self, path))
 
     def restore(
         self,
@@ -176,13 +184,14 @@ class CompiledModule:
 
         ``restore`` reads ``base``, or the file it was loaded from, afterwards, or refuses.
         """
-        with self.gate.refit():
-            before = self.held.history
-            freed = before.nbytes
-            lost = before.base_lost or ("forget() freed them" if before.written else "")
-            history = replace(before, records=(), base={}, base_lost=lost)
-            self.held = replace(self.held, history=history)
-            return freed
+        return self.gate.refit(self._forget)
+
+    def _forget(self) -> int:
+        before = self.held.history
+        lost = before.base_lost or ("forget() freed them" if before.written else "")
+        history = replace(before, records=(), base={}, base_lost=lost)
+        self.held = replace(self.held, history=history)
+        return before.nbytes
 
     def warm(self, tell: Callable[[str], None] = lambda _: None) -> None:
         """Do now what would make the first refit slow. Weights and answers do not change.
@@ -194,10 +203,12 @@ class CompiledModule:
             EngineError: An engine failed; it answers as before.
             ModuleLostError: An engine failed and could not go back; the module refuses calls.
         """
-        with self.gate.refit(), self.gate.alone():
-            for name, engine in self.engines.items():
-                if isinstance(engine, SupportsWarming):
-                    self._warm(name, engine, tell)
+        self.gate.refit(lambda: self.gate.alone(lambda: self._warm_all(tell)))
+
+    def _warm_all(self, tell: Callable[[str], None]) -> None:
+        for name, engine in self.engines.items():
+            if isinstance(engine, SupportsWarming):
+                self._warm(name, engine, tell)
 
     def _warm(self, name: str, engine: SupportsWarming, tell: Callable[[str], None]) -> None:
         try:
@@ -212,6 +223,12 @@ class CompiledModule:
 
         The next refit allocates it again.
         """
-        with self.gate.refit():
-            engines = self.engines.values()
-            return sum(e.free_spare() for e in engines if isinstance(e, SupportsSpareBuffer))
+        return self.gate.refit(self._free_spare)
+
+    def _free_spare(self) -> int:
+        engines = self.engines.values()
+        return sum(e.free_spare() for e in engines if isinstance(e, SupportsSpareBuffer))
+
+
+def _copy_of(engine: SupportsReadback, slot: str) -> torch.Tensor:
+    return engine.read(slot).clone()

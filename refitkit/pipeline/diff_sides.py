@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -21,6 +20,7 @@ from refitkit.pipeline.check import check_weights
 from refitkit.pipeline.clock import Clock
 from refitkit.pipeline.compiled import CompiledModule
 from refitkit.pipeline.diff import compared
+from refitkit.pipeline.gate import in_order, inside_all
 from refitkit.pipeline.load import open_weights, require_unchanged
 from refitkit.pipeline.mapping import map_slots, require_all
 from refitkit.pipeline.slot_tensors import SlotTensors, given_by, held_by
@@ -112,13 +112,14 @@ class Differ:
     def _compared(self, a: Side, b: Side) -> DiffReport:
         """What they differ in. No refit of a module comes between."""
         modules = {id(side): side for side in (a, b) if isinstance(side, CompiledModule)}
-        with ExitStack() as held:
-            for module in modules.values():
-                held.enter_context(module.gate.refit())
-            ties = () if self.plan is None else self.plan.data.ties
-            sources = self._sources(a, b)
-            notes = dict.fromkeys(note for one in sources for note in _notes_of(one))
-            return compared(*sources, ties).model_copy(update={"notes": tuple(notes)})
+        gates = in_order(module.gate for module in modules.values())
+        return inside_all([gate.refit for gate in gates], lambda: self._compare(a, b))
+
+    def _compare(self, a: Side, b: Side) -> DiffReport:
+        ties = () if self.plan is None else self.plan.data.ties
+        sources = self._sources(a, b)
+        notes = dict.fromkeys(note for one in sources for note in _notes_of(one))
+        return compared(*sources, ties).model_copy(update={"notes": tuple(notes)})
 
     def _sources(self, a: Side, b: Side) -> tuple[WeightSource, WeightSource]:
         if isinstance(a, CompiledModule):

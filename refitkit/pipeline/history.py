@@ -106,7 +106,12 @@ class History:
         return sum({id(v): v.nbytes for values in held for v in values.values()}.values())
 
     def shown(
-        self, origin: Origin | None, module: OpenedModule | None = None, *, spent: bool = False
+        self,
+        origin: Origin | None,
+        module: OpenedModule | None = None,
+        *,
+        named: bool = False,
+        spent: bool = False,
     ) -> tuple[KeptWeights, ...]:
         """What can be gone back to, the oldest first, and what keeping it costs.
 
@@ -114,27 +119,29 @@ class History:
             origin: What the module was loaded from, if it was.
             module: The module, to ask engines what they still have. None: right after a refit they
                 have what they should.
+            named: Whether ``compiled.base`` names the first weights.
             spent: Whether engines have nothing any more, because a refit failed.
 
         Raises:
             EngineError: An engine failed to tell.
         """
         shared = {id(value) for value in self.base.values()}
-        rows = [
-            KeptWeights(
-                version=record.version - 1,
-                source=record.source,
-                bytes=sum(v.nbytes for v in record.kept.values() if id(v) not in shared),
-                where="host" if record.whole else "engine",
-            )
-            for record in self.records
-            if record.whole or (record.lent and not spent and _is_lent(record, module))
-        ]
+        rows: list[KeptWeights] = []
+        for record in reversed(self.records):
+            if not (record.whole or (record.lent and not spent and _is_lent(record, module))):
+                break  # older ones are reached through this one
+            own = sum(v.nbytes for v in record.kept.values() if id(v) not in shared)
+            where = "host" if record.whole else "engine"
+            version = record.version - 1
+            row = KeptWeights(version=version, source=record.source, bytes=own, where=where)
+            rows.insert(0, row)
         whole = not self.base_lost and self.plan is not None
-        if not whole and (origin is None or (rows and not rows[0].version)):
+        by_file = origin is not None and not (rows and not rows[0].version)
+        if not named and not whole and not by_file:
             return tuple(rows)
         size = sum(value.nbytes for value in self.base.values())
-        first = KeptWeights(version=0, source=FIRST, bytes=size, where="host" if whole else "file")
+        where = "base" if named else "host" if whole else "file"
+        first = KeptWeights(version=0, source=FIRST, bytes=size, where=where)
         return (first, *(row for row in rows if row.version))
 
     def way_to(self, version: int, present: int, module: OpenedModule) -> Way | None:
@@ -159,11 +166,15 @@ class History:
             return Way(self.base, FIRST, None, self.overridden)
         return None
 
-    def no_way_to(self, version: int, module: OpenedModule) -> NotRefittableError:
-        """The error where that is so: says what is held, and names the settings."""
-        rows = self.shown(None, module)
-        problems = [Problem(f"version {row.version}", "held", row.source) for row in rows]
-        if self.base_lost:
+    def no_way_to(self, version: int, rows: Iterable[KeptWeights]) -> NotRefittableError:
+        """The error where that is so: says what is held, and names the settings.
+
+        Args:
+            version: Number of the weights that are wanted.
+            rows: All that can be gone back to, as ``compiled.kept`` lists it.
+        """
+        problems = as_problems(rows)
+        if self.base_lost and not any(problem.subject == "version 0" for problem in problems):
             problems.append(Problem("version 0", "not held", hint=self.base_lost))
         return NotRefittableError(
             f"The weights of version {version} are not held.",
@@ -171,6 +182,11 @@ class History:
             hint="Config.keep_versions is how many refits can be undone, Config.keep_limit how "
             "many bytes that may take; compiled.base names weights that restore() reads instead.",
         )
+
+
+def as_problems(rows: Iterable[KeptWeights]) -> list[Problem]:
+    """What is held, for an error about something that is not."""
+    return [Problem(f"version {row.version}", "held", row.source) for row in rows]
 
 
 def _is_lent(record: Record, module: OpenedModule | None) -> bool:

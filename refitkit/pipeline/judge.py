@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from refitkit.errors import ConfigError, VerificationError
 from refitkit.pipeline import verify
 from refitkit.pipeline.check import check_weights
+from refitkit.pipeline.gate import inside_all
 from refitkit.pipeline.load import open_weights, require_unchanged
 from refitkit.pipeline.mapping import map_slots, require_all
 from refitkit.pipeline.needs import require_needs
@@ -54,8 +55,8 @@ def judge_module(
         tolerances=verify.tolerances_for(config, compiled.opened),
         tools=tools_for(host, config, "verify", "verify"),
     )
-    with compiled.gate.refit(), compiled.gate.alone():
-        result = verify.prepared(verifier, request)(compiled.opened)
+    passages = [compiled.gate.refit, compiled.gate.alone]
+    result = inside_all(passages, lambda: verify.prepared(verifier, request)(compiled.opened))
     require_unchanged(source, reread=config.reread)
     if not result.ok:
         message = f"The module does not hold {source.description}."

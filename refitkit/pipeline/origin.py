@@ -39,17 +39,20 @@ class Origin:
         except (OSError, ValueError):  # a name of a plugin's own, which no file can have
             return None
 
+    def is_unchanged(self) -> bool:
+        """Whether what lies there is what lay there."""
+        try:
+            return _marks(self.path) == self.marks
+        except OSError:
+            return False
+
     def require_unchanged(self) -> None:
         """Check that what lies there is what lay there.
 
         Raises:
             NotRefittableError: It is not; names the path.
         """
-        try:
-            same = _marks(self.path) == self.marks
-        except OSError:
-            same = False
-        if not same:
+        if not self.is_unchanged():
             raise NotRefittableError(
                 "The weights that the module was loaded with are not held any more.",
                 problems=[Problem(str(self.path), "changed since the module was loaded")],

@@ -19,7 +19,7 @@ from refitkit.pipeline.check import check_abilities
 from refitkit.pipeline.clock import Clock
 from refitkit.pipeline.compiled import CompiledModule
 from refitkit.pipeline.held import Held
-from refitkit.pipeline.history import FIRST, Way
+from refitkit.pipeline.history import FIRST, Way, as_problems
 from refitkit.pipeline.keeping import present
 from refitkit.pipeline.load import open_target
 from refitkit.pipeline.mapping import Mapping
@@ -132,9 +132,13 @@ class Return:
             return Way({}, held.source, held.live, held.overridden)
         way = held.history.way_to(version, held.version, self._module)
         if way is None and version == 0 and self.compiled.origin is not None:
-            way = self._from(self.compiled.origin, held)
+            try:
+                return self._from(self.compiled.origin, held)
+            except NotRefittableError as exc:
+                exc.problems = (*as_problems(self.compiled.kept), *exc.problems)
+                raise
         if way is None:
-            raise held.history.no_way_to(version, self._module)
+            raise held.history.no_way_to(version, self.compiled.kept)
         return way
 
     def _from(self, origin: Origin, held: Held) -> Way:

@@ -70,8 +70,8 @@ def handle_on(opened: OpenedModule, opener: Opener, verbs: Verbs) -> CompiledMod
 
 def copy_of(compiled: CompiledModule, verbs: Verbs) -> CompiledModule:
     """A handle on a second module with the same weights, plan and program."""
-    with compiled.gate.refit(), compiled.gate.call():
-        opened = compiled.opened.reopen()
+    gate = compiled.gate
+    opened = gate.refit(lambda: gate.call(compiled.opened.reopen))
     copy = CompiledModule(opened, compiled.plan, compiled.program, verbs)
     copy.held = Held.first(compiled.held.overridden)
     return copy

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from refitkit.config import Config
     from refitkit.host import Host
-    from refitkit.model import SlotKey, VerificationResult
+    from refitkit.model import KeptWeights, SlotKey, VerificationResult
     from refitkit.pipeline.compiled import CompiledModule
     from refitkit.pipeline.gate import Gate
     from refitkit.pipeline.held import Held
@@ -182,7 +182,7 @@ class Writing:
     def judge(self) -> None:
         """Tell plugins, have the result judged, and note what the module holds."""
         after = self._after()
-        self._found.kept = after.history.shown(self._compiled.origin)
+        self._found.kept = self._shown(after.history)
         if self._wants_base and not self._before.history.base_lost:
             self._found.base_lost = after.history.base_lost
         self._tell("committed")
@@ -234,8 +234,12 @@ class Writing:
 
     def _find_before(self) -> None:
         """What is kept is what was, but for what engines had."""
-        self._found.kept = self._before.history.shown(self._compiled.origin, spent=True)
+        self._found.kept = self._shown(self._before.history, spent=True)
         self._found.base_lost = ""
+
+    def _shown(self, history: History, *, spent: bool = False) -> tuple[KeptWeights, ...]:
+        named = self._compiled.base is not None
+        return history.shown(self._compiled.origin, named=named, spent=spent)
 
     def _tell(self, outcome: Literal["committed", "rolled-back"]) -> None:
         hook = "refitkit_weights_changed"

@@ -54,7 +54,10 @@ class StagedRefit(Protocol):
         """
 
     def rollback(self) -> None:
-        """Make the old values live again, bit for bit; also right after a failed ``commit``."""
+        """Make the old values live again, bit for bit; also right after a failed ``commit``.
+
+        Called again after it was interrupted, at any line or right after it was done.
+        """
 
     def discard(self) -> None:
         """Forget the new values; the live ones were never touched."""

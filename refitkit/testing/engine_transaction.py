@@ -31,6 +31,17 @@ class TransactionChecks(EngineBase):
         self.require_held(engine, before, _ROLLBACK, "after a rollback", advice)
         self._require_refit(engine, _ROLLBACK, "in the refit after a rollback")
 
+    def test_a_rollback_can_be_repeated(self) -> None:
+        """It is called again where an interrupt came, which may be right after it was done."""
+        engine = self.ready()
+        before = self.snapshot(engine)
+        staged = self.commit(engine, self.make_values(engine, B))
+        staged.rollback()
+        staged.rollback()
+        advice = "Let a second rollback of what is back already change nothing."
+        self.require_held(engine, before, _ROLLBACK, "after a second rollback", advice)
+        self._require_refit(engine, _ROLLBACK, "in the refit after a second rollback")
+
     def test_the_first_refit_can_be_taken_back(self) -> None:
         """An engine that nobody has refitted yet has a way back, too."""
         engine = self.make_engine()

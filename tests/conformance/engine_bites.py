@@ -391,6 +391,14 @@ class Forgets(FakeStaged):
         super().rollback()
 
 
+@breaks("a_rollback_can_be_repeated", "after a second rollback, 4 of 4")
+class UndoesTheUndoing(FakeStaged):
+    def rollback(self) -> None:
+        live = dict(self.engine.live)
+        super().rollback()
+        self._before = live
+
+
 @breaks("the_first_refit_can_be_taken_back", "after a rollback of a first refit, 4 of 4")
 class KnowsRefitsOnly(Open):
     class Staged(FakeStaged):  # type: ignore[assignment]

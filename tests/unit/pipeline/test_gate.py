@@ -15,17 +15,20 @@ import refitkit
 from refitkit.errors import ModuleLostError, RefitInProgressError
 from refitkit.model import VerificationResult
 from refitkit.pipeline import Pipeline
+from refitkit.pipeline import gate as gates
 from refitkit.pipeline.gate import Gate
 from tests.fakes import FakeModule, FakePlugin, make_module, same_state, weights_for
+from tests.interrupting import Interrupt, Points, in_a_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from threading import Lock
 
 PATIENCE = 20.0
 
 
 class Watched:
-    """Counts who waits at its locks and conditions."""
+    """Counts who waits."""
 
     def __init__(self) -> None:
         self.waiting = threading.Semaphore(0)
@@ -45,36 +48,6 @@ class Watched:
             raise error
 
 
-class WatchedCondition(threading.Condition):
-    """A condition at which waiting is counted."""
-
-    def __init__(self, watched: Watched, lock: Any = None) -> None:
-        super().__init__(lock)
-        self.watched = watched
-
-    def wait(self, timeout: float | None = None) -> bool:
-        self.watched.begin()
-        return super().wait(timeout)
-
-
-class WatchedLock:
-    """A lock at which waiting is counted."""
-
-    def __init__(self, watched: Watched, lock: Any) -> None:
-        self.watched, self.lock = watched, lock
-
-    def __enter__(self) -> None:
-        if not self.lock.acquire(blocking=False):
-            self.watched.begin()
-            self.lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self.lock.release()
-
-    def locked(self) -> bool:
-        return bool(self.lock.locked())
-
-
 @pytest.fixture
 def watched() -> Watched:
     return Watched()
@@ -82,12 +55,16 @@ def watched() -> Watched:
 
 @pytest.fixture
 def gate(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> Gate:
-    """A gate whose locks are watched."""
-    lock = threading.Lock
-    with monkeypatch.context() as patch:
-        patch.setattr(threading, "Condition", lambda held=None: WatchedCondition(watched, held))
-        patch.setattr(threading, "Lock", lambda: WatchedLock(watched, lock()))
-        return Gate()
+    """A gate at which waiting is counted."""
+    wait = gates.wait_for
+
+    def wait_for(turn: Lock) -> None:
+        if turn.locked():
+            watched.begin()
+        wait(turn)
+
+    monkeypatch.setattr(gates, "wait_for", wait_for)
+    return Gate()
 
 
 class Threads:
@@ -135,18 +112,21 @@ def reached(event: threading.Event) -> None:
 
 
 def go_through(gate: Gate) -> str:
-    with gate.call():
-        return "through"
+    return gate.call(lambda: "through")
+
+
+def failing(why: str) -> None:
+    raise ValueError(why)
+
+
+def must_not_run() -> None:
+    raise AssertionError("it went through")
 
 
 def test_calls_go_through_side_by_side(gate: Gate, threads: Threads, watched: Watched) -> None:
     together = threading.Barrier(3, timeout=PATIENCE)
 
-    def call() -> None:
-        with gate.call():
-            together.wait()
-
-    for result in [threads.run(call) for _ in range(3)]:
+    for result in [threads.run(lambda: gate.call(together.wait)) for _ in range(3)]:
         result()
     watched.nobody_waits()
 
@@ -156,21 +136,18 @@ def test_calls_wait_while_one_has_the_gate_alone(
 ) -> None:
     order: list[str] = []
 
-    def call() -> None:
-        with gate.call():
-            order.append("call")
-
-    with gate.alone():
-        result = threads.run(call)
+    def alone() -> Callable[[], Any]:
+        result = threads.run(lambda: gate.call(lambda: order.append("call")))
         watched.somebody_waits()
         order.append("verdict")
-    result()
+        return result
+
+    gate.alone(alone)()
     assert order == ["verdict", "call"]
 
 
 def test_the_one_inside_passes_as_often_as_it_likes(gate: Gate, watched: Watched) -> None:
-    with gate.alone(), gate.call(), gate.call():
-        watched.nobody_waits()
+    gate.alone(lambda: gate.call(lambda: gate.call(watched.nobody_waits)))
 
 
 def test_going_alone_waits_for_running_calls(
@@ -178,15 +155,13 @@ def test_going_alone_waits_for_running_calls(
 ) -> None:
     order: list[str] = []
 
-    def commit() -> None:
-        with gate.alone():
-            order.append("commit")
-
-    with gate.call():
-        result = threads.run(commit)
+    def call() -> Callable[[], Any]:
+        result = threads.run(lambda: gate.alone(lambda: order.append("commit")))
         watched.somebody_waits()
         order.append("call")
-    result()
+        return result
+
+    gate.call(call)()
     assert order == ["call", "commit"]
 
 
@@ -196,20 +171,14 @@ def test_a_new_call_waits_behind_a_commit_that_waits(
     """Otherwise a stream of calls would keep a refit out for ever."""
     order: list[str] = []
 
-    def commit() -> None:
-        with gate.alone():
-            order.append("commit")
-
-    def call() -> None:
-        with gate.call():
-            order.append("call")
-
-    with gate.call():
-        results = [threads.run(commit)]
+    def running() -> list[Callable[[], Any]]:
+        results = [threads.run(lambda: gate.alone(lambda: order.append("commit")))]
         watched.somebody_waits()
-        results.append(threads.run(call))
+        results.append(threads.run(lambda: gate.call(lambda: order.append("call"))))
         watched.somebody_waits()
-    for result in results:
+        return results
+
+    for result in gate.call(running):
         result()
     assert order == ["commit", "call"]
 
@@ -217,38 +186,37 @@ def test_a_new_call_waits_behind_a_commit_that_waits(
 def test_two_cannot_be_alone(gate: Gate, threads: Threads, watched: Watched) -> None:
     order: list[str] = []
 
-    def second() -> None:
-        with gate.alone():
-            order.append("second")
-
-    with gate.alone():
-        result = threads.run(second)
+    def first() -> Callable[[], Any]:
+        result = threads.run(lambda: gate.alone(lambda: order.append("second")))
         watched.somebody_waits()
         order.append("first")
-    result()
+        return result
+
+    gate.alone(first)()
     assert order == ["first", "second"]
 
 
 def test_a_call_that_fails_is_over(gate: Gate, watched: Watched) -> None:
-    with pytest.raises(ValueError, match="in the call"), gate.call():
-        raise ValueError("in the call")
-    with gate.alone():
-        watched.nobody_waits()
+    with pytest.raises(ValueError, match="in the call"):
+        gate.call(lambda: failing("in the call"))
+    gate.alone(watched.nobody_waits)
 
 
 def test_the_gate_opens_again_after_a_failure(gate: Gate, threads: Threads) -> None:
-    with pytest.raises(ValueError, match="alone"), gate.alone():
-        raise ValueError("alone")
+    with pytest.raises(ValueError, match="alone"):
+        gate.alone(lambda: failing("alone"))
     assert threads.run(lambda: go_through(gate))() == "through"
 
 
 def test_poison_wakes_those_who_wait(gate: Gate, threads: Threads, watched: Watched) -> None:
-    with gate.alone():
+    def alone() -> list[Callable[[], Any]]:
         results = [threads.run(lambda: go_through(gate)) for _ in range(3)]
         for _ in results:
             watched.somebody_waits()
         gate.poison("no way back")
-    for result in results:
+        return results
+
+    for result in gate.alone(alone):
         with pytest.raises(ModuleLostError, match="no way back"):
             result()
 
@@ -257,24 +225,22 @@ def test_a_poisoned_gate_lets_nobody_through(gate: Gate) -> None:
     assert not gate.lost
     gate.poison("no way back")
     assert gate.lost
-    for closed in (gate.call(), gate.refit()):
-        with pytest.raises(ModuleLostError, match="no way back"), closed:
-            pass
+    for closed in (gate.call, gate.refit):
+        with pytest.raises(ModuleLostError, match="no way back"):
+            closed(lambda: None)
     with pytest.raises(ModuleLostError):
         gate.check()
 
 
 def test_poison_wakes_a_refit_that_waits(gate: Gate, threads: Threads, watched: Watched) -> None:
-    def refit() -> None:
-        with gate.refit():
-            raise AssertionError("it went through")
-
-    with gate.refit():
-        result = threads.run(refit)
+    def first() -> Callable[[], Any]:
+        result = threads.run(lambda: gate.refit(must_not_run))
         watched.somebody_waits()
         gate.poison("no way back")
+        return result
+
     with pytest.raises(ModuleLostError):
-        result()
+        gate.refit(first)()
 
 
 def test_refits_of_two_threads_come_one_after_the_other(
@@ -282,41 +248,40 @@ def test_refits_of_two_threads_come_one_after_the_other(
 ) -> None:
     order: list[str] = []
 
-    def second() -> None:
-        with gate.refit():
-            order.append("second")
-
-    with gate.refit():
-        result = threads.run(second)
+    def first() -> Callable[[], Any]:
+        result = threads.run(lambda: gate.refit(lambda: order.append("second")))
         watched.somebody_waits()
         order.append("first")
-    result()
+        return result
+
+    gate.refit(first)()
     assert order == ["first", "second"]
 
 
 def test_calls_go_on_while_a_refit_prepares(gate: Gate, threads: Threads) -> None:
-    with gate.refit():
+    def prepare() -> None:
         assert threads.run(lambda: go_through(gate))() == "through"
         assert go_through(gate) == "through"
 
+    gate.refit(prepare)
+
 
 def test_a_refit_inside_a_refit_is_an_error(gate: Gate) -> None:
-    with gate.refit():
-        with pytest.raises(RefitInProgressError), gate.refit():
-            pass
-        with gate.alone(), pytest.raises(RefitInProgressError), gate.refit():
-            pass
-    with gate.refit():
-        pass
+    def refit() -> None:
+        with pytest.raises(RefitInProgressError):
+            gate.refit(must_not_run)
+
+    gate.refit(refit)
+    gate.refit(lambda: gate.alone(refit))
+    assert gate.refit(lambda: "again") == "again"
 
 
 def test_a_refit_that_failed_is_over(gate: Gate, threads: Threads) -> None:
-    with pytest.raises(ValueError, match="no"), gate.refit():
-        raise ValueError("no")
+    with pytest.raises(ValueError, match="no"):
+        gate.refit(lambda: failing("no"))
 
     def again() -> str:
-        with gate.refit():
-            return "again"
+        return gate.refit(lambda: "again")
 
     assert again() == "again"
     assert threads.run(again)() == "again"
@@ -328,20 +293,18 @@ def test_an_interrupt_while_waiting_for_a_call_opens_the_gate(
     inside, leave = threading.Event(), threading.Event()
 
     def call() -> None:
-        with gate.call():
-            inside.set()
-            reached(leave)
+        inside.set()
+        reached(leave)
 
-    running = threads.run(call)
+    running = threads.run(lambda: gate.call(call))
     reached(inside)
     watched.interrupt = KeyboardInterrupt()
-    with pytest.raises(KeyboardInterrupt), gate.alone():
-        raise AssertionError("it went through")
+    with pytest.raises(KeyboardInterrupt):
+        gate.alone(must_not_run)
     assert threads.run(lambda: go_through(gate))() == "through"
     leave.set()
     running()
-    with gate.alone():
-        pass
+    assert gate.alone(lambda: "alone") == "alone"
 
 
 def test_an_interrupt_while_another_is_alone_leaves_that_one_alone(
@@ -351,23 +314,18 @@ def test_an_interrupt_while_another_is_alone_leaves_that_one_alone(
     order: list[str] = []
 
     def hold() -> None:
-        with gate.alone():
-            inside.set()
-            reached(leave)
-            order.append("held")
+        inside.set()
+        reached(leave)
+        order.append("held")
 
-    holder = threads.run(hold)
+    holder = threads.run(lambda: gate.alone(hold))
     reached(inside)
     watched.interrupt = KeyboardInterrupt()
-    with pytest.raises(KeyboardInterrupt), gate.alone():
-        raise AssertionError("it went through")
+    with pytest.raises(KeyboardInterrupt):
+        gate.alone(must_not_run)
     watched.somebody_waits()
 
-    def call() -> None:
-        with gate.call():
-            order.append("call")
-
-    caller = threads.run(call)
+    caller = threads.run(lambda: gate.call(lambda: order.append("call")))
     watched.somebody_waits()
     leave.set()
     holder()
@@ -383,19 +341,13 @@ def test_a_call_inside_a_call_passes_although_a_commit_waits(
     order: list[str] = []
 
     def nested() -> None:
-        with gate.call():
-            inside.set()
-            reached(go_on)
-            with gate.call():
-                order.append("nested")
+        inside.set()
+        reached(go_on)
+        gate.call(lambda: order.append("nested"))
 
-    def commit() -> None:
-        with gate.alone():
-            order.append("commit")
-
-    caller = threads.run(nested)
+    caller = threads.run(lambda: gate.call(nested))
     reached(inside)
-    committer = threads.run(commit)
+    committer = threads.run(lambda: gate.alone(lambda: order.append("commit")))
     watched.somebody_waits()
     go_on.set()
     caller()
@@ -407,11 +359,58 @@ def test_a_refit_inside_a_call_is_an_error(gate: Gate, threads: Threads) -> None
     """It would wait for its own call."""
 
     def refit_inside() -> None:
-        with gate.call(), gate.refit(), gate.alone():
-            raise AssertionError("it went through")
+        gate.call(lambda: gate.refit(lambda: gate.alone(must_not_run)))
 
     with pytest.raises(RefitInProgressError):
         threads.run(refit_inside)()
+
+
+PASSAGES: dict[str, Callable[[Gate], Any]] = {
+    "call": lambda gate: gate.call(lambda: None),
+    "nested call": lambda gate: gate.call(lambda: gate.call(lambda: None)),
+    "alone": lambda gate: gate.alone(lambda: gate.call(lambda: None)),
+    "refit": lambda gate: gate.refit(lambda: gate.alone(lambda: None)),
+}
+
+
+@pytest.mark.parametrize("lines", [False, True], ids=["signals", "lines"])
+@pytest.mark.parametrize("passage", PASSAGES)
+def test_an_interrupt_anywhere_leaves_the_gate_open(passage: str, lines: bool) -> None:
+    """Also where no signal can come: at the start of each line."""
+    within = str(gates.__file__).__eq__
+    gate = Gate()
+    with Points(None, within, lines=lines) as points:
+        PASSAGES[passage](gate)
+    assert points.count > 5
+    for at in range(points.count):
+        gate = Gate()
+        with (
+            pytest.raises(Interrupt) as caught,  # it holds the frames that were interrupted
+            Points(at, within, lines=lines) as interrupted,
+        ):
+            PASSAGES[passage](gate)
+        assert not gate._calls, interrupted.where
+        for other in PASSAGES.values():
+            assert in_a_thread(lambda: [other(gate)]) == [None], interrupted.where  # noqa: B023
+            assert other(gate) is None, interrupted.where
+        assert caught.value is not None
+
+
+def test_an_interrupt_in_a_call_is_over_for_a_commit_that_waits(
+    gate: Gate, threads: Threads, watched: Watched
+) -> None:
+    order: list[str] = []
+
+    def call() -> None:
+        committer.append(threads.run(lambda: gate.alone(lambda: order.append("commit"))))
+        watched.somebody_waits()
+        raise Interrupt
+
+    committer: list[Callable[[], Any]] = []
+    with pytest.raises(Interrupt):
+        gate.call(call)
+    committer[0]()
+    assert order == ["commit"]
 
 
 # -- the same through a module ----------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,8 @@ from tests.fakes import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from refitkit.pipeline.history import History
 
 ENGINE = 8 * 4  # bytes of the two slots of an engine
 
@@ -147,6 +150,98 @@ def test_what_is_not_held_is_refused_with_what_is() -> None:
     assert scene.compiled.version == 3
 
 
+def assert_lists_kept(error: RefitError, compiled: CompiledModule) -> None:
+    """What an error says is held is what ``kept`` lists, and all of that can be restored."""
+    held = [p.subject for p in error.problems if p.kind == "held"]
+    assert held == [f"version {row.version}" for row in compiled.kept]
+    assert not {p.subject for p in error.problems if p.kind == "not held"} & set(held)
+
+
+def refused(scene: Scene, version: int = 99) -> NotRefittableError:
+    with pytest.raises(NotRefittableError) as info:
+        scene.compiled.restore(version)
+    assert_lists_kept(info.value, scene.compiled)
+    return info.value
+
+
+def rows(compiled: CompiledModule) -> list[tuple[int, str]]:
+    return [(row.version, row.where) for row in compiled.kept]
+
+
+def test_a_refusal_lists_the_file_and_named_weights(path: Path) -> None:
+    """They are other ways to version 0 than copies."""
+    scene = FromFile(path)
+    scene.refit(10.0)
+    scene.refit(20.0)
+    assert rows(scene.compiled) == [(0, "file"), (1, "engine")]
+    refused(scene)
+    named = Scene()
+    named.compiled.base = {n.partition("/")[2]: v for n, v in named.held[0].items()}
+    named.refit(10.0)
+    assert named.refit(20.0).report.kept == named.compiled.kept
+    assert rows(named.compiled) == [(0, "base"), (1, "engine")]
+    refused(named)
+    named.compiled.restore()
+    named.require(0)
+
+
+def test_a_file_that_is_no_way_back_is_not_listed(path: Path) -> None:
+    mute = FromFile(path, FakeEngine)
+    mute.refit(10.0)
+    assert rows(mute.compiled) == []
+    refused(mute)
+    refused(mute, 0)
+    scene = FromFile(path)
+    scene.refit(10.0)
+    scene.refit(20.0)
+    path.unlink()
+    assert rows(scene.compiled) == [(1, "engine")]
+    refused(scene)
+    refused(scene, 0)
+
+
+def test_what_lies_behind_freed_weights_is_not_listed() -> None:
+    """Older weights are reached by undoing the newest refit first."""
+    scene = Scene(keep_versions=3, keep_base=False)
+    scene.refit(10.0)
+    scene.refit(20.0)
+    scene.compiled.held = replace(
+        scene.compiled.held, history=without_copies_of_the_newest(scene.compiled.held.history)
+    )
+    assert [row.version for row in scene.compiled.kept] == [0, 1]
+    scene.compiled.free_spare()
+    assert scene.compiled.kept == ()
+    refused(scene)
+    refused(scene, 0)
+    refused(scene, 1)
+
+
+def without_copies_of_the_newest(history: History) -> History:
+    *older, newest = history.records
+    return replace(history, records=(*older, replace(newest, kept={}, lent=True)))
+
+
+def test_all_that_is_kept_can_be_restored() -> None:
+    for settings in (
+        {},
+        {"keep_versions": 3},
+        {"keep_versions": 3, "keep_base": False},
+        {"keep_versions": 0},
+        {"keep_versions": 9, "keep_limit": 3 * 2 * ENGINE},
+    ):
+        for number in range(4):
+            scene = Scene(**settings)
+            for fill in (10.0, 20.0, 30.0):
+                scene.refit(fill)
+            kept = [row.version for row in scene.compiled.kept]
+            refused(scene)
+            if number in kept or number == scene.compiled.version:
+                scene.compiled.restore(number)
+                scene.require(number)
+            else:
+                refused(scene, number)
+
+
 def test_what_was_asked_for_is_not_told() -> None:
     scene = Scene(keep_base=False)
     assert not any("no longer kept" in note for note in scene.refit(10.0).report.notes)
@@ -245,7 +340,9 @@ def test_a_file_that_has_changed_is_refused(path: Path, how: str) -> None:
         path.unlink()
     with pytest.raises(NotRefittableError, match="not held any more") as info:
         scene.compiled.restore()
-    assert [p.subject for p in info.value.problems] == [str(path)]
+    problems = [(p.subject, p.kind) for p in info.value.problems]
+    assert problems == [("version 1", "held"), (str(path), "changed since the module was loaded")]
+    assert_lists_kept(info.value, scene.compiled)
     scene.require(2)
 
 

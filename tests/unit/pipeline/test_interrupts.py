@@ -77,6 +77,7 @@ def test_an_interrupt_at_any_line(verdict: bool, subtests: pytest.Subtests) -> N
             assert where
             scene.wire.arm()
             if scene.compiled.gate.lost:
+                assert not verdict  # the interrupt is the second thing that goes wrong
                 with pytest.raises(ModuleLostError):
                     scene.answer_elsewhere()
                 continue

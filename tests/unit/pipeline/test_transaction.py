@@ -132,7 +132,9 @@ def assert_as_before(scene: Scene, before: Mapping[str, Any]) -> None:
     assert same_state(scene.module.holds(), before)
     assert scene.compiled.version == 0
     for staged in scene.module.staged():
-        assert staged.did in (["discard"], ["commit", "rollback"])
+        # a rollback that was interrupted is called again
+        assert staged.did in (["discard"], ["commit", *["rollback"] * staged.did.count("rollback")])
+        assert staged.did.count("rollback") <= 2
     scene.wire.arm()
     assert same_state(scene.answer_elsewhere(), before)
     scene.plugin.verdict = True
@@ -174,12 +176,15 @@ def test_a_fault_anywhere(
         scene.refit({number: error})
     raised, label = info.value, scene.wire.calls[number]
     assert error in causes(raised) or label.endswith("discard")
-    if is_way_back(label):
+    if is_way_back(label) and isinstance(error, Exception):
         assert_lost(scene, raised, tmp_path)
         return
     assert not scene.compiled.gate.lost
     if label.endswith("discard") and isinstance(error, Exception):
         assert isinstance(raised, VerificationError)  # nobody needs what was to be discarded
+    elif is_way_back(label):
+        assert raised is error
+        assert isinstance(raised.__cause__, VerificationError)  # why it was on its way back
     else:
         assert_right_error(label, raised, error)
     assert_as_before(scene, before)
@@ -200,10 +205,27 @@ def test_a_second_fault_on_the_way_back(
                 before = scene.module.holds()
                 with pytest.raises(BaseException) as info:  # noqa: PT011 - judged below
                     scene.refit({number: first, again: second("the second")})
-                if is_way_back(after[again]):
+                if is_way_back(after[again]) and second is RuntimeError:
                     assert_lost(scene, info.value, tmp_path)
                 else:
                     assert_as_before(scene, before)
+
+
+@pytest.mark.parametrize("interrupts", [1, 2, 3])
+def test_a_way_back_that_is_interrupted_again_and_again(interrupts: int, tmp_path: Path) -> None:
+    scene = Scene.of(2, verdict=False)
+    before = scene.module.holds()
+    first = calls_of(2, verdict=False, faults={}).index("e1.rollback")
+    errors = [KeyboardInterrupt(str(number)) for number in range(interrupts)]
+    faults = {first + number: error for number, error in enumerate(errors)}
+    with pytest.raises((KeyboardInterrupt, ModuleLostError)) as info:
+        scene.refit(faults)
+    if interrupts == 3:
+        assert_lost(scene, info.value, tmp_path)
+        return
+    assert info.value is errors[-1]
+    assert not scene.compiled.gate.lost
+    assert same_state(scene.answer_elsewhere(), before)
 
 
 def test_the_error_of_a_lost_module_tells_both_reasons() -> None:
