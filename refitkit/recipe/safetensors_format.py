@@ -10,6 +10,7 @@ a copy of the whole.
 from __future__ import annotations
 
 import json
+import os
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +23,7 @@ from refitkit.recipe.archive import Archive, ArchiveError, Streamed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
 
 _DTYPES = {
     "BOOL": ("bool", 8),
@@ -88,16 +90,9 @@ def read_entries(size: int, read: Callable[[int, int], bytes]) -> dict[str, Entr
         ValueError: There is no header, or it does not describe the file.
         RecursionError: The header is nested too deeply.
     """
-    if size < _LENGTH:
-        raise ValueError("it is too short for a header")
-    length = int.from_bytes(read(0, _LENGTH), "little")
-    begin = _LENGTH + length
-    if length > _LIMIT or begin > size:
-        raise ValueError(f"a header of {length} bytes, in a file of {size}")
-    text = read(_LENGTH, length)
-    if not text.startswith(b"{"):
-        raise ValueError("the header is no JSON object")
-    header = _header(text.decode())
+    text = _header_text(size, read)
+    begin = _LENGTH + len(text)
+    header, _ = _header(text.decode())
     entries = {name: _entry(name, found, begin) for name, found in header.items()}
     end = begin
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):
@@ -109,8 +104,33 @@ def read_entries(size: int, read: Callable[[int, int], bytes]) -> dict[str, Entr
     return entries
 
 
-def _header(text: str) -> dict[str, Any]:
-    """What it says of tensors."""
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that the header of a file holds beside its tensors.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: There is no header, or it is damaged.
+        RecursionError: The header is nested too deeply.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        return _header(_header_text(size, lambda _, count: file.read(count)).decode())[1]
+
+
+def _header_text(size: int, read: Callable[[int, int], bytes]) -> bytes:
+    if size < _LENGTH:
+        raise ValueError("it is too short for a header")
+    length = int.from_bytes(read(0, _LENGTH), "little")
+    if length > _LIMIT or _LENGTH + length > size:
+        raise ValueError(f"a header of {length} bytes, in a file of {size}")
+    text = read(_LENGTH, length)
+    if len(text) != length or not text.startswith(b"{"):
+        raise ValueError("the header is no JSON object")
+    return text
+
+
+def _header(text: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The entries of tensors, and the texts beside them."""
     header: dict[str, Any] = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
     told = header.pop("__metadata__", None)
     told = {} if told is None else told
@@ -118,7 +138,7 @@ def _header(text: str) -> dict[str, Any]:
         raise ValueError("its metadata is no map of texts")
     for name in header:
         name.encode()  # JSON can escape halves of characters, which nobody could print
-    return header
+    return header, told
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
