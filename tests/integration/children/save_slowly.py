@@ -5,6 +5,7 @@ usage: save_slowly.py MODULE FILE BYTES
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 import zipfile
@@ -17,6 +18,8 @@ import refitkit
 
 def write_some(self: Any, content: bytes | memoryview) -> int:
     """Write as much as was asked for, report it to the parent, and wait to be killed."""
+    if isinstance(self._fileobj, io.BytesIO):  # a plan, which is an archive in the archive
+        return int(real(self, content))
     size = len(content)
     real(self, content[: max(0, left[0])])
     left[0] -= size

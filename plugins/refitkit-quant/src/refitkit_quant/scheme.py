@@ -14,7 +14,6 @@ from pydantic import Field, ValidationError
 from refitkit.errors import ConfigError, Problem
 from refitkit.model.base import Frozen
 from refitkit.model.slot import Dim, DtypeName
-from refitkit.recipe.archive import saying_why
 from refitkit.replacing import replacing
 
 if TYPE_CHECKING:
@@ -154,6 +153,8 @@ class Scheme(Frozen):
         Raises:
             RefitError: It cannot be written there; says why.
         """
+        from refitkit.recipe.archive import saying_why
+
         path = Path(path)
         with saying_why(path), replacing(path) as file:
             file.write(self.model_dump_json(indent=1).encode() + b"\n")

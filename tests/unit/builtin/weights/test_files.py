@@ -352,7 +352,7 @@ def test_files_that_would_unpack_to_far_more_are_refused_before(
         raise AssertionError("it was unpacked")
 
     monkeypatch.setattr(torch, "load", unpacked)
-    with pytest.raises(SourceError, match="its records would unpack to [0-9]{7,8}") as info:
+    with pytest.raises(SourceError, match=r"its records would unpack to [0-9]{7,8}") as info:
         opened(path)
     assert "torch.load" in info.value.hint
 
