@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shlex
 from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import click
@@ -16,9 +14,11 @@ from refitkit.cli.session import Session, plain
 from refitkit.cli.tables import facts, table
 from refitkit.cli.text import count, duration, shown, size
 from refitkit.errors import VerificationError
+from refitkit.temporary import TemporaryFolder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from rich.console import Console
 
@@ -61,8 +61,8 @@ def _folder(keep: Path | None) -> Iterator[Path]:
         keep.mkdir(parents=True, exist_ok=True)
         yield keep
         return
-    with TemporaryDirectory(prefix="refitkit-demo-") as folder:
-        yield Path(folder)
+    with TemporaryFolder() as folder:
+        yield folder.path
 
 
 def _print(console: Console, result: DemoResult, keep: Path | None) -> None:

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from refitkit.cli.text import size
+from refitkit.temporary import TemporaryFolder
 
 _COMPILERS = ("g++", "c++", "clang++")
 _TRIAL = "#include <omp.h>\n#include <vector>\nstd::vector<int> trial(1);\n"
@@ -105,8 +106,8 @@ def compiler() -> Finding:
 
 def _trial(compiler: str) -> tuple[str, str] | None:
     """What is wrong with a compiler, and what to do about it; None if it can be used."""
-    with tempfile.TemporaryDirectory(prefix="refitkit-trial-") as folder:
-        library = Path(folder) / "trial.so"
+    with TemporaryFolder() as folder:
+        library = folder.path / "trial.so"
         said = _output([compiler, *_TRIAL_FLAGS, "-o", str(library)], _TRIAL)
         if not said.ok or not library.is_file():
             hint = "Install its standard library and OpenMP, or choose another with CXX."

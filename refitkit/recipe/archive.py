@@ -7,16 +7,14 @@ against the file's before anything is read, and CRCs while it is read.
 
 from __future__ import annotations
 
-import errno
-import os
-import secrets
 import shutil
 import struct
 import zipfile
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, Self
+from typing import IO, TYPE_CHECKING, NamedTuple, Self
 
 from refitkit.errors import RefitError
+from refitkit.replacing import followed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -110,6 +108,21 @@ class Archive:
         except _UNREADABLE as exc:
             raise ArchiveError(f"member {name!r} is damaged: {exc}") from exc
 
+    @contextmanager
+    def open(self, name: str) -> Iterator[MemberReader]:
+        """A member, to be read from its beginning to its end.
+
+        Raises:
+            ArchiveError: There is none of this name, it is compressed, or damaged.
+        """
+        info = self._member(name)
+        try:
+            stream = self._zip.open(info)
+        except _UNREADABLE as exc:
+            raise ArchiveError(f"member {name!r} is damaged: {exc}") from exc
+        with stream:
+            yield MemberReader(name, stream)
+
     def _member(self, name: str) -> zipfile.ZipInfo:
         if name not in self._members:
             raise ArchiveError(f"it has no member {name!r}")
@@ -119,42 +132,84 @@ class Archive:
         return info
 
 
-def write_archive(file: IO[bytes], members: Mapping[str, bytes | Path]) -> None:
-    """Write an archive: members as bytes, or as files to copy in."""
+class MemberReader:
+    """A member of an archive, open for reading; see ``Archive.open``."""
+
+    def __init__(self, name: str, stream: IO[bytes]) -> None:
+        """Made by ``Archive.open``."""
+        self._name, self._stream = name, stream
+
+    def read(self, count: int = -1) -> bytes:
+        """The next bytes; all that are left without a count.
+
+        Raises:
+            ArchiveError: The member is damaged, or has fewer bytes.
+        """
+        try:
+            content = self._stream.read(count)
+        except _UNREADABLE as exc:
+            raise ArchiveError(f"member {self._name!r} is damaged: {exc}") from exc
+        if len(content) < count:
+            raise ArchiveError(f"member {self._name!r} is damaged: it ends too early")
+        return content
+
+    def fill(self, buffer: memoryview) -> None:
+        """Write the next bytes into a buffer, as many as it holds.
+
+        Raises:
+            ArchiveError: The member is damaged, or has fewer bytes.
+        """
+        while buffer:
+            content = self.read(min(len(buffer), _CHUNK))
+            buffer[: len(content)] = content
+            buffer = buffer[len(content) :]
+
+    def copy(self, to: IO[bytes]) -> None:
+        """Write all that is left to a file.
+
+        Raises:
+            ArchiveError: The member is damaged.
+            OSError: The file cannot be written.
+        """
+        while content := self._some():
+            to.write(content)
+
+    def _some(self) -> bytes:
+        try:
+            return self._stream.read(_CHUNK)
+        except _UNREADABLE as exc:
+            raise ArchiveError(f"member {self._name!r} is damaged: {exc}") from exc
+
+
+class Streamed(NamedTuple):
+    """The content of a member that is made while it is written.
+
+    Attributes:
+        size: Bytes of all chunks together.
+        chunks: The content, in order. It can be taken once.
+    """
+
+    size: int
+    chunks: Iterable[bytes | memoryview]
+
+
+def write_archive(file: IO[bytes], members: Mapping[str, bytes | Path | Streamed]) -> None:
+    """Write an archive: members as bytes, as files to copy in, or made on the way."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for name, content in members.items():
             info = zipfile.ZipInfo(name, _FIXED_DATE)
             if isinstance(content, bytes):
                 archive.writestr(info, content)
                 continue
+            if isinstance(content, Streamed):
+                info.file_size = content.size
+                with archive.open(info, "w") as target:
+                    for chunk in content.chunks:
+                        target.write(chunk)
+                continue
             info.file_size = content.stat().st_size
             with content.open("rb") as source, archive.open(info, "w") as target:
                 shutil.copyfileobj(source, target, _CHUNK)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that replaces ``path`` once it is whole and on disk.
-
-    It lies beside ``path`` under another name until then, so a crash leaves the old file or the
-    new one, never a mixture.
-
-    Raises:
-        OSError: It cannot be written; ``saying_why`` makes a typed error of it.
-    """
-    if path.is_dir():  # told before the work, and not when it is done
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
-    try:
-        with beside.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-        _sync_folder(path.parent)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager
@@ -178,17 +233,10 @@ def _why(path: Path, exc: OSError) -> tuple[str, str]:
     if isinstance(exc, IsADirectoryError):
         return "it is a folder", "Name a file."
     if isinstance(exc, FileNotFoundError | NotADirectoryError):
-        if not path.parent.is_dir():
-            return f"there is no folder {str(path.parent)!r}", "Make it first."
+        folder = followed(path).parent
+        if not folder.is_dir():
+            return f"there is no folder {str(folder)!r}", "Make it first."
         return f"no file can be made in {str(path.parent)!r}", "Write to another folder."
     if isinstance(exc, PermissionError):
         return "its folder is not yours to write to", "Write to another folder."
     return exc.strerror or str(exc) or type(exc).__name__, ""
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

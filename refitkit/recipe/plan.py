@@ -23,10 +23,11 @@ from refitkit.model import (
 from refitkit.program.dtypes import dtype_of
 from refitkit.protocols import SlotValue, WeightSource
 from refitkit.recipe import store
-from refitkit.recipe.archive import replacing, saying_why
+from refitkit.recipe.archive import saying_why
 from refitkit.recipe.sources import TensorMap
 from refitkit.recipe.ties import broken_ties, broken_views
 from refitkit.recipe.values import Values
+from refitkit.replacing import replacing
 
 if TYPE_CHECKING:
     import torch

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +10,7 @@ from torch.utils import _pytree as pytree
 from refitkit.errors import ConfigError, InputMismatchError
 from refitkit.program.dtypes import dtype_of
 from refitkit.protocols import Backend, Offline, ProbesFromState, Tools
+from refitkit.temporary import TemporaryFolder
 from refitkit.testing import oracles
 from refitkit.testing.breach import Breach, skip
 
@@ -220,8 +219,8 @@ class BackendSuite:
     def test_what_is_saved_is_told(self) -> None:
         """``describe`` knows the file; ``attachments`` gives back what was saved beside it."""
         module, backend = self.make_module(), self.make_backend()
-        with TemporaryDirectory(prefix="refitkit-") as folder:
-            path = Path(folder) / "saved"
+        with TemporaryFolder() as folder:
+            path = folder.path / "saved"
             module.save(path, _ATTACHMENTS)
             if backend.describe(path) is None:
                 advice = "Know what save has written."
@@ -234,8 +233,8 @@ class BackendSuite:
     def test_foreign_files_are_not_its_own(self) -> None:
         """Of another's file ``describe`` gives None, and ``attachments`` nothing."""
         backend = self.make_backend()
-        with TemporaryDirectory(prefix="refitkit-") as folder:
-            path = Path(folder) / "foreign"
+        with TemporaryFolder() as folder:
+            path = folder.path / "foreign"
             path.write_bytes(b"something else")
             told: Any = backend.describe(path)
             if told is not None or dict(backend.attachments(path)):

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from refitkit.errors import ToolchainError
 from refitkit.model.base import Frozen
+from refitkit.temporary import TemporaryFolder
 from refitkit.testing.breach import Breach
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
     import pytest
 
@@ -69,8 +69,9 @@ def run_suites(suites: Mapping[str, type]) -> list[CheckResult]:
     """
     pytest = _pytest()
     collector = _Collector(suites)
-    with tempfile.TemporaryDirectory(prefix="refitkit-") as folder, _nothing_installed():
-        (Path(folder) / _FILE).touch()
+    with TemporaryFolder() as made, _nothing_installed():
+        folder = str(made.path)
+        (made.path / _FILE).touch()
         arguments = ["-p", "no:terminal", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
         arguments += ["--continue-on-collection-errors", "--noconftest", "-c", os.devnull]
         code = pytest.main([*arguments, "--rootdir", folder, folder], plugins=[collector])

@@ -22,6 +22,7 @@ from refitkit import (
     RefitError,
     UnsupportedTargetError,
     WeightMismatchError,
+    replacing,
 )
 from refitkit.builtin.torch_tensorrt.network import saving
 from tests.tensorrt.helpers import (
@@ -185,22 +186,28 @@ def test_a_module_is_replaced_as_a_whole_and_a_link_stays(
     assert {one.name for one in tmp_path.iterdir()} == {"model", "link"}
 
 
-@pytest.mark.parametrize("name", ["save_file", "write_archive", "_swap"])
+@pytest.mark.parametrize(
+    ("owner", "name"), [(saving, "streamed"), (saving, "write_archive"), (replacing, "_put")]
+)
 def test_a_save_that_fails_leaves_what_was_there(
-    compiled: refitkit.CompiledModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    compiled: refitkit.CompiledModule,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    name: str,
 ) -> None:
     path = tmp_path / "model"
     compiled.save(path)
     before = {one.name: one.read_bytes() for one in path.iterdir()}
-    real: Any = getattr(saving, name)
+    real: Any = getattr(owner, name)
 
     def fails(*args: Any) -> None:
-        if name != "_swap":
+        if name != "_put":
             real(*args)
         raise OSError("as told")
 
     other = refitkit.refit(compiled, weights(1), copy=True).module
-    monkeypatch.setattr(saving, name, fails)
+    monkeypatch.setattr(owner, name, fails)
     with pytest.raises(refitkit.RefitError, match="cannot be written: as told"):
         other.save(path)
     assert {one.name: one.read_bytes() for one in path.iterdir()} == before
@@ -409,6 +416,7 @@ def test_an_engine_of_another_model_with_its_checksum_is_found_by_the_verifier(
 IMPORTING = """
 import sys
 import refitkit
+from refitkit import replacing
 try:
     refitkit.load(sys.argv[1])
 except refitkit.UnsupportedTargetError as exc:

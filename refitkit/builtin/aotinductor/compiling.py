@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,10 @@ from refitkit.builtin.aotinductor import container, options, toolchain
 from refitkit.builtin.aotinductor.engine import AOTInductorEngine
 from refitkit.builtin.aotinductor.inputs import spec_of
 from refitkit.builtin.aotinductor.module import AOTInductorModule, Files
-from refitkit.builtin.aotinductor.package import Folder
 from refitkit.errors import CompileError, RefitError
 from refitkit.model import LeafKind
 from refitkit.program import facts_of
+from refitkit.temporary import TemporaryFolder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,7 +36,7 @@ def compile_program(program: ExportedProgram, chosen: Mapping[str, Any]) -> AOTI
     toolchain.check()
     call = spec_of(program)
     written = [Path(file) for file in _inductor(program, configured)]
-    folder = Folder()
+    folder = TemporaryFolder()
     for file in written:
         if file.suffix not in _NOT_KEPT:
             shutil.copyfile(file, folder.path / file.name)
@@ -46,7 +47,8 @@ def compile_program(program: ExportedProgram, chosen: Mapping[str, Any]) -> AOTI
     runner = container.open_container(folder.path / library.name, device)
     blob = next((file for file in written if file.suffix == ".blob"), None)
     if blob is not None:
-        container.fill_from_blob(runner, blob)
+        with blob.open("rb") as written_weights:
+            container.fill_from_blob(runner, partial(shutil.copyfileobj, written_weights))
     facts = facts_of(program)
     files = Files(
         folder=folder,

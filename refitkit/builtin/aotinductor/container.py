@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
 from refitkit.errors import CompileError, UnsupportedTargetError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
 _TRIAL_SECONDS = 300
+_ZEROS = "/dev/zero"
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 _BEYOND = 1 << 40  # bytes: more than the weights of any engine
 
 
@@ -45,24 +51,36 @@ def can_fill() -> bool:
     return hasattr(_aoti.AOTIModelContainerRunnerCpu, "update_constant_buffer_from_blob")
 
 
-def fill_from_blob(runner: Any, blob: Path) -> None:
-    """Give a container the weights that its compilation wrote."""
-    runner.update_constant_buffer_from_blob(str(blob))
+def fill_from_blob(runner: Any, copy: Callable[[IO[bytes]], object]) -> None:
+    """Give a container the weights of a blob: those of its compilation, or of a package.
 
+    The container maps the file that it is given, reads as far as its weights go, and copies them.
+    A page that is not there would end the process with SIGBUS (``mmap(2)``): in a file that is too
+    short, in one that is cut meanwhile, and on a file system without room. So the blob is copied
+    into memory that is no file of a disk, is extended by zeros there, and is sealed against changes
+    (``memfd_create(2)``). The number of bytes that were needed is compared afterwards.
 
-def fill_from_foreign_blob(runner: Any, blob: Path) -> None:
-    """Give a container the weights of a blob that somebody else wrote.
-
-    The container reads as far as its weights go, and past the end of the file that is a crash. So
-    the file is extended by zeros without extent first, and what was needed is compared afterwards.
+    Args:
+        runner: The container.
+        copy: Writes the blob to the file that it is given.
 
     Raises:
-        UnsupportedTargetError: The blob is too short: the file was damaged.
+        UnsupportedTargetError: The blob is too short, so the file was damaged; or the file that it
+            is copied to cannot be made.
     """
-    size = blob.stat().st_size
-    with blob.open("r+b") as file:
-        file.truncate(size + _BEYOND)
-    fill_from_blob(runner, blob)
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    with os.fdopen(os.memfd_create("refitkit-weights", flags), "r+b") as blob:
+        copy(blob)
+        blob.flush()
+        size = blob.tell()
+        try:
+            os.ftruncate(blob.fileno(), size + _BEYOND)
+        except OSError as exc:
+            message = f"A sparse file of {_BEYOND >> 30} GiB cannot be made in memory: {exc}."
+            hint = "Raise the limit of the size of files: ulimit -f unlimited."
+            raise UnsupportedTargetError(message, hint=hint) from exc
+        fcntl.fcntl(blob.fileno(), fcntl.F_ADD_SEALS, _SEALS)
+        runner.update_constant_buffer_from_blob(f"/proc/self/fd/{blob.fileno()}")
     needed = sum(t.nbytes for t in runner.extract_constants_map(False).values())  # noqa: FBT003
     if needed > size:
         message = f"The package's weights have {size} bytes, and its library reads {needed}."
@@ -72,22 +90,19 @@ def fill_from_foreign_blob(runner: Any, blob: Path) -> None:
 def fill_with_zeros(runner: Any) -> None:
     """Have a container allocate and lay out its weights itself, as zeros.
 
-    It copies its layout from a file of zeros that takes no space, and is larger than any weights:
-    reading past its end would be a crash.
+    It maps the file that it is given, privately. Such a mapping of ``/dev/zero`` is memory without
+    a file, and as long as it is only read it takes no memory either (``mem(4)``, ``mmap_zero`` in
+    ``drivers/char/mem.c`` of Linux): nothing can be cut, and no file system can fill.
 
     Raises:
-        UnsupportedTargetError: The file system for temporary files has no room for such a file.
+        UnsupportedTargetError: The device cannot be mapped, or there is no memory for the weights.
     """
-    with tempfile.NamedTemporaryFile(prefix="refitkit-zeros-") as file:
-        try:
-            file.truncate(_BEYOND)
-        except OSError as exc:
-            message = f"A sparse file of {_BEYOND >> 30} GiB cannot be made: {exc}."
-            hint = (
-                "Set TMPDIR to a folder on a file system with sparse files, such as ext4 or tmpfs."
-            )
-            raise UnsupportedTargetError(message, hint=hint) from exc
-        fill_from_blob(runner, Path(file.name))
+    try:
+        runner.update_constant_buffer_from_blob(_ZEROS)
+    except RuntimeError as exc:
+        first = str(exc).strip().partition("\n")[0]
+        message = f"A container cannot lay out its weights from {_ZEROS}: {first}"
+        raise UnsupportedTargetError(message) from exc
 
 
 def try_in_child(library: Path, device: str) -> None:

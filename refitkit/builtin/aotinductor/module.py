@@ -6,16 +6,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch.utils import _pytree as pytree
 
 from refitkit.builtin.aotinductor import NAME, container, package
 from refitkit.builtin.aotinductor.engine import ENGINE, AOTInductorEngine
 from refitkit.builtin.aotinductor.inputs import CallSpec, InputChecker, run_unknown, spec_of
-from refitkit.builtin.aotinductor.package import Folder
 from refitkit.errors import EngineError
 from refitkit.program import facts_of
-from refitkit.recipe.archive import replacing
+from refitkit.replacing import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from refitkit.model import SlotKey
+    from refitkit.temporary import TemporaryFolder
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Files:
         settings: Compilation options, as text.
     """
 
-    folder: Folder
+    folder: TemporaryFolder
     library: str
     device: str
     weights_beside: bool
@@ -146,16 +145,9 @@ class AOTInductorModule:
             settings=dict(files.settings),
             attachments=tuple(attachments),
         )
-        scratch = Folder()
-        weights = scratch.path / "weights.safetensors"
-        save_file(self._packed(), weights)
+        weights = {name: self._engine.read(name) for name in self._engine.slots}
         with replacing(path) as file:
             package.write(file, manifest, folder, weights, attachments)
-
-    def _packed(self) -> dict[str, torch.Tensor]:
-        """Live values, contiguous and on the CPU, as safetensors stores them."""
-        values = {name: self._engine.read(name) for name in self._engine.slots}
-        return {name: value.detach().cpu().contiguous() for name, value in values.items()}
 
     def reopen(self) -> AOTInductorModule:
         """A second container on the same files, with the same present weights."""

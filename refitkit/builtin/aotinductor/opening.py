@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 from refitkit.builtin.aotinductor import container, package
 from refitkit.builtin.aotinductor.engine import AOTInductorEngine
 from refitkit.builtin.aotinductor.module import AOTInductorModule, Files
-from refitkit.builtin.aotinductor.package import Folder, Manifest
 from refitkit.errors import NotRefittableError, Problem, UnsupportedTargetError
-from refitkit.program.dtypes import dtype_name
 from refitkit.recipe import Archive, ArchiveError
+from refitkit.recipe.safetensors_format import ArchivedTensors
+from refitkit.temporary import TemporaryFolder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from refitkit.model import Slot
+    from refitkit.builtin.aotinductor.package import Manifest
+    from refitkit.model import Slot, TensorInfo
 
 _ZIP_MAGIC = b"PK"
 
@@ -87,10 +86,9 @@ def _is_zip(path: Path) -> bool:
 
 def _open_ours(archive: Archive, path: Path) -> AOTInductorModule:
     manifest = package.read_manifest(archive, path)
-    folder, scratch = Folder(), Folder()
+    folder = TemporaryFolder()
     package.extract_code(archive, manifest, folder.path)
-    weights = scratch.path / "weights.safetensors"
-    archive.extract(package.WEIGHTS, weights)
+    weights = ArchivedTensors(archive, package.WEIGHTS)
     attachments = package.read_attachments(archive, manifest)
     runner = container.open_container(folder.path / manifest.library, manifest.device)
     if manifest.weights_beside:
@@ -132,44 +130,38 @@ def _text(slot: Slot) -> str:
     return f"{slot.dtype} {slot.shape}"
 
 
-def _fill(engine: AOTInductorEngine, weights: Path, path: Path) -> None:
+def _fill(engine: AOTInductorEngine, weights: ArchivedTensors, path: Path) -> None:
     """Write the file's weights into the engine, one at a time, checked against its slots."""
-    try:
-        with safe_open(weights, framework="pt") as file:
-            names = set(file.keys())
-            problems = [Problem(n, "no value") for n in sorted(engine.slots.keys() - names)]
-            problems += list(_misfits(engine, file, names))
-            if problems:
-                message = f"{str(path)!r} holds weights of another model."
-                raise UnsupportedTargetError(message, problems=problems)
-            for name in engine.slots:
-                engine.write_active({name: file.get_tensor(name)})
-    except SafetensorError as exc:
-        raise package.broken(path, exc) from exc
+    infos = weights.infos
+    problems = [Problem(n, "no value") for n in sorted(engine.slots.keys() - infos)]
+    problems += list(_misfits(engine, infos))
+    if problems:
+        message = f"{str(path)!r} holds weights of another model."
+        raise UnsupportedTargetError(message, problems=problems)
+    for name, value in weights:
+        engine.write_active({name: value})
 
 
-def _misfits(engine: AOTInductorEngine, file: Any, names: set[str]) -> Iterator[Problem]:
-    for name in sorted(names):
+def _misfits(engine: AOTInductorEngine, infos: Mapping[str, TensorInfo]) -> Iterator[Problem]:
+    for name, info in sorted(infos.items()):
         if name not in engine.slots:
             yield Problem(name, "no such slot")
             continue
-        value = file.get_tensor(name)  # mapped, not read
-        found = f"{dtype_name(value.dtype)} {tuple(value.shape)}"
+        found = f"{info.dtype} {info.shape}"
         if found != _text(engine.slots[name]):
             yield Problem(name, "value", found, _text(engine.slots[name]))
 
 
 def _open_torchs(archive: Archive, path: Path) -> AOTInductorModule:
-    folder = Folder()
-    package.extract_torchs(archive, folder.path)
+    folder = TemporaryFolder()
+    blob = package.extract_torchs(archive, folder.path)
     library = next(folder.path.glob("*.so"))
     metadata = next(folder.path.glob("*wrapper_metadata.json"), None)
     device = json.loads(metadata.read_text())["AOTI_DEVICE_KEY"] if metadata else "cpu"
-    blob = next(folder.path.glob("*_weights.blob"), None)
     runner = container.open_container(library, device)
-    if blob is not None:
-        container.fill_from_foreign_blob(runner, blob)
-        blob.unlink()
+    if blob:
+        with archive.open(blob) as member:
+            container.fill_from_blob(runner, member.copy)
     if not runner.extract_constants_map(False):  # noqa: FBT003
         raise NotRefittableError(
             f"{str(path)!r} was packaged without its weights.",
@@ -181,7 +173,7 @@ def _open_torchs(archive: Archive, path: Path) -> AOTInductorModule:
         folder=folder,
         library=library.name,
         device=device,
-        weights_beside=blob is not None,
+        weights_beside=bool(blob),
         call=None,
     )
     return AOTInductorModule(files, AOTInductorEngine(runner), {})

@@ -15,10 +15,7 @@ The shared library is code: opening the file runs it. Nothing else in it is exec
 from __future__ import annotations
 
 import hashlib
-import shutil
-import tempfile
-import weakref
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import IO, TYPE_CHECKING, Literal
 
 from pydantic import Field, ValidationError
@@ -29,9 +26,15 @@ from refitkit.model import Slot
 from refitkit.model.base import Frozen
 from refitkit.model.slot import Dim
 from refitkit.recipe import Archive, ArchiveError, write_archive
+from refitkit.recipe.safetensors_format import streamed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
+
+    import torch
+
+    from refitkit.recipe.archive import Streamed
 
 MANIFEST = "refitkit/manifest.json"
 WEIGHTS = "refitkit/weights.safetensors"
@@ -82,19 +85,6 @@ class Manifest(Frozen):
     versions: dict[str, str] = Field(default_factory=dict)
     settings: dict[str, str] = Field(default_factory=dict)
     attachments: tuple[str, ...] = ()
-
-
-class Folder:
-    """A private folder for the files of an opened module, removed when the last user is gone.
-
-    Attributes:
-        path: Where it is.
-    """
-
-    def __init__(self) -> None:
-        """Make it, empty, readable by this user alone."""
-        self.path = Path(tempfile.mkdtemp(prefix="refitkit-"))
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 def is_ours(archive: Archive) -> bool:
@@ -165,12 +155,22 @@ def digest_of(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def extract_torchs(archive: Archive, folder: Path) -> None:
-    """Unpack the model ``model`` of one of torch's packages into a folder."""
+def extract_torchs(archive: Archive, folder: Path) -> str:
+    """Unpack the model ``model`` of one of torch's packages into a folder, without its weights.
+
+    Returns:
+        The member that holds its weights; empty where the library holds them itself.
+    """
+    blobs = []
     for member in archive.names():
         name = PurePosixPath(member).name
-        if _TORCH_CODE in f"/{member}" and _is_plain(name):
+        if _TORCH_CODE not in f"/{member}" or not _is_plain(name):
+            continue
+        if name.endswith("_weights.blob"):
+            blobs.append(member)
+        else:
             archive.extract(member, folder / name)
+    return min(blobs, default="")
 
 
 def read_attachments(archive: Archive, manifest: Manifest) -> dict[str, bytes]:
@@ -182,15 +182,15 @@ def write(
     file: IO[bytes],
     manifest: Manifest,
     folder: Path,
-    weights: Path,
+    weights: Mapping[str, torch.Tensor],
     attachments: Mapping[str, bytes],
 ) -> None:
     """Write a whole file."""
-    members: dict[str, bytes | Path] = {
+    members: dict[str, bytes | Path | Streamed] = {
         MANIFEST: manifest.model_dump_json(indent=1).encode(),
         **{ATTACHMENTS + name: content for name, content in attachments.items()},
         **{CODE + name: folder / name for name in manifest.files},
-        WEIGHTS: weights,
+        WEIGHTS: streamed(weights),
     }
     write_archive(file, members)
 

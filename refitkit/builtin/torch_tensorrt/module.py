@@ -15,7 +15,7 @@ from refitkit.builtin.torch_tensorrt.in_process import interpret
 from refitkit.builtin.torch_tensorrt.matching import check_structures
 from refitkit.builtin.torch_tensorrt.program_file import extra_files
 from refitkit.errors import EngineError, InputMismatchError, raised_as
-from refitkit.recipe.archive import replacing
+from refitkit.replacing import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

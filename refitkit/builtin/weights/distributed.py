@@ -19,6 +19,7 @@ import torch
 
 from refitkit.builtin.weights.files import is_file
 from refitkit.builtin.weights.reading import Folder, OpenFile
+from refitkit.builtin.weights.torch_files import archive_in, require_bounded
 from refitkit.errors import Problem, SourceError, raised_as
 from refitkit.model import TensorInfo
 from refitkit.model.slot import ITEM_BYTES
@@ -149,6 +150,9 @@ class DistributedCheckpoint:
     def _read(self, fqn: str, piece: _Piece, dtype: torch.dtype) -> torch.Tensor:
         what = f"{self.description}: {fqn!r} in {piece.file!r}"
         content = self._files[piece.file].read_bytes(piece.start, piece.length)
+        with archive_in(io.BytesIO(content)) as archive:
+            if archive is not None:
+                require_bounded(archive, len(content), what)
         try:
             value = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except Exception as exc:  # no code of the file runs: whatever is raised, it cannot be read

@@ -48,6 +48,12 @@ _ENCRYPTED, _FOLDER = 0x1, 0x10
 _TAR_MARK = 257
 """Where a tar file says that it is one (POSIX, ``ustar`` interchange format)."""
 
+_GROWTH, _ALWAYS = 64, 1 << 26
+"""The most bytes that all records may unpack to: times the size of the file, or this many.
+
+Weights shrink to a half at the most, and weights of which all but a few are zeros to a fiftieth.
+"""
+
 _WHOLE = "Check that it was written or downloaded completely, and is no pointer to a file."
 _HINT = "Save tensors alone: torch.save(model.state_dict(), path), or use safetensors."
 
@@ -66,9 +72,10 @@ def open_torch_file(path: Path) -> WeightSource:
         file = OpenFile(path, what)
     except OSError as exc:
         raise SourceError(f"{what} cannot be read: {exc}.") from exc
-    with _archive(file) as archive:
+    with _stream(file) as stream, archive_in(stream) as archive:
         if archive is not None:
             _require_readable(archive, what)
+            require_bounded(archive, file.size, what)
         placed = None if archive is None else _without_data(file, archive)
     state = flattened(_load(file, what, "cpu"), what) if placed is None else placed
     _require_state_dict(state, what)
@@ -156,9 +163,9 @@ class TorchFile:
 
 
 @contextmanager
-def _archive(file: OpenFile) -> Iterator[zipfile.ZipFile | None]:
-    """The file as a zip file; None where it is none, or damaged, as torch.load will say."""
-    with _stream(file) as stream, ExitStack() as stack:
+def archive_in(stream: IO[bytes]) -> Iterator[zipfile.ZipFile | None]:
+    """A file as a zip file; None where it is none, or damaged, as torch.load will say."""
+    with ExitStack() as stack:
         try:
             archive = stack.enter_context(zipfile.ZipFile(stream))
         except Exception:  # noqa: BLE001 - damaged ones raise anything
@@ -197,6 +204,22 @@ def _require_readable(archive: zipfile.ZipFile, what: str) -> None:
     ]
     if problems:
         raise SourceError(f"{what} is a damaged zip file.", problems=problems, hint=_WHOLE)
+
+
+def require_bounded(archive: zipfile.ZipFile, size: int, what: str) -> None:
+    """Refuse a file that would take far more memory than it has bytes, before any is unpacked.
+
+    Records can be compressed, a thousand times by deflate, and several can share their bytes.
+
+    Raises:
+        SourceError: It would; says how much.
+    """
+    unpacked, most = sum(e.file_size for e in archive.infolist()), max(_ALWAYS, _GROWTH * size)
+    if unpacked > most:
+        problem = Problem("records", "unpacked", f"{unpacked} bytes", f"at most {most}")
+        message = f"{what} has {size} bytes, and its records would unpack to {unpacked}."
+        hint = "If you trust the file, load it with torch.load and pass its tensors."
+        raise SourceError(message, problems=[problem], hint=hint)
 
 
 def _records(file: OpenFile, archive: zipfile.ZipFile) -> dict[int, int] | None:

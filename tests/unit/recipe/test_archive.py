@@ -11,7 +11,8 @@ import pytest
 
 from refitkit.errors import RefitError
 from refitkit.recipe import Archive, ArchiveError, RefitPlan, write_archive
-from refitkit.recipe.archive import replacing, saying_why
+from refitkit.recipe.archive import saying_why
+from refitkit.replacing import replacing
 from tests.fakes import make_module, plan_for
 
 MEMBERS = {"a": b"first", "b/c": b"second"}

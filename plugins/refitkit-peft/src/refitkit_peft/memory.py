@@ -101,13 +101,14 @@ def _mapped(source: WeightSource, names: list[str]) -> dict[str, torch.Tensor]:
         offsets[name] = size
         size += -(-info.count * dtype_of(info.dtype).itemsize // _ALIGNED) * _ALIGNED
     failed = raised_as(SourceError, f"{source.description} cannot be copied to a temporary file")
-    with failed, tempfile.NamedTemporaryFile(prefix="refitkit-peft-") as file:
+    with failed, tempfile.TemporaryFile() as file:
         for name in names:
             file.seek(offsets[name])
             file.write(_raw(source.get(name)))
         file.truncate(size)
         file.flush()
-        storage: Any = torch.UntypedStorage.from_file(file.name, False, size)  # noqa: FBT003
+        name = f"/proc/self/fd/{file.fileno()}"  # it never has another: nobody else can cut it
+        storage: Any = torch.UntypedStorage.from_file(name, False, size)  # noqa: FBT003
     return {name: _view(storage, offsets[name], info) for name, info in infos.items()}
 
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from refitkit.errors import Problem, SourceError
 from refitkit.protocols import MayChange
+from refitkit.recipe.safetensors_format import read_metadata
 from refitkit.recipe.sources import require_reread
-from safetensors import SafetensorError, safe_open
 
 from refitkit_peft.config import AdapterConfig
 from refitkit_peft.declarations import Declaration, declarations_in, may_declare
@@ -183,9 +183,8 @@ def _metadata(file: Path) -> Mapping[str, Any]:
         ``torch.save``, by names with dots.
     """
     try:
-        with safe_open(file, framework="pt") as opened:
-            return dict(opened.metadata() or {})
-    except (SafetensorError, OSError, RuntimeError):
+        return read_metadata(file)  # safetensors itself would map the file, which can be cut
+    except (OSError, ValueError, RecursionError):
         state = _loaded(file, "meta")
         return dict(_plain_entries(state)) if isinstance(state, Mapping) else {}
 

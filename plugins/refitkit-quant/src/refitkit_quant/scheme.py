@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError
 from refitkit.errors import ConfigError, Problem
 from refitkit.model.base import Frozen
 from refitkit.model.slot import Dim, DtypeName
+from refitkit.replacing import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -147,8 +148,16 @@ class Scheme(Frozen):
     weights: tuple[QuantizedWeight, ...]
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON."""
-        Path(path).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        """Write it as JSON.
+
+        Raises:
+            RefitError: It cannot be written there; says why.
+        """
+        from refitkit.recipe.archive import saying_why
+
+        path = Path(path)
+        with saying_why(path), replacing(path) as file:
+            file.write(self.model_dump_json(indent=1).encode() + b"\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Scheme:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refitkit.builtin.torch_tensorrt import NETWORK
@@ -19,6 +17,7 @@ from refitkit.errors import RefitError, UnsupportedTargetError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from torch.export import ExportedProgram
 
@@ -109,10 +108,9 @@ def open_folder(path: Path, tools: Tools) -> NetworkModule | None:
     planned = plan_program(saving.program_of(template, path), options, tools)
     _check_same(planned, manifest, path)
     module = NetworkModule(planned, options, template, tools, attachments)
-    with tempfile.TemporaryDirectory(prefix="refitkit-") as folder:
-        for part in manifest.parts:
-            values = saving.read_values(path, part, Path(folder))
-            module.take(part.structure.name, values, saving.engine_bytes(path, part))
+    for part in manifest.parts:
+        values = saving.read_values(path, part)
+        module.take(part.structure.name, values, saving.engine_bytes(path, part))
     return module
 
 

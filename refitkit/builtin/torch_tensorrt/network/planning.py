@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refitkit.builtin.torch_tensorrt.options import IMPORTS, plain
@@ -16,6 +14,7 @@ from refitkit.builtin.torch_tensorrt.worker.client import SERVER, SessionClient
 from refitkit.builtin.torch_tensorrt.worker.regions import Region
 from refitkit.errors import ConfigError, Problem
 from refitkit.model import Slot
+from refitkit.temporary import TemporaryFolder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,10 +57,10 @@ class Planned:
 
     def values(self) -> dict[str, dict[str, torch.Tensor]]:
         """Values of all slots, by part and slot, flat; mapped from files that are gone already."""
-        with tempfile.TemporaryDirectory(prefix="refitkit-") as folder:
-            self.session.call("values", folder=folder)
+        with TemporaryFolder() as folder:
+            self.session.call("values", folder=str(folder.path))
             return {
-                name: Region.open(Path(folder) / name, slots).views
+                name: Region.open(folder.path / name, slots).views
                 for name, slots in self.slots.items()
             }
 
@@ -71,8 +70,8 @@ class Planned:
         Raises:
             CompileError: TensorRT refused it.
         """
-        with tempfile.TemporaryDirectory(prefix="refitkit-") as folder:
-            path = Path(folder) / name
+        with TemporaryFolder() as folder:
+            path = folder.path / name
             self.session.call("build", engine=name, path=str(path))
             return path.read_bytes()
 
@@ -100,19 +99,19 @@ def plan_program(
         problem = Problem(IMPORTS, "type", repr(imports), "a list of names of modules")
         raise ConfigError("These options cannot be used.", problems=[problem])
     session = SERVER.session(tools.tell)
-    with tempfile.TemporaryDirectory(prefix="refitkit-") as folder:
-        programs.write(program, Path(folder))
+    with TemporaryFolder() as folder:
+        programs.write(program, folder.path)
         found = session.call(
             "open",
             tell=tools.tell,
-            folder=folder,
+            folder=str(folder.path),
             options=chosen,
             layer_types=[one.model_dump() for one in tools.layer_types.values()],
             imports=imports,
             places=sys.path if imports else [],
             record=record,
         )
-        recorded = recordings.read(Path(folder), found["recorded"]) if record else None
+        recorded = recordings.read(folder.path, found["recorded"]) if record else None
     return Planned(
         session=session,
         structures=tuple(map(Structure.model_validate, found["structures"])),

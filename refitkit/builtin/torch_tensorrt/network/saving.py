@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-import secrets
-import shutil
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from refitkit.builtin.torch_tensorrt.network.template import CONSTANTS, FACTS, GRAPH, Template
 from refitkit.builtin.torch_tensorrt.parts import Structure
@@ -26,7 +23,9 @@ from refitkit.errors import Problem, RefitError, UnsupportedTargetError
 from refitkit.model import Slot
 from refitkit.model.base import Frozen
 from refitkit.recipe import Archive, ArchiveError
-from refitkit.recipe.archive import replacing, write_archive
+from refitkit.recipe.archive import write_archive
+from refitkit.recipe.safetensors_format import ArchivedTensors, streamed
+from refitkit.replacing import replacing, replacing_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from refitkit.builtin.torch_tensorrt.network.module import NetworkModule
+    from refitkit.recipe.archive import Streamed
 
 SUFFIX = ".engine"
 INDEX = "refitkit.network"
@@ -109,13 +109,8 @@ def save(module: NetworkModule, path: Path, attachments: Mapping[str, bytes]) ->
             hint="Choose a new folder, or for a single engine a path that ends in '.engine'.",
         )
     path = path.resolve()  # where a link leads; the link stays
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
-    try:
-        beside.mkdir()
-        _write(module, beside, attachments)
-        _swap(beside, path)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with replacing_folder(path) as folder:
+        _write(module, folder, attachments)
 
 
 def _save_engine(module: NetworkModule, path: Path) -> None:
@@ -132,7 +127,7 @@ def _save_engine(module: NetworkModule, path: Path) -> None:
 
 def _write(module: NetworkModule, folder: Path, attachments: Mapping[str, bytes]) -> None:
     entries = []
-    members: dict[str, bytes | Path] = dict(module.template.members())
+    members: dict[str, bytes | Path | Streamed] = dict(module.template.members())
     for name, engine in module.engines.items():
         built = engine.live
         digest = ""
@@ -142,10 +137,10 @@ def _write(module: NetworkModule, folder: Path, attachments: Mapping[str, bytes]
             (folder / f"{name}{SUFFIX}").write_bytes(content)
         slots = tuple(engine.slots.values())
         values = {slot.name: engine.read(slot.name) for slot in slots}
-        beside = built.engine is None
-        weights = folder / (f"{name}.safetensors" if beside else f".{name}.safetensors")
-        save_file(values, weights)
-        members[f"{name}.safetensors"] = weights
+        if built.engine is None:
+            with (folder / f"{name}.safetensors").open("xb") as file:
+                file.writelines(streamed(values).chunks)
+        members[f"{name}.safetensors"] = streamed(values)
         entries.append(PartEntry(structure=engine.structure, slots=slots, sha256=digest))
     manifest = Manifest(
         parts=tuple(entries),
@@ -156,25 +151,8 @@ def _write(module: NetworkModule, folder: Path, attachments: Mapping[str, bytes]
     )
     members[_MANIFEST] = manifest.model_dump_json().encode()
     members.update({f"{_ATTACHED}{name}": content for name, content in attachments.items()})
-    with replacing(folder / INDEX) as file:
+    with (folder / INDEX).open("xb") as file:
         write_archive(file, members)
-    for scratch in folder.glob(".*.safetensors"):
-        scratch.unlink()
-
-
-def _swap(new: Path, path: Path) -> None:
-    """Put a folder in the place of another, which is gone afterwards."""
-    if not path.exists():
-        new.rename(path)
-        return
-    old = path.with_name(f".{path.name}.{secrets.token_hex(6)}.old")
-    path.rename(old)
-    try:
-        new.rename(path)
-    except OSError:
-        old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 # -- reading ------------------------------------------------------------------------------------
@@ -262,7 +240,7 @@ def program_of(template: Template, path: Path) -> ExportedProgram:
         raise _broken(path, exc) from exc
 
 
-def read_values(path: Path, part: PartEntry, scratch: Path) -> dict[str, torch.Tensor]:
+def read_values(path: Path, part: PartEntry) -> dict[str, torch.Tensor]:
     """Values of all slots of one part.
 
     Raises:
@@ -271,8 +249,7 @@ def read_values(path: Path, part: PartEntry, scratch: Path) -> dict[str, torch.T
     name = f"{part.structure.name}.safetensors"
     try:
         with Archive(_index(path)) as archive:
-            archive.extract(name, scratch / name)
-        values = load_file(scratch / name)
+            values = dict(ArchivedTensors(archive, name))
     except _MALFORMED as exc:
         raise _broken(path, exc) from exc
     wanted = {slot.name: (slot.dtype, slot.count) for slot in part.slots}

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
-import tempfile
 import threading
-import weakref
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from refitkit.errors import EngineError
+from refitkit.temporary import TemporaryFolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from refitkit.builtin.torch_tensorrt.worker.client import SessionClient
 
@@ -27,10 +25,9 @@ class Scratch:
 
     def __init__(self) -> None:
         """Make the folder."""
-        self._folder = Path(tempfile.mkdtemp(prefix="refitkit-network-"))
+        self._folder = TemporaryFolder()
         self._owner = os.getpid()
         self._numbers = itertools.count(1)
-        weakref.finalize(self, _remove_folder, self._folder, self._owner)
 
     def new(self, suffix: str) -> Path:
         """Where a new file can be written.
@@ -44,18 +41,13 @@ class Scratch:
                 "refitted there.",
                 hint="Load or compile it in this process.",
             )
-        return self._folder / f"{next(self._numbers)}.{suffix}"
+        return self._folder.path / f"{next(self._numbers)}.{suffix}"
 
     def remove(self, *paths: Path | None) -> None:
         """Delete files, if they are this process's; what is mapped stays readable."""
         if os.getpid() == self._owner:
             for path in filter(None, paths):
                 path.unlink(missing_ok=True)
-
-
-def _remove_folder(folder: Path, owner: int) -> None:
-    if os.getpid() == owner:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Builder:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save, save_file
 from torch.serialization import LoadEndianness
 
+from refitkit.builtin.weights import torch_files
 from refitkit.builtin.weights.torch_files import TorchFile
 from refitkit.errors import SourceError
 from refitkit.pipeline import Pipeline
@@ -333,6 +334,27 @@ def test_what_has_no_place_in_a_file_is_read_as_a_whole(
     read = read_from(monkeypatch)
     assert source.get("w").equal(state["w"])
     assert read == []
+
+
+@pytest.mark.parametrize("how", ["compressed", "overlapping"])
+def test_files_that_would_unpack_to_far_more_are_refused_before(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_files, "_ALWAYS", 1 << 16)
+    path = file_of(tmp_path, "w.pt", saved({"w": torch.zeros(1 << 18)}))
+    if how == "compressed":
+        rewritten(path, zipfile.ZIP_DEFLATED)
+    else:
+        real = zipfile.ZipFile.infolist
+        monkeypatch.setattr(zipfile.ZipFile, "infolist", lambda self: real(self) * 65)
+
+    def unpacked(*_: object, **__: object) -> None:
+        raise AssertionError("it was unpacked")
+
+    monkeypatch.setattr(torch, "load", unpacked)
+    with pytest.raises(SourceError, match=r"its records would unpack to [0-9]{7,8}") as info:
+        opened(path)
+    assert "torch.load" in info.value.hint
 
 
 def test_a_zip_file_that_others_have_packed_again(

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from refitkit.builtin.weights import safetensors_files, torch_files
+from refitkit.builtin.weights import torch_files
+from refitkit.recipe import safetensors_format
 from tests.fuzzing import quiet_alarm  # noqa: F401 - a fixture
 from tests.unit.builtin.weights import mutants
 
@@ -48,7 +49,7 @@ def verdicts(count: int) -> Counter[str]:
     ("module", "name", "instead"),
     [
         (torch_files, "_lie_in_order", lambda archive: True),
-        (safetensors_files, "_once", dict),
+        (safetensors_format, "_once", dict),
     ],
 )
 def test_readers_that_check_less_would_be_found_out(

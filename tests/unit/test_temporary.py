@@ -1,0 +1,324 @@
+"""Folders and files for a while: what is removed, by whom, and what never is."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import gc
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from refitkit import temporary
+from refitkit.temporary import TemporaryFolder, part_file, part_folder, set_aside
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DEAD = "refitkit-0123456789abcdef.tmp"
+DEAD_PART = ".refitkit-0123456789abcdef.part"
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for temporary files of these tests."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def full(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "deep").mkdir()
+    (folder / "deep" / "file").write_bytes(b"x")
+    return folder
+
+
+# -- one that is used ---------------------------------------------------------------------------
+
+
+def test_a_folder_is_private_and_goes_with_its_object(scratch: Path) -> None:
+    folder = TemporaryFolder()
+    (folder.path / "file").write_bytes(b"x")
+    assert folder.path.parent == scratch
+    assert folder.path.stat().st_mode & 0o777 == 0o700
+    del folder
+    gc.collect()
+    assert names(scratch) == []
+
+
+def test_a_folder_goes_at_the_end_of_a_block_and_with_a_failure(scratch: Path) -> None:
+    def fail() -> None:
+        with TemporaryFolder() as folder:
+            (folder.path / "file").write_bytes(b"x")
+            raise ValueError("x")
+
+    with pytest.raises(ValueError, match="x"):
+        fail()
+    assert names(scratch) == []
+
+
+def test_what_is_used_is_nobodys_litter(scratch: Path) -> None:
+    """By this process, or by another one."""
+    with TemporaryFolder() as folder, part_file(scratch, 0o600) as (part, _):
+        before = names(scratch)
+        with TemporaryFolder(), part_folder(scratch):
+            assert set(before) < set(names(scratch))
+        code = "import refitkit.temporary as t\nwith t.TemporaryFolder(): pass"
+        environment = {**os.environ, "TMPDIR": str(scratch)}
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+        assert names(scratch) == before
+        assert folder.path.is_dir()
+        assert part.is_file()
+
+
+def test_locks_are_given_back(scratch: Path) -> None:
+    """A process that makes many folders and files keeps none of them open."""
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(3):
+        with TemporaryFolder(), part_folder(scratch), part_file(scratch, 0o600):
+            pass
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+# -- litter -------------------------------------------------------------------------------------
+
+
+def test_what_killed_processes_left_is_removed(scratch: Path) -> None:
+    code = (
+        "import os, sys, pathlib, refitkit.temporary as t\n"
+        "folder = t.TemporaryFolder()\n"
+        "(folder.path / 'file').write_bytes(b'x')\n"
+        "file = t.part_file(pathlib.Path(sys.argv[1]), 0o400); file.__enter__()\n"
+        "beside = t.part_folder(pathlib.Path(sys.argv[1])); beside.__enter__()\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    environment = {**os.environ, "TMPDIR": str(scratch)}
+    done = subprocess.run([sys.executable, "-c", code, str(scratch)], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(names(scratch)) == 3
+    with TemporaryFolder():
+        pass
+    with part_file(scratch, 0o600):
+        pass
+    assert names(scratch) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "refitkit-demo",
+        "refitkit-0123456789abcdef",
+        "refitkit-0123456789abcdeg.tmp",
+        "refitkit-0123456789abcdef.tmp.old",
+        ".model.refitkit.0123456789ab.part",
+        "xrefitkit-0123456789abcdef.tmp",
+    ],
+)
+def test_names_of_others_are_left_alone(scratch: Path, name: str) -> None:
+    full(scratch / name)
+    with TemporaryFolder(), part_file(scratch, 0o600):
+        pass
+    assert names(scratch) == [name]
+
+
+def test_links_and_pipes_with_our_names_lead_nowhere(scratch: Path) -> None:
+    kept = full(scratch / "kept")
+    (scratch / DEAD).symlink_to(kept)
+    (scratch / DEAD_PART).symlink_to(kept / "deep" / "file")
+    os.mkfifo(scratch / DEAD_PART.replace("0", "1"))
+    with TemporaryFolder(), part_file(scratch, 0o600):
+        pass
+    assert (kept / "deep" / "file").read_bytes() == b"x"
+
+
+def test_folders_of_other_users_are_left_alone(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full(scratch / DEAD)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with TemporaryFolder():
+        pass
+    assert names(scratch) == [DEAD]
+
+
+def test_where_there_are_no_locks_nothing_is_removed(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full(scratch / DEAD)
+
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with TemporaryFolder() as folder, part_file(scratch, 0o600) as (part, _):
+        assert folder.path.is_dir()
+        assert part.is_file()
+    assert names(scratch) == [DEAD]
+
+
+def test_a_folder_that_cannot_be_listed_can_be_written_to(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> Iterator[object]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with part_file(scratch, 0o600) as (part, _):
+        assert part.is_file()
+    assert not part.exists()
+
+
+# -- races --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("removed", [True, False], ids=["removed", "locked"])
+def test_what_is_swept_before_it_was_locked_is_made_again(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch, removed: bool
+) -> None:
+    """Whoever sweeps may come between making something and locking it."""
+    real, swept = fcntl.flock, []
+
+    def late(handle: int, how: int) -> None:
+        if not swept:
+            path = Path(f"/proc/self/fd/{handle}").readlink()
+            swept.append(path)
+            other = os.open(path, os.O_RDONLY)
+            real(other, fcntl.LOCK_EX)
+            if removed:
+                path.rmdir() if path.is_dir() else path.unlink()
+                os.close(other)
+            else:
+                opened.append(other)
+        real(handle, how)
+
+    opened: list[int] = []
+    monkeypatch.setattr(fcntl, "flock", late)
+    for make in (part_folder(scratch), part_file(scratch, 0o600)):
+        swept.clear()
+        with make as made:
+            path = made if isinstance(made, Path) else made[0]
+            assert path != swept[0]
+            assert names(scratch) == [path.name]
+    for handle in opened:
+        os.close(handle)
+
+
+def test_a_failure_to_lock_leaves_nothing(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fcntl, "flock", interrupted)
+    for make in (part_folder(scratch), part_file(scratch, 0o600)):
+        with pytest.raises(KeyboardInterrupt):
+            make.__enter__()
+    with pytest.raises(KeyboardInterrupt):
+        TemporaryFolder()
+    assert names(scratch) == []
+
+
+# -- forks --------------------------------------------------------------------------------------
+
+
+def in_child(code: str, scratch: Path) -> None:
+    """Run code that forks, in a process of its own, with this folder for temporary files."""
+    environment = {**os.environ, "TMPDIR": str(scratch)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_a_fork_that_ends_removes_nothing(scratch: Path) -> None:
+    in_child(
+        "import os, refitkit.temporary as t\n"
+        "folder = t.TemporaryFolder()\n"
+        "child = os.fork()\n"
+        "if not child: raise SystemExit\n"
+        "assert os.waitpid(child, 0)[1] == 0\n"
+        "assert folder.path.is_dir()\n",
+        scratch,
+    )
+    assert names(scratch) == []
+
+
+def test_a_fork_keeps_the_folder_of_a_parent_that_was_killed(scratch: Path) -> None:
+    """Until it ends itself, which nobody has to be told."""
+    code = (
+        "import os, sys, refitkit.temporary as t\n"
+        "folder = t.TemporaryFolder()\n"
+        "if os.fork():\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "print(folder.path, flush=True)\n"
+        "sys.stdin.read()\n"
+        "os._exit(0)\n"
+    )
+    environment = {**os.environ, "TMPDIR": str(scratch)}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout is not None
+    assert parent.stdin is not None
+    path = Path(parent.stdout.readline().strip())
+    assert parent.wait() == -signal.SIGKILL
+    with TemporaryFolder():
+        assert path.is_dir()
+    parent.stdin.close()
+    assert parent.stdout.read() == ""  # the fork has ended
+    parent.stdout.close()
+    with TemporaryFolder():
+        assert not path.exists()
+
+
+def test_a_daemon_that_closed_all_files_closes_none_of_others(scratch: Path) -> None:
+    in_child(
+        "import os, refitkit.temporary as t\n"
+        "folder = t.TemporaryFolder()\n"
+        "os.closerange(3, 100)\n"
+        "others = [os.open('/dev/null', os.O_RDONLY) for _ in range(50)]\n"
+        "del folder\n"
+        "for one in others: os.close(one)\n",
+        scratch,
+    )
+    assert names(scratch) == []
+
+
+# -- folders that are set aside -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_folder_that_was_set_aside_is_put_back_if_nothing_took_its_place(
+    scratch: Path, replaced: bool
+) -> None:
+    litter = full(scratch / DEAD_PART)
+    set_aside(full(scratch / "module"), litter)
+    if replaced:
+        (scratch / "module").mkdir()
+    with part_file(scratch, 0o600):
+        pass
+    assert names(scratch) == ["module"]
+    assert (scratch / "module" / "deep" / "file").exists() is not replaced
+
+
+def test_what_cannot_be_put_back_stays(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_aside(full(scratch / "module"), full(scratch / DEAD_PART))
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refuse)
+        with part_file(scratch, 0o600):
+            pass
+    assert names(scratch) == [DEAD_PART]
+    assert (scratch / DEAD_PART / temporary._ASIDE / "module" / "deep" / "file").exists()
