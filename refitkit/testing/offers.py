@@ -158,7 +158,8 @@ class OfferSuite:
         self._require_hook("refitkit_check")
         module = _module()
         arguments = {"plan": plan_for(module), "module": module, "source": TensorMap(_weights())}
-        more = {"partial": False, "unchanged": frozenset(), "config": Config()}
+        none = frozenset[str]()
+        more = {"partial": False, "unchanged": none, "deferred": none, "config": Config()}
         for given in self._asked("refitkit_check", **arguments, **more):
             odd = [problem for problem in given if not isinstance(problem, Problem)]
             if odd:

@@ -137,6 +137,9 @@ ALLOWED = {
     "hookspecs",
     "config",
     "plain_pickle",
+    "file_state",
+    "replacing",
+    "temporary",
 }
 
 
