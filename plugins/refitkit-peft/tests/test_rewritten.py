@@ -60,27 +60,30 @@ def weight(one, adapter):
 
 
 @pytest.mark.parametrize(
-    ("file", "says"),
+    "files",
     [
-        ("adapter_config.json", "was changed while it was read"),
-        ("adapter_model.safetensors", "was changed since it was opened"),
+        ["adapter_config.json"],
+        ["adapter_model.safetensors"],
+        ["adapter_config.json", "adapter_model.safetensors"],
     ],
 )
-def test_config_and_tensors_are_of_one_adapter(file, says, base, adapter, monkeypatch):
+def test_config_and_tensors_are_of_one_adapter(files, base, adapter, monkeypatch):
+    """The tensors are opened before the config is read, and the error names all that changed."""
     load = AdapterConfig.load
 
     def and_rewrite(path):
         found = load(path)
-        if file.endswith(".json"):
-            rewrite(adapter / file, b'"lora_alpha": 4', b'"lora_alpha": 8')
-        else:
-            rewrite(adapter / file)
+        for file in files:
+            old = (b'"lora_alpha": 4', b'"lora_alpha": 8') if file.endswith(".json") else ()
+            rewrite(adapter / file, *old)
         return found
 
     monkeypatch.setattr(AdapterConfig, "load", and_rewrite)
-    with pytest.raises(SourceError, match=says) as info:
+    with pytest.raises(SourceError, match="was changed while it was read") as info:
         weight(opened(base), adapter)
-    assert len(info.value.problems) == 1
+    assert {problem.subject for problem in info.value.problems} == {
+        str(adapter / file) for file in files
+    }
     assert "os.replace" in info.value.hint
 
 
