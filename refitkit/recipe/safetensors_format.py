@@ -10,6 +10,7 @@ a copy of the whole.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
+_LARGE = 1 << 20
+"""Bytes from which on memory is asked of the system itself."""
 _DTYPES = {
     "BOOL": ("bool", 8),
     "U8": ("uint8", 8),
@@ -216,11 +219,18 @@ class ArchivedTensors:
                 if entry.info.unusable:
                     raise ArchiveError(f"member {self._member!r}: {name!r}: {entry.info.unusable}")
                 stream.read(entry.start - done)  # the header: tensors have no gaps between them
-                raw = torch.empty(entry.nbytes, dtype=torch.uint8, device="cpu")
+                raw = _memory(entry.nbytes)
                 stream.fill(raw.numpy().data)
                 done = entry.start + entry.nbytes
                 yield name, raw.view(dtype_of(entry.info.dtype)).reshape(entry.info.shape)
             stream.read()  # a stream that ends compares its checksum
+
+
+def _memory(nbytes: int) -> torch.Tensor:
+    """Bytes to read into. The system gets large ones back at once: malloc would keep them."""
+    if nbytes < _LARGE:
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
 
 
 # -- writing ------------------------------------------------------------------------------------
