@@ -96,12 +96,8 @@ def _put(new: Path, path: Path, aside: Path) -> None:
         return
     if _are_exchanged(new, path):
         return
-    old = set_aside(path, aside)
-    try:
-        new.rename(path)
-    except BaseException:
-        old.rename(path)
-        raise
+    set_aside(path, aside)
+    new.rename(path)
 
 
 def _are_exchanged(one: Path, other: Path) -> bool:

@@ -73,7 +73,8 @@ class TemporaryFolder:
 def part_folder(parent: Path) -> Iterator[Path]:
     """A folder to fill and rename, beside the one whose place it takes.
 
-    It is removed at the end if it is still there under its name.
+    It is removed at the end if it is still there under its name. A folder that was set aside in it
+    goes back first if nothing has taken its place.
 
     Raises:
         OSError: It cannot be made.
@@ -83,17 +84,20 @@ def part_folder(parent: Path) -> Iterator[Path]:
     try:
         yield path
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):
+            _put_back(path)
+            shutil.rmtree(path, ignore_errors=True)
         os.close(lock)
 
 
-def set_aside(path: Path, folder: Path) -> Path:
-    """Move a folder into one of ``part_folder``; returns where it is now.
+def set_aside(path: Path, folder: Path) -> None:
+    """Move a folder into one of ``part_folder``.
 
-    Who finds that folder as litter puts this one back if nothing has taken its place.
+    It is put back when that one is removed, by this process or as litter, if nothing has taken its
+    place.
     """
     (folder / _ASIDE).mkdir()
-    return path.rename(folder / _ASIDE / path.name)
+    path.rename(folder / _ASIDE / path.name)
 
 
 @contextmanager

@@ -207,7 +207,7 @@ class ArchivedTensors:
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and tensors in the order of the file, each in memory of its own.
 
-        The sum over the whole member is checked behind its last tensor.
+        The checksum of the member is compared when its last byte is read.
 
         Raises:
             ArchiveError: The member is damaged, or torch lacks a dtype.
@@ -223,7 +223,6 @@ class ArchivedTensors:
                 stream.fill(raw.numpy().data)
                 done = entry.start + entry.nbytes
                 yield name, raw.view(dtype_of(entry.info.dtype)).reshape(entry.info.shape)
-            stream.read()  # a stream that ends compares its checksum
 
 
 def _memory(nbytes: int) -> torch.Tensor:

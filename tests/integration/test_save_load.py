@@ -130,6 +130,20 @@ def test_no_folders_are_left_behind(saved: Saved, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["saved.refit"]
 
 
+def test_weights_are_opened_and_copied_without_a_file(saved: Saved) -> None:
+    """A file on a full file system, or one that is cut, ends the process when it is mapped."""
+    members = members_of(saved("wide"))
+    limit = max(len(content) for name, content in members.items() if name != WEIGHTS)
+    assert limit < len(members[WEIGHTS])
+    code = (
+        "import resource, sys, refitkit\n"
+        "limit = int(sys.argv[2])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n"
+        "refitkit.Pipeline().copy(refitkit.load(sys.argv[1]))\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(saved("wide")), str(limit)], check=True)
+
+
 # -- what is in the file ----------------------------------------------------------------------
 
 

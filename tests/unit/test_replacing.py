@@ -262,8 +262,8 @@ def test_a_failure_leaves_the_old_folder(
     real = Path.rename
 
     def fails(self: Path, target: Path) -> Path:
-        if self.name == "module" and target == path and self.parent.name != ".aside":
-            raise OSError(errno.EIO if path.exists() else errno.ENOSPC, "no")
+        if target == path and self.parent.name != ".aside" and path.exists() is exchange:
+            raise OSError(errno.EIO, "no")
         return real(self, target)
 
     with monkeypatch.context() as patch:
