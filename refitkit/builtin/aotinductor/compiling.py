@@ -78,7 +78,9 @@ def _inductor(program: ExportedProgram, configured: Mapping[str, Any]) -> Sequen
     module = program.module(check_guards=False)
     if not isinstance(module, torch.fx.GraphModule):
         raise CompileError("The program has no graph that AOTInductor can compile.")
-    _name_views(module, facts_of(program))
+    facts = facts_of(program)
+    _name_views(module, facts)
+    _free_state(module, facts)
     _own_weights(module)
     patches = {**configured, "aot_inductor.package": True}
     try:
@@ -100,11 +102,37 @@ def _name_views(module: torch.fx.GraphModule, facts: ProgramFacts) -> None:
     twins = {name for tie in facts.ties if not weights.isdisjoint(tie) for name in tie}
     for leaf in facts.leaves:
         if leaf.kind is LeafKind.CONSTANT and (leaf.derived or leaf.fqn in twins):
-            owner, _, attribute = leaf.fqn.rpartition(".")
-            holder = module.get_submodule(owner)
-            tensor = getattr(holder, attribute)
-            delattr(holder, attribute)
-            holder.register_buffer(attribute, tensor.detach(), persistent=False)
+            _as_buffer(module, leaf.fqn)
+
+
+def _free_state(module: torch.fx.GraphModule, facts: ProgramFacts) -> None:
+    """Let calls write state in place.
+
+    Inductor returns parameters that calls write (``nn.Embedding(max_norm=1.0)``) as outputs, and
+    refuses a tensor that calls write if the module has another name for it. Only this module is
+    changed: written parameters become buffers, and names that the graph does not read vanish.
+    """
+    written = {leaf.fqn for leaf in facts.leaves if leaf.mutated}
+    for leaf in facts.leaves:
+        if leaf.mutated and leaf.kind is LeafKind.PARAMETER:
+            _as_buffer(module, leaf.fqn)
+    names = {name for tie in facts.ties if not written.isdisjoint(tie) for name in tie}
+    for node in list(module.graph.nodes):
+        if node.op == "get_attr" and node.target in names and not node.users:
+            module.graph.erase_node(node)
+    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    for name in names - read:
+        owner, _, attribute = name.rpartition(".")
+        delattr(module.get_submodule(owner), attribute)
+    module.recompile()
+
+
+def _as_buffer(module: torch.fx.GraphModule, fqn: str) -> None:
+    owner, _, attribute = fqn.rpartition(".")
+    holder = module.get_submodule(owner)
+    tensor = getattr(holder, attribute)
+    delattr(holder, attribute)
+    holder.register_buffer(attribute, tensor.detach(), persistent=False)
 
 
 def _own_weights(module: torch.fx.GraphModule) -> None:
