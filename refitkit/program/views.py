@@ -126,7 +126,9 @@ def with_overlaps(
     """
     regions = {leaf.fqn: region for leaf in leaves if (region := _region(leaf, tensors[leaf.fqn]))}
     found, problems = _followed(_neighbours(list(regions.values())))
-    read = {base for leaf in found.values() if leaf.used for base in leaf.bases}
+    read = {leaf.fqn for leaf in found.values() if leaf.used}
+    for _ in range(_DEEPEST):
+        read |= {base for fqn in read if fqn in found for base in found[fqn].bases}
     shared = (found.get(leaf.fqn, leaf) for leaf in leaves)
     return tuple(
         leaf.model_copy(update={"used": True}) if leaf.fqn in read and not leaf.used else leaf
@@ -189,7 +191,7 @@ def _followed(
         changes = None if faults else _place(region, weights, others, found)
         if changes:
             found[leaf.fqn] = leaf.model_copy(update=changes)
-        elif weights and leaf.used and not leaf.persistent and not faults:
+        elif weights and leaf.used and not faults:
             names = ", ".join(sorted(other.leaf.fqn for other in weights))
             faults = [Problem(leaf.fqn, "shares memory in a way that no recipe can follow", names)]
         problems += faults

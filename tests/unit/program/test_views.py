@@ -137,6 +137,7 @@ def test_programs_without_data_are_followed_too() -> None:
         (lambda m: {"A": m[:4], "B": m[4:], "v": m[2:6]}, "v"),
         (lambda m: {"A": m[:, :2], "v": m[:4]}, "v"),
         (lambda m: {"A": m[:, :3], "v": m[:4, 1:3]}, "v"),
+        (lambda m: {"A": m[:5], "v": m[:0], "B": m[4:]}, "B"),
         (lambda m: {"A": torch.view_as_complex(m.view(-1, 2)), "v": m.view(torch.int16)}, ""),
         (
             lambda m: {
@@ -150,6 +151,7 @@ def test_programs_without_data_are_followed_too() -> None:
         "across two",
         "more rows of fewer columns",
         "part of one with gaps",
+        "two weights",
         "other bits",
         "conjugate",
     ],
@@ -158,6 +160,19 @@ def test_what_no_recipe_can_follow_is_refused(tensors: Any, refused: str) -> Non
     leaves, problems = shared(**tensors(torch.randn(8, 4)))
     assert problems == ([refused] if refused else [])
     assert leaves["v"].derived == (not refused)
+
+
+def test_a_weight_that_is_read_through_a_view_of_its_whole_counts_as_read() -> None:
+    memory = torch.randn(8, 4)
+    tensors = {"A": memory[:3], "B": memory[4:], "m": memory, "v": memory[2:6]}
+    kinds = {True: LeafKind.PARAMETER, False: LeafKind.CONSTANT}
+    leaves = [
+        leaf(name, value, kinds[name.isupper()]).model_copy(update={"used": name == "v"})
+        for name, value in tensors.items()
+    ]
+    found, problems = with_overlaps(leaves, tensors)
+    assert not problems
+    assert all(one.used for one in found)
 
 
 def test_an_unused_leaf_is_never_refused() -> None:
