@@ -199,6 +199,41 @@ def test_views_with_other_values_than_their_weight_are_refused(
     assert torch.equal(named.read("rows"), before)
 
 
+# -- views of no weight -----------------------------------------------------------------------
+
+
+class Constants(nn.Module):
+    """Slices of memory that no weight has part in, with offsets, gaps and overlaps."""
+
+    inputs = (torch.linspace(-1.0, 1.0, 12).view(3, 4),)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(4, 4)
+        memory = torch.randn(10, 4)
+        self.rows, self.column, self.turned = memory[2:6], memory[:, 1], memory.t()[1:3]
+        self.parts = [memory[3], memory[4:5].expand(3, 4), memory[5, 2]]
+        self.ids = torch.arange(10)[5:8]
+        self.register_buffer("buffer", memory[7:], persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        row, rows, element = self.parts
+        mixed = self.out(x) @ self.rows + self.column.sum() + self.turned.sum() * element
+        return mixed + row + rows + self.buffer + self.ids.unsqueeze(1) * x
+
+
+def test_constants_with_offsets_compile_and_stay() -> None:
+    torch.manual_seed(0)
+    model = Constants().eval()
+    compiled = refitkit.compile(exported(model))
+    model.load_state_dict({name: torch.randn_like(v) for name, v in model.state_dict().items()})
+    refitkit.refit(compiled, model.state_dict(), inputs=model.inputs)
+    with torch.no_grad():
+        wanted = model(*model.inputs)
+    found = compiled(*model.inputs)
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < TOLERANCE
+
+
 # -- what cannot be followed ------------------------------------------------------------------
 
 

@@ -81,7 +81,7 @@ def _inductor(program: ExportedProgram, configured: Mapping[str, Any]) -> Sequen
     facts = facts_of(program)
     _name_views(module, facts)
     _free_state(module, facts)
-    _own_weights(module)
+    _own_memory(module, facts)
     patches = {**configured, "aot_inductor.package": True}
     try:
         files = inductor.aot_compile(module, args, kwargs, options=patches)
@@ -135,10 +135,10 @@ def _as_buffer(module: torch.fx.GraphModule, fqn: str) -> None:
     holder.register_buffer(attribute, tensor.detach(), persistent=False)
 
 
-def _own_weights(module: torch.fx.GraphModule) -> None:
-    """Give every weight that is a view with an offset, gaps or overlaps memory of its own.
+def _own_memory(module: torch.fx.GraphModule, facts: ProgramFacts) -> None:
+    """Give every tensor that is a view with an offset, gaps or overlaps memory of its own.
 
-    Inductor would store such a weight with the whole memory that it looks into. Only this module
+    Inductor would store such a tensor with the whole memory that it looks into. Only this module
     is changed, which was made for compiling and is thrown away; the program's tensors are not.
     Names of one tensor stay names of one tensor.
     """
@@ -147,6 +147,9 @@ def _own_weights(module: torch.fx.GraphModule) -> None:
         *module.named_parameters(remove_duplicate=False),
         *module.named_buffers(remove_duplicate=False),
     ]
+    known = {name for name, _ in named}
+    constants = (leaf.fqn for leaf in facts.leaves if leaf.kind is LeafKind.CONSTANT)
+    named += [(name, _attribute(module, name)) for name in constants if name not in known]
     for name, tensor in named:
         if not _is_view(tensor):
             continue
@@ -155,6 +158,12 @@ def _own_weights(module: torch.fx.GraphModule) -> None:
             copies[key] = _packed(tensor)
         owner, _, attribute = name.rpartition(".")
         setattr(module.get_submodule(owner), attribute, copies[key])
+
+
+def _attribute(module: torch.nn.Module, fqn: str) -> torch.Tensor:
+    owner, _, name = fqn.rpartition(".")
+    found: torch.Tensor = getattr(module.get_submodule(owner), name)
+    return found
 
 
 def _is_view(tensor: torch.Tensor) -> bool:
