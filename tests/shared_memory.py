@@ -108,9 +108,11 @@ class ViewsOnly(nn.Module):
         super().__init__()
         self.qkv = nn.Parameter(torch.randn(12, 4))
         self.q, self.k, self.v = self.qkv.data.split(4)
+        self.out = nn.Linear(4, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ((x @ self.q.t()) * (x @ self.k.t())) @ self.v
+        attended: torch.Tensor = self.out(((x @ self.q.t()) * (x @ self.k.t())) @ self.v)
+        return attended
 
 
 MODELS: dict[str, type[nn.Module]] = {

@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING
 
 from refitkit.errors import PlanMismatchError
 from refitkit.program.bits import same_bits
+from refitkit.program.views import derived_value
 from refitkit.protocols import LeavesOut
 from refitkit.recipe import unusable_reason
 from refitkit.recipe.once import once_for_each
 from refitkit.recipe.ties import kept_leaves
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
     import torch
 
+    from refitkit.model import Leaf
     from refitkit.protocols import WeightSource
     from refitkit.recipe import RefitPlan
 
@@ -32,14 +34,26 @@ def overrides(plan: RefitPlan, source: WeightSource) -> frozenset[str]:
     Raises:
         SourceError: An entry cannot be read.
     """
-    names = source.names()
+    names, leaves = source.names(), {leaf.fqn: leaf for leaf in plan.data.leaves}
     return frozenset(
         name
         for name in _mixed(plan)
         if name in names
         and name in plan.data.pinned
-        and not same_bits(plan.pinned(name), source.get(name))
+        and not same_bits(
+            _own_elements(leaves, name, plan.pinned(name)),
+            _own_elements(leaves, name, source.get(name)),
+        )
     )
+
+
+def _own_elements(leaves: Mapping[str, Leaf], name: str, value: torch.Tensor) -> torch.Tensor:
+    """A value without what follows from weights that are parts of it."""
+    leaf = leaves.get(name)
+    if leaf is None or not leaf.parts:
+        return value
+    zeros = {part.fqn: value.new_zeros(leaves[part.fqn].shape) for part in leaf.parts}
+    return derived_value(leaf, leaves, zeros.__getitem__, lambda _: value)
 
 
 def left(before: frozenset[str], plan: RefitPlan, source: WeightSource) -> frozenset[str]:

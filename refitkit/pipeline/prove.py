@@ -18,6 +18,8 @@ from refitkit.errors import NotRefittableError, VerificationError
 from refitkit.pipeline.blamed_slots import KEPT, wrong_slots
 from refitkit.pipeline.held import Held
 from refitkit.pipeline.needs import of_strategies
+from refitkit.program import facts_of
+from refitkit.program.views import derived_value
 from refitkit.protocols import Offline
 
 if TYPE_CHECKING:
@@ -161,8 +163,8 @@ def moved_weights(program: ExportedProgram, seed: int) -> dict[str, torch.Tensor
     """The program's weights, moved: every float by up to a quarter, none to another sign.
 
     So variances stay positive, and zeros and ones, which folding likes, become something else.
-    Names of one tensor get one value. Integers and what is not finite stay: they may be indices and
-    masks.
+    Names of one tensor get one value, and views of a weight get its values. Integers and what is
+    not finite stay: they may be indices and masks.
     """
     made: dict[tuple[int, ...], torch.Tensor] = {}
     moved: dict[str, torch.Tensor] = {}
@@ -171,6 +173,10 @@ def moved_weights(program: ExportedProgram, seed: int) -> dict[str, torch.Tensor
         if key not in made or not value.numel():
             made[key] = _moved(value.detach(), seed)
         moved[name] = made[key]
+    leaves = {leaf.fqn: leaf for leaf in facts_of(program).leaves}
+    views = [leaf for leaf in leaves.values() if leaf.view and leaf.persistent]
+    for leaf in views:
+        moved[leaf.fqn] = derived_value(leaf, leaves, moved.__getitem__, moved.__getitem__)
     return moved
 
 

@@ -25,7 +25,7 @@ from refitkit.program.vet import check_graph
 from refitkit.program.views import derived_value, on_shared_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from torch.export import ExportedProgram
 
@@ -103,9 +103,9 @@ class KeptProgram:
             SourceError: Neither has something that the program needs.
             PlanMismatchError: The kept program is damaged, or another torch wrote it.
         """
-        read = self._readers(source, pinned)
-        changed = {leaf.fqn: read[leaf.fqn]().clone() for leaf in self._leaves if leaf.mutated}
         program = self._module()
+        read = self._readers(source, pinned, program.asked_for)
+        changed = {leaf.fqn: read[leaf.fqn]().clone() for leaf in self._leaves if leaf.mutated}
 
         def give(fqn: str) -> torch.Tensor:
             return changed[fqn] if fqn in changed else read[fqn]()
@@ -142,18 +142,22 @@ class KeptProgram:
         self, source: WeightSource, pinned: Callable[[str], torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """All tensors at once, for who keeps them."""
-        read = self._readers(source, pinned)
+        read = self._readers(source, pinned, self._by_fqn)
         return {
             leaf.fqn: read[leaf.fqn]().clone() if leaf.mutated else read[leaf.fqn]()
             for leaf in self._leaves
         }
 
     def _readers(
-        self, source: WeightSource, pinned: Callable[[str], torch.Tensor]
+        self,
+        source: WeightSource,
+        pinned: Callable[[str], torch.Tensor],
+        wanted: Collection[str],
     ) -> dict[str, Callable[[], torch.Tensor]]:
         """What reads each tensor, by FQN. The source is asked only for its names."""
         have = set(source.names())
-        return {leaf.fqn: self._reader(leaf, source, have, pinned) for leaf in self._leaves}
+        leaves = (leaf for leaf in self._leaves if leaf.fqn in wanted)
+        return {leaf.fqn: self._reader(leaf, source, have, pinned) for leaf in leaves}
 
     def _reader(
         self,
@@ -191,8 +195,11 @@ class KeptProgram:
     ) -> Callable[[], torch.Tensor]:
         """What computes a leaf that follows from others."""
         bases = {fqn: self._reader(self._by_fqn[fqn], source, have, pinned) for fqn in leaf.bases}
-        if leaf.parts:
-            bases[leaf.fqn] = _kept(leaf, pinned)
+        if leaf.parts:  # what no part covers
+            names = (leaf.fqn, *self._twins.get(leaf.fqn, ()))
+            given = next((name for name in names if name in have), None)
+            own = partial(_read, source, given, leaf.device) if given else _kept(leaf, pinned)
+            bases[leaf.fqn] = own
 
         def value_of(fqn: str) -> torch.Tensor:
             return bases[fqn]()

@@ -35,7 +35,9 @@ _ONLY_METADATA = {
     **{
         f"aten::{name}": "self"
         for name in (
+            "copy",
             "empty_like",
+            "fill",
             "full_like",
             "is_same_size",
             "new_empty",
@@ -61,6 +63,12 @@ _ONLY_METADATA = {
     "aten::_assert_tensor_metadata": "a",
 }
 """Ops that read no element of this argument, only its shape, dtype and device."""
+
+_OVERWRITES = frozenset({"aten::copy_", "aten::fill_", "aten::zero_"})
+"""Ops that write to all elements of ``self`` and read none."""
+
+_EACH_OF_ITS_OWN = frozenset({"aten::broadcast_tensors", "aten::meshgrid"})
+"""Ops that take a list, and of which each result has the elements of one tensor of it."""
 
 _PURE = frozenset(
     {
@@ -330,8 +338,22 @@ class _Graph:
         whole, result = _item(node)
         if whole in self._calls and whole is not None and result is not None:
             return [(whole, frozenset({result}))]
+        if whole is not None and result is not None and _schema_name(whole) in _EACH_OF_ITS_OWN:
+            tensors: Any = whole.args[0]
+            return [self._asked(one) for one in _nodes(tensors[result])]
         call = self._calls.get(node)
-        return [self._asked(one) for one in (call.needed(results) if call else _read(node))]
+        needed = call.needed(results) if call else self._read(node)
+        return [self._asked(one) for one in needed]
+
+    def _read(self, node: Node) -> list[Node]:
+        """Arguments whose elements the value of a node, or what it leaves in memory, follows from.
+
+        What a call leaves in memory of the caller counts as read: it is state.
+        """
+        over = _overwritten(node)
+        if over is None or any(base.op in _OUTSIDE for base in self._memory[over]):
+            return _read(node)
+        return [one for one in _read(node) if one is not over]
 
 
 def _nodes(value: Any) -> list[Node]:
@@ -342,6 +364,10 @@ def _nodes(value: Any) -> list[Node]:
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple)
+
+
+def _schema_name(node: Node) -> str:
+    return str(getattr(getattr(node.target, "_schema", None), "name", ""))
 
 
 def _item(node: Node) -> tuple[Node | None, int | None]:
@@ -374,6 +400,19 @@ def _read(node: Node) -> list[Node]:
     return [one for one in node.all_input_nodes if one is not skipped]
 
 
+def _overwritten(node: Node) -> Node | None:
+    """The argument that a call overwrites without reading it."""
+    over = node.args[0] if _schema_name(node) in _OVERWRITES else None
+    if not isinstance(over, Node) or over in _nodes(node.args[1:]) or _has_shape_of_data(over):
+        return None
+    return over
+
+
+def _has_shape_of_data(node: Node) -> bool:
+    value = node.meta.get("val")
+    return not isinstance(value, torch.Tensor) or bool(free_unbacked_symbols(value))
+
+
 def _reads_only_metadata(node: Node) -> bool:
     return _only_metadata(node) is not None
 
@@ -383,13 +422,11 @@ def _only_metadata(node: Node) -> Node | None:
 
     A shape that follows from data (of ``nonzero``, or after ``item``) carries values.
     """
-    name = _ONLY_METADATA.get(getattr(getattr(node.target, "_schema", None), "name", ""))
+    name = _ONLY_METADATA.get(_schema_name(node))
     for argument, value in arguments_of(node) if name else ():
         if argument.name == name and isinstance(value, Node):
-            known = value.meta.get("val")
-            others = [one for one in node.all_input_nodes if one is value]
-            if isinstance(known, torch.Tensor) and len(others) == 1:
-                return None if free_unbacked_symbols(known) else value
+            once = _nodes([*node.args, *node.kwargs.values()]).count(value) == 1
+            return value if once and not _has_shape_of_data(value) else None
     return None
 
 

@@ -29,6 +29,9 @@ class OnDemand:
     """A program's module without data; each call says where tensors come from.
 
     Nothing of a call is kept, so several threads may call it.
+
+    Attributes:
+        asked_for: Names of the tensors that calls ask for: those that the graph itself reads.
     """
 
     def __init__(self, module: torch.fx.GraphModule, names: Collection[str]) -> None:
@@ -41,6 +44,7 @@ class OnDemand:
         self._module, self._asked = module, _Asked()
         early = [node for node in module.graph.nodes if node.op == "get_attr"]
         waiting = {node: str(node.target) for node in early if node.target in names}
+        self.asked_for = frozenset(name for node, name in waiting.items() if node.users)
         _put_off(module, waiting, self._asked)
 
     def run(self, give: Give, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

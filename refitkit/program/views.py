@@ -126,7 +126,9 @@ def with_overlaps(
     """
     regions = {leaf.fqn: region for leaf in leaves if (region := _region(leaf, tensors[leaf.fqn]))}
     found, problems = _followed(_neighbours(list(regions.values())))
-    read = {base for leaf in found.values() if leaf.used for base in leaf.bases}
+    read = {leaf.fqn for leaf in found.values() if leaf.used}
+    for _ in range(_DEEPEST):
+        read |= {base for fqn in read if fqn in found for base in found[fqn].bases}
     shared = (found.get(leaf.fqn, leaf) for leaf in leaves)
     return tuple(
         leaf.model_copy(update={"used": True}) if leaf.fqn in read and not leaf.used else leaf
@@ -189,7 +191,7 @@ def _followed(
         changes = None if faults else _place(region, weights, others, found)
         if changes:
             found[leaf.fqn] = leaf.model_copy(update=changes)
-        elif weights and leaf.used and not leaf.persistent and not faults:
+        elif weights and leaf.used and not faults:
             names = ", ".join(sorted(other.leaf.fqn for other in weights))
             faults = [Problem(leaf.fqn, "shares memory in a way that no recipe can follow", names)]
         problems += faults
@@ -303,12 +305,18 @@ def lost_views(
         tensor = tensors[leaf.fqn]
         if not leaf.kept or leaf.derived or leaf.fqn in tied or not leaf.used:
             continue
-        if _region(leaf, tensor) is None or not _is_telling(tensor):
+        region = _region(leaf, tensor)
+        if region is None:
             continue
         memory = _memory(tensor)
-        others = (name for name in weights if tensors[name].dtype == tensor.dtype)
-        found = [name for name in others if same_bits(memory, _memory(tensors[name]))]
-        if found:
+        looks_into_more = not region.dense or region.end - region.start < memory.numel()
+        found = [
+            name
+            for name in weights
+            if same_bits(memory, _memory(tensors[name]))
+            and (looks_into_more or _is_telling(tensors[name]))
+        ]
+        if found and memory.numel() >= _FEW * tensor.dtype.itemsize:
             names = ", ".join(sorted(found))
             yield Problem(leaf.fqn, "has the bits of a weight's memory", names)
 
@@ -319,16 +327,15 @@ def _was_read(program: ExportedProgram) -> bool:
 
 
 def _is_telling(tensor: torch.Tensor) -> bool:
-    """Whether it is no chance that a weight has the same bits: not for zeros, ones and indices."""
-    if not tensor.is_floating_point() or tensor.numel() < _FEW:
-        return False
-    return bool((tensor != tensor.reshape(-1)[0]).any())
+    """Whether it is no chance that a constant has its bits: not for zeros, ones and indices."""
+    varied = tensor.is_floating_point() and tensor.numel() > 0
+    return varied and bool((tensor != tensor.reshape(-1)[0]).any())
 
 
 def _memory(tensor: torch.Tensor) -> torch.Tensor:
-    """All elements of a tensor's storage."""
-    count = tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
-    return tensor.detach().as_strided((count,), (1,), 0)
+    """All bytes of a tensor's storage."""
+    storage = tensor.untyped_storage()
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
 
 
 # -- computing them ---------------------------------------------------------------------------

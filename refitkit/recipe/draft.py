@@ -76,7 +76,8 @@ class Draft:
         one = self._leaves[fqn]
         if one.derived:
             emit = partial(self._call, one.device.partition(":")[0])
-            return derive(one, self._leaves, self.leaf, _kept, emit)
+            # what no part covers: a source can bring another value of it than the plan keeps
+            return derive(one, self._leaves, self.leaf, lambda name: SourceRef(fqn=name), emit)
         persistent = (name for name in (fqn, *self._twins.get(fqn, ())) if self._is_weight(name))
         return SourceRef(fqn=next(persistent, fqn))
 
@@ -174,8 +175,3 @@ class Draft:
             return self._twins.get(value.fqn, (value.fqn,))
         names = self._followed.by(value)
         return tuple(name for name in self._leaves if name in names)
-
-
-def _kept(fqn: str) -> Value:
-    """The value that the plan keeps of a leaf."""
-    return PinnedRef(name=fqn)

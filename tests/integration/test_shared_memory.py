@@ -59,6 +59,44 @@ def test_a_refit_in_part_changes_the_views_of_what_it_gives(
     assert error("shared", compiled, {**first, "w": second["w"]}) < TOLERANCE
 
 
+def test_a_refit_in_part_leaves_weights_that_are_read_through_views(
+    modules: dict[str, refitkit.CompiledModule],
+) -> None:
+    """The engine has no slot of the weight itself, so nobody can read it."""
+    compiled, inputs = modules["views only"], MODELS["views only"].inputs
+    first, second = (model_of("views only", seed).state_dict() for seed in (1, 2))
+    refitkit.refit(compiled, first)
+    part = {name: second[name] for name in ("out.weight", "out.bias")}
+    assert refitkit.refit(compiled, part, partial=True, inputs=inputs).report.verification.ok
+    assert error("views only", compiled, first | part) < TOLERANCE
+
+
+def test_a_program_brings_what_lies_between_weights(
+    modules: dict[str, refitkit.CompiledModule],
+) -> None:
+    compiled, (x,) = modules["packed"], MODELS["packed"].inputs
+    model = model_of("packed", 4)
+    assert refitkit.refit(compiled, exported(model), inputs=(x,)).report.verification.ok
+    with torch.no_grad():
+        wanted = model(x)
+    assert float((compiled(x) - wanted).abs().max() / wanted.abs().max()) < TOLERANCE
+    part = {"q": model.q.detach() + 1, "k": model.k.detach()}
+    with pytest.raises(refitkit.UnmappedSlotError, match="memory with it"):
+        refitkit.refit(compiled, part, partial=True)
+
+
+def test_a_program_with_the_plans_elements_between_weights_overrides_nothing(
+    modules: dict[str, refitkit.CompiledModule],
+) -> None:
+    compiled, (x,) = modules["packed"], MODELS["packed"].inputs
+    model = model_of("packed")
+    model.load_state_dict(model_of("packed", 5).state_dict())
+    refitkit.refit(compiled, exported(model), inputs=(x,))
+    part = {"q": model.q.detach() + 1, "k": model.k.detach()}
+    assert refitkit.refit(compiled, part, partial=True, inputs=(x,)).report.verification.ok
+    assert error("packed", compiled, part) < TOLERANCE
+
+
 def test_the_verifier_sees_a_view_that_kept_its_old_value(
     modules: dict[str, refitkit.CompiledModule], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,7 +144,7 @@ def test_the_proof_by_trial_covers_views() -> None:
 
 
 class Named(nn.Module):
-    """A buffer of the state_dict that is a view of a parameter."""
+    """Buffers of the state_dict that are views of a parameter; nobody reads the second one."""
 
     inputs = (torch.linspace(-1.0, 1.0, 8).view(2, 4),)
 
@@ -114,6 +152,7 @@ class Named(nn.Module):
         super().__init__()
         self.w = nn.Parameter(torch.randn(6, 4))
         self.register_buffer("rows", self.w.data[1:5])
+        self.register_buffer("unread", self.w.data[::2])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x @ self.w.t() + (x @ self.rows).sum()
@@ -122,7 +161,7 @@ class Named(nn.Module):
 @pytest.fixture(scope="module")
 def named() -> refitkit.CompiledModule:
     torch.manual_seed(0)
-    return refitkit.compile(exported(Named().eval()), prove=False)
+    return refitkit.compile(exported(Named().eval()))
 
 
 def named_state(seed: int) -> dict[str, torch.Tensor]:
@@ -139,6 +178,15 @@ def test_views_of_the_state_dict_follow_the_weight(
     assert torch.equal(named.read("rows"), state["w"][1:5])
 
 
+def test_views_of_the_state_dict_are_cast_with_the_weight(
+    named: refitkit.CompiledModule,
+) -> None:
+    state = {name: value.bfloat16() for name, value in named_state(3).items()}
+    pipeline = refitkit.Pipeline({"rules": {"cast": "lossless"}})
+    pipeline.refit(named, state, inputs=Named.inputs)
+    assert torch.equal(named.read("rows"), state["w"][1:5].float())
+
+
 def test_views_with_other_values_than_their_weight_are_refused(
     named: refitkit.CompiledModule,
 ) -> None:
@@ -149,6 +197,41 @@ def test_views_with_other_values_than_their_weight_are_refused(
     with pytest.raises(WeightMismatchError, match="rows: given alone"):
         refitkit.refit(named, {"rows": state["rows"]}, partial=True)
     assert torch.equal(named.read("rows"), before)
+
+
+# -- views of no weight -----------------------------------------------------------------------
+
+
+class Constants(nn.Module):
+    """Slices of memory that no weight has part in, with offsets, gaps and overlaps."""
+
+    inputs = (torch.linspace(-1.0, 1.0, 12).view(3, 4),)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(4, 4)
+        memory = torch.randn(10, 4)
+        self.rows, self.column, self.turned = memory[2:6], memory[:, 1], memory.t()[1:3]
+        self.parts = [memory[3], memory[4:5].expand(3, 4), memory[5, 2]]
+        self.ids = torch.arange(10)[5:8]
+        self.register_buffer("buffer", memory[7:], persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        row, rows, element = self.parts
+        mixed = self.out(x) @ self.rows + self.column.sum() + self.turned.sum() * element
+        return mixed + row + rows + self.buffer + self.ids.unsqueeze(1) * x
+
+
+def test_constants_with_offsets_compile_and_stay() -> None:
+    torch.manual_seed(0)
+    model = Constants().eval()
+    compiled = refitkit.compile(exported(model))
+    model.load_state_dict({name: torch.randn_like(v) for name, v in model.state_dict().items()})
+    refitkit.refit(compiled, model.state_dict(), inputs=model.inputs)
+    with torch.no_grad():
+        wanted = model(*model.inputs)
+    found = compiled(*model.inputs)
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < TOLERANCE
 
 
 # -- what cannot be followed ------------------------------------------------------------------

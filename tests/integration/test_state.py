@@ -352,3 +352,42 @@ def test_a_model_in_training_takes_its_statistics_from_weights() -> None:
     assert not compiled.read("running_mean").any()
     assert torch.allclose(compiled(x), norm(x), atol=LIMIT)
     assert torch.allclose(compiled.read("running_mean"), norm.running_mean, atol=LIMIT)
+
+
+class Aliased(nn.Module):
+    """A cache that two layers have, a weight that calls write, and another name of a counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k, self.table = nn.Linear(4, 4), nn.Embedding(5, 4, max_norm=1.0)
+        self.writes, self.reads = nn.Module(), nn.Module()
+        cache = torch.zeros(3, 4)
+        for layer in (self.writes, self.reads):
+            layer.register_buffer("cache", cache, persistent=False)
+        self.register_buffer("seen", torch.zeros(2))
+        self.register_buffer("count", self.seen, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.writes.cache.add_(self.k(x))
+        self.count.add_(1)
+        return self.reads.cache.sum(0) + self.table(torch.tensor(2)), self.count.clone()
+
+
+def test_state_of_several_names_and_weights_that_calls_write() -> None:
+    def made(seed: int) -> Aliased:
+        torch.manual_seed(seed)
+        return Aliased().eval()
+
+    x = torch.ones(3, 4)
+    compiled, eager = refitkit.compile(torch.export.export(made(0), (x,))), made(0)
+    for seed in (1, 2):
+        with torch.no_grad():
+            for found, wanted in zip(compiled(x), eager(x), strict=True):
+                assert torch.allclose(found, wanted, atol=LIMIT)
+        new = made(seed).state_dict()
+        report = refitkit.refit(compiled, new, inputs=(x,)).report
+        eager.load_state_dict(new)
+        assert sorted(outcomes(report).values()) == ["kept", "set", "set"]
+    with torch.no_grad():
+        for found, wanted in zip(compiled(x), eager(x), strict=True):
+            assert torch.allclose(found, wanted, atol=LIMIT)

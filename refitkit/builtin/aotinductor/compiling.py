@@ -78,8 +78,10 @@ def _inductor(program: ExportedProgram, configured: Mapping[str, Any]) -> Sequen
     module = program.module(check_guards=False)
     if not isinstance(module, torch.fx.GraphModule):
         raise CompileError("The program has no graph that AOTInductor can compile.")
-    _name_views(module, facts_of(program))
-    _own_weights(module)
+    facts = facts_of(program)
+    _name_views(module, facts)
+    _free_state(module, facts)
+    _own_memory(module, facts)
     patches = {**configured, "aot_inductor.package": True}
     try:
         files = inductor.aot_compile(module, args, kwargs, options=patches)
@@ -100,17 +102,43 @@ def _name_views(module: torch.fx.GraphModule, facts: ProgramFacts) -> None:
     twins = {name for tie in facts.ties if not weights.isdisjoint(tie) for name in tie}
     for leaf in facts.leaves:
         if leaf.kind is LeafKind.CONSTANT and (leaf.derived or leaf.fqn in twins):
-            owner, _, attribute = leaf.fqn.rpartition(".")
-            holder = module.get_submodule(owner)
-            tensor = getattr(holder, attribute)
-            delattr(holder, attribute)
-            holder.register_buffer(attribute, tensor.detach(), persistent=False)
+            _as_buffer(module, leaf.fqn)
 
 
-def _own_weights(module: torch.fx.GraphModule) -> None:
-    """Give every weight that is a view with an offset, gaps or overlaps memory of its own.
+def _free_state(module: torch.fx.GraphModule, facts: ProgramFacts) -> None:
+    """Let calls write state in place.
 
-    Inductor would store such a weight with the whole memory that it looks into. Only this module
+    Inductor returns parameters that calls write (``nn.Embedding(max_norm=1.0)``) as outputs, and
+    refuses a tensor that calls write if the module has another name for it. Only this module is
+    changed: written parameters become buffers, and names that the graph does not read vanish.
+    """
+    written = {leaf.fqn for leaf in facts.leaves if leaf.mutated}
+    for leaf in facts.leaves:
+        if leaf.mutated and leaf.kind is LeafKind.PARAMETER:
+            _as_buffer(module, leaf.fqn)
+    names = {name for tie in facts.ties if not written.isdisjoint(tie) for name in tie}
+    for node in list(module.graph.nodes):
+        if node.op == "get_attr" and node.target in names and not node.users:
+            module.graph.erase_node(node)
+    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    for name in names - read:
+        owner, _, attribute = name.rpartition(".")
+        delattr(module.get_submodule(owner), attribute)
+    module.recompile()
+
+
+def _as_buffer(module: torch.fx.GraphModule, fqn: str) -> None:
+    owner, _, attribute = fqn.rpartition(".")
+    holder = module.get_submodule(owner)
+    tensor = getattr(holder, attribute)
+    delattr(holder, attribute)
+    holder.register_buffer(attribute, tensor.detach(), persistent=False)
+
+
+def _own_memory(module: torch.fx.GraphModule, facts: ProgramFacts) -> None:
+    """Give every tensor that is a view with an offset, gaps or overlaps memory of its own.
+
+    Inductor would store such a tensor with the whole memory that it looks into. Only this module
     is changed, which was made for compiling and is thrown away; the program's tensors are not.
     Names of one tensor stay names of one tensor.
     """
@@ -119,6 +147,9 @@ def _own_weights(module: torch.fx.GraphModule) -> None:
         *module.named_parameters(remove_duplicate=False),
         *module.named_buffers(remove_duplicate=False),
     ]
+    known = {name for name, _ in named}
+    constants = (leaf.fqn for leaf in facts.leaves if leaf.kind is LeafKind.CONSTANT)
+    named += [(name, _attribute(module, name)) for name in constants if name not in known]
     for name, tensor in named:
         if not _is_view(tensor):
             continue
@@ -127,6 +158,12 @@ def _own_weights(module: torch.fx.GraphModule) -> None:
             copies[key] = _packed(tensor)
         owner, _, attribute = name.rpartition(".")
         setattr(module.get_submodule(owner), attribute, copies[key])
+
+
+def _attribute(module: torch.nn.Module, fqn: str) -> torch.Tensor:
+    owner, _, name = fqn.rpartition(".")
+    found: torch.Tensor = getattr(module.get_submodule(owner), name)
+    return found
 
 
 def _is_view(tensor: torch.Tensor) -> bool:

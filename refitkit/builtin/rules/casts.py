@@ -38,7 +38,8 @@ class Casts:
         """One for each entry that is cast; others are left for the checks to refuse."""
         reads = reads_of(request.plan)
         read = reads.used | reads.of_slots
-        leaves = {name: leaf for name, leaf in reads.leaves.items() if name in read}
+        # a view that the state_dict names is compared with its weight, which is cast
+        leaves = {n: leaf for n, leaf in reads.leaves.items() if n in read or leaf.view is not None}
         kept = kept_leaves(request.plan)
         for name in request.source.names():
             leaf = leaves.get(name)

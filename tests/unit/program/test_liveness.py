@@ -64,6 +64,15 @@ def only_shapes(m: Any, x: torch.Tensor) -> Any:
     return m.live(x).expand_as(m.dead(x)) + zeros.sum() * 0 + x.type_as(m.dead[0].bias)
 
 
+def overwritten(m: Any, x: torch.Tensor) -> Any:
+    a, b, c = m.dead(x), m.dead(x) + 1, m.dead(x) + 2
+    return a.zero_() + b.fill_(2.0) + c.copy_(m.live(x))
+
+
+def of_a_list(m: Any, x: torch.Tensor) -> Any:
+    return torch.broadcast_tensors(m.dead(x), m.live(x))[1]
+
+
 def no_rows(m: Any, x: torch.Tensor) -> Any:
     return torch.cat([m.live(x), m.dead(x)[:0]])
 
@@ -120,8 +129,8 @@ def nested(m: Any, x: torch.Tensor) -> Any:
 
 
 WITH_DEAD_CODE = [
-    head, in_place, random, only_shapes, no_rows, without_gradients, in_autocast, in_checkpoint,
-    in_branches, in_a_loop, in_a_scan, in_a_map, nested,
+    head, in_place, random, only_shapes, overwritten, of_a_list, no_rows, without_gradients,
+    in_autocast, in_checkpoint, in_branches, in_a_loop, in_a_scan, in_a_map, nested,
 ]  # fmt: skip
 
 
@@ -150,6 +159,23 @@ def into_what_is_used_later(m: Any, x: torch.Tensor) -> Any:
     made = m.live(x)
     made.view(-1)[:4].add_(m.dead(x)[0])
     return made * 2
+
+
+def overwritten_in_part(m: Any, x: torch.Tensor) -> Any:
+    made = m.dead(x)
+    made[0].zero_()
+    made.view(-1)[4:6].copy_(m.live(x)[0, :2])
+    return made
+
+
+def like_itself(m: Any, x: torch.Tensor) -> Any:
+    made = m.dead(x)
+    return m.live(x) + made.expand_as(made)
+
+
+def overwritten_by_itself(m: Any, x: torch.Tensor) -> Any:
+    made = m.dead(x)
+    return m.live(x) + made.copy_(made)
 
 
 def into_what_was_used_before(m: Any, x: torch.Tensor) -> Any:
@@ -205,8 +231,9 @@ def combined(m: Any, x: torch.Tensor) -> Any:
 
 ALL_LIVE = [
     into_a_buffer, into_a_view_of_a_buffer, into_a_buffer_in_a_region, into_an_input,
-    into_what_is_used_later, into_what_was_used_before, into_the_result_of_a_region, carried,
-    which_branch, scanned, combined,
+    into_what_is_used_later, overwritten_in_part, overwritten_by_itself, like_itself,
+    into_what_was_used_before, into_the_result_of_a_region, carried, which_branch, scanned,
+    combined,
 ]  # fmt: skip
 
 
@@ -302,6 +329,13 @@ class Sized(nn.Module):
         torch._check(n >= 0)
         torch._check(n <= 4)
         return torch.ones_like(x[:n])
+
+
+def test_a_value_in_the_shape_of_what_is_overwritten_is_used() -> None:
+    def chosen(m: Any, x: torch.Tensor) -> Any:
+        return m.live(x), x[m.dead(x) > 0].zero_()
+
+    assert used(export(chosen)) == LIVE | DEAD
 
 
 def test_a_value_in_a_shape_is_used() -> None:
