@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from refitkit.builtin.torch_tensorrt.trtlog import Listener
+from refitkit.builtin.torch_tensorrt.trtlog import Listener, uncollected
 from refitkit.builtin.torch_tensorrt.weighttypes import WeightFact, fact_of_slot, fact_of_trt
 from refitkit.errors import EngineError, NotRefittableError, Problem
 
@@ -56,7 +56,7 @@ class PersistentRefitter:
                 "The engine was built without TensorRT's flag REFIT.",
                 hint="Compile it with immutable_weights=False.",
             )
-        with current(device):
+        with current(device), uncollected():
             self._refitter = trt.Refitter(engine, self._heard.logger)
         self._refitter.error_recorder = self._heard.recorder
         self._refitter.weights_validation = True

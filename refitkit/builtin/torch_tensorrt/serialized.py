@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from refitkit.builtin.torch_tensorrt.trtlog import Listener
+from refitkit.builtin.torch_tensorrt.trtlog import Listener, uncollected
 from refitkit.errors import EngineError
 
 
@@ -43,7 +43,8 @@ class Deserialized:
             EngineError: TensorRT refuses the bytes.
         """
         self._heard = Listener(trt)  # both have to outlive the engine
-        self._runtime = trt.Runtime(self._heard.logger)
+        with uncollected():
+            self._runtime = trt.Runtime(self._heard.logger)
         self._runtime.error_recorder = self._heard.recorder
         self.engine = self._runtime.deserialize_cuda_engine(data)
         if self.engine is None:

@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 from collections import deque
-from typing import Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_MAKING = threading.Lock()
 _KEPT = 20
 _NOISE = "differs from one already registered"
 """Said of every logger but a process's first, as torch_tensorrt's is."""
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Keep Python's garbage collector off while a refitter or a runtime is made.
+
+    TensorRT holds a lock of the whole process while it makes one, and calls our logger under it.
+    A collection that starts in the logger can free another refitter or runtime that was garbage.
+    Its destructor takes the same lock, so the thread would wait for itself for ever.
+    """
+    with _MAKING:
+        was_on = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if was_on:
+                gc.enable()
 
 
 class Listener:

@@ -553,16 +553,16 @@ def test_what_is_no_file_of_torch_at_all_is_told_so(tmp_path: Path, content: byt
 NEW, OLD = saved(TENSORS), saved(TENSORS, _use_new_zipfile_serialization=False)
 
 
-@pytest.mark.parametrize("cut", range(0, len(NEW), 151))
-def test_a_truncated_zip_file(tmp_path: Path, cut: int) -> None:
+@pytest.mark.parametrize("part", range(24))
+def test_a_truncated_zip_file(tmp_path: Path, part: int) -> None:
     with pytest.raises(SourceError):
-        opened(file_of(tmp_path, "cut.pt", NEW[:cut]))
+        opened(file_of(tmp_path, "cut.pt", NEW[: len(NEW) * part // 24]))
 
 
-@pytest.mark.parametrize("cut", range(0, len(OLD), 31))
-def test_a_truncated_legacy_file(tmp_path: Path, cut: int) -> None:
+@pytest.mark.parametrize("part", range(24))  # pickled names make its length vary by process
+def test_a_truncated_legacy_file(tmp_path: Path, part: int) -> None:
     with pytest.raises(SourceError):
-        opened(file_of(tmp_path, "cut.pt", OLD[:cut]))
+        opened(file_of(tmp_path, "cut.pt", OLD[: len(OLD) * part // 24]))
 
 
 @given(st.data())
