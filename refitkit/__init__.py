@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from refitkit.errors import (
         CompileError,
         ConfigError,
+        DeadlockError,
         EngineError,
         InputMismatchError,
         ModuleLostError,
@@ -47,6 +48,7 @@ _HOMES = {
     "refitkit.errors": (
         "CompileError",
         "ConfigError",
+        "DeadlockError",
         "EngineError",
         "InputMismatchError",
         "ModuleLostError",
@@ -75,6 +77,7 @@ __all__ = [
     "CompiledModule",
     "Config",
     "ConfigError",
+    "DeadlockError",
     "DiffReport",
     "Ema",
     "EngineError",

@@ -16,6 +16,7 @@
     ├── VerificationError        the refitted module is not what it should be; ``.report``
     ├── EngineError              an engine failed: in a call, staging, or committing weights
     ├── RefitInProgressError     a refit was started from inside a refit of the same module
+    ├── DeadlockError            threads would wait for one another's modules for ever
     ├── ModuleLostError          a rollback failed: the module refuses calls
     └── PluginError              a plugin is broken; names it
 
@@ -173,8 +174,18 @@ class RefitInProgressError(RefitError):
     """A refit was started from inside a refit of the same module."""
 
 
+class DeadlockError(RefitError):
+    """Threads would wait for one another's modules for ever; this one does not wait.
+
+    ``problems`` lists who waits for whom.
+    """
+
+
 class ModuleLostError(RefitError):
-    """A rollback failed, so nobody knows which weights the module holds: it refuses calls."""
+    """Nobody knows which weights the module holds, so it refuses calls.
+
+    A rollback failed; or the process was forked while another thread committed.
+    """
 
 
 class PluginError(RefitError):

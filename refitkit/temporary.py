@@ -39,7 +39,7 @@ _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.E
 class TemporaryFolder:
     """A folder that this user alone can read, removed with the object, or by ``with``.
 
-    A fork of the process can read it, and never removes it.
+    A fork of the process can use it. It is there until neither has the object any more.
 
     Attributes:
         path: The folder.
@@ -81,12 +81,14 @@ def part_folder(parent: Path) -> Iterator[Path]:
     """
     _sweep(parent, _PART)
     path, lock = _made_folder(parent, _PART)
+    owner = os.getpid()
     try:
         yield path
     finally:
-        with suppress(OSError):
-            _put_back(path)
-            shutil.rmtree(path, ignore_errors=True)
+        if os.getpid() == owner:  # not a fork, from whoever is called meanwhile
+            with suppress(OSError):
+                _put_back(path)
+                shutil.rmtree(path, ignore_errors=True)
         os.close(lock)
 
 
@@ -115,12 +117,14 @@ def part_file(parent: Path, mode: int) -> Iterator[tuple[Path, IO[bytes]]]:
     """
     _sweep(parent, _PART)
     path, handle = _made_file(parent, mode)
+    owner = os.getpid()
     with os.fdopen(handle, "wb") as file:
         try:
             yield path, file
         finally:
-            with suppress(OSError):
-                path.unlink()
+            if os.getpid() == owner:
+                with suppress(OSError):
+                    path.unlink()
 
 
 # -- making -------------------------------------------------------------------------------------
@@ -194,11 +198,21 @@ def _lock(handle: int) -> bool:
 
 
 def _remove_own(path: Path, lock: int, state: os.stat_result, owner: int) -> None:
-    if os.getpid() == owner:
-        shutil.rmtree(path, ignore_errors=True)
+    """Remove a folder, unless a fork of the process uses it, or the process that this is one of.
+
+    Whoever of them lets go of it last removes it, or the next process that makes a folder.
+    """
     with suppress(OSError):
         if os.path.samestat(os.fstat(lock), state):  # a daemon may have closed all that was open
             os.close(lock)
+    try:
+        _remove_litter(str(path))
+    except BlockingIOError:
+        return
+    except OSError:  # there are no locks here, or no descriptors left
+        pass
+    if os.getpid() == owner:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _sweep(parent: Path, form: str) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from refitkit.errors import EngineError, ModuleLostError, RefitError, raised_as
-from refitkit.pipeline.gate import in_order, inside_all, lost_error
+from refitkit.pipeline.gate import in_order, inside_all, lost_error, returning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -201,7 +201,7 @@ class _Half:
             self._touched.pop()
         if self._failure is None and self._begun:
             try:
-                self.part.taken_back()
+                returning(self.part.taken_back)
             except BaseException as exc:
                 if not last and not isinstance(exc, Exception):
                     raise

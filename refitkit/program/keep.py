@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ import torch
 
 from refitkit.errors import PlanMismatchError, SourceError, raised_as
 from refitkit.model import LeafKind
+from refitkit.processes import ForkedLock
 from refitkit.program.dtypes import dtype_of
 from refitkit.program.facts import facts_of
 from refitkit.program.on_demand import OnDemand
@@ -32,7 +32,12 @@ if TYPE_CHECKING:
     from refitkit.model import Leaf
     from refitkit.protocols import WeightSource
 
-_DESERIALIZING = threading.Lock()
+
+def _abandon_deserializing() -> None:
+    setattr(_serde(), "_CURRENT_DESERIALIZER", None)  # noqa: B010 - torch does not export it
+
+
+_DESERIALIZING = ForkedLock(_abandon_deserializing)
 """One at a time: torch's deserializer is one for the process (``_CURRENT_DESERIALIZER``, 2.14)."""
 
 
@@ -135,7 +140,7 @@ class KeptProgram:
         for tie in self._twins.values():
             shared.update({name: values[tie[0]] for name in tie if tie[0] in values})
         values.update(shared)
-        with _DESERIALIZING, raised_as(PlanMismatchError, "The kept program cannot be read"):
+        with _DESERIALIZING.held, raised_as(PlanMismatchError, "The kept program cannot be read"):
             return self._deserialized(values)
 
     def _values(
@@ -209,7 +214,7 @@ class KeptProgram:
     def _module(self) -> OnDemand:
         """The program as a module without data, made once; calls bring their tensors."""
         hint = "Pass reference= to verify outputs, or use verify='weights'."
-        with _DESERIALIZING:
+        with _DESERIALIZING.held:
             if self._empty is None:
                 with raised_as(PlanMismatchError, "The kept program cannot be read", hint=hint):
                     blanks = {leaf.fqn: _blank(leaf) for leaf in self._leaves}

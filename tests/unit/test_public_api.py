@@ -19,6 +19,7 @@ PUBLIC = [
     "CompiledModule",
     "Config",
     "ConfigError",
+    "DeadlockError",
     "DiffReport",
     "Ema",
     "EngineError",
@@ -138,6 +139,7 @@ ALLOWED = {
     "config",
     "plain_pickle",
     "file_state",
+    "processes",
     "replacing",
     "temporary",
 }

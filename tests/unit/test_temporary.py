@@ -11,12 +11,13 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from refitkit import temporary
 from refitkit.temporary import TemporaryFolder, part_file, part_folder, set_aside
+from tests.forking import Child, forked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -278,6 +279,73 @@ def test_a_fork_keeps_the_folder_of_a_parent_that_was_killed(scratch: Path) -> N
     parent.stdout.close()
     with TemporaryFolder():
         assert not path.exists()
+
+
+@pytest.mark.parametrize("exits", [False, True], ids=["dropped", "dropped at exit"])
+def test_a_folder_lasts_as_long_as_a_fork_that_outlives_its_parent(
+    exits: bool, scratch: Path
+) -> None:
+    folders = [TemporaryFolder()]
+    path = folders[0].path
+    (path / "file").touch()
+    reading, writing = os.pipe()
+
+    def use() -> bool:
+        os.close(writing)
+        os.read(reading, 1)
+        found = (path / "file").exists()
+        folders.clear()
+        gc.collect()
+        return found
+
+    child = Child(use, exits=exits)
+    os.close(reading)
+    folders.clear()
+    gc.collect()
+    assert names(scratch) == [path.name]
+    os.close(writing)
+    assert child.answer() is True
+    assert names(scratch) == []
+
+
+@pytest.mark.parametrize("exits", [False, True], ids=["_exit", "exit"])
+def test_a_fork_that_drops_a_folder_leaves_it_to_its_parent(exits: bool, scratch: Path) -> None:
+    folders = [TemporaryFolder()]
+
+    def drop() -> None:
+        folders.clear()
+        gc.collect()
+
+    forked(drop, exits=exits)
+    assert names(scratch) == [folders[0].path.name]
+    folders.clear()
+    assert names(scratch) == []
+
+
+def test_without_locks_the_process_that_made_a_folder_removes_it(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(temporary.fcntl, "flock", none)
+    folders = [TemporaryFolder()]
+    forked(folders.clear, exits=True)
+    assert names(scratch) == [folders[0].path.name]
+    folders.clear()
+    assert names(scratch) == []
+
+
+@pytest.mark.parametrize("part", [part_folder, lambda parent: part_file(parent, 0o600)])
+def test_a_fork_that_leaves_a_part_leaves_it_to_its_parent(part: Any, scratch: Path) -> None:
+    """A listener that is told of progress and forks, say."""
+    context = part(scratch)
+    made = context.__enter__()
+    path = made if isinstance(made, Path) else made[0]
+    assert forked(lambda: context.__exit__(SystemExit, SystemExit(), None)) is False
+    assert path.exists()
+    context.__exit__(None, None, None)
+    assert names(scratch) == []
 
 
 def test_a_daemon_that_closed_all_files_closes_none_of_others(scratch: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from refitkit.builtin.merges.arithmetic import is_summed, narrowed, widened
 from refitkit.builtin.merges.descriptions import Merge
 from refitkit.builtin.merges.keeping import Made
 from refitkit.errors import ConfigError, Problem, SourceError, WeightMismatchError
+from refitkit.processes import ForkedLock
 from refitkit.program.dtypes import dtype_name, dtype_of
 from refitkit.protocols import KnowsTies, WeightSource
 from refitkit.recipe import TensorMap
@@ -71,7 +71,7 @@ class Ema(Merge):
             raise SourceError(f"{source.description} cannot be averaged.", problems=odd)
         shadows = {name: _copy(read_as(info, source, name)) for name, info in self._infos.items()}
         self._state = _State(shadows, 0)
-        self._updating = threading.Lock()
+        self._updating = ForkedLock()
         self._self = object()  # what revisions are of: no other average ever has it
 
     @property
@@ -102,7 +102,7 @@ class Ema(Merge):
         if problems:
             what = f"{source.description} is no update of this average; nothing was updated."
             raise WeightMismatchError(what, problems=problems)
-        with self._updating:
+        with self._updating.held:
             old = self._state
             new = {
                 name: self._updated(old.shadows[name], source, there, self._infos[name])

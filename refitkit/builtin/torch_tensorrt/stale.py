@@ -13,9 +13,10 @@ Not covered: readers of ``vars(child)["serialized_engine"]`` and of ``TRTEngine.
 from __future__ import annotations
 
 import copy
-import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from refitkit.processes import ForkedLock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -42,18 +43,18 @@ class Stored:
         self._watch = watch
         self._unwatch: Callable[[], None] | None = None
         self._serialize: Callable[[], bytes] | None = None
-        self._lock = threading.RLock()
+        self._lock = ForkedLock()
 
     def mark(self, serialize: Callable[[], bytes]) -> None:
         """From now on the bytes are what this returns, once somebody asks."""
-        with self._lock:
+        with self._lock.held:
             self._serialize = serialize
             if self._unwatch is None:
                 self._unwatch = self._watch(self)
 
     def clear(self) -> Callable[[], bytes] | None:
         """The bytes are right as they are; returns what was to be called."""
-        with self._lock:
+        with self._lock.held:
             pending, self._serialize = self._serialize, None
             if self._unwatch is not None:
                 unwatch, self._unwatch = self._unwatch, None
@@ -76,7 +77,7 @@ class Stored:
 
     def flush(self) -> None:
         """Bring the bytes up to date. When that fails they are still stale, and nobody saw them."""
-        with self._lock:
+        with self._lock.held:
             if self._serialize is not None:
                 engine_bytes = self._serialize()
                 self.clear()

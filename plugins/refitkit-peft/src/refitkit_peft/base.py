@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import torch
 from refitkit.errors import ConfigError, Problem
+from refitkit.processes import ForkedLock
 
 from refitkit_peft.combining import combined
 from refitkit_peft.files import Files, path_of
@@ -125,7 +125,7 @@ class Base:
         self._places = Places(self._store.names())
         self._adapters = Adapters(opener, reread=reread)
         self._ready = ReadySets(keep)
-        self._lock = RLock()
+        self._lock = ForkedLock()
 
     def __repr__(self) -> str:
         """What it is, and what it keeps."""
@@ -146,7 +146,7 @@ class Base:
     @property
     def memory(self) -> BaseMemory:
         """What it keeps, in bytes."""
-        with self._lock:
+        with self._lock.held:
             ready = self._ready.nbytes()
             return BaseMemory(self._store.kind, self._store.nbytes, self._adapters.nbytes, ready)
 
@@ -173,7 +173,7 @@ class Base:
         """
         checked = None if alpha is None else checked_alpha(alpha)
         contents = self._adapters.read(adapter, config)
-        with self._lock:
+        with self._lock.held:
             self._adapters.add(name, contents, checked)
 
     def remove(self, name: str) -> None:
@@ -182,7 +182,7 @@ class Base:
         Raises:
             ConfigError: There is none of that name.
         """
-        with self._lock:
+        with self._lock.held:
             for digest in self._adapters.remove(name):
                 self._ready.forget(digest)
 
@@ -212,7 +212,7 @@ class Base:
             WeightMismatchError: Adapters do not fit; lists everything that does not.
         """
         self._store.require_unchanged()
-        with self._lock:
+        with self._lock.held:
             fitted = self._adapters.fitted(lora, self._store, self._places)
             edits = combined(fitted)
             key = tuple(one.order for one in fitted)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
-import threading
 from typing import TYPE_CHECKING
 
 from refitkit.errors import EngineError
+from refitkit.processes import ForkedLock
 from refitkit.temporary import TemporaryFolder
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Builder:
             again: Makes another one with the same networks.
         """
         self._session, self._again = session, again
-        self._lock = threading.Lock()
+        self._lock = ForkedLock()
 
     def build(self, part: str, weights: Path, engine: Path) -> None:
         """Write the engine bytes of a part with these values.
@@ -73,7 +73,7 @@ class Builder:
             CompileError: TensorRT refused it.
             EngineError: The session died during this very build.
         """
-        with self._lock:
+        with self._lock.held:
             if not self._session.alive:
                 self._session = self._again()
             session = self._session
