@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(refitkit.__file__).parent
 _HELPERS = {contextlib.__file__, threading.__file__}
-SECONDS = 10
+SECONDS = 60
+"""Longer than anything takes: only what waits for ever fails."""
 
 
 class Interrupt(BaseException):
