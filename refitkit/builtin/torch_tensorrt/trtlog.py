@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import gc
-import threading
 from collections import deque
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from refitkit.processes import ForkedLock
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_MAKING = threading.Lock()
+_MAKING = ForkedLock()
 _KEPT = 20
 _NOISE = "differs from one already registered"
 """Said of every logger but a process's first, as torch_tensorrt's is."""
@@ -25,7 +26,7 @@ def uncollected() -> Iterator[None]:
     A collection that starts in the logger can free another refitter or runtime that was garbage.
     Its destructor takes the same lock, so the thread would wait for itself for ever.
     """
-    with _MAKING:
+    with _MAKING.held:
         was_on = gc.isenabled()
         gc.disable()
         try:
