@@ -231,12 +231,13 @@ def test_ctrl_c_in_a_terminal_is_for_the_users_process_alone() -> None:
 
 def test_two_threads_refit_two_modules_at_once(scratch_bytes: list[dict[str, bytes]]) -> None:
     modules = [compiled_from(CASE, 0), compiled_from(CASE, 1)]
+    states = [weights(0), weights(1)]  # not in the threads: they share the seed of the process
     failures: list[BaseException] = []
 
     def there_and_back(module: refitkit.CompiledModule, first: int) -> None:
         try:
             for seed in (1 - first, first, 1 - first):
-                refitkit.refit(module, weights(seed))
+                refitkit.refit(module, states[seed])
         except BaseException as exc:  # noqa: BLE001 - it is shown below
             failures.append(exc)
 
