@@ -23,7 +23,7 @@ check: setup
 	$(BIN)/lint-imports
 
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=30
 	$(BIN)/python scripts/plugin_wheels.py
 
 # Each plugin's wheel in a fresh environment: installed, used, tested, uninstalled; and a new one.
