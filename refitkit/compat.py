@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from refitkit.errors import ConfigError, ToolchainError, UnsupportedTargetError, raised_as
 from refitkit.pipeline import Pipeline
+from refitkit.program.ambient import plain
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -32,6 +33,7 @@ _WITH_CACHE = ("recipe", "name-map", "rebuild")
 _WITHOUT_CACHE = ("recipe", "rebuild")
 
 
+@plain
 def refit_module_weights(*args: Any, **kwargs: Any) -> Any:
     """Put the weights of a program into a compiled module.
 
@@ -155,7 +157,7 @@ def _inputs(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | 
     """Inputs as tensors on the GPU; None, with a warning, where the reference skips verifying."""
     if args is None or (isinstance(args, list | tuple) and not args):
         warnings.warn(
-            "verify_output without arg_inputs: nothing is verified.", UserWarning, stacklevel=4
+            "verify_output without arg_inputs: nothing is verified.", UserWarning, stacklevel=6
         )
         return None
     from torch.utils import _pytree as pytree  # noqa: PLC0415 - imports torch

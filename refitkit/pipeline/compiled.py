@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from refitkit.errors import EngineError, ModuleLostError, raised_as
 from refitkit.pipeline.gate import Gate
 from refitkit.pipeline.held import Held
+from refitkit.program.ambient import plain, require_data, untraced
 from refitkit.protocols import SupportsReadback, SupportsSpareBuffer, SupportsWarming
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class CompiledModule:
         self._opened = opened
         self._verbs = verbs
 
+    @untraced
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Answer like the model; from a commit to its verdict, calls wait.
 
@@ -83,6 +85,7 @@ class CompiledModule:
             InputMismatchError: The inputs are not those that the model was compiled for.
             ModuleLostError: A rollback failed earlier.
         """
+        require_data("The module")
         return self.gate.call(lambda: self._opened.run(args, kwargs))
 
     def __repr__(self) -> str:
@@ -141,6 +144,7 @@ class CompiledModule:
         """All slots of all engines."""
         return tuple(slot for engine in self.engines.values() for slot in engine.slots.values())
 
+    @plain
     def read(self, slot: str, engine: str | None = None) -> torch.Tensor:
         """A copy of what a slot holds now.
 
@@ -156,6 +160,7 @@ class CompiledModule:
                 return self.gate.call(partial(_copy_of, one, slot))
         raise KeyError(slot)
 
+    @plain
     def save(self, path: str | Path) -> None:
         """Write it with its present weights, plan and program: beside ``path``, then renamed.
 
@@ -179,6 +184,7 @@ class CompiledModule:
         """
         return self._verbs.restore(self, version, inputs=inputs, reference=reference, verify=verify)
 
+    @plain
     def forget(self) -> int:
         """Free the copies that are kept of earlier weights; returns their bytes.
 
@@ -193,6 +199,7 @@ class CompiledModule:
         self.held = replace(self.held, history=history)
         return before.nbytes
 
+    @plain
     def warm(self, tell: Callable[[str], None] = lambda _: None) -> None:
         """Do now what would make the first refit slow. Weights and answers do not change.
 
@@ -218,6 +225,7 @@ class CompiledModule:
             self.gate.poison(exc)
             raise
 
+    @plain
     def free_spare(self) -> int:
         """Free what engines keep of the weights before the last refit; returns its bytes.
 

@@ -19,6 +19,7 @@ from refitkit.pipeline.saved import copy_of, save_module
 from refitkit.pipeline.settings import require_list, require_plugins
 from refitkit.pipeline.tasks import refit_task, refit_tasks, return_task, run_tasks
 from refitkit.pipeline.transform import transformed
+from refitkit.program.ambient import plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -77,6 +78,7 @@ class Pipeline:
 
     # -- verbs ------------------------------------------------------------------------------
 
+    @plain
     def compile(
         self,
         program: ExportedProgram,
@@ -104,6 +106,7 @@ class Pipeline:
         """
         return Making(self, program, options).compile(backend, prove=prove)
 
+    @plain
     def load(self, target: object, *, warm: bool = False) -> CompiledModule:
         """Open what was compiled or saved before.
 
@@ -121,6 +124,7 @@ class Pipeline:
         """
         return loading.load_module(self, target, warm=warm)
 
+    @plain
     def plan(
         self,
         program: ExportedProgram,
@@ -157,6 +161,7 @@ class Pipeline:
         compiled = self._compiled(target) if target is not None else None
         return making.plan(compiled, backend, prove=prove)
 
+    @plain
     def refit(  # noqa: PLR0913 - one verb; all but two are given by name
         self,
         target: object,
@@ -213,6 +218,7 @@ class Pipeline:
         how["reset_state"] = reset_state
         return run_tasks(self, [refit_task(self, compiled, weights, how)])[0]
 
+    @plain
     def refit_all(self, modules: Iterable[Sequence[Any]], **how: Any) -> RefitResults:
         """Refit several modules in one transaction: all of them, or none.
 
@@ -231,6 +237,7 @@ class Pipeline:
         """
         return run_tasks(self, refit_tasks(self, modules, how, self._compiled))
 
+    @plain
     def restore(
         self,
         compiled: CompiledModule,
@@ -263,6 +270,7 @@ class Pipeline:
         back = Back(version, inputs, reference, verify)
         return run_tasks(self, [return_task(self, compiled, back)])[0]
 
+    @plain
     def restore_all(self, back: Iterable[tuple[CompiledModule, int]]) -> RefitResults:
         """Go back to earlier weights of several modules, in one transaction.
 
@@ -275,10 +283,12 @@ class Pipeline:
         ways = [(compiled, Back(version)) for compiled, version in as_ways(back)]
         return run_tasks(self, [return_task(self, *way, delta=False) for way in ways])
 
+    @plain
     def copy(self, compiled: CompiledModule) -> CompiledModule:
         """A second module with the same weights, plan and program, refitted on its own."""
         return copy_of(compiled, self)
 
+    @plain
     def verify(
         self,
         target: object,
@@ -307,6 +317,7 @@ class Pipeline:
         wish = Wish(weights, plan, inputs, reference, with_)
         return judge_module(self.host, self.config, self._compiled(target), wish)
 
+    @plain
     def diff(self, a: object, b: object, *, plan: RefitPlan | None = None) -> DiffReport:
         """What two sets of weights differ in, tensor by tensor and from all elements.
 
@@ -332,6 +343,7 @@ class Pipeline:
         """
         return Differ(self.host, self.config, self.load, plan).diff(a, b)
 
+    @plain
     def open_weights(self, weights: object, plan: RefitPlan | None = None) -> WeightSource:
         """Anything that a plugin can read, as a weight source.
 
@@ -347,6 +359,7 @@ class Pipeline:
         source = loading.open_weights(self.host, weights, self.config)
         return source if plan is None else transformed(self.host, self.config, plan, source)
 
+    @plain
     def describe(self, path: str | Path) -> Mapping[str, Any]:
         """What a saved module holds, without running any of its code.
 
@@ -355,6 +368,7 @@ class Pipeline:
         """
         return described(self.backends, path)
 
+    @plain
     def read_plan(self, path: str | Path) -> RefitPlan:
         """The plan in a plan file or in a saved module, without running any code of either.
 
@@ -367,6 +381,7 @@ class Pipeline:
     def _compiled(self, target: object) -> CompiledModule:
         return target if isinstance(target, CompiledModule) else self.load(target)
 
+    @plain
     def save(self, compiled: CompiledModule, path: str | Path) -> None:
         """Write a module with its present weights, plan and program; see its own ``save``."""
         save_module(self.host, compiled, path)

@@ -184,7 +184,7 @@ def _moved(value: torch.Tensor, seed: int) -> torch.Tensor:
     if not value.is_floating_point() or value.dtype.itemsize == 1:
         return value.clone()
     random = torch.Generator(device="cpu").manual_seed(seed * 7919 + value.numel())
-    draw = torch.rand(value.shape, generator=random).to(value.device)
+    draw = torch.rand(value.shape, generator=random, dtype=torch.float32).to(value.device)
     wide = value.float()
     new = wide * (0.75 + 0.5 * draw) + torch.where(wide == 0, 0.02 + 0.02 * draw, 0.0)
     return torch.where(torch.isfinite(wide), new, wide).to(value.dtype)

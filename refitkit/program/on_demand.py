@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._ops import HigherOrderOperator
 
+from refitkit.program.default_dtype import keep_default_dtype
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
 
@@ -45,6 +47,7 @@ class OnDemand:
         early = [node for node in module.graph.nodes if node.op == "get_attr"]
         waiting = {node: str(node.target) for node in early if node.target in names}
         self.asked_for = frozenset(name for node, name in waiting.items() if node.users)
+        keep_default_dtype(module)
         _put_off(module, waiting, self._asked)
 
     def run(self, give: Give, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -20,6 +20,7 @@ from refitkit.model import (
     Slot,
     SlotState,
 )
+from refitkit.program.ambient import in_plain_state, plain
 from refitkit.program.dtypes import dtype_of
 from refitkit.protocols import SlotValue, WeightSource
 from refitkit.recipe import store
@@ -137,6 +138,12 @@ class RefitPlan:
             WeightMismatchError: Values do not fit their slots, or names of one tensor have several;
                 lists all of them, likewise.
         """
+        for value in self._filling(weights):  # none is kept here while the next one is computed
+            yield value.slot, in_plain_state(partial(_loaded, value, device))
+
+    @plain
+    def _filling(self, weights: Any) -> list[SlotValue]:
+        """Values of all slots, not yet computed; see ``iter_slots`` for what is raised."""
         source = self._open(weights)
         rows = [row for row in self.ledger if row.state is not SlotState.FROZEN or row.value]
         values = self.values_of(rows, source)
@@ -159,8 +166,7 @@ class RefitPlan:
         if problems:
             message = f"{source.description} does not fit the plan."
             raise WeightMismatchError(message, problems=problems)
-        for value in wanted:  # none is kept here while the next one is computed
-            yield value.slot, _on(value.load(), device)
+        return wanted
 
     def materialize(
         self, weights: Any, device: str | None = None
@@ -250,11 +256,13 @@ class RefitPlan:
 
     # -- storage ----------------------------------------------------------------------------
 
+    @plain
     def to_bytes(self) -> bytes:
         """The bytes of a plan file."""
         return store.encode(self.data, self._pinned)
 
     @classmethod
+    @plain
     def from_bytes(
         cls,
         content: bytes,
@@ -293,8 +301,9 @@ class RefitPlan:
         return cls.from_bytes(content, f"{str(path)!r}")
 
 
-def _on(value: torch.Tensor, device: str | None) -> torch.Tensor:
-    return value if device is None else value.to(device)
+def _loaded(value: SlotValue, device: str | None) -> torch.Tensor:
+    tensor = value.load()
+    return tensor if device is None else tensor.to(device)
 
 
 def _short(slot: Slot) -> str:

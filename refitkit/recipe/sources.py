@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from refitkit.errors import Problem, SourceError, WeightMismatchError
 from refitkit.model import TensorInfo
+from refitkit.program.ambient import is_transformed, why_not_real
 from refitkit.program.dtypes import dtype_name
 from refitkit.protocols import MayChange, SupportsReread
 
@@ -39,12 +40,15 @@ def unusable_reason(value: Any) -> str:
     if is_distributed(value):
         return ""
     if value.is_nested or type(value) not in _PLAIN:
-        return f"a tensor of the kind {type(value).__name__}; pass plain tensors"
+        return (
+            why_not_real(value)
+            or f"a tensor of the kind {type(value).__name__}; pass plain tensors"
+        )
     if value.layout is not torch.strided:
         return f"layout {str(value.layout).removeprefix('torch.')}; pass value.to_dense()"
     if value.is_quantized:
         return "a quantized tensor; pass value.dequantize() or use a plugin that maps it"
-    return _lost_data(value)
+    return why_not_real(value) or _lost_data(value)
 
 
 def _lost_data(value: torch.Tensor) -> str:
@@ -182,6 +186,7 @@ class TensorMap:
             value, (dtype, shape) = self._tensors[name], wanted.get(name, (None, ()))
             if not (
                 type(value) in _PLAIN
+                and not is_transformed(value)
                 and value.dtype is dtype
                 and value.shape == shape
                 and value.layout is torch.strided

@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 _SHOWN = 4
 """Largest number of elements of a value that is shown as text."""
-_NOTHING = torch.empty(0)
 _RANDOM = "random numbers decide it"
 
 
@@ -272,7 +271,8 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             loans += self.loans.among(number)
         if not loans:
             return ()
-        return (Origin(Literal(_NOTHING, tuple(loans)), 0, contiguous=True),)
+        nothing = torch.empty(0)
+        return (Origin(Literal(nothing, tuple(loans)), 0, contiguous=True),)
 
     def _wrote(self, node: Call | Literal | Unknown, places: list[Place]) -> None:
         """Write down an op that writes."""

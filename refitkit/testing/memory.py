@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from refitkit.program.ambient import WatchingMode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +37,7 @@ class Storage:
         return bool(self._reference.expired())  # type: ignore[no-untyped-call]
 
 
-class NewMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class NewMemory(WatchingMode):
     """Watches all memory that torch makes while it is on, in this thread.
 
     Memory is new if it comes out of an op into which it did not go.

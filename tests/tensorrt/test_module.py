@@ -88,6 +88,14 @@ def test_a_probe_puts_buffers_back() -> None:
     assert module.target.module.calls is buffer
 
 
+def test_a_probe_of_buffers_that_were_made_under_inference_mode() -> None:
+    module, _ = module_of(Counting())
+    with torch.inference_mode():
+        module.target.module.calls = torch.zeros(1)
+    assert torch.equal(module.probe((torch.ones(1),), {}), torch.tensor([2.0]))
+    assert torch.equal(module.target.module.calls, torch.zeros(1))
+
+
 @pytest.mark.parametrize(
     ("args", "kwargs"), [((), {}), ((1, 2), {}), ((1,), {"other": 2}), ((1,), {"x": 1})]
 )

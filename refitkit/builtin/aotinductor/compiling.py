@@ -18,6 +18,7 @@ from refitkit.builtin.aotinductor.module import AOTInductorModule, Files
 from refitkit.errors import CompileError, RefitError
 from refitkit.model import LeafKind
 from refitkit.program import facts_of
+from refitkit.program.default_dtype import keep_default_dtype
 from refitkit.temporary import TemporaryFolder
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def _inductor(program: ExportedProgram, configured: Mapping[str, Any]) -> Sequen
     module = program.module(check_guards=False)
     if not isinstance(module, torch.fx.GraphModule):
         raise CompileError("The program has no graph that AOTInductor can compile.")
+    keep_default_dtype(module)
     facts = facts_of(program)
     _name_views(module, facts)
     _free_state(module, facts)

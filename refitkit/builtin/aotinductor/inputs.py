@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from refitkit.builtin.aotinductor.shapes import Dim, Fit, Range, Size, ranges_of, size_of
 from refitkit.errors import CompileError, InputMismatchError, Problem
 from refitkit.model.base import Frozen
+from refitkit.program.ambient import why_not_real
 from refitkit.program.bits import dense_strides
 from refitkit.program.dtypes import dtype_name, dtype_of
 from refitkit.program.mutation import mutated_placeholders
@@ -232,6 +233,8 @@ def _problems(flat: list[Any], spec: CallSpec) -> Iterator[Problem]:
 
 
 def _tensor_problems(value: torch.Tensor, spec: TensorInput) -> Iterator[Problem]:
+    if not_real := why_not_real(value):
+        yield Problem(spec.name, "no data", not_real)
     if dtype_name(value.dtype) != spec.dtype:
         yield Problem(spec.name, "dtype", dtype_name(value.dtype), spec.dtype)
     if value.device.type != spec.device:
@@ -280,7 +283,7 @@ def run_unknown(runner: Any, flat: list[torch.Tensor]) -> list[Any]:
 
 
 def _packed(value: torch.Tensor) -> torch.Tensor:
-    if value.layout is not torch.strided or value.is_meta:
+    if value.layout is not torch.strided or value.is_meta or why_not_real(value):
         raise InputMismatchError(f"An input has the layout {value.layout} or no data.")
     return value.detach().resolve_conj().resolve_neg().contiguous()
 

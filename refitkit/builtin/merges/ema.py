@@ -23,6 +23,7 @@ from refitkit.builtin.merges.descriptions import Merge
 from refitkit.builtin.merges.keeping import Made
 from refitkit.errors import ConfigError, Problem, SourceError, WeightMismatchError
 from refitkit.processes import ForkedLock
+from refitkit.program.ambient import plain
 from refitkit.program.dtypes import dtype_name, dtype_of
 from refitkit.protocols import KnowsTies, WeightSource
 from refitkit.recipe import TensorMap
@@ -51,6 +52,7 @@ class Ema(Merge):
     averages is in memory. Several threads may use it.
     """
 
+    @plain
     def __init__(self, decay: float, start: object) -> None:
         """Begin with a copy of weights.
 
@@ -79,6 +81,7 @@ class Ema(Merge):
         """How many there were."""
         return self._state.updates
 
+    @plain
     def update(self, weights: object) -> None:
         """Take in the weights after one more step.
 

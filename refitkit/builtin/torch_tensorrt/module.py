@@ -105,12 +105,14 @@ class TorchTensorRTOpened:
         """Call it, then put back all buffers."""
         buffers = list(self.target.module.buffers())
         kept = [buffer.detach().clone() for buffer in buffers]
-        try:
-            return self.run(args, kwargs)
-        finally:
-            with torch.no_grad():
-                for buffer, value in zip(buffers, kept, strict=True):
-                    buffer.copy_(value)
+        # buffers that were made under inference mode can be written there alone
+        with torch.inference_mode(any(buffer.is_inference() for buffer in buffers)):
+            try:
+                return self.run(args, kwargs)
+            finally:
+                with torch.no_grad():
+                    for buffer, value in zip(buffers, kept, strict=True):
+                        buffer.copy_(value)
 
     def drain(self) -> None:
         """Wait for pending work of all devices."""

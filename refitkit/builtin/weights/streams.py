@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from refitkit.errors import Problem, SourceError, raised_as
+from refitkit.program.ambient import plain, why_not_real
 from refitkit.recipe import TensorMap
 
 if TYPE_CHECKING:
@@ -27,14 +28,19 @@ def from_pairs(pairs: Iterable[Any]) -> TensorMap:
     """
     spooled: dict[str, torch.Tensor] = {}
     problems: list[Problem] = []
+
+    @plain  # a generator may give a tensor from inside of a mode of its own, which is then on
+    def take(number: int, pair: Any) -> None:
+        problem = _misfit(number, pair, spooled)
+        if problem is None:
+            name, value = pair
+            spooled[name] = value.detach().clone()
+        else:
+            problems.append(problem)
+
     with raised_as(SourceError, "The stream of weights broke off"), torch.no_grad():
         for number, pair in enumerate(pairs):
-            problem = _misfit(number, pair, spooled)
-            if problem is None:
-                name, value = pair
-                spooled[name] = value.detach().clone()
-            else:
-                problems.append(problem)
+            take(number, pair)
     if problems:
         raise SourceError("The stream of weights cannot be used.", problems=problems)
     return TensorMap(spooled, f"a stream of {len(spooled)} tensors")
@@ -46,4 +52,6 @@ def _misfit(number: int, pair: Any, known: dict[str, torch.Tensor]) -> Problem |
     name, value = pair
     if not isinstance(value, torch.Tensor):
         return Problem(name, "not a tensor", type(value).__name__)
+    if not_real := why_not_real(value):
+        return Problem(name, "unusable", not_real)
     return Problem(name, "given twice") if name in known else None

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from refitkit.errors import SourceError
 from refitkit.pipeline import Pipeline
@@ -31,6 +32,28 @@ def test_the_sender_may_use_its_buffer_again() -> None:
 
     source = Pipeline().open_weights(send())
     assert [source.get(f"w{number}").tolist() for number in range(3)] == [[0, 0], [1, 1], [2, 2]]
+
+
+def test_modes_of_the_sender_do_not_reach_what_is_kept() -> None:
+    def send() -> Iterator[tuple[str, torch.Tensor]]:
+        with torch.inference_mode():
+            yield "a", torch.ones(2)
+        with torch.device("meta"), FakeTensorMode():
+            yield "b", real
+
+    real = torch.zeros(2)
+    source = Pipeline().open_weights(send())
+    kept = [source.get(name) for name in ("a", "b")]
+    assert [type(one) for one in kept] == [torch.Tensor] * 2
+    assert not any(one.is_inference() for one in kept)
+    assert [one.tolist() for one in kept] == [[1, 1], [0, 0]]
+
+
+def test_tensors_without_data_are_named() -> None:
+    with FakeTensorMode():
+        fake = torch.ones(2)
+    with pytest.raises(SourceError, match=r"(?s)b: unusable.*FakeTensorMode"):
+        Pipeline().open_weights(iter([("a", torch.ones(2)), ("b", fake)]))
 
 
 def test_a_refit_from_a_stream() -> None:
