@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from refitkit.model import CallRef
+from refitkit.program.ambient import WatchingMode
 from refitkit.program.bits import same_bits
 from refitkit.recipe import batches
 from tests.fakes import call_row, leaf_for, make_plan, make_slot, op_call, recipe_row
@@ -28,7 +28,7 @@ AT_ONCE = 3 * BATCH + ENGINES * LAYERS * BIAS * 4
 """What is made at once: kernels of a batch, these end to end, the results; folds of all layers."""
 
 
-class Census(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
+class Census(WatchingMode):
     """Counts the bytes of storages that ops make and that live.
 
     Attributes:
