@@ -30,7 +30,7 @@ _FAKE = torch._C._TorchDispatchModeKey.FAKE  # noqa: SLF001 - there is no public
 
 
 class WatchingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
-    """A mode that looks at ops and changes none; it stays on in verbs."""
+    """A mode that stays on in verbs, for tests: it counts ops, or raises, and changes no result."""
 
 
 def plain(verb: Callable[P, T]) -> Callable[P, T]:

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from refitkit.builtin.torch_tensorrt.torch_part import TorchPartEngine
+from refitkit.program.ambient import WatchingMode
 from refitkit.testing import EngineSuite
 from refitkit.testing.fakes import Tripwire
 from tests.unit.builtin.torch_tensorrt.fake_trt import Refusal
@@ -110,7 +110,7 @@ class Part(torch.nn.Module):
         return x @ self.weight, self.small, self.turn, self.order, self.empty
 
 
-class LiveWrites(TorchDispatchMode):
+class LiveWrites(WatchingMode):
     """Fails some of the writes into the live tensors of a part, counted from 1."""
 
     def __init__(self, engine: TorchPartEngine, first: int, last: int) -> None:

@@ -16,6 +16,7 @@ from refitkit.errors import ConfigError, SourceError, WeightMismatchError
 from refitkit.recipe import TensorMap
 from refitkit.testing.watching import Watched
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from refitkit_peft import Base, Lora
 
@@ -49,6 +50,21 @@ def test_sums_are_the_same_wherever_the_base_is(memory, net, x):
     assert same(weights_of(open_weights(Lora(base, {str(x.path): 0.7}))), given)
     assert same(weights_of(open_weights(base)), net.state_dict())
     assert base.memory.kind == memory
+
+
+@pytest.mark.parametrize("memory", ["given", *COPIES])
+@pytest.mark.parametrize("mode", [torch.inference_mode, FakeTensorMode])
+def test_modes_of_torch_do_not_reach_what_is_kept(memory, mode, net, x):
+    lora = Lora(Base(net), {"x": 0.7})
+    lora.base.add("x", str(x.path))
+    wanted = weights_of(open_weights(lora))
+    with mode():
+        base = kept_in(memory, net)
+        base.add("x", str(x.path))
+        base.prepare({"x": 0.7})
+    found = open_weights(Lora(base, {"x": 0.7}))
+    assert same(weights_of(found), wanted)
+    assert not any(found.get(name).is_inference() for name in found.names())
 
 
 @pytest.mark.parametrize("memory", COPIES)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from refitkit.errors import ConfigError, Problem
 from refitkit.processes import ForkedLock
+from refitkit.program.ambient import plain
 
 from refitkit_peft.combining import combined
 from refitkit_peft.files import Files, path_of
@@ -57,6 +58,7 @@ class Base:
     It may be used by several threads, and for several modules.
     """
 
+    @plain
     def __init__(
         self,
         weights: Any,
@@ -93,6 +95,7 @@ class Base:
         self._set_up(weights, pipeline.open_weights, place, keep, reread=reread)
 
     @classmethod
+    @plain
     def with_opener(
         cls,
         weights: object,
@@ -150,6 +153,7 @@ class Base:
             ready = self._ready.nbytes()
             return BaseMemory(self._store.kind, self._store.nbytes, self._adapters.nbytes, ready)
 
+    @plain
     def add(
         self,
         name: str,
@@ -186,6 +190,7 @@ class Base:
             for digest in self._adapters.remove(name):
                 self._ready.forget(digest)
 
+    @plain
     def prepare(
         self,
         adapters: Mapping[str, float],

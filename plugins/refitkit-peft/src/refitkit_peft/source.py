@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from refitkit.program.ambient import plain
+
 from refitkit_peft.edits import FORMULA, summed
 
 if TYPE_CHECKING:
@@ -62,11 +64,14 @@ class LoraSource:
         if fqn not in self._edits:
             return self._store.get(fqn)
         found = None if self._made is None else self._made.get(fqn)
-        if found is None:
-            found = summed(self._store.get(fqn), self._edits[fqn])
-            if self._made is not None:
-                found = found.pin_memory() if self._store.kind == "pinned" else found
-                self._made.put(fqn, found)
+        return self._sum(fqn) if found is None else found
+
+    @plain  # what is kept serves later refits
+    def _sum(self, fqn: str) -> torch.Tensor:
+        found = summed(self._store.get(fqn), self._edits[fqn])
+        if self._made is not None:
+            found = found.pin_memory() if self._store.kind == "pinned" else found
+            self._made.put(fqn, found)
         return found
 
     def require_unchanged(self) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from refitkit.errors import ConfigError, Problem, UnsupportedTargetError
+from refitkit.program.ambient import plain
 
 from refitkit_quant.scheme import ModeloptWeight, Scheme, TorchaoWeight
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _DISTRIBUTIONS = {"torchao": "torchao", "modelopt": "nvidia-modelopt"}
 
 
+@plain
 def read_scheme(
     model: torch.nn.Module,
     original: torch.nn.Module | Mapping[str, torch.Tensor] | None,
