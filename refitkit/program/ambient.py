@@ -8,7 +8,6 @@ verb therefore runs as in a thread that has just started (:func:`plain`), where 
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -20,12 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from refitkit.errors import InputMismatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _SKIPPED = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
+_KEYS = tuple(torch._C._TorchDispatchModeKey.__members__.values())  # noqa: SLF001
 _FAKE = torch._C._TorchDispatchModeKey.FAKE  # noqa: SLF001 - there is no public name
 
 
@@ -62,13 +62,13 @@ def untraced(function: Callable[P, T]) -> Callable[P, T]:
 
 def in_plain_state(do: Callable[[], T]) -> T:
     """Do something as in a new thread of torch's; see ``plain``."""
-    # objects of C, which an interrupt cannot keep from being left
-    with torch._C._InferenceMode(False), torch._C._DisableAutocast():  # noqa: SLF001, FBT003
+    c = torch._C  # noqa: SLF001 - there are no public ways
+    with c._InferenceMode(False), c._DisableAutocast():  # noqa: SLF001, FBT003
         if not _has_modes():
             return do()
-        with ExitStack() as stack:
-            for off in (_no_tracing, _no_transforms, _no_function_modes, _no_dispatch_modes):
-                stack.enter_context(off())
+        with c._DisablePythonDispatcher():  # noqa: SLF001
+            for off in (_no_dispatch_modes, _no_function_modes, _no_transforms, _no_tracing):
+                do = partial(off, do)
             return do()
 
 
@@ -103,58 +103,95 @@ def is_transformed(value: torch.Tensor) -> bool:
     return found
 
 
+# What follows takes modes off by one call of C each, behind ``try``, and puts them back by another:
+# an interrupt comes before or after a call. So there are functions, and no context managers.
+
+
 def _has_modes() -> bool:
     c = torch._C  # noqa: SLF001 - there are no public ways
     return bool(
         c._len_torch_function_stack()  # noqa: SLF001
         or c._len_torch_dispatch_stack()  # noqa: SLF001
-        or torch._ops.mode_stack_state_for_pre_dispatch().count()  # type: ignore[no-untyped-call]  # noqa: SLF001
+        or _has_early_modes()
         or c._functorch.peek_interpreter_stack() is not None  # noqa: SLF001
         or c._get_tracing_state() is not None  # noqa: SLF001
     )
 
 
-@contextmanager
-def _no_function_modes() -> Iterator[None]:
+def _has_early_modes() -> bool:
+    """Whether there are modes before dispatch, as exports have."""
+    state: Any = torch._ops.mode_stack_state_for_pre_dispatch()  # type: ignore[no-untyped-call]  # noqa: SLF001
+    return bool(state.count())
+
+
+def _no_function_modes(do: Callable[[], T]) -> T:
     """Default devices are such modes, too."""
     c = torch._C  # noqa: SLF001 - there is no public way
-    modes = [c._get_function_stack_at(i) for i in range(c._len_torch_function_stack())]  # noqa: SLF001
+    depth = c._len_torch_function_stack()  # noqa: SLF001
+    if not depth:
+        return do()
+    mode = c._get_function_stack_at(depth - 1)  # noqa: SLF001
     try:
-        for _ in modes:
-            c._pop_torch_function_stack()  # noqa: SLF001
-        yield
+        c._pop_torch_function_stack()  # noqa: SLF001
+        found = _no_function_modes(do)
     finally:
-        for mode in modes[c._len_torch_function_stack() :]:  # noqa: SLF001
-            c._push_on_torch_function_stack(mode)  # noqa: SLF001
+        c._push_on_torch_function_stack(mode)  # noqa: SLF001
+    return found
 
 
-@contextmanager
-def _no_dispatch_modes() -> Iterator[None]:
-    with ExitStack() as stack:
-        stack.enter_context(torch._C._DisablePythonDispatcher())  # noqa: SLF001
-        for mode in reversed(stack.enter_context(_disable_current_modes())):
-            if isinstance(mode, WatchingMode):
-                stack.enter_context(mode)
-        yield
+def _no_dispatch_modes(do: Callable[[], T]) -> T:
+    if _has_early_modes():
+        with _disable_current_modes():
+            return do()
+    return _only(do, ())
 
 
-@contextmanager
-def _no_transforms() -> Iterator[None]:
-    from torch._functorch.pyfunctorch import (  # noqa: PLC0415 - few need it
-        temporarily_clear_interpreter_stack,
-    )
-
-    with temporarily_clear_interpreter_stack():
-        yield
-
-
-@contextmanager
-def _no_tracing() -> Iterator[None]:
-    """Without ``torch.jit.trace``, where sizes are tensors."""
-    c: Any = torch._C  # noqa: SLF001 - there is no public way, and no stub of this one
-    state = c._get_tracing_state()  # noqa: SLF001
-    c._set_tracing_state(None)  # noqa: SLF001
+def _only(do: Callable[[], T], watching: tuple[TorchDispatchMode, ...]) -> T:
+    """Without the modes that are on, but with these, and those that watch."""
+    c: Any = torch._C  # noqa: SLF001 - there is no public way
+    depth = c._len_torch_dispatch_stack()  # noqa: SLF001
+    if not depth:
+        return _on(watching, do)
+    # modes of torch's own have places of their own, and are popped by their keys
+    key = next((key for key in _KEYS if c._get_dispatch_mode(key) is not None), None)  # noqa: SLF001
+    mode = c._get_dispatch_stack_at(depth - 1) if key is None else c._get_dispatch_mode(key)  # noqa: SLF001
+    if isinstance(mode, WatchingMode):
+        watching = (mode, *watching)
     try:
-        yield
+        c._pop_torch_dispatch_stack(key)  # noqa: SLF001
+        found = _only(do, watching)
+    finally:
+        c._push_on_torch_dispatch_stack(mode)  # noqa: SLF001
+    return found
+
+
+def _on(modes: tuple[TorchDispatchMode, ...], do: Callable[[], T]) -> T:
+    if not modes:
+        return do()
+    try:
+        torch._C._push_on_torch_dispatch_stack(modes[0])  # noqa: SLF001
+        found = _on(modes[1:], do)
+    finally:
+        torch._C._pop_torch_dispatch_stack(None)  # noqa: SLF001
+    return found
+
+
+def _no_transforms(do: Callable[[], T]) -> T:
+    if torch._C._functorch.peek_interpreter_stack() is None:  # noqa: SLF001
+        return do()
+    from torch._functorch import pyfunctorch  # noqa: PLC0415 - few need it
+
+    with pyfunctorch.temporarily_clear_interpreter_stack():
+        return do()
+
+
+def _no_tracing(do: Callable[[], T]) -> T:
+    """Without ``torch.jit.trace``, where sizes are tensors."""
+    c: Any = torch._C  # noqa: SLF001 - there is no public way
+    state = c._get_tracing_state()  # noqa: SLF001
+    try:
+        c._set_tracing_state(None)  # noqa: SLF001
+        found = do()
     finally:
         c._set_tracing_state(state)  # noqa: SLF001
+    return found

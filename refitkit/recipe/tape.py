@@ -13,10 +13,10 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from refitkit.errors import CompileError, Problem
+from refitkit.program.ambient import WatchingMode
 from refitkit.program.bits import digest
 from refitkit.program.dtypes import dtype_name
 from refitkit.recipe import escapes, modes, ops, schemas
@@ -50,7 +50,7 @@ _SHOWN = 4
 _RANDOM = "random numbers decide it"
 
 
-class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
+class Tape(WatchingMode):
     """A recording.
 
     Attributes:

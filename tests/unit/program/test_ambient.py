@@ -14,10 +14,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from refitkit.errors import InputMismatchError
+from refitkit.program import ambient
 from refitkit.program.ambient import WatchingMode, plain, require_data, untraced, why_not_real
 from refitkit.recipe.sources import TensorMap
 from refitkit.testing.memory import NewMemory
 from tests.campaign.ambient import CONTEXTS, facts
+from tests.interrupting import Interrupt, Points
 
 
 @plain
@@ -49,6 +51,23 @@ def test_modes_are_back_after_an_error() -> None:
         with pytest.raises(ValueError, match=r"^$"):
             fail()
         assert facts() == before
+
+
+def test_modes_are_back_after_an_interrupt() -> None:
+    """Wherever a signal can come in the code that takes them off and puts them back."""
+
+    def around(file: str) -> bool:
+        return file == ambient.__file__
+
+    with CONTEXTS["everything"](), Points(None, around) as points:
+        make()
+    assert points.count > 40
+    for place in range(points.count):
+        with CONTEXTS["everything"]():
+            before = facts()
+            with pytest.raises(Interrupt), Points(place, around):
+                make()
+            assert facts() == before
 
 
 def test_modes_of_a_verb_are_its_own() -> None:
