@@ -9,9 +9,12 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
+from refitkit.errors import raise_if_resource
+
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable
+    from pathlib import Path
 
 Difference: TypeAlias = Literal["", "links", "another file", "size", "written", "attributes"]
 """How two states differ; see ``FileState.difference``."""
@@ -19,6 +22,19 @@ Difference: TypeAlias = Literal["", "links", "another file", "size", "written", 
 _CLOCK_REALTIME_COARSE = 5  # linux/time.h; the module ``time`` has no name for it
 _TICK_LIMIT = 20_000_000  # ns; the kernel's tick is 1 to 10 ms
 _POLL = 0.0005  # s
+
+
+def stat_of(path: Path) -> os.stat_result | None:
+    """What lies at a path, with links followed; None where nothing does, or nothing can.
+
+    Raises:
+        ResourceError: The system does not let it be looked at, so nobody knows.
+    """
+    try:
+        return path.stat()
+    except (OSError, ValueError) as exc:  # too long a name, or one that no file can have
+        raise_if_resource(exc, f"{str(path)!r} cannot be read")
+        return None
 
 
 class FileState(NamedTuple):

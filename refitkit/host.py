@@ -10,7 +10,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from refitkit.config import Config
-from refitkit.errors import PluginError
+from refitkit.errors import PluginError, raise_if_resource, resources
 from refitkit.registration import Manager, blame, module_of, name_of, register_plugin
 
 if TYPE_CHECKING:
@@ -248,6 +248,7 @@ class Host:
         return tuple(sorted(caller.name for caller in callers))
 
 
+@resources("Plugins cannot be looked for")
 def make_host(
     config: Config | None = None,
     plugins: Iterable[object] = (),
@@ -340,6 +341,7 @@ def _loaded(entry: EntryPoint, origin: str) -> object:
     try:
         return entry.load()
     except Exception as exc:
+        raise_if_resource(exc, f"{entry.value!r} of {origin} cannot be imported")
         raise PluginError(
             f"The plugin {entry.name!r} of {origin} cannot be imported: "
             f"{type(exc).__name__}: {exc}",

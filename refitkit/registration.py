@@ -118,7 +118,8 @@ def _blaming(
 def blame(plugin: str, hook: str) -> AbstractContextManager[None]:
     """Turn failures inside into ``PluginError`` that name a plugin and a hook."""
     hint = f"Report it to its authors; to go on without it: --no-plugin {plugin}."
-    return raised_as(PluginError, f"The plugin {plugin!r} failed in {hook}", hint=hint)
+    doing = f"{hook} of {plugin!r} cannot be called"
+    return raised_as(PluginError, f"The plugin {plugin!r} failed in {hook}", hint=hint, doing=doing)
 
 
 def _lacks_mark(manager: Manager, plugin: object, attribute: str) -> bool:

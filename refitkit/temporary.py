@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import os
 import re
 import secrets
@@ -22,6 +23,8 @@ import weakref
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Self
+
+from refitkit.errors import refused
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,11 +52,22 @@ class TemporaryFolder:
         """Make it, empty, in the folder for temporary files (``TMPDIR``).
 
         Raises:
-            OSError: It cannot be made.
+            ResourceError: It cannot be made.
         """
-        parent = Path(tempfile.gettempdir())
-        _sweep(parent, _SCRATCH)
-        self.path, lock = _made_folder(parent, _SCRATCH)
+        try:
+            parent = Path(tempfile.gettempdir())
+            _sweep(parent, _SCRATCH)
+            self.path, lock = _made_folder(parent, _SCRATCH)
+            try:
+                self._remove_with(lock)
+            except BaseException:
+                _remove_empty(self.path)
+                os.close(lock)
+                raise
+        except OSError as exc:
+            raise refused(exc, "No temporary folder can be made") from exc
+
+    def _remove_with(self, lock: int) -> None:
         state = os.fstat(lock)
         self._finalizer = weakref.finalize(self, _remove_own, self.path, lock, state, os.getpid())
 
@@ -116,9 +130,9 @@ def part_file(parent: Path, mode: int) -> Iterator[tuple[Path, IO[bytes]]]:
         OSError: It cannot be made.
     """
     _sweep(parent, _PART)
-    path, handle = _made_file(parent, mode)
     owner = os.getpid()
-    with os.fdopen(handle, "wb") as file:
+    path, file = _made_file(parent, mode)
+    with file:
         try:
             yield path, file
         finally:
@@ -141,23 +155,33 @@ def _made_folder(parent: Path, form: str) -> tuple[Path, int]:
                 if _is_locked(lock, path):
                     return path, lock
         except BaseException:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove_empty(path)
             raise
-        shutil.rmtree(path, ignore_errors=True)
+        _remove_empty(path)
 
 
-def _made_file(parent: Path, mode: int) -> tuple[Path, int]:
-    """A new file, and the descriptor that holds its lock."""
+def _made_file(parent: Path, mode: int) -> tuple[Path, IO[bytes]]:
+    """A new file, open for writing; it holds its lock."""
     while True:
         path = _new_name(parent, _PART)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN, mode)
         try:
             if _is_locked(handle, path):
-                return path, handle
+                return path, _file_on(handle)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
         path.unlink(missing_ok=True)
+
+
+def _file_on(handle: int) -> IO[bytes]:
+    """A file on an open descriptor, which is closed with it, or if it cannot be made."""
+    try:
+        raw = io.FileIO(handle, "wb")
+    except BaseException:
+        os.close(handle)
+        raise
+    return io.BufferedWriter(raw)
 
 
 def _new_name(parent: Path, form: str) -> Path:
@@ -195,6 +219,12 @@ def _lock(handle: int) -> bool:
 
 
 # -- removing -----------------------------------------------------------------------------------
+
+
+def _remove_empty(path: Path) -> None:
+    """Remove a folder that was just made, without a descriptor: there may be none left."""
+    with suppress(OSError):
+        path.rmdir()
 
 
 def _remove_own(path: Path, lock: int, state: os.stat_result, owner: int) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from refitkit.errors import ConfigError, PluginError, RefitError
+from refitkit.errors import ConfigError, PluginError, RefitError, resource_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +30,8 @@ def exit_code(exc: Exception) -> int:
         return USAGE
     if isinstance(exc, click.ClickException):
         return exc.exit_code
-    return REFUSED if isinstance(exc, RefitError | OSError) else BUG
+    known = isinstance(exc, RefitError | OSError) or resource_error(exc, "") is not None
+    return REFUSED if known else BUG
 
 
 def as_refit_error(exc: Exception) -> RefitError:
@@ -42,7 +43,12 @@ def as_refit_error(exc: Exception) -> RefitError:
     if isinstance(exc, OSError):
         why = exc.strerror or str(exc) or type(exc).__name__
         what = f"{str(exc.filename)!r}: " if exc.filename else ""
-        return RefitError(f"{what}{why}.", hint="With -v a traceback says where it happened.")
+        refused = resource_error(exc, "")
+        hint = "With -v a traceback says where it happened."
+        return RefitError(f"{what}{why}.", hint=f"{refused.hint} {hint}" if refused else hint)
+    refused = resource_error(exc, "The command cannot run")
+    if refused is not None:
+        return refused
     return RefitError(
         f"{type(exc).__name__}: {exc}",
         hint="This is a bug in refitkit: please report it with the traceback above.",

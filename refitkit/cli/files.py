@@ -16,9 +16,13 @@ from refitkit.errors import (
     ConfigError,
     PlanMismatchError,
     RefitError,
+    ResourceError,
     SourceError,
     UnsupportedTargetError,
+    raise_if_resource,
+    refused,
 )
+from refitkit.file_state import stat_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,7 +48,7 @@ def check_readable(name: str | Path, error: type[RefitError]) -> None:
         RefitError: Of the type ``error``, if not.
     """
     path = Path(name)
-    if not path.exists():
+    if stat_of(path) is None:
         return
     if not path.is_file() and not path.is_dir():
         raise error(f"{str(path)!r} is a device or a pipe, not a file.")
@@ -72,6 +76,7 @@ def check_output(path: Path, *inputs: str | Path | None, folders: bool = False) 
     if not folder.is_dir():
         raise RefitError(f"{what}: there is no folder {str(folder)!r}.", hint="Make it first.")
     if not os.access(folder, os.W_OK | os.X_OK):
+        _try(folder, what)  # which says why not
         raise RefitError(f"{what}: its folder is not yours to write to.")
     if path.exists() and not os.access(path, os.W_OK):
         raise RefitError(f"{what}: it is write-protected.", hint="Write to another file.")
@@ -86,7 +91,7 @@ def _try(folder: Path, what: str) -> None:
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as exc:
-        raise RefitError(f"{what}: no file can be made in {str(folder)!r}.") from exc
+        raise refused(exc, f"{what}: no file can be made in {str(folder)!r}") from exc
 
 
 def check_module_folder(pipeline: Pipeline, path: Path) -> None:
@@ -99,6 +104,8 @@ def check_module_folder(pipeline: Pipeline, path: Path) -> None:
         return
     try:
         pipeline.describe(path)
+    except ResourceError:
+        raise
     except RefitError as exc:
         message = f"{str(path)!r} cannot be written: it is a folder that holds no saved module."
         raise RefitError(message, hint="Name a file, or a folder that is not there.") from exc
@@ -138,6 +145,7 @@ def load_program(path: Path, *, verbose: bool = False) -> ExportedProgram:
         with path.open("rb") as file, _muted(not verbose):
             return torch.export.load(file)
     except Exception as exc:
+        raise_if_resource(exc, f"{str(path)!r} cannot be read")
         message = f"The program in {str(path)!r} cannot be loaded: {type(exc).__name__}: {exc}"
         hint = f"With -v torch's own log says more. {_EXPORT_HINT}"
         raise UnsupportedTargetError(message, hint=hint) from exc
@@ -187,7 +195,8 @@ def _looks_like_program(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return bool({PurePath(name).name for name in archive.namelist()} & _PROGRAM_MEMBERS)
-    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as exc:
+        raise_if_resource(exc, f"{str(path)!r} cannot be read")
         return False
 
 

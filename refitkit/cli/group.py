@@ -9,7 +9,7 @@ import click
 from refitkit import __version__
 from refitkit.cli import plugin as builtin_commands
 from refitkit.cli.options import common_options
-from refitkit.errors import PluginError, RefitError
+from refitkit.errors import PluginError, RefitError, raise_if_resource
 from refitkit.host import BrokenPlugin
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ class RootGroup(click.Group):
         except _NOT_A_FAULT:
             raise
         except Exception as exc:
+            raise_if_resource(exc, f"The command {ctx.invoked_subcommand!r} cannot run")
             command = ctx.invoked_subcommand or ""
             owner = self.owners.get(command, builtin_commands.name)
             if owner == builtin_commands.name:

@@ -10,7 +10,7 @@ import click
 from refitkit.cli.options import common_options, file_argument
 from refitkit.cli.session import Session, plain
 from refitkit.cli.setting_options import config_options
-from refitkit.errors import Problem, RefitError, UnsupportedTargetError
+from refitkit.errors import Problem, RefitError, ResourceError, UnsupportedTargetError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,6 +63,8 @@ def _held(pipeline: Pipeline, file: Path) -> _Held:
     for kind, read in _readers(file).items():
         try:
             return read(pipeline, file)
+        except ResourceError:
+            raise
         except RefitError as exc:
             problems.append(Problem(f"as {kind}", exc.message.rstrip(".")))
     hint = "A program of torch.export.save is not shown: reading it could run code."

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from refitkit.cli.text import size
+from refitkit.errors import RefitError
 from refitkit.temporary import TemporaryFolder
 
 _COMPILERS = ("g++", "c++", "clang++")
@@ -97,7 +98,7 @@ def compiler() -> Finding:
         return Finding(name, f"none ({', '.join(candidates)} not found)", ok=False, hint=hint)
     try:
         wrong = _trial(path)
-    except OSError as exc:
+    except (OSError, RefitError) as exc:
         wrong = (f"cannot be tried: {exc}", "See the temporary folder.")
     if wrong is not None:
         return Finding(name, f"{path} {wrong[0]}", ok=False, hint=wrong[1])

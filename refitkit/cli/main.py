@@ -15,6 +15,7 @@ from refitkit.cli.group import PipeClosedError, make_group
 from refitkit.cli.known import unknown_names
 from refitkit.cli.session import Session, as_json, tolerant_of_encodings
 from refitkit.cli.streams import claimed_stdout, forget, open_stdout
+from refitkit.errors import resources
 from refitkit.host import make_host
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ def _guarded(
 ) -> int:
     try:
         code = _run(session, args, on_broken)
-        stdout.flush()
+        with resources("The result cannot be written to stdout"):
+            stdout.flush()
     except (click.Abort, KeyboardInterrupt) as exc:
         if isinstance(exc.__cause__, EOFError):  # click takes it for an interrupt
             return _told(session, exc.__cause__, stdout)
@@ -93,8 +95,13 @@ def _told(session: Session, exc: Exception, stdout: TextIO) -> int:
     if session.verbose or code == failures.BUG:
         traceback.print_exception(exc)
     if session.as_json:
-        stdout.write(as_json(failures.as_data(exc)))
-        stdout.flush()
+        try:
+            stdout.write(as_json(failures.as_data(exc)))
+            stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError:  # a full disk, say: the error is on stderr, too
+            forget(stdout)
     if isinstance(exc, _HELP):
         exc.show()
     else:

@@ -23,7 +23,7 @@ from refitkit.cli.progress import Progress
 from refitkit.cli.settings import Settings
 from refitkit.cli.text import shown
 from refitkit.config import Config
-from refitkit.errors import RefitError
+from refitkit.errors import RefitError, raise_if_resource, resources
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -121,8 +121,9 @@ class Session:
         """
         self.progress.stop()
         text = as_json(data) if self.as_json else self._rendered(human)
-        self._stdout.write(text)
-        self._stdout.flush()
+        with resources("The result cannot be written to stdout"):
+            self._stdout.write(text)
+            self._stdout.flush()
 
     def warn(self, text: str) -> None:
         """Tell something on stderr that does not stop the command."""
@@ -169,6 +170,7 @@ def _check_torch() -> None:
     try:
         import torch  # noqa: F401
     except (ImportError, OSError, RuntimeError) as exc:
+        raise_if_resource(exc, "torch cannot be imported")
         raise RefitError(
             f"torch cannot be imported: {exc}.",
             hint="Install it again (see pytorch.org); refitkit doctor tells what else is missing.",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from refitkit.errors import PluginError, RefitError
+from refitkit.errors import PluginError, RefitError, raise_if_resource
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def require_sound(values: Iterable[SlotValue], failure: Exception) -> None:
     """Compute values again, one after another, until one fails as staging did.
 
-    Nothing is looked for where the failure is one that was meant, or that of a machine without
-    memory, which the next value would meet, too.
+    Nothing is looked for where the failure is one that was meant, or the system refused a resource,
+    which the next value would meet, too.
 
     Args:
         values: What the engine was given.
@@ -29,9 +29,11 @@ def require_sound(values: Iterable[SlotValue], failure: Exception) -> None:
 
     Raises:
         PluginError: One fails in the same way, or gives no tensor; names its strategy and its slot.
+        ResourceError: The system refused a resource.
     """
-    if isinstance(failure, RefitError | MemoryError | torch.OutOfMemoryError):
+    if isinstance(failure, RefitError):
         return
+    raise_if_resource(failure, "New values cannot be staged")
     for value in values:
         said = _fault_of(value, failure)
         if said:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from refitkit.errors import EngineError, ModuleLostError, raised_as
+from refitkit.errors import EngineError, ModuleLostError, raise_if_resource, raised_as, resources
 from refitkit.pipeline.gate import Gate
 from refitkit.pipeline.held import Held
 from refitkit.program.ambient import plain, require_data, untraced
@@ -86,7 +86,11 @@ class CompiledModule:
             ModuleLostError: A rollback failed earlier.
         """
         require_data("The module")
-        return self.gate.call(lambda: self._opened.run(args, kwargs))
+        try:
+            return self.gate.call(lambda: self._opened.run(args, kwargs))
+        except MemoryError as exc:
+            raise_if_resource(exc, "The module cannot be called")
+            raise
 
     def __repr__(self) -> str:
         slots = sum(len(engine.slots) for engine in self.engines.values())
@@ -144,6 +148,7 @@ class CompiledModule:
         """All slots of all engines."""
         return tuple(slot for engine in self.engines.values() for slot in engine.slots.values())
 
+    @resources("The slot cannot be read")
     @plain
     def read(self, slot: str, engine: str | None = None) -> torch.Tensor:
         """A copy of what a slot holds now.
@@ -160,6 +165,7 @@ class CompiledModule:
                 return self.gate.call(partial(_copy_of, one, slot))
         raise KeyError(slot)
 
+    @resources("The module cannot be saved")
     @plain
     def save(self, path: str | Path) -> None:
         """Write it with its present weights, plan and program: beside ``path``, then renamed.

@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from refitkit.errors import RefitError, SourceError, UnsupportedTargetError, raised_as
+from refitkit.errors import (
+    RefitError,
+    ResourceError,
+    SourceError,
+    UnsupportedTargetError,
+    raised_as,
+)
+from refitkit.file_state import stat_of
 from refitkit.pipeline.backends import plan_in
 from refitkit.pipeline.clock import Clock
 from refitkit.pipeline.needs import missing_needs
@@ -32,6 +39,8 @@ def load_module(pipeline: Pipeline, target: object, *, warm: bool) -> CompiledMo
         origin = Origin.of(target)
         try:
             opened = open_target(host, target, config, tools)
+        except ResourceError:
+            raise
         except RefitError as exc:
             named = _naming_plugins(pipeline, target, exc)
             if named is None:
@@ -178,10 +187,7 @@ def _is_missing_file(thing: object) -> bool:
 
 
 def _exists(name: str | Path) -> bool:
-    try:
-        return Path(name).exists()
-    except (OSError, ValueError):  # too long a name, or one that no file can have
-        return False
+    return stat_of(Path(name)) is not None
 
 
 def _capital(message: str) -> str:

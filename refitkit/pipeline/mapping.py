@@ -232,9 +232,11 @@ def map_slots(
 
     def ask(strategy: MappingStrategy, wanted: tuple[LedgerRow, ...]) -> Mapped:
         request = MapRequest(plan, module, source, wanted, program, tools)
-        with raised_as(PluginError, f"The strategy {strategy.name!r} failed"):
+        doing = f"Values of slots cannot be had from {strategy.name!r}"
+        with raised_as(PluginError, f"The strategy {strategy.name!r} failed", doing=doing):
             answer = strategy.map(request)
-        with raised_as(PluginError, f"The strategy {strategy.name!r} gave what is no answer"):
+        what = f"The strategy {strategy.name!r} gave what is no answer"
+        with raised_as(PluginError, what, doing=doing):
             _check_answer(strategy, answer, wanted)
         return answer
 

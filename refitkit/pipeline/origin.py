@@ -5,11 +5,12 @@ A second module is opened from it when they are wanted, so that nothing has to b
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from refitkit.errors import NotRefittableError, Problem
+from refitkit.errors import NotRefittableError, Problem, raise_if_resource, resources
 from refitkit.file_state import FileState
 
 Mark: TypeAlias = tuple[str, FileState]
@@ -36,7 +37,8 @@ class Origin:
         try:
             path = Path(target).absolute()
             return cls(path, _marks(path)) if path.exists() else None
-        except (OSError, ValueError):  # a name of a plugin's own, which no file can have
+        except (OSError, ValueError) as exc:  # a name of a plugin's own, which no file can have
+            raise_if_resource(exc, f"{str(target)!r} cannot be read")
             return None
 
     def is_unchanged(self) -> bool:
@@ -51,7 +53,10 @@ class Origin:
 
         Raises:
             NotRefittableError: It is not; names the path.
+            ResourceError: The system does not let it be looked at.
         """
+        with suppress(OSError), resources(f"{str(self.path)!r} cannot be read"):
+            _marks(self.path)
         if not self.is_unchanged():
             raise NotRefittableError(
                 "The weights that the module was loaded with are not held any more.",

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from refitkit.config import Config
+from refitkit.errors import resources
 from refitkit.host import Host, make_host
 from refitkit.pipeline import load as loading
 from refitkit.pipeline.backends import described, named, plan_in, registered
@@ -41,6 +42,7 @@ class Pipeline:
         host: Its plugins.
     """
 
+    @resources("A pipeline cannot be made")
     def __init__(
         self,
         config: Config | Mapping[str, object] | None = None,
@@ -78,6 +80,7 @@ class Pipeline:
 
     # -- verbs ------------------------------------------------------------------------------
 
+    @resources("The program cannot be compiled")
     @plain
     def compile(
         self,
@@ -106,6 +109,7 @@ class Pipeline:
         """
         return Making(self, program, options).compile(backend, prove=prove)
 
+    @resources("The module cannot be loaded")
     @plain
     def load(self, target: object, *, warm: bool = False) -> CompiledModule:
         """Open what was compiled or saved before.
@@ -124,6 +128,7 @@ class Pipeline:
         """
         return loading.load_module(self, target, warm=warm)
 
+    @resources("The program cannot be planned")
     @plain
     def plan(
         self,
@@ -161,6 +166,7 @@ class Pipeline:
         compiled = self._compiled(target) if target is not None else None
         return making.plan(compiled, backend, prove=prove)
 
+    @resources("The module cannot be refitted")
     @plain
     def refit(  # noqa: PLR0913 - one verb; all but two are given by name
         self,
@@ -218,6 +224,7 @@ class Pipeline:
         how["reset_state"] = reset_state
         return run_tasks(self, [refit_task(self, compiled, weights, how)])[0]
 
+    @resources("The modules cannot be refitted")
     @plain
     def refit_all(self, modules: Iterable[Sequence[Any]], **how: Any) -> RefitResults:
         """Refit several modules in one transaction: all of them, or none.
@@ -237,6 +244,7 @@ class Pipeline:
         """
         return run_tasks(self, refit_tasks(self, modules, how, self._compiled))
 
+    @resources("The weights cannot be restored")
     @plain
     def restore(
         self,
@@ -270,6 +278,7 @@ class Pipeline:
         back = Back(version, inputs, reference, verify)
         return run_tasks(self, [return_task(self, compiled, back)])[0]
 
+    @resources("The weights cannot be restored")
     @plain
     def restore_all(self, back: Iterable[tuple[CompiledModule, int]]) -> RefitResults:
         """Go back to earlier weights of several modules, in one transaction.
@@ -283,11 +292,13 @@ class Pipeline:
         ways = [(compiled, Back(version)) for compiled, version in as_ways(back)]
         return run_tasks(self, [return_task(self, *way, delta=False) for way in ways])
 
+    @resources("The module cannot be copied")
     @plain
     def copy(self, compiled: CompiledModule) -> CompiledModule:
         """A second module with the same weights, plan and program, refitted on its own."""
         return copy_of(compiled, self)
 
+    @resources("The weights cannot be judged")
     @plain
     def verify(
         self,
@@ -317,6 +328,7 @@ class Pipeline:
         wish = Wish(weights, plan, inputs, reference, with_)
         return judge_module(self.host, self.config, self._compiled(target), wish)
 
+    @resources("The weights cannot be compared")
     @plain
     def diff(self, a: object, b: object, *, plan: RefitPlan | None = None) -> DiffReport:
         """What two sets of weights differ in, tensor by tensor and from all elements.
@@ -343,6 +355,7 @@ class Pipeline:
         """
         return Differ(self.host, self.config, self.load, plan).diff(a, b)
 
+    @resources("The weights cannot be opened")
     @plain
     def open_weights(self, weights: object, plan: RefitPlan | None = None) -> WeightSource:
         """Anything that a plugin can read, as a weight source.
@@ -359,6 +372,7 @@ class Pipeline:
         source = loading.open_weights(self.host, weights, self.config)
         return source if plan is None else transformed(self.host, self.config, plan, source)
 
+    @resources("The module cannot be described")
     @plain
     def describe(self, path: str | Path) -> Mapping[str, Any]:
         """What a saved module holds, without running any of its code.
@@ -368,6 +382,7 @@ class Pipeline:
         """
         return described(self.backends, path)
 
+    @resources("The plan cannot be read")
     @plain
     def read_plan(self, path: str | Path) -> RefitPlan:
         """The plan in a plan file or in a saved module, without running any code of either.
@@ -381,6 +396,7 @@ class Pipeline:
     def _compiled(self, target: object) -> CompiledModule:
         return target if isinstance(target, CompiledModule) else self.load(target)
 
+    @resources("The module cannot be saved")
     @plain
     def save(self, compiled: CompiledModule, path: str | Path) -> None:
         """Write a module with its present weights, plan and program; see its own ``save``."""

@@ -122,7 +122,8 @@ class Transformed:
     def _made(self, offer: Offer) -> Made:
         if self._last is None or self._last[0] is not offer:
             self._last = None  # two groups at once would be one too many in memory
-            with raised_as(PluginError, f"The transform {offer} failed"):
+            doing = f"Weights cannot be transformed by {offer}"
+            with raised_as(PluginError, f"The transform {offer} failed", doing=doing):
                 made = offer.group.make()
             _check_made(offer, made)
             self._last = offer, made
@@ -240,7 +241,7 @@ def _transforms(host: Host, config: Config) -> Iterator[tuple[str, WeightTransfo
 
 def _offers(plugin: str, transform: WeightTransform, request: TransformRequest) -> list[Offer]:
     what = f"The transform {transform.name!r} of the plugin {plugin!r} failed"
-    with raised_as(PluginError, what):
+    with raised_as(PluginError, what, doing=f"Weights cannot be transformed by {transform.name!r}"):
         return [Offer(plugin, transform.name, group) for group in transform.groups(request)]
 
 

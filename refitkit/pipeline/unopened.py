@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.export import ExportedProgram
 
+from refitkit.errors import raise_if_resource
 from refitkit.pipeline.compiled import CompiledModule
 from refitkit.recipe import Archive, ArchiveError
 
@@ -80,7 +81,8 @@ def kind_of(thing: object) -> Kind | None:
     if isinstance(thing, Path):
         try:
             return _of_folder(thing) if thing.is_dir() else _of_file(thing)
-        except (OSError, ValueError, ArchiveError):
+        except (OSError, ValueError, ArchiveError) as exc:
+            raise_if_resource(exc, f"{str(thing)!r} cannot be read")
             return None
     return next((kind for types, kind in _OBJECTS if isinstance(thing, types)), None)
 

@@ -57,11 +57,13 @@ def prepared(
         RefitError: The verifier cannot judge this refit.
         PluginError: It failed, now or when it judges; names it.
     """
-    with raised_as(PluginError, f"The verifier {verifier.name!r} failed to prepare"):
+    failed = f"The verifier {verifier.name!r} failed"
+    doing = f"The weights cannot be judged by {verifier.name!r}"
+    with raised_as(PluginError, f"{failed} to prepare", doing=doing):
         judge = verifier.prepare(request)
 
     def judging(module: OpenedModule) -> VerificationResult:
-        with raised_as(PluginError, f"The verifier {verifier.name!r} failed"):
+        with raised_as(PluginError, failed, doing=doing):
             return judge(module)
 
     return judging

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from refitkit.errors import PlanMismatchError, SourceError, raised_as
+from refitkit.errors import PlanMismatchError, SourceError, raise_if_resource, raised_as
 from refitkit.model import LeafKind
 from refitkit.processes import ForkedLock
 from refitkit.program.dtypes import dtype_of
@@ -70,7 +70,8 @@ class KeptProgram:
         try:
             # torch 2.14 can leave the tensors out; older ones pickle them, which is dropped here
             parts = serializer.serialize(program, **dict.fromkeys(flags, False))
-        except Exception:  # noqa: BLE001 - whatever torch cannot write can still be compiled
+        except Exception as exc:  # noqa: BLE001 - whatever torch cannot write can still be compiled
+            raise_if_resource(exc, "The program cannot be kept")
             return None
         described = serde._dataclass_to_dict(parts.exported_program)  # noqa: SLF001
         _drop_empty_regions(described)

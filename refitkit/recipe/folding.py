@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_map, tree_map_only
 
+from refitkit.errors import raise_if_resource
 from refitkit.program.dtypes import dtype_of
 from refitkit.recipe import ops
 from refitkit.recipe.calls import call
@@ -68,6 +69,7 @@ class Folding:
         try:
             found = self._called(node, args, kwargs)
         except (RuntimeError, TypeError, ValueError) as exc:
+            raise_if_resource(exc, f"{node.op} cannot be computed again")
             raise UnwritableError(f"{node.op} cannot be computed again: {exc}") from exc
         if tuple(map(facts_of_tensor, found)) != node.results:
             raise UnwritableError(f"{node.op} gives something else when it is computed again")

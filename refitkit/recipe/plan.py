@@ -13,6 +13,8 @@ from refitkit.errors import (
     SourceError,
     UnmappedSlotError,
     WeightMismatchError,
+    raise_if_resource,
+    resources,
 )
 from refitkit.model import (
     LedgerRow,
@@ -262,6 +264,7 @@ class RefitPlan:
         return store.encode(self.data, self._pinned)
 
     @classmethod
+    @resources("A plan cannot be read")
     @plain
     def from_bytes(
         cls,
@@ -277,6 +280,7 @@ class RefitPlan:
         data, pinned = store.decode(content, what)
         return cls(data, pinned, opener)
 
+    @resources("A plan cannot be written")
     def save(self, path: str | Path) -> None:
         """Write a plan file: beside ``path``, then renamed.
 
@@ -288,6 +292,7 @@ class RefitPlan:
             file.write(self.to_bytes())
 
     @classmethod
+    @resources("A plan cannot be read")
     def load(cls, path: str | Path) -> RefitPlan:
         """Read a plan file. Nothing in it is run.
 
@@ -297,6 +302,7 @@ class RefitPlan:
         try:
             content = Path(path).read_bytes()
         except OSError as exc:
+            raise_if_resource(exc, f"The plan {str(path)!r} cannot be read")
             raise PlanMismatchError(f"The plan {str(path)!r} cannot be read: {exc}.") from exc
         return cls.from_bytes(content, f"{str(path)!r}")
 

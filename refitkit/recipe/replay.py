@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from refitkit.errors import PlanMismatchError, Problem
+from refitkit.errors import PlanMismatchError, Problem, raise_if_resource
 from refitkit.model import CallRef, PinnedRef, SourceRef
 from refitkit.program.bits import same_bits
 from refitkit.recipe.conditions import is_flushing
@@ -192,6 +192,7 @@ class _Run:
         try:
             self._do(step)
         except (RuntimeError, TypeError, ValueError, IndexError) as exc:
+            raise_if_resource(exc, f"{step.name} cannot be computed")
             problem = Problem(step.name, "recipe", hint=str(exc))
             raise PlanMismatchError("A recipe cannot be computed.", problems=[problem]) from exc
         for place in step.last:

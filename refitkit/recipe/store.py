@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
-from refitkit.errors import PlanMismatchError, Problem
+from refitkit.errors import PlanMismatchError, Problem, raise_if_resource
 from refitkit.model import FORMAT, PinnedTensor, PlanData
 from refitkit.model.slot import ITEM_BYTES
 from refitkit.program.bits import digest
@@ -72,6 +72,7 @@ def decode(content: bytes, what: str) -> tuple[PlanData, dict[str, torch.Tensor]
             data = _manifest(archive, what)
             pinned = load_safetensors(archive.read(PINNED, _pinned_limit(data)))
     except (ArchiveError, SafetensorError, *_ODD) as exc:
+        raise_if_resource(exc, f"{what} cannot be read")
         raise PlanMismatchError(f"{what} is not a readable plan: {exc}.") from exc
     problems = [*problems_of(data), *_pinned_problems(data, pinned)]
     if problems:

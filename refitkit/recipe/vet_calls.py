@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from refitkit.errors import Problem
+from refitkit.errors import Problem, raise_if_resource
 from refitkit.model import CallRef, SourceRef, Tensor
 from refitkit.model.slot import ITEM_BYTES
 from refitkit.program.dtypes import dtype_name, dtype_of
@@ -94,6 +94,7 @@ class _Trial:
             try:
                 self._make(call)
             except Exception as exc:  # noqa: BLE001 - torch raises what it likes
+                raise_if_resource(exc, f"{name_of(number, call)} cannot be vetted")
                 hint = str(exc).strip().split("\n", 1)[0]
                 yield Problem(
                     name_of(number, call), "cannot be made", type(exc).__name__, hint=hint

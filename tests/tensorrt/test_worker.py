@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import refitkit
-from refitkit import CompileError, EngineError
+from refitkit import CompileError, EngineError, ResourceError
 from refitkit.builtin.torch_tensorrt.worker import wire
 from refitkit.builtin.torch_tensorrt.worker.client import SERVER, SessionClient
 from tests.tensorrt.helpers import (
@@ -378,7 +378,7 @@ def test_a_full_disk_is_an_error_and_no_end_of_the_process(
 
     with monkeypatch.context() as patch:
         patch.setattr(regions.os, "posix_fallocate", full)
-        with pytest.raises(EngineError, match="No space left"):
+        with pytest.raises(ResourceError, match="No space left"):
             refitkit.refit(compiled, weights(1))
     assert bytes_of(compiled) == before
     refitkit.refit(compiled, weights(1))

@@ -36,6 +36,7 @@ PUBLIC = [
     "RefitReport",
     "RefitResult",
     "RefitResults",
+    "ResourceError",
     "SourceError",
     "TaskVectors",
     "ToolchainError",

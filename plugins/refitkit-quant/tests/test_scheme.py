@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import refitkit
-from refitkit.errors import ConfigError
+from refitkit.errors import ConfigError, ResourceError
 
 from refitkit_quant import Scheme, Settings
 from refitkit_quant.pairs import torn_apart
@@ -55,6 +58,15 @@ def test_what_is_no_scheme(tmp_path, content):
 
 def test_a_scheme_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
+        Scheme.load(tmp_path / "s.json")
+
+
+def test_a_scheme_that_the_system_does_not_let_be_read(tmp_path, monkeypatch):
+    def failing(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    with pytest.raises(ResourceError, match="Input/output error"):
         Scheme.load(tmp_path / "s.json")
 
 

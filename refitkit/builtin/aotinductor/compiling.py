@@ -15,7 +15,7 @@ from refitkit.builtin.aotinductor import container, options, toolchain
 from refitkit.builtin.aotinductor.engine import AOTInductorEngine
 from refitkit.builtin.aotinductor.inputs import spec_of
 from refitkit.builtin.aotinductor.module import AOTInductorModule, Files
-from refitkit.errors import CompileError, RefitError
+from refitkit.errors import CompileError, RefitError, raise_if_resource
 from refitkit.model import LeafKind
 from refitkit.program import facts_of
 from refitkit.program.default_dtype import keep_default_dtype
@@ -90,6 +90,7 @@ def _inductor(program: ExportedProgram, configured: Mapping[str, Any]) -> Sequen
     except RefitError:
         raise
     except Exception as exc:
+        raise_if_resource(exc, "AOTInductor cannot compile the program")
         raise CompileError(f"AOTInductor cannot compile the program: {exc}") from exc
     return [file for file in files if isinstance(file, str)] if isinstance(files, list) else []
 

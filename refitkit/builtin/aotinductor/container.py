@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
-from refitkit.errors import CompileError, UnsupportedTargetError
+from refitkit.errors import CompileError, UnsupportedTargetError, raise_if_resource, refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,6 +40,7 @@ def open_container(library: Path, device: str) -> Any:
             )
         return _aoti.AOTIModelContainerRunnerCuda(str(library), 1, device, str(library.parent))
     except (RuntimeError, OSError) as exc:
+        raise_if_resource(exc, f"The shared library {str(library)!r} cannot be loaded")
         message = f"The shared library {library.name!r} cannot be loaded: {exc}."
         raise UnsupportedTargetError(message) from exc
 
@@ -65,8 +66,8 @@ def fill_from_blob(runner: Any, copy: Callable[[IO[bytes]], object]) -> None:
         copy: Writes the blob to the file that it is given.
 
     Raises:
-        UnsupportedTargetError: The blob is too short, so the file was damaged; or the file that it
-            is copied to cannot be made.
+        UnsupportedTargetError: The blob is too short, so the file was damaged.
+        ResourceError: The file that it is copied to cannot be made.
     """
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     with os.fdopen(os.memfd_create("refitkit-weights", flags), "r+b") as blob:
@@ -76,9 +77,8 @@ def fill_from_blob(runner: Any, copy: Callable[[IO[bytes]], object]) -> None:
         try:
             os.ftruncate(blob.fileno(), size + _BEYOND)
         except OSError as exc:
-            message = f"A sparse file of {_BEYOND >> 30} GiB cannot be made in memory: {exc}."
-            hint = "Raise the limit of the size of files: ulimit -f unlimited."
-            raise UnsupportedTargetError(message, hint=hint) from exc
+            message = f"A sparse file of {_BEYOND >> 30} GiB cannot be made in memory"
+            raise refused(exc, message) from exc
         fcntl.fcntl(blob.fileno(), fcntl.F_ADD_SEALS, _SEALS)
         runner.update_constant_buffer_from_blob(f"/proc/self/fd/{blob.fileno()}")
     needed = sum(t.nbytes for t in runner.extract_constants_map(False).values())  # noqa: FBT003
@@ -100,6 +100,7 @@ def fill_with_zeros(runner: Any) -> None:
     try:
         runner.update_constant_buffer_from_blob(_ZEROS)
     except RuntimeError as exc:
+        raise_if_resource(exc, "A container cannot lay out its weights")
         first = str(exc).strip().partition("\n")[0]
         message = f"A container cannot lay out its weights from {_ZEROS}: {first}"
         raise UnsupportedTargetError(message) from exc

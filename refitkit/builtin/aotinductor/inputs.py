@@ -15,7 +15,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from refitkit.builtin.aotinductor.shapes import Dim, Fit, Range, Size, ranges_of, size_of
-from refitkit.errors import CompileError, InputMismatchError, Problem
+from refitkit.errors import CompileError, InputMismatchError, Problem, raise_if_resource
 from refitkit.model.base import Frozen
 from refitkit.program.ambient import why_not_real
 from refitkit.program.bits import dense_strides
@@ -271,6 +271,7 @@ def run_unknown(runner: Any, flat: list[torch.Tensor]) -> list[Any]:
     try:
         outputs: list[Any] = runner.run([_packed(value) for value in flat])
     except RuntimeError as exc:
+        raise_if_resource(exc, "The engine cannot answer")
         first = str(exc).strip().partition("\n")[0]
         hint = "Make a plan from its program: refitkit.plan(program, target=...) tells the inputs."
         raise InputMismatchError(f"The engine refused the inputs: {first}", hint=hint) from exc

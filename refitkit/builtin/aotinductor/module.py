@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from refitkit.builtin.aotinductor import NAME, container, package
 from refitkit.builtin.aotinductor.engine import ENGINE, AOTInductorEngine
 from refitkit.builtin.aotinductor.inputs import CallSpec, InputChecker, run_unknown, spec_of
-from refitkit.errors import EngineError
+from refitkit.errors import EngineError, raise_if_resource
 from refitkit.program import facts_of
 from refitkit.replacing import replacing
 
@@ -97,6 +97,7 @@ class AOTInductorModule:
         try:
             outputs: list[Any] = self._engine.runner.run(tensors)
         except RuntimeError as exc:
+            raise_if_resource(exc, "The engine cannot answer")
             first = str(exc).strip().partition("\n")[0]
             hint = "Are values of the inputs in range, such as indices? The module is unharmed."
             raise EngineError(f"The engine failed: {first}", hint=hint) from exc

@@ -21,7 +21,7 @@ from refitkit.builtin.merges.aligning import (
 from refitkit.builtin.merges.arithmetic import is_summed, narrowed, widened
 from refitkit.builtin.merges.descriptions import Merge
 from refitkit.builtin.merges.keeping import Made
-from refitkit.errors import ConfigError, Problem, SourceError, WeightMismatchError
+from refitkit.errors import ConfigError, Problem, SourceError, WeightMismatchError, resources
 from refitkit.processes import ForkedLock
 from refitkit.program.ambient import plain
 from refitkit.program.dtypes import dtype_name, dtype_of
@@ -52,6 +52,7 @@ class Ema(Merge):
     averages is in memory. Several threads may use it.
     """
 
+    @resources("The weights cannot be averaged")
     @plain
     def __init__(self, decay: float, start: object) -> None:
         """Begin with a copy of weights.
@@ -81,6 +82,7 @@ class Ema(Merge):
         """How many there were."""
         return self._state.updates
 
+    @resources("The weights cannot be averaged")
     @plain
     def update(self, weights: object) -> None:
         """Take in the weights after one more step.

@@ -25,7 +25,7 @@ import torch
 
 from refitkit.builtin.torch_tensorrt.engine_info import EngineInfo, parse_info
 from refitkit.builtin.torch_tensorrt.metadata import Metadata, read_metadata
-from refitkit.errors import UnsupportedTargetError
+from refitkit.errors import UnsupportedTargetError, raise_if_resource
 from refitkit.plain_pickle import Instance, PickleRefusedError, read_pickle
 from refitkit.recipe import Archive, ArchiveError
 
@@ -127,6 +127,7 @@ class ProgramFile:
         try:
             torch.load(io.BytesIO(data), weights_only=True, map_location="meta")
         except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as exc:
+            raise_if_resource(exc, f"{str(self._path)!r} cannot be read")
             text = str(exc).partition("\n")[0]
             raise self._refused(member, f"it holds more than tensors: {text}") from exc
 

@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 
-from refitkit.errors import ToolchainError
+from refitkit.errors import ToolchainError, raise_if_resource
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -99,6 +99,7 @@ def _imported() -> Any:
             return importlib.import_module("torch_tensorrt")
         except Exception as exc:
             sys.modules.pop("torch_tensorrt", None)
+            raise_if_resource(exc, "torch_tensorrt cannot be imported")
             raise ToolchainError(
                 f"torch_tensorrt cannot be imported: {type(exc).__name__}: {exc}", hint=_INSTALL
             ) from exc

@@ -20,7 +20,7 @@ import torch
 from refitkit.builtin.weights.files import is_file
 from refitkit.builtin.weights.reading import Folder, OpenFile
 from refitkit.builtin.weights.torch_files import archive_in, require_bounded
-from refitkit.errors import Problem, SourceError, raised_as
+from refitkit.errors import Problem, SourceError, raise_if_resource, raised_as
 from refitkit.model import TensorInfo
 from refitkit.model.slot import ITEM_BYTES
 from refitkit.plain_pickle import Global, Instance, PickleRefusedError, read_pickle
@@ -156,6 +156,7 @@ class DistributedCheckpoint:
         try:
             value = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except Exception as exc:  # no code of the file runs: whatever is raised, it cannot be read
+            raise_if_resource(exc, f"{what} cannot be read")
             raise SourceError(f"{what} cannot be read: {exc}.") from exc
         found, wanted = (
             describe_tensor(value),
@@ -177,6 +178,7 @@ def _read(path: Path, what: str) -> tuple[OpenFile, Any]:
             raise SourceError(f"{what}: {METADATA} has more than {_LIMIT} bytes.")
         return file, read_pickle(file.read_bytes(0, file.size), _ADMITTED)
     except OSError as exc:
+        raise_if_resource(exc, f"{what} cannot be read")
         raise SourceError(f"{what} cannot be read: {exc}.") from exc
     except PickleRefusedError as exc:
         raise SourceError(

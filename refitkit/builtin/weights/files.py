@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import stat
 from typing import TYPE_CHECKING
 
 from refitkit.builtin.weights.safetensors_files import SafetensorsFile
 from refitkit.builtin.weights.torch_files import open_torch_file
+from refitkit.file_state import stat_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,10 +19,8 @@ _TORCH_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
 
 def is_file(path: Path) -> bool:
     """Whether there is a file, or a link to one; also of a name that no file can have."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
+    found = stat_of(path)
+    return found is not None and stat.S_ISREG(found.st_mode)
 
 
 def open_file(path: Path) -> WeightSource | None:

@@ -30,7 +30,7 @@ def open_folder(path: Path) -> WeightSource | None:
     Raises:
         SourceError: What is in it cannot be read, or it holds several models.
     """
-    if (path / METADATA).is_file():
+    if is_file(path / METADATA):
         return DistributedCheckpoint(path)
     found = [file for stem in _STEMS if (file := _preferred(path, stem)) is not None]
     safe = [file for file in found if ".safetensors" in file.name]
@@ -59,4 +59,4 @@ def open_weights_file(path: Path) -> WeightSource | None:
 
 def _preferred(folder: Path, stem: str) -> Path | None:
     files = (folder / f"{stem}{kind}" for kind in _KINDS)
-    return next((file for file in files if file.is_file()), None)
+    return next((file for file in files if is_file(file)), None)

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import xxhash
 
-from refitkit.errors import Problem, SourceError
+from refitkit.errors import Problem, SourceError, raise_if_resource, resources
 from refitkit.file_state import FileState
 
 try:
@@ -261,6 +261,7 @@ class OpenFile:
         except OSError as exc:
             if isinstance(exc, FileNotFoundError):
                 self._require_state()
+            raise_if_resource(exc, f"{self._description} cannot be read")
             raise SourceError(f"{self._description} cannot be read: {exc}.") from exc
         if done < len(into):
             raise SourceError(f"{self._description} ends before its tensors do.", hint=_HINT)
@@ -316,6 +317,7 @@ class OpenFile:
         except OSError as exc:
             if isinstance(exc, FileNotFoundError):
                 return None
+            raise_if_resource(exc, f"{self._description} cannot be read")
             raise SourceError(f"{self._description} cannot be read: {exc}.") from exc
 
     @contextmanager
@@ -391,7 +393,7 @@ class Folder:
 
     def note(self, name: str) -> None:
         """Note what a file is now. One that is not there is not noted."""
-        with suppress(OSError):
+        with suppress(OSError), resources(f"{str(self.path / name)!r} cannot be read"):
             self._states[name] = FileState.settled((self.path / name).stat)
 
     def require_unchanged(self) -> None:
@@ -413,7 +415,8 @@ class Folder:
     def _state(self, name: str) -> FileState | None:
         try:
             return FileState.of((self.path / name).stat())
-        except OSError:
+        except OSError as exc:
+            raise_if_resource(exc, f"{str(self.path / name)!r} cannot be read")
             return None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from refitkit.builtin.weights.reading import OpenFile
-from refitkit.errors import SourceError
+from refitkit.errors import SourceError, raise_if_resource
 from refitkit.program.dtypes import dtype_of
 from refitkit.recipe.pieces import LARGE
 from refitkit.recipe.safetensors_format import read_entries
@@ -36,6 +36,7 @@ class SafetensorsFile:
             self._file = OpenFile(path, self.description)
             self._entries = read_entries(self._file.size, self._bytes)
         except (OSError, ValueError, RecursionError) as exc:
+            raise_if_resource(exc, f"{self.description} cannot be read")
             raise SourceError(
                 f"{self.description} cannot be read as safetensors: {exc}.",
                 hint="Check that it was written or downloaded completely.",

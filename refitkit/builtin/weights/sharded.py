@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from refitkit.builtin.weights.files import is_file, open_file
 from refitkit.builtin.weights.reading import Folder, OpenFile
-from refitkit.errors import Problem, SourceError
+from refitkit.errors import Problem, SourceError, raise_if_resource
 from refitkit.protocols import MayChange, SupportsReread
 from refitkit.recipe import pieces_of
 
@@ -107,6 +107,7 @@ def _read_index(path: Path) -> tuple[OpenFile, _Index]:
         content = file.read_bytes(0, file.size)
         index = _Index.model_validate_json(content)
     except OSError as exc:
+        raise_if_resource(exc, what)
         raise SourceError(f"{what}: {exc}.") from exc
     except ValidationError as exc:
         problems = [

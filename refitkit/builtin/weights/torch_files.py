@@ -23,7 +23,7 @@ import torch
 
 from refitkit.builtin.weights.nesting import flattened
 from refitkit.builtin.weights.reading import FileStream, OpenFile
-from refitkit.errors import Problem, SourceError
+from refitkit.errors import Problem, SourceError, raise_if_resource
 from refitkit.model import TensorInfo
 from refitkit.program.dtypes import dtype_name
 from refitkit.recipe import TensorMap
@@ -71,6 +71,7 @@ def open_torch_file(path: Path) -> WeightSource:
     try:
         file = OpenFile(path, what)
     except OSError as exc:
+        raise_if_resource(exc, f"{what} cannot be read")
         raise SourceError(f"{what} cannot be read: {exc}.") from exc
     with _stream(file) as stream, archive_in(stream) as archive:
         if archive is not None:
@@ -168,7 +169,8 @@ def archive_in(stream: IO[bytes]) -> Iterator[zipfile.ZipFile | None]:
     with ExitStack() as stack:
         try:
             archive = stack.enter_context(zipfile.ZipFile(stream))
-        except Exception:  # noqa: BLE001 - damaged ones raise anything
+        except Exception as exc:  # noqa: BLE001 - damaged ones raise anything
+            raise_if_resource(exc, "The file cannot be read")
             archive = None
         yield archive
 
@@ -180,7 +182,8 @@ def _without_data(file: OpenFile, archive: zipfile.ZipFile) -> Any:
         if records is None or not _lie_in_order(archive):
             return None
         found = flattened(_load(file, "", "meta"), "")
-    except Exception:  # noqa: BLE001 - the one who reads all of it will say what is wrong
+    except Exception as exc:  # noqa: BLE001 - who reads all of it will say what is wrong
+        raise_if_resource(exc, "The file cannot be read")
         return None
     values = found.values() if isinstance(found, Mapping) else ()
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
@@ -317,12 +320,14 @@ def _load(file: OpenFile, what: str, device: str) -> Any:
             warnings.simplefilter("ignore")  # about the file's age, which is no fault
             return torch.load(stream, map_location=device, weights_only=True, mmap=False)
     except pickle.UnpicklingError as exc:
+        raise_if_resource(exc, f"{what} cannot be read")
         if not _is_torchs(file):
             raise SourceError(f"{what} is no file of torch.save.", hint=_WHOLE) from exc
         first = str(exc).splitlines()[0]
         message = f"{what} holds more than tensors, and refitkit runs no code from files: {first}"
         raise SourceError(message, hint=_HINT) from exc
     except Exception as exc:  # no code of the file runs: whatever is raised, it cannot be read
+        raise_if_resource(exc, f"{what} cannot be read")
         if not _is_torchs(file):
             raise SourceError(f"{what} is no file of torch.save.", hint=_WHOLE) from exc
         why = str(exc) or type(exc).__name__

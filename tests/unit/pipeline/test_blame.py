@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from refitkit.errors import EngineError, PluginError, SourceError
+from refitkit.errors import EngineError, PluginError, ResourceError, SourceError
 from refitkit.hookspecs import hookimpl
 from refitkit.protocols import Mapped, SlotValue
 from tests.fakes import Loaded, make_module, same_state, weights_for
@@ -87,7 +87,7 @@ def test_what_was_meant_stays_what_it_is() -> None:
 
 @pytest.mark.parametrize("error", [MemoryError("full"), torch.OutOfMemoryError("full")])
 def test_a_machine_without_memory_is_nobodys_fault(error: Exception) -> None:
-    with pytest.raises(EngineError, match=r"failed to stage: .*: full"):
+    with pytest.raises(ResourceError, match=r"cannot be staged: Cannot allocate memory: full"):
         _refit(_fails(error))
 
 

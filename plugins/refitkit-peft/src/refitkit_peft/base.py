@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from refitkit.errors import ConfigError, Problem
+from refitkit.errors import ConfigError, Problem, resources
 from refitkit.processes import ForkedLock
 from refitkit.program.ambient import plain
 
@@ -113,6 +113,7 @@ class Base:
         self._set_up(weights, opener, _checked(memory, "cpu", keep), keep, reread=reread)
         return self
 
+    @resources("The base cannot be opened")
     def _set_up(
         self,
         weights: object,
@@ -153,6 +154,7 @@ class Base:
             ready = self._ready.nbytes()
             return BaseMemory(self._store.kind, self._store.nbytes, self._adapters.nbytes, ready)
 
+    @resources("The adapter cannot be read")
     @plain
     def add(
         self,
@@ -190,6 +192,7 @@ class Base:
             for digest in self._adapters.remove(name):
                 self._ready.forget(digest)
 
+    @resources("The adapters cannot be prepared")
     @plain
     def prepare(
         self,

@@ -20,7 +20,7 @@ from pydantic import (
     ValidationError,
     field_validator,
 )
-from refitkit.errors import Problem, SourceError
+from refitkit.errors import Problem, SourceError, raise_if_resource
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -125,6 +125,7 @@ class AdapterConfig(BaseModel):
                 raise SourceError(f"{what}: it has more than {_LIMIT} bytes.")
             return cls.model_validate(parsed(path.read_bytes()))
         except OSError as exc:
+            raise_if_resource(exc, what)
             raise SourceError(f"{what}: {exc}.") from exc
         except ValidationError as exc:
             raise SourceError(f"{what}.", problems=_problems(exc, path.name)) from exc

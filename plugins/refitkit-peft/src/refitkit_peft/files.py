@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from refitkit.errors import Problem, SourceError
-from refitkit.file_state import FileState
+from refitkit.errors import Problem, SourceError, raise_if_resource
+from refitkit.file_state import FileState, stat_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -22,10 +22,7 @@ def path_of(thing: object) -> Path | None:
     if not isinstance(thing, str | Path):
         return None
     path = Path(thing)
-    try:
-        return path if path.exists() else None
-    except (OSError, ValueError):
-        return None
+    return None if stat_of(path) is None else path
 
 
 def files_of(path: Path) -> list[Path]:
@@ -72,6 +69,7 @@ class Files:
             try:
                 found[file] = FileState.settled(file.stat)
             except OSError as exc:
+                raise_if_resource(exc, f"{str(file)!r} cannot be looked at")
                 raise SourceError(f"{str(file)!r} cannot be looked at: {exc}.") from exc
         return cls(found)
 
@@ -102,7 +100,8 @@ class Files:
         for file, before in self.states.items():
             try:
                 how = before.difference(FileState.of(file.stat()))
-            except OSError:
+            except OSError as exc:
+                raise_if_resource(exc, f"{str(file)!r} cannot be looked at")
                 yield Problem(str(file), "changed since it was opened", "gone")
                 continue
             if how and (links or how != "links"):

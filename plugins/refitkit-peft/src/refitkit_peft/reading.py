@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from refitkit.errors import Problem, SourceError
+from refitkit.errors import Problem, SourceError, raise_if_resource
 from refitkit.protocols import MayChange
 from refitkit.recipe.safetensors_format import read_metadata
 from refitkit.recipe.sources import require_reread
@@ -184,7 +184,8 @@ def _metadata(file: Path) -> Mapping[str, Any]:
     """
     try:
         return read_metadata(file)  # safetensors itself would map the file, which can be cut
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError) as exc:
+        raise_if_resource(exc, f"{str(file)!r} cannot be read")
         state = _loaded(file, "meta")
         return dict(_plain_entries(state)) if isinstance(state, Mapping) else {}
 
@@ -195,7 +196,8 @@ def _loaded(file: Path, device: str) -> object:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the file's age, which is no fault
             return torch.load(file, map_location=device, weights_only=True, mmap=False)
-    except Exception:  # noqa: BLE001 - its tensors were read already, by whoever knows its format
+    except Exception as exc:  # noqa: BLE001 - who knows its format has read its tensors already
+        raise_if_resource(exc, f"{str(file)!r} cannot be read")
         return None
 
 

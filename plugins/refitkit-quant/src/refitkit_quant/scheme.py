@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import Field, ValidationError
-from refitkit.errors import ConfigError, Problem
+from refitkit.errors import ConfigError, Problem, raise_if_resource
 from refitkit.model.base import Frozen
 from refitkit.model.slot import Dim, DtypeName
 from refitkit.replacing import replacing
@@ -169,6 +169,7 @@ class Scheme(Frozen):
         try:
             return cls.model_validate_json(Path(path).read_bytes())
         except OSError as exc:
+            raise_if_resource(exc, f"The scheme {str(path)!r} cannot be read")
             raise ConfigError(f"The scheme {str(path)!r} cannot be read: {exc}.") from exc
         except ValidationError as exc:
             message = f"{str(path)!r} is no scheme of quantization."

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from refitkit.builtin.torch_tensorrt.network.template import CONSTANTS, FACTS, GRAPH, Template
 from refitkit.builtin.torch_tensorrt.parts import Structure
-from refitkit.errors import Problem, RefitError, UnsupportedTargetError
+from refitkit.errors import Problem, RefitError, UnsupportedTargetError, raise_if_resource
 from refitkit.model import Slot
 from refitkit.model.base import Frozen
 from refitkit.recipe import Archive, ArchiveError
@@ -225,6 +225,7 @@ def read_template(path: Path) -> Template:
             members = {name: archive.read(name, _LIMIT) for name in (GRAPH, FACTS, CONSTANTS)}
         return Template.from_members(members)
     except _MALFORMED as exc:
+        raise_if_resource(exc, f"{str(path)!r} cannot be read")
         raise _broken(path, exc) from exc
 
 
@@ -237,6 +238,7 @@ def program_of(template: Template, path: Path) -> ExportedProgram:
     try:
         return template.program()
     except (RefitError, *_MALFORMED) as exc:
+        raise_if_resource(exc, f"{str(path)!r} cannot be read")
         raise _broken(path, exc) from exc
 
 
@@ -251,6 +253,7 @@ def read_values(path: Path, part: PartEntry) -> dict[str, torch.Tensor]:
         with Archive(_index(path)) as archive:
             values = dict(ArchivedTensors(archive, name))
     except _MALFORMED as exc:
+        raise_if_resource(exc, f"{str(path)!r} cannot be read")
         raise _broken(path, exc) from exc
     wanted = {slot.name: (slot.dtype, slot.count) for slot in part.slots}
     found = {n: (str(v.dtype).removeprefix("torch."), v.numel()) for n, v in values.items()}

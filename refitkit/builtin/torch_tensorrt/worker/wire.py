@@ -9,7 +9,7 @@ import json
 import struct
 from typing import TYPE_CHECKING, Any
 
-from refitkit.errors import EngineError, Problem, RefitError
+from refitkit.errors import EngineError, Problem, RefitError, resource_error
 
 if TYPE_CHECKING:
     import socket
@@ -48,7 +48,9 @@ def _exactly(channel: socket.socket, count: int) -> bytes:
 def pack_error(exc: BaseException) -> dict[str, Any]:
     """An exception as a message."""
     if not isinstance(exc, RefitError):
-        return pack_error(EngineError(f"The planning process failed: {type(exc).__name__}: {exc}"))
+        what = "The planning process failed"
+        refused = resource_error(exc, what)
+        return pack_error(refused or EngineError(f"{what}: {type(exc).__name__}: {exc}"))
     return {
         "kind": type(exc).__name__,
         "message": exc.message,

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from refitkit.builtin.aotinductor import container
-from refitkit.errors import UnsupportedTargetError
+from refitkit.errors import ResourceError, UnsupportedTargetError
 
 GRAIN = mmap.ALLOCATIONGRANULARITY
 
@@ -69,7 +69,7 @@ def test_a_limit_of_file_sizes_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         raise OSError(27, "File too large")
 
     monkeypatch.setattr(os, "ftruncate", refuse)
-    with pytest.raises(UnsupportedTargetError, match="File too large") as info:
+    with pytest.raises(ResourceError, match="File too large") as info:
         filled(Mapping(1), b"x")
     assert "ulimit -f" in info.value.hint
 
