@@ -41,7 +41,7 @@ def weight(adapter):
 def test_a_header_that_cannot_be_read_is_not_left_out(adapter, code, monkeypatch):
     assert weight(adapter) == 1 + 8 / 2 * 2
     monkeypatch.setattr(reading, "read_metadata", failing(code))
-    with pytest.raises(ResourceError, match=rf"a\.safetensors' cannot be read: {os.strerror(code)}"):
+    with pytest.raises(ResourceError, match=rf"cannot be read: {os.strerror(code)}"):
         weight(adapter)
 
 

@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 
 from refitkit.builtin.torch_tensorrt import upstream
 from refitkit.builtin.torch_tensorrt.metadata import DeviceValue, EnumValue
-from refitkit.errors import NotRefittableError, Problem, UnsupportedTargetError
+from refitkit.errors import NotRefittableError, Problem, UnsupportedTargetError, raise_if_resource
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -86,6 +86,7 @@ def settings_from(fields: Mapping[str, Any], engine: str) -> Any:
     try:
         return cls(**values)
     except Exception as exc:
+        raise_if_resource(exc, f"Settings of the engine {engine!r} cannot be read")
         raise UnsupportedTargetError(
             f"torch_tensorrt refuses the settings of the engine {engine!r}: {exc}"
         ) from exc

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from refitkit.errors import EngineError
+from refitkit.errors import EngineError, resources
 from refitkit.program.dtypes import dtype_of
 
 if TYPE_CHECKING:
@@ -43,11 +43,11 @@ class Region:
         """A new file of zeros, as large as these slots need.
 
         Raises:
-            OSError: There is no room for it: writing to a mapped file that gets no room later would
-                end the process.
+            ResourceError: There is no room for it: writing to a mapped file that gets no room later
+                would end the process.
         """
         listed = list(slots)
-        with path.open("xb") as file:
+        with resources(f"{str(path)!r} cannot be made"), path.open("xb") as file:
             os.posix_fallocate(file.fileno(), 0, _size(listed))
         return cls.open(path, listed)
 

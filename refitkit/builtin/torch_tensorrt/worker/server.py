@@ -18,7 +18,6 @@ from refitkit.builtin.torch_tensorrt import upstream
 from refitkit.builtin.torch_tensorrt.worker import wire
 from refitkit.builtin.torch_tensorrt.worker.session import Session
 from refitkit.builtin.torch_tensorrt.worker.warmup import warm_up
-from refitkit.errors import RefitError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +33,7 @@ def main() -> None:
             upstream.import_headless()
             with contextlib.suppress(Exception):  # sessions will fail alike, and tell it
                 warm_up()
-    except RefitError as exc:
+    except Exception as exc:  # noqa: BLE001 - whatever it is, the client is told
         wire.send(channel, {"error": wire.pack_error(exc)})
         return
     gc.collect()
