@@ -30,7 +30,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import torch
 import torch.distributed.checkpoint as distributed
@@ -43,7 +43,13 @@ from refitkit.model import Step
 from tests.campaign.interrupts import NEW, OLD, X, make_file, model, same, state
 from tests.fakes import BACKEND, KeyedPlugin
 from tests.faulting import CODES, Faults, Limit
+from tests.forking import forked
 from tests.interrupting import Points, in_refitkit
+
+try:
+    import _testcapi
+except ImportError:  # not every CPython has its tests
+    _testcapi = None
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -56,6 +62,9 @@ _OURS = re.compile(r"\.?refitkit-.*")
 LIMITS = [Limit("descriptors", count) for count in range(8)]
 LIMITS += [Limit("bytes", size) for size in (0, 100, 1_000, 10_000, 100_000, 1_000_000)]
 _UNGUARDED = re.compile(r"contextlib\.py|(?!.*_guarded).*main\.py:\d+ in main$")
+# what CPython 3.11 itself makes of a lack of memory in os.stat, and in C code of others
+_QUIRKS = re.compile("path should be string.*not PosixPath|error return without exception set")
+_EXPONENT = 4.5  # more allocations than any verb makes
 RANK = 2
 HAS_ADAPTERS = importlib.util.find_spec("refitkit_peft") is not None
 
@@ -83,6 +92,29 @@ def _calls_of(code: CodeType) -> frozenset[int]:
         for number, step in enumerate(steps)
         if step.opname == "CALL" and loaded[max(0, number - 3) : number] != leaving
     )
+
+
+class Starved:
+    """An allocation of CPython's that fails: to be used in a process of its own.
+
+    Attributes:
+        at: Its number.
+    """
+
+    where = "the interpreter"
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def __enter__(self) -> Self:
+        _testcapi.set_nomemory(self.at, self.at + 1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _testcapi.remove_mem_hooks()
+
+
+Fault: TypeAlias = Faults | Limit | Exhausted | Starved
 
 
 class Listener:
@@ -414,8 +446,10 @@ class Campaign:
         self._world.reset()
         for at in _sampled(drawn, range(points.count), allocations):
             self._disturb(Exhausted(at, in_refitkit), "memory")
+        for _ in range(allocations if _testcapi else 0):
+            self._starve(int(10 ** drawn.uniform(0, _EXPONENT)))
 
-    def _disturb(self, fault: Faults | Limit | Exhausted, reason: str) -> None:
+    def _disturb(self, fault: Fault, reason: str) -> None:
         world = self._world
         before = [module.version for module in world.modules]
         world.listener.told.clear()
@@ -424,9 +458,11 @@ class Campaign:
         self.outcomes[f"{type(fault).__name__}: {kind}"] += 1
         problems = [] if error is None else list(_misreported(error, reason, fault.where))
         error = None  # it holds frames, and they hold folders
-        late = isinstance(fault, Exhausted)
+        late = isinstance(fault, Exhausted | Starved)
         problems += world.problems(before, self._verb, done=kind == "done", late=late)
         removing = fault.removing if isinstance(fault, Faults) else "_remove_own" in fault.where
+        if isinstance(fault, Starved):  # os.open loses a descriptor for which it cannot make an int
+            world.descriptors = max(world.descriptors, _descriptors())
         if not removing:
             problems += world.left()
         if self._verb.tells and kind == "done" and not removing:
@@ -439,13 +475,29 @@ class Campaign:
             self._world = self._made()
             list(self._next())
 
-    def _run(self, fault: Faults | Limit | Exhausted) -> Exception | None:
+    def _starve(self, at: int) -> None:
+        def disturbed() -> tuple[Counter[str], list[str]]:
+            self.outcomes, self.problems = Counter(), []
+            self._world.descriptors = _descriptors()
+            self._disturb(Starved(at), "memory")
+            return self.outcomes, self.problems
+
+        outcomes, problems = forked(disturbed)
+        self.outcomes += outcomes
+        self.problems += problems
+        self._world.reset()
+
+    def _run(self, fault: Fault) -> Exception | None:
         gc.disable()
         try:
             with fault:
                 self._verb.run(self._world)
         except Exception as exc:  # noqa: BLE001 - judged
             return exc
+        except BaseException as exc:
+            if type(exc).__name__ != "PanicException":  # of libraries in Rust, without memory
+                raise
+            return MemoryError()
         finally:
             gc.enable()
         return None
@@ -467,6 +519,8 @@ def _sampled(drawn: random.Random, places: Any, count: int) -> list[Any]:
 
 def _misreported(error: Exception, reason: str, where: str) -> Iterator[str]:
     text = str(error)
+    if where == Starved.where and (isinstance(error, MemoryError) or _QUIRKS.search(text)):
+        return
     if isinstance(error, MemoryError) and _UNGUARDED.match(where):
         return  # nothing of refitkit's was begun, or all is done
     if not isinstance(error, refitkit.ResourceError | CommandError):
