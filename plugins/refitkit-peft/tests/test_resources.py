@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,11 @@ def test_a_file_that_cannot_be_looked_at_is_neither_missing_nor_changed(adapter,
     monkeypatch.setattr(Path, "stat", failing(errno.EIO))
     with pytest.raises(ResourceError, match="Input/output error"):
         base.add("a", adapter)
+
+
+@pytest.mark.parametrize("name", ["none", "file"])
+def test_no_folder_for_temporary_files(name, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / name))
+    with pytest.raises(ResourceError, match="cannot be copied to a temporary file: No"):
+        Base(BASE, "mapped")

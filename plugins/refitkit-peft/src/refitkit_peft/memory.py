@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
-from refitkit.errors import ConfigError, Problem, SourceError, raised_as
+from refitkit.errors import ConfigError, Problem, SourceError, raised_as, refused
 from refitkit.program.dtypes import dtype_of
 from refitkit.recipe import TensorMap
 
@@ -100,8 +100,8 @@ def _mapped(source: WeightSource, names: list[str]) -> dict[str, torch.Tensor]:
     for name, info in infos.items():
         offsets[name] = size
         size += -(-info.count * dtype_of(info.dtype).itemsize // _ALIGNED) * _ALIGNED
-    failed = raised_as(SourceError, f"{source.description} cannot be copied to a temporary file")
-    with failed, tempfile.TemporaryFile() as file:
+    what = f"{source.description} cannot be copied to a temporary file"
+    with raised_as(SourceError, what), _temporary_file(what) as file:
         for name in names:
             file.seek(offsets[name])
             file.write(_raw(source.get(name)))
@@ -110,6 +110,13 @@ def _mapped(source: WeightSource, names: list[str]) -> dict[str, torch.Tensor]:
         name = f"/proc/self/fd/{file.fileno()}"  # it never has another: nobody else can cut it
         storage: Any = torch.UntypedStorage.from_file(name, False, size)  # noqa: FBT003
     return {name: _view(storage, offsets[name], info) for name, info in infos.items()}
+
+
+def _temporary_file(what: str) -> IO[bytes]:
+    try:
+        return tempfile.TemporaryFile()
+    except OSError as exc:
+        raise refused(exc, what) from exc
 
 
 def _raw(value: torch.Tensor) -> memoryview | bytes:
