@@ -63,7 +63,7 @@ LIMITS = [Limit("descriptors", count) for count in range(8)]
 LIMITS += [Limit("bytes", size) for size in (0, 100, 1_000, 10_000, 100_000, 1_000_000)]
 _UNGUARDED = re.compile(r"contextlib\.py|(?!.*_guarded).*main\.py:\d+ in main$")
 # what CPython 3.11 itself makes of a lack of memory in os.stat, and in C code of others
-_QUIRKS = re.compile("path should be string.*not PosixPath|error return without exception set")
+_QUIRKS = re.compile("or os.PathLike.*not PosixPath|error return without exception set")
 _EXPONENT = 4.5  # more allocations than any verb makes
 RANK = 2
 HAS_ADAPTERS = importlib.util.find_spec("refitkit_peft") is not None
@@ -439,7 +439,7 @@ class Campaign:
         calls = [(at, code) for at, name in enumerate(faults.calls) for code in CODES[name]]
         for at, code in _sampled(drawn, calls, count):
             self._disturb(Faults(at, code, lasting=drawn.random() < 0.5), os.strerror(code))
-        for limit in LIMITS:
+        for limit in _sampled(drawn, LIMITS, count):
             self._disturb(limit, limit.reason)
         with Exhausted(None, in_refitkit) as points:
             self._verb.run(self._world)
@@ -463,7 +463,7 @@ class Campaign:
         removing = fault.removing if isinstance(fault, Faults) else "_remove_own" in fault.where
         if isinstance(fault, Starved):  # os.open loses a descriptor for which it cannot make an int
             world.descriptors = max(world.descriptors, _descriptors())
-        if not removing:
+        elif not removing:
             problems += world.left()
         if self._verb.tells and kind == "done" and not removing:
             problems += world.untold(reason)
