@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dis
+import faulthandler
 import gc
 import importlib
 import importlib.util
@@ -479,6 +480,7 @@ class Campaign:
         def disturbed() -> tuple[Counter[str], list[str]]:
             self.outcomes, self.problems = Counter(), []
             self._world.descriptors = _descriptors()
+            faulthandler.disable()
             self._disturb(Starved(at), "memory")
             return self.outcomes, self.problems
 
