@@ -405,7 +405,7 @@ def test_outputs_that_cannot_be_written(
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder where nobody can write")
 def test_an_output_in_a_folder_whose_rights_do_not_say_all(cli: Server, files: Files) -> None:
     refusal = cli.error("refit", files.module, files.new, "-o", "/proc/out")
-    assert refusal["type"] == "RefitError"
+    assert refusal["type"] == "ResourceError"
     assert "'/proc/out' cannot be written" in refusal["message"]
     assert ".part" not in refusal["message"]
 
