@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from refitkit.errors import (
     PluginError,
@@ -16,12 +16,13 @@ from refitkit.errors import (
 )
 from refitkit.host import Host
 from refitkit.model import TransformRow
-from refitkit.protocols import KnowsRevisions, Made, TransformRequest
+from refitkit.protocols import HasNamings, KnowsRevisions, Made, TransformRequest
 from refitkit.recipe import pieces_of
+from refitkit.recipe.reads import reads_of
 from refitkit.recipe.sources import describe_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Hashable, Iterable, Iterator
+    from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 
     import torch
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from refitkit.protocols import Plan, WeightGroup, WeightSource, WeightTransform
 
 _HOOK = "refitkit_weight_transforms"
+_Ordered: TypeAlias = "Sequence[tuple[str, WeightTransform]]"
 
 
 @dataclass(frozen=True, eq=False)  # known by identity
@@ -157,6 +159,8 @@ def transformed(
 ) -> WeightSource:
     """A source as the program reads it: the source itself where no transform has a part in it.
 
+    A source that has several sets of names is taken by the one with which most weights fit.
+
     Args:
         host: All plugins.
         config: Settings; transforms find their own in ``plugin_settings``.
@@ -171,8 +175,38 @@ def transformed(
     """
     ordered = sorted(_transforms(host, config), key=_priority)
     with raised_as(SourceError, f"{source.description} cannot be read"):
-        for _, alike in groupby(ordered, key=_priority):
-            source = _through(list(alike), TransformRequest(plan, source, partial))
+        namings = source.namings() if isinstance(source, HasNamings) else ()
+        if not namings:
+            return _through_all(ordered, TransformRequest(plan, source, partial))
+        requests = [TransformRequest(plan, one, partial) for one in namings]
+        return _fitting_best(plan, ordered, requests)
+
+
+def _fitting_best(
+    plan: Plan, ordered: _Ordered, requests: Iterable[TransformRequest]
+) -> WeightSource:
+    """Of several sources the one with which most weights fit, the first of equal ones.
+
+    Raises:
+        WeightMismatchError: All are refused; as the first one was.
+    """
+    found: list[WeightSource] = []
+    refused: list[WeightMismatchError] = []
+    for request in requests:
+        try:
+            found.append(_through_all(ordered, request))
+        except WeightMismatchError as exc:
+            refused.append(exc)
+    if not found:
+        raise refused[0]
+    return max(found, key=reads_of(plan).fitting)
+
+
+def _through_all(ordered: _Ordered, request: TransformRequest) -> WeightSource:
+    """A source through all transforms."""
+    source = request.source
+    for _, alike in groupby(ordered, key=_priority):
+        source = _through(list(alike), replace(request, source=source))
     return source
 
 

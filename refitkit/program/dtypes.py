@@ -22,3 +22,13 @@ def dtype_of(name: str) -> torch.dtype:
     """
     dtype: torch.dtype = _BY_NAME[name]
     return dtype
+
+
+def are_alike(one: torch.dtype, other: torch.dtype) -> bool:
+    """Whether both are floats, or both are integers: a cast from one to the other has a meaning."""
+    floats = one.is_floating_point and other.is_floating_point
+    return floats or (_is_integer(one) and _is_integer(other))
+
+
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool)

@@ -9,8 +9,9 @@ What an engine may or may not be able to do is a protocol of its own: :class:`Su
 :class:`SupportsOverwrite`, :class:`SupportsWarming`, :class:`HoldsPrevious`. So it is with what is
 staged (:class:`ShowsStaged`, :class:`ShowsMemory`), with opened modules (:class:`Offline`,
 :class:`LowersPrecision`, :class:`ProbesFromState`) and sources (:class:`GivesPieces`,
-:class:`HoldsProgram`, :class:`KeepsMade`, :class:`KnowsRevisions`, :class:`KnowsTies`,
-:class:`LeavesOut`, :class:`MadeOf`, :class:`MayChange`, :class:`SupportsReread`).
+:class:`HasNamings`, :class:`HoldsProgram`, :class:`KeepsMade`, :class:`KnowsRevisions`,
+:class:`KnowsTies`, :class:`LeavesOut`, :class:`MadeOf`, :class:`MayChange`,
+:class:`SupportsReread`).
 
 Between a source and the names that a program reads stand :class:`WeightTransform` objects.
 """
@@ -43,6 +44,7 @@ from refitkit.protocols.modules import (
 from refitkit.protocols.plans import BindableProgram, Plan
 from refitkit.protocols.sources import (
     GivesPieces,
+    HasNamings,
     HoldsProgram,
     KeepsMade,
     KnowsRevisions,
@@ -63,6 +65,7 @@ __all__ = [
     "BindableProgram",
     "Engine",
     "GivesPieces",
+    "HasNamings",
     "HoldsPrevious",
     "HoldsProgram",
     "HoldsValues",

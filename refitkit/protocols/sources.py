@@ -159,6 +159,19 @@ class KnowsTies(Protocol):
 
 
 @runtime_checkable
+class HasNamings(Protocol):
+    """A source that knows its weights by several sets of names: a module with state_dict hooks."""
+
+    def namings(self) -> Collection[WeightSource]:
+        """One source for each set of names, the preferred one first; none where there is one set.
+
+        A plan decides: the set is taken by which most of the program's weights are there, with
+        their dtypes and shapes, after all rules and transforms; of equal ones the first. Sets are
+        never mixed. Without a plan, names are those of this source itself.
+        """
+
+
+@runtime_checkable
 class HoldsProgram(Protocol):
     """A source whose weights are those of a program, which is at hand."""
 

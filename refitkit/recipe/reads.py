@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from refitkit.model import SlotState
+from refitkit.program.dtypes import are_alike, dtype_of
 from refitkit.recipe.following import sources_of_guards
 from refitkit.recipe.once import once_for_each
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
 
     from refitkit.model import PlanData
-    from refitkit.protocols import Plan
+    from refitkit.protocols import Plan, WeightSource
 
 
 class Reads:
@@ -86,6 +87,26 @@ class Reads:
                     if first in gone:
                         found[first].append(row.slot.name)
         return found
+
+    def fitting(self, source: WeightSource) -> tuple[int, int]:
+        """Tensors that a source has for the program: with their dtypes, and with like ones.
+
+        Those are like ones that a cast would make fit: floats of floats, integers of integers. Of
+        tied names one is enough. Only headers are read.
+        """
+        given, fit, like = source.names(), 0, 0
+        for names in self.demands.values():
+            infos = [(name, source.info(name)) for name in names if name in given]
+            kinds = [
+                (info.dtype, self.leaves[name].dtype)
+                for name, info in infos
+                if name in self.leaves
+                and not info.unusable
+                and info.shape == self.leaves[name].shape
+            ]
+            fit += any(found == wanted for found, wanted in kinds)
+            like += any(are_alike(dtype_of(found), dtype_of(wanted)) for found, wanted in kinds)
+        return fit, like
 
     def _must_be_there(self) -> Iterator[str]:
         """First names of all tensors that a source has to have under one of their names."""

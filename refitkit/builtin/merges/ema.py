@@ -27,6 +27,7 @@ from refitkit.program.ambient import plain
 from refitkit.program.dtypes import dtype_name, dtype_of
 from refitkit.protocols import KnowsTies, WeightSource
 from refitkit.recipe import TensorMap
+from refitkit.recipe.module_weights import ModuleWeights
 from refitkit.recipe.ties import name_in
 
 if TYPE_CHECKING:
@@ -166,6 +167,23 @@ class Snapshot:
         """Names that were one tensor at the start; see ``refitkit.protocols.KnowsTies``."""
         return self._ties
 
+    def namings(self) -> Collection[WeightSource]:
+        """Also by other names of the same tensors; see ``refitkit.protocols.HasNamings``."""
+        renamed: dict[str, dict[str, str]] = {}
+        for tie in self._ties:
+            mine = [name for name in tie if name in self._infos]
+            more = {name: mine[0] for name in tie if name not in self._infos} if mine else {}
+            renamed |= dict.fromkeys(mine, more) if more else {}
+        if not renamed:
+            return ()
+        names = {
+            new: old for name in self._infos for new, old in renamed.get(name, {name: name}).items()
+        }
+        other = copy(self)
+        other._infos = {new: self._infos[old] for new, old in names.items()}  # noqa: SLF001
+        other._shadows = {new: self._shadows[old] for new, old in names.items()}  # noqa: SLF001
+        return self, other
+
     def info(self, fqn: str) -> TensorInfo:
         """Dtype and shape at the start."""
         return self._infos[fqn]
@@ -210,7 +228,7 @@ def _source(thing: object) -> WeightSource:
     if isinstance(thing, Merge):
         return thing.open(_source)
     if isinstance(thing, torch.nn.Module):
-        return TensorMap(thing.state_dict(keep_vars=True), f"a live {type(thing).__name__}")
+        return ModuleWeights(thing).without_plan
     if isinstance(thing, Mapping) and all(isinstance(name, str) for name in thing):
         return TensorMap(thing, f"a state_dict of {len(thing)} entries")
     raise SourceError(

@@ -40,3 +40,7 @@ class Made:
                 self._tensors[name] = found
                 self._nbytes = whole
         return found
+
+    def like(self) -> Made:
+        """Another one with the same limit, of other tensors."""
+        return Made(self._limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from refitkit.builtin.merges.arithmetic import is_summed
 from refitkit.builtin.merges.keeping import Made
 from refitkit.errors import SourceError
 from refitkit.program.bits import same_bits
-from refitkit.protocols import KnowsRevisions, MayChange
+from refitkit.protocols import HasNamings, KnowsRevisions, MayChange
 from refitkit.recipe.sources import require_reread
 from refitkit.recipe.ties import name_in
 
@@ -102,6 +103,20 @@ class Merged:
         """Names that are one tensor in all parts; see ``refitkit.protocols.KnowsTies``."""
         own = {tie for tie in self._twins.values() if sum(name in self._infos for name in tie) > 1}
         return [tuple(name for name in tie if name in self._infos) for tie in own]
+
+    def namings(self) -> Collection[WeightSource]:
+        """By each set of names that parts have; see ``refitkit.protocols.HasNamings``."""
+        sets = [one.namings() if isinstance(one, HasNamings) else () for one in self._parts]
+        merges = []
+        for number in range(max(map(len, sets))):
+            parts = [
+                list(names)[min(number, len(names) - 1)] if names else part
+                for names, part in zip(sets, self._parts, strict=True)
+            ]
+            with suppress(SourceError):  # parts that fit together by other names only
+                merges.append(Merged(parts, self._formula, self.description))
+                merges[-1]._made = self._made.like()  # noqa: SLF001 - it is one of these
+        return merges
 
     def keeping(self, limit: int | None) -> Merged:
         """The same, which keeps what it makes; see ``refitkit.protocols.KeepsMade``."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from refitkit.program.bits import same_bits
-from refitkit.program.dtypes import dtype_of
+from refitkit.program.dtypes import are_alike, dtype_of
 from refitkit.protocols import Made, WeightGroup
 from refitkit.recipe.reads import reads_of
 from refitkit.recipe.ties import kept_leaves
@@ -50,7 +50,7 @@ class Casts:
             if name in kept:
                 if _is_planned(request, leaf, info):
                     yield WeightGroup((name,), {}, lambda: Made({}))
-            elif is_lossless(before, after) or (self._any and _alike(before, after)):
+            elif is_lossless(before, after) or (self._any and are_alike(before, after)):
                 yield _cast(request.source, name, info, leaf.dtype)
 
 
@@ -75,22 +75,13 @@ def _as(source: WeightSource, name: str, dtype: torch.dtype) -> Made:
     return Made({name: source.get(name).to(dtype)})
 
 
-def _alike(before: torch.dtype, after: torch.dtype) -> bool:
-    floats = before.is_floating_point and after.is_floating_point
-    return floats or (_is_integer(before) and _is_integer(after))
-
-
-def _is_integer(dtype: torch.dtype) -> bool:
-    return not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool)
-
-
 def is_lossless(before: torch.dtype, after: torch.dtype) -> bool:
     """Whether every value of one dtype is a value of the other.
 
     Of floats: the distance to the next number from 1, the largest and the smallest number, with
     those below the normal ones, must be within the other's.
     """
-    if not _alike(before, after):
+    if not are_alike(before, after):
         return False
     if not before.is_floating_point:
         a, b = torch.iinfo(before), torch.iinfo(after)

@@ -11,6 +11,7 @@ from refitkit.builtin.weights.nesting import flattened
 from refitkit.errors import Problem, SourceError
 from refitkit.program.facts import tensors_of
 from refitkit.recipe import TensorMap
+from refitkit.recipe.module_weights import ModuleWeights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,24 +43,6 @@ def from_object(thing: object) -> WeightSource | None:
     if isinstance(thing, ExportedProgram):
         return ProgramWeights(thing)
     return None
-
-
-class ModuleWeights(TensorMap):
-    """What a live module's state_dict holds, as it is when it is read; gradients do not matter.
-
-    Buffers that no state_dict holds are no weights, so that a module and its state_dict give the
-    same result.
-
-    Attributes:
-        left_out: Those buffers, by FQN; see ``refitkit.protocols.LeavesOut``.
-    """
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        """Keep the tensors, no copies."""
-        state = module.state_dict(keep_vars=True)
-        super().__init__(state, f"a live {type(module).__name__}")
-        buffers = module.named_buffers(remove_duplicate=False)
-        self.left_out = {name: value for name, value in buffers if name not in state}
 
 
 class ProgramWeights(TensorMap):
