@@ -11,7 +11,9 @@ from pydantic import ValidationError
 from refitkit.cli.options import Command, acting_option, as_options, file_option, with_options
 from refitkit.cli.session import Session
 from refitkit.cli.settings import Settings
-from refitkit.model.rules import Pack, Rename
+from refitkit.model.families import FAMILIES
+from refitkit.model.packing import Pack
+from refitkit.model.rules import Rename
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
-_DIM = re.compile(r"@(-?\d+)$")
+_DIM = re.compile(r"(?:@(-?\d+))?(@T)?$")
 
 
 def _settings(ctx: click.Context) -> Settings:
@@ -53,6 +55,11 @@ def _set_rule(ctx: click.Context, param: click.Parameter, value: Any) -> None:
         _settings(ctx).rules[str(param.name)] = value
 
 
+def _set_list(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> None:
+    """Note a rule that is a list."""
+    _set_rule(ctx, param, list(given) or None)
+
+
 def _set_patterns(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> None:
     """Note a rule of regular expressions."""
     for text in given:
@@ -71,11 +78,12 @@ def _fields_of_rename(text: str) -> dict[str, Any] | None:
 
 def _fields_of_pack(text: str) -> dict[str, Any] | None:
     into, equals, rest = text.partition("=")
-    dim = _DIM.search(rest)
-    parts = (rest[: dim.start()] if dim else rest).split(",")
+    how = _DIM.search(rest)
+    dim, turned = how.groups() if how else (None, None)
+    parts = _DIM.sub("", rest, count=1).split(",")
     if not equals or not into or not all(parts) or "@" in "".join(parts):
         return None
-    return {"into": into, "parts": parts, "dim": int(dim[1]) if dim else 0}
+    return {"into": into, "parts": parts, "dim": int(dim or 0), "transposed": turned is not None}
 
 
 def _rules_option(
@@ -164,10 +172,19 @@ _RULES = (
     _rules_option(
         "--pack",
         Pack,
-        "INTO=PART,PART[@DIM]",
+        "INTO=PART,PART[@DIM][@T]",
         _fields_of_pack,
-        "Put parts in one piece, end to end in a dimension (0): "
-        "'{}.qkv.weight={}.q.weight,{}.k.weight,{}.v.weight'. Can be given several times.",
+        "Put parts in one piece, end to end or stacked in a dimension (0), or cut a piece into "
+        "them: '{}.qkv.weight={}.q.weight,{}.k.weight,{}.v.weight'. A * stands for numbers from 0 "
+        "on; @T: parts are transposed in the piece. Can be given several times.",
+    ),
+    acting_option(
+        "--family",
+        "families",
+        type=click.Choice(list(FAMILIES)),
+        multiple=True,
+        callback=_set_list,
+        help="Ready rules for pieces and parts of a family of models. Can be given several times.",
     ),
     acting_option(
         "--cast",

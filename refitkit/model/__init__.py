@@ -3,6 +3,7 @@
 from refitkit.model.diff import DiffReport, DiffRow
 from refitkit.model.events import Event, StageFinished, StageStarted, Step
 from refitkit.model.layers import LayerType
+from refitkit.model.packing import Pack
 from refitkit.model.plan import (
     FORMAT,
     Fingerprint,
@@ -40,7 +41,7 @@ from refitkit.model.report import (
     TransformRow,
     VerificationResult,
 )
-from refitkit.model.rules import Pack, Rename, Rules
+from refitkit.model.rules import Rename, Rules
 from refitkit.model.slot import ITEM_BYTES, Slot, SlotKey, TensorInfo
 
 __all__ = [

@@ -8,6 +8,8 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, model_validator
 
 from refitkit.model.base import Frozen
+from refitkit.model.families import FAMILIES
+from refitkit.model.packing import Pack
 
 WRAPPERS = (
     "module",
@@ -31,14 +33,13 @@ def _pattern(text: str) -> str:
     return text
 
 
-def _with_place(text: str) -> str:
-    if text.count("{}") != 1:
-        raise ValueError("it has to have one {}, for the part that differs from layer to layer")
-    return text
+def _family(name: str) -> str:
+    if name not in FAMILIES:
+        raise ValueError(f"there are the families {', '.join(FAMILIES)}")
+    return name
 
 
 Pattern = Annotated[str, AfterValidator(_pattern)]
-Template = Annotated[str, AfterValidator(_with_place)]
 
 
 class Rename(Frozen):
@@ -61,21 +62,6 @@ class Rename(Frozen):
         return self
 
 
-class Pack(Frozen):
-    """Weights that a model has in one piece.
-
-    Attributes:
-        into: Name of the piece, with ``{}`` for what differs: ``{}.qkv_proj.weight``.
-        parts: Names of the parts, in their order in the piece, with ``{}`` for the same.
-        dim: Dimension in which they lie one after another. Heads that are interleaved in it cannot
-            be told from heads that are not: know your model.
-    """
-
-    into: Template
-    parts: tuple[Template, ...]
-    dim: int = 0
-
-
 class Rules(Frozen):
     r"""What is done to weights before they are held against what a program reads.
 
@@ -94,7 +80,10 @@ class Rules(Frozen):
         wrappers: Parts that are taken out of a name that the program does not have, if it has the
             name without some of them.
         rename: Rules of which the first that matches is followed.
-        pack: Weights that the program has in one piece.
+        pack: Weights that the program has in one piece and the weights have in parts, or the other
+            way round; see :class:`Pack`.
+        families: Names of sets of such rules, for families of models: keys of
+            :data:`refitkit.model.families.FAMILIES`. Rules of ``pack`` come first.
         cast: Whether an entry of another dtype than the program's is cast to it. ``no``: it is an
             error; ``lossless``: only where every value stays what it is; ``any``: between floats,
             and between integers.
@@ -105,4 +94,10 @@ class Rules(Frozen):
     wrappers: tuple[str, ...] = WRAPPERS
     rename: tuple[Rename, ...] = ()
     pack: tuple[Pack, ...] = ()
+    families: tuple[Annotated[str, AfterValidator(_family)], ...] = ()
     cast: Literal["no", "lossless", "any"] = "no"
+
+    @property
+    def packing(self) -> tuple[Pack, ...]:
+        """All rules for pieces and parts, in the order in which they are tried."""
+        return (*self.pack, *(rule for name in self.families for rule in FAMILIES[name]))

@@ -12,6 +12,7 @@ from refitkit.cli.refit import refit_command
 from refitkit.cli.settings import read_settings
 from refitkit.cli.verify import verify_command
 from refitkit.model import Rules
+from refitkit.model.families import FAMILIES
 from refitkit.model.rules import WRAPPERS
 
 if TYPE_CHECKING:
@@ -23,7 +24,9 @@ BLOCKS = dict(re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", PAGE, re.
 
 
 def test_every_rule_is_listed_with_its_default() -> None:
-    table = PAGE.partition("## Names, packing and dtypes")[2]
+    table, _, more = PAGE.partition("## Names, packing and dtypes")[2].partition("### Pieces")
+    listed = re.findall(r"^\| (`[\w`, -]+`) \|", more.partition("\n## ")[0], re.MULTILINE)
+    assert [name.strip("`") for cell in listed for name in cell.split(", ")] == list(FAMILIES)
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(Rules.model_fields)
     (line,) = (line for line in table.splitlines() if line.startswith("| `wrappers`"))
     assert tuple(re.findall(r"`(\w+)`", line.split("|")[2])) == WRAPPERS

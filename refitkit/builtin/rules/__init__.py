@@ -22,7 +22,7 @@ def refitkit_weight_transforms(config: Config) -> Iterable[WeightTransform]:
 
     rules = config.rules
     yield Names(rules)
-    if rules.pack:
-        yield Packs(rules.pack)
+    if rules.packing:
+        yield Packs(rules.packing)
     if rules.cast != "no":
         yield Casts(any_cast=rules.cast == "any")

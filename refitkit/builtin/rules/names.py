@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from refitkit.builtin.rules.readings import Readings
 from refitkit.errors import Problem, WeightMismatchError
+from refitkit.model.families import FAMILIES
 from refitkit.protocols import Made, WeightGroup
 from refitkit.recipe.reads import reads_of
 
@@ -50,6 +53,8 @@ class Names:
         outside, ignored, kept = self._sorted(names)
         readings = Readings(reads, request.source, rules, kept)
         reading = readings.chosen(partial=request.partial)
+        if not request.partial:
+            _refuse_other_layouts(readings, reading)
         no_weights = readings.no_weights(reading)
         gone = {*no_weights, *reading.beside}
         found = {n: reading.found.get(n, new) for n, new in kept.items() if n not in gone}
@@ -131,6 +136,29 @@ def _refuse_doubles(found: dict[str, str]) -> None:
             problems.append(Problem(name, "given twice", hint=hint))
     if problems:
         raise WeightMismatchError("Several names become one.", problems=problems)
+
+
+def _refuse_other_layouts(readings: Readings, reading: Reading) -> None:
+    """Name the ready rules with which incomplete weights are whole, if there are some."""
+    if readings.has_all(reading):
+        return
+    fitting = []
+    for family in FAMILIES:
+        rules = readings.rules.model_copy(update={"families": (*readings.rules.families, family)})
+        other = replace(readings, rules=rules)
+        with suppress(WeightMismatchError):  # this one is not meant
+            if other.is_complete(other.chosen(partial=False)):
+                fitting.append(family)
+    if fitting:
+        problems = [
+            Problem(
+                family,
+                "fits",
+                hint=f"to take it, set rules.families to [{family!r}], or pass --family {family}",
+            )
+            for family in fitting
+        ]
+        raise WeightMismatchError("The weights are in another layout.", problems=problems)
 
 
 def _require_inside(subtree: str, names: Collection[str]) -> None:

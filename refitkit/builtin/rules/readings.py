@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from refitkit.builtin.rules.packs import misfits, part_names
+from refitkit.builtin.rules.packs import Packing, Packings
 from refitkit.errors import Problem, WeightMismatchError
 from refitkit.recipe.strangers import WHOLE_SUBTREE, ignoring, names_under
 
@@ -184,11 +184,11 @@ class Readings:
                 shapes are wrong in the one that has all names; lists these.
         """
         plain = self._plain()
-        whole = self._has_all(plain)
+        whole = self.has_all(plain)
         if partial or not self.reads.demands or (whole and self._fits_exactly(plain)):
             return plain
         as_named = whole and plain.exact == len(plain.found)
-        others = [one for one in self._others() if self._has_all(one) and not one.doubles]
+        others = [one for one in self._others() if self.has_all(one) and not one.doubles]
         fitting = [one for one in others if not any(self._misfits(one))]
         if whole and not plain.doubles and (as_named or not any(self._misfits(plain))):
             fitting.insert(0, plain)
@@ -201,14 +201,28 @@ class Readings:
             raise self._wrong_shapes(max(others, key=self._clarity))
         return plain
 
+    def has_all(self, reading: Reading) -> bool:
+        """Whether every tensor that a source must have is there, or all to make it of."""
+        given = reading.given
+        return all(
+            not names.isdisjoint(given)
+            or any(self._packings.complete(name, given) for name in names)
+            for names in self.reads.demands.values()
+        )
+
+    def is_complete(self, reading: Reading) -> bool:
+        """Whether all that a source must have is there, with its shape."""
+        return self.has_all(reading) and not any(self._misfits(reading))
+
     # -- making them ------------------------------------------------------------------------
 
     @cached_property
     def _spelling(self) -> Spelling:
-        leaves = self.reads.leaves
-        parts = (part_names(rule, name) for rule in self.rules.pack for name in leaves)
-        known = [*self.reads.known, *(name for names in parts for name in names)]
-        return Spelling(known, self.rules.wrappers)
+        return Spelling(self.reads.known | self._packings.names, self.rules.wrappers)
+
+    @cached_property
+    def _packings(self) -> Packings:
+        return Packings(self.rules.packing, self.reads.leaves)
 
     def _plain(self) -> Reading:
         """Names as they are, but for wrappers."""
@@ -307,18 +321,9 @@ class Readings:
         return [self._with_parts(demands[first]) for first in longest[:_ANCHORS]]
 
     def _with_parts(self, names: set[str]) -> set[str]:
-        parts = (part_names(rule, name) for rule in self.rules.pack for name in names)
-        return names.union(*parts)
+        return names | self._packings.names_for(names)
 
     # -- judging them -----------------------------------------------------------------------
-
-    def _has_all(self, reading: Reading) -> bool:
-        """Whether every tensor that a source must have is there, or parts to pack it of."""
-        given = reading.given
-        return all(
-            not names.isdisjoint(given) or any(self._parts_of(name, given) for name in names)
-            for names in self.reads.demands.values()
-        )
 
     def _fits_exactly(self, reading: Reading) -> bool:
         """Whether no name is doubled, and none is left but those that no state_dict would have.
@@ -329,10 +334,6 @@ class Readings:
             return False
         return not any(self._info(name).persistent for name in self._extra(reading))
 
-    def _parts_of(self, name: str, given: Collection[str]) -> tuple[str, ...]:
-        rules = (part_names(rule, name) for rule in self.rules.pack)
-        return next((p for p in rules if p and all(part in given for part in p)), ())
-
     def _misfits(self, reading: Reading) -> Iterator[Problem]:
         """Entries with another shape than the program's, or that are unusable.
 
@@ -341,18 +342,18 @@ class Readings:
         leaves = self.reads.leaves
         for name, new in reading.found.items():
             info, leaf = self._info(name), leaves.get(new)
-            if leaf is None:
+            if leaf is None or self._packings.complete(new, (new,)):  # as it will be transposed
                 continue
             if info.unusable:
                 yield Problem(name, "unusable", info.unusable)
             elif info.shape != leaf.shape:
                 yield Problem(name, "shape", str(info.shape), f"{leaf.shape} of {new!r}")
-        view = _View(self, reading)
-        for rule in self.rules.pack:
-            for leaf in leaves.values():
-                parts = part_names(rule, leaf.fqn) if leaf.fqn not in reading.given else ()
-                if parts and all(part in reading.given for part in parts):
-                    yield from misfits(parts, view, leaf, rule.dim)
+        view, seen = _View(self, reading), set[Packing]()
+        for name in leaves:
+            packing = self._packings.complete(name, reading.given)
+            if packing and packing not in seen:
+                seen.add(packing)
+                yield from packing.misfits(view)
 
     def _info(self, name: str) -> TensorInfo:
         found = self._infos.get(name)
@@ -384,8 +385,9 @@ class Readings:
         given = reading.given
         for names in self.reads.demands.values():
             here = [name for name in names if name in given]
-            parts = [part for name in names if not here for part in self._parts_of(name, given)]
-            yield frozenset(given[name] for name in (*here, *parts))
+            packings = (self._packings.complete(name, given) for name in names if not here)
+            made_of = next((packing.takes for packing in packings if packing), ())
+            yield frozenset(given[name] for name in (*here, *made_of))
 
     # -- errors -----------------------------------------------------------------------------
 

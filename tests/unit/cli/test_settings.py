@@ -121,13 +121,36 @@ def test_pack(refit: Callable[..., Outcome], plugin: Opener, dim: int, suffix: s
     assert holds(plugin, wanted)
 
 
+def test_pack_stacks_and_transposes(refit: Callable[..., Outcome], plugin: Opener) -> None:
+    wanted = new(plugin)
+    wanted["e0.weight"] = torch.arange(6.0).reshape(2, 3) + 9
+    bias, weight = {"e0.bias": wanted["e0.bias"]}, wanted["e0.weight"]
+    rows = {f"e0.{number}.row": row.clone() for number, row in enumerate(weight)}
+    for given, flag in (
+        (rows, "{}.weight={}.*.row"),
+        (rows, "{}.weight={}.0.row,{}.1.row@0"),
+        ({"e0.turned": weight.T.contiguous()}, "{}.weight={}.turned@T"),
+        ({f"e0.{n}": weight[n : n + 1].T.contiguous() for n in (0, 1)}, "{}.weight={}.0,{}.1@0@T"),
+    ):
+        outcome = refit(bias | given, "--pack", flag)
+        assert outcome.code == 0, outcome.err
+        assert holds(plugin, wanted)
+
+
+def test_families(refit: Callable[..., Outcome], plugin: Opener) -> None:
+    wanted = new(plugin)
+    assert refit(wanted, "--family", "moe", "--family", "fused").code == 0
+    assert plugin.config.rules.families == ("moe", "fused")
+    assert refit(wanted, "--family", "no-such").code == 2
+
+
 WRONG_FLAGS = [
     ("--rename", "nothing", "PATTERN=TO"),
     ("--rename", "=to", "PATTERN=TO"),
     ("--rename", "(=to", "no regular expression"),
     ("--rename", r"a(.)=\2", "invalid group reference"),
     ("--rename", r"a(.)=\g<no>", "unknown group name"),
-    ("--pack", "{}.w", "INTO=PART,PART[@DIM]"),
+    ("--pack", "{}.w", "INTO=PART,PART[@DIM][@T]"),
     ("--pack", "={}.a,{}.b", "INTO=PART,PART[@DIM]"),
     ("--pack", "{}.w={}.a,,{}.b", "INTO=PART,PART[@DIM]"),
     ("--pack", "{}.w={}.a,{}.b@", "INTO=PART,PART[@DIM]"),
