@@ -24,6 +24,16 @@ def dtype_of(name: str) -> torch.dtype:
     return dtype
 
 
+def unusable_dtype(name: str) -> str:
+    """Why tensors of a dtype can be no weights; empty if they can.
+
+    torch has dtypes with hardly an operation: they cannot even be copied into strides.
+    """
+    if name in _BY_NAME:
+        return ""
+    return f"a tensor of the dtype {name}, which refitkit cannot refit"
+
+
 def are_alike(one: torch.dtype, other: torch.dtype) -> bool:
     """Whether both are floats, or both are integers: a cast from one to the other has a meaning."""
     floats = one.is_floating_point and other.is_floating_point

@@ -11,8 +11,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import InputKind
 
+from refitkit.errors import NotRefittableError, Problem
 from refitkit.model import Leaf, LeafKind
-from refitkit.program.dtypes import dtype_name
+from refitkit.program.dtypes import dtype_name, unusable_dtype
 from refitkit.program.liveness import live_inputs
 from refitkit.program.mutation import mutated_placeholders, submodules_of
 from refitkit.program.views import with_overlaps
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from torch.export import ExportedProgram
-
-    from refitkit.errors import Problem
 
 _KINDS = {
     InputKind.PARAMETER: LeafKind.PARAMETER,
@@ -49,7 +48,19 @@ class ProgramFacts:
 
 
 def facts_of(program: ExportedProgram) -> ProgramFacts:
-    """Leaves, ties and fingerprint of a program."""
+    """Leaves, ties and fingerprint of a program.
+
+    Raises:
+        NotRefittableError: It holds tensors of dtypes that no engine can be refitted in; lists all.
+    """
+    problems = [
+        Problem(name, "dtype", dtype_name(tensor.dtype), hint="keep its bytes in a uint8 tensor")
+        for name, tensor in tensors_of(program).items()
+        if unusable_dtype(dtype_name(tensor.dtype))
+    ]
+    if problems:
+        message = "The program holds tensors of dtypes that refitkit cannot refit."
+        raise NotRefittableError(message, problems=problems)
     leaves, conflicts = with_overlaps(tuple(_leaves(program)), tensors_of(program))
     return ProgramFacts(leaves, _ties(program, leaves), _fingerprint(program), conflicts)
 

@@ -19,7 +19,8 @@ import torch
 
 from refitkit.errors import Problem, RefitError
 from refitkit.model import TensorInfo
-from refitkit.program.dtypes import dtype_name, dtype_of
+from refitkit.model.slot import ITEM_BYTES
+from refitkit.program.dtypes import dtype_name, dtype_of, unusable_dtype
 from refitkit.recipe.archive import Archive, ArchiveError, Streamed
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ _DTYPES = {
     "U32": ("uint32", 32),
     "I64": ("int64", 64),
     "U64": ("uint64", 64),
-    "F4": ("", 4),
+    "F4": ("float4_e2m1fn_x2", 4),
     "F6_E2M3": ("", 6),
     "F6_E3M2": ("", 6),
     "F8_E4M3": ("float8_e4m3fn", 8),
@@ -54,7 +55,7 @@ _DTYPES = {
 }
 """torch's names, where it has them, and bits of the dtypes (``safetensors/src/tensor.rs``, 0.8)."""
 
-_NAMES = {dtype: name for name, (dtype, _) in _DTYPES.items() if dtype}
+_NAMES = {dtype: name for name, (dtype, _) in _DTYPES.items() if dtype in ITEM_BYTES}
 
 _LIMIT = 100_000_000
 """Bytes of a header: the limit of the format."""
@@ -171,16 +172,11 @@ def _entry(name: str, found: Any, begin: int) -> Entry:
     dtype, width = _DTYPES[text]
     if prod(shape) * width != (last - first) * 8:
         raise ValueError(f"{name!r}: {last - first} bytes for {shape} of {text}")
-    usable = bool(dtype) and hasattr(torch, dtype)
-    return Entry(
-        TensorInfo(
-            dtype=dtype if usable else text,
-            shape=tuple(shape),
-            unusable="" if usable else f"dtype {text}, which torch does not have",
-        ),
-        begin + first,
-        last - first,
-    )
+    dtype = dtype or text
+    if dtype.endswith("_x2") and shape and shape[-1] % 2 == 0:
+        shape = [*shape[:-1], shape[-1] // 2]  # torch counts pairs
+    info = TensorInfo(dtype=dtype, shape=tuple(shape), unusable=unusable_dtype(dtype))
+    return Entry(info, begin + first, last - first)
 
 
 class ArchivedTensors:
@@ -243,11 +239,7 @@ def streamed(tensors: Mapping[str, torch.Tensor]) -> Streamed:
     Raises:
         RefitError: The format has no name for a dtype.
     """
-    problems = [
-        Problem(name, "dtype", dtype_name(tensor.dtype))
-        for name, tensor in sorted(tensors.items())
-        if dtype_name(tensor.dtype) not in _NAMES
-    ]
+    problems = unwritable(tensors)
     if problems:
         message = "The safetensors format has no such dtypes, so the weights cannot be saved."
         raise RefitError(message, problems=problems)
@@ -262,6 +254,15 @@ def streamed(tensors: Mapping[str, torch.Tensor]) -> Streamed:
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return Streamed(_LENGTH + len(text) + start, _chunks(text, [tensors[name] for name in names]))
+
+
+def unwritable(tensors: Mapping[str, torch.Tensor]) -> list[Problem]:
+    """Tensors of dtypes that the format has no name for: ``complex32``, ``complex128``."""
+    return [
+        Problem(name, "dtype", dtype_name(tensor.dtype))
+        for name, tensor in sorted(tensors.items())
+        if dtype_name(tensor.dtype) not in _NAMES
+    ]
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from refitkit.errors import Problem, SourceError, WeightMismatchError
 from refitkit.model import TensorInfo
 from refitkit.program.ambient import is_transformed, why_not_real
-from refitkit.program.dtypes import dtype_name
+from refitkit.program.dtypes import dtype_name, unusable_dtype
 from refitkit.protocols import MayChange, SupportsReread
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def unusable_reason(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
         return f"a {type(value).__name__}, not a tensor"
     if is_distributed(value):
-        return ""
+        return unusable_dtype(dtype_name(value.dtype))
     if value.is_nested or type(value) not in _PLAIN:
         return (
             why_not_real(value)
@@ -48,7 +48,8 @@ def unusable_reason(value: Any) -> str:
         return f"layout {str(value.layout).removeprefix('torch.')}; pass value.to_dense()"
     if value.is_quantized:
         return "a quantized tensor; pass value.dequantize() or use a plugin that maps it"
-    return why_not_real(value) or _lost_data(value)
+    unfit = unusable_dtype(dtype_name(value.dtype))
+    return why_not_real(value) or unfit or _lost_data(value)
 
 
 def _lost_data(value: torch.Tensor) -> str:

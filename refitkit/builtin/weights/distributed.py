@@ -24,7 +24,7 @@ from refitkit.errors import Problem, SourceError, raise_if_resource, raised_as
 from refitkit.model import TensorInfo
 from refitkit.model.slot import ITEM_BYTES
 from refitkit.plain_pickle import Global, Instance, PickleRefusedError, read_pickle
-from refitkit.program.dtypes import dtype_name, dtype_of
+from refitkit.program.dtypes import dtype_name, dtype_of, unusable_dtype
 from refitkit.recipe.sources import describe_tensor
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ METADATA = ".metadata"
 _LIMIT = 1 << 28
 _TABLE = "torch.distributed.checkpoint.metadata"
 _FILES = "torch.distributed.checkpoint.filesystem"
+_DTYPES = {name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)}
 _TENSOR = Global(_TABLE, "TensorStorageMetadata")
 _ADMITTED = frozenset(
     {
@@ -48,7 +49,7 @@ _ADMITTED = frozenset(
             )
         ),
         *((_FILES, name) for name in ("_StorageInfo", "_StoragePrefix")),
-        *(("torch", name) for name in (*ITEM_BYTES, "Size", "strided")),
+        *(("torch", name) for name in (*_DTYPES, "Size", "strided")),
         ("torch.serialization", "_get_layout"),
         ("collections", "OrderedDict"),
         *(("pathlib", name) for name in ("PosixPath", "PurePosixPath", "Path")),
@@ -124,6 +125,8 @@ class DistributedCheckpoint:
     def get(self, fqn: str) -> torch.Tensor:
         """The whole tensor, on the CPU."""
         entry = self._entries[fqn]
+        if entry.info.unusable:
+            raise SourceError(f"{self.description}: {fqn!r} is {entry.info.unusable}.")
         dtype = dtype_of(entry.info.dtype)
         pieces = [piece for piece in entry.pieces if prod(piece.sizes)]
         if len(pieces) == 1 and pieces[0].sizes == entry.info.shape:
@@ -201,13 +204,12 @@ def _entries(table: Instance) -> Iterator[tuple[str, _Entry]]:
 
 def _entry(found: Mapping[str, Any], places: Mapping[Shape, Mapping[str, Any]]) -> _Entry:
     dtype = found["properties"].state[0].name
-    if dtype not in ITEM_BYTES:
-        raise ValueError(f"{dtype!r} is no dtype")
     pieces = tuple(_piece(_state(chunk), places) for chunk in found["chunks"])
     how = "compressed or otherwise changed on its way to the file"
     changed = any(place.get("transform_descriptors") for place in places.values())
-    shape = _size(found["size"])
-    return _Entry(TensorInfo(dtype=dtype, shape=shape, unusable=how if changed else ""), pieces)
+    shape, unusable = _size(found["size"]), unusable_dtype(dtype)
+    info = TensorInfo(dtype=dtype, shape=shape, unusable=how if changed else unusable)
+    return _Entry(info, pieces)
 
 
 def _piece(chunk: Mapping[str, Any], places: Mapping[Shape, Mapping[str, Any]]) -> _Piece:
@@ -247,7 +249,7 @@ def _problems(name: str, entry: _Entry, folder: Path) -> Iterator[Problem]:
             yield Problem(name, "missing", wanted=f"the file {piece.file!r}")
         elif (folder / piece.file).stat().st_size < piece.start + piece.length:
             yield Problem(name, "cut off", hint=f"{piece.file!r} is too short")
-        elif piece.length < prod(piece.sizes) * ITEM_BYTES[entry.info.dtype]:
+        elif piece.length < prod(piece.sizes) * ITEM_BYTES.get(entry.info.dtype, 0):
             yield Problem(name, "cut off", f"{piece.length} bytes for {piece.sizes}")
     covered = sum(prod(piece.sizes) for piece in entry.pieces)
     if covered != prod(shape) or _overlap(entry.pieces):

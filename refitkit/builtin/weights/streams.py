@@ -8,6 +8,7 @@ import torch
 
 from refitkit.errors import Problem, SourceError, raised_as
 from refitkit.program.ambient import plain, why_not_real
+from refitkit.program.dtypes import dtype_name, unusable_dtype
 from refitkit.recipe import TensorMap
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def from_pairs(pairs: Iterable[Any]) -> TensorMap:
         problem = _misfit(number, pair, spooled)
         if problem is None:
             name, value = pair
-            spooled[name] = value.detach().clone()
+            known = not unusable_dtype(dtype_name(value.dtype)) or value.is_quantized
+            spooled[name] = value.detach().clone() if known else value.detach()
         else:
             problems.append(problem)
 

@@ -25,7 +25,7 @@ from refitkit.builtin.weights.nesting import flattened
 from refitkit.builtin.weights.reading import FileStream, OpenFile
 from refitkit.errors import Problem, SourceError, raise_if_resource
 from refitkit.model import TensorInfo
-from refitkit.program.dtypes import dtype_name
+from refitkit.program.dtypes import dtype_name, unusable_dtype
 from refitkit.recipe import TensorMap
 from refitkit.recipe.pieces import LARGE
 from refitkit.recipe.sources import describe_tensor
@@ -117,13 +117,15 @@ class TorchFile:
         value = self._state[fqn]
         if _place(value) is None:
             return describe_tensor(value)
-        return TensorInfo(dtype=dtype_name(value.dtype), shape=tuple(value.shape))
+        dtype = dtype_name(value.dtype)
+        unusable = unusable_dtype(dtype)
+        return TensorInfo(dtype=dtype, shape=tuple(value.shape), unusable=unusable)
 
     def get(self, fqn: str) -> torch.Tensor:
         """The tensor, on the CPU, in memory of its own, with the strides that it was saved with."""
-        value, place = self._state[fqn], _place(self._state[fqn])
-        if place is None:
-            raise SourceError(f"{self.description}: {fqn!r} is {describe_tensor(value).unusable}.")
+        value, place, unusable = self._state[fqn], _place(self._state[fqn]), self.info(fqn).unusable
+        if place is None or unusable:
+            raise SourceError(f"{self.description}: {fqn!r} is {unusable}.")
         size = value.itemsize
         raw = self._file.read(place + value.storage_offset() * size, _extent(value) * size)
         flat = raw.view(value.dtype)
@@ -149,7 +151,7 @@ class TorchFile:
         value, place = self._state[fqn], _place(self._state[fqn])
         if place is None or value.nbytes < LARGE or not value.is_contiguous():
             return None
-        if value.is_conj() or value.is_neg():
+        if value.is_conj() or value.is_neg() or unusable_dtype(dtype_name(value.dtype)):
             return None
         start = place + value.storage_offset() * value.itemsize
         return self._file.pieces(start, value.nbytes, value.dtype)

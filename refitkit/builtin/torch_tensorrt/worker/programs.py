@@ -14,6 +14,7 @@ from refitkit.model import Leaf
 from refitkit.program import KeptProgram, facts_of
 from refitkit.program.facts import tensors_of
 from refitkit.recipe import TensorMap
+from refitkit.recipe.safetensors_format import unwritable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,6 +48,10 @@ def write(program: ExportedProgram, folder: Path) -> None:
     (folder / _GRAPH).write_bytes(kept.to_bytes())
     described = {"leaves": [leaf.model_dump() for leaf in facts.leaves], "ties": facts.ties}
     (folder / _FACTS).write_text(json.dumps(described))
+    problems = unwritable(tensors_of(program))
+    if problems:
+        message = "The program has tensors of dtypes that TensorRT and the planning process lack."
+        raise CompileError(message, problems=problems)
     with raised_as(CompileError, "The tensors of the program cannot be written"):
         save_file(_once_each(program, facts.ties), folder / _WEIGHTS)
 
