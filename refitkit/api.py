@@ -90,9 +90,9 @@ def verify(target: object, weights: object, **how: Any) -> VerificationResult:
     return Pipeline().verify(target, weights, **how)
 
 
-def diff(a: object, b: object, *, plan: RefitPlan | None = None) -> DiffReport:
+def diff(a: object, b: object, **how: Any) -> DiffReport:
     """What two sets of weights differ in; see :meth:`refitkit.Pipeline.diff`."""
-    return Pipeline().diff(a, b, plan=plan)
+    return Pipeline().diff(a, b, **how)
 
 
 def inspect(path: str | Path) -> Mapping[str, Any]:

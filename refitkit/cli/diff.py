@@ -8,7 +8,7 @@ import click
 
 from refitkit.cli.options import common_options, file_option
 from refitkit.cli.session import Session, plain
-from refitkit.cli.setting_options import weight_options
+from refitkit.cli.setting_options import side_options, weight_options
 from refitkit.errors import SourceError
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ _COLUMNS = ("name", "state", "dtype", "shape", "relative", "largest", "share")
 )
 @click.option("--exit-code", is_flag=True, help=f"Exit with {DIFFERENT} if they differ.")
 @weight_options
+@side_options
 @common_options
 @click.pass_obj
 def diff_command(
@@ -65,7 +66,10 @@ def diff_command(
     for name in (a, b):
         check_readable(name, SourceError)
     pipeline = session.pipeline()
-    report = pipeline.diff(a, b, plan=load_plan(pipeline, plan))
+    rules = session.settings.side_rules
+    report = pipeline.diff(
+        a, b, plan=load_plan(pipeline, plan), rules_a=rules["a"], rules_b=rules["b"]
+    )
     data = {"summary": report.summary, "counts": report.counts, **plain(report)}
     shown = report.rows if everything else [row for row in report.rows if row.state != "same"][:top]
     session.result(data, lambda console: print_diff(console, report, shown))

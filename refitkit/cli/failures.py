@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from refitkit.errors import ConfigError, PluginError, RefitError, resource_error
+from refitkit.errors import ConfigError, PluginError, Problem, RefitError, resource_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,6 +22,10 @@ BUG = 70
 INTERRUPTED = 130
 PIPE_CLOSED = 141
 """As shells report a process that SIGPIPE ended."""
+_BETWEEN = "; "
+"""Between the hints of one problem."""
+_NO_FLAG = "partial=True"
+"""What ``refit`` has a flag for, which it puts in place of this, and no other command."""
 
 
 def exit_code(exc: Exception) -> int:
@@ -58,11 +64,12 @@ def as_refit_error(exc: Exception) -> RefitError:
 def as_data(exc: Exception) -> dict[str, Any]:
     """An exception as the object that ``--json`` gives."""
     error = as_refit_error(exc)
+    problems = [replace(one, hint=_BETWEEN.join(_hints_of(one))) for one in error.problems]
     data: dict[str, Any] = {
         "type": "OSError" if isinstance(exc, OSError) else type(exc).__name__,
         "message": error.message,
         "hint": error.hint,
-        "problems": [problem.as_dict() for problem in error.problems],
+        "problems": [problem.as_dict() for problem in problems],
     }
     notes = list(getattr(exc, "__notes__", ()))
     if notes:
@@ -74,13 +81,30 @@ def as_data(exc: Exception) -> dict[str, Any]:
 
 
 def as_lines(exc: Exception) -> Iterator[str]:
-    """An exception as lines for people: all problems, then what to do next."""
+    """An exception as lines for people: all problems, then what to do next, each hint once."""
     error = as_refit_error(exc)
+    hints = [_hints_of(problem) for problem in error.problems]
+    times = Counter(hint for of_one in hints for hint in dict.fromkeys(of_one) if hint)
+    shared = {hint for hint, number in times.items() if number > 1}
     yield error.message
-    yield from (f"  - {problem}" for problem in error.problems)
+    for problem, of_one in zip(error.problems, hints, strict=True):
+        own = _BETWEEN.join(hint for hint in of_one if hint not in shared)
+        yield f"  - {replace(problem, hint=own)}"
+    yield from (_sentence(hint) for hint in times if hint in shared)
     yield from getattr(exc, "__notes__", ())
+    yield from getattr(getattr(exc, "report", None), "notes", ())
     if error.hint:
         yield error.hint
+
+
+def _hints_of(problem: Problem) -> list[str]:
+    """Hints of a problem, without those for Python that the command has no flag for."""
+    return [hint for hint in problem.hint.split(_BETWEEN) if not hint.endswith(_NO_FLAG)]
+
+
+def _sentence(hint: str) -> str:
+    end = "" if hint.endswith((".", "?", "!")) else "."
+    return f"{hint[:1].upper()}{hint[1:]}{end}"
 
 
 def _usage_hint(exc: click.ClickException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,13 +16,10 @@ if TYPE_CHECKING:
     from refitkit.cli.session import Session
 
 _FLAGS = {
-    "missing": "--partial leaves slots as they are that the weights have nothing for",
-    "non-finite": "--no-check-finite lets them in",
-    "dtype": "--cast lossless, or --cast any, casts weights of other dtypes",
-    "a subtree has all names": "--subtree says which one is meant",
-    "unexpected": "--rename and --subtree say what names become, --ignore what is left out",
+    "partial=True": "pass --partial",
+    "check_finite=False in the config": "pass --no-check-finite",
 }
-"""What a flag of this command does about a kind of problem."""
+"""What hints for Python are as flags of this command."""
 
 
 @click.command("refit", short_help="Put new weights into a saved module.")
@@ -67,11 +65,11 @@ def refit_command(
     try:
         run_refit(session, wish, weights, partial=partial, settings=settings)
     except WeightMismatchError as exc:
-        exc.hint = _with_flags(exc)
+        exc.problems = tuple(replace(p, hint=_with_flags(p.hint)) for p in exc.problems)
         raise
 
 
-def _with_flags(exc: WeightMismatchError) -> str:
-    kinds = {problem.kind for problem in exc.problems}
-    hints = [exc.hint, *(f"{text}." for kind, text in _FLAGS.items() if kind in kinds)]
-    return "\n".join(hint for hint in hints if hint)
+def _with_flags(hint: str) -> str:
+    for setting, flag in _FLAGS.items():
+        hint = hint.replace(setting, flag)
+    return hint

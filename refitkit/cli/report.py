@@ -53,8 +53,10 @@ def print_report(
 
 
 def print_verification(console: Console, result: VerificationResult) -> None:
-    """Print what a verifier found."""
+    """Print what a verifier found, and how names were read."""
     console.print(shown(f"The module holds these weights ({verdict(result)})."))
+    if result.notes:
+        console.print(facts([("note", note) for note in result.notes]))
 
 
 def through(report: RefitReport) -> list[str]:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
+_SIDE = "_side_"
+"""Between the letter of a side and the name of a rule, in names of parameters."""
 _DIM = re.compile(r"(?:@(-?\d+))?(@T)?$")
 
 
@@ -52,7 +54,9 @@ def _set_plugins(ctx: click.Context, param: click.Parameter, pairs: tuple[str, .
 def _set_rule(ctx: click.Context, param: click.Parameter, value: Any) -> None:
     """Note a rule whose value is taken as it is."""
     if value is not None:
-        _settings(ctx).rules[str(param.name)] = value
+        settings = _settings(ctx)
+        side, _, field = str(param.name).rpartition(_SIDE)
+        (settings.side_rules[side] if side else settings.rules)[field] = value
 
 
 def _set_list(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> None:
@@ -87,7 +91,7 @@ def _fields_of_pack(text: str) -> dict[str, Any] | None:
 
 
 def _rules_option(
-    name: str,
+    names: tuple[str, str],
     kind: type[BaseModel],
     form: str,
     fields_of: Callable[[str], dict[str, Any] | None],
@@ -96,7 +100,7 @@ def _rules_option(
     """An option that can be given several times, a rule each time.
 
     Args:
-        name: Its name; the setting has the same.
+        names: Its flag, and the name of its parameter.
         kind: What rules are.
         form: How one is written, for help and errors.
         fields_of: Fields of a rule, or None for a text that is not of this form.
@@ -112,7 +116,7 @@ def _rules_option(
             made.append(_valid(ctx, param, text, kind, **fields))
         _set_rule(ctx, param, made or None)
 
-    return acting_option(name, metavar=form, multiple=True, callback=note, help=about)
+    return acting_option(*names, metavar=form, multiple=True, callback=note, help=about)
 
 
 def _valid(
@@ -146,54 +150,86 @@ _CONFIG = (
         help="A setting of a plugin. Can be given several times.",
     ),
 )
-_RULES = (
-    acting_option(
-        "--subtree",
-        metavar="PREFIX",
-        callback=_set_rule,
-        help="Use only weights whose names begin so, without it.",
-    ),
-    acting_option(
-        "--ignore",
-        metavar="PATTERN",
-        multiple=True,
-        callback=_set_patterns,
-        help=r"Leave out weights whose whole names match: 'lm_head\..*'. Can be given several "
-        "times.",
-    ),
-    _rules_option(
-        "--rename",
-        Rename,
-        "PATTERN=TO",
-        _fields_of_rename,
-        r"Rename weights whose whole names match: 'encoder\.(.*)=\1'. Can be given several "
-        "times; the first that matches counts.",
-    ),
-    _rules_option(
-        "--pack",
-        Pack,
-        "INTO=PART,PART[@DIM][@T]",
-        _fields_of_pack,
-        "Put parts in one piece, end to end or stacked in a dimension (0), or cut a piece into "
-        "them: '{}.qkv.weight={}.q.weight,{}.k.weight,{}.v.weight'. A * stands for numbers from 0 "
-        "on; @T: parts are transposed in the piece. Can be given several times.",
-    ),
-    acting_option(
-        "--family",
-        "families",
-        type=click.Choice(list(FAMILIES)),
-        multiple=True,
-        callback=_set_list,
-        help="Ready rules for pieces and parts of a family of models. Can be given several times.",
-    ),
-    acting_option(
-        "--cast",
-        type=click.Choice(["no", "lossless", "any"]),
-        callback=_set_rule,
-        help="Cast weights of other dtypes: where every value stays what it is, or any.  "
-        "[default: no]",
-    ),
-)
+
+
+def _rules(side: str = "") -> tuple[Callable[[Command], Command], ...]:
+    """Options for all rules, or those for one side of a comparison alone.
+
+    Args:
+        side: Letter of the side.
+    """
+
+    def named(flag: str, field: str = "") -> tuple[str, str]:
+        field = field or flag
+        return (f"--{side}-{flag}", f"{side}{_SIDE}{field}") if side else (f"--{flag}", field)
+
+    def about(flag: str, text: str) -> str:
+        return f"--{flag} for {side.upper()} alone." if side else text
+
+    return (
+        acting_option(
+            *named("subtree"),
+            metavar="PREFIX",
+            callback=_set_rule,
+            help=about("subtree", "Use only weights whose names begin so, without it."),
+        ),
+        acting_option(
+            *named("ignore"),
+            metavar="PATTERN",
+            multiple=True,
+            callback=_set_patterns,
+            help=about(
+                "ignore",
+                r"Leave out weights whose whole names match: 'lm_head\..*'. Can be given several "
+                "times.",
+            ),
+        ),
+        _rules_option(
+            named("rename"),
+            Rename,
+            "PATTERN=TO",
+            _fields_of_rename,
+            about(
+                "rename",
+                r"Rename weights whose whole names match: 'encoder\.(.*)=\1'. Can be given "
+                "several times; the first that matches counts.",
+            ),
+        ),
+        _rules_option(
+            named("pack"),
+            Pack,
+            "INTO=PART,PART[@DIM][@T]",
+            _fields_of_pack,
+            about(
+                "pack",
+                "Put parts in one piece, end to end or stacked in a dimension (0), or cut a piece "
+                "into them: '{}.qkv.weight={}.q.weight,{}.k.weight,{}.v.weight'. A * stands for "
+                "numbers from 0 on; @T: parts are transposed in the piece. Can be given several "
+                "times.",
+            ),
+        ),
+        acting_option(
+            *named("family", "families"),
+            type=click.Choice(list(FAMILIES)),
+            multiple=True,
+            callback=_set_list,
+            help=about(
+                "family",
+                "Ready rules for pieces and parts of a family of models. Can be given several "
+                "times.",
+            ),
+        ),
+        acting_option(
+            *named("cast"),
+            type=click.Choice(["no", "lossless", "any"]),
+            callback=_set_rule,
+            help=about(
+                "cast",
+                "Cast weights of other dtypes: where every value stays what it is, or any.  "
+                "[default: no]",
+            ),
+        ),
+    )
 
 
 def config_options(command: Command) -> Command:
@@ -203,4 +239,9 @@ def config_options(command: Command) -> Command:
 
 def weight_options(command: Command) -> Command:
     """Give a command that reads weights all settings; see ``Config.rules`` for what rules do."""
-    return with_options(command, *_CONFIG, *_RULES)
+    return with_options(command, *_CONFIG, *_rules())
+
+
+def side_options(command: Command) -> Command:
+    """Give a command that compares two sets of weights all rules for each of them alone."""
+    return with_options(command, *_rules("a"), *_rules("b"))

@@ -25,6 +25,7 @@ class Settings:
     Attributes:
         file: The file; None where none was given.
         rules: Fields of ``Config.rules`` that flags gave.
+        side_rules: The same for one side of ``diff`` alone: A, B.
         plugins: Settings of plugins that flags gave.
     """
 
@@ -32,6 +33,7 @@ class Settings:
         """Nothing was given yet."""
         self.file: Path | None = None
         self.rules: dict[str, Any] = {}
+        self.side_rules: dict[str, dict[str, Any]] = {"a": {}, "b": {}}
         self.plugins: dict[str, dict[str, Any]] = {}
         self._of_file: dict[str, Any] = {}
 

@@ -141,12 +141,15 @@ class VerificationResult(Frozen):
         ok: Whether the module is what it should be.
         measures: One entry for each thing compared.
         note: What was checked and what was not.
+        notes: How the names of the weights were read, where that was not as they are. Only
+            ``refitkit.verify`` says so here; the report of a refit has it itself.
     """
 
     verifier: str
     ok: bool
     measures: tuple[OutputMeasure, ...] = ()
     note: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def max_abs_error(self) -> float:

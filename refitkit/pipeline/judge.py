@@ -12,7 +12,7 @@ from refitkit.pipeline.load import open_weights, require_unchanged
 from refitkit.pipeline.mapping import map_slots, require_all
 from refitkit.pipeline.needs import require_needs
 from refitkit.pipeline.tools import tools_for
-from refitkit.pipeline.transform import transformed
+from refitkit.pipeline.transform import Transformed, transformed
 from refitkit.protocols import VerifyRequest
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def judge_module(
     )
     passages = [compiled.gate.refit, compiled.gate.alone]
     result = inside_all(passages, lambda: verify.prepared(verifier, request)(compiled.opened))
+    if isinstance(source, Transformed):
+        result = result.model_copy(update={"notes": source.notes()})
     require_unchanged(source, reread=config.reread)
     if not result.ok:
         message = f"The module does not hold {source.description}."

@@ -330,19 +330,30 @@ class Pipeline:
 
     @resources("The weights cannot be compared")
     @plain
-    def diff(self, a: object, b: object, *, plan: RefitPlan | None = None) -> DiffReport:
+    def diff(
+        self,
+        a: object,
+        b: object,
+        *,
+        plan: RefitPlan | None = None,
+        rules_a: Mapping[str, Any] | None = None,
+        rules_b: Mapping[str, Any] | None = None,
+    ) -> DiffReport:
         """What two sets of weights differ in, tensor by tensor and from all elements.
 
         Nothing is changed, and no more than a pair of tensors is in memory at a time. With a module
         and weights, what its slots hold is compared with what a refit would give them. Two modules
-        have to be of one model. Two weights are compared by their names, as they are; with a plan,
-        as its program reads them.
+        have to be of one model. Two weights are compared by their names, as they are or as rules
+        of names make them; with a plan, as its program reads them.
 
         Args:
             a: Anything that a plugin can read as weights; else a compiled module, or anything
                 ``load`` opens, which runs the code in it.
             b: Likewise; relative changes are relative to A.
             plan: How weights become slots; the module's own where None.
+            rules_a: Rules for A alone, as ``Config.rules`` has them: ``{"subtree": "ema."}``. What
+                is given takes the place of what the settings say of the same rule.
+            rules_b: Likewise for B.
 
         Raises:
             SourceError: Neither weights nor a module, or it cannot be read; lists all of it.
@@ -351,9 +362,11 @@ class Pipeline:
             UnsupportedTargetError: Nobody knows what a module holds: its engines cannot be read,
                 and were not refitted since they were opened.
             PlanMismatchError: The module has no plan, or the plan is for another one.
-            ConfigError: There are rules, and no program to apply them for.
+            ConfigError: There are rules for a module, or packs or casts and no program to follow
+                them for.
         """
-        return Differ(self.host, self.config, self.load, plan).diff(a, b)
+        rules = rules_a or {}, rules_b or {}
+        return Differ(self.host, self.config, self.load, plan, rules).diff(a, b)
 
     @resources("The weights cannot be opened")
     @plain

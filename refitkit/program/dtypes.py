@@ -40,5 +40,20 @@ def are_alike(one: torch.dtype, other: torch.dtype) -> bool:
     return floats or (_is_integer(one) and _is_integer(other))
 
 
+def is_lossless(before: torch.dtype, after: torch.dtype) -> bool:
+    """Whether every value of one dtype is a value of the other.
+
+    Of floats: the distance to the next number from 1, the largest and the smallest number, with
+    those below the normal ones, must be within the other's.
+    """
+    if not are_alike(before, after):
+        return False
+    if not before.is_floating_point:
+        a, b = torch.iinfo(before), torch.iinfo(after)
+        return b.min <= a.min and b.max >= a.max
+    x, y = torch.finfo(before), torch.finfo(after)
+    return y.eps <= x.eps and y.max >= x.max and y.tiny * y.eps <= x.tiny * x.eps
+
+
 def _is_integer(dtype: torch.dtype) -> bool:
     return not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool)

@@ -13,6 +13,8 @@ from peft_models import make_adapter
 from refitkit.cli.main import main
 from safetensors.torch import load_file, save_file
 
+from refitkit_peft import Lora
+
 pytest.importorskip("peft")
 
 
@@ -67,6 +69,27 @@ def test_a_base_with_adapters_goes_in_and_comes_out_again(folder, tmp_path):
     )
     assert torch.equal(first, again)
     assert not torch.allclose(first, lora)
+
+
+def test_rules_are_those_of_a_refit(folder, tmp_path):
+    """A base with two models, in float64 and under other names."""
+    base = load_file(folder / "base.safetensors")
+    renamed = {name.replace("one", "enc.one"): value.double() for name, value in base.items()}
+    both = {
+        f"{tree}.{n}": v + k for k, tree in enumerate(("net", "old")) for n, v in renamed.items()
+    }
+    save_file(both, tmp_path / "base.safetensors")
+    arguments = (str(tmp_path / "base.safetensors"), "a", "-o", str(tmp_path / "out"))
+    refused = run(folder, *arguments)
+    assert refused.returncode == 1
+    assert "--subtree, says which: names begin with 'net.enc.' or 'old.enc.'" in refused.stderr
+    flags = ("--subtree", "net.", "--rename", r"enc\.(.*)=\1", "--cast", "any")
+    done = run(folder, *arguments, *flags)
+    assert done.returncode == 0, done.stderr
+    plain = refitkit.load(folder / "module.refitkit")
+    refitkit.refit(plain, Lora(folder / "base.safetensors", {folder / "a": 1.0}))
+    x = torch.ones(2, 12)
+    torch.testing.assert_close(refitkit.load(tmp_path / "out")(x), plain(x))
 
 
 def test_a_whole_name_that_is_there_is_no_scale(folder, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from refitkit.errors import Problem
+from refitkit.program.dtypes import are_alike, dtype_of, is_lossless
 from refitkit.protocols import MadeOf
 from refitkit.recipe.reads import reads_of
 from refitkit.recipe.sources import TensorMap
@@ -71,7 +72,11 @@ class Names:
         if len(inside) > _MANY:
             return []
         return [
-            Problem(repr(prefix), WHOLE_SUBTREE, hint=f"set rules.subtree to {prefix!r}")
+            Problem(
+                repr(prefix),
+                WHOLE_SUBTREE,
+                hint=f"set rules.subtree to {prefix!r}, or pass --subtree '{prefix}'",
+            )
             for prefix, names in names_under(inside, self._names).items()
             if not self._reads.lacking([name.removeprefix(prefix) for name in names])
         ]
@@ -152,10 +157,9 @@ class Names:
 
 def _differences(leaf: Leaf, info: TensorInfo, *, with_dtype: bool) -> Iterator[Problem]:
     if with_dtype and info.dtype != leaf.dtype:
-        hint = (
-            "convert it yourself, or set rules.cast to 'lossless' or 'any': refitkit never casts "
-            "weights silently"
-        )
+        cast = _cast_for(info.dtype, leaf.dtype)
+        rule = f", or set rules.cast to {cast!r}, or pass --cast {cast}" if cast else ""
+        hint = f"convert it yourself{rule}: refitkit never casts weights silently"
         if not leaf.persistent:
             hint = (
                 "leave it out: no state_dict holds it, so the plan's value is kept; to set it, "
@@ -165,6 +169,14 @@ def _differences(leaf: Leaf, info: TensorInfo, *, with_dtype: bool) -> Iterator[
     if info.shape != leaf.shape:
         hint = "the transposed shape" if info.shape == leaf.shape[::-1] else ""
         yield Problem(leaf.fqn, "shape", str(info.shape), str(leaf.shape), hint)
+
+
+def _cast_for(found: str, wanted: str) -> str:
+    """The rule that makes one dtype of another; empty if none does."""
+    before, after = dtype_of(found), dtype_of(wanted)
+    if is_lossless(before, after):
+        return "lossless"
+    return "any" if are_alike(before, after) else ""
 
 
 def _leaf_text(leaf: Leaf | None) -> str:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
-
 from refitkit.program.bits import same_bits
-from refitkit.program.dtypes import are_alike, dtype_of
+from refitkit.program.dtypes import are_alike, dtype_of, is_lossless
 from refitkit.protocols import Made, WeightGroup
 from refitkit.recipe.reads import reads_of
 from refitkit.recipe.ties import kept_leaves
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import torch
 
     from refitkit.model import Leaf, TensorInfo
     from refitkit.protocols import TransformRequest, WeightSource
@@ -73,18 +73,3 @@ def _cast(source: WeightSource, name: str, info: TensorInfo, dtype: str) -> Weig
 
 def _as(source: WeightSource, name: str, dtype: torch.dtype) -> Made:
     return Made({name: source.get(name).to(dtype)})
-
-
-def is_lossless(before: torch.dtype, after: torch.dtype) -> bool:
-    """Whether every value of one dtype is a value of the other.
-
-    Of floats: the distance to the next number from 1, the largest and the smallest number, with
-    those below the normal ones, must be within the other's.
-    """
-    if not are_alike(before, after):
-        return False
-    if not before.is_floating_point:
-        a, b = torch.iinfo(before), torch.iinfo(after)
-        return b.min <= a.min and b.max >= a.max
-    x, y = torch.finfo(before), torch.finfo(after)
-    return y.eps <= x.eps and y.max >= x.max and y.tiny * y.eps <= x.tiny * x.eps

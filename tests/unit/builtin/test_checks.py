@@ -182,8 +182,8 @@ def test_whole_models_under_prefixes_are_told_and_nothing_else() -> None:
     assert kinds(found) == [("'best.net.'", WHOLE), ("'last.'", WHOLE)]
     assert problems(given, partial=True) == found
     assert [p.hint for p in found] == [
-        "set rules.subtree to 'best.net.'",
-        "set rules.subtree to 'last.'",
+        "set rules.subtree to 'best.net.', or pass --subtree 'best.net.'",
+        "set rules.subtree to 'last.', or pass --subtree 'last.'",
     ]
 
 

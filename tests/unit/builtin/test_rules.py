@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from refitkit.builtin.rules.casts import is_lossless
 from refitkit.errors import ConfigError, WeightMismatchError
 from refitkit.pipeline import Pipeline
+from refitkit.program.dtypes import is_lossless
 from refitkit.recipe import TensorMap
 from tests.fakes import (
     FakeModule,

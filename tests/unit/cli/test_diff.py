@@ -128,6 +128,42 @@ def test_rules_need_a_plan(
     assert run(*args, "--cast", "lossless").code == 0
 
 
+def test_each_side_has_rules_of_its_own(run: Callable[..., Outcome], tmp_path: Path) -> None:
+    a, b = {"net.w": torch.ones(2), "old.w": torch.zeros(2)}, {"x.w": torch.ones(2)}
+    files = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_file(a, files[0])
+    save_file({**b, "head.w": torch.ones(1)}, files[1])
+    flags = ("--a-subtree", "net.", "--b-rename", r"x\.(.*)=\1", "--b-ignore", r"head\..*")
+    data = run("diff", *files, *flags, "--json").data
+    assert data["counts"] == {"same": 1}
+    assert any("head.w" in note for note in data["notes"])
+    turned = [
+        flag.replace("--a-", "--c-").replace("--b-", "--a-").replace("--c-", "--b-")
+        for flag in flags
+    ]
+    assert run("diff", *files[::-1], *turned, "--json").data["counts"] == {"same": 1}
+    assert run("diff", *files, "--ignore", r"(net|old|x|head)\.w", "--json").data["counts"] == {}
+    opened = make_module(1)
+    plan = tmp_path / "p.refitplan"
+    plan.write_bytes(opened.attachments["plan.refitplan"])
+    state = weights_for(opened, 1.0)
+    half = {name: value.half() for name, value in state.items()}
+    save_file({f"{t}.{n}": v + 0 for t in ("net", "old") for n, v in state.items()}, files[0])
+    save_file(half, files[1])
+    args = ("diff", *files, "--plan", plan, "--json")
+    refused = run(*args, "--b-cast", "lossless")
+    assert refused.error["notes"] == ["That is A. For it alone: rules_a=, or --a- for flags."]
+    data = run(*args, "--b-cast", "lossless", "--a-subtree", "old.").data
+    assert data["counts"] == {"same": 2}
+    plugin = Opener(opened)
+    refused = run(
+        "diff", "fake:module", files[0], "--a-subtree", "net.", "--json", plugins=[plugin]
+    )
+    assert (refused.code, refused.error["problems"][0]["subject"]) == (2, "A")
+    done = run("diff", "fake:module", files[0], "--b-subtree", "net.", "--json", plugins=[plugin])
+    assert done.code == 0, done.err
+
+
 def test_names_cannot_steer_the_terminal(run: Callable[..., Outcome], tmp_path: Path) -> None:
     save_file({"[red]a\x1b[2J": torch.zeros(1)}, tmp_path / "w.safetensors")
     out = run("diff", *(tmp_path / "w.safetensors",) * 2, "--all").out

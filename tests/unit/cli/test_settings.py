@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 import refitkit
+from refitkit.model import Pack
+from refitkit.model.families import FAMILIES
 from tests.fakes import Opener, make_module, weights_for
 
 if TYPE_CHECKING:
@@ -68,7 +72,6 @@ def test_subtree(refit: Callable[..., Outcome], plugin: Opener) -> None:
     given["optimizer.step"] = torch.zeros(1)
     refused = refit(given)
     assert refused.code == 1
-    assert "--subtree" in refused.error["hint"]
     flags = {p["subject"]: p["hint"].rpartition("pass ")[2] for p in refused.error["problems"]}
     assert flags == {"'net.'": "--subtree 'net.'", "'old.'": "--subtree 'old.'"}
     assert refit(given, "--subtree", "net.").code == 0
@@ -89,7 +92,7 @@ def test_a_trainers_checkpoint(run: Callable[..., Outcome], plugin: Opener, tmp_
     assert refused.code == 1
     (problem,) = refused.error["problems"]
     assert problem["subject"] == "'state_dict.net.'"
-    assert "--subtree" in refused.error["hint"]
+    assert problem["hint"].endswith("pass --subtree 'state_dict.net.'")
     done = run(*args, "--partial", "--subtree", "state_dict.net.", plugins=[plugin])
     assert done.code == 0, done.err
 
@@ -100,7 +103,8 @@ def test_cast(refit: Callable[..., Outcome], plugin: Opener) -> None:
     double = {name: value.double() for name, value in wanted.items()}
     refused = refit(half)
     assert refused.code == 1
-    assert "--cast" in refused.error["hint"]
+    assert all("pass --cast lossless:" in p["hint"] for p in refused.error["problems"])
+    assert all("pass --cast any:" in p["hint"] for p in refit(double).error["problems"])
     assert refit(half, "--cast", "no").code == 1
     assert refit(half, "--cast", "lossless").code == 0
     assert holds(plugin, wanted)
@@ -142,6 +146,73 @@ def test_families(refit: Callable[..., Outcome], plugin: Opener) -> None:
     assert refit(wanted, "--family", "moe", "--family", "fused").code == 0
     assert plugin.config.rules.families == ("moe", "fused")
     assert refit(wanted, "--family", "no-such").code == 2
+
+
+# -- hints --------------------------------------------------------------------------------------
+
+HINTS = {
+    "--subtree": lambda state: {
+        f"{t}.{n}": v + 0 for t in ("net", "old") for n, v in state.items()
+    },
+    "--ignore": lambda state: {**state, "head.0.w": torch.ones(1), "head.1.w": torch.ones(1)},
+    "--cast": lambda state: {name: value.half() for name, value in state.items()},
+    "--family": lambda state: {
+        "e0.bias": state["e0.bias"],
+        **{
+            f"e0.{n}_proj.weight": row
+            for n, row in zip("qk", state["e0.weight"].split(1), strict=True)
+        },
+    },
+    "--partial": lambda state: {"e0.bias": state["e0.bias"]},
+    "--no-check-finite": lambda state: {**state, "e0.bias": state["e0.bias"] / 0},
+}
+
+
+@pytest.mark.parametrize("flag", HINTS)
+def test_hints_are_printed_once_with_the_flag_to_paste(
+    run: Callable[..., Outcome],
+    plugin: Opener,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flag: str,
+) -> None:
+    rule = Pack(into="{}.weight", parts=("{}.q_proj.weight", "{}.k_proj.weight"))
+    monkeypatch.setitem(FAMILIES, "in_proj", (rule,))
+    save_file(HINTS[flag](new(plugin)), tmp_path / "w.safetensors")
+    args = ("refit", "fake:module", tmp_path / "w.safetensors", "-o", tmp_path / "out")
+    refused = run(*args, plugins=[plugin])
+    assert refused.code == 1
+    pasted = re.findall(rf"pass ({flag}(?: '[^']*'| [\w-]+|))", refused.err)
+    assert len(pasted) == len(set(pasted)) == (2 if flag == "--subtree" else 1), refused.err
+    done = run(*args, *shlex.split(pasted[0]), plugins=[plugin])
+    assert done.code == 0, done.err
+
+
+def test_other_commands_have_no_hints_for_flags_that_they_lack(
+    run: Callable[..., Outcome], plugin: Opener, tmp_path: Path
+) -> None:
+    save_file({"e0.bias": torch.ones(2)}, tmp_path / "w.safetensors")
+    for how in ((), ("--json",)):
+        refused = run("verify", "fake:module", tmp_path / "w.safetensors", *how, plugins=[plugin])
+        assert refused.code == 1
+        assert "missing" in refused.err + refused.out
+        assert "partial" not in refused.err + refused.out
+
+
+def test_verify_says_how_names_were_read(
+    run: Callable[..., Outcome], plugin: Opener, tmp_path: Path
+) -> None:
+    file = tmp_path / "w.safetensors"
+    save_file({f"net.{name}": value for name, value in new(plugin).items()}, file)
+    note = "names: took the weights under 'net.', where all of the program's are"
+    failed = run("verify", "fake:module", file, plugins=[plugin])
+    assert failed.code == 1
+    assert failed.err.count(note) == 1
+    assert run("refit", "fake:module", file, "-o", tmp_path / "out", plugins=[plugin]).code == 0
+    done = run("verify", "fake:module", file, plugins=[plugin])
+    assert done.code == 0, done.err
+    assert " ".join(done.out.split()).count(note) == 1
+    assert run("verify", "fake:module", file, "--json", plugins=[plugin]).data["notes"] == [note]
 
 
 WRONG_FLAGS = [

@@ -104,13 +104,16 @@ class Base:
         *,
         keep: int = 1,
         reread: bool = False,
+        subtree: str = "",
     ) -> Base:
         """A base whose weights and adapters something else opens than a pipeline of its own.
 
         By default it is good for one refit: what is computed is kept as long as its source.
+        Adapters are for weights whose names begin with ``subtree``, as ``Config.rules`` has it.
         """
         self = cls.__new__(cls)
         self._set_up(weights, opener, _checked(memory, "cpu", keep), keep, reread=reread)
+        self._places = Places([name for name in self._store.names() if name.startswith(subtree)])
         return self
 
     @resources("The base cannot be opened")

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from refitkit.cli.api import RefitWish, Session, common_options, refit_options, run_refit
+from refitkit.cli.api import (
+    RefitWish,
+    Session,
+    common_options,
+    refit_options,
+    run_refit,
+    weight_options,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -76,6 +83,7 @@ def alphas_of(texts: tuple[str, ...], adapters: Collection[str]) -> dict[str, An
     help="Alpha that an adapter was trained with, in place of the alpha in its files. Needed if "
     "they have none. rank: a scale of 1.",
 )
+@weight_options
 @common_options
 @click.pass_obj
 def lora_command(

@@ -140,6 +140,10 @@ def _ambiguous(module: str, fitting: Collection[Shift]) -> Problem:
     shown = ", ".join(repr(shift.of(module)) for shift in list(fitting)[:_SHOWN])
     more = f" and {len(fitting) - _SHOWN} more" if len(fitting) > _SHOWN else ""
     hint = "give the base the names that the adapter was trained with"
+    if all(shift.prefix for shift in fitting):
+        prefixes = (repr(shift.prefix) for shift in list(fitting)[:_SHOWN])
+        begin = " or ".join(prefixes)
+        hint = f"rules.subtree, or --subtree, says which: names begin with {begin}"
     return Problem(module, "ambiguous", f"{shown}{more}", "one place in the base", hint)
 
 

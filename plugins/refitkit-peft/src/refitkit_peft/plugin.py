@@ -32,7 +32,8 @@ def refitkit_load_weights(
 
     base = source.base
     if not isinstance(base, Base):
-        base = Base.with_opener(base, open_weights, reread=config.reread)
+        subtree = config.rules.subtree
+        base = Base.with_opener(base, open_weights, reread=config.reread, subtree=subtree)
     return base.source(source)
 
 
