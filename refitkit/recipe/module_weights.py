@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from refitkit.errors import SourceError, raised_as
 from refitkit.recipe.sources import TensorMap
 
 if TYPE_CHECKING:
@@ -30,9 +31,15 @@ class ModuleWeights(TensorMap):
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
-        """Keep the tensors, no copies."""
-        state: Mapping[str, Any] = module.state_dict(keep_vars=True)
-        super().__init__(state, f"a live {type(module).__name__}")
+        """Keep the tensors, no copies.
+
+        Raises:
+            SourceError: The module's own code fails to make a state_dict.
+        """
+        what = f"a live {type(module).__name__}"
+        with raised_as(SourceError, f"The state_dict of {what} cannot be made"):
+            state: Mapping[str, Any] = module.state_dict(keep_vars=True)
+        super().__init__(state, what)
         buffers = module.named_buffers(remove_duplicate=False)
         self.left_out = {name: value for name, value in buffers if name not in state}
         own = dict(_own_tensors(module))

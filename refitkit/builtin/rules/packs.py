@@ -29,6 +29,8 @@ Shape = tuple[int, ...]
 
 _MOST = 1 << 12
 """More parts of one name than this are no experts: the rule is not meant for that piece."""
+_TOGETHER = 8
+"""Most pieces that are in memory at once."""
 _MATRIX = 2
 """Dimensions of what can be transposed."""
 
@@ -59,19 +61,57 @@ class Packs:
         Raises:
             WeightMismatchError: Parts lack, or sizes do not add up; lists all of it.
         """
-        source, problems, seen = request.source, list[Problem](), set[Packing]()
+        source, problems = request.source, list[Problem]()
+        order = {leaf.fqn: number for number, leaf in enumerate(request.plan.data.leaves)}
         packings = Packings(self._rules, {leaf.fqn: leaf for leaf in request.plan.data.leaves})
-        for leaf in request.plan.data.leaves:
-            packing = packings.meant(leaf.fqn, source.names())
-            if packing is None or packing in seen:
-                continue
-            seen.add(packing)
-            found = list(packing.misfits(source))
+        names = source.names()
+        meant = dict.fromkeys(packings.meant(name, names) for name in order)
+        fitting = []
+        for packing in meant:
+            found = list(packing.misfits(source)) if packing else []
             problems += found
-            if not found:
-                yield packing.group(source)
+            if packing and not found:
+                fitting.append(packing)
         if problems:
             raise WeightMismatchError("Parts do not make up a weight.", problems=problems)
+        for together in _interleaved(fitting, order):
+            yield _as_one([packing.group(source) for packing in together])
+
+
+def _interleaved(packings: Iterable[Packing], order: Mapping[str, int]) -> Iterator[list[Packing]]:
+    """Packings, those together whose parts come in turn: experts, weights and biases.
+
+    Weights are asked for in the order of the program, and only what one group has made is kept: a
+    piece would be read once for each of its parts.
+    """
+    spans = []
+    for packing in packings:
+        if len(packing.gives) == 1:
+            yield [packing]
+            continue
+        places = [order[name] for name in packing.gives]
+        spans.append((min(places), max(places), packing))
+    found: list[list[Packing]] = []
+    end = -1
+    for first, last, packing in sorted(spans, key=lambda span: span[:2]):
+        if first < end and len(found[-1]) < _TOGETHER:
+            found[-1].append(packing)
+        else:
+            found.append([packing])
+        end = max(end, last) if first < end else last
+    yield from found
+
+
+def _as_one(groups: Sequence[WeightGroup]) -> WeightGroup:
+    if len(groups) == 1:
+        return groups[0]
+
+    def make() -> Made:
+        return Made({name: value for one in groups for name, value in one.make().values.items()})
+
+    takes = tuple(name for one in groups for name in one.takes)
+    gives = {name: info for one in groups for name, info in one.gives.items()}
+    return WeightGroup(takes, gives, make, formula=tuple(one.formula for one in groups))
 
 
 @dataclass(frozen=True, eq=False)  # known by identity

@@ -162,24 +162,74 @@ def test_a_weight_is_transposed_under_its_own_name() -> None:
 
 
 def test_parts_are_views_of_a_piece_that_is_read_once(tmp_path: Path) -> None:
-    class Counted(TensorMap):
-        reads = 0
-
-        def get(self, fqn: str) -> torch.Tensor:
-            Counted.reads += 1
-            return super().get(fqn)
-
     piece = torch.randn(8, 3)
     scene = Scene(
         {f"m.{n}.weight": piece[:k] for n, k in zip("qkv", (4, 2, 2), strict=True)}, pack=[QKV]
     )
-    source = scene.pipeline.open_weights(Counted({"m.qkv.weight": piece}), scene.compiled.plan)
+    given = Counted({"m.qkv.weight": piece})
+    source = scene.pipeline.open_weights(given, scene.compiled.plan)
     found = [source.get(f"m.{n}.weight") for n in "qkv"]
-    assert Counted.reads == 1
+    assert given.reads == 1
     assert {part.untyped_storage().data_ptr() for part in found} == {piece.data_ptr()}
     save_file({"m.qkv.weight": piece}, tmp_path / "a.safetensors")
     held = scene.refit(tmp_path / "a.safetensors")
     assert torch.equal(torch.cat(list(held.values())), piece)
+
+
+class Counted(TensorMap):
+    """Counts what is read."""
+
+    reads = 0
+
+    def get(self, fqn: str) -> torch.Tensor:
+        self.reads += 1
+        return super().get(fqn)
+
+
+def test_weights_and_biases_are_cut_out_of_pieces_that_are_read_once() -> None:
+    parts = {
+        f"{layer}.{n}.{kind}": torch.randn(4, 3) if kind == "weight" else torch.randn(4)
+        for layer in "ab"
+        for n in "qkv"
+        for kind in ("weight", "bias")
+    }
+    pieces = {
+        f"{layer}.qkv.{kind}": torch.cat([parts[f"{layer}.{n}.{kind}"] for n in "qkv"])
+        for layer in "ab"
+        for kind in ("weight", "bias")
+    }
+    rules = [
+        {"into": f"{{}}.qkv.{k}", "parts": [f"{{}}.{n}.{k}" for n in "qkv"]}
+        for k in ("weight", "bias")
+    ]
+    scene = Scene(parts, pack=rules)
+    given = Counted(pieces)
+    source = scene.pipeline.open_weights(given, scene.compiled.plan)
+    assert all(torch.equal(source.get(name), value) for name, value in parts.items())
+    assert given.reads == len(pieces)
+    rows = scene.pipeline.refit(scene.compiled, pieces).report.transforms
+    assert [len(row.gives) for row in rows] == [6, 6]
+
+
+def test_experts_of_a_layer_are_cut_out_of_pieces_that_are_read_once() -> None:
+    """They are asked for expert by expert, which is not in the order of the pieces."""
+    parts = {
+        f"{layer}.{number}.{n}.weight": torch.randn(4, 5)
+        for layer in "ab"
+        for number in range(3)
+        for n in ("gate", "down", "up")
+    }
+    pieces = {}
+    for layer in "ab":
+        own = {f"m{name[1:]}": value for name, value in parts.items() if name[0] == layer}
+        pieces[f"{layer}.down"] = stacked(own, "down", 3)
+        pieces[f"{layer}.gate_up"] = torch.cat([stacked(own, n, 3) for n in ("gate", "up")], 1)
+    scene = Scene(parts, pack=[DOWN, GATE_UP])
+    given = Counted(pieces)
+    source = scene.pipeline.open_weights(given, scene.compiled.plan)
+    assert all(torch.equal(source.get(name), value) for name, value in parts.items())
+    assert given.reads == len(pieces)
+    assert same_state(scene.refit(pieces), parts)
 
 
 # -- with other rules -------------------------------------------------------------------------

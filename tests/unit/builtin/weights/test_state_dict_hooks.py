@@ -11,7 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils import parametrizations
 
 from refitkit import Ema, WeightedAverage
-from refitkit.errors import WeightMismatchError
+from refitkit.errors import SourceError, WeightMismatchError
 from tests.fakes import FakeModule, Loaded, OpenEngine, plan_for, same_state
 
 if TYPE_CHECKING:
@@ -191,6 +191,14 @@ def test_another_models_is_refused_by_its_fqns() -> None:
     bigger = {**own(module), "2.weight": torch.zeros(2)}
     with pytest.raises(WeightMismatchError, match=r"2\.weight: missing"):
         Scene(bigger).refit(module)
+
+
+def test_a_hook_that_fails_is_no_fault_of_a_plugin() -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("not now")
+
+    with pytest.raises(SourceError, match="state_dict of a live Hooked cannot be made: ValueErr"):
+        Scene({"a": torch.zeros(1)}).refit(Hooked(fail))
 
 
 def test_values_are_read_when_they_are_read() -> None:
