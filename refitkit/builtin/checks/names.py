@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from refitkit.errors import Problem
+from refitkit.model.families import FAMILIES
 from refitkit.program.dtypes import are_alike, dtype_of, is_lossless
 from refitkit.protocols import MadeOf
 from refitkit.recipe.reads import reads_of
@@ -167,8 +168,20 @@ def _differences(leaf: Leaf, info: TensorInfo, *, with_dtype: bool) -> Iterator[
             )
         yield Problem(leaf.fqn, "dtype", info.dtype, leaf.dtype, hint)
     if info.shape != leaf.shape:
-        hint = "the transposed shape" if info.shape == leaf.shape[::-1] else ""
+        hint = _on_transposed(leaf.fqn) if info.shape == leaf.shape[::-1] else ""
         yield Problem(leaf.fqn, "shape", str(info.shape), str(leaf.shape), hint)
+
+
+def _on_transposed(name: str) -> str:
+    """What to do about a weight that has the transposed shape.
+
+    Ready rules are named, which transpose square weights of that kind, too: no shape shows those.
+    """
+    for family, rules in FAMILIES.items():
+        if any(rule.transposed and name.endswith(rule.into.removeprefix("{}")) for rule in rules):
+            how = f"set rules.families to [{family!r}], or pass --family {family}"
+            return f"the transposed shape; to transpose all weights of this kind, {how}"
+    return "the transposed shape"
 
 
 def _cast_for(found: str, wanted: str) -> str:

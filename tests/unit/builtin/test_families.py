@@ -140,6 +140,8 @@ def test_gpt_2_has_transposed_layers() -> None:
             torch.testing.assert_close(linear(x) - linear.bias, part(x) - part.bias)
             turned[f"{path}.weight"] = linear.weight.detach()
     assert both_ways(whole(model.state_dict()), turned, "conv1d")
+    with pytest.raises(WeightMismatchError, match=r"the transposed shape; .*--family conv1d"):
+        scene(turned)(model)
 
 
 def test_attention_of_torch() -> None:
