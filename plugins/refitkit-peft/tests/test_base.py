@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
@@ -78,6 +79,22 @@ def test_a_copy_does_not_follow_the_model(memory, x):
     assert same(weights_of(open_weights(base)), before)
     given = Base(net)
     assert same(weights_of(open_weights(given)), net.state_dict())
+
+
+@pytest.mark.parametrize("memory", ["given", *COPIES])
+def test_hooks_of_the_model_do_not_rename_what_adapters_are_for(memory, net, x):
+    """As torchtune's fusion layers do it: they fit the checkpoints from before the fusion."""
+    given = weights_of(open_weights(Lora(net, {str(x.path): 0.7})))
+
+    def rename(module, state, prefix, _):
+        for name in [name for name in state if name.startswith(f"{prefix}lin.")]:
+            state[prefix + name.removeprefix(f"{prefix}lin.")] = state.pop(name)
+
+    hooked = copy.deepcopy(net)
+    hooked._register_state_dict_hook(rename)
+    assert "lin.weight" not in hooked.state_dict()
+    found = weights_of(open_weights(Lora(kept_in(memory, hooked), {str(x.path): 0.7})))
+    assert same(found, given)
 
 
 def test_a_mapped_copy_leaves_no_file_behind(net, tmp_path, monkeypatch):

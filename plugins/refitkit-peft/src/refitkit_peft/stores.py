@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from refitkit.errors import Problem, SourceError
 from refitkit.protocols import KnowsRevisions, MayChange
+from refitkit.recipe.module_weights import ModuleWeights
 from refitkit.recipe.sources import require_reread
 
 from refitkit_peft.keys import names_of_base
@@ -58,6 +59,8 @@ class Store:
             ConfigError: There is no such memory here.
         """
         _require_unmerged(weights)
+        if isinstance(source, ModuleWeights):
+            source = source.without_plan  # adapters have the names of modules, not those of hooks
         self._source = source
         self._own, left_out = names_of_base(source.names())
         self.infos: Mapping[str, TensorInfo] = {
