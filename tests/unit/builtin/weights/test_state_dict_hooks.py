@@ -183,6 +183,17 @@ def test_a_cast_that_rules_allow_counts() -> None:
         Scene(program).refit(module)
 
 
+def test_of_two_floats_the_programs_own_is_taken() -> None:
+    """A hook that keeps weights in float32, as trainers in half precision do."""
+
+    def widened(state: State, prefix: str, module: Any) -> None:
+        state[f"{prefix}weight"] = module.weight.detach().float() * 3
+
+    module = Hooked(widened, weight=nn.Parameter(torch.randn(3).half()))
+    for program in (own(module), held(module)):
+        assert same_state(Scene(program).refit(module), program)
+
+
 def test_another_models_is_refused_by_its_fqns() -> None:
     module = nn.Sequential(KINDS["renamed"](), nn.Linear(2, 2))
     program = own(KINDS["renamed"]())
