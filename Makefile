@@ -3,7 +3,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: setup demo test test-plugins test-matrix zoo zoo-aoti check bench clean
+.PHONY: setup demo test test-more test-plugins test-matrix zoo zoo-aoti check bench clean
 
 setup: .venv/installed
 
@@ -25,6 +25,16 @@ check: setup
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=30
 	$(BIN)/python scripts/plugin_wheels.py
+
+# What make test leaves out: longer slices of the campaigns, and tests that need diffusers. The
+# modules of tests/campaign say how to run all of them.
+test-more: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,more]'
+	$(BIN)/python -m pytest tests/unit/builtin/test_families.py
+	$(BIN)/python -m tests.campaign.interrupts --count 200
+	PYTHONPATH=plugins/refitkit-peft/src $(BIN)/python -m tests.campaign.kills --count 20
+	PYTHONPATH=plugins/refitkit-peft/src $(BIN)/python -m tests.campaign.io_faults --count 60 --allocations 10
+	$(BIN)/python -m tests.campaign.ambient
 
 # Each plugin's wheel in a fresh environment: installed, used, tested, uninstalled; and a new one.
 test-plugins: setup

@@ -13,7 +13,7 @@ import pytest
 import refitkit
 import torch
 from peft_models import make_net, open_weights, same, weights_of
-from refitkit.errors import ConfigError, SourceError, WeightMismatchError
+from refitkit.errors import ConfigError, ResourceError, SourceError, WeightMismatchError
 from refitkit.recipe import TensorMap
 from refitkit.testing.watching import Watched
 from safetensors.torch import load_file, save_file
@@ -108,7 +108,7 @@ def test_a_mapped_copy_leaves_no_file_behind(net, tmp_path, monkeypatch):
 
 def test_no_room_for_a_mapped_copy_is_a_typed_error(net, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
-    with pytest.raises(SourceError, match="cannot be copied to a temporary file"):
+    with pytest.raises(ResourceError, match="cannot be copied to a temporary file"):
         Base(net, "mapped")
 
 
