@@ -64,7 +64,7 @@ LIMITS = [Limit("descriptors", count) for count in range(8)]
 LIMITS += [Limit("bytes", size) for size in (0, 100, 1_000, 10_000, 100_000, 1_000_000)]
 _UNGUARDED = re.compile(r"contextlib\.py|(?!.*_guarded).*main\.py:\d+ in main$")
 # what CPython 3.11 itself makes of a lack of memory in os.stat, and in C code of others
-_QUIRKS = re.compile("or os.PathLike.*not PosixPath|error return without exception set")
+_QUIRKS = re.compile("os.PathLike.*, not PosixPath|error return without exception set")
 _EXPONENT = 4.5  # more allocations than any verb makes
 RANK = 2
 HAS_ADAPTERS = importlib.util.find_spec("refitkit_peft") is not None
