@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from refitkit import __version__
-from refitkit.cli import plugin as builtin_commands
+from refitkit.cli.names import COMMANDS
 from refitkit.cli.options import common_options
 from refitkit.errors import PluginError, RefitError, raise_if_resource
 from refitkit.host import BrokenPlugin
@@ -37,7 +37,7 @@ class RootGroup(click.Group):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As a ``click.Group``."""
         super().__init__(*args, **kwargs)
-        self.registrar = builtin_commands.name
+        self.registrar = COMMANDS
         self.owners: dict[str, str] = {}
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
@@ -76,8 +76,8 @@ class RootGroup(click.Group):
         except Exception as exc:
             raise_if_resource(exc, f"The command {ctx.invoked_subcommand!r} cannot run")
             command = ctx.invoked_subcommand or ""
-            owner = self.owners.get(command, builtin_commands.name)
-            if owner == builtin_commands.name:
+            owner = self.owners.get(command, COMMANDS)
+            if owner == COMMANDS:
                 raise
             raise PluginError(
                 f"The command {command!r} of the plugin {owner!r} failed: "
@@ -108,7 +108,7 @@ def make_group(host: Host, on_broken: Callable[[BrokenPlugin], None] | None = No
         """
 
     names = [info.name for info in host.plugins() if HOOK in info.hooks]
-    for name in sorted(names, key=lambda one: one != builtin_commands.name):
+    for name in sorted(names, key=lambda one: one != COMMANDS):
         refitkit.registrar = name
         try:
             host.call_one(name, HOOK, cli=refitkit)

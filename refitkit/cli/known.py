@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from refitkit.cli import plugin as builtin_commands
+from refitkit.cli.names import COMMANDS
 from refitkit.host import candidates
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class KnownPlugin:
 
 def known_names(explicit: Iterable[object] = ()) -> frozenset[str]:
     """Names of all plugins, whether they are switched on or off."""
-    return frozenset({builtin_commands.name, *(one.name for one in candidates(explicit))})
+    return frozenset({COMMANDS, *(one.name for one in candidates(explicit))})
 
 
 def unknown_names(session: Session) -> list[str]:
@@ -55,7 +55,7 @@ def unknown_names(session: Session) -> list[str]:
 def all_plugins(session: Session) -> list[KnownPlugin]:
     """All plugins: those in use, in the host's order, then the broken, then those switched off."""
     off = session.config().switched_off()
-    there = candidates([builtin_commands, *session.plugins])
+    there = candidates(session.registered)
     switched_off = {one.name: one for one in there if one.name in off}
     broken = [one.candidate for one in session.broken]
     in_use = [i for i in session.host.plugins() if session.host.candidate(i.name) not in broken]
@@ -92,4 +92,4 @@ def _left_out(one: Candidate, state: str, problem: str = "") -> KnownPlugin:
 
 def _origin(name: str, origin: str) -> str:
     """The plugin of the built-in commands is explicit for the host, and built in for users."""
-    return "built-in" if name == builtin_commands.name else origin
+    return "built-in" if name == COMMANDS else origin

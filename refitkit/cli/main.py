@@ -79,8 +79,8 @@ def _guarded(
 def _run(
     session: Session, args: list[str], on_broken: Callable[[BrokenPlugin], None] | None
 ) -> int:
-    plugins = [builtin_commands, *session.plugins]
-    session.host = make_host(session.config(), plugins, on_broken=on_broken)
+    session.registered = (builtin_commands, *session.plugins)
+    session.host = make_host(session.config(), session.registered, on_broken=on_broken)
     for name in unknown_names(session):
         session.warn(f"There is no plugin {name!r} to switch off.")
     group = make_group(session.host, on_broken)

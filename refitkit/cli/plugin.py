@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from refitkit.cli.names import COMMANDS
 from refitkit.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     import click
 
-name = "cli"
+name = COMMANDS
 
 
 @hookimpl

@@ -47,6 +47,7 @@ class Session:
         as_json: Whether the result is to be JSON.
         no_plugins: Names of plugins that are switched off.
         host: The plugins of the command line.
+        registered: Those of them that were passed: its own commands, and explicit ones.
         broken: Plugins that were left out because they are broken; only commands that are there to
             tell of them run then.
         progress: Shows what pipelines are at.
@@ -54,6 +55,7 @@ class Session:
     """
 
     host: Host
+    registered: tuple[object, ...]
 
     def __init__(self, early: Early, stdout: TextIO, plugins: Iterable[object] = ()) -> None:
         """Start one.

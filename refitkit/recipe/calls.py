@@ -15,7 +15,6 @@ from refitkit.recipe.conditions import aligned, same_settings
 from refitkit.recipe.layouts import RESHAPES, is_view
 from refitkit.recipe.literals import decode
 from refitkit.recipe.operands import Followed, is_reference, operands_of
-from refitkit.recipe.schedule import Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -162,8 +161,6 @@ class Calls:
         self._data = data
         self._leaves = {leaf.fqn: leaf for leaf in data.leaves}
         self.followed = Followed(data.calls)
-        self._below: dict[int, Schedule] = {}
-        self._schedules: dict[tuple[CallRef, ...], Schedule] = {}
 
     @cached_property
     def ready(self) -> tuple[Ready, ...]:
@@ -253,19 +250,6 @@ class Calls:
         """Batches, by the calls in them."""
         found = batched(self._data.calls, [one.operands for one in self.ready], self)
         return {number: batch for batch in found for number in batch.members}
-
-    def schedule_below(self, number: int) -> Schedule:
-        """The same for all results of one steady call."""
-        if number not in self._below:
-            results = (CallRef(call=number, output=i) for i in range(self.ready[number].results))
-            self._below[number] = Schedule(self, tuple(results), inside=number)
-        return self._below[number]
-
-    def schedule(self, values: tuple[CallRef, ...]) -> Schedule:
-        """In which order calls are made for these values; the last ones asked for are kept."""
-        if values not in self._schedules:
-            self._schedules = {values: Schedule(self, values)}
-        return self._schedules[values]
 
 
 def _places(one: OpCall) -> Iterator[tuple[int | str, int | None]]:

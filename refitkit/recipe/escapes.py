@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from unittest import mock
 
 import numpy as np
@@ -31,8 +31,11 @@ from refitkit.recipe.unwatched import is_trusted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
-    from refitkit.recipe.tape import Tape
+    from refitkit.recipe.loans import Loans
+    from refitkit.recipe.origins import Origin
+    from refitkit.recipe.provenance import Provenance
 
 _MAKERS = ("array", "asarray", "ascontiguousarray", "asfortranarray", "asanyarray", "require")
 """Functions of NumPy that give an array itself, or a copy of it, or one of several."""
@@ -56,11 +59,42 @@ _FRESH = ("arange", "eye", "full", "identity", "ones", "ones_like", "zeros", "ze
 """Functions of NumPy that give an array of numbers."""
 
 
+class Recorder(Protocol):
+    """What is told of values that leave it: a tape.
+
+    Attributes:
+        loans: Arrays of NumPy that were given out.
+        provenance: Where values come from.
+    """
+
+    loans: Loans
+    provenance: Provenance
+
+    @property
+    def is_on(self) -> bool:
+        """Whether what happens now, in this thread, is recorded."""
+
+    def sees(self, value: Any) -> bool:
+        """Whether it is a tensor that is followed, and recording is on."""
+
+    def paused(self) -> AbstractContextManager[None]:
+        """See nothing until the end of the block."""
+
+    def origin_of(self, tensor: torch.Tensor) -> Origin:
+        """Where a tensor's values come from."""
+
+    def lent(self, tensor: torch.Tensor, array: np.ndarray, *, trusted: bool) -> None:
+        """Its memory was given out as an array."""
+
+    def escaped(self, tensor: torch.Tensor, origin: Origin, how: str) -> None:
+        """Its values were given out in a way that nothing follows."""
+
+
 @contextmanager
-def watched(tape: Tape) -> Iterator[None]:
+def watched(tape: Recorder) -> Iterator[None]:
     """Watch what leaves a tape, until the end of the block."""
     with ExitStack() as stack:
-        patches: tuple[tuple[Any, str, Callable[[Tape, Any], Any]], ...] = (
+        patches: tuple[tuple[Any, str, Callable[[Recorder, Any], Any]], ...] = (
             (torch.Tensor, "numpy", _numpy),
             (torch.Tensor, "__array__", _array),
             (torch.Tensor, "__dlpack__", partial(_exporter, how="it is given away by DLPack")),
@@ -93,13 +127,13 @@ def watched(tape: Tape) -> Iterator[None]:
         yield
 
 
-def _left(tape: Tape, tensor: torch.Tensor) -> Callable[[str], None]:
+def _left(tape: Recorder, tensor: torch.Tensor) -> Callable[[str], None]:
     with tape.paused():
         value = tensor.detach()
     return lambda how: tape.escaped(value, tape.origin_of(value), how)
 
 
-def _numpy(tape: Tape, real: Any) -> Any:
+def _numpy(tape: Recorder, real: Any) -> Any:
     def numpy(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         array = real(self, *args, **kwargs)
         if not tape.sees(self):
@@ -110,7 +144,7 @@ def _numpy(tape: Tape, real: Any) -> Any:
     return numpy
 
 
-def _array(tape: Tape, real: Any) -> Any:
+def _array(tape: Recorder, real: Any) -> Any:
     """``Tensor.__array__``: NumPy makes a plain array of what it gives, and asks no more."""
 
     def array(self: torch.Tensor, dtype: Any = None, copy: bool | None = None) -> Any:  # noqa: FBT001 - NumPy's
@@ -124,7 +158,7 @@ def _array(tape: Tape, real: Any) -> Any:
     return array
 
 
-def _exporter(tape: Tape, real: Any, *, how: str) -> Any:
+def _exporter(tape: Recorder, real: Any, *, how: str) -> Any:
     def export(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if tape.sees(self):
             tape.escaped(self, tape.origin_of(self), how)
@@ -133,7 +167,7 @@ def _exporter(tape: Tape, real: Any, *, how: str) -> Any:
     return export
 
 
-def _from_dlpack(tape: Tape, real: Any) -> Any:
+def _from_dlpack(tape: Recorder, real: Any) -> Any:
     def from_dlpack(data: Any, *args: Any, **kwargs: Any) -> Any:
         if not tape.sees(data):
             return real(data, *args, **kwargs)
@@ -143,7 +177,7 @@ def _from_dlpack(tape: Tape, real: Any) -> Any:
     return from_dlpack
 
 
-def _setitem(tape: Tape, real: Any) -> Any:
+def _setitem(tape: Recorder, real: Any) -> Any:
     """``tensor[index] = number``: torch makes a tensor of it where no op is seen."""
 
     def setitem(self: torch.Tensor, index: Any, value: Any) -> None:
@@ -156,7 +190,7 @@ def _setitem(tape: Tape, real: Any) -> Any:
     return setitem
 
 
-def _data_ptr(tape: Tape, real: Any) -> Any:
+def _data_ptr(tape: Recorder, real: Any) -> Any:
     def data_ptr(self: torch.Tensor) -> Any:
         address = real(self)
         if tape.sees(self):
@@ -168,7 +202,7 @@ def _data_ptr(tape: Tape, real: Any) -> Any:
     return data_ptr
 
 
-def _given(tape: Tape, real: Any, *, how: str) -> Any:
+def _given(tape: Recorder, real: Any, *, how: str) -> Any:
     """A function that gives what leads to the memory of its first argument, or holds a copy."""
 
     def give(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -181,7 +215,7 @@ def _given(tape: Tape, real: Any, *, how: str) -> Any:
     return give
 
 
-def _interface(tape: Tape, real: Any) -> Any:
+def _interface(tape: Recorder, real: Any) -> Any:
     def read(self: torch.Tensor) -> Any:
         if tape.sees(self) and not is_trusted():
             tape.provenance.gave_memory(self, "the address")
@@ -190,7 +224,7 @@ def _interface(tape: Tape, real: Any) -> Any:
     return property(read)
 
 
-def _storage(tape: Tape, real: Any) -> Any:
+def _storage(tape: Recorder, real: Any) -> Any:
     """A method of storages that gives their bytes, their address, or another process's way in."""
 
     def give(self: torch.UntypedStorage, *args: Any, **kwargs: Any) -> Any:
@@ -203,7 +237,7 @@ def _storage(tape: Tape, real: Any) -> Any:
     return give
 
 
-def _clone(tape: Tape, real: Any) -> Any:
+def _clone(tape: Recorder, real: Any) -> Any:
     def clone(self: torch.UntypedStorage) -> Any:
         with tape.paused():
             copy = real(self)
@@ -213,7 +247,7 @@ def _clone(tape: Tape, real: Any) -> Any:
     return clone
 
 
-def _tensor(tape: Tape, real: Any) -> Any:
+def _tensor(tape: Recorder, real: Any) -> Any:
     """``torch.tensor`` and its like: they make tensors of numbers, arrays, and lists of tensors."""
 
     def tensor(data: Any, *args: Any, **kwargs: Any) -> Any:
@@ -229,14 +263,14 @@ def _tensor(tape: Tape, real: Any) -> Any:
     return tensor
 
 
-def _new_tensor(tape: Tape, real: Any) -> Any:
+def _new_tensor(tape: Recorder, real: Any) -> Any:
     def new_tensor(self: torch.Tensor, data: Any, *args: Any, **kwargs: Any) -> Any:
         return _tensor(tape, partial(real, self))(data, *args, **kwargs)
 
     return new_tensor
 
 
-def _from_numpy(tape: Tape, real: Any) -> Any:
+def _from_numpy(tape: Recorder, real: Any) -> Any:
     def from_numpy(data: Any) -> Any:
         with tape.paused():
             found = real(arrays.writable(data))
@@ -245,7 +279,7 @@ def _from_numpy(tape: Tape, real: Any) -> Any:
     return from_numpy
 
 
-def _made(tape: Tape, data: Any, found: Any) -> Any:
+def _made(tape: Recorder, data: Any, found: Any) -> Any:
     """A tensor made of an array or of numbers: on a known memory, or a literal."""
     if tape.sees(found) and tape.provenance.knows_memory(found):
         tape.provenance.came_back(found)
@@ -264,7 +298,7 @@ def _tell(data: Any, how: str) -> None:
         one.tell(how)
 
 
-def _maker(tape: Tape, real: Any) -> Any:
+def _maker(tape: Recorder, real: Any) -> Any:
     def make(data: Any, *args: Any, **kwargs: Any) -> Any:
         made = real(data, *args, **kwargs)
         if isinstance(data, arrays.Watched) and not isinstance(made, arrays.Watched):
@@ -280,7 +314,7 @@ def _maker(tape: Tape, real: Any) -> Any:
     return make
 
 
-def _copier(_: Tape, real: Any) -> Any:
+def _copier(_: Recorder, real: Any) -> Any:
     def copy(*args: Any, **kwargs: Any) -> Any:
         _tell((args, kwargs), "NumPy copies it")
         return real(*args, **kwargs)
@@ -288,7 +322,7 @@ def _copier(_: Tape, real: Any) -> Any:
     return copy
 
 
-def _fresh(tape: Tape, real: Any) -> Any:
+def _fresh(tape: Recorder, real: Any) -> Any:
     def make(*args: Any, **kwargs: Any) -> Any:
         made = real(*args, **kwargs)
         _tell((args, kwargs) if real.__name__ == "full" else (), "NumPy copies it")

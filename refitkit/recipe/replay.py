@@ -16,13 +16,14 @@ from refitkit.errors import PlanMismatchError, Problem, raise_if_resource
 from refitkit.model import CallRef, PinnedRef, SourceRef
 from refitkit.program.bits import same_bits
 from refitkit.recipe.conditions import is_flushing
-from refitkit.recipe.schedule import Keep, Load, Make, Many, Schedule
+from refitkit.recipe.schedule import Keep, Load, Make, Many
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from refitkit.model import Value
-    from refitkit.recipe.calls import Calls, Ready, Results
+    from refitkit.recipe.calls import Ready, Results
+    from refitkit.recipe.schedule import Schedule, Schedules
 
 
 @contextmanager
@@ -75,7 +76,7 @@ class Replay:
 
     def __init__(
         self,
-        calls: Calls,
+        schedules: Schedules,
         values: Sequence[Value],
         leaf: Callable[[str], torch.Tensor],
         pinned: Callable[[str], torch.Tensor],
@@ -84,14 +85,14 @@ class Replay:
         """Compute nothing yet.
 
         Args:
-            calls: The plan's calls.
+            schedules: Orders of the plan's calls.
             values: Values that will be asked for, once each, best in this order; others can be,
                 and again, and are then computed on their own.
             leaf: Gives a leaf of the program.
             pinned: Gives a tensor that the plan keeps.
             kept: Results of the refits before.
         """
-        self._calls, self._leaf, self._pinned, self._kept = calls, leaf, pinned, kept
+        self._schedules, self._leaf, self._pinned, self._kept = schedules, leaf, pinned, kept
         self._wanted = tuple(value for value in values if isinstance(value, CallRef))
         self._run: _Run | None = None
         self._lock = threading.Lock()
@@ -124,18 +125,15 @@ class Replay:
         return found
 
     def _start(self, values: tuple[CallRef, ...]) -> _Run:
-        shared = self._calls.schedule(values) if len(values) > 1 else None
-        schedule = shared or Schedule(self._calls, values)
-        return _Run(schedule, self._leaf, self._pinned, self._below)
+        return _Run(self._schedules.of(values), self._leaf, self._pinned, self._below)
 
     def _below(self, number: int) -> Results:
         """Results of a steady call: those of before, if its leaves are what they were."""
-        leaves = {fqn: self._leaf(fqn) for fqn in self._calls.followed.by_call(number)}
+        leaves = {fqn: self._leaf(fqn) for fqn in self._schedules.calls.followed.by_call(number)}
         found = self._kept.of(number, leaves)
         if found is None:
-            run = _Run(
-                self._calls.schedule_below(number), leaves.__getitem__, self._pinned, self._below
-            )
+            schedule = self._schedules.below(number)
+            run = _Run(schedule, leaves.__getitem__, self._pinned, self._below)
             found = run.results()
             self._kept.keep(number, leaves, found)
         return found

@@ -235,6 +235,36 @@ class Schedule:
             self.final.update(dict.fromkeys(used - self.final.keys(), position))
 
 
+class Schedules:
+    """Schedules of a plan's calls, made once where they are asked for again.
+
+    Attributes:
+        calls: The calls.
+    """
+
+    def __init__(self, calls: Calls) -> None:
+        """Make none yet."""
+        self.calls = calls
+        self._below: dict[int, Schedule] = {}
+        self._last: dict[tuple[CallRef, ...], Schedule] = {}
+
+    def of(self, values: tuple[CallRef, ...]) -> Schedule:
+        """The order of calls for these values; that of the last several values is kept."""
+        if len(values) < 2:  # noqa: PLR2004 - values that are asked for alone are seldom the same
+            return Schedule(self.calls, values)
+        if values not in self._last:
+            self._last = {values: Schedule(self.calls, values)}
+        return self._last[values]
+
+    def below(self, number: int) -> Schedule:
+        """The order of calls for all results of one steady call."""
+        if number not in self._below:
+            count = self.calls.ready[number].results
+            results = tuple(CallRef(call=number, output=i) for i in range(count))
+            self._below[number] = Schedule(self.calls, results, inside=number)
+        return self._below[number]
+
+
 def _used(step: Load | Make | Keep | Many) -> set[int]:
     """Places that a step reads or fills."""
     if isinstance(step, Load):

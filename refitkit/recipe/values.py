@@ -13,6 +13,7 @@ from refitkit.protocols import SlotValue
 from refitkit.recipe.calls import Calls
 from refitkit.recipe.pieces import pieces_of
 from refitkit.recipe.replay import Kept, Replay
+from refitkit.recipe.schedule import Schedules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ class Values:
         self._data, self._pinned = data, pinned
         self._twins = {name: tie for tie in data.ties for name in tie}
         self._calls = Calls(data)
+        self._schedules = Schedules(self._calls)
         self._kept = Kept()
         self._constants: dict[SlotKey, SlotValue] = {}
         self._all_sources = tuple(dict.fromkeys(n for row in data.ledger for n in row.sources))
@@ -177,7 +179,7 @@ class Values:
             twin = next((name for name in self._twins.get(fqn, ()) if name in names), None)
             return self._pinned[fqn] if twin is None else get(twin)
 
-        return Replay(self._calls, values, leaf, self._pinned.__getitem__, self._kept)
+        return Replay(self._schedules, values, leaf, self._pinned.__getitem__, self._kept)
 
 
 def _reason(reason: str, _source: WeightSource, _replay: Replay) -> str:

@@ -108,12 +108,30 @@ def _free_name(suite: type, number: int, suites: tuple[type, ...]) -> str:
     return suite.__name__ if len(same) == 1 else f"{suite.__name__}_{number}"
 
 
-def _missing(info: PluginInfo, brought: tuple[type, ...]) -> list[CheckResult]:
-    from refitkit import testing  # noqa: PLC0415 - its names are imported when they are used
+def _suites() -> tuple[type, ...]:
+    """The suites that are wanted, by whatever plugin offers something."""
+    from refitkit.testing.backend import BackendSuite  # noqa: PLC0415 - these import torch
+    from refitkit.testing.engine import EngineSuite  # noqa: PLC0415
+    from refitkit.testing.source import SourceSuite  # noqa: PLC0415
+    from refitkit.testing.strategy import StrategySuite  # noqa: PLC0415
+    from refitkit.testing.transform import TransformSuite  # noqa: PLC0415
+    from refitkit.testing.verifier import VerifierSuite  # noqa: PLC0415
 
+    return (
+        BackendSuite,
+        EngineSuite,
+        SourceSuite,
+        StrategySuite,
+        TransformSuite,
+        VerifierSuite,
+    )
+
+
+def _missing(info: PluginInfo, brought: tuple[type, ...]) -> list[CheckResult]:
     found: list[CheckResult] = []
-    for name, hooks in WANTED.items():
-        suite: type = getattr(testing, name)
+    for suite in _suites():
+        name = suite.__name__
+        hooks = WANTED[name]
         here = [hook for hook in hooks if hook in info.hooks]
         if here and not any(issubclass(one, suite) for one in brought):
             message = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from refitkit.builtin.aotinductor.names import NAME
 from refitkit.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from refitkit.protocols import Backend, OpenedModule
-
-NAME = "aotinductor"
 
 
 @hookimpl

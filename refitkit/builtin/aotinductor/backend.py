@@ -5,10 +5,11 @@ from __future__ import annotations
 import platform
 from typing import TYPE_CHECKING, Any
 
-from refitkit.builtin.aotinductor import NAME, compiling, opening
+from refitkit.builtin.aotinductor import compiling, opening
 from refitkit.builtin.aotinductor.engine import ENGINE
 from refitkit.builtin.aotinductor.ledger import Ledger
 from refitkit.builtin.aotinductor.module import AOTInductorModule
+from refitkit.builtin.aotinductor.names import NAME
 from refitkit.errors import UnsupportedTargetError
 from refitkit.protocols import PlanDraft
 

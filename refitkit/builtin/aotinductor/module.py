@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
-from refitkit.builtin.aotinductor import NAME, container, package
+from refitkit.builtin.aotinductor import container, package
 from refitkit.builtin.aotinductor.engine import ENGINE, AOTInductorEngine
 from refitkit.builtin.aotinductor.inputs import CallSpec, InputChecker, run_unknown, spec_of
+from refitkit.builtin.aotinductor.names import NAME
 from refitkit.errors import EngineError, raise_if_resource
 from refitkit.program import facts_of
 from refitkit.replacing import replacing

@@ -86,7 +86,7 @@ class WeightedAverage(Merge):
         """See ``Merge``."""
         from refitkit.builtin.merges.opening import open_average  # noqa: PLC0415 - imports torch
 
-        return open_average(self, open_weights)
+        return open_average(self.parts, open_weights, normalize=self.normalize)
 
 
 class TaskVectors(Merge):
@@ -128,7 +128,7 @@ class TaskVectors(Merge):
         """See ``Merge``."""
         from refitkit.builtin.merges.opening import open_task_vectors  # noqa: PLC0415 - as above
 
-        return open_task_vectors(self, open_weights)
+        return open_task_vectors(self.base, self.tasks, open_weights)
 
 
 def _divides(total: float, given: Iterable[tuple[object, float]]) -> bool:

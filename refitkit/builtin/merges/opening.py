@@ -15,35 +15,39 @@ if TYPE_CHECKING:
 
     import torch
 
-    from refitkit.builtin.merges.descriptions import TaskVectors, WeightedAverage
     from refitkit.protocols import WeightSource
 
 _SHOWN = 3
 
 
 def open_average(
-    merge: WeightedAverage, open_weights: Callable[[object], WeightSource]
+    given: Sequence[tuple[object, float]],
+    open_weights: Callable[[object], WeightSource],
+    *,
+    normalize: bool,
 ) -> WeightSource:
-    """An average of any weights."""
-    shares = tuple(share for _, share in merge.parts)
-    parts = _opened([part for part, _ in merge.parts], open_weights)
+    """An average of any weights, each with its share."""
+    shares = tuple(share for _, share in given)
+    parts = _opened([part for part, _ in given], open_weights)
     what = "an average of " + _terms(shares, parts)
     formula = Formula(
-        kind="average" if merge.normalize else "sum",
+        kind="average" if normalize else "sum",
         numbers=shares,
         counts=tuple(place for place, share in enumerate(shares) if share),
-        keeps_equal=merge.normalize,
-        make=partial(average, keep_equal=merge.normalize),
+        keeps_equal=normalize,
+        make=partial(average, keep_equal=normalize),
     )
     return Merged(parts, formula, what)
 
 
 def open_task_vectors(
-    merge: TaskVectors, open_weights: Callable[[object], WeightSource]
+    base: object,
+    tasks: Sequence[tuple[object, float]],
+    open_weights: Callable[[object], WeightSource],
 ) -> WeightSource:
-    """A base and task vectors of any weights."""
-    scales = tuple(scale for _, scale in merge.tasks)
-    parts = _opened([merge.base, *(task for task, _ in merge.tasks)], open_weights)
+    """A base and task vectors of any weights, each with its scale."""
+    scales = tuple(scale for _, scale in tasks)
+    parts = _opened([base, *(task for task, _ in tasks)], open_weights)
     what = parts[0].description
     if scales:
         what += " with tasks of " + _terms(scales, parts[1:])

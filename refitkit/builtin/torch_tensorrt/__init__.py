@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from refitkit.builtin.torch_tensorrt.names import NAME, NETWORK
 from refitkit.hookspecs import hookimpl
 from refitkit.model import LayerType
 
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from refitkit.protocols import Backend, MappingStrategy, OpenedModule, Tools, Verifier
-
-NAME = "torch_tensorrt"
-NETWORK = "tensorrt_network"
 
 LAYER_TYPES = (
     LayerType(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from refitkit.builtin.torch_tensorrt import NAME, opening, upstream
+from refitkit.builtin.torch_tensorrt import opening, upstream
 from refitkit.builtin.torch_tensorrt.engine import RefitterEngine
 from refitkit.builtin.torch_tensorrt.in_process import interpret, own_copy
 from refitkit.builtin.torch_tensorrt.making import default_makers
 from refitkit.builtin.torch_tensorrt.module import TorchTensorRTOpened
+from refitkit.builtin.torch_tensorrt.names import NAME
 from refitkit.builtin.torch_tensorrt.network.planning import Planned, plan_program
 from refitkit.builtin.torch_tensorrt.options import unknown
 from refitkit.builtin.torch_tensorrt.plan_key import key_of_options, key_of_settings

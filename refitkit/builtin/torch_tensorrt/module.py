@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from refitkit.builtin.torch_tensorrt import NAME
 from refitkit.builtin.torch_tensorrt.copying import as_program, duplicate
 from refitkit.builtin.torch_tensorrt.in_process import interpret
 from refitkit.builtin.torch_tensorrt.matching import check_structures
+from refitkit.builtin.torch_tensorrt.names import NAME
 from refitkit.builtin.torch_tensorrt.program_file import extra_files
 from refitkit.errors import EngineError, InputMismatchError, raised_as
 from refitkit.replacing import replacing

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from refitkit.model import LedgerRow, SlotState
 from refitkit.program import facts_of
@@ -12,13 +12,11 @@ from refitkit.protocols import PlanDraft
 from refitkit.recipe import Recorded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     import torch
     from torch.export import ExportedProgram
 
-    from refitkit.builtin.torch_tensorrt.in_process import Interpreted
-    from refitkit.builtin.torch_tensorrt.network.planning import Planned
     from refitkit.model import Slot
     from refitkit.protocols import OpenedModule
 
@@ -28,12 +26,36 @@ NOT_RECORDED = (
 )
 
 
+class Recording(Protocol):
+    """What became of a program when it was planned, in this process or in another one."""
+
+    @property
+    def recorded(self) -> Recorded | None:
+        """How slots follow from the program's weights; None where it was not recorded."""
+
+    @property
+    def constants(self) -> Mapping[str, torch.Tensor]:
+        """What the program has and no state_dict holds, by FQN."""
+
+    @property
+    def settings(self) -> Mapping[str, str]:
+        """Settings on which slots depend, as text."""
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Versions of what made them."""
+
+    @property
+    def layer_types(self) -> tuple[str, ...]:
+        """Names of the layer types that hold weights."""
+
+
 def rebuilt_row(slot: Slot) -> LedgerRow:
     """A slot that only an interpreter's run can serve."""
     return LedgerRow(slot=slot, state=SlotState.UNMAPPED, reason=NOT_RECORDED)
 
 
-def draft_of(found: Interpreted | Planned, slots: Iterable[Slot], device: str) -> PlanDraft:
+def draft_of(found: Recording, slots: Iterable[Slot], device: str) -> PlanDraft:
     """A draft of what was recorded; other rows can only be served by an interpreter's run.
 
     Args:

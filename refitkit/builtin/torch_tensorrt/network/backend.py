@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from refitkit.builtin.torch_tensorrt import NETWORK
 from refitkit.builtin.torch_tensorrt.matching import check_slots, check_structures
+from refitkit.builtin.torch_tensorrt.names import NETWORK
 from refitkit.builtin.torch_tensorrt.network import saving
 from refitkit.builtin.torch_tensorrt.network.module import NetworkModule
 from refitkit.builtin.torch_tensorrt.network.planning import Planned, plan_program

@@ -5,8 +5,8 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from refitkit.builtin.torch_tensorrt import NETWORK
 from refitkit.builtin.torch_tensorrt.matching import check_structures
+from refitkit.builtin.torch_tensorrt.names import NETWORK
 from refitkit.builtin.torch_tensorrt.network import saving
 from refitkit.builtin.torch_tensorrt.network.engine import NetworkEngine
 from refitkit.builtin.torch_tensorrt.network.planning import Planned, plan_program

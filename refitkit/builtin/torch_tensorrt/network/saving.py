@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import ValidationError
 from safetensors import SafetensorError
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     import torch
     from torch.export import ExportedProgram
 
-    from refitkit.builtin.torch_tensorrt.network.module import NetworkModule
+    from refitkit.builtin.torch_tensorrt.network.engine import NetworkEngine
+    from refitkit.builtin.torch_tensorrt.network.planning import Planned
     from refitkit.recipe.archive import Streamed
 
 SUFFIX = ".engine"
@@ -55,6 +56,26 @@ _MALFORMED = (
 """What reading a malformed member raises."""
 
 _NAME = re.compile(r"[A-Za-z0-9_]{1,200}")
+
+
+class Savable(Protocol):
+    """What is written of a module; see ``NetworkModule``."""
+
+    @property
+    def engines(self) -> Mapping[str, NetworkEngine]:
+        """Its parts, by name."""
+
+    @property
+    def planned(self) -> Planned:
+        """The session that holds its networks."""
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Options that it was compiled with."""
+
+    @property
+    def template(self) -> Template:
+        """The program without its weights."""
 
 
 class PartEntry(Frozen):
@@ -94,7 +115,7 @@ class Manifest(Frozen):
 # -- writing ------------------------------------------------------------------------------------
 
 
-def save(module: NetworkModule, path: Path, attachments: Mapping[str, bytes]) -> None:
+def save(module: Savable, path: Path, attachments: Mapping[str, bytes]) -> None:
     """Write a module.
 
     Raises:
@@ -113,7 +134,7 @@ def save(module: NetworkModule, path: Path, attachments: Mapping[str, bytes]) ->
         _write(module, folder, attachments)
 
 
-def _save_engine(module: NetworkModule, path: Path) -> None:
+def _save_engine(module: Savable, path: Path) -> None:
     files = [engine.live.engine for engine in module.engines.values()]
     if len(files) != 1 or files[0] is None:
         raise UnsupportedTargetError(
@@ -125,7 +146,7 @@ def _save_engine(module: NetworkModule, path: Path) -> None:
         file.write(files[0].read_bytes())
 
 
-def _write(module: NetworkModule, folder: Path, attachments: Mapping[str, bytes]) -> None:
+def _write(module: Savable, folder: Path, attachments: Mapping[str, bytes]) -> None:
     entries = []
     members: dict[str, bytes | Path | Streamed] = dict(module.template.members())
     for name, engine in module.engines.items():

@@ -1,0 +1,5 @@
+"""The name of the backend."""
+
+from __future__ import annotations
+
+NAME = "aotinductor"
