@@ -21,6 +21,7 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/mypy $(wildcard plugins/*/src)
 	$(BIN)/lint-imports
+	$(BIN)/python scripts/structure.py --check
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=30
