@@ -18,9 +18,9 @@ WHOLE_SUBTREE = "a subtree has all names"
 """Kind of problem: the whole model lies under a prefix."""
 
 _SUGGESTIONS = 10
+_PATTERNS = 8
 _LISTED = 10_000
 """So many unexpected names are listed one by one: a file may have millions."""
-_PATTERNS = 8
 _NUMBER = re.compile(r"(?<=\\.)\d+(?=\\.)")
 
 
@@ -33,6 +33,7 @@ def unexpected(
     *,
     given: Collection[str] = (),
     to_leave_out: str = "",
+    complete: bool = False,
 ) -> Iterator[Problem]:
     """One problem for each name, with a prefix to take away or add, or a name much like it.
 
@@ -43,25 +44,30 @@ def unexpected(
         known: Names that there could be.
         whose: Whose names those are, for messages: ``the model``.
         describe: Returns the header of an entry.
-        where: Where the names were found, if that has to be said.
+        where: Where the names were found, if that has to be said: rules are for all weights, and
+            cannot give other names to these.
         given: All names that were found: what is not among them is more likely meant.
         to_leave_out: What to do to leave all of them out; empty where that is not the answer.
+        complete: Whether none is missing, so that no prefix is wrong.
     """
     if not strange:
         return  # as nearly always: the rest looks at every name
-    prefix, lacking = _common_prefix(strange, known), _lacking_prefix(strange, known)
-    there = set(given)
-    meant = [name for name in known if name not in there]
+    there, prefix, lacking = set(given), "", ""
+    meant = {name: None for name in known if name not in there}
+    if not complete:
+        prefix, lacking = _common_prefix(strange, meant), _lacking_prefix(strange, meant)
+    without = _renaming(rf"{re.escape(prefix)}(.*)", r"\1") if not where else ""
+    with_it = _renaming(_all_of(strange, given), rf"{lacking}\1") if not where else ""
     for number, name in enumerate(islice(strange, _LISTED)):
         hint = f"{whose} has no such name"
-        if prefix and not to_leave_out:
-            hint = f"{whose}'s names have no prefix {prefix!r}: take it away"
-        elif lacking and not to_leave_out:
-            hint = f"{whose}'s names have the prefix {lacking!r}: put it before them"
+        if prefix:
+            hint = f"{whose}'s names have no prefix {prefix!r}: take it away{without}"
+        elif lacking:
+            hint = f"{whose}'s names have the prefix {lacking!r}: put it before them{with_it}"
         elif number < _SUGGESTIONS:  # each compares with every name that is known
             near = _nearest(name, meant) or _nearest(name, known)
             hint = f"did you mean {near[0]!r}?" if near else hint
-        hint += f"; {to_leave_out}" if to_leave_out else ""
+        hint += f"; {to_leave_out}" if to_leave_out and not (prefix or lacking) else ""
         info = describe(name)
         found = info.unusable or f"{info.dtype} {info.shape}"
         yield Problem(name, "unexpected", f"{found} in {where}" if where else found, hint=hint)
@@ -70,21 +76,43 @@ def unexpected(
         yield Problem(f"{len(strange) - _LISTED} more names", "unexpected", where, hint=hint)
 
 
-def ignoring(strange: Iterable[str], kept: Collection[str]) -> str:
+def _renaming(pattern: str, to: str) -> str:
+    """How to give names that match a pattern another name; nothing without a pattern."""
+    if not pattern:
+        return ""
+    rule = {"pattern": pattern, "to": to}
+    return f", or set rules.rename to {[rule]}, or pass --rename '{pattern}={to}'"
+
+
+def _all_of(strange: Iterable[str], given: Iterable[str]) -> str:
+    """A regular expression that matches some names as a group, and no given ones; or nothing."""
+    first = {name.partition(".")[0] for name in given}
+    if not first:
+        return "(.*)"
+    tops = dict.fromkeys(name.partition(".")[0] for name in strange)
+    if not first.isdisjoint(tops) or len(tops) > _PATTERNS:
+        return ""
+    return rf"((?:{'|'.join(map(re.escape, tops))})(?:\..*)?)"
+
+
+def ignoring(strange: Iterable[str], kept: Collection[str], *, most: int = 8) -> str:
     """A regular expression that matches some names and no others, as short as it can be found.
 
     Args:
         strange: Names that it matches, each as a whole.
         kept: Names that it must not match.
+        most: How many patterns it may be made of.
 
     Returns:
-        It; empty where it would be long.
+        It; empty where it would be long, or there is none.
     """
     inside = {name[:end] for name in kept for end in _dots(name)}
     found: dict[str, None] = {}
     for name in strange:
         ends = (end for end in _dots(name) if name[:end] not in inside)
         end = next(ends, None)
+        if end is None and name in kept:
+            return ""
         pattern = re.escape(name) if end is None else re.escape(name[:end]) + ".*"
         several = _NUMBER.sub(r"\\d+", pattern)
         if pattern in found or several in found:
@@ -92,7 +120,7 @@ def ignoring(strange: Iterable[str], kept: Collection[str]) -> str:
         if not any(re.fullmatch(several, one) for one in kept):
             pattern = several
         found[pattern] = None
-        if len(found) > _PATTERNS:
+        if len(found) > most:
             return ""
     return "|".join(found)
 
