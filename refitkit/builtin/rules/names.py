@@ -47,7 +47,9 @@ class Names:
         names, reads = request.source.names(), reads_of(request.plan)
         rules = self._rules
         if not (rules.subtree or rules.ignore) and reads.known.issuperset(names):
-            return
+            moved = {n: self._renamed(n) for n in names} if rules.rename else {}
+            if not any(new != n and new in reads.known for n, new in moved.items()):
+                return  # as nearly always; rules may exchange names of the program
         _require_inside(rules.subtree, names)
         outside, ignored, kept = self._sorted(names)
         readings = Readings(reads, request.source, rules, kept)

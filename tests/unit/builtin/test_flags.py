@@ -58,7 +58,7 @@ def refit(program: State, weights: State, flags: str = "", **how: Any) -> State:
     scene = Loaded(FakeModule([OpenEngine("e0", zeros)]), rules=rules_of(flags))
     scene.compiled.plan = plan_for(scene.module)
     scene.pipeline.refit(scene.compiled, weights, **how)
-    return {name.removeprefix("e0/"): value for name, value in scene.holds().items()}
+    return scene.holds()
 
 
 def flags_for(program: State, weights: State, flags: str = "", **how: Any) -> list[str]:
