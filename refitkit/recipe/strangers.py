@@ -52,28 +52,50 @@ def unexpected(
     """
     if not strange:
         return  # as nearly always: the rest looks at every name
-    there, prefix, lacking = set(given), "", ""
+    there = set(given)
     meant = {name: None for name in known if name not in there}
-    if not complete:
-        prefix, lacking = _common_prefix(strange, meant), _lacking_prefix(strange, meant)
-    without = _renaming(rf"{re.escape(prefix)}(.*)", r"\1") if not where else ""
-    with_it = _renaming(_all_of(strange, given), rf"{lacking}\1") if not where else ""
+    all_alike = "" if complete else _on_prefixes(strange, meant, whose, given, rules=not where)
     for number, name in enumerate(islice(strange, _LISTED)):
-        hint = f"{whose} has no such name"
-        if prefix:
-            hint = f"{whose}'s names have no prefix {prefix!r}: take it away{without}"
-        elif lacking:
-            hint = f"{whose}'s names have the prefix {lacking!r}: put it before them{with_it}"
-        elif number < _SUGGESTIONS:  # each compares with every name that is known
+        hint = all_alike or f"{whose} has no such name"
+        if number < _SUGGESTIONS and not all_alike:  # each compares with every name that is known
             near = _nearest(name, meant) or _nearest(name, known)
             hint = f"did you mean {near[0]!r}?" if near else hint
-        hint += f"; {to_leave_out}" if to_leave_out and not (prefix or lacking) else ""
+        hint += f"; {to_leave_out}" if to_leave_out and not all_alike else ""
         info = describe(name)
         found = info.unusable or f"{info.dtype} {info.shape}"
         yield Problem(name, "unexpected", f"{found} in {where}" if where else found, hint=hint)
     if len(strange) > _LISTED:
         hint = to_leave_out or f"{whose} has none of them"
         yield Problem(f"{len(strange) - _LISTED} more names", "unexpected", where, hint=hint)
+
+
+def _on_prefixes(
+    strange: Collection[str],
+    known: Collection[str],
+    whose: str,
+    given: Collection[str],
+    *,
+    rules: bool,
+) -> str:
+    """What to do if one prefix is to be taken away, added or exchanged; nothing otherwise.
+
+    Args:
+        strange: Names that were found and are not known.
+        known: Names that there could be, and that were not found.
+        whose: Whose names those are.
+        given: Names that were found and are known.
+        rules: Whether rules can do it.
+    """
+    if prefix := _common_prefix(strange, known):
+        how = _renaming(rf"{re.escape(prefix)}(.*)", r"\1") if rules else ""
+        return f"{whose}'s names have no prefix {prefix!r}: take it away{how}"
+    if prefix := _lacking_prefix(strange, known):
+        how = _renaming(_all_of(strange, given), rf"{prefix}\1") if rules else ""
+        return f"{whose}'s names have the prefix {prefix!r}: put it before them{how}"
+    if rules and not given and (both := _other_prefix(strange, known)):
+        how = _renaming(rf"{re.escape(both[0])}(.*)", rf"{both[1]}\1")
+        return f"{whose}'s names begin with {both[1]!r} in place of {both[0]!r}: exchange it{how}"
+    return ""
 
 
 def _renaming(pattern: str, to: str) -> str:
@@ -154,6 +176,19 @@ def _common_prefix(names: Collection[str], known: Collection[str]) -> str:
         if all(n.startswith(prefix) and n.removeprefix(prefix) in known for n in names):
             return prefix
     return ""
+
+
+def _other_prefix(names: Collection[str], known: Collection[str]) -> tuple[str, str] | None:
+    """A prefix of all of these names, and that of all known ones in its place; None if none."""
+    first, one = next(iter(names)), next(iter(known), "")
+    for other in (one[:end] for end in _dots(one)):
+        if not all(name.startswith(other) for name in known):
+            return None
+        for begin in (first[:end] for end in _dots(first)):
+            rests = [name.removeprefix(begin) for name in names if name.startswith(begin)]
+            if len(rests) == len(names) and all(other + rest in known for rest in rests):
+                return begin, other
+    return None
 
 
 def _lacking_prefix(names: Collection[str], known: Collection[str]) -> str:

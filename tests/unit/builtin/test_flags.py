@@ -104,6 +104,16 @@ def test_one_entry_that_is_given_twice(name: str) -> None:
         assert flags == f"--ignore 'module\\.{re.escape(name)}'"
 
 
+@pytest.mark.parametrize("prefix", ["net.", "state_dict.net."])
+def test_another_prefix(prefix: str) -> None:
+    program, weights = under("unet.", model()), under(prefix, model())
+    (flags,) = flags_for(program, weights)
+    assert same_state(refit(program, weights, flags), program)
+    (flags,) = flags_for(program, {prefix + Q: model()[Q]}, partial=True)
+    found = refit(program, {prefix + Q: model()[Q]}, flags, partial=True)
+    assert [name for name, value in found.items() if value.any()] == [f"unet.{Q}"]
+
+
 # -- in part ----------------------------------------------------------------------------------
 
 
