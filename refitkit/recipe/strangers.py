@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 WHOLE_SUBTREE = "a subtree has all names"
 """Kind of problem: the whole model lies under a prefix."""
+ALL_NAMES = "all names are there"
+"""Kind of problem: the whole model is there as it is, or with a prefix."""
 
 _SUGGESTIONS = 10
 _PATTERNS = 8

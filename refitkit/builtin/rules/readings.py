@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from refitkit.builtin.rules.packs import Packing, Packings
 from refitkit.errors import Problem, WeightMismatchError
-from refitkit.recipe.strangers import WHOLE_SUBTREE, ignoring, names_under
+from refitkit.recipe.strangers import ALL_NAMES, WHOLE_SUBTREE, ignoring, names_under
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -445,7 +445,7 @@ class Readings:
         if reading.dropped:
             return Problem(repr(reading.dropped), WHOLE_SUBTREE, hint=hint)
         how = f"with {reading.added!r} before them" if reading.added else "as they are"
-        return Problem(f"the names {how}", "all names are there", hint=hint)
+        return Problem(f"the names {how}", ALL_NAMES, hint=hint)
 
     def _rule_for(self, reading: Reading) -> tuple[str, str]:
         """The rules and the flags that make a reading the only one."""
