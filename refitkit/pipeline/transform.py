@@ -20,6 +20,7 @@ from refitkit.protocols import HasNamings, KnowsRevisions, Made, TransformReques
 from refitkit.recipe import pieces_of
 from refitkit.recipe.reads import reads_of
 from refitkit.recipe.sources import describe_tensor
+from refitkit.recipe.strangers import ALL_NAMES, WHOLE_SUBTREE
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
@@ -188,7 +189,8 @@ def _fitting_best(
     """Of several sources the one with which most weights fit, the first of equal ones.
 
     Raises:
-        WeightMismatchError: All are refused; as the first one was.
+        WeightMismatchError: All are refused; as the first one was. Or several models fit in the
+            first one, which another set of names may hide.
     """
     found: list[WeightSource] = []
     refused: list[WeightMismatchError] = []
@@ -197,6 +199,8 @@ def _fitting_best(
             found.append(_through_all(ordered, request))
         except WeightMismatchError as exc:
             refused.append(exc)
+            if not found and {ALL_NAMES, WHOLE_SUBTREE}.intersection(p.kind for p in exc.problems):
+                raise
     if not found:
         raise refused[0]
     return max(found, key=reads_of(plan).fitting)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ class ModuleWeights(TensorMap):
         """
         what = f"a live {type(module).__name__}"
         with raised_as(SourceError, f"The state_dict of {what} cannot be made"):
-            state: Mapping[str, Any] = module.state_dict(keep_vars=True)
+            state = _state_of(module)
         super().__init__(state, what)
         buffers = module.named_buffers(remove_duplicate=False)
         self.left_out = {name: value for name, value in buffers if name not in state}
@@ -89,6 +90,15 @@ class ModuleWeights(TensorMap):
             if isinstance(value, torch.Tensor) and _place(here) == _place(there):
                 classes[_place(value)][name] = None
         return [tuple(names) for names in classes.values() if len(names) > 1]
+
+
+def _state_of(module: torch.nn.Module) -> Mapping[str, Any]:
+    """A module's state_dict, with parameters as they are, if its own code knows how to."""
+    try:
+        inspect.signature(module.state_dict).bind(keep_vars=True)
+    except TypeError:
+        return module.state_dict()
+    return module.state_dict(keep_vars=True)
 
 
 class _Naming(TensorMap):

@@ -16,11 +16,13 @@ if TYPE_CHECKING:
 
 WHOLE_SUBTREE = "a subtree has all names"
 """Kind of problem: the whole model lies under a prefix."""
+ALL_NAMES = "all names are there"
+"""Kind of problem: the whole model is there as it is, or with a prefix."""
 
 _SUGGESTIONS = 10
+_PATTERNS = 8
 _LISTED = 10_000
 """So many unexpected names are listed one by one: a file may have millions."""
-_PATTERNS = 8
 _NUMBER = re.compile(r"(?<=\\.)\d+(?=\\.)")
 
 
@@ -33,6 +35,7 @@ def unexpected(
     *,
     given: Collection[str] = (),
     to_leave_out: str = "",
+    complete: bool = False,
 ) -> Iterator[Problem]:
     """One problem for each name, with a prefix to take away or add, or a name much like it.
 
@@ -43,25 +46,23 @@ def unexpected(
         known: Names that there could be.
         whose: Whose names those are, for messages: ``the model``.
         describe: Returns the header of an entry.
-        where: Where the names were found, if that has to be said.
+        where: Where the names were found, if that has to be said: rules are for all weights, and
+            cannot give other names to these.
         given: All names that were found: what is not among them is more likely meant.
         to_leave_out: What to do to leave all of them out; empty where that is not the answer.
+        complete: Whether none is missing, so that no prefix is wrong.
     """
     if not strange:
         return  # as nearly always: the rest looks at every name
-    prefix, lacking = _common_prefix(strange, known), _lacking_prefix(strange, known)
     there = set(given)
-    meant = [name for name in known if name not in there]
+    meant = {name: None for name in known if name not in there}
+    all_alike = "" if complete else _on_prefixes(strange, meant, whose, given, rules=not where)
     for number, name in enumerate(islice(strange, _LISTED)):
-        hint = f"{whose} has no such name"
-        if prefix and not to_leave_out:
-            hint = f"{whose}'s names have no prefix {prefix!r}: take it away"
-        elif lacking and not to_leave_out:
-            hint = f"{whose}'s names have the prefix {lacking!r}: put it before them"
-        elif number < _SUGGESTIONS:  # each compares with every name that is known
+        hint = all_alike or f"{whose} has no such name"
+        if number < _SUGGESTIONS and not all_alike:  # each compares with every name that is known
             near = _nearest(name, meant) or _nearest(name, known)
             hint = f"did you mean {near[0]!r}?" if near else hint
-        hint += f"; {to_leave_out}" if to_leave_out else ""
+        hint += f"; {to_leave_out}" if to_leave_out and not all_alike else ""
         info = describe(name)
         found = info.unusable or f"{info.dtype} {info.shape}"
         yield Problem(name, "unexpected", f"{found} in {where}" if where else found, hint=hint)
@@ -70,21 +71,72 @@ def unexpected(
         yield Problem(f"{len(strange) - _LISTED} more names", "unexpected", where, hint=hint)
 
 
-def ignoring(strange: Iterable[str], kept: Collection[str]) -> str:
+def _on_prefixes(
+    strange: Collection[str],
+    known: Collection[str],
+    whose: str,
+    given: Collection[str],
+    *,
+    rules: bool,
+) -> str:
+    """What to do if one prefix is to be taken away, added or exchanged; nothing otherwise.
+
+    Args:
+        strange: Names that were found and are not known.
+        known: Names that there could be, and that were not found.
+        whose: Whose names those are.
+        given: Names that were found and are known.
+        rules: Whether rules can do it.
+    """
+    if prefix := _common_prefix(strange, known):
+        how = _renaming(rf"{re.escape(prefix)}(.*)", r"\1") if rules else ""
+        return f"{whose}'s names have no prefix {prefix!r}: take it away{how}"
+    if prefix := _lacking_prefix(strange, known):
+        how = _renaming(_all_of(strange, given), rf"{prefix}\1") if rules else ""
+        return f"{whose}'s names have the prefix {prefix!r}: put it before them{how}"
+    if rules and not given and (both := _other_prefix(strange, known)):
+        how = _renaming(rf"{re.escape(both[0])}(.*)", rf"{both[1]}\1")
+        return f"{whose}'s names begin with {both[1]!r} in place of {both[0]!r}: exchange it{how}"
+    return ""
+
+
+def _renaming(pattern: str, to: str) -> str:
+    """How to give names that match a pattern another name; nothing without a pattern."""
+    if not pattern:
+        return ""
+    rule = {"pattern": pattern, "to": to}
+    return f", or set rules.rename to {[rule]}, or pass --rename '{pattern}={to}'"
+
+
+def _all_of(strange: Iterable[str], given: Iterable[str]) -> str:
+    """A regular expression that matches some names as a group, and no given ones; or nothing."""
+    first = {name.partition(".")[0] for name in given}
+    if not first:
+        return "(.*)"
+    tops = dict.fromkeys(name.partition(".")[0] for name in strange)
+    if not first.isdisjoint(tops) or len(tops) > _PATTERNS:
+        return ""
+    return rf"((?:{'|'.join(map(re.escape, tops))})(?:\..*)?)"
+
+
+def ignoring(strange: Iterable[str], kept: Collection[str], *, most: int = 8) -> str:
     """A regular expression that matches some names and no others, as short as it can be found.
 
     Args:
         strange: Names that it matches, each as a whole.
         kept: Names that it must not match.
+        most: How many patterns it may be made of.
 
     Returns:
-        It; empty where it would be long.
+        It; empty where it would be long, or there is none.
     """
     inside = {name[:end] for name in kept for end in _dots(name)}
     found: dict[str, None] = {}
     for name in strange:
         ends = (end for end in _dots(name) if name[:end] not in inside)
         end = next(ends, None)
+        if end is None and name in kept:
+            return ""
         pattern = re.escape(name) if end is None else re.escape(name[:end]) + ".*"
         several = _NUMBER.sub(r"\\d+", pattern)
         if pattern in found or several in found:
@@ -92,7 +144,7 @@ def ignoring(strange: Iterable[str], kept: Collection[str]) -> str:
         if not any(re.fullmatch(several, one) for one in kept):
             pattern = several
         found[pattern] = None
-        if len(found) > _PATTERNS:
+        if len(found) > most:
             return ""
     return "|".join(found)
 
@@ -126,6 +178,19 @@ def _common_prefix(names: Collection[str], known: Collection[str]) -> str:
         if all(n.startswith(prefix) and n.removeprefix(prefix) in known for n in names):
             return prefix
     return ""
+
+
+def _other_prefix(names: Collection[str], known: Collection[str]) -> tuple[str, str] | None:
+    """A prefix of all of these names, and that of all known ones in its place; None if none."""
+    first, one = next(iter(names)), next(iter(known), "")
+    for other in (one[:end] for end in _dots(one)):
+        if not all(name.startswith(other) for name in known):
+            return None
+        for begin in (first[:end] for end in _dots(first)):
+            rests = [name.removeprefix(begin) for name in names if name.startswith(begin)]
+            if len(rests) == len(names) and all(other + rest in known for rest in rests):
+                return begin, other
+    return None
 
 
 def _lacking_prefix(names: Collection[str], known: Collection[str]) -> str:

@@ -43,7 +43,7 @@ class Names:
         if subtrees := self._subtrees():
             yield from subtrees
             return
-        yield from self._unexpected()
+        yield from self._unexpected(partial=partial)
         yield from self._misfits
         yield from self._broken_ties()
         yield from self._broken_views()
@@ -82,16 +82,23 @@ class Names:
             if not self._reads.lacking([name.removeprefix(prefix) for name in names])
         ]
 
-    def _unexpected(self) -> Iterator[Problem]:
+    def _unexpected(self, *, partial: bool) -> Iterator[Problem]:
         known = self._reads.known
         if len(self._mine) == len(self._names):
             return
         strange = [name for name in self._names if name not in known]
         if len(strange) <= _MANY:  # a module has few buffers that no state_dict would hold
             strange = [name for name in strange if self._source.info(name).persistent]
-        others = "" if self._reads.lacking(self._names) else self._to_ignore(strange)
+        complete = not partial and not self._reads.lacking(self._names)
+        others = self._to_ignore(strange) if complete or partial else ""
         yield from unexpected(
-            strange, known, "the model", self._source.info, given=self._mine, to_leave_out=others
+            strange,
+            known,
+            "the model",
+            self._source.info,
+            given=self._mine,
+            to_leave_out=others,
+            complete=complete,
         )
 
     def _to_ignore(self, strange: Iterable[str]) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from contextlib import suppress
-from dataclasses import replace
 from functools import partial
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 from refitkit.builtin.rules.readings import Readings
@@ -15,7 +14,7 @@ from refitkit.protocols import Made, WeightGroup
 from refitkit.recipe.reads import reads_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from refitkit.builtin.rules.readings import Reading
     from refitkit.model import Rules
@@ -48,7 +47,9 @@ class Names:
         names, reads = request.source.names(), reads_of(request.plan)
         rules = self._rules
         if not (rules.subtree or rules.ignore) and reads.known.issuperset(names):
-            return
+            moved = {n: self._renamed(n) for n in names} if rules.rename else {}
+            if not any(new != n and new in reads.known for n, new in moved.items()):
+                return  # as nearly always; rules may exchange names of the program
         _require_inside(rules.subtree, names)
         outside, ignored, kept = self._sorted(names)
         readings = Readings(reads, request.source, rules, kept)
@@ -132,7 +133,8 @@ def _refuse_doubles(found: dict[str, str]) -> None:
     for name, new in found.items():
         first = firsts.setdefault(new, name)
         if new and first != name:
-            hint = f"{first!r} becomes {new!r}, too: leave out one of them"
+            flag = f"--ignore '{re.escape(name)}'"
+            hint = f"{first!r} becomes {new!r}, too: leave out one of them, as with {flag}"
             problems.append(Problem(name, "given twice", hint=hint))
     if problems:
         raise WeightMismatchError("Several names become one.", problems=problems)
@@ -142,23 +144,26 @@ def _refuse_other_layouts(readings: Readings, reading: Reading) -> None:
     """Name the ready rules with which incomplete weights are whole, if there are some."""
     if readings.has_all(reading):
         return
-    fitting = []
-    for family in FAMILIES:
-        rules = readings.rules.model_copy(update={"families": (*readings.rules.families, family)})
-        other = replace(readings, rules=rules)
-        with suppress(WeightMismatchError):  # this one is not meant
-            if other.is_complete(other.chosen(partial=False)):
-                fitting.append(family)
-    if fitting:
-        problems = [
-            Problem(
-                family,
-                "fits",
-                hint=f"to take it, set rules.families to [{family!r}], or pass --family {family}",
-            )
-            for family in fitting
+    own = readings.rules.families
+    others = [name for name in FAMILIES if name not in own and readings.with_families(name).packs]
+    for number in (1, 2):
+        fitting = [
+            families
+            for families in combinations(others, number)
+            if readings.with_families(*families).can_be_complete
         ]
-        raise WeightMismatchError("The weights are in another layout.", problems=problems)
+        if fitting:
+            raise WeightMismatchError(
+                "The weights are in another layout.",
+                problems=[_family(own, families) for families in fitting],
+            )
+
+
+def _family(own: Iterable[str], families: Sequence[str]) -> Problem:
+    """Ready rules that fit beside those that the user has named."""
+    rule = f"set rules.families to {[*own, *families]}"
+    flags = " ".join(f"--family {family}" for family in families)
+    return Problem(" and ".join(families), "fits", hint=f"to take it, {rule}, or pass {flags}")
 
 
 def _require_inside(subtree: str, names: Collection[str]) -> None:

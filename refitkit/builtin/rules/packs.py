@@ -377,7 +377,7 @@ class Packings:
                 continue
             numbers = _numbers_in(rule, leaf.shape) if rule.numbered else 1
             if numbers <= _MOST:
-                yield self._packing(rule, found["place"], numbers, cuts=False)
+                yield self._packing(rule, found["place"] or "", numbers, cuts=False)
 
     def _cutting(self, rule: Pack) -> Iterator[Packing]:
         """Pieces of which the program has a part."""
@@ -389,18 +389,19 @@ class Packings:
                 found = matches(name)
                 if found is not None:
                     number = int(found["number"]) + 1 if rule.numbered else 1
-                    numbers[found["place"]] = max(number, numbers.get(found["place"], 0))
+                    place = found["place"] or ""
+                    numbers[place] = max(number, numbers.get(place, 0))
         for place, number in numbers.items():
             if number <= _MOST:
                 yield self._packing(rule, place, number, cuts=True)
 
     def _packing(self, rule: Pack, place: str, numbers: int, *, cuts: bool) -> Packing:
         parts = tuple(
-            part.replace("{}", place).replace("*", str(number))
+            _at(part, place).replace("*", str(number))
             for part in rule.parts
             for number in range(numbers)
         )
-        return Packing(rule, rule.into.replace("{}", place), parts, self._leaves, cuts)
+        return Packing(rule, _at(rule.into, place), parts, self._leaves, cuts)
 
 
 def _numbers_in(rule: Pack, shape: Shape) -> int:
@@ -411,15 +412,23 @@ def _numbers_in(rule: Pack, shape: Shape) -> int:
     return shape[0] // len(rule.parts) if in_a_row else shape[0]
 
 
+def _at(template: str, place: str) -> str:
+    """A name that a template stands for; weights of the model itself have no dot before them."""
+    return template.removeprefix("" if place else "{}.").replace("{}", place)
+
+
 def _matcher(template: str) -> Callable[[str], re.Match[str] | None]:
     """Matches names that a template stands for."""
-    literals = re.split(r"\{\}|\*", template)
-    pattern = re.escape(template).replace(r"\{\}", "(?P<place>.*)")
+    begin = "{}." if template.startswith("{}.") else ""
+    rest = template.removeprefix(begin)
+    literals = re.split(r"\{\}|\*", rest)
+    pattern = re.escape(rest).replace(r"\{\}", "(?P<place>.*)")
+    pattern = r"(?:(?P<place>.*)\.)?" + pattern if begin else pattern
     pattern = pattern.replace(r"\*", r"(?P<number>0|[1-9]\d{0,3})")
     matches = re.compile(pattern, re.DOTALL).fullmatch
 
     def matching(name: str) -> re.Match[str] | None:
-        if name.startswith(literals[0]) and name.endswith(literals[-1]):
+        if (begin or name.startswith(literals[0])) and name.endswith(literals[-1]):
             return matches(name)
         return None
 

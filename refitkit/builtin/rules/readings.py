@@ -10,13 +10,13 @@ unique (no other reading gives a tensor other values). Only headers are read to 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from refitkit.builtin.rules.packs import Packing, Packings
 from refitkit.errors import Problem, WeightMismatchError
-from refitkit.recipe.strangers import WHOLE_SUBTREE, ignoring, names_under
+from refitkit.recipe.strangers import ALL_NAMES, WHOLE_SUBTREE, ignoring, names_under
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -30,10 +30,14 @@ _MANY = 1000
 _ANCHORS = 8
 """By so many tensors subtrees are looked for, if there are too many with the first."""
 
-_ENDS = ("n_averaged", "position_ids", "rotary_emb.inv_freq", "attn.masked_bias")
+_PATTERNS = 64
+"""Most patterns in one flag."""
+
+_ENDS = ("n_averaged", "position_ids", "rotary_emb.inv_freq", "attn.masked_bias", "_extra_state")
 """Entries that are no weights of a model, where a program does not have them: the counter of
 ``torch.optim.swa_utils.AveragedModel``, and buffers that older versions of transformers saved
-(``_keys_to_ignore_on_load_unexpected`` of its models lists them)."""
+(``_keys_to_ignore_on_load_unexpected`` of its models lists them), and what modules keep beside
+their weights (``get_extra_state``)."""
 _MASK = "attn.bias"
 """GPT-2's mask in older files, (1, 1, n, n); with another shape it is a weight."""
 _COUNTERS = frozenset({"epoch", "global_step", "step", "iteration"})
@@ -63,6 +67,10 @@ class Spelling:
         for name in self._known:
             self._by_bare[self.bare(name)].append(name)
         self.has_wrappers = not self._known >= self._by_bare.keys()
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the program has just this name."""
+        return name in self._known
 
     def bare(self, name: str) -> str:
         """A name without the parts of wrappers. The last part is the tensor's own and stays."""
@@ -187,12 +195,10 @@ class Readings:
         whole = self.has_all(plain)
         if partial or not self.reads.demands or (whole and self._fits_exactly(plain)):
             return plain
-        as_named = whole and plain.exact == len(plain.found)
+        if whole and (self.rules.subtree or self.rules.rename) and not plain.doubles:
+            return plain  # the user has chosen
         others = [one for one in self._others() if self.has_all(one) and not one.doubles]
-        fitting = [one for one in others if not any(self._misfits(one))]
-        if whole and not plain.doubles and (as_named or not any(self._misfits(plain))):
-            fitting.insert(0, plain)
-        classes = self._classes(fitting)
+        classes = self._fitting(plain, others)
         if len(classes) > 1:
             raise self._several(classes)
         if classes and not plain.doubles:
@@ -200,6 +206,38 @@ class Readings:
         if others and not whole and not classes:
             raise self._wrong_shapes(max(others, key=self._clarity))
         return plain
+
+    def with_families(self, *families: str) -> Readings:
+        """The same with more ready rules."""
+        rules = self.rules.model_copy(update={"families": (*self.rules.families, *families)})
+        return replace(self, rules=rules)
+
+    @property
+    def packs(self) -> bool:
+        """Whether rules are for weights that the program has."""
+        return bool(self._packings.names)
+
+    @property
+    def can_be_complete(self) -> bool:
+        """Whether one reading is complete, or several are."""
+        plain = self._plain()
+        return any(map(self.is_complete, (plain, *self._fitting(plain, self._others()))))
+
+    def _fitting(self, plain: Reading, others: Iterable[Reading]) -> list[Reading]:
+        """One of all complete readings that give every tensor the same values.
+
+        Args:
+            plain: Names as they are, but for wrappers.
+            others: Other readings.
+        """
+        fitting = [one for one in others if not one.doubles and self.is_complete(one)]
+        as_named = plain.exact == len(plain.found)
+        if not plain.doubles:
+            if self.has_all(plain) and (as_named or not any(self._misfits(plain))):
+                fitting.insert(0, plain)
+        elif self.is_complete(exact := self._as_they_are()):
+            fitting.insert(0, exact)
+        return self._classes(fitting)
 
     def has_all(self, reading: Reading) -> bool:
         """Whether every tensor that a source must have is there, or all to make it of."""
@@ -227,6 +265,12 @@ class Readings:
     def _plain(self) -> Reading:
         """Names as they are, but for wrappers."""
         return self._reading(self.names, removing=True)
+
+    def _as_they_are(self) -> Reading:
+        """Names without a word about wrappers."""
+        found = {name: now for name, now in self.names.items() if now in self._spelling}
+        rest = [name for name in self.names if name not in found]
+        return Reading(found, rest, exact=len(found))
 
     def _others(self) -> list[Reading]:
         """All that have a name of the program under another one."""
@@ -401,17 +445,25 @@ class Readings:
         if reading.dropped:
             return Problem(repr(reading.dropped), WHOLE_SUBTREE, hint=hint)
         how = f"with {reading.added!r} before them" if reading.added else "as they are"
-        return Problem(f"the names {how}", "all names are there", hint=hint)
+        return Problem(f"the names {how}", ALL_NAMES, hint=hint)
 
     def _rule_for(self, reading: Reading) -> tuple[str, str]:
-        """The rule and the flag that make a reading the only one."""
+        """The rules and the flags that make a reading the only one."""
+        rules, flags = list[str](), list[str]()
         if reading.dropped:
-            return f"subtree to {reading.dropped!r}", f"--subtree '{reading.dropped}'"
-        if reading.added:
+            rules.append(f"subtree to {reading.dropped!r}")
+            flags.append(f"--subtree '{reading.dropped}'")
+        elif reading.added:
             to = rf"{reading.added}\1"
-            return f"rename to [{{'pattern': '(.*)', 'to': {to!r}}}]", f"--rename '(.*)={to}'"
-        pattern = ignoring(self._extra(reading), reading.found) or ".*"
-        return f"ignore to [{pattern!r}]", f"--ignore '{pattern}'"
+            rules.append(f"rename to [{{'pattern': '(.*)', 'to': {to!r}}}]")
+            flags.append(f"--rename '(.*)={to}'")
+        if extra := self._extra(reading):
+            rests = {name.removeprefix(reading.dropped) for name in reading.found}
+            kept = rests.union(reading.found)  # patterns match either
+            pattern = ignoring(extra, kept, most=_PATTERNS)
+            rules.append(f"ignore to {[pattern] if pattern else 'patterns of all others'}")
+            flags.append(f"--ignore '{pattern}'" if pattern else "--ignore PATTERN")
+        return " and rules.".join(rules), " ".join(flags)
 
     def _wrong_shapes(self, reading: Reading) -> WeightMismatchError:
         where = f"under {reading.dropped!r} " if reading.dropped else ""

@@ -163,6 +163,21 @@ def test_attention_of_torch() -> None:
     assert both_ways(state, held, "in_proj")
 
 
+@pytest.mark.parametrize("prefix", ["", "net."])
+def test_attention_that_is_the_whole_model(prefix: str) -> None:
+    """No module is before the names of its weights."""
+    fused = whole(torch.nn.MultiheadAttention(8, 2).state_dict())
+    apart = {name: value for name, value in fused.items() if "in_proj" not in name}
+    for kind in ("weight", "bias"):
+        rows = fused[f"in_proj_{kind}"].chunk(3)
+        apart |= {f"{n}_proj.{kind}": value for n, value in zip("qkv", rows, strict=True)}
+    assert both_ways(whole(apart), fused, "in_proj")
+    given = {f"{prefix}{name}": value for name, value in apart.items()}
+    assert same_state(scene(fused, "in_proj")(given), fused)
+    with pytest.raises(WeightMismatchError, match="pass --family in_proj"):
+        scene(fused)(given)
+
+
 # -- diffusers --------------------------------------------------------------------------------
 
 

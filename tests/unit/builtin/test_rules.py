@@ -301,6 +301,22 @@ WRAPPED = {
 PARTS = {name: torch.randn(value.shape) for name, value in WRAPPED.items()}
 
 
+def test_names_of_the_program_can_be_exchanged() -> None:
+    """Two towers that the model has the other way round."""
+    program = {f"{tower}.weight": torch.zeros(2) for tower in ("query", "passage")}
+    rules = [
+        {"pattern": r"query\.(.*)", "to": r"passage.\1"},
+        {"pattern": r"passage\.(.*)", "to": r"query.\1"},
+    ]
+    new = {"query.weight": torch.ones(2), "passage.weight": torch.full((2,), 2.0)}
+    scene = Scene(program, rename=rules)
+    scene.refit(new)
+    assert scene.holds()["query.weight"].equal(new["passage.weight"])
+    assert scene.holds()["passage.weight"].equal(new["query.weight"])
+    with pytest.raises(WeightMismatchError, match="given twice"):
+        Scene(program, rename=rules[:1]).refit(new)
+
+
 def renamed(of: Callable[[str], str], state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {of(name): value for name, value in state.items()}
 

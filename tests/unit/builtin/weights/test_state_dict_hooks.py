@@ -212,6 +212,37 @@ def test_a_hook_that_fails_is_no_fault_of_a_plugin() -> None:
         Scene({"a": torch.zeros(1)}).refit(Hooked(fail))
 
 
+@pytest.mark.parametrize("tower", ["net", "ema"])
+def test_a_hook_does_not_choose_between_two_models(tower: str) -> None:
+    """A trainer's module that saves its moving average under the names of the model."""
+
+    def published(state: State, prefix: str, _: Any) -> None:
+        for name in [n for n in state if n.startswith(f"{prefix}ema.")]:
+            state[name.replace("ema.", "net.")] = state.pop(name)
+
+    module = Hooked(published, net=nn.Linear(3, 2), ema=nn.Linear(3, 2))
+    program = own(getattr(module, tower))
+    with pytest.raises(WeightMismatchError, match=r"--subtree 'ema\.'.*\n.*--subtree 'net\.'"):
+        Scene(program).refit(module)
+    assert same_state(Scene(program, subtree=f"{tower}.").refit(module), program)
+
+
+def test_a_state_dict_of_the_users_own() -> None:
+    """It takes no arguments, and leaves out a part of the names."""
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def state_dict(self) -> State:  # type: ignore[override]
+            return self.layer.state_dict()
+
+    module = Own()
+    for program in (own(module), held(module)):
+        assert same_state(Scene(program).refit(module), program)
+
+
 def test_values_are_read_when_they_are_read() -> None:
     module = KINDS["renamed"]()
     source = Scene(own(module)).pipeline.open_weights(module)
