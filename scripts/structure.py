@@ -34,7 +34,7 @@ class Size(NamedTuple):
 
 
 LIMITS = {
-    "refitkit": Size(325, 1578, 19),
+    "refitkit": Size(325, 1579, 19),
     "refitkit.builtin": Size(113, 232, 0),
     "refitkit.builtin.aotinductor": Size(14, 29, 0),
     "refitkit.builtin.checks": Size(3, 2, 0),
