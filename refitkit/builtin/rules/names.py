@@ -53,9 +53,7 @@ class Names:
         _require_inside(rules.subtree, names)
         outside, ignored, kept = self._sorted(names)
         readings = Readings(reads, request.source, rules, kept)
-        reading = readings.chosen(partial=request.partial)
-        if not request.partial:
-            _refuse_other_layouts(readings, reading)
+        reading = _chosen(readings, partial=request.partial)
         no_weights = readings.no_weights(reading)
         gone = {*no_weights, *reading.beside}
         found = {n: reading.found.get(n, new) for n, new in kept.items() if n not in gone}
@@ -140,10 +138,21 @@ def _refuse_doubles(found: dict[str, str]) -> None:
         raise WeightMismatchError("Several names become one.", problems=problems)
 
 
-def _refuse_other_layouts(readings: Readings, reading: Reading) -> None:
+def _chosen(readings: Readings, *, partial: bool) -> Reading:
+    """The reading to take, if the weights are not in another layout."""
+    try:
+        reading = readings.chosen(partial=partial)
+    except WeightMismatchError:
+        if not readings.can_be_complete:  # it is of another model, as it seems
+            _refuse_other_layouts(readings)
+        raise
+    if not partial and not readings.has_all(reading):
+        _refuse_other_layouts(readings)
+    return reading
+
+
+def _refuse_other_layouts(readings: Readings) -> None:
     """Name the ready rules with which incomplete weights are whole, if there are some."""
-    if readings.has_all(reading):
-        return
     own = readings.rules.families
     others = [name for name in FAMILIES if name not in own and readings.with_families(name).packs]
     for number in (1, 2):

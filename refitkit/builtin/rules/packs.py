@@ -198,7 +198,8 @@ class Packing:
         if not fits or (self.rule.transposed and len(part) < _MATRIX):
             found, wanted = (whole, part) if self.cuts else (part, whole)
             how = "transposed " if self.rule.transposed else ""
-            yield Problem(self.takes[0], "shape", str(found), f"{how}{wanted}")
+            hint = "leave out the rule that transposes it" if found == wanted else ""
+            yield Problem(self.takes[0], "shape", str(found), f"{how}{wanted}", hint)
 
     def _odd_totals(self, lies: Mapping[str, Shape], whole: Shape, dim: int) -> Iterator[Problem]:
         """Sizes that do not add up."""

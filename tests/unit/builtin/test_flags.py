@@ -184,6 +184,30 @@ def test_a_family_of_two_that_fit(prefix: str) -> None:
     assert same_state(refit(a, weights, f"{family} {other}"), b)
 
 
+CONV1D = {
+    "wte.weight": (5, 4),
+    **{f"h.0.{name}.bias": (4,) for name in ("attn.c_attn", "mlp.c_proj")},
+    "h.0.attn.c_attn.weight": (4, 12),
+    "h.0.attn.c_proj.weight": (4, 4),
+    "h.0.mlp.c_proj.weight": (8, 4),
+}
+
+
+@pytest.mark.parametrize(("has", "wants"), [("", "transformer."), ("transformer.", ""), ("x.", "")])
+def test_transposed_weights_under_other_names(has: str, wants: str) -> None:
+    """All names are there with a prefix, and other shapes: they are no other model's."""
+    torch.manual_seed(0)
+    state = {name: torch.randn(shape) for name, shape in CONV1D.items()}
+    layers = {name for name in state if "c_" in name and name.endswith("weight")}
+    turned = {name: value.T if name in layers else value for name, value in state.items()}
+    program = {name: value.contiguous() for name, value in under(wants, turned).items()}
+    given = under(has, state)
+    assert flags_for(program, given) == ["--family conv1d"]
+    assert same_state(refit(program, given, "--family conv1d"), program)
+    with pytest.raises(WeightMismatchError, match="leave out the rule that transposes it"):
+        refit(program, program, "--family conv1d")
+
+
 def test_no_family_is_named_that_does_not_fit() -> None:
     weights = in_files(model())
     name = "model.layers.0.attn.qkv_proj.weight"
