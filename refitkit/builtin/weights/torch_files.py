@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
+import re
 import sys
 import warnings
 import zipfile
@@ -55,6 +56,8 @@ Weights shrink to a half at the most, and weights of which all but a few are zer
 """
 
 _WHOLE = "Check that it was written or downloaded completely, and is no pointer to a file."
+_NOT_ALLOWED = re.compile(r"GLOBAL (\S+) was not an allowed global")
+"""How torch names a class or function that it does not use for a file."""
 _HINT = "Save tensors alone: torch.save(model.state_dict(), path), or use safetensors."
 
 
@@ -325,9 +328,13 @@ def _load(file: OpenFile, what: str, device: str) -> Any:
         raise_if_resource(exc, f"{what} cannot be read")
         if not _is_torchs(file):
             raise SourceError(f"{what} is no file of torch.save.", hint=_WHOLE) from exc
-        first = str(exc).splitlines()[0]
-        message = f"{what} holds more than tensors, and refitkit runs no code from files: {first}"
-        raise SourceError(message, hint=_HINT) from exc
+        message = f"{what} holds more than tensors, and refitkit runs no code from files"
+        found = _NOT_ALLOWED.search(str(exc))
+        if found is None:
+            said = str(exc).rpartition("WeightsUnpickler error: ")[2].partition("\n")[0]
+            raise SourceError(f"{message}: {said.strip(' .')}.", hint=_HINT) from exc
+        hint = f"{_HINT} If you trust it: torch.serialization.add_safe_globals([{found[1]}])."
+        raise SourceError(f"{message}: it has {found[1]}.", hint=hint) from exc
     except Exception as exc:  # no code of the file runs: whatever is raised, it cannot be read
         raise_if_resource(exc, f"{what} cannot be read")
         if not _is_torchs(file):

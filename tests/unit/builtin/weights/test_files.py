@@ -8,6 +8,7 @@ import os
 import pickle
 import struct
 import zipfile
+from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -539,6 +540,16 @@ def test_unusable_tensors_in_a_file_are_told(tmp_path: Path) -> None:
 def test_what_torch_did_not_save(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(SourceError, match=r"odd\.pt"):
         opened(file_of(tmp_path, "odd.pt", content))
+
+
+def test_what_torch_does_not_unpickle_is_named(tmp_path: Path) -> None:
+    """Trainers save their arguments beside the weights."""
+    torch.save({"model": TENSORS, "args": Namespace(lr=1e-3)}, tmp_path / "trainer.pt")
+    with pytest.raises(SourceError, match=r"from files: it has argparse\.Namespace\.") as info:
+        opened(tmp_path / "trainer.pt")
+    assert "add_safe_globals([argparse.Namespace])" in info.value.hint
+    with torch.serialization.safe_globals([Namespace]):
+        assert {f"model.{name}" for name in TENSORS} <= set(opened(tmp_path / "trainer.pt").names())
 
 
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n"])
