@@ -428,3 +428,17 @@ def test_an_adapter_that_does_not_fit_is_told_when_it_is_used(net):
     base.add("wrong", wrong)
     with pytest.raises(WeightMismatchError, match="wrong: nowhere: unknown module"):
         base.prepare({"wrong": 1.0})
+
+
+def test_wrappers_inside_a_base_are_no_part_of_the_adapters_names(net, x):
+    """As ``torch.compile`` of single layers, and checkpointed or sharded ones, leave a base."""
+    given = weights_of(open_weights(Lora(net, {str(x.path): 0.7})))
+    wrapped = copy.deepcopy(net)
+    for name in MODULES:
+        setattr(wrapped, name, torch.compile(getattr(wrapped, name)))
+    found = weights_of(open_weights(Lora(wrapped, {str(x.path): 0.7})))
+    assert any("_orig_mod" in name for name in found)
+    assert same({name.replace("_orig_mod.", ""): value for name, value in found.items()}, given)
+    twice = {**wrapped.state_dict(), "module.lin.weight": net.lin.weight.detach()}
+    with pytest.raises(WeightMismatchError, match="unknown module"):
+        open_weights(Lora(twice, {str(x.path): 0.7}))

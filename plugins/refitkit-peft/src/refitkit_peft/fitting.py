@@ -171,9 +171,10 @@ class Fitting:
         value = parts.parts.get(Part.UP_BIAS)
         if value is None:
             return
-        name = f"{place}.bias"
-        if not self._places.has(name):
-            yield Problem(parts.keys[Part.UP_BIAS], "unexpected", hint=f"the base has no {name!r}")
+        name = self._places.find(f"{place}.bias")
+        if name is None:
+            hint = f"the base has no '{place}.bias'"
+            yield Problem(parts.keys[Part.UP_BIAS], "unexpected", hint=hint)
             return
         problems = [*_not_float(name, self._infos[name]), *_other_shape(name, value, self._infos)]
         if not problems:
@@ -182,8 +183,9 @@ class Fitting:
 
     # -- whole weights ----------------------------------------------------------------------
 
-    def _take_whole(self, whole: Whole, name: str) -> None:
-        if name not in self._infos:
+    def _take_whole(self, whole: Whole, path: str) -> None:
+        name = self._places.find(path)
+        if name is None:
             return  # the look for the shift has told
         problems = list(_other_shape(name, whole.value, self._infos, whole.key))
         dtype = str(whole.value.dtype).removeprefix("torch.")

@@ -7,15 +7,20 @@ one may do as well: nothing is guessed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from refitkit.errors import Problem
+from refitkit.model.rules import WRAPPERS
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator
 
+_WRAPPERS = frozenset(WRAPPERS) - {"model"}
+"""Parts that wrappers add to names; ``model`` is a part of names of models, too."""
 _SHOWN = 4
 _SUGGESTIONS = 10
 _LEAVES = ("weight", "in_proj_weight")
@@ -49,9 +54,9 @@ class Shift:
 class Places:
     """Names of a base, to look up modules in."""
 
-    def __init__(self, names: Collection[str]) -> None:
-        """Take its names."""
-        self._names = names
+    def __init__(self, names: Collection[str] | Mapping[str, str]) -> None:
+        """Take its names; or other names for them."""
+        self._names = names if isinstance(names, Mapping) else {name: name for name in names}
         modules = (name.rpartition(".")[0] for name in names if _leaf(name) in _LEAVES)
         self._flat: dict[str, list[str]] = {}
         for module in dict.fromkeys(modules):
@@ -59,12 +64,23 @@ class Places:
 
     def weight_of(self, module: str) -> str | None:
         """Name of the weight that factors for a module add to; None where there is none."""
-        found = (f"{module}.{leaf}" if module else leaf for leaf in _LEAVES)
-        return next((name for name in found if name in self._names), None)
+        found = (self.find(f"{module}.{leaf}" if module else leaf) for leaf in _LEAVES)
+        return next((name for name in found if name is not None), None)
 
-    def has(self, name: str) -> bool:
-        """Whether there is an entry."""
-        return name in self._names
+    def find(self, name: str) -> str | None:
+        """What the base calls an entry; None where there is none."""
+        return self._names.get(name) or (self._bare.find(name) if self._bare else None)
+
+    @cached_property
+    def _bare(self) -> Places | None:
+        """The same without parts of wrappers; None where the base has none, or in there."""
+        others: dict[str, list[str]] = {}
+        for name in self._names:
+            bare = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+            others.setdefault(bare, []).append(name)
+        if others.keys() == self._names.keys():
+            return None
+        return Places({bare: found[0] for bare, found in others.items() if len(found) == 1})
 
     def flat(self, path: str) -> list[str]:
         """Modules whose paths are this one, written with underscores."""
@@ -88,17 +104,21 @@ class Places:
             return fitting[0], []
         if fitting:
             return None, [_ambiguous(some[0], fitting)]
+        if self._bare is not None:
+            shift, problems = self._bare.shift(modules, wholes)
+            if not problems:
+                return shift, []
         best = max([Shift(), *candidates], key=lambda one: self._count(one, modules, wholes))
         return best, list(self._lacking(best, modules, wholes))
 
     def _all(self, shift: Shift, modules: Iterable[str], wholes: Iterable[str]) -> bool:
         return all(self.weight_of(shift.of(one)) for one in modules) and all(
-            self.has(shift.of(one)) for one in wholes
+            self.find(shift.of(one)) for one in wholes
         )
 
     def _count(self, shift: Shift, modules: Iterable[str], wholes: Iterable[str]) -> int:
         found = sum(self.weight_of(shift.of(one)) is not None for one in modules)
-        return found + sum(self.has(shift.of(one)) for one in wholes)
+        return found + sum(self.find(shift.of(one)) is not None for one in wholes)
 
     def _shifts(self, paths: Collection[str], leaves: Collection[str]) -> list[Shift]:
         """Shifts that lead from one of some paths to something in the base."""
@@ -128,7 +148,7 @@ class Places:
             hint = f"did you mean {near[0]!r}?" if near else "the base has no weight for it"
             yield Problem(module, "unknown module", hint=hint)
         for name in wholes:
-            if not self.has(shift.of(name)):
+            if self.find(shift.of(name)) is None:
                 yield Problem(name, "unexpected", hint="the base has no such entry")
 
 
