@@ -65,7 +65,8 @@ class Rename(Frozen):
 class Rules(Frozen):
     r"""What is done to weights before they are held against what a program reads.
 
-    Nothing is done to an entry that the program reads as it is. What was done is in the report.
+    Nothing is done to an entry that the program reads as it is, unless a rule of ``rename`` gives
+    it another name of the program. What was done is in the report.
 
     Where these rules leave names that do not fit, and exactly one prefix to drop or add makes all
     names of the program fit, with their shapes, that is done without a rule and reported; never in
