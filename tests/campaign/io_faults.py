@@ -172,6 +172,7 @@ class World:
         folder: Where all of that lies; ``out`` and ``tmp`` in it are what is watched.
         source: A saved module with the old weights.
         program: What it was compiled from.
+        base: The old weights, for adapters.
     """
 
     def __init__(self, source: Path, folder: Path) -> None:
@@ -189,7 +190,7 @@ class World:
         self.cache = self.out / "cache"
         _write_weights(folder)
         _write_adapter(folder / "adapter", folder / "base.safetensors")
-        self.program = torch.export.export(model(), (X,))
+        self.program, self.base = torch.export.export(model(), (X,)), state(OLD)
         plugins = [importlib.import_module("refitkit_peft.plugin")] if HAS_ADAPTERS else []
         self.pipeline = refitkit.Pipeline({"keep_versions": 2}, plugins)
         self.listener = Listener()
@@ -342,8 +343,7 @@ def _plan_again(world: World) -> object:
 
 
 def _mapped(world: World) -> object:
-    given = {name: torch.empty_like(one).copy_(one) for name, one in state(OLD).items()}
-    base = importlib.import_module("refitkit_peft").Base(given, "mapped")
+    base = importlib.import_module("refitkit_peft").Base(world.base, "mapped")
     return world.pipeline.refit(world.modules[0], lora(world, base))
 
 

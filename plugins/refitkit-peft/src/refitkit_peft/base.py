@@ -58,6 +58,7 @@ class Base:
     It may be used by several threads, and for several modules.
     """
 
+    @resources("The base cannot be opened")
     @plain
     def __init__(
         self,
@@ -95,6 +96,7 @@ class Base:
         self._set_up(weights, pipeline.open_weights, place, keep, reread=reread)
 
     @classmethod
+    @resources("The base cannot be opened")
     @plain
     def with_opener(
         cls,
@@ -116,7 +118,6 @@ class Base:
         self._places = Places([name for name in self._store.names() if name.startswith(subtree)])
         return self
 
-    @resources("The base cannot be opened")
     def _set_up(
         self,
         weights: object,
