@@ -6,10 +6,10 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from refitkit.errors import EngineError, ModuleLostError, raise_if_resource, raised_as, resources
+from refitkit.errors import EngineError, ModuleLostError, raise_if_resource, raised_as
 from refitkit.pipeline.gate import Gate
 from refitkit.pipeline.held import Held
-from refitkit.program.ambient import plain, require_data, untraced
+from refitkit.program.ambient import plain, require_data, untraced, verb
 from refitkit.protocols import SupportsReadback, SupportsSpareBuffer, SupportsWarming
 
 if TYPE_CHECKING:
@@ -148,8 +148,7 @@ class CompiledModule:
         """All slots of all engines."""
         return tuple(slot for engine in self.engines.values() for slot in engine.slots.values())
 
-    @resources("The slot cannot be read")
-    @plain
+    @verb("The slot cannot be read")
     def read(self, slot: str, engine: str | None = None) -> torch.Tensor:
         """A copy of what a slot holds now.
 
@@ -165,8 +164,7 @@ class CompiledModule:
                 return self.gate.call(partial(_copy_of, one, slot))
         raise KeyError(slot)
 
-    @resources("The module cannot be saved")
-    @plain
+    @verb("The module cannot be saved")
     def save(self, path: str | Path) -> None:
         """Write it with its present weights, plan and program: beside ``path``, then renamed.
 

@@ -41,8 +41,8 @@ class Gate:
     A call lists itself and then looks for a commit; a commit lists itself and then looks for
     calls. One of the two sees the other.
 
-    A forked child has only the thread that forked: turns of all others are over there. Whose turn
-    was a commit that had begun left the weights as they were in the middle of it, so the child's
+    A forked child has only the thread that forked: turns of all others are over there. If one
+    of those was a commit that had begun, the child's weights are half old and half new, and its
     gate is poisoned.
     """
 

@@ -20,7 +20,7 @@ from refitkit.pipeline.saved import copy_of, save_module
 from refitkit.pipeline.settings import require_list, require_plugins
 from refitkit.pipeline.tasks import refit_task, refit_tasks, return_task, run_tasks
 from refitkit.pipeline.transform import transformed
-from refitkit.program.ambient import plain
+from refitkit.program.ambient import verb
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -80,8 +80,7 @@ class Pipeline:
 
     # -- verbs ------------------------------------------------------------------------------
 
-    @resources("The program cannot be compiled")
-    @plain
+    @verb("The program cannot be compiled")
     def compile(
         self,
         program: ExportedProgram,
@@ -109,8 +108,7 @@ class Pipeline:
         """
         return Making(self, program, options).compile(backend, prove=prove)
 
-    @resources("The module cannot be loaded")
-    @plain
+    @verb("The module cannot be loaded")
     def load(self, target: object, *, warm: bool = False) -> CompiledModule:
         """Open what was compiled or saved before.
 
@@ -128,8 +126,7 @@ class Pipeline:
         """
         return loading.load_module(self, target, warm=warm)
 
-    @resources("The program cannot be planned")
-    @plain
+    @verb("The program cannot be planned")
     def plan(
         self,
         program: ExportedProgram,
@@ -166,8 +163,7 @@ class Pipeline:
         compiled = self._compiled(target) if target is not None else None
         return making.plan(compiled, backend, prove=prove)
 
-    @resources("The module cannot be refitted")
-    @plain
+    @verb("The module cannot be refitted")
     def refit(  # noqa: PLR0913 - one verb; all but two are given by name
         self,
         target: object,
@@ -224,8 +220,7 @@ class Pipeline:
         how["reset_state"] = reset_state
         return run_tasks(self, [refit_task(self, compiled, weights, how)])[0]
 
-    @resources("The modules cannot be refitted")
-    @plain
+    @verb("The modules cannot be refitted")
     def refit_all(self, modules: Iterable[Sequence[Any]], **how: Any) -> RefitResults:
         """Refit several modules in one transaction: all of them, or none.
 
@@ -244,8 +239,7 @@ class Pipeline:
         """
         return run_tasks(self, refit_tasks(self, modules, how, self._compiled))
 
-    @resources("The weights cannot be restored")
-    @plain
+    @verb("The weights cannot be restored")
     def restore(
         self,
         compiled: CompiledModule,
@@ -278,8 +272,7 @@ class Pipeline:
         back = Back(version, inputs, reference, verify)
         return run_tasks(self, [return_task(self, compiled, back)])[0]
 
-    @resources("The weights cannot be restored")
-    @plain
+    @verb("The weights cannot be restored")
     def restore_all(self, back: Iterable[tuple[CompiledModule, int]]) -> RefitResults:
         """Go back to earlier weights of several modules, in one transaction.
 
@@ -292,14 +285,12 @@ class Pipeline:
         ways = [(compiled, Back(version)) for compiled, version in as_ways(back)]
         return run_tasks(self, [return_task(self, *way, delta=False) for way in ways])
 
-    @resources("The module cannot be copied")
-    @plain
+    @verb("The module cannot be copied")
     def copy(self, compiled: CompiledModule) -> CompiledModule:
         """A second module with the same weights, plan and program, refitted on its own."""
         return copy_of(compiled, self)
 
-    @resources("The weights cannot be judged")
-    @plain
+    @verb("The weights cannot be judged")
     def verify(
         self,
         target: object,
@@ -328,8 +319,7 @@ class Pipeline:
         wish = Wish(weights, plan, inputs, reference, with_)
         return judge_module(self.host, self.config, self._compiled(target), wish)
 
-    @resources("The weights cannot be compared")
-    @plain
+    @verb("The weights cannot be compared")
     def diff(
         self,
         a: object,
@@ -368,8 +358,7 @@ class Pipeline:
         rules = rules_a or {}, rules_b or {}
         return Differ(self.host, self.config, self.load, plan, rules).diff(a, b)
 
-    @resources("The weights cannot be opened")
-    @plain
+    @verb("The weights cannot be opened")
     def open_weights(self, weights: object, plan: RefitPlan | None = None) -> WeightSource:
         """Anything that a plugin can read, as a weight source.
 
@@ -385,8 +374,7 @@ class Pipeline:
         source = loading.open_weights(self.host, weights, self.config)
         return source if plan is None else transformed(self.host, self.config, plan, source)
 
-    @resources("The module cannot be described")
-    @plain
+    @verb("The module cannot be described")
     def describe(self, path: str | Path) -> Mapping[str, Any]:
         """What a saved module holds, without running any of its code.
 
@@ -395,8 +383,7 @@ class Pipeline:
         """
         return described(self.backends, path)
 
-    @resources("The plan cannot be read")
-    @plain
+    @verb("The plan cannot be read")
     def read_plan(self, path: str | Path) -> RefitPlan:
         """The plan in a plan file or in a saved module, without running any code of either.
 
@@ -409,8 +396,7 @@ class Pipeline:
     def _compiled(self, target: object) -> CompiledModule:
         return target if isinstance(target, CompiledModule) else self.load(target)
 
-    @resources("The module cannot be saved")
-    @plain
+    @verb("The module cannot be saved")
     def save(self, compiled: CompiledModule, path: str | Path) -> None:
         """Write a module with its present weights, plan and program; see its own ``save``."""
         save_module(self.host, compiled, path)

@@ -16,7 +16,7 @@ from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_co
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from refitkit.errors import InputMismatchError
+from refitkit.errors import InputMismatchError, resources
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +47,19 @@ def plain(verb: Callable[P, T]) -> Callable[P, T]:
         return in_plain_state(partial(verb, *args, **kwargs))
 
     return untraced(run)
+
+
+def verb(what: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """A verb of users: in plain state, and what the system refuses is a ``ResourceError``.
+
+    Args:
+        what: What cannot be done then; see ``refitkit.errors.resources``.
+    """
+
+    def made(function: Callable[P, T]) -> Callable[P, T]:
+        return resources(what)(plain(function))  # memory can also be short where modes are left
+
+    return made
 
 
 def untraced(function: Callable[P, T]) -> Callable[P, T]:

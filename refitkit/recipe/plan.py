@@ -22,7 +22,7 @@ from refitkit.model import (
     Slot,
     SlotState,
 )
-from refitkit.program.ambient import in_plain_state, plain
+from refitkit.program.ambient import in_plain_state, plain, verb
 from refitkit.program.dtypes import dtype_of
 from refitkit.protocols import SlotValue, WeightSource
 from refitkit.recipe import store
@@ -264,8 +264,7 @@ class RefitPlan:
         return store.encode(self.data, self._pinned)
 
     @classmethod
-    @resources("A plan cannot be read")
-    @plain
+    @verb("A plan cannot be read")
     def from_bytes(
         cls,
         content: bytes,

@@ -21,9 +21,9 @@ from refitkit.builtin.merges.aligning import (
 from refitkit.builtin.merges.arithmetic import is_summed, narrowed, widened
 from refitkit.builtin.merges.descriptions import Merge
 from refitkit.builtin.merges.keeping import Made
-from refitkit.errors import ConfigError, Problem, SourceError, WeightMismatchError, resources
+from refitkit.errors import ConfigError, Problem, SourceError, WeightMismatchError
 from refitkit.processes import ForkedLock
-from refitkit.program.ambient import plain
+from refitkit.program.ambient import verb
 from refitkit.program.dtypes import dtype_name, dtype_of
 from refitkit.protocols import KnowsTies, WeightSource
 from refitkit.recipe import TensorMap
@@ -53,8 +53,7 @@ class Ema(Merge):
     averages is in memory. Several threads may use it.
     """
 
-    @resources("The weights cannot be averaged")
-    @plain
+    @verb("The weights cannot be averaged")
     def __init__(self, decay: float, start: object) -> None:
         """Begin with a copy of weights.
 
@@ -83,8 +82,7 @@ class Ema(Merge):
         """How many there were."""
         return self._state.updates
 
-    @resources("The weights cannot be averaged")
-    @plain
+    @verb("The weights cannot be averaged")
     def update(self, weights: object) -> None:
         """Take in the weights after one more step.
 

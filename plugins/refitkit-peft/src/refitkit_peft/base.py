@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from refitkit.errors import ConfigError, Problem, resources
+from refitkit.errors import ConfigError, Problem
 from refitkit.processes import ForkedLock
-from refitkit.program.ambient import plain
+from refitkit.program.ambient import verb
 
 from refitkit_peft.combining import combined
 from refitkit_peft.files import Files, path_of
@@ -58,8 +58,7 @@ class Base:
     It may be used by several threads, and for several modules.
     """
 
-    @resources("The base cannot be opened")
-    @plain
+    @verb("The base cannot be opened")
     def __init__(
         self,
         weights: Any,
@@ -96,8 +95,7 @@ class Base:
         self._set_up(weights, pipeline.open_weights, place, keep, reread=reread)
 
     @classmethod
-    @resources("The base cannot be opened")
-    @plain
+    @verb("The base cannot be opened")
     def with_opener(
         cls,
         weights: object,
@@ -158,8 +156,7 @@ class Base:
             ready = self._ready.nbytes()
             return BaseMemory(self._store.kind, self._store.nbytes, self._adapters.nbytes, ready)
 
-    @resources("The adapter cannot be read")
-    @plain
+    @verb("The adapter cannot be read")
     def add(
         self,
         name: str,
@@ -196,8 +193,7 @@ class Base:
             for digest in self._adapters.remove(name):
                 self._ready.forget(digest)
 
-    @resources("The adapters cannot be prepared")
-    @plain
+    @verb("The adapters cannot be prepared")
     def prepare(
         self,
         adapters: Mapping[str, float],
