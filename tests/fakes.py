@@ -354,6 +354,20 @@ class Loaded:
         return self.module.by_slot()
 
 
+class UnderRules(Loaded):
+    """A module that holds zeros, refitted under rules."""
+
+    def __init__(self, program: Mapping[str, torch.Tensor], **rules: Any) -> None:
+        zeros = {name: torch.zeros_like(value) for name, value in program.items()}
+        super().__init__(FakeModule([OpenEngine("e0", zeros)]), rules=rules)
+        self.compiled.plan = plan_for(self.module)
+
+    def refit(self, weights: Any, **how: Any) -> dict[str, torch.Tensor]:
+        """Refit it, and return what it holds then."""
+        self.pipeline.refit(self.compiled, weights, **how)
+        return self.holds()
+
+
 # -- a plugin that fails at will --------------------------------------------------------------
 
 

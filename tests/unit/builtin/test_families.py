@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from refitkit.errors import WeightMismatchError
 from refitkit.model.families import FAMILIES
-from tests.fakes import FakeModule, Loaded, OpenEngine, plan_for, same_state
+from tests.fakes import UnderRules, same_state
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,22 +49,11 @@ SMALL = {
 }
 
 
-def scene(program: State, *families: str) -> Any:
-    """A function that refits a module of zeros under rules, and returns what it holds."""
-    zeros = {name: torch.zeros_like(value) for name, value in program.items()}
-    loaded = Loaded(FakeModule([OpenEngine("e0", zeros)]), rules={"families": families})
-    loaded.compiled.plan = plan_for(loaded.module)
-
-    def refit(weights: Any) -> State:
-        loaded.pipeline.refit(loaded.compiled, weights)
-        return loaded.holds()
-
-    return refit
-
-
 def both_ways(one: State, other: State, *families: str) -> bool:
-    there = scene(other, *families)(one)
-    return same_state(there, other) and same_state(scene(one, *families)(there), one)
+    there = UnderRules(other, families=families).refit(one)
+    return same_state(there, other) and same_state(
+        UnderRules(one, families=families).refit(there), one
+    )
 
 
 def whole(state: State) -> State:
@@ -97,12 +86,12 @@ def test_files_of_transformers(tmp_path: Path, kind: str, family: str) -> None:
     if len(file) < len(state) and "lm_head.weight" not in file:  # of tied ones a file has one
         state.pop("lm_head.weight")
     assert state.keys() != file.keys()
-    assert same_state(scene(state, family)(tmp_path), state)
+    assert same_state(UnderRules(state, families=(family,)).refit(tmp_path), state)
     assert both_ways(file, state, family)
     with pytest.raises(WeightMismatchError, match=f"pass --family {family}"):
-        scene(state)(tmp_path)
+        UnderRules(state).refit(tmp_path)
     with pytest.raises(WeightMismatchError, match=f"pass --family {family}"):
-        scene(file)(state)
+        UnderRules(file).refit(state)
 
 
 def test_phi_3_has_one_layer_for_three() -> None:
@@ -141,7 +130,7 @@ def test_gpt_2_has_transposed_layers() -> None:
             turned[f"{path}.weight"] = linear.weight.detach()
     assert both_ways(whole(model.state_dict()), turned, "conv1d")
     with pytest.raises(WeightMismatchError, match=r"the transposed shape; .*--family conv1d"):
-        scene(turned)(model)
+        UnderRules(turned).refit(model)
 
 
 def test_attention_of_torch() -> None:
@@ -151,7 +140,8 @@ def test_attention_of_torch() -> None:
     apart = torch.nn.ModuleDict({n: torch.nn.Linear(8, 8) for n in ("q_proj", "k_proj", "v_proj")})
     apart["out_proj"] = fused.out_proj
     state = {f"attn.{name}": value for name, value in whole(fused.state_dict()).items()}
-    held = scene({f"attn.{n}": v for n, v in whole(apart.state_dict()).items()}, "in_proj")(state)
+    program = {f"attn.{n}": v for n, v in whole(apart.state_dict()).items()}
+    held = UnderRules(program, families=("in_proj",)).refit(state)
     apart.load_state_dict({name.removeprefix("attn."): value for name, value in held.items()})
     x = torch.randn(1, 3, 8)
     q, k, v = (
@@ -173,9 +163,9 @@ def test_attention_that_is_the_whole_model(prefix: str) -> None:
         apart |= {f"{n}_proj.{kind}": value for n, value in zip("qkv", rows, strict=True)}
     assert both_ways(whole(apart), fused, "in_proj")
     given = {f"{prefix}{name}": value for name, value in apart.items()}
-    assert same_state(scene(fused, "in_proj")(given), fused)
+    assert same_state(UnderRules(fused, families=("in_proj",)).refit(given), fused)
     with pytest.raises(WeightMismatchError, match="pass --family in_proj"):
-        scene(fused)(given)
+        UnderRules(fused).refit(given)
 
 
 # -- diffusers --------------------------------------------------------------------------------
@@ -221,7 +211,7 @@ def test_the_original_names_of_a_unet() -> None:
     file = {f"model.diffusion_model.{name}": value for name, value in theirs.items()}
     assert same_state(convert_ldm_unet_checkpoint(file, {"layers_per_block": 2}), state)
     assert both_ways(theirs, state, "ldm-unet")
-    assert same_state(scene(state, "ldm-unet")(file), state)
+    assert same_state(UnderRules(state, families=("ldm-unet",)).refit(file), state)
 
 
 def test_the_original_names_of_an_autoencoder() -> None:

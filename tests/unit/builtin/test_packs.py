@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from refitkit.errors import ConfigError, WeightMismatchError
 from refitkit.pipeline import Pipeline
 from refitkit.recipe import TensorMap
-from tests.fakes import FakeModule, Loaded, OpenEngine, plan_for, same_state
+from tests.fakes import UnderRules, same_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,17 +20,8 @@ if TYPE_CHECKING:
     State = dict[str, torch.Tensor]
 
 
-class Scene(Loaded):
-    """A module that holds zeros, refitted under rules."""
-
-    def __init__(self, program: State, **rules: Any) -> None:
-        zeros = {name: torch.zeros_like(value) for name, value in program.items()}
-        super().__init__(FakeModule([OpenEngine("e0", zeros)]), rules=rules)
-        self.compiled.plan = plan_for(self.module)
-
-    def refit(self, weights: Any, **how: Any) -> State:
-        self.pipeline.refit(self.compiled, weights, **how)
-        return self.holds()
+class Scene(UnderRules):
+    """It also says why it refuses weights."""
 
     def refused(self, weights: Any, **how: Any) -> set[tuple[str, str]]:
         with pytest.raises(WeightMismatchError) as info:

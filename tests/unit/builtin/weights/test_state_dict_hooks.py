@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 
 from refitkit import Ema, WeightedAverage
 from refitkit.errors import SourceError, WeightMismatchError
-from tests.fakes import FakeModule, Loaded, OpenEngine, plan_for, same_state
+from tests.fakes import UnderRules, same_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -131,24 +131,11 @@ def held(module: nn.Module) -> State:
     return {n: value for n, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
 
 
-class Scene(Loaded):
-    """A module that holds zeros under some names."""
-
-    def __init__(self, program: State, **rules: Any) -> None:
-        zeros = {name: torch.zeros_like(value) for name, value in program.items()}
-        super().__init__(FakeModule([OpenEngine("e0", zeros)]), rules=rules)
-        self.compiled.plan = plan_for(self.module)
-
-    def refit(self, weights: Any, **how: Any) -> State:
-        self.pipeline.refit(self.compiled, weights, **how)
-        return self.holds()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_module_fits_the_engine_that_was_made_of_it(kind: str) -> None:
     module = KINDS[kind]()
-    assert same_state(Scene(own(module)).refit(module), own(module))
-    assert same_state(Scene(own(module)).refit(module, partial=True), own(module))
+    assert same_state(UnderRules(own(module)).refit(module), own(module))
+    assert same_state(UnderRules(own(module)).refit(module, partial=True), own(module))
 
 
 @pytest.mark.parametrize(
@@ -157,30 +144,30 @@ def test_a_module_fits_the_engine_that_was_made_of_it(kind: str) -> None:
 def test_it_fits_an_engine_with_the_names_of_its_state_dict(kind: str) -> None:
     """A model without those hooks was exported."""
     module = KINDS[kind]()
-    assert same_state(Scene(held(module)).refit(module), held(module))
+    assert same_state(UnderRules(held(module)).refit(module), held(module))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wrap", [nn.Sequential, nn.DataParallel, checkpoint_wrapper])
 def test_wrappers_around_it(kind: str, wrap: Callable[[nn.Module], nn.Module]) -> None:
     module = KINDS[kind]()
-    assert same_state(Scene(own(module)).refit(wrap(module)), own(module))
+    assert same_state(UnderRules(own(module)).refit(wrap(module)), own(module))
 
 
 def test_names_are_never_mixed() -> None:
     """Weight and bias were folded together: neither is right beside the other one's old value."""
     module = KINDS["folded"]()
     program = {name: held(module)[name] for name in ("weight", "bias")}
-    assert same_state(Scene(program).refit(module), program)
-    assert same_state(Scene(program).refit(module, partial=True), program)
+    assert same_state(UnderRules(program).refit(module), program)
+    assert same_state(UnderRules(program).refit(module, partial=True), program)
 
 
 def test_a_cast_that_rules_allow_counts() -> None:
     module = quantized()
     program = {"weight": held(module)["weight"].double()}
-    assert same_state(Scene(program, cast="lossless").refit(module), program)
+    assert same_state(UnderRules(program, cast="lossless").refit(module), program)
     with pytest.raises(WeightMismatchError, match="dtype, found float32, wanted float64"):
-        Scene(program).refit(module)
+        UnderRules(program).refit(module)
 
 
 def test_of_two_floats_the_programs_own_is_taken() -> None:
@@ -191,17 +178,17 @@ def test_of_two_floats_the_programs_own_is_taken() -> None:
 
     module = Hooked(widened, weight=nn.Parameter(torch.randn(3).half()))
     for program in (own(module), held(module)):
-        assert same_state(Scene(program).refit(module), program)
+        assert same_state(UnderRules(program).refit(module), program)
 
 
 def test_another_models_is_refused_by_its_fqns() -> None:
     module = nn.Sequential(KINDS["renamed"](), nn.Linear(2, 2))
     program = own(KINDS["renamed"]())
     with pytest.raises(WeightMismatchError, match=r"1\.weight: unexpected"):
-        Scene({f"0.{name}": value for name, value in program.items()}).refit(module)
+        UnderRules({f"0.{name}": value for name, value in program.items()}).refit(module)
     bigger = {**own(module), "2.weight": torch.zeros(2)}
     with pytest.raises(WeightMismatchError, match=r"2\.weight: missing"):
-        Scene(bigger).refit(module)
+        UnderRules(bigger).refit(module)
 
 
 def test_a_hook_that_fails_is_no_fault_of_a_plugin() -> None:
@@ -209,7 +196,7 @@ def test_a_hook_that_fails_is_no_fault_of_a_plugin() -> None:
         raise ValueError("not now")
 
     with pytest.raises(SourceError, match="state_dict of a live Hooked cannot be made: ValueErr"):
-        Scene({"a": torch.zeros(1)}).refit(Hooked(fail))
+        UnderRules({"a": torch.zeros(1)}).refit(Hooked(fail))
 
 
 @pytest.mark.parametrize("tower", ["net", "ema"])
@@ -223,8 +210,8 @@ def test_a_hook_does_not_choose_between_two_models(tower: str) -> None:
     module = Hooked(published, net=nn.Linear(3, 2), ema=nn.Linear(3, 2))
     program = own(getattr(module, tower))
     with pytest.raises(WeightMismatchError, match=r"--subtree 'ema\.'.*\n.*--subtree 'net\.'"):
-        Scene(program).refit(module)
-    assert same_state(Scene(program, subtree=f"{tower}.").refit(module), program)
+        UnderRules(program).refit(module)
+    assert same_state(UnderRules(program, subtree=f"{tower}.").refit(module), program)
 
 
 def test_a_state_dict_of_the_users_own() -> None:
@@ -240,12 +227,12 @@ def test_a_state_dict_of_the_users_own() -> None:
 
     module = Own()
     for program in (own(module), held(module)):
-        assert same_state(Scene(program).refit(module), program)
+        assert same_state(UnderRules(program).refit(module), program)
 
 
 def test_values_are_read_when_they_are_read() -> None:
     module = KINDS["renamed"]()
-    source = Scene(own(module)).pipeline.open_weights(module)
+    source = UnderRules(own(module)).pipeline.open_weights(module)
     with torch.no_grad():
         module.layer.weight.fill_(7.0)
     (by_fqn, by_state) = source.namings()
@@ -256,15 +243,15 @@ def test_values_are_read_when_they_are_read() -> None:
 
 def test_parameters_that_are_not_made_yet_say_so() -> None:
     module = Hooked(without_layer, layer=nn.LazyLinear(2))
-    (by_fqn, _) = Scene({"a": torch.zeros(1)}).pipeline.open_weights(module).namings()
+    (by_fqn, _) = UnderRules({"a": torch.zeros(1)}).pipeline.open_weights(module).namings()
     assert "Uninitialized" in by_fqn.info("layer.weight").unusable
     module(torch.ones(1, 3)) if module.layer is None else module.layer(torch.ones(1, 3))
-    assert same_state(Scene(own(module)).refit(module), own(module))
+    assert same_state(UnderRules(own(module)).refit(module), own(module))
 
 
 def test_without_hooks_there_is_one_set_of_names() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), tied_layer())
-    assert Scene(own(module)).pipeline.open_weights(module).namings() == ()
+    assert UnderRules(own(module)).pipeline.open_weights(module).namings() == ()
 
 
 # -- merges -----------------------------------------------------------------------------------
@@ -284,9 +271,9 @@ def test_averages_of_two(kind: str) -> None:
     a, b = KINDS[kind](), KINDS[kind]()
     wanted = mean(own(a), own(b))
     average = WeightedAverage([(a, 1), (b, 1)])
-    assert same_state(Scene(wanted).refit(average), wanted)
+    assert same_state(UnderRules(wanted).refit(average), wanted)
     nested = WeightedAverage([(average, 1), (average, 3)])
-    assert same_state(Scene(wanted).refit(nested), wanted)
+    assert same_state(UnderRules(wanted).refit(nested), wanted)
 
 
 @pytest.mark.parametrize("kind", ["renamed", "renamed, tied"])
@@ -296,7 +283,7 @@ def test_averages_with_a_state_dict(kind: str, of: Callable[[nn.Module], State])
     for parts in ([(a, 1), (of(b), 1)], [(of(b), 1), (a, 1)]):
         for program in (own, held):
             wanted = mean(program(a), program(b))
-            assert same_state(Scene(wanted).refit(WeightedAverage(parts)), wanted)
+            assert same_state(UnderRules(wanted).refit(WeightedAverage(parts)), wanted)
 
 
 @pytest.mark.parametrize("kind", kinds_but("dequantized", "fused"))
@@ -305,7 +292,7 @@ def test_moving_averages(kind: str) -> None:
     average = Ema(0.5, a)
     average.update(b)
     wanted = moved(own(a), own(b))
-    assert same_state(Scene(wanted).refit(average), wanted)
+    assert same_state(UnderRules(wanted).refit(average), wanted)
 
 
 @pytest.mark.parametrize("of", [own, held])
@@ -315,4 +302,4 @@ def test_moving_averages_take_either_names(of: Callable[[nn.Module], State]) -> 
     average.update(of(b))
     for program in (own, held):
         wanted = moved(program(a), program(b))
-        assert same_state(Scene(wanted).refit(average), wanted)
+        assert same_state(UnderRules(wanted).refit(average), wanted)
