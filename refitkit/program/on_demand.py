@@ -20,7 +20,7 @@ from refitkit.program.default_dtype import keep_default_dtype
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
 
-    Give = Callable[[str], torch.Tensor]
+    
 
 _ASKED = "_asked_for_tensors"
 _REGIONS = frozenset({"wrap_with_set_grad_enabled", "wrap_with_autocast"})
@@ -50,7 +50,7 @@ class OnDemand:
         keep_default_dtype(module)
         _put_off(module, waiting, self._asked)
 
-    def run(self, give: Give, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, give: Callable[[str], torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call it, without gradients.
 
         Args:
@@ -71,7 +71,7 @@ class _Asked(torch.nn.Module):
         self._of_thread = threading.local()
 
     @contextmanager
-    def answered_by(self, give: Give) -> Iterator[None]:
+    def answered_by(self, give: Callable[[str], torch.Tensor]) -> Iterator[None]:
         """Ask this one, in this thread."""
         self._of_thread.give = give
         try:

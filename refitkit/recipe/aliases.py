@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from refitkit.recipe.memories import Geometry, Memory
-    from refitkit.recipe.origins import Leaf, Literal
+    from refitkit.recipe.origins import LeafOrigin, Literal
 
 _SEPARATE = "it was made where no op is seen"
 _aten = torch.ops.aten
 
 
-def lying(node: Leaf | Literal | Unknown | Call, output: int, geometry: Geometry) -> Origin:
+def lying(node: LeafOrigin | Literal | Unknown | Call, output: int, geometry: Geometry) -> Origin:
     """Where a tensor comes from that lies in memory like this."""
     return Origin(node, output, geometry.contiguous, geometry.turned)
 

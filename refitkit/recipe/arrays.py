@@ -101,7 +101,7 @@ class Watched(np.ndarray[Any, Any]):
             return found
         for one in watched_in((args, kwargs)):
             if isinstance(found, np.ndarray) and np.may_share_memory(found, plain(one)):
-                return watched(found, one.left)
+                return watched_array(found, one.left)
             one.tell(f"NumPy's {func.__name__} reads it")
         return found
 
@@ -140,7 +140,7 @@ for _name in _WAYS_IN:
     setattr(Watched, _name, _way_in(_name))
 
 
-def watched(array: Any, left: Callable[[str], None] | None) -> Watched:
+def watched_array(array: Any, left: Callable[[str], None] | None) -> Watched:
     """A view of an array that tells when its value is used; it cannot be written to."""
     seen = np.ndarray.view(array, Watched)
     seen.flags.writeable = False

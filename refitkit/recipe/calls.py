@@ -13,7 +13,7 @@ from refitkit.recipe import ops
 from refitkit.recipe.batches import batched
 from refitkit.recipe.conditions import aligned, same_settings
 from refitkit.recipe.layouts import RESHAPES, is_view
-from refitkit.recipe.literals import decode
+from refitkit.recipe.literals import decode_literal
 from refitkit.recipe.operands import Followed, is_reference, operands_of
 
 if TYPE_CHECKING:
@@ -203,8 +203,8 @@ class Calls:
         anywhere = ops.is_exact_anywhere(one, [self._dtype(value) for value in operands])
         return Ready(
             op=op,
-            args=tuple(map(decode, one.args)),
-            kwargs={name: decode(value) for name, value in one.kwargs.items()},
+            args=tuple(map(decode_literal, one.args)),
+            kwargs={name: decode_literal(value) for name, value in one.kwargs.items()},
             operands=operands,
             places=tuple(_places(one)),
             writes=_writes(op),

@@ -9,7 +9,7 @@ from refitkit.model import CallRef, OpCall, PinnedRef, SourceRef, Tensor
 from refitkit.program.bits import digest
 from refitkit.program.dtypes import dtype_name, dtype_of
 from refitkit.program.views import derive
-from refitkit.recipe.literals import encode
+from refitkit.recipe.literals import encode_literal
 from refitkit.recipe.operands import Followed, operands_of
 from refitkit.recipe.origins import facts_of_tensor
 
@@ -87,7 +87,7 @@ class Draft:
     def _call(
         self, device: str, op: str, args: tuple[Any, ...], dtype: str, shape: tuple[int, ...]
     ) -> Value:
-        written = tuple(encode(one) for one in args)
+        written = tuple(encode_literal(one) for one in args)
         results = (Tensor(dtype=dtype, shape=shape),)
         return self.emit(OpCall(op=op, args=written, results=results, device=device))
 
@@ -118,7 +118,7 @@ class Draft:
             OpCall(
                 op="aten._to_copy.default",
                 args=(value,),
-                kwargs={"dtype": encode(dtype_of(dtype))},
+                kwargs={"dtype": encode_literal(dtype_of(dtype))},
                 results=(Tensor(dtype=dtype, shape=facts.shape),),
                 device=device,
             )

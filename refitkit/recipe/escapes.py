@@ -139,7 +139,7 @@ def _numpy(tape: Recorder, real: Any) -> Any:
         if not tape.sees(self):
             return array
         tape.lent(self, array, trusted=is_trusted())
-        return arrays.watched(array, _left(tape, self))
+        return arrays.watched_array(array, _left(tape, self))
 
     return numpy
 
@@ -153,7 +153,7 @@ def _array(tape: Recorder, real: Any) -> Any:
             return real(self, *given)
         tape.escaped(self, tape.origin_of(self), "it becomes an array of NumPy")
         found = arrays.plain(real(self, *given))
-        return found.copy() if copy else arrays.watched(found, None)
+        return found.copy() if copy else arrays.watched_array(found, None)
 
     return array
 
@@ -303,7 +303,7 @@ def _maker(tape: Recorder, real: Any) -> Any:
         made = real(data, *args, **kwargs)
         if isinstance(data, arrays.Watched) and not isinstance(made, arrays.Watched):
             if np.may_share_memory(made, arrays.plain(data)):
-                return arrays.watched(made, data.left)
+                return arrays.watched_array(made, data.left)
             data.tell("NumPy copies it")
         elif made is not data:
             _tell(data, "NumPy copies it")

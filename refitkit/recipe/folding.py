@@ -19,7 +19,7 @@ from refitkit.recipe.origins import Call, Literal, Origin, facts_of, facts_of_te
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from refitkit.model import Leaf as LeafFacts
+    from refitkit.model import Leaf
     from refitkit.model import Tensor
 
 _UNSET = ("aten.empty", "aten.new_empty")
@@ -29,7 +29,7 @@ _UNSET = ("aten.empty", "aten.new_empty")
 class Folding:
     """Such values of one recording."""
 
-    def __init__(self, leaves: Mapping[str, LeafFacts]) -> None:
+    def __init__(self, leaves: Mapping[str, Leaf]) -> None:
         """Compute nothing yet.
 
         Args:

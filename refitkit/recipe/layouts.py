@@ -12,7 +12,7 @@ from refitkit.recipe.origins import Call, facts_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from refitkit.model import Leaf as LeafFacts
+    from refitkit.model import Leaf
     from refitkit.recipe.lineage import Lineage
     from refitkit.recipe.origins import Origin
 
@@ -54,7 +54,7 @@ def plainly_laid_out(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.resolve_conj().resolve_neg().contiguous()
 
 
-def on_ordered(origin: Origin, lineage: Lineage, leaves: Mapping[str, LeafFacts]) -> Origin:
+def on_ordered(origin: Origin, lineage: Lineage, leaves: Mapping[str, Leaf]) -> Origin:
     """The same view of memory whose elements lie one after another, as they did.
 
     Args:

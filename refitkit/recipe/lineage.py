@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from refitkit.recipe.origins import Call, Leaf, Literal, Origin, Unknown, bottom_up
+from refitkit.recipe.origins import Call, LeafOrigin, Literal, Origin, Unknown, bottom_up
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_aten = torch.ops.aten
 _SHAPES_ONLY = frozenset(
     f"aten.{name}"
     for name in (
@@ -62,7 +61,7 @@ class Lineage:
         node = origin.node
         if isinstance(node, Unknown):
             raise UnwritableError(f"{node.reason}, so nobody knows what it follows from")
-        if isinstance(node, Leaf):
+        if isinstance(node, LeafOrigin):
             return frozenset({node.fqn})
         if isinstance(node, Literal):
             if any(loan.only_passed_on for loan in node.loans):

@@ -30,7 +30,7 @@ _CONSTANTS: dict[str, Any] = {**_DTYPES, **_LAYOUTS, **_FORMATS}
 _NAME_OF = {id(constant): name for name, constant in _CONSTANTS.items()}
 
 
-def encode(value: object) -> Argument:
+def encode_literal(value: object) -> Argument:
     """A literal of a call as the manifest has it.
 
     References to tensors (:data:`refitkit.model.Value`) and what is encoded already stay as they
@@ -60,14 +60,14 @@ def _encode_atom(value: object) -> Atom:
     raise TypeError(f"a {type(value).__name__} does not occur in recipes")
 
 
-def decode(argument: Argument) -> Any:
+def decode_literal(argument: Argument) -> Any:
     """A literal from the manifest; lists come as lists, references to tensors as they are.
 
     Raises:
         ValueError: It names a constant that torch does not have, or is no number.
     """
     if isinstance(argument, tuple):
-        return [decode(item) for item in argument]
+        return [decode_literal(item) for item in argument]
     if isinstance(argument, TorchName):
         if argument.name not in _CONSTANTS:
             raise ValueError(f"torch has no constant {argument.name!r}")

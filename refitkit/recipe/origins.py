@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from refitkit.model import Leaf as LeafFacts
+    from refitkit.model import Leaf
 
 
 class Loan(Protocol):
@@ -25,7 +25,7 @@ class Loan(Protocol):
 
 
 @dataclass(eq=False)
-class Leaf:
+class LeafOrigin:
     """A parameter, buffer or constant of the program."""
 
     fqn: str
@@ -89,7 +89,7 @@ class Origin(NamedTuple):
             not their own order and there were no gaps.
     """
 
-    node: Leaf | Literal | Unknown | Call
+    node: LeafOrigin | Literal | Unknown | Call
     output: int
     contiguous: bool
     order: tuple[int, ...] | None = None
@@ -106,7 +106,7 @@ def leaves_below(origin: Origin) -> frozenset[str | None]:
     stack, seen = [origin.node], set[int]()
     while stack:
         node = stack.pop()
-        if isinstance(node, Leaf):
+        if isinstance(node, LeafOrigin):
             found.add(node.fqn)
         elif isinstance(node, Unknown):
             found.add(None)
@@ -131,7 +131,7 @@ def bottom_up(origin: Origin, is_known: Callable[[Origin], bool]) -> Iterator[Or
             stack += [(below, False) for below in one.node.inputs]
 
 
-def facts_of(origin: Origin, leaves: Mapping[str, LeafFacts]) -> Tensor:
+def facts_of(origin: Origin, leaves: Mapping[str, Leaf]) -> Tensor:
     """Dtype and shape of a value.
 
     Args:
@@ -144,7 +144,7 @@ def facts_of(origin: Origin, leaves: Mapping[str, LeafFacts]) -> Tensor:
     node = origin.node
     if isinstance(node, Call):
         return node.results[origin.output]
-    if isinstance(node, Leaf):
+    if isinstance(node, LeafOrigin):
         leaf = leaves[node.fqn]
         return Tensor(dtype=leaf.dtype, shape=leaf.shape)
     if isinstance(node, Literal):

@@ -21,7 +21,7 @@ from refitkit.recipe.memories import (
     is_followed,
     storage_address,
 )
-from refitkit.recipe.origins import Call, Leaf, Literal, Origin, Unknown
+from refitkit.recipe.origins import Call, LeafOrigin, Literal, Origin, Unknown
 from refitkit.recipe.unwatched import Unwatched
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Provenance:
             if is_followed(tensor):
                 memory, geometry = self.place(tensor)
                 memory.leaves.append(fqn)
-                memory.values.setdefault(geometry, aliases.lying(Leaf(fqn), 0, geometry))
+                memory.values.setdefault(geometry, aliases.lying(LeafOrigin(fqn), 0, geometry))
 
     # -- asking -----------------------------------------------------------------------------
 
@@ -110,7 +110,7 @@ class Provenance:
         starts = (
             at.start
             for at, value in memory.values.items()
-            if isinstance(value.node, Leaf) and at.start <= geometry.start
+            if isinstance(value.node, LeafOrigin) and at.start <= geometry.start
         )
         return geometry.start - max(starts, default=0)
 

@@ -22,7 +22,7 @@ from refitkit.model import CallRef, SourceRef, Tensor
 from refitkit.model.slot import ITEM_BYTES
 from refitkit.program.dtypes import dtype_name, dtype_of
 from refitkit.recipe import ops
-from refitkit.recipe.literals import decode
+from refitkit.recipe.literals import decode_literal
 from refitkit.recipe.operands import is_reference, operands_of
 from refitkit.recipe.vet_form import ANY_STRIDE, Form, by_name, name_of
 
@@ -139,7 +139,7 @@ class _Trial:
     def _resolved(self, argument: Argument) -> Any:
         if isinstance(argument, tuple):
             return [self._resolved(atom) for atom in argument]
-        return self._tensor(argument) if is_reference(argument) else decode(argument)
+        return self._tensor(argument) if is_reference(argument) else decode_literal(argument)
 
     def _tensor(self, value: Value) -> torch.Tensor:
         if isinstance(value, CallRef):

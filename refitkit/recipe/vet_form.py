@@ -12,7 +12,7 @@ import torch
 
 from refitkit.errors import Problem
 from refitkit.recipe import ops
-from refitkit.recipe.literals import decode
+from refitkit.recipe.literals import decode_literal
 from refitkit.recipe.operands import is_reference, operands_of
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Form:
 
     def _of_argument(self, name: str, argument: Argument) -> Iterator[Problem]:
         try:
-            decoded = decode(argument)
+            decoded = decode_literal(argument)
         except ValueError as exc:
             yield Problem(self._name, f"argument {name}", hint=str(exc))
             return

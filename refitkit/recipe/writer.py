@@ -20,14 +20,14 @@ from refitkit.recipe.layouts import (
     on_ordered,
 )
 from refitkit.recipe.lineage import UnwritableError
-from refitkit.recipe.literals import encode
+from refitkit.recipe.literals import encode_literal
 from refitkit.recipe.operands import is_reference
-from refitkit.recipe.origins import Call, Leaf, Origin, bottom_up, facts_of
+from refitkit.recipe.origins import Call, LeafOrigin, Origin, bottom_up, facts_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from refitkit.model import Leaf as LeafFacts
+    from refitkit.model import Leaf
     from refitkit.model import Value
     from refitkit.recipe.draft import Draft
     from refitkit.recipe.lineage import Lineage
@@ -51,7 +51,7 @@ _OF_THE_RUN = frozenset({"device", "pin_memory", "non_blocking", "layout", "memo
 class Writer:
     """Writes values of one recording into a draft, each once."""
 
-    def __init__(self, leaves: Mapping[str, LeafFacts], lineage: Lineage, draft: Draft) -> None:
+    def __init__(self, leaves: Mapping[str, Leaf], lineage: Lineage, draft: Draft) -> None:
         """Write nothing yet.
 
         Args:
@@ -90,7 +90,7 @@ class Writer:
     def _value(self, origin: Origin) -> Value:
         if not self._lineage.follows(origin):
             return self._draft.keep(self._folding.value(origin))
-        if isinstance(origin.node, Leaf):
+        if isinstance(origin.node, LeafOrigin):
             return self._draft.leaf(origin.node.fqn)
         if not isinstance(origin.node, Call):
             raise TypeError(type(origin.node))
@@ -145,7 +145,7 @@ class Writer:
         if isinstance(value, list | tuple):
             return tuple(self._argument(one) for one in value)
         try:
-            return encode(value)
+            return encode_literal(value)
         except TypeError as exc:
             raise UnwritableError(f"an argument of its recipe cannot be written: {exc}") from exc
 

@@ -160,4 +160,3 @@ class PastChecks(EngineBase):
         return engine
 
 
-_SLACK = 512  # bytes for each slot: alignment

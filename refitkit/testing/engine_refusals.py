@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from refitkit.protocols import SlotValue
 
-_STAGE = "Engine.stage"
 
 
 class RefusalChecks(EngineBase):

@@ -14,7 +14,7 @@ from refitkit.builtin.torch_tensorrt import LAYER_TYPES, weight_memory
 from refitkit.builtin.torch_tensorrt.in_process import interpret, own_copy
 from refitkit.builtin.torch_tensorrt.lowering import lower
 from refitkit.builtin.torch_tensorrt.networks import Network
-from refitkit.builtin.torch_tensorrt.options import settings_from
+from refitkit.builtin.torch_tensorrt.options import settings_from_options
 from refitkit.builtin.torch_tensorrt.parts import cut
 from refitkit.builtin.torch_tensorrt.targets import understand
 from refitkit.errors import PlanMismatchError
@@ -42,7 +42,7 @@ TYPES = {one.name: one for one in LAYER_TYPES}
 
 def part_of(program: ExportedProgram) -> tuple[Part, Any]:
     """The one accelerated part of a program, and the settings that it was cut with."""
-    settings = settings_from({"min_block_size": 1})
+    settings = settings_from_options({"min_block_size": 1})
     (part,) = (p for p in cut(lower(own_copy(program), settings), settings).parts if p.inputs)
     return part, settings
 
@@ -96,7 +96,7 @@ class Detached(torch.nn.Module):
 def test_the_callers_program_keeps_its_graph() -> None:
     """``pre_export_lowering`` works on the graph that it is given."""
     program = torch.export.export(Detached().eval(), (torch.ones(2, 4),))
-    text, settings = str(program.graph), settings_from({"min_block_size": 1})
+    text, settings = str(program.graph), settings_from_options({"min_block_size": 1})
     lower(own_copy(program), settings)
     assert str(program.graph) == text
     lower(program, settings)

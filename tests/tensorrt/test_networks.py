@@ -12,7 +12,7 @@ from refitkit.builtin.torch_tensorrt import LAYER_TYPES
 from refitkit.builtin.torch_tensorrt.in_process import own_copy
 from refitkit.builtin.torch_tensorrt.lowering import lower
 from refitkit.builtin.torch_tensorrt.networks import Network
-from refitkit.builtin.torch_tensorrt.options import settings_from
+from refitkit.builtin.torch_tensorrt.options import settings_from_options
 from refitkit.builtin.torch_tensorrt.parts import cut
 from refitkit.errors import CompileError, NotRefittableError
 from refitkit.program.bits import same_bits
@@ -29,7 +29,7 @@ SMALL = ["mobilenet_v3_small", "bert", "llama", "lstm", "transposed", "odd", "sc
 
 
 def networks_of(case: Case, seed: int = 0, types: Any = TYPES) -> list[Network]:
-    settings = settings_from(case.settings)
+    settings = settings_from_options(case.settings)
     parts = cut(lower(case.program(seed), settings), settings).parts
     return [Network(part, settings, types) for part in parts if part.structure.accelerated]
 
@@ -125,7 +125,7 @@ def test_lowering_leaves_the_users_program_alone() -> None:
     program = case.program(0)
     before = {name: value.clone() for name, value in program.state_dict.items()}
     text = str(program.graph)
-    lower(own_copy(program), settings_from(case.settings))
+    lower(own_copy(program), settings_from_options(case.settings))
     assert str(program.graph) == text
     assert all(same_bits(program.state_dict[name], value) for name, value in before.items())
 
@@ -143,7 +143,7 @@ class Counting(torch.nn.Module):
 def test_programs_that_change_buffers_are_refused() -> None:
     case = Case(Counting, ((2, 2),))
     with pytest.raises(CompileError) as info:
-        lower(case.program(0), settings_from({}))
+        lower(case.program(0), settings_from_options({}))
     assert [p.subject for p in info.value.problems] == ["count"]
 
 
@@ -158,14 +158,14 @@ def test_programs_that_change_buffers_are_refused() -> None:
 def test_nothing_to_accelerate_is_an_error(options: dict[str, Any], make: str | None) -> None:
     """Upstream returns the model as it was, uncompiled."""
     case = CASES[make] if make else Case(torch.nn.ReLU, ((2, 2),))
-    settings = settings_from(options)
+    settings = settings_from_options(options)
     with pytest.raises(CompileError, match="min_block_size") as info:
         cut(lower(case.program(0), settings), settings)
     assert info.value.problems
 
 
 def parts_of(case: Case, **options: Any) -> list[Part]:
-    settings = settings_from({**case.settings, **options})
+    settings = settings_from_options({**case.settings, **options})
     return list(cut(lower(case.program(0), settings), settings).parts)
 
 
@@ -187,7 +187,7 @@ def test_the_global_partitioner_takes_over_where_the_fast_one_fails(
 def test_doubles_are_truncated_where_the_user_wants_it() -> None:
     case = Case(lambda: torch.nn.Linear(4, 4), ((2, 4),), torch.float64)
     (part,) = parts_of(case, truncate_double=True)
-    settings = settings_from({"truncate_double": True, "min_block_size": 1})
+    settings = settings_from_options({"truncate_double": True, "min_block_size": 1})
     network = Network(part, settings, TYPES)
     assert {value.dtype for value in network.scanned.values()} == {torch.float32}
 
@@ -200,7 +200,7 @@ def test_dynamic_shapes_become_ranges() -> None:
         (torch.randn(4, 8),),
         dynamic_shapes=({0: batch},),
     )
-    settings = settings_from({"min_block_size": 1})
+    settings = settings_from_options({"min_block_size": 1})
     (part,) = cut(lower(program, settings), settings).parts
     (given,) = part.inputs
     assert (given.shape["min_shape"], given.shape["max_shape"]) == ((3, 8), (8, 8))

@@ -96,7 +96,7 @@ def trusted(options: Mapping[str, Any], file: str) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in _PATHS}
 
 
-def settings_from(options: Mapping[str, Any]) -> Any:
+def settings_from_options(options: Mapping[str, Any]) -> Any:
     """Compilation settings for a network that is built without a GPU.
 
     Args:

@@ -37,7 +37,7 @@ from refitkit.model.plan import PlanData
 from refitkit.model.slot import ITEM_BYTES, Slot
 from refitkit.program.bits import digest, same_bits
 from refitkit.recipe import RefitPlan, ops, vet_calls
-from refitkit.recipe.literals import encode
+from refitkit.recipe.literals import encode_literal
 from refitkit.recipe.store import DIGEST, MANIFEST, PINNED, index_of
 from refitkit.recipe.vet_facts import Facts
 from tests.fakes import call_row, make_plan, make_slot, pinned_row, recipe_row
@@ -73,8 +73,8 @@ def _gives(*shape: int, dtype: str = "float32") -> tuple[Tensor, ...]:
 
 
 def _call(op: str, *args: Any, to: tuple[Tensor, ...], **kwargs: Any) -> OpCall:
-    literals = {name: encode(value) for name, value in kwargs.items()}
-    return OpCall(op=f"aten.{op}", args=tuple(map(encode, args)), kwargs=literals, results=to)
+    literals = {name: encode_literal(value) for name, value in kwargs.items()}
+    return OpCall(op=f"aten.{op}", args=tuple(map(encode_literal, args)), kwargs=literals, results=to)
 
 
 def _at(call: int, output: int = 0) -> CallRef:
@@ -523,7 +523,7 @@ def _made_up(rng: random.Random, facts: Facts, values: list[Any]) -> OpCall | No
         stated = (Tensor(dtype=rng.choice(["float32", "int64"]), shape=shape),)
     except Exception:  # noqa: BLE001 - torch refuses it; the next one may be taken
         return None
-    encoded = tuple(encode(argument) for argument in args)
+    encoded = tuple(encode_literal(argument) for argument in args)
     return OpCall(op=str(op), args=encoded, results=stated) if stated else None
 
 

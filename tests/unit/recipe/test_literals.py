@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 
 from refitkit.model import CallRef, Number, OpCall, PinnedRef, SourceRef, TorchName
 from refitkit.model.slot import ITEM_BYTES
-from refitkit.recipe.literals import decode, encode
+from refitkit.recipe.literals import decode_literal, encode_literal
 
 
 def through_json(value: Any) -> Any:
     """A literal after it was written to a manifest and read again."""
-    call = OpCall(op="aten.mul.Tensor", args=(encode(value),), results=())
+    call = OpCall(op="aten.mul.Tensor", args=(encode_literal(value),), results=())
     text = call.model_dump_json()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    return decode(OpCall.model_validate_json(text).args[0])
+    return decode_literal(OpCall.model_validate_json(text).args[0])
 
 
 def bits(value: float) -> bytes:
@@ -80,7 +80,7 @@ def test_constants_of_torch(value: Any) -> None:
 
 @pytest.mark.parametrize("value", [SourceRef(fqn="w"), PinnedRef(name="p"), CallRef(call=3)])
 def test_references_stay_as_they_are(value: Any) -> None:
-    assert encode(value) is value
+    assert encode_literal(value) is value
     assert through_json([value, None]) == [value, None]
 
 
@@ -94,14 +94,14 @@ def test_references_stay_as_they_are(value: Any) -> None:
 )  # fmt: skip
 def test_what_cannot_be_written(value: Any) -> None:
     with pytest.raises(TypeError, match="does not occur in recipes"):
-        encode(value)
+        encode_literal(value)
 
 
 def test_numbers_that_depend_on_inputs_cannot_be_written() -> None:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     with pytest.raises(TypeError, match="SymInt"):
-        encode(ShapeEnv().create_unbacked_symint())
+        encode_literal(ShapeEnv().create_unbacked_symint())
 
 
 def test_numbers_of_a_subclass_cannot_be_written() -> None:
@@ -111,16 +111,16 @@ def test_numbers_of_a_subclass_cannot_be_written() -> None:
         pass
 
     with pytest.raises(TypeError, match="Odd"):
-        encode(Odd(3))
+        encode_literal(Odd(3))
 
 
 @pytest.mark.parametrize("name", ["", "float", "os", "ops", "load", "__dict__", "qint8", "float23"])
 def test_constants_that_a_recipe_does_not_have(name: str) -> None:
     with pytest.raises(ValueError, match="no constant"):
-        decode(TorchName(name=name))
+        decode_literal(TorchName(name=name))
 
 
 @pytest.mark.parametrize("text", ["", "1", "1.5", "infinity", "-nan", "1e999", "x", "j1", "1+j)"])
 def test_numbers_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match=r"no number|malformed|could not convert"):
-        decode(Number(text=text))
+        decode_literal(Number(text=text))

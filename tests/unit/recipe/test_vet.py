@@ -27,7 +27,7 @@ from refitkit.model import (
     fingerprint_of_slots,
 )
 from refitkit.recipe import RefitPlan, vet_calls
-from refitkit.recipe.literals import encode
+from refitkit.recipe.literals import encode_literal
 from refitkit.recipe.vet import problems_of
 from refitkit.recipe.vet_facts import Facts
 from tests.fakes import call_row, make_plan, make_slot, pinned_row, recipe_row
@@ -46,8 +46,8 @@ def gives(*shape: int, dtype: str = "float32") -> tuple[Tensor, ...]:
 
 
 def call(op: str, *args: Any, to: tuple[Tensor, ...] = gives(2, 3), **kwargs: Any) -> OpCall:
-    literals = {name: encode(value) for name, value in kwargs.items()}
-    return OpCall(op=f"aten.{op}", args=tuple(map(encode, args)), kwargs=literals, results=to)
+    literals = {name: encode_literal(value) for name, value in kwargs.items()}
+    return OpCall(op=f"aten.{op}", args=tuple(map(encode_literal, args)), kwargs=literals, results=to)
 
 
 def leaf(

@@ -100,7 +100,7 @@ def plan_program(
         raise ConfigError("These options cannot be used.", problems=[problem])
     session = SERVER.session(tools.tell)
     with TemporaryFolder() as folder:
-        programs.write(program, folder.path)
+        programs.write_program(program, folder.path)
         found = session.call(
             "open",
             tell=tools.tell,
@@ -111,7 +111,7 @@ def plan_program(
             places=sys.path if imports else [],
             record=record,
         )
-        recorded = recordings.read(folder.path, found["recorded"]) if record else None
+        recorded = recordings.read_recording(folder.path, found["recorded"]) if record else None
     return Planned(
         session=session,
         structures=tuple(map(Structure.model_validate, found["structures"])),

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _GRAPH, _FACTS, _WEIGHTS = "program.json", "facts.json", "weights.safetensors"
 
 
-def write(program: ExportedProgram, folder: Path) -> None:
+def write_program(program: ExportedProgram, folder: Path) -> None:
     """Write a program.
 
     Raises:
@@ -73,7 +73,7 @@ def _alone(tensor: torch.Tensor, users: Counter[int]) -> torch.Tensor:
     return tensor if tensor.is_contiguous() and own else tensor.clone().contiguous()
 
 
-def read(folder: Path) -> ExportedProgram:
+def read_program(folder: Path) -> ExportedProgram:
     """The program that was written, with tensors of its own.
 
     Raises:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _LITERALS = "literals.safetensors"
 
 
-def write(recorded: Recorded, folder: Path) -> dict[str, Any]:
+def write_recording(recorded: Recorded, folder: Path) -> dict[str, Any]:
     """Plain data; tensors go into a file in this folder."""
     save_file(dict(recorded.literals), folder / _LITERALS)
     return {
@@ -26,8 +26,8 @@ def write(recorded: Recorded, folder: Path) -> dict[str, Any]:
     }
 
 
-def read(folder: Path, data: Mapping[str, Any]) -> Recorded:
-    """What ``write`` wrote."""
+def read_recording(folder: Path, data: Mapping[str, Any]) -> Recorded:
+    """What ``write_recording`` wrote."""
     literals = load_file(folder / _LITERALS)
     return Recorded(
         rows=tuple(map(LedgerRow.model_validate, data["rows"])),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refitkit.builtin.torch_tensorrt.networks import Network
-from refitkit.builtin.torch_tensorrt.options import settings_from, versions
+from refitkit.builtin.torch_tensorrt.options import settings_from_options, versions
 from refitkit.builtin.torch_tensorrt.recording import read
 from refitkit.builtin.torch_tensorrt.settings import settings_text
 from refitkit.builtin.torch_tensorrt.worker import programs, recordings, wire
@@ -67,7 +67,7 @@ class Session:
         """Read a program, cut it into parts, and make networks of them.
 
         Args:
-            folder: Where ``programs.write`` has put the program.
+            folder: Where ``programs.write_program`` has put the program.
             options: The backend's options.
             layer_types: Layer types that hold weights, as plain data.
             imports: Modules to import first, because they register ops or converters.
@@ -83,8 +83,8 @@ class Session:
             with raised_as(ConfigError, f"The option 'imports' names {name!r}"):
                 importlib.import_module(name)
         types = {one.name: one for one in map(LayerType.model_validate, layer_types)}
-        settings = settings_from(options)
-        program = programs.read(Path(folder))
+        settings = settings_from_options(options)
+        program = programs.read_program(Path(folder))
         found = read(program, settings, types, self._tell, record=record)
         self._holders = found.holders
         recorded = found.recorded
@@ -99,7 +99,7 @@ class Session:
             "layer_types": sorted(
                 {name for holder in self._holders.values() for name in holder.layer_types}
             ),
-            "recorded": None if recorded is None else recordings.write(recorded, Path(folder)),
+            "recorded": None if recorded is None else recordings.write_recording(recorded, Path(folder)),
         }
 
     def values(self, folder: str) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from refitkit.builtin.torch_tensorrt.lowering import lower
-from refitkit.builtin.torch_tensorrt.options import settings_from
+from refitkit.builtin.torch_tensorrt.options import settings_from_options
 from refitkit.builtin.torch_tensorrt.parts import cut
 from refitkit.program import KeptProgram
 from refitkit.program.facts import tensors_of
@@ -43,7 +43,7 @@ def warm_up() -> None:
     """Read, lower and cut one small program, as a session does, while a tape watches."""
     _no_monitor()
     program = _handed_over(torch.export.export(_Small().eval(), (torch.zeros(1, 1, 4, 4),)))
-    settings = settings_from({"min_block_size": 1})
+    settings = settings_from_options({"min_block_size": 1})
     with Tape(tensors_of(program)):
         cut(lower(program, settings), settings, inlined=False)
 

@@ -1,0 +1,1 @@
+"""Files and folders of refitkit: archives, replacement, temporary folders, and signs of change."""
