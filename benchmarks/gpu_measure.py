@@ -40,7 +40,7 @@ from gpu_raw import (
 from gpu_tables import SOURCES, gaps, split, summary
 
 import refitkit
-from refitkit.builtin.torch_tensorrt import LAYER_TYPES, serialized, upstream
+from refitkit.builtin.torch_tensorrt import LAYER_TYPES, refitter, upstream
 from refitkit.program.bits import same_bits
 from refitkit.protocols import Tools
 
@@ -127,7 +127,7 @@ class Measurement:
         values = ready_values(self.compiled, self.states["device"][1])
         self._values = [ready_values(self.compiled, self.states["device"][0]), values]
         self._engines = {
-            name: serialized.Deserialized(engine.handle.engine_bytes(), upstream.tensorrt())
+            name: refitter.Deserialized(engine.handle.engine_bytes(), upstream.tensorrt())
             for name, engine in self.compiled.engines.items()
             if hasattr(engine, "handle")
         }

@@ -19,7 +19,8 @@ from gpu_probe_engines import Two
 from gpu_raw import ByHand, many, ready_values, seconds, upstream_compiled
 from gpu_tables import gaps, summary
 
-from refitkit.builtin.torch_tensorrt import serialized, upstream
+from refitkit.builtin.torch_tensorrt import refitter as serialized
+from refitkit.builtin.torch_tensorrt import upstream
 from refitkit.program.bits import same_bits
 
 if TYPE_CHECKING:

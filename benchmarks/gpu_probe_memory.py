@@ -15,7 +15,7 @@ import torch
 from gpu_probe_engines import Two
 from gpu_raw import ByHand, many, ready_values, seconds
 
-from refitkit.builtin.torch_tensorrt import serialized, upstream
+from refitkit.builtin.torch_tensorrt import refitter, upstream
 from refitkit.program.bits import same_bits
 
 Found = dict[str, Any]
@@ -277,7 +277,7 @@ def _others(engine: Engine, two: Two, places: Map, outputs: tuple[torch.Tensor, 
             engine.call(engine.engine.create_execution_context()), out_b
         )
     }
-    saved = Known(two, serialized.bytes_of(engine.engine, upstream.tensorrt()), engine.code.word)
+    saved = Known(two, refitter.bytes_of(engine.engine, upstream.tensorrt()), engine.code.word)
     answer = saved.call()
     found["bytes that are saved then answer"] = (
         "B" if same_bits(answer, out_b) else "A" if same_bits(answer, out_a) else "neither"

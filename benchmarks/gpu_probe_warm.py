@@ -76,7 +76,8 @@ _LOGGERS = """
 import ctypes, faulthandler, gc, sys
 faulthandler.enable()
 faulthandler.dump_traceback_later(100, exit=True)
-from refitkit.builtin.torch_tensorrt import serialized, upstream
+from refitkit.builtin.torch_tensorrt import upstream
+from refitkit.builtin.torch_tensorrt import refitter
 from tests.gpu.trt_raw import build, values_of
 trt = upstream.tensorrt()
 data = build(trt, values_of(0))
@@ -165,10 +166,11 @@ import faulthandler, sys
 faulthandler.enable(all_threads=False)
 import torch
 from gpu_raw import ByHand, seconds
-from refitkit.builtin.torch_tensorrt import serialized, upstream
+from refitkit.builtin.torch_tensorrt import upstream
+from refitkit.builtin.torch_tensorrt import refitter
 folder, data, place = sys.argv[1:]
 trt = upstream.tensorrt()
-own = serialized.Deserialized(open(f"{folder}/{data}", "rb").read(), trt)
+own = refitter.Deserialized(open(f"{folder}/{data}", "rb").read(), trt)
 print("deserialized", flush=True)
 values = torch.load(f"{folder}/values")
 if place == "gpu":

@@ -18,11 +18,10 @@ from gpu_raw import many
 
 from refitkit.builtin.checks import finite, names
 from refitkit.builtin.torch_tensorrt import engine as units
-from refitkit.builtin.torch_tensorrt import staging
+from refitkit.builtin.torch_tensorrt import weight_buffers
 from refitkit.builtin.torch_tensorrt.engine import RefitterEngine
 from refitkit.builtin.torch_tensorrt.refitter import PersistentRefitter
-from refitkit.builtin.torch_tensorrt.rollback import WeightSets
-from refitkit.builtin.torch_tensorrt.upload import Uploader
+from refitkit.builtin.torch_tensorrt.weight_buffers import Uploader, WeightSets
 from refitkit.pipeline import refit as refitting
 from refitkit.pipeline import samples, writing
 from refitkit.pipeline.commit import Transaction
@@ -52,8 +51,8 @@ WATCHED: tuple[tuple[Any, str], ...] = (
     (refitting, "overrides"),
     (units, "require_values"),
     (WeightSets, "begin"),
-    (staging, "fill"),
-    (staging, "_misfits"),
+    (weight_buffers, "fill"),
+    (weight_buffers, "_misfits"),
     (Replay, "value"),
     (Uploader, "copy"),
     (Uploader, "finish"),

@@ -22,8 +22,7 @@ from gpu_models import Model, exported
 from gpu_raw import yardstick
 
 import refitkit
-from refitkit.builtin.torch_tensorrt.engine import EngineOptions
-from refitkit.builtin.torch_tensorrt.runtimes import engine_for
+from refitkit.builtin.torch_tensorrt.engine import EngineOptions, engine_for
 from refitkit.pipeline.saved import PLAN
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

@@ -11,8 +11,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from refitkit.errors import ConfigError, Problem
 from refitkit.model.base import Frozen
-from refitkit.model.packing import Pack
-from refitkit.model.rules import Rename, Rules
+from refitkit.model.rules import Pack, Rename, Rules
 from refitkit.model.slot import ITEM_BYTES
 
 if TYPE_CHECKING:

@@ -248,7 +248,7 @@ def refitkit_event(event: Event) -> None:
     Called when a stage starts, advances and ends. Hang progress bars, logs and metrics here.
 
     Args:
-        event: One of the classes in :mod:`refitkit.model.events`.
+        event: One of the classes in :mod:`refitkit.model.report`.
     """
 
 

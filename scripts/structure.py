@@ -34,23 +34,24 @@ class Size(NamedTuple):
 
 
 LIMITS = {
-    "refitkit": Size(325, 1579, 19),
-    "refitkit.builtin": Size(113, 232, 0),
-    "refitkit.builtin.aotinductor": Size(14, 29, 0),
+    "refitkit": Size(208, 1161, 19),
+    "refitkit.builtin": Size(66, 123, 0),
+    "refitkit.builtin.aotinductor": Size(9, 18, 0),
     "refitkit.builtin.checks": Size(3, 2, 0),
-    "refitkit.builtin.merges": Size(8, 12, 0),
+    "refitkit.builtin.merges": Size(4, 4, 0),
     "refitkit.builtin.rules": Size(5, 5, 0),
     "refitkit.builtin.strategies": Size(2, 1, 0),
-    "refitkit.builtin.torch_tensorrt": Size(66, 164, 0),
+    "refitkit.builtin.torch_tensorrt": Size(32, 79, 0),
     "refitkit.builtin.verify": Size(3, 2, 0),
-    "refitkit.builtin.weights": Size(11, 17, 0),
-    "refitkit.cli": Size(40, 118, 0),
-    "refitkit.model": Size(12, 24, 0),
+    "refitkit.builtin.weights": Size(7, 12, 0),
+    "refitkit.cli": Size(23, 66, 0),
+    "refitkit.files": Size(7, 3, 0),
+    "refitkit.model": Size(6, 10, 0),
     "refitkit.pipeline": Size(47, 159, 19),
-    "refitkit.program": Size(14, 16, 0),
+    "refitkit.program": Size(9, 12, 0),
     "refitkit.protocols": Size(10, 26, 0),
-    "refitkit.recipe": Size(49, 111, 0),
-    "refitkit.testing": Size(27, 76, 0),
+    "refitkit.recipe": Size(17, 36, 0),
+    "refitkit.testing": Size(15, 40, 0),
 }
 """The most that each package may have."""
 

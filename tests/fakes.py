@@ -50,7 +50,7 @@ from refitkit.recipe import RefitPlan, TensorMap
 from refitkit.testing import fakes
 from refitkit.testing.fakes import BACKEND, FakeStaged, Tripwire, slot_for
 from refitkit.testing.oracles import bits
-from refitkit.testing.plans import leaf_for, make_plan, make_slot, plan_for, recipe_row
+from refitkit.testing.scenes import leaf_for, make_plan, make_slot, plan_for, recipe_row
 
 if TYPE_CHECKING:
     from pathlib import Path

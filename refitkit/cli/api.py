@@ -6,10 +6,15 @@ torch.
 
 from refitkit.cli.files import check_output, check_readable, load_inputs, load_plan
 from refitkit.cli.main import main
-from refitkit.cli.options import common_options, file_argument, file_option
-from refitkit.cli.refitting import RefitWish, refit_options, run_refit
+from refitkit.cli.options import (
+    common_options,
+    config_options,
+    file_argument,
+    file_option,
+    weight_options,
+)
+from refitkit.cli.refit import RefitWish, refit_options, run_refit
 from refitkit.cli.session import Session, plain
-from refitkit.cli.setting_options import config_options, weight_options
 
 __all__ = [
     "RefitWish",

@@ -6,10 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from refitkit.cli.options import as_options, common_options, file_argument, file_option
-from refitkit.cli.setting_options import config_options
-from refitkit.cli.tables import facts
-from refitkit.cli.text import count, duration, size
+from refitkit.cli.options import (
+    as_options,
+    common_options,
+    config_options,
+    file_argument,
+    file_option,
+)
+from refitkit.cli.tables import count, duration, facts, size
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,10 +11,9 @@ import click
 from refitkit.cli.options import common_options, file_option
 from refitkit.cli.report import verdict
 from refitkit.cli.session import Session, plain
-from refitkit.cli.tables import facts, table
-from refitkit.cli.text import count, duration, shown, size
+from refitkit.cli.tables import count, duration, facts, shown, size, table
 from refitkit.errors import VerificationError
-from refitkit.temporary import TemporaryFolder
+from refitkit.files.temporary import TemporaryFolder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from refitkit.cli.demo_result import Accuracy, DemoResult
+    from refitkit.cli.demo_run import Accuracy, DemoResult
 
 
 @click.command("demo", short_help="Compile a digit classifier, and refit it as it learns.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from dataclasses import dataclass
@@ -9,20 +10,20 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from refitkit.cli.demo_result import Accuracy, DemoResult, LaterRefits
-from refitkit.cli.demo_training import load_digits, train
+from refitkit.errors import Problem, RefitError
+from refitkit.model import RefitReport
+from refitkit.model.base import Frozen
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from torch import Tensor
     from torch.export import ExportedProgram
 
-    from refitkit.cli.demo_training import Digits
-    from refitkit.model import RefitReport
     from refitkit.pipeline import CompiledModule, Pipeline
+
 
 LATER = 20
 """Refits after the first one with each verifier; even, so that they end where they began."""
@@ -48,15 +49,15 @@ class Checkpoint:
 class Demo:
     """One run of the demo, in a folder."""
 
-    def __init__(self, pipeline: Pipeline, folder: Path, tell: Callable[[str], None]) -> None:
+    def __init__(self, pipeline: Pipeline, folder: Path, progress: Callable[[str], None]) -> None:
         """Prepare one.
 
         Args:
             pipeline: Does the work.
             folder: Where checkpoints, inputs, program and module are written.
-            tell: Is told what is going on.
+            progress: Called with one line of text for each step.
         """
-        self._pipeline, self._folder, self._tell = pipeline, folder, tell
+        self._pipeline, self._folder, self._tell = pipeline, folder, progress
         self._training, self._test = load_digits()
 
     def run(self) -> DemoResult:
@@ -150,3 +151,186 @@ def _timed(work: Callable[[], Value]) -> tuple[Value, float]:
     start = time.perf_counter()
     value = work()
     return value, time.perf_counter() - start
+
+
+# MERGED demo_training: A small net that learns handwritten digits, kept early and late in its
+# training.
+
+SEED = 7
+TEST_SAMPLES = 450
+PASSES = 6
+"""Passes over the training digits."""
+EARLY = 15
+"""Batches after which the early checkpoint is taken: within the first pass."""
+_BATCH = 64
+_WIDTH = 32
+_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class Digits:
+    """8 x 8 pictures, float32 of shape (n, 1, 8, 8) from 0 to 1, and what they show, int64."""
+
+    pictures: Tensor
+    labels: Tensor
+
+
+def load_digits() -> tuple[Digits, Digits]:
+    """scikit-learn's digits, split for training and testing: the same split every time.
+
+    Raises:
+        RefitError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn import datasets, model_selection
+    except ImportError as exc:
+        raise RefitError(
+            f"The demo reads its digits from scikit-learn, which cannot be imported: {exc}.",
+            hint="Install it: pip install 'refitkit[demo]'",
+        ) from exc
+    bunch = datasets.load_digits()
+    split = model_selection.train_test_split(
+        bunch.images,
+        bunch.target,
+        test_size=TEST_SAMPLES,
+        stratify=bunch.target,
+        random_state=SEED,
+    )
+    train, test, train_labels, test_labels = map(torch.as_tensor, split)
+    return _digits(train, train_labels), _digits(test, test_labels)
+
+
+def _digits(images: Tensor, labels: Tensor) -> Digits:
+    brightest = 16  # of a pixel, in this data set
+    return Digits(images.to(torch.float32).unsqueeze(1) / brightest, labels.to(torch.int64))
+
+
+def make_net() -> nn.Sequential:
+    """Three convolutions with batch norm, and a linear layer."""
+    return nn.Sequential(
+        *_block(1, _WIDTH),
+        *_block(_WIDTH, 2 * _WIDTH),
+        nn.MaxPool2d(2),
+        *_block(2 * _WIDTH, 4 * _WIDTH),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(4 * _WIDTH * 2 * 2, 10),
+    )
+
+
+def _block(channels_in: int, channels_out: int) -> tuple[nn.Module, ...]:
+    return (
+        nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False),
+        nn.BatchNorm2d(channels_out),
+        nn.ReLU(),
+    )
+
+
+def train(digits: Digits) -> tuple[nn.Module, nn.Module]:
+    """Train one net; returns copies of it, early and late, in evaluation mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        net = make_net()
+        optimizer = torch.optim.AdamW(net.parameters(), lr=_RATE)
+        early = None
+        for number, batch in enumerate(_batches(digits), start=1):
+            loss = nn.functional.cross_entropy(net(batch.pictures), batch.labels)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            if number == EARLY:
+                early = copy.deepcopy(net).eval()
+    return early or net, net.eval()
+
+
+def _batches(digits: Digits) -> Iterator[Digits]:
+    for _ in range(PASSES):
+        order = torch.randperm(len(digits.labels))
+        for start in range(0, len(order), _BATCH):
+            some = order[start : start + _BATCH]
+            yield Digits(digits.pictures[some], digits.labels[some])
+
+
+# MERGED demo_result: What the demo measured, as values, and whether it is as it should be.
+
+
+class Accuracy(Frozen):
+    """How well test digits were recognised with one checkpoint.
+
+    Attributes:
+        eager: Share of them that the model itself recognised, 0 to 1.
+        engine: Share of them that the compiled module recognised.
+        differing: Number of them that the two take for different digits.
+    """
+
+    eager: float
+    engine: float
+    differing: int
+
+
+class LaterRefits(Frozen):
+    """Refits after the first one, to and fro between both checkpoints.
+
+    Attributes:
+        verifier: What judged each of them.
+        refits: How many there were.
+        seconds: Median of their wall-clock times, from file to verdict.
+        times_as_fast: Time of compiling over that.
+    """
+
+    verifier: str
+    refits: int
+    seconds: float
+    times_as_fast: float
+
+
+class DemoResult(Frozen):
+    """All that the demo measured.
+
+    Attributes:
+        samples: Number of test digits.
+        changed: Number of them that the two checkpoints take for different digits, in eager.
+        slots: Number of the engine's slots.
+        weight_bytes: Bytes of all slots.
+        early: With the early checkpoint, as compiled.
+        later: With the later checkpoint, after the first refit.
+        after_all: With the later checkpoint, after all refits.
+        train_seconds: Time of training both.
+        compile_seconds: Time of compiling the early one.
+        first_refit_seconds: Time of the first refit, from file to verdict.
+        times_as_fast: Time of compiling over that.
+        later_refits: Refits after the first one, by verifier.
+        report: The first refit's own report.
+    """
+
+    samples: int
+    changed: int
+    slots: int
+    weight_bytes: int
+    early: Accuracy
+    later: Accuracy
+    after_all: Accuracy
+    train_seconds: float
+    compile_seconds: float
+    first_refit_seconds: float
+    times_as_fast: float
+    later_refits: tuple[LaterRefits, ...]
+    report: RefitReport
+
+    def problems(self) -> tuple[Problem, ...]:
+        """Everything that is not as it should be."""
+        return tuple(self._problems())
+
+    def _problems(self) -> Iterator[Problem]:
+        if not self.changed or self.early.eager >= self.later.eager:
+            found = f"{self.early.eager:.2%} and {self.later.eager:.2%} recognised"
+            yield Problem("checkpoints", "too much alike", found, "a later one that is better")
+        for name in ("early", "later", "after_all"):
+            accuracy: Accuracy = getattr(self, name)
+            if accuracy.differing or accuracy.engine != accuracy.eager:
+                found = f"{accuracy.engine:.2%}, {accuracy.differing} digits taken for others"
+                yield Problem(
+                    f"engine, {name}", "differs", found, f"{accuracy.eager:.2%}, as eager"
+                )
+        if self.report.verification is None or not self.report.verification.ok:
+            yield Problem("first refit", "not verified")

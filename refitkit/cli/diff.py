@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from refitkit.cli.options import common_options, file_option
+from refitkit.cli.options import common_options, file_option, side_options, weight_options
 from refitkit.cli.session import Session, plain
-from refitkit.cli.setting_options import side_options, weight_options
 from refitkit.errors import SourceError
 
 if TYPE_CHECKING:
@@ -80,8 +79,7 @@ def print_diff(
     console: Console, report: DiffReport, rows: list[DiffRow] | tuple[DiffRow, ...]
 ) -> None:
     """Print some rows of a diff, and all of it in a line."""
-    from refitkit.cli.tables import facts, table
-    from refitkit.cli.text import count
+    from refitkit.cli.tables import count, facts, table
 
     left = sum(row.state != "same" for row in report.rows) - sum(r.state != "same" for r in rows)
     if rows:
@@ -94,7 +92,7 @@ def print_diff(
 
 
 def _cells(row: DiffRow) -> tuple[str, ...]:
-    from refitkit.cli.text import shape
+    from refitkit.cli.tables import shape
 
     state = f"{row.state}: {row.note}" if row.note else row.state
     dtype = f"{row.dtype} -> {row.other_dtype}" if row.other_dtype else row.dtype

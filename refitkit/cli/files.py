@@ -22,7 +22,7 @@ from refitkit.errors import (
     raise_if_resource,
     refused,
 )
-from refitkit.file_state import stat_of
+from refitkit.files.file_state import stat_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from refitkit.cli.names import COMMANDS
+from refitkit.cli.session import COMMANDS
 from refitkit.host import candidates
 
 if TYPE_CHECKING:

@@ -6,9 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from refitkit.cli.options import as_options, common_options, file_argument, file_option
+from refitkit.cli.options import (
+    as_options,
+    common_options,
+    config_options,
+    file_argument,
+    file_option,
+)
 from refitkit.cli.session import Session, plain
-from refitkit.cli.setting_options import config_options
 from refitkit.errors import PlanMismatchError, UnsupportedTargetError
 
 if TYPE_CHECKING:
@@ -87,8 +92,7 @@ def make(
 def show(session: Session, file: Path, slot: str | None) -> None:
     """Show the plan in FILE, a plan or a saved module: one row for every slot. Nothing is run."""
     from refitkit.cli.files import check_readable
-    from refitkit.cli.ledger import print_plan
-    from refitkit.cli.slot_recipe import as_data, find_row, print_slot
+    from refitkit.cli.ledger import as_data, find_row, print_plan, print_slot
 
     check_readable(file, PlanMismatchError)
     plan = session.pipeline().read_plan(file)

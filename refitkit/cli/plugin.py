@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from refitkit.cli.names import COMMANDS
+from refitkit.cli.session import COMMANDS
 from refitkit.hookspecs import hookimpl
 
 if TYPE_CHECKING:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from refitkit.cli.tables import facts
-from refitkit.cli.text import count, duration, shown, size
+from refitkit.cli.tables import count, duration, facts, shown, size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -17,23 +17,28 @@ import math
 import re
 import sys
 import warnings
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TextIO
 
-from refitkit.cli.progress import Progress
 from refitkit.cli.settings import Settings
-from refitkit.cli.text import shown
+from refitkit.cli.tables import duration, shown
 from refitkit.config import Config
 from refitkit.errors import RefitError, raise_if_resource, resources
+from refitkit.hookspecs import hookimpl
+from refitkit.model import StageFinished, StageStarted, Step
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from pydantic import BaseModel
     from rich.console import Console
+    from rich.status import Status
 
-    from refitkit.cli.arguments import Early
     from refitkit.host import BrokenPlugin, Host
+    from refitkit.model import Event
     from refitkit.pipeline import Pipeline
+
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _UNBOUNDED = 10_000
@@ -205,3 +210,105 @@ def tolerant_of_encodings() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+# MERGED progress: Progress on stderr, hung on the hook ``refitkit_event``.
+
+
+class Progress:
+    """A plugin that shows what a pipeline is at, and remembers how long it took.
+
+    Attributes:
+        name: Its name among the plugins.
+        finished: All stages that ended well, in order.
+        verbose: Whether to print a line for every stage, terminal or not.
+    """
+
+    name = "cli-progress"
+
+    def __init__(self) -> None:
+        """Show nothing before the first event."""
+        self.finished: list[StageFinished] = []
+        self.verbose = False
+        self._status: Status | None = None
+
+    @hookimpl
+    def refitkit_event(self, event: Event) -> None:
+        """Follow one event."""
+        if isinstance(event, StageStarted):
+            self.say(f"{event.verb}: {event.stage}")
+        elif isinstance(event, Step):
+            self.say(f"{event.verb}: {event.stage}: {event.text}")
+        elif isinstance(event, StageFinished):
+            self.finished.append(event)
+            self._log(f"{event.verb}: {event.stage} took {duration(event.seconds)}")
+
+    def say(self, text: str) -> None:
+        """Show a text beside a spinner, until the next one or ``stop``."""
+        if self.verbose or not sys.stderr.isatty():
+            return
+        from rich.console import Console
+        from rich.text import Text
+
+        line = Text(shown(text))
+        if self._status is None:
+            self._status = Console(stderr=True).status(line)
+            self._status.start()
+        self._status.update(line)
+
+    def stop(self) -> None:
+        """Clear the line, so that others can write."""
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+    def _log(self, text: str) -> None:
+        if self.verbose:
+            sys.stderr.write(f"{shown(text)}\n")
+
+
+# MERGED arguments: What has to be known of the command line before there are commands that could
+# parse it.
+
+_NO_PLUGIN = "--no-plugin"
+
+
+@dataclass(frozen=True)
+class Early:
+    """Options that act before commands exist.
+
+    Attributes:
+        as_json: Whether ``--json`` is among the arguments. An error in parsing them is told as
+            JSON, too.
+        no_plugins: Names of plugins to switch off: which commands there are depends on them.
+        command: What is likely the first command: the first argument that is no early option. Some
+            commands can work although a plugin is broken.
+    """
+
+    as_json: bool = False
+    no_plugins: tuple[str, ...] = ()
+    command: str = ""
+
+
+def look_ahead(args: Sequence[str]) -> Early:
+    """Find early options anywhere before a ``--``; click parses and checks them again later."""
+    if "--" in args:
+        args = args[: args.index("--")]
+    names = [after for option, after in pairwise(args) if option == _NO_PLUGIN]
+    joined = f"{_NO_PLUGIN}="
+    names += [arg.removeprefix(joined) for arg in args if arg.startswith(joined)]
+    return Early("--json" in args, tuple(names), _first_command(args))
+
+
+def _first_command(args: Sequence[str]) -> str:
+    before = ""
+    for arg in args:
+        if not arg.startswith("-") and before != _NO_PLUGIN:
+            return arg
+        before = arg
+    return ""
+
+
+# MERGED names: The name of the plugin that adds the built-in commands.
+
+COMMANDS = "cli"

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from refitkit.cli.options import common_options, file_option
+from refitkit.cli.options import common_options, file_option, weight_options
 from refitkit.cli.session import Session, plain
-from refitkit.cli.setting_options import weight_options
 from refitkit.errors import SourceError, UnsupportedTargetError
 
 if TYPE_CHECKING:

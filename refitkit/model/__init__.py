@@ -1,48 +1,48 @@
 """Values: data only, frozen, free of torch. What is stored or shown is a pydantic model."""
 
-from refitkit.model.diff import DiffReport, DiffRow
-from refitkit.model.events import Event, StageFinished, StageStarted, Step
-from refitkit.model.layers import LayerType
-from refitkit.model.packing import Pack
 from refitkit.model.plan import (
     FORMAT,
+    Argument,
+    CallRef,
     Fingerprint,
+    Guard,
     Leaf,
     LeafKind,
     LedgerRow,
     Need,
+    Number,
+    OpCall,
     Overlap,
+    PinnedRef,
     PinnedTensor,
     PlanData,
     SlotState,
-    fingerprint_of_slots,
-)
-from refitkit.model.recipe import (
-    Argument,
-    CallRef,
-    Guard,
-    Number,
-    OpCall,
-    PinnedRef,
     SourceRef,
     Tensor,
     TorchName,
     Value,
+    fingerprint_of_slots,
 )
 from refitkit.model.report import (
     ChangeRow,
+    DiffReport,
+    DiffRow,
     EngineMemory,
+    Event,
     KeptWeights,
     OutputMeasure,
     RefitReport,
     ReportRow,
+    StageFinished,
+    StageStarted,
     StageTime,
     StateRow,
+    Step,
     TransformRow,
     VerificationResult,
 )
-from refitkit.model.rules import Rename, Rules
-from refitkit.model.slot import ITEM_BYTES, Slot, SlotKey, TensorInfo
+from refitkit.model.rules import Pack, Rename, Rules
+from refitkit.model.slot import ITEM_BYTES, LayerType, Slot, SlotKey, TensorInfo
 
 __all__ = [
     "FORMAT",

@@ -135,17 +135,17 @@ class PlanCache:
     def __init__(
         self,
         folder: Path,
-        tell: Callable[[str], None],
+        progress: Callable[[str], None],
         opener: Opener,
     ) -> None:
         """Touch nothing yet.
 
         Args:
             folder: Where files are; it is made when the first one is written.
-            tell: Is told of what was found, kept, or could not be.
+            progress: Called with one line of text for each step.
             opener: What turns weights into sources.
         """
-        self._folder, self._tell, self._opener = folder, tell, opener
+        self._folder, self._tell, self._opener = folder, progress, opener
 
     def get(self, wish: Wanted, make: Callable[[], RefitPlan]) -> RefitPlan:
         """The plan that is kept, or one that is made now and kept.

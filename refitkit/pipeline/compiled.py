@@ -204,27 +204,27 @@ class CompiledModule:
         return before.nbytes
 
     @plain
-    def warm(self, tell: Callable[[str], None] = lambda _: None) -> None:
+    def warm(self, progress: Callable[[str], None] = lambda _: None) -> None:
         """Do now what would make the first refit slow. Weights and answers do not change.
 
         Args:
-            tell: Is told of progress: this can take seconds for each engine.
+            progress: Called with one line of text for each step. An engine can take seconds.
 
         Raises:
             EngineError: An engine failed; it answers as before.
             ModuleLostError: An engine failed and could not go back; the module refuses calls.
         """
-        self.gate.refit(lambda: self.gate.alone(lambda: self._warm_all(tell)))
+        self.gate.refit(lambda: self.gate.alone(lambda: self._warm_all(progress)))
 
-    def _warm_all(self, tell: Callable[[str], None]) -> None:
+    def _warm_all(self, progress: Callable[[str], None]) -> None:
         for name, engine in self.engines.items():
             if isinstance(engine, SupportsWarming):
-                self._warm(name, engine, tell)
+                self._warm(name, engine, progress)
 
-    def _warm(self, name: str, engine: SupportsWarming, tell: Callable[[str], None]) -> None:
+    def _warm(self, name: str, engine: SupportsWarming, progress: Callable[[str], None]) -> None:
         try:
             with raised_as(EngineError, f"The engine {name!r} failed to warm up"):
-                engine.warm(tell)
+                engine.warm(progress)
         except ModuleLostError as exc:
             self.gate.poison(exc)
             raise

@@ -14,7 +14,7 @@ import torch
 import xxhash
 
 from refitkit.protocols import KnowsRevisions, SupportsPartial
-from refitkit.recipe.values import STRATEGY
+from refitkit.recipe.plan import STRATEGY
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

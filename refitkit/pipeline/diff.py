@@ -14,7 +14,7 @@ from refitkit.errors import Problem, SourceError, raised_as
 from refitkit.model import DiffReport, DiffRow
 from refitkit.program.distance import Distance, chunks, distance, is_whole
 from refitkit.program.dtypes import dtype_of
-from refitkit.recipe.ties import name_in, twins_of
+from refitkit.recipe.reads import name_in, twins_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -18,10 +18,10 @@ import torch
 
 from refitkit.errors import EngineError, WeightMismatchError, raised_as
 from refitkit.model import CallRef
-from refitkit.program.finite import all_finite, finite, not_finite, spoilt
+from refitkit.program.bits import all_finite, finite, not_finite, spoilt
 from refitkit.protocols import ShowsStaged, SupportsOverwrite, SupportsReadback
-from refitkit.recipe.pieces import LARGE
-from refitkit.recipe.values import STRATEGY
+from refitkit.recipe.plan import STRATEGY
+from refitkit.recipe.sources import LARGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -12,7 +12,7 @@ from refitkit.errors import (
     UnsupportedTargetError,
     raised_as,
 )
-from refitkit.file_state import stat_of
+from refitkit.files.file_state import stat_of
 from refitkit.pipeline.backends import plan_in
 from refitkit.pipeline.clock import Clock
 from refitkit.pipeline.needs import missing_needs
@@ -51,7 +51,7 @@ def load_module(pipeline: Pipeline, target: object, *, warm: bool) -> CompiledMo
         compiled.target = None if isinstance(target, str | Path) else target
     if warm:
         with Clock(host, "load").stage("warm"):
-            compiled.warm(tools_for(host, config, "load", "warm").tell)
+            compiled.warm(tools_for(host, config, "load", "warm").progress)
     return compiled
 
 

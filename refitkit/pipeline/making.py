@@ -116,7 +116,7 @@ class Making:
             return make()
         tools = tools_for(host, config, "plan", "plan")
         wish = wanted(host, backend, program, opened, options, tools)
-        return make() if wish is None else PlanCache(folder, tools.tell, opener).get(wish, make)
+        return make() if wish is None else PlanCache(folder, tools.progress, opener).get(wish, make)
 
     def _kept(self) -> KeptProgram | None:
         kept = KeptProgram.of(self._program)

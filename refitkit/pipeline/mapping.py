@@ -19,10 +19,8 @@ from refitkit.pipeline.needs import require_served
 from refitkit.pipeline.reach import require_reached_by
 from refitkit.pipeline.tools import tools_for
 from refitkit.protocols import Mapped, MapRequest, SupportsPartial
-from refitkit.recipe.plan import RefitPlan
-from refitkit.recipe.reads import reads_of
-from refitkit.recipe.state import state_slots
-from refitkit.recipe.values import STRATEGY
+from refitkit.recipe.plan import STRATEGY, RefitPlan
+from refitkit.recipe.reads import reads_of, state_slots
 
 if TYPE_CHECKING:
     from collections import abc

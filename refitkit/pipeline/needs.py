@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from refitkit.errors import PlanMismatchError, Problem
 from refitkit.model import Need
-from refitkit.recipe.values import STRATEGY
+from refitkit.recipe.plan import STRATEGY
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

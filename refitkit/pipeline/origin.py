@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from refitkit.errors import NotRefittableError, Problem, raise_if_resource, resources
-from refitkit.file_state import FileState
+from refitkit.files.file_state import FileState
 
 Mark: TypeAlias = tuple[str, FileState]
 """Name below the path, and what the file was."""

@@ -15,8 +15,8 @@ from refitkit.program.bits import same_bits
 from refitkit.program.views import derived_value
 from refitkit.protocols import LeavesOut
 from refitkit.recipe import unusable_reason
-from refitkit.recipe.once import once_for_each
-from refitkit.recipe.ties import kept_leaves
+from refitkit.recipe.reads import kept_leaves
+from refitkit.recipe.weak_cache import once_for_each
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping

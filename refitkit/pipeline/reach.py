@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from refitkit.errors import NotRefittableError, Problem, UnmappedSlotError
 from refitkit.model import SlotState
-from refitkit.recipe.following import sources_of_guards
-from refitkit.recipe.once import once_for_each
+from refitkit.recipe.reads import sources_of_guards
+from refitkit.recipe.weak_cache import once_for_each
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping

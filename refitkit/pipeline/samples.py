@@ -24,7 +24,7 @@ from refitkit.program.distance import (
     looked_through_rows,
     norms_of_rows,
 )
-from refitkit.recipe.once import once_for_each
+from refitkit.recipe.weak_cache import once_for_each
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

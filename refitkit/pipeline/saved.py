@@ -8,13 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from refitkit.files.archive import saying_why
 from refitkit.pipeline.clock import Clock
 from refitkit.pipeline.compiled import CompiledModule
 from refitkit.pipeline.held import Held
 from refitkit.pipeline.overrides import overridden_as, overridden_in
 from refitkit.program import KeptProgram
 from refitkit.recipe import RefitPlan
-from refitkit.recipe.archive import saying_why
 
 if TYPE_CHECKING:
     from refitkit.host import Host

@@ -20,6 +20,6 @@ def tools_for(host: Host, config: Config, verb: str, stage: str) -> Tools:
     """
     return Tools(
         layer_types=host.named("refitkit_layer_types"),
-        tell=lambda text: host.emit(Step(verb, stage, text)),
+        progress=lambda text: host.emit(Step(verb, stage, text)),
         check_finite=config.check_finite,
     )

@@ -18,9 +18,9 @@ from refitkit.host import Host
 from refitkit.model import TransformRow
 from refitkit.protocols import HasNamings, KnowsRevisions, Made, TransformRequest
 from refitkit.recipe import pieces_of
+from refitkit.recipe.name_suggestions import ALL_NAMES, WHOLE_SUBTREE
 from refitkit.recipe.reads import reads_of
 from refitkit.recipe.sources import describe_tensor
-from refitkit.recipe.strangers import ALL_NAMES, WHOLE_SUBTREE
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence

@@ -14,8 +14,7 @@ from torch.export.graph_signature import InputKind
 from refitkit.errors import NotRefittableError, Problem
 from refitkit.model import Leaf, LeafKind
 from refitkit.program.dtypes import dtype_name, unusable_dtype
-from refitkit.program.liveness import live_inputs
-from refitkit.program.mutation import mutated_placeholders, submodules_of
+from refitkit.program.liveness import live_inputs, mutated_placeholders, submodules_of
 from refitkit.program.views import with_overlaps
 
 if TYPE_CHECKING:

@@ -10,22 +10,27 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import math
+import re
+import threading
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch.utils._sympy import functions
 
 from refitkit.errors import PlanMismatchError, SourceError, raise_if_resource, raised_as
 from refitkit.model import LeafKind
 from refitkit.processes import ForkedLock
+from refitkit.program.ambient import keep_default_dtype
 from refitkit.program.dtypes import dtype_of
 from refitkit.program.facts import facts_of
-from refitkit.program.on_demand import OnDemand
-from refitkit.program.vet import check_graph
 from refitkit.program.views import derived_value, on_shared_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
     from torch.export import ExportedProgram
 
@@ -298,3 +303,236 @@ def _blank(leaf: Leaf) -> torch.Tensor:
 def _serde() -> Any:
     """The serializer of torch itself: no public way leaves the weights out."""
     return importlib.import_module("torch._export.serde.serialize")
+
+
+# MERGED vet: What a kept program may name, before torch turns its text into a graph.
+#
+# Torch's deserializer (``torch/_export/serde/serialize.py``, 2.11 to 2.14) looks up the target of
+# a node as attributes of ``torch``, by which ``os.system`` can be reached; it has sympy evaluate
+# sizes as Python; and ``ExportedProgram.module`` compiles guards that are code. A graph comes
+# from a file.
+
+_OPERATORS = frozenset(
+    {
+        *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "neg", "pos", "abs"),
+        *("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "xor", "not_", "inv", "invert"),
+        *("lshift", "rshift", "getitem", "index", "truth"),
+    }
+)
+_OF_TORCH = frozenset(
+    {
+        *("_C._set_grad_enabled", "_sym_sqrt"),
+        *("amp.autocast_mode._enter_autocast", "amp.autocast_mode._exit_autocast"),
+    }
+)
+_SYM = re.compile(r"sym_[a-z_]+")
+_SYMBOL_NAME = re.compile(r"'[A-Za-z_]*\d+'|\"[A-Za-z_]*\d+\"")
+_IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
+_OTHERS = re.compile(r"[\d\s+\-*/%(),<>=!&|~^]*(?:\.\d+[\d\s+\-*/%(),<>=!&|~^]*)*")
+_SYMBOL = re.compile(r"[a-z]+\d+")
+_SYMPY = frozenset(
+    {
+        *("Symbol", "Integer", "Rational", "Float", "Add", "Mul", "Pow", "Mod", "Max", "Min"),
+        *("Eq", "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not", "Abs", "Piecewise", "ITE"),
+        *("Equality", "Unequality", "LessThan", "GreaterThan", "StrictLessThan"),
+        *("StrictGreaterThan", "floor", "ceiling", "sqrt", "oo", "int_oo", "true", "false"),
+        *("True", "False", "None", "positive", "nonnegative", "negative", "integer", "real"),
+        *("zero", "finite", "nonzero", "evaluate"),
+    }
+)
+
+
+def check_graph(graph: Any) -> None:
+    """Check what a serialized program names, and take its guards away.
+
+    Args:
+        graph: What JSON gave. Its ``guards_code`` is emptied: the guards of the example inputs,
+            which nothing here asks for.
+
+    Raises:
+        ValueError: It names something that no exported program does.
+    """
+    if isinstance(graph, dict) and graph.get("guards_code"):
+        graph["guards_code"] = []
+    odd = sorted(set(_odd(graph)))
+    if odd:
+        raise ValueError(f"it names what no program does: {', '.join(odd)[:200]}")
+
+
+def _odd(value: Any) -> Iterator[str]:
+    if isinstance(value, list):
+        for one in value:
+            yield from _odd(one)
+    elif isinstance(value, dict):
+        if {"target", "inputs", "outputs"} <= value.keys() and not _is_op(str(value["target"])):
+            yield str(value["target"])
+        if "expr_str" in value and not _is_expression(str(value["expr_str"])):
+            yield str(value["expr_str"])
+        for one in value.values():
+            yield from _odd(one)
+
+
+def _is_op(target: str) -> bool:
+    """Whether the deserializer would find an op, or nothing; the prefixes are those it looks at."""
+    names = target.split(".")[1:]
+    if target.startswith("_operator"):
+        return len(names) == 1 and names[0] in _OPERATORS
+    if target.startswith("torch"):
+        return _is_op_of_torch(names)
+    if target.startswith("math"):
+        return len(names) == 1 and hasattr(math, names[0])
+    return True  # stays a text, which is no op
+
+
+def _is_op_of_torch(names: list[str]) -> bool:
+    if ".".join(names) in _OF_TORCH or (len(names) == 1 and _SYM.fullmatch(names[0])):
+        return True
+    found: Any = torch
+    for name in names:
+        if not hasattr(found, name):
+            return True
+        found = getattr(found, name)
+    return isinstance(found, OpOverload | OpOverloadPacket | HigherOrderOperator)
+
+
+def _is_expression(text: str) -> bool:
+    rest = _SYMBOL_NAME.sub("", text)
+    names = _IDENTIFIER.findall(rest)
+    return all(map(_is_known, names)) and bool(_OTHERS.fullmatch(_IDENTIFIER.sub("", rest)))
+
+
+def _is_known(name: str) -> bool:
+    return name in _SYMPY or name in functions.__all__ or bool(_SYMBOL.fullmatch(name))
+
+
+# MERGED on_demand: A program that asks for each of its tensors when it needs it, and lets go of
+# it after that.
+#
+# The module of an ``ExportedProgram`` fetches all its parameters and buffers before it computes
+# anything (``torch/export/_unlift.py``, 2.11 to 2.14), so a whole set of weights is in memory
+# while it runs. The code that ``torch.fx`` writes for a graph forgets each value after its last
+# use; so all it takes is to fetch a tensor where it is used first.
+
+_ASKED = "_asked_for_tensors"
+_REGIONS = frozenset({"wrap_with_set_grad_enabled", "wrap_with_autocast"})
+"""Ops that run a graph once, on the operands behind it (``torch/_higher_order_ops/wrap.py``)."""
+
+
+class OnDemand:
+    """A program's module without data; each call says where tensors come from.
+
+    Nothing of a call is kept, so several threads may call it.
+
+    Attributes:
+        asked_for: Names of the tensors that calls ask for: those that the graph itself reads.
+    """
+
+    def __init__(self, module: torch.fx.GraphModule, names: Collection[str]) -> None:
+        """Rewrite a module.
+
+        Args:
+            module: What ``ExportedProgram.module()`` gave; becomes this object's.
+            names: What calls will bring.
+        """
+        self._module, self._asked = module, _Asked()
+        early = [node for node in module.graph.nodes if node.op == "get_attr"]
+        waiting = {node: str(node.target) for node in early if node.target in names}
+        self.asked_for = frozenset(name for node, name in waiting.items() if node.users)
+        keep_default_dtype(module)
+        _put_off(module, waiting, self._asked)
+
+    def run(
+        self, give: Callable[[str], torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call it, without gradients.
+
+        Args:
+            give: Gives a tensor by its name. Asked for what the program reads, once, and once more
+                for each region (of autocast, without gradients) that reads it, too.
+            args: Positional inputs.
+            kwargs: Keyword inputs.
+        """
+        with self._asked.answered_by(give), torch.no_grad():
+            return self._module(*args, **kwargs)
+
+
+class _Asked(torch.nn.Module):
+    """What the graph calls where it needs a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._of_thread = threading.local()
+
+    @contextmanager
+    def answered_by(self, give: Callable[[str], torch.Tensor]) -> Iterator[None]:
+        """Ask this one, in this thread."""
+        self._of_thread.give = give
+        try:
+            yield
+        finally:
+            del self._of_thread.give  # it knows all the weights
+
+    def forward(self, name: str) -> torch.Tensor:
+        """A tensor, as it is outside of all regions: to read it may mean to compute it."""
+        with torch.no_grad(), torch._C._DisableAutocast():  # noqa: SLF001 - of all devices at once
+            found: torch.Tensor = self._of_thread.give(name)
+        return found
+
+
+def _put_off(
+    module: torch.fx.GraphModule, waiting: dict[torch.fx.Node, str], asked: _Asked
+) -> None:
+    """Let a graph ask for tensors where it uses them first, and not for those that it does not.
+
+    Args:
+        module: Whose graph it is.
+        waiting: Nodes that stand for tensors, with their names. They are removed.
+        asked: What to ask.
+    """
+    module.add_submodule(_ASKED, asked)
+    graph, left = module.graph, dict(waiting)
+    for node in list(graph.nodes):
+        _put_off_in_region(module, node, waiting, asked)
+    for user in list(graph.nodes):
+        for node in user.all_input_nodes:
+            name = left.pop(node, None)
+            if name is not None:
+                with graph.inserting_before(user):
+                    node.replace_all_uses_with(graph.call_module(_ASKED, (name,)))
+    for node in waiting:
+        graph.erase_node(node)
+    module.recompile()
+
+
+def _put_off_in_region(
+    module: torch.fx.GraphModule,
+    call: torch.fx.Node,
+    waiting: Mapping[torch.fx.Node, str],
+    asked: _Asked,
+) -> None:
+    """Let a region ask for tensors itself: who calls it holds its operands as long as it runs."""
+    if not isinstance(call.target, HigherOrderOperator) or str(call.target) not in _REGIONS:
+        return
+    place, body = _body(module, call)
+    if body is None:
+        return
+    operands = call.args[place + 1 :]
+    names = [waiting.get(one) if isinstance(one, torch.fx.Node) else None for one in operands]
+    parameters = [node for node in body.graph.nodes if node.op == "placeholder"]
+    inner = {node: name for node, name in zip(parameters, names, strict=True) if name is not None}
+    left = [one for one, name in zip(operands, names, strict=True) if name is None]
+    call.args = (*call.args[: place + 1], *left)
+    _put_off(body, inner, asked)
+
+
+def _body(
+    module: torch.fx.GraphModule, call: torch.fx.Node
+) -> tuple[int, torch.fx.GraphModule | None]:
+    """The graph that a region runs, and its place among the arguments; None if others run it."""
+    for place, one in enumerate(call.args):
+        if isinstance(one, torch.fx.Node) and one.op == "get_attr":
+            body = getattr(module, str(one.target), None)
+            if isinstance(body, torch.fx.GraphModule):
+                named = [n for n in module.graph.nodes if (n.op, n.target) == (one.op, one.target)]
+                return place, body if named == [one] and len(one.users) == 1 else None
+    return 0, None

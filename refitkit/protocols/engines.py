@@ -230,9 +230,9 @@ class SupportsOverwrite(Protocol):
 class SupportsWarming(Protocol):
     """An engine whose first refit is slow unless it was warmed."""
 
-    def warm(self, tell: Callable[[str], None]) -> None:
+    def warm(self, progress: Callable[[str], None]) -> None:
         """Do now what the first refit would have to. Its weights and answers do not change.
 
         Args:
-            tell: Tells of progress.
+            progress: Called with one line of text for each step.
         """

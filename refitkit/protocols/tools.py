@@ -17,10 +17,10 @@ class Tools:
 
     Attributes:
         layer_types: Network layer types that hold weights, of all plugins, by name.
-        tell: Tells of progress in things that take long; never once per tensor.
+        progress: Called with one line of text for each long step, never per tensor.
         check_finite: Whether new values must be finite wherever the present ones are.
     """
 
     layer_types: Mapping[str, LayerType] = field(default_factory=dict)
-    tell: Callable[[str], None] = field(default=lambda _: None)
+    progress: Callable[[str], None] = field(default=lambda _: None)
     check_finite: bool = True

@@ -14,17 +14,25 @@ sparse and nested tensors.
 
 from __future__ import annotations
 
+import ctypes
 import functools
-from typing import TYPE_CHECKING
+import math
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 
-from refitkit.model import Number
+from refitkit.model import CallRef, Number, PinnedRef, SourceRef, TorchName
+from refitkit.model.slot import ITEM_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from refitkit.model import OpCall
+    from refitkit.model import Argument, OpCall, Value
+    from refitkit.model.plan import Atom
+
 
 _NAMESPACE = "aten"
 
@@ -305,3 +313,289 @@ def _all_whole(dtypes: Sequence[str]) -> bool:
 
 def _numbers(call: OpCall) -> list[object]:
     return [a for a in call.args if isinstance(a, int | float | Number) and a is not True]
+
+
+# MERGED operands: What calls are made of: operands, calls below them, leaves that they follow
+# from.
+
+_REFERENCES = (SourceRef, PinnedRef, CallRef)
+
+
+def is_reference(argument: Any) -> TypeGuard[Value]:
+    """Whether an argument of a call stands for a tensor."""
+    return isinstance(argument, _REFERENCES)
+
+
+def operands_of(one: OpCall) -> tuple[Value, ...]:
+    """The tensors among the arguments of a call."""
+    flat: list[Any] = []
+    for argument in (*one.args, *one.kwargs.values()):
+        flat += argument if isinstance(argument, tuple) else (argument,)
+    return tuple(filter(is_reference, flat))
+
+
+def calls_below(values: Iterable[Value], operands: Callable[[int], Iterable[Value]]) -> set[int]:
+    """Numbers of the calls that values are made by.
+
+    Args:
+        values: The values.
+        operands: What a call is made of, by its number; nothing where the walk ends.
+    """
+    found: set[int] = set()
+    stack = list(values)
+    while stack:
+        value = stack.pop()
+        if isinstance(value, CallRef) and value.call not in found:
+            found.add(value.call)
+            stack += operands(value.call)
+    return found
+
+
+class Followed:
+    """The leaves that values follow from."""
+
+    def __init__(self, calls: Sequence[OpCall], ties: Iterable[Sequence[str]] = ()) -> None:
+        """Find out nothing yet; more calls may come.
+
+        Args:
+            calls: Each after those whose results it takes.
+            ties: Classes of leaves that are one tensor: who follows from one follows from all.
+        """
+        self._calls = calls
+        self._twins = {name: frozenset(tie) for tie in ties for name in tie}
+        self._found: dict[int, frozenset[str]] = {}
+
+    def by(self, value: Value) -> frozenset[str]:
+        """Their names; none of what the plan keeps."""
+        if isinstance(value, SourceRef):
+            return self._twins.get(value.fqn, frozenset({value.fqn}))
+        if isinstance(value, PinnedRef):
+            return frozenset()
+        return self.by_call(value.call)
+
+    def by_call(self, number: int) -> frozenset[str]:
+        """The same for what a call gives."""
+        for below in range(len(self._found), number + 1):  # chains can be long: no recursion
+            parts = map(self.by, operands_of(self._calls[below]))
+            self._found[below] = frozenset[str]().union(*parts)  # threads may both find it
+        return self._found[number]
+
+
+# MERGED literals: How literals of calls are written in a plan: numbers, lists, dtypes, layouts,
+# memory formats.
+
+_LAYOUTS = {str(kind).removeprefix("torch."): kind for kind in (torch.strided,)}
+_FORMATS = {
+    str(kind).removeprefix("torch."): kind
+    for kind in (
+        torch.contiguous_format,
+        torch.preserve_format,
+        torch.channels_last,
+        torch.channels_last_3d,
+    )
+}
+_DTYPES = {name: getattr(torch, name) for name in ITEM_BYTES if hasattr(torch, name)}
+_CONSTANTS: dict[str, Any] = {**_DTYPES, **_LAYOUTS, **_FORMATS}
+_NAME_OF = {id(constant): name for name, constant in _CONSTANTS.items()}
+
+
+def encode_literal(value: object) -> Argument:
+    """A literal of a call as the manifest has it.
+
+    References to tensors (:data:`refitkit.model.Value`) and what is encoded already stay as they
+    are.
+
+    Raises:
+        TypeError: There is no way to write it: a device, a symbolic number, a list in a list.
+    """
+    if isinstance(value, list | tuple):
+        return tuple(_encode_atom(item) for item in value)
+    return _encode_atom(value)
+
+
+def _encode_atom(value: object) -> Atom:
+    if is_reference(value) or isinstance(value, TorchName | Number):
+        return value
+    if value is None or type(value) in {bool, int, str}:
+        return value  # type: ignore[return-value]  # of one of these types, none of a subclass
+    if type(value) is float:
+        return value if math.isfinite(value) else Number(text=repr(value))
+    if type(value) is complex:
+        return Number(text=repr(value))
+    if isinstance(value, torch.dtype | torch.layout | torch.memory_format):
+        if id(value) in _NAME_OF:
+            return TorchName(name=_NAME_OF[id(value)])
+        raise TypeError(f"{value} does not occur in recipes")
+    raise TypeError(f"a {type(value).__name__} does not occur in recipes")
+
+
+def decode_literal(argument: Argument) -> Any:
+    """A literal from the manifest; lists come as lists, references to tensors as they are.
+
+    Raises:
+        ValueError: It names a constant that torch does not have, or is no number.
+    """
+    if isinstance(argument, tuple):
+        return [decode_literal(item) for item in argument]
+    if isinstance(argument, TorchName):
+        if argument.name not in _CONSTANTS:
+            raise ValueError(f"torch has no constant {argument.name!r}")
+        return _CONSTANTS[argument.name]
+    if isinstance(argument, Number):
+        return _number(argument.text)
+    return argument
+
+
+def _number(text: str) -> float | complex:
+    """``inf``, ``-inf``, ``nan``, or what ``repr`` writes for a complex number."""
+    if text in {"inf", "-inf", "nan"}:
+        return float(text)
+    if not text.endswith(("j", "j)")):
+        raise ValueError(f"{text!r} is no number of a recipe")
+    return complex(text)
+
+
+# MERGED conditions: The conditions under which an op gives the same bits in every process.
+#
+# Results of products, reductions, linear algebra and vectorized functions also depend on matters
+# that are no operand. MKL chooses kernels by the address of a matrix. Vectorized loops compute
+# the last elements of a stretch another way, and every thread has a stretch of its own. oneDNN
+# computes float32 products in bfloat16 where the process allows it. So recordings and recipes
+# compute under the same conditions: one thread, full precision, and operands that start where
+# torch's allocator would put them (:func:`aligned`).
+#
+# What remains is the processor: other vector lengths and other versions of a library round
+# differently.
+
+ALIGNMENT = 64
+"""Bytes: torch's allocators put tensors at multiples of this (``c10/core/alignment.h``)."""
+_FULL = frozenset({"none", "ieee"})
+_PRECISIONS = (
+    ("generic", "all"),
+    ("mkldnn", "all"),
+    ("mkldnn", "matmul"),
+    ("mkldnn", "conv"),
+    ("cuda", "all"),
+    ("cuda", "matmul"),
+)
+"""Settings that let float32 products be computed in less, those that others inherit from first.
+
+cuDNN's convolutions are not among them: TF32 is their default, and the reference's.
+"""
+_DENORMAL = 5e-324
+
+
+# -- memory -----------------------------------------------------------------------------------
+
+
+def is_aligned(tensor: torch.Tensor, offset: int = 0) -> bool:
+    """Whether a tensor lies where the allocator could have put it.
+
+    Args:
+        tensor: Any tensor that has memory.
+        offset: Bytes from the start of what was allocated to its first element.
+    """
+    return (tensor.data_ptr() - offset) % ALIGNMENT == 0
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor that starts where the allocator puts tensors; itself if it does."""
+    if tensor.is_contiguous() and is_aligned(tensor):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def moved(tensor: torch.Tensor, offset: int) -> torch.Tensor:
+    """A copy with the same strides, a number of bytes behind a multiple of the alignment.
+
+    Args:
+        tensor: Of any layout.
+        offset: The number; a multiple of the size of an element.
+    """
+    size = tensor.element_size()
+    extent = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    first = offset % ALIGNMENT // size
+    memory = tensor.new_empty(first + extent)
+    memory[first:].copy_(tensor.as_strided((extent,), (1,)))
+    return memory.as_strided(tensor.shape, tensor.stride(), first)
+
+
+# -- settings ---------------------------------------------------------------------------------
+
+
+def is_flushing() -> bool:
+    """Whether this thread takes denormal numbers for zeros (``torch.set_flush_denormal``)."""
+    return _DENORMAL * 1.0 == 0.0
+
+
+@contextmanager
+def same_settings() -> Iterator[None]:
+    """Compute in one thread, in full precision and with denormals, whatever the caller has set.
+
+    The number of threads is that of the calling thread only. Precisions and oneDNN's switch belong
+    to the process; they are touched only where they are not torch's defaults.
+    """
+    undo: list[Callable[[], object]] = []
+    try:
+        _one_thread(undo)
+        _full_precision(undo)
+        if is_flushing():
+            torch.set_flush_denormal(False)
+            undo.append(lambda: torch.set_flush_denormal(True))
+        yield
+    finally:
+        for one in reversed(undo):
+            one()
+
+
+def _one_thread(undo: list[Callable[[], object]]) -> None:
+    before = torch.get_num_threads()  # sets up this thread's number if nothing did before
+    if before == 1:
+        return
+    openmp, mkl = _setters()
+    if openmp is None:
+        torch.set_num_threads(1)
+        undo.append(lambda: torch.set_num_threads(before))
+        return
+    openmp(1)
+    undo.append(lambda: openmp(before))
+    if mkl is not None:
+        mkl_before = mkl(1)
+        undo.append(lambda: mkl(mkl_before))
+
+
+@cache
+def _setters() -> tuple[Callable[[int], Any] | None, Callable[[int], Any] | None]:
+    """OpenMP's and MKL's functions that set the number of threads of the calling thread.
+
+    ``torch.set_num_threads`` sets it for threads that start meanwhile, too, and those would keep
+    it. Where torch was built without either library, there is no such function.
+    """
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        library = ctypes.PyDLL(str(path))  # without giving the GIL up: the calls take nanoseconds
+        openmp = library.omp_set_num_threads
+    except (OSError, AttributeError):
+        return None, None
+    openmp.restype = None
+    before = torch.get_num_threads()
+    openmp(1)
+    works = torch.get_num_threads() == 1
+    openmp(before)
+    return (openmp, getattr(library, "MKL_Set_Num_Threads_Local", None)) if works else (None, None)
+
+
+def _full_precision(undo: list[Callable[[], object]]) -> None:
+    get, put = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter  # noqa: SLF001
+    for backend, op in _PRECISIONS:
+        found = get(backend, op)
+        if found not in _FULL:
+            put(backend, op, "ieee")
+            undo.append(_setting(put, backend, op, found))
+    if not torch._C._get_mkldnn_enabled():  # noqa: SLF001 - the property's own function
+        torch._C._set_mkldnn_enabled(True)  # noqa: SLF001, FBT003
+        undo.append(lambda: torch._C._set_mkldnn_enabled(False))  # noqa: SLF001, FBT003
+
+
+def _setting(put: Callable[..., object], *arguments: str) -> Callable[[], object]:
+    return lambda: put(*arguments)

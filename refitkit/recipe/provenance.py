@@ -6,12 +6,15 @@ them. Tensors are known by their memory (:mod:`refitkit.recipe.memories`).
 
 from __future__ import annotations
 
+import sys
+import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from refitkit.program.bits import same_bits
-from refitkit.recipe import aliases
+from refitkit.recipe import memories
 from refitkit.recipe.memories import (
     Geometry,
     Memories,
@@ -21,17 +24,17 @@ from refitkit.recipe.memories import (
     is_followed,
     storage_address,
 )
-from refitkit.recipe.origins import Call, LeafOrigin, Literal, Origin, Unknown
-from refitkit.recipe.unwatched import Unwatched
+from refitkit.recipe.origins import Call, LeafOrigin, Literal, Origin, Unknown, leaves_below
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
+    from types import FrameType
 
     import numpy as np
 
-    from refitkit.recipe.attention import Attention
-    from refitkit.recipe.loans import Loans
+    from refitkit.recipe.memories import Loans
     from refitkit.recipe.origins import Escape
+
 
 Place: TypeAlias = tuple[Memory, Geometry]
 """A memory, and how a tensor lies in it."""
@@ -63,7 +66,7 @@ class Provenance:
             if is_followed(tensor):
                 memory, geometry = self.place(tensor)
                 memory.leaves.append(fqn)
-                memory.values.setdefault(geometry, aliases.lying(LeafOrigin(fqn), 0, geometry))
+                memory.values.setdefault(geometry, memories.lying(LeafOrigin(fqn), 0, geometry))
 
     # -- asking -----------------------------------------------------------------------------
 
@@ -76,7 +79,7 @@ class Provenance:
             self.literal(tensor)
         found: Origin | None = memory.values.get(geometry)
         if found is None:
-            found = aliases.seen_otherwise(memory, geometry)
+            found = memories.seen_otherwise(memory, geometry)
             memory.values[geometry] = found
         return found
 
@@ -138,16 +141,16 @@ class Provenance:
     def made(self, tensor: torch.Tensor, node: Call | Literal | Unknown, output: int) -> None:
         """Note that a tensor was made, and which result of what it is."""
         memory, geometry = self.place(tensor)
-        memory.values[geometry] = aliases.lying(node, output, geometry)
+        memory.values[geometry] = memories.lying(node, output, geometry)
 
     def wrote(self, place: Place, node: Call | Literal | Unknown, output: int) -> None:
         """Note that a place was written to; what the memory around that is now, follows."""
         memory, geometry = place
-        aliases.write(memory, geometry, aliases.lying(node, output, geometry))
+        memories.write(memory, geometry, memories.lying(node, output, geometry))
 
     def lost(self, place: Place) -> None:
         """Note that nobody knows what a place holds now."""
-        aliases.forget(*place)
+        memories.forget(*place)
 
     # -- what others did --------------------------------------------------------------------
 
@@ -161,7 +164,7 @@ class Provenance:
         """
         memory, geometry = self.place(tensor)
         node = self._made_of_numbers(self.copy(tensor), known=known)
-        memory.values.setdefault(geometry, aliases.lying(node, 0, geometry))
+        memory.values.setdefault(geometry, memories.lying(node, 0, geometry))
         memory.foreign |= foreign
 
     def _made_of_numbers(self, value: torch.Tensor, *, known: bool) -> Literal | Unknown:
@@ -236,3 +239,103 @@ class Provenance:
 
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+# MERGED attention: When a recording looks at what happens: in its own thread, and not while it is
+# paused.
+
+
+class Attention:
+    """Of one recording.
+
+    Attributes:
+        paused: Whether nothing is to be seen, whoever does it.
+    """
+
+    def __init__(self) -> None:
+        """Look, in this thread."""
+        self.paused = False
+        self._thread = threading.get_ident()
+
+    def turn_here(self) -> None:
+        """Look in this thread from now on."""
+        self._thread = threading.get_ident()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether what happens now, in this thread, is to be seen."""
+        return threading.get_ident() == self._thread and not self.paused
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """See nothing until the end of the block."""
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
+
+
+# MERGED unwatched: Weights whose memory was given to code that no recording can watch.
+#
+# An address, a storage or a pickle can be read by a library in C, and its numbers come back as
+# literals of a converter. So once code of a third party has asked for one, a number that appears
+# afterwards may hold a weight. It is not taken for a literal of the graph: its origin is unknown.
+
+_TRUSTED = frozenset({"refitkit", "torch_tensorrt"})
+"""Packages that ask for addresses and arrays only to hand them to TensorRT, or to compare them."""
+_COPYING = "copy"
+"""A package that asks to make another tensor, which is known by its memory."""
+_TRANSPARENT = frozenset({"torch", *sys.stdlib_module_names})
+"""Packages that ask on behalf of their caller."""
+_SHOWN = 3
+
+
+def is_trusted() -> bool:
+    """Whether the code that asks for a tensor's memory is torch's, Torch-TensorRT's or refitkit's.
+
+    To be called by the function that replaces the one that was asked.
+    """
+    frame: FrameType | None = sys._getframe(2)  # noqa: SLF001 - inspect.stack reads source files
+    while frame is not None:
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package == _COPYING:
+            return True
+        if package not in _TRANSPARENT:
+            return package in _TRUSTED
+        frame = frame.f_back
+    return True
+
+
+class Unwatched:
+    """What was given to code that cannot be watched, in one recording.
+
+    Attributes:
+        doubt: Why a number that appears now may hold a weight; empty if it cannot.
+    """
+
+    def __init__(self) -> None:
+        """Start with nothing."""
+        self.doubt = ""
+
+    def gave(self, origins: Iterable[Origin], how: str) -> None:
+        """Note that somebody can read these values without being seen.
+
+        Args:
+            origins: The values.
+            how: What was given of them: an address, a pickle.
+        """
+        self.doubt = self.doubt or _reason(origins, how)
+
+
+def _reason(origins: Iterable[Origin], how: str) -> str:
+    """Empty where no value follows from a leaf: then nothing was given that a refit changes."""
+    names = sorted({name for origin in origins for name in leaves_below(origin) if name})
+    if not names:
+        return ""
+    shown = ", ".join(map(repr, names[:_SHOWN]))
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return (
+        f"it is made of numbers that appeared after {how} of {shown}{more} was given to code that "
+        "cannot be watched, and may hold its value"
+    )

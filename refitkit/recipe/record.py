@@ -1,32 +1,47 @@
 """From a recording to recipes: what each slot needs, in as few calls as possible.
 
 A recording knows for every value which op made it of which others. Here that is followed back to
-the leaves (:mod:`refitkit.recipe.lineage`) and written as calls (:mod:`refitkit.recipe.writer`).
+the leaves (:mod:`refitkit.recipe.origins`) and written as calls (:mod:`refitkit.recipe.writer`).
 Each slot gets a row, and what left the recording becomes guards.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from refitkit.model import Guard, LedgerRow, PinnedRef, SlotState, SourceRef
-from refitkit.recipe.draft import Draft
-from refitkit.recipe.lineage import Lineage, UnwritableError
-from refitkit.recipe.lookalikes import Lookalikes
-from refitkit.recipe.origins import Literal
-from refitkit.recipe.recorded import Recorded, needed
-from refitkit.recipe.trial import unlike
-from refitkit.recipe.writer import Writer
+from refitkit.errors import PlanMismatchError
+from refitkit.model import (
+    CallRef,
+    Fingerprint,
+    Guard,
+    LedgerRow,
+    PinnedRef,
+    PinnedTensor,
+    PlanData,
+    SlotState,
+    SourceRef,
+)
+from refitkit.program.bits import same_bits
+from refitkit.program.dtypes import dtype_name, dtype_of
+from refitkit.recipe.ops import calls_below, operands_of
+from refitkit.recipe.origins import Lineage, Literal, UnwritableError
+from refitkit.recipe.plan import RefitPlan
+from refitkit.recipe.sources import TensorMap
+from refitkit.recipe.writer import Draft, Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from refitkit.model import Leaf, Slot, Value
+    from refitkit.model import Leaf, OpCall, Slot, Value
+    from refitkit.protocols import SlotValue
     from refitkit.recipe.origins import Escape, Origin
     from refitkit.recipe.tape import Tape
+
 
 _CHANGED = "what was recorded of it gives another value: it was changed where no op is seen"
 
@@ -160,3 +175,165 @@ def _tried(
         for row in found.rows
     )
     return replace(found, rows=tuple(rows))
+
+
+# MERGED recorded: Recipes of all slots, as a recording gives them: without what none of them
+# needs.
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Recipes of all slots.
+
+    Attributes:
+        rows: One for each slot that was asked for.
+        calls: What they compute.
+        guards: What must be as it was.
+        literals: Tensors that the plan has to keep, beside leaves that no state_dict holds.
+    """
+
+    rows: tuple[LedgerRow, ...]
+    calls: tuple[OpCall, ...] = ()
+    guards: tuple[Guard, ...] = ()
+    literals: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+def needed(found: Recorded) -> Recorded:
+    """All of it, without calls and literals that no row and no guard needs."""
+    wanted = [row.value for row in found.rows if row.value]
+    wanted += [guard.value for guard in found.guards]
+    below = sorted(calls_below(wanted, lambda number: operands_of(found.calls[number])))
+    numbers = {old: new for new, old in enumerate(below)}
+    calls = tuple(_renumbered(found.calls[old], numbers) for old in below)
+    kept = {v.name for call in calls for v in operands_of(call) if isinstance(v, PinnedRef)}
+    kept |= {value.name for value in wanted if isinstance(value, PinnedRef)}
+    return Recorded(
+        rows=tuple(
+            row.model_copy(update={"value": _renumber(row.value, numbers)}) for row in found.rows
+        ),
+        calls=calls,
+        guards=tuple(
+            guard.model_copy(update={"value": _renumber(guard.value, numbers)})
+            for guard in found.guards
+        ),
+        literals={name: value for name, value in found.literals.items() if name in kept},
+    )
+
+
+def _renumber(argument: Any, numbers: Mapping[int, int]) -> Any:
+    if isinstance(argument, tuple):
+        return tuple(_renumber(one, numbers) for one in argument)
+    if isinstance(argument, CallRef):
+        return CallRef(call=numbers[argument.call], output=argument.output)
+    return argument
+
+
+def _renumbered(call: OpCall, numbers: Mapping[int, int]) -> OpCall:
+    args = _renumber(call.args, numbers)
+    kwargs = {name: _renumber(one, numbers) for name, one in call.kwargs.items()}
+    return call.model_copy(update={"args": args, "kwargs": kwargs})
+
+
+# MERGED trial: Whether recipes give, of the weights that were recorded, the values that were
+# recorded.
+#
+# Not every way to change a tensor can be watched (:mod:`refitkit.recipe.host_reads`): a library
+# in C that knows its address needs no op for it. What such a library did to a value shows here.
+
+_COMPUTED = {SlotState.RECIPE, SlotState.PINNED}
+
+
+def unlike(
+    rows: Sequence[LedgerRow],
+    calls: Sequence[OpCall],
+    leaves: Sequence[Leaf],
+    tensors: Mapping[str, torch.Tensor],
+    literals: Mapping[str, torch.Tensor],
+    values: Mapping[tuple[str, str], torch.Tensor],
+) -> Iterator[tuple[str, str]]:
+    """Keys of slots whose recipe gives other bits than were recorded, or cannot be computed.
+
+    Values are computed one after another: they never lie in memory all at once.
+
+    Args:
+        rows: The slots.
+        calls: What recipes compute.
+        leaves: All leaves of the program.
+        tensors: Their values, by FQN.
+        literals: Tensors that the plan keeps, beside leaves.
+        values: What was recorded, by slot.
+    """
+    data = PlanData(
+        backend="",
+        leaves=tuple(leaves),
+        ledger=tuple(rows),
+        calls=tuple(calls),
+        pinned={name: _index_of(tensor) for name, tensor in literals.items()},
+        fingerprint=Fingerprint(graph="", slots=""),
+    )
+    computed = [row for row in rows if row.state in _COMPUTED]
+    found = RefitPlan(data, literals).values_of(computed, TensorMap(tensors))
+    for key, value in found.items():
+        if isinstance(value, str) or not _gives(value, values[key]):
+            yield key
+
+
+def _index_of(tensor: torch.Tensor) -> PinnedTensor:
+    """An index entry that no file will hold: nobody asks for its digest."""
+    return PinnedTensor(dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape), sha256="")
+
+
+def _gives(value: SlotValue, wanted: torch.Tensor) -> bool:
+    try:
+        found = value.load()
+    except PlanMismatchError:
+        return False
+    dense = found.is_contiguous() and wanted.is_contiguous()
+    if dense and found.dtype == wanted.dtype and found.data_ptr() == wanted.data_ptr():
+        return found.numel() == wanted.numel()
+    return same_bits(wanted.reshape(-1), found.reshape(-1))
+
+
+# MERGED lookalikes: Literals that hold the values of a weight: somebody read it where no
+# recording sees that.
+#
+# A method of torch that was looked up before the recording began, or a library that takes tensors
+# as they are, reads a weight unseen. What it makes of that looks like a literal of a converter.
+
+
+class Lookalikes:
+    """The weights of a program, to be compared with literals."""
+
+    def __init__(self, leaves: Sequence[Leaf], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Look at no value yet.
+
+        Args:
+            leaves: All leaves of the program.
+            tensors: Their values, by FQN.
+        """
+        self._tensors = tensors
+        self._by_count: dict[int, list[str]] = defaultdict(list)
+        for leaf in leaves:
+            if leaf.persistent and dtype_of(leaf.dtype).is_floating_point:
+                self._by_count[prod(leaf.shape)].append(leaf.fqn)
+
+    def of(self, literal: torch.Tensor) -> str:
+        """The FQN of a weight with these values, in any order and precision; empty if none has.
+
+        A literal of a single value, such as zeros or ones, tells nothing.
+        """
+        names = self._by_count.get(literal.numel())
+        if not names or not literal.is_floating_point():
+            return ""
+        wanted = _sorted(literal, literal.dtype)
+        if wanted[0] == wanted[-1]:
+            return ""
+        for fqn in names:
+            if torch.equal(_sorted(self._tensors[fqn], literal.dtype), wanted):
+                return fqn
+        return ""
+
+
+def _sorted(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    found: torch.Tensor = value.detach().cpu().to(dtype).double().reshape(-1).sort().values
+    return found

@@ -2,29 +2,30 @@
 
 While a tape runs, it sees every op on tensors that have data; ops on fake, meta and functional
 tensors, which tracing makes, pass by. It stays on where libraries switch all modes off, as constant
-folding does (:mod:`refitkit.recipe.modes`). What leaves it (numbers, arrays of NumPy) is watched by
-:mod:`refitkit.recipe.escapes`; what each tensor holds is known to
+folding does (:mod:`refitkit.recipe.tape`). What leaves it (numbers, arrays of NumPy) is watched by
+:mod:`refitkit.recipe.host_reads`; what each tensor holds is known to
 :mod:`refitkit.recipe.provenance`.
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any, Self
+from unittest import mock
 
 import torch
+from torch.utils import _python_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from refitkit.errors import CompileError, Problem
 from refitkit.program.ambient import WatchingMode
 from refitkit.program.bits import digest
 from refitkit.program.dtypes import dtype_name
-from refitkit.recipe import escapes, modes, ops, schemas
-from refitkit.recipe.attention import Attention
-from refitkit.recipe.conditions import ALIGNMENT, aligned, is_aligned, moved, same_settings
-from refitkit.recipe.layouts import is_anchored
-from refitkit.recipe.loans import Loans
-from refitkit.recipe.memories import is_followed
+from refitkit.recipe import host_reads, ops
+from refitkit.recipe.memories import Loans, is_followed
+from refitkit.recipe.ops import ALIGNMENT, aligned, is_aligned, moved, same_settings
 from refitkit.recipe.origins import (
     Call,
     Escape,
@@ -33,17 +34,19 @@ from refitkit.recipe.origins import (
     Unknown,
     facts_of_tensor,
     follows_from_leaf,
+    is_anchored,
 )
-from refitkit.recipe.provenance import Provenance
+from refitkit.recipe.provenance import Attention, Provenance
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from contextlib import AbstractContextManager
     from types import TracebackType
 
     import numpy as np
 
     from refitkit.recipe.provenance import Place
+
 
 _SHOWN = 4
 """Largest number of elements of a value that is shown as text."""
@@ -77,8 +80,8 @@ class Tape(WatchingMode):
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             stack.enter_context(same_settings())
-            stack.enter_context(modes.lowest(self))
-            stack.enter_context(escapes.watched(self))
+            stack.enter_context(lowest(self))
+            stack.enter_context(host_reads.watched(self))
             self._on = stack.pop_all()
         self._attention.turn_here()
         return self
@@ -120,12 +123,12 @@ class Tape(WatchingMode):
         if not isinstance(func, torch._ops.OpOverload):  # noqa: SLF001 - there is no other name
             return self._ran_inside(func, args, kwargs)
         inputs = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
-        written = [t for t in schemas.written_by(func, args, kwargs) if is_followed(t)]
+        written = [t for t in written_by(func, args, kwargs) if is_followed(t)]
         self._refuse_leaves(func, written)
         if types or not all(map(is_followed, inputs)):
             return self._unrecorded(func, args, kwargs, written)
         if hasattr(func, "impl_aten"):  # an op of torch._prims: what it calls is what counts
-            with modes.within(self):
+            with within(self):
                 return func.impl_aten(*args, **kwargs)
         if torch.Tag.inplace_view in func.tags:  # no value changes, and memory tells the rest
             return func(*args, **kwargs)
@@ -148,7 +151,7 @@ class Tape(WatchingMode):
             self._wrote(self._node(func, args, kwargs, known, written), places)
         elif outputs:
             self._gave(func, args, kwargs, known, inputs, outputs)
-        elif not schemas.is_quiet(func):
+        elif not is_quiet(func):
             self._asked(func, inputs, known)
         return result
 
@@ -207,7 +210,7 @@ class Tape(WatchingMode):
         plainly = func.py_kernels.get(key)
         if plainly is not None and all(map(is_followed, inputs)):
             return plainly(*args, **kwargs)
-        with modes.without(self):
+        with without(self):
             return func(*args, **kwargs)
 
     def _unrecorded(
@@ -238,7 +241,7 @@ class Tape(WatchingMode):
         node = self._node(func, args, kwargs, known, outputs)
         for number, output in fresh:
             self.provenance.made(output, node, number)
-        self._asked(func, schemas.deciding(func, inputs), known)
+        self._asked(func, deciding(func, inputs), known)
 
     def _node(
         self,
@@ -248,10 +251,10 @@ class Tape(WatchingMode):
         known: Mapping[int, Origin],
         results: list[torch.Tensor],
     ) -> Call | Literal | Unknown:
-        if schemas.is_random(func):
-            drawn = not known or schemas.is_drawn(func)
+        if is_random(func):
+            drawn = not known or is_drawn(func)
             return Literal(self.provenance.copy(results[0])) if drawn else Unknown(_RANDOM)
-        numbers = self._numbers(schemas.numbers_of(func, args, kwargs))
+        numbers = self._numbers(numbers_of(func, args, kwargs))
         if isinstance(numbers, Unknown):
             return numbers
         swapped, named = tree_map(
@@ -354,3 +357,203 @@ class Tape(WatchingMode):
 def _swapped(tree: Any, others: Mapping[int, torch.Tensor]) -> Any:
     """The same with other tensors in the place of some, which are known by identity."""
     return tree_map(lambda one: others.get(id(one), one), tree)
+
+
+# MERGED schemas: What a recording has to know of an op: what it writes to, what it tells, what
+# decides it.
+
+_DRAWN = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("normal_", "uniform_", "random_", "exponential_", "cauchy_", "geometric_", "log_normal_"),
+        *("rand_like", "randn_like", "randint_like"),
+    )
+)
+"""Random ops whose result does not depend on the values of their operand."""
+_STATISTICS = {
+    "aten::native_batch_norm": (("running_mean", "running_var"), "training"),
+    "aten::cudnn_batch_norm": (("running_mean", "running_var"), "training"),
+    "aten::miopen_batch_norm": (("running_mean", "running_var"), "training"),
+    "aten::batch_norm_update_stats": (("running_mean", "running_var"), ""),
+    "aten::batch_norm_gather_stats": (("running_mean", "running_var"), ""),
+    "aten::batch_norm_gather_stats_with_counts": (("running_mean", "running_var"), ""),
+}
+"""Ops that write to operands and do not say so in their schema: to which, and if what is true."""
+_QUIET = frozenset(
+    {
+        "aten::sym_size",
+        "aten::sym_stride",
+        "aten::sym_numel",
+        "aten::sym_storage_offset",
+        "aten::is_contiguous",
+        "aten::is_non_overlapping_and_dense",
+        "aten::is_strides_like_format",
+        "aten::size",
+        "aten::stride",
+        "aten::dim",
+        "aten::numel",
+        "aten::is_pinned",
+        "aten::is_same_size",
+        "aten::_has_compatible_shallow_copy_type",
+        "prim::device",
+        "prim::layout",
+    }
+)
+"""Ops that give no tensor and tell nothing of values."""
+
+
+_LAYOUT = frozenset(
+    {
+        *("self", "a", "dtype", "out_dtype", "layout", "memory_format", "size", "sizes", "shape"),
+        *("stride", "storage_offset", "dim", "dims", "dim0", "dim1", "dim2", "dimension", "axis"),
+        *("start_dim", "end_dim", "source", "destination", "output_size", "input_size"),
+        *("input_sizes", "bias_sizes", "normalized_shape", "chunks", "num_chunks", "sections"),
+        *("split_size", "split_sizes", "reduction", "groups", "group", "padding", "dilation"),
+        *("kernel_size", "output_padding", "pad", "N", "C", "HxW", "num_heads", "num_head"),
+    }
+)
+"""Arguments of whole numbers that say how tensors lie, not which values they have."""
+
+
+def is_quiet(op: Any) -> bool:
+    """Whether an op that gives no tensor tells nothing of values."""
+    return _name(op) in _QUIET or _name(op).startswith("prim::")
+
+
+def is_random(op: Any) -> bool:
+    """Whether random numbers decide what an op gives."""
+    return torch.Tag.nondeterministic_seeded in op.tags
+
+
+def is_drawn(op: Any) -> bool:
+    """Whether nothing but random numbers decides what such an op gives."""
+    return _name(op) in _DRAWN
+
+
+def deciding(op: Any, inputs: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Operands whose values decide the shape of what an op gives."""
+    if torch.Tag.dynamic_output_shape not in op.tags:
+        return []
+    indexing = _name(op) == "aten::index"
+    return [tensor for tensor in inputs if tensor.dtype is torch.bool or not indexing]
+
+
+def numbers_of(
+    op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Iterator[int | float | complex]:
+    """The Python numbers in a call that decide values, not how tensors lie."""
+    for position, name, counts in _numbers(op):
+        given = args[position] if position < len(args) else kwargs.get(name)
+        if given is not None:
+            for one in given if isinstance(given, list | tuple) else (given,):
+                if isinstance(one, int | float | complex) and (counts or not isinstance(one, bool)):
+                    yield one
+
+
+@cache
+def _numbers(op: Any) -> tuple[tuple[int, str, bool], ...]:
+    """Position and name of arguments for such numbers, and whether truth values are some."""
+    arguments = op._schema.arguments  # noqa: SLF001 - there is no other way
+    kinds = {a.name: str(a.type).lower() for a in arguments}
+    wide = {name for name, kind in kinds.items() if "int" not in kind and "bool" not in kind}
+    return tuple(
+        (position, argument.name, argument.name in wide)
+        for position, argument in enumerate(arguments)
+        if argument.name in wide or ("int" in kinds[argument.name] and argument.name not in _LAYOUT)
+    )
+
+
+def written_by(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The tensors that an op writes to."""
+    given = [
+        args[position] if position < len(args) else kwargs.get(name)
+        for position, name, condition in _writes(op)
+        if condition is None
+        or (args[condition[0]] if condition[0] < len(args) else kwargs.get(condition[1]))
+    ]
+    return [one for one in tree_leaves(given) if isinstance(one, torch.Tensor)]
+
+
+@cache
+def _writes(op: Any) -> tuple[tuple[int, str, tuple[int, str] | None], ...]:
+    """Position and name of the arguments that an op writes to, and of what has to be true."""
+    arguments = op._schema.arguments  # noqa: SLF001 - there is no other way
+    silent, condition = _STATISTICS.get(_name(op), ((), ""))
+    positions = {argument.name: position for position, argument in enumerate(arguments)}
+    only = (positions[condition], condition) if condition else None
+    said = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    return (
+        *((positions[name], name, None) for name in said),
+        *((positions[name], name, only) for name in silent),
+    )
+
+
+def _name(op: Any) -> str:
+    name: str = op._schema.name  # noqa: SLF001 - there is no other way
+    return name
+
+
+# MERGED modes: A dispatch mode of torch below all others, which stays on where libraries switch
+# all modes off.
+#
+# What torch offers for its stack of modes has private names; they stand here.
+
+
+@contextmanager
+def lowest(mode: TorchDispatchMode) -> Iterator[None]:
+    """Put a mode below all others, and keep it on, until the end of the block."""
+    with _python_dispatch._disable_current_modes():  # noqa: SLF001 - there is no other way below
+        TorchDispatchMode.__enter__(mode)  # type: ignore[no-untyped-call]  # torch's
+        try:
+            with _staying(mode):
+                yield
+        finally:
+            TorchDispatchMode.__exit__(mode, None, None, None)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def within(mode: TorchDispatchMode) -> Iterator[None]:
+    """See the ops that an op calls, too: while one is handled, its mode is off."""
+    torch._C._push_on_torch_dispatch_stack(mode)  # noqa: SLF001 - as TorchDispatchMode does
+    try:
+        yield
+    finally:
+        torch._C._pop_torch_dispatch_stack(None)  # noqa: SLF001
+
+
+@contextmanager
+def without(mode: TorchDispatchMode) -> Iterator[None]:
+    """Take a mode away that is the uppermost, until the end of the block."""
+    torch._C._pop_torch_dispatch_stack(None)  # noqa: SLF001 - as TorchDispatchMode does
+    try:
+        yield
+    finally:
+        torch._C._push_on_torch_dispatch_stack(mode)  # noqa: SLF001
+
+
+@contextmanager
+def _staying(mode: TorchDispatchMode) -> Iterator[None]:
+    """Leave the lowest mode on where all modes are switched off.
+
+    ``_disable_current_modes`` (``torch/utils/_python_dispatch.py``, 2.11 to 2.14) pops as many
+    modes as there are and pushes them again afterwards. This one is popped last, and put back.
+    """
+    pop, push = _python_dispatch._pop_mode, _python_dispatch._push_mode  # noqa: SLF001
+
+    def popped(*args: Any) -> Any:
+        found = pop(*args)
+        if found is not mode:
+            return found
+        below = pop() if torch._C._len_torch_dispatch_stack() else mode  # noqa: SLF001
+        push(mode)
+        return below
+
+    def pushed(other: Any) -> None:
+        if other is not mode:
+            push(other)
+
+    with (
+        mock.patch.object(_python_dispatch, "_pop_mode", popped),
+        mock.patch.object(_python_dispatch, "_push_mode", pushed),
+    ):
+        yield

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from refitkit.testing.backend import BackendSuite
     from refitkit.testing.breach import Breach
-    from refitkit.testing.check import run
+    from refitkit.testing.check import CheckResult, run
     from refitkit.testing.engine import EngineSuite
-    from refitkit.testing.running import CheckResult
     from refitkit.testing.source import SourceSuite
     from refitkit.testing.strategy import StrategySuite
     from refitkit.testing.transform import TransformSuite
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "BackendSuite": "backend",
     "Breach": "breach",
-    "CheckResult": "running",
+    "CheckResult": "check",
     "EngineSuite": "engine",
     "SourceSuite": "source",
     "StrategySuite": "strategy",

@@ -8,9 +8,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from refitkit.errors import ConfigError, InputMismatchError
+from refitkit.files.temporary import TemporaryFolder
 from refitkit.program.dtypes import dtype_of
 from refitkit.protocols import Backend, Offline, ProbesFromState, Tools
-from refitkit.temporary import TemporaryFolder
 from refitkit.testing import oracles
 from refitkit.testing.breach import Breach, skip
 

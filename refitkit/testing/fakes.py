@@ -197,10 +197,10 @@ class OpenEngine(FakeEngine):
         self.spare.clear()
         return freed
 
-    def warm(self, tell: Callable[[str], None]) -> None:
+    def warm(self, progress: Callable[[str], None]) -> None:
         """Tell that there is nothing to do."""
         self.wire(f"{self.name}.warm")
-        tell(f"{self.name} is warm")
+        progress(f"{self.name} is warm")
 
 
 class FakeModule:

@@ -23,7 +23,7 @@ from refitkit.protocols import (
 from refitkit.recipe import TensorMap
 from refitkit.testing.breach import Breach, skip
 from refitkit.testing.fakes import FakeModule, OpenEngine
-from refitkit.testing.plans import make_plan, plan_for
+from refitkit.testing.scenes import make_plan, plan_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -21,7 +21,7 @@ def refitkit_host() -> Callable[..., Host]:
     ``refitkit_host(*plugins, **settings)``; settings are those of :class:`refitkit.config.Config`.
     """
     from refitkit.host import make_host
-    from refitkit.testing.isolation import isolated_config
+    from refitkit.testing.scenes import isolated_config
 
     def make(*plugins: object, **settings: object) -> Host:
         return make_host(isolated_config(**settings), plugins)
@@ -36,7 +36,7 @@ def refitkit_pipeline() -> Callable[..., Pipeline]:
     ``refitkit_pipeline(*plugins, **settings)``.
     """
     from refitkit.pipeline import Pipeline
-    from refitkit.testing.isolation import isolated_config
+    from refitkit.testing.scenes import isolated_config
 
     def make(*plugins: object, **settings: object) -> Pipeline:
         return Pipeline(isolated_config(**settings), plugins)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from refitkit.protocols import Mapped, MappingStrategy, MapRequest, SlotValue
 from refitkit.testing import oracles
 from refitkit.testing.breach import Breach, skip
-from refitkit.testing.watching import Watched, state_of_program
+from refitkit.testing.oracles import Watched, state_of_program
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,7 +10,7 @@ from refitkit.protocols import Made, WeightTransform
 from refitkit.recipe.sources import TensorMap
 from refitkit.testing import oracles
 from refitkit.testing.breach import Breach, SuiteError, skip
-from refitkit.testing.watching import Watched
+from refitkit.testing.oracles import Watched
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

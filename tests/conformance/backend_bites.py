@@ -13,7 +13,7 @@ from refitkit.errors import ConfigError, InputMismatchError
 from refitkit.protocols import PlanDraft
 from refitkit.testing import BackendSuite
 from refitkit.testing.fakes import FakeModule, OpenEngine
-from refitkit.testing.plans import recipe_row
+from refitkit.testing.scenes import recipe_row
 from tests.conformance.bites import Bite
 
 if TYPE_CHECKING:

@@ -597,14 +597,14 @@ class FreesTheWrongOne(Open):
 
 @breaks("warming_changes_nothing", "after it, of a new engine, 1 of 4 slots are wrong: 'half'")
 class WarmsWithOnes(Open):
-    def warm(self, tell: Any) -> None:
+    def warm(self, progress: Any) -> None:
         self.live["half"] = torch.ones_like(self.live["half"])
 
 
 @breaks("warming_changes_nothing", "it tells None of a new engine")
 class TellsNothing(Open):
-    def warm(self, tell: Any) -> None:
-        tell(None)
+    def warm(self, progress: Any) -> None:
+        progress(None)
 
 
 @breaks("staging_keeps_no_more_than_it_says", "once staged, .* bytes are kept; declared are")

@@ -9,8 +9,8 @@ import refitkit
 from refitkit.host import make_host
 from refitkit.model import LayerType, TensorInfo, VerificationResult
 from refitkit.protocols import Made, Mapped, SlotValue, WeightGroup
-from refitkit.testing.isolation import isolated_config
 from refitkit.testing.offers import OfferSuite
+from refitkit.testing.scenes import isolated_config
 from tests.conformance.backend_bites import Plain as PlainBackend
 from tests.conformance.bites import Bite
 from tests.conformance.strategy_bites import Plain as PlainStrategy

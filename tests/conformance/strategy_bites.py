@@ -10,7 +10,7 @@ from refitkit.protocols import Mapped, MapRequest, SlotValue
 from refitkit.recipe import TensorMap
 from refitkit.testing import StrategySuite
 from refitkit.testing.fakes import FakeModule, OpenEngine
-from refitkit.testing.plans import plan_for
+from refitkit.testing.scenes import plan_for
 from tests.conformance.bites import Bite
 
 SHAPES = {"a": (2, 3), "b": (3,), "c": (1,)}

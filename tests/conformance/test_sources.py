@@ -16,7 +16,7 @@ from refitkit.builtin.weights import refitkit_load_weights
 from refitkit.pipeline import Pipeline
 from refitkit.recipe import TensorMap
 from refitkit.testing import SourceSuite, oracles
-from refitkit.testing.watching import Watched
+from refitkit.testing.oracles import Watched
 from tests.fakes import CountingMapping
 
 if TYPE_CHECKING:

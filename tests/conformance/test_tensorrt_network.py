@@ -14,8 +14,7 @@ import torch
 
 from refitkit.builtin.torch_tensorrt import LAYER_TYPES, refitkit_partition, upstream
 from refitkit.builtin.torch_tensorrt.network.backend import NetworkBackend
-from refitkit.builtin.torch_tensorrt.network.engine import NetworkEngine
-from refitkit.builtin.torch_tensorrt.network.scratch import Scratch
+from refitkit.builtin.torch_tensorrt.network.engine import NetworkEngine, Scratch
 from refitkit.protocols import Tools
 from refitkit.testing import BackendSuite, EngineSuite, oracles
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from refitkit.builtin.torch_tensorrt import upstream
-from refitkit.builtin.torch_tensorrt.network.verifier import EngineBytesVerifier
+from refitkit.builtin.torch_tensorrt.network.backend import EngineBytesVerifier
 from refitkit.builtin.verify.outputs import OutputsVerifier
 from refitkit.builtin.verify.weights import WeightsVerifier
 from refitkit.config import TOLERANCES
@@ -17,7 +17,7 @@ from refitkit.protocols import VerifyRequest
 from refitkit.recipe import TensorMap
 from refitkit.testing import VerifierSuite
 from refitkit.testing.fakes import FakeEngine, FakeModule
-from refitkit.testing.plans import plan_for
+from refitkit.testing.scenes import plan_for
 from tests.conformance import test_aotinductor as aotinductor
 from tests.conformance import test_strategies as networks
 from tests.conformance.test_tensorrt_network import held

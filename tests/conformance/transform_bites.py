@@ -12,7 +12,7 @@ from refitkit.protocols import Made, TransformRequest, WeightGroup
 from refitkit.recipe import TensorMap
 from refitkit.testing import TransformSuite
 from refitkit.testing.fakes import FakeModule, OpenEngine
-from refitkit.testing.plans import plan_for
+from refitkit.testing.scenes import plan_for
 from tests.conformance.bites import Bite
 
 GIVES = {

@@ -13,7 +13,7 @@ from refitkit.protocols import VerifyRequest
 from refitkit.recipe import TensorMap
 from refitkit.testing import VerifierSuite
 from refitkit.testing.fakes import FakeModule, OpenEngine
-from refitkit.testing.plans import plan_for
+from refitkit.testing.scenes import plan_for
 from tests.conformance.bites import Bite
 
 NEW = {"w": torch.arange(1.0, 7.0).reshape(2, 3), "b": torch.tensor([-1.0, 2.0])}

@@ -12,8 +12,7 @@ from refitkit.cli.refit import refit_command
 from refitkit.cli.settings import read_settings
 from refitkit.cli.verify import verify_command
 from refitkit.model import Rules
-from refitkit.model.families import FAMILIES
-from refitkit.model.rules import WRAPPERS
+from refitkit.model.rules import FAMILIES, WRAPPERS
 
 if TYPE_CHECKING:
     import pytest

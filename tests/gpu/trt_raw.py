@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from refitkit.builtin.torch_tensorrt import serialized
-from refitkit.builtin.torch_tensorrt.engine import EngineOptions
-from refitkit.builtin.torch_tensorrt.runtimes import engine_for
+from refitkit.builtin.torch_tensorrt import refitter
+from refitkit.builtin.torch_tensorrt.engine import EngineOptions, engine_for
 from refitkit.errors import EngineError
 from refitkit.model import Slot
 from refitkit.protocols import SlotValue
@@ -100,7 +99,7 @@ class RawHandle:
     def prepare(self, data: bytes) -> tuple[Any, Any, bytes]:
         if self.fail == "replace":
             raise EngineError("on purpose")
-        own = serialized.Deserialized(data, self._trt)
+        own = refitter.Deserialized(data, self._trt)
         return own, own.engine.create_execution_context(), data
 
     def present(self) -> tuple[Any, Any, bytes]:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import refitkit
-from refitkit.cli.demo_result import DemoResult
+from refitkit.cli.demo_run import DemoResult
 from refitkit.cli.main import main
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def test_its_numbers_are_consistent(demo: tuple[DemoResult, Path]) -> None:
 
 def test_what_it_keeps_is_what_it_measured(demo: tuple[DemoResult, Path]) -> None:
     """Accuracy again, from the files alone and with nothing of the demo but its test digits."""
-    from refitkit.cli.demo_training import load_digits, make_net
+    from refitkit.cli.demo_run import load_digits, make_net
 
     result, folder = demo
     _, test = load_digits()

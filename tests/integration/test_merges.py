@@ -18,7 +18,7 @@ import refitkit
 from refitkit.model import StageStarted
 from refitkit.protocols import KeepsMade
 from refitkit.recipe import TensorMap
-from refitkit.testing.memory import NewMemory
+from refitkit.testing.oracles import NewMemory
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -29,7 +29,7 @@ from aoti_models import CASES
 from safetensors.torch import load as load_safetensors
 
 import refitkit
-from refitkit.recipe import archive
+from refitkit.files import archive
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -92,8 +92,7 @@ def networks_of(
     program: torch.export.ExportedProgram, settings: Any
 ) -> dict[str, tuple[Network, dict[str, torch.Tensor]]]:
     """Network and lowered state of each engine, by its name."""
-    from refitkit.builtin.torch_tensorrt.lowering import lower
-    from refitkit.builtin.torch_tensorrt.parts import cut
+    from refitkit.builtin.torch_tensorrt.parts import cut, lower
 
     layers = {layer.name: layer for layer in LAYER_TYPES}
     parts = cut(lower(program, settings), settings).parts

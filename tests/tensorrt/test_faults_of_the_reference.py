@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from refitkit import compat
-from refitkit.builtin.torch_tensorrt import LAYER_TYPES, weight_memory
-from refitkit.builtin.torch_tensorrt.in_process import interpret, own_copy
-from refitkit.builtin.torch_tensorrt.lowering import lower
+from refitkit.builtin.torch_tensorrt import LAYER_TYPES, networks
 from refitkit.builtin.torch_tensorrt.networks import Network
-from refitkit.builtin.torch_tensorrt.options import settings_from_options
-from refitkit.builtin.torch_tensorrt.parts import cut
+from refitkit.builtin.torch_tensorrt.parts import cut, lower
+from refitkit.builtin.torch_tensorrt.recording import interpret, own_copy
+from refitkit.builtin.torch_tensorrt.settings import settings_from_options
 from refitkit.builtin.torch_tensorrt.targets import understand
 from refitkit.errors import PlanMismatchError
 from refitkit.program.bits import same_bits
@@ -68,7 +67,7 @@ def test_values_that_are_not_contiguous_outlive_their_recording(
     assert turned
     for name in turned:
         place = network._places[name]
-        read = weight_memory.tensor_of(getattr(place.layer, place.attribute))
+        read = networks.tensor_of(getattr(place.layer, place.attribute))
         assert read.data_ptr() in kept, name
         assert same_bits(read, network.recorded[name].contiguous().reshape(-1))
 

@@ -13,7 +13,7 @@ SCRIPT = """
 import gc, importlib, sys
 
 from refitkit.builtin.torch_tensorrt import upstream
-from refitkit.builtin.torch_tensorrt.serialized import Deserialized
+from refitkit.builtin.torch_tensorrt.refitter import Deserialized
 from refitkit.errors import EngineError
 
 upstream.import_headless()

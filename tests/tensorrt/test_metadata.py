@@ -20,7 +20,7 @@ from refitkit.builtin.torch_tensorrt.metadata import (
 )
 from refitkit.builtin.torch_tensorrt.settings import settings_from
 from refitkit.errors import NotRefittableError, UnsupportedTargetError
-from refitkit.plain_pickle import PickleRefusedError, read_pickle
+from refitkit.files.plain_pickle import PickleRefusedError, read_pickle
 from tests.tensorrt.targets import compilation_settings
 
 if TYPE_CHECKING:

@@ -12,10 +12,8 @@ import pytest
 import torch
 
 from refitkit.builtin.torch_tensorrt import LAYER_TYPES
-from refitkit.builtin.torch_tensorrt.in_process import own_copy
-from refitkit.builtin.torch_tensorrt.options import settings_from_options
-from refitkit.builtin.torch_tensorrt.recording import read
-from refitkit.builtin.torch_tensorrt.rows import constants_of
+from refitkit.builtin.torch_tensorrt.recording import constants_of, own_copy, read
+from refitkit.builtin.torch_tensorrt.settings import settings_from_options
 from refitkit.errors import CompileError, UnmappedSlotError, WeightMismatchError
 from refitkit.model import CallRef, Fingerprint, PlanData, fingerprint_of_slots
 from refitkit.program import facts_of
@@ -39,7 +37,9 @@ Values = dict[tuple[str, str], torch.Tensor]
 def planned(program: ExportedProgram, options: Mapping[str, Any]) -> RefitPlan:
     """A plan of what is recorded here, stored and read again."""
     program_facts = facts_of(program)
-    found = read(own_copy(program), settings_from_options(options), TYPES, lambda _: None, record=True)
+    found = read(
+        own_copy(program), settings_from_options(options), TYPES, lambda _: None, record=True
+    )
     assert found.recorded is not None
     rows, literals = found.recorded.rows, found.recorded.literals
     kept = {**constants_of(program), **literals}
@@ -60,7 +60,9 @@ def planned(program: ExportedProgram, options: Mapping[str, Any]) -> RefitPlan:
 
 def rebuilt(program: ExportedProgram, options: Mapping[str, Any]) -> Values:
     """What an interpreter gives."""
-    found = read(own_copy(program), settings_from_options(options), TYPES, lambda _: None, record=False)
+    found = read(
+        own_copy(program), settings_from_options(options), TYPES, lambda _: None, record=False
+    )
     return {
         (part, slot): value
         for part, holder in found.holders.items()

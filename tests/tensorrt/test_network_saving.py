@@ -22,9 +22,9 @@ from refitkit import (
     RefitError,
     UnsupportedTargetError,
     WeightMismatchError,
-    replacing,
 )
 from refitkit.builtin.torch_tensorrt.network import saving
+from refitkit.files import replacing
 from tests.tensorrt.helpers import (
     CASES,
     Case,
@@ -416,7 +416,7 @@ def test_an_engine_of_another_model_with_its_checksum_is_found_by_the_verifier(
 IMPORTING = """
 import sys
 import refitkit
-from refitkit import replacing
+from refitkit.files import replacing
 try:
     refitkit.load(sys.argv[1])
 except refitkit.UnsupportedTargetError as exc:

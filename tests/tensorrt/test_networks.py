@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from refitkit.builtin.torch_tensorrt import LAYER_TYPES
-from refitkit.builtin.torch_tensorrt.in_process import own_copy
-from refitkit.builtin.torch_tensorrt.lowering import lower
 from refitkit.builtin.torch_tensorrt.networks import Network
-from refitkit.builtin.torch_tensorrt.options import settings_from_options
-from refitkit.builtin.torch_tensorrt.parts import cut
+from refitkit.builtin.torch_tensorrt.parts import cut, lower
+from refitkit.builtin.torch_tensorrt.recording import own_copy
+from refitkit.builtin.torch_tensorrt.settings import settings_from_options
 from refitkit.errors import CompileError, NotRefittableError
 from refitkit.program.bits import same_bits
 from tests.tensorrt.models import CASES, Case

@@ -14,13 +14,18 @@ import pytest
 import torch
 
 from refitkit.builtin.torch_tensorrt import upstream
-from refitkit.builtin.torch_tensorrt.engine_info import ENGINE, METADATA, info_of
-from refitkit.builtin.torch_tensorrt.module import Makers, TorchTensorRTOpened
-from refitkit.builtin.torch_tensorrt.opening import attachments_of, describe_file, open_target
+from refitkit.builtin.torch_tensorrt.children import ENGINE, METADATA, info_of
+from refitkit.builtin.torch_tensorrt.module import (
+    Makers,
+    TorchTensorRTOpened,
+    attachments_of,
+    describe_file,
+    open_target,
+)
 from refitkit.builtin.torch_tensorrt.settings import settings_text
 from refitkit.builtin.torch_tensorrt.targets import REST
 from refitkit.errors import EngineError, NotRefittableError, UnsupportedTargetError
-from refitkit.plain_pickle import read_pickle
+from refitkit.files.plain_pickle import read_pickle
 from tests.tensorrt.targets import (
     ENGINES,
     REFUSED,

@@ -15,8 +15,7 @@ import pytest
 import torch
 
 from refitkit.builtin.torch_tensorrt import upstream
-from refitkit.builtin.torch_tensorrt.module import Makers, TorchTensorRTOpened
-from refitkit.builtin.torch_tensorrt.opening import open_target
+from refitkit.builtin.torch_tensorrt.module import Makers, TorchTensorRTOpened, open_target
 from refitkit.errors import EngineError, UnsupportedTargetError
 from tests.tensorrt.targets import REFUSED, CudaEngine, compilation_settings
 

@@ -13,7 +13,7 @@ import torch
 
 import refitkit
 from refitkit import CompileError, EngineError, ResourceError
-from refitkit.builtin.torch_tensorrt.worker import wire
+from refitkit.builtin.torch_tensorrt.worker import messages as wire
 from refitkit.builtin.torch_tensorrt.worker.client import SERVER, SessionClient
 from tests.tensorrt.helpers import (
     CASES,
@@ -368,7 +368,7 @@ def test_a_full_disk_is_an_error_and_no_end_of_the_process(
     """Writing to a mapped file that gets no room raises SIGBUS."""
     import errno
 
-    from refitkit.builtin.torch_tensorrt.worker import regions
+    from refitkit.builtin.torch_tensorrt.worker import messages as regions
 
     compiled = compiled_from(CASE)
     before = bytes_of(compiled)

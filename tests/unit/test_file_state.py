@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from refitkit import file_state
-from refitkit.file_state import FileState
+from refitkit.files import file_state
+from refitkit.files.file_state import FileState
 
 if TYPE_CHECKING:
     from pathlib import Path

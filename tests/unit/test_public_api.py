@@ -138,11 +138,8 @@ ALLOWED = {
     "program",
     "hookspecs",
     "config",
-    "plain_pickle",
-    "file_state",
+    "files",
     "processes",
-    "replacing",
-    "temporary",
 }
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from refitkit import replacing as module
 from refitkit.errors import RefitError
-from refitkit.recipe.archive import saying_why
-from refitkit.replacing import replacing, replacing_folder
+from refitkit.files import replacing as module
+from refitkit.files.archive import saying_why
+from refitkit.files.replacing import replacing, replacing_folder
 
 
 def mode_of(path: Path) -> int:
@@ -289,7 +289,7 @@ def test_a_process_killed_at_any_rename_leaves_a_whole_folder(
     code = (
         "import os, sys\n"
         "from pathlib import Path\n"
-        "import refitkit.replacing as r\n"
+        "import refitkit.files.replacing as r\n"
         "left, real = int(sys.argv[2]), Path.rename\n"
         "def rename(self, target):\n"
         "    global left\n"

@@ -16,16 +16,16 @@ from safetensors.torch import save_file
 
 import refitkit
 from refitkit import errors
-from refitkit.cli import failures
+from refitkit.cli import main
 from refitkit.cli.files import check_output
 from refitkit.errors import PluginError, RefitError, ResourceError, raised_as, resource_error
-from refitkit.file_state import stat_of
+from refitkit.files.archive import saying_why
+from refitkit.files.file_state import stat_of
+from refitkit.files.replacing import replacing
+from refitkit.files.temporary import TemporaryFolder, part_file
 from refitkit.pipeline.origin import Origin
 from refitkit.program.keep import KeptProgram
 from refitkit.recipe import Archive, ArchiveError, write_archive
-from refitkit.recipe.archive import saying_why
-from refitkit.replacing import replacing
-from refitkit.temporary import TemporaryFolder, part_file
 from tests.faulting import Faults
 
 if TYPE_CHECKING:
@@ -381,14 +381,14 @@ def test_a_file_that_cannot_be_wrapped_leaves_nothing(
 
 
 def test_a_machine_without_memory_is_no_bug() -> None:
-    assert failures.exit_code(MemoryError()) == failures.REFUSED
-    text = "\n".join(failures.as_lines(MemoryError()))
+    assert main.exit_code(MemoryError()) == main.REFUSED
+    text = "\n".join(main.as_lines(MemoryError()))
     assert "Cannot allocate memory" in text
     assert "bug" not in text
 
 
 def test_a_command_says_what_to_do() -> None:
-    assert "Free space" in failures.as_refit_error(fault(errno.ENOSPC, "/x")).hint
+    assert "Free space" in main.as_refit_error(fault(errno.ENOSPC, "/x")).hint
 
 
 def test_an_output_on_a_file_system_that_is_read_only(

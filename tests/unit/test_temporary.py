@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from refitkit import temporary
-from refitkit.temporary import TemporaryFolder, part_file, part_folder, set_aside
+from refitkit.files import temporary
+from refitkit.files.temporary import TemporaryFolder, part_file, part_folder, set_aside
 from tests.forking import Child, forked
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def test_what_is_used_is_nobodys_litter(scratch: Path) -> None:
         before = names(scratch)
         with TemporaryFolder(), part_folder(scratch):
             assert set(before) < set(names(scratch))
-        code = "import refitkit.temporary as t\nwith t.TemporaryFolder(): pass"
+        code = "import refitkit.files.temporary as t\nwith t.TemporaryFolder(): pass"
         environment = {**os.environ, "TMPDIR": str(scratch)}
         subprocess.run([sys.executable, "-c", code], env=environment, check=True)
         assert names(scratch) == before
@@ -96,7 +96,7 @@ def test_locks_are_given_back(scratch: Path) -> None:
 
 def test_what_killed_processes_left_is_removed(scratch: Path) -> None:
     code = (
-        "import os, sys, pathlib, refitkit.temporary as t\n"
+        "import os, sys, pathlib, refitkit.files.temporary as t\n"
         "folder = t.TemporaryFolder()\n"
         "(folder.path / 'file').write_bytes(b'x')\n"
         "file = t.part_file(pathlib.Path(sys.argv[1]), 0o400); file.__enter__()\n"
@@ -238,7 +238,7 @@ def in_child(code: str, scratch: Path) -> None:
 
 def test_a_fork_that_ends_removes_nothing(scratch: Path) -> None:
     in_child(
-        "import os, refitkit.temporary as t\n"
+        "import os, refitkit.files.temporary as t\n"
         "folder = t.TemporaryFolder()\n"
         "child = os.fork()\n"
         "if not child: raise SystemExit\n"
@@ -252,7 +252,7 @@ def test_a_fork_that_ends_removes_nothing(scratch: Path) -> None:
 def test_a_fork_keeps_the_folder_of_a_parent_that_was_killed(scratch: Path) -> None:
     """Until it ends itself, which nobody has to be told."""
     code = (
-        "import os, sys, refitkit.temporary as t\n"
+        "import os, sys, refitkit.files.temporary as t\n"
         "folder = t.TemporaryFolder()\n"
         "if os.fork():\n"
         "    os.kill(os.getpid(), 9)\n"
@@ -350,7 +350,7 @@ def test_a_fork_that_leaves_a_part_leaves_it_to_its_parent(part: Any, scratch: P
 
 def test_a_daemon_that_closed_all_files_closes_none_of_others(scratch: Path) -> None:
     in_child(
-        "import os, refitkit.temporary as t\n"
+        "import os, refitkit.files.temporary as t\n"
         "folder = t.TemporaryFolder()\n"
         "os.closerange(3, 100)\n"
         "others = [os.open('/dev/null', os.O_RDONLY) for _ in range(50)]\n"

@@ -15,7 +15,7 @@ import torch
 from peft_models import make_net, open_weights, same, weights_of
 from refitkit.errors import ConfigError, ResourceError, SourceError, WeightMismatchError
 from refitkit.recipe import TensorMap
-from refitkit.testing.watching import Watched
+from refitkit.testing.oracles import Watched
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 

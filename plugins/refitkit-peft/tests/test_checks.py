@@ -8,7 +8,7 @@ import torch
 from peft_models import make_adapter, same, slots_of
 from refitkit.errors import WeightMismatchError
 from refitkit.model import LedgerRow, SlotState
-from refitkit.testing.plans import leaf_for, make_plan, make_slot, recipe_row
+from refitkit.testing.scenes import leaf_for, make_plan, make_slot, recipe_row
 
 from refitkit_peft import Base, Lora
 from refitkit_peft.checks import problems

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from refitkit.model import LedgerRow, SlotState
-from refitkit.testing.plans import leaf_for, make_plan, make_slot
+from refitkit.testing.scenes import leaf_for, make_plan, make_slot
 
 from refitkit_peft import Base, Lora
 from refitkit_peft.checks import problems

@@ -32,7 +32,7 @@ def refitkit_load_module(target: object) -> OpenedModule | None:
     """Open a file that ``save`` wrote, or a package that torch wrote."""
     if not isinstance(target, Path) or not target.is_file():
         return None
-    from refitkit.builtin.aotinductor import opening
+    from refitkit.builtin.aotinductor import module as opening
 
     return opening.open_file(target)
 

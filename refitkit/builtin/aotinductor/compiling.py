@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 from functools import partial
@@ -11,15 +12,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch._inductor as inductor
 
-from refitkit.builtin.aotinductor import container, options, toolchain
+from refitkit.builtin.aotinductor import container
+from refitkit.builtin.aotinductor.container import can_fill
 from refitkit.builtin.aotinductor.engine import AOTInductorEngine
 from refitkit.builtin.aotinductor.inputs import spec_of
 from refitkit.builtin.aotinductor.module import AOTInductorModule, Files
-from refitkit.errors import CompileError, RefitError, raise_if_resource
+from refitkit.errors import (
+    CompileError,
+    ConfigError,
+    NotRefittableError,
+    Problem,
+    RefitError,
+    ToolchainError,
+    raise_if_resource,
+)
+from refitkit.files.temporary import TemporaryFolder
 from refitkit.model import LeafKind
 from refitkit.program import facts_of
-from refitkit.program.default_dtype import keep_default_dtype
-from refitkit.temporary import TemporaryFolder
+from refitkit.program.ambient import keep_default_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,13 +38,14 @@ if TYPE_CHECKING:
 
     from refitkit.program import ProgramFacts
 
+
 _NOT_KEPT = {".cpp", ".blob", ".o"}
 
 
 def compile_program(program: ExportedProgram, chosen: Mapping[str, Any]) -> AOTInductorModule:
     """Compile; see ``refitkit.protocols.Backend.compile``."""
-    configured = options.merged(chosen)
-    toolchain.check()
+    configured = merged(chosen)
+    check()
     call = spec_of(program)
     written = [Path(file) for file in _inductor(program, configured)]
     folder = TemporaryFolder()
@@ -198,3 +209,95 @@ def _device_of(program: ExportedProgram) -> str:
     kinds |= {value.device.type for value in values if isinstance(value, torch.Tensor)}
     others = kinds - {"cpu"}
     return others.pop() if others else "cpu"
+
+
+# MERGED options: Which inductor options users may set, and which refits rely on.
+
+REQUIRED: dict[str, Any] = {
+    # without it small constants are inlined, and a refit of them is silently lost
+    "always_keep_tensor_constants": True,
+    # names of weights are lost with it
+    "freezing": False,
+    # every expression of weights with one element is replaced by its value of compile time
+    "joint_graph_constant_folding": False,
+    # values folded from weights would go stale in the buffer that refits write to
+    "aot_inductor.use_runtime_constant_folding": False,
+}
+"""Values that a refittable engine needs. Setting them otherwise is refused."""
+
+OURS = frozenset({"aot_inductor.package", "aot_inductor.output_path"})
+"""Options that this backend sets for itself."""
+
+WEIGHTS_BESIDE: dict[str, Any] = {"aot_inductor.package_constants_on_disk_format": "binary_blob"}
+"""Keeps the weights out of the shared library: a saved file then holds them once.
+
+Where torch cannot do that, the library keeps those of its compilation as dead freight.
+"""
+
+
+def merged(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The user's options together with those that refits rely on.
+
+    Args:
+        options: Names and values of ``torch._inductor.config``.
+
+    Raises:
+        ConfigError: Options that do not exist, or that this backend sets; names all of them.
+        NotRefittableError: Options that would make the engine unfit for refits; names all of them.
+    """
+    known = _known()
+    unknown = [
+        Problem(name, "no such option of torch._inductor.config")
+        for name in options
+        if name not in known
+    ]
+    unknown += [Problem(name, "set by refitkit") for name in sorted(OURS & options.keys())]
+    if unknown:
+        raise ConfigError("AOTInductor cannot be given these options.", problems=unknown)
+    known_required = {name: value for name, value in REQUIRED.items() if name in known}
+    unfit = [
+        Problem(name, "makes the engine unfit for refits", repr(options[name]), repr(value))
+        for name, value in known_required.items()
+        if name in options and options[name] != value
+    ]
+    if unfit:
+        raise NotRefittableError("An engine compiled so could not be refitted.", problems=unfit)
+    beside = WEIGHTS_BESIDE if can_fill() and WEIGHTS_BESIDE.keys() <= known else {}
+    return {**beside, **options, **known_required}
+
+
+def _known() -> frozenset[str]:
+    from torch._inductor import config  # noqa: PLC0415 - slow to import
+
+    return frozenset(config.get_config_copy())
+
+
+# MERGED toolchain: What compiling needs of the machine. Loading and refitting need none of it.
+
+_COMPILERS = ("g++", "c++", "clang++")
+
+
+def check() -> None:
+    """Check that a C++ compiler and openssl are there.
+
+    ``CXX`` chooses the compiler, as for inductor (``torch/_inductor/cpp_builder.py``). openssl is
+    what inductor's packaging calls.
+
+    Raises:
+        ToolchainError: Names everything that is missing and what to install.
+    """
+    problems = []
+    chosen = os.environ.get("CXX")
+    candidates = (chosen,) if chosen else _COMPILERS
+    if not any(shutil.which(name) for name in candidates):
+        hint = "correct or unset CXX" if chosen else "Debian, Ubuntu: apt-get install g++"
+        problems.append(Problem(chosen or "g++", "C++ compiler not found", hint=hint))
+    if not shutil.which("openssl"):
+        hint = "Debian, Ubuntu: apt-get install openssl"
+        problems.append(Problem("openssl", "command not found", hint=hint))
+    if problems:
+        raise ToolchainError(
+            "This machine cannot compile with AOTInductor.",
+            problems=problems,
+            hint="A module compiled elsewhere can be loaded and refitted here without them.",
+        )

@@ -22,11 +22,11 @@ from pydantic import Field, ValidationError
 
 from refitkit.builtin.aotinductor.inputs import CallSpec
 from refitkit.errors import UnsupportedTargetError
+from refitkit.files.safetensors_format import streamed
 from refitkit.model import Slot
 from refitkit.model.base import Frozen
 from refitkit.model.slot import Dim
 from refitkit.recipe import Archive, ArchiveError, write_archive
-from refitkit.recipe.safetensors_format import streamed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from refitkit.recipe.archive import Streamed
+    from refitkit.files.archive import Streamed
 
 MANIFEST = "refitkit/manifest.json"
 WEIGHTS = "refitkit/weights.safetensors"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from refitkit.model import CallRef
-from refitkit.program.finite import all_finite, finite, not_finite, spoilt
+from refitkit.program.bits import all_finite, finite, not_finite, spoilt
 from refitkit.protocols import GivesPieces, SupportsReadback
 from refitkit.recipe.reads import reads_of
 

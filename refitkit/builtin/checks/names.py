@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from refitkit.errors import Problem
-from refitkit.model.families import FAMILIES
+from refitkit.model.rules import FAMILIES
 from refitkit.program.dtypes import are_alike, dtype_of, is_lossless
 from refitkit.protocols import MadeOf
-from refitkit.recipe.reads import reads_of
+from refitkit.recipe.name_suggestions import WHOLE_SUBTREE, ignoring, names_under, unexpected
+from refitkit.recipe.reads import broken_ties, broken_views, reads_of
 from refitkit.recipe.sources import TensorMap
-from refitkit.recipe.strangers import WHOLE_SUBTREE, ignoring, names_under, unexpected
-from refitkit.recipe.ties import broken_ties, broken_views
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

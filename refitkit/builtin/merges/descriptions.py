@@ -84,7 +84,7 @@ class WeightedAverage(Merge):
 
     def open(self, open_weights: Callable[[object], WeightSource]) -> WeightSource:
         """See ``Merge``."""
-        from refitkit.builtin.merges.opening import open_average  # noqa: PLC0415 - imports torch
+        from refitkit.builtin.merges.sources import open_average  # noqa: PLC0415 - imports torch
 
         return open_average(self.parts, open_weights, normalize=self.normalize)
 
@@ -126,7 +126,7 @@ class TaskVectors(Merge):
 
     def open(self, open_weights: Callable[[object], WeightSource]) -> WeightSource:
         """See ``Merge``."""
-        from refitkit.builtin.merges.opening import open_task_vectors  # noqa: PLC0415 - as above
+        from refitkit.builtin.merges.sources import open_task_vectors  # noqa: PLC0415 - as above
 
         return open_task_vectors(self.base, self.tasks, open_weights)
 

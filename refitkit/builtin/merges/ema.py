@@ -10,25 +10,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from refitkit.builtin.merges.aligning import (
+from refitkit.builtin.merges.descriptions import Merge
+from refitkit.builtin.merges.sources import (
     Infos,
+    Made,
     broken,
     infos_of,
+    is_summed,
     misfits,
+    narrowed,
     read_as,
     twins_where_needed,
+    widened,
 )
-from refitkit.builtin.merges.arithmetic import is_summed, narrowed, widened
-from refitkit.builtin.merges.descriptions import Merge
-from refitkit.builtin.merges.keeping import Made
 from refitkit.errors import ConfigError, Problem, SourceError, WeightMismatchError
 from refitkit.processes import ForkedLock
 from refitkit.program.ambient import verb
 from refitkit.program.dtypes import dtype_name, dtype_of
 from refitkit.protocols import KnowsTies, WeightSource
 from refitkit.recipe import TensorMap
-from refitkit.recipe.module_weights import ModuleWeights
-from refitkit.recipe.ties import name_in
+from refitkit.recipe.reads import name_in
+from refitkit.recipe.sources import ModuleWeights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable

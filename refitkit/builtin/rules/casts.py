@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from refitkit.program.bits import same_bits
 from refitkit.program.dtypes import are_alike, dtype_of, is_lossless
 from refitkit.protocols import Made, WeightGroup
-from refitkit.recipe.reads import reads_of
-from refitkit.recipe.ties import kept_leaves
+from refitkit.recipe.reads import kept_leaves, reads_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from refitkit.builtin.rules.readings import Readings
 from refitkit.errors import Problem, WeightMismatchError
-from refitkit.model.families import FAMILIES
+from refitkit.model.rules import FAMILIES
 from refitkit.protocols import Made, WeightGroup
 from refitkit.recipe.reads import reads_of
 

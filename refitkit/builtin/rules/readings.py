@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from refitkit.builtin.rules.packs import Packing, Packings
 from refitkit.errors import Problem, WeightMismatchError
-from refitkit.recipe.strangers import ALL_NAMES, WHOLE_SUBTREE, ignoring, names_under
+from refitkit.recipe.name_suggestions import ALL_NAMES, WHOLE_SUBTREE, ignoring, names_under
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping

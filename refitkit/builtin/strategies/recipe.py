@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from refitkit.program import facts_of
 from refitkit.protocols import HoldsProgram, Mapped, Rebuilds, SlotValue
-from refitkit.recipe.plan import RefitPlan
-from refitkit.recipe.values import STRATEGY
+from refitkit.recipe.plan import STRATEGY, RefitPlan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -58,8 +58,8 @@ def refitkit_register_backends(register: Callable[[Backend], None]) -> None:
 @hookimpl
 def refitkit_load_module(target: object, tools: Tools) -> OpenedModule | None:
     """Open modules and programs that hold engines, files of them, and folders of networks."""
-    from refitkit.builtin.torch_tensorrt import opening
-    from refitkit.builtin.torch_tensorrt.making import default_makers
+    from refitkit.builtin.torch_tensorrt import module as opening
+    from refitkit.builtin.torch_tensorrt.module import default_makers
 
     makers = default_makers(check_finite=tools.check_finite)
     if not isinstance(target, Path):
@@ -102,6 +102,6 @@ def refitkit_mapping_strategies() -> list[MappingStrategy]:
 @hookimpl
 def refitkit_verifiers() -> list[Verifier]:
     """Offer ``engine-bytes``."""
-    from refitkit.builtin.torch_tensorrt.network.verifier import EngineBytesVerifier
+    from refitkit.builtin.torch_tensorrt.network.backend import EngineBytesVerifier
 
     return [EngineBytesVerifier()]

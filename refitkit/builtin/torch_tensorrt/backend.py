@@ -5,17 +5,19 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from refitkit.builtin.torch_tensorrt import opening, upstream
+from refitkit.builtin.torch_tensorrt import module as opening
+from refitkit.builtin.torch_tensorrt import upstream
 from refitkit.builtin.torch_tensorrt.engine import RefitterEngine
-from refitkit.builtin.torch_tensorrt.in_process import interpret, own_copy
-from refitkit.builtin.torch_tensorrt.making import default_makers
-from refitkit.builtin.torch_tensorrt.module import TorchTensorRTOpened
+from refitkit.builtin.torch_tensorrt.module import TorchTensorRTOpened, default_makers
 from refitkit.builtin.torch_tensorrt.names import NAME
 from refitkit.builtin.torch_tensorrt.network.planning import Planned, plan_program
-from refitkit.builtin.torch_tensorrt.options import unknown
-from refitkit.builtin.torch_tensorrt.plan_key import key_of_options, key_of_settings
-from refitkit.builtin.torch_tensorrt.rows import draft_of, slots_of
-from refitkit.builtin.torch_tensorrt.settings import settings_text
+from refitkit.builtin.torch_tensorrt.recording import draft_of, interpret, own_copy, slots_of
+from refitkit.builtin.torch_tensorrt.settings import (
+    key_of_options,
+    key_of_settings,
+    settings_text,
+    unknown,
+)
 from refitkit.builtin.torch_tensorrt.targets import understand
 from refitkit.errors import (
     CompileError,
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     import torch
     from torch.export import ExportedProgram
 
-    from refitkit.builtin.torch_tensorrt.in_process import Interpreted
+    from refitkit.builtin.torch_tensorrt.recording import Interpreted
     from refitkit.protocols import OpenedModule, PlanDraft, PlanKey, Tools
 
 _UNFIT = {

@@ -7,28 +7,23 @@ program keeps its engines.
 
 from __future__ import annotations
 
+import base64
+import binascii
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
 from refitkit.builtin.torch_tensorrt import upstream
-from refitkit.builtin.torch_tensorrt.engine_info import (
-    ENGINE,
-    EngineInfo,
-    info_of,
-    is_python_engine,
-)
 from refitkit.builtin.torch_tensorrt.metadata import read_metadata
 from refitkit.builtin.torch_tensorrt.settings import settings_from
 from refitkit.builtin.torch_tensorrt.stale import Stored, watch_child, watch_engine
 from refitkit.errors import EngineError, UnsupportedTargetError, raised_as
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, MutableMapping
+    from collections.abc import Callable, Iterable, MutableMapping, Sequence
 
-    from refitkit.builtin.torch_tensorrt.handles import Runtime
 
 _CARRIED = ("use_pre_allocated_outputs", "use_output_allocator_outputs")
 """What users set on a live engine and upstream does not store."""
@@ -370,3 +365,232 @@ def _drop_captured(holder: Any) -> None:
 def _call_all(functions: Iterable[Callable[[], None]]) -> None:
     for function in functions:
         function()
+
+
+# MERGED handles: What a TensorRT engine inside somebody's module offers, whichever runtime holds
+# it.
+
+Runtime = Literal["python", "cpp"]
+
+
+@dataclass(frozen=True)
+class Binding:
+    """One input or output of an engine.
+
+    Attributes:
+        name: Its name.
+        dtype: torch's name without the ``torch.``.
+        shape: Sizes; -1 where they are dynamic.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class EngineHandle(Protocol):
+    """One TensorRT engine in a target.
+
+    The Python runtime holds a live ``ICudaEngine``, which a refitter changes in place. The C++
+    runtime keeps its engine to itself: it is refitted by way of its bytes.
+    """
+
+    @property
+    def name(self) -> str:
+        """Name of the child that it is, such as ``_run_on_acc_0``."""
+
+    @property
+    def runtime(self) -> Runtime:
+        """Which runtime holds it."""
+
+    @property
+    def settings(self) -> Any:
+        """Its ``torch_tensorrt.dynamo.CompilationSettings``."""
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of its inputs, in the order of its call."""
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of its outputs, in order."""
+
+    @property
+    def weight_name_map(self) -> Any:
+        """The cached map of torch-tensorrt 2.11 and 2.12; None where there is none."""
+
+    def engine_bytes(self) -> bytes:
+        """The engine as it is stored in the target. Flushes what ``on_stale`` left pending."""
+
+    def cuda_engine(self) -> Any:
+        """The live ``ICudaEngine``; None where the C++ runtime holds it."""
+
+    def prepare(self, engine_bytes: bytes) -> Any:
+        """Make another engine, which takes long, and put it nowhere yet.
+
+        Raises:
+            EngineError: The runtime refuses the bytes.
+        """
+
+    def present(self) -> Any:
+        """What is in place, live and stored, to be put back later."""
+
+    def put(self, engine: Any) -> None:
+        """Put what ``prepare`` or ``present`` gave in place, live and stored. Fast.
+
+        What was stale about the engine that goes is forgotten.
+        """
+
+    def replace(self, engine_bytes: bytes) -> None:
+        """Put another engine in its place: ``prepare`` and ``put`` in one.
+
+        Raises:
+            EngineError: The runtime refuses the bytes; the old engine is still in place.
+        """
+
+    def on_stale(self, flush: Callable[[], bytes] | None) -> None:
+        """Note that the live engine was refitted in place, so that the stored bytes are stale.
+
+        Args:
+            flush: Serializes the live engine. Called, once, before anybody reads the stored bytes:
+                ``engine_bytes``, a deepcopy, a pickle, a save. None: they are right as they are.
+        """
+
+    def drop_captured(self) -> None:
+        """Drop CUDA graphs that were captured with the old weights."""
+
+
+# MERGED engine_info: The list in which Torch-TensorRT packs an engine and what is known of it.
+#
+# The order of its fields is the same in 2.11 to 2.14, which only add to its end:
+# ``core/runtime/runtime.h`` and ``torch_tensorrt/dynamo/runtime/_serialized_engine_layout.py``.
+
+NAME, ENGINE, INPUTS, OUTPUTS, METADATA = 1, 3, 4, 5, 7
+_LEAST = 11
+_MOST = 32
+_DELIMITER = "%"
+_CPP_ENGINE = "__torch__.torch.classes.tensorrt.Engine"
+_RUNTIME = "torch_tensorrt.dynamo.runtime."
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """A packed engine.
+
+    Attributes:
+        fields: Text, in upstream's order; the engine's field is empty.
+        engine_bytes: The engine.
+    """
+
+    fields: tuple[str, ...]
+    engine_bytes: bytes
+
+    @property
+    def metadata(self) -> str:
+        """Its metadata, encoded."""
+        return self.fields[METADATA]
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of its inputs, in order."""
+        return _names(self.fields[INPUTS])
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of its outputs, in order."""
+        return _names(self.fields[OUTPUTS])
+
+    def holding(self, engine_bytes: bytes) -> EngineInfo:
+        """The same, with another engine."""
+        return replace(self, engine_bytes=engine_bytes)
+
+    def packed(self) -> list[str | bytes]:
+        """As upstream's engine classes take it."""
+        fields: list[str | bytes] = list(self.fields)
+        fields[ENGINE] = self.engine_bytes
+        return fields
+
+
+def parse_info(fields: Sequence[Any], name: str) -> EngineInfo:
+    """Read what an engine packs itself into.
+
+    Args:
+        fields: As upstream has them; the engine as bytes, or as text in base64.
+        name: Name of the engine, for messages.
+
+    Raises:
+        UnsupportedTargetError: They are not what upstream packs.
+    """
+    if not _LEAST <= len(fields) <= _MOST:
+        raise _broken(name, f"it has {len(fields)} fields")
+    texts = [_text(one, name) for position, one in enumerate(fields) if position != ENGINE]
+    texts.insert(ENGINE, "")
+    return EngineInfo(tuple(texts), _engine(fields[ENGINE], name))
+
+
+def _text(field: Any, name: str) -> str:
+    if isinstance(field, bytes):
+        field = field.decode("utf-8", errors="replace")
+    if not isinstance(field, str):
+        raise _broken(name, f"it has a field of type {type(field).__name__}")
+    return field
+
+
+def _engine(field: Any, name: str) -> bytes:
+    if isinstance(field, (bytes, bytearray)):
+        return bytes(field)
+    try:
+        return base64.b64decode(field, validate=True)
+    except (binascii.Error, ValueError, TypeError) as exc:
+        raise _broken(name, f"the engine is no base64: {exc}") from exc
+
+
+def _broken(name: str, why: str) -> UnsupportedTargetError:
+    return UnsupportedTargetError(f"What the engine {name!r} is packed into is damaged: {why}.")
+
+
+def _names(joined: str) -> tuple[str, ...]:
+    return tuple(joined.split(_DELIMITER)) if joined else ()
+
+
+def is_upstreams(value: object, name: str) -> bool:
+    """Whether an object is of a class of this name of upstream's runtime, or of one below it."""
+    classes = type(value).__mro__
+    return any(one.__name__ == name and one.__module__.startswith(_RUNTIME) for one in classes)
+
+
+def is_python_engine(value: object) -> bool:
+    """Whether an object is an engine of the Python runtime of 2.13 and 2.14."""
+    return is_upstreams(value, "TRTEngine")
+
+
+def is_cpp_engine(value: object) -> bool:
+    """Whether an object is an engine of the C++ runtime."""
+    kind = getattr(value, "_type", None)
+    if kind is None or isinstance(value, type):
+        return False
+    try:
+        return bool(kind().qualified_name() == _CPP_ENGINE)
+    except Exception:  # noqa: BLE001 - it may be anybody's object
+        return False
+
+
+def is_packed_engine(value: object) -> bool:
+    """Whether an object is what ``torch_tensorrt.save`` puts in an engine's place."""
+    return is_upstreams(value, "EngineSerializer")
+
+
+def is_engine(value: object) -> bool:
+    """Whether an object is an engine that can run."""
+    return is_python_engine(value) or is_cpp_engine(value)
+
+
+def info_of(engine: Any, name: str) -> EngineInfo:
+    """What an engine packs itself into.
+
+    Raises:
+        UnsupportedTargetError: It is not what upstream packs.
+    """
+    if is_python_engine(engine):
+        return parse_info(list(engine.serialized_info), name)
+    return parse_info(engine.__getstate__()[0], name)

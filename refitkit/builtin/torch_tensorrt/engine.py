@@ -9,13 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from refitkit.builtin.torch_tensorrt import staging
-from refitkit.builtin.torch_tensorrt.arena import Layout
-from refitkit.builtin.torch_tensorrt.refitter import PersistentRefitter
-from refitkit.builtin.torch_tensorrt.rollback import Copies, WeightSets
-from refitkit.builtin.torch_tensorrt.upload import Uploader
-from refitkit.errors import EngineError, NotRefittableError, Problem, WeightMismatchError
+from refitkit.builtin.torch_tensorrt import refitter as serialized
+from refitkit.builtin.torch_tensorrt import weight_buffers
+from refitkit.builtin.torch_tensorrt.refitter import PersistentRefitter, current
+from refitkit.builtin.torch_tensorrt.weight_buffers import Copies, Layout, Uploader, WeightSets
+from refitkit.errors import (
+    EngineError,
+    ModuleLostError,
+    NotRefittableError,
+    Problem,
+    WeightMismatchError,
+)
 from refitkit.model import EngineMemory, Slot
+from refitkit.recipe import Overwriting
 from refitkit.recipe.sources import require_values
 
 if TYPE_CHECKING:
@@ -23,9 +29,9 @@ if TYPE_CHECKING:
 
     import torch
 
-    from refitkit.builtin.torch_tensorrt.handles import EngineHandle
-    from refitkit.builtin.torch_tensorrt.rollback import Keep
-    from refitkit.builtin.torch_tensorrt.weighttypes import WeightFact
+    from refitkit.builtin.torch_tensorrt.children import EngineHandle
+    from refitkit.builtin.torch_tensorrt.refitter import WeightFact
+    from refitkit.builtin.torch_tensorrt.weight_buffers import Keep
     from refitkit.protocols import SideBySide, SlotValue, StagedRefit
 
 
@@ -224,7 +230,7 @@ class RefitterEngine:
 
     def _fill(self, values: Sequence[SlotValue]) -> None:
         """Copy values into the staging set."""
-        staging.fill(self.sets.staging, self.facts, values, self._uploader)
+        weight_buffers.fill(self.sets.staging, self.facts, values, self._uploader)
 
     def _unknown(self) -> NotRefittableError:
         return NotRefittableError(
@@ -264,20 +270,258 @@ class RefitterEngine:
 
     # -- warming and freeing ----------------------------------------------------------------
 
-    def warm(self, tell: Callable[[str], None]) -> None:
+    def warm(self, progress: Callable[[str], None]) -> None:
         """Make the refitter and its buffers, and have it compile what it needs.
 
         Args:
-            tell: Tells of progress.
+            progress: Called with one line of text for each step.
 
         Raises:
             EngineError: TensorRT failed; the engine is as before.
         """
         sets = self.sets
-        tell(f"{self.name}: {len(self.facts)} weights, {sets.nbytes} bytes")
+        progress(f"{self.name}: {len(self.facts)} weights, {sets.nbytes} bytes")
         why_not = self._rehearse()
-        tell(f"{self.name}: {why_not or 'the refitter is warm'}")
+        progress(f"{self.name}: {why_not or 'the refitter is warm'}")
 
     def free_spare(self) -> int:
         """Free the second set; the first one stays, as only it knows the live weights."""
         return self._sets.free_base() if self._sets is not None else 0
+
+
+# MERGED inplace: Engines of the Python runtime: the live engine is refitted in place.
+
+_UNKNOWN = "its weights are not known, so its first refit still compiles for seconds"
+
+
+class InPlaceEngine(RefitterEngine):
+    """A live ``ICudaEngine`` with its refitter."""
+
+    _stale = False  # whether the stored bytes hold other weights than the live engine
+    _mixed = False  # whether the live engine may hold a mixture of weights
+
+    def _engine(self) -> Any:
+        return self.handle.cuda_engine()
+
+    def _staged(self) -> StagedInPlace:
+        before = None if self.knows_live else self.handle.engine_bytes()
+        return StagedInPlace(self, before)
+
+    def stage_over(self, values: Sequence[SlotValue]) -> Overwriting:
+        """Free the base set; the commit fills the staging set and refits the live engine."""
+        self._ready_refitter()
+        partial = len(values) < len(self.facts)
+        if partial and not self.knows_live:
+            raise self._unknown()
+        require_values(self.facts, values, partial=partial)
+        self.sets.free_base()
+        return Overwriting(lambda: self._write_over(values))
+
+    def _write_over(self, values: Sequence[SlotValue]) -> None:
+        self.sets.live = None
+        self._fill(values)
+        self.write(idle=True)
+
+    def _rehearse(self) -> str:
+        if not self.knows_live:
+            return _UNKNOWN
+        self.sets.begin(partial=True)
+        staged = StagedInPlace(self, None)
+        try:
+            self.write(idle=False)
+        except BaseException as exc:
+            _take_back(staged, exc)
+            raise
+        return ""
+
+    def write(self, *, idle: bool) -> None:
+        """Refit the live engine to the staging set.
+
+        Args:
+            idle: Whether no call of it can be pending.
+
+        Raises:
+            EngineError: TensorRT failed; the engine may hold a mixture.
+        """
+        self._mixed = True
+        self.handle.on_stale(self._flush)
+        self.handle.drop_captured()
+        self.refit(idle=idle)
+        self.sets.settle()
+        self._stale, self._mixed = True, False
+
+    def write_back(self, before: bytes | None, *, stale: bool) -> None:
+        """Have the live engine hold what it held before.
+
+        Args:
+            before: Engine bytes from before; None: the base set has the weights.
+            stale: Whether the stored bytes were stale before.
+
+        Raises:
+            EngineError: TensorRT failed; the engine may hold a mixture.
+        """
+        self._mixed = True
+        self.handle.drop_captured()
+        if before is None:
+            self.sets.restore()
+            self.refit()
+            self.sets.live = "staging"
+        else:
+            self.forget()
+            self.handle.on_stale(None)  # the stored bytes are those from before, and stay
+            self.handle.replace(before)
+            stale = False
+        self.handle.on_stale(self._flush if stale else None)
+        self._stale, self._mixed = stale, False
+
+    @property
+    def stale(self) -> bool:
+        """Whether the stored bytes hold other weights than the live engine."""
+        return self._stale
+
+    def forget(self) -> None:
+        """Let all go; the engine that is in place now is the one that is stored."""
+        super().forget()
+        self._stale = False
+
+    def _flush(self) -> bytes:
+        if self._mixed:
+            raise EngineError(
+                f"The engine {self.name!r} may hold a mixture of weights: it cannot be stored.",
+                hint="Load or compile it again.",
+            )
+        data = serialized.bytes_of(self.handle.cuda_engine(), self._trt)
+        self._stale = False
+        return data
+
+
+class StagedInPlace:
+    """New values in the staging set, on their way into the live engine."""
+
+    def __init__(self, engine: InPlaceEngine, before: bytes | None) -> None:
+        """Made by ``InPlaceEngine``."""
+        self._engine = engine
+        self._before = before
+        self._stale = engine.stale
+
+    def commit(self) -> None:
+        """Refit to the staging set; the pipeline has waited for all calls."""
+        self._engine.write(idle=True)
+
+    def rollback(self) -> None:
+        """Refit to the base set, or put the engine from before back."""
+        self._engine.write_back(self._before, stale=self._stale)
+
+    def discard(self) -> None:
+        """Leave the staging set as it is: the live values are aside."""
+
+    def changed(self) -> bool | None:
+        """Whether any bit differs from the live values; None while those are not known."""
+        return self._engine.sets.changed()
+
+    def staged(self, slot: str) -> torch.Tensor:
+        """The new value of a slot: an alias, valid until the next refit is staged."""
+        return self._engine.staged(slot)
+
+    def side_by_side(self) -> SideBySide | None:
+        """Live and new values as they lie in memory; None while the live ones are not known."""
+        return self._engine.side_by_side()
+
+
+def _take_back(staged: StagedInPlace, cause: BaseException) -> None:
+    try:
+        staged.rollback()
+    except BaseException as exc:
+        lost = ModuleLostError(
+            f"Warming up failed half-way, and so did the way back: {exc}",
+            hint="Load or compile the module again.",
+        )
+        lost.add_note(f"It failed because of: {type(cause).__name__}: {cause}")
+        raise lost from exc
+
+
+# MERGED shadow: Engines of the C++ runtime: a second engine is refitted, serialized, and put in
+# place.
+#
+# The C++ runtime lends its engine to nobody. So an engine of our own, made from the same bytes,
+# is refitted and serialized, and the runtime makes a third one of that, all while the live one
+# goes on serving. The transaction only puts that in place, and the one from before back. Our own
+# keeps its refitter, so that later refits pay for serializing and deserializing only. What it
+# holds between two refits does not matter: every refit sets all weights.
+
+
+class ShadowEngine(RefitterEngine):
+    """An engine that is refitted by way of its bytes."""
+
+    _own: serialized.Deserialized | None = None
+    _size = 0  # of the engine bytes that were in place when something was last staged
+
+    @property
+    def memory(self) -> EngineMemory:
+        """The engine from before, which stays on the device until the verdict."""
+        size = self._size or len(self.handle.engine_bytes())
+        return EngineMemory(engine=self.name, kind="device", bytes=size)
+
+    def _engine(self) -> Any:
+        if self._own is None:
+            with current(self.device):
+                self._own = serialized.Deserialized(self.handle.engine_bytes(), self._trt)
+        return self._own.engine
+
+    def _staged(self) -> StagedEngine:
+        self.refit(idle=True)  # nobody calls this engine
+        after = serialized.bytes_of(self._engine(), self._trt)
+        self._size = len(after)
+        return StagedEngine(self, self.handle.present(), self.handle.prepare(after))
+
+    def _rehearse(self) -> str:
+        self.refit(idle=True)  # to whatever the buffers hold: nobody is served by this engine
+        return ""
+
+
+class StagedEngine:
+    """A refitted engine of the runtime's, on its way into its place."""
+
+    def __init__(self, engine: ShadowEngine, before: Any, after: Any) -> None:
+        """Made by ``ShadowEngine.stage``."""
+        self._engine, self._before, self._after = engine, before, after
+        self._was = engine.sets.live
+
+    def commit(self) -> None:
+        """Put the refitted engine in place."""
+        _put(self._engine.handle, self._after)
+        self._engine.sets.settle()
+
+    def rollback(self) -> None:
+        """Put the engine from before back."""
+        _put(self._engine.handle, self._before)
+        self._engine.sets.live = self._was
+
+    def discard(self) -> None:
+        """Nothing to do: nobody was served by what was staged."""
+
+    def changed(self) -> bool | None:
+        """Whether any bit differs from the live values; None while those are not known."""
+        return self._engine.sets.changed()
+
+    def staged(self, slot: str) -> torch.Tensor:
+        """The new value of a slot: an alias, valid until the next refit is staged."""
+        return self._engine.staged(slot)
+
+    def side_by_side(self) -> SideBySide | None:
+        """Live and new values as they lie in memory; None while the live ones are not known."""
+        return self._engine.side_by_side()
+
+
+def _put(handle: EngineHandle, engine: Any) -> None:
+    handle.drop_captured()
+    handle.put(engine)
+
+
+# MERGED runtimes: Which kind of engine serves which runtime.
+
+
+def engine_for(handle: EngineHandle, trt: Any, options: EngineOptions) -> RefitterEngine:
+    """The engine behind a handle: refitted in place where the runtime lets it be."""
+    kind = ShadowEngine if handle.cuda_engine() is None else InPlaceEngine
+    return kind(handle, trt, options)

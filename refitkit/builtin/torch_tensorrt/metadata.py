@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from refitkit.errors import NotRefittableError, UnsupportedTargetError
-from refitkit.plain_pickle import (
+from refitkit.files.plain_pickle import (
     Global,
     Instance,
     PickleRefusedError,

@@ -9,21 +9,27 @@ records transposed convolutions under the names of convolutions, and converters 
 
 from __future__ import annotations
 
+import ctypes
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from refitkit.builtin.torch_tensorrt import weight_memory
-from refitkit.errors import CompileError, NotRefittableError, Problem, raised_as
+from refitkit.builtin.torch_tensorrt.refitter import fact_of_trt, torch_name
+from refitkit.errors import CompileError, EngineError, NotRefittableError, Problem, raised_as
 from refitkit.model import Slot
+from refitkit.program import dtypes
 from refitkit.program.bits import same_bits
 from refitkit.program.dtypes import dtype_name
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
+
+    from torch.fx import GraphModule
 
     from refitkit.builtin.torch_tensorrt.parts import Part
     from refitkit.model import LayerType
@@ -114,7 +120,7 @@ class Network:
             for attribute, role in found.weights:
                 name = f"{layer.name} {role}"
                 held = getattr(layer, attribute)
-                value = weight_memory.tensor_of(held)
+                value = tensor_of(held)
                 if not value.numel():
                     continue
                 if name in self.scanned:
@@ -261,3 +267,136 @@ def _place(layer: Any, attribute: str, held: Any, value: torch.Tensor) -> Place:
         return Place(layer, attribute, held.dtype, held.size)
     kind = dtype._from(value.dtype).to(tensorrt.DataType)  # noqa: SLF001 - its only way
     return Place(layer, attribute, kind, value.numel())
+
+
+# MERGED weight_memory: Reading weights out of network layers, whatever their dtype.
+#
+# ``tensorrt`` gives weights as NumPy arrays where NumPy knows the dtype, and else as
+# ``tensorrt.Weights``, which tell no address. There the address is read from the object itself: a
+# pybind11 instance holds, after its header, a pointer to the C++ value, and ``nvinfer1::Weights``
+# is ``{DataType type; void const* values; int64_t count;}`` (``NvInferRuntimeBase.h``). Type and
+# count that lie there are compared with what the object says before the address is used.
+
+
+class _CWeights(ctypes.Structure):
+    _fields_ = (("type", ctypes.c_int32), ("values", ctypes.c_void_p), ("count", ctypes.c_int64))
+
+
+def tensor_of(weights: Any) -> torch.Tensor:
+    """A flat view of weights that a layer holds: valid while the layer's memory lives.
+
+    Types with two elements in a byte are given as bytes.
+
+    Args:
+        weights: What an attribute of a layer gave: a NumPy array or ``tensorrt.Weights``.
+
+    Raises:
+        EngineError: This build of tensorrt keeps its weights in another way.
+    """
+    if isinstance(weights, np.ndarray):
+        return torch.from_numpy(weights).reshape(-1)
+    dtype = dtype_of(weights.dtype)
+    if not weights.size:
+        return torch.empty(0, dtype=dtype)
+    count = fact_of_trt("", weights.dtype, weights.size).count
+    # its own nbytes is 2**64 minus the count for types of four bits (tensorrt_rtx 1.6.1)
+    raw = (ctypes.c_uint8 * (count * dtype.itemsize)).from_address(_address(weights))
+    return torch.frombuffer(raw, dtype=dtype)
+
+
+def dtype_of(kind: Any) -> torch.dtype:
+    """Torch's dtype for a ``tensorrt.DataType``; ``uint8`` for those with two elements in a byte.
+
+    Raises:
+        EngineError: torch has none.
+    """
+    name = torch_name(kind.name)
+    if name is None:
+        raise EngineError(f"torch has no dtype for TensorRT's {kind.name}.")
+    return dtypes.dtype_of(name)
+
+
+def _address(weights: Any) -> int:
+    value = ctypes.c_void_p.from_address(id(weights) + object.__basicsize__).value
+    if value is None:
+        raise _unknown_layout()
+    found = _CWeights.from_address(value)
+    if (found.type, found.count) != (int(weights.dtype), weights.size) or not found.values:
+        raise _unknown_layout()
+    return int(found.values)
+
+
+def _unknown_layout() -> EngineError:
+    return EngineError("This build of tensorrt keeps weights of networks in a way unknown to us.")
+
+
+# MERGED torch_tensors: The tensors that a part holds which torch runs.
+
+
+class TorchTensors:
+    """Parameters, buffers and constants of one part.
+
+    Attributes:
+        scanned: Their values by name; flat and contiguous.
+        origins: Where they come from, if a recording ran.
+        layer_types: Always empty: it has no layers.
+    """
+
+    layer_types: frozenset[str] = frozenset()
+
+    def __init__(self, name: str, module: GraphModule, tape: Tape | None = None) -> None:
+        """Read a part."""
+        self._name = name
+        held = tensors_in(module)
+        self.origins: dict[str, Origin] = (
+            {} if tape is None else {name: tape.origin_of(value) for name, value in held.items()}
+        )
+        self._shapes = {target: tuple(tensor.shape) for target, tensor in held.items()}
+        self.scanned: dict[str, torch.Tensor] = {
+            target: tensor.detach().contiguous().reshape(-1) for target, tensor in held.items()
+        }
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """All of them as slots."""
+        return tuple(
+            Slot(
+                engine=self._name,
+                name=name,
+                dtype=dtype_name(value.dtype),
+                shape=self._shapes[name],
+                count=value.numel(),
+                readable=True,
+            )
+            for name, value in self.scanned.items()
+        )
+
+    def point(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Take other values, without a copy."""
+        self.scanned.update(values)
+
+
+def tensor_in(module: GraphModule, name: str) -> torch.Tensor:
+    """One of ``tensors_in``: its name is a path of attributes, and no graph has to be walked.
+
+    Raises:
+        KeyError: There is none of this name.
+    """
+    try:
+        value = attrgetter(name)(module)
+    except AttributeError:  # a hook of the module's state_dict may have names of its own
+        return tensors_in(module)[name]
+    if not isinstance(value, torch.Tensor):
+        raise KeyError(name)
+    return value
+
+
+def tensors_in(module: GraphModule) -> dict[str, torch.Tensor]:
+    """Tensors that the graph of a module reads, by name, and those of its state_dict."""
+    found: dict[str, torch.Tensor] = dict(module.state_dict())
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            value = attrgetter(node.target)(module)
+            if isinstance(value, torch.Tensor):
+                found[node.target] = value
+    return found

@@ -5,18 +5,24 @@ from __future__ import annotations
 import hashlib
 import inspect
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from refitkit.errors import CompileError, Problem, raised_as
+from refitkit.errors import CompileError, PlanMismatchError, Problem, raised_as
 from refitkit.model.base import Frozen
+from refitkit.program import facts_of
 from refitkit.program.facts import graph_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
+    from torch.export import ExportedProgram
     from torch.fx import GraphModule
+
+    from refitkit.model import Slot
+
 
 ACCELERATED = "_run_on_acc"
 """How upstream names the children that become engines (``partitioning/_adjacency_partitioner.py``
@@ -188,3 +194,131 @@ def _inputs(whole: GraphModule, name: str, child: GraphModule, settings: Any) ->
     tensor = next(iter(child.state_dict().values()), torch.empty(0))
     repaired: Sequence[Any] = repair_double_inputs(whole, child, inputs, tensor.device, name)
     return repaired
+
+
+# MERGED lowering: A program as Torch-TensorRT lowers it before it cuts it into parts.
+#
+# The steps and their order are those of ``torch_tensorrt/dynamo/_compiler.py`` and ``_refit.py``
+# (2.11 to 2.14). They change the program that they are given, so it has to be one of our own.
+
+
+def lower(program: ExportedProgram, settings: Any) -> GraphModule:
+    """Lower a program.
+
+    Args:
+        program: The program; it is changed, and its tensors are shared with the result.
+        settings: A ``torch_tensorrt.dynamo.CompilationSettings``.
+
+    Raises:
+        CompileError: Torch-TensorRT cannot lower it, or the program changes buffers.
+    """
+    from torch_tensorrt.dynamo import lowering  # noqa: PLC0415 - imported by whoever calls this
+
+    _check_pure(program)
+    with torch.no_grad(), raised_as(CompileError, "Torch-TensorRT cannot lower the program"):
+        program = lowering.pre_export_lowering(program, settings)
+        program = program.run_decompositions(_decompositions(settings))
+        lowered: GraphModule = lowering.post_lowering(program.module(), settings)
+    return lowered
+
+
+def _check_pure(program: ExportedProgram) -> None:
+    """Refuse programs that change buffers: upstream turns those into inputs of the engines.
+
+    ``_compiler.py`` of 2.14 lifts them (``lift_mutated_buffers``), its ``_refit.py`` does not.
+    """
+    changed = [leaf.fqn for leaf in facts_of(program).leaves if leaf.mutated]
+    if changed:
+        raise CompileError(
+            "The program changes buffers while it runs, which Torch-TensorRT cannot refit.",
+            problems=[Problem(name, "changed in place") for name in changed],
+            hint="Put the model into eval mode before the export, or compile with 'aotinductor'.",
+        )
+
+
+def _decompositions(settings: Any) -> Any:
+    """The table for these settings; its arguments differ from version to version."""
+    from torch_tensorrt.dynamo.lowering import get_decompositions  # noqa: PLC0415
+
+    wanted = {
+        "enable_experimental_decompositions": settings.enable_experimental_decompositions,
+        "decompose_attention": getattr(settings, "decompose_attention", False),
+        "use_distributed_mode_trace": getattr(settings, "use_distributed_mode_trace", False),
+        "use_fp32_acc": getattr(settings, "use_fp32_acc", False),
+    }
+    known = inspect.signature(get_decompositions).parameters
+    return get_decompositions(**{name: value for name, value in wanted.items() if name in known})
+
+
+# MERGED matching: Whether a program is cut into the parts that were compiled, and what differs if
+# it is not.
+
+
+def check_structures(found: Sequence[Structure], wanted: Sequence[Structure]) -> None:
+    """Compare the parts of a program with those that were compiled.
+
+    Raises:
+        PlanMismatchError: Names, ops, shapes, dtypes, inputs or outputs differ; lists what does.
+    """
+    problems = list(_differences({s.name: s for s in found}, {s.name: s for s in wanted}))
+    if problems:
+        raise PlanMismatchError(
+            "The program is not the one that was compiled: it makes other engines.",
+            problems=problems,
+            hint="Export the same model with the same inputs and dynamic shapes; only its weights "
+            "may differ.",
+        )
+
+
+def check_slots(found: Mapping[str, Sequence[Slot]], wanted: Mapping[str, Sequence[Slot]]) -> None:
+    """Compare the slots of the parts of a program with those that were compiled.
+
+    Raises:
+        PlanMismatchError: There are others, or they have other dtypes or shapes; lists them.
+    """
+    here, there = _by_key(found), _by_key(wanted)
+    problems = [
+        Problem("/".join(key), "slot", _slot_text(here.get(key)), _slot_text(there.get(key)))
+        for key in sorted(here.keys() | there.keys())
+        if here.get(key) != there.get(key)
+    ]
+    if problems:
+        raise PlanMismatchError("The networks have other weights.", problems=problems)
+
+
+def _by_key(slots: Mapping[str, Sequence[Slot]]) -> dict[tuple[str, str], Slot]:
+    return {(part, slot.name): slot for part, some in slots.items() for slot in some}
+
+
+def _slot_text(slot: Slot | None) -> str:
+    return "none" if slot is None else f"{slot.dtype} {slot.shape or f'of {slot.count} elements'}"
+
+
+def _differences(found: dict[str, Structure], wanted: dict[str, Structure]) -> Iterator[Problem]:
+    for name in sorted(found.keys() | wanted.keys()):
+        if name not in found:
+            yield Problem(name, "no part for this engine", wanted=_kind(wanted[name]))
+        elif name not in wanted:
+            yield Problem(name, "no engine for this part", _kind(found[name]))
+        else:
+            yield from _within(found[name], wanted[name])
+
+
+def _kind(structure: Structure) -> str:
+    return f"{'an engine' if structure.accelerated else 'torch'} with {len(structure.ops)} ops"
+
+
+def _within(found: Structure, wanted: Structure) -> Iterator[Problem]:
+    name = wanted.name
+    if found.accelerated != wanted.accelerated:
+        yield Problem(name, "runs elsewhere", _kind(found), _kind(wanted))
+    for number, (mine, theirs) in enumerate(zip_longest(found.ops, wanted.ops, fillvalue="none")):
+        if mine != theirs:
+            yield Problem(name, f"op {number}", mine, theirs)
+            return
+    if found.inputs != wanted.inputs:
+        yield Problem(name, "inputs", ", ".join(found.inputs), ", ".join(wanted.inputs))
+    elif found.outputs != wanted.outputs:
+        yield Problem(name, "outputs", str(found.outputs), str(wanted.outputs))
+    elif found.graph != wanted.graph:
+        yield Problem(name, "shapes, dtypes or arguments of its ops")

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from refitkit.builtin.torch_tensorrt.engine_info import EngineInfo, parse_info
+from refitkit.builtin.torch_tensorrt.children import EngineInfo, parse_info
 from refitkit.builtin.torch_tensorrt.metadata import Metadata, read_metadata
 from refitkit.errors import UnsupportedTargetError, raise_if_resource
-from refitkit.plain_pickle import Instance, PickleRefusedError, read_pickle
+from refitkit.files.plain_pickle import Instance, PickleRefusedError, read_pickle
 from refitkit.recipe import Archive, ArchiveError
 
 if TYPE_CHECKING:

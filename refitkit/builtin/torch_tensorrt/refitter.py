@@ -8,22 +8,24 @@ refit reads what is in them then. Rules are from ``NvInfer.h``, class ``IRefitte
 
 from __future__ import annotations
 
+import gc
 import re
-from contextlib import nullcontext
-from dataclasses import replace
+from collections import deque
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from refitkit.builtin.torch_tensorrt.trtlog import Listener, uncollected
-from refitkit.builtin.torch_tensorrt.weighttypes import WeightFact, fact_of_slot, fact_of_trt
 from refitkit.errors import EngineError, NotRefittableError, Problem
+from refitkit.processes import ForkedLock
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from contextlib import AbstractContextManager
 
     from refitkit.model import Slot
+
 
 _COUNT = re.compile(r"prototype count (\d+)")
 _GUESSES = ("FLOAT", "HALF", "BF16", "INT32", "INT64", "INT8", "FP8", "BOOL")
@@ -217,3 +219,222 @@ class PersistentRefitter:
 def current(device: torch.device) -> AbstractContextManager[Any]:
     """Make a device the current one, as TensorRT wants it for all that it does."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+# MERGED serialized: Live engines as bytes, and back.
+
+
+def bytes_of(engine: Any, trt: Any) -> bytes:
+    """Serialize a live engine with its present weights, such that it can be refitted again.
+
+    Raises:
+        EngineError: TensorRT refuses.
+    """
+    flags = trt.SerializationFlag
+    config = engine.create_serialization_config()
+    config.clear_flag(flags.EXCLUDE_WEIGHTS)
+    refusals = [] if not config.get_flag(flags.EXCLUDE_WEIGHTS) else ["EXCLUDE_WEIGHTS"]
+    # without it an engine cannot be refitted once it was loaded; there since TensorRT 10.14
+    include = getattr(flags, "INCLUDE_REFIT", None)
+    if include is not None and not config.set_flag(include):
+        refusals.append("INCLUDE_REFIT")
+    data = None if refusals else engine.serialize_with_config(config)
+    if data is None:
+        what = f" (flags {', '.join(refusals)})" if refusals else ""
+        raise EngineError(f"TensorRT failed to serialize the refitted engine{what}.")
+    return bytes(data)
+
+
+class Deserialized:
+    """An engine of our own, made from bytes.
+
+    Attributes:
+        engine: The ``ICudaEngine``.
+    """
+
+    def __init__(self, data: bytes, trt: Any) -> None:
+        """Deserialize.
+
+        Raises:
+            EngineError: TensorRT refuses the bytes.
+        """
+        self._heard = Listener(trt)  # both have to outlive the engine
+        with uncollected():
+            self._runtime = trt.Runtime(self._heard.logger)
+        self._runtime.error_recorder = self._heard.recorder
+        self.engine = self._runtime.deserialize_cuda_engine(data)
+        if self.engine is None:
+            raise EngineError(f"TensorRT cannot read the engine's bytes{self._heard.quote()}.")
+
+
+# MERGED weighttypes: TensorRT's data types as torch has them.
+
+_TORCH_NAME = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT8": "int8",
+    "INT32": "int32",
+    "INT64": "int64",
+    "BOOL": "bool",
+    "UINT8": "uint8",
+    "FP8": "float8_e4m3fn",
+    "E8M0": "float8_e8m0fnu",
+}
+_TRT_NAME = {torch: trt for trt, torch in _TORCH_NAME.items()}
+_TWO_IN_A_BYTE = {"INT4", "FP4"}
+"""torch keeps such weights as ``uint8``, and TensorRT counts their halves."""
+
+
+def torch_name(kind: str) -> str | None:
+    """Torch's name for a ``tensorrt.DataType``, by its name; None where torch has none."""
+    return "uint8" if kind in _TWO_IN_A_BYTE else _TORCH_NAME.get(kind)
+
+
+@dataclass(frozen=True)
+class WeightFact:
+    """What an engine asks of one weight.
+
+    Attributes:
+        name: The engine's own name of it.
+        dtype: torch's name without the ``torch.``.
+        count: Number of elements as torch counts them.
+        trt_type: Name of the ``tensorrt.DataType``.
+        trt_count: Number of elements as TensorRT counts them.
+        shape: Sizes where somebody knows them; TensorRT does not.
+    """
+
+    name: str
+    dtype: str
+    count: int
+    trt_type: str
+    trt_count: int
+    shape: tuple[int, ...] | None = None
+
+
+def fact_of_trt(name: str, data_type: Any, count: int) -> WeightFact:
+    """The fact that TensorRT's own words for a weight amount to.
+
+    Args:
+        name: Name of the weight.
+        data_type: A ``tensorrt.DataType``.
+        count: Number of its elements.
+
+    Raises:
+        NotRefittableError: torch has no such type.
+    """
+    kind = data_type.name
+    if kind in _TWO_IN_A_BYTE:
+        return WeightFact(name, "uint8", (count + 1) // 2, kind, count)
+    if kind not in _TORCH_NAME:
+        problem = Problem(name, "dtype", f"TensorRT's {kind}", f"one of {sorted(_TORCH_NAME)}")
+        raise NotRefittableError("torch has no such type of weights.", problems=[problem])
+    return WeightFact(name, _TORCH_NAME[kind], count, kind, count)
+
+
+def fact_of_slot(slot: Slot) -> WeightFact | None:
+    """The fact that a slot amounts to; None where TensorRT has no such type."""
+    kind = _TRT_NAME.get(slot.dtype)
+    if kind is None:
+        return None
+    return WeightFact(slot.name, slot.dtype, slot.count, kind, slot.count, slot.shape)
+
+
+# MERGED trtlog: What TensorRT says, kept to be told in an error instead of on stderr.
+
+_MAKING = ForkedLock()
+_KEPT = 20
+_NOISE = "differs from one already registered"
+"""Said of every logger but a process's first, as torch_tensorrt's is."""
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Keep Python's garbage collector off while a refitter or a runtime is made.
+
+    TensorRT holds a lock of the whole process while it makes one, and calls our logger under it.
+    A collection that starts in the logger can free another refitter or runtime that was garbage.
+    Its destructor takes the same lock, so the thread would wait for itself for ever.
+    """
+    with _MAKING.held:
+        was_on = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if was_on:
+                gc.enable()
+
+
+class Listener:
+    """Hears what one refitter or runtime has to say.
+
+    Attributes:
+        logger: A ``tensorrt.ILogger`` to make it with.
+        recorder: A ``tensorrt.IErrorRecorder`` to assign to it: with one, errors come here even
+            where TensorRT prefers another logger. Both have to live as long as it does.
+    """
+
+    def __init__(self, trt: Any) -> None:
+        """Make both. TensorRT demands subclasses, of classes that exist only once it is imported.
+
+        Args:
+            trt: The package ``tensorrt``.
+        """
+        self._said: deque[str] = deque(maxlen=_KEPT)
+        self.logger: Any = _logger_class(trt)(self._said)
+        self.recorder: Any = _recorder_class(trt)(self._said)
+
+    def take(self) -> tuple[str, ...]:
+        """What was said since the last time."""
+        said = tuple(self._said)
+        self._said.clear()
+        return said
+
+    def quote(self) -> str:
+        """What was said, as the end of a sentence."""
+        said = self.take()
+        return f"; TensorRT says: {' | '.join(said)}" if said else "; TensorRT gives no reason"
+
+
+def _logger_class(trt: Any) -> type:
+    severe = (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR, trt.ILogger.WARNING)
+
+    class Logger(trt.ILogger):  # type: ignore[misc] # of a package without types
+        def __init__(self, said: deque[str]) -> None:
+            trt.ILogger.__init__(self)
+            self._said = said
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in severe and _NOISE not in msg:
+                self._said.append(msg)
+
+    return Logger
+
+
+def _recorder_class(trt: Any) -> type:
+    class Recorder(trt.IErrorRecorder):  # type: ignore[misc] # of a package without types
+        def __init__(self, said: deque[str]) -> None:
+            trt.IErrorRecorder.__init__(self)
+            self._said = said
+
+        def report_error(self, code: Any, desc: str) -> bool:  # noqa: ARG002 - TensorRT's
+            self._said.append(desc)
+            return True
+
+        def num_errors(self) -> int:
+            return len(self._said)
+
+        def get_error_desc(self, index: int) -> str:
+            return self._said[index]
+
+        def get_error_code(self, index: int) -> Any:  # noqa: ARG002 - TensorRT's
+            return trt.ErrorCodeTRT.UNSPECIFIED_ERROR
+
+        def has_overflowed(self) -> bool:
+            return False
+
+        def clear(self) -> None:
+            self._said.clear()
+
+    return Recorder

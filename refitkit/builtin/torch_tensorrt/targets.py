@@ -13,8 +13,10 @@ from refitkit.builtin.torch_tensorrt.children import (
     ModuleEngine,
     Place,
     PythonModuleEngine,
+    is_engine,
+    is_packed_engine,
+    is_upstreams,
 )
-from refitkit.builtin.torch_tensorrt.engine_info import is_engine, is_packed_engine, is_upstreams
 from refitkit.builtin.torch_tensorrt.settings import agreed, check_refittable, is_stripped
 from refitkit.errors import Problem, UnsupportedTargetError
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from refitkit.builtin.torch_tensorrt.torch_tensors import tensor_in, tensors_in
+from refitkit.builtin.torch_tensorrt.networks import tensor_in, tensors_in
 from refitkit.errors import Problem, WeightMismatchError
 from refitkit.model import EngineMemory, Slot
 from refitkit.program.bits import same_bits

@@ -19,7 +19,7 @@ from refitkit.errors import ConfigError, NotRefittableError, raised_as
 from refitkit.model import CallRef, OutputMeasure, TensorInfo, VerificationResult
 from refitkit.program.dtypes import dtype_name
 from refitkit.protocols import ProbesFromState, SupportsReadback
-from refitkit.recipe.state import state_slots
+from refitkit.recipe.reads import state_slots
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping

@@ -20,7 +20,8 @@ def refitkit_load_weights(source: object) -> WeightSource | None:
 
         opener = folders.open_folder if source.is_dir() else folders.open_weights_file
         return opener(source) if source.exists() else None
-    from refitkit.builtin.weights import objects, streams
+    from refitkit.builtin.weights import objects
+    from refitkit.builtin.weights import objects as streams
 
     if isinstance(source, Mapping):
         return objects.from_mapping(source)

@@ -21,9 +21,9 @@ from refitkit.builtin.weights.files import is_file
 from refitkit.builtin.weights.reading import Folder, OpenFile
 from refitkit.builtin.weights.torch_files import archive_in, require_bounded
 from refitkit.errors import Problem, SourceError, raise_if_resource, raised_as
+from refitkit.files.plain_pickle import Global, Instance, PickleRefusedError, read_pickle
 from refitkit.model import TensorInfo
 from refitkit.model.slot import ITEM_BYTES
-from refitkit.plain_pickle import Global, Instance, PickleRefusedError, read_pickle
 from refitkit.program.dtypes import dtype_name, dtype_of, unusable_dtype
 from refitkit.recipe.sources import describe_tensor
 

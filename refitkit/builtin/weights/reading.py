@@ -29,7 +29,7 @@ import torch
 import xxhash
 
 from refitkit.errors import Problem, SourceError, raise_if_resource, resources
-from refitkit.file_state import FileState
+from refitkit.files.file_state import FileState
 
 try:
     import fcntl

@@ -22,14 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from refitkit.builtin.weights.nesting import flattened
+from refitkit.builtin.weights.objects import flattened
 from refitkit.builtin.weights.reading import FileStream, OpenFile
 from refitkit.errors import Problem, SourceError, raise_if_resource
 from refitkit.model import TensorInfo
 from refitkit.program.dtypes import dtype_name, unusable_dtype
 from refitkit.recipe import TensorMap
-from refitkit.recipe.pieces import LARGE
-from refitkit.recipe.sources import describe_tensor
+from refitkit.recipe.sources import LARGE, describe_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator

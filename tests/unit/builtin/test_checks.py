@@ -13,8 +13,8 @@ from refitkit.errors import SHOWN_PROBLEMS, Problem, WeightMismatchError
 from refitkit.host import make_host
 from refitkit.model import CallRef, Leaf, LeafKind, LedgerRow, SlotState, SourceRef, TensorInfo
 from refitkit.pipeline.check import check_weights
-from refitkit.program import finite as program_finite
-from refitkit.recipe import TensorMap, strangers
+from refitkit.program import bits
+from refitkit.recipe import TensorMap, name_suggestions
 from tests.fakes import (
     FakeEngine,
     FakeModule,
@@ -166,7 +166,7 @@ def test_suggestions_are_looked_for_a_few_times_only(monkeypatch: pytest.MonkeyP
         calls.append(name)
         return []
 
-    monkeypatch.setattr(strangers, "get_close_matches", counted)
+    monkeypatch.setattr(name_suggestions, "get_close_matches", counted)
     plan = make_plan([recipe_row(make_slot(f"layers.{n}.weight")) for n in range(200)])
     weights = {f"module.layers.{n}.weight": torch.ones(2) for n in range(1, 200)}
     found = problems(weights, plan)  # of a whole model under a prefix that alone would be told
@@ -581,9 +581,9 @@ OF_MANY = make_plan([recipe_row(slot) for slot in MANY.values()])
 
 def test_small_weights_are_looked_at_together(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    real = program_finite.has_finite_sum
+    real = bits.has_finite_sum
     monkeypatch.setattr(
-        program_finite, "has_finite_sum", lambda value: asked.append(value.numel()) or real(value)
+        bits, "has_finite_sum", lambda value: asked.append(value.numel()) or real(value)
     )
     assert problems({name: torch.ones(300) for name in MANY}, OF_MANY) == []
     assert len(asked) == 2
@@ -621,7 +621,7 @@ def test_a_sum_that_is_too_large_accuses_nobody(dtype: torch.dtype) -> None:
 def test_what_a_gpu_is_asked(bad: float) -> None:
     """The questions, asked of a CPU: those that are spoilt, and those of too large a sum."""
     values = {f"v{n}": torch.ones(100 + 10 * n) for n in range(6)}
-    asked = program_finite._suspects_there
+    asked = bits._suspects_there
     assert asked(values, torch.float32) == []
     values["v1"][4] = values["v5"][0] = bad
     values["v3"] *= 3e38
@@ -631,7 +631,7 @@ def test_what_a_gpu_is_asked(bad: float) -> None:
 
 def test_sums_on_a_gpu_are_wide() -> None:
     values = {f"v{n}": torch.full((100,), 60000.0).half() for n in range(3)}
-    assert program_finite._suspects_there(values, torch.float32) == []
+    assert bits._suspects_there(values, torch.float32) == []
 
 
 def test_negative_zero_is_a_value_like_any_other() -> None:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from refitkit.errors import WeightMismatchError
-from refitkit.model.families import FAMILIES
+from refitkit.model.rules import FAMILIES
 from tests.fakes import UnderRules, same_state
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import Any
 import click
 import pytest
 
-from refitkit.cli.arguments import Early, look_ahead
 from refitkit.cli.options import as_options
+from refitkit.cli.session import Early, look_ahead
 
 
 @pytest.mark.parametrize(

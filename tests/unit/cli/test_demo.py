@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from refitkit.cli.demo_result import Accuracy, DemoResult, LaterRefits
+from refitkit.cli.demo_run import Accuracy, DemoResult, LaterRefits
 from refitkit.model import RefitReport, VerificationResult
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def test_a_folder_that_cannot_be_made(run: Callable[..., Outcome], tmp_path: Pat
 def test_training_is_the_same_every_time_and_leaves_the_generator_alone() -> None:
     import torch
 
-    from refitkit.cli.demo_training import load_digits, train
+    from refitkit.cli.demo_run import load_digits, train
 
     training, test = load_digits()
     assert len(training.labels) + len(test.labels) == 1797

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import refitkit
-from refitkit.cli import machine
+from refitkit.cli import doctor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -144,16 +144,16 @@ def test_no_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> str:
         raise FileNotFoundError("No usable temporary directory found")
 
-    monkeypatch.setattr(machine.tempfile, "gettempdir", broken)
-    assert machine.temporary_folder().ok is False
-    assert machine.compiler().ok is False
+    monkeypatch.setattr(doctor.tempfile, "gettempdir", broken)
+    assert doctor.temporary_folder().ok is False
+    assert doctor.compiler().ok is False
 
 
 def test_packages_are_found_without_importing_them(
     run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert machine.package("TensorRT", "no_such_package").found == "not installed"
-    assert machine.package("TensorRT", "no_such_package.inside").found == "not installed"
+    assert doctor.package("TensorRT", "no_such_package").found == "not installed"
+    assert doctor.package("TensorRT", "no_such_package.inside").found == "not installed"
     package = tmp_path / "tensorrt_rtx"
     package.mkdir()
     (package / "__init__.py").write_text("raise SystemExit('it was imported')")
@@ -173,14 +173,14 @@ def test_devices_and_their_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Device)
-    found = machine.gpu()
+    found = doctor.gpu()
     one = "NVIDIA Test, 80.0 GiB, compute capability 9.0"
     assert (found.ok, found.found) == (True, f"{one}; {one}")
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 555.42\necho 555.42\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert (machine.driver().ok, machine.driver().found) == (True, "555.42")
+    assert (doctor.driver().ok, doctor.driver().found) == (True, "555.42")
 
 
 def test_a_driver_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,8 +193,8 @@ def test_a_driver_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
         return False
 
     monkeypatch.setattr(torch.cuda, "is_available", is_available)
-    assert machine.gpu().ok is False
-    assert "too old" in machine.gpu().found
+    assert doctor.gpu().ok is False
+    assert "too old" in doctor.gpu().found
 
 
 def test_a_driver_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,8 +204,8 @@ def test_a_driver_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("Unexpected error from cudaGetDeviceCount()")
 
     monkeypatch.setattr(torch.cuda, "is_available", is_available)
-    assert machine.gpu().ok is False
-    assert "cudaGetDeviceCount" in machine.gpu().found
+    assert doctor.gpu().ok is False
+    assert "cudaGetDeviceCount" in doctor.gpu().found
 
 
 def test_a_backend_that_cannot_be_registered(run: Callable[..., Outcome]) -> None:
@@ -243,7 +243,7 @@ def test_a_tool_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     def hang(*_: object, **__: object) -> object:
         raise subprocess.TimeoutExpired("openssl", 30)
 
-    monkeypatch.setattr(machine.subprocess, "run", hang)
-    monkeypatch.setattr(machine.shutil, "which", lambda name: f"/bin/{name}")
-    assert machine.compiler().ok is False
-    assert machine.driver().ok is False
+    monkeypatch.setattr(doctor.subprocess, "run", hang)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/bin/{name}")
+    assert doctor.compiler().ok is False
+    assert doctor.driver().ok is False

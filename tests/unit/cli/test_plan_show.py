@@ -137,7 +137,7 @@ def test_names_in_a_plan_cannot_steer_the_terminal(
 
 
 def test_literals_of_all_kinds() -> None:
-    from refitkit.cli.slot_recipe import _text
+    from refitkit.cli.ledger import _text
 
     data = mutants.original().data
     shown = [_text(a, data) for a in (1, 1.5, True, None, "sum", TorchName(name="int8"), (1, (2,)))]  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from refitkit.cli.progress import Progress
+from refitkit.cli.session import Progress
 from refitkit.model import StageFinished, StageStarted, Step
 
 if TYPE_CHECKING:

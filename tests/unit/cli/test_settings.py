@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import refitkit
 from refitkit.model import Pack
-from refitkit.model.families import FAMILIES
+from refitkit.model.rules import FAMILIES
 from tests.fakes import Opener, make_module, weights_for
 
 if TYPE_CHECKING:

@@ -6,17 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refitkit.cli import text
+from refitkit.cli import tables
 
 
 @given(st.text())
 def test_nothing_shown_can_steer_a_terminal(anything: str) -> None:
-    assert all(c.isprintable() or c == "\n" for c in text.shown(anything))
+    assert all(c.isprintable() or c == "\n" for c in tables.shown(anything))
 
 
 @given(st.text(st.characters(categories=["L", "N", "P", "S"])))
 def test_what_is_printable_is_shown_as_it_is(plain: str) -> None:
-    assert text.shown(plain) == plain
+    assert tables.shown(plain) == plain
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_what_is_printable_is_shown_as_it_is(plain: str) -> None:
     ],
 )
 def test_sizes(count: int, shown: str) -> None:
-    assert text.size(count) == shown
+    assert tables.size(count) == shown
 
 
 @pytest.mark.parametrize(
@@ -47,15 +47,15 @@ def test_sizes(count: int, shown: str) -> None:
     ],
 )
 def test_durations(seconds: float, shown: str) -> None:
-    assert text.duration(seconds) == shown
+    assert tables.duration(seconds) == shown
 
 
 @pytest.mark.parametrize(
     ("sizes", "shown"), [((16, 8), "16 x 8"), ([3], "3"), ((), "scalar"), (None, "?")]
 )
 def test_shapes(sizes: object, shown: str) -> None:
-    assert text.shape(sizes) == shown
+    assert tables.shape(sizes) == shown
 
 
 def test_counts() -> None:
-    assert (text.count(1, "slot"), text.count(2, "slot")) == ("1 slot", "2 slots")
+    assert (tables.count(1, "slot"), tables.count(2, "slot")) == ("1 slot", "2 slots")

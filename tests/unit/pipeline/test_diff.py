@@ -21,7 +21,7 @@ from refitkit.errors import (
 )
 from refitkit.model import DiffReport
 from refitkit.recipe import TensorMap
-from refitkit.testing.memory import NewMemory
+from refitkit.testing.oracles import NewMemory
 from tests.fakes import FakeEngine, make_module, pipeline_with, plan_for, weights_for
 from tests.unit.builtin.torch_tensorrt.scenes import Scene, weights_of
 

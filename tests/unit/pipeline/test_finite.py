@@ -14,7 +14,7 @@ from refitkit.pipeline.finite import FiniteCheck
 from refitkit.program.bits import same_bits
 from refitkit.protocols import Mapped, MapRequest, SlotValue
 from refitkit.recipe import TensorMap
-from refitkit.recipe.pieces import LARGE
+from refitkit.recipe.sources import LARGE
 from tests.fakes import (
     BACKEND,
     FakeModule,

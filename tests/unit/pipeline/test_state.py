@@ -9,7 +9,7 @@ import torch
 
 from refitkit.errors import NotRefittableError
 from refitkit.model import Leaf, LeafKind
-from refitkit.recipe.state import state_slots
+from refitkit.recipe.reads import state_slots
 from tests.fakes import (
     FakeEngine,
     FakeModule,

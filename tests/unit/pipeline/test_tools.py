@@ -65,7 +65,7 @@ def test_two_layer_types_of_one_name_name_both_plugins() -> None:
 
 def test_progress_is_told_as_steps_of_the_stage() -> None:
     ear = Ear()
-    tools_for(make_host(plugins=[ear]), CONFIG, "compile", "build").tell("half done")
+    tools_for(make_host(plugins=[ear]), CONFIG, "compile", "build").progress("half done")
     assert ear.heard == [Step("compile", "build", "half done")]
 
 
@@ -134,10 +134,10 @@ class WarmEngine(OpenEngine):
         self.warmed: list[str] = []
         self.fails = False
 
-    def warm(self, tell: Any) -> None:
+    def warm(self, progress: Any) -> None:
         if self.fails:
             raise RuntimeError("cold")
-        tell(f"warming {self.name}")
+        progress(f"warming {self.name}")
         self.warmed.append(self.name)
 
 

@@ -17,7 +17,7 @@ from refitkit.errors import InputMismatchError
 from refitkit.program import ambient
 from refitkit.program.ambient import WatchingMode, plain, require_data, untraced, why_not_real
 from refitkit.recipe.sources import TensorMap
-from refitkit.testing.memory import NewMemory
+from refitkit.testing.oracles import NewMemory
 from tests.campaign.ambient import CONTEXTS, facts
 from tests.interrupting import Interrupt, Points
 

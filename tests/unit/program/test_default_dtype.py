@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from refitkit.program.default_dtype import keep_default_dtype
+from refitkit.program.ambient import keep_default_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

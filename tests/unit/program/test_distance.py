@@ -11,7 +11,7 @@ import torch
 from refitkit.model.slot import ITEM_BYTES
 from refitkit.program import distance as module
 from refitkit.program.distance import Distance, distance, is_whole
-from refitkit.testing.memory import NewMemory
+from refitkit.testing.oracles import NewMemory
 
 FLOATS = ["float16", "bfloat16", "float32", "float64", "complex64", "complex128", "float8_e5m2"]
 WHOLE = ["bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"]

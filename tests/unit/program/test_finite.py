@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from refitkit.program.finite import all_finite, counted, finite
+from refitkit.program.bits import all_finite, counted, finite
 
 NARROW = [
     torch.float8_e4m3fn,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from refitkit.program.on_demand import OnDemand
+from refitkit.program.keep import OnDemand
 
 WRAP = torch.ops.higher_order.wrap_with_set_grad_enabled
 

@@ -10,7 +10,7 @@ import torch
 
 from refitkit.errors import PlanMismatchError
 from refitkit.program import KeptProgram
-from refitkit.program.vet import check_graph
+from refitkit.program.keep import check_graph
 from refitkit.recipe import TensorMap
 
 if TYPE_CHECKING:

@@ -36,10 +36,9 @@ from refitkit.model import (
 from refitkit.model.plan import PlanData
 from refitkit.model.slot import ITEM_BYTES, Slot
 from refitkit.program.bits import digest, same_bits
-from refitkit.recipe import RefitPlan, ops, vet_calls
-from refitkit.recipe.literals import encode_literal
-from refitkit.recipe.store import DIGEST, MANIFEST, PINNED, index_of
-from refitkit.recipe.vet_facts import Facts
+from refitkit.recipe import RefitPlan, ops, store
+from refitkit.recipe.ops import encode_literal
+from refitkit.recipe.store import DIGEST, MANIFEST, PINNED, Facts, index_of
 from tests.fakes import call_row, make_plan, make_slot, pinned_row, recipe_row
 from tests.fuzzing import tried
 
@@ -74,7 +73,9 @@ def _gives(*shape: int, dtype: str = "float32") -> tuple[Tensor, ...]:
 
 def _call(op: str, *args: Any, to: tuple[Tensor, ...], **kwargs: Any) -> OpCall:
     literals = {name: encode_literal(value) for name, value in kwargs.items()}
-    return OpCall(op=f"aten.{op}", args=tuple(map(encode_literal, args)), kwargs=literals, results=to)
+    return OpCall(
+        op=f"aten.{op}", args=tuple(map(encode_literal, args)), kwargs=literals, results=to
+    )
 
 
 def _at(call: int, output: int = 0) -> CallRef:
@@ -513,10 +514,10 @@ def _made_up(rng: random.Random, facts: Facts, values: list[Any]) -> OpCall | No
         if isinstance(argument, tuple):
             return [ready(one) for one in argument]
         is_value = isinstance(argument, SourceRef | PinnedRef | CallRef)
-        return vet_calls._without_data(facts.tensor(argument)) if is_value else argument
+        return store._without_data(facts.tensor(argument)) if is_value else argument
 
     try:
-        results = vet_calls._called(op, [ready(argument) for argument in args], {})
+        results = store._called(op, [ready(argument) for argument in args], {})
         stated = tuple(Tensor(dtype=str(r.dtype)[6:], shape=tuple(r.shape)) for r in results)
     except NotImplementedError:
         shape = rng.choice([(), (3,), (2, 2)])

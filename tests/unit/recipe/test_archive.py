@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from refitkit.errors import RefitError
+from refitkit.files.archive import saying_why
+from refitkit.files.replacing import replacing
 from refitkit.recipe import Archive, ArchiveError, RefitPlan, write_archive
-from refitkit.recipe.archive import saying_why
-from refitkit.replacing import replacing
 from tests.fakes import make_module, plan_for
 
 MEMBERS = {"a": b"first", "b/c": b"second"}

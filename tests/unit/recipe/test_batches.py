@@ -10,8 +10,7 @@ import torch
 from refitkit.model import CallRef
 from refitkit.program.bits import same_bits
 from refitkit.recipe import RefitPlan, ops
-from refitkit.recipe.batches import _MOST, BATCHED
-from refitkit.recipe.calls import Calls
+from refitkit.recipe.calls import _MOST, BATCHED, Calls
 from tests.fakes import call_row, make_plan, make_slot, op_call
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

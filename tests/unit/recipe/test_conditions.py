@@ -11,10 +11,10 @@ import torch
 from torch.nn import functional
 
 from refitkit.program.bits import same_bits
-from refitkit.recipe import conditions, ops
-from refitkit.recipe.batches import BATCHED
-from refitkit.recipe.calls import Calls
-from refitkit.recipe.conditions import ALIGNMENT, aligned, is_aligned, moved, same_settings
+from refitkit.recipe import ops
+from refitkit.recipe import ops as conditions
+from refitkit.recipe.calls import BATCHED, Calls
+from refitkit.recipe.ops import ALIGNMENT, aligned, is_aligned, moved, same_settings
 from tests.unit.recipe.recorder import Tensors, agree, like, record, truth
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from refitkit.model import CallRef, Number, OpCall, PinnedRef, SourceRef, TorchName
 from refitkit.model.slot import ITEM_BYTES
-from refitkit.recipe.literals import decode_literal, encode_literal
+from refitkit.recipe.ops import decode_literal, encode_literal
 
 
 def through_json(value: Any) -> Any:

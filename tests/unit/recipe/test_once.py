@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 
-from refitkit.recipe.once import once_for_each
+from refitkit.recipe.weak_cache import once_for_each
 
 
 class Thing:

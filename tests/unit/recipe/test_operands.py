@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from refitkit.model import CallRef, OpCall, PinnedRef, SourceRef, Tensor
-from refitkit.recipe.operands import Followed, calls_below, operands_of
+from refitkit.recipe.ops import Followed, calls_below, operands_of
 
 ONE = (Tensor(dtype="float32", shape=(2,)),)
 CALLS = [

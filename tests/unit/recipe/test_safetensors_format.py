@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load, save
 
 from refitkit.errors import RefitError
+from refitkit.files.safetensors_format import ArchivedTensors, streamed
 from refitkit.recipe import Archive, ArchiveError, write_archive
-from refitkit.recipe.safetensors_format import ArchivedTensors, streamed
 
 if TYPE_CHECKING:
     from pathlib import Path

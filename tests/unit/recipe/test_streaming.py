@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from refitkit.model import CallRef
 from refitkit.program.ambient import WatchingMode
 from refitkit.program.bits import same_bits
-from refitkit.recipe import batches
+from refitkit.recipe import calls as batches
 from tests.fakes import call_row, leaf_for, make_plan, make_slot, op_call, recipe_row
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from refitkit.model import CallRef, SlotState
-from refitkit.recipe.trial import unlike
+from refitkit.recipe.record import unlike
 from tests.fakes import call_row, leaf_for, make_slot, op_call, pinned_row, recipe_row
 from tests.unit.recipe.recorder import agree, like, record, truth
 

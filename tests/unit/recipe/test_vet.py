@@ -26,10 +26,9 @@ from refitkit.model import (
     TorchName,
     fingerprint_of_slots,
 )
-from refitkit.recipe import RefitPlan, vet_calls
-from refitkit.recipe.literals import encode_literal
-from refitkit.recipe.vet import problems_of
-from refitkit.recipe.vet_facts import Facts
+from refitkit.recipe import RefitPlan, store
+from refitkit.recipe.ops import encode_literal
+from refitkit.recipe.store import Facts, problems_of
 from tests.fakes import call_row, make_plan, make_slot, pinned_row, recipe_row
 
 if TYPE_CHECKING:
@@ -47,7 +46,9 @@ def gives(*shape: int, dtype: str = "float32") -> tuple[Tensor, ...]:
 
 def call(op: str, *args: Any, to: tuple[Tensor, ...] = gives(2, 3), **kwargs: Any) -> OpCall:
     literals = {name: encode_literal(value) for name, value in kwargs.items()}
-    return OpCall(op=f"aten.{op}", args=tuple(map(encode_literal, args)), kwargs=literals, results=to)
+    return OpCall(
+        op=f"aten.{op}", args=tuple(map(encode_literal, args)), kwargs=literals, results=to
+    )
 
 
 def leaf(
@@ -363,7 +364,7 @@ def zeros(*sizes: int) -> list[OpCall]:
 def test_the_most_memory_that_results_may_take() -> None:
     """Of one, of all; in proportion to what the plan has anyway."""
     data = only(*zeros(1))
-    size = vet_calls._bytes_of_plan(data, Facts(data))
+    size = store._bytes_of_plan(data, Facts(data))
     assert size == 6 * 4 + W_BYTES + 2 * 8 + 2  # its slot, its leaf, what it keeps
     one, every = ((1 << 26) + size * times for times in (16, 128))
     assert tried(*zeros(one // 4)) == ""
@@ -475,13 +476,13 @@ def test_modes_of_the_caller_have_no_part_in_it() -> None:
 def test_blocks_that_are_alike_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A network of many layers has few kinds of them."""
     made: list[str] = []
-    called = vet_calls._called
+    called = store._called
 
     def counted(op: Any, args: Any, kwargs: Any) -> Any:
         made.append(str(op))
         return called(op, args, kwargs)
 
-    monkeypatch.setattr(vet_calls, "_called", counted)
+    monkeypatch.setattr(store, "_called", counted)
     same = [call("neg.default", SourceRef(fqn=name)) for name in ("w", "v")]
     other = [call("neg.default", B, to=gives(3)), call("sum.dim_IntList", W, (0,), to=gives(3))]
     again = [call("sum.dim_IntList", W, (1,), to=gives(2)), call("neg.default", CallRef(call=0))]

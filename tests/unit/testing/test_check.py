@@ -14,8 +14,8 @@ import torch
 import refitkit
 from refitkit import ConfigError, PluginError, ToolchainError
 from refitkit.testing import Breach, CheckResult, EngineSuite, check, run
+from refitkit.testing.check import run_suites
 from refitkit.testing.fakes import OpenEngine
-from refitkit.testing.running import run_suites
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -218,7 +218,7 @@ def test_no_configuration_of_the_folder_takes_part(tmp_path: Any) -> None:
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --no-such-option\n")
     (tmp_path / "conftest.py").write_text("raise RuntimeError('read')\n")
     code = (
-        "from refitkit.testing.running import run_suites\n"
+        "from refitkit.testing.check import run_suites\n"
         "class S:\n    def test_one(self): pass\n"
         "print([r.outcome for r in run_suites({'S': S})])"
     )

@@ -8,7 +8,7 @@ import torch
 from refitkit.model import Slot
 from refitkit.testing import oracles
 from refitkit.testing.fakes import slot_for
-from refitkit.testing.memory import NewMemory, Storage
+from refitkit.testing.oracles import NewMemory, Storage
 
 OLD = torch.zeros(100)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from refitkit.testing import isolation
+from refitkit.testing import scenes
 from refitkit.testing.scenes import ScenePlugin
 
 HEAVY = ("torch", "numpy", "safetensors", "pydantic", "refitkit.host")
@@ -49,7 +49,7 @@ def test_a_host_without_what_is_installed(
         def load(self) -> Any:
             raise AssertionError("it takes part")
 
-    monkeypatch.setattr(isolation, "entry_points", lambda group: [Entry()])
+    monkeypatch.setattr(scenes, "entry_points", lambda group: [Entry()])
     monkeypatch.setattr("refitkit.host.entry_points", lambda group: [Entry()])
     names = [info.name for info in refitkit_host(ScenePlugin(), no_plugins={"checks"}).plugins()]
     assert names[-1] == "conformance-scene"

@@ -9,7 +9,7 @@ from refitkit.protocols import MapRequest
 from refitkit.recipe import TensorMap
 from refitkit.testing import StrategySuite
 from refitkit.testing.fakes import FakeModule
-from refitkit.testing.plans import make_plan
+from refitkit.testing.scenes import make_plan
 from refitkit_example.mapper import GateStrategy
 from refitkit_example.op import LAYER
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from refitkit.errors import Problem, SourceError
-from refitkit.program.finite import all_finite, counted, finite
+from refitkit.program.bits import all_finite, counted, finite
 
 from refitkit_peft.keys import Key, Part, read_key
 from refitkit_peft.scales import Scales

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from refitkit.recipe import TensorMap
 from refitkit.testing import SourceSuite
-from refitkit.testing.watching import Watched
+from refitkit.testing.oracles import Watched
 
 from refitkit_peft.base import Base
 from refitkit_peft.lora import Lora

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from refitkit.errors import Problem, SourceError, raise_if_resource
-from refitkit.file_state import FileState, stat_of
+from refitkit.files.file_state import FileState, stat_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from refitkit.file_state import Difference
+    from refitkit.files.file_state import Difference
 
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".metadata", ".json")
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from refitkit.errors import Problem, SourceError, raise_if_resource
+from refitkit.files.safetensors_format import read_metadata
 from refitkit.protocols import MayChange
-from refitkit.recipe.safetensors_format import read_metadata
 from refitkit.recipe.sources import require_reread
 
 from refitkit_peft.config import AdapterConfig

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from refitkit.errors import Problem, SourceError
 from refitkit.protocols import KnowsRevisions, MayChange
-from refitkit.recipe.module_weights import ModuleWeights
-from refitkit.recipe.sources import require_reread
+from refitkit.recipe.sources import ModuleWeights, require_reread
 
 from refitkit_peft.keys import names_of_base
 from refitkit_peft.memory import copied, nbytes_of

@@ -14,7 +14,7 @@ import torch
 from refitkit.protocols import TransformRequest
 from refitkit.recipe import TensorMap
 from refitkit.testing import TransformSuite
-from refitkit.testing.plans import make_plan, make_slot, recipe_row
+from refitkit.testing.scenes import make_plan, make_slot, recipe_row
 
 from refitkit_quant.scheme import Entry, ModeloptWeight, Scheme
 from refitkit_quant.transform import QuantTransform

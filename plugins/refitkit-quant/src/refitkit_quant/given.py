@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from refitkit.errors import Problem, WeightMismatchError
 from refitkit.model import OutputMeasure, TensorInfo
-from refitkit.program.finite import all_finite, counted, finite
+from refitkit.program.bits import all_finite, counted, finite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator

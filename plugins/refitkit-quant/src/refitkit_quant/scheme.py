@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import Field, ValidationError
 from refitkit.errors import ConfigError, Problem, raise_if_resource
+from refitkit.files.replacing import replacing
 from refitkit.model.base import Frozen
 from refitkit.model.slot import Dim, DtypeName
-from refitkit.replacing import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -153,7 +153,7 @@ class Scheme(Frozen):
         Raises:
             RefitError: It cannot be written there; says why.
         """
-        from refitkit.recipe.archive import saying_why
+        from refitkit.files.archive import saying_why
 
         path = Path(path)
         with saying_why(path), replacing(path) as file:

@@ -40,7 +40,7 @@ upstream's own reader takes an entry out of it.
 
 from __future__ import annotations
 
-from refitkit.builtin.torch_tensorrt.name_map.entries import HasNameMap
+from refitkit.builtin.torch_tensorrt.name_map.proof import HasNameMap
 from refitkit.builtin.torch_tensorrt.name_map.strategy import NameMapStrategy
 
 __all__ = ["HasNameMap", "NameMapStrategy"]

@@ -7,22 +7,25 @@ rolling back only say which files are live.
 
 from __future__ import annotations
 
+import itertools
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from refitkit.builtin.torch_tensorrt.worker.regions import Region
+from refitkit.builtin.torch_tensorrt.worker.messages import Region
 from refitkit.errors import EngineError, Problem, WeightMismatchError
+from refitkit.files.temporary import TemporaryFolder
 from refitkit.model import EngineMemory
+from refitkit.processes import ForkedLock
 from refitkit.program.dtypes import dtype_name
 from refitkit.recipe.sources import require_values
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from refitkit.builtin.torch_tensorrt.network.scratch import Builder, Scratch
     from refitkit.builtin.torch_tensorrt.parts import Structure
     from refitkit.builtin.torch_tensorrt.worker.client import SessionClient
     from refitkit.model import Slot
@@ -245,3 +248,69 @@ def _misfits(slot: Slot, tensor: torch.Tensor) -> Iterator[Problem]:
         yield Problem(slot.name, "dtype", found, slot.dtype)
     if (shape != slot.shape) if slot.shape is not None else (tensor.numel() != slot.count):
         yield Problem(slot.name, "shape", str(shape), str(slot.shape or f"{slot.count} elements"))
+
+
+# MERGED scratch: Files of one module, and the session that builds with them.
+
+
+class Scratch:
+    """A folder that is gone with the object, and files in it.
+
+    They are those of the process that made them: in a fork of it they can only be read.
+    """
+
+    def __init__(self) -> None:
+        """Make the folder."""
+        self._folder = TemporaryFolder()
+        self._owner = os.getpid()
+        self._numbers = itertools.count(1)
+
+    def new(self, suffix: str) -> Path:
+        """Where a new file can be written.
+
+        Raises:
+            EngineError: This process was forked from the one that made the module.
+        """
+        if os.getpid() != self._owner:
+            raise EngineError(
+                "The module was made in the process that this one was forked from, and can only be "
+                "refitted there.",
+                hint="Load or compile it in this process.",
+            )
+        return self._folder.path / f"{next(self._numbers)}.{suffix}"
+
+    def remove(self, *paths: Path | None) -> None:
+        """Delete files, if they are this process's; what is mapped stays readable."""
+        if os.getpid() == self._owner:
+            for path in filter(None, paths):
+                path.unlink(missing_ok=True)
+
+
+class Builder:
+    """Builds parts with given values, in a session that is replaced when it has died.
+
+    Sessions keep nothing of a build, so one that is new is as good as the old.
+    """
+
+    def __init__(self, session: SessionClient, again: Callable[[], SessionClient]) -> None:
+        """Take a session.
+
+        Args:
+            session: Holds the networks.
+            again: Makes another one with the same networks.
+        """
+        self._session, self._again = session, again
+        self._lock = ForkedLock()
+
+    def build(self, part: str, weights: Path, engine: Path) -> None:
+        """Write the engine bytes of a part with these values.
+
+        Raises:
+            CompileError: TensorRT refused it.
+            EngineError: The session died during this very build.
+        """
+        with self._lock.held:
+            if not self._session.alive:
+                self._session = self._again()
+            session = self._session
+        session.call("build", engine=part, path=str(engine), weights=str(weights))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from refitkit.builtin.torch_tensorrt.matching import check_structures
 from refitkit.builtin.torch_tensorrt.names import NETWORK
 from refitkit.builtin.torch_tensorrt.network import saving
-from refitkit.builtin.torch_tensorrt.network.engine import NetworkEngine
+from refitkit.builtin.torch_tensorrt.network.engine import Builder, NetworkEngine, Scratch
 from refitkit.builtin.torch_tensorrt.network.planning import Planned, plan_program
-from refitkit.builtin.torch_tensorrt.network.scratch import Builder, Scratch
+from refitkit.builtin.torch_tensorrt.parts import check_structures
 from refitkit.errors import EngineError, NotRefittableError
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch.export import ExportedProgram
 
-    from refitkit.builtin.torch_tensorrt.network.template import Template
+    from refitkit.builtin.torch_tensorrt.network.planning import Template
     from refitkit.protocols import Tools
 
 JUDGE = "engine-bytes"
@@ -135,7 +134,7 @@ class NetworkModule:
             CompileError: One cannot be built.
         """
         for engine in self._engines.values():
-            self._tools.tell(f"building {engine.name}")
+            self._tools.progress(f"building {engine.name}")
             engine.settle(self.planned.session)
 
     def take(self, name: str, values: Mapping[str, torch.Tensor], engine: bytes) -> None:
@@ -187,7 +186,7 @@ class NetworkModule:
         built: dict[str, bytes] = {}
         for structure in planned.structures:
             if structure.accelerated:
-                tools.tell(f"building {structure.name} from scratch")
+                tools.progress(f"building {structure.name} from scratch")
                 built[structure.name] = planned.build(structure.name)
         values = planned.values()
         return built, {name: values[name] for name in values.keys() - built.keys()}
@@ -201,7 +200,7 @@ def _planned_alike(
     Raises:
         EngineError: They are not the same.
     """
-    tools.tell("starting another session: the one that held the networks has died")
+    tools.progress("starting another session: the one that held the networks has died")
     again = plan_program(template.program(), options, tools)
     if (again.structures, again.slots) != (planned.structures, planned.slots):
         raise EngineError(

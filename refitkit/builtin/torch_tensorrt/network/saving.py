@@ -4,7 +4,7 @@
 else. To any other path it writes a folder: ``<part>.engine`` for each engine,
 ``<part>.safetensors`` for each part that torch runs, and ``refitkit.network``, an archive with all
 that makes it a module again. What the program in it may name is checked before torch reads it
-(``refitkit.program.vet``), and modules are imported only if the user has done so before: loading is
+(``refitkit.program.keep``), and modules are imported only if the user has done so before: it is
 not meant to run code of the file's. Its readers were not written for hostile files all the same.
 """
 
@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
-from refitkit.builtin.torch_tensorrt.network.template import CONSTANTS, FACTS, GRAPH, Template
+from refitkit.builtin.torch_tensorrt.network.planning import CONSTANTS, FACTS, GRAPH, Template
 from refitkit.builtin.torch_tensorrt.parts import Structure
 from refitkit.errors import Problem, RefitError, UnsupportedTargetError, raise_if_resource
+from refitkit.files.archive import write_archive
+from refitkit.files.replacing import replacing, replacing_folder
+from refitkit.files.safetensors_format import ArchivedTensors, streamed
 from refitkit.model import Slot
 from refitkit.model.base import Frozen
 from refitkit.recipe import Archive, ArchiveError
-from refitkit.recipe.archive import write_archive
-from refitkit.recipe.safetensors_format import ArchivedTensors, streamed
-from refitkit.replacing import replacing, replacing_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from refitkit.builtin.torch_tensorrt.network.engine import NetworkEngine
     from refitkit.builtin.torch_tensorrt.network.planning import Planned
-    from refitkit.recipe.archive import Streamed
+    from refitkit.files.archive import Streamed
 
 SUFFIX = ".engine"
 INDEX = "refitkit.network"

@@ -12,7 +12,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from refitkit.builtin.torch_tensorrt import upstream
-from refitkit.builtin.torch_tensorrt.worker import wire
+from refitkit.builtin.torch_tensorrt.worker import messages
 from refitkit.errors import EngineError, ToolchainError
 
 if TYPE_CHECKING:
@@ -33,14 +33,14 @@ class Server:
         self._sessions: weakref.WeakSet[SessionClient] = weakref.WeakSet()
         self._hooked = False
 
-    def session(self, tell: Callable[[str], None]) -> SessionClient:
+    def session(self, progress: Callable[[str], None]) -> SessionClient:
         """A new session.
 
         Raises:
             ToolchainError: torch_tensorrt is not installed, or cannot be imported.
         """
         with self._lock:
-            channel = self._ready(tell)
+            channel = self._ready(progress)
             mine, theirs = socket.socketpair()
             try:
                 socket.send_fds(channel, [b"f"], [theirs.fileno()])
@@ -53,14 +53,14 @@ class Server:
             self._sessions.add(session)
         return session
 
-    def _ready(self, tell: Callable[[str], None]) -> socket.socket:
+    def _ready(self, progress: Callable[[str], None]) -> socket.socket:
         alive = self._process is not None and self._process.poll() is None
         if self._channel is not None and alive:
             return self._channel
         self._stop()
         if not upstream.is_installed():
             upstream.import_headless()  # raises, and says what to install
-        tell("starting a process that plans (it imports torch_tensorrt)")
+        progress("starting a process that plans (it imports torch_tensorrt)")
         try:
             self._start()
             answer = self._first_answer()
@@ -69,7 +69,7 @@ class Server:
             raise
         if "error" in answer:
             self._stop()
-            raise wire.unpack_error(answer["error"])
+            raise messages.unpack_error(answer["error"])
         return self._running()
 
     def _start(self) -> None:
@@ -97,8 +97,8 @@ class Server:
     def _first_answer(self) -> Any:
         channel = self._running()
         try:
-            wire.send(channel, sys.path)
-            return wire.receive(channel)
+            messages.send(channel, sys.path)
+            return messages.receive(channel)
         except (EOFError, OSError) as exc:
             raise ToolchainError(
                 "The process that imports torch_tensorrt died.",
@@ -152,13 +152,13 @@ class SessionClient:
         return self._finalizer.alive
 
     def call(
-        self, method: str, tell: Callable[[str], None] = lambda _: None, **arguments: Any
+        self, method: str, progress: Callable[[str], None] = lambda _: None, **arguments: Any
     ) -> Any:
         """Have the session do something; waits.
 
         Args:
             method: Name of a method of ``session.Session``.
-            tell: Tells of progress.
+            progress: Called with one line of text for each step.
             arguments: What JSON can hold.
 
         Raises:
@@ -174,11 +174,11 @@ class SessionClient:
             if not self.alive:
                 raise EngineError(f"The process that holds the networks died before {method!r}.")
             try:
-                wire.send(self._channel, {"method": method, "arguments": arguments})
-                answer = wire.receive(self._channel)
+                messages.send(self._channel, {"method": method, "arguments": arguments})
+                answer = messages.receive(self._channel)
                 while "tell" in answer:
-                    tell(answer["tell"])
-                    answer = wire.receive(self._channel)
+                    progress(answer["tell"])
+                    answer = messages.receive(self._channel)
             except (EOFError, OSError) as exc:
                 self.close()
                 raise EngineError(
@@ -190,7 +190,7 @@ class SessionClient:
                 self.close()  # its late answer would be taken for that of the next call
                 raise
         if "error" in answer:
-            raise wire.unpack_error(answer["error"])
+            raise messages.unpack_error(answer["error"])
         return answer["result"]
 
     def close(self) -> None:

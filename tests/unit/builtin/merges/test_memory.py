@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from refitkit import TaskVectors, WeightedAverage
-from refitkit.builtin.merges import arithmetic
+from refitkit.builtin.merges import sources
 from refitkit.recipe import TensorMap
-from refitkit.testing.memory import NewMemory
+from refitkit.testing.oracles import NewMemory
 from tests.unit.builtin.merges.helpers import opened, same
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def peak_of(merge: object) -> tuple[int, int]:
 def test_parts_are_read_one_by_one(
     kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arithmetic, "_PIECE", COUNT // 20)
+    monkeypatch.setattr(sources, "_PIECE", COUNT // 20)
     few, many = (peak_of(MERGES[kind](count, dtype)) for count in (3, 12))
     assert few == many
     assert few[1] == 0
@@ -100,15 +100,15 @@ def test_pieces_do_not_matter(
     shares = [(state, share) for state, share in zip(states, (0.1, 0.7, 1.3), strict=True)]
     merges = WeightedAverage(shares), TaskVectors(states[0], shares[1:])
     whole = [{name: opened(merge).get(name) for name in states[0]} for merge in merges]
-    monkeypatch.setattr(arithmetic, "_PIECE", size)
+    monkeypatch.setattr(sources, "_PIECE", size)
     for merge, wanted in zip(merges, whole, strict=True):
         source = opened(merge)
         assert all(same(source.get(name), value) for name, value in wanted.items())
 
 
 def test_pieces_are_no_larger_than_they_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arithmetic, "_PIECE", 30)
+    monkeypatch.setattr(sources, "_PIECE", 30)
     for shape in SHAPES:
-        pieces = list(arithmetic._pieces(torch.ones(shape), torch.ones(shape)))
+        pieces = list(sources._pieces(torch.ones(shape), torch.ones(shape)))
         assert sum(piece.numel() for piece, _ in pieces) == torch.ones(shape).numel()
         assert all(piece.numel() <= 30 for piece, _ in pieces)

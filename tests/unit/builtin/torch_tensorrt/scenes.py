@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import refitkit
-from refitkit.builtin.torch_tensorrt.engine import EngineOptions
-from refitkit.builtin.torch_tensorrt.runtimes import engine_for
+from refitkit.builtin.torch_tensorrt.engine import EngineOptions, engine_for
 from refitkit.builtin.torch_tensorrt.torch_part import TorchPartEngine
 from refitkit.pipeline.pipeline import Pipeline
 from refitkit.pipeline.saved import PLAN

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from refitkit.builtin.torch_tensorrt.refitter import PersistentRefitter
-from refitkit.builtin.torch_tensorrt.upload import Uploader
+from refitkit.builtin.torch_tensorrt.weight_buffers import Uploader
 from refitkit.errors import EngineError, ModuleLostError, NotRefittableError, WeightMismatchError
 from refitkit.protocols import SlotValue, SupportsPartial, SupportsSpareBuffer, SupportsWarming
 from tests.fakes import Tripwire, same_state, slot_for

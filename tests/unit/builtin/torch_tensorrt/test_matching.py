@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from refitkit.builtin.torch_tensorrt.matching import check_slots, check_structures
-from refitkit.builtin.torch_tensorrt.parts import Structure
+from refitkit.builtin.torch_tensorrt.parts import Structure, check_slots, check_structures
 from refitkit.errors import PlanMismatchError
 from refitkit.model import Slot
 

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from refitkit.builtin.torch_tensorrt.network.engine import NetworkEngine
-from refitkit.builtin.torch_tensorrt.network.scratch import Scratch
+from refitkit.builtin.torch_tensorrt.network.engine import NetworkEngine, Scratch
 from refitkit.builtin.torch_tensorrt.parts import Structure
-from refitkit.testing.plans import make_slot
+from refitkit.testing.scenes import make_slot
 from tests.unit.builtin.torch_tensorrt.scenes import slot_values
 
 

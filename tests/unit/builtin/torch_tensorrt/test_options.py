@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from refitkit.builtin.torch_tensorrt.options import plain, trusted
+from refitkit.builtin.torch_tensorrt.settings import plain, trusted
 from refitkit.errors import ConfigError, UnsupportedTargetError
 
 

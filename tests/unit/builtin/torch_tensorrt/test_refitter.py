@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from refitkit.builtin.torch_tensorrt import serialized
+from refitkit.builtin.torch_tensorrt import refitter as serialized
 from refitkit.builtin.torch_tensorrt.refitter import PersistentRefitter
 from refitkit.errors import EngineError, NotRefittableError
 from tests.fakes import Tripwire, same_state, slot_for

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from refitkit.builtin.torch_tensorrt.worker.regions import Region
+from refitkit.builtin.torch_tensorrt.worker.messages import Region
 from refitkit.errors import EngineError
 from refitkit.model import Slot
 from refitkit.program.dtypes import dtype_of

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from refitkit.builtin.torch_tensorrt.network.template import CONSTANTS, FACTS, GRAPH, Template
+from refitkit.builtin.torch_tensorrt.network.planning import CONSTANTS, FACTS, GRAPH, Template
 from refitkit.program import facts_of
 from refitkit.program.facts import tensors_of
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from refitkit.builtin.torch_tensorrt.arena import Arena, Layout
-from refitkit.builtin.torch_tensorrt.upload import Uploader
-from refitkit.builtin.torch_tensorrt.weighttypes import WeightFact
+from refitkit.builtin.torch_tensorrt.refitter import WeightFact
+from refitkit.builtin.torch_tensorrt.weight_buffers import Arena, Layout, Uploader
 from refitkit.program.bits import same_bits
 from tests.unit.builtin.torch_tensorrt.scenes import CPU
 
@@ -109,7 +108,7 @@ def test_many_values_are_copied_as_one(calls: list[int]) -> None:
 
 
 def test_values_do_not_wait_for_ever(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("refitkit.builtin.torch_tensorrt.upload._WAITING", 40)
+    monkeypatch.setattr("refitkit.builtin.torch_tensorrt.weight_buffers._WAITING", 40)
     uploader, values = Uploader(CPU), [torch.arange(8.0), torch.arange(3.0), torch.arange(2.0)]
     rooms = rooms_for(values)
     for room, value in zip(rooms, values, strict=True):
@@ -125,7 +124,7 @@ def test_values_do_not_wait_for_ever(calls: list[int], monkeypatch: pytest.Monke
 def test_small_values_of_the_host_go_together(
     monkeypatch: pytest.MonkeyPatch, together: int
 ) -> None:
-    monkeypatch.setattr("refitkit.builtin.torch_tensorrt.upload._TOGETHER", together)
+    monkeypatch.setattr("refitkit.builtin.torch_tensorrt.weight_buffers._TOGETHER", together)
     values = [value.resolve_conj().resolve_neg() for value in VALUES]
     uploader, rooms = Uploader(CPU), rooms_for(values)
     for _ in range(2):

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from refitkit.builtin.torch_tensorrt import weight_memory
+from refitkit.builtin.torch_tensorrt import networks
 from refitkit.errors import EngineError
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int64, np.int8])
 def test_arrays_are_seen_and_not_copied(dtype: Any) -> None:
     array = np.arange(6, dtype=dtype).reshape(2, 3)
-    view = weight_memory.tensor_of(array)
+    view = networks.tensor_of(array)
     assert view.shape == (6,)
     array[1, 2] = 9
     assert view[5] == 9
@@ -28,12 +28,12 @@ def test_arrays_are_seen_and_not_copied(dtype: Any) -> None:
     [("FP8", torch.float8_e4m3fn), ("INT4", torch.uint8), ("FP4", torch.uint8)],
 )
 def test_dtypes_that_numpy_lacks(name: str, dtype: torch.dtype) -> None:
-    assert weight_memory.dtype_of(SimpleNamespace(name=name)) is dtype
+    assert networks.dtype_of(SimpleNamespace(name=name)) is dtype
 
 
 def test_no_elements_are_an_empty_tensor_and_no_address_is_read() -> None:
     weights = SimpleNamespace(size=0, dtype=SimpleNamespace(name="FP8"))
-    found = weight_memory.tensor_of(weights)
+    found = networks.tensor_of(weights)
     assert (found.numel(), found.dtype) == (0, torch.float8_e4m3fn)
 
 
@@ -51,7 +51,7 @@ def held(
     *, number: int, size: int, lies: tuple[int, int | None, int], name: str = "FP8"
 ) -> tuple[Any, Any]:
     """What an object says, and what lies where its pointer leads; the second keeps that alive."""
-    inner = weight_memory._CWeights(*lies)
+    inner = networks._CWeights(*lies)
     weights = SimpleNamespace(dtype=Kind(number, name), size=size)
     return weights, inner
 
@@ -70,9 +70,9 @@ def test_another_layout_is_noticed_before_its_address_is_used(
         def from_address(cls, _: int) -> Any:
             return pointer
 
-    monkeypatch.setattr(weight_memory.ctypes, "c_void_p", Pointing)
+    monkeypatch.setattr(networks.ctypes, "c_void_p", Pointing)
     with pytest.raises(EngineError, match="unknown to us"):
-        weight_memory.tensor_of(weights)
+        networks.tensor_of(weights)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_what_agrees_is_read_where_it_lies(
         def from_address(cls, _: int) -> Any:
             return pointer
 
-    monkeypatch.setattr(weight_memory.ctypes, "c_void_p", Pointing)
-    found = weight_memory.tensor_of(weights)
+    monkeypatch.setattr(networks.ctypes, "c_void_p", Pointing)
+    found = networks.tensor_of(weights)
     assert (found.dtype, found.nbytes) == (dtype, memory.nbytes)
     assert found.data_ptr() == memory.data_ptr()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from refitkit.builtin.torch_tensorrt.children import PythonModuleEngine
-from refitkit.builtin.torch_tensorrt.runtimes import engine_for
+from refitkit.builtin.torch_tensorrt.engine import engine_for
 from refitkit.errors import EngineError
 from tests.fakes import Tripwire, same_state
 from tests.unit.builtin.torch_tensorrt.fake_trt import (

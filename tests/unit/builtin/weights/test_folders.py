@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from refitkit.builtin.weights import files, folders, sharded
+from refitkit.builtin.weights import files, folders
+from refitkit.builtin.weights import folders as sharded
 from refitkit.builtin.weights.distributed import METADATA
+from refitkit.builtin.weights.folders import SUFFIX
 from refitkit.builtin.weights.reading import Folder
-from refitkit.builtin.weights.sharded import SUFFIX
 from refitkit.errors import SourceError
 from refitkit.pipeline import Pipeline
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from refitkit.builtin.weights import torch_files
-from refitkit.recipe import safetensors_format
+from refitkit.files import safetensors_format
 from tests.fuzzing import quiet_alarm  # noqa: F401 - a fixture
 from tests.unit.builtin.weights import mutants
 
