@@ -25,7 +25,7 @@ from refitkit.builtin.torch_tensorrt.weight_buffers import Uploader, WeightSets
 from refitkit.pipeline import refit as refitting
 from refitkit.pipeline import samples, writing
 from refitkit.pipeline.commit import Transaction
-from refitkit.pipeline.keeping import Keeping
+from refitkit.pipeline.keeping import SnapshotBuilder
 from refitkit.pipeline.report import Findings
 from refitkit.pipeline.stage import Staged
 from refitkit.pipeline.writing import Writing
@@ -63,7 +63,7 @@ WATCHED: tuple[tuple[Any, str], ...] = (
     (Writing, "put_aside"),
     (Writing, "judge"),
     (Staged, "fill"),
-    (Keeping, "__init__"),
+    (SnapshotBuilder, "__init__"),
     (writing, "measured"),
     (samples, "of_memory"),
     (samples, "norms_of_rows"),

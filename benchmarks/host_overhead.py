@@ -23,7 +23,7 @@ from gpu_raw import yardstick
 
 import refitkit
 from refitkit.builtin.torch_tensorrt.engine import EngineOptions, engine_for
-from refitkit.pipeline.saved import PLAN
+from refitkit.pipeline.saved import PLAN_MEMBER
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.fakes import Tripwire
@@ -58,7 +58,7 @@ class Opened:
 
     def __init__(self, plan: refitkit.RefitPlan, state: dict[str, torch.Tensor]) -> None:
         wire = Tripwire()
-        self.backend, self.attachments = plan.backend, {PLAN: plan.to_bytes()}
+        self.backend, self.attachments = plan.backend, {PLAN_MEMBER: plan.to_bytes()}
         self.engines = {}
         for name, values in plan.materialize(state).items():
             known = {row.slot.name: row.slot for row in plan.ledger if row.slot.engine == name}

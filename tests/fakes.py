@@ -34,7 +34,7 @@ from refitkit.model import (
     VerificationResult,
 )
 from refitkit.pipeline import CompiledModule, Pipeline
-from refitkit.pipeline.saved import PLAN
+from refitkit.pipeline.saved import PLAN_MEMBER
 from refitkit.program.facts import facts_of, tensors_of
 from refitkit.protocols import (
     Mapped,
@@ -326,7 +326,7 @@ def make_module(
 
 def with_plan(module: FakeModule) -> FakeModule:
     """A module with a plan inside it: every slot is a parameter of its name."""
-    module.attachments = {PLAN: plan_for(module).to_bytes()}
+    module.attachments = {PLAN_MEMBER: plan_for(module).to_bytes()}
     return module
 
 

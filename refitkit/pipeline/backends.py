@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from refitkit.errors import ConfigError, UnsupportedTargetError
 from refitkit.pipeline.needs import described as described_need
-from refitkit.pipeline.saved import PLAN
+from refitkit.pipeline.saved import PLAN_MEMBER
 from refitkit.recipe import RefitPlan
 
 if TYPE_CHECKING:
@@ -61,9 +61,9 @@ def described(backends: Mapping[str, Backend], path: str | Path) -> Mapping[str,
 def _of_plan(backend: Backend, path: Path) -> Mapping[str, Any]:
     """What the plan of a saved module needs of plugins, and says of weights without a slot."""
     attached = backend.attachments(path)
-    if PLAN not in attached:
+    if PLAN_MEMBER not in attached:
         return {}
-    data = RefitPlan.from_bytes(attached[PLAN], f"the plan of {str(path)!r}").data
+    data = RefitPlan.from_bytes(attached[PLAN_MEMBER], f"the plan of {str(path)!r}").data
     needs = [f"{need.kind} {need.name} of {described_need(need)}" for need in data.needs]
     said = {"needs": needs, "without_slot": dict(data.unreached)}
     return {name: value for name, value in said.items() if value}
@@ -74,6 +74,6 @@ def plan_in(backends: Mapping[str, Backend], path: str | Path, opener: Opener) -
     path = Path(path)
     for backend in backends.values() if path.exists() else ():
         attached = backend.attachments(path)
-        if PLAN in attached:
-            return RefitPlan.from_bytes(attached[PLAN], f"the plan of {str(path)!r}", opener)
+        if PLAN_MEMBER in attached:
+            return RefitPlan.from_bytes(attached[PLAN_MEMBER], f"the plan of {str(path)!r}", opener)
     return RefitPlan.load(path)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from refitkit.host import Host
     from refitkit.model import PinnedTensor, Slot
-    from refitkit.program.facts import ProgramFacts
+    from refitkit.program import ProgramFacts
     from refitkit.protocols import Backend, OpenedModule, PlanKey, Tools
     from refitkit.recipe.plan import Opener
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from refitkit.host import Host
 
 
-class Clock:
+class StageClock:
     """Times the stages of one verb and emits their events."""
 
     def __init__(self, host: Host, verb: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from refitkit.errors import EngineError, ModuleLostError, raise_if_resource, raised_as
 from refitkit.pipeline.gate import Gate
-from refitkit.pipeline.held import Held
+from refitkit.pipeline.held import WeightState
 from refitkit.program.ambient import plain, require_data, untraced, verb
 from refitkit.protocols import SupportsReadback, SupportsSpareBuffer, SupportsWarming
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from refitkit.model import KeptWeights, Slot
-    from refitkit.pipeline.origin import Origin
+    from refitkit.pipeline.origin import LoadOrigin
     from refitkit.pipeline.result import RefitResult
     from refitkit.program import KeptProgram
     from refitkit.protocols import Engine, OpenedModule
@@ -70,9 +70,9 @@ class CompiledModule:
         self.plan = plan
         self.program = program
         self.base: object = None
-        self.origin: Origin | None = None
+        self.origin: LoadOrigin | None = None
         self.target: object = None
-        self.held = Held()
+        self.held = WeightState()
         self.gate = Gate()
         self._opened = opened
         self._verbs = verbs

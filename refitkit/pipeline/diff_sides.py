@@ -18,7 +18,7 @@ from refitkit.errors import (
 )
 from refitkit.model import Fingerprint, PlanData, Rules
 from refitkit.pipeline.check import check_weights
-from refitkit.pipeline.clock import Clock
+from refitkit.pipeline.clock import StageClock
 from refitkit.pipeline.compiled import CompiledModule
 from refitkit.pipeline.diff import compared
 from refitkit.pipeline.gate import in_order, inside_all
@@ -63,7 +63,7 @@ class Differ:
 
     def diff(self, a: object, b: object) -> DiffReport:
         """What two sets of weights differ in; see ``Pipeline.diff``."""
-        clock = Clock(self.host, "diff")
+        clock = StageClock(self.host, "diff")
         with clock.stage("open"):
             configs = [self._config_for(one) for one in self.rules]
             sides = self._opened(a, b)

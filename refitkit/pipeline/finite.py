@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from refitkit.pipeline.stage import Staged
     from refitkit.protocols import OpenedModule, Plan, SlotValue, StagedRefit
 
-    Values = Mapping[SlotKey, SlotValue]
 
 
-def judged_where_staged(values: Values, module: OpenedModule, *, overwrite: bool) -> frozenset[str]:
+
+def judged_where_staged(values: Mapping[SlotKey, SlotValue], module: OpenedModule, *, overwrite: bool) -> frozenset[str]:
     """Names of entries that are judged here and need no reading before.
 
     Args:
@@ -67,7 +67,7 @@ class FiniteCheck:
         self._able = _readable(module, overwrite=overwrite)
         self._passed: set[SlotKey] = set()
 
-    def watched(self, values: Values) -> Values:
+    def watched(self, values: Mapping[SlotKey, SlotValue]) -> Mapping[SlotKey, SlotValue]:
         """The same values; pieces are looked at when the engine reads them."""
         return {
             key: value._replace(pieces=partial(self._pieces, key, value.pieces))
@@ -94,7 +94,7 @@ class FiniteCheck:
         if good:
             self._passed.add(key)
 
-    def require(self, staged: Staged, values: Values) -> None:
+    def require(self, staged: Staged, values: Mapping[SlotKey, SlotValue]) -> None:
         """Check all staged values of engines that can be read.
 
         Engines that only remember their weights look at them themselves.
@@ -118,7 +118,7 @@ class FiniteCheck:
                 problems=problems,
             )
 
-    def _judged(self, values: Values) -> Mapping[str, dict[str, SlotValue]]:
+    def _judged(self, values: Mapping[SlotKey, SlotValue]) -> Mapping[str, dict[str, SlotValue]]:
         """Values that are looked at where they are staged, by engine and slot."""
         found: defaultdict[str, dict[str, SlotValue]] = defaultdict(dict)
         for row in self._plan.data.ledger:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Held:
+class WeightState:
     """What is known of the weights of a module.
 
     Attributes:
@@ -34,6 +34,6 @@ class Held:
     history: History = field(default_factory=History)
 
     @classmethod
-    def first(cls, overridden: frozenset[str]) -> Held:
+    def first(cls, overridden: frozenset[str]) -> WeightState:
         """What a module holds at first of which others have overridden values that plans keep."""
         return cls(overridden=overridden, history=History(overridden=overridden))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from refitkit.pipeline.delta import Live
-    from refitkit.pipeline.origin import Origin
+    from refitkit.pipeline.origin import LoadOrigin
     from refitkit.protocols import OpenedModule
     from refitkit.recipe import RefitPlan
 
@@ -61,7 +61,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Way:
+class RestorePoint:
     """A way back to earlier weights.
 
     Attributes:
@@ -107,7 +107,7 @@ class History:
 
     def shown(
         self,
-        origin: Origin | None,
+        origin: LoadOrigin | None,
         module: OpenedModule | None = None,
         *,
         named: bool = False,
@@ -144,7 +144,7 @@ class History:
         first = KeptWeights(version=0, source=FIRST, bytes=size, where=where)
         return (first, *(row for row in rows if row.version))
 
-    def way_to(self, version: int, present: int, module: OpenedModule) -> Way | None:
+    def way_to(self, version: int, present: int, module: OpenedModule) -> RestorePoint | None:
         """How to go back; None where that is not held.
 
         Args:
@@ -161,9 +161,9 @@ class History:
             values = {key: v for before in reversed(befores) for key, v in (before or {}).items()}
             first = later[0]
             lent = frozenset(k for k, v in values.items() if not _is_copy(v, later, k))
-            return Way(values, first.source, first.live, first.overridden, lent)
+            return RestorePoint(values, first.source, first.live, first.overridden, lent)
         if version == 0 and not self.base_lost:
-            return Way(self.base, FIRST, None, self.overridden)
+            return RestorePoint(self.base, FIRST, None, self.overridden)
         return None
 
     def no_way_to(self, version: int, rows: Iterable[KeptWeights]) -> NotRefittableError:

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from refitkit.host import Host
     from refitkit.model import VerificationResult
     from refitkit.pipeline.compiled import CompiledModule
-    from refitkit.pipeline.refit import Wish
+    from refitkit.pipeline.refit import RefitRequest
 
 
-def judge_module(
-    host: Host, config: Config, compiled: CompiledModule, wish: Wish
+def verify_live(
+    host: Host, config: Config, compiled: CompiledModule, wish: RefitRequest
 ) -> VerificationResult:
     """Hold a module against weights; see ``Pipeline.verify``."""
     plan = wish.plan or compiled.plan

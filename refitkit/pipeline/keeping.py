@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from refitkit.config import Config
     from refitkit.model import SlotKey
-    from refitkit.pipeline.held import Held
+    from refitkit.pipeline.held import WeightState
     from refitkit.protocols import OpenedModule
     from refitkit.recipe import RefitPlan
 
@@ -25,7 +25,7 @@ GIVEN_UP = "a refit with rollback=False wrote over them"
 OFF = "no copies are kept of them"
 
 
-class Keeping:
+class SnapshotBuilder:
     """What a refit keeps of the weights before it. Made before anything is written.
 
     Attributes:
@@ -35,7 +35,7 @@ class Keeping:
     def __init__(
         self,
         module: OpenedModule,
-        before: Held,
+        before: WeightState,
         written: Iterable[SlotKey],
         config: Config,
         *,

@@ -14,12 +14,12 @@ from refitkit.errors import (
 )
 from refitkit.files.file_state import stat_of
 from refitkit.pipeline.backends import plan_in
-from refitkit.pipeline.clock import Clock
+from refitkit.pipeline.clock import StageClock
 from refitkit.pipeline.needs import missing_needs
-from refitkit.pipeline.origin import Origin
+from refitkit.pipeline.origin import LoadOrigin
 from refitkit.pipeline.saved import handle_on
 from refitkit.pipeline.tools import tools_for
-from refitkit.pipeline.unopened import kind_of
+from refitkit.pipeline.unopened import file_type
 from refitkit.protocols import KeepsMade, MadeOf, MayChange, WeightSource
 from refitkit.recipe.sources import require_reread
 
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 def load_module(pipeline: Pipeline, target: object, *, warm: bool) -> CompiledModule:
     """A handle on a target, which remembers where it came from; see ``Pipeline.load``."""
     host, config = pipeline.host, pipeline.config
-    with Clock(host, "load").stage("open"):
+    with StageClock(host, "load").stage("open"):
         tools = tools_for(host, config, "load", "open")
-        origin = Origin.of(target)
+        origin = LoadOrigin.of(target)
         try:
             opened = open_target(host, target, config, tools)
         except ResourceError:
@@ -50,7 +50,7 @@ def load_module(pipeline: Pipeline, target: object, *, warm: bool) -> CompiledMo
         compiled.origin = origin
         compiled.target = None if isinstance(target, str | Path) else target
     if warm:
-        with Clock(host, "load").stage("warm"):
+        with StageClock(host, "load").stage("warm"):
             compiled.warm(tools_for(host, config, "load", "warm").progress)
     return compiled
 
@@ -87,7 +87,7 @@ def open_target(host: Host, target: object, config: Config, tools: Tools) -> Ope
     if opened is None and _is_missing_file(target):
         raise UnsupportedTargetError(f"There is no file {str(target)!r}.")
     if opened is None:
-        kind = kind_of(target)
+        kind = file_type(target)
         if kind and kind.as_module:
             message = f"{_shown(target)} is {kind.what}."
             raise UnsupportedTargetError(_capital(message), hint=kind.as_module)
@@ -117,7 +117,7 @@ def open_weights(host: Host, weights: object, config: Config) -> WeightSource:
     if source is None and _is_missing_file(weights):
         raise SourceError(f"There is no file {str(weights)!r}.")
     if source is None:
-        kind = kind_of(weights)
+        kind = file_type(weights)
         if kind and kind.as_weights:
             message = f"{_shown(weights)} is {kind.what}, and no weights."
             raise SourceError(_capital(message), hint=kind.as_weights)

@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 from refitkit.errors import ConfigError, UnsupportedTargetError
 from refitkit.model import Step
 from refitkit.pipeline.cache import PlanCache, wanted
-from refitkit.pipeline.clock import Clock
+from refitkit.pipeline.clock import StageClock
 from refitkit.pipeline.compiled import CompiledModule
 from refitkit.pipeline.needs import needing
 from refitkit.pipeline.plan import make_plan, require_followable
@@ -44,7 +44,7 @@ def _as_proved(plan: RefitPlan, before: RefitPlan) -> RefitPlan:
     return needing(plan, before.data.needs) if plan.ledger == before.ledger else plan
 
 
-class Making:
+class Compiler:
     """Compiles and plans one program with the plugins and settings of a pipeline."""
 
     def __init__(
@@ -66,7 +66,7 @@ class Making:
 
     def compile(self, name: str, *, prove: bool) -> CompiledModule:
         """Compile it; see ``Pipeline.compile``."""
-        backend, clock = self._pipeline.backend(name), Clock(self._host, "compile")
+        backend, clock = self._pipeline.backend(name), StageClock(self._host, "compile")
         require_followable(self._program)
         with clock.stage("compile"):
             tools = tools_for(self._host, self._config, "compile", "compile")
@@ -89,7 +89,7 @@ class Making:
             raise ConfigError(
                 "A plan is for a target or, offline, for a backend: pass one of them."
             )
-        opened, clock = compiled.opened if compiled else None, Clock(self._host, "plan")
+        opened, clock = compiled.opened if compiled else None, StageClock(self._host, "plan")
         with clock.stage("plan"):
             plan = self._planned(opened, self._pipeline.backend(name), self._options)
         if prove:

@@ -19,7 +19,8 @@ from refitkit.pipeline.needs import require_served
 from refitkit.pipeline.reach import require_reached_by
 from refitkit.pipeline.tools import tools_for
 from refitkit.protocols import Mapped, MapRequest, SupportsPartial
-from refitkit.recipe.plan import STRATEGY, RefitPlan
+from refitkit.recipe import RefitPlan
+from refitkit.recipe.plan import STRATEGY
 from refitkit.recipe.reads import reads_of, state_slots
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ _ON_BROKEN_GUARDS = (
 
 
 @dataclass
-class Mapping:
+class SlotMapping:
     """What the strategies gave.
 
     Attributes:
@@ -137,10 +138,10 @@ class Mapping:
         require_reached_by(self.plan, self.values, self.unchanged, given)
         require_served(self.plan.data, {key: value.strategy for key, value in self.values.items()})
 
-    def served(self) -> Served:
+    def served(self) -> MappingSummary:
         """How slots were served, without what they were served with."""
         values = self.values.items()
-        return Served(
+        return MappingSummary(
             self.plan.data.ledger,
             {key: (value.strategy, tuple(value.sources)) for key, value in values},
             self.reasons,
@@ -156,13 +157,13 @@ class Mapping:
 
 
 @dataclass(frozen=True)
-class Served:
+class MappingSummary:
     """How slots were served.
 
     Attributes:
         ledger: All rows of the plan.
         slots: The strategy and the sources of the slots that have a value.
-        reasons: As of :class:`Mapping`.
+        reasons: As of :class:`SlotMapping`.
         unchanged: Likewise.
         state: What was done to each slot that calls of the module write.
     """
@@ -216,7 +217,7 @@ def map_slots(
     config: Config,
     *,
     unchanged: frozenset[tuple[str, str]] = frozenset(),
-) -> Mapping:
+) -> SlotMapping:
     """Ask the strategies, in order, for what is still without a value and not unchanged.
 
     State that the source does not contain is kept.
@@ -225,7 +226,7 @@ def map_slots(
         PluginError: A strategy failed, or strategies of several plugins that nothing puts in order
             have a value for the same slot; names them and lists the slots.
     """
-    mapping = Mapping(plan, unchanged=unchanged)
+    mapping = SlotMapping(plan, unchanged=unchanged)
     tools = tools_for(host, config, "refit", "map")
 
     def ask(strategy: MappingStrategy, wanted: tuple[LedgerRow, ...]) -> Mapped:
@@ -247,7 +248,7 @@ def map_slots(
 
 
 def _ask_rank(
-    mapping: Mapping,
+    mapping: SlotMapping,
     rank: list[Offer],
     ask: Callable[[MappingStrategy, tuple[LedgerRow, ...]], Mapped],
 ) -> None:
@@ -286,7 +287,7 @@ def _clash(row: LedgerRow, first: Offer, second: Offer) -> Problem:
     return Problem(f"{row.slot.engine}/{row.slot.name}", "claimed twice", offers)
 
 
-def require_all(mapping: Mapping, source: WeightSource) -> None:
+def require_all(mapping: SlotMapping, source: WeightSource) -> None:
     """Stop where slots are without a value; called once the checks found nothing.
 
     Raises:
@@ -304,7 +305,7 @@ def require_all(mapping: Mapping, source: WeightSource) -> None:
 
 
 def require_reached(
-    mapping: Mapping, source: WeightSource, overridden: frozenset[str] = frozenset()
+    mapping: SlotMapping, source: WeightSource, overridden: frozenset[str] = frozenset()
 ) -> None:
     """Stop a refit in part that would leave out some of the given weights without a word.
 
@@ -340,7 +341,7 @@ def require_reached(
         _require_known(mapping, source, unknown)
 
 
-def _require_known(mapping: Mapping, source: WeightSource, unknown: list[LedgerRow]) -> None:
+def _require_known(mapping: SlotMapping, source: WeightSource, unknown: list[LedgerRow]) -> None:
     reached = {name for value in mapping.values.values() for name in value.sources}
     unchanged = [row for row in mapping.plan.data.ledger if row.slot.key in mapping.unchanged]
     reached.update(name for row in unchanged for name in row.sources)
@@ -360,12 +361,12 @@ def _require_known(mapping: Mapping, source: WeightSource, unknown: list[LedgerR
         )
 
 
-def _without_value(mapping: Mapping, row: LedgerRow) -> Problem:
+def _without_value(mapping: SlotMapping, row: LedgerRow) -> Problem:
     said = "; ".join(mapping.reasons.get(row.slot.key, [row.reason]))
     return Problem(f"{row.slot.engine}/{row.slot.name}", str(row.state), hint=said)
 
 
-def _half_given(mapping: Mapping, row: LedgerRow, source: WeightSource) -> Problem:
+def _half_given(mapping: SlotMapping, row: LedgerRow, source: WeightSource) -> Problem:
     lacking = mapping.plan.lacking(row, source) if isinstance(mapping.plan, RefitPlan) else ()
     if not lacking:
         return _without_value(mapping, row)

@@ -18,7 +18,7 @@ Mark: TypeAlias = tuple[str, FileState]
 
 
 @dataclass(frozen=True)
-class Origin:
+class LoadOrigin:
     """A path, and what lay there when the module was loaded.
 
     Attributes:
@@ -30,7 +30,7 @@ class Origin:
     marks: tuple[Mark, ...]
 
     @classmethod
-    def of(cls, target: object) -> Origin | None:
+    def of(cls, target: object) -> LoadOrigin | None:
         """Note what lies at a path; None where a target is none."""
         if not isinstance(target, str | Path):
             return None

@@ -12,10 +12,10 @@ from refitkit.pipeline import load as loading
 from refitkit.pipeline.backends import described, named, plan_in, registered
 from refitkit.pipeline.compiled import CompiledModule
 from refitkit.pipeline.diff_sides import Differ
-from refitkit.pipeline.judge import judge_module
-from refitkit.pipeline.making import Making
-from refitkit.pipeline.refit import Wish
-from refitkit.pipeline.restore import Back, as_ways
+from refitkit.pipeline.judge import verify_live
+from refitkit.pipeline.making import Compiler
+from refitkit.pipeline.refit import RefitRequest
+from refitkit.pipeline.restore import RestoreRequest, as_ways
 from refitkit.pipeline.saved import copy_of, save_module
 from refitkit.pipeline.settings import require_list, require_plugins
 from refitkit.pipeline.tasks import refit_task, refit_tasks, return_task, run_tasks
@@ -106,7 +106,7 @@ class Pipeline:
             CompileError: The compiler refused the program, or a tool is missing.
             NotRefittableError: An option makes the engine unfit for refits, or the proof failed.
         """
-        return Making(self, program, options).compile(backend, prove=prove)
+        return Compiler(self, program, options).compile(backend, prove=prove)
 
     @verb("The module cannot be loaded")
     def load(self, target: object, *, warm: bool = False) -> CompiledModule:
@@ -159,7 +159,7 @@ class Pipeline:
                 in part.
             ConfigError: Neither target nor backend was given.
         """
-        making = Making(self, program, options)
+        making = Compiler(self, program, options)
         compiled = self._compiled(target) if target is not None else None
         return making.plan(compiled, backend, prove=prove)
 
@@ -269,7 +269,7 @@ class Pipeline:
                 answers as before.
         """
         as_ways([(compiled, version)])
-        back = Back(version, inputs, reference, verify)
+        back = RestoreRequest(version, inputs, reference, verify)
         return run_tasks(self, [return_task(self, compiled, back)])[0]
 
     @verb("The weights cannot be restored")
@@ -282,7 +282,7 @@ class Pipeline:
         Raises:
             RefitError: As ``restore`` raises it, with the problems of all modules.
         """
-        ways = [(compiled, Back(version)) for compiled, version in as_ways(back)]
+        ways = [(compiled, RestoreRequest(version)) for compiled, version in as_ways(back)]
         return run_tasks(self, [return_task(self, *way, delta=False) for way in ways])
 
     @verb("The module cannot be copied")
@@ -316,8 +316,8 @@ class Pipeline:
             VerificationError: It does not; ``problems`` lists what differs, and ``report`` is the
                 :class:`~refitkit.model.VerificationResult`.
         """
-        wish = Wish(weights, plan, inputs, reference, with_)
-        return judge_module(self.host, self.config, self._compiled(target), wish)
+        wish = RefitRequest(weights, plan, inputs, reference, with_)
+        return verify_live(self.host, self.config, self._compiled(target), wish)
 
     @verb("The weights cannot be compared")
     def diff(

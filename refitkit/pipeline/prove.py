@@ -16,7 +16,7 @@ import torch
 
 from refitkit.errors import NotRefittableError, VerificationError
 from refitkit.pipeline.blamed_slots import KEPT, wrong_slots
-from refitkit.pipeline.held import Held
+from refitkit.pipeline.held import WeightState
 from refitkit.pipeline.needs import of_strategies
 from refitkit.program import facts_of
 from refitkit.program.views import derived_value
@@ -72,7 +72,7 @@ def prove(pipeline: Pipeline, compiled: CompiledModule, program: ExportedProgram
     finally:
         lax.refit(compiled, program, verify="none", delta=False, rollback=True)
         compiled.free_spare()
-        compiled.held = Held()
+        compiled.held = WeightState()
 
 
 def _without_finite(pipeline: Pipeline) -> Pipeline:

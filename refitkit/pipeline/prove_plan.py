@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from refitkit.errors import NotRefittableError, Problem
 from refitkit.model import SlotState
 from refitkit.pipeline.blamed_slots import KEPT
-from refitkit.pipeline.mapping import Served, map_slots
+from refitkit.pipeline.mapping import MappingSummary, map_slots
 from refitkit.pipeline.needs import of_strategies
 from refitkit.pipeline.partition import partition
 from refitkit.pipeline.prove import Proof, moved_weights
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from refitkit.protocols import OpenedModule
     from refitkit.recipe import RefitPlan
 
-_SEEDS = (0, 1, 2)
-_ENOUGH = 2
+_PLAN_SEEDS = (0, 1, 2)
+_ENOUGH_ROUNDS = 2
 """Rounds that have to be judged; those in which the model itself makes NaN are not."""
 
 
@@ -67,7 +67,7 @@ def prove_plan(
     tools, judged, reason = tools_for(host, config, "plan", "prove"), 0, ""
     own = TensorMap(program.state_dict)
     needs: tuple[Need, ...] = ()
-    for seed in _SEEDS:
+    for seed in _PLAN_SEEDS:
         weights = moved_weights(program, seed)
         other = kept.restore(TensorMap(weights), plan.pinned)
         parts = partition(host, other, module, plan.backend, options, config, tools)
@@ -81,7 +81,7 @@ def prove_plan(
             _compare(plan, values, wanted, own)
             needs = of_strategies(host, _report(plan, values))
             judged += 1
-        if judged == _ENOUGH:
+        if judged == _ENOUGH_ROUNDS:
             return Proof(needs=needs)
     return Proof(reason)
 
@@ -108,7 +108,7 @@ def _values(
 
 def _report(plan: RefitPlan, values: Mapping[SlotKey, SlotValue | str]) -> tuple[ReportRow, ...]:
     slots = {k: (v.strategy, v.sources) for k, v in values.items() if isinstance(v, SlotValue)}
-    return Served(plan.ledger, slots, {}, frozenset()).rows()
+    return MappingSummary(plan.ledger, slots, {}, frozenset()).rows()
 
 
 def _unjudged(

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from refitkit.errors import ConfigError, PlanMismatchError, Problem, SourceError, raised_as
 from refitkit.pipeline import verify
 from refitkit.pipeline.check import check_abilities, check_weights
-from refitkit.pipeline.clock import Clock
+from refitkit.pipeline.clock import StageClock
 from refitkit.pipeline.delta import Delta
 from refitkit.pipeline.finite import judged_where_staged
-from refitkit.pipeline.held import Held
+from refitkit.pipeline.held import WeightState
 from refitkit.pipeline.load import for_one_refit, require_unchanged
 from refitkit.pipeline.mapping import map_slots, require_all, require_reached
 from refitkit.pipeline.needs import require_needs
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from refitkit.host import Host
     from refitkit.model import VerificationResult
     from refitkit.pipeline.compiled import CompiledModule
-    from refitkit.pipeline.mapping import Mapping
+    from refitkit.pipeline.mapping import SlotMapping
     from refitkit.protocols import OpenedModule, Plan, WeightSource
 
 
@@ -40,7 +40,7 @@ _ON_JOBS = 'Pass [(module, weights), ...], or (module, weights, {"inputs": (x,)}
 
 
 @dataclass(frozen=True)
-class Wish:
+class RefitRequest:
     """What a user asks of one refit; see ``refitkit.refit``."""
 
     weights: object
@@ -54,7 +54,7 @@ class Wish:
     reset_state: bool = False
 
 
-_OPTIONS = frozenset(field.name for field in fields(Wish)) - {"weights"}
+_OPTIONS = frozenset(field.name for field in fields(RefitRequest)) - {"weights"}
 
 
 def as_jobs(
@@ -95,18 +95,18 @@ def _wrong_with(job: Any, how: dict[str, Any]) -> Iterator[Problem]:
             yield Problem("", "no such option", str(name), names)
 
 
-class Refit:
+class RefitTask:
     """One refit of one module.
 
     Attributes:
         compiled: The module.
     """
 
-    def __init__(self, host: Host, config: Config, compiled: CompiledModule, wish: Wish) -> None:
+    def __init__(self, host: Host, config: Config, compiled: CompiledModule, wish: RefitRequest) -> None:
         """Prepare one; nothing is touched yet."""
         self._host, self._config, self._wish = host, config, wish
         self.compiled, self._module = compiled, compiled.opened
-        self._clock = Clock(host, "refit")
+        self._clock = StageClock(host, "refit")
         self._delta: Delta | None = None
         self._overridden: frozenset[str] = frozenset()
 
@@ -178,7 +178,7 @@ class Refit:
 
     def _map(
         self, plan: Plan, source: WeightSource, unchanged: frozenset[tuple[str, str]]
-    ) -> Mapping:
+    ) -> SlotMapping:
         return map_slots(
             self._host,
             plan,
@@ -189,7 +189,7 @@ class Refit:
             unchanged=unchanged,
         )
 
-    def _check(self, plan: RefitPlan, source: WeightSource, mapping: Mapping) -> None:
+    def _check(self, plan: RefitPlan, source: WeightSource, mapping: SlotMapping) -> None:
         partial, overwrite = self._wish.partial, not self._wish.rollback
         check_weights(
             self._host,
@@ -216,7 +216,7 @@ class Refit:
             mapping.reset_state()
 
     def _judge(
-        self, plan: RefitPlan, source: WeightSource, mapping: Mapping
+        self, plan: RefitPlan, source: WeightSource, mapping: SlotMapping
     ) -> Callable[[OpenedModule], VerificationResult] | None:
         wish = self._wish
         inputs = verify.as_inputs(wish.inputs)
@@ -240,7 +240,7 @@ class Refit:
         )
         return verify.prepared(verifier, request)
 
-    def _whole(self, source: WeightSource, mapping: Mapping) -> Mapping:
+    def _whole(self, source: WeightSource, mapping: SlotMapping) -> SlotMapping:
         """Values of unchanged slots, too."""
         if not mapping.unchanged:
             return mapping
@@ -252,9 +252,9 @@ class Refit:
         whole.values.update(mapping.values)
         return whole
 
-    def _held(self, mapping: Mapping) -> Held:
+    def _held(self, mapping: SlotMapping) -> WeightState:
         """What the module will hold once these values are live."""
         version, live = self._found.before + 1, None
         if self._delta is not None:
             live = self._delta.after(mapping.values, version)
-        return Held(version=version, live=live, overridden=self._overridden)
+        return WeightState(version=version, live=live, overridden=self._overridden)

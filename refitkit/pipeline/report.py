@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from refitkit.model import RefitReport
 from refitkit.pipeline.changes import Changes
-from refitkit.pipeline.mapping import Served
+from refitkit.pipeline.mapping import MappingSummary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
         TransformRow,
         VerificationResult,
     )
-    from refitkit.pipeline.clock import Clock
-    from refitkit.pipeline.mapping import Mapping
+    from refitkit.pipeline.clock import StageClock
+    from refitkit.pipeline.mapping import SlotMapping
 
 UNVERIFIED = "nothing was verified after the commit: only staging was checked"
 UNCHANGED = "the new weights are bit for bit those that the module held: nothing changed"
-NOBODY = Served((), {}, {}, frozenset())
+NOBODY = MappingSummary((), {}, {}, frozenset())
 ON_LEFT_OUT = "to set them, name them in a state_dict or pass a program"
 UNUSED = "inputs= were given and not used"
 LEFT_OUT = "the module's buffers that no state_dict holds differ from the plan's, which stay"
@@ -52,9 +52,9 @@ class Findings:
     before: int
     partial: bool
     delta: bool
-    clock: Clock
+    clock: StageClock
     source: str = ""
-    mapping: Mapping | None = None
+    mapping: SlotMapping | None = None
     changed: bool | None = None
     changes: Changes = field(default_factory=Changes)
     memory: tuple[EngineMemory, ...] = ()
@@ -110,7 +110,7 @@ class Outcome:
     stages: tuple[StageTime, ...]
     memory: tuple[EngineMemory, ...]
     kept: tuple[KeptWeights, ...]
-    served: Served
+    served: MappingSummary
     transforms: tuple[TransformRow, ...]
     verification: VerificationResult | None
     base_lost: str

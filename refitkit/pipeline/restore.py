@@ -16,13 +16,13 @@ from refitkit.errors import (
 )
 from refitkit.pipeline import verify
 from refitkit.pipeline.check import check_abilities
-from refitkit.pipeline.clock import Clock
+from refitkit.pipeline.clock import StageClock
 from refitkit.pipeline.compiled import CompiledModule
-from refitkit.pipeline.held import Held
-from refitkit.pipeline.history import FIRST, Way, as_problems
+from refitkit.pipeline.held import WeightState
+from refitkit.pipeline.history import FIRST, RestorePoint, as_problems
 from refitkit.pipeline.keeping import present
 from refitkit.pipeline.load import open_target
-from refitkit.pipeline.mapping import Mapping
+from refitkit.pipeline.mapping import SlotMapping
 from refitkit.pipeline.report import Findings
 from refitkit.pipeline.tools import tools_for
 from refitkit.pipeline.writing import Prepared
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from refitkit.config import Config
     from refitkit.host import Host
     from refitkit.model import Slot, SlotKey, VerificationResult
-    from refitkit.pipeline.origin import Origin
+    from refitkit.pipeline.origin import LoadOrigin
     from refitkit.protocols import OpenedModule
 
 _ON_WAYS = (
@@ -50,7 +50,7 @@ KEPT = "kept"
 
 
 @dataclass(frozen=True)
-class Back:
+class RestoreRequest:
     """What a user asks for; see ``Pipeline.restore``."""
 
     version: int
@@ -82,18 +82,18 @@ def as_ways(back: object) -> list[tuple[CompiledModule, int]]:
     return ways
 
 
-class Return:
+class RestoreTask:
     """One module on its way back to weights that it held before.
 
     Attributes:
         compiled: The module.
     """
 
-    def __init__(self, host: Host, config: Config, compiled: CompiledModule, wish: Back) -> None:
+    def __init__(self, host: Host, config: Config, compiled: CompiledModule, wish: RestoreRequest) -> None:
         """Nothing is looked at yet."""
         self._host, self._config, self._wish = host, config, wish
         self.compiled, self._module = compiled, compiled.opened
-        self._clock = Clock(host, "restore")
+        self._clock = StageClock(host, "restore")
         self._second: OpenedModule | None = None
 
     def prepare(self) -> Prepared:
@@ -126,10 +126,10 @@ class Return:
             held=lambda _: _held(way, held.version + 1),
         )
 
-    def _way(self, held: Held) -> Way:
+    def _way(self, held: WeightState) -> RestorePoint:
         version = self._wish.version
         if version == held.version:
-            return Way({}, held.source, held.live, held.overridden)
+            return RestorePoint({}, held.source, held.live, held.overridden)
         way = held.history.way_to(version, held.version, self._module)
         if way is None and version == 0 and self.compiled.origin is not None:
             try:
@@ -141,7 +141,7 @@ class Return:
             raise held.history.no_way_to(version, self.compiled.kept)
         return way
 
-    def _from(self, origin: Origin, held: Held) -> Way:
+    def _from(self, origin: LoadOrigin, held: WeightState) -> RestorePoint:
         """What slots held that were written since, read off a second module."""
         origin.require_unchanged()  # before code in it runs, and after: it takes a while
         tools = tools_for(self._host, self._config, "restore", "open")
@@ -158,13 +158,13 @@ class Return:
                 hint="compiled.base names weights that restore() reads instead.",
             )
         self._second = second  # its memory is what the values are in
-        return Way(values, FIRST, None, held.history.overridden)
+        return RestorePoint(values, FIRST, None, held.history.overridden)
 
-    def _mapping(self, plan: RefitPlan, way: Way) -> Mapping:
+    def _mapping(self, plan: RefitPlan, way: RestorePoint) -> SlotMapping:
         """Values of the slots that hold other ones now; the others of their engines are left."""
         engines = self._module.engines
         touched = {name for name, _ in way.values}
-        return Mapping(
+        return SlotMapping(
             plan,
             values={
                 key: _value(engines[key[0]].slots[key[1]], kept) for key, kept in way.values.items()
@@ -178,7 +178,7 @@ class Return:
         )
 
     def _judge(
-        self, plan: RefitPlan, mapping: Mapping, source: str, lent: frozenset[SlotKey]
+        self, plan: RefitPlan, mapping: SlotMapping, source: str, lent: frozenset[SlotKey]
     ) -> Callable[[OpenedModule], VerificationResult] | None:
         wish, module = self._wish, self._module
         inputs = verify.as_inputs(wish.inputs)
@@ -221,6 +221,6 @@ def _copied(value: SlotValue) -> SlotValue:
     return value._replace(load=lambda: copy)
 
 
-def _held(way: Way, version: int) -> Held:
+def _held(way: RestorePoint, version: int) -> WeightState:
     live = None if way.live is None else replace(way.live, version=version)
-    return Held(version=version, live=live, overridden=way.overridden)
+    return WeightState(version=version, live=live, overridden=way.overridden)

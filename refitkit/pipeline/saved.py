@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from refitkit.files.archive import saying_why
-from refitkit.pipeline.clock import Clock
+from refitkit.pipeline.clock import StageClock
 from refitkit.pipeline.compiled import CompiledModule
-from refitkit.pipeline.held import Held
+from refitkit.pipeline.held import WeightState
 from refitkit.pipeline.overrides import overridden_as, overridden_in
 from refitkit.program import KeptProgram
 from refitkit.recipe import RefitPlan
@@ -22,27 +22,27 @@ if TYPE_CHECKING:
     from refitkit.protocols import OpenedModule
     from refitkit.recipe.plan import Opener
 
-PLAN = "plan.refitplan"
-PROGRAM = "program.json"
-OVERRIDDEN = "overridden.json"
+PLAN_MEMBER = "plan.refitplan"
+PROGRAM_MEMBER = "program.json"
+OVERRIDDEN_MEMBER = "overridden.json"
 
 
 def save_module(host: Host, compiled: CompiledModule, path: str | Path) -> None:
     """Write a module with its plan and program; see ``Pipeline.save``."""
     attachments = _attachments_of(compiled)
     path = Path(path)
-    with Clock(host, "save").stage("save"), saying_why(path):
+    with StageClock(host, "save").stage("save"), saying_why(path):
         compiled.opened.save(path, attachments)
 
 
 def _attachments_of(compiled: CompiledModule) -> dict[str, bytes]:
     attachments: dict[str, bytes] = {}
     if compiled.plan is not None:
-        attachments[PLAN] = compiled.plan.to_bytes()
+        attachments[PLAN_MEMBER] = compiled.plan.to_bytes()
     if compiled.program is not None:
-        attachments[PROGRAM] = compiled.program.to_bytes()
+        attachments[PROGRAM_MEMBER] = compiled.program.to_bytes()
     if compiled.held.overridden:
-        attachments[OVERRIDDEN] = overridden_as(compiled.held.overridden)
+        attachments[OVERRIDDEN_MEMBER] = overridden_as(compiled.held.overridden)
     return attachments
 
 
@@ -58,13 +58,13 @@ def handle_on(opened: OpenedModule, opener: Opener, verbs: Verbs) -> CompiledMod
         PlanMismatchError: The plan is damaged, or what is overridden of it.
     """
     attached = opened.attachments
-    if PLAN not in attached:
+    if PLAN_MEMBER not in attached:
         return CompiledModule(opened, None, None, verbs)
-    plan = RefitPlan.from_bytes(attached[PLAN], "the plan of this module", opener)
+    plan = RefitPlan.from_bytes(attached[PLAN_MEMBER], "the plan of this module", opener)
     data = plan.data
-    kept = KeptProgram(attached[PROGRAM], data.leaves, data.ties) if PROGRAM in attached else None
+    kept = KeptProgram(attached[PROGRAM_MEMBER], data.leaves, data.ties) if PROGRAM_MEMBER in attached else None
     compiled = CompiledModule(opened, plan, kept, verbs)
-    compiled.held = Held.first(overridden_in(attached.get(OVERRIDDEN, b"[]")))
+    compiled.held = WeightState.first(overridden_in(attached.get(OVERRIDDEN_MEMBER, b"[]")))
     return compiled
 
 
@@ -73,5 +73,5 @@ def copy_of(compiled: CompiledModule, verbs: Verbs) -> CompiledModule:
     gate = compiled.gate
     opened = gate.refit(lambda: gate.call(compiled.opened.reopen))
     copy = CompiledModule(opened, compiled.plan, compiled.program, verbs)
-    copy.held = Held.first(compiled.held.overridden)
+    copy.held = WeightState.first(compiled.held.overridden)
     return copy

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from refitkit.pipeline.compiled import CompiledModule
     from refitkit.protocols import Engine, SlotValue
 
-    Load = Callable[[], torch.Tensor]
+
 
 
 class SlotTensors:
@@ -32,7 +32,7 @@ class SlotTensors:
     def __init__(
         self,
         description: str,
-        tensors: Iterable[tuple[Slot, Load]],
+        tensors: Iterable[tuple[Slot, Callable[[], torch.Tensor]]],
         *,
         engines: int,
         notes: tuple[str, ...] = (),
@@ -46,7 +46,7 @@ class SlotTensors:
             notes: How the names of the weights that they come from were read.
         """
         self.description, self.notes = description, notes
-        self._tensors: Mapping[str, tuple[Slot, Load]] = {
+        self._tensors: Mapping[str, tuple[Slot, Callable[[], torch.Tensor]]] = {
             slot.name if engines == 1 else f"{slot.engine}/{slot.name}": (slot, load)
             for slot, load in tensors
         }
@@ -117,7 +117,7 @@ def _known(engine: Engine, slot: str) -> torch.Tensor | None:
     return None if read is None else read(slot)
 
 
-def _reading(engine: Engine, slot: str) -> Load:
+def _reading(engine: Engine, slot: str) -> Callable[[], torch.Tensor]:
     def load() -> torch.Tensor:
         value = _known(engine, slot)
         if value is None:

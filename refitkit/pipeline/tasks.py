@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from refitkit.pipeline.refit import Refit, Wish, as_jobs
-from refitkit.pipeline.restore import Back, Return
+from refitkit.pipeline.refit import RefitTask, RefitRequest, as_jobs
+from refitkit.pipeline.restore import RestoreRequest, RestoreTask
 from refitkit.pipeline.result import RefitResult, RefitResults
 from refitkit.pipeline.together import Task, each, run
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from refitkit.pipeline.compiled import CompiledModule
     from refitkit.pipeline.pipeline import Pipeline
 
-    Handle = Callable[[object], CompiledModule]
+
 
 
 def refit_task(
@@ -33,12 +33,12 @@ def refit_task(
     """
     config = pipeline.config
     chosen = {name: value for name, value in options.items() if value is not None}
-    wish = Wish(weights, **{"delta": config.delta, "rollback": config.rollback, **chosen})
-    return Refit(pipeline.host, config, compiled, wish)
+    wish = RefitRequest(weights, **{"delta": config.delta, "rollback": config.rollback, **chosen})
+    return RefitTask(pipeline.host, config, compiled, wish)
 
 
 def refit_tasks(
-    pipeline: Pipeline, modules: Iterable[Sequence[Any]], how: dict[str, Any], handle: Handle
+    pipeline: Pipeline, modules: Iterable[Sequence[Any]], how: dict[str, Any], handle: Callable[[object], CompiledModule]
 ) -> list[Task]:
     """New weights for several modules; see ``Pipeline.refit_all``.
 
@@ -60,7 +60,7 @@ def refit_tasks(
     ]
 
 
-def _opened(targets: Sequence[object], handle: Handle) -> list[CompiledModule]:
+def _opened(targets: Sequence[object], handle: Callable[[object], CompiledModule]) -> list[CompiledModule]:
     """Handles of targets: the same one for an object that is given twice, which is refused."""
     handles: dict[int, CompiledModule] = {}
 
@@ -76,7 +76,7 @@ def _opened(targets: Sequence[object], handle: Handle) -> list[CompiledModule]:
 
 
 def return_task(
-    pipeline: Pipeline, compiled: CompiledModule, back: Back, *, delta: bool | None = None
+    pipeline: Pipeline, compiled: CompiledModule, back: RestoreRequest, *, delta: bool | None = None
 ) -> Task:
     """Earlier weights for a module: a refit to ``compiled.base``, or what was kept.
 
@@ -87,7 +87,7 @@ def return_task(
         delta: Whether a refit writes only what is not there; None: as the settings say.
     """
     if back.version != 0 or compiled.base is None:
-        return Return(pipeline.host, pipeline.config, compiled, back)
+        return RestoreTask(pipeline.host, pipeline.config, compiled, back)
     options = {
         "inputs": back.inputs,
         "reference": back.reference,

@@ -36,7 +36,7 @@ _Ordered: TypeAlias = "Sequence[tuple[str, WeightTransform]]"
 
 
 @dataclass(frozen=True, eq=False)  # known by identity
-class Offer:
+class TransformOffer:
     """A group, and whose it is."""
 
     plugin: str
@@ -56,7 +56,7 @@ class Transformed:
         made_by: Which of them makes an entry, by name.
     """
 
-    def __init__(self, source: WeightSource, offers: Iterable[Offer]) -> None:
+    def __init__(self, source: WeightSource, offers: Iterable[TransformOffer]) -> None:
         """Nothing is made yet.
 
         Args:
@@ -69,8 +69,8 @@ class Transformed:
         taken = _taken(self.offers)
         kept = [name for name in source.names() if name not in taken]
         self._names = dict.fromkeys([*kept, *self.made_by])
-        self._last: tuple[Offer, Made] | None = None
-        self._measured: dict[Offer, Made] = {}
+        self._last: tuple[TransformOffer, Made] | None = None
+        self._measured: dict[TransformOffer, Made] = {}
 
     @property
     def description(self) -> str:
@@ -122,7 +122,7 @@ class Transformed:
         number = list(offer.group.gives).index(fqn)
         return offer.plugin, offer.group.formula, number, taken
 
-    def _made(self, offer: Offer) -> Made:
+    def _made(self, offer: TransformOffer) -> Made:
         if self._last is None or self._last[0] is not offer:
             self._last = None  # two groups at once would be one too many in memory
             doing = f"Weights cannot be transformed by {offer}"
@@ -222,7 +222,7 @@ def _through(
     transforms: Iterable[tuple[str, WeightTransform]], request: TransformRequest
 ) -> WeightSource:
     """What transforms of one priority make of a source."""
-    offers: list[Offer] = []
+    offers: list[TransformOffer] = []
     problems: list[Problem] = []
     for plugin, transform in transforms:
         try:
@@ -277,21 +277,21 @@ def _transforms(host: Host, config: Config) -> Iterator[tuple[str, WeightTransfo
         yield plugin, transform
 
 
-def _offers(plugin: str, transform: WeightTransform, request: TransformRequest) -> list[Offer]:
+def _offers(plugin: str, transform: WeightTransform, request: TransformRequest) -> list[TransformOffer]:
     what = f"The transform {transform.name!r} of the plugin {plugin!r} failed"
     with raised_as(PluginError, what, doing=f"Weights cannot be transformed by {transform.name!r}"):
-        return [Offer(plugin, transform.name, group) for group in transform.groups(request)]
+        return [TransformOffer(plugin, transform.name, group) for group in transform.groups(request)]
 
 
-def _taken(offers: Iterable[Offer]) -> set[str]:
+def _taken(offers: Iterable[TransformOffer]) -> set[str]:
     """Entries that are used up."""
     return {name for offer in offers for name in offer.group.takes}
 
 
 def _check_offers(
-    offers: Iterable[Offer], source: WeightSource, names: Collection[str], taken: Collection[str]
+    offers: Iterable[TransformOffer], source: WeightSource, names: Collection[str], taken: Collection[str]
 ) -> None:
-    owners: dict[str, Offer] = {}
+    owners: dict[str, TransformOffer] = {}
     if isinstance(source, Transformed):
         owners = {name: offer for name, offer in source.made_by.items() if name not in taken}
     for offer in offers:
@@ -309,7 +309,7 @@ def _check_offers(
 
 
 def _given_twice(
-    offers: Iterable[Offer], names: Collection[str], taken: Collection[str]
+    offers: Iterable[TransformOffer], names: Collection[str], taken: Collection[str]
 ) -> Iterator[Problem]:
     """What a transform would make, and the source has as well."""
     for offer in offers:
@@ -320,7 +320,7 @@ def _given_twice(
                 yield Problem(name, "given twice", hint=hint)
 
 
-def _check_made(offer: Offer, made: Made) -> None:
+def _check_made(offer: TransformOffer, made: Made) -> None:
     wrong = sorted(made.values.keys() ^ offer.group.gives.keys())
     wrong += [
         name

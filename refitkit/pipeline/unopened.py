@@ -23,7 +23,7 @@ _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index.json")
 _SAVED = "refitkit/manifest.json"
 
 
-class Kind(NamedTuple):
+class FileType(NamedTuple):
     """What something is.
 
     Attributes:
@@ -41,42 +41,42 @@ _SECOND = "Weights go second: refit MODULE WEIGHTS."
 _FIRST = "Modules go first: refit MODULE WEIGHTS."
 _COMPILE = "Compile it first: refitkit.compile(program), or `refitkit compile`."
 
-EMPTY = Kind("empty", "Write it again, or fetch it again.", "Write it again, or fetch it again.")
-WEIGHTS = Kind("a file of weights, not a compiled module", _SECOND)
-FOLDER = Kind("a folder of weights, not a compiled module", _SECOND)
-TORCH_SAVE = Kind("a file of torch.save, as weights are, not a compiled module", _SECOND)
-STATE = Kind("weights, not a compiled module", _SECOND)
-PROGRAM = Kind("a program of torch.export, which is not compiled yet", _COMPILE)
-SCRIPT = Kind(
+EMPTY = FileType("empty", "Write it again, or fetch it again.", "Write it again, or fetch it again.")
+WEIGHTS = FileType("a file of weights, not a compiled module", _SECOND)
+FOLDER = FileType("a folder of weights, not a compiled module", _SECOND)
+TORCH_SAVE = FileType("a file of torch.save, as weights are, not a compiled module", _SECOND)
+STATE = FileType("weights, not a compiled module", _SECOND)
+PROGRAM = FileType("a program of torch.export, which is not compiled yet", _COMPILE)
+SCRIPT = FileType(
     "a program of TorchScript",
     "Export the model with torch.export.export(model, inputs) instead, and compile that.",
 )
-ENGINE = Kind(
+ENGINE = FileType(
     "a lone engine of TensorRT, which says nothing of the program that it was built from",
     "Save the compiled module to a path that does not end in '.engine', and load that.",
     "The weights in it cannot be read: pass those that it was built from.",
 )
-GGUF = Kind(
+GGUF = FileType(
     "a GGUF file, with names and formats of llama.cpp",
     "Compile the model that it was converted from.",
     "Pass the checkpoint that it was converted from: a .safetensors or torch.save file.",
 )
-PLAN = Kind(
+PLAN = FileType(
     "a plan, not a compiled module",
     "Pass it beside the module: plan=refitkit.RefitPlan.load(path), or --plan.",
     "Pass it beside the weights: plan=refitkit.RefitPlan.load(path), or --plan.",
 )
-SAVED = Kind("a compiled module", "", _FIRST)
-COMPILED = Kind(
+SAVED = FileType("a compiled module", "", _FIRST)
+COMPILED = FileType(
     "a compiled module", "It is open already: refitkit.refit takes it as it is.", _FIRST
 )
-EAGER = Kind(
+EAGER = FileType(
     "an eager module, which is not compiled yet",
     "Export and compile it first: refitkit.compile(torch.export.export(model, inputs)).",
 )
 
 
-def kind_of(thing: object) -> Kind | None:
+def file_type(thing: object) -> FileType | None:
     """What something is; None where nobody knows, or it is what anybody can see."""
     if isinstance(thing, Path):
         try:
@@ -87,21 +87,21 @@ def kind_of(thing: object) -> Kind | None:
     return next((kind for types, kind in _OBJECTS if isinstance(thing, types)), None)
 
 
-_OBJECTS: tuple[tuple[type, Kind], ...] = (
+_OBJECTS: tuple[tuple[type, FileType], ...] = (
     (CompiledModule, COMPILED),
     (ExportedProgram, PROGRAM),
     (torch.nn.Module, EAGER),
     (Mapping, STATE),
 )
 
-_MAGIC: tuple[tuple[bytes, Kind], ...] = (
+_MAGIC: tuple[tuple[bytes, FileType], ...] = (
     (b"ftrt", ENGINE),  # of TensorRT
     (b"vtrt", ENGINE),  # of TensorRT-RTX
     (b"GGUF", GGUF),
     (b"\x80\x02", TORCH_SAVE),  # a bare pickle, as before torch 1.6
 )
 
-_MEMBERS: tuple[tuple[frozenset[str], Kind], ...] = (
+_MEMBERS: tuple[tuple[frozenset[str], FileType], ...] = (
     (frozenset({"pinned.safetensors", "manifest.json"}), PLAN),
     (frozenset({"archive_format"}), PROGRAM),
     (frozenset({"serialized_exported_program.json"}), PROGRAM),  # of torch before 2.8
@@ -111,11 +111,11 @@ _MEMBERS: tuple[tuple[frozenset[str], Kind], ...] = (
 """The first whose members an archive all has, in any folder of it."""
 
 
-def _of_folder(path: Path) -> Kind | None:
+def _of_folder(path: Path) -> FileType | None:
     return FOLDER if any(one.name.endswith(_SUFFIXES) for one in path.iterdir()) else None
 
 
-def _of_file(path: Path) -> Kind | None:
+def _of_file(path: Path) -> FileType | None:
     if not path.is_file():  # no pipe, which would have to be waited for
         return None
     if not path.stat().st_size:
@@ -135,7 +135,7 @@ def _is_safetensors(head: bytes) -> bool:
     return head[8:9] == b"{" and length <= _HEADER_LIMIT
 
 
-def _of_archive(path: Path) -> Kind | None:
+def _of_archive(path: Path) -> FileType | None:
     with Archive(path) as archive:
         members = set(archive.names())
     if _SAVED in members:

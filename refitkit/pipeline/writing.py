@@ -11,7 +11,7 @@ from refitkit.pipeline import verify
 from refitkit.pipeline.changes import measured
 from refitkit.pipeline.finite import FiniteCheck
 from refitkit.pipeline.history import History
-from refitkit.pipeline.keeping import GIVEN_UP, Keeping
+from refitkit.pipeline.keeping import GIVEN_UP, SnapshotBuilder
 from refitkit.pipeline.stage import Staged
 from refitkit.pipeline.transform import require_measured
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from refitkit.model import KeptWeights, SlotKey, VerificationResult
     from refitkit.pipeline.compiled import CompiledModule
     from refitkit.pipeline.gate import Gate
-    from refitkit.pipeline.held import Held
-    from refitkit.pipeline.mapping import Mapping
+    from refitkit.pipeline.held import WeightState
+    from refitkit.pipeline.mapping import SlotMapping
     from refitkit.pipeline.report import Findings, Outcome
     from refitkit.protocols import OpenedModule, SlotValue
     from refitkit.recipe import RefitPlan
@@ -51,8 +51,8 @@ class Prepared:
     found: Findings
     plan: RefitPlan
     judge: Callable[[OpenedModule], VerificationResult] | None
-    whole: Callable[[], Mapping]
-    held: Callable[[Mapping], Held]
+    whole: Callable[[], SlotMapping]
+    held: Callable[[SlotMapping], WeightState]
     read: Callable[[], None] = lambda: None
     partial: bool = False
     rollback: bool = True
@@ -76,7 +76,7 @@ class Writing:
         self._host, self._config, self._compiled = host, config, compiled
         self._prepared, self._found = prepared, prepared.found
         self._before = compiled.held
-        self._keeping: Keeping | None = None
+        self._keeping: SnapshotBuilder | None = None
         self.staged = Staged(compiled.opened)
         self._finite: FiniteCheck | None = None
         if prepared.finite:
@@ -94,7 +94,7 @@ class Writing:
         return self._compiled.gate
 
     @property
-    def _mapping(self) -> Mapping:
+    def _mapping(self) -> SlotMapping:
         mapping = self._found.mapping
         if mapping is None:
             raise RuntimeError("nothing is written before it is mapped")
@@ -149,8 +149,8 @@ class Writing:
         watched = values if self._finite is None else self._finite.watched(values)
         self.staged.fill(watched, partial=partial, overwrite=not self._prepared.rollback)
 
-    def _kept(self) -> Keeping:
-        return Keeping(
+    def _kept(self) -> SnapshotBuilder:
+        return SnapshotBuilder(
             self.module,
             self._before,
             self._mapping.values,
@@ -192,7 +192,7 @@ class Writing:
         self.outcome = self._found.outcome("committed")
         self._compiled.held = after
 
-    def _after(self) -> Held:
+    def _after(self) -> WeightState:
         held = self._prepared.held(self._mapping)
         return replace(held, source=self._found.source, history=self._history(held.version))
 

@@ -24,7 +24,7 @@ from refitkit.model import (
     fingerprint_of_slots,
 )
 from refitkit.pipeline.pipeline import Pipeline
-from refitkit.pipeline.saved import PLAN
+from refitkit.pipeline.saved import PLAN_MEMBER
 from refitkit.recipe import RefitPlan
 from refitkit.recipe.store import index_of
 from refitkit.testing.fakes import BACKEND, FakeModule
@@ -50,7 +50,7 @@ class SceneModule(FakeModule):
 def planned_module(engines: Sequence[Engine]) -> SceneModule:
     """A module around engines, with a plan that takes each slot from the parameter of its name."""
     module = SceneModule(engines)
-    module.attachments = {PLAN: plan_for(module).to_bytes()}
+    module.attachments = {PLAN_MEMBER: plan_for(module).to_bytes()}
     return module
 
 

@@ -17,7 +17,7 @@ from aoti_models import CASES
 
 import refitkit
 from refitkit.model import TensorInfo
-from refitkit.pipeline.origin import Origin
+from refitkit.pipeline.origin import LoadOrigin
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -209,7 +209,7 @@ class Life:
         past = self.past[compiled]
         before = {name: value.clone() for name, value in held.items()}
         origin = compiled.origin
-        gone = past.given_up > 0 if origin is None else Origin.of(origin.path) != origin
+        gone = past.given_up > 0 if origin is None else LoadOrigin.of(origin.path) != origin
         try:
             report = compiled.restore().report
         except refitkit.NotRefittableError:

@@ -23,7 +23,7 @@ from refitkit.files.archive import saying_why
 from refitkit.files.file_state import stat_of
 from refitkit.files.replacing import replacing
 from refitkit.files.temporary import TemporaryFolder, part_file
-from refitkit.pipeline.origin import Origin
+from refitkit.pipeline.origin import LoadOrigin
 from refitkit.program.keep import KeptProgram
 from refitkit.recipe import Archive, ArchiveError, write_archive
 from tests.faulting import Faults
@@ -306,7 +306,7 @@ def test_weights_are_not_taken_for_a_module(tmp_path: Path) -> None:
 def test_an_origin_is_not_called_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "module"
     path.write_bytes(b"x")
-    origin = Origin.of(path)
+    origin = LoadOrigin.of(path)
     assert origin is not None
     origin.require_unchanged()
     monkeypatch.setattr(Path, "stat", fails(errno.EIO))
@@ -314,7 +314,7 @@ def test_an_origin_is_not_called_changed(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(ResourceError, match="Input/output error"):
         origin.require_unchanged()
     with pytest.raises(ResourceError, match="Input/output error"):
-        Origin.of(path)
+        LoadOrigin.of(path)
 
 
 def test_a_program_is_kept_or_it_is_said_why(monkeypatch: pytest.MonkeyPatch) -> None:

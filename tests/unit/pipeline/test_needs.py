@@ -16,7 +16,7 @@ from refitkit.cli.ledger import print_plan
 from refitkit.errors import NotRefittableError, PlanMismatchError
 from refitkit.model import LayerType, LedgerRow, Need, PinnedRef, SlotState
 from refitkit.pipeline import Pipeline
-from refitkit.pipeline.saved import PLAN
+from refitkit.pipeline.saved import PLAN_MEMBER
 from refitkit.protocols import Mapped, SlotValue
 from refitkit.recipe import RefitPlan
 from tests.fakes import BACKEND, FakePlugin
@@ -189,7 +189,7 @@ def test_a_saved_module_shows_what_it_needs(
     plugin, compiled = FakePlugin(), proved(program)
     assert compiled.plan
     plugin.backend.described = {"backend": BACKEND}
-    plugin.backend.attached = {PLAN: compiled.plan.to_bytes()}
+    plugin.backend.attached = {PLAN_MEMBER: compiled.plan.to_bytes()}
     (tmp_path / "saved").touch()
     described = Pipeline(plugins=[plugin]).describe(tmp_path / "saved")
     assert "strategy bias-map of the plugin 'mapper'" in described["needs"]

@@ -11,7 +11,7 @@ from refitkit.errors import PlanMismatchError, UnmappedSlotError
 from refitkit.model import Leaf, LeafKind
 from refitkit.pipeline import CompiledModule, Pipeline
 from refitkit.pipeline.overrides import overridden_in
-from refitkit.pipeline.saved import OVERRIDDEN, PLAN
+from refitkit.pipeline.saved import OVERRIDDEN_MEMBER, PLAN_MEMBER
 from tests.fakes import (
     FakeModule,
     FakePlugin,
@@ -55,7 +55,7 @@ def module() -> Saving:
         calls=[op_call("mul.Tensor", "@w", "@mask")],
         pinned={"mask": torch.ones(2)},
     )
-    return Saving([engine], {PLAN: plan.to_bytes()})
+    return Saving([engine], {PLAN_MEMBER: plan.to_bytes()})
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_a_saved_module_has_it_with_it(
     require_refused(pipeline, again)
     pipeline.refit(again, W)
     again.save(tmp_path / "saved")
-    assert OVERRIDDEN not in module.attachments
+    assert OVERRIDDEN_MEMBER not in module.attachments
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff", b'"mask"', b"[" * 100_000])

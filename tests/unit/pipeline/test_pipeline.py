@@ -24,7 +24,7 @@ from refitkit.errors import (
 )
 from refitkit.model import LeafKind, SlotState, SourceRef, Step
 from refitkit.pipeline import CompiledModule, Pipeline
-from refitkit.pipeline.saved import PLAN, PROGRAM
+from refitkit.pipeline.saved import PLAN_MEMBER, PROGRAM_MEMBER
 from refitkit.recipe import RefitPlan
 from tests.fakes import (
     BACKEND,
@@ -238,7 +238,7 @@ def test_saving_attaches_plan_and_program(
 ) -> None:
     compiled = pipeline.compile(program, BACKEND)
     compiled.save(str(tmp_path / "saved"))
-    assert json.loads((tmp_path / "saved").read_text())["attachments"] == sorted([PLAN, PROGRAM])
+    assert json.loads((tmp_path / "saved").read_text())["attachments"] == sorted([PLAN_MEMBER, PROGRAM_MEMBER])
     again = pipeline.load(compiled.opened)
     assert again.plan is not None
     assert compiled.plan is not None
@@ -259,7 +259,7 @@ def test_a_module_without_attachments_has_no_plan(pipeline: Pipeline, tmp_path: 
 
 def test_a_damaged_plan_inside_a_module(pipeline: Pipeline) -> None:
     module = make_module()
-    module.attachments = {PLAN: b"damaged"}
+    module.attachments = {PLAN_MEMBER: b"damaged"}
     with pytest.raises(PlanMismatchError, match="the plan of this module"):
         pipeline.load(module)
 
@@ -420,7 +420,7 @@ def test_a_plan_is_read_from_a_plan_file_or_a_saved_module(tmp_path: Path) -> No
     file.write_bytes(b"a saved module")
     with pytest.raises(PlanMismatchError):
         pipeline.read_plan(file)
-    plugin.backend.attached = {PLAN: plan.to_bytes()}
+    plugin.backend.attached = {PLAN_MEMBER: plan.to_bytes()}
     assert pipeline.read_plan(str(file)).data == plan.data
     with pytest.raises(PlanMismatchError):
         pipeline.read_plan(tmp_path / "missing")
@@ -511,7 +511,7 @@ def test_the_plain_functions_run_on_a_pipeline_of_their_own(
 def test_a_saved_module_may_be_a_folder(tmp_path: Path) -> None:
     plugin = FakePlugin()
     plan = plan_for(make_module(1))
-    plugin.backend.described, plugin.backend.attached = {"a": 1}, {PLAN: plan.to_bytes()}
+    plugin.backend.described, plugin.backend.attached = {"a": 1}, {PLAN_MEMBER: plan.to_bytes()}
     pipeline = Pipeline(plugins=[plugin])
     assert pipeline.describe(tmp_path) == {"a": 1}
     assert pipeline.read_plan(tmp_path).data == plan.data
@@ -546,7 +546,7 @@ def test_a_saved_plan_with_calls_refits_after_loading() -> None:
         guards=[guard_of(SourceRef(fqn="eps"), torch.full((2,), 5.0))],
         pinned={"eps": torch.full((2,), 5.0)},
     )
-    module.attachments = {PLAN: plan.to_bytes()}
+    module.attachments = {PLAN_MEMBER: plan.to_bytes()}
     pipeline = Pipeline(plugins=[FakePlugin()])
     compiled = pipeline.load(module)
     assert compiled.plan is not None

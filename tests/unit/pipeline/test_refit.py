@@ -27,7 +27,7 @@ from refitkit.model import (
     StageStarted,
 )
 from refitkit.pipeline import Pipeline
-from refitkit.pipeline.saved import PLAN
+from refitkit.pipeline.saved import PLAN_MEMBER
 from tests.fakes import (
     FakeEngine,
     FakeModule,
@@ -520,7 +520,7 @@ def test_settings_reach_the_checks() -> None:
 
 def test_the_plan_inside_a_module_is_used() -> None:
     module = make_module(1)
-    assert PLAN in module.attachments
+    assert PLAN_MEMBER in module.attachments
     compiled = pipeline_with().load(module)
     assert compiled.plan is not None
     assert len(compiled.plan.ledger) == 2

@@ -22,7 +22,7 @@ from refitkit.errors import (
 from refitkit.host import make_host
 from refitkit.model import Event, OutputMeasure, StageFinished, StageStarted, VerificationResult
 from refitkit.pipeline.check import check_weights
-from refitkit.pipeline.clock import Clock
+from refitkit.pipeline.clock import StageClock
 from refitkit.pipeline.load import open_target, open_weights
 from refitkit.pipeline.partition import partition
 from refitkit.pipeline.verify import as_inputs, choose, problems_of
@@ -328,7 +328,7 @@ class Ear:
 
 def test_a_stage_is_told_and_timed() -> None:
     ear = Ear()
-    clock = Clock(make_host(plugins=[ear]), "refit")
+    clock = StageClock(make_host(plugins=[ear]), "refit")
     with clock.stage("one"):
         assert ear.heard == [StageStarted("refit", "one")]
     assert [s.stage for s in clock.stages] == ["one"]
@@ -337,7 +337,7 @@ def test_a_stage_is_told_and_timed() -> None:
 
 def test_a_stage_that_raises_is_timed_and_does_not_finish() -> None:
     ear = Ear()
-    clock = Clock(make_host(plugins=[ear, FakePlugin()]), "refit")
+    clock = StageClock(make_host(plugins=[ear, FakePlugin()]), "refit")
     with pytest.raises(ValueError, match="no"), clock.stage("one"):
         raise ValueError("no")
     assert [s.stage for s in clock.stages] == ["one"]

@@ -457,7 +457,7 @@ def test_a_revision_tells_what_was_made_how_by_whom() -> None:
         info = TensorInfo(dtype="float32", shape=(2,))
         gives = {"v": info, "w": info}
         group = WeightGroup(("w", "x"), gives, lambda: Made({}), formula=formula)
-        offer = transform.Offer(plugin, "transform", group)
+        offer = transform.TransformOffer(plugin, "transform", group)
         return transform.Transformed(Source(given), [offer]).revision(of)
 
     given = {"w": torch.zeros(2), "x": torch.zeros(2)}

@@ -18,7 +18,7 @@ from tests.fakes import Loaded, make_module, plan_for
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from refitkit.pipeline.unopened import Kind
+    from refitkit.pipeline.unopened import FileType
 
 STATE = {"weight": torch.zeros(2, 2)}
 
@@ -40,7 +40,7 @@ def _old_program(path: Path) -> None:
         write_archive(file, {"serialized_exported_program.json": b"{}", "version": b"8.8"})
 
 
-FILES: dict[str, tuple[Callable[[Path], Any], Kind]] = {
+FILES: dict[str, tuple[Callable[[Path], Any], FileType]] = {
     "empty": (Path.touch, unopened.EMPTY),
     "x.safetensors": (lambda path: save_file(STATE, path), unopened.WEIGHTS),
     "no-suffix": (lambda path: save_file(STATE, path), unopened.WEIGHTS),
@@ -85,7 +85,7 @@ def test_a_file_that_is_no_module_is_told(tmp_path: Path, loaded: Loaded, name: 
     ],
     ids=["eager", "state", "program"],
 )
-def test_an_object_that_is_no_module_is_told(loaded: Loaded, thing: object, kind: Kind) -> None:
+def test_an_object_that_is_no_module_is_told(loaded: Loaded, thing: object, kind: FileType) -> None:
     with pytest.raises(UnsupportedTargetError) as info:
         loaded.pipeline.refit(thing, loaded.compiled)
     assert info.value.message == f"A {type(thing).__name__} is {kind.what}."
@@ -125,6 +125,6 @@ def test_what_nobody_knows_is_told_as_before(
 ) -> None:
     path = tmp_path / "x"
     path.write_bytes(content)
-    assert unopened.kind_of(path) is None
-    assert unopened.kind_of(3) is None
-    assert unopened.kind_of(tmp_path / "missing") is None
+    assert unopened.file_type(path) is None
+    assert unopened.file_type(3) is None
+    assert unopened.file_type(tmp_path / "missing") is None

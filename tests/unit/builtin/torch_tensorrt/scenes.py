@@ -12,7 +12,7 @@ import refitkit
 from refitkit.builtin.torch_tensorrt.engine import EngineOptions, engine_for
 from refitkit.builtin.torch_tensorrt.torch_part import TorchPartEngine
 from refitkit.pipeline.pipeline import Pipeline
-from refitkit.pipeline.saved import PLAN
+from refitkit.pipeline.saved import PLAN_MEMBER
 from refitkit.protocols import SlotValue
 from tests.fakes import Tripping, TrippingPlugin, Tripwire, make_plan, recipe_row, slot_for
 from tests.unit.builtin.torch_tensorrt.fake_trt import (
@@ -94,7 +94,7 @@ class TrtModule:
         self.engines: dict[str, Any] = {engine.name: engine for engine, _ in self.made}
         self.engines["part"] = self.part
         slots = [slot for engine in self.engines.values() for slot in engine.slots.values()]
-        self.attachments = {PLAN: make_plan([recipe_row(slot) for slot in slots]).to_bytes()}
+        self.attachments = {PLAN_MEMBER: make_plan([recipe_row(slot) for slot in slots]).to_bytes()}
 
     def run(self, args: Any, kwargs: Any) -> Values:
         answers = {
