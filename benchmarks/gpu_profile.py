@@ -22,13 +22,13 @@ from refitkit.builtin.torch_tensorrt import weight_buffers
 from refitkit.builtin.torch_tensorrt.engine import RefitterEngine
 from refitkit.builtin.torch_tensorrt.refitter import PersistentRefitter
 from refitkit.builtin.torch_tensorrt.weight_buffers import Uploader, WeightSets
+from refitkit.pipeline import changes as samples
 from refitkit.pipeline import refit as refitting
-from refitkit.pipeline import samples, writing
-from refitkit.pipeline.commit import Transaction
-from refitkit.pipeline.keeping import SnapshotBuilder
+from refitkit.pipeline import transaction as writing
+from refitkit.pipeline.history import SnapshotBuilder
 from refitkit.pipeline.report import Findings
 from refitkit.pipeline.stage import Staged
-from refitkit.pipeline.writing import Writing
+from refitkit.pipeline.transaction import Transaction, Writing
 from refitkit.program.bits import same_bits
 from refitkit.recipe.plan import RefitPlan
 from refitkit.recipe.replay import Replay

@@ -23,7 +23,7 @@ from gpu_raw import yardstick
 
 import refitkit
 from refitkit.builtin.torch_tensorrt.engine import EngineOptions, engine_for
-from refitkit.pipeline.saved import PLAN_MEMBER
+from refitkit.pipeline.targets import PLAN_MEMBER
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.fakes import Tripwire

@@ -84,12 +84,12 @@ class Config(Frozen):
     reread: bool = False
     rollback_limit: int | None = Field(default=None, ge=0)
     rollback: bool = True
-    keep_base: bool = True
+    keep_base: bool = False
     keep_versions: int = Field(default=1, ge=0)
     keep_limit: int | None = Field(default=1 << 30, ge=0)
     tolerances: dict[str, tuple[Bound, Bound]] = Field(default_factory=lambda: dict(TOLERANCES))
     delta: bool = False
-    changes: Literal["sampled", "exact", "off"] = "sampled"
+    changes: Literal["sampled", "exact", "off"] = "off"
     change_limit: float | None = Field(default=10.0, gt=0, allow_inf_nan=False)
     plan_cache: Path | None = None
     rules: Rules = Field(default_factory=Rules)

@@ -34,7 +34,7 @@ from refitkit.model import (
     VerificationResult,
 )
 from refitkit.pipeline import CompiledModule, Pipeline
-from refitkit.pipeline.saved import PLAN_MEMBER
+from refitkit.pipeline.targets import PLAN_MEMBER
 from refitkit.program.facts import facts_of, tensors_of
 from refitkit.protocols import (
     Mapped,

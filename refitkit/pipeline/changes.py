@@ -1,7 +1,6 @@
 """How far a refit moves each slot, measured while old and new values lie side by side.
 
-A look at everything would cost more than the refit, so mostly samples are looked at; see
-``samples.py``.
+Off unless ``Config.changes`` asks for it, because it costs a tenth to a quarter of a refit.
 """
 
 from __future__ import annotations
@@ -16,21 +15,28 @@ import torch
 
 from refitkit.errors import EngineError, raised_as
 from refitkit.model import ChangeRow
-from refitkit.pipeline import samples
-from refitkit.pipeline.samples import SAMPLE
+from refitkit.pipeline.stage import live_reader
+from refitkit.program.bits import flat_pair
 from refitkit.program.distance import distance
-from refitkit.protocols import RemembersWeights, ShowsMemory, ShowsStaged, SupportsReadback
+from refitkit.protocols import ShowsStaged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
     from refitkit.config import Config
     from refitkit.model import SlotKey
     from refitkit.pipeline.stage import Staged
+    from refitkit.program.distance import Distance
     from refitkit.protocols import Engine, OpenedModule, StagedRefit
 
+_RUNS, _RUN = 32, 32
+"""A sample is this many runs of this many elements; a run is two cache lines of float32."""
+
+SAMPLE = _RUNS * _RUN
+"""Elements of a sample: norms of weights drawn alike are then right to a few percent."""
+
 _SHOWN = 5
-"""So many slots are named in a note; the report's rows have all."""
+"""Most slots that a note names; the rows of the report have all."""
 
 _FAILED = "How far the weights move cannot be measured"
 _HINT = 'Config.changes="off" leaves this measurement out.'
@@ -43,107 +49,93 @@ class Changes:
     Attributes:
         how: ``Config.changes``.
         limit: ``Config.change_limit``.
-        moved: By slot, ``relative`` and ``largest`` of :class:`ChangeRow`, and the number of
-            elements.
+        moved: The distance of each measured slot, and its number of elements.
     """
 
     how: str = "off"
     limit: float | None = None
-    moved: Mapping[SlotKey, tuple[float, float, int]] = field(default_factory=dict)
+    moved: Mapping[SlotKey, tuple[Distance, int]] = field(default_factory=dict)
 
     @property
-    def seen(self) -> bool:
-        """Whether any element that was looked at differs."""
-        return any(largest for _, largest, _ in self.moved.values())
+    def differ(self) -> bool:
+        """Whether any measured element differs."""
+        return any(one.largest for one, _ in self.moved.values())
 
     @cached_property
     def rows(self) -> tuple[ChangeRow, ...]:
-        """A row of the report for each slot."""
+        """A row of the report for each measured slot."""
         sampled = self.how == "sampled"
         return tuple(
             ChangeRow(
                 engine=engine,
                 slot=slot,
-                relative=relative,
-                largest=largest,
+                relative=one.relative,
+                largest=one.largest,
                 sampled=sampled and count > SAMPLE,
             )
-            for (engine, slot), (relative, largest, count) in self.moved.items()
+            for (engine, slot), (one, count) in self.moved.items()
         )
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Which slots changed beyond reason."""
+        """A note on the slots that move farther than the limit, if there are any."""
         return tuple(_notes(self.rows, self.limit)) if self.limit is not None else ()
 
 
 def measured(
     config: Config, module: OpenedModule, staged: Staged, written: Collection[SlotKey]
 ) -> Changes:
-    """Measure all slots whose engines show both values.
+    """Measure all written slots whose engines show both values.
 
     Args:
-        config: ``changes`` says how, ``change_limit`` what is beyond reason.
+        config: ``changes`` says how to measure, ``change_limit`` which moves are noted.
         module: The opened module.
-        staged: What is staged in its engines.
+        staged: The values that are staged in its engines.
         written: Slots that have a new value.
 
     Raises:
-        EngineError: An engine failed to show a value, or there is no memory; nothing is live yet.
+        EngineError: An engine failed to show a value, or memory ran out; nothing is live yet.
     """
     how = config.changes
     if how == "off":
         return Changes()
-    wanted: dict[str, list[str]] = defaultdict(list)
+    slots: dict[str, list[str]] = defaultdict(list)
     for name, slot in written:
-        wanted[name].append(slot)
-    moved: dict[SlotKey, tuple[float, float, int]] = {}
+        slots[name].append(slot)
+    moved: dict[SlotKey, tuple[Distance, int]] = {}
     with torch.no_grad(), raised_as(EngineError, _FAILED, hint=_HINT):
         for name, one in staged.waiting():
             engine = module.engines[name]
-            slots = engine.slots
-            for slot, told in _of_engine(engine, one, wanted[name], how).items():
-                moved[name, slot] = (*told, slots[slot].count)
+            for slot, pair in _pairs(engine, one, slots[name]):
+                looked_at = tuple(map(sample, flat_pair(*pair))) if how == "sampled" else pair
+                moved[name, slot] = distance(*looked_at), engine.slots[slot].count
     return Changes(how, config.change_limit, moved)
 
 
-def _of_engine(
-    engine: Engine, staged: StagedRefit, wanted: Sequence[str], how: str
-) -> dict[str, tuple[float, float]]:
-    """``relative`` and ``largest`` of slots of one engine, of those that can be measured."""
-    both = staged.side_by_side() if how == "sampled" and isinstance(staged, ShowsMemory) else None
-    if both is not None:
-        found = samples.of_memory(both)
-        return {slot: found[slot] for slot in wanted}
-    pairs = dict(_pairs(engine, staged, wanted))
-    if how == "sampled":
-        return dict(zip(pairs, samples.of_pairs(list(pairs.values())), strict=True))
-    told = {slot: distance(old, new) for slot, (old, new) in pairs.items()}
-    return {slot: (one.relative, one.largest) for slot, one in told.items()}
-
-
-def live_value(engine: Engine) -> Callable[[str], torch.Tensor | None] | None:
-    """What tells the live value of a slot, read or remembered; None where nothing does."""
-    if isinstance(engine, SupportsReadback):
-        return engine.read
-    return engine.remembered if isinstance(engine, RemembersWeights) else None
+def sample(flat: torch.Tensor) -> torch.Tensor:
+    """At most ``SAMPLE`` elements of a dense flat tensor, in runs spread evenly over it."""
+    count = flat.numel()
+    if count <= SAMPLE:
+        return flat
+    step = (count - _RUN) // (_RUNS - 1)
+    return flat.as_strided((_RUNS, _RUN), (step, 1), flat.storage_offset())
 
 
 def _pairs(
-    engine: Engine, staged: StagedRefit, wanted: Iterable[str]
+    engine: Engine, staged: StagedRefit, slots: Iterable[str]
 ) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """Slots with their old and their new values, as far as both are shown."""
-    live = live_value(engine)
+    """Each slot with its old and its new value, if the engine shows both."""
+    live = live_reader(engine)
     if live is None or not isinstance(staged, ShowsStaged):
         return
-    for slot in wanted:
+    for slot in slots:
         old = live(slot)
         if old is not None:
             yield slot, (old, staged.staged(slot))
 
 
 def _notes(rows: Iterable[ChangeRow], limit: float) -> Iterator[str]:
-    """Which slots changed beyond reason, the farthest first."""
+    # a slot of zeros alone, as new biases are, is infinitely far from any value
     beyond = [row for row in rows if row.relative > limit and not _from_zeros(row)]
     beyond.sort(key=lambda row: row.relative, reverse=True)
     if beyond:
@@ -155,5 +147,4 @@ def _notes(rows: Iterable[ChangeRow], limit: float) -> Iterator[str]:
 
 
 def _from_zeros(row: ChangeRow) -> bool:
-    """Whether a slot held zeros alone, as new biases do: any value is infinitely far from them."""
     return math.isinf(row.relative) and not math.isinf(row.largest)

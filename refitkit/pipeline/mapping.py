@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from refitkit.errors import (
     ConfigError,
+    PlanMismatchError,
     PluginError,
     Problem,
     SourceError,
@@ -15,28 +17,35 @@ from refitkit.errors import (
     raised_as,
 )
 from refitkit.model import LedgerRow, ReportRow, SlotKey, SlotState, StateRow
-from refitkit.pipeline.needs import require_served
-from refitkit.pipeline.reach import require_reached_by
-from refitkit.pipeline.tools import tools_for
-from refitkit.protocols import Mapped, MapRequest, SupportsPartial
-from refitkit.recipe import RefitPlan
+from refitkit.pipeline.needs import require_reached_by, require_served
+from refitkit.program.bits import same_bits
+from refitkit.program.views import derived_value
+from refitkit.protocols import LeavesOut, Mapped, MapRequest, SupportsPartial
+from refitkit.recipe import RefitPlan, unusable_reason
 from refitkit.recipe.plan import STRATEGY
-from refitkit.recipe.reads import reads_of, state_slots
+from refitkit.recipe.reads import kept_leaves, reads_of, state_slots
+from refitkit.recipe.weak_cache import once_for_each
 
 if TYPE_CHECKING:
     from collections import abc
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
-    from refitkit.config import Config
-    from refitkit.host import Host, Offer
+    import torch
+    from torch.export import ExportedProgram
+
+    from refitkit.host import Offer
+    from refitkit.model import Leaf
+    from refitkit.pipeline.context import Context
     from refitkit.protocols import (
         BindableProgram,
         MappingStrategy,
         OpenedModule,
         Plan,
         SlotValue,
+        Tools,
         WeightSource,
     )
+
 
 _UNCHANGED = "unchanged: it holds already what its weights give"
 _KEPT = "kept: calls of the module write it, and the weights do not contain it"
@@ -138,7 +147,7 @@ class SlotMapping:
         require_reached_by(self.plan, self.values, self.unchanged, given)
         require_served(self.plan.data, {key: value.strategy for key, value in self.values.items()})
 
-    def served(self) -> MappingSummary:
+    def summary(self) -> MappingSummary:
         """How slots were served, without what they were served with."""
         values = self.values.items()
         return MappingSummary(
@@ -209,12 +218,11 @@ def _report_row(
 
 
 def map_slots(
-    host: Host,
+    context: Context,
     plan: Plan,
     module: OpenedModule,
     source: WeightSource,
     program: BindableProgram | None,
-    config: Config,
     *,
     unchanged: frozenset[tuple[str, str]] = frozenset(),
 ) -> SlotMapping:
@@ -227,7 +235,7 @@ def map_slots(
             have a value for the same slot; names them and lists the slots.
     """
     mapping = SlotMapping(plan, unchanged=unchanged)
-    tools = tools_for(host, config, "refit", "map")
+    tools = context.tools("refit", "map")
 
     def ask(strategy: MappingStrategy, wanted: tuple[LedgerRow, ...]) -> Mapped:
         request = MapRequest(plan, module, source, wanted, program, tools)
@@ -239,7 +247,7 @@ def map_slots(
             _check_answer(strategy, answer, wanted)
         return answer
 
-    for rank in _in_order(host, config):
+    for rank in _in_order(context):
         _ask_rank(mapping, rank, ask)
     if state_slots(plan):
         with raised_as(SourceError, f"{source.description} cannot be read"):
@@ -395,21 +403,21 @@ def _of_plan(value: SlotValue) -> bool:
     return value.pinned or (value.strategy == STRATEGY and not value.sources)
 
 
-def _in_order(host: Host, config: Config) -> list[list[Offer]]:
+def _in_order(context: Context) -> list[list[Offer]]:
     """Strategies in the order in which they are tried; nothing orders those in one list."""
-    offered = host.offers("refitkit_mapping_strategies")
-    if not config.strategies:
+    offered, wanted = context.host.offers("refitkit_mapping_strategies"), context.config.strategies
+    if not wanted:
         ranks: dict[int, list[Offer]] = {}
         for offer in offered.values():
             ranks.setdefault(offer.item.priority, []).append(offer)
         return [ranks[priority] for priority in sorted(ranks)]
-    unknown = [Problem(n, "no such strategy") for n in config.strategies if n not in offered]
+    unknown = [Problem(n, "no such strategy") for n in wanted if n not in offered]
     if unknown:
         hint = f"There are: {', '.join(sorted(offered))}."
         raise ConfigError(
             "Config.strategies names what no plugin offers.", problems=unknown, hint=hint
         )
-    return [[offered[name]] for name in config.strategies]
+    return [[offered[name]] for name in wanted]
 
 
 def _check_answer(strategy: MappingStrategy, answer: object, wanted: tuple[LedgerRow, ...]) -> None:
@@ -433,3 +441,143 @@ def _check_answer(strategy: MappingStrategy, answer: object, wanted: tuple[Ledge
         names = ", ".join("/".join(key) for key in sorted(foreign | mixed))
         what = "nobody asked for" if foreign else "under the names of other slots"
         raise PluginError(f"The strategy {strategy.name!r} gave values {what}: {names}.")
+
+
+# MERGED overrides: Values that plans keep and that sources have overridden: a refit in part has to know of them.
+#
+# Of what no state_dict holds (a mask, a constant) the plan keeps a value, for sources that have none.
+# A slot that follows from such a value and from weights would get the plan's value in a refit in part
+# that gives the weights only, while what is live came from another one.
+
+
+def overrides(plan: RefitPlan, source: WeightSource) -> frozenset[str]:
+    """What a source has other values of than the plan, among what slots mix with weights.
+
+    Raises:
+        SourceError: An entry cannot be read.
+    """
+    names, leaves = source.names(), {leaf.fqn: leaf for leaf in plan.data.leaves}
+    return frozenset(
+        name
+        for name in _mixed(plan)
+        if name in names
+        and name in plan.data.pinned
+        and not same_bits(
+            _own_elements(leaves, name, plan.pinned(name)),
+            _own_elements(leaves, name, source.get(name)),
+        )
+    )
+
+
+def _own_elements(leaves: Mapping[str, Leaf], name: str, value: torch.Tensor) -> torch.Tensor:
+    """A value without what follows from weights that are parts of it."""
+    leaf = leaves.get(name)
+    if leaf is None or not leaf.parts:
+        return value
+    zeros = {part.fqn: value.new_zeros(leaves[part.fqn].shape) for part in leaf.parts}
+    return derived_value(leaf, leaves, zeros.__getitem__, lambda _: value)
+
+
+def left(before: frozenset[str], plan: RefitPlan, source: WeightSource) -> frozenset[str]:
+    """What is overridden after a refit in part: what it gives is as it gives it."""
+    return before.difference(source.names()) | overrides(plan, source)
+
+
+def differing(plan: RefitPlan, source: WeightSource, wrappers: Collection[str]) -> tuple[str, ...]:
+    """Tensors that a source leaves out and that are not what the plan keeps.
+
+    A value that is the plan's in another dtype is the plan's. State that calls write is no value
+    to compare, and neither is what follows from weights.
+
+    Args:
+        plan: The plan.
+        source: The weights, as they were given.
+        wrappers: Parts of names that wrappers of a module put there.
+    """
+    if not isinstance(source, LeavesOut):
+        return ()
+    leaves = {
+        name
+        for name, leaf in kept_leaves(plan).items()
+        if leaf.used and not (leaf.mutated or leaf.parts)
+    }
+    found: dict[str, None] = {}
+    for given, value in source.left_out.items():
+        unwrapped = ".".join(part for part in given.split(".") if part not in wrappers)
+        name = given if given in leaves else unwrapped
+        if name in leaves and name in plan.data.pinned and not _is_planned(plan, name, value):
+            found[name] = None
+    return tuple(found)
+
+
+def _is_planned(plan: RefitPlan, name: str, value: torch.Tensor) -> bool:
+    return not unusable_reason(value) and same_bits(plan.pinned(name).to(value.dtype), value)
+
+
+def overridden_as(names: frozenset[str]) -> bytes:
+    """Names as a saved module holds them: its values are not those of its plan either."""
+    return json.dumps(sorted(names)).encode()
+
+
+def overridden_in(content: bytes) -> frozenset[str]:
+    """Names that a saved module holds.
+
+    Raises:
+        PlanMismatchError: They are no JSON list of names.
+    """
+    try:
+        names = json.loads(content)
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise PlanMismatchError("What this module has overridden of its plan cannot be read.")
+    return frozenset(names)
+
+
+@once_for_each
+def _mixed(plan: RefitPlan) -> frozenset[str]:
+    kept = {leaf.fqn for leaf in plan.data.leaves if not leaf.persistent}
+    found: set[str] = set()
+    for row in plan.data.ledger if kept else ():
+        mine = kept.intersection(row.sources)
+        if 0 < len(mine) < len(row.sources):
+            found |= mine
+    return frozenset(found)
+
+
+# MERGED partition: The stage ``partition``: a program cut into parts that match the engines.
+
+
+def partition(
+    context: Context,
+    program: ExportedProgram,
+    module: OpenedModule | None,
+    backend: str,
+    options: Mapping[str, Any],
+    tools: Tools,
+) -> Mapping[str, Any]:
+    """One part for each engine.
+
+    Raises:
+        PlanMismatchError: The parts are not those of the module's engines.
+        PluginError: No plugin can cut programs for this backend.
+    """
+    parts: Mapping[str, Any] | None = context.host.call(
+        "refitkit_partition",
+        program=program,
+        module=module,
+        backend=backend,
+        options=options,
+        config=context.config,
+        tools=tools,
+    )
+    if parts is None:
+        raise PluginError(f"No plugin cuts programs into parts for the backend {backend!r}.")
+    engines = module.engines.keys() if module else parts.keys()
+    problems = [Problem(name, "no part for this engine") for name in engines - parts.keys()]
+    problems += [Problem(name, "no engine for this part") for name in parts.keys() - engines]
+    if problems:
+        raise PlanMismatchError(
+            "The program is cut into other parts than those that were compiled.", problems=problems
+        )
+    return parts

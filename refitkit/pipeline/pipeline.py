@@ -1,25 +1,30 @@
-"""The pipeline: plugins, settings, and the verbs that run on them."""
+"""The pipeline: plugins, settings, and the verbs that work with them. Start reading here.
+
+Each verb is one call into the stages: ``refit.py`` and ``transaction.py`` for refits,
+``restore.py`` for the way back, ``planning.py`` for plans, ``targets.py`` for loading.
+"""
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from refitkit.config import Config
 from refitkit.errors import resources
-from refitkit.host import Host, make_host
-from refitkit.pipeline import load as loading
-from refitkit.pipeline.backends import described, named, plan_in, registered
-from refitkit.pipeline.compiled import CompiledModule
-from refitkit.pipeline.diff_sides import Differ
-from refitkit.pipeline.judge import verify_live
-from refitkit.pipeline.making import Compiler
-from refitkit.pipeline.refit import RefitRequest
-from refitkit.pipeline.restore import RestoreRequest, as_ways
-from refitkit.pipeline.saved import copy_of, save_module
-from refitkit.pipeline.settings import require_list, require_plugins
-from refitkit.pipeline.tasks import refit_task, refit_tasks, return_task, run_tasks
+from refitkit.pipeline.context import Context
+from refitkit.pipeline.diff import Differ
+from refitkit.pipeline.module import CompiledModule, RefitResult, RefitResults
+from refitkit.pipeline.planning import Compiler
+from refitkit.pipeline.refit import refit_task, refit_tasks, run
+from refitkit.pipeline.restore import RestoreRequest, as_versions, restore_task
+from refitkit.pipeline.targets import (
+    copy_of,
+    describe,
+    load_module,
+    open_weights,
+    plan_in,
+    save_module,
+)
 from refitkit.pipeline.transform import transformed
+from refitkit.pipeline.verify import VerifyOptions, verify_live
 from refitkit.program.ambient import verb
 
 if TYPE_CHECKING:
@@ -28,8 +33,10 @@ if TYPE_CHECKING:
 
     from torch.export import ExportedProgram
 
+    from refitkit.config import Config
+    from refitkit.host import Host
     from refitkit.model import DiffReport, VerificationResult
-    from refitkit.pipeline.result import RefitResult, RefitResults
+    from refitkit.pipeline.refit import Task
     from refitkit.protocols import Backend, WeightSource
     from refitkit.recipe import RefitPlan
 
@@ -38,8 +45,7 @@ class Pipeline:
     """The verbs ``compile``, ``load``, ``plan``, ``refit``, ``verify``, with plugins and settings.
 
     Attributes:
-        config: Its settings.
-        host: Its plugins.
+        context: The plugins and settings, as the stages get them.
     """
 
     @resources("A pipeline cannot be made")
@@ -55,30 +61,37 @@ class Pipeline:
             plugins: Plugins beside the built-in and installed ones; they win over both.
 
         Raises:
-            ConfigError: A setting does not exist or has a wrong type, or plugins are no list.
+            ConfigError: A setting does not exist or has a wrong type, or ``plugins`` is no list.
             PluginError: A plugin cannot be registered; names it.
         """
-        require_list(plugins)
-        self.config = Config.of(config)
-        self.host: Host = make_host(self.config, plugins)
-        require_plugins(self.config, self.host)
+        self.context = Context.of(config, plugins)
 
-    # -- backends ---------------------------------------------------------------------------
+    @property
+    def config(self) -> Config:
+        """The settings."""
+        return self.context.config
 
-    @cached_property
+    @property
+    def host(self) -> Host:
+        """The registered plugins."""
+        return self.context.host
+
+    @property
     def backends(self) -> Mapping[str, Backend]:
-        """All backends by name."""
-        return registered(self.host)
-
-    def backend(self, name: str) -> Backend:
-        """A backend by name.
+        """All backends by name.
 
         Raises:
-            ConfigError: There is none of this name; lists those that there are.
+            PluginError: A plugin failed, or two plugins register one name; names them.
         """
-        return named(self.backends, name)
+        return self.context.backends
 
-    # -- verbs ------------------------------------------------------------------------------
+    def backend(self, name: str) -> Backend:
+        """The backend of a name.
+
+        Raises:
+            ConfigError: No plugin registers this name; lists the names that there are.
+        """
+        return self.context.backend(name)
 
     @verb("The program cannot be compiled")
     def compile(
@@ -106,7 +119,7 @@ class Pipeline:
             CompileError: The compiler refused the program, or a tool is missing.
             NotRefittableError: An option makes the engine unfit for refits, or the proof failed.
         """
-        return Compiler(self, program, options).compile(backend, prove=prove)
+        return Compiler(self.context, program, options, self).compile(backend, prove=prove)
 
     @verb("The module cannot be loaded")
     def load(self, target: object, *, warm: bool = False) -> CompiledModule:
@@ -124,7 +137,7 @@ class Pipeline:
             UnsupportedTargetError: It is missing, damaged, or no plugin can open it.
             PlanMismatchError: The plan inside it is damaged.
         """
-        return loading.load_module(self, target, warm=warm)
+        return load_module(self.context, target, self, warm=warm)
 
     @verb("The program cannot be planned")
     def plan(
@@ -159,9 +172,9 @@ class Pipeline:
                 in part.
             ConfigError: Neither target nor backend was given.
         """
-        making = Compiler(self, program, options)
+        compiler = Compiler(self.context, program, options, self)
         compiled = self._compiled(target) if target is not None else None
-        return making.plan(compiled, backend, prove=prove)
+        return compiler.plan(compiled, backend, prove=prove)
 
     @verb("The module cannot be refitted")
     def refit(  # noqa: PLR0913 - one verb; all but two are given by name
@@ -215,13 +228,20 @@ class Pipeline:
         compiled = self._compiled(target)
         if copy and compiled is target:
             compiled = self.copy(compiled)
-        how: dict[str, Any] = {"plan": plan, "inputs": inputs, "reference": reference}
-        how |= {"verify": verify, "partial": partial, "delta": delta, "rollback": rollback}
-        how["reset_state"] = reset_state
-        return run_tasks(self, [refit_task(self, compiled, weights, how)])[0]
+        options = {
+            "plan": plan,
+            "inputs": inputs,
+            "reference": reference,
+            "verify": verify,
+            "partial": partial,
+            "delta": delta,
+            "rollback": rollback,
+            "reset_state": reset_state,
+        }
+        return self._run([refit_task(self.context, compiled, weights, options)])[0]
 
     @verb("The modules cannot be refitted")
-    def refit_all(self, modules: Iterable[Sequence[Any]], **how: Any) -> RefitResults:
+    def refit_all(self, modules: Iterable[Sequence[Any]], **options: Any) -> RefitResults:
         """Refit several modules in one transaction: all of them, or none.
 
         While weights are staged all modules serve; then the calls of all of them wait until all are
@@ -230,14 +250,14 @@ class Pipeline:
         Args:
             modules: ``(target, weights)`` for each, or ``(target, weights, {"inputs": (x,)})`` with
                 arguments of ``refit`` for this one.
-            **how: Arguments of ``refit`` for all: ``verify``, ``partial``, ``delta``, ...
+            **options: Arguments of ``refit`` for all: ``verify``, ``partial``, ``delta``, ...
 
         Raises:
             ConfigError: A module is given twice, or there is no such argument.
             RefitError: As ``refit`` raises it, with the problems of all modules; unless it is a
                 ``ModuleLostError``, all of them answer as before.
         """
-        return run_tasks(self, refit_tasks(self, modules, how, self._compiled))
+        return self._run(refit_tasks(self.context, modules, options, self._compiled))
 
     @verb("The weights cannot be restored")
     def restore(
@@ -268,22 +288,26 @@ class Pipeline:
             RefitError: As ``refit`` raises it; unless it is a ``ModuleLostError``, the module
                 answers as before.
         """
-        as_ways([(compiled, version)])
-        back = RestoreRequest(version, inputs, reference, verify)
-        return run_tasks(self, [return_task(self, compiled, back)])[0]
+        as_versions([(compiled, version)])
+        request = RestoreRequest(version=version, inputs=inputs, reference=reference, verify=verify)
+        return self._run([restore_task(self.context, compiled, request)])[0]
 
     @verb("The weights cannot be restored")
-    def restore_all(self, back: Iterable[tuple[CompiledModule, int]]) -> RefitResults:
+    def restore_all(self, modules: Iterable[tuple[CompiledModule, int]]) -> RefitResults:
         """Go back to earlier weights of several modules, in one transaction.
 
         Args:
-            back: Modules, and the numbers of their weights; see ``restore``.
+            modules: Modules, each with a version of its weights; see ``restore``.
 
         Raises:
             RefitError: As ``restore`` raises it, with the problems of all modules.
         """
-        ways = [(compiled, RestoreRequest(version)) for compiled, version in as_ways(back)]
-        return run_tasks(self, [return_task(self, *way, delta=False) for way in ways])
+        return self._run(
+            [
+                restore_task(self.context, one, RestoreRequest(version=version), delta=False)
+                for one, version in as_versions(modules)
+            ]
+        )
 
     @verb("The module cannot be copied")
     def copy(self, compiled: CompiledModule) -> CompiledModule:
@@ -316,8 +340,8 @@ class Pipeline:
             VerificationError: It does not; ``problems`` lists what differs, and ``report`` is the
                 :class:`~refitkit.model.VerificationResult`.
         """
-        wish = RefitRequest(weights, plan, inputs, reference, with_)
-        return verify_live(self.host, self.config, self._compiled(target), wish)
+        options = VerifyOptions(inputs=inputs, reference=reference, verify=with_)
+        return verify_live(self.context, self._compiled(target), weights, plan, options)
 
     @verb("The weights cannot be compared")
     def diff(
@@ -356,7 +380,7 @@ class Pipeline:
                 them for.
         """
         rules = rules_a or {}, rules_b or {}
-        return Differ(self.host, self.config, self.load, plan, rules).diff(a, b)
+        return Differ(self.context, self.load, plan, rules).diff(a, b)
 
     @verb("The weights cannot be opened")
     def open_weights(self, weights: object, plan: RefitPlan | None = None) -> WeightSource:
@@ -371,8 +395,8 @@ class Pipeline:
             SourceError: It cannot be read.
             WeightMismatchError: A transform cannot use entries that belong to it.
         """
-        source = loading.open_weights(self.host, weights, self.config)
-        return source if plan is None else transformed(self.host, self.config, plan, source)
+        source = open_weights(self.context, weights)
+        return source if plan is None else transformed(self.context, plan, source)
 
     @verb("The module cannot be described")
     def describe(self, path: str | Path) -> Mapping[str, Any]:
@@ -381,7 +405,7 @@ class Pipeline:
         Raises:
             UnsupportedTargetError: It is missing, damaged, or of no backend.
         """
-        return described(self.backends, path)
+        return describe(self.context, path)
 
     @verb("The plan cannot be read")
     def read_plan(self, path: str | Path) -> RefitPlan:
@@ -391,12 +415,19 @@ class Pipeline:
             PlanMismatchError: It is missing, or there is no plan in it that can be read.
             UnsupportedTargetError: It is a saved module, and damaged.
         """
-        return plan_in(self.backends, path, self.open_weights)
+        return plan_in(self.context, path)
 
     def _compiled(self, target: object) -> CompiledModule:
         return target if isinstance(target, CompiledModule) else self.load(target)
 
+    def _run(self, tasks: Sequence[Task]) -> RefitResults:
+        drafts = run(self.context, tasks)
+        return RefitResults(
+            RefitResult(task.compiled, draft, self)
+            for task, draft in zip(tasks, drafts, strict=True)
+        )
+
     @verb("The module cannot be saved")
     def save(self, compiled: CompiledModule, path: str | Path) -> None:
         """Write a module with its present weights, plan and program; see its own ``save``."""
-        save_module(self.host, compiled, path)
+        save_module(self.context, compiled, path)

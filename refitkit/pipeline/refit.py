@@ -1,53 +1,185 @@
-"""What a refit does before anything is staged: load, compare, map, check, prepare."""
+"""One refit from the user's request to the verdict, of one module or of several.
+
+``run`` takes tasks, one for each module, through one transaction. A ``RefitTask`` does everything
+that can be done before anything is staged: load, compare, map, check and prepare. The other kind of
+task is in ``restore.py``. The rest is in ``transaction.py``.
+"""
 
 from __future__ import annotations
 
 from collections import abc
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from refitkit.errors import ConfigError, PlanMismatchError, Problem, SourceError, raised_as
-from refitkit.pipeline import verify
-from refitkit.pipeline.check import check_abilities, check_weights
-from refitkit.pipeline.clock import StageClock
+from refitkit.errors import (
+    ConfigError,
+    PlanMismatchError,
+    Problem,
+    RefitError,
+    SourceError,
+    VerificationError,
+    raised_as,
+)
+from refitkit.pipeline.checks import check_abilities, check_weights, judged_where_staged
 from refitkit.pipeline.delta import Delta
-from refitkit.pipeline.finite import judged_where_staged
-from refitkit.pipeline.held import WeightState
-from refitkit.pipeline.load import for_one_refit, require_unchanged
-from refitkit.pipeline.mapping import map_slots, require_all, require_reached
+from refitkit.pipeline.gate import in_order, inside_all
+from refitkit.pipeline.history import WeightState
+from refitkit.pipeline.mapping import (
+    differing,
+    left,
+    map_slots,
+    overrides,
+    require_all,
+    require_reached,
+)
 from refitkit.pipeline.needs import require_needs
-from refitkit.pipeline.overrides import differing, left, overrides
-from refitkit.pipeline.report import Findings
-from refitkit.pipeline.tools import tools_for
+from refitkit.pipeline.report import ReportDraft
+from refitkit.pipeline.targets import for_one_refit, require_unchanged
+from refitkit.pipeline.transaction import ModuleTransaction, Prepared, Transaction
 from refitkit.pipeline.transform import Transformed, transformed
-from refitkit.pipeline.writing import Prepared
-from refitkit.protocols import VerifyRequest
+from refitkit.pipeline.verify import VerifyOptions, verification, why_unused
 from refitkit.recipe import RefitPlan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from refitkit.config import Config
-    from refitkit.host import Host
-    from refitkit.model import VerificationResult
-    from refitkit.pipeline.compiled import CompiledModule
+    from refitkit.model import SlotKey
+    from refitkit.pipeline.context import Context
     from refitkit.pipeline.mapping import SlotMapping
-    from refitkit.protocols import OpenedModule, Plan, WeightSource
+    from refitkit.pipeline.module import CompiledModule
+    from refitkit.pipeline.verify import Judge
+    from refitkit.protocols import Plan, WeightSource
 
+T = TypeVar("T")
 
 _WITH_OPTIONS = 3
 _ON_JOBS = 'Pass [(module, weights), ...], or (module, weights, {"inputs": (x,)}) for some of them.'
 
 
-@dataclass(frozen=True)
-class RefitRequest:
-    """What a user asks of one refit; see ``refitkit.refit``."""
+# -- running tasks ------------------------------------------------------------------------------
+
+
+class Task(Protocol):
+    """New weights for one module."""
+
+    @property
+    def compiled(self) -> CompiledModule:
+        """The module."""
+
+    def prepare(self) -> Prepared:
+        """Do all that can be done before anything is staged, and change nothing."""
+
+
+def run(context: Context, tasks: Sequence[Task]) -> list[ReportDraft]:
+    """Carry out all tasks in one transaction.
+
+    Returns:
+        The facts for the report of each task, in their order.
+
+    Raises:
+        ConfigError: Two tasks are for one module.
+        RefitError: Refused or failed, with the problems of all tasks. Unless it is a
+            ``ModuleLostError``, all modules answer as before.
+    """
+    _require_distinct(tasks)
+    gates = in_order(task.compiled.gate for task in tasks)
+    return inside_all([gate.refit for gate in gates], lambda: _run(context, tasks))
+
+
+def _run(context: Context, tasks: Sequence[Task]) -> list[ReportDraft]:
+    names = [_name(number, task) for number, task in enumerate(tasks)]
+    prepared = each(names, [task.prepare for task in tasks])
+    modules = [
+        ModuleTransaction(context, task.compiled, one, name if len(tasks) > 1 else "")
+        for task, one, name in zip(tasks, prepared, names, strict=True)
+    ]
+    try:
+        each(names, [module.stage for module in modules])
+        Transaction(modules).run()
+    finally:
+        for module in modules:
+            module.discard()
+    return [module.draft for module in modules]
+
+
+def _name(number: int, task: Task) -> str:
+    return f"module {number + 1} ({task.compiled.backend})"
+
+
+def _require_distinct(tasks: Sequence[Task]) -> None:
+    first: dict[int, int] = {}
+    twice = [
+        Problem(_name(number, task), "the same module", hint=f"it is module {seen + 1}, too")
+        for number, task in enumerate(tasks)
+        if (seen := first.setdefault(_identity(task.compiled), number)) != number
+    ]
+    if twice:
+        hint = "Give each module once, with all its weights."
+        raise ConfigError("A module can be refitted once at a time.", problems=twice, hint=hint)
+
+
+def _identity(compiled: CompiledModule) -> int:
+    """Equal for handles of one module: a handle, and the handle that it was loaded from."""
+    return id(compiled if compiled.target is None else compiled.target)
+
+
+def each(names: Sequence[str], actions: Sequence[Callable[[], T]]) -> list[T]:
+    """The results of all actions.
+
+    Args:
+        names: Names of the modules in errors, if there are several.
+        actions: One action for each module.
+
+    Raises:
+        RefitError: Some actions were refused: one error with all problems, which names the modules.
+    """
+    done: list[T] = []
+    refused: list[tuple[str, RefitError]] = []
+    for name, action in zip(names, actions, strict=True):
+        try:
+            done.append(action())
+        except RefitError as exc:
+            if len(names) == 1:
+                raise
+            refused.append((name, exc))
+    if refused:
+        raise _as_one(refused, len(names)) from refused[0][1]
+    return done
+
+
+def _as_one(refused: Sequence[tuple[str, RefitError]], of: int) -> RefitError:
+    """One error for several; of their type if they share it, and with the report of the first."""
+    errors = [error for _, error in refused]
+    kinds = {type(error) for error in errors}
+    kind = kinds.pop() if len(kinds) == 1 else RefitError
+    problems = [
+        replace(problem, subject=f"{name}: {problem.subject}")
+        for name, error in refused
+        for problem in error.problems or [Problem(type(error).__name__, "refused", error.message)]
+    ]
+    reasons = " ".join(f"{name[0].upper()}{name[1:]}: {error.message}" for name, error in refused)
+    hints = dict.fromkeys(error.hint for error in errors if error.hint)
+    one = kind(
+        f"{len(refused)} of {of} modules cannot be refitted, and none was. {reasons}",
+        problems=problems,
+        hint=" ".join(hints),
+    )
+    if isinstance(one, VerificationError) and isinstance(errors[0], VerificationError):
+        one.report = errors[0].report
+    return one
+
+
+# -- requests of users ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefitRequest(VerifyOptions):
+    """A user's request for one refit; see :func:`refitkit.refit` for the meanings."""
 
     weights: object
     plan: RefitPlan | None = None
-    inputs: Any = None
-    reference: Any = None
-    verify: str | None = None
     partial: bool = False
     delta: bool = False
     rollback: bool = True
@@ -57,31 +189,70 @@ class RefitRequest:
 _OPTIONS = frozenset(field.name for field in fields(RefitRequest)) - {"weights"}
 
 
-def as_jobs(
-    modules: Iterable[Sequence[Any]], how: dict[str, Any]
-) -> list[tuple[object, object, dict[str, Any]]]:
-    """Targets, weights and options as users give them for several modules.
+def refit_task(
+    context: Context, compiled: CompiledModule, weights: object, options: abc.Mapping[str, Any]
+) -> RefitTask:
+    """A task that gives a module new weights.
+
+    Args:
+        context: Plugins and settings.
+        compiled: The module.
+        weights: The weights, as the user gave them.
+        options: Arguments of ``Pipeline.refit``. The settings decide about those that are None.
+    """
+    config = context.config
+    chosen = {name: value for name, value in options.items() if value is not None}
+    defaults = {"delta": config.delta, "rollback": config.rollback}
+    return RefitTask(context, compiled, RefitRequest(weights=weights, **{**defaults, **chosen}))
+
+
+def refit_tasks(
+    context: Context,
+    modules: Iterable[Sequence[Any]],
+    options: dict[str, Any],
+    load: Callable[[object], CompiledModule],
+) -> list[RefitTask]:
+    """Tasks that give several modules new weights; see ``Pipeline.refit_all``.
+
+    Args:
+        context: Plugins and settings.
+        modules: Targets, weights and, for some, options.
+        options: Options for all.
+        load: Gives the handle of a target.
 
     Raises:
-        ConfigError: Something else than those, or options that do not exist; lists all of them.
+        ConfigError: The arguments are unusable; lists all that is wrong.
+        RefitError: Targets cannot be opened; with the problems of all of them.
     """
+    jobs = _as_jobs(modules, options)
+    opened = _opened([target for target, _, _ in jobs], load)
+    return [
+        refit_task(context, compiled, weights, own)
+        for compiled, (_, weights, own) in zip(opened, jobs, strict=True)
+    ]
+
+
+def _as_jobs(
+    modules: Iterable[Sequence[Any]], options: dict[str, Any]
+) -> list[tuple[object, object, dict[str, Any]]]:
+    """Targets, weights and options."""
     if not isinstance(modules, abc.Iterable) or isinstance(modules, str | abc.Mapping):
         raise ConfigError(f"A {type(modules).__name__} is no list of modules.", hint=_ON_JOBS)
     jobs: list[tuple[object, object, dict[str, Any]]] = []
     problems: list[Problem] = []
     for number, job in enumerate(modules, 1):
-        wrong = list(_wrong_with(job, how))
+        wrong = list(_wrong_with(job, options))
         problems += [replace(problem, subject=f"module {number}") for problem in wrong]
         if not wrong:
             own = job[2] if len(job) == _WITH_OPTIONS else {}
-            jobs.append((job[0], job[1], {**how, **own}))
+            jobs.append((job[0], job[1], {**options, **own}))
     if problems:
         message = "These modules cannot be refitted together."
         raise ConfigError(message, problems=problems, hint=_ON_JOBS)
     return jobs
 
 
-def _wrong_with(job: Any, how: dict[str, Any]) -> Iterator[Problem]:
+def _wrong_with(job: Any, options: dict[str, Any]) -> Iterator[Problem]:
     if not isinstance(job, tuple | list) or len(job) not in {2, 3}:
         yield Problem("", "no pair", repr(job)[:80], "(module, weights, options)")
         return
@@ -90,9 +261,29 @@ def _wrong_with(job: Any, how: dict[str, Any]) -> Iterator[Problem]:
         yield Problem("", "no options", repr(own)[:80], "a dict of arguments of refit")
         return
     names = ", ".join(sorted(_OPTIONS))
-    for name in {**how, **own}:
+    for name in {**options, **own}:
         if name not in _OPTIONS:
             yield Problem("", "no such option", str(name), names)
+
+
+def _opened(
+    targets: Sequence[object], load: Callable[[object], CompiledModule]
+) -> list[CompiledModule]:
+    """Handles of targets. An object that is given twice has one handle, and is refused later."""
+    handles: dict[int, CompiledModule] = {}
+
+    def open_once(target: object) -> CompiledModule:
+        if isinstance(target, str | Path):  # each path is opened anew
+            return load(target)
+        if id(target) not in handles:
+            handles[id(target)] = load(target)
+        return handles[id(target)]
+
+    names = [f"module {number}" for number in range(1, len(targets) + 1)]
+    return each(names, [partial(open_once, target) for target in targets])
+
+
+# -- one refit, before anything is staged ---------------------------------------------------------
 
 
 class RefitTask:
@@ -102,159 +293,137 @@ class RefitTask:
         compiled: The module.
     """
 
-    def __init__(self, host: Host, config: Config, compiled: CompiledModule, wish: RefitRequest) -> None:
-        """Prepare one; nothing is touched yet."""
-        self._host, self._config, self._wish = host, config, wish
+    def __init__(self, context: Context, compiled: CompiledModule, request: RefitRequest) -> None:
+        """Touch nothing yet."""
+        self._context, self._request = context, request
         self.compiled, self._module = compiled, compiled.opened
-        self._clock = StageClock(host, "refit")
         self._delta: Delta | None = None
         self._overridden: frozenset[str] = frozenset()
 
     def prepare(self) -> Prepared:
-        """Do all that can be done before anything is staged.
+        """Load, compare, map, check and prepare, and change nothing.
 
         Raises:
-            RefitError: Refused or failed; nothing has changed.
+            RefitError: Refused or failed.
         """
-        before, wish = self.compiled.version, self._wish
-        self._found = Findings(self.compiled.backend, before, wish.partial, wish.delta, self._clock)
-        with self._clock.stage("load"):
-            source = for_one_refit(self._host, wish.weights, self._config, rollback=wish.rollback)
+        request, clock = self._request, self._context.clock("refit")
+        self._draft = draft = ReportDraft(
+            backend=self.compiled.backend,
+            before=self.compiled.version,
+            clock=clock,
+            partial=request.partial,
+            delta=request.delta,
+        )
+        with clock.stage("load"):
+            source = for_one_refit(self._context, request.weights, rollback=request.rollback)
             plan = self._bound_plan()
-            self._found.left_out = differing(plan, source, self._config.rules.wrappers)
-            source = self._transformed(plan, source)
-            self._found.source = source.description
-        self._delta = self._compared(plan, source) if wish.delta else None
-        with self._clock.stage("map"):
-            unchanged = self._delta.unchanged if self._delta else frozenset()
-            mapping = self._map(plan, source, unchanged)
-            self._found.mapping = mapping
-        with self._clock.stage("check"):
+            draft.left_out = differing(plan, source, self._context.config.rules.wrappers)
+            source = transformed(self._context, plan, source, partial=request.partial)
+            if isinstance(source, Transformed):
+                draft.transforms = source.rows
+            draft.source = source.description
+        if request.delta:
+            with clock.stage("compare"):
+                self._delta = self._compare(plan, source)
+        with clock.stage("map"):
+            mapping = self._map(plan, source, self._delta.unchanged if self._delta else frozenset())
+            draft.mapping = mapping
+        with clock.stage("check"):
             self._check(plan, source, mapping)
-        with self._clock.stage("prepare"):
+        with clock.stage("prepare"):
             judge = self._judge(plan, source, mapping)
         return Prepared(
-            found=self._found,
+            draft=draft,
             plan=plan,
             judge=judge,
-            whole=lambda: self._whole(source, mapping),
-            held=self._held,
-            read=lambda: require_unchanged(source, reread=self._config.reread),
-            partial=wish.partial,
-            rollback=wish.rollback,
-            finite=self._config.check_finite,
+            all_values=lambda: self._with_unchanged(source, mapping),
+            state_after=self._state_after,
+            require_read=lambda: require_unchanged(source, reread=self._context.config.reread),
+            partial=request.partial,
+            rollback=request.rollback,
+            check_finite=self._context.config.check_finite,
         )
 
     def _bound_plan(self) -> RefitPlan:
-        plan = self._wish.plan if self._wish.plan is not None else self.compiled.plan
+        """The plan, checked against the plugins and the module's slots."""
+        plan = self._request.plan if self._request.plan is not None else self.compiled.plan
         if plan is None:
             raise PlanMismatchError(
-                "The module has no plan, so nobody knows which weight goes into which slot.",
-                hint="Make one from the program that was compiled: "
+                "The module has no plan, so nothing says which weight goes into which slot.",
+                hint="Make a plan from the program that was compiled: "
                 "plan = refitkit.plan(program, target=compiled).",
             )
         if not isinstance(plan, RefitPlan):
             raise ConfigError(
-                f"plan= is a {type(plan).__name__}.",
-                hint="Pass what refitkit.plan gives, or refitkit.RefitPlan.load(path).",
+                f"plan= must be a RefitPlan, and is a {type(plan).__name__}.",
+                hint="Pass the result of refitkit.plan, or refitkit.RefitPlan.load(path).",
             )
-        require_needs(self._host, self._config, plan)
+        require_needs(self._context, plan)
         plan.check_engines(self.compiled.backend, self.compiled.slots)
         return plan
 
-    def _transformed(self, plan: RefitPlan, source: WeightSource) -> WeightSource:
-        """The weights as the program reads them."""
-        partial = self._wish.partial
-        made = transformed(self._host, self._config, plan, source, partial=partial)
-        if isinstance(made, Transformed):
-            self._found.transforms = made.rows
-        return made
+    def _compare(self, plan: RefitPlan, source: WeightSource) -> Delta:
+        state = self.compiled.state
+        with raised_as(SourceError, f"{source.description} cannot be compared"):
+            return Delta(plan, self._module, source, state.live, state.version)
 
-    def _compared(self, plan: RefitPlan, source: WeightSource) -> Delta:
-        held = self.compiled.held
-        unreadable = raised_as(SourceError, f"{source.description} cannot be compared")
-        with self._clock.stage("compare"), unreadable:
-            return Delta(plan, self._module, source, held.live, held.version)
-
-    def _map(
-        self, plan: Plan, source: WeightSource, unchanged: frozenset[tuple[str, str]]
-    ) -> SlotMapping:
-        return map_slots(
-            self._host,
-            plan,
-            self._module,
-            source,
-            self.compiled.program,
-            self._config,
-            unchanged=unchanged,
-        )
+    def _map(self, plan: Plan, source: WeightSource, unchanged: frozenset[SlotKey]) -> SlotMapping:
+        program = self.compiled.program
+        return map_slots(self._context, plan, self._module, source, program, unchanged=unchanged)
 
     def _check(self, plan: RefitPlan, source: WeightSource, mapping: SlotMapping) -> None:
-        partial, overwrite = self._wish.partial, not self._wish.rollback
+        partial, overwrite = self._request.partial, not self._request.rollback
         check_weights(
-            self._host,
+            self._context,
             plan,
             self._module,
             source,
             partial=partial,
-            config=self._config,
             unchanged=self._delta.same if self._delta else frozenset(),
             deferred=judged_where_staged(mapping.values, self._module, overwrite=overwrite),
         )
-        check_abilities(self._module, partial=partial, overwrite=overwrite, config=self._config)
+        config = self._context.config
+        check_abilities(self._module, partial=partial, overwrite=overwrite, config=config)
         with raised_as(SourceError, f"{source.description} cannot be read"):
             if partial:
                 mapping.keep_pinned()
-                before = self.compiled.held.overridden
+                before = self.compiled.state.overridden
                 require_reached(mapping, source, before)
                 self._overridden = left(before, plan, source)
             else:
                 require_all(mapping, source)
                 self._overridden = overrides(plan, source)
             mapping.require_complete(source.names() if partial else None)
-        if self._wish.reset_state:
+        if self._request.reset_state:
             mapping.reset_state()
 
-    def _judge(
-        self, plan: RefitPlan, source: WeightSource, mapping: SlotMapping
-    ) -> Callable[[OpenedModule], VerificationResult] | None:
-        wish = self._wish
-        inputs = verify.as_inputs(wish.inputs)
-        verify.require_used(wish.reference, inputs, wish.verify)
-        self._found.unused = verify.why_unused(inputs, wish.verify, self._module)
-        verifier = verify.choose(
-            self._host, wish.verify, self._module, with_inputs=inputs is not None
-        )
-        if verifier is None:
-            return None
-        request = VerifyRequest(
+    def _judge(self, plan: RefitPlan, source: WeightSource, mapping: SlotMapping) -> Judge | None:
+        self._draft.unused = why_unused(self._request, self._module)
+        return verification(
+            self._context,
+            self.compiled,
+            self._request,
+            verb="refit",
             plan=plan,
-            module=self._module,
             source=source,
-            values=self._whole(source, mapping).values,
-            inputs=inputs,
-            reference=wish.reference,
-            program=self.compiled.program,
-            tolerances=verify.tolerances_for(self._config, self._module),
-            tools=tools_for(self._host, self._config, "refit", "verify"),
+            values=lambda: self._with_unchanged(source, mapping).values,
         )
-        return verify.prepared(verifier, request)
 
-    def _whole(self, source: WeightSource, mapping: SlotMapping) -> SlotMapping:
-        """Values of unchanged slots, too."""
+    def _with_unchanged(self, source: WeightSource, mapping: SlotMapping) -> SlotMapping:
+        """The mapping, with values of the unchanged slots too."""
         if not mapping.unchanged:
             return mapping
         whole = self._map(mapping.plan, source, frozenset())
-        if self._wish.partial:
+        if self._request.partial:
             whole.keep_pinned()
-        if self._wish.reset_state:
+        if self._request.reset_state:
             whole.reset_state()
         whole.values.update(mapping.values)
         return whole
 
-    def _held(self, mapping: SlotMapping) -> WeightState:
-        """What the module will hold once these values are live."""
-        version, live = self._found.before + 1, None
+    def _state_after(self, mapping: SlotMapping) -> WeightState:
+        """The module's state, but for its history, once these values are live."""
+        live = None
         if self._delta is not None:
-            live = self._delta.after(mapping.values, version)
-        return WeightState(version=version, live=live, overridden=self._overridden)
+            live = self._delta.after(mapping.values, self._draft.version)
+        return WeightState(version=self._draft.version, live=live, overridden=self._overridden)

@@ -1,14 +1,14 @@
-"""What is known of a refit while it runs, and the report made of it.
+"""The facts of one refit, collected while it runs, and the report made of them.
 
-Everything is collected before the commit, so that making a report later calls no engine, no plugin
-and no source, and cannot fail.
+Stages write into a ``ReportDraft``. ``close`` is called once the verdict is in: it drops the
+weights and reads everything that engines, plugins and sources have to say. So making the report
+later calls none of them and cannot fail.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from refitkit.model import RefitReport
 from refitkit.pipeline.changes import Changes
@@ -17,19 +17,14 @@ from refitkit.pipeline.mapping import MappingSummary
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from refitkit.model import (
-        EngineMemory,
-        KeptWeights,
-        StageTime,
-        TransformRow,
-        VerificationResult,
-    )
-    from refitkit.pipeline.clock import StageClock
+    from refitkit.model import EngineMemory, KeptWeights, TransformRow, VerificationResult
+    from refitkit.pipeline.context import StageClock
     from refitkit.pipeline.mapping import SlotMapping
+
+Outcome: TypeAlias = Literal["committed", "rolled-back"]
 
 UNVERIFIED = "nothing was verified after the commit: only staging was checked"
 UNCHANGED = "the new weights are bit for bit those that the module held: nothing changed"
-NOBODY = MappingSummary((), {}, {}, frozenset())
 ON_LEFT_OUT = "to set them, name them in a state_dict or pass a program"
 UNUSED = "inputs= were given and not used"
 LEFT_OUT = "the module's buffers that no state_dict holds differ from the plan's, which stay"
@@ -37,24 +32,32 @@ STATE_KEPT = "state that calls write was kept, as the weights do not contain it"
 STATE_RESET = "state that calls write was reset to its value at export"
 BASE_LOST = "the weights that the module was compiled or loaded with are no longer kept"
 
+_NO_SLOTS = MappingSummary((), {}, {}, frozenset())
+
 
 @dataclass
-class Findings:
-    """What is known so far; see ``RefitReport`` for the meanings.
+class ReportDraft:
+    """The facts of one refit; see :class:`~refitkit.model.RefitReport` for most meanings.
 
     Attributes:
-        base_lost: Why the weights of version 0 cannot be gone back to from now on.
-        left_out: Buffers of a live module that are not what the plan keeps.
-        unused: Why inputs were given in vain.
+        before: Version of the weights before the refit.
+        clock: Times the stages.
+        mapping: Values of the slots; None before they are mapped, and once the draft is closed.
+        summary: How slots were served; there once the draft is closed.
+        base_lost: Why the weights of version 0 cannot be restored from now on; empty if they can.
+        left_out: Buffers of a live module that differ from the values that the plan keeps.
+        transforms: Gives the rows of the transforms.
+        unused: Why the given inputs were not used; empty if they were.
     """
 
     backend: str
     before: int
-    partial: bool
-    delta: bool
     clock: StageClock
+    partial: bool = False
+    delta: bool = False
     source: str = ""
     mapping: SlotMapping | None = None
+    summary: MappingSummary | None = None
     changed: bool | None = None
     changes: Changes = field(default_factory=Changes)
     memory: tuple[EngineMemory, ...] = ()
@@ -64,107 +67,86 @@ class Findings:
     transforms: Callable[[], tuple[TransformRow, ...]] = tuple
     verification: VerificationResult | None = None
     unused: str = ""
+    _report: RefitReport | None = field(default=None, repr=False)
 
-    def outcome(self, outcome: Literal["committed", "rolled-back"]) -> Outcome:
-        """What is known so far, and how it went."""
-        return Outcome(
+    @property
+    def version(self) -> int:
+        """Version of the new weights, once they are committed."""
+        return self.before + 1
+
+    def close(self) -> None:
+        """Drop the weights. From now on ``committed`` calls no engine, plugin or source."""
+        rows = self.transforms()
+        self.transforms = lambda: rows
+        self.summary = self._summary()
+        self.mapping = None
+
+    @property
+    def committed(self) -> RefitReport:
+        """The report of a committed refit, made when it is first asked for.
+
+        A row for each slot takes longer than some refits.
+        """
+        if self._report is None:
+            self._report = self.report("committed")
+        return self._report
+
+    def report(self, outcome: Outcome) -> RefitReport:
+        """A report of the facts so far."""
+        summary, transforms = self._summary(), self.transforms()
+        return RefitReport(
             outcome=outcome,
             backend=self.backend,
             source=self.source,
-            version=self.before + (outcome == "committed"),
-            partial=self.partial,
-            delta=self.delta,
-            changed=self.changed,
-            changes=self.changes,
-            stages=self.clock.stages,
-            memory=self.memory,
-            kept=self.kept,
-            served=self.mapping.served() if self.mapping else NOBODY,
-            transforms=self.transforms(),
-            verification=self.verification,
-            base_lost=self.base_lost,
-            left_out=self.left_out,
-            unused=self.unused,
-        )
-
-    def report(self, outcome: Literal["committed", "rolled-back"]) -> RefitReport:
-        """A report of what is known so far."""
-        return self.outcome(outcome).report
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a refit went: all that a report says, and nothing of the weights.
-
-    A row for each slot takes longer than some refits, so the report is made when it is asked for.
-    """
-
-    outcome: Literal["committed", "rolled-back"]
-    backend: str
-    source: str
-    version: int
-    partial: bool
-    delta: bool
-    changed: bool | None
-    changes: Changes
-    stages: tuple[StageTime, ...]
-    memory: tuple[EngineMemory, ...]
-    kept: tuple[KeptWeights, ...]
-    served: MappingSummary
-    transforms: tuple[TransformRow, ...]
-    verification: VerificationResult | None
-    base_lost: str
-    left_out: tuple[str, ...]
-    unused: str
-
-    @cached_property
-    def report(self) -> RefitReport:
-        """The report."""
-        return RefitReport(
-            outcome=self.outcome,
-            backend=self.backend,
-            source=self.source,
-            version=self.version,
+            version=self.version if outcome == "committed" else self.before,
             partial=self.partial,
             delta=self.delta,
             changed=self.changed,
             changes=self.changes.rows,
-            slots_written=len(self.served.slots),
-            slots_unchanged=len(self.served.unchanged),
-            bytes_written=self.served.nbytes,
-            stages=self.stages,
+            slots_written=len(summary.slots),
+            slots_unchanged=len(summary.unchanged),
+            bytes_written=summary.nbytes,
+            stages=self.clock.stages,
             memory=self.memory,
             kept=self.kept,
-            ledger=self.served.rows(),
-            state=self.served.state_rows(),
-            transforms=self.transforms,
+            ledger=summary.rows(),
+            state=summary.state_rows(),
+            transforms=transforms,
             verification=self.verification,
-            notes=self._notes(),
+            notes=tuple(self._notes(summary, transforms)),
         )
 
-    def _notes(self) -> tuple[str, ...]:
-        notes = [UNCHANGED] if self.changed is False else []
-        notes += dict.fromkeys(row.note for row in self.transforms if row.note)
-        notes += self.changes.notes
-        notes += self._state_notes()
-        if self.left_out:
-            notes.append(f"{LEFT_OUT}: {', '.join(self.left_out)} ({ON_LEFT_OUT})")
-        if self.base_lost:
-            notes.append(f"{BASE_LOST}: {self.base_lost}")
-        if self.unused:
-            notes.append(f"{UNUSED}: {self.unused}")
-        if not self.verification:
-            notes.append(UNVERIFIED)
-        return tuple(notes)
+    def _summary(self) -> MappingSummary:
+        if self.summary is not None:
+            return self.summary
+        return _NO_SLOTS if self.mapping is None else self.mapping.summary()
 
-    def _state_notes(self) -> Iterator[str]:
-        """Which slots that calls write were kept, and which were reset."""
-        several = len({row.slot.engine for row in self.served.ledger}) > 1
-        for outcome, text, hint in (
-            ("kept", STATE_KEPT, " (reset_state=True resets it)"),
-            ("reset", STATE_RESET, ""),
-        ):
-            keys = [key for key, found in self.served.state if found == outcome]
-            if keys:
-                shown = ", ".join("/".join(key) if several else key[1] for key in keys)
-                yield f"{text}: {shown}{hint}"
+    def _notes(
+        self, summary: MappingSummary, transforms: tuple[TransformRow, ...]
+    ) -> Iterator[str]:
+        if self.changed is False:
+            yield UNCHANGED
+        yield from dict.fromkeys(row.note for row in transforms if row.note)
+        yield from self.changes.notes
+        yield from _state_notes(summary)
+        if self.left_out:
+            yield f"{LEFT_OUT}: {', '.join(self.left_out)} ({ON_LEFT_OUT})"
+        if self.base_lost:
+            yield f"{BASE_LOST}: {self.base_lost}"
+        if self.unused:
+            yield f"{UNUSED}: {self.unused}"
+        if not self.verification:
+            yield UNVERIFIED
+
+
+def _state_notes(summary: MappingSummary) -> Iterator[str]:
+    """A note on the state that was kept, and one on the state that was reset."""
+    several = len({row.slot.engine for row in summary.ledger}) > 1
+    for outcome, text, hint in (
+        ("kept", STATE_KEPT, " (reset_state=True resets it)"),
+        ("reset", STATE_RESET, ""),
+    ):
+        keys = [key for key, found in summary.state if found == outcome]
+        if keys:
+            shown = ", ".join("/".join(key) if several else key[1] for key in keys)
+            yield f"{text}: {shown}{hint}"

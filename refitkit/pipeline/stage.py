@@ -1,50 +1,57 @@
-"""The stage ``stage``: new values beside the live ones, in every engine."""
+"""The stage ``stage``: new values beside the live ones, in every engine.
+
+Values are computed when an engine asks for them. So a strategy that fails shows up here, as an
+engine that cannot stage; ``_attribute_failure`` finds out which of the two is at fault.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from refitkit.errors import EngineError, raised_as
+import torch
+
+from refitkit.errors import EngineError, PluginError, RefitError, raise_if_resource, raised_as
 from refitkit.model import EngineMemory
-from refitkit.pipeline.blame import require_sound
-from refitkit.protocols import SupportsOverwrite, SupportsPartial
+from refitkit.protocols import (
+    RemembersWeights,
+    SupportsOverwrite,
+    SupportsPartial,
+    SupportsReadback,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from refitkit.protocols import OpenedModule, SlotValue, StagedRefit
+    from refitkit.model import SlotKey
+    from refitkit.protocols import Engine, OpenedModule, SlotValue, StagedRefit
 
 
 class Staged:
-    """All engines of a module that have something staged.
+    """The engines of one module that have something staged.
 
-    Each of them is either handed out by ``take``, to be committed, or forgotten by ``discard``.
+    ``take`` hands each of them out, to be committed; ``discard`` drops those that are left.
     """
 
     def __init__(self, module: OpenedModule) -> None:
         """Start with nothing staged."""
         self._module = module
         self._waiting: list[tuple[str, StagedRefit]] = []
-        self._without: set[str] = set()  # engines without a way back
+        self._overwritten: set[str] = set()  # engines that cannot go back
 
     def fill(
-        self,
-        values: Mapping[tuple[str, str], SlotValue],
-        *,
-        partial: bool,
-        overwrite: bool = False,
+        self, values: Mapping[SlotKey, SlotValue], *, partial: bool, overwrite: bool = False
     ) -> None:
         """Stage all engines that there are values for.
 
         Args:
-            values: Values by ``(engine, slot)``.
+            values: New values of slots.
             partial: Whether slots without a value keep theirs.
-            overwrite: Whether engines that can are written to at the commit only, over what is
-                live, without a way back.
+            overwrite: Whether engines that can do so write over the live values at the commit,
+                and cannot go back.
 
         Raises:
-            EngineError: One failed; names it.
+            EngineError: An engine failed; names it.
             PluginError: A strategy's value failed; names the strategy and the slot.
         """
         by_engine: dict[str, list[SlotValue]] = defaultdict(list)
@@ -55,7 +62,7 @@ class Staged:
                 try:
                     staged = self._stage(name, some, partial=partial, overwrite=overwrite)
                 except Exception as exc:
-                    require_sound(some, exc)
+                    _attribute_failure(some, exc)
                     raise
             self._waiting.append((name, staged))
 
@@ -64,45 +71,90 @@ class Staged:
     ) -> StagedRefit:
         engine = self._module.engines[name]
         if overwrite and isinstance(engine, SupportsOverwrite):
-            self._without.add(name)
+            self._overwritten.add(name)
             return engine.stage_over(values)
         if partial and isinstance(engine, SupportsPartial):
             return engine.stage_partial(values)
         return engine.stage(values)
 
     def changed(self) -> bool | None:
-        """Whether any engine would change; None where one cannot tell and no other would."""
+        """Whether any engine would change. None if one cannot compare and no other would."""
         answers: list[bool | None] = []
         for name, staged in self._waiting:
             with raised_as(EngineError, f"The engine {name!r} failed to compare"):
                 answers.append(staged.changed())
-        if any(answers):
-            return True
+            if answers[-1]:
+                return True
         return None if None in answers else False
 
     def waiting(self) -> tuple[tuple[str, StagedRefit], ...]:
-        """Names of engines, and what is staged in each."""
+        """Names of engines, and the values staged in each."""
         return tuple(self._waiting)
 
     def memory(self) -> tuple[EngineMemory, ...]:
-        """What the way back costs each engine of the module."""
-        with raised_as(EngineError, "An engine failed to tell its memory"):
+        """The memory that each engine of the module needs for its way back."""
+        with raised_as(EngineError, "An engine failed to report its memory"):
             return tuple(
                 EngineMemory(engine=name, kind="none", bytes=0)
-                if name in self._without
+                if name in self._overwritten
                 else engine.memory
                 for name, engine in self._module.engines.items()
             )
 
     def take(self) -> Iterator[tuple[str, StagedRefit]]:
-        """Hand out one after another; what was handed out is no longer discarded here."""
+        """Hand out one engine after another; ``discard`` leaves alone what was handed out."""
         while self._waiting:
             yield self._waiting.pop(0)
 
     def discard(self) -> None:
-        """Forget what is still here. Live weights were never touched, so failures do not matter."""
+        """Drop what is left. Live weights were never touched, so failures do not matter."""
         for _, staged in self.take():
             try:
                 staged.discard()
             except BaseException:  # noqa: BLE001, S112 - the others must be tried, interrupted too
                 continue
+
+
+def live_reader(engine: Engine) -> Callable[[str], torch.Tensor | None] | None:
+    """The function that gives the live value of a slot, as an alias of the engine's memory.
+
+    It returns None for a slot that the engine does not remember. There is no such function for an
+    engine that can neither be read nor remembers its weights.
+    """
+    if isinstance(engine, SupportsReadback):
+        return engine.read
+    return engine.remembered if isinstance(engine, RemembersWeights) else None
+
+
+def _attribute_failure(values: Iterable[SlotValue], failure: Exception) -> None:
+    """Raise PluginError if a value, and not the engine, made staging fail.
+
+    The values are computed again, one after another, until one fails as staging did. Nothing is
+    computed if the failure was raised on purpose, or if the system refused a resource: the next
+    value would meet the same refusal.
+
+    Raises:
+        PluginError: A value fails in the same way, or is no tensor; names its strategy and slot.
+        ResourceError: The system refused a resource.
+    """
+    if isinstance(failure, RefitError):
+        return
+    raise_if_resource(failure, "New values cannot be staged")
+    for value in values:
+        fault = _fault_of(value, failure)
+        if fault:
+            slot = f"{value.slot.engine}/{value.slot.name}"
+            message = f"The strategy {value.strategy!r} {fault} for the slot {slot}."
+            hint = "Report it to its authors, or leave it out of Config.strategies."
+            raise PluginError(message, hint=hint) from failure
+
+
+def _fault_of(value: SlotValue, failure: Exception) -> str:
+    """The fault of a value, to follow the strategy's name; empty if it has none."""
+    try:
+        found: object = value.load()
+    except Exception as exc:  # noqa: BLE001 - it is compared with the other
+        if (type(exc), str(exc)) == (type(failure), str(failure)):
+            return f"failed with {type(exc).__name__}: {exc},"
+        return ""
+    return "" if isinstance(found, torch.Tensor) else f"gave a {type(found).__name__}, no tensor,"

@@ -14,7 +14,6 @@ from refitkit.errors import (
     WeightMismatchError,
     raised_as,
 )
-from refitkit.host import Host
 from refitkit.model import TransformRow
 from refitkit.protocols import HasNamings, KnowsRevisions, Made, TransformRequest
 from refitkit.recipe import pieces_of
@@ -27,8 +26,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from refitkit.config import Config
     from refitkit.model import TensorInfo
+    from refitkit.pipeline.context import Context
     from refitkit.protocols import Plan, WeightGroup, WeightSource, WeightTransform
 
 _HOOK = "refitkit_weight_transforms"
@@ -156,15 +155,14 @@ class Transformed:
 
 
 def transformed(
-    host: Host, config: Config, plan: Plan, source: WeightSource, *, partial: bool = False
+    context: Context, plan: Plan, source: WeightSource, *, partial: bool = False
 ) -> WeightSource:
     """A source as the program reads it: the source itself where no transform has a part in it.
 
     A source that has several sets of names is taken by the one with which most weights fit.
 
     Args:
-        host: All plugins.
-        config: Settings; transforms find their own in ``plugin_settings``.
+        context: Plugins, and settings; transforms find their own in ``plugin_settings``.
         plan: What the program reads.
         source: The weights as they were given.
         partial: Whether slots without a new value keep what they hold.
@@ -174,7 +172,7 @@ def transformed(
         PluginError: Two transforms make the same, or one is broken; names the plugins.
         SourceError: The source does not tell what it has.
     """
-    ordered = sorted(_transforms(host, config), key=_priority)
+    ordered = sorted(_transforms(context), key=_priority)
     with raised_as(SourceError, f"{source.description} cannot be read"):
         namings = source.namings() if isinstance(source, HasNamings) else ()
         if not namings:
@@ -265,10 +263,10 @@ def require_measured(rows: Iterable[TransformRow]) -> None:
         )
 
 
-def _transforms(host: Host, config: Config) -> Iterator[tuple[str, WeightTransform]]:
+def _transforms(context: Context) -> Iterator[tuple[str, WeightTransform]]:
     owners: dict[str, str] = {}
-    for plugin, transform in host.items(_HOOK, config=config):
-        Host.claim(owners, transform, plugin, _HOOK)
+    for plugin, transform in context.host.items(_HOOK, config=context.config):
+        context.host.claim(owners, transform, plugin, _HOOK)
         if not isinstance(getattr(transform, "priority", None), int):
             what = (
                 f"The plugin {plugin!r} offers the transform {transform.name!r} without a priority"
@@ -277,10 +275,14 @@ def _transforms(host: Host, config: Config) -> Iterator[tuple[str, WeightTransfo
         yield plugin, transform
 
 
-def _offers(plugin: str, transform: WeightTransform, request: TransformRequest) -> list[TransformOffer]:
+def _offers(
+    plugin: str, transform: WeightTransform, request: TransformRequest
+) -> list[TransformOffer]:
     what = f"The transform {transform.name!r} of the plugin {plugin!r} failed"
     with raised_as(PluginError, what, doing=f"Weights cannot be transformed by {transform.name!r}"):
-        return [TransformOffer(plugin, transform.name, group) for group in transform.groups(request)]
+        return [
+            TransformOffer(plugin, transform.name, group) for group in transform.groups(request)
+        ]
 
 
 def _taken(offers: Iterable[TransformOffer]) -> set[str]:
@@ -289,7 +291,10 @@ def _taken(offers: Iterable[TransformOffer]) -> set[str]:
 
 
 def _check_offers(
-    offers: Iterable[TransformOffer], source: WeightSource, names: Collection[str], taken: Collection[str]
+    offers: Iterable[TransformOffer],
+    source: WeightSource,
+    names: Collection[str],
+    taken: Collection[str],
 ) -> None:
     owners: dict[str, TransformOffer] = {}
     if isinstance(source, Transformed):

@@ -1,62 +1,113 @@
-"""The stage ``verify``: choose a verifier, and turn what it finds into a verdict."""
+"""The stage ``verify``: choose a verifier, let it prepare, and turn its findings into a verdict.
+
+``verification`` is the one place that does so, for refits, restores and ``verify_live``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from refitkit.config import TOLERANCES
-from refitkit.errors import ConfigError, NotRefittableError, PluginError, Problem, raised_as
-from refitkit.protocols import LowersPrecision, Offline, SupportsReadback
+from refitkit.errors import (
+    ConfigError,
+    NotRefittableError,
+    PluginError,
+    Problem,
+    VerificationError,
+    raised_as,
+)
+from refitkit.pipeline.checks import check_weights
+from refitkit.pipeline.gate import inside_all
+from refitkit.pipeline.mapping import map_slots, require_all
+from refitkit.pipeline.needs import require_needs
+from refitkit.pipeline.targets import open_weights, require_unchanged
+from refitkit.pipeline.transform import Transformed, transformed
+from refitkit.protocols import LowersPrecision, Offline, SupportsReadback, VerifyRequest
 
 if TYPE_CHECKING:
     from refitkit.config import Config
     from refitkit.host import Host
-    from refitkit.model import VerificationResult
-    from refitkit.protocols import OpenedModule, Verifier, VerifyRequest
+    from refitkit.model import SlotKey, VerificationResult
+    from refitkit.pipeline.context import Context
+    from refitkit.pipeline.module import CompiledModule
+    from refitkit.protocols import OpenedModule, SlotValue, Verifier, WeightSource
+    from refitkit.recipe import RefitPlan
+
+    Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+Judge: TypeAlias = "Callable[[OpenedModule], VerificationResult]"
+"""Judges a module with its new weights; made before anything is written."""
 
 NONE = "none"
 
 
-def choose(
-    host: Host, wanted: str | None, module: OpenedModule, *, with_inputs: bool
-) -> Verifier | None:
-    """The verifier that was asked for, or the best that this refit allows.
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """How a user wants a result judged; see :func:`refitkit.refit` for the meanings.
+
+    Attributes:
+        inputs: A tuple of positional inputs, a dict of keyword inputs, or a pair of both.
+        reference: A callable or outputs to compare with.
+        verify: Name of a verifier, ``none``, or None for the best that is possible.
+    """
+
+    inputs: Any = None
+    reference: Any = None
+    verify: str | None = None
+
+
+def verification(
+    context: Context,
+    compiled: CompiledModule,
+    options: VerifyOptions,
+    *,
+    verb: str,
+    plan: RefitPlan,
+    source: WeightSource,
+    values: Callable[[], Mapping[SlotKey, SlotValue]],
+    outputs_by_default: bool = True,
+) -> Judge | None:
+    """Prepare the judge of a module; everything else is done before anything is written.
+
+    Args:
+        context: Plugins and settings.
+        compiled: The module, with its old weights.
+        options: How the user wants it judged.
+        verb: Name of the verb, for progress.
+        plan: The plan that is followed.
+        source: The new weights.
+        values: Gives the new values of all slots.
+        outputs_by_default: Whether given inputs alone make ``outputs`` the verifier.
 
     Returns:
-        None where ``none`` was asked for, or nothing can be verified.
+        The judge; None if ``none`` was asked for, or nothing can be verified.
 
     Raises:
-        ConfigError: There is no verifier of this name; lists those that there are.
-        NotRefittableError: It calls the module, which cannot be called here.
-    """
-    if wanted == NONE:
-        return None
-    offered: dict[str, Verifier] = host.named("refitkit_verifiers")
-    if wanted is not None and wanted not in offered:
-        names = ", ".join([*sorted(offered), NONE])
-        raise ConfigError(f"There is no verifier {wanted!r}.", hint=f"There are: {names}.")
-    if wanted == "outputs" and isinstance(module, Offline):
-        raise NotRefittableError(
-            "The verifier 'outputs' calls the module, which cannot be done here.",
-            hint=f"{module.offline} verify={module.verifier!r} judges it without a call.",
-        )
-    if wanted is None:
-        with_inputs = with_inputs and not isinstance(module, Offline)
-        readable = all(isinstance(e, SupportsReadback) for e in module.engines.values())
-        wanted = "outputs" if with_inputs else "weights" if readable else NONE
-    return offered.get(wanted)
-
-
-def prepared(
-    verifier: Verifier, request: VerifyRequest
-) -> Callable[[OpenedModule], VerificationResult]:
-    """What will judge the module; everything else is done before anything is written.
-
-    Raises:
+        ConfigError: There is no verifier of this name, or ``inputs`` or ``reference`` are unusable.
+        NotRefittableError: The verifier calls the module, which cannot be called here.
         RefitError: The verifier cannot judge this refit.
-        PluginError: It failed, now or when it judges; names it.
+        PluginError: The verifier failed, now or when it judges; names it.
     """
+    module = compiled.opened
+    inputs = as_inputs(options.inputs)
+    _require_reference_used(options, inputs)
+    with_inputs = inputs is not None and outputs_by_default
+    verifier = choose(context.host, options.verify, module, with_inputs=with_inputs)
+    if verifier is None:
+        return None
+    request = VerifyRequest(
+        plan=plan,
+        module=module,
+        source=source,
+        values=values(),
+        inputs=inputs,
+        reference=options.reference,
+        program=compiled.program,
+        tolerances=tolerances_for(context.config, module),
+        tools=context.tools(verb, "verify"),
+    )
     failed = f"The verifier {verifier.name!r} failed"
     doing = f"The weights cannot be judged by {verifier.name!r}"
     with raised_as(PluginError, f"{failed} to prepare", doing=doing):
@@ -69,8 +120,83 @@ def prepared(
     return judging
 
 
+def verify_live(
+    context: Context,
+    compiled: CompiledModule,
+    weights: object,
+    plan: RefitPlan | None,
+    options: VerifyOptions,
+) -> VerificationResult:
+    """Judge whether a module holds given weights, and change nothing; see ``Pipeline.verify``."""
+    plan = plan or compiled.plan
+    if plan is None:
+        raise ConfigError("The module has no plan: pass plan=.")
+    require_needs(context, plan)
+    plan.check_engines(compiled.backend, compiled.slots)
+    source = transformed(context, plan, open_weights(context, weights))
+    mapping = map_slots(context, plan, compiled.opened, source, compiled.program)
+    check_weights(context, plan, compiled.opened, source, partial=False)
+    require_all(mapping, source)
+    mapping.require_complete()
+    judge = verification(
+        context,
+        compiled,
+        options,
+        verb="verify",
+        plan=plan,
+        source=source,
+        values=lambda: mapping.values,
+    )
+    if judge is None:
+        raise ConfigError(
+            "Nothing can be verified: the engines cannot be read and no inputs were given."
+        )
+    passages = [compiled.gate.refit, compiled.gate.alone]
+    result = inside_all(passages, lambda: judge(compiled.opened))
+    if isinstance(source, Transformed):
+        result = result.model_copy(update={"notes": source.notes()})
+    require_unchanged(source, reread=context.config.reread)
+    if not result.ok:
+        message = f"The module does not hold {source.description}."
+        raise VerificationError(message, problems=problems_of(result), report=result)
+    return result
+
+
+def choose(
+    host: Host, wanted: str | None, module: OpenedModule, *, with_inputs: bool
+) -> Verifier | None:
+    """The verifier that was asked for, or the best that is possible.
+
+    Returns:
+        None if ``none`` was asked for, or nothing can be verified.
+
+    Raises:
+        ConfigError: There is no verifier of this name; lists those that there are.
+        NotRefittableError: The verifier calls the module, which cannot be called here.
+    """
+    if wanted == NONE:
+        return None
+    offered: dict[str, Verifier] = host.named("refitkit_verifiers")
+    if wanted is not None and wanted not in offered:
+        names = ", ".join([*sorted(offered), NONE])
+        raise ConfigError(f"There is no verifier {wanted!r}.", hint=f"There are: {names}.")
+    if wanted == "outputs" and isinstance(module, Offline):
+        raise NotRefittableError(
+            "The verifier 'outputs' calls the module, which cannot be called here.",
+            hint=f"{module.offline} verify={module.verifier!r} judges it without a call.",
+        )
+    if wanted is None:
+        with_inputs = with_inputs and not isinstance(module, Offline)
+        readable = all(isinstance(e, SupportsReadback) for e in module.engines.values())
+        wanted = "outputs" if with_inputs else "weights" if readable else NONE
+    return offered.get(wanted)
+
+
 def tolerances_for(config: Config, module: OpenedModule) -> Mapping[str, tuple[float, float]]:
-    """The configured tolerances; the default ones by the precision that a module computes in."""
+    """Tolerances ``(absolute, relative)`` by dtype, for the precision that a module computes in.
+
+    A tolerance that the user set stays as it is.
+    """
     if not isinstance(module, LowersPrecision):
         return config.tolerances
     lower = {
@@ -81,57 +207,48 @@ def tolerances_for(config: Config, module: OpenedModule) -> Mapping[str, tuple[f
     return {**config.tolerances, **lower}
 
 
-def as_inputs(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
-    """Inputs as users give them.
+def as_inputs(inputs: Any) -> Inputs | None:
+    """Inputs of a call, as positional and keyword inputs; None if there are none.
 
-    A sequence of positional ones, a mapping of keyword ones, or a pair of both:
-    ``((x,), {"mask": mask})``.
+    Args:
+        inputs: A sequence of positional inputs, a mapping of keyword inputs, or a pair of both:
+            ``((x,), {"mask": mask})``.
 
     Raises:
-        ConfigError: Anything else.
+        ConfigError: It is anything else.
     """
     if inputs is None:
         return None
     if isinstance(inputs, Mapping):
         return (), inputs
-    if isinstance(inputs, tuple) and _is_pair(inputs):
-        return tuple(inputs[0]), inputs[1]
-    if isinstance(inputs, tuple | list):
-        return tuple(inputs), {}
+    match inputs:
+        case (tuple() as positional, dict() as named) if all(isinstance(n, str) for n in named):
+            return positional, named
+        case tuple() | list():
+            return tuple(inputs), {}
     raise ConfigError(
-        f"inputs= is a {type(inputs).__name__}.",
-        hint="Pass positional ones as a tuple, inputs=(x,), keyword ones as a dict, or both.",
+        f"inputs= must be a tuple, a list or a dict, and is a {type(inputs).__name__}.",
+        hint="Pass positional inputs as a tuple, inputs=(x,), keyword inputs as a dict, or both.",
     )
 
 
-def require_used(reference: Any, inputs: object, verifier: str | None) -> None:
-    """Check that outputs to compare with are not given in vain.
-
-    Raises:
-        ConfigError: There are no inputs, and no verifier was named that might do without.
-    """
-    if reference is not None and inputs is None and verifier is None:
-        raise ConfigError(
-            "reference= is what outputs are compared with, and there are no inputs to call with.",
-            hint="Pass inputs=, too.",
-        )
-
-
-def why_unused(inputs: object, wanted: str | None, module: OpenedModule) -> str:
-    """Why inputs are given in vain, for the report; nothing where they are used."""
-    if inputs is None or wanted is not None or not isinstance(module, Offline):
+def why_unused(options: VerifyOptions, module: OpenedModule) -> str:
+    """Why given inputs are not used, for the report; empty if they are, or there are none."""
+    if options.inputs is None or options.verify is not None or not isinstance(module, Offline):
         return ""
     return module.offline
 
 
-def _is_pair(inputs: tuple[Any, ...]) -> bool:
-    match inputs:
-        case (tuple(), dict() as named):
-            return all(isinstance(name, str) for name in named)
-    return False
-
-
 def problems_of(result: VerificationResult) -> list[Problem]:
-    """What a verifier found wrong."""
+    """The findings that made a verdict bad."""
     wrong = [Problem(m.name, m.note or "differs") for m in result.measures if not m.ok]
     return wrong or [Problem(result.verifier, result.note or "failed")]
+
+
+def _require_reference_used(options: VerifyOptions, inputs: Inputs | None) -> None:
+    """Raise ConfigError if there is a reference, and no call whose outputs it is compared with."""
+    if options.reference is not None and inputs is None and options.verify is None:
+        raise ConfigError(
+            "reference= is compared with outputs, and there are no inputs to call the module with.",
+            hint="Pass inputs=, too.",
+        )

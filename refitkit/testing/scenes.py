@@ -24,7 +24,7 @@ from refitkit.model import (
     fingerprint_of_slots,
 )
 from refitkit.pipeline.pipeline import Pipeline
-from refitkit.pipeline.saved import PLAN_MEMBER
+from refitkit.pipeline.targets import PLAN_MEMBER
 from refitkit.recipe import RefitPlan
 from refitkit.recipe.store import index_of
 from refitkit.testing.fakes import BACKEND, FakeModule

@@ -317,7 +317,7 @@ def _assert_refuses(compiled: refitkit.CompiledModule, folder: Path) -> None:
 # -- interrupts ---------------------------------------------------------------------------------
 
 _TRACED = {
-    str(PACKAGE / "pipeline" / "commit.py"),
+    str(PACKAGE / "pipeline" / "transaction.py"),
     str(PACKAGE / "pipeline" / "gate.py"),
     str(PACKAGE / "pipeline" / "refit.py"),
     str(PACKAGE / "pipeline" / "stage.py"),

@@ -17,7 +17,7 @@ from aoti_models import CASES
 
 import refitkit
 from refitkit.model import TensorInfo
-from refitkit.pipeline.origin import LoadOrigin
+from refitkit.pipeline.history import LoadOrigin
 
 if TYPE_CHECKING:
     from collections.abc import Callable

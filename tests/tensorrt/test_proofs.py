@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import refitkit
-from refitkit.pipeline.prove_plan import prove_plan
+from refitkit.pipeline.proof import prove_plan
 from tests.tensorrt.helpers import needs_torch_tensorrt
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def program() -> torch.export.ExportedProgram:
 
 def proof(plan: refitkit.RefitPlan, program: torch.export.ExportedProgram) -> str:
     pipeline = refitkit.Pipeline()
-    return prove_plan(pipeline.host, pipeline.config, plan, program, None, OPTIONS).missing
+    return prove_plan(pipeline.context, plan, program, None, OPTIONS).missing
 
 
 @pytest.mark.parametrize("backend", ["tensorrt_network", "torch_tensorrt"])

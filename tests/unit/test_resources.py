@@ -23,7 +23,7 @@ from refitkit.files.archive import saying_why
 from refitkit.files.file_state import stat_of
 from refitkit.files.replacing import replacing
 from refitkit.files.temporary import TemporaryFolder, part_file
-from refitkit.pipeline.origin import LoadOrigin
+from refitkit.pipeline.history import LoadOrigin
 from refitkit.program.keep import KeptProgram
 from refitkit.recipe import Archive, ArchiveError, write_archive
 from tests.faulting import Faults

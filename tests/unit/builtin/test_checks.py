@@ -12,7 +12,8 @@ from refitkit.config import Config
 from refitkit.errors import SHOWN_PROBLEMS, Problem, WeightMismatchError
 from refitkit.host import make_host
 from refitkit.model import CallRef, Leaf, LeafKind, LedgerRow, SlotState, SourceRef, TensorInfo
-from refitkit.pipeline.check import check_weights
+from refitkit.pipeline.checks import check_weights
+from refitkit.pipeline.context import Context
 from refitkit.program import bits
 from refitkit.recipe import TensorMap, name_suggestions
 from tests.fakes import (
@@ -47,7 +48,7 @@ def problems(
     module = module or module_of(plan)
     config = Config(**settings)
     try:
-        check_weights(make_host(), plan, module, source, partial=partial, config=config)
+        check_weights(Context(make_host(), config), plan, module, source, partial=partial)
     except WeightMismatchError as exc:
         return list(exc.problems)
     return []

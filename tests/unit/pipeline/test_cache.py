@@ -16,8 +16,9 @@ import torch
 import refitkit
 from refitkit.config import PLAN_CACHE_VARIABLE
 from refitkit.model import Leaf, PlanData, SourceRef, Step, fingerprint_of_slots
-from refitkit.pipeline import Pipeline, cache
-from refitkit.pipeline.cache import code_digest
+from refitkit.pipeline import Pipeline
+from refitkit.pipeline import planning as cache
+from refitkit.pipeline.planning import code_digest
 from refitkit.recipe import RefitPlan
 from tests.fakes import BACKEND, KeyedBackend, KeyedPlugin, guard_of
 

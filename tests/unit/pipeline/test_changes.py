@@ -12,10 +12,9 @@ import torch
 from refitkit.config import Config
 from refitkit.errors import ConfigError, EngineError
 from refitkit.model import RefitReport
-from refitkit.pipeline import Pipeline, samples
-from refitkit.pipeline.changes import measured
+from refitkit.pipeline import Pipeline
+from refitkit.pipeline.changes import SAMPLE, measured, sample
 from refitkit.pipeline.report import UNCHANGED
-from refitkit.pipeline.samples import SAMPLE
 from refitkit.pipeline.stage import Staged
 from refitkit.program.distance import distance
 from refitkit.protocols import SlotValue
@@ -44,7 +43,7 @@ def held(state: State, kind: type[FakeEngine] = OpenEngine) -> FakeModule:
 
 
 def refit(state: State, new: State, *, kind: type[FakeEngine] = OpenEngine, **config: Any) -> Any:
-    pipeline = pipeline_with(**config)
+    pipeline = pipeline_with(**{"changes": "sampled", **config})
     compiled = pipeline.load(held(state, kind))
     return pipeline.refit(compiled, new, verify="none").report
 
@@ -57,7 +56,7 @@ def measure(engine: OpenEngine, values: State) -> Any:
         ("e", n): SlotValue(engine.slots[n], "t", (), lambda v=v: v) for n, v in values.items()
     }
     staged.fill(written, partial=False)
-    return measured(Config(), opened, staged, written).rows
+    return measured(Config(changes="sampled"), opened, staged, written).rows
 
 
 def big(seed: int, count: int = 100_000) -> torch.Tensor:
@@ -108,7 +107,7 @@ def test_a_sample_is_spread_over_all_of_it() -> None:
     """Of each thirtieth some elements are looked at, and never more than a sample."""
     for count in (SAMPLE + 1, SAMPLE + 777, 65 * SAMPLE, 100_000):
         old = torch.ones(count)
-        seen = samples.sample(torch.arange(count)).reshape(-1)
+        seen = sample(torch.arange(count)).reshape(-1)
         assert len(seen.unique()) == SAMPLE
         assert seen.min() == 0
         assert seen.max() >= count - 1 - count // 30
@@ -117,8 +116,7 @@ def test_a_sample_is_spread_over_all_of_it() -> None:
         assert (row.relative, row.largest) == (2, 2)
 
 
-def test_many_slots_of_many_kinds_keep_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples, "_TOGETHER", 3)
+def test_many_slots_of_many_kinds_keep_their_places() -> None:
     kinds = [torch.float32, torch.float16, torch.float64, torch.complex64, torch.int8]
     kinds += [torch.float8_e4m3fn, torch.bool]
     state, new = {}, {}
@@ -219,7 +217,7 @@ def test_engines_that_show_nothing_have_no_rows() -> None:
 
 def test_an_engine_that_remembers() -> None:
     """Nothing is known before the first refit; at the second it is."""
-    pipeline = Pipeline(plugins=[FakePlugin()])
+    pipeline = Pipeline({"changes": "sampled"}, plugins=[FakePlugin()])
     compiled = pipeline.load(held({"w": torch.ones(3)}, Remembering))
     first = pipeline.refit(compiled, {"w": torch.full((3,), 2.0)}).report
     second = pipeline.refit(compiled, {"w": torch.full((3,), 8.0)}).report
@@ -228,7 +226,7 @@ def test_an_engine_that_remembers() -> None:
 
 
 def test_only_what_is_written() -> None:
-    pipeline = Pipeline(plugins=[FakePlugin()])
+    pipeline = Pipeline({"changes": "sampled"}, plugins=[FakePlugin()])
     compiled = pipeline.load(held(STATE))
     report = pipeline.refit(compiled, {"bias": torch.ones(2)}, partial=True).report
     assert [row.slot for row in report.changes] == ["bias"]
@@ -236,7 +234,7 @@ def test_only_what_is_written() -> None:
 
 def test_an_engine_that_fails_to_show_leaves_all_as_it_was() -> None:
     """Nothing is live yet: what was staged is discarded, and the error names the setting."""
-    settings = {"keep_base": False, "keep_versions": 0, "check_finite": False}  # that looks, too
+    settings = {"changes": "sampled", "keep_versions": 0, "check_finite": False}  # that looks, too
     pipeline = Pipeline(settings, plugins=[FakePlugin()])
     opened = held(STATE)
     compiled = pipeline.load(opened)
@@ -278,9 +276,7 @@ def test_all_of_both_sets_is_compared_where_no_sample_differs(
 
 def test_what_changes_beside_the_samples_is_seen() -> None:
     new = big(0)
-    beside = set(range(new.numel())) - set(
-        samples.sample(torch.arange(new.numel())).reshape(-1).tolist()
-    )
+    beside = set(range(new.numel())) - set(sample(torch.arange(new.numel())).reshape(-1).tolist())
     new[min(beside)] += 1
     report = refit({"w": big(0)}, {"w": new})
     assert report.changed is True
@@ -288,7 +284,7 @@ def test_what_changes_beside_the_samples_is_seen() -> None:
 
 
 def test_an_interrupt_goes_through() -> None:
-    pipeline = Pipeline(plugins=[FakePlugin()])
+    pipeline = Pipeline({"changes": "sampled"}, plugins=[FakePlugin()])
     opened = held(STATE)
     compiled = pipeline.load(opened)
     opened.engines["e"].wire.arm()

@@ -287,11 +287,11 @@ def test_a_failed_refit_changes_nothing_that_is_known() -> None:
     scene = Scene()
     a, b = weights(1.0), {**weights(1.0), "e1.bias": torch.full((2,), 7.0)}
     scene.refit(a)
-    known = scene.compiled.held.live
+    known = scene.compiled.state.live
     with pytest.raises(VerificationError):
         scene.refit(b, **WRONG)
     assert same_state(scene.holds(), a)
-    assert scene.compiled.held.live is known
+    assert scene.compiled.state.live is known
     c = {**a, "e2.bias": torch.full((2,), 9.0)}
     assert scene.refit(c) == {"e2.bias"}
     assert same_state(scene.holds(), c)
@@ -346,7 +346,7 @@ def test_a_verdict_on_nothing_is_taken_back_too() -> None:
 def test_a_module_that_was_counted_anew_is_written_whole() -> None:
     scene = Scene()
     scene.refit(weights())
-    scene.compiled.held = replace(scene.compiled.held, version=7)
+    scene.compiled.state = replace(scene.compiled.state, version=7)
     assert scene.refit(weights()) == set(weights())
 
 
@@ -661,7 +661,7 @@ def test_the_setting_is_the_default() -> None:
     assert scene.refit(weights(), delta=False) == set(weights())
     plain = Scene()
     plain.refit(weights(), delta=None)
-    assert plain.compiled.held.live is None
+    assert plain.compiled.state.live is None
 
 
 def test_unchanged_weights_are_read_to_be_compared_and_checked_only() -> None:

@@ -10,7 +10,7 @@ import torch
 
 import refitkit
 from refitkit.errors import SourceError, WeightMismatchError
-from refitkit.pipeline.finite import FiniteCheck
+from refitkit.pipeline.checks import FiniteCheck
 from refitkit.program.bits import same_bits
 from refitkit.protocols import Mapped, MapRequest, SlotValue
 from refitkit.recipe import TensorMap
@@ -215,9 +215,9 @@ def test_pieces_are_judged_on_their_way(bad: float) -> None:
         (watched,) = check.watched({slot.key: given}).values()
         assert watched.pieces is not None
         assert same_bits(torch.cat(list(watched.pieces() or ())), value)
-        looked.append(not check._judged({slot.key: watched}))
+        looked.append(not check._to_judge({slot.key: watched}))
         next(iter(watched.pieces() or ()))
-        assert check._judged({slot.key: watched})  # not read to its end this time
+        assert check._to_judge({slot.key: watched})  # not read to its end this time
     assert looked == [True, False]
 
 

@@ -49,7 +49,7 @@ class Scene(Loaded):
     """A module of engines that can be read, and what it held at each version."""
 
     def __init__(self, engines: int = 2, module: FakeModule | None = None, **settings: Any) -> None:
-        super().__init__(module or make_module(engines), **settings)
+        super().__init__(module or make_module(engines), **{"keep_base": True, **settings})
         self.held = [self.module.holds()]
 
     def refit(self, fill: float, *names: str, **how: Any) -> Any:
@@ -205,8 +205,8 @@ def test_what_lies_behind_freed_weights_is_not_listed() -> None:
     scene = Scene(keep_versions=3, keep_base=False)
     scene.refit(10.0)
     scene.refit(20.0)
-    scene.compiled.held = replace(
-        scene.compiled.held, history=without_copies_of_the_newest(scene.compiled.held.history)
+    scene.compiled.state = replace(
+        scene.compiled.state, history=without_copies_of_the_newest(scene.compiled.state.history)
     )
     assert [row.version for row in scene.compiled.kept] == [0, 1]
     scene.compiled.free_spare()
@@ -218,7 +218,7 @@ def test_what_lies_behind_freed_weights_is_not_listed() -> None:
 
 def without_copies_of_the_newest(history: History) -> History:
     *older, newest = history.records
-    return replace(history, records=(*older, replace(newest, kept={}, lent=True)))
+    return replace(history, records=(*older, replace(newest, kept={}, in_engines=True)))
 
 
 def test_all_that_is_kept_can_be_restored() -> None:
@@ -271,6 +271,7 @@ class FromFile(Scene):
 
     def __init__(self, path: Path, kind: type[FakeEngine] = OpenEngine, **settings: Any) -> None:
         self.files = Files(kind)
+        settings = {"keep_base": True, **settings}
         self.pipeline = Pipeline(settings, plugins=[FakePlugin(), self.files])
         self.compiled = self.pipeline.load(path)
         self.module = self.files.opened[0]
@@ -452,10 +453,10 @@ def test_the_last_is_kept_by_copies_where_engines_do_not() -> None:
 def test_engines_that_cannot_tell_what_they_held_have_no_way_back() -> None:
     scene = Scene(module=make_module(2, kind=FakeEngine))
     result = scene.refit(10.0)
-    assert any("cannot tell what it held" in note for note in result.report.notes)
+    assert any("cannot report what it held" in note for note in result.report.notes)
     assert result.report.kept == ()
     for action in (result.undo, scene.compiled.restore):
-        with pytest.raises(NotRefittableError, match="'e0' cannot tell"):
+        with pytest.raises(NotRefittableError, match="'e0' cannot report"):
             action()
     scene.require(1)
 
@@ -514,11 +515,11 @@ def test_a_refit_after_another_pipelines_keeps_no_gap() -> None:
 def test_a_failed_refit_leaves_all_that_is_known() -> None:
     scene = Scene(keep_versions=3)
     scene.refit(10.0)
-    held = scene.compiled.held
+    held = scene.compiled.state
     wrong: Any = {"verify": "outputs", "reference": {}, "inputs": (torch.ones(()),)}
     with pytest.raises(VerificationError):
         scene.refit(20.0, **wrong)
-    assert scene.compiled.held is held
+    assert scene.compiled.state is held
     scene.compiled.restore()
     scene.require(0)
 
@@ -604,7 +605,7 @@ class Faulty(Loaded):
     def __init__(self) -> None:
         self.wire = Tripwire()
         self.plugin = TrippingPlugin(self.wire)
-        super().__init__(make_module(2, wire=self.wire), self.plugin)
+        super().__init__(make_module(2, wire=self.wire), self.plugin, keep_base=True)
         self.before = self.module.holds()
         weights = Tripping(weights_for(self.module, 100.0))
         self.result = self.pipeline.refit(self.compiled, weights, verify="tripping-verifier")

@@ -24,12 +24,10 @@ if TYPE_CHECKING:
 FILES = {
     str(Path(pipeline.__path__[0]) / name)
     for name in (
-        "commit.py",
         "refit.py",
+        "restore.py",
         "stage.py",
-        "together.py",
-        "writing.py",
-        "keeping.py",
+        "transaction.py",
         "history.py",
     )
 }

@@ -12,6 +12,7 @@ from refitkit.config import Config
 from refitkit.errors import ConfigError, PluginError, UnmappedSlotError
 from refitkit.host import make_host
 from refitkit.model import CallRef, LedgerRow, PinnedRef, SlotState, SourceRef
+from refitkit.pipeline.context import Context
 from refitkit.pipeline.mapping import map_slots, require_all
 from refitkit.protocols import Mapped, MapRequest, SlotValue
 from refitkit.recipe import TensorMap
@@ -77,11 +78,11 @@ def value_for(slot: Any, strategy: str) -> SlotValue:
 def mapped(*plugins: object, source: Any = None, plan: Any = PLAN, **settings: Any) -> Any:
     source = TensorMap(source or {})
     config = Config(**settings)
-    return map_slots(make_host(config, plugins), plan, MODULE, source, None, config)
+    return map_slots(Context(make_host(config, plugins), config), plan, MODULE, source, None)
 
 
 def served(mapping: Any) -> dict[str, str]:
-    return {row.slot: row.strategy for row in mapping.served().rows()}
+    return {row.slot: row.strategy for row in mapping.summary().rows()}
 
 
 def test_strategies_are_tried_by_priority_for_what_is_left() -> None:
@@ -184,7 +185,7 @@ def test_built_in_strategies_have_an_order() -> None:
 def test_reasons_of_all_that_declined_are_told() -> None:
     shy, choosy = Strategy("shy", "", declines=True), Strategy("choosy", "b", declines=True)
     mapping = mapped(Strategies(shy, choosy))
-    rows = {row.slot: row for row in mapping.served().rows()}
+    rows = {row.slot: row for row in mapping.summary().rows()}
     assert "shy: not mine" in rows["a"].reason
     assert "choosy: not mine" in rows["a"].reason
     assert "recipe: the source has no 'a'" in rows["a"].reason
@@ -267,7 +268,7 @@ def test_mapping_reads_no_weights() -> None:
 
     config = Config()
     source = Source(dict.fromkeys("abc", torch.ones(2)))
-    mapping = map_slots(make_host(config), PLAN, MODULE, source, None, config)
+    mapping = map_slots(Context(make_host(config), config), PLAN, MODULE, source, None)
     assert len(mapping.values) == 3
 
 
@@ -296,7 +297,7 @@ def test_with_a_broken_guard_another_strategy_serves_all_slots() -> None:
     assert served(mapping) == dict.fromkeys("abc", "rebuilds")
     require_all(mapping, TensorMap(BREAKS))
     assert all(
-        "recipe: " in row.reason and "bool() of a" in row.reason for row in mapping.served().rows()
+        "recipe: " in row.reason and "bool() of a" in row.reason for row in mapping.summary().rows()
     )
 
 

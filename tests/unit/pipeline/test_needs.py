@@ -16,7 +16,7 @@ from refitkit.cli.ledger import print_plan
 from refitkit.errors import NotRefittableError, PlanMismatchError
 from refitkit.model import LayerType, LedgerRow, Need, PinnedRef, SlotState
 from refitkit.pipeline import Pipeline
-from refitkit.pipeline.saved import PLAN_MEMBER
+from refitkit.pipeline.targets import PLAN_MEMBER
 from refitkit.protocols import Mapped, SlotValue
 from refitkit.recipe import RefitPlan
 from tests.fakes import BACKEND, FakePlugin
@@ -254,5 +254,5 @@ def test_where_engines_cannot_be_read_the_error_says_so(
     with pytest.raises(NotRefittableError) as info:
         pipeline.compile(program, BACKEND, {"mute": True})
     assert [one.kind for one in info.value.problems if one.subject == "a"] == [
-        "nobody can read which of its slots kept their old value"
+        "the engine cannot be read, so it does not show which slots kept their old value"
     ]

@@ -10,8 +10,8 @@ import torch
 from refitkit.errors import PlanMismatchError, UnmappedSlotError
 from refitkit.model import Leaf, LeafKind
 from refitkit.pipeline import CompiledModule, Pipeline
-from refitkit.pipeline.overrides import overridden_in
-from refitkit.pipeline.saved import OVERRIDDEN_MEMBER, PLAN_MEMBER
+from refitkit.pipeline.mapping import overridden_in
+from refitkit.pipeline.targets import OVERRIDDEN_MEMBER, PLAN_MEMBER
 from tests.fakes import (
     FakeModule,
     FakePlugin,
@@ -41,7 +41,7 @@ class Saving(FakeModule):
 
 @pytest.fixture
 def pipeline() -> Pipeline:
-    return Pipeline(plugins=[FakePlugin()])
+    return Pipeline({"keep_base": True}, plugins=[FakePlugin()])
 
 
 @pytest.fixture

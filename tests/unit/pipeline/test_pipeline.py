@@ -24,7 +24,7 @@ from refitkit.errors import (
 )
 from refitkit.model import LeafKind, SlotState, SourceRef, Step
 from refitkit.pipeline import CompiledModule, Pipeline
-from refitkit.pipeline.saved import PLAN_MEMBER, PROGRAM_MEMBER
+from refitkit.pipeline.targets import PLAN_MEMBER, PROGRAM_MEMBER
 from refitkit.recipe import RefitPlan
 from tests.fakes import (
     BACKEND,
@@ -238,7 +238,9 @@ def test_saving_attaches_plan_and_program(
 ) -> None:
     compiled = pipeline.compile(program, BACKEND)
     compiled.save(str(tmp_path / "saved"))
-    assert json.loads((tmp_path / "saved").read_text())["attachments"] == sorted([PLAN_MEMBER, PROGRAM_MEMBER])
+    assert json.loads((tmp_path / "saved").read_text())["attachments"] == sorted(
+        [PLAN_MEMBER, PROGRAM_MEMBER]
+    )
     again = pipeline.load(compiled.opened)
     assert again.plan is not None
     assert compiled.plan is not None

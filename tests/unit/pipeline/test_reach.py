@@ -10,7 +10,8 @@ import torch
 
 from refitkit.errors import NotRefittableError, UnmappedSlotError
 from refitkit.model import LeafKind, LedgerRow, PinnedRef, SlotState, SourceRef
-from refitkit.pipeline import Pipeline, reach
+from refitkit.pipeline import Pipeline
+from refitkit.pipeline import needs as reach
 from refitkit.protocols import Mapped, SlotValue
 from refitkit.recipe import RefitPlan
 from tests.fakes import (

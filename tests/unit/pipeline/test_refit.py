@@ -27,7 +27,7 @@ from refitkit.model import (
     StageStarted,
 )
 from refitkit.pipeline import Pipeline
-from refitkit.pipeline.saved import PLAN_MEMBER
+from refitkit.pipeline.targets import PLAN_MEMBER
 from tests.fakes import (
     FakeEngine,
     FakeModule,

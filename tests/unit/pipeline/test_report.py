@@ -16,7 +16,7 @@ from tests.fakes import FakeModule, FakePlugin, OpenEngine, Tripwire, with_plan
 if TYPE_CHECKING:
     import pytest
 
-    from refitkit.pipeline.compiled import CompiledModule
+    from refitkit.pipeline.module import CompiledModule
 
 STATE = {"weight": torch.tensor([3.0, 4.0]), "bias": torch.zeros(2)}
 
@@ -62,7 +62,7 @@ def test_a_plugin_that_wants_it_gets_it(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_result_holds_no_weights() -> None:
     """Its report tells of them all the same."""
-    pipeline = Pipeline(plugins=[_Silent()])
+    pipeline = Pipeline({"changes": "sampled"}, plugins=[_Silent()])
     compiled = loaded(pipeline)
     state = {name: value + 1 for name, value in STATE.items()}
     seen = [weakref.ref(value) for value in state.values()]

@@ -21,10 +21,10 @@ from refitkit.errors import (
 )
 from refitkit.host import make_host
 from refitkit.model import Event, OutputMeasure, StageFinished, StageStarted, VerificationResult
-from refitkit.pipeline.check import check_weights
-from refitkit.pipeline.clock import StageClock
-from refitkit.pipeline.load import open_target, open_weights
-from refitkit.pipeline.partition import partition
+from refitkit.pipeline.checks import check_weights
+from refitkit.pipeline.context import Context, StageClock
+from refitkit.pipeline.mapping import partition
+from refitkit.pipeline.targets import open_target, open_weights
 from refitkit.pipeline.verify import as_inputs, choose, problems_of
 from refitkit.protocols import Tools
 from refitkit.recipe import TensorMap
@@ -66,8 +66,8 @@ def test_a_string_that_names_a_file_is_handed_on_as_a_path(tmp_path: Path) -> No
     file.touch()
     host = make_host(plugins=[opener])
     for thing in (str(file), file, str(tmp_path)):
-        open_weights(host, thing, CONFIG)
-        open_target(host, thing, CONFIG, TOOLS)
+        open_weights(Context(host, CONFIG), thing)
+        open_target(Context(host, CONFIG), thing)
     assert opener.asked == [file] * 4 + [tmp_path] * 2
 
 
@@ -75,14 +75,14 @@ def test_any_other_string_is_handed_on_as_it_is() -> None:
     """``hub://name`` may be a plugin's own way to say where weights are."""
     opener = Opener()
     host = make_host(plugins=[opener])
-    open_weights(host, "hub://name", CONFIG)
-    open_target(host, "hub://name", CONFIG, TOOLS)
+    open_weights(Context(host, CONFIG), "hub://name")
+    open_target(Context(host, CONFIG), "hub://name")
     assert opener.asked == ["hub://name"] * 2
 
 
 def test_a_source_is_taken_as_it_is() -> None:
     source, opener = TensorMap({}), Opener()
-    assert open_weights(make_host(plugins=[opener]), source, CONFIG) is source
+    assert open_weights(Context(make_host(plugins=[opener]), CONFIG), source) is source
     assert opener.asked == []
 
 
@@ -92,7 +92,7 @@ NOT_WEIGHTS = [7, None, b"bytes", [torch.ones(1)], object(), "no such file", Pat
 @pytest.mark.parametrize("thing", NOT_WEIGHTS, ids=lambda thing: type(thing).__name__)
 def test_what_nobody_can_read_is_a_source_error(thing: object) -> None:
     with pytest.raises(SourceError) as info:
-        open_weights(make_host(), thing, CONFIG)
+        open_weights(Context(make_host(), CONFIG), thing)
     if "no such" in str(thing):
         assert "no file 'no such file'" in str(info.value)
     else:
@@ -103,29 +103,29 @@ def test_what_nobody_can_read_is_a_source_error(thing: object) -> None:
 @pytest.mark.parametrize("thing", NOT_WEIGHTS, ids=lambda thing: type(thing).__name__)
 def test_what_nobody_can_open_is_an_unsupported_target(thing: object) -> None:
     with pytest.raises(UnsupportedTargetError):
-        open_target(make_host(), thing, CONFIG, TOOLS)
+        open_target(Context(make_host(), CONFIG), thing)
 
 
 @pytest.mark.parametrize("text", ["x" * 5000, "a\0b", ""], ids=["long", "nul", "empty"])
 def test_a_string_that_can_be_no_file_is_handled(text: str) -> None:
     with pytest.raises(SourceError):
-        open_weights(make_host(), text, CONFIG)
+        open_weights(Context(make_host(), CONFIG), text)
     with pytest.raises(UnsupportedTargetError):
-        open_target(make_host(), text, CONFIG, TOOLS)
+        open_target(Context(make_host(), CONFIG), text)
 
 
 def test_a_file_of_an_unknown_kind(tmp_path: Path) -> None:
     file = tmp_path / "weights.odd"
     file.write_bytes(b"odd")
     with pytest.raises(SourceError, match=r"weights\.odd"):
-        open_weights(make_host(), file, CONFIG)
+        open_weights(Context(make_host(), CONFIG), file)
     with pytest.raises(UnsupportedTargetError, match=r"weights\.odd"):
-        open_target(make_host(), file, CONFIG, TOOLS)
+        open_target(Context(make_host(), CONFIG), file)
 
 
 def test_a_folder_is_no_source(tmp_path: Path) -> None:
     with pytest.raises(SourceError):
-        open_weights(make_host(), tmp_path, CONFIG)
+        open_weights(Context(make_host(), CONFIG), tmp_path)
 
 
 # -- partition --------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ class Cutter:
 def cut(parts: tuple[str, ...], engines: int | None, backend: str = "mine") -> Any:
     module = make_module(engines) if engines is not None else None
     host = make_host(plugins=[Cutter(*parts)])
-    return partition(host, None, module, backend, {}, CONFIG, TOOLS)  # type: ignore[arg-type]
+    return partition(Context(host, CONFIG), None, module, backend, {}, TOOLS)  # type: ignore[arg-type]
 
 
 def test_parts_that_match_the_engines() -> None:
@@ -197,7 +197,7 @@ def check(result: Any) -> None:
     module = make_module()
     source = TensorMap(dict(module.engines["e0"].live.items()))
     host = make_host(plugins=[Checker(result)])
-    check_weights(host, plan_for(module), module, source, partial=False, config=CONFIG)
+    check_weights(Context(host, CONFIG), plan_for(module), module, source, partial=False)
 
 
 @pytest.mark.parametrize("result", [None, [], (), iter([])])

@@ -13,7 +13,7 @@ from refitkit.config import TOLERANCES, Config
 from refitkit.errors import EngineError, NotRefittableError, PluginError
 from refitkit.host import make_host
 from refitkit.model import LayerType, Step
-from refitkit.pipeline.tools import tools_for
+from refitkit.pipeline.context import Context
 from refitkit.pipeline.verify import choose, tolerances_for
 from refitkit.protocols import Mapped, MapRequest, SlotValue
 from tests.fakes import (
@@ -51,7 +51,7 @@ class Ear:
 
 
 def test_layer_types_of_all_plugins_are_lent_by_name() -> None:
-    tools = tools_for(make_host(plugins=[Layers("mine", POOL)]), CONFIG, "plan", "plan")
+    tools = Context.of(None, [Layers("mine", POOL)]).tools("plan", "plan")
     assert set(tools.layer_types) == {"SCALE", "CONVOLUTION", "DECONVOLUTION", "CONSTANT", "POOL"}
     assert tools.layer_types["POOL"] is POOL
 
@@ -60,18 +60,18 @@ def test_two_layer_types_of_one_name_name_both_plugins() -> None:
     constant = LayerType(name="CONSTANT", interface="IConstantLayer", weights=())
     host = make_host(plugins=[Layers("mine", constant)])
     with pytest.raises(PluginError, match=r"'torch_tensorrt' and 'mine' both offer 'CONSTANT'"):
-        tools_for(host, CONFIG, "plan", "plan")
+        Context(host, CONFIG).tools("plan", "plan")
 
 
 def test_progress_is_told_as_steps_of_the_stage() -> None:
     ear = Ear()
-    tools_for(make_host(plugins=[ear]), CONFIG, "compile", "build").progress("half done")
+    Context.of(None, [ear]).tools("compile", "build").progress("half done")
     assert ear.heard == [Step("compile", "build", "half done")]
 
 
 def test_the_finite_check_is_lent_as_configured() -> None:
-    assert tools_for(make_host(), CONFIG, "refit", "map").check_finite
-    assert not tools_for(make_host(), Config(check_finite=False), "refit", "map").check_finite
+    assert Context.of(None, ()).tools("refit", "map").check_finite
+    assert not Context.of(Config(check_finite=False), ()).tools("refit", "map").check_finite
 
 
 class OfflineModule(FakeModule):

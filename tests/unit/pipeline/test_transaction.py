@@ -54,7 +54,7 @@ class Scene:
         wire = Tripwire()
         module = make_module(engines, wire=wire)
         plugin = TrippingPlugin(wire, verdict=verdict)
-        pipeline = pipeline_with(plugin)
+        pipeline = pipeline_with(plugin, keep_base=True)
         return cls(wire, module, plugin, pipeline, pipeline.load(module))
 
     def refit(self, faults: Mapping[int, BaseException] | None = None) -> Any:

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import save_file
 
 from refitkit.errors import SourceError, UnsupportedTargetError
-from refitkit.pipeline import unopened
+from refitkit.pipeline import targets as unopened
 from refitkit.recipe import write_archive
 from tests.fakes import Loaded, make_module, plan_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from refitkit.pipeline.unopened import FileType
+    from refitkit.pipeline.targets import FileType
 
 STATE = {"weight": torch.zeros(2, 2)}
 

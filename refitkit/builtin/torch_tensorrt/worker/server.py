@@ -100,8 +100,6 @@ def _serve(descriptor: int) -> None:
         os._exit(code)
 
 
-
-
 # MERGED session: What a session does: it reads a program, holds its networks, gives values and
 # builds engines.
 

@@ -12,7 +12,7 @@ import refitkit
 from refitkit.builtin.torch_tensorrt.engine import EngineOptions, engine_for
 from refitkit.builtin.torch_tensorrt.torch_part import TorchPartEngine
 from refitkit.pipeline.pipeline import Pipeline
-from refitkit.pipeline.saved import PLAN_MEMBER
+from refitkit.pipeline.targets import PLAN_MEMBER
 from refitkit.protocols import SlotValue
 from tests.fakes import Tripping, TrippingPlugin, Tripwire, make_plan, recipe_row, slot_for
 from tests.unit.builtin.torch_tensorrt.fake_trt import (
@@ -168,7 +168,7 @@ class Opener:
 def made_pipeline() -> tuple[Pipeline, TrippingPlugin]:
     """One for all scenes: making it takes longer than a refit."""
     plugin = TrippingPlugin(Tripwire())
-    return Pipeline(plugins=[Opener(), plugin]), plugin
+    return Pipeline({"changes": "sampled"}, plugins=[Opener(), plugin]), plugin
 
 
 class Scene:

@@ -1,36 +1,40 @@
-"""The handle that users hold: an opened module, its plan, its program, and its gate."""
+"""The handle that users hold: an opened module with its plan, its program and its gate.
+
+A handle and the results of its refits refer to the pipeline that made them by the protocol
+``Verbs`` alone, so that nothing here depends on how a refit is done.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from refitkit.errors import EngineError, ModuleLostError, raise_if_resource, raised_as
 from refitkit.pipeline.gate import Gate
-from refitkit.pipeline.held import WeightState
+from refitkit.pipeline.history import WeightState
 from refitkit.program.ambient import plain, require_data, untraced, verb
 from refitkit.protocols import SupportsReadback, SupportsSpareBuffer, SupportsWarming
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     import torch
 
-    from refitkit.model import KeptWeights, Slot
-    from refitkit.pipeline.origin import LoadOrigin
-    from refitkit.pipeline.result import RefitResult
+    from refitkit.model import KeptWeights, RefitReport, Slot
+    from refitkit.pipeline.history import LoadOrigin
+    from refitkit.pipeline.report import ReportDraft
     from refitkit.program import KeptProgram
     from refitkit.protocols import Engine, OpenedModule
     from refitkit.recipe import RefitPlan
 
 
 class Verbs(Protocol):
-    """What a module asks of the pipeline that made it."""
+    """The verbs of the pipeline that a handle and its results call."""
 
     def save(self, compiled: CompiledModule, path: str | Path) -> None:
-        """Write it."""
+        """Write the module to a path."""
 
     def restore(
         self,
@@ -41,22 +45,26 @@ class Verbs(Protocol):
         reference: Any = None,
         verify: str | None = None,
     ) -> RefitResult:
-        """Go back to earlier weights."""
+        """Restore earlier weights of one module."""
+
+    def restore_all(self, modules: Iterable[tuple[CompiledModule, int]]) -> RefitResults:
+        """Restore earlier weights of several modules in one transaction."""
 
 
 class CompiledModule:
     """A compiled model: callable like the model, and refittable.
 
     Attributes:
-        plan: How its slots follow from the model's state; None where nobody made one.
-        program: The program that was compiled, without its weights; None where it was not kept.
-        base: Weights to go back to, as ``refit`` takes them: a path, say. Where it is set,
-            ``restore`` reads it, and no copies of the first weights are kept. It is for the user to
-            know that they are those that the module was compiled or loaded with.
-        origin: The file or folder that it was loaded from: ``restore`` opens that again. None: it
-            was compiled, or copied.
-        target: The object that it was loaded from; None: it was loaded otherwise, or compiled.
-        held: What is known of the weights that it holds, and held before.
+        plan: How its slots follow from the model's parameters and buffers; None if it has no plan.
+        program: The program that was compiled, without its weights; None if it was not kept.
+        base: Weights for ``restore`` to read, as ``refit`` takes them: a path, say. If it is set,
+            no copies of the first weights are kept. The user guarantees that they are the weights
+            that the module was compiled or loaded with.
+        origin: The file or folder that it was loaded from, which ``restore`` can open again. None
+            if it was compiled or copied.
+        target: The object that it was loaded from; None if it was loaded from a file, or compiled.
+        state: The facts about the weights that it holds, and the ways back to earlier ones.
+        gate: Decides who may use the weights.
     """
 
     def __init__(
@@ -66,20 +74,20 @@ class CompiledModule:
         program: KeptProgram | None,
         verbs: Verbs,
     ) -> None:
-        """Made by ``refitkit.compile`` and ``refitkit.load``."""
+        """Called by ``refitkit.compile`` and ``refitkit.load``, not by users."""
         self.plan = plan
         self.program = program
         self.base: object = None
         self.origin: LoadOrigin | None = None
         self.target: object = None
-        self.held = WeightState()
+        self.state = WeightState()
         self.gate = Gate()
         self._opened = opened
         self._verbs = verbs
 
     @untraced
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Answer like the model; from a commit to its verdict, calls wait.
+        """The model's outputs. Calls wait from a commit to its verdict.
 
         Raises:
             InputMismatchError: The inputs are not those that the model was compiled for.
@@ -97,7 +105,7 @@ class CompiledModule:
         return f"<CompiledModule {self.backend}, {slots} slots, weights version {self.version}>"
 
     def __reduce_ex__(self, protocol: object) -> Any:
-        """Neither pickled nor copied by ``copy``: it holds machine code, and engines in memory.
+        """Refuse pickling and the module ``copy``: a handle holds machine code and engines.
 
         Raises:
             TypeError: Always; says what to do instead.
@@ -110,27 +118,28 @@ class CompiledModule:
 
     @property
     def opened(self) -> OpenedModule:
-        """What the backend handed over."""
+        """The opened module of the backend."""
         return self._opened
 
     @property
     def version(self) -> int:
-        """Number of the weights that it holds: 0 as compiled or loaded, then always counting up."""
-        return self.held.version
+        """Version of the weights: 0 as compiled or loaded, one more with every committed refit."""
+        return self.state.version
 
     @property
     def kept(self) -> tuple[KeptWeights, ...]:
-        """Earlier weights that ``restore`` can bring back, and what keeping them costs."""
+        """Earlier weights that ``restore`` can restore, and the bytes that keeping them costs."""
         origin = self.origin if self._is_read_from_origin else None
-        named = self.base is not None
-        return self.held.history.shown(origin, self._opened, named=named)
+        return self.state.history.restorable(
+            origin, self._opened, has_named_base=self.base is not None
+        )
 
     @property
     def _is_read_from_origin(self) -> bool:
-        """Whether what it was loaded from is as it was, and tells what was written over."""
+        """Whether the file is unchanged, and its engines can be read for the written slots."""
         if self.origin is None or not self.origin.is_unchanged():
             return False
-        written = {name for name, _ in self.held.history.written}
+        written = {name for name, _ in self.state.history.written}
         return all(isinstance(self.engines[name], SupportsReadback) for name in written)
 
     @property
@@ -150,11 +159,11 @@ class CompiledModule:
 
     @verb("The slot cannot be read")
     def read(self, slot: str, engine: str | None = None) -> torch.Tensor:
-        """A copy of what a slot holds now.
+        """A copy of the value that a slot holds now.
 
         Args:
             slot: Name of the slot.
-            engine: Name of the engine; not needed where there is one.
+            engine: Name of the engine; not needed if there is only one.
 
         Raises:
             KeyError: There is no such slot, or its engine cannot be read.
@@ -166,11 +175,13 @@ class CompiledModule:
 
     @verb("The module cannot be saved")
     def save(self, path: str | Path) -> None:
-        """Write it with its present weights, plan and program: beside ``path``, then renamed.
+        """Write the module with its present weights, plan and program.
+
+        It is written beside ``path`` and then renamed, so a file there is replaced whole.
 
         Raises:
-            ModuleLostError: A rollback failed earlier: nobody knows its weights.
-            RefitError: It cannot be written there; says why.
+            ModuleLostError: A rollback failed earlier, so its weights are unknown.
+            RefitError: The path cannot be written; says why.
         """
         self.gate.call(lambda: self._verbs.save(self, path))
 
@@ -182,7 +193,7 @@ class CompiledModule:
         reference: Any = None,
         verify: str | None = None,
     ) -> RefitResult:
-        """Go back to earlier weights: those that it was compiled or loaded with, or later ones.
+        """Restore earlier weights: those that it was compiled or loaded with, or later ones.
 
         See :meth:`refitkit.Pipeline.restore`.
         """
@@ -190,29 +201,29 @@ class CompiledModule:
 
     @plain
     def forget(self) -> int:
-        """Free the copies that are kept of earlier weights; returns their bytes.
+        """Free the copies of earlier weights, and return the number of freed bytes.
 
-        ``restore`` reads ``base``, or the file it was loaded from, afterwards, or refuses.
+        Afterwards ``restore`` reads ``base`` or the file that the module was loaded from.
         """
         return self.gate.refit(self._forget)
 
     def _forget(self) -> int:
-        before = self.held.history
+        before = self.state.history
         lost = before.base_lost or ("forget() freed them" if before.written else "")
         history = replace(before, records=(), base={}, base_lost=lost)
-        self.held = replace(self.held, history=history)
+        self.state = replace(self.state, history=history)
         return before.nbytes
 
     @plain
     def warm(self, progress: Callable[[str], None] = lambda _: None) -> None:
-        """Do now what would make the first refit slow. Weights and answers do not change.
+        """Do the work now that would make the first refit slow. Weights and outputs do not change.
 
         Args:
             progress: Called with one line of text for each step. An engine can take seconds.
 
         Raises:
-            EngineError: An engine failed; it answers as before.
-            ModuleLostError: An engine failed and could not go back; the module refuses calls.
+            EngineError: An engine failed; the module answers as before.
+            ModuleLostError: An engine failed and could not recover; the module refuses calls.
         """
         self.gate.refit(lambda: self.gate.alone(lambda: self._warm_all(progress)))
 
@@ -231,9 +242,9 @@ class CompiledModule:
 
     @plain
     def free_spare(self) -> int:
-        """Free what engines keep of the weights before the last refit; returns its bytes.
+        """Free the engines' second sets of weights, and return the number of freed bytes.
 
-        The next refit allocates it again.
+        The next refit allocates them again. The last refit cannot be undone from them any more.
         """
         return self.gate.refit(self._free_spare)
 
@@ -244,3 +255,52 @@ class CompiledModule:
 
 def _copy_of(engine: SupportsReadback, slot: str) -> torch.Tensor:
     return engine.read(slot).clone()
+
+
+@dataclass(frozen=True)
+class RefitResult:
+    """The result of one refit.
+
+    Attributes:
+        module: The refitted module: the given one, or a second one with ``copy=True``.
+        draft: The facts for the report.
+        pipeline: The pipeline that did the refit and can undo it.
+    """
+
+    module: CompiledModule
+    draft: ReportDraft = field(repr=False)
+    pipeline: Verbs = field(repr=False, compare=False)
+
+    @property
+    def report(self) -> RefitReport:
+        """The report of the refit, made when it is first asked for."""
+        return self.draft.committed
+
+    def undo(self, **options: Any) -> RefitResult:
+        """Restore the weights from before this refit, if they are still held.
+
+        Later refits are undone with it.
+
+        Args:
+            **options: ``inputs``, ``reference`` and ``verify``, as for
+                :meth:`refitkit.Pipeline.restore`.
+
+        Raises:
+            RefitError: As :meth:`refitkit.Pipeline.restore` raises it.
+        """
+        return self.pipeline.restore(self.module, self.draft.before, **options)
+
+
+class RefitResults(tuple[RefitResult, ...]):
+    """The results of refitting several modules in one transaction, in their order."""
+
+    __slots__ = ()
+
+    def undo(self) -> RefitResults:
+        """Restore the weights from before the refit in all modules, or in none.
+
+        Raises:
+            RefitError: As :meth:`refitkit.Pipeline.restore` raises it.
+        """
+        earlier = [(result.module, result.draft.before) for result in self]
+        return self[0].pipeline.restore_all(earlier) if self else self

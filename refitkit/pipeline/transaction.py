@@ -1,0 +1,403 @@
+"""The transaction of a refit: stage, commit, verdict and, if anything fails, the way back.
+
+Read ``Transaction`` first. It holds one ``ModuleTransaction`` for each module, and drives all of
+them through the same steps. Either ``run`` returns, and all modules have their new weights and were
+judged good; or it raises, and all modules have their old weights again. The one exception is a
+``ModuleLostError``: the old weights of a module could not be restored, so it refuses calls.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
+
+from refitkit.errors import (
+    EngineError,
+    ModuleLostError,
+    NotRefittableError,
+    RefitError,
+    VerificationError,
+    raised_as,
+)
+from refitkit.pipeline.changes import measured
+from refitkit.pipeline.checks import FiniteCheck
+from refitkit.pipeline.gate import in_order, inside_all, lost_error, returning
+from refitkit.pipeline.history import NO_ROLLBACK, History, SnapshotBuilder
+from refitkit.pipeline.stage import Staged
+from refitkit.pipeline.transform import require_measured
+from refitkit.pipeline.verify import problems_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Sequence
+
+    from refitkit.model import KeptWeights, SlotKey
+    from refitkit.pipeline.context import Context
+    from refitkit.pipeline.gate import Gate
+    from refitkit.pipeline.history import WeightState
+    from refitkit.pipeline.mapping import SlotMapping
+    from refitkit.pipeline.module import CompiledModule
+    from refitkit.pipeline.report import Outcome, ReportDraft
+    from refitkit.pipeline.verify import Judge
+    from refitkit.protocols import SlotValue, StagedRefit
+    from refitkit.recipe import RefitPlan
+
+Failure = TypeVar("Failure", bound=RefitError)
+
+_LAST_ATTEMPT = (False, False, True)
+"""The way back is tried three times if it is interrupted: Ctrl-C is often pressed twice."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that is known of one module's refit before anything is staged.
+
+    Attributes:
+        draft: The facts for the report. Its ``mapping`` has the values to write.
+        plan: The plan that is followed.
+        judge: Judges the module after the commit; None if nothing does.
+        all_values: Gives values of all slots, also of unchanged ones, for engines that lost those.
+        state_after: Gives the module's state, but for the history, once these values are live.
+        require_read: Called once all is staged. Raises if the source changed while it was read.
+        partial: Whether slots without a value keep theirs.
+        rollback: Whether the old weights are kept until the verdict.
+        check_finite: Whether new values have to be finite wherever the present ones are.
+    """
+
+    draft: ReportDraft
+    plan: RefitPlan
+    judge: Judge | None
+    all_values: Callable[[], SlotMapping]
+    state_after: Callable[[SlotMapping], WeightState]
+    require_read: Callable[[], None] = lambda: None
+    partial: bool = False
+    rollback: bool = True
+    check_finite: bool = False
+
+
+class Transaction:
+    """Staged modules on their way to their new weights, or back to the old ones."""
+
+    def __init__(self, modules: Sequence[ModuleTransaction]) -> None:
+        """Take modules whose values are staged, in the order in which they are committed."""
+        self._modules = modules
+
+    def run(self) -> None:
+        """Commit all modules and have them judged, while their calls wait.
+
+        From the first commit until it is certain which weights are live, the gates are poisoned.
+        An interrupt in that time restores the old weights. An interrupt during the restoring starts
+        it again; if all attempts are interrupted, the modules refuse calls.
+
+        Raises:
+            EngineError: An engine failed to commit; the old weights are live.
+            VerificationError: The verdict was bad; the old weights are live.
+            ModuleLostError: Rolling back failed; the modules concerned refuse calls.
+            BaseException: A plugin or the keyboard; the old weights are live.
+        """
+        gates = [one.gate for one in self._modules]
+        inside_all([gate.alone for gate in in_order(gates)], self._run)
+
+    def _run(self) -> None:
+        try:
+            self._forward()
+        except BaseException as exc:
+            # Nothing is called here but _back: CPython could raise an interrupt behind a call.
+            interrupt: BaseException | None = None
+            for last in _LAST_ATTEMPT:
+                try:
+                    self._back(exc, last=last)
+                    break
+                except Exception:
+                    raise
+                except BaseException as again:  # noqa: BLE001 - raised once the weights are back
+                    interrupt = again
+            if interrupt is not None:
+                raise interrupt from exc
+            raise
+
+    def _forward(self) -> None:
+        for one in self._modules:
+            one.named(one.synchronize)
+        for one in self._modules:  # an interrupt from here on must leave no module half changed
+            one.gate.poison("a commit was interrupted")
+        for one in self._modules:
+            one.named(one.commit)
+        for one in self._modules:  # all have their new weights, so plugins can compare them
+            one.named(one.judge)
+        for one in self._modules:
+            one.gate.heal()
+
+    def _back(self, cause: BaseException, *, last: bool) -> None:
+        """Restore all old weights; poison each module where that fails.
+
+        Args:
+            cause: Why.
+            last: Whether an interrupt counts as a failure. Otherwise it is raised, to begin again.
+        """
+        lost: list[ModuleLostError] = []
+        for one in reversed(self._modules):
+            failure = one.roll_back(last=last)
+            if failure is None:
+                one.gate.heal()
+                continue
+            one.gate.poison(failure)
+            lost.append(one.naming(lost_error(failure)))
+        if lost:
+            for error in lost:
+                error.add_note(f"The rollback was because of: {type(cause).__name__}: {cause}")
+            if len(lost) > 1:
+                names = ", ".join(one.name for one in self._modules if one.gate.lost)
+                lost[0].add_note(f"{len(lost)} modules were lost: {names}.")
+            raise lost[0] from lost[0].__cause__
+
+
+class ModuleTransaction:
+    """One module's part in a transaction.
+
+    Attributes:
+        name: Name of the module in errors; empty if the transaction has one module only.
+        draft: The facts for the report, closed once the verdict is good.
+    """
+
+    def __init__(
+        self, context: Context, compiled: CompiledModule, prepared: Prepared, name: str = ""
+    ) -> None:
+        """Stage nothing yet."""
+        self.name, self.draft = name, prepared.draft
+        self._host, self._config = context.host, context.config
+        self._compiled, self._module, self._prepared = compiled, compiled.opened, prepared
+        self._before = compiled.state
+        self._snapshot: SnapshotBuilder | None = None
+        self._staged = Staged(self._module)
+        self._touched: list[tuple[str, StagedRefit]] = []  # engines that may have new weights
+        self._begun = False
+        self._failure: BaseException | None = None
+        self._finite: FiniteCheck | None = None
+        if prepared.check_finite:
+            overwrite = not prepared.rollback
+            self._finite = FiniteCheck(self._module, prepared.plan, overwrite=overwrite)
+
+    @property
+    def gate(self) -> Gate:
+        """The module's gate."""
+        return self._compiled.gate
+
+    # -- errors -------------------------------------------------------------------------------
+
+    def named(self, step: Callable[[], None]) -> None:
+        """Take a step. If it raises a RefitError, name the module in it."""
+        try:
+            step()
+        except RefitError as exc:
+            self.naming(exc)
+            raise
+
+    def naming(self, error: Failure) -> Failure:
+        """The error, with the module's name in its message and problems."""
+        if self.name:
+            error.message = f"{self.name[0].upper()}{self.name[1:]}: {error.message}"
+            error.problems = tuple(
+                replace(problem, subject=f"{self.name}: {problem.subject}")
+                for problem in error.problems
+            )
+        return error
+
+    # -- before the commit: the old weights serve ----------------------------------------------
+
+    def stage(self) -> None:
+        """Stage all new values, check them, and copy the old values that are kept.
+
+        Raises:
+            RefitError: An engine refuses or fails, or a computed value is too inexact or not
+                finite.
+        """
+        draft = self.draft
+        with draft.clock.stage("stage"):
+            self._fill_all()
+            self._prepared.require_read()
+            written = self._mapping.values
+            if self._finite is not None:
+                self._finite.require(self._staged, written)
+            draft.changes = measured(self._config, self._module, self._staged, written)
+            # if a measured slot differs, nobody has to compare all of both sets
+            draft.changed = draft.changes.differ or self._staged.changed()
+            draft.memory = self._staged.memory()
+            if self._prepared.rollback:
+                self._snapshot = SnapshotBuilder(
+                    self._module,
+                    self._before,
+                    written,
+                    self._config,
+                    with_base=self._wants_base,
+                )
+        with self._reporting():
+            require_measured(draft.transforms())
+
+    @property
+    def _mapping(self) -> SlotMapping:
+        mapping = self.draft.mapping
+        if mapping is None:
+            raise RuntimeError("nothing is staged before it is mapped")
+        return mapping
+
+    def _fill_all(self) -> None:
+        """Stage what changed; everything if an engine lost what the others hold."""
+        mapping = self._mapping
+        keeping = {engine for engine, _ in (*mapping.unchanged, *mapping.kept)}
+        try:
+            self._fill_keeping(keeping)
+        except NotRefittableError:
+            if self._prepared.partial or not mapping.unchanged:
+                raise
+            self._staged.discard()
+            self.draft.mapping = self._prepared.all_values()
+            self._fill_keeping({engine for engine, _ in self._mapping.kept})
+
+    def _fill_keeping(self, keeping: Collection[str]) -> None:
+        """Stage all values. Engines of these names keep the slots that have no value."""
+        values = self._mapping.values
+        some = {key: value for key, value in values.items() if key[0] in keeping}
+        rest = {key: value for key, value in values.items() if key[0] not in keeping}
+        self._fill(rest, partial=self._prepared.partial)
+        self._fill(some, partial=True)
+
+    def _fill(self, values: dict[SlotKey, SlotValue], *, partial: bool) -> None:
+        watched = values if self._finite is None else self._finite.watched(values)
+        self._staged.fill(watched, partial=partial, overwrite=not self._prepared.rollback)
+
+    @property
+    def _wants_base(self) -> bool:
+        """Whether copies are the only way back to the first weights, and are wanted."""
+        elsewhere = self._compiled.base is not None or self._compiled.origin is not None
+        return self._config.keep_base and self._prepared.rollback and not elsewhere
+
+    def discard(self) -> None:
+        """Drop the values that are staged and were not committed."""
+        self._staged.discard()
+
+    # -- from the commit to the verdict: calls wait ----------------------------------------------
+
+    def synchronize(self) -> None:
+        """Wait for the device's pending work, and copy the state that calls have written."""
+        with raised_as(EngineError, "Pending work of the module failed"):
+            self._module.drain()
+        with raised_as(EngineError, "The state that calls have written cannot be copied"):
+            if self._snapshot is not None:
+                self._snapshot.copy_mutable()
+
+    def commit(self) -> None:
+        """Make the staged values live, engine by engine."""
+        with self.draft.clock.stage("commit"):
+            for name, one in self._staged.take():
+                self._begun = True
+                self._touched.append((name, one))
+                with raised_as(EngineError, f"The engine {name!r} failed to commit"):
+                    one.commit()
+
+    def judge(self) -> None:
+        """Notify plugins, have the result judged, and store the module's new state.
+
+        Raises:
+            VerificationError: The verdict is bad.
+        """
+        self._begun = True
+        after = self._state_after()
+        self.draft.kept = self._restorable(after.history)
+        if self._wants_base and not self._before.history.base_lost:
+            self.draft.base_lost = after.history.base_lost
+        self._notify("committed")
+        if self._prepared.judge is not None:
+            with self._reporting():
+                with self.draft.clock.stage("verify"):
+                    self.draft.verification = self._prepared.judge(self._module)
+                if not self.draft.verification.ok:
+                    raise VerificationError(
+                        "The refitted module is not what it should be; its old weights are back.",
+                        problems=problems_of(self.draft.verification),
+                    )
+        self.draft.close()
+        self._compiled.state = after
+
+    def _state_after(self) -> WeightState:
+        state = self._prepared.state_after(self._mapping)
+        return replace(state, source=self.draft.source, history=self._history_after())
+
+    def _history_after(self) -> History:
+        if self._snapshot is not None:
+            return self._snapshot.after(self._prepared.plan)
+        before = self._before.history
+        return History(
+            base_lost=NO_ROLLBACK,
+            written=before.written | self._mapping.values.keys(),
+            plan=self._prepared.plan,
+            overridden=before.overridden,
+        )
+
+    # -- the way back ------------------------------------------------------------------------
+
+    def roll_back(self, *, last: bool) -> BaseException | None:
+        """Restore the old weights.
+
+        After an interrupt it continues where it was: an engine is tried again unless its rollback
+        returned or failed.
+
+        Args:
+            last: Whether an interrupt counts as a failure. Otherwise it is raised.
+
+        Returns:
+            The last failure; None if all went well.
+        """
+        while self._touched:
+            try:
+                self._touched[-1][1].rollback()
+            except BaseException as exc:
+                if not last and not isinstance(exc, Exception):
+                    raise
+                self._failure = exc
+            self._touched.pop()
+        if self._failure is None and self._begun:
+            try:
+                returning(self._restored)
+            except BaseException as exc:
+                if not last and not isinstance(exc, Exception):
+                    raise
+                self._failure = exc
+            else:
+                self._begun = False
+        return self._failure
+
+    def _restored(self) -> None:
+        """Store the old state again, and notify plugins."""
+        self._compiled.state = self._before
+        self._note_old_history()
+        self._notify("rolled-back")
+
+    def _note_old_history(self) -> None:
+        """Report the old history, without what engines had: the attempt has used that up."""
+        self.draft.kept = self._restorable(self._before.history, engines_spent=True)
+        self.draft.base_lost = ""
+
+    def _restorable(
+        self, history: History, *, engines_spent: bool = False
+    ) -> tuple[KeptWeights, ...]:
+        return history.restorable(
+            self._compiled.origin,
+            has_named_base=self._compiled.base is not None,
+            engines_spent=engines_spent,
+        )
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """Attach the report of the attempt to a VerificationError."""
+        try:
+            yield
+        except VerificationError as exc:
+            self._note_old_history()
+            exc.report = self.draft.report("rolled-back")
+            raise
+
+    def _notify(self, outcome: Outcome) -> None:
+        hook = "refitkit_weights_changed"
+        if self._host.has(hook):  # mostly nobody listens, and a report takes its time
+            self._host.call(hook, module=self._module, report=self.draft.report(outcome))
