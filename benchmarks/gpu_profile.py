@@ -22,13 +22,11 @@ from refitkit.builtin.torch_tensorrt import weight_buffers
 from refitkit.builtin.torch_tensorrt.engine import RefitterEngine
 from refitkit.builtin.torch_tensorrt.refitter import PersistentRefitter
 from refitkit.builtin.torch_tensorrt.weight_buffers import Uploader, WeightSets
-from refitkit.pipeline import changes as samples
 from refitkit.pipeline import refit as refitting
-from refitkit.pipeline import transaction as writing
 from refitkit.pipeline.history import SnapshotBuilder
-from refitkit.pipeline.report import Findings
+from refitkit.pipeline.report import ReportDraft
 from refitkit.pipeline.stage import Staged
-from refitkit.pipeline.transaction import Transaction, Writing
+from refitkit.pipeline.transaction import ModuleTransaction, Transaction
 from refitkit.program.bits import same_bits
 from refitkit.recipe.plan import RefitPlan
 from refitkit.recipe.replay import Replay
@@ -59,17 +57,13 @@ WATCHED: tuple[tuple[Any, str], ...] = (
     (RefitterEngine, "_check_finite"),
     (WeightSets, "changed"),
     (Transaction, "run"),
-    (Writing, "stage"),
-    (Writing, "put_aside"),
-    (Writing, "judge"),
+    (ModuleTransaction, "stage"),
+    (ModuleTransaction, "synchronize"),
+    (ModuleTransaction, "judge"),
     (Staged, "fill"),
     (SnapshotBuilder, "__init__"),
-    (writing, "measured"),
-    (samples, "of_memory"),
-    (samples, "norms_of_rows"),
-    (samples, "_fetched"),
     (PersistentRefitter, "_run"),
-    (Findings, "report"),
+    (ReportDraft, "report"),
 )
 """Functions that are timed, inner ones included in outer ones: owner and name."""
 

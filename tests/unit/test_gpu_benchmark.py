@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,11 +39,6 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     return loaded("benchmarks/gpu.py", monkeypatch)
-
-
-@pytest.fixture
-def probes(monkeypatch: pytest.MonkeyPatch) -> Any:
-    return loaded("benchmarks/gpu_probes.py", monkeypatch)
 
 
 @pytest.fixture
@@ -216,41 +209,6 @@ def test_a_process_that_never_is_ready_is_ended(
     assert not job.is_ready(0.2)
     job.measure(5)
     assert job.found()["error"].startswith("exit -")
-
-
-def test_probes_fail_on_their_own(probes: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    (tmp_path / "asked.py").write_text(
-        "import os\ndef good(): return {'answer': 1}\ndef bad(): raise ValueError('no')\n"
-        "def dead(): os._exit(7)\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(probes, "PROBES", dict.fromkeys(("good", "bad"), "asked"))
-    for name in probes.PROBES:
-        probes.run_here(name, tmp_path / f"{name}.json")
-    told = probes.merged(tmp_path)
-    assert told["good"]["found"] == {"answer": 1}
-    assert told["bad"]["error"] == "ValueError: no"
-
-
-def test_a_probe_without_time_is_not_started(probes: Any, tmp_path: Path) -> None:
-    assert probes.run_beside("stripped", tmp_path, 0.0) == "stripped: no time was left"
-    assert probes.merged(tmp_path) == {}
-
-
-def test_a_probe_that_crashes_is_told(
-    probes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ended = subprocess.CompletedProcess([], -11, "", "segmentation fault")
-    monkeypatch.setattr(probes.subprocess, "run", lambda *_, **__: ended)
-    line = probes.run_beside("stripped", tmp_path, float("inf"))
-    assert line == "stripped: exit -11: segmentation fault"
-    assert json.loads((tmp_path / "stripped.json").read_text())["error"].startswith("exit -11")
-
-
-def test_every_probe_is_there(probes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, module in probes.PROBES.items():
-        assert f"\ndef {name}() -> " in (ROOT / "benchmarks" / f"{module}.py").read_text()
-    assert set(probes.ALONE) <= probes.PROBES.keys()
 
 
 # -- upstream's tests -----------------------------------------------------------------------
