@@ -83,7 +83,7 @@ def _leaves(program: ExportedProgram) -> Iterator[Leaf]:
     listed = set()
     for spec in program.graph_signature.input_specs:
         if spec.kind not in _KINDS or spec.target not in tensors:
-            continue
+            continue  # inputs of the user, tokens, and custom objects
         kind = _KINDS[spec.kind]
         if spec.kind is InputKind.BUFFER and not spec.persistent:
             kind = LeafKind.NON_PERSISTENT_BUFFER
@@ -124,6 +124,7 @@ def _ties(program: ExportedProgram, leaves: tuple[Leaf, ...]) -> tuple[tuple[str
 
 def _address(tensor: torch.Tensor) -> tuple[str, int, int]:
     """Return a key for the address of a tensor; a storage object stands for missing data."""
+    # tensors without data all have the address 0
     if tensor.is_meta or isinstance(tensor, FakeTensor) or not tensor.data_ptr():
         return "storage", tensor.untyped_storage()._cdata, int(tensor.storage_offset())  # noqa: SLF001
     return "memory", tensor.data_ptr(), 0
@@ -160,7 +161,7 @@ def graph_lines(
         value = None if node.op == "output" else node.meta.get("val")
         meta = _canonical(value, numbers)
         yield f"{node.op} {shown} {arguments} {meta}\n"
-        for inner in submodules_of(node):
+        for inner in submodules_of(node):  # nodes of a submodule have positions of their own
             yield from graph_lines(inner)
 
 

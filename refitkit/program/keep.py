@@ -152,7 +152,7 @@ class KeptProgram:
             PlanMismatchError: The kept program is damaged, or another torch wrote it.
         """
         values = self._values(source, pinned)
-        # ties come last, because all names of a tied weight must be the tensor that views point into
+        # ties come last: all names of a tied weight must be the tensor that views point into
         values.update(on_shared_memory(self._by_fqn, values))
         shared: dict[str, torch.Tensor] = {}
         for tie in self._tied.values():
