@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 _SKIPPED = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
 _KEYS = tuple(torch._C._TorchDispatchModeKey.__members__.values())  # noqa: SLF001
-_FAKE = torch._C._TorchDispatchModeKey.FAKE  # noqa: SLF001 - there is no public name
+_FAKE = torch._C._TorchDispatchModeKey.FAKE  # noqa: SLF001 - no public name
 
 
 class WatchingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
@@ -82,7 +82,7 @@ def untraced(function: Callable[P, T]) -> Callable[P, T]:
 
 def in_plain_state(do: Callable[[], T]) -> T:
     """Call a function without the modes of the caller, and return its result; see ``plain``."""
-    c = torch._C  # noqa: SLF001 - there are no public ways
+    c = torch._C  # noqa: SLF001 - no public API
     with c._InferenceMode(False), c._DisableAutocast():  # noqa: SLF001, FBT003
         if not _has_modes():
             return do()
@@ -101,7 +101,7 @@ def require_data(what: str) -> None:
     Raises:
         InputMismatchError: ``FakeTensorMode`` is on.
     """
-    if torch._C._get_dispatch_mode(_FAKE) is not None:  # noqa: SLF001 - there is no public way
+    if torch._C._get_dispatch_mode(_FAKE) is not None:  # noqa: SLF001 - no public API
         raise InputMismatchError(
             f"{what} cannot compute under FakeTensorMode, because fake tensors have no data.",
             hint="Call it outside of the mode. torch.export and make_fx switch the mode on too.",
@@ -131,7 +131,7 @@ def is_transformed(value: torch.Tensor) -> bool:
 
 
 def _has_modes() -> bool:
-    c = torch._C  # noqa: SLF001 - there are no public ways
+    c = torch._C  # noqa: SLF001 - no public API
     return bool(
         c._len_torch_function_stack()  # noqa: SLF001
         or c._len_torch_dispatch_stack()  # noqa: SLF001
@@ -149,7 +149,7 @@ def _has_early_modes() -> bool:
 
 def _no_function_modes(do: Callable[[], T]) -> T:
     """Call without function modes; a default device is one of them."""
-    c = torch._C  # noqa: SLF001 - there is no public way
+    c = torch._C  # noqa: SLF001 - no public API
     depth = c._len_torch_function_stack()  # noqa: SLF001
     if not depth:
         return do()
@@ -177,7 +177,7 @@ def _pop_dispatch_modes(do: Callable[[], T], watching: tuple[TorchDispatchMode, 
         do: Function to call once all modes are popped.
         watching: Modes of type :class:`WatchingMode` that were popped so far, the outermost first.
     """
-    c: Any = torch._C  # noqa: SLF001 - there is no public way
+    c: Any = torch._C  # noqa: SLF001 - no public API
     depth = c._len_torch_dispatch_stack()  # noqa: SLF001
     if not depth:
         return _push_dispatch_modes(watching, do)
@@ -218,7 +218,7 @@ def _no_transforms(do: Callable[[], T]) -> T:
 
 def _no_tracing(do: Callable[[], T]) -> T:
     """Call without ``torch.jit.trace``, under which sizes are tensors."""
-    c: Any = torch._C  # noqa: SLF001 - there is no public way
+    c: Any = torch._C  # noqa: SLF001 - no public API
     state = c._get_tracing_state()  # noqa: SLF001
     try:
         c._set_tracing_state(None)  # noqa: SLF001

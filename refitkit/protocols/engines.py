@@ -340,12 +340,14 @@ class Places:
         all: One place for each slot, in any order.
     """
 
+    # Not a dataclass: caches use the object as a key, so it must be hashed by identity.
+
     def __init__(self, places: Iterable[Place]) -> None:
         """Store the places of all slots."""
         self.all = tuple(places)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)  # == of tensors has no truth value
 class SideBySide:
     """The live and the staged values of an engine, each in one piece of memory.
 
