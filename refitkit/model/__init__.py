@@ -1,4 +1,8 @@
-"""Values: data only, frozen, free of torch. What is stored or shown is a pydantic model."""
+"""Frozen values that carry data between packages. None of them imports torch.
+
+Values that are stored in files or shown to users are pydantic models: slots (``slot.py``), plans
+(``plan.py``), rules for names (``rules.py``) and reports (``report.py``).
+"""
 
 from refitkit.model.plan import (
     FORMAT,

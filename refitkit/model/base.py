@@ -1,9 +1,10 @@
-"""What all stored or shown models have in common."""
+"""The base class of all models that are stored or shown."""
 
 from pydantic import BaseModel, ConfigDict
 
 
 class Frozen(BaseModel):
-    """A value: immutable, and closed, so that a misspelt or unknown field is an error."""
+    """An immutable model. An unknown or misspelt field is a ``ValidationError``."""
 
+    # JSON has no inf and nan: they are written as strings
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")

@@ -1,6 +1,11 @@
-"""The plan: for every slot of every engine, how its value follows from the model's own state.
+"""Plans: how the value of every slot of every engine follows from the state of the model.
 
-This is also the schema of ``manifest.json`` inside a plan file (see :mod:`refitkit.recipe.store`).
+:class:`PlanData` is the whole. It refers to leaves (tensors of the program), to a ledger (one row
+for each slot), and to recipes (calls of aten ops). The models are also the schema of
+``manifest.json`` inside a plan file; see :mod:`refitkit.recipe.store`.
+
+All recipes of a plan are one list of calls, each after the calls whose results it uses. A slot
+refers to the result that is its value, so work that slots share is listed and computed once.
 """
 
 from __future__ import annotations
@@ -20,11 +25,14 @@ if TYPE_CHECKING:
 
 
 FORMAT: Literal["refitplan/2"] = "refitplan/2"
-"""Name and version of the format. Version 1, which had no calls and no guards, is read, too."""
+"""Name and version of the format. Version 1 had no calls and no guards; it can still be read."""
+
+
+# -- leaves of a program ----------------------------------------------------------------------
 
 
 class LeafKind(StrEnum):
-    """What a leaf of a program is."""
+    """The kind of a leaf of a program."""
 
     PARAMETER = "parameter"
     BUFFER = "buffer"
@@ -33,16 +41,16 @@ class LeafKind(StrEnum):
 
 
 class Overlap(Frozen):
-    """Where one leaf lies in the memory of another one, the whole, which has no gaps.
+    """The position of one leaf, the part, in the memory of another one, the whole.
 
-    The elements of the whole, with its dimensions permuted to ``order``, lie one after another. The
-    part is ``torch.as_strided(those elements, shape of the part, stride, offset)``.
+    The whole has no gaps: its elements are contiguous once its dimensions are permuted to
+    ``order``. The part is ``torch.as_strided(these elements, shape of the part, stride, offset)``.
 
     Attributes:
-        fqn: The other leaf.
-        order: Dimensions of the whole as they lie in memory, slowest first.
+        fqn: FQN of the other leaf: the whole in ``Leaf.view``, the part in ``Leaf.parts``.
+        order: Dimensions of the whole in memory order, slowest first.
         stride: Strides of the part, in elements of the part's dtype.
-        offset: First element of the part, counted in elements of the part's dtype.
+        offset: Index of the first element of the part, in elements of the part's dtype.
     """
 
     fqn: str
@@ -54,20 +62,20 @@ class Overlap(Frozen):
 class Leaf(Frozen):
     """One tensor that a program reads: a parameter, a buffer or a lifted constant.
 
-    A leaf can share memory with another one. ``load_state_dict`` writes in place, so the model's
-    own leaf follows; ``view`` and ``parts`` let an engine's slot follow in the same way.
+    A leaf can share memory with other leaves. In the eager model ``load_state_dict`` then changes
+    all of them. ``view`` and ``parts`` make the slots of an engine follow in the same way.
 
     Attributes:
-        fqn: Fully qualified name, as in the model's state_dict.
+        fqn: Fully qualified name, as in the state_dict of the model.
         kind: Parameter, persistent or non-persistent buffer, or constant.
-        dtype: torch's name without the ``torch.``.
+        dtype: Name of the dtype in torch without ``torch.``.
         shape: Sizes of all dimensions.
-        device: Where the program keeps it.
-        used: Whether its value can change an output or have a side effect. False for
+        device: Device of the tensor in the program.
+        used: Whether the value can change an output or a side effect. False for
             ``num_batches_tracked``, and for weights that only dead code reads.
-        mutated: Whether the graph changes it in place.
-        view: The parameter or buffer that it is a view of; None for a leaf of its own.
-        parts: Parameters and buffers that are views of it, where no state_dict holds it itself.
+        mutated: Whether the graph writes to the tensor in place.
+        view: Parameter or buffer that this leaf is a view of; None if it is not a view.
+        parts: Parameters and buffers that are views of this leaf, if no state_dict contains it.
     """
 
     fqn: str
@@ -82,27 +90,30 @@ class Leaf(Frozen):
 
     @property
     def persistent(self) -> bool:
-        """Whether the model's state_dict holds it."""
+        """Whether the state_dict of the model contains the leaf."""
         return self.kind in {LeafKind.PARAMETER, LeafKind.BUFFER}
 
     @property
     def kept(self) -> bool:
-        """Whether a plan keeps its value: no state_dict holds all of it."""
+        """Whether a plan stores the value, because no state_dict contains all of it."""
         return not self.persistent and self.view is None
 
     @property
     def derived(self) -> bool:
-        """Whether its value follows from other leaves."""
+        """Whether the value follows from other leaves."""
         return self.view is not None or bool(self.parts)
 
     @property
     def bases(self) -> tuple[str, ...]:
-        """FQNs of the leaves that its value follows from."""
+        """FQNs of the leaves that the value follows from; empty if it is not derived."""
         return (self.view.fqn,) if self.view else tuple(part.fqn for part in self.parts)
 
 
+# -- the plan ---------------------------------------------------------------------------------
+
+
 class SlotState(StrEnum):
-    """Where the value of a slot comes from."""
+    """Where the value of a slot comes from; see ``LedgerRow.state``."""
 
     RECIPE = "recipe"
     PINNED = "pinned"
@@ -111,15 +122,16 @@ class SlotState(StrEnum):
 
 
 class LedgerRow(Frozen):
-    """One slot and how it is served.
+    """One slot and the origin of its value.
 
     Attributes:
-        slot: The slot, as the engine describes it.
-        state: ``recipe`` (computed from ``sources``), ``pinned`` (its value is in the plan, a
-            source that has one of ``sources`` overrides it), ``frozen`` (a literal of the graph:
-            never changes) or ``unmapped`` (nobody knows: stops a refit).
-        value: The recipe; None where the state is ``unmapped``, or ``frozen`` and nobody needs it.
-        sources: FQNs that the value follows from; of those that are one tensor (tied weights) all.
+        slot: Slot, as the engine describes it.
+        state: ``recipe``: computed from ``sources``. ``pinned``: the plan stores the value, and a
+            source that has one of ``sources`` overrides it. ``frozen``: a literal of the graph,
+            which never changes. ``unmapped``: unknown, which stops a refit.
+        value: Recipe of the value. None if the state is ``unmapped``, or if it is ``frozen`` and
+            no refit needs the value.
+        sources: FQNs that the value follows from, with all names of tied weights.
         reason: Why the slot is frozen, pinned or unmapped.
     """
 
@@ -131,12 +143,12 @@ class LedgerRow(Frozen):
 
 
 class PinnedTensor(Frozen):
-    """Index entry of one tensor that the plan keeps.
+    """The index entry of one tensor that the plan stores.
 
     Attributes:
-        dtype: torch's name without the ``torch.``.
+        dtype: Name of the dtype in torch without ``torch.``.
         shape: Sizes of all dimensions.
-        sha256: Of its bytes, C-contiguous, little endian.
+        sha256: Digest of the bytes of the tensor, C-contiguous, little endian, as hexadecimal text.
     """
 
     dtype: DtypeName
@@ -145,13 +157,13 @@ class PinnedTensor(Frozen):
 
 
 class Fingerprint(Frozen):
-    """What a plan belongs to. It never depends on values of weights.
+    """The identity of the program and the engines of a plan, independent of values of weights.
 
     Attributes:
         graph: sha256 over ops, FQNs, shapes and dtypes of the program.
-        slots: sha256 over all slots, sorted; see :func:`fingerprint_of_slots`.
+        slots: sha256 over all slots; see :func:`fingerprint_of_slots`.
         settings: Compilation settings, as text by name.
-        versions: Versions of what made the engine, by package.
+        versions: Versions of the software that made the engines, by package.
         platform: Operating system, machine and device kind.
     """
 
@@ -163,17 +175,18 @@ class Fingerprint(Frozen):
 
 
 class Need(Frozen):
-    """Something of a plugin's without which a plan cannot be relied on.
+    """An object of a plugin that a plan depends on.
 
     Attributes:
-        kind: ``layer type``: its layers hold weights of the engines. ``strategy``: it gave values
-            in the proof by trial.
-        name: Its name.
+        kind: ``layer type``: layers of this type have weights of the engines. ``strategy``: it
+            returned values in the proof by trial.
+        name: Name of the layer type or strategy.
         plugin: Name of the plugin that offers it.
-        distribution: What brings the plugin, as ``pip install`` takes it; empty where nothing does.
-        version: Version of that.
-        slots: ``engine/slot`` of the slots that a strategy served though the plan keeps a value for
-            them.
+        distribution: Distribution of the plugin, as ``pip install`` takes it; empty if there is
+            none.
+        version: Version of the distribution.
+        slots: ``engine/slot`` of slots that got the value of a strategy, although the plan stores a
+            value for them.
     """
 
     kind: Literal["layer type", "strategy"]
@@ -185,21 +198,21 @@ class Need(Frozen):
 
 
 class PlanData(Frozen):
-    """A whole plan: the ledgers of all engines of one model.
+    """A plan for all engines of one module.
 
     Attributes:
-        format: Always :data:`FORMAT`.
-        backend: Name of the backend that made the engines.
-        leaves: Everything that the program reads.
+        format: Name and version of the format; new plans have :data:`FORMAT`.
+        backend: Name of the backend that compiled the engines.
+        leaves: All tensors that the program reads.
         ties: Classes of FQNs that are one tensor.
         ledger: One row for every slot of every engine.
-        calls: What recipes compute; each call refers to earlier ones only.
-        guards: Values that must be what they were when the plan was made.
-        pinned: Index of the tensors that the plan keeps.
-        fingerprint: What the plan belongs to.
-        unreached: Weights that the program uses and that reach no slot, by FQN, each with the
-            reason why a refit need not change anything for them.
-        needs: What plugins have to offer where the plan is used.
+        calls: Calls of all recipes. A call refers to earlier ones only.
+        guards: Values that must be equal to those at planning time.
+        pinned: Index of the tensors that the plan stores, by name.
+        fingerprint: Identity of the program and the engines.
+        unreached: Reasons by FQN, for weights that the program uses and that reach no slot: why a
+            refit does not have to change anything for them.
+        needs: Objects of plugins that the plan depends on.
     """
 
     format: Literal["refitplan/1", "refitplan/2"] = FORMAT
@@ -216,23 +229,20 @@ class PlanData(Frozen):
 
 
 def fingerprint_of_slots(slots: Iterable[Slot]) -> str:
-    """sha256 over engine, name, dtype and count of all slots, in sorted order."""
+    """Return the sha256 over engine, name, dtype and count of all slots, sorted."""
+    # without shape and device: an engine may not know the shape, and a module can move
     rows = sorted((slot.engine, slot.name, slot.dtype, slot.count) for slot in slots)
     return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
 
 
-# MERGED recipe: Recipes: how slot values follow from the model's own state, as plain data.
-#
-# All recipes of a plan are one list of calls of aten ops, in an order in which each refers to
-# earlier ones only; a slot refers to the result that is its value. So what two slots have in
-# common is computed once. The list is part of ``manifest.json`` (see
-# :mod:`refitkit.recipe.store`).
+# -- recipes ----------------------------------------------------------------------------------
 
 
 class SourceRef(Frozen):
-    """A tensor of the weight source.
+    """A reference to a tensor of the weight source.
 
-    Of what no state_dict holds the plan keeps a value, for sources that have none.
+    For a leaf that no state_dict contains, the plan stores a value, which is used if the source
+    lacks the leaf.
     """
 
     kind: Literal["source"] = "source"
@@ -240,18 +250,18 @@ class SourceRef(Frozen):
 
 
 class PinnedRef(Frozen):
-    """A tensor that is kept in the plan, under this name."""
+    """A reference to a tensor that the plan stores, by its name in the plan."""
 
     kind: Literal["pinned"] = "pinned"
     name: str
 
 
 class CallRef(Frozen):
-    """A result of an earlier call.
+    """A reference to a result of an earlier call.
 
     Attributes:
-        call: Position of the call in the plan's list.
-        output: Which of its results.
+        call: Index of the call in ``PlanData.calls``.
+        output: Index of the result.
     """
 
     kind: Literal["call"] = "call"
@@ -260,13 +270,13 @@ class CallRef(Frozen):
 
 
 Value = Annotated[SourceRef | PinnedRef | CallRef, Field(discriminator="kind")]
-"""Where a tensor comes from."""
+"""The origin of a tensor."""
 
 
 class TorchName(Frozen):
     """A constant of torch: ``torch.float32``, ``torch.strided``, ``torch.contiguous_format``.
 
-    Devices do not occur: a recipe runs where its operands are, or where it was recorded.
+    It is never a device. A recipe runs on the device of its operands, or where it was recorded.
     """
 
     kind: Literal["torch"] = "torch"
@@ -274,35 +284,36 @@ class TorchName(Frozen):
 
 
 class Number(Frozen):
-    """A number that JSON has no way to write: ``inf``, ``-inf``, ``nan``, complex ones."""
+    """A number that JSON cannot represent: ``inf``, ``-inf``, ``nan`` or a complex number."""
 
     kind: Literal["number"] = "number"
     text: str
 
 
 Atom = SourceRef | PinnedRef | CallRef | TorchName | Number | bool | int | float | str | None
-"""One argument of a call that is no list."""
+"""One argument of a call, except for lists."""
 
 Argument = Atom | tuple[Atom, ...]
-"""One argument of a call. Lists are not nested: no schema of aten has a list of lists."""
+"""One argument of a call. Lists are not nested, because no schema of aten has a list of lists."""
 
 
 class Tensor(Frozen):
-    """What a call gives: dtype and shape."""
+    """Dtype and shape of one result of a call."""
 
     dtype: DtypeName
     shape: tuple[Dim, ...]
 
 
 class OpCall(Frozen):
-    """One call of an aten op. It changes nothing: an op that writes does so to a copy.
+    """One call of an aten op, without side effects: an op that writes in place gets a copy.
 
     Attributes:
         op: Name of the overload, as torch writes it: ``aten.mul.Tensor``.
         args: Positional arguments.
         kwargs: Keyword arguments.
-        results: Dtype and shape of each result; for an op that writes, of what it has written.
-        device: Kind of device on which it was recorded: ``cpu``, ``cuda``.
+        results: Dtype and shape of each result. An op that writes in place has the written tensors
+            as results.
+        device: Device kind of the recording: ``cpu``, ``cuda``.
     """
 
     op: str
@@ -313,17 +324,17 @@ class OpCall(Frozen):
 
 
 class Guard(Frozen):
-    """A value that decided, while the plan was made, what the engines are or what a slot holds.
+    """A value that decided at planning time which engines are built or which values slots get.
 
-    Where it is another one now, recipes say nothing any more.
+    If the new weights give another value, the recipes of the plan do not hold.
 
     Attributes:
-        value: The value.
-        sha256: Of its bytes, C-contiguous, little endian.
-        dtype: Its dtype.
-        shape: Its shape.
-        shown: The value as text, where it is small.
-        reason: How it was used.
+        value: Reference to the value.
+        sha256: Digest of its bytes at planning time, C-contiguous, little endian.
+        dtype: Dtype of the value.
+        shape: Shape of the value.
+        shown: Value at planning time as text, if it is small.
+        reason: How the value was used.
     """
 
     value: Value

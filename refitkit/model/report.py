@@ -1,4 +1,9 @@
-"""What a refit tells of itself."""
+"""Reports of refits, verifications and diffs, and the events that are emitted meanwhile.
+
+:class:`RefitReport` and :class:`DiffReport` are the results that users get; the models before them
+are their rows. Events go to plugins through the hook ``refitkit_event``, for progress bars, logs
+and metrics.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +16,15 @@ from pydantic import Field
 from refitkit.model.base import Frozen
 from refitkit.model.plan import SlotState
 
+# -- refits -----------------------------------------------------------------------------------
+
 
 class StageTime(Frozen):
-    """How long one stage took.
+    """The duration of one stage.
 
     Attributes:
         stage: ``load``, ``map``, ``check``, ``prepare``, ``stage``, ``commit``, ``verify``, ...
-        seconds: Wall-clock time.
+        seconds: Wall-clock time in seconds.
     """
 
     stage: str
@@ -25,13 +32,13 @@ class StageTime(Frozen):
 
 
 class EngineMemory(Frozen):
-    """What keeping the way back costs one engine.
+    """The memory that one engine uses so that a refit can be rolled back.
 
     Attributes:
         engine: Name of the engine.
         kind: Where the previous weights are: ``inactive-buffer``, ``device``, ``pinned-host``,
             ``mapped-file``, ``engine-bytes`` or ``none``.
-        bytes: Size of what is held.
+        bytes: Size of the previous weights in bytes.
     """
 
     engine: str
@@ -40,14 +47,15 @@ class EngineMemory(Frozen):
 
 
 class KeptWeights(Frozen):
-    """Earlier weights that a module can go back to.
+    """Earlier weights that a module can restore.
 
     Attributes:
-        version: Their number.
-        source: What they were, in words.
-        bytes: Size of what is kept for them alone; 0 where the engines have them anyway.
-        where: ``host``: in memory of the host; ``engine``: in the engines, until the next refit;
-            ``file``: where the module was loaded from; ``base``: in the weights that
+        version: Version number of the weights.
+        source: Description of the weights.
+        bytes: Size in bytes of the copies for this version alone; 0 if the engines have the weights
+            anyway.
+        where: ``host``: in host memory. ``engine``: in the engines, until the next refit. ``file``:
+            in the file that the module was loaded from. ``base``: in the weights that
             ``compiled.base`` names.
     """
 
@@ -58,15 +66,15 @@ class KeptWeights(Frozen):
 
 
 class ReportRow(Frozen):
-    """One slot in the report.
+    """One slot in the report of a refit.
 
     Attributes:
         engine: Name of the engine.
-        slot: The engine's own name of the weight.
-        state: Its state in the plan's ledger.
-        strategy: Which strategy gave the new value; empty where the slot was left as it is.
-        sources: FQNs that the value came from.
-        reason: Why the slot was left as it is, or why other strategies did not serve it.
+        slot: Name of the slot.
+        state: State of the slot in the ledger of the plan.
+        strategy: Strategy that returned the new value; empty if the slot kept its value.
+        sources: FQNs that the value was computed from.
+        reason: Why the slot kept its value, or why other strategies returned no value.
     """
 
     engine: str
@@ -78,14 +86,14 @@ class ReportRow(Frozen):
 
 
 class StateRow(Frozen):
-    """What a refit did to one slot that calls of the module write.
+    """The effect of a refit on one slot that calls of the module write.
 
     Attributes:
         engine: Name of the engine.
-        slot: The engine's own name of the slot.
-        outcome: ``kept``: it holds what calls wrote, because the weights do not contain it.
-            ``set``: it got the value of the weights. ``reset``: it got the value that it had when
-            the program was exported.
+        slot: Name of the slot.
+        outcome: ``kept``: the slot keeps the value that calls wrote, because the weights do not
+            contain it. ``set``: it has the value of the weights. ``reset``: it has the value from
+            the export of the program.
     """
 
     engine: str
@@ -94,18 +102,18 @@ class StateRow(Frozen):
 
 
 class ChangeRow(Frozen):
-    """How far a refit moves one slot.
+    """The distance between the old and the new value of one slot.
 
     Attributes:
         engine: Name of the engine.
-        slot: The engine's own name of the weight.
-        relative: ||new - old|| / ||old||, in 2-norms: 0 where both have the same values, infinite
-            where the old one is all zeros or where an element that is not finite changed. Of
-            integers and flags, which have no length: the share of elements that differ.
-        largest: Largest absolute difference of two elements; infinite where an element that is not
-            finite changed.
-        sampled: Whether this is of some elements alone, evenly spread; then 0 does not say that
-            nothing changed.
+        slot: Name of the slot.
+        relative: ||new - old|| / ||old||, in 2-norms. 0 if the values are equal; infinite if the
+            old value is all zeros, or if an element changed that is not finite. For integers and
+            booleans, the share of elements that differ.
+        largest: Largest absolute difference of two elements; infinite if an element changed that is
+            not finite.
+        sampled: Whether only some elements, evenly spread, were compared. Then 0 does not prove
+            that nothing changed.
     """
 
     engine: str
@@ -116,15 +124,15 @@ class ChangeRow(Frozen):
 
 
 class OutputMeasure(Frozen):
-    """How one thing that was compared differs from what it should be.
+    """The result of one comparison: of an output with a reference, or of a slot with its value.
 
     Attributes:
-        name: Path of the output in the result (``['logits']``), or a slot's name.
-        ok: Whether it passes.
-        max_abs_error: Largest absolute difference of two elements, in units of the output.
-        limit: Largest absolute difference that passes; 0 where bits are compared.
-        scale: Largest absolute value of what it should be.
-        note: What is wrong, in words; empty if nothing is.
+        name: Path of the output in the result (``['logits']``), or name of the slot.
+        ok: Whether the comparison passes.
+        max_abs_error: Largest absolute difference of two elements, in the unit of the output.
+        limit: Largest absolute difference that passes; 0 if bits are compared.
+        scale: Largest absolute value of the reference.
+        note: Description of the failure; empty if it passes.
     """
 
     name: str
@@ -136,15 +144,15 @@ class OutputMeasure(Frozen):
 
 
 class VerificationResult(Frozen):
-    """What a verifier found.
+    """The result of a verifier.
 
     Attributes:
-        verifier: Its name.
-        ok: Whether the module is what it should be.
-        measures: One entry for each thing compared.
-        note: What was checked and what was not.
-        notes: How the names of the weights were read, where that was not as they are. Only
-            ``refitkit.verify`` says so here; the report of a refit has it itself.
+        verifier: Name of the verifier.
+        ok: Whether the module passes.
+        measures: One entry for each comparison.
+        note: Description of what was checked and what was not.
+        notes: How the names of the weights were changed to fit the program. Set by
+            ``refitkit.verify`` only; a refit has this in ``RefitReport.notes``.
     """
 
     verifier: str
@@ -155,21 +163,20 @@ class VerificationResult(Frozen):
 
     @property
     def max_abs_error(self) -> float:
-        """Largest absolute difference over all measures; 0 where nothing was measured."""
+        """Largest absolute difference over all measures; 0 if there are none."""
         return max((m.max_abs_error for m in self.measures), default=0.0)
 
 
 class TransformRow(Frozen):
-    """Entries that a transform made of others.
+    """One group of entries that a transform computed from other entries.
 
     Attributes:
-        transform: Its name.
-        plugin: Name of the plugin that offers it.
-        takes: Names of the source that were used up.
-        gives: FQNs that were made of them.
-        measures: How far what was made is from what was taken; empty where it was not read, or
-            the transform tells nothing.
-        note: What the transform says of it; also among the notes of the report.
+        transform: Name of the transform.
+        plugin: Name of the plugin that offers the transform.
+        takes: Names of the entries of the source that the transform consumed.
+        gives: FQNs of the entries that it computed.
+        measures: Errors of the computed entries; empty if they were not read or not measured.
+        note: Remark of the transform, which is also in ``RefitReport.notes``.
     """
 
     transform: str
@@ -181,29 +188,30 @@ class TransformRow(Frozen):
 
 
 class RefitReport(Frozen):
-    """What a refit did.
+    """The report of one refit.
 
     Attributes:
         outcome: ``committed`` or ``rolled-back``.
         backend: Name of the backend.
-        source: What the weights were, in words.
-        version: Number of the weights that the module holds after this: 0 as compiled or loaded,
-            then counting up with every commit.
-        partial: Whether slots without a new value were left as they are.
-        delta: Whether slots whose weights did not change were left as they are.
-        changed: Whether any bit of any slot changed; None where no engine can tell.
-        changes: How far each slot moves that was written, in engines that show both values.
-        slots_written: Number of slots that got a value.
-        slots_unchanged: Number of slots that were left as they are because of ``delta``.
-        bytes_written: Bytes of those slots.
-        stages: Time of each stage, in order.
-        memory: What keeping the way back costs during a refit.
-        kept: Earlier weights that the module can go back to after this, and what they cost.
+        source: Description of the new weights.
+        version: Version of the weights that the module has after the refit. It is 0 as compiled or
+            loaded, and each commit adds 1.
+        partial: Whether slots without a new value were to keep their values.
+        delta: Whether slots whose weights did not change were to keep their values.
+        changed: Whether any bit of any slot changed; None if no engine knows.
+        changes: Distance between old and new value of each written slot, for engines that show
+            both.
+        slots_written: Number of slots that got a new value.
+        slots_unchanged: Number of slots that kept their value because of ``delta``.
+        bytes_written: Size of the written slots in bytes.
+        stages: Duration of each stage, in order.
+        memory: Memory that each engine used for a rollback.
+        kept: Earlier weights that the module can restore after the refit.
         ledger: One row for every slot.
         state: One row for every slot that calls of the module write.
-        transforms: What plugins made of entries of the source, such as quantized weights.
-        verification: What the verifier found; None where none ran.
-        notes: Things a user should know (only staging was checked, nothing changed, ...).
+        transforms: One row for each group of entries that a transform computed.
+        verification: Result of the verifier; None if none ran.
+        notes: Remarks for the user (only staging was checked, nothing changed, ...).
     """
 
     outcome: Literal["committed", "rolled-back"]
@@ -228,16 +236,17 @@ class RefitReport(Frozen):
 
     @property
     def most_changed(self) -> ChangeRow | None:
-        """The slot that moves farthest for its length; None where nothing was measured."""
+        """Row with the largest relative change; None if nothing was measured."""
+        # ``largest`` decides between rows of equal or infinite relative change
         return max(self.changes, key=lambda row: (row.relative, row.largest), default=None)
 
     @property
     def seconds(self) -> float:
-        """Sum of all stages."""
+        """Duration of all stages in seconds."""
         return sum(stage.seconds for stage in self.stages)
 
 
-# MERGED diff: What two sets of weights differ in.
+# -- diffs ------------------------------------------------------------------------------------
 
 DiffState: TypeAlias = Literal[
     "changed", "other dtype", "other shape", "only in A", "only in B", "not usable", "same"
@@ -252,27 +261,28 @@ STATES: tuple[DiffState, ...] = (
     "not usable",
     "same",
 )
-"""In the order in which a summary tells them."""
+"""All states, in the order of a summary."""
 
 
 class DiffRow(Frozen):
     """One tensor of two sets of weights, A and B.
 
     Attributes:
-        name: Its name; of a module the slot's, after the engine's where there are several.
-        state: ``same``: the same bits; ``changed``; ``only in A``, ``only in B``; ``other shape``,
-            ``other dtype``: of the same name and not alike; ``not usable``: no plain tensor with
-            data, in A or B.
-        dtype: In A, or in B where only B has it.
-        shape: Likewise.
-        other_dtype: In B, where it is another one.
-        other_shape: In B, where it is another one.
-        relative: How far B is from A, as in :class:`~refitkit.model.ChangeRow`, from all elements.
-            None where they cannot be subtracted.
-        largest: Largest absolute difference of two elements; None likewise.
-        share: Share of elements of which any bit differs; of other dtypes, after both are
-            converted to a wider one. None likewise.
-        note: Why it is not usable, or the name under which A or B has the same tied weight.
+        name: Name of the tensor. For a module, the name of the slot, after the name of the engine
+            if there are several.
+        state: ``same``: equal bits. ``changed``: equal dtype and shape, other bits. ``other
+            dtype``, ``other shape``: they differ. ``only in A``, ``only in B``: missing in the
+            other. ``not usable``: not a plain tensor with data, in A or B.
+        dtype: Dtype in A, or in B if only B has the tensor.
+        shape: Shape in A, or in B if only B has the tensor.
+        other_dtype: Dtype in B if it differs; else empty.
+        other_shape: Shape in B if it differs; else None.
+        relative: Relative change from A to B, as in :class:`~refitkit.model.ChangeRow`, from all
+            elements. None if the tensors cannot be subtracted.
+        largest: Largest absolute difference of two elements. None in the same case.
+        share: Share of elements with at least one different bit. If the dtypes differ, both are
+            first converted to a wider one. None in the same case.
+        note: Why the tensor is not usable, or the name that A or B has for the same tied weight.
     """
 
     name: str
@@ -288,14 +298,14 @@ class DiffRow(Frozen):
 
 
 class DiffReport(Frozen):
-    """What two sets of weights differ in.
+    """The differences between two sets of weights, A and B.
 
     Attributes:
-        a: What A is, in words.
-        b: What B is, in words.
-        rows: One for each name in either: first those that cannot be subtracted, then by relative
-            change, the largest first, then those that are the same.
-        notes: How the names of A and B were read, where that was not as they are.
+        a: Description of A.
+        b: Description of B.
+        rows: One row for each name in A or B: first tensors that cannot be subtracted, then changed
+            tensors with the largest relative change first, then equal tensors.
+        notes: How the names of A and B were changed to match each other.
     """
 
     a: str
@@ -310,29 +320,28 @@ class DiffReport(Frozen):
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of rows by state; of states that occur."""
+        """Number of rows by state, without states that do not occur."""
         found = Counter(row.state for row in self.rows)
         return {state: found[state] for state in STATES if state in found}
 
     @property
     def summary(self) -> str:
-        """All of it in a line: ``2 changed, 5 same``."""
+        """The counts in one line: ``2 changed, 5 same``."""
         counted = ", ".join(f"{number} {state}" for state, number in self.counts.items())
         if self.differs:
             return counted
         return f"nothing changed: {counted}" if counted else "nothing changed: both are empty"
 
 
-# MERGED events: Progress, as values. Bars, logs and metrics listen to these through
-# ``refitkit_event``.
+# -- events -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Anything worth telling while a pipeline works.
+    """The base class of events.
 
     Attributes:
-        verb: What the user asked for: ``compile``, ``load``, ``plan``, ``refit``, ``save``.
+        verb: Operation that the user started: ``compile``, ``load``, ``plan``, ``refit``, ``save``.
     """
 
     verb: str
@@ -340,11 +349,11 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class StageStarted(Event):
-    """A stage begins.
+    """A stage has started.
 
     Attributes:
-        stage: Its name.
-        total: Number of steps to come; None where nobody knows.
+        stage: Name of the stage.
+        total: Number of steps to come; None if unknown.
     """
 
     stage: str
@@ -353,11 +362,11 @@ class StageStarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class Step(Event):
-    """A stage came a step further. Sent for things that take long, never once per tensor.
+    """A step of a stage has ended. Emitted for long steps, never for each tensor.
 
     Attributes:
-        stage: Its name.
-        text: What was just done.
+        stage: Name of the stage.
+        text: Description of the step.
     """
 
     stage: str
@@ -366,11 +375,11 @@ class Step(Event):
 
 @dataclass(frozen=True, slots=True)
 class StageFinished(Event):
-    """A stage is over, well.
+    """A stage has ended without an error.
 
     Attributes:
-        stage: Its name.
-        seconds: Wall-clock time.
+        stage: Name of the stage.
+        seconds: Wall-clock time in seconds.
     """
 
     stage: str

@@ -1,4 +1,9 @@
-"""How names and forms of a checkpoint become those of a model, where they are not the same."""
+"""Rules that convert names and layouts of checkpoint entries to those of a program.
+
+:class:`Rules` is the setting ``Config.rules``. It consists of :class:`Rename` and :class:`Pack`
+rules. ``FAMILIES`` has ready ``Pack`` rules for families of models whose weights exist in two
+layouts. A rule works in both directions, so it does not matter which layout the program has.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +27,22 @@ WRAPPERS = (
     "_checkpoint_wrapped_module",
     "_forward_module",
 )
-"""Parts of names that wrappers put there: DataParallel, Lightning and transformers, modules that
-``torch.compile`` made, fully sharded ones (of torch, and of older versions and fairscale), those
-that compute again in the backward pass, and Lightning Fabric's."""
+"""Parts that wrappers add to names, in this order: DataParallel, Lightning and transformers,
+``torch.compile``, fully sharded data parallel of torch, the same of older versions and fairscale,
+activation checkpointing, and Lightning Fabric."""
 
 
 def _pattern(text: str) -> str:
     try:
         re.compile(text)
     except re.error as exc:
-        raise ValueError(f"it is no regular expression: {exc}") from exc
+        raise ValueError(f"not a regular expression: {exc}") from exc
     return text
 
 
 def _family(name: str) -> str:
     if name not in FAMILIES:
-        raise ValueError(f"there are the families {', '.join(FAMILIES)}")
+        raise ValueError(f"unknown family {name!r}; known families: {', '.join(FAMILIES)}")
     return name
 
 
@@ -45,11 +50,11 @@ Pattern = Annotated[str, AfterValidator(_pattern)]
 
 
 class Rename(Frozen):
-    r"""A name for another.
+    r"""A rule that replaces names of entries.
 
     Attributes:
-        pattern: Regular expression that a whole name has to match, such as ``encoder\.(.*)``.
-        to: What it becomes; ``\1`` is the first group. As for :func:`re.sub`.
+        pattern: Regular expression that must match a whole name, such as ``encoder\.(.*)``.
+        to: Replacement as for :func:`re.sub`; ``\1`` is the first group.
     """
 
     pattern: Pattern
@@ -57,38 +62,39 @@ class Rename(Frozen):
 
     @model_validator(mode="after")
     def _with_its_groups(self) -> Self:
-        try:  # every string has an empty match, and only what matches has its replacement read
+        try:  # re.sub reads the replacement only if there is a match; "|" adds an empty match
             re.sub(f"{self.pattern}|", self.to, "")
         except (re.error, IndexError) as exc:
-            raise ValueError(f"{self.to!r} is no replacement for it: {exc}") from exc
+            raise ValueError(f"{self.to!r} is not a valid replacement: {exc}") from exc
         return self
 
 
 class Rules(Frozen):
-    r"""What is done to weights before they are held against what a program reads.
+    r"""Rules that convert the entries of a checkpoint to weights of the program.
 
-    Nothing is done to an entry that the program reads as it is, unless a rule of ``rename`` gives
-    it another name of the program. What was done is in the report.
+    An entry that the program reads as it is stays unchanged, unless a rule of ``rename`` gives it
+    another name of the program. The report lists all changes.
 
-    Where these rules leave names that do not fit, and exactly one prefix to drop or add makes all
-    names of the program fit, with their shapes, that is done without a rule and reported; never in
-    a refit in part. Where several do, the error lists a rule for each.
+    If names still do not fit and exactly one prefix to drop or add makes all names and shapes of
+    the program fit, refitkit applies it and reports it. It never does so in a partial refit. If
+    several prefixes fit, the error lists a rule for each.
 
     Attributes:
-        subtree: Only names that begin with this count, without it; others are left out.
-        ignore: Regular expressions for entries to leave out, such as ``lm_head\..*``: they match
-            a whole name, with or without the subtree. A few entries that are no weights of any
-            model, such as ``n_averaged`` and the state of optimizers, are always left out if the
-            program does not have them.
-        wrappers: Parts that are taken out of a name that the program does not have, if it has the
-            name without some of them.
-        rename: Rules of which the first that matches is followed.
-        pack: Weights that the program has in one piece and the weights have in parts, or the other
-            way round; see :class:`Pack`.
-        families: Names of sets of such rules, for families of models: keys of
-            :data:`refitkit.model.rules.FAMILIES`. Rules of ``pack`` come first.
-        cast: Whether an entry of another dtype than the program's is cast to it. ``no``: it is an
-            error; ``lossless``: only where every value stays what it is; ``any``: between floats,
+        subtree: Prefix of the names to use. The prefix is removed, and all other entries are left
+            out.
+        ignore: Regular expressions of entries to leave out, such as ``lm_head\..*``. They must
+            match a whole name, with or without the subtree. Entries that are not weights, such as
+            ``n_averaged`` and the state of optimizers, are always left out if the program does not
+            have them.
+        wrappers: Parts of names that wrappers add. If the program lacks a name but has it without
+            some of these parts, they are removed.
+        rename: Rules for names. The first one that matches is applied.
+        pack: Rules for weights that are one tensor in the program and several in the checkpoint,
+            or the other way round; see :class:`Pack`.
+        families: Keys of :data:`refitkit.model.rules.FAMILIES`: names of ready sets of ``pack``
+            rules. Rules in ``pack`` are tried first.
+        cast: Whether an entry is cast to the dtype of the program. ``no``: another dtype is an
+            error. ``lossless``: cast only if every value is preserved. ``any``: cast between floats
             and between integers.
     """
 
@@ -102,41 +108,42 @@ class Rules(Frozen):
 
     @property
     def packing(self) -> tuple[Pack, ...]:
-        """All rules for pieces and parts, in the order in which they are tried."""
+        """All ``Pack`` rules, in the order in which they are tried."""
         return (*self.pack, *(rule for name in self.families for rule in FAMILIES[name]))
 
 
-# MERGED packing: Weights that one side has in one piece, and the other in parts.
+# -- packing ----------------------------------------------------------------------------------
 
 
-def _with_place(text: str) -> str:
+def _template(text: str) -> str:
     if text.count("{}") != 1:
-        raise ValueError("it has to have one {}, for the part that differs from layer to layer")
+        raise ValueError("must contain exactly one {}, for the text that differs between layers")
     return text
 
 
-Template = Annotated[str, AfterValidator(_with_place)]
+Template = Annotated[str, AfterValidator(_template)]
 
 
 class Pack(Frozen):
-    """A weight that one side has in one piece, and the other side in parts.
+    """A rule for a weight that is one tensor (the piece) in one layout and several in the other.
 
-    A rule says how the two are alike, and works in both directions: parts that are given become the
-    piece that the program has, and a piece that is given becomes the parts that the program has.
+    It works in both directions. If the checkpoint has the parts, refitkit computes the piece for
+    the program. If the checkpoint has the piece, refitkit computes the parts.
 
-    Parts that have as many dimensions as the piece lie one after another in it (``torch.cat``).
-    Parts that have one less are stacked in a new dimension (``torch.stack``): experts.
+    Parts with as many dimensions as the piece are concatenated (``torch.cat``). Parts with one
+    dimension less, such as experts, are stacked in a new dimension (``torch.stack``).
 
     Attributes:
-        into: Name of the piece, with ``{}`` for what differs: ``{}.qkv_proj.weight``.
-        parts: Names of the parts, in their order in the piece, with ``{}`` for the same. With a
-            ``*`` in each, for numbers from 0 on, the parts of each name are stacked in dimension 0
-            first. A rule with one part renames it.
-        dim: Dimension of the piece in which parts lie one after another, or are stacked. Heads that
-            are interleaved in it cannot be told from heads that are not: know your model.
-        transposed: Whether the last two dimensions of each part are exchanged in the piece, as in
-            the ``Conv1D`` of transformers. A single part may have the name of the piece: then the
-            weight is transposed in either direction.
+        into: Name of the piece, with ``{}`` for the text that differs between layers:
+            ``{}.qkv_proj.weight``.
+        parts: Names of the parts, in their order in the piece, with ``{}`` for the same text. If
+            each has a ``*``, for the numbers 0, 1, ..., the parts of each name are first stacked in
+            dimension 0. A rule with one part only renames it.
+        dim: Dimension of the piece in which the parts are concatenated or stacked. Shapes do not
+            show whether attention heads are interleaved in it, so refitkit cannot check that.
+        transposed: Whether the last two dimensions of each part are swapped in the piece, as in
+            ``Conv1D`` of transformers. A single part may have the name of the piece; the weight is
+            then transposed in both directions.
     """
 
     into: Template
@@ -149,34 +156,33 @@ class Pack(Frozen):
         stars = {part.count("*") for part in self.parts}
         if "*" in self.into or stars not in ({0}, {1}):
             raise ValueError(
-                "a * stands for numbers: one in each part, or in none, and not in into"
+                "a * stands for numbers: put one in each part, or in none, and not in into"
             )
         if len(set(self.parts)) < len(self.parts):
-            raise ValueError("a part is named twice")
+            raise ValueError("two parts have the same name")
         if self.into in self.parts and not (len(self.parts) == 1 and self.transposed):
-            raise ValueError("the piece has the name of a part")
+            raise ValueError("a part has the name of the piece; only one transposed part may")
         return self
 
     @property
     def numbered(self) -> bool:
-        """Whether parts have numbers."""
+        """Whether the names of the parts contain numbers."""
         return "*" in self.parts[0]
 
 
-# MERGED families: Ready rules for families of models whose weights come in two layouts.
-#
-# Which side a program has does not matter; see :class:`~refitkit.model.rules.Pack`. Sources:
-# ``conversion_mapping.py`` of transformers 5.23; ``loaders/single_file_utils.py`` and
-# ``models/attention_processor.py`` of diffusers 0.42; ``nn/modules/activation.py`` of torch 2.14.
+# -- families of models -----------------------------------------------------------------------
+
+# The names come from conversion_mapping.py of transformers 5.23; loaders/single_file_utils.py and
+# models/attention_processor.py of diffusers 0.42; nn/modules/activation.py of torch 2.14.
 
 
-def _same(piece: str, part: str) -> Pack:
-    """Another name for a weight."""
+def _renamed(piece: str, part: str) -> Pack:
+    """Return a rule that only renames a weight."""
     return Pack(into=piece, parts=(part,))
 
 
-def _joined(piece: str, *parts: str) -> tuple[Pack, Pack]:
-    """Weights and biases of linear layers that one layer has end to end."""
+def _fused(piece: str, *parts: str) -> tuple[Pack, Pack]:
+    """Return rules for the weights and biases of linear layers that are fused into one layer."""
     weights, biases = (
         Pack(into=f"{{}}.{piece}.{kind}", parts=tuple(f"{{}}.{part}.{kind}" for part in parts))
         for kind in ("weight", "bias")
@@ -185,7 +191,7 @@ def _joined(piece: str, *parts: str) -> tuple[Pack, Pack]:
 
 
 def _experts(into: str, of: str, gate: str, down: str, up: str) -> tuple[Pack, Pack]:
-    """Experts one by one, ``[out, in]``, which a model has in two pieces: ``[E, out, in]``."""
+    """Return rules that stack expert weights ``[out, in]`` into two tensors ``[E, out, in]``."""
     gate_up = (f"{{}}.{of}.*.{gate}.weight", f"{{}}.{of}.*.{up}.weight")
     return (
         Pack(into=f"{{}}.{into}.gate_up_proj", parts=gate_up, dim=1),
@@ -194,7 +200,7 @@ def _experts(into: str, of: str, gate: str, down: str, up: str) -> tuple[Pack, P
 
 
 def _in_proj() -> tuple[Pack, Pack]:
-    """The one weight and bias of ``nn.MultiheadAttention``, and three layers."""
+    """Return rules that pack three projections into ``in_proj`` of ``nn.MultiheadAttention``."""
     weights, biases = (
         Pack(
             into=f"{{}}.in_proj_{kind}",
@@ -206,6 +212,7 @@ def _in_proj() -> tuple[Pack, Pack]:
 
 
 def _ldm_resnet(ours: str, theirs: str) -> Iterator[Pack]:
+    """Yield rules for one residual block: names of diffusers, names of latent-diffusion (LDM)."""
     names = {
         "norm1": "in_layers.0",
         "conv1": "in_layers.2",
@@ -215,11 +222,11 @@ def _ldm_resnet(ours: str, theirs: str) -> Iterator[Pack]:
         "conv_shortcut": "skip_connection",
     }
     for our, their in names.items():
-        yield _same(f"{ours}.{our}.{{}}", f"{theirs}.{their}.{{}}")
+        yield _renamed(f"{ours}.{our}.{{}}", f"{theirs}.{their}.{{}}")
 
 
 def _ldm_unet() -> Iterator[Pack]:
-    """UNets of Stable Diffusion 1, 2 and XL: two layers in each block."""
+    """Yield rules for UNets of Stable Diffusion 1, 2 and XL, which have two layers in a block."""
     names = {
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
@@ -230,28 +237,32 @@ def _ldm_unet() -> Iterator[Pack]:
         "conv_out": "out.2",
     }
     for our, their in names.items():
-        yield _same(f"{our}.{{}}", f"{their}.{{}}")
+        yield _renamed(f"{our}.{{}}", f"{their}.{{}}")
     last = 2
     for number in range(12):
         block, layer = divmod(number, last + 1)
         ours, theirs = f"down_blocks.{block}", f"input_blocks.{number + 1}"
         if layer == last:
-            yield _same(f"{ours}.downsamplers.0.conv.{{}}", f"{theirs}.0.op.{{}}")
+            yield _renamed(f"{ours}.downsamplers.0.conv.{{}}", f"{theirs}.0.op.{{}}")
         else:
             yield from _ldm_resnet(f"{ours}.resnets.{layer}", f"{theirs}.0")
-            yield _same(f"{ours}.attentions.{layer}.{{}}", f"{theirs}.1.{{}}")
+            yield _renamed(f"{ours}.attentions.{layer}.{{}}", f"{theirs}.1.{{}}")
         ours, theirs = f"up_blocks.{block}", f"output_blocks.{number}"
         yield from _ldm_resnet(f"{ours}.resnets.{layer}", f"{theirs}.0")
-        yield _same(f"{ours}.attentions.{layer}.{{}}", f"{theirs}.1.{{}}")
-        for place in (1, 2) if layer == last else ():  # after the attention, where there is one
-            yield _same(f"{ours}.upsamplers.0.conv.{{}}", f"{theirs}.{place}.conv.{{}}")
+        yield _renamed(f"{ours}.attentions.{layer}.{{}}", f"{theirs}.1.{{}}")
+        # LDM numbers the modules of a block: the upsampler follows the attention, if there is one
+        for index in (1, 2) if layer == last else ():
+            yield _renamed(f"{ours}.upsamplers.0.conv.{{}}", f"{theirs}.{index}.conv.{{}}")
     yield from _ldm_resnet("mid_block.resnets.0", "middle_block.0")
-    yield _same("mid_block.attentions.0.{}", "middle_block.1.{}")
+    yield _renamed("mid_block.attentions.0.{}", "middle_block.1.{}")
     yield from _ldm_resnet("mid_block.resnets.1", "middle_block.2")
 
 
 def _ldm_vae() -> Iterator[Pack]:
-    """Autoencoders of Stable Diffusion: four blocks; attention as 1 x 1 convolutions."""
+    """Yield rules for autoencoders of Stable Diffusion, which have four blocks.
+
+    LDM has the projections of attention as 1 x 1 convolutions.
+    """
     attention = {
         "group_norm": "norm",
         "to_q": "q",
@@ -260,65 +271,66 @@ def _ldm_vae() -> Iterator[Pack]:
         "to_out.0": "proj_out",
     }
     for side in ("encoder", "decoder"):
-        yield _same(f"{side}.conv_norm_out.{{}}", f"{side}.norm_out.{{}}")
+        yield _renamed(f"{side}.conv_norm_out.{{}}", f"{side}.norm_out.{{}}")
         for number in (0, 1):
             theirs = f"{side}.mid.block_{number + 1}.{{}}"
-            yield _same(f"{side}.mid_block.resnets.{number}.{{}}", theirs)
+            yield _renamed(f"{side}.mid_block.resnets.{number}.{{}}", theirs)
         for our, their in attention.items():
             ours = f"{side}.mid_block.attentions.0.{our}.{{}}"
-            yield _same(ours, f"{side}.mid.attn_1.{their}.{{}}")
+            yield _renamed(ours, f"{side}.mid.attn_1.{their}.{{}}")
     for number in range(4):
         sides = (
             (f"encoder.down_blocks.{number}", f"encoder.down.{number}", "down"),
+            # LDM counts the blocks of the decoder from the output
             (f"decoder.up_blocks.{number}", f"decoder.up.{3 - number}", "up"),
         )
-        for ours, theirs, way in sides:
-            yield _same(f"{ours}.{way}samplers.0.conv.{{}}", f"{theirs}.{way}sample.conv.{{}}")
+        for ours, theirs, kind in sides:
+            yield _renamed(f"{ours}.{kind}samplers.0.conv.{{}}", f"{theirs}.{kind}sample.conv.{{}}")
             for layer in range(3):
                 there = f"{theirs}.block.{layer}.nin_shortcut.{{}}"
-                yield _same(f"{ours}.resnets.{layer}.conv_shortcut.{{}}", there)
-            yield _same(f"{ours}.resnets.{{}}", f"{theirs}.block.{{}}")
+                yield _renamed(f"{ours}.resnets.{layer}.conv_shortcut.{{}}", there)
+            yield _renamed(f"{ours}.resnets.{{}}", f"{theirs}.block.{{}}")
 
 
 FAMILIES: dict[str, tuple[Pack, ...]] = {
-    # experts one by one, as in files, and in two pieces, as in models of transformers since 5
+    # checkpoints have one tensor for each expert; transformers 5 has two for all experts
     "moe": (
         *_experts("experts", "experts", "gate_proj", "down_proj", "up_proj"),
-        _same(
+        _renamed(
             "{}.gate.moe_statics.e_score_correction_bias", "{}.moe_statics.e_score_correction_bias"
         ),
     ),
     "mixtral": (
         *_experts("mlp.experts", "block_sparse_moe.experts", "w1", "w2", "w3"),
         *_experts("experts", "experts", "w1", "w2", "w3"),
-        _same("{}.mlp.gate.weight", "{}.block_sparse_moe.gate.weight"),
-        _same("{}.mlp.router.weight", "{}.block_sparse_moe.gate.weight"),
-        _same("{}.mlp.e_score_correction_bias", "{}.block_sparse_moe.e_score_correction_bias"),
+        _renamed("{}.mlp.gate.weight", "{}.block_sparse_moe.gate.weight"),
+        _renamed("{}.mlp.router.weight", "{}.block_sparse_moe.gate.weight"),
+        _renamed("{}.mlp.e_score_correction_bias", "{}.block_sparse_moe.e_score_correction_bias"),
     ),
     "granitemoe": (
-        _same("{}.experts.gate_up_proj", "{}.input_linear.weight"),
-        _same("{}.experts.down_proj", "{}.output_linear.weight"),
-        _same("{}.router.weight", "{}.router.layer.weight"),
+        _renamed("{}.experts.gate_up_proj", "{}.input_linear.weight"),
+        _renamed("{}.experts.down_proj", "{}.output_linear.weight"),
+        _renamed("{}.router.weight", "{}.router.layer.weight"),
     ),
-    # one layer for q, k and v, and one for gate and up: Phi-3, and models as vLLM holds them
+    # one layer for q, k and v, and one for gate and up: Phi-3, and models in vLLM
     "fused": (
-        *_joined("qkv_proj", "q_proj", "k_proj", "v_proj"),
-        *_joined("gate_up_proj", "gate_proj", "up_proj"),
+        *_fused("qkv_proj", "q_proj", "k_proj", "v_proj"),
+        *_fused("gate_up_proj", "gate_proj", "up_proj"),
     ),
     "in_proj": _in_proj(),
-    # GPT-2 and its kin: Conv1D has weights [in, out]
+    # GPT-2 and similar models: Conv1D has weights [in, out]
     "conv1d": tuple(
         Pack(into=f"{{}}.{name}.weight", parts=(f"{{}}.{name}.weight",), transposed=True)
         for name in ("c_attn", "q_attn", "c_proj", "c_fc")
     ),
-    # diffusers after fuse_qkv_projections()
+    # models of diffusers after fuse_qkv_projections()
     "diffusers-fused": (
-        *_joined("to_qkv", "to_q", "to_k", "to_v"),
-        *_joined("to_kv", "to_k", "to_v"),
-        *_joined("to_added_qkv", "add_q_proj", "add_k_proj", "add_v_proj"),
+        *_fused("to_qkv", "to_q", "to_k", "to_v"),
+        *_fused("to_kv", "to_k", "to_v"),
+        *_fused("to_added_qkv", "add_q_proj", "add_k_proj", "add_v_proj"),
     ),
-    # diffusers against the files of CompVis and Stability
+    # names of diffusers and names in the files of CompVis and Stability AI
     "ldm-unet": tuple(_ldm_unet()),
     "ldm-vae": tuple(_ldm_vae()),
 }
-"""Rules by the name of a family, for ``Rules.families``."""
+"""``Pack`` rules by the name of a family, for ``Rules.families``."""

@@ -1,4 +1,4 @@
-"""What an engine says of one weight, and what a source says of one tensor."""
+"""Descriptions of single tensors: slots of engines, entries of sources, weights of layers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from pydantic import AfterValidator, Field
 
 from refitkit.model.base import Frozen
 
+# sizes that do not fit the int64 of torch are refused here, where files are read
 Dim = Annotated[int, Field(ge=0, lt=2**62)]
 
 SlotKey: TypeAlias = tuple[str, str]
-"""``(engine, slot)``: a slot among those of all engines of a module."""
+"""``(engine, slot)``: the key of a slot among all engines of a module."""
 
+# a table, because the model does not import torch
 ITEM_BYTES = {
     "bool": 1,
     "uint8": 1,
@@ -37,12 +39,12 @@ ITEM_BYTES = {
     "complex64": 8,
     "complex128": 16,
 }
-"""Bytes per element, by torch's dtype name without the ``torch.``."""
+"""Bytes per element, by the name of the dtype in torch without ``torch.``."""
 
 
 def _known(name: str) -> str:
     if name not in ITEM_BYTES:
-        raise ValueError(f"there is no dtype {name!r}")
+        raise ValueError(f"unknown dtype {name!r}")
     return name
 
 
@@ -50,14 +52,14 @@ DtypeName = Annotated[str, AfterValidator(_known)]
 
 
 class TensorInfo(Frozen):
-    """What a source says of one tensor without reading it.
+    """The description of a source's entry, known without reading its data.
 
     Attributes:
-        dtype: torch's name without the ``torch.``, such as ``float32``.
+        dtype: Name of the dtype in torch without ``torch.``, such as ``float32``.
         shape: Sizes of all dimensions.
-        persistent: False for what a state_dict would not hold (a non-persistent buffer, a lifted
-            constant). Such an entry may override a pinned value but is never *unexpected*.
-        unusable: Why the tensor cannot be a weight as it is (sparse, no data); empty if it can.
+        persistent: Whether a state_dict would contain the entry. A non-persistent buffer or a
+            lifted constant may override a pinned value, but is never *unexpected*.
+        unusable: Why the tensor cannot be a weight (sparse, no data); empty if it can.
     """
 
     dtype: str
@@ -72,17 +74,17 @@ class TensorInfo(Frozen):
 
 
 class Slot(Frozen):
-    """One weight of an engine, with what the *engine* says of it.
+    """One weight of an engine, as the engine describes it.
 
     Attributes:
         engine: Name of the engine.
-        name: The engine's own name of the weight.
-        dtype: torch's name without the ``torch.``.
-        shape: Sizes where the engine knows them, else None.
+        name: Name of the weight in the engine.
+        dtype: Name of the dtype in torch without ``torch.``.
+        shape: Sizes of all dimensions; None if the engine does not know them.
         count: Number of elements.
-        device: Where the engine keeps it, as torch writes it: ``cpu``, ``cuda:0``.
-        readable: Whether the engine can read the weight back.
-        mutable: Whether calls of the module may change it (a buffer updated in place).
+        device: Device of the weight, as torch writes it: ``cpu``, ``cuda:0``.
+        readable: Whether the engine can read the weight.
+        mutable: Whether calls of the module may write the weight (a buffer updated in place).
     """
 
     engine: str
@@ -96,7 +98,7 @@ class Slot(Frozen):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all elements, packed."""
+        """Size of all elements in bytes, without gaps."""
         return self.count * ITEM_BYTES[self.dtype]
 
     @property
@@ -105,18 +107,17 @@ class Slot(Frozen):
         return self.engine, self.name
 
 
-# MERGED layers: Layer types of TensorRT networks that hold weights.
-
-
 class LayerType(Frozen):
-    """How weights are read from, and written into, one type of network layer.
+    """One type of TensorRT network layer that has weights, and how to access them.
+
+    Plugins offer layer types with the hook ``refitkit_layer_types``.
 
     Attributes:
-        name: The type as ``tensorrt.LayerType`` names it: ``CONVOLUTION``.
-        interface: The class of ``tensorrt`` that gives access to it: ``IConvolutionLayer``.
-        weights: ``(attribute, role)`` for each weight: the attribute of that class, and the word by
-            which the engine's own name of the weight ends, after the layer's name and a space
-            (``("kernel", "KERNEL")``; see ``IRefitter::getAllWeights`` of TensorRT).
+        name: Name in ``tensorrt.LayerType``: ``CONVOLUTION``.
+        interface: Class of ``tensorrt`` with the weights as attributes: ``IConvolutionLayer``.
+        weights: ``(attribute, role)`` for each weight, such as ``("kernel", "KERNEL")``. The role
+            is the last word of the weight's name in the engine, after the name of the layer and a
+            space; see ``IRefitter::getAllWeights`` of TensorRT.
     """
 
     name: str

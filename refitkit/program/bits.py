@@ -1,4 +1,8 @@
-"""Comparing tensors as bits: -0 is not 0, and a NaN equals itself."""
+"""Comparing tensors bit by bit, hashing their bytes, and finding elements that are not finite.
+
+A comparison of bits distinguishes -0 from 0, and a NaN equals a NaN of the same bits. The second
+half of the module finds NaN and infinite elements. Integers and booleans are always finite.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +22,16 @@ if TYPE_CHECKING:
 _WIDEST = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
+# -- bits -------------------------------------------------------------------------------------
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor, first: int | None = None) -> bool:
-    """Whether two tensors of one shape and dtype hold the same bits.
+    """Return whether two tensors have equal dtypes, shapes and bits.
 
     Args:
-        a: One tensor, of any layout of strides.
-        b: The other; where it is on another device, it is copied to the first one's.
-        first: Compare only so many elements of each; None: all.
+        a: First tensor, with any strides.
+        b: Second tensor. It is copied to the device of the first one if it is on another device.
+        first: Number of elements to compare, from the start; None compares all.
     """
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
@@ -36,9 +43,9 @@ def same_bits(a: torch.Tensor, b: torch.Tensor, first: int | None = None) -> boo
 
 
 def flat_pair(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two tensors of one shape, each in one dimension and both in one order of elements.
+    """Return two tensors of one shape in one dimension, with elements in the same order.
 
-    Without a copy where they lie alike and without gaps; each on its own device.
+    Nothing is copied if both have the same strides and no gaps. Each stays on its device.
     """
     a, b = _plain(a), _plain(b)
     if a.stride() == b.stride() and is_dense(a):
@@ -47,15 +54,16 @@ def flat_pair(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """sha256 of a tensor's bytes, C-contiguous, little endian, as hexadecimal text."""
+    """Return the sha256 of a tensor's bytes, C-contiguous, little endian, as hexadecimal text."""
     dense = _plain(tensor).cpu().contiguous()
-    flat = dense.as_strided((dense.numel(),), (1,))  # one element may keep any stride
+    # view(torch.uint8) needs a last stride of 1; a tensor of one element may have any stride
+    flat = dense.as_strided((dense.numel(),), (1,))
     raw = flat.view(torch.uint8).numpy().data if flat.numel() else b""
     return hashlib.sha256(raw).hexdigest()
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's elements lie without gaps or overlaps, in any order of dimensions."""
+    """Return whether a tensor has neither gaps nor overlaps, for some order of its dimensions."""
     strides, shape = tensor.stride(), tensor.shape
     order = sorted(range(tensor.dim()), key=lambda d: (-strides[d], -shape[d]))
     dense = dense_strides(shape, tuple(order))
@@ -66,7 +74,12 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 
 def dense_strides(shape: torch.Size, order: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a tensor without gaps whose dimensions lie in this order, slowest first."""
+    """Return the strides of a tensor without gaps.
+
+    Args:
+        shape: Sizes of all dimensions.
+        order: Dimensions in memory order, slowest first.
+    """
     strides = [1] * len(shape)
     step = 1
     for dim in reversed(order):
@@ -76,32 +89,30 @@ def dense_strides(shape: torch.Size, order: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """Without gradient history, and with conjugations and signs that torch put off carried out."""
+    """Detach a tensor and apply the conjugation and negation that torch has deferred."""
     return tensor.detach().resolve_conj().resolve_neg()
 
 
 def _widest(*flat: torch.Tensor) -> torch.dtype:
-    """The widest integers that the memory of all can be viewed as: ``equal`` is then fastest."""
+    """Return the widest integer dtype that all tensors can be viewed as: ``equal`` is fastest."""
     sizes = [size for t in flat for size in (t.nbytes, t.storage_offset() * t.itemsize)]
     return next(kind for kind in _WIDEST if not any(size % kind.itemsize for size in sizes))
 
 
-# MERGED finite: Whether elements of tensors are finite. Integers and flags always are.
+# -- elements that are not finite -------------------------------------------------------------
 
-_SMALL = 1 << 16  # bytes; tensors of the host up to this size are looked at together
-_TOGETHER = 1 << 20  # bytes of such tensors that are looked at at once
+_SMALL = 1 << 16  # bytes: largest CPU tensor that is checked in a batch
+_BATCH = 1 << 20  # bytes: size at which a batch of small CPU tensors is checked
 
 
 def all_finite(value: torch.Tensor) -> bool:
-    """Whether no element is NaN or infinite.
-
-    Mostly the sum tells, which costs a third of ``aminmax``; where that is not finite, it may only
-    be too large. Neither allocates anything; ``isfinite`` would write a mask of the same size.
-    """
+    """Return whether no element is NaN or infinite."""
     if not has_floats(value):
         return True
     if value.is_complex() or value.dtype.itemsize == 1:
         return bool(finite(value).all())
+    # A sum costs a third of aminmax, and a finite sum proves that all elements are finite. An
+    # infinite sum may just be an overflow. isfinite would allocate a mask of the same shape.
     if has_finite_sum(value):
         return True
     low, high = torch.aminmax(value)
@@ -109,58 +120,57 @@ def all_finite(value: torch.Tensor) -> bool:
 
 
 def has_finite_sum(value: torch.Tensor) -> bool:
-    """Whether the sum of all elements is finite: then each of them is."""
+    """Return whether the sum of all elements is finite. If so, each element is."""
     return math.isfinite(value.sum().item())
 
 
 def has_floats(value: torch.Tensor) -> bool:
-    """Whether there are elements, and of a type that can be other than finite."""
+    """Return whether a tensor has elements, of a floating point or complex dtype."""
     return bool(value.numel()) and (value.is_floating_point() or value.is_complex())
 
 
 def finite(value: torch.Tensor) -> torch.Tensor:
-    """Where elements are finite; the 8-bit floats have neither ``isfinite`` nor ``aminmax``."""
+    """Return a mask of the finite elements: bool, in the shape and on the device of the value."""
+    # torch 2.14 has neither isfinite nor aminmax for the 8-bit floats
     wide = value.is_floating_point() and value.dtype.itemsize == 1
     return torch.isfinite(value.float() if wide else value)
 
 
 def not_finite(values: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
-    """Names of tensors with an element that is not finite.
-
-    Those on a GPU are asked all at once, as each answer waits for the device, and small ones in
-    groups. A large one of the host is looked at on its own and forgotten: who iterates may read it.
+    """Return the names of tensors with an element that is not finite, in their order.
 
     Args:
-        values: Names and tensors, each asked for when it is looked at.
+        values: Names and tensors. The iterator may read each tensor when it yields it: large CPU
+            tensors are checked one by one and released.
     """
-    names, bad, held = list[str](), set[str](), 0
+    names, bad, pending = list[str](), set[str](), 0
     elsewhere, small = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
     for name, value in values:
         names.append(name)
         if value.is_cpu and value.nbytes > _SMALL:
             bad |= set() if all_finite(value) else {name}
         elif has_floats(value):
+            # all GPU tensors are checked at the end in one go: each answer waits for the device
             (small if value.is_cpu else elsewhere)[name] = value
-            held += value.nbytes if value.is_cpu else 0
-        del value  # so that two large ones are not in memory
-        if held > _TOGETHER:
-            bad |= _spoilt_of(small)
-            small, held = {}, 0
-    bad |= _spoilt_of(small) | _spoilt_of(elsewhere)
+            pending += value.nbytes if value.is_cpu else 0
+        del value  # else two large tensors would be in memory while the iterator reads the next
+        if pending > _BATCH:
+            bad |= _nonfinite_in(small)
+            small, pending = {}, 0
+    bad |= _nonfinite_in(small) | _nonfinite_in(elsewhere)
     return [name for name in names if name in bad]
 
 
-def _spoilt_of(values: Mapping[str, torch.Tensor]) -> set[str]:
-    """Names of tensors with an element that is not finite; asks few questions if there is none."""
-    return {name for name in _suspects(values) if not all_finite(values[name])}
+def _nonfinite_in(values: Mapping[str, torch.Tensor]) -> set[str]:
+    """Return the names of tensors with an element that is not finite."""
+    return {name for name in _candidates(values) if not all_finite(values[name])}
 
 
-def _suspects(values: Mapping[str, torch.Tensor]) -> Iterator[str]:
-    """Names of tensors that may have an element that is not finite: few, or a whole group.
+def _candidates(values: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    """Yield the names of tensors that may have an element that is not finite.
 
-    A sum is finite only if all of its terms are; it may also be too large, so it accuses some
-    wrongly. On a GPU the magnitudes of many tensors are summed by a single launch, on the host they
-    are laid end to end, which for small ones costs less than a sum of each.
+    A sum is finite only if all of its terms are. It may also overflow, so some candidates are
+    finite. For small CPU tensors, one concatenation costs less than a sum of each.
     """
     groups: dict[tuple[torch.device, torch.dtype], list[str]] = defaultdict(list)
     for name, value in values.items():
@@ -174,30 +184,30 @@ def _suspects(values: Mapping[str, torch.Tensor]) -> Iterator[str]:
             whole = torch.cat([values[name].reshape(-1) for name in names])
             yield from [] if has_finite_sum(whole) else names
         else:
-            yield from _suspects_there({name: values[name] for name in names}, wide)
+            yield from _device_candidates({name: values[name] for name in names}, wide)
 
 
-def _suspects_there(values: Mapping[str, torch.Tensor], wide: torch.dtype) -> list[str]:
-    """The same for tensors of one dtype on a GPU, where each answer waits for the device.
+def _device_candidates(values: Mapping[str, torch.Tensor], wide: torch.dtype) -> list[str]:
+    """Return the candidates among tensors of one dtype on one GPU, with at most two waits for it.
 
     Args:
-        values: The tensors.
-        wide: What sums are computed in.
+        values: Tensors by name.
+        wide: Dtype of the sums of magnitudes, which one launch computes for many tensors.
     """
     sums = torch.stack(torch._foreach_norm(list(values.values()), 1, dtype=wide))  # noqa: SLF001
     if has_finite_sum(sums):
         return []
-    told = torch.isfinite(sums).tolist()
-    return [name for name, good in zip(values, told, strict=True) if not good]
+    flags = torch.isfinite(sums).tolist()
+    return [name for name, good in zip(values, flags, strict=True) if not good]
 
 
-def spoilt(subject: str, bad: torch.Tensor, why: str = "") -> Problem:
-    """The problem of elements that are not finite where the present ones are.
+def newly_nonfinite(subject: str, bad: torch.Tensor, why: str = "") -> Problem:
+    """Return the problem of new elements that are not finite while the present ones are.
 
     Args:
-        subject: What they are of.
-        bad: Where they are; at least one.
-        why: What the hint begins with.
+        subject: Name of the weight or slot.
+        bad: Mask of these elements; at least one is set.
+        why: Text that the hint starts with.
     """
     wanted, hint = (
         "finite, as the present values are",
@@ -206,11 +216,14 @@ def spoilt(subject: str, bad: torch.Tensor, why: str = "") -> Problem:
     return Problem(subject, "non-finite", counted(bad), wanted, why + hint)
 
 
+spoilt = newly_nonfinite
+
+
 def counted(bad: torch.Tensor) -> str:
-    """How many elements are bad and where the first one is, for messages.
+    """Return the number of bad elements and the index of the first one, for messages.
 
     Args:
-        bad: Where they are; at least one.
+        bad: Mask of the bad elements; at least one is set.
     """
     where = tuple(int(i) for i in bad.nonzero()[0])
     return f"{int(bad.sum())} of {bad.numel()} elements, the first at {where}"

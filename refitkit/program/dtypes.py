@@ -1,4 +1,4 @@
-"""torch's dtypes by their names without the ``torch.``; the names stand in plans and reports."""
+"""Dtypes of torch by name, without the ``torch.`` prefix. Plans and reports contain the names."""
 
 from __future__ import annotations
 
@@ -6,28 +6,30 @@ import torch
 
 from refitkit.model.slot import ITEM_BYTES
 
+# some of the dtypes that the model knows do not exist in older versions of torch
 _BY_NAME = {name: getattr(torch, name) for name in ITEM_BYTES if hasattr(torch, name)}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``float32`` for ``torch.float32``."""
+    """Return the name of a dtype: ``float32`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """``torch.float32`` for ``float32``.
+    """Return the dtype of a name: ``torch.float32`` for ``float32``.
 
     Raises:
-        KeyError: This torch has no such dtype.
+        KeyError: This version of torch has no such dtype, or refitkit does not support it.
     """
     dtype: torch.dtype = _BY_NAME[name]
     return dtype
 
 
 def unusable_dtype(name: str) -> str:
-    """Why tensors of a dtype can be no weights; empty if they can.
+    """Return why tensors of a dtype cannot be weights; empty if they can.
 
-    torch has dtypes with hardly an operation: they cannot even be copied into strides.
+    Some dtypes of torch, such as ``bits8``, have almost no operations. Their tensors cannot even be
+    copied into other strides.
     """
     if name in _BY_NAME:
         return ""
@@ -35,16 +37,16 @@ def unusable_dtype(name: str) -> str:
 
 
 def are_alike(one: torch.dtype, other: torch.dtype) -> bool:
-    """Whether both are floats, or both are integers: a cast from one to the other has a meaning."""
+    """Return whether a cast is meaningful: both are real floats, or both are integers."""
     floats = one.is_floating_point and other.is_floating_point
     return floats or (_is_integer(one) and _is_integer(other))
 
 
 def is_lossless(before: torch.dtype, after: torch.dtype) -> bool:
-    """Whether every value of one dtype is a value of the other.
+    """Return whether a cast from one dtype to another preserves every value.
 
-    Of floats: the distance to the next number from 1, the largest and the smallest number, with
-    those below the normal ones, must be within the other's.
+    For floats, the target needs at least the precision, the maximum and the smallest subnormal
+    number of the source.
     """
     if not are_alike(before, after):
         return False

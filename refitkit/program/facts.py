@@ -1,4 +1,7 @@
-"""Leaves, ties and the graph fingerprint of a program. Reads it, never changes it."""
+"""Leaves, ties and the graph fingerprint of a program. Nothing here changes the program.
+
+:func:`facts_of` returns them all. :func:`tensors_of` returns the tensors themselves.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +34,14 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class ProgramFacts:
-    """What a plan records of a program.
+    """The facts about a program that a plan records.
 
     Attributes:
         leaves: All parameters, buffers and lifted constants.
-        ties: Classes of FQNs that are one tensor; only classes of two and more.
-        graph: sha256 over ops, FQNs, shapes and dtypes; values of weights do not matter.
-        conflicts: Leaves that share memory in a way that no recipe can follow.
+        ties: Classes of two or more FQNs that are one tensor.
+        graph: sha256 over ops, FQNs, shapes and dtypes, as hexadecimal text. It does not depend on
+            the values of weights.
+        conflicts: Problems of leaves that share memory in a way that no recipe can follow.
     """
 
     leaves: tuple[Leaf, ...]
@@ -47,10 +51,11 @@ class ProgramFacts:
 
 
 def facts_of(program: ExportedProgram) -> ProgramFacts:
-    """Leaves, ties and fingerprint of a program.
+    """Return leaves, ties and fingerprint of a program.
 
     Raises:
-        NotRefittableError: It holds tensors of dtypes that no engine can be refitted in; lists all.
+        NotRefittableError: The program has tensors of dtypes that refitkit cannot refit. It lists
+            all of them.
     """
     problems = [
         Problem(name, "dtype", dtype_name(tensor.dtype), hint="keep its bytes in a uint8 tensor")
@@ -65,7 +70,7 @@ def facts_of(program: ExportedProgram) -> ProgramFacts:
 
 
 def tensors_of(program: ExportedProgram) -> dict[str, torch.Tensor]:
-    """All tensors that a program holds, by FQN: its state_dict and its constants."""
+    """Return all tensors of a program by FQN: its state_dict and its tensor constants."""
     constants = {k: v for k, v in program.constants.items() if isinstance(v, torch.Tensor)}
     return {**program.state_dict, **constants}
 
@@ -78,14 +83,14 @@ def _leaves(program: ExportedProgram) -> Iterator[Leaf]:
     listed = set()
     for spec in program.graph_signature.input_specs:
         if spec.kind not in _KINDS or spec.target not in tensors:
-            continue
+            continue  # inputs of the user, tokens, and custom objects
         kind = _KINDS[spec.kind]
         if spec.kind is InputKind.BUFFER and not spec.persistent:
             kind = LeafKind.NON_PERSISTENT_BUFFER
         tensor, node = tensors[spec.target], placeholders[spec.arg.name]
         listed.add(spec.target)
         yield _leaf(spec.target, kind, tensor, used=node in live, mutated=node.name in mutated)
-    # a strict export leaves out of the graph what it does not read: other names of tied weights
+    # a strict export lists no inputs for tensors that it does not read: other names of tied weights
     for fqn in [name for name in program.state_dict if name not in listed]:
         tensor = program.state_dict[fqn]
         is_parameter = isinstance(tensor, torch.nn.Parameter)
@@ -106,26 +111,27 @@ def _leaf(fqn: str, kind: LeafKind, tensor: torch.Tensor, *, used: bool, mutated
 
 
 def _ties(program: ExportedProgram, leaves: tuple[Leaf, ...]) -> tuple[tuple[str, ...], ...]:
-    """FQNs whose tensors share memory exactly: one weight under several names."""
+    """Return classes of FQNs that name one tensor: same address, dtype, shape and strides."""
     classes: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     tensors = tensors_of(program)
     known = {leaf.fqn for leaf in leaves}
     for fqn, tensor in tensors.items():
         if fqn in known and tensor.numel():
             key = (tensor.dtype, tuple(tensor.shape), tensor.stride(), str(tensor.device))
-            classes[(_place(tensor), *key)].append(fqn)
+            classes[(_address(tensor), *key)].append(fqn)
     return tuple(tuple(names) for names in classes.values() if len(names) > 1)
 
 
-def _place(tensor: torch.Tensor) -> tuple[str, int, int]:
-    """Where a tensor's elements are; one without data is known by its storage object."""
+def _address(tensor: torch.Tensor) -> tuple[str, int, int]:
+    """Return a key for the address of a tensor; a storage object stands for missing data."""
+    # tensors without data all have the address 0
     if tensor.is_meta or isinstance(tensor, FakeTensor) or not tensor.data_ptr():
         return "storage", tensor.untyped_storage()._cdata, int(tensor.storage_offset())  # noqa: SLF001
     return "memory", tensor.data_ptr(), 0
 
 
 def _fingerprint(program: ExportedProgram) -> str:
-    """sha256 of a canonical text of the graph: nodes by position, FQNs, shapes, dtypes."""
+    """Return the sha256 over a canonical text of the graph, in which FQNs name the placeholders."""
     digest = hashlib.sha256()
     targets = {s.arg.name: f"{s.kind.name} {s.target}" for s in _named_specs(program)}
     for line in graph_lines(program.graph_module, targets):
@@ -136,11 +142,14 @@ def _fingerprint(program: ExportedProgram) -> str:
 def graph_lines(
     module: torch.fx.GraphModule, targets: Mapping[str, str] | None = None
 ) -> Iterator[str]:
-    """A canonical text of a graph, line by line: ops, arguments, shapes, dtypes; no values.
+    """Yield a canonical text of a graph, one line for each node, then those of its submodules.
+
+    A line has the op, its arguments with nodes by position, and the shape and dtype of the result.
+    It has no values of tensors and no names of nodes, which differ between exports.
 
     Args:
-        module: The graph.
-        targets: What placeholders stand for, by node name.
+        module: Graph to describe.
+        targets: Text for placeholders, by node name.
     """
     targets = targets or {}
     numbers: dict[torch.fx.Node, int] = {}
@@ -148,11 +157,11 @@ def graph_lines(
         numbers[node] = number
         shown = targets.get(node.name, "") if node.op == "placeholder" else str(node.target)
         arguments = _canonical((node.args, node.kwargs), numbers)
-        # a program that was written and read again tells the output's shapes once more
+        # only programs that torch.export.load returned have values at their output node
         value = None if node.op == "output" else node.meta.get("val")
         meta = _canonical(value, numbers)
         yield f"{node.op} {shown} {arguments} {meta}\n"
-        for inner in submodules_of(node):
+        for inner in submodules_of(node):  # nodes of a submodule have positions of their own
             yield from graph_lines(inner)
 
 

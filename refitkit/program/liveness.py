@@ -1,15 +1,17 @@
-"""Which inputs of a graph can change its results: all others feed dead code.
+"""Which inputs of a graph are live (can change its results), and which ones the graph writes to.
 
-``torch.export`` keeps ops whose results nobody uses, such as the pooler of a model of which only
-``last_hidden_state`` is taken. Compilers drop those ops, and with them the weights that only they
-read.
+``torch.export`` keeps ops whose results are unused, such as the pooler of a model of which only
+``last_hidden_state`` is returned. Compilers drop those ops, and the weights that only they read.
 
 An op is live if its result reaches an output, if it writes to memory that the caller or a live op
-sees, or if it has another side effect. ``torch.fx`` knows side effects (``Node.is_impure``), with
-two differences here. An op that writes in place is judged by the memory that it writes to, because
-``ReLU(inplace=True)`` in dead code is dead. A random op is no side effect, because weights do not
-change the generator's state. Where an exact answer would need more than schemas, the answer errs
-towards "live".
+reads, or if it has another side effect. Side effects are those of ``Node.is_impure`` in
+``torch.fx``, with two differences. An op that writes in place is live only if the written memory
+is, because ``ReLU(inplace=True)`` in dead code is dead. A random op has no side effect, because
+weights do not change the state of the generator.
+
+:func:`live_inputs` and :func:`mutated_placeholders` are the entry points. Both work with schemas
+alone. If an exact answer needs more, they err towards "live" and towards "written": an error in the
+other direction would drop a weight or change a caller's tensor.
 """
 
 from __future__ import annotations
@@ -63,13 +65,13 @@ _ONLY_METADATA = {
     **{f"aten::{name}": "other" for name in ("expand_as", "reshape_as", "type_as", "view_as")},
     "aten::_assert_tensor_metadata": "a",
 }
-"""Ops that read no element of this argument, only its shape, dtype and device."""
+"""Ops that read only shape, dtype and device of this argument, and none of its elements."""
 
 _OVERWRITES = frozenset({"aten::copy_", "aten::fill_", "aten::zero_"})
 """Ops that write to all elements of ``self`` and read none."""
 
-_EACH_OF_ITS_OWN = frozenset({"aten::broadcast_tensors", "aten::meshgrid"})
-"""Ops that take a list, and of which each result has the elements of one tensor of it."""
+_ELEMENTWISE_LISTS = frozenset({"aten::broadcast_tensors", "aten::meshgrid"})
+"""Ops with a list as argument and as result: each result has the elements of one tensor."""
 
 _PURE = frozenset(
     {
@@ -81,14 +83,14 @@ _PURE = frozenset(
         "triton_kernel_wrapper_functional",
     }
 )
-"""Higher-order ops without side effects whose operands are not followed into their graphs."""
+"""Higher-order ops without side effects; their operands are not followed into their graphs."""
 
 
 def live_inputs(module: torch.fx.GraphModule) -> frozenset[Node]:
-    """Placeholders of a graph whose values can change its outputs or have a side effect.
+    """Return the placeholders of a graph that can change its outputs or its side effects.
 
     Args:
-        module: The graph, with the metadata of its nodes as ``torch.export`` gives it.
+        module: Graph with the metadata (``meta["val"]``) that ``torch.export`` sets.
     """
     graph = _Graph(module, {})
     found = graph.flow(graph.every_result)
@@ -96,10 +98,17 @@ def live_inputs(module: torch.fx.GraphModule) -> frozenset[Node]:
 
 
 _OUTSIDE = frozenset({"placeholder", "get_attr"})
-"""Nodes whose memory outlives a call."""
+"""Kinds of nodes whose memory outlives a call."""
 
 _OPTIONS = frozenset({"mutated_arg_indices"})
-"""Keyword arguments of higher-order ops that hold no values."""
+"""Keyword arguments of higher-order ops that contain no tensors."""
+
+
+# -- which argument of a higher-order op goes to which graph ----------------------------------
+
+# Each function takes the arguments of the op and returns ``(regions, selector)``. A region is
+# ``(body, operands, results, decides)``; see _Region. The selector is the argument that decides
+# which region runs, or None.
 
 
 def _once(body: Any, operands: Sequence[Any]) -> Any:
@@ -143,20 +152,19 @@ _LAYOUTS: dict[str, Callable[..., Any]] = {
     ),
     "wrap_with_set_grad_enabled": lambda _, body, *operands: _once(body, operands),
 }
-"""Which argument goes to which graph: (body, operands, results, decides) of each, and what selects
-one of them. By the ``__call__`` methods in ``torch/_higher_order_ops`` (2.14)."""
+"""Layouts by op, from the ``__call__`` methods in ``torch/_higher_order_ops`` (2.14)."""
 
 
 @dataclass(frozen=True)
 class _Region:
-    """One graph that a higher-order op runs.
+    """One graph that a higher-order op runs, once or in a loop.
 
     Attributes:
-        graph: The graph.
-        operands: The argument of the call that each of its inputs gets at first.
-        results: The result that each of its inputs gets in later iterations; None where it gets
+        graph: Analysis of the graph.
+        operands: Argument of the call that each input of the graph gets in the first iteration.
+        results: Index of the result that each input gets in later iterations; None if it gets
             the same argument again.
-        decides: Whether its own results decide how many iterations run.
+        decides: Whether the results of the graph decide how many iterations run.
     """
 
     graph: _Graph
@@ -165,7 +173,7 @@ class _Region:
     decides: bool = False
 
     def operands_of(self, bases: Iterable[Node]) -> Iterator[Node]:
-        """Arguments of the call that some inputs of its graph stand for."""
+        """Yield the arguments of the call that inputs of the graph stand for."""
         for base in bases:
             if base in self.graph.inputs:
                 yield from _nodes(self.operands[self.graph.inputs.index(base)])
@@ -173,26 +181,28 @@ class _Region:
 
 @dataclass(frozen=True)
 class _Call:
-    """A call of a higher-order op whose operands can be followed into its graphs.
+    """A call of a higher-order op with a known layout of arguments.
 
     Attributes:
         node: The call.
-        regions: The graphs that it runs.
-        selects: The argument that decides which of them runs, if there is one.
+        regions: Graphs that the call runs.
+        selector: Argument that decides which graph runs; None if all run.
     """
 
     node: Node
     regions: tuple[_Region, ...]
-    selects: Any = None
+    selector: Any = None
 
     @property
     def has_effects(self) -> bool:
-        """Whether a graph has side effects other than writes to its inputs."""
+        """Whether one of the graphs has side effects other than writes to its inputs."""
         return any(region.graph.effects for region in self.regions)
 
     def needed(self, results: frozenset[int]) -> Iterator[Node]:
-        """Arguments that these results, writes and side effects follow from."""
+        """Yield the arguments that these results, all writes and side effects depend on."""
         wanted, reached = set(results), set[tuple[int, int]]()
+        # a live input of a loop makes the result live that it gets from the iteration before, so
+        # results are added until nothing changes
         before = -1
         while len(wanted) != before:
             before = len(wanted)
@@ -202,25 +212,25 @@ class _Call:
                     reached.add((number, position))
                     result = region.results[position]
                     wanted |= set() if result is None else {result}
-        yield from _nodes(self.selects)
+        yield from _nodes(self.selector)
         for number, position in reached:
             yield from _nodes(self.regions[number].operands[position])
 
     def written(self) -> Iterator[Node]:
-        """Arguments that it writes to."""
+        """Yield the arguments that the call writes to."""
         for region in self.regions:
             yield from region.operands_of(region.graph.writers)
 
     def memory(self, result: int | None, known: Mapping[Node, frozenset[Node]]) -> set[Node]:
-        """The memory that a result, or any result, may share.
+        """Return the pieces of memory that a result may share.
 
         Args:
-            result: Which one; None for any.
-            known: The memory of the arguments.
+            result: Index of the result; None for all results.
+            known: Pieces of memory by argument.
         """
         found: set[Node] = set()
         for region in self.regions:
-            if any(one is not None for one in region.results):  # iterations may exchange memory
+            if any(one is not None for one in region.results):  # iterations may swap buffers
                 shared = self.node.all_input_nodes
                 found.add(self.node)
             else:
@@ -234,22 +244,25 @@ class _Call:
 
 
 class _Graph:
-    """Memory, side effects and the flow of values in one graph.
+    """Analysis of one graph: memory, side effects and the flow of values.
+
+    A piece of memory is identified by the node that allocated it.
 
     Attributes:
-        inputs: Its placeholders.
-        results: What it returns, one by one.
-        every_result: All positions in ``results``.
+        inputs: Placeholders in order.
+        results: Returned values in order.
+        every_result: All indices of ``results``.
         effects: Nodes with a side effect other than a write.
-        writers: Nodes that write to a piece of memory. A piece is known by the node that made it.
+        writers: Nodes that write to a piece of memory, by piece.
     """
 
     def __init__(self, module: torch.fx.GraphModule, graphs: dict[int, _Graph]) -> None:
-        """Look at every node once.
+        """Analyze all nodes, in order.
 
         Args:
-            module: The graph.
-            graphs: Graphs that were looked at before, by the identity of their module.
+            module: Graph to analyze.
+            graphs: Analyses of other graphs, by ``id`` of their module. Graphs that this one calls
+                are added.
         """
         nodes = list(module.graph.nodes)
         self.inputs = [node for node in nodes if node.op == "placeholder"]
@@ -262,10 +275,14 @@ class _Graph:
         self._calls: dict[Node, _Call] = {}
         self._flows: dict[frozenset[int], frozenset[int]] = {}
         for node in nodes:
-            self._look_at(node, graphs)
+            self._analyze(node, graphs)
 
     def flow(self, results: frozenset[int]) -> frozenset[int]:
-        """Positions of inputs that these results, writes to inputs and side effects follow from."""
+        """Return the positions of inputs that results, writes to inputs and effects depend on.
+
+        Args:
+            results: Indices of the results that count.
+        """
         if results not in self._flows:
             live = self._live(results)
             self._flows[results] = frozenset(
@@ -274,10 +291,10 @@ class _Graph:
         return self._flows[results]
 
     def memory_of(self, value: Any) -> frozenset[Node]:
-        """The pieces of memory that a result lies in."""
+        """Return the pieces of memory of all nodes in a value."""
         return frozenset(base for node in _nodes(value) for base in self._memory[node])
 
-    def _look_at(self, node: Node, graphs: dict[int, _Graph]) -> None:
+    def _analyze(self, node: Node, graphs: dict[int, _Graph]) -> None:
         call = _call(node, graphs)
         if call is not None:
             self._calls[node] = call
@@ -289,7 +306,7 @@ class _Graph:
             self.writers[base].append(node)
 
     def _shared_by(self, node: Node) -> frozenset[Node]:
-        """The pieces of memory that the value of a node may lie in."""
+        """Return the pieces of memory that the value of a node may share; its own if none."""
         whole, result = _item(node)
         call = self._calls.get(node) or self._calls.get(whole or node)
         if call is not None:
@@ -299,27 +316,32 @@ class _Graph:
         return frozenset(found) or frozenset({node})
 
     def _live(self, results: frozenset[int]) -> Mapping[Node, frozenset[int]]:
-        """Live nodes; of calls of graphs, which of their results are."""
+        """Return the live nodes, each with the live results if the node is a call of graphs."""
         live: dict[Node, frozenset[int]] = {}
         seen = set[Node]()
         waiting = [
-            *(self._asked(n) for position in results for n in _nodes(self.results[position])),
+            *(
+                self._with_all_results(n)
+                for position in results
+                for n in _nodes(self.results[position])
+            ),
             *((node, _NONE) for node in self.effects),
             *self._writers_of(base for base in self.writers if base.op in _OUTSIDE),
         ]
         while waiting:
-            node, asked = waiting.pop()
-            if node in live and asked <= live[node]:
+            node, wanted = waiting.pop()
+            if node in live and wanted <= live[node]:
                 continue
-            live[node] = live.get(node, _NONE) | asked
+            live[node] = live.get(node, _NONE) | wanted
             waiting += self._needed(node, live[node])
-            new = self._seen_by(node, live[node]) - seen
+            # a live value makes every write to its memory live
+            new = self._memory_of_results(node, live[node]) - seen
             seen |= new
             waiting += self._writers_of(new)
         return live
 
-    def _seen_by(self, node: Node, results: frozenset[int]) -> frozenset[Node]:
-        """The pieces of memory that these results of a live node lie in; all, if it is no call."""
+    def _memory_of_results(self, node: Node, results: frozenset[int]) -> frozenset[Node]:
+        """Return the pieces of memory of these results of a call, or of the value of a node."""
         call = self._calls.get(node)
         if call is None:
             return self._memory[node]
@@ -329,29 +351,27 @@ class _Graph:
     def _writers_of(self, bases: Iterable[Node]) -> list[tuple[Node, frozenset[int]]]:
         return [(node, _NONE) for base in bases for node in self.writers.get(base, ())]
 
-    def _asked(self, node: Node) -> tuple[Node, frozenset[int]]:
-        """A node whose whole value is needed."""
+    def _with_all_results(self, node: Node) -> tuple[Node, frozenset[int]]:
+        """Return a node with the indices of all its results."""
         call = self._calls.get(node)
         return node, call.regions[-1].graph.every_result if call else _NONE
 
     def _needed(self, node: Node, results: frozenset[int]) -> list[tuple[Node, frozenset[int]]]:
-        """Nodes whose values a live node uses."""
+        """Return the nodes whose values a live node uses, each with the results that it uses."""
         whole, result = _item(node)
         if whole in self._calls and whole is not None and result is not None:
             return [(whole, frozenset({result}))]
-        if whole is not None and result is not None and _schema_name(whole) in _EACH_OF_ITS_OWN:
+        if whole is not None and result is not None and _schema_name(whole) in _ELEMENTWISE_LISTS:
             tensors: Any = whole.args[0]
-            return [self._asked(one) for one in _nodes(tensors[result])]
+            return [self._with_all_results(one) for one in _nodes(tensors[result])]
         call = self._calls.get(node)
         needed = call.needed(results) if call else self._read(node)
-        return [self._asked(one) for one in needed]
+        return [self._with_all_results(one) for one in needed]
 
     def _read(self, node: Node) -> list[Node]:
-        """Arguments whose elements the value of a node, or what it leaves in memory, follows from.
-
-        What a call leaves in memory of the caller counts as read: it is state.
-        """
+        """Return the arguments whose elements affect the value of a node or its writes."""
         over = _overwritten(node)
+        # memory of the caller counts as read even if it is overwritten, because it is state
         if over is None or any(base.op in _OUTSIDE for base in self._memory[over]):
             return _read(node)
         return [one for one in _read(node) if one is not over]
@@ -372,21 +392,22 @@ def _schema_name(node: Node) -> str:
 
 
 def _item(node: Node) -> tuple[Node | None, int | None]:
-    """The list and the position of which a node takes an item."""
+    """Return the list and the index, if a node takes an item of a list; else None for both."""
     if node.target is operator.getitem and isinstance(node.args[0], Node):
         return node.args[0], node.args[1] if isinstance(node.args[1], int) else None
     return None, None
 
 
 def _has_effect(node: Node) -> bool:
-    """Whether a call has a side effect other than writes to memory that its schema names."""
+    """Return whether a node has a side effect other than writes that its schema declares."""
     if node.op != "call_function":
         return node.op == "call_module"
     if isinstance(node.target, HigherOrderOperator):
         return str(node.target) not in _PURE
     if isinstance(node.target, OpOverload):
-        ours = node.target.namespace in {"aten", "prims"}
-        if ours and (node.target._schema.is_mutable or _reads_only_metadata(node)):  # noqa: SLF001
+        # custom ops that write are impure: they may do more than their schemas declare
+        declared = node.target.namespace in {"aten", "prims"}
+        if declared and (node.target._schema.is_mutable or _reads_only_metadata(node)):  # noqa: SLF001
             return False
         if torch.Tag.nondeterministic_seeded in node.target.tags:
             return False
@@ -394,7 +415,7 @@ def _has_effect(node: Node) -> bool:
 
 
 def _read(node: Node) -> list[Node]:
-    """Arguments whose elements the value of a node follows from."""
+    """Return the arguments whose elements affect the value of a node."""
     if _is_empty(node):
         return []
     skipped = _only_metadata(node)
@@ -402,7 +423,8 @@ def _read(node: Node) -> list[Node]:
 
 
 def _overwritten(node: Node) -> Node | None:
-    """The argument that a call overwrites without reading it."""
+    """Return the argument that a call overwrites without reading it, if there is one."""
+    # a shape that depends on elements carries values, so such a tensor counts as read
     over = node.args[0] if _schema_name(node) in _OVERWRITES else None
     if not isinstance(over, Node) or over in _nodes(node.args[1:]) or _has_shape_of_data(over):
         return None
@@ -410,6 +432,7 @@ def _overwritten(node: Node) -> Node | None:
 
 
 def _has_shape_of_data(node: Node) -> bool:
+    """Return whether the shape of a value may depend on elements, as that of ``nonzero`` does."""
     value = node.meta.get("val")
     return not isinstance(value, torch.Tensor) or bool(free_unbacked_symbols(value))
 
@@ -419,9 +442,9 @@ def _reads_only_metadata(node: Node) -> bool:
 
 
 def _only_metadata(node: Node) -> Node | None:
-    """The argument of a call that counts only by its shape, dtype and device.
+    """Return the argument of a call whose elements do not matter, if there is one.
 
-    A shape that follows from data (of ``nonzero``, or after ``item``) carries values.
+    An argument whose shape depends on elements does matter.
     """
     name = _ONLY_METADATA.get(_schema_name(node))
     for argument, value in arguments_of(node) if name else ():
@@ -432,7 +455,7 @@ def _only_metadata(node: Node) -> Node | None:
 
 
 def _is_empty(node: Node) -> bool:
-    """Whether a value has no elements, whatever the inputs are."""
+    """Return whether a value has no elements, for all inputs."""
     value = node.meta.get("val")
     return isinstance(value, torch.Tensor) and any(
         isinstance(size, int) and not size for size in value.shape
@@ -440,16 +463,21 @@ def _is_empty(node: Node) -> bool:
 
 
 def _call(node: Node, graphs: dict[int, _Graph]) -> _Call | None:
-    """A call of a higher-order op, if it is known which argument goes where."""
+    """Return a node as a call of a higher-order op; None if the layout of its arguments is unknown.
+
+    Args:
+        node: Node to analyze.
+        graphs: Analyses by ``id`` of their module. Graphs that the node calls are added.
+    """
     if not isinstance(node.target, HigherOrderOperator) or node.kwargs.keys() - _OPTIONS:
         return None
     layout = _LAYOUTS.get(str(node.target))
     if layout is None:
         return None
     try:
-        regions, selects = layout(*node.args)
+        regions, selector = layout(*node.args)
     except (TypeError, ValueError):
-        return None  # this torch passes other arguments
+        return None  # this version of torch passes other arguments
     found = []
     for body, operands, results, decides in regions:
         module = getattr(node.graph.owning_module, str(getattr(body, "target", "")), None)
@@ -458,19 +486,14 @@ def _call(node: Node, graphs: dict[int, _Graph]) -> _Call | None:
         if id(module) not in graphs:
             graphs[id(module)] = _Graph(module, graphs)
         graph = graphs[id(module)]
+        # this version of torch lifts or passes other operands
         if not len(operands) == len(results) == len(graph.inputs):
             return None
         found.append(_Region(graph, tuple(operands), tuple(results), decides))
-    return _Call(node, tuple(found), selects)
+    return _Call(node, tuple(found), selector)
 
 
-# MERGED mutation: Which inputs of a graph its ops write to, directly, through views, or inside
-# submodules.
-#
-# ``torch.export`` leaves in-place ops as they were written, and puts regions such as
-# ``torch.no_grad()`` into submodules; a decomposed program lists what it writes back in its
-# signature. Where an exact answer would need more than schemas, the answer errs towards
-# "written": that costs a copy, the other error would change a caller's tensors.
+# -- which inputs are written -----------------------------------------------------------------
 
 _IN_TRAINING = {
     "aten::batch_norm": "training",
@@ -479,13 +502,13 @@ _IN_TRAINING = {
     "aten::miopen_batch_norm": "training",
     "aten::instance_norm": "use_input_stats",
 }
-"""Ops that update ``running_mean`` and ``running_var`` unless this flag is False.
+"""Ops that write ``running_mean`` and ``running_var`` unless this argument is False.
 
-Their schemas in ``aten/src/ATen/native/native_functions.yaml`` do not say so.
+Their schemas in ``aten/src/ATen/native/native_functions.yaml`` do not declare these writes.
 """
 
 
-_QUIET_ALIASES = frozenset(
+_UNDECLARED_ALIASES = frozenset(
     f"aten::{name}"
     for name in (
         "alpha_dropout",
@@ -501,11 +524,16 @@ _QUIET_ALIASES = frozenset(
         "type_as",
     )
 )
-"""Ops that may give back their input itself, or a view of it, which their schemas do not say."""
+"""Ops that may return an input or a view of it, which their schemas do not declare."""
 
 
 def mutated_placeholders(program: ExportedProgram) -> set[str]:
-    """Names of the placeholders of a program that it changes in place."""
+    """Return the names of the placeholders that a program writes to.
+
+    It may write directly, through views or in submodules. An exported program has in-place ops in
+    its graph, and regions such as ``torch.no_grad()`` in submodules. A decomposed program lists
+    its writes in its signature.
+    """
     signature = program.graph_signature
     by_target = {spec.target: spec.arg.name for spec in signature.input_specs if spec.target}
     listed = [
@@ -516,7 +544,7 @@ def mutated_placeholders(program: ExportedProgram) -> set[str]:
 
 
 def submodules_of(node: torch.fx.Node) -> list[torch.fx.GraphModule]:
-    """Graphs that a node calls: the branches of a condition, the body of a region."""
+    """Return the graphs that a node calls: the branches of a condition, the body of a region."""
     owner = node.graph.owning_module
     found = (
         getattr(owner, str(argument.target), None)
@@ -527,6 +555,7 @@ def submodules_of(node: torch.fx.Node) -> list[torch.fx.GraphModule]:
 
 
 def _written(module: torch.fx.GraphModule) -> set[str]:
+    """Return the names of the placeholders of a graph that it writes to."""
     found: set[str] = set()
     for node in module.graph.nodes:
         for argument in written_arguments(node):
@@ -535,18 +564,23 @@ def _written(module: torch.fx.GraphModule) -> set[str]:
 
 
 def written_arguments(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
-    """Arguments that a call writes to."""
+    """Yield the arguments that a call writes to.
+
+    If a graph that it calls writes to an input, all arguments count.
+    """
     for argument, value in arguments_of(node):
         if argument.alias_info is not None and argument.alias_info.is_write:
             values = value if isinstance(value, list | tuple) else [value]
             yield from (v for v in values if isinstance(v, torch.fx.Node))
     yield from _running_statistics(node)
+    # the layout of arguments may be unknown here, so this errs towards "written"
     if any(_written(module) for module in submodules_of(node)):
         yield from node.all_input_nodes
 
 
 def _running_statistics(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
-    flag = _IN_TRAINING.get(getattr(getattr(node.target, "_schema", None), "name", ""))
+    """Yield the running statistics that a normalization writes to."""
+    flag = _IN_TRAINING.get(_schema_name(node))
     if flag is None:
         return
     given = {argument.name: value for argument, value in arguments_of(node)}
@@ -556,7 +590,7 @@ def _running_statistics(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
 
 
 def arguments_of(node: torch.fx.Node) -> Iterator[tuple[Any, Any]]:
-    """(schema argument, value) of a call of an op."""
+    """Yield pairs of schema argument and value for a call of an op."""
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None:
         return
@@ -568,9 +602,9 @@ def arguments_of(node: torch.fx.Node) -> Iterator[tuple[Any, Any]]:
 
 
 def aliased_inputs(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
-    """Nodes whose memory the result of a node may share."""
-    quiet = getattr(getattr(node.target, "_schema", None), "name", "") in _QUIET_ALIASES
-    if quiet or node.target is operator.getitem or submodules_of(node):
+    """Yield the arguments whose memory the result of a node may share."""
+    undeclared = _schema_name(node) in _UNDECLARED_ALIASES
+    if undeclared or node.target is operator.getitem or submodules_of(node):
         yield from node.all_input_nodes
     for argument, value in arguments_of(node):
         if argument.alias_info is not None and isinstance(value, torch.fx.Node):
@@ -578,7 +612,7 @@ def aliased_inputs(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
 
 
 def _roots(node: torch.fx.Node) -> set[str]:
-    """Placeholders whose memory a node may share."""
+    """Return the names of the placeholders whose memory a node may share."""
     found: set[str] = set()
     stack, seen = [node], set[torch.fx.Node]()
     while stack:

@@ -1,10 +1,14 @@
-"""Leaves that share memory with other leaves: which they are, and what their values follow from.
+"""Leaves that share memory with other leaves, and how their values follow from those.
 
 ``load_state_dict`` writes into the memory of parameters and buffers. A tensor that is a view of
-that memory (``self.q = self.qkv.data[:4]``) follows in the eager model, though no state_dict has a
-name for it. Exported, it is a leaf of its own: here it is recognized by its memory.
+that memory (``self.q = self.qkv.data[:4]``) changes with it in the eager model, although no
+state_dict contains it. ``torch.export`` makes it a separate leaf. This module recognizes it by its
+address.
 
-Leaves of one memory, shape and strides are ties (:mod:`refitkit.program.facts`), not views.
+:func:`with_overlaps` finds these leaves in a program; :func:`lost_views` finds constants that may
+have been views before a program was saved. :func:`derive` computes the value of a leaf from other
+leaves, or records that computation. Leaves of equal address, shape and strides are ties
+(:mod:`refitkit.program.facts`), not views.
 """
 
 from __future__ import annotations
@@ -29,23 +33,23 @@ if TYPE_CHECKING:
     from refitkit.model import Leaf
 
 T = TypeVar("T")
-_DEEPEST = 3
-_FEW = 4
+_MAX_DEPTH = 3  # a view of a leaf with parts, which may be views: no program nests deeper
+_MIN_ELEMENTS = 4  # the bits of fewer elements can be equal by chance
 
 
-# -- finding them -----------------------------------------------------------------------------
+# -- finding shared memory --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Region:
-    """Where a leaf lies.
+    """The memory of a leaf.
 
     Attributes:
         leaf: The leaf.
-        tensor: Its tensor.
-        space: What its addresses count in: a device's memory, or a storage without data.
+        tensor: Tensor of the leaf.
+        space: Address space: the memory of a device, or one storage without data.
         start: Address of the first byte.
-        end: Address behind the last byte.
+        end: Address after the last byte.
     """
 
     leaf: Leaf
@@ -56,37 +60,38 @@ class _Region:
 
     @property
     def same(self) -> object:
-        """Equal for names of one tensor."""
+        """A key that is equal for all names of one tensor."""
         return self.space, self.start, self.tensor.dtype, self.tensor.shape, self.tensor.stride()
 
     @property
     def order(self) -> tuple[int, ...]:
-        """Dimensions as they lie in memory, slowest first."""
+        """Dimensions in memory order, slowest first."""
         strides, shape = self.tensor.stride(), self.tensor.shape
         return tuple(sorted(range(len(shape)), key=lambda d: (-strides[d], -shape[d], d)))
 
     @property
     def dense(self) -> bool:
-        """Whether it has neither gaps nor overlaps."""
-        wanted = dense_strides(self.tensor.shape, self.order)
-        sizes = zip(self.tensor.stride(), wanted, self.tensor.shape, strict=True)
+        """Whether the elements have neither gaps nor overlaps."""
+        dense = dense_strides(self.tensor.shape, self.order)
+        sizes = zip(self.tensor.stride(), dense, self.tensor.shape, strict=True)
+        # the stride of a dimension of size 1 means nothing
         return all(found == right for found, right, size in sizes if size > 1)
 
     @property
     def lazy(self) -> bool:
-        """Whether torch has put off signs or conjugations of its elements."""
+        """Whether torch has deferred the negation or conjugation of the elements."""
         return self.tensor.is_conj() or self.tensor.is_neg()
 
-    def meets(self, other: _Region) -> bool:
-        """Whether both have a byte in common."""
+    def intersects(self, other: _Region) -> bool:
+        """Return whether both regions have a byte in common."""
         if self.space != other.space or self.end <= other.start or other.end <= self.start:
             return False
         if self.dense or other.dense:
-            return True  # what has gaps starts and ends with an element
+            return True  # a region with gaps still has an element at its start and at its end
         return _have_common_elements(self, other)
 
     def contains(self, other: _Region) -> bool:
-        """Whether it has no gaps, and all elements of another one are among its own."""
+        """Return whether this region has no gaps and contains all elements of another one."""
         width = other.tensor.dtype.itemsize
         return (
             self.space == other.space
@@ -100,7 +105,12 @@ class _Region:
         )
 
     def overlap(self, fqn: str, part: _Region) -> Overlap:
-        """Where a part lies in it."""
+        """Return the position of a part in this region.
+
+        Args:
+            fqn: FQN of the other leaf, which the result names.
+            part: Region that this one contains.
+        """
         width = part.tensor.dtype.itemsize
         strides = zip(part.tensor.stride(), part.tensor.shape, strict=True)
         return Overlap(
@@ -114,20 +124,20 @@ class _Region:
 def with_overlaps(
     leaves: Sequence[Leaf], tensors: Mapping[str, torch.Tensor]
 ) -> tuple[tuple[Leaf, ...], tuple[Problem, ...]]:
-    """Leaves with what they share with others.
+    """Return the leaves with their overlaps, and problems of those that no recipe can follow.
 
     Args:
         leaves: All leaves of a program.
-        tensors: Their tensors, by FQN.
+        tensors: Tensors of the leaves, by FQN.
 
     Returns:
-        The leaves with ``view`` and ``parts``; a leaf whose view is read counts as read. And what
-        no recipe can follow, with the names of both leaves.
+        The leaves in their order, with ``view`` and ``parts`` set. A leaf is ``used`` if one of its
+        views is. A problem names both leaves.
     """
     regions = {leaf.fqn: region for leaf in leaves if (region := _region(leaf, tensors[leaf.fqn]))}
-    found, problems = _followed(_neighbours(list(regions.values())))
+    found, problems = _derived_leaves(_neighbours(list(regions.values())))
     read = {leaf.fqn for leaf in found.values() if leaf.used}
-    for _ in range(_DEEPEST):
+    for _ in range(_MAX_DEPTH):
         read |= {base for fqn in read if fqn in found for base in found[fqn].bases}
     shared = (found.get(leaf.fqn, leaf) for leaf in leaves)
     return tuple(
@@ -137,17 +147,17 @@ def with_overlaps(
 
 
 def _region(leaf: Leaf, tensor: torch.Tensor) -> _Region | None:
-    """Where a leaf lies; None for what has no memory or no strides."""
+    """Return the memory of a leaf; None if the tensor is empty or has no strides."""
     if tensor.layout is not torch.strided or tensor.is_quantized or not tensor.numel():
         return None
     try:
-        nowhere = tensor.is_meta or isinstance(tensor, FakeTensor) or not tensor.data_ptr()
-    except RuntimeError:  # a tensor subclass that wraps others
+        no_data = tensor.is_meta or isinstance(tensor, FakeTensor) or not tensor.data_ptr()
+    except RuntimeError:  # a tensor subclass that wraps other tensors has no address
         return None
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     nbytes = (1 + sum((n - 1) * int(step) for n, step in sizes)) * tensor.dtype.itemsize
     space: object
-    if nowhere:
+    if no_data:
         storage = tensor.untyped_storage()._cdata  # noqa: SLF001 - it has no other name
         space, start = ("storage", storage), int(tensor.storage_offset()) * tensor.dtype.itemsize
     else:
@@ -156,30 +166,34 @@ def _region(leaf: Leaf, tensor: torch.Tensor) -> _Region | None:
 
 
 def _neighbours(regions: list[_Region]) -> dict[str, tuple[_Region, list[_Region]]]:
-    """Leaves that share memory with others, and those, without other names of the leaf itself."""
+    """Return, by FQN, leaves that share memory with others, and these others.
+
+    Other names of the same tensor do not count.
+    """
     regions = sorted(regions, key=lambda one: (str(one.space), one.start))
     found: dict[str, tuple[_Region, list[_Region]]] = {}
-    before: list[_Region] = []
+    # a sweep over start addresses: ``active`` has the regions that end after the present start
+    active: list[_Region] = []
     for region in regions:
-        before = [one for one in before if one.space == region.space and one.end > region.start]
-        for one in before:
-            if one.same != region.same and one.meets(region):
+        active = [one for one in active if one.space == region.space and one.end > region.start]
+        for one in active:
+            if one.same != region.same and one.intersects(region):
                 found.setdefault(one.leaf.fqn, (one, []))[1].append(region)
                 found.setdefault(region.leaf.fqn, (region, []))[1].append(one)
-        before.append(region)
+        active.append(region)
     return found
 
 
-def _followed(
+def _derived_leaves(
     neighbours: Mapping[str, tuple[_Region, list[_Region]]],
 ) -> tuple[dict[str, Leaf], list[Problem]]:
-    """Leaves that follow from others, and what no recipe can follow."""
+    """Return the leaves that follow from others, by FQN, and problems of those that cannot."""
     found: dict[str, Leaf] = {}
     problems: list[Problem] = []
     for region, others in sorted(neighbours.values(), key=lambda one: _rank(one[0])):
         leaf = region.leaf
         faults = [
-            Problem(leaf.fqn, "shares memory with a buffer that calls change", other.leaf.fqn)
+            Problem(leaf.fqn, "shares memory with a buffer that the program writes", other.leaf.fqn)
             for other in others
             if other.leaf.mutated and leaf.used
         ]
@@ -188,7 +202,7 @@ def _followed(
             for other in others
             if other.leaf.persistent and (not leaf.persistent or _rank(other) < _rank(region))
         ]
-        changes = None if faults else _place(region, weights, others, found)
+        changes = None if faults else _overlaps_of(region, weights, others, found)
         if changes:
             found[leaf.fqn] = leaf.model_copy(update=changes)
         elif weights and leaf.used and not faults:
@@ -198,12 +212,20 @@ def _followed(
     return found, problems
 
 
-def _place(
+def _overlaps_of(
     region: _Region, weights: list[_Region], others: list[_Region], found: Mapping[str, Leaf]
 ) -> dict[str, Any] | None:
-    """How a leaf lies among weights, as changes of it; None where it does not follow from them."""
+    """Return ``view`` or ``parts`` of a leaf; None if it does not follow from the weights.
+
+    Args:
+        region: Memory of the leaf.
+        weights: Overlapping regions of persistent leaves that rank before it.
+        others: All overlapping regions.
+        found: Derived leaves that were found so far, by FQN.
+    """
     if not weights:
         return None
+    # a view of a weight, or of a constant that consists of weights
     wholes = [other for other in weights if other.contains(region)] or [
         other
         for other in others
@@ -218,7 +240,7 @@ def _place(
 
 
 def _rank(region: _Region) -> tuple[int, bool, int, str]:
-    """Roots first: the larger, the parameter, the one without gaps."""
+    """Return a sort key that puts wholes before parts: larger, then parameters, then dense ones."""
     is_parameter = region.leaf.kind is LeafKind.PARAMETER
     return -(region.end - region.start), not is_parameter, not region.dense, region.leaf.fqn
 
@@ -228,7 +250,8 @@ def _is_part(whole: _Region, part: _Region) -> bool:
 
 
 def _have_common_elements(a: _Region, b: _Region) -> bool:
-    """Whether two tensors with gaps share an element, by marking their bytes."""
+    """Return whether two tensors with gaps share an element."""
+    # mark the bytes of the first one and look for marks under the second one
     start = min(a.start, b.start)
     marks = torch.zeros(max(a.end, b.end) - start, dtype=torch.uint8)
     for region, seen in ((a, False), (b, True)):
@@ -243,17 +266,17 @@ def _have_common_elements(a: _Region, b: _Region) -> bool:
 
 
 def overlap_problems(leaves: Sequence[Leaf]) -> Iterator[Problem]:
-    """Overlaps that no program can have: leaves may come from a file."""
+    """Yield overlaps that no program can have. Check leaves of a file before their use."""
     by_fqn = {leaf.fqn: leaf for leaf in leaves}
     for leaf in leaves:
         for overlap in (*([leaf.view] if leaf.view else []), *leaf.parts):
             other = by_fqn.get(overlap.fqn)
             if other is None:
-                yield Problem(leaf.fqn, "shares memory with no leaf", overlap.fqn)
+                yield Problem(leaf.fqn, "shares memory with an unknown leaf", overlap.fqn)
                 continue
             whole, part = (other, leaf) if overlap is leaf.view else (leaf, other)
             if not _fits(overlap, whole, part):
-                yield Problem(leaf.fqn, "lies outside of the memory that it shares", overlap.fqn)
+                yield Problem(leaf.fqn, "lies outside the memory that it shares", overlap.fqn)
         if leaf.view and leaf.parts:
             yield Problem(leaf.fqn, "is a view and has parts")
     if any(_is_deep(leaf, by_fqn) for leaf in leaves):
@@ -272,9 +295,9 @@ def _fits(overlap: Overlap, whole: Leaf, part: Leaf) -> bool:
 
 
 def _is_deep(leaf: Leaf, leaves: Mapping[str, Leaf], depth: int = 0) -> bool:
-    """Whether it follows from others over more steps than a program gives: view, whole, part."""
+    """Return whether a chain of bases is longer than in any program, or endless."""
     bases = (leaves[base] for base in leaf.bases if base in leaves)
-    return depth > _DEEPEST or any(_is_deep(base, leaves, depth + 1) for base in bases)
+    return depth > _MAX_DEPTH or any(_is_deep(base, leaves, depth + 1) for base in bases)
 
 
 # -- views that a file has lost ---------------------------------------------------------------
@@ -286,18 +309,18 @@ def lost_views(
     ties: Sequence[Sequence[str]],
     tensors: Mapping[str, torch.Tensor],
 ) -> Iterator[Problem]:
-    """Constants of a program read from a file that may have been views of weights.
+    """Yield a problem for each constant of a loaded program that may have been a view of a weight.
 
-    ``torch.export.save`` (2.11 to 2.14) writes the memory of each constant on its own, so a view
-    comes back as a copy. Its bits are still those of the weight's memory.
+    ``torch.export.save`` (2.11 to 2.14) writes the storage of each constant separately, so a view
+    is loaded as a copy. The storage of the copy still has the same bits as that of the weight.
 
     Args:
-        program: The program.
-        leaves: Its leaves.
-        ties: Names of one tensor.
-        tensors: Its tensors, by FQN.
+        program: Program. Nothing is yielded if it was not loaded from a file.
+        leaves: Leaves of the program.
+        ties: Classes of FQNs that are one tensor.
+        tensors: Tensors of the program, by FQN.
     """
-    if not _was_read(program):
+    if not _is_loaded(program):
         return
     weights = {leaf.fqn for leaf in leaves if leaf.persistent}
     tied = {name for tie in ties if not weights.isdisjoint(tie) for name in tie}
@@ -309,42 +332,45 @@ def lost_views(
         if region is None:
             continue
         memory = _memory(tensor)
-        looks_into_more = not region.dense or region.end - region.start < memory.numel()
+        # a tensor that uses only some of its storage is certainly a view of something
+        is_view = not region.dense or region.end - region.start < memory.numel()
         found = [
             name
             for name in weights
             if same_bits(memory, _memory(tensors[name]))
-            and (looks_into_more or _is_telling(tensors[name]))
+            and (is_view or _is_distinctive(tensors[name]))
         ]
-        if found and memory.numel() >= _FEW * tensor.dtype.itemsize:
+        if found and memory.numel() >= _MIN_ELEMENTS * tensor.dtype.itemsize:
             names = ", ".join(sorted(found))
-            yield Problem(leaf.fqn, "has the bits of a weight's memory", names)
+            yield Problem(leaf.fqn, "has the same bits as the memory of a weight", names)
 
 
-def _was_read(program: ExportedProgram) -> bool:
-    """Whether a program comes from a file: only the deserializer gives its output node a value."""
+def _is_loaded(program: ExportedProgram) -> bool:
+    """Return whether a program was loaded from a file."""
+    # only torch's deserializer sets a value at the output node
     return any(node.op == "output" and "val" in node.meta for node in program.graph.nodes)
 
 
-def _is_telling(tensor: torch.Tensor) -> bool:
-    """Whether it is no chance that a constant has its bits: not for zeros, ones and indices."""
+def _is_distinctive(tensor: torch.Tensor) -> bool:
+    """Return whether equal bits are no chance, as they are for zeros, ones and indices."""
     varied = tensor.is_floating_point() and tensor.numel() > 0
     return varied and bool((tensor != tensor.reshape(-1)[0]).any())
 
 
 def _memory(tensor: torch.Tensor) -> torch.Tensor:
-    """All bytes of a tensor's storage."""
+    """Return all bytes of a tensor's storage as flat uint8."""
     storage = tensor.untyped_storage()
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
 
 
-# -- computing them ---------------------------------------------------------------------------
+# -- computing derived leaves -----------------------------------------------------------------
 
 
 Emit: TypeAlias = "Callable[[str, tuple[Any, ...], str, tuple[int, ...]], T]"
-"""Carries out or writes down one call of an aten op, and gives its result.
+"""A function that runs or records one call of an aten op, and returns its result.
 
-It takes the name of the overload, the arguments, and dtype and shape of the result.
+Its arguments are the name of the overload, the arguments of the call, and dtype and shape of the
+result.
 """
 
 
@@ -355,14 +381,14 @@ def derive(
     kept: Callable[[str], T],
     emit: Emit[T],
 ) -> T:
-    """The value of a leaf that follows from others.
+    """Return the value of a leaf that follows from others, in the dtype and shape of the leaf.
 
     Args:
-        leaf: A leaf with ``view`` or ``parts``.
+        leaf: Leaf with ``view`` or ``parts``.
         leaves: All leaves, by FQN.
-        value_of: Gives the value of another leaf.
-        kept: Gives the value that a plan keeps of a leaf with parts, for what no part covers.
-        emit: Carries out calls.
+        value_of: Returns the value of another leaf.
+        kept: Returns the stored value of a leaf with parts, for elements that no part covers.
+        emit: Runs or records calls.
     """
     if leaf.view is not None:
         base = leaves[leaf.view.fqn]
@@ -384,7 +410,7 @@ def derive(
 
 
 def _flat(value: T, leaf: Leaf, order: tuple[int, ...], emit: Emit[T]) -> T:
-    """All elements one after another, in the order of the program's memory."""
+    """Return all elements in one dimension, in the memory order of the program."""
     if order != tuple(range(len(order))):
         shape = tuple(leaf.shape[dim] for dim in order)
         value = emit("aten.permute.default", (value, order), leaf.dtype, shape)
@@ -397,16 +423,17 @@ def _flat(value: T, leaf: Leaf, order: tuple[int, ...], emit: Emit[T]) -> T:
 def on_shared_memory(
     leaves: Mapping[str, Leaf], values: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The same values, in which leaves share memory as in the program.
+    """Return values of leaves that share memory in the same way as in the program.
 
     Args:
         leaves: All leaves, by FQN.
-        values: Their values, by FQN; those that follow from others are right, too.
+        values: Values of all leaves, by FQN; those of derived leaves must be up to date.
 
     Returns:
-        The values of all leaves that share memory, and no others.
+        New values by FQN, only for leaves that share memory.
     """
     found: dict[str, torch.Tensor] = {}
+    # the order matters: wholes that consist of parts, then bases of views, then the views
     for leaf in leaves.values():
         if leaf.parts:
             order = leaf.parts[0].order
@@ -426,7 +453,7 @@ def on_shared_memory(
 
 
 def _laid_out(value: torch.Tensor, order: tuple[int, ...], *, copy: bool = False) -> torch.Tensor:
-    """A tensor whose elements lie one after another, its dimensions in this order."""
+    """Return the same values without gaps in memory, with dimensions in this memory order."""
     moved = value.detach().permute(order)
     moved = moved.clone(memory_format=torch.contiguous_format) if copy else moved.contiguous()
     return moved.permute([order.index(dim) for dim in range(len(order))])
@@ -438,23 +465,24 @@ def derived_value(
     value_of: Callable[[str], torch.Tensor],
     kept: Callable[[str], torch.Tensor],
 ) -> torch.Tensor:
-    """The value of a leaf that follows from others; see :func:`derive`.
+    """Return the value of a leaf that follows from others; see :func:`derive`.
 
-    It is a view of the other leaf's value where that lies in memory as the program's did.
+    The result is a view of the other leaf's value if that has the memory order of the program.
     """
-    return derive(leaf, leaves, value_of, kept, _carried_out)
+    return derive(leaf, leaves, value_of, kept, _run)
 
 
-def _carried_out(
+def _run(
     op: str,
     args: tuple[Any, ...],
-    dtype: str,  # noqa: ARG001 - the protocol's
-    shape: tuple[int, ...],  # noqa: ARG001 - the protocol's
+    dtype: str,  # noqa: ARG001 - part of Emit
+    shape: tuple[int, ...],  # noqa: ARG001 - part of Emit
 ) -> torch.Tensor:
+    """Run one call of an aten op; see ``Emit``."""
     _, name, overload = op.split(".")
     first, *others = args
     first = first.resolve_conj().resolve_neg()
-    if name == "as_strided":  # counts from the start of the storage
+    if name == "as_strided":  # torch counts its offset from the start of the storage
         others[-1] += first.storage_offset()
     found: torch.Tensor = getattr(getattr(torch.ops.aten, name), overload)(first, *others)
     return found

@@ -1,19 +1,24 @@
-"""What plugin objects offer. Everything here is structural: no base class has to be inherited.
+"""Interfaces of the objects that plugins provide. All are structural: inherit from none of them.
 
-A backend opens or compiles a target into an :class:`OpenedModule`, which lists its
-:class:`Engine` objects. A refit asks :class:`MappingStrategy` objects for a :class:`SlotValue` for
-every slot, has each engine stage them, and commits. Verifiers judge the result.
+A backend compiles or opens a target and returns an :class:`OpenedModule` with its :class:`Engine`
+objects. A refit opens a :class:`WeightSource`. :class:`WeightTransform` objects turn its entries
+into weights of the program. :class:`MappingStrategy` objects return a :class:`SlotValue` for each
+slot. Each engine stages its values, then all engines commit. A :class:`Verifier` checks the result.
 
-What an engine may or may not be able to do is a protocol of its own: :class:`SupportsReadback`,
-:class:`RemembersWeights`, :class:`SupportsPartial`, :class:`SupportsSpareBuffer`,
-:class:`SupportsOverwrite`, :class:`SupportsWarming`, :class:`HoldsPrevious`. So it is with what is
-staged (:class:`ShowsStaged`, :class:`ShowsMemory`), with opened modules (:class:`Offline`,
-:class:`LowersPrecision`, :class:`ProbesFromState`) and sources (:class:`GivesPieces`,
-:class:`HasNamings`, :class:`HoldsProgram`, :class:`KeepsMade`, :class:`KnowsRevisions`,
-:class:`KnowsTies`, :class:`LeavesOut`, :class:`MadeOf`, :class:`MayChange`,
-:class:`SupportsReread`).
+:class:`Plan`, :class:`BindableProgram` and :class:`Tools` are what refitkit passes to plugins.
 
-Between a source and the names that a program reads stand :class:`WeightTransform` objects.
+Optional abilities are protocols of their own. refitkit checks for their members:
+
+* backends: :class:`KnowsPlanKey`; parts of a program: :class:`HoldsValues`;
+* engines: :class:`SupportsReadback`, :class:`RemembersWeights`, :class:`SupportsPartial`,
+  :class:`SupportsOverwrite`, :class:`SupportsSpareBuffer`, :class:`HoldsPrevious`,
+  :class:`SupportsWarming`;
+* staged refits: :class:`ShowsStaged`, :class:`ShowsMemory`;
+* opened modules: :class:`Offline`, :class:`LowersPrecision`, :class:`ProbesFromState`,
+  :class:`Rebuilds`;
+* sources: :class:`GivesPieces`, :class:`HasNamings`, :class:`HoldsProgram`, :class:`KeepsMade`,
+  :class:`KnowsRevisions`, :class:`KnowsTies`, :class:`LeavesOut`, :class:`MadeOf`,
+  :class:`MayChange`, :class:`SupportsReread`.
 """
 
 from refitkit.protocols.backends import Backend, HoldsValues, KnowsPlanKey, PlanDraft, PlanKey

@@ -1,4 +1,9 @@
-"""What compiles models into engines."""
+"""Backends: objects that compile programs into engines and open what they saved.
+
+A plugin registers its backends with the hook ``refitkit_register_backends``. :class:`Backend` is
+the required interface. A backend may also implement :class:`KnowsPlanKey`; the parts that
+``refitkit_partition`` returns for it may implement :class:`HoldsValues`.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +21,106 @@ if TYPE_CHECKING:
     from refitkit.protocols.tools import Tools
 
 
+@runtime_checkable
+class Backend(Protocol):
+    """A compiler for programs, and the reader of the files that it saves.
+
+    One object serves all verbs of a pipeline, so it keeps no state of a single module.
+    """
+
+    @property
+    def name(self) -> str:
+        """Name of the backend, as users write it: ``refitkit.compile(program, backend=name)``."""
+
+    def compile(
+        self, program: torch.export.ExportedProgram, options: Mapping[str, Any], tools: Tools
+    ) -> OpenedModule:
+        """Return the compiled module, ready for calls and refits.
+
+        ``refitkit.compile`` calls this once. It does not change the program, its tensors or the
+        module that the program was exported from.
+
+        Args:
+            program: Program to compile.
+            options: Options of this backend, by name.
+            tools: Services of the pipeline.
+
+        Raises:
+            ConfigError: An option does not exist.
+            NotRefittableError: An option would make the engine unfit for refits.
+            ToolchainError: A tool is missing. The message names what to install.
+            CompileError: The compiler refused the program.
+        """
+
+    def draft(
+        self, parts: Mapping[str, Any], module: OpenedModule | None, tools: Tools
+    ) -> PlanDraft:
+        """Return how the value of every slot follows from the program.
+
+        refitkit calls this when it makes a plan: after ``compile``, and for ``refitkit.plan``. It
+        changes neither the program nor the module.
+
+        Args:
+            parts: One part of the program for each engine, by engine name. The hook
+                ``refitkit_partition`` of the same backend returned them.
+            module: Opened target; None when planning offline.
+            tools: Services of the pipeline.
+
+        Returns:
+            One row for every slot of every engine, unmapped slots included.
+
+        Raises:
+            PlanMismatchError: The program is not the one that was compiled.
+            UnsupportedTargetError: The backend cannot plan offline.
+        """
+
+    def describe(self, path: Path) -> Mapping[str, Any] | None:
+        """Return the content of a saved file or folder as plain data, without running its code.
+
+        ``Pipeline.describe`` and ``refitkit inspect`` ask one backend after another.
+
+        Args:
+            path: File or folder that exists.
+
+        Returns:
+            Facts by name; None if this backend did not write the file.
+
+        Raises:
+            UnsupportedTargetError: This backend wrote the file, and the file is damaged.
+        """
+
+    def attachments(self, path: Path) -> Mapping[str, bytes]:
+        """Return the data that was saved beside the engines, without running any code of the file.
+
+        refitkit stores its plan there. It calls this to read a plan without opening the module.
+
+        Args:
+            path: File or folder that exists.
+
+        Returns:
+            The ``attachments`` that ``OpenedModule.save`` got, by name, byte for byte. Empty if
+            this backend did not write the file, or if the file has no attachments.
+
+        Raises:
+            UnsupportedTargetError: This backend wrote the file, and the file is damaged.
+        """
+
+
 @dataclass(frozen=True)
 class PlanDraft:
-    """What a backend knows of how its slots come about.
+    """The result of ``Backend.draft``: how slots get their values, and what was compiled.
+
+    refitkit adds the leaves, ties and fingerprint of the program, and makes a plan of both.
 
     Attributes:
         rows: One row for every slot of every engine.
-        calls: What the rows' recipes compute.
-        guards: Values that must be what they are now for recipes to hold.
-        pinned: Tensors that the plan keeps, by their name in it.
+        calls: Calls of aten ops that the recipes in ``rows`` refer to, each after its operands.
+        guards: Values that must stay as they are for the recipes to hold.
+        pinned: Tensors that the plan stores, by their name in the plan.
         settings: Compilation settings, as text by name.
-        versions: Versions of what made the engines, by package.
+        versions: Versions of the software that made the engines, by package.
         platform: Operating system, machine and device kind.
-        layer_types: Names of the layer types of ``Tools`` in whose layers weights were found.
+        layer_types: Names of those ``Tools.layer_types`` in whose layers weights were found.
     """
 
     rows: tuple[LedgerRow, ...]
@@ -43,82 +135,35 @@ class PlanDraft:
 
 @runtime_checkable
 class HoldsValues(Protocol):
-    """What a program was cut into, with the values that its engines would get."""
+    """A part of a program that knows the values its engine would get, without an engine.
+
+    If the first part that ``refitkit_partition`` returns implements this, refitkit can prove a plan
+    by trial offline. Without it, the report of ``refitkit.plan`` says that there is no proof.
+    """
 
     def values(self) -> Mapping[str, Mapping[str, torch.Tensor]]:
-        """Values of all slots, by engine and slot, flat."""
+        """Return the values of all slots of all engines.
 
-
-@runtime_checkable
-class Backend(Protocol):
-    """What compiles models into engines."""
-
-    @property
-    def name(self) -> str:
-        """Its name, as users write it."""
-
-    def compile(
-        self, program: torch.export.ExportedProgram, options: Mapping[str, Any], tools: Tools
-    ) -> OpenedModule:
-        """Compile. Never changes the program, its tensors or the module it came from.
-
-        Args:
-            program: What to compile.
-            options: The backend's own options.
-            tools: What the pipeline lends.
-
-        Raises:
-            ConfigError: An option does not exist.
-            NotRefittableError: An option would make the engine unfit for refits.
-            ToolchainError: A tool is missing; names what to install.
-            CompileError: The compiler refused the program.
-        """
-
-    def draft(
-        self, parts: Mapping[str, Any], module: OpenedModule | None, tools: Tools
-    ) -> PlanDraft:
-        """How every slot follows from the program.
-
-        Args:
-            parts: What ``refitkit_partition`` made of the program: a part for each engine.
-            module: The opened target; None when planning offline.
-            tools: What the pipeline lends.
-
-        Raises:
-            PlanMismatchError: The program is not the one that was compiled.
-            UnsupportedTargetError: The backend cannot plan offline.
-        """
-
-    def describe(self, path: Path) -> Mapping[str, Any] | None:
-        """What a saved file or folder holds, as plain data, without running any of its code.
+        The proof of a plan calls this on programs with other weights, and compares the bits with
+        the values that the plan computes.
 
         Returns:
-            None where the file is not this backend's.
-
-        Raises:
-            UnsupportedTargetError: It is this backend's, and broken.
-        """
-
-    def attachments(self, path: Path) -> Mapping[str, bytes]:
-        """What a saved file or folder keeps beside its engines, by name; runs no code of it.
-
-        Returns:
-            Nothing where the file is not this backend's, or keeps nothing.
-
-        Raises:
-            UnsupportedTargetError: It is this backend's, and broken.
+            Tensors by engine name, then by slot name: the dtype of the slot, one dimension, any
+            device.
         """
 
 
 @dataclass(frozen=True)
 class PlanKey:
-    """What a plan depends on beside the program, known before it is made.
+    """Everything except the program that a plan depends on, known before the plan is made.
+
+    The plan cache compares it with the key of a stored plan.
 
     Attributes:
-        text: Options and settings, as text: where it differs, so may the plan.
-        versions: What ``PlanDraft.versions`` will be.
-        platform: What ``PlanDraft.platform`` will be.
-        settings: What ``PlanDraft.settings`` will be; None where only planning can tell.
+        text: Options and settings as text. If two texts differ, the plans may differ.
+        versions: The value that ``PlanDraft.versions`` will have.
+        platform: The value that ``PlanDraft.platform`` will have.
+        settings: The value that ``PlanDraft.settings`` will have; None if only planning finds it.
     """
 
     text: str
@@ -129,7 +174,10 @@ class PlanKey:
 
 @runtime_checkable
 class KnowsPlanKey(Protocol):
-    """A backend whose plans may be kept in ``Config.plan_cache``: they cost more than a look-up."""
+    """A backend whose plans may be stored in ``Config.plan_cache``.
+
+    Implement it if planning costs more than a look-up in the cache.
+    """
 
     def plan_key(
         self,
@@ -137,16 +185,18 @@ class KnowsPlanKey(Protocol):
         module: OpenedModule | None,
         options: Mapping[str, Any],
     ) -> PlanKey | None:
-        """What the plan will depend on, without planning.
+        """Return what the plan will depend on, without planning.
+
+        Called before ``draft``, if a plan cache is configured. It does not change the program.
 
         Args:
-            program: What would be planned; it is read only.
-            module: The opened target; None when planning offline.
-            options: The backend's own options.
+            program: Program that would be planned.
+            module: Opened target; None when planning offline.
+            options: Options of this backend, for planning offline. A module knows its own.
 
         Returns:
-            None where it depends on things of which nothing is known.
+            The key; None if the plan depends on something unknown, so it cannot be cached.
 
         Raises:
-            ConfigError: An option cannot be meant.
+            ConfigError: An option is not valid.
         """

@@ -1,4 +1,23 @@
-"""Refittable units, and what some of them can do."""
+"""Engines: the units that a refit writes to, and the transaction that it writes in.
+
+refitkit calls one engine in this order:
+
+1. ``Engine.stage`` (or ``stage_partial``, ``stage_over``), while calls of the module go on;
+2. the optional views of the staged values (:class:`ShowsStaged`, :class:`ShowsMemory`), then
+   ``StagedRefit.changed`` and ``Engine.memory``;
+3. ``StagedRefit.commit``, behind the closed gate: no call of the module runs until step 5 is done;
+4. the verifier, which calls or reads the module;
+5. nothing if the refit succeeded, else ``StagedRefit.rollback``.
+
+If anything fails before step 3, it calls ``StagedRefit.discard`` instead. A module has at most one
+refit at a time.
+
+An error of :mod:`refitkit.errors` passes through. Any other exception becomes an ``EngineError``
+that names the engine, or a ``ResourceError`` if the system refused memory.
+
+:class:`Engine` and :class:`StagedRefit` are required. Each optional ability is a protocol of its
+own. refitkit checks for its members, so no base class is inherited.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +32,28 @@ if TYPE_CHECKING:
     from refitkit.model import EngineMemory, Slot
 
 
-class SlotValue(NamedTuple):
-    """A new value for one slot, computed on demand.
+# -- new values -------------------------------------------------------------------------------
 
-    A refit makes one for each slot, and a named tuple is made in a third of a frozen dataclass's
-    time.
+
+class SlotValue(NamedTuple):
+    """A new value for one slot, computed when an engine loads it.
+
+    A mapping strategy creates one for each slot; an engine gets them in ``stage``.
 
     Attributes:
-        slot: The slot that it is for.
-        strategy: Name of the strategy that gives it.
-        sources: FQNs that it comes from.
-        load: Returns the tensor: dtype and shape of the slot, any layout, any device. It may be a
-            view of the caller's tensor: read it, never write or keep it.
-        identity: Whether the value is a source's tensor itself, so that ``load`` is free.
-        pinned: Whether it is a value that the plan keeps, and nothing of the source's.
-        pieces: Gives the same elements in pieces, where that can be: see ``GivesPieces``.
+        slot: Slot that the value is for.
+        strategy: Name of the strategy that created the value.
+        sources: FQNs of the weights that the value is computed from.
+        load: Returns the tensor, in the dtype and shape of the slot, with any strides, on any
+            device. The tensor may be a view of the caller's weights: copy it, never write to it.
+        identity: Whether the value is a tensor of the source itself, so ``load`` computes nothing.
+        pinned: Whether the plan stores the value, and it uses nothing of the source.
+        pieces: Returns the same elements as flat tensors, one after another, or None if only
+            ``load`` can give them; see ``GivesPieces``. None: there are no pieces.
     """
+
+    # A refit creates one for each slot, and a named tuple takes a third of a frozen dataclass's
+    # time to create.
 
     slot: Slot
     strategy: str
@@ -39,98 +64,265 @@ class SlotValue(NamedTuple):
     pieces: Callable[[], Iterator[torch.Tensor] | None] | None = None
 
 
-class StagedRefit(Protocol):
-    """New values beside the ones that an engine serves, on their way in.
-
-    The pipeline calls either ``discard``, or ``commit`` and then, if anything fails, ``rollback``.
-    Each may raise. When ``rollback`` raises, the module is lost.
-    """
-
-    def commit(self) -> None:
-        """Make the new values live. When it raises, ``rollback`` is called.
-
-        No call of the module runs meanwhile, and ``OpenedModule.drain`` has waited for what earlier
-        ones left pending.
-        """
-
-    def rollback(self) -> None:
-        """Make the old values live again, bit for bit; also right after a failed ``commit``.
-
-        Called again after it was interrupted, at any line or right after it was done.
-        """
-
-    def discard(self) -> None:
-        """Forget the new values; the live ones were never touched."""
-
-    def changed(self) -> bool | None:
-        """Whether any bit differs from the live values; None where the engine cannot tell.
-
-        Called before ``commit``.
-        """
+# -- what every engine implements -------------------------------------------------------------
 
 
 class Engine(Protocol):
-    """One refittable unit."""
+    """One unit of a module whose weights are replaced together."""
 
     @property
     def name(self) -> str:
-        """Its name, unique within its module."""
+        """Name of the engine, unique within its module."""
 
     @property
     def slots(self) -> Mapping[str, Slot]:
-        """All its slots by name."""
+        """All slots by name. Never changes."""
 
     @property
     def memory(self) -> EngineMemory:
-        """Where old weights are kept for a rollback, and what that costs once staged."""
+        """Where the engine keeps the old weights for a rollback, and how many bytes that takes.
+
+        Read in each refit, after all engines are staged and before the commit.
+        """
 
     def stage(self, values: Sequence[SlotValue]) -> StagedRefit:
-        """Bring new values for *all* slots beside the live ones, which go on serving.
+        """Load and copy new values for *all* slots. The live weights stay in use.
 
-        Must check dtype and shape of every tensor before it is used, and copy it: the caller's
-        tensor is free when this returns. When it raises, the live values are untouched.
+        Called before the commit, while calls of the module run. What was staged before is committed
+        or discarded by then. Check the dtype and shape of every tensor. Copy it: the caller may
+        free it when this returns. If this raises, the live weights are unchanged, and the next
+        ``stage`` works.
+
+        Args:
+            values: One value for each slot, in any order.
+
+        Raises:
+            WeightMismatchError: A value has another dtype or shape than its slot, or slots are
+                missing, unknown or given twice. It lists all of them.
+            Exception: Whatever ``SlotValue.load`` raises. Let it pass: refitkit then finds out
+                which strategy created the value.
         """
+
+
+class StagedRefit(Protocol):
+    """New values of one engine that are staged and not live yet.
+
+    refitkit calls either ``discard``, or ``commit`` and then, if anything fails later,
+    ``rollback``. If ``rollback`` raises, the module is lost: it refuses all further calls.
+    """
+
+    def commit(self) -> None:
+        """Make the new values live.
+
+        Called at most once, behind the closed gate, after ``OpenedModule.drain``. If it raises,
+        refitkit calls ``rollback``.
+        """
+
+    def rollback(self) -> None:
+        """Make the old values live again, bit for bit.
+
+        Called behind the closed gate: after a failed or interrupted ``commit`` of this engine, or
+        if another engine, the verifier or a hook fails later. Ctrl-C can interrupt it at any line,
+        or just after it has finished. refitkit then calls it again, so repeated calls must be safe.
+        """
+
+    def discard(self) -> None:
+        """Drop the new values, which never became live. The live values stay.
+
+        Called instead of ``commit``, while calls of the module run. Its errors are ignored.
+        """
+
+    def changed(self) -> bool | None:
+        """Return whether any bit of the new values differs from the live values.
+
+        Called before ``commit``, for ``RefitReport.changed``. Not called if measured samples
+        differ already.
+
+        Returns:
+            None if the engine does not know.
+        """
+
+
+# -- what some engines can do -----------------------------------------------------------------
 
 
 @runtime_checkable
 class SupportsReadback(Protocol):
-    """An engine that can read its weights back."""
+    """An engine that can read its live weights. Its slots have ``Slot.readable`` set."""
 
     def read(self, slot: str) -> torch.Tensor:
-        """The live value: an alias, valid until the next commit. Not to be written to."""
+        """Return the live value of a slot.
 
+        Called before and after staging, by verifiers behind the closed gate, and to copy the old
+        weights for an undo. The caller does not write to the tensor, and copies it to keep it.
 
-@runtime_checkable
-class RemembersWeights(Protocol):
-    """An engine that cannot be read, and keeps what was last written to it."""
+        Args:
+            slot: Name of the slot.
 
-    def remembered(self, slot: str) -> torch.Tensor | None:
-        """The live value: an alias, valid until the next refit. Not to be written to.
-
-        None where nobody knows it, as before the first refit.
+        Returns:
+            An alias of the live memory, valid until the next commit: the dtype of the slot, and its
+            shape if the engine knows the shape.
         """
 
 
 @runtime_checkable
+class RemembersWeights(Protocol):
+    """An engine that cannot read its live weights, but keeps the values of the last refit.
+
+    refitkit checks that new values are finite only for engines that it can read. An engine of this
+    kind checks them in ``stage`` if ``Tools.check_finite`` is set, and raises WeightMismatchError.
+    """
+
+    def remembered(self, slot: str) -> torch.Tensor | None:
+        """Return the live value of a slot, if the engine knows it.
+
+        Called before the commit, to measure how far slots move and to copy the old weights for an
+        undo. The caller does not write to the tensor, and copies it to keep it.
+
+        Args:
+            slot: Name of the slot.
+
+        Returns:
+            An alias of the kept value, valid until the next refit: the dtype of the slot, and its
+            shape if the engine knows the shape. None if the value is unknown, as it is before the
+            first refit.
+        """
+
+
+@runtime_checkable
+class SupportsPartial(Protocol):
+    """An engine that can write some slots and keep the others.
+
+    It is needed for ``partial=True``, for ``delta=True``, and to keep state that calls write.
+    """
+
+    def stage_partial(self, values: Sequence[SlotValue]) -> StagedRefit:
+        """Stage like ``Engine.stage``, for some slots. All other slots keep their live values.
+
+        Called instead of ``Engine.stage``, before the commit, while calls of the module run.
+
+        Args:
+            values: At most one value for each slot; at least one.
+
+        Raises:
+            WeightMismatchError: A value has another dtype or shape than its slot, or slots are
+                unknown or given twice. It lists all of them.
+            NotRefittableError: The engine cannot keep the values of the other slots. A refit with
+                ``delta=True`` then stages all slots.
+        """
+
+
+@runtime_checkable
+class SupportsOverwrite(Protocol):
+    """An engine that can write over its live weights, without memory for a second set.
+
+    refitkit uses it for ``rollback=False``.
+    """
+
+    def stage_over(self, values: Sequence[SlotValue]) -> StagedRefit:
+        """Prepare to write over the live values, and copy nothing yet.
+
+        Called instead of ``stage`` and ``stage_partial`` before the commit, while calls run. It
+        checks names now and frees a second set of weights. ``commit`` then loads the values behind
+        the closed gate and writes them over the live ones. After that, ``rollback`` raises
+        ``EngineError``. ``refitkit.recipe.Overwriting`` implements this.
+
+        Args:
+            values: Values for all slots, or for some, like ``stage_partial``.
+
+        Raises:
+            WeightMismatchError: Slots are unknown or given twice. It lists all of them.
+            NotRefittableError: The engine cannot keep the values of the slots that are left out.
+        """
+
+
+@runtime_checkable
+class SupportsSpareBuffer(Protocol):
+    """An engine with a second set of weights in memory, which serves staging and rollback."""
+
+    def free_spare(self) -> int:
+        """Free the second set of weights. The next refit allocates it again.
+
+        ``compiled.free_spare()`` calls this; no refit runs meanwhile, but calls may.
+
+        Returns:
+            Number of bytes that were freed; 0 if there is no second set now.
+        """
+
+
+@runtime_checkable
+class HoldsPrevious(Protocol):
+    """An engine that keeps the values from before the last commit until something is staged.
+
+    refitkit then undoes the last refit without copies of its own.
+    """
+
+    def previous(self) -> Mapping[str, torch.Tensor]:
+        """Return the values that slots had before the last commit.
+
+        Called between refits, to list and to undo the last refit. An undo passes the values to
+        ``stage`` or ``stage_partial``: they must stay valid until that call returns. The caller
+        does not write to them.
+
+        Returns:
+            Values by slot name, each as ``Engine.stage`` takes it, for at least the slots that the
+            last commit changed. Empty if there was no commit, if it was rolled back, or if the
+            values were overwritten or freed since.
+        """
+
+
+@runtime_checkable
+class SupportsWarming(Protocol):
+    """An engine whose first refit is slow unless it was prepared."""
+
+    def warm(self, progress: Callable[[str], None]) -> None:
+        """Do the work that would make the first refit slow. Weights and outputs do not change.
+
+        ``compiled.warm()`` and ``refitkit.load(warm=True)`` call this behind the closed gate.
+
+        Args:
+            progress: Reports one line of text for each step.
+
+        Raises:
+            ModuleLostError: It failed, and the weights are no longer certain. After any other
+                error the engine must work as before.
+        """
+
+
+# -- what some staged refits can show ---------------------------------------------------------
+
+
+@runtime_checkable
 class ShowsStaged(Protocol):
-    """Staged values that can be looked at beside the live ones, before they are committed."""
+    """A staged refit whose new values can be read before the commit.
+
+    With it refitkit checks that new values are finite and measures how far slots move.
+    """
 
     def staged(self, slot: str) -> torch.Tensor:
-        """The new value of a slot that one was given for, in its dtype and shape.
+        """Return the new value of a slot.
 
-        An alias, valid until ``commit`` or ``discard``. Not to be written to.
+        Called between ``stage`` and ``commit``, only for slots that got a value. The caller does
+        not write to the tensor.
+
+        Args:
+            slot: Name of the slot.
+
+        Returns:
+            An alias, valid until ``commit`` or ``discard``: the dtype of the slot, and its shape if
+            the engine knows the shape.
         """
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the value of a slot lies in a piece of memory.
+    """The position of one slot in a piece of memory.
 
     Attributes:
-        slot: Its name.
-        dtype: Its dtype.
-        offset: Where it begins, in bytes: a multiple of the size of an element.
-        count: Number of its elements; they lie one after another.
+        slot: Name of the slot.
+        dtype: Dtype of the slot.
+        offset: Position of the first byte, a multiple of the size of one element.
+        count: Number of elements. They are contiguous.
     """
 
     slot: str
@@ -140,25 +332,29 @@ class Place:
 
 
 class Places:
-    """Where all slots of an engine lie. Never changes: what follows from it is found out once.
+    """The positions of all slots of an engine in a piece of memory.
+
+    Never changes. refitkit computes index tensors from it once and keeps them with the object.
 
     Attributes:
         all: One place for each slot, in any order.
     """
 
+    # Not a dataclass: caches use the object as a key, so it must be hashed by identity.
+
     def __init__(self, places: Iterable[Place]) -> None:
-        """Take the places of all slots."""
+        """Store the places of all slots."""
         self.all = tuple(places)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)  # == of tensors has no truth value
 class SideBySide:
-    """All values of an engine, the live and the staged ones, each in one piece of memory.
+    """The live and the staged values of an engine, each in one piece of memory.
 
     Attributes:
-        live: Bytes of the live values: a flat tensor of ``uint8``, on any device.
+        live: Bytes of the live values: ``uint8``, one dimension, any device.
         staged: Bytes of the staged values, likewise, of the same size.
-        places: Where slots lie in both: the same object from refit to refit.
+        places: Positions of the slots in both: the same object in every refit.
     """
 
     live: torch.Tensor
@@ -168,71 +364,18 @@ class SideBySide:
 
 @runtime_checkable
 class ShowsMemory(Protocol):
-    """Staged values that lie as the live ones do: all slots are compared by a few operations.
+    """A staged refit whose values have the same layout in memory as the live ones.
 
-    For engines with many slots, where one operation for each would cost more than what it does.
+    refitkit then compares all slots with a few operations. It is for engines with many slots, where
+    one operation for each slot would take too long.
     """
 
     def side_by_side(self) -> SideBySide | None:
-        """Both, valid until ``commit`` or ``discard``, not to be written to.
+        """Return the live and the staged values. The caller does not write to them.
 
-        None where nobody knows the live values.
-        """
+        Called between ``stage`` and ``commit``.
 
-
-@runtime_checkable
-class SupportsPartial(Protocol):
-    """An engine that can change some slots and keep the others."""
-
-    def stage_partial(self, values: Sequence[SlotValue]) -> StagedRefit:
-        """Like ``stage``, for some slots; all others keep their live values."""
-
-
-@runtime_checkable
-class SupportsSpareBuffer(Protocol):
-    """An engine with a second set of weights in memory."""
-
-    def free_spare(self) -> int:
-        """Free the second set; returns its bytes. The next refit allocates it again."""
-
-
-@runtime_checkable
-class HoldsPrevious(Protocol):
-    """An engine that has its values from before the last commit, until something is staged."""
-
-    def previous(self) -> Mapping[str, torch.Tensor]:
-        """What slots held before the last commit: those that it changed, or more.
-
-        Values are usable until the ``stage`` that they are given to returns, and not to be written
-        to. Nothing where there was no commit, where it was rolled back, or where the values were
-        overwritten or freed since.
-        """
-
-
-@runtime_checkable
-class SupportsOverwrite(Protocol):
-    """An engine that can do without a second set of weights, and without a way back."""
-
-    def stage_over(self, values: Sequence[SlotValue]) -> StagedRefit:
-        """Like ``stage``, or ``stage_partial`` where slots are left out; but nothing is copied.
-
-        Names are checked now. A second set of weights is freed, and ``commit``, while no call runs,
-        reads the values and writes them over the live ones. From then on ``rollback`` raises an
-        ``EngineError``: see ``refitkit.recipe.Overwriting``, which does just that.
-
-        Raises:
-            WeightMismatchError: There are no such slots, or some are given twice.
-            NotRefittableError: Some have no value, and what they hold cannot be kept.
-        """
-
-
-@runtime_checkable
-class SupportsWarming(Protocol):
-    """An engine whose first refit is slow unless it was warmed."""
-
-    def warm(self, progress: Callable[[str], None]) -> None:
-        """Do now what the first refit would have to. Its weights and answers do not change.
-
-        Args:
-            progress: Called with one line of text for each step.
+        Returns:
+            Tensors that are valid until ``commit`` or ``discard``; None if the live values are
+            unknown.
         """

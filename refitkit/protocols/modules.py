@@ -1,4 +1,11 @@
-"""Opened targets, and what some of them are."""
+"""Opened targets: compiled modules that can be called, refitted and saved.
+
+``Backend.compile`` and the hook ``refitkit_load_module`` return an :class:`OpenedModule`. The other
+protocols are optional: refitkit checks for their members, so no base class is inherited.
+
+Several threads may call a module. A gate lets calls through until a refit commits. During the
+commit, the verification and a rollback, all other calls wait ("behind the closed gate").
+"""
 
 from __future__ import annotations
 
@@ -16,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class OpenedModule(Protocol):
-    """What a backend hands over when it has compiled or opened a target."""
+    """A compiled module with one or more engines."""
 
     @property
     def backend(self) -> str:
@@ -24,30 +31,65 @@ class OpenedModule(Protocol):
 
     @property
     def engines(self) -> Mapping[str, Engine]:
-        """All engines by name."""
+        """All engines by their own names; at least one. Never changes."""
 
     @property
     def attachments(self) -> Mapping[str, bytes]:
-        """What was saved beside the engines, by name; empty where nothing was."""
+        """Data that was saved beside the engines, by name; empty for a new module."""
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Call it like the model.
+        """Return the outputs for some inputs, in the structure that the program returns.
+
+        Called for each call of the user, from any thread, while the gate is open. Also called from
+        the hook ``refitkit_weights_changed``, behind the closed gate.
+
+        Args:
+            args: Positional inputs.
+            kwargs: Keyword inputs.
 
         Raises:
-            InputMismatchError: The inputs are not those that it was made for.
+            InputMismatchError: The module was not compiled for these inputs.
         """
 
     def probe(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Like ``run``, and afterwards all buffers that the model changes are as before."""
+        """Return the outputs like ``run``, and leave every weight and buffer unchanged.
+
+        Verifiers call this after the commit, behind the closed gate. Buffers that the model writes
+        are restored before it returns or raises.
+
+        Args:
+            args: Positional inputs.
+            kwargs: Keyword inputs.
+
+        Raises:
+            InputMismatchError: The module was not compiled for these inputs.
+        """
 
     def drain(self) -> None:
-        """Wait for work that calls have left pending on a device."""
+        """Wait until all work that earlier calls left pending on a device has ended.
+
+        Called before each commit, after the gate has closed. If it raises, nothing is committed.
+        """
 
     def save(self, path: Path, attachments: Mapping[str, bytes]) -> None:
-        """Write it with its present weights: beside ``path``, then renamed."""
+        """Write the module with its present weights.
+
+        ``compiled.save`` calls this. Calls may run meanwhile, and no refit commits. Write to a
+        temporary name beside ``path`` and rename it, so that an interrupted save leaves the old
+        file.
+
+        Args:
+            path: File or folder to write.
+            attachments: Data to store beside the engines, by name. ``Backend.attachments`` and
+                ``attachments`` of the loaded module return the same bytes.
+        """
 
     def reopen(self) -> OpenedModule:
-        """A second, independent one with the same present weights."""
+        """Return a second, independent module with the same present weights.
+
+        Called for ``refitkit.refit(..., copy=True)`` and for proofs by trial; no refit commits
+        meanwhile. A refit of one module must not change the other.
+        """
 
 
 @runtime_checkable
@@ -60,43 +102,58 @@ class ProbesFromState(Protocol):
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Any:
-        """Like ``OpenedModule.probe``, but these slots hold other values while it runs.
+        """Return the outputs like ``OpenedModule.probe``, but start from the given state.
 
-        Verifiers compute what the module should answer before the commit, from a copy of its state.
-        Calls go on and write the state until the commit.
+        Verifiers call this after the commit, behind the closed gate. They computed the reference
+        from a copy of the state before the commit, and calls have written the state since then.
 
         Args:
-            state: Values of slots that calls change, by ``(engine, slot)``.
+            state: Values by ``(engine, slot)``, for slots that calls write (``Slot.mutable``).
+                Each has the dtype and shape of its slot.
             args: Positional inputs.
             kwargs: Keyword inputs.
+
+        Raises:
+            InputMismatchError: The module was not compiled for these inputs.
         """
 
 
 @runtime_checkable
 class Rebuilds(Protocol):
-    """An opened module whose slots can be read off a program."""
+    """An opened module whose slot values can be found by converting a program again."""
 
     def rebuilt(
         self, program: torch.export.ExportedProgram, tools: Tools
     ) -> Mapping[str, Mapping[str, torch.Tensor]]:
-        """Values of all slots, by engine and slot, flat.
+        """Return the values that the slots would have if this program had been compiled.
+
+        The strategy ``rebuild`` calls this before the commit. A failed proof by trial calls it too,
+        to name the slots that are wrong. It does not change the module.
+
+        Args:
+            program: Program with the new weights.
+            tools: Services of the pipeline.
+
+        Returns:
+            Tensors by engine name, then by slot name: the dtype of the slot, one dimension, any
+            device.
 
         Raises:
-            PlanMismatchError: The program makes other engines.
+            PlanMismatchError: The program would be compiled into other engines.
         """
 
 
 @runtime_checkable
 class Offline(Protocol):
-    """An opened module that cannot be called on this machine."""
+    """An opened module that cannot be called on this machine, but can be refitted."""
 
     @property
     def offline(self) -> str:
-        """Why not, and what is possible instead."""
+        """Why it cannot be called, and what to do instead: text for errors and reports."""
 
     @property
     def verifier(self) -> str:
-        """Name of the verifier that judges it without calling it."""
+        """Name of the verifier that can check the module without a call."""
 
 
 @runtime_checkable
@@ -105,4 +162,8 @@ class LowersPrecision(Protocol):
 
     @property
     def precision(self) -> Mapping[str, str]:
-        """By dtype of an output, the dtype whose precision it has: TF32 has float16's."""
+        """The dtype whose precision outputs have, by dtype of the output.
+
+        TF32 has the precision of float16: ``{"float32": "float16"}``. The verifier ``outputs`` then
+        uses the default tolerance of that dtype, unless the user set one.
+        """

@@ -1,4 +1,16 @@
-"""Where new weights come from."""
+"""Weight sources: objects that read new weights by FQN (fully qualified name).
+
+The hook ``refitkit_load_weights`` returns a :class:`WeightSource`. A source serves one refit, one
+verification or one diff. The other protocols are optional: refitkit checks for their members, so
+no base class is inherited.
+
+refitkit opens a source and reads its names and infos before anything is staged. It reads data for
+checks, for ``delta`` and for verifiers, and while it stages. After staging and before the commit it
+calls ``require_unchanged`` and ``reread``. A refit without rollback reads data during the commit.
+
+An error of :mod:`refitkit.errors` passes through. Any other exception becomes a typed error that
+names the source, the strategy or the engine, or a ``ResourceError`` if the system refused memory.
+"""
 
 from __future__ import annotations
 
@@ -14,147 +26,201 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class WeightSource(Protocol):
-    """Where new weights come from, read lazily by FQN."""
+    """A set of weights, read lazily by FQN."""
 
     @property
     def description(self) -> str:
-        """What it is, in words, for reports and messages."""
+        """Text that describes the source in reports and errors, such as a path."""
 
     def names(self) -> Collection[str]:
-        """FQNs of everything it has."""
+        """Return the FQNs of all entries.
+
+        Called several times in one refit; it must be fast and always return the same names.
+        """
 
     def info(self, fqn: str) -> TensorInfo:
-        """What it has under this name, without reading the data.
+        """Return dtype and shape of an entry, without reading its data.
+
+        Called in each refit, before anything is staged.
+
+        Args:
+            fqn: Name of the entry.
 
         Raises:
-            KeyError: It has no such name.
+            KeyError: There is no entry of this name.
             SourceError: The entry cannot be described.
         """
 
     def get(self, fqn: str) -> torch.Tensor:
-        """The tensor of this name. Not to be written to, and to be copied before it is kept.
+        """Return the tensor of an entry.
+
+        Called when a value is needed, possibly several times for one entry. The caller does not
+        write to the tensor, and copies it to keep it.
+
+        Args:
+            fqn: Name of the entry.
+
+        Returns:
+            A tensor of the dtype and shape that ``info`` returns, with any strides, on any device.
 
         Raises:
-            KeyError: It has no such name.
+            KeyError: There is no entry of this name.
             SourceError: The entry cannot be read.
         """
 
 
+# -- reading less, and less memory ------------------------------------------------------------
+
+
 @runtime_checkable
 class KnowsRevisions(Protocol):
-    """A source that can tell without reading an entry that it is what it was before."""
+    """A source that can recognize an entry by a revision, without reading it.
+
+    A refit with ``delta=True`` compares revisions with those of the last refit.
+    """
 
     def revision(self, fqn: str) -> Hashable | None:
-        """What the bits of an entry are known by.
+        """Return a key for the bits of an entry.
 
-        In one process, entries of equal revisions have the same dtype, shape and bits, whatever
-        source they are of, and however much time lies between. So it names what nobody can change:
-        a file that must not be written to, a copy that nobody else has; and what is made of it how.
+        Within one process, entries of equal revisions have equal dtype, shape and bits, in whatever
+        source, at any time. So a revision names data that nobody can change, such as a file that
+        must not be written to or a private copy. For computed entries it names the computation too.
+
+        Called before anything is staged, for a refit with ``delta=True``.
+
+        Args:
+            fqn: Name of the entry.
 
         Returns:
-            None where only reading tells.
+            The key; None if the entry has to be read to recognize it.
 
         Raises:
-            KeyError: It has no such name.
+            KeyError: There is no entry of this name.
         """
 
 
 @runtime_checkable
 class GivesPieces(Protocol):
-    """A source that reads large entries piece by piece, without memory for the whole."""
+    """A source that reads large entries in pieces, without memory for the whole tensor."""
 
     def pieces(self, fqn: str) -> Iterator[torch.Tensor] | None:
-        """The elements of an entry in logical order, cut into runs.
+        """Return the elements of an entry in row-major order, cut into runs.
+
+        Called instead of ``get`` by checks and by engines, for entries of several megabytes.
+
+        Args:
+            fqn: Name of the entry.
 
         Returns:
-            Tensors of one dimension on the CPU, each valid until the next one is asked for, and not
-            to be written to; None where the entry is small, or only ``get`` can give it.
+            Tensors of one dimension on the CPU, in the dtype of the entry. Each is valid until the
+            next one is requested. The caller does not write to them. None if the entry is small, or
+            if only ``get`` can read it.
 
         Raises:
-            KeyError: It has no such name.
-            SourceError: The entry cannot be read; also while it is iterated over.
+            KeyError: There is no entry of this name.
+            SourceError: The entry cannot be read. The iteration may raise it too.
         """
 
 
 @runtime_checkable
 class KeepsMade(Protocol):
-    """A source that computes what it gives, and can keep it for those who look several times."""
+    """A source that computes its entries, and can keep the results for repeated reads."""
 
     def keeping(self, limit: int | None) -> WeightSource:
-        """A source of the same entries, for one refit, whose parts keep nothing.
+        """Return a source of the same entries that keeps computed results during one refit.
+
+        Called right after the source is opened for a refit, unless it is one without rollback.
+        Sources that this one consists of keep nothing.
 
         Args:
-            limit: Most bytes of host memory that it may keep; None: no limit.
+            limit: Maximum size of the kept results, in bytes of host memory; None: no limit.
         """
+
+
+# -- detecting changed files ------------------------------------------------------------------
 
 
 @runtime_checkable
 class MayChange(Protocol):
-    """A source of what others can write to: files. It is asked once all of it was staged.
+    """A source of data that others can write to, such as files.
 
-    What ``get`` gives must be of one version: a source whose data is another one by now raises.
+    All data that ``get`` and ``pieces`` return must be of one version. They raise SourceError if
+    they notice that the data was replaced.
     """
 
     def require_unchanged(self) -> None:
-        """Check that all that it gave is of one version of the weights.
+        """Check that all data that the source returned is of one version of the weights.
+
+        Called after all engines are staged and before the commit.
 
         Raises:
-            SourceError: It may be of several; says what was changed.
+            SourceError: The data may be of several versions. The message says what was changed.
         """
 
 
 @runtime_checkable
 class SupportsReread(Protocol):
-    """A source of files that can hold everything it gave against a second reading.
+    """A source of files that can read them a second time and compare.
 
-    It is asked with ``Config.reread``, once all was staged. A source that others can write to
-    (``MayChange``) and that cannot do this is refused then.
+    With ``Config.reread``, refitkit refuses sources that implement ``MayChange`` and not this.
     """
 
     def reread(self) -> None:
-        """Read again all that was read from files, and compare bytes or digests of them.
+        """Read again all data that was read from files, and compare its bytes or digests.
+
+        Called with ``Config.reread``, after all engines are staged and before the commit.
 
         Raises:
-            SourceError: Some are others; says which file was changed.
+            SourceError: Some data differs. The message says which file was changed.
         """
+
+
+# -- facts about the weights ------------------------------------------------------------------
 
 
 @runtime_checkable
 class MadeOf(Protocol):
-    """A source whose entries are made of another's: renamed, packed, cast, quantized."""
+    """A source whose entries are computed from another source: renamed, packed, cast, quantized."""
 
     @property
     def given(self) -> WeightSource:
-        """The other one."""
+        """The other source. refitkit calls its ``require_unchanged`` and ``reread`` too."""
 
     def made_from(self, fqn: str) -> tuple[str, ...]:
-        """Names in ``given`` that an entry is made from: its own, where it is left as it was.
+        """Return the names in ``given`` that an entry is computed from, for error messages.
+
+        Args:
+            fqn: Name of the entry.
+
+        Returns:
+            Names in ``given``; the name of the entry itself if it is unchanged.
 
         Raises:
-            KeyError: It has no such name.
+            KeyError: There is no entry of this name.
         """
 
 
 @runtime_checkable
 class LeavesOut(Protocol):
-    """A source that has tensors that are no weights, because no state_dict holds them.
+    """A source that has tensors that are not weights, because no state_dict contains them.
 
-    Reports name those that are not what the plan keeps, as the module goes on with the plan's.
+    The module keeps the values of the plan for them. The report names those that differ.
     """
 
     @property
     def left_out(self) -> Mapping[str, torch.Tensor]:
-        """The tensors, by FQN. Not to be written to."""
+        """The tensors by FQN. The caller does not write to them."""
 
 
 @runtime_checkable
 class KnowsTies(Protocol):
-    """A source that can see which of its names are one tensor: tied weights."""
+    """A source that knows which of its names are one tensor: tied weights."""
 
     def ties(self) -> Collection[tuple[str, ...]]:
-        """Classes of two and more names that are one tensor, without reading data.
+        """Return classes of two or more names that are one tensor, without reading data.
 
-        Names that are not in a class may be tied all the same, where nothing shows it.
+        Called in refits and diffs, to match names with those of a plan. Names outside all classes
+        may still be tied, if nothing shows it.
         """
 
 
@@ -163,18 +229,22 @@ class HasNamings(Protocol):
     """A source that knows its weights by several sets of names: a module with state_dict hooks."""
 
     def namings(self) -> Collection[WeightSource]:
-        """One source for each set of names, the preferred one first; none where there is one set.
+        """Return one source for each set of names, the preferred one first.
 
-        A plan decides: the set is taken by which most of the program's weights are there, with
-        their dtypes and shapes, after all rules and transforms; of equal ones the first. Sets are
-        never mixed. Without a plan, names are those of this source itself.
+        Called once when the source meets a plan. refitkit applies all rules and transforms to each
+        set. It takes the set with the most weights that fit the program in name, dtype and shape;
+        of equal ones the first. It never mixes sets. Without a plan, it uses the names of this
+        source.
+
+        Returns:
+            No sources if there is only one set of names.
         """
 
 
 @runtime_checkable
 class HoldsProgram(Protocol):
-    """A source whose weights are those of a program, which is at hand."""
+    """A source whose weights come with the program that they belong to."""
 
     @property
     def program(self) -> torch.export.ExportedProgram:
-        """The program. Not to be changed."""
+        """The program. Strategies read it in ``map``; the caller does not change it."""

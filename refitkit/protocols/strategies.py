@@ -1,4 +1,7 @@
-"""Ways to get values for slots."""
+"""Mapping strategies: objects that find a new value for each slot.
+
+A plugin offers strategies with the hook ``refitkit_mapping_strategies``.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MapRequest:
-    """What a strategy is asked.
+    """The input of ``MappingStrategy.map``.
 
     Attributes:
-        plan: The plan, bound to the module.
-        module: The opened target.
-        source: Where the new weights come from.
-        wanted: Rows that still need a value.
-        program: The program that was kept, without weights; None where there is none.
-        tools: What the pipeline lends.
+        plan: Plan that was checked against the module.
+        module: Opened target, with its present weights.
+        source: New weights, under the names that the program reads.
+        wanted: Ledger rows of the slots that still need a value.
+        program: Stored program without weights; None if the module was saved without one.
+        tools: Services of the pipeline.
     """
 
     plan: Plan
@@ -40,11 +43,12 @@ class MapRequest:
 
 @dataclass(frozen=True)
 class Mapped:
-    """What a strategy answers.
+    """The result of ``MappingStrategy.map``.
 
     Attributes:
-        values: Values by ``(engine, slot)``.
-        declined: Why it does not serve the others, by ``(engine, slot)``.
+        values: New values by ``(engine, slot)``, for some of the wanted slots.
+        declined: Reasons by ``(engine, slot)`` why the strategy has no value for a slot. Errors and
+            the report show them.
     """
 
     values: Mapping[tuple[str, str], SlotValue]
@@ -53,15 +57,28 @@ class Mapped:
 
 @runtime_checkable
 class MappingStrategy(Protocol):
-    """One way to get values for slots."""
+    """A method to find new values for slots."""
 
     @property
     def name(self) -> str:
-        """Its name, as users write it in ``Config.strategies``."""
+        """Name of the strategy, as users write it in ``Config.strategies``."""
 
     @property
     def priority(self) -> int:
-        """Strategies are tried from the lowest to the highest."""
+        """Rank of the strategy: lower ones are called first. ``recipe`` has 10.
+
+        If strategies of two plugins have equal rank and values for the same slot, refitkit raises
+        ``PluginError``. The order of ``Config.strategies``, if set, replaces the ranks.
+        """
 
     def map(self, request: MapRequest) -> Mapped:
-        """Values for as many of the wanted rows as it can prove right; never a guess."""
+        """Return values for those wanted rows that the strategy can prove correct; never guess.
+
+        Called in each refit before the checks, while calls of the module run, if slots still need a
+        value. Proofs by trial call it too. It reads names and infos of the source; it should leave
+        data to ``SlotValue.load``, which runs when an engine stages the value.
+
+        Raises:
+            RefitError: The refit is refused. Any other exception becomes a ``PluginError`` that
+                names the strategy.
+        """

@@ -1,4 +1,4 @@
-"""What the pipeline lends to plugins' objects."""
+"""Services of the pipeline that objects of plugins may use."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tools:
-    """What the pipeline lends to backends, strategies and openers.
+    """Services of the pipeline for backends, strategies, verifiers and module loaders.
 
     Attributes:
-        layer_types: Network layer types that hold weights, of all plugins, by name.
-        progress: Called with one line of text for each long step, never per tensor.
-        check_finite: Whether new values must be finite wherever the present ones are.
+        layer_types: Types of network layers that hold weights, of all plugins, by name.
+        progress: Reports progress. Call it with one line of text for each long step, never for
+            each tensor.
+        check_finite: Whether each element of a new value must be finite if the present one is.
     """
 
     layer_types: Mapping[str, LayerType] = field(default_factory=dict)

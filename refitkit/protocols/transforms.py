@@ -1,4 +1,8 @@
-"""What happens to weights on their way to the names that a program reads: quantized, packed."""
+"""Weight transforms: objects that turn entries of a checkpoint into weights of a program.
+
+A transform quantizes, packs, casts or renames. A plugin offers transforms with the hook
+``refitkit_weight_transforms``. Read :class:`WeightTransform` first, then :class:`WeightGroup`.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TransformRequest:
-    """What a transform is asked.
+    """The input of ``WeightTransform.groups``.
 
     Attributes:
-        plan: The plan; its leaves are what the program reads.
-        source: The weights as they were given, or as transforms of lower priority made them. Read
-            names and infos now, data in ``make``.
-        partial: Whether slots that the source has nothing for keep their present values.
+        plan: Plan of the refit. Its leaves are the weights that the program reads.
+        source: Weights as the user passed them, or as transforms of lower priority returned them.
+            In ``groups`` read names and infos only; read data in ``WeightGroup.make``.
+        partial: Whether slots that the source has no weights for keep their present values.
     """
 
     plan: Plan
@@ -33,12 +37,13 @@ class TransformRequest:
 
 @dataclass(frozen=True)
 class Made:
-    """What a group made.
+    """The result of ``WeightGroup.make``.
 
     Attributes:
-        values: A tensor for each name in ``gives``, with the dtype and shape that were announced.
-        measures: How far it is from what was taken, such as the error of quantization, under the
-            names in ``gives``. One that is not ok fails the verification, before a weight is live.
+        values: One tensor for each name in ``WeightGroup.gives``, with the announced dtype and
+            shape.
+        measures: Errors of the values, such as the quantization error, by the names in ``gives``.
+            If one is not ``ok``, refitkit raises ``VerificationError`` before the commit.
     """
 
     values: Mapping[str, torch.Tensor]
@@ -47,20 +52,20 @@ class Made:
 
 @dataclass(frozen=True)
 class WeightGroup:
-    """Entries that are made together, from entries that are used up: a weight and its scale.
+    """Entries that are computed in one step from other entries: a quantized weight and its scale.
 
     Attributes:
-        takes: Names of the source that it is made from. They are no weights of the program any
-            more, unless ``gives`` has them.
-        gives: What it makes, all or none: dtype and shape by FQN. They are leaves of the plan, or
-            what a later transform takes.
-        make: Reads what it takes and makes what it gives; the same each time. It may be called
-            several times in one refit: once for every look at the values.
-        formula: What stands for ``make`` in this process: groups of one plugin with equal formulas
-            make equal bits of equal entries, so that a refit with ``delta`` need not read what has
-            a revision (see :class:`KnowsRevisions`). None: only reading tells.
-        note: What users should know of it, for the notes of the report; the same text is shown
-            once, however many groups have it.
+        takes: Names of the source that the step reads. They are then no longer part of the
+            weights, unless ``gives`` contains them too.
+        gives: Dtype and shape of each result, by FQN. A result is a leaf of the plan, or an entry
+            that a later transform takes.
+        make: Reads the entries in ``takes`` and returns all results. It must return the same bits
+            each time. refitkit calls it before and during staging, once for each read of a result
+            unless the last group that was computed is the same.
+        formula: Stands for ``make`` within this process. Groups of one plugin with equal formulas
+            compute equal bits from equal entries. A refit with ``delta`` then skips entries that
+            have a revision; see :class:`KnowsRevisions`. None: entries have to be read.
+        note: Text for the notes of the report. refitkit shows equal texts once.
     """
 
     takes: tuple[str, ...]
@@ -72,26 +77,32 @@ class WeightGroup:
 
 @runtime_checkable
 class WeightTransform(Protocol):
-    """One way to make what a program reads from what a checkpoint has."""
+    """A method to compute weights of the program from entries of a checkpoint."""
 
     @property
     def name(self) -> str:
-        """Its name, for reports and messages."""
+        """Name of the transform, for reports and messages."""
 
     @property
     def priority(self) -> int:
-        """They are asked from the lowest to the highest, each about what those before it made.
+        """Rank of the transform: lower ones run first, and higher ones see their results.
 
-        Those of one priority are asked about the same source, and may not make the same entry.
-        Built in: names 10, packing 20, casts 30. Quantizing comes after those: 50.
+        Transforms of equal priority get the same source, and must not compute the same entry.
+        Built-in priorities: names 10, packing 20, casts 30. Quantization comes after those: 50.
         """
 
     def groups(self, request: TransformRequest) -> Iterable[WeightGroup]:
-        """What it makes of this source; nothing where it has no part in it.
+        """Return the groups that this transform computes from the source.
 
-        It leaves alone what a program reads as it is, or gives that unchanged, to measure it.
+        Called when weights meet a plan: in each refit right after the weights are opened, and for
+        ``refitkit.verify`` and ``refitkit diff``. If a source has several sets of names, it is
+        called for each set. Leave out entries that the program reads as they are, or return them
+        unchanged to measure them.
+
+        Returns:
+            No groups if the source has no entries for this transform.
 
         Raises:
-            WeightMismatchError: Entries belong to it and cannot be used, such as a scale without
-                its weight; lists all of them.
+            WeightMismatchError: Some entries are meant for this transform and cannot be used, such
+                as a scale without its weight. It lists all of them.
         """

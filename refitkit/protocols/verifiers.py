@@ -1,4 +1,7 @@
-"""Ways to judge a refitted module."""
+"""Verifiers: objects that check a module after a refit and decide whether to keep the weights.
+
+A plugin offers verifiers with the hook ``refitkit_verifiers``.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +22,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VerifyRequest:
-    """What a verifier has to work with.
+    """The input of ``Verifier.prepare``.
 
     Attributes:
-        plan: The plan.
-        module: The opened target, still with its old weights while ``prepare`` runs.
-        source: The new weights.
-        values: The new values by ``(engine, slot)``.
-        inputs: Positional and keyword inputs; None where the user gave none.
-        reference: What the user gave as reference: a callable or the outputs themselves.
-        program: The program that was kept, without weights; None where there is none.
+        plan: Plan of the refit.
+        module: Opened target. In a refit it still has its old weights while ``prepare`` runs.
+        source: New weights, under the names that the program reads.
+        values: New values by ``(engine, slot)``. Slots that keep their values are missing.
+        inputs: Positional and keyword inputs; None if the user passed none.
+        reference: Reference that the user passed: a callable or the expected outputs; None if the
+            user passed none.
+        program: Stored program without weights; None if the module was saved without one.
         tolerances: ``(absolute, relative)`` by dtype name; see :class:`refitkit.config.Config`.
-        tools: What the pipeline lends.
+        tools: Services of the pipeline.
     """
 
     plan: Plan
@@ -46,16 +50,26 @@ class VerifyRequest:
 
 @runtime_checkable
 class Verifier(Protocol):
-    """One way to judge a refitted module."""
+    """A method to check a refitted module."""
 
     @property
     def name(self) -> str:
-        """Its name, as users write it in ``verify=``."""
+        """Name of the verifier, as users write it in ``verify=``. ``none`` is taken."""
 
     def prepare(self, request: VerifyRequest) -> Callable[[OpenedModule], VerificationResult]:
-        """Do all that can be done before anything is written; return what judges afterwards.
+        """Do all work that does not need the new weights live, and return the check itself.
+
+        In a refit, refitkit calls this before anything is staged, while calls of the module run. It
+        calls the returned check once after the commit, behind the closed gate. Keep the check
+        short, since calls of the module wait. Call the module with ``OpenedModule.probe``.
+        ``refitkit.verify`` calls both, one right after the other.
+
+        Returns:
+            A callable that gets the module. A result that is not ``ok`` makes refitkit roll back
+            and raise ``VerificationError``.
 
         Raises:
-            RefitError: It cannot judge (no inputs, nothing to compare with, no readback). Raised
-                here, it stops the refit before anything was written.
+            RefitError: The verifier cannot check this refit: no inputs, no reference, no readback.
+                Nothing is changed. Any other exception, here or in the check, becomes a
+                ``PluginError`` that names the verifier.
         """

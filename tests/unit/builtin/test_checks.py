@@ -622,7 +622,7 @@ def test_a_sum_that_is_too_large_accuses_nobody(dtype: torch.dtype) -> None:
 def test_what_a_gpu_is_asked(bad: float) -> None:
     """The questions, asked of a CPU: those that are spoilt, and those of too large a sum."""
     values = {f"v{n}": torch.ones(100 + 10 * n) for n in range(6)}
-    asked = bits._suspects_there
+    asked = bits._device_candidates
     assert asked(values, torch.float32) == []
     values["v1"][4] = values["v5"][0] = bad
     values["v3"] *= 3e38
@@ -632,7 +632,7 @@ def test_what_a_gpu_is_asked(bad: float) -> None:
 
 def test_sums_on_a_gpu_are_wide() -> None:
     values = {f"v{n}": torch.full((100,), 60000.0).half() for n in range(3)}
-    assert bits._suspects_there(values, torch.float32) == []
+    assert bits._device_candidates(values, torch.float32) == []
 
 
 def test_negative_zero_is_a_value_like_any_other() -> None:

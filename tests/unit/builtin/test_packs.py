@@ -352,14 +352,14 @@ def test_given_both_ways() -> None:
     [
         ({"into": "{}.a", "parts": ["{}.*.b", "{}.c"]}, "one in each part, or in none"),
         ({"into": "{}.*.a", "parts": ["{}.*.b"]}, "not in into"),
-        ({"into": "{}.a", "parts": ["{}.b", "{}.b"]}, "a part is named twice"),
-        ({"into": "{}.a", "parts": ["{}.a", "{}.b"]}, "the piece has the name of a part"),
-        ({"into": "{}.a", "parts": ["{}.a"]}, "the piece has the name of a part"),
+        ({"into": "{}.a", "parts": ["{}.b", "{}.b"]}, "two parts have the same name"),
+        ({"into": "{}.a", "parts": ["{}.a", "{}.b"]}, "a part has the name of the piece"),
+        ({"into": "{}.a", "parts": ["{}.a"]}, "a part has the name of the piece"),
         ({"into": "{}.a", "parts": []}, "at least 1 item"),
     ],
 )
 def test_rules_that_cannot_be_meant(rule: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         Pipeline({"rules": {"pack": [rule]}})
-    with pytest.raises(ConfigError, match="there are the families moe,"):
+    with pytest.raises(ConfigError, match="unknown family 'no such'; known families: moe,"):
         Pipeline({"rules": {"families": ["no such"]}})

@@ -520,8 +520,8 @@ def test_a_name_that_the_graph_does_not_read_is_cast_as_the_one_it_is_tied_to() 
 @pytest.mark.parametrize(
     ("rules", "said"),
     [
-        ({"rename": [{"pattern": "(", "to": ""}]}, "no regular expression"),
-        ({"ignore": ["("]}, "no regular expression"),
+        ({"rename": [{"pattern": "(", "to": ""}]}, "not a regular expression"),
+        ({"ignore": ["("]}, "not a regular expression"),
         ({"pack": [{"into": "qkv", "parts": ["{}.a"]}]}, "one {}"),
         ({"pack": [{"into": "{}.qkv", "parts": ["a"]}]}, "one {}"),
         ({"cast": "perhaps"}, "literal error"),

@@ -218,7 +218,7 @@ def test_verify_says_how_names_were_read(
 WRONG_FLAGS = [
     ("--rename", "nothing", "PATTERN=TO"),
     ("--rename", "=to", "PATTERN=TO"),
-    ("--rename", "(=to", "no regular expression"),
+    ("--rename", "(=to", "not a regular expression"),
     ("--rename", r"a(.)=\2", "invalid group reference"),
     ("--rename", r"a(.)=\g<no>", "unknown group name"),
     ("--pack", "{}.w", "INTO=PART,PART[@DIM][@T]"),
@@ -411,7 +411,7 @@ def test_verify_follows_rules(run: Callable[..., Outcome], plugin: Opener, tmp_p
 
 
 def test_a_pattern_is_checked_with_its_replacement_in_the_api_too() -> None:
-    with pytest.raises(refitkit.ConfigError, match="no replacement for it: invalid group"):
+    with pytest.raises(refitkit.ConfigError, match="not a valid replacement: invalid group"):
         refitkit.Pipeline({"rules": {"rename": [{"pattern": "a|b", "to": r"\1"}]}})
     for pattern, to in ((r"(?i)a(.)|b", r"\1"), (r"(?P<n>x)", r"\g<n>"), ("", "x")):
         refitkit.Pipeline({"rules": {"rename": [{"pattern": pattern, "to": to}]}})

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from refitkit.program.keep import OnDemand
+from refitkit.program.keep import OnDemandModule
 
 WRAP = torch.ops.higher_order.wrap_with_set_grad_enabled
 
@@ -41,7 +41,7 @@ def test_a_region_that_is_run_twice(names: tuple[str, str]) -> None:
         asked.append(name)
         return tensors[name]
 
-    found = OnDemand(twice(names), ["one", "two"]).run(give, (torch.ones(2),), {})
+    found = OnDemandModule(twice(names), ["one", "two"]).run(give, (torch.ones(2),), {})
     assert torch.equal(found, tensors[names[0]] * tensors[names[1]])
     assert asked == list(dict.fromkeys(names))
 
@@ -49,5 +49,5 @@ def test_a_region_that_is_run_twice(names: tuple[str, str]) -> None:
 def test_what_is_not_named_stays_the_modules() -> None:
     module = twice(("one", "two"))
     module.one = nn.Parameter(torch.tensor([2.0, 3.0]))
-    found = OnDemand(module, ["two"]).run(lambda _: torch.ones(2), (torch.ones(2),), {})
+    found = OnDemandModule(module, ["two"]).run(lambda _: torch.ones(2), (torch.ones(2),), {})
     assert found.tolist() == [2, 3]

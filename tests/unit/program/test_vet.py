@@ -127,7 +127,7 @@ def test_what_would_run_is_refused(
 ) -> None:
     bait = tmp_path / "bait"
     change(graph, str(bait))
-    with pytest.raises(PlanMismatchError, match="names what no program does"):
+    with pytest.raises(PlanMismatchError, match="uses names that no exported program contains"):
         restored(program, graph)
     assert not bait.exists()
 
