@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from refitkit.model import CallRef, SlotState
-from refitkit.recipe.record import unlike
+from refitkit.recipe.record import find_mismatches
 from tests.fakes import call_row, leaf_for, make_slot, op_call, pinned_row, recipe_row
 from tests.unit.recipe.recorder import agree, like, record, truth
 
@@ -36,7 +36,7 @@ def test_a_value_that_a_library_in_c_has_changed_has_no_recipe() -> None:
 
     recording = record(function, leaves())
     assert recording.states == {"y0": "unmapped", "y1": "recipe", "y2": "recipe"}
-    assert "changed where no op is seen" in recording.rows["y0"].reason
+    assert "changed without an op" in recording.rows["y0"].reason
     assert recording.rows["y0"].sources == ()
     assert recording.ops == ["add.Tensor"]  # what nobody needs is not in the plan
 
@@ -89,10 +89,10 @@ KEPT = {"kept": torch.tensor([3.0, 4.0])}
     ],
     ids=str,
 )
-def test_what_is_unlike(row: LedgerRow, calls: list[OpCall], value: Any, found: bool) -> None:
+def test_mismatches_are_found(row: LedgerRow, calls: list[OpCall], value: Any, found: bool) -> None:
     tensors, values = {"w": torch.tensor([1.0, 2.0])}, {SLOT.key: torch.tensor(value)}
     leaf = leaf_for(SLOT, fqn="w")
-    assert list(unlike([row], calls, [leaf], tensors, KEPT, values)) == [SLOT.key] * found
+    assert list(find_mismatches([row], calls, [leaf], tensors, KEPT, values)) == [SLOT.key] * found
 
 
 def test_values_may_lie_in_memory_as_they_like() -> None:
@@ -109,7 +109,9 @@ def test_values_may_lie_in_memory_as_they_like() -> None:
         (call_row(slot, 0, "w"), [turned], w.view(-1), 1),
         (call_row(slot, 0, "w"), [turned], w.t(), 0),
     ):
-        found = unlike([row], calls, [leaf_for(slot, fqn="w")], {"w": w}, {}, {slot.key: value})
+        found = find_mismatches(
+            [row], calls, [leaf_for(slot, fqn="w")], {"w": w}, {}, {slot.key: value}
+        )
         assert len(list(found)) == wrong
 
 
@@ -120,4 +122,4 @@ def test_what_was_computed_is_not_kept_for_the_next_slot() -> None:
     rows = [call_row(slots[0], 0, "w"), call_row(slots[1], 1, "w")]
     values = {slots[0].key: torch.tensor([-1.0, -2.0]), slots[1].key: torch.tensor([1.0, 2.0])}
     leaf, w = leaf_for(slots[0], fqn="w"), {"w": torch.tensor([1.0, 2.0])}
-    assert list(unlike(rows, calls, [leaf], w, {}, values)) == []
+    assert list(find_mismatches(rows, calls, [leaf], w, {}, values)) == []
