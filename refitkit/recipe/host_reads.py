@@ -168,12 +168,12 @@ def _patch_array(tape: HostReadRecorder, real: Any) -> Any:
     """
 
     def array(self: torch.Tensor, dtype: Any = None, copy: bool | None = None) -> Any:  # noqa: FBT001 - NumPy's
-        given = () if dtype is None else (dtype,)
+        options = () if dtype is None else (dtype,)
         if not tape.sees(self):
-            return real(self, *given)
+            return real(self, *options)
         tape.record_read(self, tape.origin_of(self), "converted to a NumPy array")
-        found = plain_array(real(self, *given))
-        return found.copy() if copy else watch_array(found, None)
+        plain = plain_array(real(self, *options))
+        return plain.copy() if copy else watch_array(plain, None)
 
     return array
 
@@ -203,6 +203,7 @@ def _patch_exposing(tape: HostReadRecorder, real: Any, *, form: str) -> Any:
     """Return a patch of a function that exposes or copies the memory of its first argument."""
 
     def expose(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Some of these functions take a list of tensors.
         seen = [one for one in tree_leaves(self) if tape.sees(one)]
         if seen and not is_trusted_caller():
             for one in seen:
@@ -274,8 +275,8 @@ def _patch_tensor(tape: HostReadRecorder, real: Any) -> Any:
                 tape.record_read(one, tape.origin_of(one), "used as a number to create a tensor")
         # The function copies its argument by ops of its own, which are no part of the program.
         with tape.paused():
-            found = real(writable_array(data), *args, **kwargs)
-        return _record_created(tape, data, found)
+            created = real(writable_array(data), *args, **kwargs)
+        return _record_created(tape, data, created)
 
     return tensor
 
@@ -290,8 +291,8 @@ def _patch_new_tensor(tape: HostReadRecorder, real: Any) -> Any:
 def _patch_from_numpy(tape: HostReadRecorder, real: Any) -> Any:
     def from_numpy(data: Any) -> Any:
         with tape.paused():
-            found = real(writable_array(data))
-        return _record_created(tape, data, found)
+            created = real(writable_array(data))
+        return _record_created(tape, data, created)
 
     return from_numpy
 
@@ -307,23 +308,23 @@ def _patch_from_dlpack(tape: HostReadRecorder, real: Any) -> Any:
     return from_dlpack
 
 
-def _record_created(tape: HostReadRecorder, data: Any, found: Any) -> Any:
+def _record_created(tape: HostReadRecorder, data: Any, created: Any) -> Any:
     """Record a tensor that was created from an array or numbers, and return it.
 
     The tensor is a value on known memory if an exported array came back, and else a literal.
     """
-    if tape.sees(found) and tape.provenance.knows_memory(found):
-        tape.provenance.record_return(found)
-    elif tape.sees(found):
+    if tape.sees(created) and tape.provenance.knows_memory(created):
+        tape.provenance.record_return(created)
+    elif tape.sees(created):
         _report_reads(data, "used to create a tensor")
         for one in tree_leaves(data):
             if isinstance(one, np.ndarray) and not isinstance(one, WatchedArray):
                 tape.exports.check_array(one)
         known = isinstance(data, np.ndarray) and tape.exports.is_known(data)
         tape.provenance.record_literal(
-            found, numpy_writable=isinstance(data, np.ndarray), known=known
+            created, numpy_writable=isinstance(data, np.ndarray), known=known
         )
-    return found
+    return created
 
 
 # -- patches: functions of NumPy --------------------------------------------------------------
@@ -336,16 +337,18 @@ def _report_reads(data: Any, reason: str) -> None:
 
 def _patch_converter(tape: HostReadRecorder, real: Any) -> Any:
     def convert(data: Any, *args: Any, **kwargs: Any) -> Any:
-        made = real(data, *args, **kwargs)
-        if isinstance(data, WatchedArray) and not isinstance(made, WatchedArray):
-            if np.may_share_memory(made, plain_array(data)):
-                return watch_array(made, data.on_read)
+        array = real(data, *args, **kwargs)
+        # np.asarray and the like drop the subclass; a view on the same memory is watched again.
+        if isinstance(data, WatchedArray) and not isinstance(array, WatchedArray):
+            if np.may_share_memory(array, plain_array(data)):
+                return watch_array(array, data.on_read)
             data.report_read(_COPIED)
-        elif made is not data:
+        elif array is not data:
             _report_reads(data, _COPIED)
+            # The content of an array of plain numbers is remembered: it holds no exported value.
             if not any(isinstance(one, np.ndarray) for one in tree_leaves(data)):
-                tape.exports.remember_created(made, doubtful=bool(tape.provenance.exposed.doubt))
-        return made
+                tape.exports.remember_created(array, doubtful=bool(tape.provenance.exposed.doubt))
+        return array
 
     return convert
 
@@ -360,12 +363,12 @@ def _patch_reader(_: HostReadRecorder, real: Any) -> Any:
 
 def _patch_creator(tape: HostReadRecorder, real: Any) -> Any:
     def create(*args: Any, **kwargs: Any) -> Any:
-        made = real(*args, **kwargs)
+        array = real(*args, **kwargs)
         # Of these functions only np.full takes values; the others take shapes and bounds.
         _report_reads((args, kwargs) if real.__name__ == "full" else (), _COPIED)
         doubt = tape.provenance.exposed.doubt if real.__name__ == "full" else ""
-        tape.exports.remember_created(made, doubtful=bool(doubt))
-        return made
+        tape.exports.remember_created(array, doubtful=bool(doubt))
+        return array
 
     return create
 
@@ -433,6 +436,8 @@ class WatchedArray(np.ndarray[Any, Any]):
     """Function that reports a read, with the reason. None if the read was reported before."""
 
     def __array_finalize__(self, made_from: Any) -> None:
+        # NumPy calls this for every array that it creates from a watched one. An array on other
+        # memory is a copy.
         if isinstance(made_from, WatchedArray):
             if np.may_share_memory(plain_array(self), plain_array(made_from)):
                 self.on_read = made_from.on_read
@@ -450,10 +455,10 @@ class WatchedArray(np.ndarray[Any, Any]):
 
     def view(self, *args: Any, **kwargs: Any) -> Any:
         """Return a view; a view of another class cannot report, so it counts as a read."""
-        found = super().view(*args, **kwargs)
-        if not isinstance(found, WatchedArray):
+        view = super().view(*args, **kwargs)
+        if not isinstance(view, WatchedArray):
             self.report_read("read by NumPy")
-        return found
+        return view
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
         for one in watched_arrays_in((inputs, kwargs)):
@@ -464,22 +469,23 @@ class WatchedArray(np.ndarray[Any, Any]):
         return getattr(ufunc, method)(*_unwrap(inputs), **_unwrap(kwargs))
 
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        found = func(*_unwrap(args), **_unwrap(kwargs))
+        result = func(*_unwrap(args), **_unwrap(kwargs))
         if func in _METADATA_FUNCTIONS:
-            return found
+            return result
         for one in watched_arrays_in((args, kwargs)):
-            if isinstance(found, np.ndarray) and np.may_share_memory(found, plain_array(one)):
-                return watch_array(found, one.on_read)
+            if isinstance(result, np.ndarray) and np.may_share_memory(result, plain_array(one)):
+                return watch_array(result, one.on_read)
             one.report_read(f"read by NumPy's {func.__name__}")
-        return found
+        return result
 
     def __getitem__(self, key: Any) -> Any:
         for one in watched_arrays_in(key):
             one.report_read("used as a NumPy index")
-        found = super().__getitem__(_unwrap(key))
-        if not isinstance(found, np.ndarray):
+        # A view stays watched; a scalar is a value that has left the array.
+        item = super().__getitem__(_unwrap(key))
+        if not isinstance(item, np.ndarray):
             self.report_read("read by NumPy indexing")
-        return found
+        return item
 
     def __bytes__(self) -> bytes:
         return self.tobytes()
@@ -515,6 +521,7 @@ def watch_array(array: Any, on_read: Callable[[str], None] | None) -> WatchedArr
         array: Array to view.
         on_read: Function that reports a read, with the reason; None to report nothing.
     """
+    # Methods of ndarray are called on the class, because WatchedArray.view reports a read.
     seen = np.ndarray.view(array, WatchedArray)
     seen.flags.writeable = False
     seen.on_read = on_read
@@ -531,11 +538,11 @@ def writable_array(value: Any) -> Any:
 
     Any value that is not a watched array is returned unchanged.
     """
-    found = plain_array(value)
-    if isinstance(value, WatchedArray) and not found.flags.writeable:
+    view = plain_array(value)
+    if isinstance(value, WatchedArray) and not view.flags.writeable:
         with suppress(ValueError):  # the base array was read-only before
-            found.flags.writeable = True
-    return found
+            view.flags.writeable = True
+    return view
 
 
 def watched_arrays_in(value: Any) -> Iterator[WatchedArray]:

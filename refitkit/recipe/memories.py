@@ -83,6 +83,7 @@ class Geometry(NamedTuple):
     @property
     def order(self) -> tuple[int, ...]:
         """Dimensions in their order in memory, slowest first."""
+        # Dimensions of size 1 come first, where they do not separate the others.
         moving = {d for d, size in enumerate(self.shape) if size > 1}
         return tuple(
             sorted(range(len(self.shape)), key=lambda d: (d in moving, -self.stride[d], d))
@@ -132,6 +133,7 @@ def geometry_of(tensor: torch.Tensor, memory: MemoryRecord) -> Geometry:
 
 def is_tracked(value: Any) -> bool:
     """Return whether a recording tracks a value: a strided tensor with data of its own."""
+    # A subclass with a __torch_dispatch__ of its own (FakeTensor, DTensor) holds no data itself.
     return (
         isinstance(value, torch.Tensor)
         and type(value).__torch_dispatch__ is _WITHOUT_DISPATCH
@@ -215,11 +217,11 @@ class MemoryIndex:
         storage = tensor.untyped_storage()
         identity = storage._cdata  # noqa: SLF001 - there is no public name
         address, nbytes = storage_address(storage), storage.nbytes()
-        found = self._by_storage.get(identity)
-        if found is not None and found.covers(address, nbytes):
-            return found
-        if found is not None:  # the storage was resized
-            del self._by_storage[identity], found.storages[identity]
+        known = self._by_storage.get(identity)
+        if known is not None and known.covers(address, nbytes):
+            return known
+        if known is not None:  # the storage was resized or moved
+            del self._by_storage[identity], known.storages[identity]
         shared = list(self._overlapping(address, nbytes))
         if not shared:
             return None
@@ -239,8 +241,8 @@ class MemoryIndex:
 
     def at(self, address: int, nbytes: int) -> MemoryRecord | None:
         """Return the living memory that covers a range of bytes; None if there is none."""
-        found = next(self._overlapping(address, nbytes), None)
-        return found if found is not None and found.covers(address, nbytes) else None
+        memory = next(self._overlapping(address, nbytes), None)
+        return memory if memory is not None and memory.covers(address, nbytes) else None
 
     def _attach(self, memory: MemoryRecord, storage: torch.UntypedStorage) -> None:
         identity = storage._cdata  # noqa: SLF001 - there is no public name
@@ -272,6 +274,7 @@ class MemoryIndex:
                 self._drop(position)
 
     def _drop(self, position: int) -> None:
+        # Clearing the values frees the copies of literals among them.
         self._by_number.pop(self._by_address.pop(position)[1]).values.clear()
 
     def _merge(self, parts: Iterable[MemoryRecord], address: int, nbytes: int) -> MemoryRecord:
@@ -288,11 +291,11 @@ class MemoryIndex:
             whole.numpy_writable |= part.numpy_writable
             whole.exports += part.exports
             self._by_storage |= dict.fromkeys(part.storages, whole)
-        gone = {id(part) for part in parts}
+        merged = {id(part) for part in parts}
         self._by_address = [
-            one for one in self._by_address if id(self._by_number[one[1]]) not in gone
+            one for one in self._by_address if id(self._by_number[one[1]]) not in merged
         ]
-        self._by_number = {n: one for n, one in self._by_number.items() if id(one) not in gone}
+        self._by_number = {n: one for n, one in self._by_number.items() if id(one) not in merged}
         self._register(whole)
         return whole
 
@@ -301,7 +304,8 @@ class MemoryIndex:
 #
 # The values in one memory share bytes: views, parts and wholes of one another. After a write to a
 # part, the enclosing value is another value. A read in a new geometry is a part of an enclosing
-# value. Both are expressed by calls that the recorded program did not make.
+# value. Both are expressed by calls that the recorded program did not make. A lazy bit prevents
+# this: as_strided of memory cannot conjugate or negate.
 
 _UNSEEN = "it was created where refitkit records no ops"
 _aten = torch.ops.aten
@@ -349,12 +353,14 @@ def derive_value(memory: MemoryRecord, geometry: Geometry) -> Origin:
 
     The value is a part of the smallest enclosing value, or unknown if there is none.
     """
-    found = (
+    enclosing = (
         None if any(geometry.lazy) else min(_enclosing(memory, geometry), default=None, key=_size)
     )
-    if found is None:
+    if enclosing is None:
         return origin_with_geometry(Unknown(_UNSEEN), 0, geometry)
-    outer, base = found
+    outer, base = enclosing
+    # A read of all elements becomes a view and a permute, which the writer can simplify. Only a
+    # read of a part needs as_strided.
     flat = geometry.permuted(geometry.order)
     if (outer.start, outer.size) != (geometry.start, geometry.size) or not flat.contiguous:
         where = list(geometry.shape), list(geometry.stride), _element_offset(outer, geometry)
@@ -379,8 +385,8 @@ def _permuted(
 ) -> Origin:
     if order == tuple(range(len(order))):
         return value
-    found = geometry.permuted(order)
-    return _derived(memory, _aten.permute.default, (value, list(order)), (value,), found)
+    permuted = geometry.permuted(order)
+    return _derived(memory, _aten.permute.default, (value, list(order)), (value,), permuted)
 
 
 def _derived(
@@ -388,14 +394,14 @@ def _derived(
     op: Any,
     args: tuple[Any, ...],
     inputs: tuple[Origin, ...],
-    found: Geometry,
+    geometry: Geometry,
 ) -> Origin:
-    metadata = (Tensor(dtype=dtype_name(found.dtype), shape=found.shape),)
-    return origin_with_geometry(Call(op, args, {}, metadata, memory.device, inputs), 0, found)
+    metadata = (Tensor(dtype=dtype_name(geometry.dtype), shape=geometry.shape),)
+    return origin_with_geometry(Call(op, args, {}, metadata, memory.device, inputs), 0, geometry)
 
 
-def _size(found: tuple[Geometry, Origin]) -> int:
-    return found[0].size
+def _size(entry: tuple[Geometry, Origin]) -> int:
+    return entry[0].size
 
 
 def _element_offset(outer: Geometry, geometry: Geometry) -> int:
@@ -464,8 +470,10 @@ class NumpyExports:
         """
         if not any(export.elements for export in self._exports):
             return ()
-        found = set(_fractions(np.asarray(numbers)))
-        return tuple(export for export in self._exports if found and found <= export.elements)
+        fractions = set(_fractions(np.asarray(numbers)))
+        return tuple(
+            export for export in self._exports if fractions and fractions <= export.elements
+        )
 
     # -- arrays that NumPy owns -------------------------------------------------------------
 

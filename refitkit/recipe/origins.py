@@ -160,18 +160,18 @@ def depends_on_leaf(origin: Origin) -> bool:
 
 def leaves_below(origin: Origin) -> frozenset[str | None]:
     """Return the FQNs of all leaves that a value is computed from; None stands for an unknown."""
-    found: set[str | None] = set()
+    names: set[str | None] = set()
     stack, seen = [origin.node], set[int]()
     while stack:
         node = stack.pop()
         if isinstance(node, LeafOrigin):
-            found.add(node.fqn)
+            names.add(node.fqn)
         elif isinstance(node, Unknown):
-            found.add(None)
-        elif isinstance(node, Call) and id(node) not in seen:
+            names.add(None)
+        elif isinstance(node, Call) and id(node) not in seen:  # operands are often shared
             seen.add(id(node))
             stack += [below.node for below in node.inputs]
-    return frozenset(found)
+    return frozenset(names)
 
 
 def postorder(origin: Origin, is_known: Callable[[Origin], bool]) -> Iterator[Origin]:
@@ -281,15 +281,16 @@ class Lineage:
             if any(export.only_passed_on for export in node.exports):
                 raise UnwritableError(_MAY_BE_READ)
             return frozenset()
-        found = self._leaves.get(node)
-        if found is None:
-            found = frozenset[str]().union(*map(self._find, _value_operands(node)))
-            self._leaves[node] = found
-        return found
+        names = self._leaves.get(node)
+        if names is None:
+            names = frozenset[str]().union(*map(self._find, _value_operands(node)))
+            self._leaves[node] = names
+        return names
 
 
 def reads_first_operand(call: Call) -> bool:
     """Return whether a call uses the values of its first operand, not only dtype and shape."""
+    # copy_ overwrites its first operand.
     return call.op is not _aten.copy_.default and str(call.op) not in _METADATA_ONLY
 
 
@@ -371,6 +372,7 @@ def has_dense_base(origin: Origin) -> bool:
 
     Recordings and recipes make all other operands contiguous.
     """
+    # Views of the base are taken again in a replay, so only the base must be free of gaps.
     while _is_view_call(origin.node):
         origin = origin.node.args[0]
     return origin.contiguous or origin.order is not None
@@ -391,5 +393,6 @@ def _is_view_call(node: object) -> TypeGuard[Call]:
 
 def is_view(op: Any) -> bool:
     """Return whether an op returns a view of its first argument and writes nothing."""
+    # A view op declares an alias of its first argument, and an in-place op a written alias.
     first, *_ = op._schema.arguments  # noqa: SLF001 - there is no public name
     return first.alias_info is not None and not first.alias_info.is_write

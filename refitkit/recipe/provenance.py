@@ -73,6 +73,7 @@ class Provenance:
             if is_tracked(tensor):
                 memory, geometry = self.location(tensor)
                 memory.leaves.append(fqn)
+                # Tied leaves have one geometry; the first name becomes the origin.
                 memory.values.setdefault(
                     geometry, origin_with_geometry(LeafOrigin(fqn), 0, geometry)
                 )
@@ -83,14 +84,15 @@ class Provenance:
         """Return the origin of the present value of a tensor."""
         memory, geometry = self.location(tensor)
         if memory.numpy_writable and self._changed_by_numpy(memory, tensor):
+            # The new values may have been copied from any exported array.
             memory.values.clear()
             self._exports.mark_possibly_read()
             self.record_literal(tensor)
-        found: Origin | None = memory.values.get(geometry)
-        if found is None:
-            found = derive_value(memory, geometry)
-            memory.values[geometry] = found
-        return found
+        origin: Origin | None = memory.values.get(geometry)
+        if origin is None:
+            origin = derive_value(memory, geometry)
+            memory.values[geometry] = origin
+        return origin
 
     def origin_at(self, flat: torch.Tensor) -> Origin:
         """Return the origin of the values in memory that code found by its address.
@@ -100,6 +102,7 @@ class Provenance:
         """
         address = address_of(flat)
         memory = self._memories.at(address, flat.nbytes)
+        # A layer that reads a known memory was given a tensor or an exported array as its weight.
         if memory is not None:
             self._exports.mark_returned(memory)
             return self.origin_of(flat)
@@ -279,6 +282,9 @@ def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
 class RecordingScope:
     """When a recording is active: in its own thread, while it is not paused.
 
+    Torch's dispatch modes belong to one thread, but the patches of
+    :mod:`refitkit.recipe.host_reads` are seen by all threads of the process.
+
     Attributes:
         paused: Whether the recording ignores everything, in all threads.
     """
@@ -328,6 +334,7 @@ def is_trusted_caller() -> bool:
     frame: FrameType | None = sys._getframe(2)  # noqa: SLF001 - inspect.stack reads source files
     while frame is not None:
         package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        # `copy` also belongs to the standard library, so it is checked first.
         if package == _COPY_MODULE:
             return True
         if package not in _TRANSPARENT:
@@ -358,6 +365,7 @@ class ExposedMemory:
             origins: Origins of the values.
             form: What the code received, such as ``the address`` or ``a pickle``.
         """
+        # The first exposure is enough to distrust all later numbers.
         self.doubt = self.doubt or _doubt(origins, form)
 
 

@@ -90,12 +90,14 @@ def write(
     ledger = _LedgerWriter(
         {leaf.fqn: leaf for leaf in leaves}, ties, WeightMatcher(leaves, tensors)
     )
+    # Guards come first: rows depend on whether all of them can be written, and on which weights
+    # they check.
     guards, failure = ledger.guards(tape.host_reads)
-    found = ledger.recorded(
+    recorded = ledger.recorded(
         [ledger.row(slot, origin, value, failure) for slot, origin, value in slots], guards
     )
     values = {slot.key: value for slot, _, value in slots}
-    return without_unused(_without_mismatches(found, leaves, tensors, values))
+    return without_unused(_without_mismatches(recorded, leaves, tensors, values))
 
 
 class _LedgerWriter:
@@ -119,16 +121,16 @@ class _LedgerWriter:
         The reason is empty on success. No recipe is valid after a failure, because a value that
         decided what the engines are cannot be checked.
         """
-        found: dict[Value, Guard] = {}
+        guards: dict[Value, Guard] = {}
         for read in reads:
             try:
                 if self._lineage.leaves_of(read.origin):
                     value = self._writer.value(read.origin)
-                    found.setdefault(value, _guard(value, read))
+                    guards.setdefault(value, _guard(value, read))
                     self._guarded.update(self._draft.sources(value))
             except UnwritableError as exc:
                 return [], f"no guard can be written for a value that was {read.reason}: {exc}"
-        return list(found.values()), ""
+        return list(guards.values()), ""
 
     def row(self, slot: Slot, origin: Origin, value: torch.Tensor, failure: str) -> LedgerRow:
         """Return the ledger row of one slot.
@@ -144,10 +146,10 @@ class _LedgerWriter:
         try:
             if not self._lineage.leaves_of(origin):
                 return self._frozen_row(slot, value, seen=not isinstance(origin.node, Literal))
-            found = self._slot_value(self._writer.value(origin), slot)
+            computed = self._slot_value(self._writer.value(origin), slot)
         except UnwritableError as exc:
             return LedgerRow(slot=slot, state=SlotState.UNMAPPED, reason=str(exc))
-        return self._computed_row(slot, found)
+        return self._computed_row(slot, computed)
 
     def _slot_value(self, value: Value, slot: Slot) -> Value:
         """Return a value that fits a slot, without reshapes at its end: engines read flat memory.
@@ -164,17 +166,17 @@ class _LedgerWriter:
             )
         return self._draft.before_reshapes(value)
 
-    def _computed_row(self, slot: Slot, found: Value) -> LedgerRow:
-        sources = self._draft.sources(found)
-        if isinstance(found, SourceRef) and not self._leaves[found.fqn].persistent:
+    def _computed_row(self, slot: Slot, value: Value) -> LedgerRow:
+        sources = self._draft.sources(value)
+        if isinstance(value, SourceRef) and not self._leaves[value.fqn].persistent:
             return LedgerRow(
                 slot=slot,
                 state=SlotState.PINNED,
-                value=PinnedRef(name=found.fqn),
+                value=PinnedRef(name=value.fqn),
                 sources=sources,
                 reason="no state_dict contains it, so the plan stores its value",
             )
-        return LedgerRow(slot=slot, state=SlotState.RECIPE, value=found, sources=sources)
+        return LedgerRow(slot=slot, state=SlotState.RECIPE, value=value, sources=sources)
 
     def _frozen_row(self, slot: Slot, value: torch.Tensor, *, seen: bool) -> LedgerRow:
         """Return the row of a slot that depends on no leaf.
@@ -247,6 +249,7 @@ class WeightMatcher:
         names = self._by_count.get(literal.numel())
         if not names or not literal.is_floating_point():
             return ""
+        # Sorting makes the comparison independent of transposes and other permutations.
         wanted = _sorted(literal, literal.dtype)
         if wanted[0] == wanted[-1]:
             return ""
@@ -258,8 +261,8 @@ class WeightMatcher:
 
 def _sorted(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return the values in ascending order, flat, as float64 on the CPU, rounded to a dtype."""
-    found: torch.Tensor = value.detach().cpu().to(dtype).double().reshape(-1).sort().values
-    return found
+    ordered: torch.Tensor = value.detach().cpu().to(dtype).double().reshape(-1).sort().values
+    return ordered
 
 
 # -- trial of the recipes ---------------------------------------------------------------------
@@ -271,21 +274,24 @@ _COMPUTED = {SlotState.RECIPE, SlotState.PINNED}
 
 
 def _without_mismatches(
-    found: Recorded,
+    recorded: Recorded,
     leaves: Sequence[Leaf],
     tensors: Mapping[str, torch.Tensor],
     values: Mapping[tuple[str, str], torch.Tensor],
 ) -> Recorded:
     """Return recipes in which slots are unmapped if their recipe does not return their value."""
-    kept = {leaf.fqn: tensors[leaf.fqn] for leaf in leaves if leaf.parts} | dict(found.literals)
-    wrong = set(find_mismatches(found.rows, found.calls, leaves, tensors, kept, values))
+    # A plan stores leaves with parts, for the elements that no part covers.
+    stored = {leaf.fqn: tensors[leaf.fqn] for leaf in leaves if leaf.parts} | dict(
+        recorded.literals
+    )
+    wrong = set(find_mismatches(recorded.rows, recorded.calls, leaves, tensors, stored, values))
     rows = (
         LedgerRow(slot=row.slot, state=SlotState.UNMAPPED, reason=_CHANGED)
         if row.slot.key in wrong
         else row
-        for row in found.rows
+        for row in recorded.rows
     )
-    return replace(found, rows=tuple(rows))
+    return replace(recorded, rows=tuple(rows))
 
 
 def find_mismatches(
@@ -317,8 +323,8 @@ def find_mismatches(
         fingerprint=Fingerprint(graph="", slots=""),
     )
     computed = [row for row in rows if row.state in _COMPUTED]
-    found = RefitPlan(data, literals).values_of(computed, TensorMap(tensors))
-    for key, value in found.items():
+    values_by_key = RefitPlan(data, literals).values_of(computed, TensorMap(tensors))
+    for key, value in values_by_key.items():
         if isinstance(value, str) or not _has_bits(value, values[key]):
             yield key
 
@@ -330,41 +336,42 @@ def _index_entry(tensor: torch.Tensor) -> PinnedTensor:
 
 def _has_bits(value: SlotValue, wanted: torch.Tensor) -> bool:
     try:
-        found = value.load()
+        computed = value.load()
     except PlanMismatchError:
         return False
     # Most slots hold a leaf itself: equal addresses make a comparison of the bits unnecessary.
-    dense = found.is_contiguous() and wanted.is_contiguous()
-    if dense and found.dtype == wanted.dtype and found.data_ptr() == wanted.data_ptr():
-        return found.numel() == wanted.numel()
-    return same_bits(wanted.reshape(-1), found.reshape(-1))
+    dense = computed.is_contiguous() and wanted.is_contiguous()
+    if dense and computed.dtype == wanted.dtype and computed.data_ptr() == wanted.data_ptr():
+        return computed.numel() == wanted.numel()
+    return same_bits(wanted.reshape(-1), computed.reshape(-1))
 
 
 # -- calls and literals that nothing uses -----------------------------------------------------
 
 
-def without_unused(found: Recorded) -> Recorded:
+def without_unused(recorded: Recorded) -> Recorded:
     """Return recipes without the calls and literals that no row and no guard uses.
 
     Calls are numbered anew, in their old order.
     """
-    wanted = [row.value for row in found.rows if row.value]
-    wanted += [guard.value for guard in found.guards]
-    below = sorted(calls_below(wanted, lambda number: operands_of(found.calls[number])))
+    wanted = [row.value for row in recorded.rows if row.value]
+    wanted += [guard.value for guard in recorded.guards]
+    below = sorted(calls_below(wanted, lambda number: operands_of(recorded.calls[number])))
     numbers = {old: new for new, old in enumerate(below)}
-    calls = tuple(_renumbered_call(found.calls[old], numbers) for old in below)
-    kept = {v.name for call in calls for v in operands_of(call) if isinstance(v, PinnedRef)}
-    kept |= {value.name for value in wanted if isinstance(value, PinnedRef)}
+    calls = tuple(_renumbered_call(recorded.calls[old], numbers) for old in below)
+    stored = {v.name for call in calls for v in operands_of(call) if isinstance(v, PinnedRef)}
+    stored |= {value.name for value in wanted if isinstance(value, PinnedRef)}
     return Recorded(
         rows=tuple(
-            row.model_copy(update={"value": _renumbered(row.value, numbers)}) for row in found.rows
+            row.model_copy(update={"value": _renumbered(row.value, numbers)})
+            for row in recorded.rows
         ),
         calls=calls,
         guards=tuple(
             guard.model_copy(update={"value": _renumbered(guard.value, numbers)})
-            for guard in found.guards
+            for guard in recorded.guards
         ),
-        literals={name: value for name, value in found.literals.items() if name in kept},
+        literals={name: value for name, value in recorded.literals.items() if name in stored},
     )
 
 

@@ -206,9 +206,9 @@ class Tape(WatchingMode):
         targets = {id(tensor): tensor for tensor in written}
         with self.paused():
             others = {
-                id(tensor): found
+                id(tensor): placed
                 for tensor in inputs
-                if (found := self._as_replayed(tensor, known, targets)) is not tensor
+                if (placed := self._as_replayed(tensor, known, targets)) is not tensor
             }
         if not others:
             return func(*args, **kwargs)
@@ -474,9 +474,9 @@ def value_numbers(
 ) -> Iterator[int | float | complex]:
     """Yield the Python numbers in a call that change values, not only shapes and strides."""
     for position, name, counts in _number_arguments(op):
-        given = args[position] if position < len(args) else kwargs.get(name)
-        if given is not None:
-            for one in given if isinstance(given, list | tuple) else (given,):
+        value = args[position] if position < len(args) else kwargs.get(name)
+        if value is not None:
+            for one in value if isinstance(value, list | tuple) else (value,):
                 if isinstance(one, int | float | complex) and (counts or not isinstance(one, bool)):
                     yield one
 
@@ -502,13 +502,13 @@ def written_tensors(
     op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> list[torch.Tensor]:
     """Return the tensors that a call of an op writes to."""
-    given = [
+    arguments = [
         args[position] if position < len(args) else kwargs.get(name)
         for position, name, condition in _written_arguments(op)
         if condition is None
         or (args[condition[0]] if condition[0] < len(args) else kwargs.get(condition[1]))
     ]
-    return [one for one in tree_leaves(given) if isinstance(one, torch.Tensor)]
+    return [one for one in tree_leaves(arguments) if isinstance(one, torch.Tensor)]
 
 
 @cache
@@ -585,9 +585,9 @@ def _kept_enabled(mode: TorchDispatchMode) -> Iterator[None]:
     pop, push = _python_dispatch._pop_mode, _python_dispatch._push_mode  # noqa: SLF001
 
     def popped(*args: Any) -> Any:
-        found = pop(*args)
-        if found is not mode:
-            return found
+        popped_mode = pop(*args)
+        if popped_mode is not mode:
+            return popped_mode
         below = pop() if torch._C._len_torch_dispatch_stack() else mode  # noqa: SLF001
         push(mode)
         return below

@@ -153,6 +153,7 @@ class Writer:
         if not ops.is_allowed(name):
             raise UnwritableError(f"its recipe needs the op {name}, which plans may not contain")
         args = tuple(self._argument(one) for one in node.args)
+        # Operands are placed in memory as in the recording only where the bits may depend on it.
         if is_stride_dependent(node.op):
             args = (self._strided_operand(node, args[0]), *args[1:])
         elif torch.Tag.pointwise in node.op.tags:
@@ -166,8 +167,10 @@ class Writer:
             for key, one in node.kwargs.items()
             if one is not None and key not in _IGNORED_KWARGS
         }
-        made = OpCall(op=name, args=args, kwargs=kwargs, results=node.results, device=node.device)
-        return self._draft.emit(made, output)
+        written = OpCall(
+            op=name, args=args, kwargs=kwargs, results=node.results, device=node.device
+        )
+        return self._draft.emit(written, output)
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, Origin):
@@ -303,6 +306,7 @@ class Draft:
 
     def pin(self, value: torch.Tensor) -> PinnedRef:
         """Store a tensor that depends on no leaf, and return the reference to it."""
+        # The name contains the content, so equal literals of all slots are stored once.
         kept = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
         name = f"{_LITERAL}{digest(kept)[:16]}-{dtype_name(kept.dtype)}{list(kept.shape)}"
         self.literals.setdefault(name, kept.clone())
@@ -471,15 +475,15 @@ class ConstantFolder:
         if is_stride_dependent(node.op):
             args = (resolved_contiguous(args[0]), *args[1:])
         try:
-            found = self._call_as_recorded(node, args, kwargs)
+            results = self._call_as_recorded(node, args, kwargs)
         except (RuntimeError, TypeError, ValueError) as exc:
             raise_if_resource(exc, f"{node.op} cannot be called again")
             raise UnwritableError(f"{node.op} fails when it is called again: {exc}") from exc
-        if tuple(map(metadata_of_tensor, found)) != node.results:
+        if tuple(map(metadata_of_tensor, results)) != node.results:
             raise UnwritableError(
                 f"{node.op} returns another dtype or shape when it is called again"
             )
-        return found
+        return results
 
     def _call_as_recorded(self, node: Call, args: Any, kwargs: Any) -> tuple[torch.Tensor, ...]:
         dtypes = [metadata_of(one, self._leaves).dtype for one in node.inputs]
