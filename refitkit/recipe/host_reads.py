@@ -1,18 +1,24 @@
-"""Ways by which values leave a recording as what is no tensor, and come back.
+"""Watch how values leave a recording without an op, and how they come back.
 
-Numbers are read through an op, which the tape sees. Arrays of NumPy, lists, and exports to other
-libraries are not: here the functions that give them are watched while a tape runs. What is done
-with an array is watched here, too; that an array was read unseen (through
-the buffer protocol, in C, by ``plain[:] = array``) is concluded by :mod:`refitkit.recipe.memories`.
+A tape sees every op, so it sees each read of a number (``item``). It does not see NumPy arrays,
+lists and exports to other libraries. While a tape runs, this module patches the functions that
+create those, in torch and in NumPy. It also watches what code does with a NumPy array on a tensor's
+memory, through a subclass of ``numpy.ndarray``.
 
-Memory that is given away by its address, as a storage, a pickle or a handle can be read unseen, by
-``ctypes`` or a library in C. Where code of a third party asks for one, numbers that appear after
-that are not taken for literals (:mod:`refitkit.recipe.provenance`).
+Three kinds of reads remain that a patch cannot see:
 
-Code that takes a tensor as it is and reads it in C, a method of torch that was looked up before the
-recording began, other threads and forked processes cannot be watched. There a weight that reaches
-no slot, a slot that holds the bits of a weight (:mod:`refitkit.recipe.record`), and the proof by
-trial remain. What is written unseen shows, as recipes are tried (:mod:`refitkit.recipe.record`).
+- Code reads an array through the buffer protocol, in C, or by ``plain[:] = array``.
+  :class:`refitkit.recipe.memories.NumpyExports` infers these reads.
+- Code receives an address, a storage, a pickle or a handle, and reads it with ``ctypes`` or in C.
+  :class:`refitkit.recipe.provenance.ExposedMemory` then distrusts all later numbers.
+- Code passes a tensor itself to C, calls a torch method that it looked up before the recording, or
+  runs in another thread or process. Three checks remain: a weight that reaches no slot, a slot
+  that holds the bits of a weight (:mod:`refitkit.recipe.record`), and the proof of a plan.
+
+Unseen writes show up when recipes are tried (:mod:`refitkit.recipe.record`).
+
+Read :func:`watch_host_reads` first: it lists all patches. Each ``_patch_*`` function returns the
+replacement for one function of torch or NumPy. :class:`WatchedArray` comes last.
 """
 
 from __future__ import annotations
@@ -26,320 +32,350 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 
-from refitkit.recipe.provenance import is_trusted
+from refitkit.recipe.provenance import is_trusted_caller
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
-    from refitkit.recipe.memories import Loans
+    from refitkit.recipe.memories import NumpyExports
     from refitkit.recipe.origins import Origin
     from refitkit.recipe.provenance import Provenance
 
 
-_MAKERS = ("array", "asarray", "ascontiguousarray", "asfortranarray", "asanyarray", "require")
-"""Functions of NumPy that give an array itself, or a copy of it, or one of several."""
-_COPIERS = ("copyto", "frombuffer", "fromiter", "nditer")
-"""Functions of NumPy that read arrays and do not ask them."""
-_C, _AOTI = torch._C, torch._C._aoti  # noqa: SLF001 - what they give has no other name
-_LEADING = (
+_CONVERTERS = ("array", "asarray", "ascontiguousarray", "asfortranarray", "asanyarray", "require")
+"""NumPy functions that return their argument, a copy of it, or one array of several."""
+_READERS = ("copyto", "frombuffer", "fromiter", "nditer")
+"""NumPy functions that read arrays without calling a method of them."""
+_CREATORS = ("arange", "eye", "full", "identity", "ones", "ones_like", "zeros", "zeros_like")
+"""NumPy functions that create an array from numbers."""
+_C, _AOTI = torch._C, torch._C._aoti  # noqa: SLF001 - there are no public names
+_EXPOSING = (
     (_C, "_data_address", "the address"),
     (_C, "_to_dlpack", "a DLPack capsule"),
     (_C, "_to_dlpack_versioned", "a DLPack capsule"),
     (_AOTI, "unsafe_alloc_void_ptr_from_tensor", "a handle"),
     (_AOTI, "unsafe_alloc_void_ptrs_from_tensors", "a handle"),
 )
-"""Functions that give what leads to the memory of tensors."""
-_STORAGE = (
+"""Functions that expose the memory of tensors: owner, name, and the form that they return."""
+_STORAGE_METHODS = (
     *("data_ptr", "tolist", "__getitem__", "_write_file", "_share_fd_cpu_", "_share_filename_cpu_"),
     *("_share_cuda_", "share_memory_", "cpu", "copy_", "__reduce__", "byteswap"),
 )
-"""Methods of storages that give their bytes or lead to them."""
-_FRESH = ("arange", "eye", "full", "identity", "ones", "ones_like", "zeros", "zeros_like")
-"""Functions of NumPy that give an array of numbers."""
+"""Methods of storages that return their bytes or expose their memory."""
+_COPIED = "copied by NumPy"
+"""Reason of a host read."""
 
 
-class Recorder(Protocol):
-    """What is told of values that leave it: a tape.
+class HostReadRecorder(Protocol):
+    """The recording that host reads are reported to: a tape.
 
     Attributes:
-        loans: Arrays of NumPy that were given out.
-        provenance: Where values come from.
+        exports: NumPy arrays that the recorded code received.
+        provenance: Origins of the recorded values.
     """
 
-    loans: Loans
+    exports: NumpyExports
     provenance: Provenance
 
     @property
     def is_on(self) -> bool:
-        """Whether what happens now, in this thread, is recorded."""
+        """Whether the recording records the current thread now."""
 
     def sees(self, value: Any) -> bool:
-        """Whether it is a tensor that is followed, and recording is on."""
+        """Return whether a value is a tracked tensor and the recording is on."""
 
     def paused(self) -> AbstractContextManager[None]:
-        """See nothing until the end of the block."""
+        """Pause the recording until the end of the block."""
 
     def origin_of(self, tensor: torch.Tensor) -> Origin:
-        """Where a tensor's values come from."""
+        """Return the origin of the present value of a tensor."""
 
-    def lent(self, tensor: torch.Tensor, array: np.ndarray, *, trusted: bool) -> None:
-        """Its memory was given out as an array."""
+    def record_export(self, tensor: torch.Tensor, array: np.ndarray, *, trusted: bool) -> None:
+        """Record that code received a NumPy array on the memory of a tensor."""
 
-    def escaped(self, tensor: torch.Tensor, origin: Origin, how: str) -> None:
-        """Its values were given out in a way that nothing follows."""
+    def record_read(self, tensor: torch.Tensor, origin: Origin, reason: str) -> None:
+        """Record that code read the values of a tensor."""
 
 
 @contextmanager
-def watched(tape: Recorder) -> Iterator[None]:
-    """Watch what leaves a tape, until the end of the block."""
+def watch_host_reads(tape: HostReadRecorder) -> Iterator[None]:
+    """Report host reads to a tape until the end of the block."""
     with ExitStack() as stack:
-        patches: tuple[tuple[Any, str, Callable[[Recorder, Any], Any]], ...] = (
-            (torch.Tensor, "numpy", _numpy),
-            (torch.Tensor, "__array__", _array),
-            (torch.Tensor, "__dlpack__", partial(_exporter, how="it is given away by DLPack")),
-            (torch.utils.dlpack, "to_dlpack", partial(_exporter, how="it is given away by DLPack")),
-            (torch.Tensor, "tolist", partial(_exporter, how="it becomes a list")),
-            (torch.Tensor, "__setitem__", _setitem),
-            (torch.Tensor, "data_ptr", _data_ptr),
-            (torch.Tensor, "const_data_ptr", _data_ptr),
-            (torch.Tensor, "__reduce_ex__", partial(_given, how="a pickle")),
-            (torch.Tensor, "__cuda_array_interface__", _interface),
-            *((owner, name, partial(_given, how=how)) for owner, name, how in _LEADING),
-            *((torch.UntypedStorage, name, _storage) for name in _STORAGE),
-            (torch.UntypedStorage, "clone", _clone),
-            (torch, "tensor", _tensor),
-            (torch, "as_tensor", _tensor),
-            (torch, "asarray", _tensor),
-            (torch.Tensor, "new_tensor", _new_tensor),
-            (torch, "from_numpy", _from_numpy),
-            (torch, "from_dlpack", _from_dlpack),
-            (torch.utils.dlpack, "from_dlpack", _from_dlpack),
-            *((np, name, _maker) for name in _MAKERS),
-            *((np, name, _copier) for name in _COPIERS),
-            *((np, name, _fresh) for name in _FRESH),
+        dlpack = partial(_patch_export, reason="exported by DLPack")
+        patches: tuple[tuple[Any, str, Callable[[HostReadRecorder, Any], Any]], ...] = (
+            (torch.Tensor, "numpy", _patch_numpy),
+            (torch.Tensor, "__array__", _patch_array),
+            (torch.Tensor, "__dlpack__", dlpack),
+            (torch.utils.dlpack, "to_dlpack", dlpack),
+            (torch.Tensor, "tolist", partial(_patch_export, reason="converted to a list")),
+            (torch.Tensor, "__setitem__", _patch_setitem),
+            (torch.Tensor, "data_ptr", _patch_data_ptr),
+            (torch.Tensor, "const_data_ptr", _patch_data_ptr),
+            (torch.Tensor, "__reduce_ex__", partial(_patch_exposing, form="a pickle")),
+            (torch.Tensor, "__cuda_array_interface__", _patch_interface),
+            *(
+                (owner, name, partial(_patch_exposing, form=form))
+                for owner, name, form in _EXPOSING
+            ),
+            *((torch.UntypedStorage, name, _patch_storage_method) for name in _STORAGE_METHODS),
+            (torch.UntypedStorage, "clone", _patch_clone),
+            (torch, "tensor", _patch_tensor),
+            (torch, "as_tensor", _patch_tensor),
+            (torch, "asarray", _patch_tensor),
+            (torch.Tensor, "new_tensor", _patch_new_tensor),
+            (torch, "from_numpy", _patch_from_numpy),
+            (torch, "from_dlpack", _patch_from_dlpack),
+            (torch.utils.dlpack, "from_dlpack", _patch_from_dlpack),
+            *((np, name, _patch_converter) for name in _CONVERTERS),
+            *((np, name, _patch_reader) for name in _READERS),
+            *((np, name, _patch_creator) for name in _CREATORS),
         )
-        for owner, name, make in patches:
-            if not hasattr(owner, name):  # another version of torch
+        for owner, name, patch in patches:
+            # Names differ between the versions of torch that refitkit supports.
+            if not hasattr(owner, name):
                 continue
-            patched = make(tape, getattr(owner, name))
+            patched = patch(tape, getattr(owner, name))
             stack.enter_context(mock.patch.object(owner, name, patched))
         yield
 
 
-def _left(tape: Recorder, tensor: torch.Tensor) -> Callable[[str], None]:
+# -- patches: tensors that become something else ----------------------------------------------
+
+
+def _read_callback(tape: HostReadRecorder, tensor: torch.Tensor) -> Callable[[str], None]:
+    """Return a function that reports a read of the value that a tensor has when it is called."""
     with tape.paused():
         value = tensor.detach()
-    return lambda how: tape.escaped(value, tape.origin_of(value), how)
+    return lambda reason: tape.record_read(value, tape.origin_of(value), reason)
 
 
-def _numpy(tape: Recorder, real: Any) -> Any:
+def _patch_numpy(tape: HostReadRecorder, real: Any) -> Any:
     def numpy(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         array = real(self, *args, **kwargs)
         if not tape.sees(self):
             return array
-        tape.lent(self, array, trusted=is_trusted())
-        return watched_array(array, _left(tape, self))
+        tape.record_export(self, array, trusted=is_trusted_caller())
+        return watch_array(array, _read_callback(tape, self))
 
     return numpy
 
 
-def _array(tape: Recorder, real: Any) -> Any:
-    """``Tensor.__array__``: NumPy makes a plain array of what it gives, and asks no more."""
+def _patch_array(tape: HostReadRecorder, real: Any) -> Any:
+    """Return a patch of ``Tensor.__array__`` that reports the read at once.
+
+    NumPy turns the result into a plain array, so a watched array would report nothing.
+    """
 
     def array(self: torch.Tensor, dtype: Any = None, copy: bool | None = None) -> Any:  # noqa: FBT001 - NumPy's
-        given = () if dtype is None else (dtype,)
+        options = () if dtype is None else (dtype,)
         if not tape.sees(self):
-            return real(self, *given)
-        tape.escaped(self, tape.origin_of(self), "it becomes an array of NumPy")
-        found = plain(real(self, *given))
-        return found.copy() if copy else watched_array(found, None)
+            return real(self, *options)
+        tape.record_read(self, tape.origin_of(self), "converted to a NumPy array")
+        plain = plain_array(real(self, *options))
+        return plain.copy() if copy else watch_array(plain, None)
 
     return array
 
 
-def _exporter(tape: Recorder, real: Any, *, how: str) -> Any:
+def _patch_export(tape: HostReadRecorder, real: Any, *, reason: str) -> Any:
     def export(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if tape.sees(self):
-            tape.escaped(self, tape.origin_of(self), how)
+            tape.record_read(self, tape.origin_of(self), reason)
         return real(self, *args, **kwargs)
 
     return export
 
 
-def _from_dlpack(tape: Recorder, real: Any) -> Any:
-    def from_dlpack(data: Any, *args: Any, **kwargs: Any) -> Any:
-        if not tape.sees(data):
-            return real(data, *args, **kwargs)
-        with tape.paused():  # its memory is known
-            return real(data, *args, **kwargs)
-
-    return from_dlpack
-
-
-def _setitem(tape: Recorder, real: Any) -> Any:
-    """``tensor[index] = number``: torch makes a tensor of it where no op is seen."""
-
-    def setitem(self: torch.Tensor, index: Any, value: Any) -> None:
-        if isinstance(value, bool | int | float | complex) and tape.sees(self):
-            with tape.paused():
-                value = torch.tensor(value, dtype=self.dtype, device=self.device)
-            tape.provenance.literal(value)
-        real(self, index, value)
-
-    return setitem
-
-
-def _data_ptr(tape: Recorder, real: Any) -> Any:
+def _patch_data_ptr(tape: HostReadRecorder, real: Any) -> Any:
     def data_ptr(self: torch.Tensor) -> Any:
         address = real(self)
         if tape.sees(self):
-            tape.provenance.exported(self, address)
-            if not is_trusted():
-                tape.provenance.gave_memory(self, "the address")
+            tape.provenance.record_address(self, address)
+            if not is_trusted_caller():
+                tape.provenance.expose_memory(self, "the address")
         return address
 
     return data_ptr
 
 
-def _given(tape: Recorder, real: Any, *, how: str) -> Any:
-    """A function that gives what leads to the memory of its first argument, or holds a copy."""
+def _patch_exposing(tape: HostReadRecorder, real: Any, *, form: str) -> Any:
+    """Return a patch of a function that exposes or copies the memory of its first argument."""
 
-    def give(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def expose(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Some of these functions take a list of tensors.
         seen = [one for one in tree_leaves(self) if tape.sees(one)]
-        if seen and not is_trusted():
+        if seen and not is_trusted_caller():
             for one in seen:
-                tape.provenance.gave_memory(one, how)
+                tape.provenance.expose_memory(one, form)
         return real(self, *args, **kwargs)
 
-    return give
+    return expose
 
 
-def _interface(tape: Recorder, real: Any) -> Any:
+def _patch_interface(tape: HostReadRecorder, real: Any) -> Any:
     def read(self: torch.Tensor) -> Any:
-        if tape.sees(self) and not is_trusted():
-            tape.provenance.gave_memory(self, "the address")
+        if tape.sees(self) and not is_trusted_caller():
+            tape.provenance.expose_memory(self, "the address")
         return real.__get__(self)
 
     return property(read)
 
 
-def _storage(tape: Recorder, real: Any) -> Any:
-    """A method of storages that gives their bytes, their address, or another process's way in."""
+def _patch_storage_method(tape: HostReadRecorder, real: Any) -> Any:
+    """Return a patch of a storage's method that returns bytes, an address or a shared handle."""
 
-    def give(self: torch.UntypedStorage, *args: Any, **kwargs: Any) -> Any:
-        if tape.is_on and not is_trusted():
+    def method(self: torch.UntypedStorage, *args: Any, **kwargs: Any) -> Any:
+        if tape.is_on and not is_trusted_caller():
             for one in (self, *args):
                 if isinstance(one, torch.UntypedStorage):
-                    tape.provenance.gave_storage(one, "the storage")
+                    tape.provenance.expose_storage(one, "the storage")
         return real(self, *args, **kwargs)
 
-    return give
+    return method
 
 
-def _clone(tape: Recorder, real: Any) -> Any:
+def _patch_clone(tape: HostReadRecorder, real: Any) -> Any:
     def clone(self: torch.UntypedStorage) -> Any:
         with tape.paused():
             copy = real(self)
-        tape.provenance.copied(self, copy)
+        tape.provenance.record_storage_copy(self, copy)
         return copy
 
     return clone
 
 
-def _tensor(tape: Recorder, real: Any) -> Any:
-    """``torch.tensor`` and its like: they make tensors of numbers, arrays, and lists of tensors."""
+# -- patches: numbers and arrays that become tensors ------------------------------------------
+
+
+def _patch_setitem(tape: HostReadRecorder, real: Any) -> Any:
+    """Return a patch of ``Tensor.__setitem__`` that records an assigned number as a literal.
+
+    Torch turns ``tensor[index] = number`` into a tensor below the dispatcher, where no op is seen.
+    """
+
+    def setitem(self: torch.Tensor, index: Any, value: Any) -> None:
+        if isinstance(value, bool | int | float | complex) and tape.sees(self):
+            with tape.paused():
+                value = torch.tensor(value, dtype=self.dtype, device=self.device)
+            tape.provenance.record_literal(value)
+        real(self, index, value)
+
+    return setitem
+
+
+def _patch_tensor(tape: HostReadRecorder, real: Any) -> Any:
+    """Return a patch of a function that creates a tensor from numbers, arrays or tensors."""
 
     def tensor(data: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(data, torch.Tensor):
             return real(data, *args, **kwargs)
         for one in tree_leaves(data):
             if tape.sees(one):
-                tape.escaped(one, tape.origin_of(one), "a tensor is made of its number")
-        with tape.paused():  # what it does inside is its own affair
-            found = real(writable(data), *args, **kwargs)
-        return _made(tape, data, found)
+                tape.record_read(one, tape.origin_of(one), "used as a number to create a tensor")
+        # The function copies its argument by ops of its own, which are no part of the program.
+        with tape.paused():
+            created = real(writable_array(data), *args, **kwargs)
+        return _record_created(tape, data, created)
 
     return tensor
 
 
-def _new_tensor(tape: Recorder, real: Any) -> Any:
+def _patch_new_tensor(tape: HostReadRecorder, real: Any) -> Any:
     def new_tensor(self: torch.Tensor, data: Any, *args: Any, **kwargs: Any) -> Any:
-        return _tensor(tape, partial(real, self))(data, *args, **kwargs)
+        return _patch_tensor(tape, partial(real, self))(data, *args, **kwargs)
 
     return new_tensor
 
 
-def _from_numpy(tape: Recorder, real: Any) -> Any:
+def _patch_from_numpy(tape: HostReadRecorder, real: Any) -> Any:
     def from_numpy(data: Any) -> Any:
         with tape.paused():
-            found = real(writable(data))
-        return _made(tape, data, found)
+            created = real(writable_array(data))
+        return _record_created(tape, data, created)
 
     return from_numpy
 
 
-def _made(tape: Recorder, data: Any, found: Any) -> Any:
-    """A tensor made of an array or of numbers: on a known memory, or a literal."""
-    if tape.sees(found) and tape.provenance.knows_memory(found):
-        tape.provenance.came_back(found)
-    elif tape.sees(found):
-        _tell(data, "a tensor is made of it")
+def _patch_from_dlpack(tape: HostReadRecorder, real: Any) -> Any:
+    def from_dlpack(data: Any, *args: Any, **kwargs: Any) -> Any:
+        if not tape.sees(data):
+            return real(data, *args, **kwargs)
+        # No read is recorded: the new tensor has the memory of a tracked one.
+        with tape.paused():
+            return real(data, *args, **kwargs)
+
+    return from_dlpack
+
+
+def _record_created(tape: HostReadRecorder, data: Any, created: Any) -> Any:
+    """Record a tensor that was created from an array or numbers, and return it.
+
+    The tensor is a value on known memory if an exported array came back, and else a literal.
+    """
+    if tape.sees(created) and tape.provenance.knows_memory(created):
+        tape.provenance.record_return(created)
+    elif tape.sees(created):
+        _report_reads(data, "used to create a tensor")
         for one in tree_leaves(data):
-            if isinstance(one, np.ndarray) and not isinstance(one, Watched):
-                tape.loans.own(one)
-        known = isinstance(data, np.ndarray) and tape.loans.knows(data)
-        tape.provenance.literal(found, foreign=isinstance(data, np.ndarray), known=known)
-    return found
+            if isinstance(one, np.ndarray) and not isinstance(one, WatchedArray):
+                tape.exports.check_array(one)
+        known = isinstance(data, np.ndarray) and tape.exports.is_known(data)
+        tape.provenance.record_literal(
+            created, numpy_writable=isinstance(data, np.ndarray), known=known
+        )
+    return created
 
 
-def _tell(data: Any, how: str) -> None:
-    for one in watched_in(data):
-        one.tell(how)
+# -- patches: functions of NumPy --------------------------------------------------------------
 
 
-def _maker(tape: Recorder, real: Any) -> Any:
-    def make(data: Any, *args: Any, **kwargs: Any) -> Any:
-        made = real(data, *args, **kwargs)
-        if isinstance(data, Watched) and not isinstance(made, Watched):
-            if np.may_share_memory(made, plain(data)):
-                return watched_array(made, data.left)
-            data.tell("NumPy copies it")
-        elif made is not data:
-            _tell(data, "NumPy copies it")
+def _report_reads(data: Any, reason: str) -> None:
+    for one in watched_arrays_in(data):
+        one.report_read(reason)
+
+
+def _patch_converter(tape: HostReadRecorder, real: Any) -> Any:
+    def convert(data: Any, *args: Any, **kwargs: Any) -> Any:
+        array = real(data, *args, **kwargs)
+        # np.asarray and the like drop the subclass; a view on the same memory is watched again.
+        if isinstance(data, WatchedArray) and not isinstance(array, WatchedArray):
+            if np.may_share_memory(array, plain_array(data)):
+                return watch_array(array, data.on_read)
+            data.report_read(_COPIED)
+        elif array is not data:
+            _report_reads(data, _COPIED)
+            # The content of an array of plain numbers is remembered: it holds no exported value.
             if not any(isinstance(one, np.ndarray) for one in tree_leaves(data)):
-                tape.loans.made(made, doubtful=bool(tape.provenance.unwatched.doubt))
-        return made
+                tape.exports.remember_created(array, doubtful=bool(tape.provenance.exposed.doubt))
+        return array
 
-    return make
+    return convert
 
 
-def _copier(_: Recorder, real: Any) -> Any:
-    def copy(*args: Any, **kwargs: Any) -> Any:
-        _tell((args, kwargs), "NumPy copies it")
+def _patch_reader(_: HostReadRecorder, real: Any) -> Any:
+    def read(*args: Any, **kwargs: Any) -> Any:
+        _report_reads((args, kwargs), _COPIED)
         return real(*args, **kwargs)
 
-    return copy
+    return read
 
 
-def _fresh(tape: Recorder, real: Any) -> Any:
-    def make(*args: Any, **kwargs: Any) -> Any:
-        made = real(*args, **kwargs)
-        _tell((args, kwargs) if real.__name__ == "full" else (), "NumPy copies it")
-        doubt = tape.provenance.unwatched.doubt if real.__name__ == "full" else ""
-        tape.loans.made(made, doubtful=bool(doubt))
-        return made
+def _patch_creator(tape: HostReadRecorder, real: Any) -> Any:
+    def create(*args: Any, **kwargs: Any) -> Any:
+        array = real(*args, **kwargs)
+        # Of these functions only np.full takes values; the others take shapes and bounds.
+        _report_reads((args, kwargs) if real.__name__ == "full" else (), _COPIED)
+        doubt = tape.provenance.exposed.doubt if real.__name__ == "full" else ""
+        tape.exports.remember_created(array, doubtful=bool(doubt))
+        return array
 
-    return make
+    return create
 
 
-# MERGED arrays: Arrays of NumPy on the memory of tensors that a recording follows.
-#
-# An array that is only passed on, as weights are to TensorRT, is known again by its memory; so
-# are its views. One that is computed with, copied or looked into tells so. It cannot be written
-# to: what torch would not see.
+# -- arrays on the memory of tracked tensors --------------------------------------------------
 
-_READERS = (
+_READ_METHODS = (
     "__bool__",
     "__buffer__",
     "__complex__",
@@ -375,133 +411,157 @@ _READERS = (
     "tolist",
     "trace",
 )
-"""Methods of arrays that tell values and call no ufunc."""
-_WAYS_IN = ("__array_interface__", "__array_struct__", "base", "ctypes", "data", "flat")
-"""Attributes that lead to the memory."""
-_OF_THE_SHAPE = frozenset(
+"""Methods of arrays that read values and call no ufunc."""
+_MEMORY_ATTRIBUTES = ("__array_interface__", "__array_struct__", "base", "ctypes", "data", "flat")
+"""Attributes of arrays that expose their memory."""
+_METADATA_FUNCTIONS = frozenset(
     getattr(np, name)
     for name in (
         *("shape", "ndim", "size", "empty_like", "zeros_like", "ones_like", "result_type"),
         *("can_cast", "iscomplexobj", "isrealobj", "may_share_memory", "shares_memory"),
     )
 )
-"""Functions that tell nothing of values."""
+"""NumPy functions that read no values."""
 
 
-class Watched(np.ndarray[Any, Any]):
-    """An array on a tensor's memory that tells when its value is used."""
+class WatchedArray(np.ndarray[Any, Any]):
+    """A read-only array on a tensor's memory that reports reads of its value.
 
-    left: Callable[[str], None] | None = None
+    An array that is only passed on, as weights are to TensorRT, is identified by its memory, and so
+    are its views. An array that is computed with, copied or indexed reports a read. It is read-only
+    because torch would not see a write.
+    """
+
+    on_read: Callable[[str], None] | None = None
+    """Function that reports a read, with the reason. None if the read was reported before."""
 
     def __array_finalize__(self, made_from: Any) -> None:
-        if isinstance(made_from, Watched):
-            if np.may_share_memory(plain(self), plain(made_from)):
-                self.left = made_from.left
+        # NumPy calls this for every array that it creates from a watched one. An array on other
+        # memory is a copy.
+        if isinstance(made_from, WatchedArray):
+            if np.may_share_memory(plain_array(self), plain_array(made_from)):
+                self.on_read = made_from.on_read
             else:
-                made_from.tell("NumPy copies it")
+                made_from.report_read(_COPIED)
 
-    def tell(self, how: str) -> None:
-        """Say that its value was used."""
-        if self.left is not None:
-            self.left(how)
+    def report_read(self, reason: str) -> None:
+        """Report that the value was read.
+
+        Args:
+            reason: How the value was used.
+        """
+        if self.on_read is not None:
+            self.on_read(reason)
 
     def view(self, *args: Any, **kwargs: Any) -> Any:
-        """A view of it; one that is not watched has left."""
-        found = super().view(*args, **kwargs)
-        if not isinstance(found, Watched):
-            self.tell("NumPy reads it")
-        return found
+        """Return a view; a view of another class cannot report, so it counts as a read."""
+        view = super().view(*args, **kwargs)
+        if not isinstance(view, WatchedArray):
+            self.report_read("read by NumPy")
+        return view
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
-        for one in watched_in((inputs, kwargs)):
-            one.tell(f"NumPy's {ufunc.__name__} reads it")
-        if method == "at" and isinstance(inputs[0], Watched):  # it asks nobody whether it may
+        for one in watched_arrays_in((inputs, kwargs)):
+            one.report_read(f"read by NumPy's {ufunc.__name__}")
+        # ufunc.at writes to its first operand without checking whether it is read-only.
+        if method == "at" and isinstance(inputs[0], WatchedArray):
             raise ValueError("output array is read-only")
-        return getattr(ufunc, method)(*_plain_all(inputs), **_plain_all(kwargs))
+        return getattr(ufunc, method)(*_unwrap(inputs), **_unwrap(kwargs))
 
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        found = func(*_plain_all(args), **_plain_all(kwargs))
-        if func in _OF_THE_SHAPE:
-            return found
-        for one in watched_in((args, kwargs)):
-            if isinstance(found, np.ndarray) and np.may_share_memory(found, plain(one)):
-                return watched_array(found, one.left)
-            one.tell(f"NumPy's {func.__name__} reads it")
-        return found
+        result = func(*_unwrap(args), **_unwrap(kwargs))
+        if func in _METADATA_FUNCTIONS:
+            return result
+        for one in watched_arrays_in((args, kwargs)):
+            if isinstance(result, np.ndarray) and np.may_share_memory(result, plain_array(one)):
+                return watch_array(result, one.on_read)
+            one.report_read(f"read by NumPy's {func.__name__}")
+        return result
 
     def __getitem__(self, key: Any) -> Any:
-        for one in watched_in(key):
-            one.tell("it is an index of NumPy's")
-        found = super().__getitem__(_plain_all(key))
-        if not isinstance(found, np.ndarray):
-            self.tell("an element of it is read")
-        return found
+        for one in watched_arrays_in(key):
+            one.report_read("used as a NumPy index")
+        # A view stays watched; a scalar is a value that has left the array.
+        item = super().__getitem__(_unwrap(key))
+        if not isinstance(item, np.ndarray):
+            self.report_read("read by NumPy indexing")
+        return item
 
     def __bytes__(self) -> bytes:
         return self.tobytes()
 
 
-def _reader(name: str) -> Callable[..., Any]:
-    def read(self: Watched, *args: Any, **kwargs: Any) -> Any:
-        self.tell(f"NumPy's {name} reads it")
-        return getattr(plain(self), name)(*args, **kwargs)
+def _read_method(name: str) -> Callable[..., Any]:
+    def read(self: WatchedArray, *args: Any, **kwargs: Any) -> Any:
+        self.report_read(f"read by NumPy's {name}")
+        return getattr(plain_array(self), name)(*args, **kwargs)
 
     return read
 
 
-def _way_in(name: str) -> property:
-    def read(self: Watched) -> Any:
-        self.tell(f"NumPy's {name} leads to it")
+def _memory_attribute(name: str) -> property:
+    def read(self: WatchedArray) -> Any:
+        self.report_read(f"exposed by NumPy's {name}")
         return getattr(np.ndarray, name).__get__(self)
 
     return property(read)
 
 
-for _name in _READERS:
-    if hasattr(np.ndarray, _name):
-        setattr(Watched, _name, _reader(_name))
-for _name in _WAYS_IN:
-    setattr(Watched, _name, _way_in(_name))
+for _name in _READ_METHODS:
+    if hasattr(np.ndarray, _name):  # __buffer__ needs Python 3.12
+        setattr(WatchedArray, _name, _read_method(_name))
+for _name in _MEMORY_ATTRIBUTES:
+    setattr(WatchedArray, _name, _memory_attribute(_name))
 
 
-def watched_array(array: Any, left: Callable[[str], None] | None) -> Watched:
-    """A view of an array that tells when its value is used; it cannot be written to."""
-    seen = np.ndarray.view(array, Watched)
+def watch_array(array: Any, on_read: Callable[[str], None] | None) -> WatchedArray:
+    """Return a read-only view of an array that reports reads of its value.
+
+    Args:
+        array: Array to view.
+        on_read: Function that reports a read, with the reason; None to report nothing.
+    """
+    # Methods of ndarray are called on the class, because WatchedArray.view reports a read.
+    seen = np.ndarray.view(array, WatchedArray)
     seen.flags.writeable = False
-    seen.left = left
+    seen.on_read = on_read
     return seen
 
 
-def plain(value: Any) -> Any:
-    """An array without anybody who watches; anything else as it is."""
-    return np.ndarray.view(value, np.ndarray) if isinstance(value, Watched) else value
+def plain_array(value: Any) -> Any:
+    """Return a plain view of a watched array; return any other value unchanged."""
+    return np.ndarray.view(value, np.ndarray) if isinstance(value, WatchedArray) else value
 
 
-def writable(value: Any) -> Any:
-    """The same for somebody who may write to it: torch, which is seen."""
-    found = plain(value)
-    if isinstance(value, Watched) and not found.flags.writeable:
-        with suppress(ValueError):  # what it is a view of was read-only before
-            found.flags.writeable = True
-    return found
+def writable_array(value: Any) -> Any:
+    """Return a plain view that torch may write to, as the recording sees torch's writes.
+
+    Any value that is not a watched array is returned unchanged.
+    """
+    view = plain_array(value)
+    if isinstance(value, WatchedArray) and not view.flags.writeable:
+        with suppress(ValueError):  # the base array was read-only before
+            view.flags.writeable = True
+    return view
 
 
-def watched_in(value: Any) -> Iterator[Watched]:
-    """The watched arrays in a value and in the lists, tuples and values of dicts in it."""
-    if isinstance(value, Watched):
+def watched_arrays_in(value: Any) -> Iterator[WatchedArray]:
+    """Yield the watched arrays in a value, and in lists, tuples and dict values below it."""
+    if isinstance(value, WatchedArray):
         yield value
     elif isinstance(value, list | tuple):
         for one in value:
-            yield from watched_in(one)
+            yield from watched_arrays_in(one)
     elif isinstance(value, dict):
-        yield from watched_in(list(value.values()))
+        yield from watched_arrays_in(list(value.values()))
 
 
-def _plain_all(value: Any) -> Any:
+def _unwrap(value: Any) -> Any:
+    """Return a value with every watched array in it replaced by a plain view."""
     if isinstance(value, list):
-        return [_plain_all(one) for one in value]
+        return [_unwrap(one) for one in value]
     if type(value) is tuple:
-        return tuple(_plain_all(one) for one in value)
+        return tuple(_unwrap(one) for one in value)
     if isinstance(value, dict):
-        return {name: _plain_all(one) for name, one in value.items()}
-    return plain(value)
+        return {name: _unwrap(one) for name, one in value.items()}
+    return plain_array(value)

@@ -1,10 +1,20 @@
-"""Where values come from, as a recording knows it."""
+"""Where a recorded value comes from: a graph of ops over leaves, literals and unknowns.
+
+This module hides the data structure that a recording builds. A tape creates the nodes
+(:mod:`refitkit.recipe.tape`), and a writer turns them into recipes (:mod:`refitkit.recipe.writer`).
+
+Read it in this order: the nodes and :class:`Origin`; then the walks over the graph; then
+:class:`Lineage`, which knows the leaves that a value depends on; then the questions about how a
+value lay in memory.
+
+A leaf is a parameter, buffer or constant of the program.
+"""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 
@@ -17,40 +27,40 @@ if TYPE_CHECKING:
     from refitkit.model import Leaf
 
 
-class Loan(Protocol):
-    """An array on a tensor's memory that was given out; see :mod:`refitkit.recipe.memories`."""
-
-    @property
-    def only_passed_on(self) -> bool:
-        """Whether it counts as passed on and not as read."""
+# -- nodes ------------------------------------------------------------------------------------
 
 
+# Nodes compare by identity: two calls of one op on the same operands are two nodes.
 @dataclass(eq=False)
 class LeafOrigin:
-    """A parameter, buffer or constant of the program."""
+    """A parameter, buffer or constant of the program.
+
+    Attributes:
+        fqn: Fully qualified name of the leaf.
+    """
 
     fqn: str
 
 
 @dataclass(eq=False)
 class Literal:
-    """A tensor made of what is no tensor: numbers of the graph, or of a converter.
+    """A tensor built from Python or NumPy numbers, by the graph or by a converter.
 
     Attributes:
-        value: It; a copy.
-        loans: Arrays on tensors' memory that its numbers may have been read from.
+        value: A copy of the tensor.
+        exports: NumPy arrays on tensors' memory that the numbers may have been read from.
     """
 
     value: torch.Tensor
-    loans: tuple[Loan, ...] = ()
+    exports: tuple[ArrayExport, ...] = ()
 
 
 @dataclass(eq=False)
 class Unknown:
-    """Nobody saw where it came from.
+    """A value that the recording did not see being computed.
 
     Attributes:
-        reason: What is known.
+        reason: Why the origin is unknown, as a clause for error messages.
     """
 
     reason: str
@@ -58,16 +68,16 @@ class Unknown:
 
 @dataclass(eq=False)
 class Call:
-    """A call of an op.
+    """One recorded call of an op.
 
     Attributes:
-        op: The overload that was called.
-        args: Its arguments; tensors as ``Origin``.
-        kwargs: Its keyword arguments, likewise.
-        results: Dtype and shape of its results; of an op that writes, of what it has written.
-        device: Kind of device that it ran on.
-        inputs: The tensors among its arguments, and what its numbers may have been read from.
-        numbers: The latter.
+        op: Overload that was called, or :data:`ORDERED`.
+        args: Arguments of the op. Each tensor is replaced by its :class:`Origin`.
+        kwargs: Keyword arguments of the op, with the same replacement.
+        results: Dtype and shape of each result. If the op writes in place: of each written operand.
+        device: Device type that the op ran on, such as ``cuda``.
+        inputs: Origins of all tensors among the arguments, then ``numbers``.
+        numbers: Origins that the Python numbers among the arguments may have been read from.
     """
 
     op: Any
@@ -83,11 +93,11 @@ class Origin(NamedTuple):
     """Where one tensor comes from.
 
     Attributes:
-        node: What made it.
-        output: Which of the node's results it is.
-        contiguous: Whether its elements lay one after another in memory.
-        order: Its dimensions in the order in which they lay in memory, slowest first, if that is
-            not their own order and there were no gaps.
+        node: Node that produced the tensor.
+        output: Index of the tensor among the node's results.
+        contiguous: Whether the elements lay one after another in memory, in logical order.
+        order: Dimensions in their order in memory, slowest first. None if that is the logical order
+            or if the elements had gaps between them.
     """
 
     node: LeafOrigin | Literal | Unknown | Call
@@ -96,29 +106,82 @@ class Origin(NamedTuple):
     order: tuple[int, ...] | None = None
 
 
-def follows_from_leaf(origin: Origin) -> bool:
-    """Whether a leaf, or nobody knows what, is among what a value is made of."""
+# -- values that left the recording -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HostRead:
+    """A tensor value that code outside torch's ops read or could read. It becomes a guard.
+
+    Attributes:
+        origin: Where the value came from.
+        reason: How the value was used, such as ``converted to a list``.
+        sha256: sha256 of the value's bytes.
+        metadata: Dtype and shape of the value.
+        shown: Value as text. Empty if the value is too large to show.
+    """
+
+    origin: Origin
+    reason: str
+    sha256: str
+    metadata: Tensor
+    shown: str
+
+
+@dataclass
+class ArrayExport:
+    """A NumPy array on a tensor's memory that the recorded code received.
+
+    Attributes:
+        read: Value of the array, as the guard to write if the array was read.
+        returned: Whether the array came back, as a tensor or as the weight of a layer.
+        possibly_read: Whether the array may have been read before it came back.
+        elements: Fractions in the array. Empty if only trusted code received it.
+    """
+
+    read: HostRead
+    returned: bool = False
+    possibly_read: bool = False
+    elements: frozenset[float] = frozenset()
+
+    @property
+    def only_passed_on(self) -> bool:
+        """Whether the array counts as passed on and not as read, so that it needs no guard."""
+        return self.returned and not self.possibly_read
+
+
+# -- walks over the graph ---------------------------------------------------------------------
+
+
+def depends_on_leaf(origin: Origin) -> bool:
+    """Return whether a value depends on a leaf or on an unknown value."""
     return bool(leaves_below(origin))
 
 
 def leaves_below(origin: Origin) -> frozenset[str | None]:
-    """Names of the leaves that are among what a value is made of; None stands for the unknown."""
-    found: set[str | None] = set()
+    """Return the FQNs of all leaves that a value is computed from; None stands for an unknown."""
+    names: set[str | None] = set()
     stack, seen = [origin.node], set[int]()
     while stack:
         node = stack.pop()
         if isinstance(node, LeafOrigin):
-            found.add(node.fqn)
+            names.add(node.fqn)
         elif isinstance(node, Unknown):
-            found.add(None)
-        elif isinstance(node, Call) and id(node) not in seen:
+            names.add(None)
+        elif isinstance(node, Call) and id(node) not in seen:  # operands are often shared
             seen.add(id(node))
             stack += [below.node for below in node.inputs]
-    return frozenset(found)
+    return frozenset(names)
 
 
-def bottom_up(origin: Origin, is_known: Callable[[Origin], bool]) -> Iterator[Origin]:
-    """Everything that a value is made of, each before what is made of it; without recursion."""
+def postorder(origin: Origin, is_known: Callable[[Origin], bool]) -> Iterator[Origin]:
+    """Yield the call results that a value is computed from, operands first, without the value.
+
+    Args:
+        origin: Value to start from.
+        is_known: Returns whether to skip a call result and everything below it.
+    """
+    # Chains of thousands of ops are common, so this walk must not recurse.
     stack, seen = [(origin, False)], set[tuple[int, int]]()
     while stack:
         one, ready = stack.pop()
@@ -132,15 +195,15 @@ def bottom_up(origin: Origin, is_known: Callable[[Origin], bool]) -> Iterator[Or
             stack += [(below, False) for below in one.node.inputs]
 
 
-def facts_of(origin: Origin, leaves: Mapping[str, Leaf]) -> Tensor:
-    """Dtype and shape of a value.
+def metadata_of(origin: Origin, leaves: Mapping[str, Leaf]) -> Tensor:
+    """Return the dtype and shape of a recorded value.
 
     Args:
-        origin: Where it comes from.
+        origin: Where the value comes from.
         leaves: All leaves of the program, by FQN.
 
     Raises:
-        TypeError: Nobody knows where.
+        TypeError: The origin is :class:`Unknown`.
     """
     node = origin.node
     if isinstance(node, Call):
@@ -149,37 +212,18 @@ def facts_of(origin: Origin, leaves: Mapping[str, Leaf]) -> Tensor:
         leaf = leaves[node.fqn]
         return Tensor(dtype=leaf.dtype, shape=leaf.shape)
     if isinstance(node, Literal):
-        return facts_of_tensor(node.value)
+        return metadata_of_tensor(node.value)
     raise TypeError(type(node))
 
 
-def facts_of_tensor(tensor: torch.Tensor) -> Tensor:
-    """Dtype and shape of a tensor."""
+def metadata_of_tensor(tensor: torch.Tensor) -> Tensor:
+    """Return the dtype and shape of a tensor."""
     return Tensor(dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))
 
 
-@dataclass(frozen=True)
-class Escape:
-    """A value that left a recording.
+# -- leaves that a value depends on -----------------------------------------------------------
 
-    Attributes:
-        origin: Where it came from.
-        how: How it left.
-        sha256: Of its bytes.
-        facts: Dtype and shape.
-        shown: It as text, where it is small.
-    """
-
-    origin: Origin
-    how: str
-    sha256: str
-    facts: Tensor
-    shown: str
-
-
-# MERGED lineage: Which leaves recorded values follow from, if anybody knows.
-
-_SHAPES_ONLY = frozenset(
+_METADATA_ONLY = frozenset(
     f"aten.{name}"
     for name in (
         "empty_like.default",
@@ -193,155 +237,162 @@ _SHAPES_ONLY = frozenset(
         "zeros_like.default",
     )
 )
-"""Ops whose result does not depend on the values of their operand."""
+"""Ops that use the dtype and shape of their operand and ignore its values."""
 
 
-_IN_AN_ARRAY = (
-    "its numbers are in an array of NumPy on a weight that was given to code of a third party: "
-    "they may have been read there, unseen"
+_MAY_BE_READ = (
+    "its numbers also occur in a NumPy array of a weight that third-party code received, and that "
+    "code may have read them there"
 )
 
 
 class UnwritableError(Exception):
-    """A value whose way is not known, or cannot stand in a plan; says why."""
+    """Raised if no recipe for a value can be written; the message is the reason."""
 
 
 class Lineage:
-    """What the values of one recording follow from."""
+    """The leaves that the values of one recording depend on."""
 
     def __init__(self) -> None:
-        """Know nothing yet."""
-        self._follows: dict[Call, frozenset[str]] = {}
+        """Start without results; each value is looked up once."""
+        self._leaves: dict[Call, frozenset[str]] = {}
 
-    def follows(self, origin: Origin) -> frozenset[str]:
-        """The leaves that a value follows from.
+    def leaves_of(self, origin: Origin) -> frozenset[str]:
+        """Return the FQNs of the leaves whose values decide a value.
 
         Raises:
-            UnwritableError: Nobody knows.
+            UnwritableError: The value depends on an unknown value, or on a literal whose numbers
+                may have been read from a weight.
         """
-        for below in bottom_up(origin, lambda one: one.node in self._follows):
+        # Results below are cached first, so that the recursion in _find is one level deep. An
+        # unknown below is no error here: its values may not matter for any op that uses it.
+        for below in postorder(origin, lambda one: one.node in self._leaves):
             with suppress(UnwritableError):
-                self._followed(below)
-        return self._followed(origin)
+                self._find(below)
+        return self._find(origin)
 
-    def _followed(self, origin: Origin) -> frozenset[str]:
+    def _find(self, origin: Origin) -> frozenset[str]:
         node = origin.node
         if isinstance(node, Unknown):
-            raise UnwritableError(f"{node.reason}, so nobody knows what it follows from")
+            raise UnwritableError(f"its source weights are unknown: {node.reason}")
         if isinstance(node, LeafOrigin):
             return frozenset({node.fqn})
         if isinstance(node, Literal):
-            if any(loan.only_passed_on for loan in node.loans):
-                raise UnwritableError(_IN_AN_ARRAY)
+            if any(export.only_passed_on for export in node.exports):
+                raise UnwritableError(_MAY_BE_READ)
             return frozenset()
-        found = self._follows.get(node)
-        if found is None:
-            found = frozenset[str]().union(*map(self._followed, _read_by(node)))
-            self._follows[node] = found
-        return found
+        names = self._leaves.get(node)
+        if names is None:
+            names = frozenset[str]().union(*map(self._find, _value_operands(node)))
+            self._leaves[node] = names
+        return names
 
 
-def reads_first(call: Call) -> bool:
-    """Whether the values of a call's first operand matter, not only its dtype and shape."""
-    return call.op is not _aten.copy_.default and str(call.op) not in _SHAPES_ONLY
+def reads_first_operand(call: Call) -> bool:
+    """Return whether a call uses the values of its first operand, not only dtype and shape."""
+    # copy_ overwrites its first operand.
+    return call.op is not _aten.copy_.default and str(call.op) not in _METADATA_ONLY
 
 
-def _read_by(call: Call) -> Sequence[Origin]:
-    """The operands whose values matter."""
-    if reads_first(call):
+def _value_operands(call: Call) -> Sequence[Origin]:
+    """Return the operands whose values decide the result."""
+    if reads_first_operand(call):
         return call.inputs
     return [one for one in (*call.args[1:2], *call.numbers) if isinstance(one, Origin)]
 
 
-# MERGED layouts: Ops for which it matters how operands lie in memory, and operands whose elements
-# lie in order.
+# -- how values lie in memory -----------------------------------------------------------------
 
 _aten = torch.ops.aten
-_LAID_OUT = {
+_STRIDE_DEPENDENT = {
     _aten.as_strided.default,
     _aten.as_strided_scatter.default,
     _aten.view.dtype,
     _aten.view_as_complex.default,
     _aten.view_as_real.default,
 }
-"""Ops whose result depends on how their first argument lies in memory."""
-_ANY_LAYOUT = {_aten.view_as_real.default}
-"""Those that only need it to be free of signs and conjugations that torch has put off."""
+"""Ops whose result depends on the strides of their first argument."""
+_ANY_STRIDES = {_aten.view_as_real.default}
+"""Stride-dependent ops that accept all strides but no lazy conjugate or negative bit."""
 RESHAPES = {
     _aten.view.default,
     _aten._unsafe_view.default,  # noqa: SLF001 - the op's name
     _aten.reshape.default,
     _aten._reshape_alias.default,  # noqa: SLF001 - the op's name
 }
-"""Ops that give what they are given in another shape."""
+"""Ops that return their first argument in another shape."""
 ORDERED = "in order"
-"""What stands for the op of a call that puts elements one after another, in an order of dimensions
-that is its second argument; None is their own."""
+"""Op of a :class:`Call` that no recording contains. It makes its first argument contiguous in the
+order of dimensions that is its second argument; None is the logical order."""
 
 
-def is_laid_out(op: Any) -> bool:
-    """Whether what an op gives depends on how its first argument lies in memory."""
-    return op in _LAID_OUT
+def is_stride_dependent(op: Any) -> bool:
+    """Return whether the result of an op depends on the strides of its first argument."""
+    return op in _STRIDE_DEPENDENT
 
 
 def needs_contiguous(op: Any) -> bool:
-    """Whether such an op takes its first argument only with one element after another."""
-    return op not in _ANY_LAYOUT
+    """Return whether a stride-dependent op needs a contiguous first argument in a recipe."""
+    return op not in _ANY_STRIDES
 
 
-def plainly_laid_out(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor with one element after another in memory, and no signs that torch has put off."""
+def resolved_contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as contiguous memory without lazy conjugate or negative bits."""
     return tensor.resolve_conj().resolve_neg().contiguous()
 
 
-def on_ordered(origin: Origin, lineage: Lineage, leaves: Mapping[str, Leaf]) -> Origin:
-    """The same view of memory whose elements lie one after another, as they did.
+def on_ordered_base(origin: Origin, lineage: Lineage, leaves: Mapping[str, Leaf]) -> Origin:
+    """Return the same view, of a base that is contiguous in its recorded order of dimensions.
+
+    A value that depends on no leaf is returned unchanged, as plans store it.
 
     Args:
-        origin: A value that was recorded.
-        lineage: Knows what values follow from.
+        origin: Recorded value.
+        lineage: Lineage of the recording.
         leaves: All leaves of the program, by FQN.
 
     Raises:
-        UnwritableError: Nobody knows what it follows from.
+        UnwritableError: The leaves that the value depends on are unknown.
     """
     node = origin.node
-    if not lineage.follows(origin):
+    if not lineage.leaves_of(origin):
         return origin
-    if _is_view_of_another(node):
-        below = on_ordered(node.args[0], lineage, leaves)
-        moved = replace(node, args=(below, *node.args[1:]), inputs=(below, *node.inputs[1:]))
-        return origin._replace(node=moved)
+    if _is_view_call(node):
+        below = on_ordered_base(node.args[0], lineage, leaves)
+        view = replace(node, args=(below, *node.args[1:]), inputs=(below, *node.inputs[1:]))
+        return origin._replace(node=view)
     device = node.device if isinstance(node, Call) else "cpu"
-    facts = (facts_of(origin, leaves),)
-    ordered = Call(ORDERED, (origin, origin.order), {}, facts, device, (origin,))
+    metadata = (metadata_of(origin, leaves),)
+    ordered = Call(ORDERED, (origin, origin.order), {}, metadata, device, (origin,))
     return origin._replace(node=ordered, output=0)
 
 
-def is_anchored(origin: Origin) -> bool:
-    """Whether a value is a view of memory without gaps, which a recipe can make again.
+def has_dense_base(origin: Origin) -> bool:
+    """Return whether a value is a view of memory without gaps, which a recipe can rebuild.
 
-    Other operands have to be made contiguous, in a recording and in recipes.
+    Recordings and recipes make all other operands contiguous.
     """
-    while _is_view_of_another(origin.node):
+    # Views of the base are taken again in a replay, so only the base must be free of gaps.
+    while _is_view_call(origin.node):
         origin = origin.node.args[0]
     return origin.contiguous or origin.order is not None
 
 
 def is_whole(origin: Origin) -> bool:
-    """Whether a value is all of its memory, one element after another."""
+    """Return whether a value is contiguous and covers all of its memory."""
     if not origin.contiguous:
         return False
-    while _is_view_of_another(origin.node) and origin.node.op in RESHAPES:
+    while _is_view_call(origin.node) and origin.node.op in RESHAPES:
         origin = origin.node.args[0]
-    return origin.contiguous and not _is_view_of_another(origin.node)
+    return origin.contiguous and not _is_view_call(origin.node)
 
 
-def _is_view_of_another(node: object) -> TypeGuard[Call]:
+def _is_view_call(node: object) -> TypeGuard[Call]:
     return isinstance(node, Call) and node.op is not ORDERED and is_view(node.op)
 
 
 def is_view(op: Any) -> bool:
-    """Whether it gives a part of the memory of its first argument, and writes nothing."""
-    first, *_ = op._schema.arguments  # noqa: SLF001 - there is no other way
+    """Return whether an op returns a view of its first argument and writes nothing."""
+    # A view op declares an alias of its first argument, and an in-place op a written alias.
+    first, *_ = op._schema.arguments  # noqa: SLF001 - there is no public name
     return first.alias_info is not None and not first.alias_info.is_write

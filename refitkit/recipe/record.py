@@ -1,8 +1,11 @@
-"""From a recording to recipes: what each slot needs, in as few calls as possible.
+"""Turn a recording into recipes: a ledger row for each slot, and guards.
 
-A recording knows for every value which op made it of which others. Here that is followed back to
-the leaves (:mod:`refitkit.recipe.origins`) and written as calls (:mod:`refitkit.recipe.writer`).
-Each slot gets a row, and what left the recording becomes guards.
+A recording knows the op and the operands of every value. This module follows each slot's value back
+to the leaves (:mod:`refitkit.recipe.origins`), writes the calls (:mod:`refitkit.recipe.writer`),
+and turns host reads into guards. It then computes each recipe with the recorded weights and drops
+recipes that return other bits than the slot has.
+
+Read :func:`write` first: it calls the rest of the module from top to bottom.
 """
 
 from __future__ import annotations
@@ -39,11 +42,31 @@ if TYPE_CHECKING:
 
     from refitkit.model import Leaf, OpCall, Slot, Value
     from refitkit.protocols import SlotValue
-    from refitkit.recipe.origins import Escape, Origin
+    from refitkit.recipe.origins import HostRead, Origin
     from refitkit.recipe.tape import Tape
 
 
-_CHANGED = "what was recorded of it gives another value: it was changed where no op is seen"
+_CHANGED = (
+    "its recipe returns another value than the slot holds: the value was changed without an op"
+)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Recipes of all slots.
+
+    Attributes:
+        rows: One ledger row for each slot, in the order of the slots.
+        calls: Calls that the recipes and guards refer to.
+        guards: Values that must stay the same for the recipes to be valid.
+        literals: Tensors that the plan has to store, by name. Leaves outside the state_dict are
+            not among them.
+    """
+
+    rows: tuple[LedgerRow, ...]
+    calls: tuple[OpCall, ...] = ()
+    guards: tuple[Guard, ...] = ()
+    literals: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def write(
@@ -53,263 +76,163 @@ def write(
     ties: Sequence[Sequence[str]],
     tensors: Mapping[str, torch.Tensor],
 ) -> Recorded:
-    """Recipes for slots.
+    """Return recipes for slots.
 
     Args:
-        tape: The recording.
-        slots: Slots, where their values come from, and the values.
+        tape: Recording that has ended.
+        slots: Each slot with the origin of its value, and the value.
         leaves: All leaves of the program.
-        ties: Classes of leaves that are one tensor.
-        tensors: Values of the leaves, by FQN: recipes have to give the slots' values of them.
+        ties: Groups of FQNs that name one tensor.
+        tensors: Recorded values of the leaves, by FQN. Each recipe must return the slot's value
+            when it is computed from them.
     """
     slots = tuple(slots)
-    rows = _Rows({leaf.fqn: leaf for leaf in leaves}, ties, Lookalikes(leaves, tensors))
-    guards, fault = rows.guards(tape.escapes)
-    found = rows.recorded(
-        [rows.row(slot, origin, value, fault) for slot, origin, value in slots], guards
+    ledger = _LedgerWriter(
+        {leaf.fqn: leaf for leaf in leaves}, ties, WeightMatcher(leaves, tensors)
+    )
+    # Guards come first: rows depend on whether all of them can be written, and on which weights
+    # they check.
+    guards, failure = ledger.guards(tape.host_reads)
+    recorded = ledger.recorded(
+        [ledger.row(slot, origin, value, failure) for slot, origin, value in slots], guards
     )
     values = {slot.key: value for slot, _, value in slots}
-    return needed(_tried(found, leaves, tensors, values))
+    return without_unused(_without_mismatches(recorded, leaves, tensors, values))
 
 
-class _Rows:
-    """Says of each slot how its value is had, and of what left the recording how it is guarded."""
+class _LedgerWriter:
+    """Writes the ledger rows and the guards of one recording."""
 
     def __init__(
         self,
         leaves: Mapping[str, Leaf],
         ties: Sequence[Sequence[str]],
-        lookalikes: Lookalikes,
+        weights: WeightMatcher,
     ) -> None:
-        self._leaves, self._lookalikes = leaves, lookalikes
+        self._leaves, self._weights = leaves, weights
         self._lineage = Lineage()
         self._draft = Draft(leaves, ties)
         self._writer = Writer(leaves, self._lineage, self._draft)
         self._guarded: set[str] = set()
 
-    def row(self, slot: Slot, origin: Origin, value: torch.Tensor, fault: str) -> LedgerRow:
-        """One slot."""
-        if fault:
-            return LedgerRow(slot=slot, state=SlotState.UNMAPPED, reason=fault)
+    def guards(self, reads: Iterable[HostRead]) -> tuple[list[Guard], str]:
+        """Return guards for host reads, and the reason for failure if one cannot be guarded.
+
+        The reason is empty on success. No recipe is valid after a failure, because a value that
+        decided what the engines are cannot be checked.
+        """
+        guards: dict[Value, Guard] = {}
+        for read in reads:
+            try:
+                if self._lineage.leaves_of(read.origin):
+                    value = self._writer.value(read.origin)
+                    guards.setdefault(value, _guard(value, read))
+                    self._guarded.update(self._draft.sources(value))
+            except UnwritableError as exc:
+                return [], f"no guard can be written for a value that was {read.reason}: {exc}"
+        return list(guards.values()), ""
+
+    def row(self, slot: Slot, origin: Origin, value: torch.Tensor, failure: str) -> LedgerRow:
+        """Return the ledger row of one slot.
+
+        Args:
+            slot: Slot.
+            origin: Origin of the slot's value.
+            value: Value of the slot.
+            failure: Why no recipe is valid; empty if recipes are valid.
+        """
+        if failure:
+            return LedgerRow(slot=slot, state=SlotState.UNMAPPED, reason=failure)
         try:
-            if not self._lineage.follows(origin):
-                return self._frozen(slot, value, seen=not isinstance(origin.node, Literal))
-            found = self._fitting(self._writer.value(origin), slot)
+            if not self._lineage.leaves_of(origin):
+                return self._frozen_row(slot, value, seen=not isinstance(origin.node, Literal))
+            computed = self._slot_value(self._writer.value(origin), slot)
         except UnwritableError as exc:
             return LedgerRow(slot=slot, state=SlotState.UNMAPPED, reason=str(exc))
-        return self._served(slot, found)
+        return self._computed_row(slot, computed)
 
-    def _fitting(self, value: Value, slot: Slot) -> Value:
-        """The value of a slot; a reshape at its end is left to whoever reads it."""
-        facts = self._draft.facts(value)
-        count = torch.Size(facts.shape).numel()
-        if (facts.dtype, count) != (slot.dtype, slot.count):
-            found = f"{count} of {facts.dtype}"
-            raise UnwritableError(f"the engine has {slot.count} of {slot.dtype} there, not {found}")
+    def _slot_value(self, value: Value, slot: Slot) -> Value:
+        """Return a value that fits a slot, without reshapes at its end: engines read flat memory.
+
+        Raises:
+            UnwritableError: The dtype or the number of elements is not the slot's.
+        """
+        metadata = self._draft.metadata(value)
+        count = torch.Size(metadata.shape).numel()
+        if (metadata.dtype, count) != (slot.dtype, slot.count):
+            raise UnwritableError(
+                f"the slot has {slot.count} elements of {slot.dtype}, but the recorded value has "
+                f"{count} of {metadata.dtype}"
+            )
         return self._draft.before_reshapes(value)
 
-    def _served(self, slot: Slot, found: Value) -> LedgerRow:
-        sources = self._draft.sources(found)
-        if isinstance(found, SourceRef) and not self._leaves[found.fqn].persistent:
+    def _computed_row(self, slot: Slot, value: Value) -> LedgerRow:
+        sources = self._draft.sources(value)
+        if isinstance(value, SourceRef) and not self._leaves[value.fqn].persistent:
             return LedgerRow(
                 slot=slot,
                 state=SlotState.PINNED,
-                value=PinnedRef(name=found.fqn),
+                value=PinnedRef(name=value.fqn),
                 sources=sources,
-                reason="no state_dict holds it; the plan keeps its value",
+                reason="no state_dict contains it, so the plan stores its value",
             )
-        return LedgerRow(slot=slot, state=SlotState.RECIPE, value=found, sources=sources)
+        return LedgerRow(slot=slot, state=SlotState.RECIPE, value=value, sources=sources)
 
-    def _frozen(self, slot: Slot, value: torch.Tensor, *, seen: bool) -> LedgerRow:
-        """A literal, unless its numbers are a weight's and nobody saw them being made."""
-        fqn = "" if seen else self._lookalikes.of(value)
+    def _frozen_row(self, slot: Slot, value: torch.Tensor, *, seen: bool) -> LedgerRow:
+        """Return the row of a slot that depends on no leaf.
+
+        Args:
+            slot: Slot.
+            value: Value of the slot.
+            seen: Whether the recording saw how the value was computed. If not, the value may be a
+                weight that code read where the recording could not see it.
+
+        Raises:
+            UnwritableError: The value was not seen and contains the values of a weight.
+        """
+        fqn = "" if seen else self._weights.match(value)
+        # If the weight is guarded, the recording saw how it was read, and the guard checks that.
         if fqn and fqn not in self._guarded:
-            raise UnwritableError(f"it holds the values of {fqn!r}, and no op is seen between them")
-        kept = self._draft.keep(value if slot.shape is None else value.reshape(slot.shape))
-        reason = "nothing that it is made of comes from a parameter or buffer"
+            raise UnwritableError(
+                f"the slot contains the values of {fqn!r}, but no recorded op connects them"
+            )
+        kept = self._draft.pin(value if slot.shape is None else value.reshape(slot.shape))
+        reason = "it depends on no parameter or buffer"
         return LedgerRow(slot=slot, state=SlotState.FROZEN, value=kept, reason=reason)
 
-    def guards(self, escapes: Iterable[Escape]) -> tuple[list[Guard], str]:
-        """Guards for what left the recording; and why recipes say nothing, if one is lacking."""
-        found: dict[Value, Guard] = {}
-        for escape in escapes:
-            try:
-                if self._lineage.follows(escape.origin):
-                    value = self._writer.value(escape.origin)
-                    found.setdefault(value, _guard(value, escape))
-                    self._guarded.update(self._draft.sources(value))
-            except UnwritableError as exc:
-                return [], f"a value decided what the engines are ({escape.how}), and {exc}"
-        return list(found.values()), ""
-
     def recorded(self, rows: Iterable[LedgerRow], guards: Iterable[Guard]) -> Recorded:
-        """These, with all calls and literals that were written for any."""
+        """Return rows and guards with all calls and literals that were written."""
         draft = self._draft
         return Recorded(tuple(rows), tuple(draft.calls), tuple(guards), draft.literals)
 
 
-def _guard(value: Value, escape: Escape) -> Guard:
+def _guard(value: Value, read: HostRead) -> Guard:
     return Guard(
         value=value,
-        sha256=escape.sha256,
-        dtype=escape.facts.dtype,
-        shape=escape.facts.shape,
-        shown=escape.shown,
-        reason=escape.how,
+        sha256=read.sha256,
+        dtype=read.metadata.dtype,
+        shape=read.metadata.shape,
+        shown=read.shown,
+        reason=read.reason,
     )
 
 
-def _tried(
-    found: Recorded,
-    leaves: Sequence[Leaf],
-    tensors: Mapping[str, torch.Tensor],
-    values: Mapping[tuple[str, str], torch.Tensor],
-) -> Recorded:
-    """The same; without recipes that do not give the value that the slot had."""
-    kept = {leaf.fqn: tensors[leaf.fqn] for leaf in leaves if leaf.parts} | dict(found.literals)
-    wrong = set(unlike(found.rows, found.calls, leaves, tensors, kept, values))
-    rows = (
-        LedgerRow(slot=row.slot, state=SlotState.UNMAPPED, reason=_CHANGED)
-        if row.slot.key in wrong
-        else row
-        for row in found.rows
-    )
-    return replace(found, rows=tuple(rows))
+# -- literals with the values of a weight -----------------------------------------------------
 
 
-# MERGED recorded: Recipes of all slots, as a recording gives them: without what none of them
-# needs.
+class WeightMatcher:
+    """Finds the weight whose values a literal contains.
 
-
-@dataclass(frozen=True)
-class Recorded:
-    """Recipes of all slots.
-
-    Attributes:
-        rows: One for each slot that was asked for.
-        calls: What they compute.
-        guards: What must be as it was.
-        literals: Tensors that the plan has to keep, beside leaves that no state_dict holds.
+    Code can read a weight unseen: through a torch method that it looked up before the recording, or
+    in a C library. The tensor that it creates from the values looks like a literal of a converter.
     """
-
-    rows: tuple[LedgerRow, ...]
-    calls: tuple[OpCall, ...] = ()
-    guards: tuple[Guard, ...] = ()
-    literals: Mapping[str, torch.Tensor] = field(default_factory=dict)
-
-
-def needed(found: Recorded) -> Recorded:
-    """All of it, without calls and literals that no row and no guard needs."""
-    wanted = [row.value for row in found.rows if row.value]
-    wanted += [guard.value for guard in found.guards]
-    below = sorted(calls_below(wanted, lambda number: operands_of(found.calls[number])))
-    numbers = {old: new for new, old in enumerate(below)}
-    calls = tuple(_renumbered(found.calls[old], numbers) for old in below)
-    kept = {v.name for call in calls for v in operands_of(call) if isinstance(v, PinnedRef)}
-    kept |= {value.name for value in wanted if isinstance(value, PinnedRef)}
-    return Recorded(
-        rows=tuple(
-            row.model_copy(update={"value": _renumber(row.value, numbers)}) for row in found.rows
-        ),
-        calls=calls,
-        guards=tuple(
-            guard.model_copy(update={"value": _renumber(guard.value, numbers)})
-            for guard in found.guards
-        ),
-        literals={name: value for name, value in found.literals.items() if name in kept},
-    )
-
-
-def _renumber(argument: Any, numbers: Mapping[int, int]) -> Any:
-    if isinstance(argument, tuple):
-        return tuple(_renumber(one, numbers) for one in argument)
-    if isinstance(argument, CallRef):
-        return CallRef(call=numbers[argument.call], output=argument.output)
-    return argument
-
-
-def _renumbered(call: OpCall, numbers: Mapping[int, int]) -> OpCall:
-    args = _renumber(call.args, numbers)
-    kwargs = {name: _renumber(one, numbers) for name, one in call.kwargs.items()}
-    return call.model_copy(update={"args": args, "kwargs": kwargs})
-
-
-# MERGED trial: Whether recipes give, of the weights that were recorded, the values that were
-# recorded.
-#
-# Not every way to change a tensor can be watched (:mod:`refitkit.recipe.host_reads`): a library
-# in C that knows its address needs no op for it. What such a library did to a value shows here.
-
-_COMPUTED = {SlotState.RECIPE, SlotState.PINNED}
-
-
-def unlike(
-    rows: Sequence[LedgerRow],
-    calls: Sequence[OpCall],
-    leaves: Sequence[Leaf],
-    tensors: Mapping[str, torch.Tensor],
-    literals: Mapping[str, torch.Tensor],
-    values: Mapping[tuple[str, str], torch.Tensor],
-) -> Iterator[tuple[str, str]]:
-    """Keys of slots whose recipe gives other bits than were recorded, or cannot be computed.
-
-    Values are computed one after another: they never lie in memory all at once.
-
-    Args:
-        rows: The slots.
-        calls: What recipes compute.
-        leaves: All leaves of the program.
-        tensors: Their values, by FQN.
-        literals: Tensors that the plan keeps, beside leaves.
-        values: What was recorded, by slot.
-    """
-    data = PlanData(
-        backend="",
-        leaves=tuple(leaves),
-        ledger=tuple(rows),
-        calls=tuple(calls),
-        pinned={name: _index_of(tensor) for name, tensor in literals.items()},
-        fingerprint=Fingerprint(graph="", slots=""),
-    )
-    computed = [row for row in rows if row.state in _COMPUTED]
-    found = RefitPlan(data, literals).values_of(computed, TensorMap(tensors))
-    for key, value in found.items():
-        if isinstance(value, str) or not _gives(value, values[key]):
-            yield key
-
-
-def _index_of(tensor: torch.Tensor) -> PinnedTensor:
-    """An index entry that no file will hold: nobody asks for its digest."""
-    return PinnedTensor(dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape), sha256="")
-
-
-def _gives(value: SlotValue, wanted: torch.Tensor) -> bool:
-    try:
-        found = value.load()
-    except PlanMismatchError:
-        return False
-    dense = found.is_contiguous() and wanted.is_contiguous()
-    if dense and found.dtype == wanted.dtype and found.data_ptr() == wanted.data_ptr():
-        return found.numel() == wanted.numel()
-    return same_bits(wanted.reshape(-1), found.reshape(-1))
-
-
-# MERGED lookalikes: Literals that hold the values of a weight: somebody read it where no
-# recording sees that.
-#
-# A method of torch that was looked up before the recording began, or a library that takes tensors
-# as they are, reads a weight unseen. What it makes of that looks like a literal of a converter.
-
-
-class Lookalikes:
-    """The weights of a program, to be compared with literals."""
 
     def __init__(self, leaves: Sequence[Leaf], tensors: Mapping[str, torch.Tensor]) -> None:
-        """Look at no value yet.
+        """Index the floating-point weights by number of elements.
 
         Args:
             leaves: All leaves of the program.
-            tensors: Their values, by FQN.
+            tensors: Values of the leaves, by FQN.
         """
         self._tensors = tensors
         self._by_count: dict[int, list[str]] = defaultdict(list)
@@ -317,14 +240,16 @@ class Lookalikes:
             if leaf.persistent and dtype_of(leaf.dtype).is_floating_point:
                 self._by_count[prod(leaf.shape)].append(leaf.fqn)
 
-    def of(self, literal: torch.Tensor) -> str:
-        """The FQN of a weight with these values, in any order and precision; empty if none has.
+    def match(self, literal: torch.Tensor) -> str:
+        """Return the FQN of a weight with the values of a literal; empty if there is none.
 
-        A literal of a single value, such as zeros or ones, tells nothing.
+        Ignores the order and the precision of the values. A literal with one distinct value, such
+        as zeros, matches no weight.
         """
         names = self._by_count.get(literal.numel())
         if not names or not literal.is_floating_point():
             return ""
+        # Sorting makes the comparison independent of transposes and other permutations.
         wanted = _sorted(literal, literal.dtype)
         if wanted[0] == wanted[-1]:
             return ""
@@ -335,5 +260,130 @@ class Lookalikes:
 
 
 def _sorted(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    found: torch.Tensor = value.detach().cpu().to(dtype).double().reshape(-1).sort().values
-    return found
+    """Return the values in ascending order, flat, as float64 on the CPU, rounded to a dtype."""
+    ordered: torch.Tensor = value.detach().cpu().to(dtype).double().reshape(-1).sort().values
+    return ordered
+
+
+# -- trial of the recipes ---------------------------------------------------------------------
+#
+# A C library that knows the address of a tensor can change it without an op. The recording cannot
+# see this, but the recipe then returns another value than the slot has.
+
+_COMPUTED = {SlotState.RECIPE, SlotState.PINNED}
+
+
+def _without_mismatches(
+    recorded: Recorded,
+    leaves: Sequence[Leaf],
+    tensors: Mapping[str, torch.Tensor],
+    values: Mapping[tuple[str, str], torch.Tensor],
+) -> Recorded:
+    """Return recipes in which slots are unmapped if their recipe does not return their value."""
+    # A plan stores leaves with parts, for the elements that no part covers.
+    stored = {leaf.fqn: tensors[leaf.fqn] for leaf in leaves if leaf.parts} | dict(
+        recorded.literals
+    )
+    wrong = set(find_mismatches(recorded.rows, recorded.calls, leaves, tensors, stored, values))
+    rows = (
+        LedgerRow(slot=row.slot, state=SlotState.UNMAPPED, reason=_CHANGED)
+        if row.slot.key in wrong
+        else row
+        for row in recorded.rows
+    )
+    return replace(recorded, rows=tuple(rows))
+
+
+def find_mismatches(
+    rows: Sequence[LedgerRow],
+    calls: Sequence[OpCall],
+    leaves: Sequence[Leaf],
+    tensors: Mapping[str, torch.Tensor],
+    literals: Mapping[str, torch.Tensor],
+    values: Mapping[tuple[str, str], torch.Tensor],
+) -> Iterator[tuple[str, str]]:
+    """Yield keys of slots whose recipe returns other bits than recorded, or cannot be computed.
+
+    Computes one value after another, so that not all values are in memory at once.
+
+    Args:
+        rows: Ledger rows of the slots.
+        calls: Calls that the recipes refer to.
+        leaves: All leaves of the program.
+        tensors: Recorded values of the leaves, by FQN.
+        literals: Tensors that the plan stores, besides leaves, by name.
+        values: Recorded values of the slots, by slot key.
+    """
+    data = PlanData(
+        backend="",
+        leaves=tuple(leaves),
+        ledger=tuple(rows),
+        calls=tuple(calls),
+        pinned={name: _index_entry(tensor) for name, tensor in literals.items()},
+        fingerprint=Fingerprint(graph="", slots=""),
+    )
+    computed = [row for row in rows if row.state in _COMPUTED]
+    values_by_key = RefitPlan(data, literals).values_of(computed, TensorMap(tensors))
+    for key, value in values_by_key.items():
+        if isinstance(value, str) or not _has_bits(value, values[key]):
+            yield key
+
+
+def _index_entry(tensor: torch.Tensor) -> PinnedTensor:
+    """Return an index entry without a digest, as this plan is never stored."""
+    return PinnedTensor(dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape), sha256="")
+
+
+def _has_bits(value: SlotValue, wanted: torch.Tensor) -> bool:
+    try:
+        computed = value.load()
+    except PlanMismatchError:
+        return False
+    # Most slots hold a leaf itself: equal addresses make a comparison of the bits unnecessary.
+    dense = computed.is_contiguous() and wanted.is_contiguous()
+    if dense and computed.dtype == wanted.dtype and computed.data_ptr() == wanted.data_ptr():
+        return computed.numel() == wanted.numel()
+    return same_bits(wanted.reshape(-1), computed.reshape(-1))
+
+
+# -- calls and literals that nothing uses -----------------------------------------------------
+
+
+def without_unused(recorded: Recorded) -> Recorded:
+    """Return recipes without the calls and literals that no row and no guard uses.
+
+    Calls are numbered anew, in their old order.
+    """
+    wanted = [row.value for row in recorded.rows if row.value]
+    wanted += [guard.value for guard in recorded.guards]
+    below = sorted(calls_below(wanted, lambda number: operands_of(recorded.calls[number])))
+    numbers = {old: new for new, old in enumerate(below)}
+    calls = tuple(_renumbered_call(recorded.calls[old], numbers) for old in below)
+    stored = {v.name for call in calls for v in operands_of(call) if isinstance(v, PinnedRef)}
+    stored |= {value.name for value in wanted if isinstance(value, PinnedRef)}
+    return Recorded(
+        rows=tuple(
+            row.model_copy(update={"value": _renumbered(row.value, numbers)})
+            for row in recorded.rows
+        ),
+        calls=calls,
+        guards=tuple(
+            guard.model_copy(update={"value": _renumbered(guard.value, numbers)})
+            for guard in recorded.guards
+        ),
+        literals={name: value for name, value in recorded.literals.items() if name in stored},
+    )
+
+
+def _renumbered(argument: Any, numbers: Mapping[int, int]) -> Any:
+    if isinstance(argument, tuple):
+        return tuple(_renumbered(one, numbers) for one in argument)
+    if isinstance(argument, CallRef):
+        return CallRef(call=numbers[argument.call], output=argument.output)
+    return argument
+
+
+def _renumbered_call(call: OpCall, numbers: Mapping[int, int]) -> OpCall:
+    args = _renumbered(call.args, numbers)
+    kwargs = {name: _renumbered(one, numbers) for name, one in call.kwargs.items()}
+    return call.model_copy(update={"args": args, "kwargs": kwargs})

@@ -219,7 +219,7 @@ def test_an_array_that_was_filled_with_a_weight_is_guarded() -> None:
     model, program = program_of(torch.special.gammainc, 0)
     plan = planned(program, OPTIONS)
     (guard,) = plan.data.guards
-    assert guard.reason == "it is given to NumPy"
+    assert guard.reason == "passed to NumPy"
     assert agree(replayed(plan, model.state_dict()), rebuilt(program, OPTIONS))
     other, _ = program_of(torch.special.gammainc, 1)
     with pytest.raises(UnmappedSlotError, match="weight: guard"):

@@ -1,4 +1,4 @@
-"""Functions under a tape: what is recorded of them, and what a plan of that gives."""
+"""Record functions with a tape, and compute the plans that follow."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ REFUSED = "refused"
 
 @dataclass(frozen=True)
 class Recording:
-    """What was recorded of one function.
+    """The recording of one function.
 
     Attributes:
-        tape: The recording.
-        outputs: What the function gave, by name.
-        plan: The plan, stored and read again.
+        tape: Tape that recorded the function.
+        outputs: Results of the function, by name.
+        plan: Plan of the recording, stored and loaded again.
     """
 
     tape: Tape
@@ -52,17 +52,17 @@ class Recording:
 
     @property
     def state(self) -> str:
-        """Of the only slot."""
+        """State of the only slot."""
         (found,) = self.states.values()
         return found
 
     @property
     def ops(self) -> list[str]:
-        """Names of all calls, without namespace."""
+        """Names of the ops of all calls, without the namespace."""
         return [call.op.removeprefix("aten.") for call in self.plan.data.calls]
 
     def values(self, weights: Mapping[str, torch.Tensor]) -> Tensors | str:
-        """All slots with other weights, or that the plan refused them."""
+        """Return the values of all slots for other weights, or ``REFUSED``."""
         try:
             return self.plan.materialize(dict(weights))["model"]
         except UnmappedSlotError:
@@ -70,7 +70,7 @@ class Recording:
 
 
 def named(result: Any) -> Tensors:
-    """Tensors that a function gave, by name."""
+    """Return the tensors in a function's result, by name."""
     if isinstance(result, torch.Tensor):
         return {"y": result}
     if isinstance(result, dict):
@@ -89,7 +89,7 @@ def record(
     ties: Sequence[tuple[str, ...]] = (),
     kinds: Mapping[str, LeafKind] | None = None,
 ) -> Recording:
-    """Run a function of leaves under a tape, and make a plan in which each result is a slot."""
+    """Record a function of leaves, and return a plan in which each result is a slot."""
     tape = Tape(leaves)
     with tape, torch.no_grad():
         outputs = named(function(**leaves))
@@ -106,7 +106,7 @@ def planned(
     ties: Sequence[tuple[str, ...]] = (),
     kinds: Mapping[str, LeafKind] | None = None,
 ) -> Recording:
-    """A plan of what a tape has recorded."""
+    """Return a plan of a recording that has ended."""
     facts = [
         leaf_of(name, value, (kinds or {}).get(name, LeafKind.PARAMETER))
         for name, value in leaves.items()
@@ -133,20 +133,20 @@ def planned(
 
 
 def truth(function: Callable[..., Any], weights: Mapping[str, torch.Tensor]) -> Tensors:
-    """What a function gives, on copies that lie in memory as the weights do."""
+    """Return copies of a function's results for some weights."""
     with torch.no_grad():
         return {name: value.clone() for name, value in named(function(**weights)).items()}
 
 
 def agree(found: Tensors | str, wanted: Tensors) -> bool:
-    """Whether all slots have the bits that they should have."""
+    """Return whether all slots have the wanted bits."""
     return isinstance(found, dict) and all(
         same_bits(found[name].reshape(wanted[name].shape), wanted[name]) for name in wanted
     )
 
 
 def like(leaves: Mapping[str, torch.Tensor], seed: int = 1) -> Tensors:
-    """Other weights of the same shapes."""
+    """Return other weights with the same shapes and dtypes."""
     generator = torch.Generator().manual_seed(seed)
     return {name: _redrawn(value, generator) for name, value in leaves.items()}
 

@@ -1,4 +1,4 @@
-"""What a tape sees: aliases and writes, memory that is used again, and modes that go off and on."""
+"""Tape: aliases and writes, memory that is reused, and dispatch modes that are disabled."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def leaves() -> dict[str, torch.Tensor]:
 
 
 def after(tensor: torch.Tensor, *writes: Any) -> torch.Tensor:
-    """A tensor after it was written to."""
+    """Return a tensor after writes to it."""
     for write in writes:
         write(tensor)
     return tensor
@@ -136,7 +136,7 @@ SERVED: dict[str, Function] = {
 
 
 class Simple(torch.Tensor):
-    """A tensor of another class that does nothing of its own."""
+    """A tensor subclass without behaviour of its own."""
 
 
 def autocast(w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -228,7 +228,7 @@ def test_leaves_are_not_written_to(name: str) -> None:
 
 
 def test_addresses_that_are_used_again() -> None:
-    """In a process of its own: the heap of this one may have other places for each tensor."""
+    """Runs in a new process, because the heap of this one may place every tensor elsewhere."""
     code = "from tests.unit.recipe.test_tape import use_addresses_again as use; use()"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
@@ -242,7 +242,7 @@ def test_addresses_that_are_used_again() -> None:
 
 
 def use_addresses_again() -> None:
-    """All of a place or a part of it: that is for the heap to decide."""
+    """Reuse addresses of freed memory, all of it or a part: the heap decides which."""
     seen: list[tuple[int, int]] = []
 
     def function(w: torch.Tensor, b: torch.Tensor, i: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -307,7 +307,7 @@ def test_it_keeps_no_tensor_alive() -> None:
 
 
 class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
-    """Counts ops."""
+    """A dispatch mode that counts ops."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -408,7 +408,7 @@ _WRITES: list[Any] = [
 
 
 def random_function(seed: int) -> Function:
-    """A function of leaves that does the same whenever it is called, but on other values."""
+    """Return a function of leaves that makes the same calls for one seed, whatever the values."""
 
     def run(w: torch.Tensor, b: torch.Tensor, i: torch.Tensor) -> tuple[torch.Tensor, ...]:
         r = random.Random(seed)  # noqa: S311 - no secret
@@ -421,7 +421,7 @@ def random_function(seed: int) -> Function:
                 else:
                     pool.append(r.choice(_STEPS)(r, r.choice([*pool, *own]), other))
             except (RuntimeError, IndexError, TypeError):
-                continue  # it does not fit these shapes; nor will it the next time
+                continue  # the shapes do not fit, and will not in the next run either
         return (*own, *pool[-4:])
 
     return run

@@ -1,4 +1,4 @@
-"""One plan in several threads at once, each with other weights."""
+"""One plan in several threads at once, with other weights in each."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def leaves() -> Tensors:
 
 
 def function(w: torch.Tensor, i: torch.Tensor, **small: torch.Tensor) -> list[torch.Tensor]:
-    """A batch of small folds, a table that is kept from refit to refit, and what both share."""
+    """Compute a batch of small folds, a table that refits keep, and values that depend on both."""
     folds = [(one * 2 + one).neg() for one in small.values()]
     table = (i * 2.5)[:, None] + i
     return [*folds, w * folds[0], w[i] + table, table, w, w.t() * folds[1]]
@@ -58,7 +58,7 @@ def test_threads_that_materialize_at_once_get_their_own_values(count: int) -> No
 
 
 def test_threads_that_take_turns_slot_by_slot_get_their_own_values() -> None:
-    """Each has computed a part of its values when the other goes on: the same way at each run."""
+    """Each thread has computed a part of its values when the other one continues."""
     plan = recorded().plan
     state = [like(leaves(), seed) for seed in (1, 2)]
     turns = [threading.Semaphore(1), threading.Semaphore(0)]
@@ -76,7 +76,7 @@ def test_threads_that_take_turns_slot_by_slot_get_their_own_values() -> None:
 
 
 def test_values_of_one_replay_may_be_read_by_several_threads() -> None:
-    """In any order, and each more than once: as an engine that stages in parallel would."""
+    """In any order and more than once, as an engine that stages in parallel would read them."""
     plan, weights = recorded().plan, like(leaves())
     wanted = truth(function, weights)
     for _ in range(ROUNDS):
@@ -93,7 +93,7 @@ def test_values_of_one_replay_may_be_read_by_several_threads() -> None:
 
 
 class InTheMiddle(Mapping[str, torch.Tensor]):
-    """Weights; when one is read, something else happens first, in another thread."""
+    """Weights that run a function in another thread before one of them is read."""
 
     def __init__(self, tensors: Tensors, name: str, then: Callable[[], bool]) -> None:
         self._tensors, self._name, self._then = tensors, name, then
@@ -114,7 +114,7 @@ class InTheMiddle(Mapping[str, torch.Tensor]):
 
 @pytest.mark.parametrize("name", ["w", "i", "g3"])
 def test_another_thread_may_materialize_in_the_middle_of_it(name: str) -> None:
-    """While the values of one run are half made, tables that are kept among them."""
+    """Another thread computes while one run has computed half of its values and kept tables."""
     plan, one, other = recorded(), like(leaves(), 1), like(leaves(), 2)
     weights = InTheMiddle(one, name, lambda: agree(plan.values(other), truth(function, other)))
     slots = plan.plan.iter_slots(weights)

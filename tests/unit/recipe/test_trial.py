@@ -1,4 +1,4 @@
-"""Recipes that do not give what was recorded are none: something changed a value unseen."""
+"""Recipes that return other bits than recorded are dropped: a value was changed without an op."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from refitkit.model import CallRef, SlotState
-from refitkit.recipe.record import unlike
+from refitkit.recipe.record import find_mismatches
 from tests.fakes import call_row, leaf_for, make_slot, op_call, pinned_row, recipe_row
 from tests.unit.recipe.recorder import agree, like, record, truth
 
@@ -20,7 +20,7 @@ NAN = float("nan")
 
 
 def written_by_c(tensor: torch.Tensor, *values: float) -> torch.Tensor:
-    """What a library does that knows an address: no op, no version, nothing that Python sees."""
+    """Write to a tensor as a C library does: without an op and without a new tensor version."""
     new = (ctypes.c_float * len(values))(*values)
     ctypes.memmove(tensor.data_ptr(), new, ctypes.sizeof(new))
     return tensor
@@ -36,9 +36,9 @@ def test_a_value_that_a_library_in_c_has_changed_has_no_recipe() -> None:
 
     recording = record(function, leaves())
     assert recording.states == {"y0": "unmapped", "y1": "recipe", "y2": "recipe"}
-    assert "changed where no op is seen" in recording.rows["y0"].reason
+    assert "changed without an op" in recording.rows["y0"].reason
     assert recording.rows["y0"].sources == ()
-    assert recording.ops == ["add.Tensor"]  # what nobody needs is not in the plan
+    assert recording.ops == ["add.Tensor"]  # calls that nothing uses are not in the plan
 
 
 def test_what_follows_from_such_a_value_has_none_either() -> None:
@@ -53,14 +53,14 @@ def test_what_follows_from_such_a_value_has_none_either() -> None:
 
 
 def test_one_bit_is_enough() -> None:
-    """Of a zero, too; and the same NaN is no other value."""
+    """The sign of a zero counts, and a NaN equals itself."""
     weights = {"w": torch.tensor([0.0, NAN, 1.0])}
     assert record(lambda w: written_by_c(w * 1, -0.0), weights).state == "unmapped"
     assert record(lambda w: written_by_c(w * 1, 0.0), weights).state == "recipe"
 
 
 def test_literals_are_what_they_were_last() -> None:
-    """They are kept as slots had them, so nothing can be wrong."""
+    """Literals are stored as the slots had them, so they cannot mismatch."""
 
     def function(w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return written_by_c(torch.zeros(2), 5.0, 6.0)
@@ -89,14 +89,14 @@ KEPT = {"kept": torch.tensor([3.0, 4.0])}
     ],
     ids=str,
 )
-def test_what_is_unlike(row: LedgerRow, calls: list[OpCall], value: Any, found: bool) -> None:
+def test_mismatches_are_found(row: LedgerRow, calls: list[OpCall], value: Any, found: bool) -> None:
     tensors, values = {"w": torch.tensor([1.0, 2.0])}, {SLOT.key: torch.tensor(value)}
     leaf = leaf_for(SLOT, fqn="w")
-    assert list(unlike([row], calls, [leaf], tensors, KEPT, values)) == [SLOT.key] * found
+    assert list(find_mismatches([row], calls, [leaf], tensors, KEPT, values)) == [SLOT.key] * found
 
 
 def test_values_may_lie_in_memory_as_they_like() -> None:
-    """A slot's value is flat, and may be on the leaf's own memory."""
+    """A slot's value is flat and may lie in the memory of the leaf."""
     slot, w = make_slot("s", (3, 2)), torch.arange(6.0).view(2, 3)
     turned = op_call("permute.default", "@w", (1, 0), shape=(3, 2))
     for row, calls, value, wrong in (
@@ -109,15 +109,17 @@ def test_values_may_lie_in_memory_as_they_like() -> None:
         (call_row(slot, 0, "w"), [turned], w.view(-1), 1),
         (call_row(slot, 0, "w"), [turned], w.t(), 0),
     ):
-        found = unlike([row], calls, [leaf_for(slot, fqn="w")], {"w": w}, {}, {slot.key: value})
+        found = find_mismatches(
+            [row], calls, [leaf_for(slot, fqn="w")], {"w": w}, {}, {slot.key: value}
+        )
         assert len(list(found)) == wrong
 
 
 def test_what_was_computed_is_not_kept_for_the_next_slot() -> None:
-    """Slots are tried one after another, in the order in which recipes share what they need."""
+    """Slots are tried one after another, in the order in which recipes share calls."""
     slots = [make_slot(name) for name in ("a", "b")]
     calls = [op_call("neg.default", "@w"), op_call("abs.default", CallRef(call=0))]
     rows = [call_row(slots[0], 0, "w"), call_row(slots[1], 1, "w")]
     values = {slots[0].key: torch.tensor([-1.0, -2.0]), slots[1].key: torch.tensor([1.0, 2.0])}
     leaf, w = leaf_for(slots[0], fqn="w"), {"w": torch.tensor([1.0, 2.0])}
-    assert list(unlike(rows, calls, [leaf], w, {}, values)) == []
+    assert list(find_mismatches(rows, calls, [leaf], w, {}, values)) == []

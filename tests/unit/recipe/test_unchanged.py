@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import (
 )
 
 from refitkit.errors import CompileError
-from tests.unit.recipe import test_escapes as escapes
+from tests.unit.recipe import test_host_reads as reads
 from tests.unit.recipe import test_tape as taped
 from tests.unit.recipe.recorder import Tensors, record
 from tests.unit.recipe.unchanged import nothing_changes
@@ -30,14 +30,14 @@ def everything() -> Iterator[tuple[str, Function]]:
     for kind, functions in (
         ("served", taped.SERVED),
         ("unmapped", taped.UNMAPPED),
-        ("guarded", escapes.ESCAPES),
-        ("passed on", escapes.PASSED_ON),
-        ("literal", escapes.LITERALS),
+        ("guarded", reads.HOST_READS),
+        ("passed on", reads.PASSED_ON),
+        ("literal", reads.LITERALS),
     ):
         yield from ((f"{kind}, {name}", function) for name, function in functions.items())
     for name, write in taped.LEAF_WRITES.items():
         yield f"writes, {name}", lambda w, b, i, write=write: write(w, b)
-    for name, assign in escapes.WRITES.items():
+    for name, assign in reads.WRITES.items():
         yield f"array, {name}", lambda w, b, i, assign=assign: assign(b.numpy())
 
 
@@ -114,7 +114,7 @@ ENDS: dict[str, Function] = {
     "well": taped.read_around,
     "with an error": raises,
     "in a refusal": lambda w, b, i: w.view(-1)[2:].add_(1),
-    "in a guard": escapes.ESCAPES["numpy max"],
+    "in a guard": reads.HOST_READS["numpy max"],
 }
 
 

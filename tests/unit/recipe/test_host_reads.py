@@ -1,4 +1,4 @@
-"""What leaves a recording becomes a guard, and comes back as what it was."""
+"""Values that leave a recording become guards; values that come back are recognized."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def assigned(array: Any, where: Any, value: Any) -> Any:
     return array
 
 
-ESCAPES: dict[str, Function] = {
+HOST_READS: dict[str, Function] = {
     "item": lambda w, b, i: w * b[0].item(),
     "bool": lambda w, b, i: w * 2 if (b[0] > 0) else w * 3,
     "int": lambda w, b, i: w * int(i[0]),
@@ -140,7 +140,7 @@ ESCAPES: dict[str, Function] = {
 
 
 def filled(array: Any) -> Any:
-    """An array of NumPy's own that holds another one's values: NumPy asks nobody."""
+    """Return a NumPy array with the values of another one, copied without a Python call on it."""
     plain = np.zeros(6, np.float32)
     plain[:] = array
     return plain
@@ -166,22 +166,22 @@ def copied(array: Any) -> Any:
 
 
 def pickled(array: Any) -> Any:
-    return pickle.loads(pickle.dumps(array))  # noqa: S301 - its own
+    return pickle.loads(pickle.dumps(array))  # noqa: S301 - data of this test
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # torch's
-@pytest.mark.parametrize("name", ESCAPES)
+@pytest.mark.parametrize("name", HOST_READS)
 def test_what_leaves_is_a_guard(name: str) -> None:
-    """Equal weights pass; other ones pass only if the value that left is the same."""
-    recording = record(ESCAPES[name], leaves())
+    """Equal weights pass; others pass only if the guarded value is the same."""
+    recording = record(HOST_READS[name], leaves())
     assert recording.guards
     assert agree(recording.values(leaves()), recording.outputs)
-    assert agree(recording.outputs, truth(ESCAPES[name], leaves()))
+    assert agree(recording.outputs, truth(HOST_READS[name], leaves()))
     verdicts = set()
     for seed in range(1, 9):
         found = recording.values(like(leaves(), seed))
         verdicts.add(found is REFUSED)
-        assert found is REFUSED or agree(found, truth(ESCAPES[name], like(leaves(), seed)))
+        assert found is REFUSED or agree(found, truth(HOST_READS[name], like(leaves(), seed)))
     assert True in verdicts
 
 
@@ -215,7 +215,7 @@ def asked(array: Any) -> torch.Tensor:
 
 
 def with_numbers(b: torch.Tensor) -> torch.Tensor:
-    """Arrays that hold what NumPy made them of, before and after one was given out."""
+    """Create arrays of numbers before and after an array is exported."""
     before = np.array([1.0, 2.0, 3.0], np.float32)
     passed = torch.from_numpy(b.numpy())
     after, ones = np.asarray([3.0, 4.0, 5.0], np.float32), np.ones((2, 3), np.float32)
@@ -306,7 +306,7 @@ def test_an_array_that_numpy_changes_is_another_literal() -> None:
 
 
 def test_a_value_is_what_it_was_when_it_left() -> None:
-    """Not what it has become since: it was changed in place."""
+    """The guard holds the value before a later write in place."""
 
     def function(w: torch.Tensor, b: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
         derived = b * 2
@@ -320,7 +320,7 @@ def test_a_value_is_what_it_was_when_it_left() -> None:
 
 
 def test_an_array_is_read_as_it_is_then() -> None:
-    """The array was given before the tensor was changed, and read afterwards."""
+    """The array is exported, then the tensor is changed, then the array is read."""
 
     def function(w: torch.Tensor, b: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
         derived = b * 2
@@ -339,15 +339,15 @@ def test_a_value_of_unknown_origin_that_leaves_makes_all_unmapped() -> None:
 
     recording = record(function, leaves())
     assert set(recording.states.values()) == {"unmapped"}
-    assert "nobody knows" in recording.rows["y1"].reason
+    assert "its source weights are unknown" in recording.rows["y1"].reason
 
 
 @pytest.mark.parametrize("value", [-0.0, float("nan")])
 def test_guards_compare_bits(value: float) -> None:
-    """0 is not -0 for a guard, and a NaN is what it was."""
+    """For a guard, 0 differs from -0, and a NaN equals itself."""
     weights = leaves()
     weights["b"][0] = value
-    recording = record(ESCAPES["item"], weights)
+    recording = record(HOST_READS["item"], weights)
     assert recording.values(weights) is not REFUSED
     assert recording.values({**weights, "b": weights["b"].abs().nan_to_num()}) is REFUSED
 
@@ -355,7 +355,7 @@ def test_guards_compare_bits(value: float) -> None:
 @pytest.mark.parametrize("lent", [False, True])
 @pytest.mark.parametrize("name", ["numbers", "changed", "large"])
 def test_memory_that_a_layer_reads_and_no_tensor_has(lent: bool, name: str) -> None:
-    """A literal if it holds what NumPy made it of; else it may hold what was given out before."""
+    """Memory that NumPy did not create may hold the values of exported arrays."""
     weights = leaves()
     tape = Tape(weights)
     with tape:
@@ -369,15 +369,15 @@ def test_memory_that_a_layer_reads_and_no_tensor_has(lent: bool, name: str) -> N
             flat = torch.from_numpy(array)
         origin = tape.origin_at(flat)
     assert isinstance(origin.node, Literal)
-    found = [one.how for one in tape.escapes if one.how == "it is given to NumPy"]
+    found = [one.reason for one in tape.host_reads if one.reason == "passed to NumPy"]
     assert len(found) == int(lent and name != "numbers")
     assert passed is None or passed.data_ptr() == weights["b"].data_ptr()
 
 
-# -- memory that is read where nobody can look ----------------------------------------------------
+# -- memory that is read where no recording can see it ----------------------------------------
 
 _early_numpy, _early_address = torch.Tensor.numpy, torch.Tensor.data_ptr
-"""As a module has them that was imported before the recording began."""
+"""Methods that a module looked up before the recording began."""
 
 
 def first_at(address: int) -> float:
@@ -497,7 +497,7 @@ def test_the_reason_names_the_weight_and_what_was_given() -> None:
 
 
 def harmless(w: torch.Tensor, b: torch.Tensor, i: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What came before, is made by NumPy alone, or takes numbers only for how tensors lie."""
+    """Use numbers from before the exposure, from NumPy alone, and for shapes and strides only."""
     before, literal = w * 2.5, torch.tensor([1.5, 2.5])
     b.data_ptr()
     counted = torch.from_numpy(np.arange(6, dtype=np.float32))
@@ -524,7 +524,7 @@ def test_the_address_of_a_literal_makes_no_number_suspect() -> None:
 
 
 def test_upstream_may_ask_for_addresses() -> None:
-    """Torch-TensorRT asks for the address of every weight, to hand it to TensorRT."""
+    """Torch-TensorRT reads the address of every weight, to pass it to TensorRT."""
     code = compile("def ask(tensor): return tensor.data_ptr()", "upstream", "exec")
     upstream = {"__name__": "torch_tensorrt.dynamo.conversion.converter_utils"}
     exec(code, upstream)  # noqa: S102 - a function of a module that is not installed everywhere
@@ -550,9 +550,9 @@ UNWATCHED: dict[str, Function] = {
 
 @pytest.mark.parametrize("name", UNWATCHED)
 def test_what_nobody_can_watch_is_known(name: str) -> None:
-    """These recipes are wrong, and no guard says so; ``prove=True`` finds them out.
+    """These recipes are wrong and no guard notices; ``prove=True`` does.
 
-    Where this fails because one is watched now, it belongs among the others above.
+    If this test fails because a case is watched now, move the case to the tests above.
     """
     recording = record(UNWATCHED[name], leaves())
     assert recording.state in {"recipe", "frozen"}
