@@ -25,7 +25,7 @@ from refitkit.errors import (
     raised_as,
 )
 from refitkit.model import CallRef
-from refitkit.program.bits import all_finite, finite, not_finite, spoilt
+from refitkit.program.bits import all_finite, finite, newly_nonfinite, not_finite
 from refitkit.protocols import (
     ShowsStaged,
     SupportsOverwrite,
@@ -252,7 +252,7 @@ def _newly_nonfinite(
         if not bad.any():
             continue
         if _is_entry(values[slot]):
-            yield spoilt(values[slot].sources[0], bad)
+            yield newly_nonfinite(values[slot].sources[0], bad)
         else:
             names = ", ".join(map(repr, values[slot].sources))
-            yield spoilt(slot, bad, f"it follows from {names}; " if names else "")
+            yield newly_nonfinite(slot, bad, f"it follows from {names}; " if names else "")

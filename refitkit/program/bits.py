@@ -216,9 +216,6 @@ def newly_nonfinite(subject: str, bad: torch.Tensor, why: str = "") -> Problem:
     return Problem(subject, "non-finite", counted(bad), wanted, why + hint)
 
 
-spoilt = newly_nonfinite
-
-
 def counted(bad: torch.Tensor) -> str:
     """Return the number of bad elements and the index of the first one, for messages.
 

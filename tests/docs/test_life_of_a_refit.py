@@ -32,7 +32,9 @@ def test_every_function_is_a_link() -> None:
     assert all(file == target for file, _, target in LINK.findall(PAGE))
 
 
-@pytest.mark.parametrize(("file", "function"), links(PAGE), ids=":".join)
+@pytest.mark.parametrize(
+    ("file", "function"), [pytest.param(*link, id=":".join(link)) for link in links(PAGE)]
+)
 def test_every_link_names_a_function(file: str, function: str) -> None:
     assert function in functions_of(ast.parse((PACKAGE / file).read_text()))
 

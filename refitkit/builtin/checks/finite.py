@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from refitkit.model import CallRef
-from refitkit.program.bits import all_finite, finite, not_finite, spoilt
+from refitkit.program.bits import all_finite, finite, newly_nonfinite, not_finite
 from refitkit.protocols import GivesPieces, SupportsReadback
 from refitkit.recipe.reads import reads_of
 
@@ -65,7 +65,7 @@ def _spoilt(name: str, value: torch.Tensor, present: _Present) -> Iterator[Probl
     elif present.derived_not_finite():
         return
     if bad.any():
-        yield spoilt(name, bad)
+        yield newly_nonfinite(name, bad)
 
 
 @dataclass(frozen=True)
