@@ -127,7 +127,7 @@ class Measurement:
         values = ready_values(self.compiled, self.states["device"][1])
         self._values = [ready_values(self.compiled, self.states["device"][0]), values]
         self._engines = {
-            name: refitter.Deserialized(engine.handle.engine_bytes(), upstream.tensorrt())
+            name: refitter.DeserializedEngine(engine.handle.engine_bytes(), upstream.tensorrt())
             for name, engine in self.compiled.engines.items()
             if hasattr(engine, "handle")
         }

@@ -19,8 +19,8 @@ from gpu_probe_engines import Two
 from gpu_raw import ByHand, many, ready_values, seconds, upstream_compiled
 from gpu_tables import gaps, summary
 
-from refitkit.builtin.torch_tensorrt import refitter as serialized
 from refitkit.builtin.torch_tensorrt import upstream
+from refitkit.builtin.torch_tensorrt.refitter import DeserializedEngine
 from refitkit.program.bits import same_bits
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Bytes:
 
     def opened(self) -> Any:
         """Another engine of them."""
-        return serialized.Deserialized(self.data, upstream.tensorrt())
+        return DeserializedEngine(self.data, upstream.tensorrt())
 
 
 def _first(engine: Any, values: dict[str, torch.Tensor], **attributes: Any) -> Found:

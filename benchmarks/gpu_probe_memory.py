@@ -277,7 +277,9 @@ def _others(engine: Engine, two: Two, places: Map, outputs: tuple[torch.Tensor, 
             engine.call(engine.engine.create_execution_context()), out_b
         )
     }
-    saved = Known(two, refitter.bytes_of(engine.engine, upstream.tensorrt()), engine.code.word)
+    saved = Known(
+        two, refitter.serialize_engine(engine.engine, upstream.tensorrt()), engine.code.word
+    )
     answer = saved.call()
     found["bytes that are saved then answer"] = (
         "B" if same_bits(answer, out_b) else "A" if same_bits(answer, out_a) else "neither"

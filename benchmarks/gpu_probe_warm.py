@@ -170,7 +170,7 @@ from refitkit.builtin.torch_tensorrt import upstream
 from refitkit.builtin.torch_tensorrt import refitter
 folder, data, place = sys.argv[1:]
 trt = upstream.tensorrt()
-own = refitter.Deserialized(open(f"{folder}/{data}", "rb").read(), trt)
+own = refitter.DeserializedEngine(open(f"{folder}/{data}", "rb").read(), trt)
 print("deserialized", flush=True)
 values = torch.load(f"{folder}/values")
 if place == "gpu":
