@@ -114,14 +114,14 @@ class Measurement:
     def _time_drain(self) -> None:
         """The report has no stage for the wait for pending work."""
         opened: Any = self.compiled.opened
-        drain, self._drained = opened.drain, 0.0
+        synchronize, self._drained = opened.synchronize, 0.0
 
         def timed() -> None:
             start = time.perf_counter()
-            drain()
+            synchronize()
             self._drained = time.perf_counter() - start
 
-        opened.drain = timed
+        opened.synchronize = timed
 
     def _prepare_others(self, program: Any) -> None:
         values = ready_values(self.compiled, self.states["device"][1])

@@ -71,7 +71,7 @@ class Opened:
 
     probe = run
 
-    def drain(self) -> None:
+    def synchronize(self) -> None:
         """Nothing is pending."""
 
 

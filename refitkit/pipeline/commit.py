@@ -169,7 +169,7 @@ class _Half:
 
     def prepare(self) -> None:
         with raised_as(EngineError, "Pending work of the module failed"):
-            self.part.module.drain()
+            self.part.module.synchronize()
         with raised_as(EngineError, "What calls have written cannot be copied"):
             self.part.put_aside()
 

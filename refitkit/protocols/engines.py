@@ -49,8 +49,8 @@ class StagedRefit(Protocol):
     def commit(self) -> None:
         """Make the new values live. When it raises, ``rollback`` is called.
 
-        No call of the module runs meanwhile, and ``OpenedModule.drain`` has waited for what earlier
-        ones left pending.
+        No call of the module runs meanwhile. ``OpenedModule.synchronize`` has waited for the work
+        that earlier calls left pending.
         """
 
     def rollback(self) -> None:

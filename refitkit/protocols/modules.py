@@ -40,7 +40,7 @@ class OpenedModule(Protocol):
     def probe(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Like ``run``, and afterwards all buffers that the model changes are as before."""
 
-    def drain(self) -> None:
+    def synchronize(self) -> None:
         """Wait for work that calls have left pending on a device."""
 
     def save(self, path: Path, attachments: Mapping[str, bytes]) -> None:

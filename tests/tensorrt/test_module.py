@@ -73,7 +73,7 @@ def test_calls_have_no_gradient_history_and_set_engines_up() -> None:
     assert not output.requires_grad
     assert handle.set_ups == 1
     assert torch.is_grad_enabled()
-    module.drain()
+    module.synchronize()
 
 
 def test_a_probe_puts_buffers_back() -> None:

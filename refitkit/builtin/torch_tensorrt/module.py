@@ -225,7 +225,7 @@ class TorchTensorRTOpened:
                     for buffer, value in zip(buffers, saved, strict=True):
                         buffer.copy_(value)
 
-    def drain(self) -> None:
+    def synchronize(self) -> None:
         """Wait for pending work on all devices."""
         if torch.cuda.is_available():
             for device in range(torch.cuda.device_count()):

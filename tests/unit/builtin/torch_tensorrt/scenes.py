@@ -104,7 +104,7 @@ class TrtModule:
 
     probe = run
 
-    def drain(self) -> None:
+    def synchronize(self) -> None:
         pass
 
     def holds(self) -> Values:
