@@ -114,20 +114,20 @@ class Measurement:
     def _time_drain(self) -> None:
         """The report has no stage for the wait for pending work."""
         opened: Any = self.compiled.opened
-        drain, self._drained = opened.drain, 0.0
+        synchronize, self._drained = opened.synchronize, 0.0
 
         def timed() -> None:
             start = time.perf_counter()
-            drain()
+            synchronize()
             self._drained = time.perf_counter() - start
 
-        opened.drain = timed
+        opened.synchronize = timed
 
     def _prepare_others(self, program: Any) -> None:
         values = ready_values(self.compiled, self.states["device"][1])
         self._values = [ready_values(self.compiled, self.states["device"][0]), values]
         self._engines = {
-            name: refitter.Deserialized(engine.handle.engine_bytes(), upstream.tensorrt())
+            name: refitter.DeserializedEngine(engine.handle.engine_bytes(), upstream.tensorrt())
             for name, engine in self.compiled.engines.items()
             if hasattr(engine, "handle")
         }

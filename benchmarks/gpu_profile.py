@@ -17,11 +17,11 @@ import torch
 from gpu_raw import many
 
 from refitkit.builtin.checks import finite, names
-from refitkit.builtin.torch_tensorrt import engine as units
+from refitkit.builtin.torch_tensorrt import engine as trt_engine
 from refitkit.builtin.torch_tensorrt import weight_buffers
 from refitkit.builtin.torch_tensorrt.engine import RefitterEngine
 from refitkit.builtin.torch_tensorrt.refitter import PersistentRefitter
-from refitkit.builtin.torch_tensorrt.weight_buffers import Uploader, WeightSets
+from refitkit.builtin.torch_tensorrt.weight_buffers import Uploader, WeightBuffers
 from refitkit.pipeline import refit as refitting
 from refitkit.pipeline.history import SnapshotBuilder
 from refitkit.pipeline.report import ReportDraft
@@ -47,15 +47,15 @@ WATCHED: tuple[tuple[Any, str], ...] = (
     (refitting, "check_abilities"),
     (refitting, "require_all"),
     (refitting, "overrides"),
-    (units, "require_values"),
-    (WeightSets, "begin"),
+    (trt_engine, "require_values"),
+    (WeightBuffers, "begin_staging"),
     (weight_buffers, "fill"),
-    (weight_buffers, "_misfits"),
+    (weight_buffers, "_mismatches"),
     (Replay, "value"),
     (Uploader, "copy"),
     (Uploader, "finish"),
     (RefitterEngine, "_check_finite"),
-    (WeightSets, "changed"),
+    (WeightBuffers, "changed"),
     (Transaction, "run"),
     (ModuleTransaction, "stage"),
     (ModuleTransaction, "synchronize"),
@@ -142,12 +142,12 @@ def alternatives(
         return {}
     (engine,) = engines
     assert compiled.plan
-    plan, sets = compiled.plan, engine.sets
+    plan, buffers = compiled.plan, engine.buffers
     made = [plan.materialize(state)[engine.name] for state in states]
     own = [{name: value.clone().reshape(-1) for name, value in one.items()} for one in made]
     rooms = {name: torch.empty_like(value) for name, value in own[0].items()}
     uploader = Uploader(engine.device)
-    flat, other = sets.staging.memory, torch.empty_like(sets.staging.memory)
+    flat, other = buffers.staging.memory, torch.empty_like(buffers.staging.memory)
 
     def by_one(number: int) -> None:
         for name, value in own[number % 2].items():
@@ -171,7 +171,7 @@ def alternatives(
         "compare two sets": lambda _: same_bits(flat, other),
         "least and greatest of all": lambda _: [
             bool(torch.isfinite(torch.stack(torch.aminmax(run))).all())
-            for run in sets.staging.runs.values()
+            for run in buffers.staging.runs.values()
             if run.is_floating_point()
         ],
         "device idle": lambda _: torch.cuda.synchronize(),

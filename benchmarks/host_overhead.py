@@ -22,7 +22,7 @@ from gpu_models import Model, exported
 from gpu_raw import yardstick
 
 import refitkit
-from refitkit.builtin.torch_tensorrt.engine import EngineOptions, engine_for
+from refitkit.builtin.torch_tensorrt.engine import EngineOptions, create_engine
 from refitkit.pipeline.targets import PLAN_MEMBER
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -64,14 +64,14 @@ class Opened:
             known = {row.slot.name: row.slot for row in plan.ledger if row.slot.engine == name}
             handle: Any = FakeHandle(name, wire, FakeCudaEngine.of(values, wire))
             options = EngineOptions(device=CPU, known=known)
-            self.engines[name] = engine_for(handle, fake_trt(wire, Quick), options)
+            self.engines[name] = create_engine(handle, fake_trt(wire, Quick), options)
 
     def run(self, _args: Any, _kwargs: Any) -> None:
         """Nothing."""
 
     probe = run
 
-    def drain(self) -> None:
+    def synchronize(self) -> None:
         """Nothing is pending."""
 
 

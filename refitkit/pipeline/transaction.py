@@ -281,7 +281,7 @@ class ModuleTransaction:
     def synchronize(self) -> None:
         """Wait for the device's pending work, and copy the state that calls have written."""
         with raised_as(EngineError, "Pending work of the module failed"):
-            self._module.drain()
+            self._module.synchronize()
         with raised_as(EngineError, "The state that calls have written cannot be copied"):
             if self._snapshot is not None:
                 self._snapshot.copy_mutable()

@@ -114,7 +114,7 @@ class StagedRefit(Protocol):
     def commit(self) -> None:
         """Make the new values live.
 
-        Called at most once, behind the closed gate, after ``OpenedModule.drain``. If it raises,
+        Called at most once, behind the closed gate, after ``OpenedModule.synchronize``. If it raises,
         refitkit calls ``rollback``.
         """
 

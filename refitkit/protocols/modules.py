@@ -65,7 +65,7 @@ class OpenedModule(Protocol):
             InputMismatchError: The module was not compiled for these inputs.
         """
 
-    def drain(self) -> None:
+    def synchronize(self) -> None:
         """Wait until all work that earlier calls left pending on a device has ended.
 
         Called before each commit, after the gate has closed. If it raises, nothing is committed.

@@ -250,9 +250,9 @@ class FakeModule:
         self.wire("probe")
         return self.run(args, kwargs)
 
-    def drain(self) -> None:
+    def synchronize(self) -> None:
         """Wait for nothing."""
-        self.wire("drain")
+        self.wire("synchronize")
 
     def save(self, path: Path, attachments: Mapping[str, bytes]) -> None:
         """Write names alone."""

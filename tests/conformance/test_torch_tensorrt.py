@@ -79,7 +79,7 @@ class TestPythonOnPinnedHost(TestPython):
     """The same, with the old weights in host memory."""
 
     def make_engine(self) -> Any:
-        engine, _ = engine_of("e", values_of("e", 0), Faults(), keep="pinned-host")
+        engine, _ = engine_of("e", values_of("e", 0), Faults(), snapshot="pinned-host")
         return engine
 
 

@@ -55,11 +55,11 @@ def test_facts_of_prototypes_and_of_refusals_agree(trt: Any, data: bytes) -> Non
     wanted = {name: ("float32", value.numel()) for name, value in A.items()}
     refitter = PersistentRefitter(told.handle.cuda_engine(), trt, CUDA)
     assert sorted(refitter.names()) == sorted(A)
-    found = {name: refitter._tried(name) for name in refitter.names()}
+    found = {name: refitter._probed_spec(name) for name in refitter.names()}
     assert {n: (f.dtype, f.count) if f else None for n, f in found.items()} == wanted
     if hasattr(refitter._refitter, "get_weights_prototype"):
-        facts = refitter.facts({})
-        assert {n: (f.dtype, f.count) for n, f in facts.items()} == wanted
+        specs = refitter.specs({})
+        assert {n: (f.dtype, f.count) for n, f in specs.items()} == wanted
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
@@ -78,10 +78,10 @@ def test_there_and_back(trt: Any, data: bytes, x: torch.Tensor, runtime: str) ->
     assert torch.equal(handle(x), answer_a)
 
 
-@pytest.mark.parametrize("keep", ["device", "pinned-host"])
+@pytest.mark.parametrize("location", ["device", "pinned-host"])
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_rollback(trt: Any, data: bytes, x: torch.Tensor, runtime: str, keep: Any) -> None:
-    engine, handle = engine_on(data, trt, runtime, keep=keep)
+def test_rollback(trt: Any, data: bytes, x: torch.Tensor, runtime: str, location: Any) -> None:
+    engine, handle = engine_on(data, trt, runtime, snapshot=location)
     built = handle(x)
     refit(engine, B).rollback()
     assert torch.equal(handle(x), built)  # by engine bytes
@@ -136,7 +136,7 @@ def test_big_weights_of_the_host_come_in_chunks(
     trt: Any, data: bytes, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, handle = engine_on(data, trt)
-    monkeypatch.setattr(engine._uploader, "_size", 1000)
+    monkeypatch.setattr(engine._uploader, "_chunk_bytes", 1000)
     refit(engine, B)
     assert right(handle(x), B, x)
     refit(engine, {**B, "dense CONSTANT": B["dense CONSTANT"].T.contiguous().T})
@@ -148,7 +148,7 @@ def test_what_is_missing_is_refused_and_named(trt: Any, data: bytes) -> None:
     refitter = PersistentRefitter(handle.cuda_engine(), trt, CUDA)
     some = {"conv KERNEL": on_gpu(B)["conv KERNEL"].reshape(-1)}
     with suppress(EngineError):
-        refitter.bind(engine.facts, some)
+        refitter.bind(engine.specs, some)
     missing = refitter._refitter.get_missing_weights()
     if not missing:
         pytest.skip("this engine merges nothing with the kernel")
@@ -173,5 +173,5 @@ def test_engines_without_the_flag_are_refused(trt: Any) -> None:
 
 
 def test_bytes_that_are_no_engine_are_refused(trt: Any) -> None:
-    with pytest.raises(EngineError, match="TensorRT says"):
+    with pytest.raises(EngineError, match="TensorRT reports"):
         engine_on(b"no engine", trt)

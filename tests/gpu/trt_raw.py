@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from refitkit.builtin.torch_tensorrt import refitter
-from refitkit.builtin.torch_tensorrt.engine import EngineOptions, engine_for
+from refitkit.builtin.torch_tensorrt.engine import EngineOptions, create_engine
+from refitkit.builtin.torch_tensorrt.refitter import DeserializedEngine
 from refitkit.errors import EngineError
 from refitkit.model import Slot
 from refitkit.protocols import SlotValue
@@ -99,7 +99,7 @@ class RawHandle:
     def prepare(self, data: bytes) -> tuple[Any, Any, bytes]:
         if self.fail == "replace":
             raise EngineError("on purpose")
-        own = refitter.Deserialized(data, self._trt)
+        own = DeserializedEngine(data, self._trt)
         return own, own.engine.create_execution_context(), data
 
     def present(self) -> tuple[Any, Any, bytes]:
@@ -136,7 +136,7 @@ def engine_on(
         name: Slot(engine="raw", name=name, dtype="float32", shape=tuple(v.shape), count=v.numel())
         for name, v in (values_of(0) if told else {}).items()
     }
-    return engine_for(handle, trt, EngineOptions(CUDA, known, **more)), handle  # type: ignore[arg-type]
+    return create_engine(handle, trt, EngineOptions(CUDA, known, **more)), handle  # type: ignore[arg-type]
 
 
 def slot_values(engine: RefitterEngine, values: Mapping[str, torch.Tensor]) -> list[SlotValue]:

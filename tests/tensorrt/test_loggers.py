@@ -13,7 +13,7 @@ SCRIPT = """
 import gc, importlib, sys
 
 from refitkit.builtin.torch_tensorrt import upstream
-from refitkit.builtin.torch_tensorrt.refitter import Deserialized
+from refitkit.builtin.torch_tensorrt.refitter import DeserializedEngine
 from refitkit.errors import EngineError
 
 upstream.import_headless()
@@ -36,7 +36,7 @@ box.runtime = trt.Runtime(box.logger)
 del box
 sys.setprofile(collect)
 try:
-    Deserialized(b"no engine", trt)
+    DeserializedEngine(b"no engine", trt)
 except EngineError:
     print("refused")
 """

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from refitkit.builtin.torch_tensorrt import LAYER_TYPES
-from refitkit.builtin.torch_tensorrt.module import Makers, TorchTensorRTOpened
+from refitkit.builtin.torch_tensorrt.module import EngineFactory, TorchTensorRTOpened
 from refitkit.builtin.torch_tensorrt.settings import settings_text
 from refitkit.builtin.torch_tensorrt.targets import Target
 from refitkit.errors import EngineError, InputMismatchError, PlanMismatchError
@@ -53,8 +53,8 @@ def module_of(target: torch.nn.Module) -> tuple[TorchTensorRTOpened, Handle]:
     understood = Target(
         module=target, engines={"_run_on_acc_0": handle}, torch_parts={"rest": part}, settings=None
     )
-    makers: Any = Makers(engine=lambda one: ("engine", one), torch_part=lambda *one: one)
-    return TorchTensorRTOpened(understood, makers, {"plan": b"1"}), handle
+    factory: Any = EngineFactory(engine=lambda one: ("engine", one), torch_part=lambda *one: one)
+    return TorchTensorRTOpened(understood, factory, {"plan": b"1"}), handle
 
 
 def test_it_lists_engines_and_parts() -> None:
@@ -73,7 +73,7 @@ def test_calls_have_no_gradient_history_and_set_engines_up() -> None:
     assert not output.requires_grad
     assert handle.set_ups == 1
     assert torch.is_grad_enabled()
-    module.drain()
+    module.synchronize()
 
 
 def test_a_probe_puts_buffers_back() -> None:
@@ -176,8 +176,8 @@ def planned_module(torch_tensorrt: Any) -> TorchTensorRTOpened:
         torch_parts={"kept": torch.fx.symbolic_trace(torch.nn.Identity())},
         settings=compilation_settings(torch_tensorrt, min_block_size=1),
     )
-    makers: Any = Makers(engine=lambda one: one, torch_part=lambda *one: one)
-    return TorchTensorRTOpened(understood, makers)
+    factory: Any = EngineFactory(engine=lambda one: one, torch_part=lambda *one: one)
+    return TorchTensorRTOpened(understood, factory)
 
 
 def test_values_are_those_of_the_program_and_outlive_the_run(torch_tensorrt: Any) -> None:

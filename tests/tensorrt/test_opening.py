@@ -16,11 +16,11 @@ import torch
 from refitkit.builtin.torch_tensorrt import upstream
 from refitkit.builtin.torch_tensorrt.children import ENGINE, METADATA, info_of
 from refitkit.builtin.torch_tensorrt.module import (
-    Makers,
+    EngineFactory,
     TorchTensorRTOpened,
-    attachments_of,
     describe_file,
     open_target,
+    read_attachments,
 )
 from refitkit.builtin.torch_tensorrt.settings import settings_text
 from refitkit.builtin.torch_tensorrt.targets import REST
@@ -65,11 +65,11 @@ def python_runtime(monkeypatch: pytest.MonkeyPatch, torch_tensorrt: Any) -> None
     use_runtime(monkeypatch, torch_tensorrt, "python")
 
 
-MAKERS = Makers(engine=lambda handle: ("engine", handle), torch_part=lambda *part: part)  # type: ignore[arg-type, return-value]
+FACTORY = EngineFactory(engine=lambda handle: ("engine", handle), torch_part=lambda *part: part)  # type: ignore[arg-type, return-value]
 
 
 def opened(target: object) -> TorchTensorRTOpened:
-    module = open_target(target, MAKERS)
+    module = open_target(target, FACTORY)
     assert module is not None
     return module
 
@@ -173,12 +173,12 @@ def test_lazy_engines_are_set_up_on_first_need(
 
 @pytest.mark.parametrize("foreign", [3, "text", torch.nn.Linear(2, 2), {"a": 1}, None])
 def test_what_is_not_ours_is_left_to_others(torch_tensorrt: Any, foreign: object) -> None:
-    assert open_target(foreign, MAKERS) is None
+    assert open_target(foreign, FACTORY) is None
 
 
 def test_a_program_without_engines_is_left_to_others(torch_tensorrt: Any) -> None:
     program = torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),))
-    assert open_target(program, MAKERS) is None
+    assert open_target(program, FACTORY) is None
 
 
 def test_nothing_is_looked_at_before_torch_tensorrt_is_imported(
@@ -186,7 +186,7 @@ def test_nothing_is_looked_at_before_torch_tensorrt_is_imported(
 ) -> None:
     target = compiled(parts, compilation_settings(torch_tensorrt, lazy_engine_init=True))
     monkeypatch.setattr(upstream, "is_imported", lambda: False)
-    assert open_target(target, MAKERS) is None
+    assert open_target(target, FACTORY) is None
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_engines_that_cannot_take_other_weights(
 ) -> None:
     settings = compilation_settings(torch_tensorrt, lazy_engine_init=True, **options)
     with pytest.raises(NotRefittableError, match=flag):
-        open_target(compiled(parts, settings), MAKERS)
+        open_target(compiled(parts, settings), FACTORY)
 
 
 def test_stripped_engines_are_opened_and_told_of(torch_tensorrt: Any, parts: Parts) -> None:
@@ -219,7 +219,7 @@ def test_engines_of_other_settings_are_refused_with_every_difference(
         torch_tensorrt, lazy_engine_init=True, min_block_size=9, use_fp32_acc=True
     )
     with pytest.raises(UnsupportedTargetError) as caught:
-        open_target(compiled(parts, one, **{SECOND: other}), MAKERS)
+        open_target(compiled(parts, one, **{SECOND: other}), FACTORY)
     subjects = [problem.subject for problem in caught.value.problems]
     assert subjects == [f"{SECOND}: min_block_size", f"{SECOND}: use_fp32_acc"]
 
@@ -230,7 +230,7 @@ def test_an_engine_without_metadata(torch_tensorrt: Any, parts: Parts, runtime: 
     fields = engine.fields if runtime == "cpp" else engine.serialized_info
     fields[METADATA] = ""
     with pytest.raises(NotRefittableError, match=SECOND):
-        open_target(target, MAKERS)
+        open_target(target, FACTORY)
 
 
 @pytest.mark.parametrize("name", ["one engine", "nested", "empty", "packed", "wrapped", "mutable"])
@@ -248,7 +248,7 @@ def test_targets_that_have_to_be_opened_in_another_way(
     }
     target, match = cases[name]()
     with pytest.raises(UnsupportedTargetError, match=match):
-        open_target(target, MAKERS)
+        open_target(target, FACTORY)
 
 
 def emptied(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
@@ -546,15 +546,15 @@ def test_a_saved_file_is_upstreams_and_keeps_attachments(
     path = tmp_path / "model.ep"
     attachments = {"plan.refitplan": bytes(range(256)), "empty": b""}
     module.save(path, attachments)
-    assert open_target(savable, MAKERS) is not None  # saving left it as it was
-    assert attachments_of(path) == attachments
+    assert open_target(savable, FACTORY) is not None  # saving left it as it was
+    assert read_attachments(path) == attachments
     described = describe_file(path)
     assert described is not None
     assert described["attachments"] == ["empty", "plan.refitplan"]
     assert described["engines"][SECOND]["bytes"] == len(FRESH)
     assert described["engines"][FIRST]["inputs"] == parts.names[FIRST][0]
     with pytest.raises(UnsupportedTargetError, match="GPU"):
-        open_target(path, MAKERS)
+        open_target(path, FACTORY)
     monkeypatch.setattr(upstream, "has_gpu", lambda: True)
     again = opened(path)
     assert dict(again.attachments) == attachments
@@ -563,7 +563,7 @@ def test_a_saved_file_is_upstreams_and_keeps_attachments(
     (loaded,) = again.target.torch_parts[REST].parameters()
     assert torch.equal(loaded, torch.full((4,), 5.0))
     again.save(path, {})
-    assert attachments_of(path) == {}
+    assert read_attachments(path) == {}
 
 
 def test_a_file_that_upstream_wrote_after_a_refit(
@@ -666,7 +666,7 @@ def test_hostile_files_are_refused_and_nothing_ran(
     monkeypatch.setattr(upstream, "has_gpu", lambda: True)
     RAN.clear()
     with pytest.raises(UnsupportedTargetError, match="refused"):
-        open_target(path, MAKERS)
+        open_target(path, FACTORY)
     assert RAN == []
     with suppress(Exception):
         torch.export.load(io.BytesIO(path.read_bytes()))
@@ -680,7 +680,7 @@ def test_damaged_files(
     opened(compiled(parts, compilation_settings(torch_tensorrt))).save(path, {"plan": b"12"})
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    for read in (lambda: open_target(path, MAKERS), lambda: describe_file(path)):
+    for read in (lambda: open_target(path, FACTORY), lambda: describe_file(path)):
         with pytest.raises(UnsupportedTargetError, match="damaged"):
             read()
     path.write_bytes(whole)
@@ -688,7 +688,7 @@ def test_damaged_files(
         path, lambda name, data: b"no json" if name.endswith("constants_config.json") else data
     )
     with pytest.raises(UnsupportedTargetError, match="damaged"):
-        open_target(path, MAKERS)
+        open_target(path, FACTORY)
     path.write_bytes(whole)
     rewritten(path, lambda name, data: b"[" * 99999 if name.endswith("_config.json") else data)
     with pytest.raises(UnsupportedTargetError, match="damaged"):
@@ -696,7 +696,7 @@ def test_damaged_files(
     path.write_bytes(whole)
     rewritten(path, lambda name, data: b"!" if name.endswith("/plan") else data)
     with pytest.raises(UnsupportedTargetError, match="damaged"):
-        attachments_of(path)
+        read_attachments(path)
 
 
 def test_other_files_are_left_to_others(tmp_path: Path, torch_tensorrt: Any) -> None:
@@ -708,10 +708,10 @@ def test_other_files_are_left_to_others(tmp_path: Path, torch_tensorrt: Any) -> 
     plain = tmp_path / "plain.pt2"
     torch.export.save(torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),)), plain)
     for path in (text, other, plain):
-        assert open_target(path, MAKERS) is None
+        assert open_target(path, FACTORY) is None
         assert describe_file(path) is None
-        assert attachments_of(path) == {}
-    assert open_target(tmp_path, MAKERS) is None
+        assert read_attachments(path) == {}
+    assert open_target(tmp_path, FACTORY) is None
 
 
 def test_a_double_of_the_cpp_engine_is_taken_for_one() -> None:

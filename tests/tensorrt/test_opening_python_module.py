@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from refitkit.builtin.torch_tensorrt import upstream
-from refitkit.builtin.torch_tensorrt.module import Makers, TorchTensorRTOpened, open_target
+from refitkit.builtin.torch_tensorrt.module import EngineFactory, TorchTensorRTOpened, open_target
 from refitkit.errors import EngineError, UnsupportedTargetError
 from tests.tensorrt.targets import REFUSED, CudaEngine, compilation_settings
 
 FIRST = "_run_on_acc_0"
 BYTES, FRESH = b"vtrt compiled", b"vtrt refitted"
-MAKERS = Makers(engine=lambda handle: handle, torch_part=lambda *part: part)  # type: ignore[arg-type, return-value]
+FACTORY = EngineFactory(engine=lambda handle: handle, torch_part=lambda *part: part)  # type: ignore[arg-type, return-value]
 
 
 class PythonTorchTensorRTModule(torch.nn.Module):
@@ -87,7 +87,7 @@ def child(torch_tensorrt: Any) -> Any:
 
 @pytest.fixture
 def opened(child: Any) -> TorchTensorRTOpened:
-    module = open_target(Target(child), MAKERS)
+    module = open_target(Target(child), FACTORY)
     assert module is not None
     return module
 
@@ -149,7 +149,7 @@ def test_a_second_module_is_independent(opened: TorchTensorRTOpened, child: Any)
 
 def test_lazy_ones_need_a_gpu(torch_tensorrt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = compilation_settings(torch_tensorrt, lazy_engine_init=True)
-    module = open_target(Target(PythonTorchTensorRTModule(settings)), MAKERS)
+    module = open_target(Target(PythonTorchTensorRTModule(settings)), FACTORY)
     assert module is not None
     with pytest.raises(UnsupportedTargetError, match="needs a GPU"):
         module.target.engines[FIRST].cuda_engine()

@@ -139,7 +139,7 @@ class AOTInductorModule:
         self._engine = AOTInductorEngine(self._engine.runner, mutable)
         self._inputs = InputChecker(self.files.call, self._in_spec)
 
-    def drain(self) -> None:
+    def synchronize(self) -> None:
         """Wait for pending work of its devices."""
         self._engine.drain()
 

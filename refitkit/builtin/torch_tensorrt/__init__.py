@@ -1,7 +1,6 @@
-"""The backends ``torch_tensorrt`` and ``tensorrt_network``.
+"""Plugin hooks of the backends ``torch_tensorrt`` and ``tensorrt_network``.
 
-Importing this package imports neither torch nor torch_tensorrt; the hooks below import what they
-need.
+Importing this package imports neither torch nor torch_tensorrt: each hook imports its own modules.
 """
 
 from __future__ import annotations
@@ -36,18 +35,18 @@ LAYER_TYPES = (
     ),
     LayerType(name="CONSTANT", interface="IConstantLayer", weights=(("weights", "CONSTANT"),)),
 )
-"""What ``tensorrt`` (10 to 11, and TensorRT-RTX) has: see ``NvInfer.h``."""
+"""Layers of ``tensorrt`` 10 to 11 and of TensorRT-RTX that hold weights; from ``NvInfer.h``."""
 
 
 @hookimpl
 def refitkit_layer_types() -> list[LayerType]:
-    """SCALE, CONVOLUTION, DECONVOLUTION, CONSTANT."""
+    """Register the layer types SCALE, CONVOLUTION, DECONVOLUTION and CONSTANT."""
     return list(LAYER_TYPES)
 
 
 @hookimpl
 def refitkit_register_backends(register: Callable[[Backend], None]) -> None:
-    """Register ``torch_tensorrt`` and ``tensorrt_network``."""
+    """Register the backends ``torch_tensorrt`` and ``tensorrt_network``."""
     from refitkit.builtin.torch_tensorrt.backend import TorchTensorRTBackend
     from refitkit.builtin.torch_tensorrt.network.backend import NetworkBackend
 
@@ -57,17 +56,16 @@ def refitkit_register_backends(register: Callable[[Backend], None]) -> None:
 
 @hookimpl
 def refitkit_load_module(target: object, tools: Tools) -> OpenedModule | None:
-    """Open modules and programs that hold engines, files of them, and folders of networks."""
-    from refitkit.builtin.torch_tensorrt import module as opening
-    from refitkit.builtin.torch_tensorrt.module import default_makers
+    """Open modules and programs with engines, saved files of these, and folders of networks."""
+    from refitkit.builtin.torch_tensorrt.module import default_engine_factory, open_target
 
-    makers = default_makers(check_finite=tools.check_finite)
+    factory = default_engine_factory(check_finite=tools.check_finite)
     if not isinstance(target, Path):
-        return opening.open_target(target, makers)
-    from refitkit.builtin.torch_tensorrt.network import backend
+        return open_target(target, factory)
+    from refitkit.builtin.torch_tensorrt.network.backend import open_folder
 
-    found = backend.open_folder(target, tools)
-    return opening.open_target(target, makers) if found is None else found
+    opened = open_folder(target, tools)
+    return open_target(target, factory) if opened is None else opened
 
 
 @hookimpl
@@ -78,21 +76,21 @@ def refitkit_partition(
     options: Mapping[str, Any],
     tools: Tools,
 ) -> Mapping[str, Any] | None:
-    """Lower a program and cut it into parts as Torch-TensorRT does."""
+    """Lower a program and partition it as Torch-TensorRT does; None for other backends."""
     if backend == NETWORK:
         from refitkit.builtin.torch_tensorrt.network.backend import partition
 
         return partition(program, module, options, tools)
     if backend == NAME:
-        from refitkit.builtin.torch_tensorrt.backend import partition as cut_for_target
+        from refitkit.builtin.torch_tensorrt.backend import partition_program
 
-        return cut_for_target(program, module, options, tools)
+        return partition_program(program, module, options, tools)
     return None
 
 
 @hookimpl
 def refitkit_mapping_strategies() -> list[MappingStrategy]:
-    """Offer ``name-map`` and ``rebuild``."""
+    """Register the strategies ``name-map`` and ``rebuild``."""
     from refitkit.builtin.torch_tensorrt.name_map import NameMapStrategy
     from refitkit.builtin.torch_tensorrt.rebuild import RebuildStrategy
 
@@ -101,7 +99,7 @@ def refitkit_mapping_strategies() -> list[MappingStrategy]:
 
 @hookimpl
 def refitkit_verifiers() -> list[Verifier]:
-    """Offer ``engine-bytes``."""
+    """Register the verifier ``engine-bytes``."""
     from refitkit.builtin.torch_tensorrt.network.backend import EngineBytesVerifier
 
     return [EngineBytesVerifier()]

@@ -1,14 +1,22 @@
-"""The backend ``torch_tensorrt``: engines of Torch-TensorRT, compiled and refitted on a GPU."""
+"""The backend ``torch_tensorrt``: compiles with Torch-TensorRT, and plans refits of its engines.
+
+Compiling and refitting need a GPU. Planning does not: without a module, a worker process
+partitions and interprets the program (see ``network.planning``).
+"""
 
 from __future__ import annotations
 
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from refitkit.builtin.torch_tensorrt import module as opening
 from refitkit.builtin.torch_tensorrt import upstream
 from refitkit.builtin.torch_tensorrt.engine import RefitterEngine
-from refitkit.builtin.torch_tensorrt.module import TorchTensorRTOpened, default_makers
+from refitkit.builtin.torch_tensorrt.module import (
+    TorchTensorRTOpened,
+    default_engine_factory,
+    describe_file,
+    read_attachments,
+)
 from refitkit.builtin.torch_tensorrt.names import NAME
 from refitkit.builtin.torch_tensorrt.network.planning import Planned, plan_program
 from refitkit.builtin.torch_tensorrt.recording import draft_of, interpret, own_copy, slots_of
@@ -39,14 +47,14 @@ if TYPE_CHECKING:
     from refitkit.builtin.torch_tensorrt.recording import Interpreted
     from refitkit.protocols import OpenedModule, PlanDraft, PlanKey, Tools
 
-_UNFIT = {
+_NOT_REFITTABLE = {
     "immutable_weights": "immutable_weights=False",
     "refit_identical_engine_weights": "refit_identical_engine_weights=False",
 }
-"""Options that make engines unfit for refits where they are true, and what to set instead."""
-_OF_THE_ENGINE = frozenset(
+"""Options with which engines cannot be refitted if they are true, and the setting to use."""
+_ENGINE_OPTIONS = frozenset(
     {
-        *_UNFIT,
+        *_NOT_REFITTABLE,
         "strip_engine_weights",
         "use_python_runtime",
         "device",
@@ -60,41 +68,54 @@ _OF_THE_ENGINE = frozenset(
         "kwarg_inputs",
     }
 )
-"""Options that say how an engine is built and held, which planning does not."""
+"""Options on how an engine is built and stored. Parts and slots do not depend on them."""
 
 
 class TorchTensorRTBackend:
-    """``torch_tensorrt``: TensorRT and TensorRT-RTX through Torch-TensorRT."""
+    """The backend of TensorRT and TensorRT-RTX through Torch-TensorRT; see ``Backend``."""
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """``torch_tensorrt``."""
         return NAME
 
     def compile(
         self, program: ExportedProgram, options: Mapping[str, Any], tools: Tools
     ) -> TorchTensorRTOpened:
-        """Compile a program; ``options`` are those of ``torch_tensorrt.dynamo.compile``."""
+        """Compile a program.
+
+        Args:
+            program: The program. It stays unchanged: upstream gets a copy.
+            options: Arguments of ``torch_tensorrt.dynamo.compile``.
+            tools: Tools of the pipeline.
+
+        Raises:
+            ConfigError: An option does not exist, or has a value that cannot be used.
+            NotRefittableError: With an option, the engines could not be refitted.
+            ToolchainError: torch_tensorrt is not installed, or there is no GPU.
+            CompileError: Torch-TensorRT refuses the program, or creates no engine for it.
+        """
         if upstream.is_installed() and not upstream.has_gpu():
             raise ToolchainError(
-                "Torch-TensorRT compiles for the GPU that it runs on, and there is none here.",
-                hint="backend='tensorrt_network' builds engines of TensorRT-RTX without one.",
+                "Torch-TensorRT compiles for the GPU of this machine, and there is none.",
+                hint="backend='tensorrt_network' builds engines of TensorRT-RTX without a GPU.",
             )
         package = upstream.torch_tensorrt()
         _check_options(package, options)
-        module = _compiled(package, program, options)
+        module = _compile_program(package, program, options)
         target = understand(module)
         if target is None:
             raise CompileError(
-                "Torch-TensorRT made no engine of the program: it supports too few of its ops.",
+                "Torch-TensorRT created no engine: it supports too few ops of the program.",
                 hint="Lower min_block_size, or compile with 'aotinductor'.",
             )
         found = interpret(program, target, tools, record=True)
-        makers = default_makers(found.slots, check_finite=tools.check_finite)
-        opened = TorchTensorRTOpened(target, makers, structures=found.structures)
-        opened.remember(program, found)
+        factory = default_engine_factory(found.slots, check_finite=tools.check_finite)
+        opened = TorchTensorRTOpened(target, factory, structures=found.structures)
+        # the pipeline plans next, with the same program: interpreting takes seconds
+        opened.cache_interpreted(program, found)
         if not target.stripped:
-            _adopt(opened, found)
+            _adopt_values(opened, found)
         return opened
 
     def draft(
@@ -103,7 +124,7 @@ class TorchTensorRTBackend:
         module: OpenedModule | None,
         tools: Tools,  # noqa: ARG002 - the protocol's
     ) -> PlanDraft:
-        """Every slot, with the recipe that was recorded for it."""
+        """Every slot with the recipe that was recorded for it."""
         found: Interpreted | Planned = next(iter(parts.values()))
         if isinstance(found, Planned):
             return draft_of(found, found.all_slots, "cpu")
@@ -115,92 +136,108 @@ class TorchTensorRTBackend:
         module: OpenedModule | None,
         options: Mapping[str, Any],
     ) -> PlanKey | None:
-        """The options when planning offline, the settings of the engines otherwise."""
+        """The settings of the engines; without a module, the options of planning."""
         if isinstance(module, TorchTensorRTOpened):
             return key_of_settings(settings_text(module.target.settings))
-        return key_of_options(_of_planning(options))
+        return key_of_options(_planning_options(options))
 
     def describe(self, path: Path) -> Mapping[str, Any] | None:
-        """What a saved file holds, without loading its engines."""
-        return opening.describe_file(path) if path.is_file() else None
+        """Engines of a saved file as plain data; see ``describe_file``."""
+        return describe_file(path) if path.is_file() else None
 
     def attachments(self, path: Path) -> Mapping[str, bytes]:
-        """What a saved file keeps beside its engines, without loading them."""
-        return opening.attachments_of(path) if path.is_file() else {}
+        """Attachments of a saved file by name; see ``read_attachments``."""
+        return read_attachments(path) if path.is_file() else {}
 
 
-def partition(
+def partition_program(
     program: ExportedProgram,
     module: OpenedModule | None,
     options: Mapping[str, Any],
     tools: Tools,
 ) -> Mapping[str, Interpreted | Planned]:
-    """The parts of a program, as what holds all of them, by name.
+    """Partition a program as Torch-TensorRT does.
 
-    Without a module they are made in a process that needs no GPU.
+    Args:
+        program: The program.
+        module: Opened module that the parts must match. If it is None, a worker process that
+            needs no GPU partitions the program.
+        options: Arguments of ``torch_tensorrt.dynamo.compile``; unused with a module.
+        tools: Tools of the pipeline.
+
+    Returns:
+        The interpreted program by name of each part. It is the same object for all parts.
 
     Raises:
-        PlanMismatchError: They are not the parts of the module.
+        PlanMismatchError: The program has other parts than the module.
     """
     if isinstance(module, TorchTensorRTOpened):
         found = module.interpreted(program, tools, record=True)
         return dict.fromkeys(module.engines, found)
-    planned = plan_program(program, _of_planning(options), tools, record=True)
+    planned = plan_program(program, _planning_options(options), tools, record=True)
     return {structure.name: planned for structure in planned.structures}
 
 
-def _of_planning(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options on which parts and slots depend: the others are for the machine with the GPU."""
-    return {name: value for name, value in options.items() if name not in _OF_THE_ENGINE}
+def _planning_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options on which parts and slots depend."""
+    return {name: value for name, value in options.items() if name not in _ENGINE_OPTIONS}
 
 
 def _check_options(package: Any, options: Mapping[str, Any]) -> None:
-    unfit = [
-        Problem(name, "unfit for refits", "True", hint=f"set {wanted}")
-        for name, wanted in _UNFIT.items()
+    refused = [
+        Problem(name, "not refittable", "True", hint=f"set {setting}")
+        for name, setting in _NOT_REFITTABLE.items()
         if options.get(name)
     ]
-    if unfit:
-        raise NotRefittableError("Such an engine could not be refitted.", problems=unfit)
+    if refused:
+        raise NotRefittableError(
+            "With these options the engines could not be refitted.", problems=refused
+        )
     known = set(inspect.signature(package.dynamo.compile).parameters) - {"kwargs"}
     problems = list(unknown(options, known))
     if problems:
         raise ConfigError("These options cannot be used.", problems=problems)
 
 
-def _compiled(
+def _compile_program(
     package: Any, program: ExportedProgram, options: Mapping[str, Any]
 ) -> torch.nn.Module:
     if program.example_inputs is None and not {"inputs", "arg_inputs"} & options.keys():
         raise CompileError(
-            "The program has no example inputs, which Torch-TensorRT needs.",
+            "Torch-TensorRT needs example inputs, and the program has none.",
             hint="Export it again: torch.export.export(model, inputs).",
         )
+    # upstream's default, True, builds engines that cannot be refitted
     chosen = {"immutable_weights": False, **options}
     if not {"inputs", "arg_inputs"} & options.keys():
         args, kwargs = program.example_inputs or ((), {})
         chosen |= {"arg_inputs": tuple(args), "kwarg_inputs": dict(kwargs or {})}
+    # a copy, because upstream changes the program that it compiles
     with raised_as(CompileError, "Torch-TensorRT cannot compile the program"):
         module: torch.nn.Module = package.dynamo.compile(own_copy(program), **chosen)
     return module
 
 
-def _adopt(opened: TorchTensorRTOpened, found: Interpreted) -> None:
-    """Tell engines what they were built with: the way back from the first refit."""
-    made = found.values()
+def _adopt_values(opened: TorchTensorRTOpened, found: Interpreted) -> None:
+    """Record in each engine the values that it was built from.
+
+    With known weights, the first refit can be rolled back without engine bytes.
+    """
+    by_engine = found.values()
     for name, engine in opened.engines.items():
-        values = made.get(name, {})
+        values = by_engine.get(name, {})
+        # adopting needs a value for every slot
         if isinstance(engine, RefitterEngine) and engine.slots.keys() <= values.keys():
             engine.adopt(
                 [
-                    SlotValue(slot, "compile", (), _Held(values[slot.name], slot.shape))
+                    SlotValue(slot, "compile", (), _Reshaped(values[slot.name], slot.shape))
                     for slot in engine.slots.values()
                 ]
             )
 
 
-class _Held:
-    """Gives a tensor in the shape of its slot."""
+class _Reshaped:
+    """Returns a flat tensor in the shape of its slot, or flat if the shape is unknown."""
 
     def __init__(self, value: torch.Tensor, shape: tuple[int, ...] | None) -> None:
         self._value, self._shape = value, shape

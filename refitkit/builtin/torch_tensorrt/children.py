@@ -18,7 +18,7 @@ import torch
 from refitkit.builtin.torch_tensorrt import upstream
 from refitkit.builtin.torch_tensorrt.metadata import read_metadata
 from refitkit.builtin.torch_tensorrt.settings import settings_from
-from refitkit.builtin.torch_tensorrt.stale import Stored, watch_child, watch_engine
+from refitkit.builtin.torch_tensorrt.stale import StoredBytes, watch_child, watch_engine
 from refitkit.errors import EngineError, UnsupportedTargetError, raised_as
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _CARRIED = ("use_pre_allocated_outputs", "use_output_allocator_outputs")
 class _Handle:
     """What all handles have in common: bytes that are stored, and may be stale."""
 
-    _stored: Stored
+    _stored: StoredBytes
 
     def prepare(self, engine_bytes: bytes) -> Any:
         """Make another engine."""
@@ -90,7 +90,7 @@ class ModuleEngine(_ChildEngine):
         """Found by ``find_engines``."""
         self.name = name
         self.child = child
-        self._stored = Stored(self._store, self._watch)
+        self._stored = StoredBytes(self._store, self._watch)
 
     @property
     def runtime(self) -> Runtime:
@@ -158,7 +158,7 @@ class ModuleEngine(_ChildEngine):
         if is_python_engine(self.child.engine):
             _store_in_engine(self.child.engine, engine_bytes)
 
-    def _watch(self, stored: Stored) -> Callable[[], None]:
+    def _watch(self, stored: StoredBytes) -> Callable[[], None]:
         ends = [watch_child(self.child, stored)]
         if is_python_engine(self.child.engine):
             ends.append(watch_engine(self.child.engine, stored))
@@ -175,7 +175,7 @@ class PythonModuleEngine(_ChildEngine):
         """Found by ``find_engines``."""
         self.name = name
         self.child = child
-        self._stored = Stored(self._store, lambda stored: watch_child(child, stored))
+        self._stored = StoredBytes(self._store, lambda stored: watch_child(child, stored))
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -257,7 +257,7 @@ class AttributeEngine(_Handle):
         self.weight_name_map = metadata.weight_name_map
         self.input_names = info.input_names
         self.output_names = info.output_names
-        self._stored = Stored(
+        self._stored = StoredBytes(
             lambda engine_bytes: _store_in_engine(self.engine, engine_bytes),
             lambda stored: watch_engine(self.engine, stored),
         )

@@ -1,7 +1,15 @@
-"""A TensorRT engine as refitkit's engine: what both runtimes have in common.
+"""TensorRT engines as units of a refit, for both runtimes of Torch-TensorRT.
 
-In the Python runtime the live engine is refitted in place (``inplace.py``); the C++ runtime keeps
-its engine to itself, so a second one is refitted, serialized and put in its place (``shadow.py``).
+``RefitterEngine`` owns the refitter and the weight buffers of one engine. Its subclasses hide how
+new weights become live:
+
+- ``InPlaceEngine``, for the Python runtime: the commit refits the live engine. A rollback refits it
+  to the snapshot, or replaces it with the engine bytes from before.
+- ``ShadowEngine``, for the C++ runtime, which gives no access to its engine: staging refits and
+  serializes a second engine, and the commit swaps the result in.
+
+``create_engine`` chooses between them. Reading order: ``create_engine``, ``RefitterEngine``, then
+one subclass with its staged refit.
 """
 
 from __future__ import annotations
@@ -9,10 +17,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from refitkit.builtin.torch_tensorrt import refitter as serialized
 from refitkit.builtin.torch_tensorrt import weight_buffers
-from refitkit.builtin.torch_tensorrt.refitter import PersistentRefitter, current
-from refitkit.builtin.torch_tensorrt.weight_buffers import Copies, Layout, Uploader, WeightSets
+from refitkit.builtin.torch_tensorrt.refitter import (
+    DeserializedEngine,
+    PersistentRefitter,
+    current_device,
+    serialize_engine,
+)
+from refitkit.builtin.torch_tensorrt.weight_buffers import (
+    Layout,
+    LazyCopies,
+    Uploader,
+    WeightBuffers,
+)
 from refitkit.errors import (
     EngineError,
     ModuleLostError,
@@ -30,8 +47,8 @@ if TYPE_CHECKING:
     import torch
 
     from refitkit.builtin.torch_tensorrt.children import EngineHandle
-    from refitkit.builtin.torch_tensorrt.refitter import WeightFact
-    from refitkit.builtin.torch_tensorrt.weight_buffers import Keep
+    from refitkit.builtin.torch_tensorrt.refitter import WeightSpec
+    from refitkit.builtin.torch_tensorrt.weight_buffers import SnapshotLocation
     from refitkit.protocols import SideBySide, SlotValue, StagedRefit
 
 
@@ -40,206 +57,235 @@ class EngineOptions:
     """How an engine is refitted.
 
     Attributes:
-        device: Where the engine runs.
-        known: What is known of its slots, by name; see ``PersistentRefitter.facts``.
-        keep: Where the weights from before a refit are kept.
-        check_finite: Whether new values must be finite where the live ones are known to be.
+        device: Device that the engine runs on.
+        known: Slots by name, from a plan; see ``PersistentRefitter.specs``.
+        snapshot: Memory in which the weights from before a refit are kept.
+        check_finite: Whether staging refuses non-finite values where the live ones are finite.
     """
 
     device: torch.device
     known: Mapping[str, Slot]
-    keep: Keep = "device"
+    snapshot: SnapshotLocation = "device"
     check_finite: bool = True
 
 
-class RefitterEngine:
-    """One TensorRT engine; see ``refitkit.protocols.Engine``. Subclasses know its runtime.
+def create_engine(handle: EngineHandle, trt: Any, options: EngineOptions) -> RefitterEngine:
+    """An ``InPlaceEngine`` if the runtime gives access to its engine, else a ``ShadowEngine``.
 
-    Its live weights are what was last given to it: whoever refits the engine in another way has to
-    open it again before refitting it in part.
+    Args:
+        handle: The engine in its target.
+        trt: The package ``tensorrt``.
+        options: How the engine is refitted.
+    """
+    kind = ShadowEngine if handle.cuda_engine() is None else InPlaceEngine
+    return kind(handle, trt, options)
+
+
+class RefitterEngine:
+    """One TensorRT engine; see ``refitkit.protocols.Engine``.
+
+    It takes the values that it was last given for the live weights. So if other code refits the
+    engine, the target has to be opened again before a partial refit.
+
+    Attributes:
+        handle: The engine in its target.
     """
 
     def __init__(self, handle: EngineHandle, trt: Any, options: EngineOptions) -> None:
-        """Touch nothing yet: the refitter is made when it is first needed.
+        """Touch nothing yet: the refitter is created on first use.
 
         Args:
             handle: The engine in its target.
             trt: The package ``tensorrt``.
-            options: How it is refitted.
+            options: How the engine is refitted.
         """
         self.handle = handle
         self._trt = trt
         self._options = options
         self._uploader = Uploader(options.device)
         self._refitter: PersistentRefitter | None = None
-        self._facts: dict[str, WeightFact] | None = None
+        self._specs: dict[str, WeightSpec] | None = None
         self._slots: dict[str, Slot] | None = None
-        self._sets: WeightSets | None = None
+        self._buffers: WeightBuffers | None = None
 
-    # -- what it is -------------------------------------------------------------------------
+    # -- description ------------------------------------------------------------------------
 
     @property
     def name(self) -> str:
-        """Name of the child that it is."""
+        """Name of the child module that holds the engine."""
         return self.handle.name
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """Device that the engine runs on."""
         return self._options.device
 
     @property
     def slots(self) -> Mapping[str, Slot]:
-        """All weights, by the names that TensorRT has for them."""
-        facts = self.facts
+        """One slot per weight, by TensorRT's name of the weight.
+
+        Raises:
+            NotRefittableError: The engine cannot be refitted, or its dtypes are unknown.
+        """
+        specs = self.specs
+        # kept, because the pipeline asks for the slots once per row of a plan
         if self._slots is None:
-            self._slots = {name: self._slot(fact) for name, fact in sorted(facts.items())}
+            self._slots = {name: self._slot(spec) for name, spec in sorted(specs.items())}
         return self._slots
 
-    def _slot(self, fact: WeightFact) -> Slot:
+    def _slot(self, spec: WeightSpec) -> Slot:
         return Slot(
             engine=self.name,
-            name=fact.name,
-            dtype=fact.dtype,
-            shape=fact.shape,
-            count=fact.count,
+            name=spec.name,
+            dtype=spec.dtype,
+            shape=spec.shape,
+            count=spec.count,
             device=str(self.device),
         )
 
     @property
-    def facts(self) -> Mapping[str, WeightFact]:
-        """What the engine asks of each weight."""
+    def specs(self) -> Mapping[str, WeightSpec]:
+        """Dtype and count that the engine requires of each weight, by name."""
         refitter = self._ready_refitter()
-        if self._facts is None:
-            self._facts = refitter.facts(self._options.known)
-        return self._facts
+        if self._specs is None:
+            self._specs = refitter.specs(self._options.known)
+        return self._specs
 
     @property
     def memory(self) -> EngineMemory:
-        """The second set of weights; engine bytes where nobody knows the live weights."""
-        if self._sets is None or not self._sets.known:
+        """Memory of a rollback: the snapshot, or engine bytes while the weights are unknown."""
+        if self._buffers is None or not self._buffers.known:
             size = len(self.handle.engine_bytes())
             return EngineMemory(engine=self.name, kind="engine-bytes", bytes=size)
-        return EngineMemory(engine=self.name, kind=self._options.keep, bytes=self._sets.nbytes)
+        kind, size = self._options.snapshot, self._buffers.nbytes
+        return EngineMemory(engine=self.name, kind=kind, bytes=size)
 
     @property
     def name_map(self) -> Mapping[str, Any] | None:
-        """The cached map of torch-tensorrt 2.11 and 2.12; see ``name_map.HasNameMap``."""
+        """The cached name map of torch_tensorrt 2.11 and 2.12; see ``name_map.HasNameMap``."""
         found: Mapping[str, Any] | None = self.handle.weight_name_map
         return found
 
+    # -- values -----------------------------------------------------------------------------
+
     @property
     def knows_live(self) -> bool:
-        """Whether the live weights are known: from a refit, or from ``adopt``."""
-        return self._sets is not None and self._sets.known
+        """Whether the live weights are known, from a refit or from ``adopt``."""
+        return self._buffers is not None and self._buffers.known
 
     def remembered(self, slot: str) -> torch.Tensor | None:
-        """What was last given to a slot: an alias; None while nobody knows it."""
-        return self._sets.known_value(slot) if self._sets is not None else None
+        """The live value of a slot: an alias of the buffers; None if it is unknown."""
+        return self._buffers.live_value(slot) if self._buffers is not None else None
 
     def staged(self, slot: str) -> torch.Tensor:
-        """What the staging set holds for a slot: an alias."""
-        return self.sets.staging.tensors[slot]
+        """The staged value of a slot: an alias of the staging arena."""
+        return self.buffers.staging.tensors[slot]
 
     def side_by_side(self) -> SideBySide | None:
-        """Both sets as they lie in memory; None while nobody knows the live values."""
-        return self.sets.side_by_side()
+        """Memory of live and staged values; None if the live values are unknown."""
+        return self.buffers.side_by_side()
 
     def previous(self) -> Mapping[str, torch.Tensor]:
-        """What was given before the last refit, copied when asked for: staging overwrites it."""
-        values = self._sets.previous() if self._sets is not None else {}
-        return Copies(values, lambda name: values[name].clone())
+        """The values from before the last refit. Each look-up copies: staging overwrites them."""
+        values = self._buffers.previous() if self._buffers is not None else {}
+        return LazyCopies(values, lambda name: values[name].clone())
 
-    # -- for subclasses ---------------------------------------------------------------------
+    # -- implemented by subclasses ----------------------------------------------------------
 
     def _engine(self) -> Any:
         """The ``ICudaEngine`` to refit."""
         raise NotImplementedError
 
     def _staged(self) -> StagedRefit:
-        """What becomes of the staging set, which is filled."""
+        """The staged refit, once the staging arena is filled."""
         raise NotImplementedError
 
-    def _rehearse(self) -> str:
-        """Refit to what the engine holds anyway; why that is impossible, else nothing."""
+    def _warm_refitter(self) -> str:
+        """Run a first refit that changes no weights. Return why it was skipped, or nothing."""
         raise NotImplementedError
 
     # -- the refitter and its buffers -------------------------------------------------------
 
     def _ready_refitter(self) -> PersistentRefitter:
-        """The one refitter; another one only where somebody has put another engine in place."""
         engine = self._engine()
+        # The user may have replaced the engine in the module since the last refit. Then nothing
+        # that is known about the old one holds for the new one.
         if self._refitter is None or self._refitter.engine is not engine:
-            self.forget()
+            self.reset()
             self._refitter = PersistentRefitter(engine, self._trt, self.device)
         return self._refitter
 
     @property
-    def sets(self) -> WeightSets:
-        """The two sets of weights; the refitter is bound to the first."""
+    def buffers(self) -> WeightBuffers:
+        """The weight buffers. The refitter reads their staging arena."""
         refitter = self._ready_refitter()
-        if self._sets is None:
-            layout = Layout.of(self.facts.values())
-            sets = WeightSets(layout, self.device, self._options.keep)
-            refitter.bind(self.facts, sets.staging.views)
-            self._sets = sets
-        return self._sets
+        if self._buffers is None:
+            layout = Layout.of(self.specs.values())
+            buffers = WeightBuffers(layout, self.device, self._options.snapshot)
+            refitter.bind(self.specs, buffers.staging.views)
+            self._buffers = buffers
+        return self._buffers
 
-    def forget(self) -> None:
-        """Let the refitter and all buffers go, and with them what the live weights are."""
-        self._refitter = self._facts = self._slots = self._sets = None
+    def reset(self) -> None:
+        """Free the refitter and all buffers. The live weights are unknown from then on."""
+        self._refitter = self._specs = self._slots = self._buffers = None
 
     def refit(self, *, idle: bool = False) -> None:
-        """Give the engine what the staging set holds.
+        """Write the staging arena into the engine.
 
         Args:
             idle: Whether no call of the engine can be pending.
 
         Raises:
-            EngineError: TensorRT failed; the engine may hold a mixture.
+            EngineError: TensorRT failed; the engine may hold a mixture of old and new weights.
         """
-        if self._refitter is None or self._sets is None:
+        if self._refitter is None or self._buffers is None:
             raise EngineError(f"The engine {self.name!r} has lost its refitter.")
         self._refitter.refit(idle=idle)
 
     # -- staging ----------------------------------------------------------------------------
 
     def stage(self, values: Sequence[SlotValue]) -> StagedRefit:
-        """Bring new values for all slots into the staging set."""
+        """Copy new values for all slots into the staging arena.
+
+        Raises:
+            WeightMismatchError: Names, dtypes or shapes are wrong, or values are not finite.
+        """
         return self._stage(values, partial=False)
 
     def stage_partial(self, values: Sequence[SlotValue]) -> StagedRefit:
-        """Bring new values for some slots into the staging set; the others keep theirs.
+        """Copy new values for some slots into the staging arena. The other slots keep theirs.
 
         Raises:
-            NotRefittableError: Nobody knows what the others hold.
+            NotRefittableError: The values of the other slots are unknown.
+            WeightMismatchError: Names, dtypes or shapes are wrong, or values are not finite.
         """
         self._ready_refitter()
         if not self.knows_live:
-            raise self._unknown()
+            raise self._unknown_weights_error()
         return self._stage(values, partial=True)
 
     def _stage(self, values: Sequence[SlotValue], *, partial: bool) -> StagedRefit:
-        require_values(self.facts, values, partial=partial)
-        sets = self.sets
-        sets.begin(partial=partial)
+        require_values(self.specs, values, partial=partial)
+        buffers = self.buffers
+        buffers.begin_staging(partial=partial)
         self._fill(values)
         if self._options.check_finite:
-            self._check_finite(sets)
+            self._check_finite(buffers)
         return self._staged()
 
     def _fill(self, values: Sequence[SlotValue]) -> None:
-        """Copy values into the staging set."""
-        weight_buffers.fill(self.sets.staging, self.facts, values, self._uploader)
+        """Copy values into the staging arena."""
+        weight_buffers.fill(self.buffers.staging, self.specs, values, self._uploader)
 
-    def _unknown(self) -> NotRefittableError:
+    def _unknown_weights_error(self) -> NotRefittableError:
         return NotRefittableError(
-            f"Nobody knows the present weights of the engine {self.name!r}: TensorRT cannot be "
-            "asked for them.",
+            f"The present weights of the engine {self.name!r} are unknown: TensorRT cannot read "
+            "them back.",
             hint="Refit it fully once; after that it can be refitted in part.",
         )
 
-    def _check_finite(self, sets: WeightSets) -> None:
+    def _check_finite(self, buffers: WeightBuffers) -> None:
         problems = [
             Problem(
                 name,
@@ -248,54 +294,63 @@ class RefitterEngine:
                 "finite, as the present ones are",
                 "to allow it: check_finite=False in the config",
             )
-            for name, count in sets.spoilt()
+            for name, count in buffers.newly_non_finite()
         ]
         if problems:
             raise WeightMismatchError("New weights are not finite.", problems=problems)
 
     def adopt(self, values: Sequence[SlotValue]) -> None:
-        """Take over what the engine is known to hold, because it was built from it.
+        """Record the live weights of an engine that was built from known values.
 
         Args:
-            values: The live value of every slot.
+            values: Live value of every slot.
 
         Raises:
-            WeightMismatchError: They are not values of this engine.
+            WeightMismatchError: The values do not fit this engine. The live weights are unknown
+                then.
         """
-        require_values(self.facts, values)
-        sets = self.sets
-        sets.live = None
+        require_values(self.specs, values)
+        buffers = self.buffers
+        buffers.live = None  # stays so if a copy fails: staging is then a mixture
         self._fill(values)
-        sets.live = "staging"
+        buffers.live = "staging"
 
     # -- warming and freeing ----------------------------------------------------------------
 
     def warm(self, progress: Callable[[str], None]) -> None:
-        """Make the refitter and its buffers, and have it compile what it needs.
+        """Create the refitter and its buffers, and have the refitter compile its kernels.
 
         Args:
             progress: Called with one line of text for each step.
 
         Raises:
-            EngineError: TensorRT failed; the engine is as before.
+            EngineError: TensorRT failed; the engine is unchanged.
+            ModuleLostError: TensorRT failed, and so did the rollback.
         """
-        sets = self.sets
-        progress(f"{self.name}: {len(self.facts)} weights, {sets.nbytes} bytes")
-        why_not = self._rehearse()
-        progress(f"{self.name}: {why_not or 'the refitter is warm'}")
+        buffers = self.buffers
+        progress(f"{self.name}: {len(self.specs)} weights, {buffers.nbytes} bytes")
+        skipped = self._warm_refitter()
+        progress(f"{self.name}: {skipped or 'the refitter is warm'}")
 
     def free_spare(self) -> int:
-        """Free the second set; the first one stays, as only it knows the live weights."""
-        return self._sets.free_base() if self._sets is not None else 0
+        """Free the snapshot and return its size in bytes.
+
+        The staging arena stays: it is the only copy of the live weights outside the engine.
+        """
+        return self._buffers.free_snapshot() if self._buffers is not None else 0
 
 
-# MERGED inplace: Engines of the Python runtime: the live engine is refitted in place.
+# -- Python runtime: refit the live engine ------------------------------------------------------
 
-_UNKNOWN = "its weights are not known, so its first refit still compiles for seconds"
+_NOT_WARMED = "its weights are not known, so its first refit still compiles for seconds"
 
 
 class InPlaceEngine(RefitterEngine):
-    """A live ``ICudaEngine`` with its refitter."""
+    """A live ``ICudaEngine`` that is refitted in place.
+
+    A refit leaves the serialized engine that the target stores stale. ``_serialize`` renews it when
+    other code reads it; see the module ``stale``.
+    """
 
     _stale = False  # whether the stored bytes hold other weights than the live engine
     _mixed = False  # whether the live engine may hold a mixture of weights
@@ -304,74 +359,84 @@ class InPlaceEngine(RefitterEngine):
         return self.handle.cuda_engine()
 
     def _staged(self) -> StagedInPlace:
+        # Without known weights there is no snapshot, so a rollback needs the engine bytes.
         before = None if self.knows_live else self.handle.engine_bytes()
         return StagedInPlace(self, before)
 
     def stage_over(self, values: Sequence[SlotValue]) -> Overwriting:
-        """Free the base set; the commit fills the staging set and refits the live engine."""
-        self._ready_refitter()
-        partial = len(values) < len(self.facts)
-        if partial and not self.knows_live:
-            raise self._unknown()
-        require_values(self.facts, values, partial=partial)
-        self.sets.free_base()
-        return Overwriting(lambda: self._write_over(values))
+        """Free the snapshot. The commit fills the staging arena and refits the live engine.
 
-    def _write_over(self, values: Sequence[SlotValue]) -> None:
-        self.sets.live = None
+        Raises:
+            WeightMismatchError: There are no such slots, or some are given twice.
+            NotRefittableError: Some slots have no new value, and their values are unknown.
+        """
+        self._ready_refitter()
+        partial = len(values) < len(self.specs)
+        if partial and not self.knows_live:
+            raise self._unknown_weights_error()
+        require_values(self.specs, values, partial=partial)
+        self.buffers.free_snapshot()
+        return Overwriting(lambda: self._overwrite(values))
+
+    def _overwrite(self, values: Sequence[SlotValue]) -> None:
+        # until the refit is done, neither the engine nor the staging arena is known
+        self.buffers.live = None
         self._fill(values)
         self.write(idle=True)
 
-    def _rehearse(self) -> str:
+    def _warm_refitter(self) -> str:
         if not self.knows_live:
-            return _UNKNOWN
-        self.sets.begin(partial=True)
+            return _NOT_WARMED
+        # `partial`, because the staging arena has to hold exactly the live values
+        self.buffers.begin_staging(partial=True)
         staged = StagedInPlace(self, None)
         try:
             self.write(idle=False)
         except BaseException as exc:
-            _take_back(staged, exc)
+            _rollback_warming(staged, exc)
             raise
         return ""
 
     def write(self, *, idle: bool) -> None:
-        """Refit the live engine to the staging set.
+        """Refit the live engine to the staging arena.
 
         Args:
-            idle: Whether no call of it can be pending.
+            idle: Whether no call of the engine can be pending.
 
         Raises:
-            EngineError: TensorRT failed; the engine may hold a mixture.
+            EngineError: TensorRT failed; the engine may hold a mixture of old and new weights.
         """
+        # `_mixed` comes first: bytes that are read while the refit runs must be refused.
         self._mixed = True
-        self.handle.on_stale(self._flush)
+        self.handle.on_stale(self._serialize)
+        # a captured CUDA graph could go on computing with the old weights
         self.handle.drop_captured()
         self.refit(idle=idle)
-        self.sets.settle()
+        self.buffers.mark_committed()
         self._stale, self._mixed = True, False
 
-    def write_back(self, before: bytes | None, *, stale: bool) -> None:
-        """Have the live engine hold what it held before.
+    def restore(self, before: bytes | None, *, stale: bool) -> None:
+        """Have the live engine hold the weights from before the refit.
 
         Args:
-            before: Engine bytes from before; None: the base set has the weights.
-            stale: Whether the stored bytes were stale before.
+            before: Engine bytes from before the refit; None if the snapshot has the weights.
+            stale: Whether the stored bytes were stale before the refit.
 
         Raises:
-            EngineError: TensorRT failed; the engine may hold a mixture.
+            EngineError: TensorRT failed; the engine may hold a mixture of old and new weights.
         """
         self._mixed = True
         self.handle.drop_captured()
         if before is None:
-            self.sets.restore()
-            self.refit()
-            self.sets.live = "staging"
+            self.buffers.restore()
+            self.refit()  # not idle: a verifier may have called the engine since the commit
+            self.buffers.live = "staging"
         else:
-            self.forget()
+            self.reset()
             self.handle.on_stale(None)  # the stored bytes are those from before, and stay
             self.handle.replace(before)
             stale = False
-        self.handle.on_stale(self._flush if stale else None)
+        self.handle.on_stale(self._serialize if stale else None)
         self._stale, self._mixed = stale, False
 
     @property
@@ -379,149 +444,153 @@ class InPlaceEngine(RefitterEngine):
         """Whether the stored bytes hold other weights than the live engine."""
         return self._stale
 
-    def forget(self) -> None:
-        """Let all go; the engine that is in place now is the one that is stored."""
-        super().forget()
+    def reset(self) -> None:
+        """Free the refitter and all buffers. The present engine is the one that is stored."""
+        super().reset()
         self._stale = False
 
-    def _flush(self) -> bytes:
+    def _serialize(self) -> bytes:
+        """Bytes of the live engine, which the handle stores when other code reads its bytes."""
         if self._mixed:
             raise EngineError(
                 f"The engine {self.name!r} may hold a mixture of weights: it cannot be stored.",
                 hint="Load or compile it again.",
             )
-        data = serialized.bytes_of(self.handle.cuda_engine(), self._trt)
+        data = serialize_engine(self.handle.cuda_engine(), self._trt)
         self._stale = False
         return data
 
 
 class StagedInPlace:
-    """New values in the staging set, on their way into the live engine."""
+    """Values in the staging arena of an ``InPlaceEngine``; see ``protocols.StagedRefit``."""
 
     def __init__(self, engine: InPlaceEngine, before: bytes | None) -> None:
-        """Made by ``InPlaceEngine``."""
+        """Record how to roll back. Only ``InPlaceEngine`` creates one.
+
+        Args:
+            engine: The engine.
+            before: Engine bytes for a rollback; None if the snapshot has the live weights.
+        """
         self._engine = engine
         self._before = before
         self._stale = engine.stale
 
     def commit(self) -> None:
-        """Refit to the staging set; the pipeline has waited for all calls."""
-        self._engine.write(idle=True)
+        """Refit to the staging arena."""
+        self._engine.write(idle=True)  # the transaction has waited for pending calls
 
     def rollback(self) -> None:
-        """Refit to the base set, or put the engine from before back."""
-        self._engine.write_back(self._before, stale=self._stale)
+        """Refit to the snapshot, or replace the engine with the bytes from before."""
+        self._engine.restore(self._before, stale=self._stale)
 
     def discard(self) -> None:
-        """Leave the staging set as it is: the live values are aside."""
+        """Do nothing: the snapshot has the live values, and the next refit overwrites staging."""
 
     def changed(self) -> bool | None:
-        """Whether any bit differs from the live values; None while those are not known."""
-        return self._engine.sets.changed()
+        """Whether any bit differs from the live values; None if the live values are unknown."""
+        return self._engine.buffers.changed()
 
     def staged(self, slot: str) -> torch.Tensor:
         """The new value of a slot: an alias, valid until the next refit is staged."""
         return self._engine.staged(slot)
 
     def side_by_side(self) -> SideBySide | None:
-        """Live and new values as they lie in memory; None while the live ones are not known."""
+        """Memory of live and new values; None if the live values are unknown."""
         return self._engine.side_by_side()
 
 
-def _take_back(staged: StagedInPlace, cause: BaseException) -> None:
+def _rollback_warming(staged: StagedInPlace, cause: BaseException) -> None:
     try:
         staged.rollback()
     except BaseException as exc:
         lost = ModuleLostError(
-            f"Warming up failed half-way, and so did the way back: {exc}",
+            f"Warming failed half-way, and so did its rollback: {exc}",
             hint="Load or compile the module again.",
         )
-        lost.add_note(f"It failed because of: {type(cause).__name__}: {cause}")
+        lost.add_note(f"Warming failed because of: {type(cause).__name__}: {cause}")
         raise lost from exc
 
 
-# MERGED shadow: Engines of the C++ runtime: a second engine is refitted, serialized, and put in
-# place.
-#
-# The C++ runtime lends its engine to nobody. So an engine of our own, made from the same bytes,
-# is refitted and serialized, and the runtime makes a third one of that, all while the live one
-# goes on serving. The transaction only puts that in place, and the one from before back. Our own
-# keeps its refitter, so that later refits pay for serializing and deserializing only. What it
-# holds between two refits does not matter: every refit sets all weights.
+# -- C++ runtime: refit a second engine and swap it in ------------------------------------------
 
 
 class ShadowEngine(RefitterEngine):
-    """An engine that is refitted by way of its bytes."""
+    """An engine of the C++ runtime, which gives no access to its ``ICudaEngine``.
 
-    _own: serialized.Deserialized | None = None
-    _size = 0  # of the engine bytes that were in place when something was last staged
+    Staging refits a second engine, the shadow, which was deserialized from the same bytes. It
+    serializes the shadow, and the runtime creates a third engine from these bytes. The live engine
+    serves calls meanwhile. The commit puts the third engine in place, and a rollback the old one.
+
+    The shadow keeps its refitter, so later refits pay only for serializing and deserializing. Its
+    weights between two refits do not matter: every refit sets all of them.
+    """
+
+    _shadow: DeserializedEngine | None = None
+    _size = 0  # of the bytes of the last staged engine
 
     @property
     def memory(self) -> EngineMemory:
-        """The engine from before, which stays on the device until the verdict."""
+        """Memory of a rollback: the old engine, which stays on the device until the verdict."""
         size = self._size or len(self.handle.engine_bytes())
         return EngineMemory(engine=self.name, kind="device", bytes=size)
 
     def _engine(self) -> Any:
-        if self._own is None:
-            with current(self.device):
-                self._own = serialized.Deserialized(self.handle.engine_bytes(), self._trt)
-        return self._own.engine
+        if self._shadow is None:
+            with current_device(self.device):
+                self._shadow = DeserializedEngine(self.handle.engine_bytes(), self._trt)
+        return self._shadow.engine
 
-    def _staged(self) -> StagedEngine:
-        self.refit(idle=True)  # nobody calls this engine
-        after = serialized.bytes_of(self._engine(), self._trt)
+    def _staged(self) -> StagedShadow:
+        self.refit(idle=True)  # calls use the live engine, never the shadow
+        after = serialize_engine(self._engine(), self._trt)
         self._size = len(after)
-        return StagedEngine(self, self.handle.present(), self.handle.prepare(after))
+        return StagedShadow(self, self.handle.present(), self.handle.prepare(after))
 
-    def _rehearse(self) -> str:
-        self.refit(idle=True)  # to whatever the buffers hold: nobody is served by this engine
+    def _warm_refitter(self) -> str:
+        self.refit(idle=True)  # any weights will do: calls never use the shadow
         return ""
 
 
-class StagedEngine:
-    """A refitted engine of the runtime's, on its way into its place."""
+class StagedShadow:
+    """A refitted engine of the C++ runtime, ready to be put in place; see ``StagedRefit``."""
 
     def __init__(self, engine: ShadowEngine, before: Any, after: Any) -> None:
-        """Made by ``ShadowEngine.stage``."""
+        """Record both engines. Only ``ShadowEngine`` creates one.
+
+        Args:
+            engine: The engine.
+            before: The engine in place, as ``EngineHandle.present`` returns it.
+            after: The refitted engine, as ``EngineHandle.prepare`` returns it.
+        """
         self._engine, self._before, self._after = engine, before, after
-        self._was = engine.sets.live
+        self._live_before = engine.buffers.live
 
     def commit(self) -> None:
         """Put the refitted engine in place."""
-        _put(self._engine.handle, self._after)
-        self._engine.sets.settle()
+        _swap(self._engine.handle, self._after)
+        self._engine.buffers.mark_committed()
 
     def rollback(self) -> None:
-        """Put the engine from before back."""
-        _put(self._engine.handle, self._before)
-        self._engine.sets.live = self._was
+        """Put the old engine back."""
+        _swap(self._engine.handle, self._before)
+        self._engine.buffers.live = self._live_before
 
     def discard(self) -> None:
-        """Nothing to do: nobody was served by what was staged."""
+        """Do nothing: no call used the staged engine."""
 
     def changed(self) -> bool | None:
-        """Whether any bit differs from the live values; None while those are not known."""
-        return self._engine.sets.changed()
+        """Whether any bit differs from the live values; None if the live values are unknown."""
+        return self._engine.buffers.changed()
 
     def staged(self, slot: str) -> torch.Tensor:
         """The new value of a slot: an alias, valid until the next refit is staged."""
         return self._engine.staged(slot)
 
     def side_by_side(self) -> SideBySide | None:
-        """Live and new values as they lie in memory; None while the live ones are not known."""
+        """Memory of live and new values; None if the live values are unknown."""
         return self._engine.side_by_side()
 
 
-def _put(handle: EngineHandle, engine: Any) -> None:
+def _swap(handle: EngineHandle, engine: Any) -> None:
     handle.drop_captured()
     handle.put(engine)
-
-
-# MERGED runtimes: Which kind of engine serves which runtime.
-
-
-def engine_for(handle: EngineHandle, trt: Any, options: EngineOptions) -> RefitterEngine:
-    """The engine behind a handle: refitted in place where the runtime lets it be."""
-    kind = ShadowEngine if handle.cuda_engine() is None else InPlaceEngine
-    return kind(handle, trt, options)

@@ -1,4 +1,12 @@
-"""An opened target: call it, save it, open it a second time."""
+"""Opened targets of the backend ``torch_tensorrt``: open, call, save, copy.
+
+A target is a compiled module, a program with engines in it, or a file of ``torch_tensorrt.save``.
+
+Reading order: ``open_target`` opens one. ``EngineFactory`` creates the units of a refit for its
+engines and torch parts. ``TorchTensorRTOpened`` is the opened target. ``copy_target`` and
+``export_target`` copy a target, to refit the copy or to save it. ``describe_file`` and
+``read_attachments`` read a saved file without loading its engines.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +29,7 @@ from refitkit.builtin.torch_tensorrt.children import (
     info_of,
     is_engine,
 )
-from refitkit.builtin.torch_tensorrt.engine import EngineOptions, engine_for
+from refitkit.builtin.torch_tensorrt.engine import EngineOptions, create_engine
 from refitkit.builtin.torch_tensorrt.names import NAME
 from refitkit.builtin.torch_tensorrt.parts import check_structures
 from refitkit.builtin.torch_tensorrt.program_file import ProgramFile, extra_files, read_program_file
@@ -41,44 +49,131 @@ if TYPE_CHECKING:
     from refitkit.protocols import Engine, Tools
 
 
+# -- opening ------------------------------------------------------------------------------------
+
+
+def open_target(target: object, factory: EngineFactory | None = None) -> TorchTensorRTOpened | None:
+    """Open a target without changing it.
+
+    Opening a file loads it with torch, which can run code from the file. The checks of
+    :mod:`~refitkit.builtin.torch_tensorrt.program_file` do not rule that out.
+
+    Args:
+        target: A compiled module, a program with engines in it, a file, or anything else.
+        factory: Creates the units of a refit; by default :func:`default_engine_factory`.
+
+    Returns:
+        The opened target; None if it does not belong to this backend.
+
+    Raises:
+        UnsupportedTargetError: The target is damaged, hostile, or needs a GPU.
+        NotRefittableError: The target cannot take other weights; names the flag to set.
+        ToolchainError: The target is a file, and torch_tensorrt is not installed.
+    """
+    if factory is None:
+        factory = default_engine_factory()
+    if isinstance(target, Path):
+        return _open_file(target, factory) if target.is_file() else None
+    # no object can hold an engine before torch_tensorrt is imported, and importing it is slow
+    if not upstream.is_imported():
+        return None
+    understood = understand(target)
+    return None if understood is None else TorchTensorRTOpened(understood, factory)
+
+
+def _open_file(path: Path, factory: EngineFactory) -> TorchTensorRTOpened | None:
+    attachments = read_program_file(path, _checked_attachments)
+    if attachments is None:
+        return None
+    if not upstream.has_gpu():
+        raise UnsupportedTargetError(
+            f"{str(path)!r} contains TensorRT engines, which need a machine with an NVIDIA GPU.",
+            hint="Without a GPU, plan and build with backend='tensorrt_network'.",
+        )
+    understood = understand(_load_program(path))
+    if understood is None:
+        raise UnsupportedTargetError(f"{str(path)!r} contains no engine that can run.")
+    return TorchTensorRTOpened(understood, factory, attachments)
+
+
+def _checked_attachments(file: ProgramFile) -> Mapping[str, bytes]:
+    file.check()
+    return file.attachments()
+
+
+def _load_program(path: Path) -> Any:
+    upstream.torch_tensorrt()  # registers its operators and engine classes
+    refused = raised_as(UnsupportedTargetError, f"torch cannot load {str(path)!r}")
+    with refused, path.open("rb") as file:
+        return torch.export.load(file)
+
+
 @dataclass(frozen=True)
-class Makers:
-    """What makes refittable units.
+class EngineFactory:
+    """Functions that create the units of a refit.
 
     Attributes:
-        engine: Of a TensorRT engine.
-        torch_part: Of a part that torch executes, by its name.
+        engine: Creates the unit of a TensorRT engine.
+        torch_part: Creates the unit of a part that torch executes, from its name and its module.
     """
 
     engine: Callable[[EngineHandle], Engine]
     torch_part: Callable[[str, torch.fx.GraphModule], Engine]
 
 
+def default_engine_factory(
+    known: Mapping[str, Mapping[str, Slot]] | None = None, *, check_finite: bool = True
+) -> EngineFactory:
+    """Create engines with a persistent refitter, and torch parts that are written in place.
+
+    Args:
+        known: Slots from a plan, by engine and name. They are needed if this TensorRT does not
+            report dtypes and counts.
+        check_finite: Whether staging refuses non-finite values where the live ones are finite.
+    """
+    known = known or {}
+
+    def engine(handle: EngineHandle) -> Engine:
+        device = torch.device("cuda", handle.settings.device.gpu_id)
+        options = EngineOptions(
+            device=device, known=known.get(handle.name, {}), check_finite=check_finite
+        )
+        return create_engine(handle, upstream.tensorrt(), options)
+
+    return EngineFactory(engine=engine, torch_part=TorchPartEngine)
+
+
+# -- the opened target --------------------------------------------------------------------------
+
+
 @dataclass
 class TorchTensorRTOpened:
     """An opened target; see :class:`refitkit.protocols.OpenedModule`.
 
-    Engines that were stripped of their weights (``target.stripped``) answer with zeros until the
-    first full refit. Upstream's own modules do; it is not refused here.
+    Engines that were stripped of their weights (``target.stripped``) compute with zeros until the
+    first full refit. Upstream's own modules do the same, so calls are not refused.
 
     Attributes:
-        target: What was opened.
-        makers: What makes its refittable units.
-        attachments: What was saved beside the engines.
-        structures: What its parts are, apart from their weights, once a plan was made for it: the
-            engines themselves do not tell their ops.
+        target: The module, its engines and its torch parts.
+        factory: Creates the units of a refit.
+        attachments: Files that were saved beside the engines, by name.
+        structures: Ops, inputs and outputs of all parts, once a plan was made for the target.
+            Engines do not report their ops.
     """
 
     target: Target
-    makers: Makers
+    factory: EngineFactory
     attachments: Mapping[str, bytes] = field(default_factory=dict)
     structures: tuple[Structure, ...] = ()
 
     def __post_init__(self) -> None:
-        self._planned: tuple[weakref.ref[ExportedProgram], Interpreted] | None = None
-        engines = {name: self.makers.engine(one) for name, one in self.target.engines.items()}
-        parts = self.target.torch_parts.items()
-        self._engines = {**engines, **{name: self.makers.torch_part(name, p) for name, p in parts}}
+        self._cached: tuple[weakref.ref[ExportedProgram], Interpreted] | None = None
+        engines = {name: self.factory.engine(one) for name, one in self.target.engines.items()}
+        parts = {
+            name: self.factory.torch_part(name, part)
+            for name, part in self.target.torch_parts.items()
+        }
+        self._engines = {**engines, **parts}
 
     @property
     def backend(self) -> str:
@@ -87,21 +182,26 @@ class TorchTensorRTOpened:
 
     @property
     def engines(self) -> Mapping[str, Engine]:
-        """TensorRT engines and parts that torch executes, by name of the child."""
+        """TensorRT engines and parts that torch executes, by name of the child module."""
         return self._engines
 
     @property
     def module(self) -> torch.nn.Module:
-        """What is called: the user's own module, or that of a program."""
+        """The module that calls run: the user's own, or that of a program."""
         return self.target.module
 
     @property
     def precision(self) -> Mapping[str, str]:
-        """TF32, which TensorRT computes in unless it is told not to, has float16's precision."""
+        """Float16 for float32 outputs: TensorRT uses TF32 unless ``disable_tf32`` is set."""
         return {} if self.target.settings.disable_tf32 else {"float32": "float16"}
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Call the target as it is; inputs are not moved, outputs have no gradient history."""
+        """Call the target without gradients. Inputs are not moved to another device.
+
+        Raises:
+            InputMismatchError: The inputs do not fit the signature of the model.
+            EngineError: The call failed.
+        """
         module = self.target.module
         try:
             inspect.signature(module.forward).bind(*args, **kwargs)
@@ -113,34 +213,38 @@ class TorchTensorRTOpened:
             return module(*args, **kwargs)
 
     def probe(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Call it, then put back all buffers."""
+        """Call the target, then restore all its buffers."""
         buffers = list(self.target.module.buffers())
-        kept = [buffer.detach().clone() for buffer in buffers]
-        # buffers that were made under inference mode can be written there alone
+        saved = [buffer.detach().clone() for buffer in buffers]
+        # buffers that were created under inference mode can be written only under it
         with torch.inference_mode(any(buffer.is_inference() for buffer in buffers)):
             try:
                 return self.run(args, kwargs)
             finally:
                 with torch.no_grad():
-                    for buffer, value in zip(buffers, kept, strict=True):
+                    for buffer, value in zip(buffers, saved, strict=True):
                         buffer.copy_(value)
 
-    def drain(self) -> None:
-        """Wait for pending work of all devices."""
+    def synchronize(self) -> None:
+        """Wait for pending work on all devices."""
         if torch.cuda.is_available():
             for device in range(torch.cuda.device_count()):
                 torch.cuda.synchronize(device)
 
     def save(self, path: Path, attachments: Mapping[str, bytes]) -> None:
-        """Write a file that ``torch_tensorrt.load`` loads, too."""
-        program = as_program(self.target)
+        """Write a file that ``torch_tensorrt.load`` can load, too.
+
+        Raises:
+            UnsupportedTargetError: Torch-TensorRT cannot export the module.
+        """
+        program = export_target(self.target)
         with replacing(path) as file:
             torch.export.save(program, file, extra_files=extra_files(attachments))
 
     def rebuilt(
         self, program: ExportedProgram, tools: Tools
     ) -> Mapping[str, Mapping[str, torch.Tensor]]:
-        """Values of all slots as the interpreter makes them of a program, flat.
+        """Values of all slots that the interpreter computes for a program, flat.
 
         Raises:
             PlanMismatchError: The program makes other engines.
@@ -150,17 +254,19 @@ class TorchTensorRTOpened:
     def interpreted(
         self, program: ExportedProgram, tools: Tools, *, record: bool = False
     ) -> Interpreted:
-        """A program, cut and interpreted as this module's was; the first one is remembered.
+        """Partition and interpret a program with the settings of this module.
+
+        The structures of the first program are kept, and later programs must have the same.
 
         Args:
             program: The program.
-            tools: What the pipeline lends.
-            record: Whether to write down how weights follow from those of the program.
+            tools: Tools of the pipeline.
+            record: Whether to record how weights follow from those of the program.
 
         Raises:
             PlanMismatchError: The program makes other engines, or other ones than the first.
         """
-        found = self._remembered(program) if record else None
+        found = self._take_cached(program) if record else None
         if found is None:
             found = interpret(program, self.target, tools, record=record)
         if self.structures:
@@ -168,83 +274,135 @@ class TorchTensorRTOpened:
         self.structures = found.structures
         return found
 
-    def remember(self, program: ExportedProgram, found: Interpreted) -> None:
-        """Note what this very program was interpreted as, for the plan that is made next."""
-        self._planned = weakref.ref(program), found
+    def cache_interpreted(self, program: ExportedProgram, found: Interpreted) -> None:
+        """Keep the recorded interpretation of a program for the next plan that is made of it."""
+        # weak: the cache must not keep the program alive
+        self._cached = weakref.ref(program), found
 
-    def _remembered(self, program: ExportedProgram) -> Interpreted | None:
-        """That, once: it holds all weights."""
-        planned, self._planned = self._planned, None
-        return planned[1] if planned is not None and planned[0]() is program else None
+    def _take_cached(self, program: ExportedProgram) -> Interpreted | None:
+        # forgotten once taken, because it holds all weights
+        cached, self._cached = self._cached, None
+        return cached[1] if cached is not None and cached[0]() is program else None
 
     def reopen(self) -> TorchTensorRTOpened:
-        """A second, independent one with the same present weights."""
-        second = duplicate(self.target)
-        return TorchTensorRTOpened(second, self.makers, self.attachments, self.structures)
+        """An independent second module with the same present weights.
+
+        Raises:
+            EngineError: The target cannot be copied.
+        """
+        second = copy_target(self.target)
+        return TorchTensorRTOpened(second, self.factory, self.attachments, self.structures)
 
 
-# MERGED opening: Opening targets: live objects of torch_tensorrt, and files of
-# ``torch_tensorrt.save``.
+# -- copies of a target -------------------------------------------------------------------------
 
 
-def open_target(target: object, makers: Makers | None = None) -> TorchTensorRTOpened | None:
-    """Open a target; None where it is none of this backend's. The target is not changed.
-
-    Opening a file loads it with torch, which runs code of whoever made it, in spite of the checks
-    that :mod:`~refitkit.builtin.torch_tensorrt.program_file` makes.
-
-    Args:
-        target: A compiled module, a program with engines in it, a file, or anything else.
-        makers: What makes refittable units; by default :func:`~.making.default_makers`.
+def copy_target(target: Target) -> Target:
+    """Copy a target with its present weights. A refit of the copy does not change the original.
 
     Raises:
-        UnsupportedTargetError: It is damaged, hostile, or needs a GPU.
-        NotRefittableError: It cannot take other weights; names the flag to set.
-        ToolchainError: It is a file, and torch_tensorrt is not installed.
+        EngineError: torch_tensorrt cannot set up an engine a second time.
     """
-    if makers is None:
-        makers = default_makers()
-    if isinstance(target, Path):
-        return _open_file(target, makers) if target.is_file() else None
-    if not upstream.is_imported():
-        return None
-    understood = understand(target)
-    return None if understood is None else TorchTensorRTOpened(understood, makers)
+    with raised_as(EngineError, "The compiled module cannot be copied"):
+        module = copy.deepcopy(target.module)
+    second = understand_module(module, target.program)
+    for name, engine in second.engines.items():
+        first = target.engines[name]
+        # A deepcopy is not enough: `TorchTensorRTModule.__deepcopy__` of 2.14 gives the copy the
+        # same engine object, so refitting the copy would change the original.
+        if isinstance(engine, ModuleEngine) and isinstance(first, ModuleEngine):
+            engine.part_from(first)
+    return second
 
 
-def _open_file(path: Path, makers: Makers) -> TorchTensorRTOpened | None:
-    attachments = read_program_file(path, _checked_attachments)
-    if attachments is None:
-        return None
-    if not upstream.has_gpu():
+def export_target(target: Target) -> ExportedProgram:
+    """The target with its present weights, as a program that ``torch.export.save`` can write.
+
+    Raises:
+        UnsupportedTargetError: Torch-TensorRT cannot export the module.
+    """
+    for engine in target.engines.values():
+        engine.engine_bytes()  # brings stale bytes up to date
+    if target.program is not None:
+        program = _bind_program(target.program, target.module)
+    else:
+        program = _export_module(target)
+    _pack_engines(program)
+    return program
+
+
+def _export_module(target: Target) -> ExportedProgram:
+    unfit = [name for name, one in target.engines.items() if not isinstance(one, ModuleEngine)]
+    if unfit:
+        kinds = {type(target.engines[name]) for name in unfit}
         raise UnsupportedTargetError(
-            f"{str(path)!r} holds TensorRT engines, which can be loaded only on a machine with an "
-            "NVIDIA GPU.",
-            hint="Without a GPU, plan and build with backend='tensorrt_network'.",
+            f"Torch-TensorRT cannot export the engines {', '.join(unfit)} again.",
+            hint="Open the ExportedProgram that the module comes from."
+            if AttributeEngine in kinds
+            else "Compile with use_python_runtime=False to save the module.",
         )
-    understood = understand(_loaded(path))
-    if understood is None:
-        raise UnsupportedTargetError(f"{str(path)!r} holds no engine that can run.")
-    return TorchTensorRTOpened(understood, makers, attachments)
+    for engine in target.engines.values():
+        engine.set_up()  # upstream may have put that off
+    upstream.torch_tensorrt()
+    from torch_tensorrt.dynamo._exporter import export  # noqa: PLC0415 - heavy
+
+    with warnings.catch_warnings():
+        # fx warns about the attributes that upstream's exporter (2.14) sets for its engines
+        warnings.simplefilter("ignore", UserWarning)
+        with raised_as(UnsupportedTargetError, "torch_tensorrt cannot export the module"):
+            program = export(target.module, use_legacy_exporter=True)
+    if not isinstance(program, ExportedProgram):
+        raise UnsupportedTargetError(
+            f"torch_tensorrt exports the module as {type(program).__name__}, not as a program."
+        )
+    return program
 
 
-def _checked_attachments(file: ProgramFile) -> Mapping[str, bytes]:
-    file.check()
-    return file.attachments()
+def _bind_program(program: ExportedProgram, module: torch.nn.Module) -> ExportedProgram:
+    """A program with the graph of another, and with the tensors and engines of a module."""
+    bound = copy.copy(program)
+    bound._state_dict = _current_values(module, program.state_dict)  # noqa: SLF001 - no setter
+    bound._constants = _current_values(module, program.constants)  # noqa: SLF001
+    return bound
 
 
-def _loaded(path: Path) -> Any:
-    upstream.torch_tensorrt()  # registers its operators and engine classes
-    refused = raised_as(UnsupportedTargetError, f"torch cannot load {str(path)!r}")
-    with refused, path.open("rb") as file:
-        return torch.export.load(file)
+def _current_values(module: torch.nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The module's present values of these names; the given value if the module has none."""
+    current = {}
+    for name, value in values.items():
+        try:
+            current[name] = attrgetter(name)(module)
+        except AttributeError:
+            current[name] = value
+    return current
+
+
+def _pack_engines(program: ExportedProgram) -> None:
+    """Replace engines by upstream's packed form, as ``torch_tensorrt.save`` of 2.13 does.
+
+    Older versions have no packed form, and torch writes their C++ engines directly.
+    """
+    from torch_tensorrt.dynamo import runtime  # noqa: PLC0415 - heavy
+
+    packed = getattr(getattr(runtime, "_TRTEngine", None), "EngineSerializer", None)
+    if packed is None:
+        return
+    for name, constant in list(program.constants.items()):
+        if is_engine(constant):
+            program.constants[name] = packed(info_of(constant, name).packed())
+
+
+# -- saved files --------------------------------------------------------------------------------
 
 
 def describe_file(path: Path) -> Mapping[str, Any] | None:
-    """What a saved file holds, as plain data, without running any of it; None: another's file.
+    """Describe the engines of a saved file as plain data, without running any of its code.
+
+    Returns:
+        Format, engines and names of attachments; None if the file has another format.
 
     Raises:
-        UnsupportedTargetError: It is damaged or hostile.
+        UnsupportedTargetError: The file is damaged or hostile.
     """
     return read_program_file(path, _description)
 
@@ -266,132 +424,13 @@ def _description(file: ProgramFile) -> Mapping[str, Any]:
     }
 
 
-def attachments_of(path: Path) -> Mapping[str, bytes]:
-    """What a saved file keeps beside its engines, without running any of it.
+def read_attachments(path: Path) -> Mapping[str, bytes]:
+    """Read the attachments of a saved file, by name, without running any of its code.
+
+    Returns:
+        The attachments; empty if the file has another format.
 
     Raises:
-        UnsupportedTargetError: It is damaged.
+        UnsupportedTargetError: The file is damaged.
     """
     return read_program_file(path, ProgramFile.attachments) or {}
-
-
-# MERGED making: Refittable units for the engines and torch parts of an opened target.
-
-
-def default_makers(
-    known: Mapping[str, Mapping[str, Slot]] | None = None, *, check_finite: bool = True
-) -> Makers:
-    """Engines with a persistent refitter, and torch parts that are written in place.
-
-    Args:
-        known: What is known of slots, by engine and name. Needed where TensorRT cannot tell dtypes
-            and counts itself.
-        check_finite: Whether new values must be finite where the live ones are known to be.
-    """
-    known = known or {}
-
-    def engine(handle: EngineHandle) -> Engine:
-        device = torch.device("cuda", handle.settings.device.gpu_id)
-        options = EngineOptions(
-            device=device, known=known.get(handle.name, {}), check_finite=check_finite
-        )
-        return engine_for(handle, upstream.tensorrt(), options)
-
-    return Makers(engine=engine, torch_part=TorchPartEngine)
-
-
-# MERGED copying: Copies of targets: independent ones to refit, and programs to save.
-
-
-def duplicate(target: Target) -> Target:
-    """A second target with the present weights that shares nothing that a refit changes.
-
-    A deepcopy alone does not do: ``TorchTensorRTModule.__deepcopy__`` of 2.14 hands the very engine
-    object to the copy, so refitting the copy would change the original.
-
-    Raises:
-        EngineError: torch_tensorrt cannot set up an engine a second time.
-    """
-    with raised_as(EngineError, "The compiled module cannot be copied"):
-        module = copy.deepcopy(target.module)
-    second = understand_module(module, target.program)
-    for name, engine in second.engines.items():
-        first = target.engines[name]
-        if isinstance(engine, ModuleEngine) and isinstance(first, ModuleEngine):
-            engine.part_from(first)
-    return second
-
-
-def as_program(target: Target) -> ExportedProgram:
-    """The target with its present weights as a program that ``torch.export.save`` can write.
-
-    Raises:
-        UnsupportedTargetError: Torch-TensorRT cannot export such a module.
-    """
-    for engine in target.engines.values():
-        engine.engine_bytes()
-    if target.program is not None:
-        program = _bound(target.program, target.module)
-    else:
-        program = _exported(target)
-    _pack(program)
-    return program
-
-
-def _exported(target: Target) -> ExportedProgram:
-    unfit = [name for name, one in target.engines.items() if not isinstance(one, ModuleEngine)]
-    if unfit:
-        kinds = {type(target.engines[name]) for name in unfit}
-        raise UnsupportedTargetError(
-            f"Torch-TensorRT cannot export the engines {', '.join(unfit)} again.",
-            hint="Open the ExportedProgram that the module comes from."
-            if AttributeEngine in kinds
-            else "Compile with use_python_runtime=False to save the module.",
-        )
-    for engine in target.engines.values():
-        engine.set_up()
-    upstream.torch_tensorrt()
-    from torch_tensorrt.dynamo._exporter import export  # noqa: PLC0415 - heavy
-
-    with warnings.catch_warnings():
-        # fx warns of the attributes that upstream's exporter (2.14) sets for its engines
-        warnings.simplefilter("ignore", UserWarning)
-        with raised_as(UnsupportedTargetError, "torch_tensorrt cannot export the module"):
-            program = export(target.module, use_legacy_exporter=True)
-    if not isinstance(program, ExportedProgram):
-        raise UnsupportedTargetError("torch_tensorrt exports the module as something else.")
-    return program
-
-
-def _bound(program: ExportedProgram, module: torch.nn.Module) -> ExportedProgram:
-    """A program that shares its graph with another, and tensors and engines with a module."""
-    bound = copy.copy(program)
-    bound._state_dict = _present(module, program.state_dict)  # noqa: SLF001 - as its __init__ does
-    bound._constants = _present(module, program.constants)  # noqa: SLF001
-    return bound
-
-
-def _present(module: torch.nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What the module has under these names now; the old value where it has nothing."""
-    present = {}
-    for name, value in values.items():
-        try:
-            present[name] = attrgetter(name)(module)
-        except AttributeError:
-            present[name] = value
-    return present
-
-
-def _pack(program: ExportedProgram) -> None:
-    """Put upstream's packed form in the place of engines, as ``torch_tensorrt.save`` of 2.13 does.
-
-    Older ones have none, and torch writes their C++ engines as they are.
-    """
-    from torch_tensorrt.dynamo import runtime  # noqa: PLC0415 - heavy
-
-    packed = getattr(getattr(runtime, "_TRTEngine", None), "EngineSerializer", None)
-    if packed is None:
-        return
-    for name, constant in list(program.constants.items()):
-        if is_engine(constant):
-            program.constants[name] = packed(info_of(constant, name).packed())

@@ -1,4 +1,4 @@
-"""Names of the backends."""
+"""Names of the backends, in a module that imports nothing."""
 
 from __future__ import annotations
 

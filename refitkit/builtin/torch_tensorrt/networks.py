@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from refitkit.builtin.torch_tensorrt.refitter import fact_of_trt, torch_name
+from refitkit.builtin.torch_tensorrt.refitter import spec_of_trt, torch_name
 from refitkit.errors import CompileError, EngineError, NotRefittableError, Problem, raised_as
 from refitkit.model import Slot
 from refitkit.program import dtypes
@@ -298,7 +298,7 @@ def tensor_of(weights: Any) -> torch.Tensor:
     dtype = dtype_of(weights.dtype)
     if not weights.size:
         return torch.empty(0, dtype=dtype)
-    count = fact_of_trt("", weights.dtype, weights.size).count
+    count = spec_of_trt("", weights.dtype, weights.size).count
     # its own nbytes is 2**64 minus the count for types of four bits (tensorrt_rtx 1.6.1)
     raw = (ctypes.c_uint8 * (count * dtype.itemsize)).from_address(_address(weights))
     return torch.frombuffer(raw, dtype=dtype)

@@ -1,9 +1,14 @@
-"""One ``tensorrt.Refitter`` for the life of an engine.
+"""``tensorrt.Refitter`` kept for the life of an engine, and TensorRT's bytes, dtypes and messages.
 
-A new refitter compiles its own kernels at its first refit, for seconds; the next refit takes
-milliseconds. So there is one for each engine, its names are set once, to buffers that stay, and a
-refit reads what is in them then. Rules are from ``NvInfer.h``, class ``IRefitter`` (TensorRT 10 to
-11, TensorRT-RTX 1.4 to 1.7).
+A new refitter compiles its own kernels at its first refit, which takes seconds. The next refit
+takes milliseconds. So each engine keeps one refitter. Its names are set once, to buffers that stay
+at their addresses, and each refit reads the present content of these buffers.
+
+The rules of refitters are from ``NvInfer.h``, class ``IRefitter`` (TensorRT 10 to 11, TensorRT-RTX
+1.4 to 1.7).
+
+Reading order: ``PersistentRefitter``, then the dtypes of weights (``WeightSpec``), then engines as
+bytes (``serialize_engine``, ``DeserializedEngine``), then TensorRT's messages (``MessageLog``).
 """
 
 from __future__ import annotations
@@ -27,41 +32,41 @@ if TYPE_CHECKING:
     from refitkit.model import Slot
 
 
-_COUNT = re.compile(r"prototype count (\d+)")
-_GUESSES = ("FLOAT", "HALF", "BF16", "INT32", "INT64", "INT8", "FP8", "BOOL")
+_EXPECTED_COUNT = re.compile(r"prototype count (\d+)")
+_CANDIDATE_TYPES = ("FLOAT", "HALF", "BF16", "INT32", "INT64", "INT8", "FP8", "BOOL")
 
 
 class PersistentRefitter:
-    """A thin and exact wrapper: every result is looked at, and what TensorRT logs is told.
+    """Wraps ``tensorrt.Refitter``: checks every result and puts TensorRT's messages into errors.
 
     Attributes:
-        engine: The ``ICudaEngine`` that it refits.
+        engine: ``ICudaEngine`` that it refits.
     """
 
     def __init__(self, engine: Any, trt: Any, device: torch.device) -> None:
-        """Make the refitter. Fast; the first ``refit`` is not.
+        """Create the refitter. This is fast; the first ``refit`` is slow.
 
         Args:
-            engine: A live ``ICudaEngine``.
+            engine: Live ``ICudaEngine``.
             trt: The package ``tensorrt``.
-            device: Where the engine runs, and where buffers will be.
+            device: Device of the engine and of the buffers.
 
         Raises:
-            NotRefittableError: The engine was built without the flag for refits.
+            NotRefittableError: The engine was built without the flag ``REFIT``.
         """
         self.engine = engine
         self._trt = trt
         self._device = device
-        self._heard = Listener(trt)
+        self._log = MessageLog(trt)
         if not engine.refittable:
             raise NotRefittableError(
                 "The engine was built without TensorRT's flag REFIT.",
                 hint="Compile it with immutable_weights=False.",
             )
-        with current(device), uncollected():
-            self._refitter = trt.Refitter(engine, self._heard.logger)
-        self._refitter.error_recorder = self._heard.recorder
-        self._refitter.weights_validation = True
+        with current_device(device), collector_disabled():
+            self._refitter = trt.Refitter(engine, self._log.logger)
+        self._refitter.error_recorder = self._log.recorder
+        self._refitter.weights_validation = True  # TensorRT refuses wrong dtypes and counts
         self._bound: dict[str, torch.Tensor] = {}
         self._stream: Any = None
         if device.type == "cuda":
@@ -71,135 +76,147 @@ class PersistentRefitter:
         """Names of all weights that can be refitted."""
         return tuple(self._refitter.get_all_weights())
 
-    # -- facts ------------------------------------------------------------------------------
+    # -- specs ------------------------------------------------------------------------------
 
-    def facts(self, known: Mapping[str, Slot]) -> dict[str, WeightFact]:
-        """Dtype and count of every weight, as the engine has them.
+    def specs(self, known: Mapping[str, Slot]) -> dict[str, WeightSpec]:
+        """Dtype and number of elements of every weight, as the engine reports them.
 
         Args:
-            known: What somebody else knows of the weights: shapes, and all where this TensorRT has
-                no prototypes.
+            known: Slots by name, from a plan. They add shapes. If this TensorRT has no prototypes,
+                they also give dtypes and counts.
+
+        Returns:
+            One spec per weight, by name.
 
         Raises:
-            NotRefittableError: Nobody knows; names the weights.
+            NotRefittableError: Some dtypes and counts are unknown; lists these weights.
         """
-        found = {name: self._fact(name, known.get(name)) for name in self.names()}
-        lost = [Problem(name, "unknown dtype and count") for name, f in found.items() if f is None]
-        if lost:
+        found = {name: self._spec(name, known.get(name)) for name in self.names()}
+        unknown = [
+            Problem(name, "unknown dtype and count") for name, spec in found.items() if spec is None
+        ]
+        if unknown:
             raise NotRefittableError(
-                "This version of TensorRT does not tell what its weights are.",
-                problems=lost,
+                "This version of TensorRT does not report dtypes and counts of weights.",
+                problems=unknown,
                 hint="Open the module with the plan that was made when it was compiled.",
             )
-        return {name: fact for name, fact in found.items() if fact is not None}
+        return {name: spec for name, spec in found.items() if spec is not None}
 
-    def _fact(self, name: str, slot: Slot | None) -> WeightFact | None:
-        fact = self._prototype(name)
-        if fact is None:
-            return fact_of_slot(slot) if slot is not None else self._tried(name)
-        fits = slot is not None and (slot.dtype, slot.count) == (fact.dtype, fact.count)
-        return replace(fact, shape=slot.shape) if slot is not None and fits else fact
+    def _spec(self, name: str, slot: Slot | None) -> WeightSpec | None:
+        spec = self._prototype(name)
+        if spec is None:
+            return spec_of_slot(slot) if slot is not None else self._probed_spec(name)
+        fits = slot is not None and (slot.dtype, slot.count) == (spec.dtype, spec.count)
+        return replace(spec, shape=slot.shape) if slot is not None and fits else spec
 
-    def _prototype(self, name: str) -> WeightFact | None:
+    def _prototype(self, name: str) -> WeightSpec | None:
+        # older versions of TensorRT have no get_weights_prototype
         if not hasattr(self._refitter, "get_weights_prototype"):
             return None
         weights = self._refitter.get_weights_prototype(name)
-        if weights.size < 0:
+        if weights.size < 0:  # TensorRT has no prototype of this name
             return None
-        return fact_of_trt(name, weights.dtype, weights.size)
+        return spec_of_trt(name, weights.dtype, weights.size)
 
-    def _tried(self, name: str) -> WeightFact | None:
-        """Learn a fact from refusals, which name the count that was expected, and acceptance.
+    def _probed_spec(self, name: str) -> WeightSpec | None:
+        """Find dtype and count of a weight by setting weights of each type; None if it fails.
 
-        Some versions take other types, too, and warn: a type is believed only if it is the one
-        that TensorRT takes without a word.
+        Refusals name the expected count. Some versions also accept wrong types with a warning. So
+        a type counts only if it is the only one that TensorRT accepts without a message.
         """
-        count = self._tried_count(name)
+        count = self._probed_count(name)
         if count is None:
             return None
-        quiet = [
-            guess for guess in self._guesses() if self._takes(name, guess, count) == (True, "")
+        silent = [
+            kind
+            for kind in self._candidate_types()
+            if self._accepts(name, kind, count) == (True, "")
         ]
-        if len(quiet) != 1:
+        if len(silent) != 1:
             return None
-        return fact_of_trt(name, getattr(self._trt.DataType, quiet[0]), count)
+        return spec_of_trt(name, getattr(self._trt.DataType, silent[0]), count)
 
-    def _tried_count(self, name: str) -> int | None:
-        for guess in self._guesses():
-            taken, said = self._takes(name, guess, 1)
-            wanted = _COUNT.search(said)
-            if taken or wanted:
-                return int(wanted[1]) if wanted else 1
+    def _probed_count(self, name: str) -> int | None:
+        for kind in self._candidate_types():
+            accepted, message = self._accepts(name, kind, 1)
+            expected = _EXPECTED_COUNT.search(message)
+            if accepted or expected:
+                return int(expected[1]) if expected else 1
         return None
 
-    def _guesses(self) -> list[str]:
-        return [guess for guess in _GUESSES if hasattr(self._trt.DataType, guess)]
+    def _candidate_types(self) -> list[str]:
+        return [kind for kind in _CANDIDATE_TYPES if hasattr(self._trt.DataType, kind)]
 
-    def _takes(self, name: str, guess: str, count: int) -> tuple[bool, str]:
-        """Whether TensorRT takes weights, and what it says.
-
-        It does not read them before a refit, and before that ``bind`` sets others.
-        """
-        place = torch.zeros(1, dtype=torch.int64)
-        kind = getattr(self._trt.DataType, guess)
-        self._heard.take()
-        taken = self._set(name, self._trt.Weights(kind, place.data_ptr() if count else 0, count))
-        return taken, " ".join(self._heard.take())
+    def _accepts(self, name: str, kind: str, count: int) -> tuple[bool, str]:
+        """Whether TensorRT accepts weights of a type and count, and its messages."""
+        # TensorRT reads no weights before a refit, and `bind` sets other ones before that. So one
+        # element of memory is enough, whatever the count is.
+        memory = torch.zeros(1, dtype=torch.int64)
+        data_type = getattr(self._trt.DataType, kind)
+        address = memory.data_ptr() if count else 0
+        self._log.take()
+        accepted = self._set(name, self._trt.Weights(data_type, address, count))
+        return accepted, " ".join(self._log.take())
 
     # -- binding ----------------------------------------------------------------------------
 
-    def bind(self, facts: Mapping[str, WeightFact], buffers: Mapping[str, torch.Tensor]) -> None:
-        """Set every name, once, to the buffer that later refits read.
+    def bind(self, specs: Mapping[str, WeightSpec], buffers: Mapping[str, torch.Tensor]) -> None:
+        """Set each name to the buffer that later refits read. Call it once.
 
         Args:
-            facts: What the engine asks of each weight.
-            buffers: A contiguous tensor for each name; kept alive from now on.
+            specs: Spec of each weight, by name.
+            buffers: Contiguous tensor of each weight, by name, on the device or the host. The
+                refitter keeps them alive.
 
         Raises:
-            EngineError: TensorRT refuses some, or lacks some; lists all of them.
+            EngineError: TensorRT refuses or misses some weights; lists all of them.
         """
-        self._heard.take()
-        self._bound = dict(buffers)
+        self._log.take()
+        self._bound = dict(buffers)  # TensorRT keeps only the addresses
         refused = []
         for name, buffer in buffers.items():
-            fact = facts[name]
-            kind = getattr(self._trt.DataType, fact.trt_type)
-            address = buffer.data_ptr() if fact.count else 0
-            weights = self._trt.Weights(kind, address, fact.trt_count)
+            spec = specs[name]
+            data_type = getattr(self._trt.DataType, spec.trt_type)
+            address = buffer.data_ptr() if spec.count else 0
+            weights = self._trt.Weights(data_type, address, spec.trt_count)
             if not self._set(name, weights, buffer.device.type):
-                refused.append(Problem(name, "refused", f"{fact.trt_count} x {fact.trt_type}"))
+                refused.append(Problem(name, "refused", f"{spec.trt_count} x {spec.trt_type}"))
+        # TensorRT merges some weights: if one of a group is set, it requires all of them
         refused += [Problem(n, "missing") for n in self._refitter.get_missing_weights()]
         if refused:
-            reason = self._heard.quote()
-            raise EngineError(f"TensorRT does not take its weights{reason}.", problems=refused)
+            reason = self._log.reason()
+            raise EngineError(
+                f"TensorRT does not accept the buffers of the weights{reason}.", problems=refused
+            )
 
-    def _set(self, name: str, weights: Any, kind: str = "cpu") -> bool:
+    def _set(self, name: str, weights: Any, device_type: str = "cpu") -> bool:
         location = self._trt.TensorLocation
-        where = location.DEVICE if kind == "cuda" else location.HOST
+        where = location.DEVICE if device_type == "cuda" else location.HOST
         return bool(self._refitter.set_named_weights(name, weights, where))
 
     # -- refitting --------------------------------------------------------------------------
 
     def refit(self, *, idle: bool = False) -> None:
-        """Give the engine what the buffers hold; when this returns, it is done.
+        """Write the content of the buffers into the engine, and wait until that is done.
 
-        Work that is pending on the current stream is waited for, and so is all other work of the
-        device: TensorRT leaves undefined what happens to calls that are still running. That wait
-        takes up to two milliseconds even where there is nothing to wait for.
+        The refit first waits for all work on the device: TensorRT does not define the results of
+        calls that run meanwhile. That wait takes up to two milliseconds even on an idle device.
 
         Args:
-            idle: Whether no call of the engine can be pending: then only the stream is waited for.
+            idle: Whether no call of the engine can be pending. If True, the refit waits only for
+                the current stream.
 
         Raises:
-            EngineError: TensorRT failed. Some of the weights may be new by then, and others not.
+            EngineError: TensorRT failed; the engine may hold a mixture of old and new weights.
         """
-        self._heard.take()
-        with current(self._device):
+        self._log.take()
+        with current_device(self._device):
             done = self._run(idle=idle)
         if not done:
             missing = self._refitter.get_missing_weights()
             raise EngineError(
-                f"TensorRT failed to refit the engine{self._heard.quote()}.",
+                f"TensorRT failed to refit the engine{self._log.reason()}.",
                 problems=[Problem(name, "missing") for name in missing],
             )
 
@@ -216,58 +233,12 @@ class PersistentRefitter:
             self._stream.synchronize()
 
 
-def current(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a device the current one, as TensorRT wants it for all that it does."""
+def current_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a device the current one, which TensorRT requires for all its calls."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-# MERGED serialized: Live engines as bytes, and back.
-
-
-def bytes_of(engine: Any, trt: Any) -> bytes:
-    """Serialize a live engine with its present weights, such that it can be refitted again.
-
-    Raises:
-        EngineError: TensorRT refuses.
-    """
-    flags = trt.SerializationFlag
-    config = engine.create_serialization_config()
-    config.clear_flag(flags.EXCLUDE_WEIGHTS)
-    refusals = [] if not config.get_flag(flags.EXCLUDE_WEIGHTS) else ["EXCLUDE_WEIGHTS"]
-    # without it an engine cannot be refitted once it was loaded; there since TensorRT 10.14
-    include = getattr(flags, "INCLUDE_REFIT", None)
-    if include is not None and not config.set_flag(include):
-        refusals.append("INCLUDE_REFIT")
-    data = None if refusals else engine.serialize_with_config(config)
-    if data is None:
-        what = f" (flags {', '.join(refusals)})" if refusals else ""
-        raise EngineError(f"TensorRT failed to serialize the refitted engine{what}.")
-    return bytes(data)
-
-
-class Deserialized:
-    """An engine of our own, made from bytes.
-
-    Attributes:
-        engine: The ``ICudaEngine``.
-    """
-
-    def __init__(self, data: bytes, trt: Any) -> None:
-        """Deserialize.
-
-        Raises:
-            EngineError: TensorRT refuses the bytes.
-        """
-        self._heard = Listener(trt)  # both have to outlive the engine
-        with uncollected():
-            self._runtime = trt.Runtime(self._heard.logger)
-        self._runtime.error_recorder = self._heard.recorder
-        self.engine = self._runtime.deserialize_cuda_engine(data)
-        if self.engine is None:
-            raise EngineError(f"TensorRT cannot read the engine's bytes{self._heard.quote()}.")
-
-
-# MERGED weighttypes: TensorRT's data types as torch has them.
+# -- dtypes of weights --------------------------------------------------------------------------
 
 _TORCH_NAME = {
     "FLOAT": "float32",
@@ -282,26 +253,21 @@ _TORCH_NAME = {
     "E8M0": "float8_e8m0fnu",
 }
 _TRT_NAME = {torch: trt for trt, torch in _TORCH_NAME.items()}
-_TWO_IN_A_BYTE = {"INT4", "FP4"}
-"""torch keeps such weights as ``uint8``, and TensorRT counts their halves."""
-
-
-def torch_name(kind: str) -> str | None:
-    """Torch's name for a ``tensorrt.DataType``, by its name; None where torch has none."""
-    return "uint8" if kind in _TWO_IN_A_BYTE else _TORCH_NAME.get(kind)
+_FOUR_BIT_TYPES = {"INT4", "FP4"}
+"""Types that torch keeps as ``uint8``, two elements to a byte. TensorRT counts the elements."""
 
 
 @dataclass(frozen=True)
-class WeightFact:
-    """What an engine asks of one weight.
+class WeightSpec:
+    """Dtype and size that an engine requires of one weight.
 
     Attributes:
-        name: The engine's own name of it.
-        dtype: torch's name without the ``torch.``.
+        name: The engine's own name of the weight.
+        dtype: Name of the torch dtype without ``torch.``.
         count: Number of elements as torch counts them.
         trt_type: Name of the ``tensorrt.DataType``.
         trt_count: Number of elements as TensorRT counts them.
-        shape: Sizes where somebody knows them; TensorRT does not.
+        shape: Shape from a plan; None if it is unknown. TensorRT does not report shapes.
     """
 
     name: str
@@ -312,51 +278,114 @@ class WeightFact:
     shape: tuple[int, ...] | None = None
 
 
-def fact_of_trt(name: str, data_type: Any, count: int) -> WeightFact:
-    """The fact that TensorRT's own words for a weight amount to.
+def torch_name(kind: str) -> str | None:
+    """Name of the torch dtype that holds a ``tensorrt.DataType``; None if torch has none.
+
+    Args:
+        kind: Name of the ``tensorrt.DataType``, such as ``HALF``.
+    """
+    return "uint8" if kind in _FOUR_BIT_TYPES else _TORCH_NAME.get(kind)
+
+
+def spec_of_trt(name: str, data_type: Any, count: int) -> WeightSpec:
+    """The spec of a weight that TensorRT describes.
 
     Args:
         name: Name of the weight.
         data_type: A ``tensorrt.DataType``.
-        count: Number of its elements.
+        count: Number of elements as TensorRT counts them.
 
     Raises:
-        NotRefittableError: torch has no such type.
+        NotRefittableError: torch has no dtype for this type.
     """
     kind = data_type.name
-    if kind in _TWO_IN_A_BYTE:
-        return WeightFact(name, "uint8", (count + 1) // 2, kind, count)
+    if kind in _FOUR_BIT_TYPES:
+        return WeightSpec(name, "uint8", (count + 1) // 2, kind, count)
     if kind not in _TORCH_NAME:
         problem = Problem(name, "dtype", f"TensorRT's {kind}", f"one of {sorted(_TORCH_NAME)}")
-        raise NotRefittableError("torch has no such type of weights.", problems=[problem])
-    return WeightFact(name, _TORCH_NAME[kind], count, kind, count)
+        raise NotRefittableError("torch has no dtype for this type.", problems=[problem])
+    return WeightSpec(name, _TORCH_NAME[kind], count, kind, count)
 
 
-def fact_of_slot(slot: Slot) -> WeightFact | None:
-    """The fact that a slot amounts to; None where TensorRT has no such type."""
+def spec_of_slot(slot: Slot) -> WeightSpec | None:
+    """The spec of a weight that a slot describes; None if TensorRT has no type for its dtype."""
     kind = _TRT_NAME.get(slot.dtype)
     if kind is None:
         return None
-    return WeightFact(slot.name, slot.dtype, slot.count, kind, slot.count, slot.shape)
+    return WeightSpec(slot.name, slot.dtype, slot.count, kind, slot.count, slot.shape)
 
 
-# MERGED trtlog: What TensorRT says, kept to be told in an error instead of on stderr.
+# -- engines as bytes ---------------------------------------------------------------------------
 
-_MAKING = ForkedLock()
-_KEPT = 20
+
+def serialize_engine(engine: Any, trt: Any) -> bytes:
+    """Bytes of a live engine with its present weights. The bytes can be refitted again.
+
+    Args:
+        engine: Live ``ICudaEngine``.
+        trt: The package ``tensorrt``.
+
+    Raises:
+        EngineError: TensorRT refuses a flag or fails.
+    """
+    flags = trt.SerializationFlag
+    config = engine.create_serialization_config()
+    config.clear_flag(flags.EXCLUDE_WEIGHTS)
+    refusals = [] if not config.get_flag(flags.EXCLUDE_WEIGHTS) else ["EXCLUDE_WEIGHTS"]
+    # Without INCLUDE_REFIT (since TensorRT 10.14) a loaded engine cannot be refitted.
+    include = getattr(flags, "INCLUDE_REFIT", None)
+    if include is not None and not config.set_flag(include):
+        refusals.append("INCLUDE_REFIT")
+    data = None if refusals else engine.serialize_with_config(config)
+    if data is None:
+        cause = f": it refuses the flags {', '.join(refusals)}" if refusals else ""
+        raise EngineError(f"TensorRT failed to serialize the refitted engine{cause}.")
+    return bytes(data)
+
+
+class DeserializedEngine:
+    """An engine that refitkit itself deserialized, with the runtime that it needs.
+
+    Attributes:
+        engine: The ``ICudaEngine``.
+    """
+
+    def __init__(self, data: bytes, trt: Any) -> None:
+        """Deserialize the engine on the current device.
+
+        Args:
+            data: Serialized engine.
+            trt: The package ``tensorrt``.
+
+        Raises:
+            EngineError: TensorRT refuses the bytes.
+        """
+        self._log = MessageLog(trt)  # the log and the runtime have to outlive the engine
+        with collector_disabled():
+            self._runtime = trt.Runtime(self._log.logger)
+        self._runtime.error_recorder = self._log.recorder
+        self.engine = self._runtime.deserialize_cuda_engine(data)
+        if self.engine is None:
+            raise EngineError(f"TensorRT cannot read the engine's bytes{self._log.reason()}.")
+
+
+# -- messages of TensorRT -----------------------------------------------------------------------
+
+_COLLECTOR_LOCK = ForkedLock()
+_MESSAGE_LIMIT = 20
 _NOISE = "differs from one already registered"
-"""Said of every logger but a process's first, as torch_tensorrt's is."""
+"""TensorRT logs this for every logger after a process's first, which is torch_tensorrt's."""
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
-    """Keep Python's garbage collector off while a refitter or a runtime is made.
+def collector_disabled() -> Iterator[None]:
+    """Disable Python's garbage collector while a refitter or a runtime is created.
 
-    TensorRT holds a lock of the whole process while it makes one, and calls our logger under it.
-    A collection that starts in the logger can free another refitter or runtime that was garbage.
-    Its destructor takes the same lock, so the thread would wait for itself for ever.
+    TensorRT holds a process-wide lock while it creates one, and calls the logger under this lock.
+    A collection that starts in the logger can free another refitter or runtime. Its destructor
+    takes the same lock, so the thread would wait for itself forever.
     """
-    with _MAKING.held:
+    with _COLLECTOR_LOCK.held:
         was_on = gc.isenabled()
         gc.disable()
         try:
@@ -366,67 +395,71 @@ def uncollected() -> Iterator[None]:
                 gc.enable()
 
 
-class Listener:
-    """Hears what one refitter or runtime has to say.
+class MessageLog:
+    """Collects the messages of one refitter or runtime, for errors instead of stderr.
 
     Attributes:
-        logger: A ``tensorrt.ILogger`` to make it with.
-        recorder: A ``tensorrt.IErrorRecorder`` to assign to it: with one, errors come here even
-            where TensorRT prefers another logger. Both have to live as long as it does.
+        logger: ``tensorrt.ILogger`` to create the refitter or runtime with.
+        recorder: ``tensorrt.IErrorRecorder`` to assign to the refitter or runtime. With a recorder,
+            errors arrive here even if TensorRT prefers another logger. Logger and recorder have to
+            outlive the refitter or runtime.
     """
 
     def __init__(self, trt: Any) -> None:
-        """Make both. TensorRT demands subclasses, of classes that exist only once it is imported.
+        """Create logger and recorder.
 
         Args:
             trt: The package ``tensorrt``.
         """
-        self._said: deque[str] = deque(maxlen=_KEPT)
-        self.logger: Any = _logger_class(trt)(self._said)
-        self.recorder: Any = _recorder_class(trt)(self._said)
+        self._messages: deque[str] = deque(maxlen=_MESSAGE_LIMIT)
+        self.logger: Any = _logger_class(trt)(self._messages)
+        self.recorder: Any = _recorder_class(trt)(self._messages)
 
     def take(self) -> tuple[str, ...]:
-        """What was said since the last time."""
-        said = tuple(self._said)
-        self._said.clear()
-        return said
+        """Return the messages since the last call, at most the latest 20, and forget them."""
+        messages = tuple(self._messages)
+        self._messages.clear()
+        return messages
 
-    def quote(self) -> str:
-        """What was said, as the end of a sentence."""
-        said = self.take()
-        return f"; TensorRT says: {' | '.join(said)}" if said else "; TensorRT gives no reason"
+    def reason(self) -> str:
+        """The messages since the last ``take``, as the end of a sentence."""
+        messages = self.take()
+        return f"; TensorRT reports: {' | '.join(messages)}" if messages else "; no reason is given"
+
+
+# TensorRT requires subclasses of its own classes, which exist only once it is imported.
 
 
 def _logger_class(trt: Any) -> type:
     severe = (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR, trt.ILogger.WARNING)
 
     class Logger(trt.ILogger):  # type: ignore[misc] # of a package without types
-        def __init__(self, said: deque[str]) -> None:
+        def __init__(self, messages: deque[str]) -> None:
             trt.ILogger.__init__(self)
-            self._said = said
+            self._messages = messages
 
         def log(self, severity: Any, msg: str) -> None:
             if severity in severe and _NOISE not in msg:
-                self._said.append(msg)
+                self._messages.append(msg)
 
     return Logger
 
 
 def _recorder_class(trt: Any) -> type:
     class Recorder(trt.IErrorRecorder):  # type: ignore[misc] # of a package without types
-        def __init__(self, said: deque[str]) -> None:
+        def __init__(self, messages: deque[str]) -> None:
             trt.IErrorRecorder.__init__(self)
-            self._said = said
+            self._messages = messages
 
         def report_error(self, code: Any, desc: str) -> bool:  # noqa: ARG002 - TensorRT's
-            self._said.append(desc)
+            self._messages.append(desc)
             return True
 
         def num_errors(self) -> int:
-            return len(self._said)
+            return len(self._messages)
 
         def get_error_desc(self, index: int) -> str:
-            return self._said[index]
+            return self._messages[index]
 
         def get_error_code(self, index: int) -> Any:  # noqa: ARG002 - TensorRT's
             return trt.ErrorCodeTRT.UNSPECIFIED_ERROR
@@ -435,6 +468,6 @@ def _recorder_class(trt: Any) -> type:
             return False
 
         def clear(self) -> None:
-            self._said.clear()
+            self._messages.clear()
 
     return Recorder

@@ -1,13 +1,16 @@
-"""Stored engine bytes that are older than the live engine, and who must not see them.
+"""Serialized engines that a target stores, brought up to date only when other code reads them.
 
-Upstream's objects keep the bytes that their engine was made from, and copy, pickle and save those
-(``TorchTensorRTModule._pack_engine_info``, ``__deepcopy__``; ``TRTEngine.__getstate__``). A refit
-in place makes them stale. Serializing takes longer than the refit itself, so it is put off until
-somebody reads them: the child gets a class of its own meanwhile, a subclass that flushes first, and
-the list in a ``TRTEngine`` is replaced by one that does. Both are gone after the flush.
+Upstream's objects keep the bytes that their engine was created from, and copy, pickle and save
+these bytes (``TorchTensorRTModule._pack_engine_info``, ``__deepcopy__``;
+``TRTEngine.__getstate__``). A refit in place makes the bytes stale. Serializing takes longer than
+the refit itself, so ``StoredBytes`` puts it off until the bytes are read.
 
-Not covered: readers of ``vars(child)["serialized_engine"]`` and of ``TRTEngine.serialized_engine``
-(upstream reads the latter only when it sets an engine up).
+To notice a reader, ``watch_child`` gives the child module a subclass of its own class, and
+``watch_engine`` replaces the list in a ``TRTEngine``. Both serialize before the read. After that,
+class and list are the original ones again.
+
+Two readers are not noticed: ``vars(child)["serialized_engine"]`` and
+``TRTEngine.serialized_engine``. Upstream reads the latter only when it sets an engine up.
 """
 
 from __future__ import annotations
@@ -23,21 +26,24 @@ if TYPE_CHECKING:
 
     import torch
 
-_FIRST = ("__deepcopy__", "__getstate__", "__reduce_ex__")
-"""What reads a child's ``__dict__`` and not its attributes."""
+_DICT_READERS = ("__deepcopy__", "__getstate__", "__reduce_ex__")
+"""Methods that read a child's ``__dict__``, so a property of the subclass does not notice them."""
 
 
-class Stored:
-    """The bytes of one engine, in all the places that keep them."""
+class StoredBytes:
+    """The serialized engine of one engine, in all places that store it."""
 
     def __init__(
-        self, write: Callable[[bytes], None], watch: Callable[[Stored], Callable[[], None]]
+        self,
+        write: Callable[[bytes], None],
+        watch: Callable[[StoredBytes], Callable[[], None]],
     ) -> None:
-        """Nothing is stale.
+        """Start with bytes that are up to date.
 
         Args:
-            write: Puts bytes into all places.
-            watch: Has ``flush`` called before anybody reads the places; returns what ends that.
+            write: Writes bytes to all places.
+            watch: Arranges that ``flush`` is called before other code reads one of the places.
+                Returns a function that undoes this.
         """
         self._write = write
         self._watch = watch
@@ -46,14 +52,18 @@ class Stored:
         self._lock = ForkedLock()
 
     def mark(self, serialize: Callable[[], bytes]) -> None:
-        """From now on the bytes are what this returns, once somebody asks."""
+        """Mark the bytes as stale.
+
+        Args:
+            serialize: Returns the new bytes. It is called before the first read.
+        """
         with self._lock.held:
             self._serialize = serialize
             if self._unwatch is None:
                 self._unwatch = self._watch(self)
 
     def clear(self) -> Callable[[], bytes] | None:
-        """The bytes are right as they are; returns what was to be called."""
+        """Mark the bytes as up to date. Return the pending serialization, if there was one."""
         with self._lock.held:
             pending, self._serialize = self._serialize, None
             if self._unwatch is not None:
@@ -63,9 +73,9 @@ class Stored:
 
     @contextmanager
     def replaced(self) -> Iterator[None]:
-        """Forget what is pending, unless what is done meanwhile fails: the engine is replaced.
+        """Replace the engine in the body; a pending serialization is dropped unless that fails.
 
-        It is not called: the engine which it would serialize may be the one to go.
+        The serialization does not run: it may need the very engine that the body removes.
         """
         pending = self.clear()
         try:
@@ -76,33 +86,40 @@ class Stored:
             raise
 
     def flush(self) -> None:
-        """Bring the bytes up to date. When that fails they are still stale, and nobody saw them."""
+        """Bring the bytes up to date. If serializing raises, they stay marked as stale."""
+        # two threads that read at once must not serialize twice; the lock is reentrant
         with self._lock.held:
             if self._serialize is not None:
                 engine_bytes = self._serialize()
-                self.clear()
+                self.clear()  # restores the plain class and list, which `_write` then writes to
                 self._write(engine_bytes)
 
 
-def watch_child(child: torch.nn.Module, stored: Stored) -> Callable[[], None]:
+def watch_child(child: torch.nn.Module, stored: StoredBytes) -> Callable[[], None]:
     """Flush before a child is copied, pickled, or asked for ``serialized_engine``.
 
+    Args:
+        child: Module of upstream's that stores a serialized engine.
+        stored: The bytes to flush.
+
     Returns:
-        What ends that.
+        Function that restores the class of the child.
     """
-    plain = type(child)
-    child.__class__ = _watched(plain, stored)
+    original = type(child)
+    child.__class__ = _watched_class(original, stored)
 
     def unwatch() -> None:
-        child.__class__ = plain
+        child.__class__ = original
 
     return unwatch
 
 
-def _watched(plain: type, stored: Stored) -> type:
+def _watched_class(original: type, stored: StoredBytes) -> type:
+    """A subclass whose methods flush, which restores the original class, and then run again."""
+
     def get(self: Any) -> Any:
         stored.flush()
-        return self.serialized_engine
+        return self.serialized_engine  # of the original class by now, so this does not recurse
 
     def put(self: Any, engine_bytes: Any) -> None:
         stored.clear()
@@ -115,18 +132,23 @@ def _watched(plain: type, stored: Stored) -> type:
 
         return method
 
-    members: dict[str, Any] = {name: flushed_first(name) for name in _FIRST}
+    members: dict[str, Any] = {name: flushed_first(name) for name in _DICT_READERS}
     members["serialized_engine"] = property(get, put)
-    members["__module__"] = plain.__module__
-    members["__qualname__"] = plain.__qualname__
-    return type(plain)(plain.__name__, (plain,), members)
+    # so that `repr` and error messages name the upstream class
+    members["__module__"] = original.__module__
+    members["__qualname__"] = original.__qualname__
+    return type(original)(original.__name__, (original,), members)
 
 
-def watch_engine(engine: Any, stored: Stored) -> Callable[[], None]:
-    """Flush before anybody reads the list that a ``TRTEngine`` was made from.
+def watch_engine(engine: Any, stored: StoredBytes) -> Callable[[], None]:
+    """Flush before the list is read that a ``TRTEngine`` was created from.
+
+    Args:
+        engine: A ``TRTEngine`` of the Python runtime.
+        stored: The bytes to flush.
 
     Returns:
-        What ends that.
+        Function that restores the list.
     """
     fields: list[Any] = engine.serialized_info
     engine.serialized_info = _FlushingList(engine, fields, stored)
@@ -138,18 +160,18 @@ def watch_engine(engine: Any, stored: Stored) -> Callable[[], None]:
 
 
 class _FlushingList(list[Any]):
-    """Stands for a list until somebody reads it.
+    """Replaces a list until it is read.
 
-    Whoever goes through C, as ``list.copy`` does, sees the fields as they were.
+    Functions in C that skip these methods, such as ``list.copy``, read the stale fields.
     """
 
-    def __init__(self, engine: Any, fields: list[Any], stored: Stored) -> None:
+    def __init__(self, engine: Any, fields: list[Any], stored: StoredBytes) -> None:
         super().__init__(fields)
         self._engine = engine
         self._stored = stored
 
     def _fresh(self) -> list[Any]:
-        self._stored.flush()
+        self._stored.flush()  # puts the original list back into the engine
         super().__init__(self._engine.serialized_info)
         return list.copy(self)
 

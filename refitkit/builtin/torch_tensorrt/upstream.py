@@ -1,8 +1,8 @@
-"""Importing ``torch_tensorrt`` and ``tensorrt``: whole, or without a GPU.
+"""Imports of ``torch_tensorrt`` and ``tensorrt``, with or without a GPU.
 
-``torch_tensorrt`` answers for TensorRT and for TensorRT-RTX: the latter's build of it puts
-``tensorrt_rtx`` in the place of ``tensorrt`` (``torch_tensorrt/_TensorRTProxyModule.py``), so code
-here is written to the one name.
+There are builds of ``torch_tensorrt`` for TensorRT and for TensorRT-RTX. The latter registers
+``tensorrt_rtx`` under the name ``tensorrt`` (``torch_tensorrt/_TensorRTProxyModule.py``). So
+refitkit uses that one name for both.
 """
 
 from __future__ import annotations
@@ -25,55 +25,54 @@ if TYPE_CHECKING:
 
 _INSTALL = "Install it: pip install 'refitkit[rtx]' (TensorRT-RTX) or 'refitkit[tensorrt]'."
 _ASSUMED_CAPABILITY = (8, 6)
-"""Compute capability that a machine without a GPU claims while torch_tensorrt is imported."""
+"""Compute capability that torch reports without a GPU while torch_tensorrt is imported."""
 
 
 def is_installed() -> bool:
-    """Whether there is a ``torch_tensorrt``; nothing is imported."""
+    """Whether ``torch_tensorrt`` can be found, without importing it."""
     return importlib.util.find_spec("torch_tensorrt") is not None
 
 
 def is_imported() -> bool:
-    """Whether somebody has imported ``torch_tensorrt``; objects of its own cannot exist before."""
+    """Whether ``torch_tensorrt`` was imported. Before that, none of its objects can exist."""
     return "torch_tensorrt" in sys.modules
 
 
 def has_gpu() -> bool:
-    """Whether engines can run here."""
+    """Whether the machine has a GPU that engines can run on."""
     return torch.cuda.is_available()
 
 
 def torch_tensorrt() -> Any:
-    """The package ``torch_tensorrt``.
+    """Import the package ``torch_tensorrt``.
 
     Raises:
-        ToolchainError: It is not installed, cannot be imported, or needs a GPU to be imported.
+        ToolchainError: It is not installed or cannot be imported, or the machine has no GPU.
     """
     if is_imported():
         return sys.modules["torch_tensorrt"]
     if is_installed() and not has_gpu():
         raise ToolchainError(
             "torch_tensorrt cannot be imported into this process: it needs a GPU.",
-            hint="The backend 'tensorrt_network' works without one, in a process of its own.",
+            hint="The backend 'tensorrt_network' needs no GPU: it uses processes of its own.",
         )
-    return _imported()
+    return _import()
 
 
 def tensorrt() -> Any:
-    """The package ``tensorrt``, or ``tensorrt_rtx`` in its place.
+    """Import the package ``tensorrt``, which is ``tensorrt_rtx`` in a build for TensorRT-RTX.
 
     Raises:
-        ToolchainError: As ``torch_tensorrt``.
+        ToolchainError: See ``torch_tensorrt``.
     """
     torch_tensorrt()
     return importlib.import_module("tensorrt")
 
 
 def import_headless() -> Any:
-    """``torch_tensorrt`` in a process without a GPU, or one that must not touch it.
+    """Import ``torch_tensorrt`` into a process that has no GPU or must not use it.
 
-    Two look-ups of ``torch.cuda`` are answered while the import runs, and only then. For processes
-    that plan and build: engines cannot run in them.
+    Such a process can plan and build, but not run engines.
 
     Raises:
         ToolchainError: It is not installed or cannot be imported.
@@ -81,23 +80,25 @@ def import_headless() -> Any:
     if is_imported():
         return sys.modules["torch_tensorrt"]
     with ExitStack() as stack:
+        # the import calls these two functions, which raise without a GPU
         if not has_gpu():
             for name, answer in (
                 ("get_device_capability", _ASSUMED_CAPABILITY),
                 ("current_device", 0),
             ):
                 stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, a=answer: a))
-        return _imported()
+        return _import()
 
 
-def _imported() -> Any:
+def _import() -> Any:
     if not is_installed():
         raise ToolchainError("torch_tensorrt is not installed.", hint=_INSTALL)
-    with warnings.catch_warnings(), _without_plugins(), _quiet():
+    with warnings.catch_warnings(), _plugin_module_hidden(), _logging_limited():
         warnings.simplefilter("ignore")
         try:
             return importlib.import_module("torch_tensorrt")
         except Exception as exc:
+            # otherwise `is_imported` reports a package that failed half-way
             sys.modules.pop("torch_tensorrt", None)
             raise_if_resource(exc, "torch_tensorrt cannot be imported")
             raise ToolchainError(
@@ -106,13 +107,13 @@ def _imported() -> Any:
 
 
 @contextmanager
-def _without_plugins() -> Iterator[None]:
-    """Answer that ``tensorrt.plugin`` is not there where only TensorRT-RTX is.
+def _plugin_module_hidden() -> Iterator[None]:
+    """With TensorRT-RTX, have ``find_spec`` report that ``tensorrt.plugin`` does not exist.
 
-    torch_tensorrt 2.11 looks for it under the name ``tensorrt``, which its proxy for TensorRT-RTX
-    cannot answer (``torch_tensorrt/_features.py``).
+    torch_tensorrt 2.11 looks it up by this name (``torch_tensorrt/_features.py``), and its proxy
+    module for TensorRT-RTX cannot answer.
     """
-    real = importlib.util.find_spec
+    real = importlib.util.find_spec  # the patched one below must not call itself
 
     def find_spec(name: str, package: str | None = None) -> Any:
         return None if name.startswith("tensorrt.plugin") else real(name, package)
@@ -125,8 +126,8 @@ def _without_plugins() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings that the import logs on machines without a GPU."""
+def _logging_limited() -> Iterator[None]:
+    """Suppress the warnings that the import logs on machines without a GPU."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

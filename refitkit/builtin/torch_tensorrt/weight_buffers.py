@@ -1,8 +1,15 @@
-"""Two sets of an engine's weights: one that the refitter reads, and one to go back to.
+"""The weight buffers of one TensorRT engine: staging, snapshot, layout and upload.
 
-TensorRT cannot be asked what weights an engine holds. So what was given to it is kept: the staging
-set, whose addresses the refitter knows, holds the live values once a refit is over. The next refit
-copies them aside before it overwrites them.
+TensorRT cannot return the weights that an engine holds, so this module keeps a copy of them:
+
+- The *staging* arena holds the values that the next refit reads. The refitter knows its addresses.
+  After a refit it holds the live values.
+- The *snapshot* arena is the rollback copy. The next refit copies the live values into it before
+  it overwrites staging.
+
+Reading order: ``WeightBuffers`` decides which arena holds the live values. ``Layout`` and ``Arena``
+place all weights of an engine in one allocation. ``fill`` checks the caller's values and copies
+them into an arena. ``Uploader`` makes these copies with few kernel launches.
 """
 
 from __future__ import annotations
@@ -22,19 +29,163 @@ from refitkit.protocols import Place, Places, SideBySide
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from refitkit.builtin.torch_tensorrt.refitter import WeightFact
+    from refitkit.builtin.torch_tensorrt.refitter import WeightSpec
     from refitkit.protocols import SlotValue
 
 
-Keep = Literal["device", "pinned-host"]
-"""Where the second set is: a copy on the device is fast, one on the host spares its memory."""
+SnapshotLocation = Literal["device", "pinned-host"]
+"""Memory of the snapshot: a copy on the device is fast, one on the host saves device memory."""
 
 
-class Copies(Mapping[str, torch.Tensor]):
-    """Values that are copied one by one, whenever they are asked for."""
+class WeightBuffers:
+    """The staging arena, the snapshot arena, and a record of which one holds the live values.
+
+    Attributes:
+        staging: Arena that the refitter reads.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device, location: SnapshotLocation) -> None:
+        """Allocate the staging arena. The snapshot is allocated on first use.
+
+        Args:
+            layout: Where each weight lies in both arenas.
+            device: Device of the staging arena.
+            location: Memory of the snapshot.
+        """
+        self._layout, self._device, self._location = layout, device, location
+        self.staging = Arena(layout, device)
+        self._live: Literal["staging", "snapshot"] | None = None
+        self._snapshot: Arena | None = None
+        self._has_previous = False  # the snapshot holds the values from before the last commit
+
+    # -- which arena is live ----------------------------------------------------------------
+
+    @property
+    def live(self) -> Literal["staging", "snapshot"] | None:
+        """Which arena holds the live values; None if the live values are unknown."""
+        return self._live
+
+    @live.setter
+    def live(self, which: Literal["staging", "snapshot"] | None) -> None:
+        # only `mark_committed` knows that the snapshot holds previous values
+        self._live, self._has_previous = which, False
+
+    @property
+    def known(self) -> bool:
+        """Whether the live values are known."""
+        return self.live is not None
+
+    def begin_staging(self, *, partial: bool) -> None:
+        """Move the live values to the snapshot, so that the staging arena may be overwritten.
+
+        Args:
+            partial: Whether the staging arena must also hold the live values: a partial refit
+                overwrites only some of them.
+        """
+        self._has_previous = False
+        if self.live == "staging":
+            self._allocated_snapshot().copy_from(self.staging)
+            self.live = "snapshot"
+        elif self.live == "snapshot" and partial:
+            # an earlier refit was staged and never committed: staging holds its values
+            self.restore()
+
+    def mark_committed(self) -> None:
+        """Record that the staged values are live and the snapshot holds the previous ones."""
+        previous = self._live == "snapshot"  # read first: setting `live` resets the flag
+        self.live, self._has_previous = "staging", previous
+
+    def restore(self) -> None:
+        """Copy the snapshot back into the staging arena. The caller updates ``live``."""
+        self.staging.copy_from(self._allocated_snapshot())
+
+    # -- reading ----------------------------------------------------------------------------
+
+    def live_value(self, name: str) -> torch.Tensor | None:
+        """The live value of a weight: an alias in the weight's shape; None if it is unknown."""
+        if self._live is None:
+            return None
+        arena = self.staging if self._live == "staging" else self._allocated_snapshot()
+        return arena.tensors[name]
+
+    def previous(self) -> Mapping[str, torch.Tensor]:
+        """The values from before the last commit, as aliases; empty if they were overwritten."""
+        return self._allocated_snapshot().tensors if self._has_previous else {}
+
+    def changed(self) -> bool | None:
+        """Whether any staged bit differs from the live ones; None unless the snapshot has those."""
+        if self.live != "snapshot":
+            return None
+        return not same_bits(self.staging.memory, self._allocated_snapshot().memory)
+
+    def side_by_side(self) -> SideBySide | None:
+        """Memory of both arenas, to compare them; None unless the snapshot has the live values."""
+        if self.live != "snapshot":
+            return None
+        snapshot = self._allocated_snapshot()
+        return SideBySide(snapshot.memory, self.staging.memory, self._layout.places)
+
+    def newly_non_finite(self) -> Iterator[tuple[str, int]]:
+        """Find staged weights with non-finite elements at positions where the live ones are finite.
+
+        Yields:
+            Name of the weight and number of these elements. Nothing if the live values are unknown.
+        """
+        if self.live != "snapshot":
+            return
+        snapshot = self._allocated_snapshot()
+        for dtype, run in self.staging.runs.items():
+            if all_finite(run):  # one kernel clears all weights of a dtype
+                continue
+            for name, new in self.staging.views.items():
+                if self._layout.specs[name].dtype != dtype or all_finite(new):
+                    continue
+                # the snapshot may be on the host
+                bad = ~finite(new) & finite(snapshot.views[name]).to(new.device)
+                count = int(bad.sum())
+                if count:
+                    yield name, count
+
+    # -- memory -----------------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Size of one arena in bytes."""
+        return self._layout.nbytes
+
+    @property
+    def snapshot_nbytes(self) -> int:
+        """Size of the snapshot in bytes; 0 while it is not allocated."""
+        return self.nbytes if self._snapshot is not None else 0
+
+    def free_snapshot(self) -> int:
+        """Free the snapshot and return its size in bytes. Live values move back to staging."""
+        if self.live == "snapshot":
+            # a refit was staged and not committed: its values give way to the live ones
+            self.restore()
+            self.live = "staging"
+        freed, self._snapshot, self._has_previous = self.snapshot_nbytes, None, False
+        return freed
+
+    def _allocated_snapshot(self) -> Arena:
+        if self._snapshot is None:
+            on_host = self._location == "pinned-host"
+            device = torch.device("cpu") if on_host else self._device
+            pinned = on_host and self._device.type == "cuda"
+            self._snapshot = Arena(self._layout, device, pinned=pinned)
+        return self._snapshot
+
+
+class LazyCopies(Mapping[str, torch.Tensor]):
+    """A mapping that copies a tensor each time the tensor is looked up."""
 
     def __init__(self, names: Iterable[str], copy: Callable[[str], torch.Tensor]) -> None:
-        """Copy nothing yet."""
+        """Copy nothing yet.
+
+        Args:
+            names: Keys of the mapping.
+            copy: Returns a copy of the tensor of a name.
+        """
         self._names, self._copy = dict.fromkeys(names), copy
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -48,175 +199,109 @@ class Copies(Mapping[str, torch.Tensor]):
         return len(self._names)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._names  # the inherited one would copy
+        return name in self._names  # Mapping.__contains__ would copy the tensor
 
 
-class WeightSets:
-    """The staging set, the base set, and which of them holds what is live.
-
-    Attributes:
-        staging: What the refitter reads.
-    """
-
-    def __init__(self, layout: Layout, device: torch.device, keep: Keep) -> None:
-        """Allocate the staging set only."""
-        self._layout, self._device, self._keep = layout, device, keep
-        self.staging = Arena(layout, device)
-        self._live: Literal["staging", "base"] | None = None
-        self._base: Arena | None = None
-        self._has_previous = False  # whether it holds what was live before the last commit
-
-    @property
-    def live(self) -> Literal["staging", "base"] | None:
-        """Which set holds the live values; None: neither, nobody knows them."""
-        return self._live
-
-    @live.setter
-    def live(self, which: Literal["staging", "base"] | None) -> None:
-        self._live, self._has_previous = which, False
-
-    def settle(self) -> None:
-        """What is staged is live from now on, and what was put aside is what was before."""
-        previous = self._live == "base"
-        self.live, self._has_previous = "staging", previous
-
-    def previous(self) -> Mapping[str, torch.Tensor]:
-        """What was live before the last commit, where that is still there."""
-        return self._ready_base().tensors if self._has_previous else {}
-
-    @property
-    def known(self) -> bool:
-        """Whether the live values are known."""
-        return self.live is not None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one set."""
-        return self._layout.nbytes
-
-    @property
-    def spare(self) -> int:
-        """Bytes of the base set; 0 while it is not allocated."""
-        return self.nbytes if self._base is not None else 0
-
-    def begin(self, *, partial: bool) -> None:
-        """Have the live values aside, so that the staging set may be written.
-
-        Args:
-            partial: Whether the staging set must hold the live values, too.
-        """
-        self._has_previous = False
-        if self.live == "staging":
-            self._ready_base().copy_from(self.staging)
-            self.live = "base"
-        elif self.live == "base" and partial:
-            self.restore()
-
-    def restore(self) -> None:
-        """Copy the values that were put aside back into the staging set."""
-        self.staging.copy_from(self._ready_base())
-
-    def changed(self) -> bool | None:
-        """Whether any bit of the two sets differs; None where the live values are not known."""
-        if self.live != "base":
-            return None
-        return not same_bits(self.staging.memory, self._ready_base().memory)
-
-    def known_value(self, name: str) -> torch.Tensor | None:
-        """The live value of a weight: an alias; None where it is not known."""
-        if self._live is None:
-            return None
-        return (self.staging if self._live == "staging" else self._ready_base()).tensors[name]
-
-    def side_by_side(self) -> SideBySide | None:
-        """Both sets as they lie in memory; None where the live values are not put aside."""
-        if self.live != "base":
-            return None
-        return SideBySide(self._ready_base().memory, self.staging.memory, self._layout.places)
-
-    def spoilt(self) -> Iterator[tuple[str, int]]:
-        """Weights with elements that are not finite where the live ones are: name and number."""
-        if self.live != "base":
-            return
-        base = self._ready_base()
-        for kind, run in self.staging.runs.items():
-            if all_finite(run):
-                continue
-            for name, new in self.staging.views.items():
-                if self._layout.facts[name].dtype != kind or all_finite(new):
-                    continue
-                bad = ~finite(new) & finite(base.views[name]).to(new.device)
-                count = int(bad.sum())
-                if count:
-                    yield name, count
-
-    def free_base(self) -> int:
-        """Free the base set; returns its bytes."""
-        if self.live == "base":
-            self.restore()
-            self.live = "staging"
-        freed, self._base, self._has_previous = self.spare, None, False
-        return freed
-
-    def _ready_base(self) -> Arena:
-        if self._base is None:
-            on_host = self._keep == "pinned-host"
-            device = torch.device("cpu") if on_host else self._device
-            pinned = on_host and self._device.type == "cuda"
-            self._base = Arena(self._layout, device, pinned=pinned)
-        return self._base
-
-
-# MERGED arena: Room for all weights of an engine, in one piece of memory.
+# -- layout of an arena -------------------------------------------------------------------------
 
 _ALIGNMENT = 256  # bytes; what CUDA's own allocator gives
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each weight lies. Weights of one dtype lie together, so that one kernel reads them.
+    """Where each weight lies in an arena.
+
+    Weights of one dtype are adjacent, so that one kernel can read all of them.
 
     Attributes:
-        facts: All weights, in order.
-        offsets: Where each begins, in bytes, by name.
-        nbytes: Size of all.
-        runs: First byte and end of all weights of a dtype, by its name.
-        places: The same for those who compare two sets.
+        specs: All weights by name, in the order in which they lie.
+        offsets: First byte of each weight, by name.
+        nbytes: Size of the arena in bytes.
+        runs: First byte and end of all weights of a dtype, by name of the dtype.
+        places: Offsets in the form that ``SideBySide`` takes.
     """
 
-    facts: Mapping[str, WeightFact]
+    specs: Mapping[str, WeightSpec]
     offsets: Mapping[str, int]
     nbytes: int
     runs: Mapping[str, tuple[int, int]]
     places: Places
 
     @classmethod
-    def of(cls, facts: Iterable[WeightFact]) -> Layout:
-        """Lay out weights, each at an address that suits every type."""
-        ordered = sorted(facts, key=lambda fact: (fact.dtype, fact.name))
+    def of(cls, specs: Iterable[WeightSpec]) -> Layout:
+        """Lay out weights by dtype and name, each at a multiple of 256 bytes."""
+        ordered = sorted(specs, key=lambda spec: (spec.dtype, spec.name))
         offsets: dict[str, int] = {}
         runs: dict[str, tuple[int, int]] = {}
         end = 0
-        for fact in ordered:
-            offsets[fact.name] = end
-            size = fact.count * dtype_of(fact.dtype).itemsize
-            first, _ = runs.get(fact.dtype, (end, end))
-            end += -(-size // _ALIGNMENT) * _ALIGNMENT
-            runs[fact.dtype] = (first, end)
+        for spec in ordered:
+            offsets[spec.name] = end
+            size = spec.count * dtype_of(spec.dtype).itemsize
+            first, _ = runs.get(spec.dtype, (end, end))
+            end += -(-size // _ALIGNMENT) * _ALIGNMENT  # rounded up
+            runs[spec.dtype] = (first, end)
         places = Places(
-            Place(fact.name, dtype_of(fact.dtype), offsets[fact.name], fact.count)
-            for fact in ordered
+            Place(spec.name, dtype_of(spec.dtype), offsets[spec.name], spec.count)
+            for spec in ordered
         )
-        return cls({fact.name: fact for fact in ordered}, offsets, end, runs, places)
+        return cls({spec.name: spec for spec in ordered}, offsets, end, runs, places)
+
+
+class Arena:
+    """All weights of an engine in one allocation.
+
+    Attributes:
+        memory: The whole arena as ``uint8``. Gaps between weights are zero and stay zero, so that
+            two arenas can be compared as a whole.
+        views: Each weight, flat, by name.
+        tensors: Each weight by name, in its shape if the shape is known, flat otherwise.
+        runs: All weights of a dtype with the gaps between them, flat, by name of the dtype.
+        constants: Constant that a weight was last copied from, by name of the weight.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device, *, pinned: bool = False) -> None:
+        """Allocate an arena of zeros.
+
+        Args:
+            layout: Where each weight lies.
+            device: Device of the memory.
+            pinned: Whether memory of the host is pinned.
+        """
+        self.memory = torch.zeros(
+            layout.nbytes, dtype=torch.uint8, device=device, pin_memory=pinned
+        )
+        self.views = {
+            name: self._view(layout.offsets[name], spec.count, spec.dtype)
+            for name, spec in layout.specs.items()
+        }
+        self.tensors = {
+            name: view if (shape := layout.specs[name].shape) is None else view.view(shape)
+            for name, view in self.views.items()
+        }
+        self.constants: dict[str, Constant] = {}
+        self.runs = {
+            name: self.memory[first:end].view(dtype_of(name))
+            for name, (first, end) in layout.runs.items()
+        }
+
+    def _view(self, offset: int, count: int, dtype: str) -> torch.Tensor:
+        kind = dtype_of(dtype)
+        return self.memory[offset : offset + count * kind.itemsize].view(kind)
+
+    def copy_from(self, other: Arena) -> None:
+        """Copy all values of another arena with the same layout, without synchronizing."""
+        self.constants.clear()
+        self.memory.copy_(other.memory, non_blocking=True)
 
 
 @dataclass(frozen=True, eq=False)
 class Constant:
-    """A tensor that is not expected to change, as it was at one time.
+    """A tensor that a plan keeps, and its version when it was copied.
 
     Attributes:
-        tensor: It, or a view of it; kept, so that nothing else comes to lie at its address.
-        version: How often its memory had been changed.
+        tensor: The tensor or a view of it. The reference keeps its memory allocated, so that no
+            other tensor can get its address.
+        version: torch's count of in-place changes of the memory.
     """
 
     tensor: torch.Tensor
@@ -224,7 +309,10 @@ class Constant:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Constant | None:
-        """A tensor as it is now; None where torch does not count its changes, or puts off some."""
+        """Record a tensor; None if torch does not count its changes or puts off an operation.
+
+        torch counts no changes of inference tensors, and puts off negation and conjugation.
+        """
         uncertain = tensor.is_inference() or tensor.is_neg() or tensor.is_conj()
         return None if uncertain else cls(tensor, tensor._version)  # noqa: SLF001
 
@@ -242,61 +330,29 @@ class Constant:
         )
 
 
-class Arena:
-    """One set of weights.
-
-    Attributes:
-        memory: All of it, as bytes; gaps between weights are zero, and stay so.
-        views: Each weight, flat, by name.
-        tensors: Each weight in its shape, where that is known, by name.
-        constants: What weights were last written from, where that is a constant, by name.
-    """
-
-    def __init__(self, layout: Layout, device: torch.device, *, pinned: bool = False) -> None:
-        """Allocate one, full of zeros."""
-        self.memory = torch.zeros(
-            layout.nbytes, dtype=torch.uint8, device=device, pin_memory=pinned
-        )
-        self.views = {
-            name: self._view(layout.offsets[name], fact.count, fact.dtype)
-            for name, fact in layout.facts.items()
-        }
-        self.tensors = {
-            name: view if (shape := layout.facts[name].shape) is None else view.view(shape)
-            for name, view in self.views.items()
-        }
-        self.constants: dict[str, Constant] = {}
-        self.runs = {
-            name: self.memory[first:end].view(dtype_of(name))
-            for name, (first, end) in layout.runs.items()
-        }
-
-    def _view(self, offset: int, count: int, dtype: str) -> torch.Tensor:
-        kind = dtype_of(dtype)
-        return self.memory[offset : offset + count * kind.itemsize].view(kind)
-
-    def copy_from(self, other: Arena) -> None:
-        """Take over all values of another one with the same layout."""
-        self.constants.clear()
-        self.memory.copy_(other.memory, non_blocking=True)
-
-
-# MERGED staging: Bringing a caller's values into the staging set of an engine.
+# -- filling an arena ---------------------------------------------------------------------------
 
 
 def fill(
     arena: Arena,
-    facts: Mapping[str, WeightFact],
+    specs: Mapping[str, WeightSpec],
     values: Sequence[SlotValue],
     uploader: Uploader,
 ) -> None:
-    """Copy values that fit; the caller's tensors are free when this returns, or raises.
+    """Copy values into an arena. The caller may change its tensors once this returns or raises.
 
-    What the plan keeps is not copied where the arena holds it already: some networks have more
-    constants than weights.
+    A constant of the plan that the arena already holds is not copied again: some networks have
+    more constants than weights.
+
+    Args:
+        arena: Destination of the copies.
+        specs: Dtype, count and shape that the engine requires of each weight, by name.
+        values: Values of all or some weights.
+        uploader: Makes the copies.
 
     Raises:
-        WeightMismatchError: Lists all that do not fit.
+        WeightMismatchError: Some values have the wrong dtype, count or shape; lists all of them.
+            The values that fit were copied.
     """
     problems: list[Problem] = []
     copied: dict[str, Constant] = {}
@@ -307,174 +363,191 @@ def fill(
                 constant = Constant.of(tensor) if value.pinned else None
                 if constant and constant.is_same_as(arena.constants.get(name)):
                     continue
-                room = arena.tensors[name]
-                if tensor.dtype is not room.dtype or tensor.shape != room.shape:
-                    wrong = list(_misfits(facts[name], tensor))
-                    problems += wrong
-                    if wrong:
+                target = arena.tensors[name]
+                # the cheap comparison comes first: most values fit
+                if tensor.dtype is not target.dtype or tensor.shape != target.shape:
+                    mismatches = list(_mismatches(specs[name], tensor))
+                    problems += mismatches
+                    if mismatches:
                         continue
                 arena.constants.pop(name, None)
-                uploader.copy(room, tensor)
+                uploader.copy(target, tensor)
                 if constant:
                     copied[name] = constant
     finally:
         uploader.finish()
-    arena.constants |= copied  # they are there only now
+    arena.constants |= copied  # only now: a copy that failed must not count as done
     if problems:
         raise WeightMismatchError("Values do not fit the engine.", problems=problems)
 
 
-def _misfits(fact: WeightFact, tensor: torch.Tensor) -> Iterator[Problem]:
-    """What keeps a tensor from being the weight: nothing where only nobody knows its shape."""
+def _mismatches(spec: WeightSpec, tensor: torch.Tensor) -> Iterator[Problem]:
+    """Problems of a tensor as a value of a weight. Any shape fits if the spec has none."""
     kind = dtype_name(tensor.dtype)
-    if kind != fact.dtype:
-        yield Problem(fact.name, "dtype", kind, fact.dtype)
-    if tensor.numel() != fact.count:
+    if kind != spec.dtype:
+        yield Problem(spec.name, "dtype", kind, spec.dtype)
+    if tensor.numel() != spec.count:
         found = f"{tensor.numel()} {tuple(tensor.shape)}"
-        yield Problem(fact.name, "number of elements", found, str(fact.count))
-    elif fact.shape is not None and tuple(tensor.shape) != fact.shape:
-        yield Problem(fact.name, "shape", str(tuple(tensor.shape)), str(fact.shape))
+        yield Problem(spec.name, "number of elements", found, str(spec.count))
+    elif spec.shape is not None and tuple(tensor.shape) != spec.shape:
+        yield Problem(spec.name, "shape", str(tuple(tensor.shape)), str(spec.shape))
 
 
-# MERGED upload: Copying a caller's tensors into room of our own, in few launches however many
-# tensors there are.
-#
-# A launch takes the CPU some microseconds, and an engine has hundreds of weights of a few bytes:
-# of such an engine most of a refit's time was launches.
+# -- upload -------------------------------------------------------------------------------------
 
-_CHUNK = 32 << 20  # bytes; PCIe is at full speed from about 8 MiB
-_SMALL = 1 << 16  # bytes; values of the host up to this size are sent together
-_TOGETHER = 1 << 20  # bytes of such values that are sent at once
-_WAITING = 64 << 20  # bytes of values that are held until they are copied
-_AS_ONE = frozenset(
+_CHUNK_BYTES = 32 << 20  # PCIe is at full speed from about 8 MiB
+_SMALL_BYTES = 1 << 16  # values of the host up to this size are packed
+_PACK_BYTES = 1 << 20  # largest pack of small values
+_QUEUE_BYTES = 64 << 20  # values that are queued before they are copied
+_FOREACH_DTYPES = frozenset(
     {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32}
 )
-"""Types that one call copies for many tensors."""
+"""Dtypes for which ``torch._foreach_copy_`` copies many tensors in one launch."""
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers by their size: whatever a value is, its bits are copied."""
+"""Integer dtypes by size in bytes: values are concatenated as bits, whatever their dtype is."""
 
 
 class Uploader:
-    """Copies values to one device: on the device directly, from the host through pinned memory.
+    """Copies values to one device in few kernel launches.
 
-    A copy from pageable memory takes several times as long as one from pinned memory, and pinning
-    the whole model would take as much memory again. So there are two pinned chunks: while the
-    device reads one of them, the other is filled. Small values are laid end to end and sent as one.
+    A launch costs the CPU some microseconds, and an engine can have hundreds of weights of a few
+    bytes. For these engines, launches took most of the time of a refit.
+
+    - Values on the device are queued and copied by one ``torch._foreach_copy_`` per dtype.
+    - Small values on the host are concatenated, sent as one pack, and then queued.
+    - Large values on the host go through two pinned chunks: the CPU fills one while the device
+      reads the other. A copy from pageable memory takes several times as long, and pinning the
+      whole model would double its memory.
     """
 
-    def __init__(self, device: torch.device, chunk: int = _CHUNK) -> None:
-        """Allocate nothing yet."""
-        self._device = device
-        self._size = chunk
-        self._chunks: list[torch.Tensor] = []
-        self._read: list[torch.cuda.Event | None] = [None, None]
-        self._turn = 0
-        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._held = 0  # bytes of what is waiting
-        self._packed: dict[torch.dtype, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        self._used = 0  # bytes of what is in there
-
-    def copy(self, room: torch.Tensor, value: torch.Tensor) -> None:
-        """Copy all elements in logical order, at the latest in ``finish``.
+    def __init__(self, device: torch.device, chunk: int = _CHUNK_BYTES) -> None:
+        """Allocate nothing yet.
 
         Args:
-            room: Contiguous, flat or of the value's shape, of its dtype and count, on the device.
-            value: Any layout, any device, without gradients. Free only after ``finish``.
+            device: Device of all targets.
+            chunk: Size of each of the two pinned chunks in bytes.
         """
+        self._device = device
+        self._chunk_bytes = chunk
+        self._chunks: list[torch.Tensor] = []
+        self._chunk_read: list[torch.cuda.Event | None] = [None, None]
+        self._next_chunk = 0
+        self._queue: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._queue_bytes = 0
+        self._pack: dict[torch.dtype, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._pack_bytes = 0
+
+    def copy(self, target: torch.Tensor, value: torch.Tensor) -> None:
+        """Copy all elements in logical order, now or in ``finish``.
+
+        Args:
+            target: Contiguous tensor on the device, with the dtype and the number of elements of
+                ``value``. Its shape is flat or that of ``value``.
+            value: Tensor of any layout on any device, without gradients. The caller must not change
+                it before ``finish``.
+        """
+        # torch can put off negation and conjugation: the stored bits are not the value then
         if value.is_conj() or value.is_neg():
             value = value.resolve_conj().resolve_neg()
-        if value.device == room.device:
-            self._later(room, value)
-        elif value.is_cpu and value.nbytes <= _SMALL:
-            self.copy_with_others(room, value)
+        if value.device == target.device:
+            self._enqueue(target, value)
+        elif value.is_cpu and value.nbytes <= _SMALL_BYTES:
+            self.copy_packed(target, value)
         elif value.is_cpu and not value.is_pinned():
-            self.copy_in_chunks(room, value)
+            self.copy_in_chunks(target, value)
         else:
-            room.view(value.shape).copy_(value, non_blocking=True)
+            target.view(value.shape).copy_(value, non_blocking=True)
 
-    def _later(self, room: torch.Tensor, value: torch.Tensor) -> None:
-        """Have a value of the device copied with others."""
-        if value.dtype not in _AS_ONE or not value.is_contiguous():
-            room.view(value.shape).copy_(value, non_blocking=True)
+    def _enqueue(self, target: torch.Tensor, value: torch.Tensor) -> None:
+        """Queue a value that is on the device."""
+        if value.dtype not in _FOREACH_DTYPES or not value.is_contiguous():
+            target.view(value.shape).copy_(value, non_blocking=True)
             return
-        alike = value.dim() == room.dim()
-        self._waiting.append((room, value if alike else value.view(room.shape)))
-        self._held += value.nbytes
-        if self._held > _WAITING:
-            self._copy_waiting()
+        alike = value.dim() == target.dim()  # _foreach_copy_ needs equal shapes
+        self._queue.append((target, value if alike else value.view(target.shape)))
+        self._queue_bytes += value.nbytes
+        if self._queue_bytes > _QUEUE_BYTES:
+            self._copy_queue()
 
-    def _copy_waiting(self) -> None:
-        rooms: dict[torch.dtype, list[torch.Tensor]] = defaultdict(list)
+    def _copy_queue(self) -> None:
+        targets: dict[torch.dtype, list[torch.Tensor]] = defaultdict(list)
         values: dict[torch.dtype, list[torch.Tensor]] = defaultdict(list)
-        for room, value in self._waiting:
-            rooms[room.dtype].append(room)
-            values[room.dtype].append(value)
-        for dtype, some in rooms.items():
+        for target, value in self._queue:
+            targets[target.dtype].append(target)
+            values[target.dtype].append(value)
+        for dtype, some in targets.items():
             torch._foreach_copy_(some, values[dtype], non_blocking=True)
-        self._waiting, self._held = [], 0
+        self._queue, self._queue_bytes = [], 0
 
-    def copy_with_others(self, room: torch.Tensor, value: torch.Tensor) -> None:
-        """Copy a small value of the host, in one piece with those that come before and after."""
-        if self._used + value.nbytes > _TOGETHER:
+    def copy_packed(self, target: torch.Tensor, value: torch.Tensor) -> None:
+        """Add a small value on the host to the pack."""
+        if self._pack_bytes + value.nbytes > _PACK_BYTES:
             self._send_pack()
-        self._used += value.nbytes
-        self._packed.setdefault(value.dtype, []).append((room, value.reshape(-1)))
+        self._pack_bytes += value.nbytes
+        self._pack.setdefault(value.dtype, []).append((target, value.reshape(-1)))
 
     def _send_pack(self) -> None:
-        """Lay small values end to end, send them, and have them copied to where they belong."""
-        packed, self._packed, self._used = self._packed, {}, 0
-        for some in packed.values():
+        """Send the pack to the device, one tensor per dtype, and queue its values there."""
+        pack, self._pack, self._pack_bytes = self._pack, {}, 0
+        for some in pack.values():
             values = [value for _, value in some]
-            pack = _end_to_end(values, pinned=self._device.type == "cuda")
-            there = pack.to(self._device, non_blocking=True, copy=True)
-            pieces = there.split_with_sizes([value.numel() for value in values])
-            for (room, _), piece in zip(some, pieces, strict=True):
-                self._later(room, piece)
+            packed = _concatenated(values, pinned=self._device.type == "cuda")
+            on_device = packed.to(self._device, non_blocking=True, copy=True)
+            pieces = on_device.split_with_sizes([value.numel() for value in values])
+            for (target, _), piece in zip(some, pieces, strict=True):
+                self._enqueue(target, piece)
 
-    def copy_in_chunks(self, room: torch.Tensor, value: torch.Tensor) -> None:
-        """Copy a value of the host through the pinned chunks."""
+    def copy_in_chunks(self, target: torch.Tensor, value: torch.Tensor) -> None:
+        """Copy a value on the host through the pinned chunks."""
         source = value.contiguous().reshape(-1).view(torch.uint8)
-        target = room.view(-1).view(torch.uint8)
-        for first in range(0, source.numel(), self._size):
-            part = source[first : first + self._size]
-            chunk = self._next()[: part.numel()]
+        destination = target.view(-1).view(torch.uint8)
+        size = self._chunk_bytes
+        for first in range(0, source.numel(), size):
+            part = source[first : first + size]
+            chunk = self._free_chunk()[: part.numel()]
             chunk.copy_(part)
-            target[first : first + self._size].copy_(chunk, non_blocking=True)
-            self._mark()
+            destination[first : first + size].copy_(chunk, non_blocking=True)
+            self._record_read()
 
-    def _next(self) -> torch.Tensor:
-        """The chunk whose turn it is, once the device has read it."""
+    def _free_chunk(self) -> torch.Tensor:
+        """The next chunk, once the device has read its last content."""
         if not self._chunks:
             pinned = self._device.type == "cuda"
             self._chunks = [
-                torch.empty(self._size, dtype=torch.uint8, pin_memory=pinned) for _ in self._read
+                torch.empty(self._chunk_bytes, dtype=torch.uint8, pin_memory=pinned)
+                for _ in self._chunk_read
             ]
-        read = self._read[self._turn]
+        read = self._chunk_read[self._next_chunk]
         if read is not None:
             read.synchronize()
-        return self._chunks[self._turn]
+        return self._chunks[self._next_chunk]
 
-    def _mark(self) -> None:
+    def _record_read(self) -> None:
+        """Record when the device will have read the present chunk, and go to the other chunk."""
         if self._device.type == "cuda":
             event = torch.cuda.Event()  # type: ignore[no-untyped-call] # torch's
             event.record(torch.cuda.current_stream(self._device))
-            self._read[self._turn] = event
-        self._turn = 1 - self._turn
+            self._chunk_read[self._next_chunk] = event
+        self._next_chunk = 1 - self._next_chunk
 
     def finish(self) -> None:
-        """Make and await all copies, and free the chunks: the caller's tensors are free now."""
+        """Make all pending copies, wait for them, and free the chunks.
+
+        The caller may change its tensors afterwards. If a copy fails, the queue is emptied: the
+        next refit must not write values of this one.
+        """
         try:
             self._send_pack()
-            self._copy_waiting()
+            self._copy_queue()
             if self._device.type == "cuda":
                 torch.cuda.current_stream(self._device).synchronize()
         finally:
-            self._chunks, self._read = [], [None, None]
-            self._waiting, self._held = [], 0
+            self._chunks, self._chunk_read = [], [None, None]
+            self._queue, self._queue_bytes = [], 0
 
 
-def _end_to_end(values: list[torch.Tensor], *, pinned: bool) -> torch.Tensor:
-    """Flat values of one dtype, one after another in memory of our own."""
+def _concatenated(values: list[torch.Tensor], *, pinned: bool) -> torch.Tensor:
+    """Flat values of one dtype, one after another in new memory of the host."""
     kind = values[0].dtype
     whole = torch.empty(sum(v.numel() for v in values), dtype=kind, pin_memory=pinned)
     bits = _BITS.get(kind.itemsize, kind)

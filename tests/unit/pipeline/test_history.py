@@ -541,12 +541,12 @@ def test_what_calls_change_is_kept_as_it_was_at_the_commit() -> None:
     engine.slots["e0.bias"] = engine.slots["e0.bias"].model_copy(update={"mutable": True})
     changed = torch.tensor([7.0, 8.0])
 
-    def drain() -> None:
+    def synchronize() -> None:
         engine.live["e0.bias"] = changed
 
-    scene.module.drain = drain  # type: ignore[method-assign]
+    scene.module.synchronize = synchronize  # type: ignore[method-assign]
     result = scene.refit(10.0)
-    scene.module.drain = lambda: None  # type: ignore[method-assign]
+    scene.module.synchronize = lambda: None  # type: ignore[method-assign]
     result.undo()
     assert torch.equal(engine.live["e0.bias"], changed)
 

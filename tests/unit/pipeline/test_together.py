@@ -95,7 +95,7 @@ def test_each_is_committed_before_any_is_judged() -> None:
     calls = scene.wire.calls
     last = max(n for n, label in enumerate(calls) if label.endswith(".commit"))
     assert last < calls.index("verifier.judge")
-    assert max(n for n, c in enumerate(calls) if "stage-end" in c) < calls.index("drain")
+    assert max(n for n, c in enumerate(calls) if "stage-end" in c) < calls.index("synchronize")
 
 
 def fault_points() -> Iterator[Any]:
@@ -341,7 +341,7 @@ def test_engines_that_cannot_be_read_are_refitted_with_others() -> None:
         pipeline.refit_all([(modules[0], "no/such/file.pt"), (modules[1], "no/such/file.pt")])
 
 
-@pytest.mark.parametrize("where", ["drain", "commit", "verifier.judge", "rollback"])
+@pytest.mark.parametrize("where", ["synchronize", "commit", "verifier.judge", "rollback"])
 def test_errors_name_the_module(where: str) -> None:
     """Of three modules of one kind, the second fails: before, at and after the commit, and back."""
     dry = Scene.of()

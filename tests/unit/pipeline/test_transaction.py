@@ -159,10 +159,10 @@ def assert_right_error(label: str, raised: BaseException, error: BaseException) 
     elif owner in {"strategy", "verifier"}:
         assert isinstance(raised, PluginError)
         assert f"tripping-{owner}" in str(raised)
-    elif label == "drain" or method.startswith(("stage", "changed", "commit")):
+    elif label == "synchronize" or method.startswith(("stage", "changed", "commit")):
         assert isinstance(raised, EngineError)
         assert raised.__cause__ is error
-        assert label == "drain" or owner in str(raised)
+        assert label == "synchronize" or owner in str(raised)
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
@@ -197,7 +197,7 @@ def test_a_second_fault_on_the_way_back(
     """After a first fault from the commit on, whatever happens next fails too."""
     first = RuntimeError("the first")
     labels = calls_of(3, verdict=True, faults={})
-    for number in range(labels.index("drain"), labels.index("verifier.judge") + 1):
+    for number in range(labels.index("synchronize"), labels.index("verifier.judge") + 1):
         after = calls_of(3, verdict=True, faults={number: first})
         for again in range(number + 1, len(after)):
             with subtests.test(first=labels[number], second=after[again]):
@@ -282,8 +282,8 @@ def test_a_good_verdict_commits_everything_once() -> None:
 
 def test_pending_work_is_drained_before_the_first_commit() -> None:
     calls = calls_of(3, verdict=True, faults={})
-    assert calls.index("drain") < calls.index("e0.commit")
-    assert calls.index("e2.stage") < calls.index("drain")
+    assert calls.index("synchronize") < calls.index("e0.commit")
+    assert calls.index("e2.stage") < calls.index("synchronize")
 
 
 def test_hooks_hear_of_new_weights_before_the_verdict() -> None:
@@ -302,5 +302,5 @@ def test_nothing_is_told_where_nothing_was_committed() -> None:
     scene = Scene.of(1)
     calls = calls_of(1, verdict=True, faults={})
     with pytest.raises(RefitError):
-        scene.refit({calls.index("drain"): RuntimeError("stuck")})
+        scene.refit({calls.index("synchronize"): RuntimeError("stuck")})
     assert scene.plugin.reports == []

@@ -109,7 +109,7 @@ class NetworkModule:
         """Refuse, as ``run``."""
         self.run(args, kwargs)
 
-    def drain(self) -> None:
+    def synchronize(self) -> None:
         """Nothing is ever pending."""
 
     def save(self, path: Path, attachments: Mapping[str, bytes]) -> None:

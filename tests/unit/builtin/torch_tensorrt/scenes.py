@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import refitkit
-from refitkit.builtin.torch_tensorrt.engine import EngineOptions, engine_for
+from refitkit.builtin.torch_tensorrt.engine import EngineOptions, create_engine
 from refitkit.builtin.torch_tensorrt.torch_part import TorchPartEngine
 from refitkit.pipeline.pipeline import Pipeline
 from refitkit.pipeline.targets import PLAN_MEMBER
@@ -76,7 +76,7 @@ def engine_of(
     wire = wire or Tripwire()
     handle = FakeHandle(name, wire, FakeCudaEngine.of(values, wire, *groups), runtime)
     trt = trt or fake_trt(wire, TellingRefitter)
-    return engine_for(handle, trt, options_for(values, name, **more)), handle
+    return create_engine(handle, trt, options_for(values, name, **more)), handle
 
 
 class TrtModule:
@@ -104,7 +104,7 @@ class TrtModule:
 
     probe = run
 
-    def drain(self) -> None:
+    def synchronize(self) -> None:
         pass
 
     def holds(self) -> Values:

@@ -186,13 +186,13 @@ def test_infinities_of_eight_bit_floats() -> None:
         engine.stage(slot_values(engine, bad))
 
 
-@pytest.mark.parametrize("keep", ["device", "pinned-host"])
-def test_memory_of_the_way_back(keep: Any) -> None:
-    engine, handle = engine_of("e", A, keep=keep)
+@pytest.mark.parametrize("location", ["device", "pinned-host"])
+def test_memory_of_the_way_back(location: Any) -> None:
+    engine, handle = engine_of("e", A, snapshot=location)
     assert engine.memory.kind == "engine-bytes"
     assert engine.memory.bytes == len(handle.stored)
     refit(engine, A)
-    assert engine.memory.kind == keep
+    assert engine.memory.kind == location
     weights = sum(value.nbytes for value in A.values())
     assert weights <= engine.memory.bytes <= weights + 256 * len(A)
     assert engine.free_spare() == 0
@@ -447,7 +447,7 @@ def test_constants_that_did_not_arrive_are_copied_again(
     old, new = torch.tensor([5.0, 77.0]), torch.tensor([6.0, 78.0])
     staged_with(engine, B, old).commit()
     with monkeypatch.context() as patch:
-        patch.setattr(Uploader, "_copy_waiting", lambda _: 1 / 0)
+        patch.setattr(Uploader, "_copy_queue", lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             staged_with(engine, C, new)
     staged_with(engine, A, new).commit()

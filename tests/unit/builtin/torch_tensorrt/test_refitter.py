@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from refitkit.builtin.torch_tensorrt import refitter as serialized
-from refitkit.builtin.torch_tensorrt.refitter import PersistentRefitter
+from refitkit.builtin.torch_tensorrt.refitter import (
+    DeserializedEngine,
+    PersistentRefitter,
+    serialize_engine,
+)
 from refitkit.errors import EngineError, NotRefittableError
 from tests.fakes import Tripwire, same_state, slot_for
 from tests.unit.builtin.torch_tensorrt.fake_trt import (
@@ -41,8 +44,8 @@ def made(kind: type[FakeRefitter] = TellingRefitter, *groups: Any) -> tuple[Any,
     return PersistentRefitter(engine, fake_trt(wire, kind), CPU), engine
 
 
-def facts_as_tuples(facts: Any) -> Any:
-    return {name: (fact.dtype, fact.count) for name, fact in facts.items()}
+def specs_as_tuples(specs: Any) -> Any:
+    return {name: (spec.dtype, spec.count) for name, spec in specs.items()}
 
 
 WANTED = {name: (str(v.dtype)[6:], v.numel()) for name, v in VALUES.items()}
@@ -50,21 +53,21 @@ WANTED = {name: (str(v.dtype)[6:], v.numel()) for name, v in VALUES.items()}
 
 def test_facts_come_from_prototypes() -> None:
     refitter, _ = made()
-    assert facts_as_tuples(refitter.facts({})) == WANTED
+    assert specs_as_tuples(refitter.specs({})) == WANTED
 
 
 def test_shapes_come_from_what_is_known_where_it_fits() -> None:
     refitter, _ = made()
     known = {"w": slot_for("w", torch.zeros(2, 3)), "h": slot_for("h", torch.zeros(9))}
-    facts = refitter.facts(known)
-    assert (facts["w"].shape, facts["h"].shape) == ((2, 3), None)
-    assert facts_as_tuples(facts) == WANTED
+    specs = refitter.specs(known)
+    assert (specs["w"].shape, specs["h"].shape) == ((2, 3), None)
+    assert specs_as_tuples(specs) == WANTED
 
 
 def test_old_versions_are_asked_by_trying() -> None:
     refitter, _ = made(FakeRefitter)
-    facts = refitter.facts({})
-    assert facts_as_tuples(facts) == WANTED
+    specs = refitter.specs({})
+    assert specs_as_tuples(specs) == WANTED
 
 
 def test_types_that_are_taken_with_a_warning_are_not_believed() -> None:
@@ -80,17 +83,17 @@ def test_types_that_are_taken_with_a_warning_are_not_believed() -> None:
             return super().set_named_weights(name, weights, location)
 
     refitter, _ = made(Lax)
-    assert facts_as_tuples(refitter.facts({})) == WANTED
+    assert specs_as_tuples(refitter.specs({})) == WANTED
     refitter._refitter.deaf = True
     with pytest.raises(NotRefittableError, match="h: unknown"):
-        refitter.facts({})
+        refitter.specs({})
 
 
 def test_old_versions_believe_what_is_known() -> None:
     refitter, engine = made(FakeRefitter)
     engine.held = {"w": engine.held["w"]}
-    facts = refitter.facts({"w": slot_for("w", torch.zeros(2, 3))})
-    assert facts["w"].shape == (2, 3)
+    specs = refitter.specs({"w": slot_for("w", torch.zeros(2, 3))})
+    assert specs["w"].shape == (2, 3)
     assert not [label for label in engine.wire.calls if label.startswith("set")]
 
 
@@ -101,7 +104,7 @@ def test_what_nobody_knows_is_named() -> None:
 
     refitter, _ = made(Mute)
     with pytest.raises(NotRefittableError, match="plan") as info:
-        refitter.facts({})
+        refitter.specs({})
     assert [problem.subject for problem in info.value.problems] == list(VALUES)
 
 
@@ -113,21 +116,21 @@ def test_types_of_half_a_byte_are_kept_in_bytes() -> None:
 
     engine.held = {"q": (DataType.INT8, b"abc")}
     refitter._refitter.get_weights_prototype = lambda name: Half
-    fact = refitter.facts({})["q"]
-    assert (fact.dtype, fact.count, fact.trt_type, fact.trt_count) == ("uint8", 3, "FP4", 5)
+    spec = refitter.specs({})["q"]
+    assert (spec.dtype, spec.count, spec.trt_type, spec.trt_count) == ("uint8", 3, "FP4", 5)
 
 
 def test_types_that_torch_lacks_are_refused() -> None:
     refitter, engine = made()
     engine.held["c"] = (DataType.COMPLEX, b"\0" * 8)
     with pytest.raises(NotRefittableError, match="c: dtype, found TensorRT's COMPLEX"):
-        refitter.facts({})
+        refitter.specs({})
 
 
 def bound(kind: type[FakeRefitter] = TellingRefitter) -> tuple[Any, Any, Any]:
     refitter, engine = made(kind)
     buffers = {name: v.clone() for name, v in VALUES.items()}
-    refitter.bind(refitter.facts({}), buffers)
+    refitter.bind(refitter.specs({}), buffers)
     return refitter, engine, buffers
 
 
@@ -144,12 +147,12 @@ def test_names_are_set_once_for_many_refits(kind: type[FakeRefitter]) -> None:
 
 def test_what_tensorrt_refuses_is_listed_with_its_reasons() -> None:
     refitter, _ = made()
-    facts = refitter.facts({})
+    specs = refitter.specs({})
     bad = {**VALUES, "w": torch.arange(6)}
-    facts["w"] = type(facts["w"])("w", "int64", 6, "INT64", 6)
-    facts["h"] = type(facts["h"])("h", "float16", 2, "HALF", 2)
+    specs["w"] = type(specs["w"])("w", "int64", 6, "INT64", 6)
+    specs["h"] = type(specs["h"])("h", "float16", 2, "HALF", 2)
     with pytest.raises(EngineError, match=r"prototype data type FLOAT.*prototype count 3") as info:
-        refitter.bind(facts, bad)
+        refitter.bind(specs, bad)
     assert [(p.subject, p.kind) for p in info.value.problems] == [
         ("w", "refused"),
         ("h", "refused"),
@@ -160,9 +163,9 @@ def test_what_tensorrt_refuses_is_listed_with_its_reasons() -> None:
 
 def test_missing_weights_of_a_group_are_listed() -> None:
     refitter, _ = made(TellingRefitter, ("w", "h"))
-    facts = refitter.facts({})
+    specs = refitter.specs({})
     with pytest.raises(EngineError) as info:
-        refitter.bind(facts, {"w": VALUES["w"].clone()})
+        refitter.bind(specs, {"w": VALUES["w"].clone()})
     assert [(p.subject, p.kind) for p in info.value.problems] == [("h", "missing")]
     with pytest.raises(EngineError, match="needed Weights") as info:
         refitter.refit()
@@ -172,7 +175,7 @@ def test_missing_weights_of_a_group_are_listed() -> None:
 def test_a_failed_refit_tells_why() -> None:
     refitter, engine, _ = bound()
     engine.wire.arm({0: Refusal()})
-    with pytest.raises(EngineError, match="TensorRT says: could not refit"):
+    with pytest.raises(EngineError, match="TensorRT reports: could not refit"):
         refitter.refit()
 
 
@@ -188,8 +191,8 @@ def test_bytes_hold_the_weights_and_can_be_refitted_again(flags: Any) -> None:
     wire = Tripwire()
     trt = fake_trt(wire, flags=flags)
     engine = FakeCudaEngine.of(VALUES, wire)
-    data = serialized.bytes_of(engine, trt)
-    again = serialized.Deserialized(data, trt).engine
+    data = serialize_engine(engine, trt)
+    again = DeserializedEngine(data, trt).engine
     assert same_state(again.values(), engine.values())
     assert again.refittable is (flags is Flags)
     assert same_state(engine_from(data, wire).values(), engine.values())
@@ -199,12 +202,12 @@ def test_bytes_hold_the_weights_and_can_be_refitted_again(flags: Any) -> None:
 def test_refusals_of_bytes_are_errors(label: str) -> None:
     wire = Tripwire()
     trt, engine = fake_trt(wire), FakeCudaEngine.of(VALUES, wire)
-    data = serialized.bytes_of(engine, trt)
-    serialized.Deserialized(data, trt)
+    data = serialize_engine(engine, trt)
+    DeserializedEngine(data, trt)
     faults = {wire.calls.index(label): Refusal()}
     wire.arm(faults)
     with pytest.raises(EngineError, match=r"serialize|no such engine"):
-        serialized.Deserialized(serialized.bytes_of(engine, trt), trt)
+        DeserializedEngine(serialize_engine(engine, trt), trt)
 
 
 def test_a_flag_that_does_not_go_away_is_an_error() -> None:
@@ -214,7 +217,7 @@ def test_a_flag_that_does_not_go_away_is_an_error() -> None:
     config.clear_flag = lambda flag: False
     engine.create_serialization_config = lambda: config
     with pytest.raises(EngineError, match="EXCLUDE_WEIGHTS"):
-        serialized.bytes_of(engine, fake_trt(wire))
+        serialize_engine(engine, fake_trt(wire))
 
 
 @pytest.mark.parametrize("idle", [True, False])
@@ -226,7 +229,7 @@ def test_what_is_waited_for(monkeypatch: pytest.MonkeyPatch, idle: bool) -> None
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: done.append("device"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: pending)
     refitter, _ = made()
-    refitter.bind(refitter.facts({}), VALUES)
+    refitter.bind(refitter.specs({}), VALUES)
     refitter._stream = stream
     monkeypatch.setattr(
         refitter._refitter,

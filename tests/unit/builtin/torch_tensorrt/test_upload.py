@@ -5,34 +5,34 @@ from __future__ import annotations
 import pytest
 import torch
 
-from refitkit.builtin.torch_tensorrt.refitter import WeightFact
+from refitkit.builtin.torch_tensorrt.refitter import WeightSpec
 from refitkit.builtin.torch_tensorrt.weight_buffers import Arena, Layout, Uploader
 from refitkit.program.bits import same_bits
 from tests.unit.builtin.torch_tensorrt.scenes import CPU
 
 
-def fact(name: str, dtype: str, count: int) -> WeightFact:
-    return WeightFact(name, dtype, count, "", count)
+def spec(name: str, dtype: str, count: int) -> WeightSpec:
+    return WeightSpec(name, dtype, count, "", count)
 
 
-FACTS = [
-    fact("a", "float32", 5),
-    fact("b", "float16", 300),
-    fact("c", "float32", 64),
-    fact("none", "float32", 0),
-    fact("bool", "bool", 3),
+SPECS = [
+    spec("a", "float32", 5),
+    spec("b", "float16", 300),
+    spec("c", "float32", 64),
+    spec("none", "float32", 0),
+    spec("bool", "bool", 3),
 ]
 
 
 def test_weights_lie_apart_aligned_and_by_type() -> None:
-    layout = Layout.of(FACTS)
+    layout = Layout.of(SPECS)
     arena = Arena(layout, CPU)
-    for number, one in enumerate(FACTS):
+    for number, one in enumerate(SPECS):
         view = arena.views[one.name]
         assert view.shape == (one.count,)
         assert layout.offsets[one.name] % 256 == 0
         view.fill_(number + 1)
-    for number, one in enumerate(FACTS):
+    for number, one in enumerate(SPECS):
         assert torch.all(arena.views[one.name] == (number + 1 if one.dtype != "bool" else 1))
     floats = arena.runs["float32"]
     assert sorted(set(floats.tolist())) == [0.0, 1.0, 3.0]
@@ -108,7 +108,7 @@ def test_many_values_are_copied_as_one(calls: list[int]) -> None:
 
 
 def test_values_do_not_wait_for_ever(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("refitkit.builtin.torch_tensorrt.weight_buffers._WAITING", 40)
+    monkeypatch.setattr("refitkit.builtin.torch_tensorrt.weight_buffers._QUEUE_BYTES", 40)
     uploader, values = Uploader(CPU), [torch.arange(8.0), torch.arange(3.0), torch.arange(2.0)]
     rooms = rooms_for(values)
     for room, value in zip(rooms, values, strict=True):
@@ -124,16 +124,16 @@ def test_values_do_not_wait_for_ever(calls: list[int], monkeypatch: pytest.Monke
 def test_small_values_of_the_host_go_together(
     monkeypatch: pytest.MonkeyPatch, together: int
 ) -> None:
-    monkeypatch.setattr("refitkit.builtin.torch_tensorrt.weight_buffers._TOGETHER", together)
+    monkeypatch.setattr("refitkit.builtin.torch_tensorrt.weight_buffers._PACK_BYTES", together)
     values = [value.resolve_conj().resolve_neg() for value in VALUES]
     uploader, rooms = Uploader(CPU), rooms_for(values)
     for _ in range(2):
         for room, value in zip(rooms, values, strict=True):
-            uploader.copy_with_others(room, value)
-            assert uploader._used <= max(together, value.nbytes)
-        assert uploader._used
+            uploader.copy_packed(room, value)
+            assert uploader._pack_bytes <= max(together, value.nbytes)
+        assert uploader._pack_bytes
         uploader.finish()
-        assert uploader._used == 0
+        assert uploader._pack_bytes == 0
         assert right(rooms, values)
         for room in rooms:
             room.zero_()
@@ -142,9 +142,9 @@ def test_small_values_of_the_host_go_together(
 def test_a_failed_copy_leaves_nothing_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     uploader, room = Uploader(CPU), torch.zeros(4)
     uploader.copy(room[:2], torch.ones(2))
-    uploader.copy_with_others(room[2:], torch.ones(2))
+    uploader.copy_packed(room[2:], torch.ones(2))
     with monkeypatch.context() as patch:
-        patch.setattr(uploader, "_later", lambda *_: 1 / 0)
+        patch.setattr(uploader, "_enqueue", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             uploader.finish()
     uploader.finish()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from refitkit.builtin.torch_tensorrt.children import PythonModuleEngine
-from refitkit.builtin.torch_tensorrt.engine import engine_for
+from refitkit.builtin.torch_tensorrt.engine import create_engine
 from refitkit.errors import EngineError
 from tests.fakes import Tripwire, same_state
 from tests.unit.builtin.torch_tensorrt.fake_trt import (
@@ -55,7 +55,7 @@ def child() -> Child:
 @pytest.fixture
 def engine(child: Child) -> Any:
     handle = PythonModuleEngine("e", child)
-    return engine_for(handle, fake_trt(Tripwire()), options_for(A, "e"))
+    return create_engine(handle, fake_trt(Tripwire()), options_for(A, "e"))
 
 
 def holds(child: Child, values: dict[str, torch.Tensor]) -> bool:
