@@ -13,7 +13,7 @@ import sympy
 import torch
 
 from refitkit.builtin.torch_tensorrt.metadata import (
-    ADMITTED,
+    ALLOWED_GLOBALS,
     DeviceValue,
     EnumValue,
     read_metadata,
@@ -300,16 +300,16 @@ def bomb(levels: int) -> bytes:
 
 def test_bombs_are_refused_in_no_time() -> None:
     with pytest.raises(PickleRefusedError, match="too large"):
-        read_pickle(bomb(40) + b".", ADMITTED)
+        read_pickle(bomb(40) + b".", ALLOWED_GLOBALS)
     with pytest.raises(PickleRefusedError, match="key or set member"):
-        read_pickle(b"\x80\x04}" + bomb(40)[2:] + b"Ns.", ADMITTED)
+        read_pickle(b"\x80\x04}" + bomb(40)[2:] + b"Ns.", ALLOWED_GLOBALS)
 
 
 def test_cycles_are_refused() -> None:
     cycle: list[Any] = []
     cycle.append(cycle)
     with pytest.raises(PickleRefusedError, match="nested too deeply"):
-        read_pickle(pickle.dumps(cycle), ADMITTED)
+        read_pickle(pickle.dumps(cycle), ALLOWED_GLOBALS)
 
 
 def test_metadata_has_a_size_limit() -> None:
@@ -317,4 +317,7 @@ def test_metadata_has_a_size_limit() -> None:
 
 
 def test_no_admitted_name_is_a_function() -> None:
-    assert not {name for _, name in ADMITTED if re.fullmatch(r"[a-z_]+", name)} - {"dtype", "bool"}
+    assert not {name for _, name in ALLOWED_GLOBALS if re.fullmatch(r"[a-z_]+", name)} - {
+        "dtype",
+        "bool",
+    }

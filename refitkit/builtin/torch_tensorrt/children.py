@@ -223,7 +223,7 @@ class PythonModuleEngine(_ChildEngine):
 
 
 @dataclass(frozen=True)
-class Place:
+class EngineLocation:
     """Where somebody keeps an engine.
 
     Attributes:
@@ -238,7 +238,7 @@ class Place:
 class AttributeEngine(_Handle):
     """An engine that is kept as it is, without a child; see :class:`~.handles.EngineHandle`."""
 
-    def __init__(self, name: str, places: Iterable[Place]) -> None:
+    def __init__(self, name: str, places: Iterable[EngineLocation]) -> None:
         """Found by ``find_engines``.
 
         Args:
@@ -553,7 +553,7 @@ def _names(joined: str) -> tuple[str, ...]:
     return tuple(joined.split(_DELIMITER)) if joined else ()
 
 
-def is_upstreams(value: object, name: str) -> bool:
+def is_runtime_instance(value: object, name: str) -> bool:
     """Whether an object is of a class of this name of upstream's runtime, or of one below it."""
     classes = type(value).__mro__
     return any(one.__name__ == name and one.__module__.startswith(_RUNTIME) for one in classes)
@@ -561,7 +561,7 @@ def is_upstreams(value: object, name: str) -> bool:
 
 def is_python_engine(value: object) -> bool:
     """Whether an object is an engine of the Python runtime of 2.13 and 2.14."""
-    return is_upstreams(value, "TRTEngine")
+    return is_runtime_instance(value, "TRTEngine")
 
 
 def is_cpp_engine(value: object) -> bool:
@@ -577,7 +577,7 @@ def is_cpp_engine(value: object) -> bool:
 
 def is_packed_engine(value: object) -> bool:
     """Whether an object is what ``torch_tensorrt.save`` puts in an engine's place."""
-    return is_upstreams(value, "EngineSerializer")
+    return is_runtime_instance(value, "EngineSerializer")
 
 
 def is_engine(value: object) -> bool:

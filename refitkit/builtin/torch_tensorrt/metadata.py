@@ -59,7 +59,9 @@ _FUNCTIONS = frozenset(
         ),
     }
 )
-ADMITTED = frozenset({_SETTINGS, _DEVICE, _SYMBOL}) | _ENUMS | _DTYPES | _NUMBERS | _FUNCTIONS
+ALLOWED_GLOBALS = (
+    frozenset({_SETTINGS, _DEVICE, _SYMBOL}) | _ENUMS | _DTYPES | _NUMBERS | _FUNCTIONS
+)
 """All that metadata of Torch-TensorRT 2.11 to 2.14 names."""
 
 _RECOMPILE = "Recompile the model with Torch-TensorRT 2.11 or later and immutable_weights=False."
@@ -120,7 +122,7 @@ def read_metadata(encoded: str | bytes, engine: str) -> Metadata:
             hint=_RECOMPILE,
         )
     try:
-        return _parsed(read_pickle(_decoded(encoded), ADMITTED))
+        return _parsed(read_pickle(_decoded(encoded), ALLOWED_GLOBALS))
     except PickleRefusedError as exc:
         raise UnsupportedTargetError(
             f"The metadata of the engine {engine!r} is refused: {exc}.",

@@ -26,7 +26,7 @@ from refitkit.builtin.torch_tensorrt.names import NAME
 from refitkit.builtin.torch_tensorrt.parts import check_structures
 from refitkit.builtin.torch_tensorrt.program_file import ProgramFile, extra_files, read_program_file
 from refitkit.builtin.torch_tensorrt.recording import interpret
-from refitkit.builtin.torch_tensorrt.targets import Target, understand, understand_module
+from refitkit.builtin.torch_tensorrt.targets import Target, inspect_module, inspect_target
 from refitkit.builtin.torch_tensorrt.torch_part import TorchPartEngine
 from refitkit.errors import EngineError, InputMismatchError, UnsupportedTargetError, raised_as
 from refitkit.files.replacing import replacing
@@ -208,7 +208,7 @@ def open_target(target: object, makers: Makers | None = None) -> TorchTensorRTOp
         return _open_file(target, makers) if target.is_file() else None
     if not upstream.is_imported():
         return None
-    understood = understand(target)
+    understood = inspect_target(target)
     return None if understood is None else TorchTensorRTOpened(understood, makers)
 
 
@@ -222,7 +222,7 @@ def _open_file(path: Path, makers: Makers) -> TorchTensorRTOpened | None:
             "NVIDIA GPU.",
             hint="Without a GPU, plan and build with backend='tensorrt_network'.",
         )
-    understood = understand(_loaded(path))
+    understood = inspect_target(_loaded(path))
     if understood is None:
         raise UnsupportedTargetError(f"{str(path)!r} holds no engine that can run.")
     return TorchTensorRTOpened(understood, makers, attachments)
@@ -314,7 +314,7 @@ def duplicate(target: Target) -> Target:
     """
     with raised_as(EngineError, "The compiled module cannot be copied"):
         module = copy.deepcopy(target.module)
-    second = understand_module(module, target.program)
+    second = inspect_module(module, target.program)
     for name, engine in second.engines.items():
         first = target.engines[name]
         if isinstance(engine, ModuleEngine) and isinstance(first, ModuleEngine):

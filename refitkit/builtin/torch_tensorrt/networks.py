@@ -22,23 +22,22 @@ import torch
 from refitkit.builtin.torch_tensorrt.refitter import fact_of_trt, torch_name
 from refitkit.errors import CompileError, EngineError, NotRefittableError, Problem, raised_as
 from refitkit.model import Slot
-from refitkit.program import dtypes
 from refitkit.program.bits import same_bits
-from refitkit.program.dtypes import dtype_name
+from refitkit.program.dtypes import dtype_name, dtype_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 
     from torch.fx import GraphModule
 
-    from refitkit.builtin.torch_tensorrt.parts import Part
+    from refitkit.builtin.torch_tensorrt.parts import ProgramPart
     from refitkit.model import LayerType
     from refitkit.recipe import Tape
     from refitkit.recipe.origins import Origin
 
 
 @dataclass(frozen=True)
-class Place:
+class WeightLocation:
     """Where one weight is in a network.
 
     Attributes:
@@ -66,7 +65,7 @@ class Network:
 
     def __init__(
         self,
-        part: Part,
+        part: ProgramPart,
         settings: Any,
         layer_types: Mapping[str, LayerType],
         tape: Tape | None = None,
@@ -93,7 +92,7 @@ class Network:
 
     def _read(self, layer_types: Mapping[str, LayerType], tape: Tape | None) -> None:
         self.recorded: dict[str, torch.Tensor] = dict(self._interpreter.ctx.weight_refit_map)
-        self._places: dict[str, Place] = {}
+        self._places: dict[str, WeightLocation] = {}
         self.scanned: dict[str, torch.Tensor] = {}
         self.layer_types: set[str] = set()
         problems = list(self._scan(layer_types))
@@ -243,7 +242,7 @@ class Network:
         return bytes(plan)
 
 
-def _interpreted(part: Part, settings: Any) -> Any:
+def _interpreted(part: ProgramPart, settings: Any) -> Any:
     from torch_tensorrt.dynamo.conversion._conversion import (  # noqa: PLC0415
         infer_module_output_dtypes,
     )
@@ -258,15 +257,15 @@ def _interpreted(part: Part, settings: Any) -> Any:
     return interpreter
 
 
-def _place(layer: Any, attribute: str, held: Any, value: torch.Tensor) -> Place:
+def _place(layer: Any, attribute: str, held: Any, value: torch.Tensor) -> WeightLocation:
     """Where a weight is; what NumPy gave has lost TensorRT's own dtype and has none to lose."""
     import tensorrt  # noqa: PLC0415 - imported by whoever calls this
     from torch_tensorrt._enums import dtype  # noqa: PLC0415
 
     if isinstance(held, tensorrt.Weights):
-        return Place(layer, attribute, held.dtype, held.size)
+        return WeightLocation(layer, attribute, held.dtype, held.size)
     kind = dtype._from(value.dtype).to(tensorrt.DataType)  # noqa: SLF001 - its only way
-    return Place(layer, attribute, kind, value.numel())
+    return WeightLocation(layer, attribute, kind, value.numel())
 
 
 # MERGED weight_memory: Reading weights out of network layers, whatever their dtype.
@@ -295,7 +294,7 @@ def tensor_of(weights: Any) -> torch.Tensor:
     """
     if isinstance(weights, np.ndarray):
         return torch.from_numpy(weights).reshape(-1)
-    dtype = dtype_of(weights.dtype)
+    dtype = torch_dtype_of(weights.dtype)
     if not weights.size:
         return torch.empty(0, dtype=dtype)
     count = fact_of_trt("", weights.dtype, weights.size).count
@@ -304,7 +303,7 @@ def tensor_of(weights: Any) -> torch.Tensor:
     return torch.frombuffer(raw, dtype=dtype)
 
 
-def dtype_of(kind: Any) -> torch.dtype:
+def torch_dtype_of(kind: Any) -> torch.dtype:
     """Torch's dtype for a ``tensorrt.DataType``; ``uint8`` for those with two elements in a byte.
 
     Raises:
@@ -313,7 +312,7 @@ def dtype_of(kind: Any) -> torch.dtype:
     name = torch_name(kind.name)
     if name is None:
         raise EngineError(f"torch has no dtype for TensorRT's {kind.name}.")
-    return dtypes.dtype_of(name)
+    return dtype_of(name)
 
 
 def _address(weights: Any) -> int:

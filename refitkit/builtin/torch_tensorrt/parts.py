@@ -50,7 +50,7 @@ class Structure(Frozen):
 
 
 @dataclass(frozen=True)
-class Part:
+class ProgramPart:
     """One part.
 
     Attributes:
@@ -70,7 +70,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Cut:
+class PartitionedProgram:
     """A program in parts.
 
     Attributes:
@@ -79,10 +79,12 @@ class Cut:
     """
 
     whole: GraphModule
-    parts: tuple[Part, ...]
+    parts: tuple[ProgramPart, ...]
 
 
-def cut(lowered: GraphModule, settings: Any, *, inlined: bool = False) -> Cut:
+def partition_program(
+    lowered: GraphModule, settings: Any, *, inlined: bool = False
+) -> PartitionedProgram:
     """Cut a lowered program as upstream does.
 
     Args:
@@ -107,7 +109,7 @@ def cut(lowered: GraphModule, settings: Any, *, inlined: bool = False) -> Cut:
         )
     if not any(part.structure.accelerated for part in parts):
         raise _nothing_to_accelerate(lowered, settings, "no part of the program")
-    return Cut(whole, parts)
+    return PartitionedProgram(whole, parts)
 
 
 def _partitioned(lowered: GraphModule, settings: Any) -> GraphModule:
@@ -157,12 +159,12 @@ def _nothing_to_accelerate(lowered: GraphModule, settings: Any, what: str) -> Co
     )
 
 
-def _part(whole: GraphModule, name: str, child: GraphModule, settings: Any) -> Part:
+def _part(whole: GraphModule, name: str, child: GraphModule, settings: Any) -> ProgramPart:
     accelerated = ACCELERATED in name
     structure = structure_of(name, child, accelerated=accelerated)
     if not accelerated:
-        return Part(structure, child)
-    return Part(structure, child, tuple(_inputs(whole, name, child, settings)))
+        return ProgramPart(structure, child)
+    return ProgramPart(structure, child, tuple(_inputs(whole, name, child, settings)))
 
 
 def structure_of(name: str, module: GraphModule, *, accelerated: bool) -> Structure:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from refitkit.builtin.torch_tensorrt.networks import Network, TorchTensors
-from refitkit.builtin.torch_tensorrt.parts import cut, lower
+from refitkit.builtin.torch_tensorrt.parts import lower, partition_program
 from refitkit.builtin.torch_tensorrt.settings import settings_text, versions
 from refitkit.builtin.torch_tensorrt.targets import REST
 from refitkit.errors import PlanMismatchError, Problem
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
     from torch.export import ExportedProgram
 
-    from refitkit.builtin.torch_tensorrt.parts import Cut, Structure
+    from refitkit.builtin.torch_tensorrt.parts import PartitionedProgram, Structure
     from refitkit.builtin.torch_tensorrt.targets import Target
     from refitkit.model import LayerType, Slot
     from refitkit.protocols import OpenedModule, Tools
 
 
 @dataclass(frozen=True)
-class Reading:
+class InterpretedParts:
     """A program in parts.
 
     Attributes:
@@ -41,12 +41,12 @@ class Reading:
         recorded: How those follow from the program's own; None where nothing was recorded.
     """
 
-    cut: Cut
+    partitioned: PartitionedProgram
     holders: Mapping[str, Network | TorchTensors]
     recorded: Recorded | None
 
 
-def read(
+def interpret_parts(
     program: ExportedProgram,
     settings: Any,
     layer_types: Mapping[str, LayerType],
@@ -54,8 +54,8 @@ def read(
     *,
     record: bool,
     inlined: bool = False,
-    more: Callable[[Cut], Mapping[str, Any]] = lambda _: {},
-) -> Reading:
+    more: Callable[[PartitionedProgram], Mapping[str, Any]] = lambda _: {},
+) -> InterpretedParts:
     """Lower a program, cut it, and make networks of its parts.
 
     Args:
@@ -80,7 +80,7 @@ def read(
         progress("lowering the program")
         lowered = lower(program, settings)
         progress("cutting the program into parts")
-        found = cut(lowered, settings, inlined=inlined)
+        found = partition_program(lowered, settings, inlined=inlined)
         rest = more(found)
         for part in found.parts:
             progress(f"reading the weights of {part.name}")
@@ -91,13 +91,13 @@ def read(
             )
         holders |= {name: TorchTensors(name, module, tape) for name, module in rest.items()}
     if not record:
-        return Reading(found, holders, None)
+        return InterpretedParts(found, holders, None)
     slots = [
         (slot, holder.origins[slot.name], holder.scanned[slot.name])
         for holder in holders.values()
         for slot in holder.slots
     ]
-    return Reading(found, holders, write(tape, slots, facts.leaves, facts.ties, tensors))
+    return InterpretedParts(found, holders, write(tape, slots, facts.leaves, facts.ties, tensors))
 
 
 # MERGED in_process: Planning in the process that holds the engines: on a GPU, on the program's
@@ -163,11 +163,11 @@ def interpret(
     """
     settings = copy.copy(target.settings)
 
-    def rest(found: Cut) -> dict[str, Any]:
+    def rest(found: PartitionedProgram) -> dict[str, Any]:
         check_parts([part.structure for part in found.parts], target)
         return {REST: _state_of(found)} if REST in target.torch_parts else {}
 
-    found = read(
+    found = interpret_parts(
         own_copy(program),
         settings,
         tools.layer_types,
@@ -177,7 +177,7 @@ def interpret(
         more=rest,
     )
     return Interpreted(
-        structures=tuple(part.structure for part in found.cut.parts),
+        structures=tuple(part.structure for part in found.partitioned.parts),
         holders=found.holders,
         constants=constants_of(program),
         settings=settings_text(settings),
@@ -234,7 +234,7 @@ def _differences(found: dict[str, Structure], target: Target) -> Iterator[Proble
             yield Problem(name, "outputs", str(part.outputs), str(len(engine.output_names)))
 
 
-def _state_of(found: Cut) -> Any:
+def _state_of(found: PartitionedProgram) -> Any:
     """The state that lies in the whole itself, as a part of its own."""
     names = [
         name
@@ -281,7 +281,7 @@ class Recording(Protocol):
         """Names of the layer types that hold weights."""
 
 
-def rebuilt_row(slot: Slot) -> LedgerRow:
+def unmapped_row(slot: Slot) -> LedgerRow:
     """A slot that only an interpreter's run can serve."""
     return LedgerRow(slot=slot, state=SlotState.UNMAPPED, reason=NOT_RECORDED)
 
@@ -311,9 +311,9 @@ def draft_of(found: Recording, slots: Iterable[Slot], device: str) -> PlanDraft:
 def _row(slot: Slot, recorded: LedgerRow | None) -> LedgerRow:
     """A row for a slot as its engine describes it, of what the network's slot was recorded as."""
     if recorded is None:
-        return rebuilt_row(slot)
+        return unmapped_row(slot)
     if (recorded.slot.dtype, recorded.slot.count) != (slot.dtype, slot.count):
-        return rebuilt_row(slot)
+        return unmapped_row(slot)
     return recorded.model_copy(update={"slot": slot})
 
 

@@ -80,15 +80,15 @@ def settings_from(fields: Mapping[str, Any], engine: str) -> Any:
     wanted = {one.name: one.type for one in dataclasses.fields(cls)}
     problems = []
     values = {}
-    for name, plain in fields.items():
+    for name, encoded in fields.items():
         if name in _RETIRED and name not in wanted:
             continue
         if name not in wanted:
-            problems.append(Problem(name, "unknown setting", repr(plain)[:80]))
+            problems.append(Problem(name, "unknown setting", repr(encoded)[:80]))
             continue
-        value = _real(plain)
-        if not fits(value, wanted[name]):
-            problems.append(Problem(name, "type", repr(plain)[:80], str(wanted[name])))
+        value = _real(encoded)
+        if not matches_type(value, wanted[name]):
+            problems.append(Problem(name, "type", repr(encoded)[:80], str(wanted[name])))
         values[name] = value
     if "device" not in fields:
         problems.append(Problem("device", "missing"))
@@ -107,7 +107,7 @@ def settings_from(fields: Mapping[str, Any], engine: str) -> Any:
         ) from exc
 
 
-def agreed(settings: Mapping[str, Any]) -> Any:
+def shared_settings(settings: Mapping[str, Any]) -> Any:
     """The settings that all engines share.
 
     Args:
@@ -200,37 +200,37 @@ def _settings_class() -> Any:
     return _part("dynamo._settings").CompilationSettings
 
 
-def _real(plain: Any) -> Any:
-    """What plain data stands for."""
-    if isinstance(plain, EnumValue):
-        return _enum_member(plain)
-    if isinstance(plain, DeviceValue):
-        return _device(plain)
-    if isinstance(plain, str) and plain.startswith("torch.") and plain.count(".") == 1:
-        dtype = getattr(torch, plain.removeprefix("torch."), plain)
-        return dtype if isinstance(dtype, torch.dtype) else plain
-    if isinstance(plain, frozenset):
-        return {_real(one) for one in plain}
-    return plain
+def _real(encoded: Any) -> Any:
+    """What encoded data stands for."""
+    if isinstance(encoded, EnumValue):
+        return _enum_member(encoded)
+    if isinstance(encoded, DeviceValue):
+        return _device(encoded)
+    if isinstance(encoded, str) and encoded.startswith("torch.") and encoded.count(".") == 1:
+        dtype = getattr(torch, encoded.removeprefix("torch."), encoded)
+        return dtype if isinstance(dtype, torch.dtype) else encoded
+    if isinstance(encoded, frozenset):
+        return {_real(one) for one in encoded}
+    return encoded
 
 
-def _enum_member(plain: EnumValue) -> Any:
-    enum = getattr(_part("_enums"), plain.enum)
+def _enum_member(encoded: EnumValue) -> Any:
+    enum = getattr(_part("_enums"), encoded.enum)
     try:
-        return enum(plain.value)
+        return enum(encoded.value)
     except Exception:  # noqa: BLE001 - upstream's enums raise what their look-ups raise
-        return plain
+        return encoded
 
 
-def _device(plain: DeviceValue) -> Any:
+def _device(encoded: DeviceValue) -> Any:
     cls = upstream.torch_tensorrt().Device
     device = cls.__new__(cls)
     kinds = {"gpu_id": int, "dla_core": int, "allow_gpu_fallback": bool}
-    for name, value in plain.fields:
+    for name, value in encoded.fields:
         real = _real(value)
-        fits = type(real) is kinds[name] if name in kinds else _is_device_type(name, real)
-        if not fits:
-            return plain
+        matches = type(real) is kinds[name] if name in kinds else _is_device_type(name, real)
+        if not matches:
+            return encoded
         setattr(device, name, real)
     return device
 
@@ -240,11 +240,11 @@ def _is_device_type(name: str, value: Any) -> bool:
     return name == "device_type" and isinstance(value, kind)
 
 
-def fits(value: Any, wanted: Any) -> bool:
+def matches_type(value: Any, wanted: Any) -> bool:
     """Whether a value is of the type that upstream's dataclass declares."""
     origin = typing.get_origin(wanted)
     if origin in {typing.Union, types.UnionType}:
-        return any(fits(value, one) for one in typing.get_args(wanted))
+        return any(matches_type(value, one) for one in typing.get_args(wanted))
     if origin is not None and issubclass(origin, collections.abc.Collection):
         several = isinstance(value, (set, frozenset, list, tuple))
         return several and all(isinstance(one, str) or _is_enum(one) for one in value)
@@ -290,7 +290,7 @@ _PATHS = frozenset({"timing_cache_path", "runtime_cache_path", "engine_cache_dir
 _PACKAGES = ("torch", "torch-tensorrt", "torch-tensorrt-rtx", "tensorrt", "tensorrt-rtx")
 
 
-def plain(options: Mapping[str, Any]) -> dict[str, Any]:
+def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options as JSON can hold them: ops and dtypes by name.
 
     Raises:
@@ -320,7 +320,7 @@ def _plain(value: Any) -> Any:
     raise TypeError(value)
 
 
-def trusted(options: Mapping[str, Any], file: str) -> dict[str, Any]:
+def options_from_file(options: Mapping[str, Any], file: str) -> dict[str, Any]:
     """Options from a file, without those that a file may not decide.
 
     Paths of another machine are left out. Modules are imported where this process has imported
@@ -349,7 +349,7 @@ def settings_from_options(options: Mapping[str, Any]) -> Any:
     """Compilation settings for a network that is built without a GPU.
 
     Args:
-        options: What ``plain`` gave.
+        options: What ``plain_options`` gave.
 
     Raises:
         ConfigError: An option does not exist or is not for the user to set; names all of them.
@@ -364,11 +364,11 @@ def settings_from_options(options: Mapping[str, Any]) -> Any:
         for name, why in _OURS.items()
         if name in options
     ]
-    problems += unknown(options.keys() - _OURS.keys(), fields)
+    problems += unknown_options(options.keys() - _OURS.keys(), fields)
     problems += [
         Problem(name, "type", repr(value), str(fields[name]))
         for name, value in given.items()
-        if name in fields and name not in _OURS and not fits(value, fields[name])
+        if name in fields and name not in _OURS and not matches_type(value, fields[name])
     ]
     if problems:
         raise ConfigError("These options cannot be used.", problems=problems)
@@ -377,7 +377,7 @@ def settings_from_options(options: Mapping[str, Any]) -> Any:
     )
 
 
-def unknown(options: Iterable[str], known: Collection[str]) -> Iterator[Problem]:
+def unknown_options(options: Iterable[str], known: Collection[str]) -> Iterator[Problem]:
     """A problem for each option that does not exist, in order."""
     for name in sorted(set(options) - set(known)):
         near = get_close_matches(name, known, n=1)
@@ -416,7 +416,7 @@ def key_of_options(options: Mapping[str, Any]) -> PlanKey | None:
     Raises:
         ConfigError: An option has no text.
     """
-    chosen = plain(options)
+    chosen = plain_options(options)
     if chosen.get(IMPORTS):
         return None
     return _key(json.dumps(chosen, sort_keys=True), "cpu", None)

@@ -10,14 +10,14 @@ from torch.export import ExportedProgram
 
 from refitkit.builtin.torch_tensorrt.children import (
     AttributeEngine,
+    EngineLocation,
     ModuleEngine,
-    Place,
     PythonModuleEngine,
     is_engine,
     is_packed_engine,
-    is_upstreams,
+    is_runtime_instance,
 )
-from refitkit.builtin.torch_tensorrt.settings import agreed, check_refittable, is_stripped
+from refitkit.builtin.torch_tensorrt.settings import check_refittable, is_stripped, shared_settings
 from refitkit.errors import Problem, UnsupportedTargetError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Target:
     program: ExportedProgram | None = field(default=None, repr=False)
 
 
-def understand(target: object) -> Target | None:
+def inspect_target(target: object) -> Target | None:
     """Find out what a target is; None where there is no engine of Torch-TensorRT in it.
 
     Args:
@@ -92,8 +92,8 @@ def _understand_program(program: ExportedProgram) -> Target | None:
     return _understood(module, _find(module, program.constants), program)
 
 
-def understand_module(module: torch.nn.Module, program: ExportedProgram | None) -> Target:
-    """As ``understand``, of what is known to hold engines.
+def inspect_module(module: torch.nn.Module, program: ExportedProgram | None) -> Target:
+    """As ``inspect_target``, of what is known to hold engines.
 
     Args:
         module: What is called.
@@ -114,7 +114,7 @@ def _understood(
 ) -> Target | None:
     if not engines:
         return None
-    settings = agreed({name: engine.settings for name, engine in engines.items()})
+    settings = shared_settings({name: engine.settings for name, engine in engines.items()})
     for name in engines:
         check_refittable(settings, name)
     return Target(
@@ -130,7 +130,7 @@ def _understood(
 
 def _refuse_wrappers(target: object) -> None:
     for name, attribute in _WRAPPERS.items():
-        if is_upstreams(target, name):
+        if is_runtime_instance(target, name):
             raise UnsupportedTargetError(
                 f"A {name} keeps a state of its own beside its engines.",
                 hint=f"Open the compiled module in it: its attribute {attribute!r}.",
@@ -142,7 +142,7 @@ def _refuse_wrappers(target: object) -> None:
 
 
 def _is_child(value: object) -> bool:
-    return is_upstreams(value, "TorchTensorRTModule") or is_upstreams(
+    return is_runtime_instance(value, "TorchTensorRTModule") or is_runtime_instance(
         value, "PythonTorchTensorRTModule"
     )
 
@@ -170,13 +170,15 @@ def _find(root: torch.nn.Module, constants: MutableMapping[str, Any]) -> dict[st
 def _of_module(
     path: str, module: torch.nn.Module, constants: MutableMapping[str, Any]
 ) -> list[Handle]:
-    if is_upstreams(module, "TorchTensorRTModule"):
+    if is_runtime_instance(module, "TorchTensorRTModule"):
         return [ModuleEngine(path, _with_bytes(path, module))]
-    if is_upstreams(module, "PythonTorchTensorRTModule"):
+    if is_runtime_instance(module, "PythonTorchTensorRTModule"):
         return [PythonModuleEngine(path, _with_bytes(path, module))]
     attributes = {key: one for key, one in vars(module).items() if is_engine(one)}
     return [
-        AttributeEngine(_name(path, key), [Place(vars(module), key), *_same(engine, constants)])
+        AttributeEngine(
+            _name(path, key), [EngineLocation(vars(module), key), *_same(engine, constants)]
+        )
         for key, engine in attributes.items()
     ]
 
@@ -198,8 +200,8 @@ def _name(path: str, attribute: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _same(engine: Any, constants: MutableMapping[str, Any]) -> list[Place]:
-    return [Place(constants, key) for key, one in constants.items() if one is engine]
+def _same(engine: Any, constants: MutableMapping[str, Any]) -> list[EngineLocation]:
+    return [EngineLocation(constants, key) for key, one in constants.items() if one is engine]
 
 
 def _torch_parts(

@@ -243,7 +243,7 @@ Kind = tuple[Use, str, int]
 
 
 @dataclass(frozen=True)
-class Proved:
+class SlotProof:
     """Where the value of a slot comes from, beyond doubt.
 
     Attributes:
@@ -272,7 +272,7 @@ class Prover:
         self._leaves = {leaf.fqn: leaf for leaf in plan.leaves}
         self._twins = {name: frozenset(tie) for tie in plan.ties for name in tie}
 
-    def prove(self, slot: Slot, entry: Entry) -> Proved | str:
+    def prove(self, slot: Slot, entry: NameMapEntry) -> SlotProof | str:
         """The proof for one entry; or what is missing."""
         use = use_of(slot.name)
         if use is None:
@@ -286,7 +286,7 @@ class Prover:
         if isinstance(leaves, str):
             return leaves
         wrong = self._contradiction(entry, operand.fqns, slot)
-        return wrong or Proved(operand, leaves)
+        return wrong or SlotProof(operand, leaves)
 
     def _only_operand(self, use: Use, slot: Slot) -> Operand | str:
         kind = (use, slot.dtype, slot.count)
@@ -314,7 +314,7 @@ class Prover:
                 return f"{fqn!r} is {leaf.dtype}{list(leaf.shape)}, unlike the slot"
         return leaves
 
-    def _contradiction(self, entry: Entry, fqns: Mapping[str, str], slot: Slot) -> str:
+    def _contradiction(self, entry: NameMapEntry, fqns: Mapping[str, str], slot: Slot) -> str:
         if entry.dtype != slot.dtype:
             return f"the cached map has it as {entry.dtype}, the engine as {slot.dtype}"
         for fqn in fqns.values():
@@ -359,7 +359,7 @@ class HasNameMap(Protocol):
 
 
 @dataclass(frozen=True)
-class Entry:
+class NameMapEntry:
     """What the map claims of one engine weight.
 
     Attributes:
@@ -371,7 +371,7 @@ class Entry:
     dtype: str
 
 
-def entry_of(name_map: Mapping[str, Any], slot: str) -> Entry | str:
+def entry_of(name_map: Mapping[str, Any], slot: str) -> NameMapEntry | str:
     """The entry of one engine weight; or why there is none that could be used."""
     if slot not in name_map:
         constants = name_map.get(CONSTANTS)
@@ -385,14 +385,14 @@ def entry_of(name_map: Mapping[str, Any], slot: str) -> Entry | str:
     return _entry((names,) if isinstance(names, str) else names, dtype)
 
 
-def _entry(fqns: Any, dtype: Any) -> Entry | str:
+def _entry(fqns: Any, dtype: Any) -> NameMapEntry | str:
     if fqns == ("",):
         return "upstream found nothing that it could come from"
     if isinstance(fqns, tuple) and len(fqns) == 3:  # noqa: PLR2004 - name, dimension, index
         return "the cached map takes it for a slice of a buffer, found by its value"
     if not isinstance(fqns, list | tuple) or not all(isinstance(fqn, str) for fqn in fqns):
         return _DAMAGED
-    return Entry(tuple(fqns), _dtype_of(dtype))
+    return NameMapEntry(tuple(fqns), _dtype_of(dtype))
 
 
 def _dtype_of(dtype: Any) -> str:

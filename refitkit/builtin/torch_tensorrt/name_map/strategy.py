@@ -8,8 +8,8 @@ import torch
 
 from refitkit.builtin.torch_tensorrt.name_map.proof import (
     HasNameMap,
-    Proved,
     Prover,
+    SlotProof,
     entry_of,
     operands_of,
 )
@@ -76,7 +76,7 @@ def _value(
     if isinstance(prover, str):
         return prover
     proved = prover.prove(slot, entry)
-    return value_of(slot, proved, request) if isinstance(proved, Proved) else proved
+    return value_of(slot, proved, request) if isinstance(proved, SlotProof) else proved
 
 
 def _prover_for(request: MapRequest) -> Prover | str:
@@ -112,7 +112,7 @@ def _blank(leaf: Leaf) -> torch.Tensor:
 NAME = "name-map"
 
 
-def value_of(slot: Slot, proved: Proved, request: MapRequest) -> SlotValue | str:
+def value_of(slot: Slot, proved: SlotProof, request: MapRequest) -> SlotValue | str:
     """The value of a slot, not yet computed; or why the source does not give it."""
     names: dict[str, str] = {}
     for role, leaf in proved.leaves.items():
@@ -164,7 +164,7 @@ class _Folded:
     """
 
     def __init__(
-        self, slot: Slot, source: WeightSource, names: dict[str, str], proved: Proved
+        self, slot: Slot, source: WeightSource, names: dict[str, str], proved: SlotProof
     ) -> None:
         self._slot, self._source, self._names = slot, source, names
         self._eps, self._role = proved.operand.eps, proved.operand.use.role

@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from refitkit.builtin.torch_tensorrt.names import NETWORK
 from refitkit.builtin.torch_tensorrt.network import saving
-from refitkit.builtin.torch_tensorrt.network.module import JUDGE, NetworkModule
-from refitkit.builtin.torch_tensorrt.network.planning import Planned, Template, plan_program
+from refitkit.builtin.torch_tensorrt.network.module import VERIFIER_NAME, NetworkModule
+from refitkit.builtin.torch_tensorrt.network.planning import PlannedProgram, Template, plan_program
 from refitkit.builtin.torch_tensorrt.parts import check_slots, check_structures
 from refitkit.builtin.torch_tensorrt.rebuild import program_with
 from refitkit.builtin.torch_tensorrt.recording import draft_of, slots_of
-from refitkit.builtin.torch_tensorrt.settings import key_of_options, plain, trusted
+from refitkit.builtin.torch_tensorrt.settings import (
+    key_of_options,
+    options_from_file,
+    plain_options,
+)
 from refitkit.errors import NotRefittableError, RefitError, UnsupportedTargetError
 from refitkit.model import OutputMeasure, VerificationResult
 from refitkit.program.bits import same_bits
@@ -39,7 +43,7 @@ class NetworkBackend:
         self, program: ExportedProgram, options: Mapping[str, Any], tools: Tools
     ) -> NetworkModule:
         """Build a program; ``options`` are those of ``torch_tensorrt.dynamo.compile``."""
-        chosen = plain(options)
+        chosen = plain_options(options)
         planned = plan_program(program, chosen, tools, record=True)
         module = NetworkModule(planned, chosen, Template.of(program), tools)
         module.settle()
@@ -53,7 +57,7 @@ class NetworkBackend:
         tools: Tools,  # noqa: ARG002 - the protocol's
     ) -> PlanDraft:
         """Every slot, with the recipe that was recorded for it."""
-        planned: Planned = next(iter(parts.values()))
+        planned: PlannedProgram = next(iter(parts.values()))
         slots = planned.all_slots if module is None else slots_of(module)
         return draft_of(planned, slots, "cpu")
 
@@ -68,11 +72,11 @@ class NetworkBackend:
 
     def describe(self, path: Path) -> Mapping[str, Any] | None:
         """What a saved module holds."""
-        return saving.describe(path) if saving.is_ours(path) else None
+        return saving.describe(path) if saving.is_network_folder(path) else None
 
     def attachments(self, path: Path) -> Mapping[str, bytes]:
         """What a saved module keeps beside its engines."""
-        return saving.read_attachments(path) if saving.is_ours(path) else {}
+        return saving.read_attachments(path) if saving.is_network_folder(path) else {}
 
 
 def partition(
@@ -80,7 +84,7 @@ def partition(
     module: OpenedModule | None,
     options: Mapping[str, Any],
     tools: Tools,
-) -> Mapping[str, Planned]:
+) -> Mapping[str, PlannedProgram]:
     """The parts of a program, as the session that holds all of them, by name.
 
     Raises:
@@ -102,12 +106,12 @@ def open_folder(path: Path, tools: Tools) -> NetworkModule | None:
         UnsupportedTargetError: It is damaged, of another version, or made by other versions of
             torch_tensorrt, which make other networks.
     """
-    if not saving.is_ours(path):
+    if not saving.is_network_folder(path):
         return None
     manifest = saving.read_manifest(path)
     template = saving.read_template(path)
     attachments = saving.read_attachments(path)
-    options = trusted(manifest.options, str(path))
+    options = options_from_file(manifest.options, str(path))
     planned = plan_program(saving.program_of(template, path), options, tools)
     _check_same(planned, manifest, path)
     module = NetworkModule(planned, options, template, tools, attachments)
@@ -117,7 +121,7 @@ def open_folder(path: Path, tools: Tools) -> NetworkModule | None:
     return module
 
 
-def _check_same(planned: Planned, manifest: saving.Manifest, path: Path) -> None:
+def _check_same(planned: PlannedProgram, manifest: saving.NetworkManifest, path: Path) -> None:
     try:
         check_structures(planned.structures, [part.structure for part in manifest.parts])
         check_slots(planned.slots, {part.structure.name: part.slots for part in manifest.parts})
@@ -142,7 +146,7 @@ class EngineBytesVerifier:
     @property
     def name(self) -> str:
         """``engine-bytes``."""
-        return JUDGE
+        return VERIFIER_NAME
 
     def prepare(self, request: VerifyRequest) -> Callable[[OpenedModule], VerificationResult]:
         """Build from scratch, before anything is written.
@@ -172,7 +176,9 @@ class EngineBytesVerifier:
             )
             wrong = sum(not m.ok for m in measures)
             note = f"{len(built)} engines built from scratch, {wrong} parts differ"
-            return VerificationResult(verifier=JUDGE, ok=not wrong, measures=measures, note=note)
+            return VerificationResult(
+                verifier=VERIFIER_NAME, ok=not wrong, measures=measures, note=note
+            )
 
         return judge
 

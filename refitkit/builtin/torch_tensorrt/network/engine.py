@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Built:
+class BuiltPart:
     """Values, and the engine that was built with them.
 
     Attributes:
@@ -53,7 +53,11 @@ class NetworkEngine:
     """
 
     def __init__(
-        self, structure: Structure, slots: Sequence[Slot], builder: Builder, scratch: Scratch
+        self,
+        structure: Structure,
+        slots: Sequence[Slot],
+        builder: PartBuilder,
+        scratch: ScratchFolder,
     ) -> None:
         """Take a part of a session; ``settle`` or ``adopt`` bring its values here.
 
@@ -66,8 +70,8 @@ class NetworkEngine:
         self.structure = structure
         self._slots = {slot.name: slot for slot in slots}
         self._builder, self._scratch = builder, scratch
-        self._live: Built | None = None
-        self._before: Built | None = None
+        self._live: BuiltPart | None = None
+        self._before: BuiltPart | None = None
 
     def settle(self, session: SessionClient) -> None:
         """Bring the values of a program into a file, and build with them.
@@ -91,7 +95,7 @@ class NetworkEngine:
         if engine is not None:
             path = self._scratch.new("engine")
             path.write_bytes(engine)
-        self._live = Built(region, path)
+        self._live = BuiltPart(region, path)
 
     # -- what an engine offers --------------------------------------------------------------
 
@@ -115,7 +119,7 @@ class NetworkEngine:
         """The live value of a slot: an alias, valid until the next commit."""
         return self.value_in(self.live, slot)
 
-    def value_in(self, built: Built, slot: str) -> torch.Tensor:
+    def value_in(self, built: BuiltPart, slot: str) -> torch.Tensor:
         """The value of a slot in what was built with it: an alias."""
         shape = self._slots[slot].shape
         value = built.region.views[slot]
@@ -177,39 +181,39 @@ class NetworkEngine:
     # -- used by what is staged -------------------------------------------------------------
 
     @property
-    def live(self) -> Built:
+    def live(self) -> BuiltPart:
         """What it holds now."""
         if self._live is None:
             raise EngineError(f"The engine {self.name!r} was not built yet.")
         return self._live
 
-    def replace(self, built: Built) -> None:
+    def replace(self, built: BuiltPart) -> None:
         """Make something live, and keep what was."""
         self._live, self._before = built, self.live
 
-    def abandon(self, built: Built) -> None:
+    def abandon(self, built: BuiltPart) -> None:
         """Forget what was staged."""
         self._remove(built)
 
-    def _remove(self, built: Built) -> None:
+    def _remove(self, built: BuiltPart) -> None:
         self._scratch.remove(built.region.path, built.engine)
 
-    def _built(self, region: Region) -> Built:
+    def _built(self, region: Region) -> BuiltPart:
         if not self.structure.accelerated:
-            return Built(region, None)
+            return BuiltPart(region, None)
         path = self._scratch.new("engine")
         try:
             self._builder.build(self.name, region.path, path)
         except BaseException:
             self._scratch.remove(path)
             raise
-        return Built(region, path)
+        return BuiltPart(region, path)
 
 
 class StagedBuild:
     """A built engine on its way in; see ``refitkit.protocols.StagedRefit``."""
 
-    def __init__(self, engine: NetworkEngine, built: Built) -> None:
+    def __init__(self, engine: NetworkEngine, built: BuiltPart) -> None:
         """Made by the engine."""
         self._engine, self._built = engine, built
         self._before = engine.live
@@ -253,7 +257,7 @@ def _misfits(slot: Slot, tensor: torch.Tensor) -> Iterator[Problem]:
 # MERGED scratch: Files of one module, and the session that builds with them.
 
 
-class Scratch:
+class ScratchFolder:
     """A folder that is gone with the object, and files in it.
 
     They are those of the process that made them: in a fork of it they can only be read.
@@ -286,7 +290,7 @@ class Scratch:
                 path.unlink(missing_ok=True)
 
 
-class Builder:
+class PartBuilder:
     """Builds parts with given values, in a session that is replaced when it has died.
 
     Sessions keep nothing of a build, so one that is new is as good as the old.

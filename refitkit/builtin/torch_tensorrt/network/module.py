@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from refitkit.builtin.torch_tensorrt.names import NETWORK
 from refitkit.builtin.torch_tensorrt.network import saving
-from refitkit.builtin.torch_tensorrt.network.engine import Builder, NetworkEngine, Scratch
-from refitkit.builtin.torch_tensorrt.network.planning import Planned, plan_program
+from refitkit.builtin.torch_tensorrt.network.engine import NetworkEngine, PartBuilder, ScratchFolder
+from refitkit.builtin.torch_tensorrt.network.planning import PlannedProgram, plan_program
 from refitkit.builtin.torch_tensorrt.parts import check_structures
 from refitkit.errors import EngineError, NotRefittableError
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from refitkit.builtin.torch_tensorrt.network.planning import Template
     from refitkit.protocols import Tools
 
-JUDGE = "engine-bytes"
+VERIFIER_NAME = "engine-bytes"
 
 _OFFLINE = (
     "Networks are built here and run where there is a GPU: save() writes the engines. Refits, "
@@ -42,7 +42,7 @@ class NetworkModule:
 
     def __init__(
         self,
-        planned: Planned,
+        planned: PlannedProgram,
         options: Mapping[str, Any],
         template: Template,
         tools: Tools,
@@ -60,8 +60,8 @@ class NetworkModule:
         self.attachments = dict(attachments or {})
         self.planned, self.options, self.template = planned, options, template
         self._tools = tools
-        scratch = Scratch()
-        builder = Builder(
+        scratch = ScratchFolder()
+        builder = PartBuilder(
             planned.session, lambda: _planned_alike(planned, template, options, tools).session
         )
         self._engines = {
@@ -92,7 +92,7 @@ class NetworkModule:
     @property
     def verifier(self) -> str:
         """``engine-bytes``."""
-        return JUDGE
+        return VERIFIER_NAME
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> NoReturn:  # noqa: ARG002
         """Refuse.
@@ -151,7 +151,7 @@ class NetworkModule:
 
     def planned_again(
         self, program: ExportedProgram, tools: Tools, *, record: bool = False
-    ) -> Planned:
+    ) -> PlannedProgram:
         """A program in a session of its own, cut into the parts of this module.
 
         Raises:
@@ -193,8 +193,8 @@ class NetworkModule:
 
 
 def _planned_alike(
-    planned: Planned, template: Template, options: Mapping[str, Any], tools: Tools
-) -> Planned:
+    planned: PlannedProgram, template: Template, options: Mapping[str, Any], tools: Tools
+) -> PlannedProgram:
     """The same networks in another session, with other values.
 
     Raises:

@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 
 from refitkit.builtin.torch_tensorrt.parts import Structure
 from refitkit.builtin.torch_tensorrt.recording import constants_of
-from refitkit.builtin.torch_tensorrt.settings import IMPORTS, plain
+from refitkit.builtin.torch_tensorrt.settings import IMPORTS, plain_options
 from refitkit.builtin.torch_tensorrt.worker import messages as programs
 from refitkit.builtin.torch_tensorrt.worker import messages as recordings
 from refitkit.builtin.torch_tensorrt.worker.client import SERVER, SessionClient
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedProgram:
     """A program in a session.
 
     Attributes:
@@ -88,7 +88,7 @@ class Planned:
 
 def plan_program(
     program: ExportedProgram, options: Mapping[str, Any], tools: Tools, *, record: bool = False
-) -> Planned:
+) -> PlannedProgram:
     """Cut a program into parts and make networks of them, in a session of its own.
 
     Args:
@@ -103,7 +103,7 @@ def plan_program(
         CompileError: The program cannot be lowered, cut or converted.
         NotRefittableError: Weights cannot be told apart.
     """
-    chosen = plain(options)
+    chosen = plain_options(options)
     imports = chosen.pop(IMPORTS, [])
     if not isinstance(imports, list) or not all(isinstance(name, str) for name in imports):
         problem = Problem(IMPORTS, "type", repr(imports), "a list of names of modules")
@@ -122,7 +122,7 @@ def plan_program(
             record=record,
         )
         recorded = recordings.read_recording(folder.path, found["recorded"]) if record else None
-    return Planned(
+    return PlannedProgram(
         session=session,
         structures=tuple(map(Structure.model_validate, found["structures"])),
         slots={

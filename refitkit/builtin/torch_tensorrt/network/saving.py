@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from refitkit.builtin.torch_tensorrt.network.engine import NetworkEngine
-    from refitkit.builtin.torch_tensorrt.network.planning import Planned
+    from refitkit.builtin.torch_tensorrt.network.planning import PlannedProgram
     from refitkit.files.archive import Streamed
 
 SUFFIX = ".engine"
@@ -66,7 +66,7 @@ class Savable(Protocol):
         """Its parts, by name."""
 
     @property
-    def planned(self) -> Planned:
+    def planned(self) -> PlannedProgram:
         """The session that holds its networks."""
 
     @property
@@ -92,7 +92,7 @@ class PartEntry(Frozen):
     sha256: str = ""
 
 
-class Manifest(Frozen):
+class NetworkManifest(Frozen):
     """``manifest.json`` in ``refitkit.network``.
 
     Attributes:
@@ -163,7 +163,7 @@ def _write(module: Savable, folder: Path, attachments: Mapping[str, bytes]) -> N
                 file.writelines(streamed(values).chunks)
         members[f"{name}.safetensors"] = streamed(values)
         entries.append(PartEntry(structure=engine.structure, slots=slots, sha256=digest))
-    manifest = Manifest(
+    manifest = NetworkManifest(
         parts=tuple(entries),
         options=dict(module.options),
         settings=dict(module.planned.settings),
@@ -179,12 +179,12 @@ def _write(module: Savable, folder: Path, attachments: Mapping[str, bytes]) -> N
 # -- reading ------------------------------------------------------------------------------------
 
 
-def is_ours(path: Path) -> bool:
+def is_network_folder(path: Path) -> bool:
     """Whether a path is a folder that ``save`` wrote, or the archive in it."""
     return (path / INDEX).is_file() or (path.name == INDEX and path.is_file())
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Path) -> NetworkManifest:
     """What a saved module is.
 
     Raises:
@@ -313,9 +313,9 @@ def _index(path: Path) -> Path:
     return path / INDEX if path.is_dir() else path
 
 
-def _manifest(archive: Archive, path: Path) -> Manifest:
+def _manifest(archive: Archive, path: Path) -> NetworkManifest:
     try:
-        manifest = Manifest.model_validate_json(archive.read(_MANIFEST, _LIMIT))
+        manifest = NetworkManifest.model_validate_json(archive.read(_MANIFEST, _LIMIT))
     except ValidationError as exc:
         raise _broken(path, exc) from exc
     names = [part.structure.name for part in manifest.parts]

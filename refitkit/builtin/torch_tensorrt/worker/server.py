@@ -24,8 +24,8 @@ import torch
 
 from refitkit.builtin.torch_tensorrt import upstream
 from refitkit.builtin.torch_tensorrt.networks import Network
-from refitkit.builtin.torch_tensorrt.parts import cut, lower
-from refitkit.builtin.torch_tensorrt.recording import read
+from refitkit.builtin.torch_tensorrt.parts import lower, partition_program
+from refitkit.builtin.torch_tensorrt.recording import interpret_parts
 from refitkit.builtin.torch_tensorrt.settings import settings_from_options, settings_text, versions
 from refitkit.builtin.torch_tensorrt.worker import messages as programs
 from refitkit.builtin.torch_tensorrt.worker import messages as recordings
@@ -94,12 +94,10 @@ def _serve(descriptor: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         with socket.socket(fileno=descriptor) as channel, contextlib.suppress(EOFError, OSError):
-            Session(channel).serve()
+            WorkerSession(channel).serve()
         code = 0
     finally:
         os._exit(code)
-
-
 
 
 # MERGED session: What a session does: it reads a program, holds its networks, gives values and
@@ -108,7 +106,7 @@ def _serve(descriptor: int) -> None:
 _LOG_LINES = 5
 
 
-class Session:
+class WorkerSession:
     """One program, in a process of its own. Every public method can be called from outside."""
 
     def __init__(self, channel: socket.socket) -> None:
@@ -162,11 +160,11 @@ class Session:
         types = {one.name: one for one in map(LayerType.model_validate, layer_types)}
         settings = settings_from_options(options)
         program = programs.read_program(Path(folder))
-        found = read(program, settings, types, self._tell, record=record)
+        found = interpret_parts(program, settings, types, self._tell, record=record)
         self._holders = found.holders
         recorded = found.recorded
         return {
-            "structures": [part.structure.model_dump() for part in found.cut.parts],
+            "structures": [part.structure.model_dump() for part in found.partitioned.parts],
             "slots": {
                 name: [slot.model_dump() for slot in holder.slots]
                 for name, holder in self._holders.items()
@@ -320,7 +318,7 @@ def warm_up() -> None:
     program = _handed_over(torch.export.export(_Small().eval(), (torch.zeros(1, 1, 4, 4),)))
     settings = settings_from_options({"min_block_size": 1})
     with Tape(tensors_of(program)):
-        cut(lower(program, settings), settings, inlined=False)
+        partition_program(lower(program, settings), settings, inlined=False)
 
 
 def _no_monitor() -> None:
