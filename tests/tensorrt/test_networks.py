@@ -95,7 +95,7 @@ def test_a_weight_that_is_recorded_wrongly_is_noticed(monkeypatch: pytest.Monkey
     with pytest.raises(NotRefittableError) as info:
         networks_of(CASES["odd"])
     (kind,) = {p.kind for p in info.value.problems}
-    assert kind == "recorded with another value than its layer has"
+    assert kind == "the recorded value differs from the layer's value"
     assert all(p.subject.startswith("b/linear") for p in info.value.problems)
 
 
@@ -108,7 +108,7 @@ def test_two_weights_of_one_name_are_refused() -> None:
     }
     with pytest.raises(NotRefittableError) as info:
         networks_of(CASES["odd"], types=twice)
-    assert {p.kind for p in info.value.problems} == {"two weights of one name"}
+    assert {p.kind for p in info.value.problems} == {"two weights with one name"}
 
 
 def test_a_layer_type_that_is_not_registered_hides_its_weights() -> None:

@@ -71,7 +71,7 @@ def test_another_layout_is_noticed_before_its_address_is_used(
             return pointer
 
     monkeypatch.setattr(networks.ctypes, "c_void_p", Pointing)
-    with pytest.raises(EngineError, match="unknown to us"):
+    with pytest.raises(EngineError, match="unknown layout"):
         networks.tensor_of(weights)
 
 
