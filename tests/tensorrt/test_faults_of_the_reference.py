@@ -68,7 +68,7 @@ def test_values_that_are_not_contiguous_outlive_their_recording(
     kept = {value.data_ptr() for value in network.scanned.values()}
     assert turned
     for name in turned:
-        place = network._places[name]
+        place = network._locations[name]
         read = networks.tensor_of(getattr(place.layer, place.attribute))
         assert read.data_ptr() in kept, name
         assert same_bits(read, network.recorded[name].contiguous().reshape(-1))

@@ -176,6 +176,7 @@ def _metadata_of(value: Any) -> Metadata:
 def _fields(instance: Instance) -> dict[str, Any]:
     """The fields of an instance that was pickled by its state alone, without arguments."""
     state = instance.state
+    # with arguments, the class itself would decide what they mean
     if instance.args or instance.kwargs or not isinstance(state, dict):
         raise PickleRefusedError(f"{instance.of} is constructed in another way than upstream does")
     if not all(isinstance(name, str) for name in state):
@@ -207,6 +208,7 @@ def _plain_key(value: Any) -> Any:
 
 
 def _dtype_name(value: Global) -> str:
+    # a class without a call is data only if it is a dtype; torch pickles dtypes by name
     if _qualified_name(value) not in _DTYPES:
         raise PickleRefusedError(f"{value} stands in place of a value")
     return str(value)

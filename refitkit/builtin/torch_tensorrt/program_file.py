@@ -140,6 +140,7 @@ class ProgramFile:
         if not data:  # torch writes no bytes for a tensor without data (``_package.py``)
             return
         try:
+            # ``weights_only`` admits only tensors, and the meta device needs no memory for them
             torch.load(io.BytesIO(data), weights_only=True, map_location="meta")
         except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as exc:
             raise_if_resource(exc, f"{str(self._path)!r} cannot be read")
@@ -181,7 +182,7 @@ def read_program_file(path: Path, reader: Callable[[ProgramFile], T]) -> T | Non
         UnsupportedTargetError: The file contains engines and is damaged.
     """
     with path.open("rb") as file:
-        if file.read(2) != _ZIP_MAGIC:
+        if file.read(2) != _ZIP_MAGIC:  # a cheap test, because this runs for every file
             return None
     try:
         with Archive(path) as archive:

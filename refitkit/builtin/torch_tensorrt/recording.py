@@ -305,6 +305,7 @@ def draft_of(found: Recording, slots: Iterable[Slot], device: str) -> PlanDraft:
         slots: All slots of all engines.
         device: Kind of device that the slots belong to: ``cpu`` or ``cuda``.
     """
+    # without a recording every slot becomes unmapped
     recorded = found.recorded or Recorded(())
     rows = {row.slot.key: row for row in recorded.rows}
     return PlanDraft(
@@ -323,6 +324,7 @@ def _row_for(slot: Slot, recorded: LedgerRow | None) -> LedgerRow:
     """The recorded row with the engine's own slot; unmapped if dtype or count differ."""
     if recorded is None:
         return unmapped_row(slot)
+    # an engine can describe a slot in another way than its network; then the recipe does not fit
     if (recorded.slot.dtype, recorded.slot.count) != (slot.dtype, slot.count):
         return unmapped_row(slot)
     return recorded.model_copy(update={"slot": slot})

@@ -85,6 +85,7 @@ def _prover_for(request: MapRequest) -> Prover | str:
     program = _program_of(request)
     if isinstance(program, str):
         return program
+    # operands of another graph say nothing about these engines
     if facts_of(program).graph != request.plan.data.fingerprint.graph:
         return "the program is not the compiled one, so it proves nothing"
     operands = operands_of(program)
@@ -153,6 +154,7 @@ def _mismatch(source: WeightSource, name: str, leaf: Leaf) -> str:
     info = source.info(name)
     if info.unusable:
         return f"the source's {name!r} is unusable: {info.unusable}"
+    # values are never cast here: a cast would need a recipe
     if (info.dtype, info.shape) != (leaf.dtype, leaf.shape):
         found, wanted = f"{info.dtype}{list(info.shape)}", f"{leaf.dtype}{list(leaf.shape)}"
         return f"the source's {name!r} is {found}, not {wanted}"
