@@ -114,8 +114,8 @@ class StagedRefit(Protocol):
     def commit(self) -> None:
         """Make the new values live.
 
-        Called at most once, behind the closed gate, after ``OpenedModule.synchronize``. If it raises,
-        refitkit calls ``rollback``.
+        Called at most once, behind the closed gate, after ``OpenedModule.synchronize``. If it
+        raises, refitkit calls ``rollback``.
         """
 
     def rollback(self) -> None:

@@ -16,7 +16,7 @@ import torch
 
 import refitkit
 from refitkit.builtin.torch_tensorrt import LAYER_TYPES
-from refitkit.builtin.torch_tensorrt.network.planning import Planned, plan_program
+from refitkit.builtin.torch_tensorrt.network.planning import PlannedProgram, plan_program
 from refitkit.errors import CompileError, RefitError
 from refitkit.model import SlotState
 from refitkit.protocols import Tools
@@ -59,7 +59,7 @@ ROUNDS = (
 class Rebuilt:
     """The reference's values of one round, and the networks that they are in."""
 
-    planned: Planned
+    planned: PlannedProgram
     weights: dict[str, torch.Tensor]
     values: Values
     outliers: bool
@@ -208,7 +208,7 @@ def _check_bytes(
         result.fail("the refit changed no engine")
 
 
-def _built_elsewhere(planned: Planned, name: str) -> bytes:
+def _built_elsewhere(planned: PlannedProgram, name: str) -> bytes:
     """The same network with the same values at other addresses."""
     with tempfile.TemporaryDirectory() as folder:
         values, engine = Path(folder) / "values", Path(folder) / "engine"

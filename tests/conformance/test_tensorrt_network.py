@@ -14,7 +14,7 @@ import torch
 
 from refitkit.builtin.torch_tensorrt import LAYER_TYPES, refitkit_partition, upstream
 from refitkit.builtin.torch_tensorrt.network.backend import NetworkBackend
-from refitkit.builtin.torch_tensorrt.network.engine import NetworkEngine, Scratch
+from refitkit.builtin.torch_tensorrt.network.engine import NetworkEngine, ScratchFolder
 from refitkit.protocols import Tools
 from refitkit.testing import BackendSuite, EngineSuite, oracles
 
@@ -78,7 +78,9 @@ def held(engine: Any) -> dict[str, torch.Tensor]:
 class TestEngine(EngineSuite):
     def make_engine(self) -> Any:
         (made,) = compiled().engines.values()
-        engine = NetworkEngine(made.structure, tuple(made.slots.values()), made._builder, Scratch())
+        engine = NetworkEngine(
+            made.structure, tuple(made.slots.values()), made._builder, ScratchFolder()
+        )
         engine.adopt({name: made.read(name) for name in made.slots}, made.live.engine.read_bytes())
         return engine
 

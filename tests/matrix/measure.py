@@ -92,10 +92,10 @@ def networks_of(
     program: torch.export.ExportedProgram, settings: Any
 ) -> dict[str, tuple[Network, dict[str, torch.Tensor]]]:
     """Network and lowered state of each engine, by its name."""
-    from refitkit.builtin.torch_tensorrt.parts import cut, lower
+    from refitkit.builtin.torch_tensorrt.parts import lower, partition_program
 
     layers = {layer.name: layer for layer in LAYER_TYPES}
-    parts = cut(lower(program, settings), settings).parts
+    parts = partition_program(lower(program, settings), settings).parts
     return {
         part.name: (Network(part, settings, layers), dict(part.module.state_dict()))
         for part in parts

@@ -12,10 +12,10 @@ import torch
 from refitkit import compat
 from refitkit.builtin.torch_tensorrt import LAYER_TYPES, networks
 from refitkit.builtin.torch_tensorrt.networks import Network
-from refitkit.builtin.torch_tensorrt.parts import cut, lower
+from refitkit.builtin.torch_tensorrt.parts import lower, partition_program
 from refitkit.builtin.torch_tensorrt.recording import interpret, own_copy
 from refitkit.builtin.torch_tensorrt.settings import settings_from_options
-from refitkit.builtin.torch_tensorrt.targets import understand
+from refitkit.builtin.torch_tensorrt.targets import inspect_target
 from refitkit.errors import PlanMismatchError
 from refitkit.program.bits import same_bits
 from refitkit.protocols import Tools
@@ -32,17 +32,19 @@ from tests.tensorrt.targets import (
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-    from refitkit.builtin.torch_tensorrt.parts import Part
+    from refitkit.builtin.torch_tensorrt.parts import ProgramPart
 
 pytestmark = pytest.mark.usefixtures("torch_tensorrt")
 
 TYPES = {one.name: one for one in LAYER_TYPES}
 
 
-def part_of(program: ExportedProgram) -> tuple[Part, Any]:
+def part_of(program: ExportedProgram) -> tuple[ProgramPart, Any]:
     """The one accelerated part of a program, and the settings that it was cut with."""
     settings = settings_from_options({"min_block_size": 1})
-    (part,) = (p for p in cut(lower(own_copy(program), settings), settings).parts if p.inputs)
+    (part,) = (
+        p for p in partition_program(lower(own_copy(program), settings), settings).parts if p.inputs
+    )
     return part, settings
 
 
@@ -66,7 +68,7 @@ def test_values_that_are_not_contiguous_outlive_their_recording(
     kept = {value.data_ptr() for value in network.scanned.values()}
     assert turned
     for name in turned:
-        place = network._places[name]
+        place = network._locations[name]
         read = networks.tensor_of(getattr(place.layer, place.attribute))
         assert read.data_ptr() in kept, name
         assert same_bits(read, network.recorded[name].contiguous().reshape(-1))
@@ -140,7 +142,7 @@ def test_children_of_the_same_names_are_not_the_same_engines(
     use_runtime(monkeypatch, torch_tensorrt, "python")
     executed = {"torch.ops.aten.mul.Tensor", "torch.ops.aten.cumsum.default"}
     settings = compilation_settings(torch_tensorrt, min_block_size=1, torch_executed_ops=executed)
-    target = understand(compiled(build_parts(torch_tensorrt), settings))
+    target = inspect_target(compiled(build_parts(torch_tensorrt), settings))
     assert target is not None
     tools = Tools(layer_types=TYPES)
     x = (torch.ones(2, 4),)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from refitkit.builtin.torch_tensorrt import LAYER_TYPES
-from refitkit.builtin.torch_tensorrt.recording import constants_of, own_copy, read
+from refitkit.builtin.torch_tensorrt.recording import constants_of, interpret_parts, own_copy
 from refitkit.builtin.torch_tensorrt.settings import settings_from_options
 from refitkit.errors import CompileError, UnmappedSlotError, WeightMismatchError
 from refitkit.model import CallRef, Fingerprint, PlanData, fingerprint_of_slots
@@ -37,7 +37,7 @@ Values = dict[tuple[str, str], torch.Tensor]
 def planned(program: ExportedProgram, options: Mapping[str, Any]) -> RefitPlan:
     """A plan of what is recorded here, stored and read again."""
     program_facts = facts_of(program)
-    found = read(
+    found = interpret_parts(
         own_copy(program), settings_from_options(options), TYPES, lambda _: None, record=True
     )
     assert found.recorded is not None
@@ -60,7 +60,7 @@ def planned(program: ExportedProgram, options: Mapping[str, Any]) -> RefitPlan:
 
 def rebuilt(program: ExportedProgram, options: Mapping[str, Any]) -> Values:
     """What an interpreter gives."""
-    found = read(
+    found = interpret_parts(
         own_copy(program), settings_from_options(options), TYPES, lambda _: None, record=False
     )
     return {

@@ -196,8 +196,8 @@ def test_all_wrong_options_are_told_at_once() -> None:
     assert found == {
         "min_blok_size": "no such option",
         "nonsense": "no such option",
-        "device": "not yours to set",
-        "immutable_weights": "not yours to set",
+        "device": "reserved by the backend",
+        "immutable_weights": "reserved by the backend",
         "optimization_level": "type",
         "truncate_double": "type",
         "torch_executed_ops": "type",

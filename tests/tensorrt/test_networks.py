@@ -10,7 +10,7 @@ import torch
 
 from refitkit.builtin.torch_tensorrt import LAYER_TYPES
 from refitkit.builtin.torch_tensorrt.networks import Network
-from refitkit.builtin.torch_tensorrt.parts import cut, lower
+from refitkit.builtin.torch_tensorrt.parts import lower, partition_program
 from refitkit.builtin.torch_tensorrt.recording import own_copy
 from refitkit.builtin.torch_tensorrt.settings import settings_from_options
 from refitkit.errors import CompileError, NotRefittableError
@@ -18,7 +18,7 @@ from refitkit.program.bits import same_bits
 from tests.tensorrt.models import CASES, Case
 
 if TYPE_CHECKING:
-    from refitkit.builtin.torch_tensorrt.parts import Part
+    from refitkit.builtin.torch_tensorrt.parts import ProgramPart
 
 pytestmark = pytest.mark.usefixtures("torch_tensorrt")
 
@@ -29,7 +29,7 @@ SMALL = ["mobilenet_v3_small", "bert", "llama", "lstm", "transposed", "odd", "sc
 
 def networks_of(case: Case, seed: int = 0, types: Any = TYPES) -> list[Network]:
     settings = settings_from_options(case.settings)
-    parts = cut(lower(case.program(seed), settings), settings).parts
+    parts = partition_program(lower(case.program(seed), settings), settings).parts
     return [Network(part, settings, types) for part in parts if part.structure.accelerated]
 
 
@@ -95,7 +95,7 @@ def test_a_weight_that_is_recorded_wrongly_is_noticed(monkeypatch: pytest.Monkey
     with pytest.raises(NotRefittableError) as info:
         networks_of(CASES["odd"])
     (kind,) = {p.kind for p in info.value.problems}
-    assert kind == "recorded with another value than its layer has"
+    assert kind == "the recorded value differs from the layer's value"
     assert all(p.subject.startswith("b/linear") for p in info.value.problems)
 
 
@@ -108,7 +108,7 @@ def test_two_weights_of_one_name_are_refused() -> None:
     }
     with pytest.raises(NotRefittableError) as info:
         networks_of(CASES["odd"], types=twice)
-    assert {p.kind for p in info.value.problems} == {"two weights of one name"}
+    assert {p.kind for p in info.value.problems} == {"two weights with one name"}
 
 
 def test_a_layer_type_that_is_not_registered_hides_its_weights() -> None:
@@ -159,13 +159,13 @@ def test_nothing_to_accelerate_is_an_error(options: dict[str, Any], make: str | 
     case = CASES[make] if make else Case(torch.nn.ReLU, ((2, 2),))
     settings = settings_from_options(options)
     with pytest.raises(CompileError, match="min_block_size") as info:
-        cut(lower(case.program(0), settings), settings)
+        partition_program(lower(case.program(0), settings), settings)
     assert info.value.problems
 
 
-def parts_of(case: Case, **options: Any) -> list[Part]:
+def parts_of(case: Case, **options: Any) -> list[ProgramPart]:
     settings = settings_from_options({**case.settings, **options})
-    return list(cut(lower(case.program(0), settings), settings).parts)
+    return list(partition_program(lower(case.program(0), settings), settings).parts)
 
 
 def test_the_global_partitioner_takes_over_where_the_fast_one_fails(
@@ -200,7 +200,7 @@ def test_dynamic_shapes_become_ranges() -> None:
         dynamic_shapes=({0: batch},),
     )
     settings = settings_from_options({"min_block_size": 1})
-    (part,) = cut(lower(program, settings), settings).parts
+    (part,) = partition_program(lower(program, settings), settings).parts
     (given,) = part.inputs
     assert (given.shape["min_shape"], given.shape["max_shape"]) == ((3, 8), (8, 8))
     assert Network(part, settings, TYPES).scanned

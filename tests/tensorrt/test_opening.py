@@ -239,10 +239,10 @@ def test_targets_that_have_to_be_opened_in_another_way(
 ) -> None:
     module = compiled(parts, compilation_settings(torch_tensorrt))
     cases: dict[str, Callable[[], tuple[Any, str]]] = {
-        "one engine": lambda: (getattr(module, FIRST), "module that it is part of"),
+        "one engine": lambda: (getattr(module, FIRST), "module that contains the engine"),
         "nested": lambda: (torch.nn.Sequential(module), f"0.{FIRST}"),
-        "empty": lambda: (emptied(module), "holds no engine"),
-        "packed": lambda: (packed(program_of(module)), "Load the file"),
+        "empty": lambda: (emptied(module), "contains no engine"),
+        "packed": lambda: (packed(program_of(module)), "Load the saved file"),
         "wrapped": lambda: (wrapper(), "compiled_module"),
         "mutable": lambda: (mutable(), "'gm'"),
     }

@@ -13,7 +13,7 @@ import torch
 
 import refitkit
 from refitkit import CompileError, EngineError, ResourceError
-from refitkit.builtin.torch_tensorrt.worker import messages as wire
+from refitkit.builtin.torch_tensorrt.worker import client, messages
 from refitkit.builtin.torch_tensorrt.worker.client import SERVER, SessionClient
 from tests.tensorrt.helpers import (
     CASES,
@@ -86,7 +86,7 @@ class Meddler:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, method: str = "build") -> None:
         self.calls: list[str] = []
         self.do: Callable[[], None] = lambda: None
-        send = wire.send
+        send = messages.send
 
         def sent(channel: Any, message: Any) -> None:
             send(channel, message)
@@ -95,7 +95,7 @@ class Meddler:
                 if message["method"] == method:
                     self.do()
 
-        monkeypatch.setattr(wire, "send", sent)
+        monkeypatch.setattr(client, "send", sent)
 
 
 def test_a_session_that_is_killed_in_a_build_leaves_the_module_as_it_was(
@@ -171,7 +171,7 @@ def test_an_interrupted_call_does_not_leave_its_answer_to_the_next(
     """Once the next call took the answer of the interrupted one for its own."""
     compiled, session = compiled_with_session()
     held = values_of(compiled)
-    receive = wire.receive
+    receive = messages.receive
     armed: list[bool] = []
 
     def interrupted(channel: Any) -> Any:
@@ -181,7 +181,7 @@ def test_an_interrupted_call_does_not_leave_its_answer_to_the_next(
         return receive(channel)
 
     meddler = Meddler(monkeypatch)
-    monkeypatch.setattr(wire, "receive", interrupted)
+    monkeypatch.setattr(client, "receive", interrupted)
     armed.append(True)
     with pytest.raises(KeyboardInterrupt):
         REBUILDING.refit(compiled, CASE.program(1))
@@ -206,7 +206,7 @@ def test_an_interrupt_while_the_server_starts_leaves_no_half_started_one(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(wire, "receive", interrupted)
+        patch.setattr(client, "receive", interrupted)
         with pytest.raises(KeyboardInterrupt):
             SERVER.session(lambda _: None)
     assert SERVER._process is None
@@ -295,7 +295,7 @@ def test_a_fork_reads_and_leaves_the_rest_to_its_parent(
         gc.collect()
         return said
 
-    assert "forked from" in in_fork(child)
+    assert "belongs to the parent of this forked process" in in_fork(child)
     assert bytes_of(compiled) == scratch_bytes[0]
     refitkit.refit(compiled, weights(1))
     refitkit.refit(compiled, weights(0))
@@ -320,7 +320,9 @@ def test_a_fork_has_no_end_of_the_parents_sockets(
 def test_a_fork_calling_a_session_is_refused(in_fork: Callable[[Callable[[], str]], str]) -> None:
     compiled, _ = compiled_with_session()
     opened: Any = compiled.opened
-    assert "belongs to the one" in in_fork(lambda: str(opened.planned.session.call("values")))
+    assert "belongs to the parent of this forked process" in in_fork(
+        lambda: str(opened.planned.session.call("values"))
+    )
 
 
 # -- every call of a refit fails in turn ----------------------------------------------------------
@@ -368,8 +370,6 @@ def test_a_full_disk_is_an_error_and_no_end_of_the_process(
     """Writing to a mapped file that gets no room raises SIGBUS."""
     import errno
 
-    from refitkit.builtin.torch_tensorrt.worker import messages as regions
-
     compiled = compiled_from(CASE)
     before = bytes_of(compiled)
 
@@ -377,7 +377,7 @@ def test_a_full_disk_is_an_error_and_no_end_of_the_process(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(regions.os, "posix_fallocate", full)
+        patch.setattr(messages.os, "posix_fallocate", full)
         with pytest.raises(ResourceError, match="No space left"):
             refitkit.refit(compiled, weights(1))
     assert bytes_of(compiled) == before

@@ -18,15 +18,15 @@ from refitkit.builtin.torch_tensorrt.module import (
     read_attachments,
 )
 from refitkit.builtin.torch_tensorrt.names import NAME
-from refitkit.builtin.torch_tensorrt.network.planning import Planned, plan_program
+from refitkit.builtin.torch_tensorrt.network.planning import PlannedProgram, plan_program
 from refitkit.builtin.torch_tensorrt.recording import draft_of, interpret, own_copy, slots_of
 from refitkit.builtin.torch_tensorrt.settings import (
     key_of_options,
     key_of_settings,
     settings_text,
-    unknown,
+    unknown_options,
 )
-from refitkit.builtin.torch_tensorrt.targets import understand
+from refitkit.builtin.torch_tensorrt.targets import inspect_target
 from refitkit.errors import (
     CompileError,
     ConfigError,
@@ -103,7 +103,7 @@ class TorchTensorRTBackend:
         package = upstream.torch_tensorrt()
         _check_options(package, options)
         module = _compile_program(package, program, options)
-        target = understand(module)
+        target = inspect_target(module)
         if target is None:
             raise CompileError(
                 "Torch-TensorRT created no engine: it supports too few ops of the program.",
@@ -125,8 +125,8 @@ class TorchTensorRTBackend:
         tools: Tools,  # noqa: ARG002 - the protocol's
     ) -> PlanDraft:
         """Every slot with the recipe that was recorded for it."""
-        found: Interpreted | Planned = next(iter(parts.values()))
-        if isinstance(found, Planned):
+        found: Interpreted | PlannedProgram = next(iter(parts.values()))
+        if isinstance(found, PlannedProgram):
             return draft_of(found, found.all_slots, "cpu")
         return draft_of(found, slots_of(module) if module else (), "cuda")
 
@@ -155,7 +155,7 @@ def partition_program(
     module: OpenedModule | None,
     options: Mapping[str, Any],
     tools: Tools,
-) -> Mapping[str, Interpreted | Planned]:
+) -> Mapping[str, Interpreted | PlannedProgram]:
     """Partition a program as Torch-TensorRT does.
 
     Args:
@@ -194,7 +194,7 @@ def _check_options(package: Any, options: Mapping[str, Any]) -> None:
             "With these options the engines could not be refitted.", problems=refused
         )
     known = set(inspect.signature(package.dynamo.compile).parameters) - {"kwargs"}
-    problems = list(unknown(options, known))
+    problems = list(unknown_options(options, known))
     if problems:
         raise ConfigError("These options cannot be used.", problems=problems)
 

@@ -1,8 +1,14 @@
-"""The engines in a target, each behind an :class:`~.handles.EngineHandle`.
+"""The engines in a target, each behind an :class:`EngineHandle`.
 
-Three kinds of holders: upstream's ``TorchTensorRTModule`` (2.11 to 2.14, either runtime), its
-``PythonTorchTensorRTModule`` (2.11 and 2.12), and plain attributes, where an exported or retraced
-program keeps its engines.
+This module hides which object stores an engine and which runtime runs it. There are three kinds
+of handles:
+
+* :class:`ModuleEngine`: upstream's ``TorchTensorRTModule`` (2.11 to 2.14, either runtime);
+* :class:`PythonModuleEngine`: upstream's ``PythonTorchTensorRTModule`` (2.11 and 2.12);
+* :class:`AttributeEngine`: a plain attribute, where an exported or retraced program keeps engines.
+
+Read :class:`EngineHandle` first: it describes the methods that all handles share. Packed engines
+(:class:`EngineInfo`) are at the end.
 """
 
 from __future__ import annotations
@@ -25,76 +31,165 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, MutableMapping, Sequence
 
 
-_CARRIED = ("use_pre_allocated_outputs", "use_output_allocator_outputs")
-"""What users set on a live engine and upstream does not store."""
+Runtime = Literal["python", "cpp"]
 
 
-class _Handle:
-    """What all handles have in common: bytes that are stored, and may be stale."""
+class EngineHandle(Protocol):
+    """One TensorRT engine in a target.
+
+    The Python runtime holds a live ``ICudaEngine``, which a refitter changes in place. The C++
+    runtime does not expose its engine, so a refit goes through the engine bytes.
+    """
+
+    @property
+    def name(self) -> str:
+        """Name of the engine's child module, for example ``_run_on_acc_0``."""
+
+    @property
+    def runtime(self) -> Runtime:
+        """The runtime that holds the engine."""
+
+    @property
+    def settings(self) -> Any:
+        """The engine's ``torch_tensorrt.dynamo.CompilationSettings``."""
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the engine's inputs, in the order of its call."""
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the engine's outputs, in order."""
+
+    @property
+    def weight_name_map(self) -> Any:
+        """The map that torch-tensorrt 2.11 and 2.12 cache; None if there is none."""
+
+    def engine_bytes(self) -> bytes:
+        """The engine bytes that the target stores, flushed first if they are stale."""
+
+    def cuda_engine(self) -> Any:
+        """The live ``ICudaEngine``; None in the C++ runtime."""
+
+    def prepare(self, engine_bytes: bytes) -> Any:
+        """Create another engine without installing it. This takes long.
+
+        Raises:
+            EngineError: The runtime refuses the bytes.
+        """
+
+    def present(self) -> Any:
+        """The installed engine, live and stored, so that ``put`` can restore it later."""
+
+    def put(self, engine: Any) -> None:
+        """Install a result of ``prepare`` or ``present``, live and stored. This is fast.
+
+        It also clears the stale mark of the engine that is replaced.
+        """
+
+    def replace(self, engine_bytes: bytes) -> None:
+        """Create and install another engine: ``prepare``, then ``put``.
+
+        Raises:
+            EngineError: The runtime refuses the bytes; the old engine is still installed.
+        """
+
+    def on_stale(self, flush: Callable[[], bytes] | None) -> None:
+        """Mark the stored bytes as stale, because the live engine was refitted in place.
+
+        Args:
+            flush: Serializes the live engine. It is called once, before the next read of the
+                stored bytes, for example by ``engine_bytes``, a deepcopy or a pickle. None clears
+                the mark.
+        """
+
+    def drop_captured(self) -> None:
+        """Drop CUDA graphs that were captured with the old weights."""
+
+
+# -- the three kinds of handles ------------------------------------------------------------------
+
+_RUNTIME_FLAGS = ("use_pre_allocated_outputs", "use_output_allocator_outputs")
+"""Flags that users set on a live engine and that upstream does not store with it."""
+
+
+class _StoredEngine:
+    """Common base of the handles: an engine whose stored bytes may be stale."""
 
     _stored: StoredBytes
 
     def prepare(self, engine_bytes: bytes) -> Any:
-        """Make another engine."""
+        """Create another engine; see :meth:`EngineHandle.prepare`."""
         raise NotImplementedError
 
     def put(self, engine: Any) -> None:
-        """Put an engine in place."""
+        """Install an engine; see :meth:`EngineHandle.put`."""
         raise NotImplementedError
 
     def replace(self, engine_bytes: bytes) -> None:
-        """Put another engine in its place."""
+        """Create another engine and install it; see :meth:`EngineHandle.replace`."""
         with self._stored.replaced():
             self.put(self.prepare(engine_bytes))
 
     def on_stale(self, flush: Callable[[], bytes] | None) -> None:
-        """Note that the stored bytes are stale."""
+        """Mark the stored bytes as stale; see :meth:`EngineHandle.on_stale`."""
         self._stored.clear() if flush is None else self._stored.mark(flush)
 
 
-class _ChildEngine(_Handle):
-    """The engine of a child module of upstream's."""
+class _ChildEngine(_StoredEngine):
+    """The engine of one of upstream's child modules."""
 
     name: str
     child: Any
-    _parts: tuple[str, ...]
-    """Attributes of the child that belong to one engine."""
+    _engine_attributes: tuple[str, ...]
+    """Attributes of the child that are replaced together with the engine."""
 
     @property
     def settings(self) -> Any:
-        """Its ``CompilationSettings``."""
+        """The ``CompilationSettings`` of the engine."""
         return self.child.settings
 
     def set_up(self) -> None:
-        """Have upstream deserialize the engine, where that was put off."""
+        """Have upstream deserialize the engine, if it has not done so yet.
+
+        Raises:
+            UnsupportedTargetError: There is no GPU.
+            EngineError: torch_tensorrt cannot set up the engine.
+        """
         if self.child.engine is None:
             _set_up(self.child, self.name)
 
     def engine_bytes(self) -> bytes:
-        """The stored engine."""
+        """The stored engine bytes, flushed first if they are stale."""
         self._stored.flush()
         return bytes(self.child.serialized_engine)
 
     def present(self) -> dict[str, Any]:
-        """What is in place."""
+        """The installed engine; see :meth:`EngineHandle.present`."""
+        # ``put`` clears pending flushes, so what it restores later has to be complete now
         self._stored.flush()
-        return _held(self.child, self._parts)
+        return _attributes_of(self.child, self._engine_attributes)
 
 
 class ModuleEngine(_ChildEngine):
-    """The engine of a ``TorchTensorRTModule``; see :class:`~.handles.EngineHandle`."""
+    """The engine of a ``TorchTensorRTModule``; see :class:`EngineHandle`."""
 
-    _parts = ("serialized_engine", "engine")
+    _engine_attributes = ("serialized_engine", "engine")
 
     def __init__(self, name: str, child: Any) -> None:
-        """Found by ``find_engines``."""
+        """Create a handle.
+
+        Args:
+            name: Name of the engine.
+            child: A ``TorchTensorRTModule`` that stores engine bytes.
+        """
         self.name = name
         self.child = child
         self._stored = StoredBytes(self._store, self._watch)
 
     @property
     def runtime(self) -> Runtime:
-        """Which runtime holds it, or will once it is set up."""
+        """The runtime that holds the engine, or will hold it after setup."""
         if self.child.engine is not None:
             return "python" if is_python_engine(self.child.engine) else "cpp"
         features = upstream.torch_tensorrt().ENABLED_FEATURES
@@ -102,45 +197,56 @@ class ModuleEngine(_ChildEngine):
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """Names of its inputs, in order."""
+        """Names of the engine's inputs, in order."""
         return tuple(self.child.input_binding_names)
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """Names of its outputs, in order."""
+        """Names of the engine's outputs, in order."""
         return tuple(self.child.output_binding_names)
 
     @property
     def weight_name_map(self) -> Any:
-        """The cached map of 2.11 and 2.12."""
+        """The weight name map that 2.11 and 2.12 cache; None if there is none."""
         return getattr(self.child, "weight_name_map", None)
 
     def cuda_engine(self) -> Any:
-        """The live ``ICudaEngine`` of the Python runtime, set up on first need."""
+        """The live ``ICudaEngine``; None in the C++ runtime.
+
+        The first call sets up the engine; see :meth:`set_up` for the errors.
+        """
         if self.runtime == "cpp":
             return None
         self.set_up()
         return self.child.engine.cuda_engine
 
     def prepare(self, engine_bytes: bytes) -> dict[str, Any]:
-        """Make another engine, unless upstream has put that off."""
+        """Create another engine; see :meth:`EngineHandle.prepare`.
+
+        Before setup this only stores the bytes, as upstream does.
+        """
+        # a stale child has a temporary class (``stale.watch_child``), which _twin would copy
         self._stored.flush()
         engine = self.child.engine
         if engine is None:
             return {"serialized_engine": engine_bytes}
         with raised_as(EngineError, f"torch_tensorrt refuses the engine for {self.name!r}"):
+            # upstream sets up an engine only inside a child, so a second child lends its method
             twin = _twin(self.child, serialized_engine=engine_bytes, engine=None)
             twin.setup_engine()
-            _carry_over(engine, twin.engine)
-        return _held(twin, self._parts)
+            _copy_runtime_flags(engine, twin.engine)
+        return _attributes_of(twin, self._engine_attributes)
 
     def put(self, engine: dict[str, Any]) -> None:
-        """Put an engine in place."""
+        """Install an engine; see :meth:`EngineHandle.put`."""
         with self._stored.replaced():
             vars(self.child).update(engine)
 
     def part_from(self, other: ModuleEngine) -> None:
-        """Have an engine object of its own, where a copy shares the original's.
+        """Give this handle its own engine object, if it shares the object of ``other``.
+
+        Args:
+            other: Handle of the module that this handle's module was copied from.
 
         Raises:
             EngineError: torch_tensorrt refuses the bytes.
@@ -151,7 +257,7 @@ class ModuleEngine(_ChildEngine):
     def drop_captured(self) -> None:
         """Drop captured CUDA graphs."""
         if self.child.engine is not None:
-            _drop_captured(self.child.engine)
+            _drop_captured_graph(self.child.engine)
 
     def _store(self, engine_bytes: bytes) -> None:
         self.child.serialized_engine = engine_bytes
@@ -159,6 +265,7 @@ class ModuleEngine(_ChildEngine):
             _store_in_engine(self.child.engine, engine_bytes)
 
     def _watch(self, stored: StoredBytes) -> Callable[[], None]:
+        # the engine object has a copy of the bytes, which readers can reach without the child
         ends = [watch_child(self.child, stored)]
         if is_python_engine(self.child.engine):
             ends.append(watch_engine(self.child.engine, stored))
@@ -166,91 +273,103 @@ class ModuleEngine(_ChildEngine):
 
 
 class PythonModuleEngine(_ChildEngine):
-    """The engine of a ``PythonTorchTensorRTModule``; see :class:`~.handles.EngineHandle`."""
+    """The engine of a ``PythonTorchTensorRTModule``; see :class:`EngineHandle`."""
 
-    _parts = ("serialized_engine", "engine", "context")
+    _engine_attributes = ("serialized_engine", "engine", "context")
     runtime: Runtime = "python"
 
     def __init__(self, name: str, child: Any) -> None:
-        """Found by ``find_engines``."""
+        """Create a handle.
+
+        Args:
+            name: Name of the engine.
+            child: A ``PythonTorchTensorRTModule`` that stores engine bytes.
+        """
         self.name = name
         self.child = child
         self._stored = StoredBytes(self._store, lambda stored: watch_child(child, stored))
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """Names of its inputs, in order."""
+        """Names of the engine's inputs, in order."""
         return tuple(self.child.input_names)
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """Names of its outputs, in order."""
+        """Names of the engine's outputs, in order."""
         return tuple(self.child.output_names)
 
     @property
     def weight_name_map(self) -> Any:
-        """The cached map of 2.11 and 2.12."""
+        """The weight name map that 2.11 and 2.12 cache."""
         return self.child.weight_name_map
 
     def cuda_engine(self) -> Any:
-        """The live ``ICudaEngine``, set up on first need."""
+        """The live ``ICudaEngine``.
+
+        The first call sets up the engine; see :meth:`set_up` for the errors.
+        """
         self.set_up()
         return self.child.engine
 
     def prepare(self, engine_bytes: bytes) -> dict[str, Any]:
-        """Make another engine, unless upstream has put that off."""
+        """Create another engine; see :meth:`EngineHandle.prepare`.
+
+        Before setup this only stores the bytes, as upstream does.
+        """
         self._stored.flush()
         if self.child.engine is None:
             return {"serialized_engine": engine_bytes}
         with raised_as(EngineError, f"torch_tensorrt refuses the engine for {self.name!r}"):
             twin = _twin(self.child, serialized_engine=engine_bytes)
             twin.setup_engine()
-        return _held(twin, self._parts)
+        return _attributes_of(twin, self._engine_attributes)
 
     def put(self, engine: dict[str, Any]) -> None:
-        """Put an engine in place."""
+        """Install an engine and drop captured CUDA graphs; see :meth:`EngineHandle.put`."""
         with self._stored.replaced():
             vars(self.child).update(engine)
+            # this runtime keeps captured graphs in the child, where they outlive the engine
             if self.child.engine is not None:
                 self.drop_captured()
 
     def drop_captured(self) -> None:
         """Drop captured CUDA graphs."""
-        _drop_captured(self.child)
+        _drop_captured_graph(self.child)
 
     def _store(self, engine_bytes: bytes) -> None:
         self.child.serialized_engine = engine_bytes
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where somebody keeps an engine.
+class EngineLocation:
+    """A reference to an engine in an object or a mapping.
 
     Attributes:
-        of: An object's ``__dict__`` or a mapping.
-        key: Its name there.
+        namespace: ``__dict__`` of an object, or a mapping, that contains the engine.
+        key: Key of the engine in ``namespace``.
     """
 
-    of: MutableMapping[str, Any]
+    namespace: MutableMapping[str, Any]
     key: str
 
 
-class AttributeEngine(_Handle):
-    """An engine that is kept as it is, without a child; see :class:`~.handles.EngineHandle`."""
+class AttributeEngine(_StoredEngine):
+    """An engine in a plain attribute, without a child module; see :class:`EngineHandle`."""
 
-    def __init__(self, name: str, places: Iterable[Place]) -> None:
-        """Found by ``find_engines``.
+    def __init__(self, name: str, locations: Iterable[EngineLocation]) -> None:
+        """Read the engine's metadata.
 
         Args:
             name: Name of the engine.
-            places: All that keep it; at least one.
+            locations: All references to the engine; at least one.
 
         Raises:
-            NotRefittableError: It has no metadata.
-            UnsupportedTargetError: Its metadata is refused.
+            NotRefittableError: The engine has no metadata.
+            UnsupportedTargetError: The engine or its metadata is damaged or refused.
         """
         self.name = name
-        self._places = tuple(places)
+        self._locations = tuple(locations)
         info = info_of(self.engine, name)
         metadata = read_metadata(info.metadata, name)
         self.settings = settings_from(metadata.settings, name)
@@ -264,100 +383,102 @@ class AttributeEngine(_Handle):
 
     @property
     def engine(self) -> Any:
-        """Upstream's engine."""
-        return self._places[0].of[self._places[0].key]
+        """Upstream's engine object."""
+        return self._locations[0].namespace[self._locations[0].key]
 
     @property
     def runtime(self) -> Runtime:
-        """Which runtime holds it."""
+        """The runtime that holds the engine."""
         return "python" if is_python_engine(self.engine) else "cpp"
 
     def set_up(self) -> None:
-        """Nothing: an engine without a child is always set up."""
+        """Do nothing: an engine without a child is always set up."""
 
     def engine_bytes(self) -> bytes:
-        """The stored engine."""
+        """The stored engine bytes, flushed first if they are stale."""
         self._stored.flush()
         return info_of(self.engine, self.name).engine_bytes
 
     def cuda_engine(self) -> Any:
-        """The live ``ICudaEngine`` of the Python runtime."""
+        """The live ``ICudaEngine``; None in the C++ runtime."""
         return self.engine.cuda_engine if self.runtime == "python" else None
 
     def prepare(self, engine_bytes: bytes) -> Any:
-        """Make another engine."""
+        """Create another engine; see :meth:`EngineHandle.prepare`."""
         self._stored.flush()
         old = self.engine
         with raised_as(EngineError, f"torch_tensorrt refuses the engine for {self.name!r}"):
-            new = _remade(old, info_of(old, self.name).holding(engine_bytes))
-            _carry_over(old, new)
+            new = _recreated(old, info_of(old, self.name).with_engine(engine_bytes))
+            _copy_runtime_flags(old, new)
         return new
 
     def present(self) -> Any:
-        """What is in place."""
+        """The installed engine; see :meth:`EngineHandle.present`."""
         self._stored.flush()
         return self.engine
 
     def put(self, engine: Any) -> None:
-        """Put an engine in place, wherever it is kept."""
+        """Install an engine in all locations; see :meth:`EngineHandle.put`."""
         with self._stored.replaced():
-            for place in self._places:
-                place.of[place.key] = engine
+            for location in self._locations:
+                location.namespace[location.key] = engine
 
     def drop_captured(self) -> None:
         """Drop captured CUDA graphs."""
-        _drop_captured(self.engine)
+        _drop_captured_graph(self.engine)
 
 
 def _twin(child: Any, **other: Any) -> Any:
-    """A second child with the same attributes, but for these."""
+    """A second child with the same attributes, except those in ``other``."""
+    # a copy or a constructor call would deserialize the old engine once more
     twin = object.__new__(type(child))
     vars(twin).update({**vars(child), **other})
     return twin
 
 
-def _held(child: Any, names: Iterable[str]) -> dict[str, Any]:
+def _attributes_of(child: Any, names: Iterable[str]) -> dict[str, Any]:
     return {name: vars(child)[name] for name in names if name in vars(child)}
 
 
 def _set_up(child: Any, name: str) -> None:
     if not upstream.has_gpu():
         raise UnsupportedTargetError(
-            f"The engine {name!r} is not set up, and that needs a GPU.",
+            f"The engine {name!r} is not set up yet, and setup needs a GPU.",
             hint="Without a GPU, plan and build with backend='tensorrt_network'.",
         )
     with raised_as(EngineError, f"torch_tensorrt cannot set up the engine {name!r}"):
         child.setup_engine()
 
 
-def _remade(engine: Any, info: EngineInfo) -> Any:
+def _recreated(engine: Any, info: EngineInfo) -> Any:
     if is_python_engine(engine):
         return type(engine)(info.packed())
     return torch.classes.tensorrt.Engine(info.packed())
 
 
-def _carry_over(old: Any, new: Any) -> None:
-    """Give a new engine what users set on the old one and its bytes do not tell."""
-    for name in _CARRIED:
+def _copy_runtime_flags(old: Any, new: Any) -> None:
+    """Copy the flags that users set on an engine: its bytes do not contain them."""
+    for name in _RUNTIME_FLAGS:  # the versions differ in the flags that they have
         if hasattr(old, name):
             setattr(new, name, getattr(old, name))
     new.set_output_tensors_as_unowned(old.are_output_tensors_unowned())
 
 
 def _store_in_engine(engine: Any, engine_bytes: bytes) -> None:
+    # ``TRTEngine`` pickles the list, and sets itself up from the attribute
     engine.serialized_info[ENGINE] = engine_bytes
     engine.serialized_engine = engine_bytes
 
 
-def _drop_captured(holder: Any) -> None:
-    """Drop a captured graph, and have the next call capture again.
+def _drop_captured_graph(holder: Any) -> None:
+    """Drop a captured graph, and make the next call capture again.
 
-    The Python runtimes capture only when something changed, and replay what is not there otherwise
-    (``TorchTRTRuntimeStates`` in ``_PythonTorchTensorRTModule.py`` of 2.11, ``_TRTEngine.py`` of
-    2.14).
+    The Python runtimes capture only if something changed. Otherwise they replay the graph, which
+    no longer exists (``TorchTRTRuntimeStates`` in ``_PythonTorchTensorRTModule.py`` of 2.11,
+    ``_TRTEngine.py`` of 2.14).
     """
     reset = getattr(holder, "reset_captured_graph", None)
-    (reset or holder._reset_captured_graph)()  # noqa: SLF001 - the name that 2.11 has for it
+    (reset or holder._reset_captured_graph)()  # noqa: SLF001 - its name in 2.11
     with suppress(AttributeError):
         holder.runtime_states.context_changed = True
 
@@ -367,107 +488,14 @@ def _call_all(functions: Iterable[Callable[[], None]]) -> None:
         function()
 
 
-# MERGED handles: What a TensorRT engine inside somebody's module offers, whichever runtime holds
-# it.
+# -- packed engines -------------------------------------------------------------------------------
 
-Runtime = Literal["python", "cpp"]
-
-
-@dataclass(frozen=True)
-class Binding:
-    """One input or output of an engine.
-
-    Attributes:
-        name: Its name.
-        dtype: torch's name without the ``torch.``.
-        shape: Sizes; -1 where they are dynamic.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
-class EngineHandle(Protocol):
-    """One TensorRT engine in a target.
-
-    The Python runtime holds a live ``ICudaEngine``, which a refitter changes in place. The C++
-    runtime keeps its engine to itself: it is refitted by way of its bytes.
-    """
-
-    @property
-    def name(self) -> str:
-        """Name of the child that it is, such as ``_run_on_acc_0``."""
-
-    @property
-    def runtime(self) -> Runtime:
-        """Which runtime holds it."""
-
-    @property
-    def settings(self) -> Any:
-        """Its ``torch_tensorrt.dynamo.CompilationSettings``."""
-
-    @property
-    def input_names(self) -> tuple[str, ...]:
-        """Names of its inputs, in the order of its call."""
-
-    @property
-    def output_names(self) -> tuple[str, ...]:
-        """Names of its outputs, in order."""
-
-    @property
-    def weight_name_map(self) -> Any:
-        """The cached map of torch-tensorrt 2.11 and 2.12; None where there is none."""
-
-    def engine_bytes(self) -> bytes:
-        """The engine as it is stored in the target. Flushes what ``on_stale`` left pending."""
-
-    def cuda_engine(self) -> Any:
-        """The live ``ICudaEngine``; None where the C++ runtime holds it."""
-
-    def prepare(self, engine_bytes: bytes) -> Any:
-        """Make another engine, which takes long, and put it nowhere yet.
-
-        Raises:
-            EngineError: The runtime refuses the bytes.
-        """
-
-    def present(self) -> Any:
-        """What is in place, live and stored, to be put back later."""
-
-    def put(self, engine: Any) -> None:
-        """Put what ``prepare`` or ``present`` gave in place, live and stored. Fast.
-
-        What was stale about the engine that goes is forgotten.
-        """
-
-    def replace(self, engine_bytes: bytes) -> None:
-        """Put another engine in its place: ``prepare`` and ``put`` in one.
-
-        Raises:
-            EngineError: The runtime refuses the bytes; the old engine is still in place.
-        """
-
-    def on_stale(self, flush: Callable[[], bytes] | None) -> None:
-        """Note that the live engine was refitted in place, so that the stored bytes are stale.
-
-        Args:
-            flush: Serializes the live engine. Called, once, before anybody reads the stored bytes:
-                ``engine_bytes``, a deepcopy, a pickle, a save. None: they are right as they are.
-        """
-
-    def drop_captured(self) -> None:
-        """Drop CUDA graphs that were captured with the old weights."""
-
-
-# MERGED engine_info: The list in which Torch-TensorRT packs an engine and what is known of it.
-#
-# The order of its fields is the same in 2.11 to 2.14, which only add to its end:
-# ``core/runtime/runtime.h`` and ``torch_tensorrt/dynamo/runtime/_serialized_engine_layout.py``.
+# Positions in the packed list. Versions 2.11 to 2.14 keep this order and only append fields
+# (``core/runtime/runtime.h``, ``torch_tensorrt/dynamo/runtime/_serialized_engine_layout.py``).
 
 NAME, ENGINE, INPUTS, OUTPUTS, METADATA = 1, 3, 4, 5, 7
-_LEAST = 11
-_MOST = 32
+_MIN_FIELDS = 11
+_MAX_FIELDS = 32
 _DELIMITER = "%"
 _CPP_ENGINE = "__torch__.torch.classes.tensorrt.Engine"
 _RUNTIME = "torch_tensorrt.dynamo.runtime."
@@ -478,8 +506,8 @@ class EngineInfo:
     """A packed engine.
 
     Attributes:
-        fields: Text, in upstream's order; the engine's field is empty.
-        engine_bytes: The engine.
+        fields: The packed fields as text, in upstream's order; the engine's own field is empty.
+        engine_bytes: The serialized engine.
     """
 
     fields: tuple[str, ...]
@@ -487,42 +515,43 @@ class EngineInfo:
 
     @property
     def metadata(self) -> str:
-        """Its metadata, encoded."""
+        """The engine's metadata, encoded; see ``metadata.read_metadata``."""
         return self.fields[METADATA]
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """Names of its inputs, in order."""
+        """Names of the engine's inputs, in order."""
         return _names(self.fields[INPUTS])
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """Names of its outputs, in order."""
+        """Names of the engine's outputs, in order."""
         return _names(self.fields[OUTPUTS])
 
-    def holding(self, engine_bytes: bytes) -> EngineInfo:
-        """The same, with another engine."""
+    def with_engine(self, engine_bytes: bytes) -> EngineInfo:
+        """A copy with other engine bytes."""
         return replace(self, engine_bytes=engine_bytes)
 
     def packed(self) -> list[str | bytes]:
-        """As upstream's engine classes take it."""
+        """The list of fields that upstream's engine classes accept."""
         fields: list[str | bytes] = list(self.fields)
         fields[ENGINE] = self.engine_bytes
         return fields
 
 
 def parse_info(fields: Sequence[Any], name: str) -> EngineInfo:
-    """Read what an engine packs itself into.
+    """Parse the fields of a packed engine.
 
     Args:
-        fields: As upstream has them; the engine as bytes, or as text in base64.
-        name: Name of the engine, for messages.
+        fields: Fields as upstream packs them; the engine is bytes, or text in base64.
+        name: Name of the engine, for error messages.
 
     Raises:
-        UnsupportedTargetError: They are not what upstream packs.
+        UnsupportedTargetError: Upstream does not pack such fields.
     """
-    if not _LEAST <= len(fields) <= _MOST:
-        raise _broken(name, f"it has {len(fields)} fields")
+    if not _MIN_FIELDS <= len(fields) <= _MAX_FIELDS:
+        raise _malformed(name, f"it has {len(fields)} fields")
+    # the engine is binary data of many megabytes, so it is not decoded as text
     texts = [_text(one, name) for position, one in enumerate(fields) if position != ENGINE]
     texts.insert(ENGINE, "")
     return EngineInfo(tuple(texts), _engine(fields[ENGINE], name))
@@ -532,7 +561,7 @@ def _text(field: Any, name: str) -> str:
     if isinstance(field, bytes):
         field = field.decode("utf-8", errors="replace")
     if not isinstance(field, str):
-        raise _broken(name, f"it has a field of type {type(field).__name__}")
+        raise _malformed(name, f"a field has the type {type(field).__name__}")
     return field
 
 
@@ -542,54 +571,56 @@ def _engine(field: Any, name: str) -> bytes:
     try:
         return base64.b64decode(field, validate=True)
     except (binascii.Error, ValueError, TypeError) as exc:
-        raise _broken(name, f"the engine is no base64: {exc}") from exc
+        raise _malformed(name, f"the engine is not valid base64: {exc}") from exc
 
 
-def _broken(name: str, why: str) -> UnsupportedTargetError:
-    return UnsupportedTargetError(f"What the engine {name!r} is packed into is damaged: {why}.")
+def _malformed(name: str, why: str) -> UnsupportedTargetError:
+    return UnsupportedTargetError(f"The packed engine {name!r} is damaged: {why}.")
 
 
 def _names(joined: str) -> tuple[str, ...]:
     return tuple(joined.split(_DELIMITER)) if joined else ()
 
 
-def is_upstreams(value: object, name: str) -> bool:
-    """Whether an object is of a class of this name of upstream's runtime, or of one below it."""
+def is_runtime_instance(value: object, name: str) -> bool:
+    """Whether the object's class or a base class is the named class of upstream's runtime."""
+    # compares names, so that nothing has to import torch_tensorrt
     classes = type(value).__mro__
     return any(one.__name__ == name and one.__module__.startswith(_RUNTIME) for one in classes)
 
 
 def is_python_engine(value: object) -> bool:
-    """Whether an object is an engine of the Python runtime of 2.13 and 2.14."""
-    return is_upstreams(value, "TRTEngine")
+    """Whether the object is an engine of the Python runtime of 2.13 and 2.14."""
+    return is_runtime_instance(value, "TRTEngine")
 
 
 def is_cpp_engine(value: object) -> bool:
-    """Whether an object is an engine of the C++ runtime."""
+    """Whether the object is an engine of the C++ runtime."""
+    # torch.ScriptObject has no Python class of its own; its type names the C++ class
     kind = getattr(value, "_type", None)
     if kind is None or isinstance(value, type):
         return False
     try:
         return bool(kind().qualified_name() == _CPP_ENGINE)
-    except Exception:  # noqa: BLE001 - it may be anybody's object
+    except Exception:  # noqa: BLE001 - the object may raise anything
         return False
 
 
 def is_packed_engine(value: object) -> bool:
-    """Whether an object is what ``torch_tensorrt.save`` puts in an engine's place."""
-    return is_upstreams(value, "EngineSerializer")
+    """Whether the object is the placeholder that ``torch_tensorrt.save`` writes for an engine."""
+    return is_runtime_instance(value, "EngineSerializer")
 
 
 def is_engine(value: object) -> bool:
-    """Whether an object is an engine that can run."""
+    """Whether the object is an engine that can run."""
     return is_python_engine(value) or is_cpp_engine(value)
 
 
 def info_of(engine: Any, name: str) -> EngineInfo:
-    """What an engine packs itself into.
+    """The packed fields of an engine object.
 
     Raises:
-        UnsupportedTargetError: It is not what upstream packs.
+        UnsupportedTargetError: Upstream does not pack such fields.
     """
     if is_python_engine(engine):
         return parse_info(list(engine.serialized_info), name)

@@ -34,7 +34,7 @@ from refitkit.builtin.torch_tensorrt.names import NAME
 from refitkit.builtin.torch_tensorrt.parts import check_structures
 from refitkit.builtin.torch_tensorrt.program_file import ProgramFile, extra_files, read_program_file
 from refitkit.builtin.torch_tensorrt.recording import interpret
-from refitkit.builtin.torch_tensorrt.targets import Target, understand, understand_module
+from refitkit.builtin.torch_tensorrt.targets import Target, inspect_module, inspect_target
 from refitkit.builtin.torch_tensorrt.torch_part import TorchPartEngine
 from refitkit.errors import EngineError, InputMismatchError, UnsupportedTargetError, raised_as
 from refitkit.files.replacing import replacing
@@ -77,7 +77,7 @@ def open_target(target: object, factory: EngineFactory | None = None) -> TorchTe
     # no object can hold an engine before torch_tensorrt is imported, and importing it is slow
     if not upstream.is_imported():
         return None
-    understood = understand(target)
+    understood = inspect_target(target)
     return None if understood is None else TorchTensorRTOpened(understood, factory)
 
 
@@ -90,7 +90,7 @@ def _open_file(path: Path, factory: EngineFactory) -> TorchTensorRTOpened | None
             f"{str(path)!r} contains TensorRT engines, which need a machine with an NVIDIA GPU.",
             hint="Without a GPU, plan and build with backend='tensorrt_network'.",
         )
-    understood = understand(_load_program(path))
+    understood = inspect_target(_load_program(path))
     if understood is None:
         raise UnsupportedTargetError(f"{str(path)!r} contains no engine that can run.")
     return TorchTensorRTOpened(understood, factory, attachments)
@@ -305,7 +305,7 @@ def copy_target(target: Target) -> Target:
     """
     with raised_as(EngineError, "The compiled module cannot be copied"):
         module = copy.deepcopy(target.module)
-    second = understand_module(module, target.program)
+    second = inspect_module(module, target.program)
     for name, engine in second.engines.items():
         first = target.engines[name]
         # A deepcopy is not enough: `TorchTensorRTModule.__deepcopy__` of 2.14 gives the copy the

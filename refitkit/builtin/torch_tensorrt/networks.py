@@ -1,10 +1,13 @@
 """A part as a TensorRT network, and the weights in its layers.
 
-The interpreter records most weights that it adds, by the name that the engine will give them
-(``ConversionContext.record_weight``); a scan of the layers finds all, by the registered layer
-types. Where both know a weight they have to agree, bit for bit. The scan is what counts: 2.14
-records transposed convolutions under the names of convolutions, and converters in ``cat``,
-``shuffle`` and ``shape`` add constants that they do not record.
+:class:`Network` interprets an accelerated part and finds its weights in two ways. The interpreter
+records most of the weights that it adds, under the names in the engine
+(``ConversionContext.record_weight``). A scan of the layers finds all weights, by the registered
+layer types. The two must agree in every bit if both have a weight. The scan decides, for two
+reasons: 2.14 records transposed convolutions under the names of convolutions, and the converters in
+``cat``, ``shuffle`` and ``shape`` add constants without recording them.
+
+:class:`TorchTensors` offers the same interface for a part that torch runs.
 """
 
 from __future__ import annotations
@@ -22,30 +25,29 @@ import torch
 from refitkit.builtin.torch_tensorrt.refitter import spec_of_trt, torch_name
 from refitkit.errors import CompileError, EngineError, NotRefittableError, Problem, raised_as
 from refitkit.model import Slot
-from refitkit.program import dtypes
 from refitkit.program.bits import same_bits
-from refitkit.program.dtypes import dtype_name
+from refitkit.program.dtypes import dtype_name, dtype_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 
     from torch.fx import GraphModule
 
-    from refitkit.builtin.torch_tensorrt.parts import Part
+    from refitkit.builtin.torch_tensorrt.parts import ProgramPart
     from refitkit.model import LayerType
     from refitkit.recipe import Tape
     from refitkit.recipe.origins import Origin
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where one weight is in a network.
+class WeightLocation:
+    """The location of one weight in a network.
 
     Attributes:
-        layer: The layer, as the class that gives access to its weights.
-        attribute: The attribute that holds it.
-        kind: Its ``tensorrt.DataType``.
-        count: Number of its elements, as TensorRT counts them.
+        layer: The layer, with a class that has the weight's attribute.
+        attribute: Name of the attribute.
+        kind: The weight's ``tensorrt.DataType``.
+        count: Number of elements, as TensorRT counts them.
     """
 
     layer: Any
@@ -55,60 +57,64 @@ class Place:
 
 
 class Network:
-    """One part as a network definition, with the tensors that its layers point to.
+    """One part as a network definition, with the tensors that its layers read.
 
     Attributes:
         recorded: Weights that the interpreter recorded, by engine weight name.
-        scanned: Weights found in the layers, by engine weight name; flat.
-        origins: Where they come from, if a recording ran.
-        layer_types: Names of the layer types that hold them.
+        scanned: Weights that the layers have, by engine weight name; flat.
+        origins: Origins of the weights by engine weight name; empty without a recording.
+        layer_types: Names of the layer types that have the weights.
     """
 
     def __init__(
         self,
-        part: Part,
+        part: ProgramPart,
         settings: Any,
         layer_types: Mapping[str, LayerType],
         tape: Tape | None = None,
     ) -> None:
-        """Interpret a part: once, as another time it would give other names.
+        """Interpret a part.
 
-        ``get_node_name`` (``converter_utils.py``, 2.11 to 2.14) takes an item off a node's stack of
-        modules whenever it is called.
+        A part must be interpreted only once, because a second run gives other names:
+        ``get_node_name`` (``converter_utils.py``, 2.11 to 2.14) removes an item from a node's
+        module stack in every call.
 
         Args:
-            part: The part.
+            part: The accelerated part.
             settings: A ``torch_tensorrt.dynamo.CompilationSettings``.
-            layer_types: Layer types that hold weights.
-            tape: The recording that runs, to learn where weights come from.
+            layer_types: Layer types with weights, by name.
+            tape: The active recording, to find the origins of the weights; None without one.
 
         Raises:
             CompileError: The interpreter failed.
-            NotRefittableError: Two weights have one name, or recorded and found ones differ.
+            NotRefittableError: Two weights have one name, or a recorded weight differs from its
+                layer.
         """
         self._name = part.name
-        self._interpreter = _interpreted(part, settings)
+        self._interpreter = _interpret(part, settings)
+        # copies and comparisons of values are not ops that a recipe has to repeat
         with nullcontext() if tape is None else tape.paused():
             self._read(layer_types, tape)
 
     def _read(self, layer_types: Mapping[str, LayerType], tape: Tape | None) -> None:
         self.recorded: dict[str, torch.Tensor] = dict(self._interpreter.ctx.weight_refit_map)
-        self._places: dict[str, Place] = {}
+        self._locations: dict[str, WeightLocation] = {}
         self.scanned: dict[str, torch.Tensor] = {}
         self.layer_types: set[str] = set()
         problems = list(self._scan(layer_types))
         self.origins = {} if tape is None else self._origins(tape)
-        owned = self._own_scattered()
+        # before values are compared: the memory of these layers may be freed already
+        owned = self._copy_noncontiguous()
         problems += self._differences()
-        self._own_all(owned)
+        self._own_values(owned)
         if problems:
             raise NotRefittableError(
-                f"Weights of {self._name!r} cannot be told apart by the names that TensorRT gives.",
+                f"TensorRT's names do not identify the weights of {self._name!r}.",
                 problems=problems,
             )
 
     def _scan(self, layer_types: Mapping[str, LayerType]) -> Iterator[Problem]:
-        import tensorrt  # noqa: PLC0415 - imported by whoever calls this
+        import tensorrt  # noqa: PLC0415 - takes seconds to import
 
         network = self._interpreter.ctx.net
         for index in range(network.num_layers):
@@ -116,72 +122,79 @@ class Network:
             found = layer_types.get(layer.type.name)
             if found is None:
                 continue
+            # ``network[i]`` is an ``ILayer``, and only the subclass has the weights' attributes
             layer.__class__ = getattr(tensorrt, found.interface)
             for attribute, role in found.weights:
                 name = f"{layer.name} {role}"
-                held = getattr(layer, attribute)
-                value = tensor_of(held)
-                if not value.numel():
+                weights = getattr(layer, attribute)
+                value = tensor_of(weights)
+                if not value.numel():  # an optional weight that the layer does not use
                     continue
                 if name in self.scanned:
-                    yield Problem(name, "two weights of one name")
+                    yield Problem(name, "two weights with one name")
                 self.scanned[name] = value
                 self.layer_types.add(found.name)
-                self._places[name] = _place(layer, attribute, held, value)
+                self._locations[name] = _location_of(layer, attribute, weights, value)
 
     def _origins(self, tape: Tape) -> dict[str, Origin]:
-        """Where weights come from: what was recorded, or what lies where a layer reads."""
+        """Origins of the weights, from the recorded tensors or else from the layers' memory."""
         found: dict[str, Origin] = {}
         for name, value in self.scanned.items():
             recorded = self.recorded.get(name)
-            fits = recorded is not None and (recorded.dtype, recorded.numel()) == (
+            matches = recorded is not None and (recorded.dtype, recorded.numel()) == (
                 value.dtype,
                 value.numel(),
             )
             found[name] = (
-                tape.origin_of(recorded) if recorded is not None and fits else tape.origin_at(value)
+                tape.origin_of(recorded)
+                if recorded is not None and matches
+                else tape.origin_at(value)
             )
         return found
 
-    def _own_scattered(self) -> frozenset[str]:
-        """Point layers whose weight was not contiguous to a copy that lives.
+    def _copy_noncontiguous(self) -> frozenset[str]:
+        """Make layers read a copy that stays alive, if their weight is not contiguous.
 
-        ``to_trt_weights`` (``converter_utils.py``, 2.11 to 2.14) hands out the address of a
-        contiguous copy that nobody keeps.
+        ``to_trt_weights`` (``converter_utils.py``, 2.11 to 2.14) passes the address of a contiguous
+        copy to the layer and then drops the copy.
+
+        Returns:
+            Names of the weights that were copied.
         """
         copies = {
             name: value.detach().cpu().contiguous().reshape(-1)
             for name, value in self.recorded.items()
             if name in self.scanned and not value.is_contiguous()
         }
-        alike = {
+        matching = {
             name: copy
             for name, copy in copies.items()
             if (copy.dtype, copy.numel()) == (self.scanned[name].dtype, self.scanned[name].numel())
         }
-        self.point(alike)
-        return frozenset(alike)
+        self.point(matching)
+        return frozenset(matching)
 
-    def _own_all(self, owned: Collection[str]) -> None:
-        """Have values live without the network: those that were recorded own their memory.
+    def _own_values(self, owned: Collection[str]) -> None:
+        """Make ``scanned`` independent of the network's memory, without a copy if possible.
 
         Args:
-            owned: Slots whose values own theirs already; their layers read it, so it has to stay.
+            owned: Slots whose values are independent already. Their layers read these values.
         """
         for name, value in self.scanned.items():
             if name in owned:
                 continue
             recorded = self.recorded.get(name)
-            fits = recorded is not None and recorded.is_contiguous() and not recorded.is_cuda
+            # a recorded tensor owns its memory; other values are views of the network's
+            matches = recorded is not None and recorded.is_contiguous() and not recorded.is_cuda
             self.scanned[name] = (
-                recorded.detach().reshape(-1) if recorded is not None and fits else value.clone()
+                recorded.detach().reshape(-1) if recorded is not None and matches else value.clone()
             )
 
     def _differences(self) -> Iterator[Problem]:
         for name in self.recorded.keys() & self.scanned:
             recorded = self.recorded[name].detach().cpu().reshape(-1)
             if not same_bits(recorded.contiguous(), self.scanned[name]):
-                yield Problem(name, "recorded with another value than its layer has")
+                yield Problem(name, "the recorded value differs from the layer's value")
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -205,33 +218,32 @@ class Network:
         return tuple(recorded.shape)
 
     def point(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Have layers read these values from now on, without a copy.
+        """Make layers read these values from now on, without a copy.
 
         Args:
-            values: Flat contiguous tensors by slot name, of the slots' dtypes and counts; they
-                have to live until other values are pointed to.
+            values: Flat contiguous tensors by slot name, with the dtypes and counts of the slots.
+                They must stay alive until the next call with the same slots.
 
         Raises:
-            KeyError: There is no such slot.
-            CompileError: TensorRT does not take one.
+            KeyError: A slot does not exist.
+            CompileError: TensorRT refuses a value.
         """
-        import tensorrt  # noqa: PLC0415 - imported by whoever calls this
+        import tensorrt  # noqa: PLC0415 - takes seconds to import
 
-        with raised_as(CompileError, "TensorRT does not take these weights"):
+        with raised_as(CompileError, "TensorRT refuses the weights"):
             for name, value in values.items():
-                place = self._places[name]
-                weights = tensorrt.Weights(place.kind, value.data_ptr(), place.count)
-                setattr(place.layer, place.attribute, weights)
+                location = self._locations[name]
+                weights = tensorrt.Weights(location.kind, value.data_ptr(), location.count)
+                setattr(location.layer, location.attribute, weights)
                 self.scanned[name] = value
 
     def build(self) -> bytes:
-        """Engine bytes of the network as it is.
+        """Build the network and return the engine bytes.
 
-        After a build that fails this process cannot build again: build in a process that can be
-        thrown away.
+        After a failed build a process cannot build again, so build in a process of its own.
 
         Raises:
-            CompileError: TensorRT refused the network.
+            CompileError: TensorRT cannot build the network.
         """
         with raised_as(CompileError, f"TensorRT cannot build {self._name!r}"):
             config = self._interpreter._populate_trt_builder_config()  # noqa: SLF001 - as upstream
@@ -239,11 +251,11 @@ class Network:
                 self._interpreter.ctx.net, config
             )
         if plan is None:
-            raise CompileError(f"TensorRT cannot build {self._name!r}; it wrote why to its log.")
+            raise CompileError(f"TensorRT cannot build {self._name!r}; its log has the reason.")
         return bytes(plan)
 
 
-def _interpreted(part: Part, settings: Any) -> Any:
+def _interpret(part: ProgramPart, settings: Any) -> Any:
     from torch_tensorrt.dynamo.conversion._conversion import (  # noqa: PLC0415
         infer_module_output_dtypes,
     )
@@ -258,107 +270,118 @@ def _interpreted(part: Part, settings: Any) -> Any:
     return interpreter
 
 
-def _place(layer: Any, attribute: str, held: Any, value: torch.Tensor) -> Place:
-    """Where a weight is; what NumPy gave has lost TensorRT's own dtype and has none to lose."""
-    import tensorrt  # noqa: PLC0415 - imported by whoever calls this
+def _location_of(layer: Any, attribute: str, weights: Any, value: torch.Tensor) -> WeightLocation:
+    """The location of a weight.
+
+    NumPy arrays do not have TensorRT's dtype, so it is derived from torch's: each dtype of NumPy
+    has exactly one counterpart.
+    """
+    import tensorrt  # noqa: PLC0415 - takes seconds to import
     from torch_tensorrt._enums import dtype  # noqa: PLC0415
 
-    if isinstance(held, tensorrt.Weights):
-        return Place(layer, attribute, held.dtype, held.size)
-    kind = dtype._from(value.dtype).to(tensorrt.DataType)  # noqa: SLF001 - its only way
-    return Place(layer, attribute, kind, value.numel())
+    if isinstance(weights, tensorrt.Weights):
+        return WeightLocation(layer, attribute, weights.dtype, weights.size)
+    kind = dtype._from(value.dtype).to(tensorrt.DataType)  # noqa: SLF001 - there is no public way
+    return WeightLocation(layer, attribute, kind, value.numel())
 
 
-# MERGED weight_memory: Reading weights out of network layers, whatever their dtype.
-#
-# ``tensorrt`` gives weights as NumPy arrays where NumPy knows the dtype, and else as
-# ``tensorrt.Weights``, which tell no address. There the address is read from the object itself: a
-# pybind11 instance holds, after its header, a pointer to the C++ value, and ``nvinfer1::Weights``
-# is ``{DataType type; void const* values; int64_t count;}`` (``NvInferRuntimeBase.h``). Type and
-# count that lie there are compared with what the object says before the address is used.
+# -- memory of weights ---------------------------------------------------------------------------
+
+# ``tensorrt`` returns weights as NumPy arrays if NumPy has the dtype, else as ``tensorrt.Weights``.
+# The latter has no address in Python, so ``_address_of`` reads it from the object's own memory.
 
 
 class _CWeights(ctypes.Structure):
+    """``nvinfer1::Weights`` of ``NvInferRuntimeBase.h``: dtype, pointer, number of elements."""
+
     _fields_ = (("type", ctypes.c_int32), ("values", ctypes.c_void_p), ("count", ctypes.c_int64))
 
 
 def tensor_of(weights: Any) -> torch.Tensor:
-    """A flat view of weights that a layer holds: valid while the layer's memory lives.
+    """A flat view of a layer's weights, valid as long as the layer's memory.
 
-    Types with two elements in a byte are given as bytes.
+    4-bit types are returned as bytes with two elements each.
 
     Args:
-        weights: What an attribute of a layer gave: a NumPy array or ``tensorrt.Weights``.
+        weights: Value of a layer's attribute: a NumPy array or ``tensorrt.Weights``.
 
     Raises:
-        EngineError: This build of tensorrt keeps its weights in another way.
+        EngineError: This build of tensorrt stores weights in an unknown layout.
     """
     if isinstance(weights, np.ndarray):
         return torch.from_numpy(weights).reshape(-1)
-    dtype = dtype_of(weights.dtype)
+    dtype = torch_dtype_of(weights.dtype)
     if not weights.size:
         return torch.empty(0, dtype=dtype)
     count = spec_of_trt("", weights.dtype, weights.size).count
-    # its own nbytes is 2**64 minus the count for types of four bits (tensorrt_rtx 1.6.1)
-    raw = (ctypes.c_uint8 * (count * dtype.itemsize)).from_address(_address(weights))
+    # weights.nbytes is wrong for 4-bit types: 2**64 minus the count (tensorrt_rtx 1.6.1)
+    raw = (ctypes.c_uint8 * (count * dtype.itemsize)).from_address(_address_of(weights))
     return torch.frombuffer(raw, dtype=dtype)
 
 
-def dtype_of(kind: Any) -> torch.dtype:
-    """Torch's dtype for a ``tensorrt.DataType``; ``uint8`` for those with two elements in a byte.
+def torch_dtype_of(kind: Any) -> torch.dtype:
+    """Torch's dtype for a ``tensorrt.DataType``; ``uint8`` for 4-bit types.
 
     Raises:
-        EngineError: torch has none.
+        EngineError: torch has no dtype for it.
     """
     name = torch_name(kind.name)
     if name is None:
         raise EngineError(f"torch has no dtype for TensorRT's {kind.name}.")
-    return dtypes.dtype_of(name)
+    return dtype_of(name)
 
 
-def _address(weights: Any) -> int:
+def _address_of(weights: Any) -> int:
+    # a pybind11 instance has a pointer to its C++ value right after the Python object header
     value = ctypes.c_void_p.from_address(id(weights) + object.__basicsize__).value
     if value is None:
-        raise _unknown_layout()
+        raise _unknown_layout_error()
     found = _CWeights.from_address(value)
+    # guards against another layout: both values are known from the public attributes
     if (found.type, found.count) != (int(weights.dtype), weights.size) or not found.values:
-        raise _unknown_layout()
+        raise _unknown_layout_error()
     return int(found.values)
 
 
-def _unknown_layout() -> EngineError:
-    return EngineError("This build of tensorrt keeps weights of networks in a way unknown to us.")
+def _unknown_layout_error() -> EngineError:
+    return EngineError("This build of tensorrt stores weights in an unknown layout.")
 
 
-# MERGED torch_tensors: The tensors that a part holds which torch runs.
+# -- parts that torch runs -----------------------------------------------------------------------
 
 
 class TorchTensors:
-    """Parameters, buffers and constants of one part.
+    """Parameters, buffers and constants of one part that torch runs.
 
     Attributes:
-        scanned: Their values by name; flat and contiguous.
-        origins: Where they come from, if a recording ran.
-        layer_types: Always empty: it has no layers.
+        scanned: Values by name; flat and contiguous.
+        origins: Origins of the values by name; empty without a recording.
+        layer_types: Always empty, because the part has no layers.
     """
 
     layer_types: frozenset[str] = frozenset()
 
     def __init__(self, name: str, module: GraphModule, tape: Tape | None = None) -> None:
-        """Read a part."""
+        """Read the tensors of a part.
+
+        Args:
+            name: Name of the part.
+            module: The part.
+            tape: The active recording, to find the origins of the values; None without one.
+        """
         self._name = name
-        held = tensors_in(module)
+        tensors = tensors_in(module)
         self.origins: dict[str, Origin] = (
-            {} if tape is None else {name: tape.origin_of(value) for name, value in held.items()}
+            {} if tape is None else {name: tape.origin_of(value) for name, value in tensors.items()}
         )
-        self._shapes = {target: tuple(tensor.shape) for target, tensor in held.items()}
+        self._shapes = {target: tuple(tensor.shape) for target, tensor in tensors.items()}
         self.scanned: dict[str, torch.Tensor] = {
-            target: tensor.detach().contiguous().reshape(-1) for target, tensor in held.items()
+            target: tensor.detach().contiguous().reshape(-1) for target, tensor in tensors.items()
         }
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        """All of them as slots."""
+        """All tensors as slots."""
         return tuple(
             Slot(
                 engine=self._name,
@@ -372,19 +395,23 @@ class TorchTensors:
         )
 
     def point(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Take other values, without a copy."""
+        """Replace values by these tensors, without a copy."""
         self.scanned.update(values)
 
 
 def tensor_in(module: GraphModule, name: str) -> torch.Tensor:
-    """One of ``tensors_in``: its name is a path of attributes, and no graph has to be walked.
+    """One tensor of ``tensors_in``, without walking the graph.
+
+    Args:
+        module: The part.
+        name: Path of attributes to the tensor.
 
     Raises:
-        KeyError: There is none of this name.
+        KeyError: There is no such tensor.
     """
     try:
         value = attrgetter(name)(module)
-    except AttributeError:  # a hook of the module's state_dict may have names of its own
+    except AttributeError:  # a state_dict hook can rename tensors
         return tensors_in(module)[name]
     if not isinstance(value, torch.Tensor):
         raise KeyError(name)
@@ -392,7 +419,7 @@ def tensor_in(module: GraphModule, name: str) -> torch.Tensor:
 
 
 def tensors_in(module: GraphModule) -> dict[str, torch.Tensor]:
-    """Tensors that the graph of a module reads, by name, and those of its state_dict."""
+    """Tensors that the module's graph reads, and those of its state_dict, by name."""
     found: dict[str, torch.Tensor] = dict(module.state_dict())
     for node in module.graph.nodes:
         if node.op == "get_attr":

@@ -1,4 +1,9 @@
-"""A lowered program cut into the parts that become engines, and those that torch runs."""
+"""Partitions a program into the parts that become engines and those that torch runs.
+
+``lower`` and then ``partition_program`` repeat upstream's compilation up to the point where
+engines are built. The result must have the same parts as the compiled module. ``check_structures``
+and ``check_slots`` compare the two and list the differences.
+"""
 
 from __future__ import annotations
 
@@ -25,20 +30,23 @@ if TYPE_CHECKING:
 
 
 ACCELERATED = "_run_on_acc"
-"""How upstream names the children that become engines (``partitioning/_adjacency_partitioner.py``
-and ``_global_partitioner.py``): it is their only mark."""
+"""Marks the names of children that become engines.
+
+Upstream gives them no other mark (``partitioning/_adjacency_partitioner.py`` and
+``_global_partitioner.py``).
+"""
 
 
 class Structure(Frozen):
-    """What a part is, apart from its weights.
+    """The structure of a part, without its weights.
 
     Attributes:
-        name: Name of the child.
-        accelerated: Whether it becomes an engine.
-        graph: sha256 over ops, shapes and dtypes; values of weights do not matter.
-        ops: Its calls, in order, to tell what differs.
-        inputs: Names of its inputs.
-        outputs: Number of its outputs.
+        name: Name of the child module.
+        accelerated: Whether the part becomes an engine.
+        graph: sha256 of ops, shapes and dtypes. Values of weights do not change it.
+        ops: Names of the called ops in order, for error messages.
+        inputs: Names of the inputs, in order.
+        outputs: Number of outputs.
     """
 
     name: str
@@ -50,13 +58,13 @@ class Structure(Frozen):
 
 
 @dataclass(frozen=True)
-class Part:
-    """One part.
+class ProgramPart:
+    """One part of a program, with its weights.
 
     Attributes:
-        structure: What it is, apart from its weights.
-        module: Its graph, with weights.
-        inputs: For an accelerated one, a ``torch_tensorrt.Input`` for each input.
+        structure: The part's structure.
+        module: The part's graph and weights.
+        inputs: A ``torch_tensorrt.Input`` for each input of an accelerated part; else empty.
     """
 
     structure: Structure
@@ -65,58 +73,62 @@ class Part:
 
     @property
     def name(self) -> str:
-        """Name of the child."""
+        """Name of the child module."""
         return self.structure.name
 
 
 @dataclass(frozen=True)
-class Cut:
+class PartitionedProgram:
     """A program in parts.
 
     Attributes:
-        whole: What calls them.
+        root: The module that calls the parts.
         parts: The parts, in the order of their calls.
     """
 
-    whole: GraphModule
-    parts: tuple[Part, ...]
+    root: GraphModule
+    parts: tuple[ProgramPart, ...]
 
 
-def cut(lowered: GraphModule, settings: Any, *, inlined: bool = False) -> Cut:
-    """Cut a lowered program as upstream does.
+def partition_program(
+    lowered: GraphModule, settings: Any, *, inlined: bool = False
+) -> PartitionedProgram:
+    """Partition a lowered program as upstream does.
 
     Args:
-        lowered: What ``lowering.lower`` gave. It is used up.
+        lowered: Result of ``lower``. It is changed and must not be used afterwards.
         settings: A ``torch_tensorrt.dynamo.CompilationSettings``.
-        inlined: Whether torch's parts are inlined, as in saved programs.
+        inlined: Whether to inline the parts that torch runs, as saved programs do.
 
     Raises:
-        CompileError: Too few ops are supported for any engine, or upstream fails.
+        CompileError: Upstream fails, or it supports too few ops for an engine.
     """
-    with torch.no_grad(), raised_as(CompileError, "Torch-TensorRT cannot cut the program"):
-        whole = _partitioned(lowered, settings)
+    with torch.no_grad(), raised_as(CompileError, "Torch-TensorRT cannot partition the program"):
+        root = _partition(lowered, settings)
         if inlined:
             from torch_tensorrt.dynamo._exporter import inline_torch_modules  # noqa: PLC0415
 
-            inline_torch_modules(whole)
-            whole.delete_all_unused_submodules()
+            # an inlined program has no children for torch's parts, so only engines remain
+            inline_torch_modules(root)
+            root.delete_all_unused_submodules()
         parts = tuple(
-            _part(whole, name, child, settings)
-            for name, child in whole.named_children()
+            _part_of(root, name, child, settings)
+            for name, child in root.named_children()
             if isinstance(child, torch.fx.GraphModule)
         )
     if not any(part.structure.accelerated for part in parts):
         raise _nothing_to_accelerate(lowered, settings, "no part of the program")
-    return Cut(whole, parts)
+    return PartitionedProgram(root, parts)
 
 
-def _partitioned(lowered: GraphModule, settings: Any) -> GraphModule:
+def _partition(lowered: GraphModule, settings: Any) -> GraphModule:
     from torch.fx.passes.splitter_base import FxNetSplitterInternalError  # noqa: PLC0415
     from torch_tensorrt.dynamo import partitioning  # noqa: PLC0415
     from torch_tensorrt.dynamo.conversion._ConverterRegistry import (  # noqa: PLC0415
         DYNAMO_CONVERTERS,
     )
 
+    # the registry is global: some converters support an op only with certain settings
     DYNAMO_CONVERTERS.set_compilation_settings(settings)
     supported, total = partitioning.get_graph_converter_support(
         lowered, settings.torch_executed_ops
@@ -130,19 +142,19 @@ def _partitioned(lowered: GraphModule, settings: Any) -> GraphModule:
     }
     if settings.use_fast_partitioner:
         try:
-            whole: GraphModule
-            whole, _ = partitioning.fast_partition(
-                lowered, skip_fusion=supported == total, **_known(partitioning, common)
+            root: GraphModule
+            root, _ = partitioning.fast_partition(
+                lowered, skip_fusion=supported == total, **_accepted(partitioning, common)
             )
         except FxNetSplitterInternalError:
-            pass  # as upstream: the global partitioner takes what the fast one cannot
+            pass  # as upstream, which falls back to the global partitioner
         else:
-            return whole
-    whole, _ = partitioning.global_partition(lowered, **common)
-    return whole
+            return root
+    root, _ = partitioning.global_partition(lowered, **common)
+    return root
 
 
-def _known(partitioning: Any, wanted: dict[str, Any]) -> dict[str, Any]:
+def _accepted(partitioning: Any, wanted: dict[str, Any]) -> dict[str, Any]:
     names = inspect.signature(partitioning.fast_partition).parameters
     return {name: value for name, value in wanted.items() if name in names}
 
@@ -150,23 +162,23 @@ def _known(partitioning: Any, wanted: dict[str, Any]) -> dict[str, Any]:
 def _nothing_to_accelerate(lowered: GraphModule, settings: Any, what: str) -> CompileError:
     ops = sorted({str(n.target) for n in lowered.graph.nodes if n.op == "call_function"})
     return CompileError(
-        f"Torch-TensorRT supports {what}, and min_block_size is {settings.min_block_size}: there "
-        "would be no engine.",
+        f"Torch-TensorRT supports {what}, and min_block_size is {settings.min_block_size}, so the "
+        "program would have no engine.",
         problems=[Problem(op, "op of the program") for op in ops],
         hint="Lower min_block_size, or compile with 'aotinductor'.",
     )
 
 
-def _part(whole: GraphModule, name: str, child: GraphModule, settings: Any) -> Part:
+def _part_of(root: GraphModule, name: str, child: GraphModule, settings: Any) -> ProgramPart:
     accelerated = ACCELERATED in name
     structure = structure_of(name, child, accelerated=accelerated)
     if not accelerated:
-        return Part(structure, child)
-    return Part(structure, child, tuple(_inputs(whole, name, child, settings)))
+        return ProgramPart(structure, child)
+    return ProgramPart(structure, child, tuple(_inputs_of(root, name, child, settings)))
 
 
 def structure_of(name: str, module: GraphModule, *, accelerated: bool) -> Structure:
-    """What a part is, apart from its weights."""
+    """The structure of a part, without its weights."""
     nodes = list(module.graph.nodes)
     lines = "".join(graph_lines(module))
     result = nodes[-1].args[0] if nodes and nodes[-1].op == "output" else ()
@@ -180,7 +192,7 @@ def structure_of(name: str, module: GraphModule, *, accelerated: bool) -> Struct
     )
 
 
-def _inputs(whole: GraphModule, name: str, child: GraphModule, settings: Any) -> Sequence[Any]:
+def _inputs_of(root: GraphModule, name: str, child: GraphModule, settings: Any) -> Sequence[Any]:
     from torch_tensorrt.dynamo import partitioning  # noqa: PLC0415
 
     inputs: Sequence[Any] = partitioning.construct_submodule_inputs(child)
@@ -190,31 +202,29 @@ def _inputs(whole: GraphModule, name: str, child: GraphModule, settings: Any) ->
         repair_double_inputs,
     )
 
-    # it runs the part once, wherever that can be: the engine's own device may be missing
+    # upstream runs the part once on this device; the engine's own device may not exist here
     tensor = next(iter(child.state_dict().values()), torch.empty(0))
-    repaired: Sequence[Any] = repair_double_inputs(whole, child, inputs, tensor.device, name)
+    repaired: Sequence[Any] = repair_double_inputs(root, child, inputs, tensor.device, name)
     return repaired
 
 
-# MERGED lowering: A program as Torch-TensorRT lowers it before it cuts it into parts.
-#
-# The steps and their order are those of ``torch_tensorrt/dynamo/_compiler.py`` and ``_refit.py``
-# (2.11 to 2.14). They change the program that they are given, so it has to be one of our own.
+# -- lowering ------------------------------------------------------------------------------------
 
 
 def lower(program: ExportedProgram, settings: Any) -> GraphModule:
-    """Lower a program.
+    """Lower a program as Torch-TensorRT does before it partitions the program.
 
     Args:
-        program: The program; it is changed, and its tensors are shared with the result.
+        program: The program. It is changed, and the result shares its tensors.
         settings: A ``torch_tensorrt.dynamo.CompilationSettings``.
 
     Raises:
-        CompileError: Torch-TensorRT cannot lower it, or the program changes buffers.
+        CompileError: Torch-TensorRT cannot lower the program, or the program changes buffers.
     """
-    from torch_tensorrt.dynamo import lowering  # noqa: PLC0415 - imported by whoever calls this
+    from torch_tensorrt.dynamo import lowering  # noqa: PLC0415 - takes seconds to import
 
-    _check_pure(program)
+    _check_no_mutation(program)
+    # the same steps in the same order as ``_compiler.py`` and ``_refit.py`` of 2.11 to 2.14
     with torch.no_grad(), raised_as(CompileError, "Torch-TensorRT cannot lower the program"):
         program = lowering.pre_export_lowering(program, settings)
         program = program.run_decompositions(_decompositions(settings))
@@ -222,9 +232,10 @@ def lower(program: ExportedProgram, settings: Any) -> GraphModule:
     return lowered
 
 
-def _check_pure(program: ExportedProgram) -> None:
-    """Refuse programs that change buffers: upstream turns those into inputs of the engines.
+def _check_no_mutation(program: ExportedProgram) -> None:
+    """Raise an error if the program changes buffers.
 
+    Upstream turns changed buffers into inputs of the engines, but only when it compiles:
     ``_compiler.py`` of 2.14 lifts them (``lift_mutated_buffers``), its ``_refit.py`` does not.
     """
     changed = [leaf.fqn for leaf in facts_of(program).leaves if leaf.mutated]
@@ -237,7 +248,7 @@ def _check_pure(program: ExportedProgram) -> None:
 
 
 def _decompositions(settings: Any) -> Any:
-    """The table for these settings; its arguments differ from version to version."""
+    """The decomposition table for the settings."""
     from torch_tensorrt.dynamo.lowering import get_decompositions  # noqa: PLC0415
 
     wanted = {
@@ -246,24 +257,29 @@ def _decompositions(settings: Any) -> Any:
         "use_distributed_mode_trace": getattr(settings, "use_distributed_mode_trace", False),
         "use_fp32_acc": getattr(settings, "use_fp32_acc", False),
     }
+    # versions differ in their parameters, and older settings lack the fields
     known = inspect.signature(get_decompositions).parameters
     return get_decompositions(**{name: value for name, value in wanted.items() if name in known})
 
 
-# MERGED matching: Whether a program is cut into the parts that were compiled, and what differs if
-# it is not.
+# -- comparing with a compiled program -----------------------------------------------------------
 
 
 def check_structures(found: Sequence[Structure], wanted: Sequence[Structure]) -> None:
-    """Compare the parts of a program with those that were compiled.
+    """Compare the parts of a program with the compiled ones.
+
+    Args:
+        found: Structures of the program's parts.
+        wanted: Structures of the compiled parts.
 
     Raises:
-        PlanMismatchError: Names, ops, shapes, dtypes, inputs or outputs differ; lists what does.
+        PlanMismatchError: Names, ops, shapes, dtypes, inputs or outputs differ.
+            Lists the differences.
     """
     problems = list(_differences({s.name: s for s in found}, {s.name: s for s in wanted}))
     if problems:
         raise PlanMismatchError(
-            "The program is not the one that was compiled: it makes other engines.",
+            "The program does not match the compiled one: it has other engines.",
             problems=problems,
             hint="Export the same model with the same inputs and dynamic shapes; only its weights "
             "may differ.",
@@ -271,19 +287,24 @@ def check_structures(found: Sequence[Structure], wanted: Sequence[Structure]) ->
 
 
 def check_slots(found: Mapping[str, Sequence[Slot]], wanted: Mapping[str, Sequence[Slot]]) -> None:
-    """Compare the slots of the parts of a program with those that were compiled.
+    """Compare the slots of a program's parts with the compiled ones.
+
+    Args:
+        found: Slots of the program, by part.
+        wanted: Slots of the compiled program, by part.
 
     Raises:
-        PlanMismatchError: There are others, or they have other dtypes or shapes; lists them.
+        PlanMismatchError: Slots are missing or added, or their dtypes or shapes differ. Lists them.
     """
-    here, there = _by_key(found), _by_key(wanted)
+    found_slots, wanted_slots = _by_key(found), _by_key(wanted)
     problems = [
-        Problem("/".join(key), "slot", _slot_text(here.get(key)), _slot_text(there.get(key)))
-        for key in sorted(here.keys() | there.keys())
-        if here.get(key) != there.get(key)
+        Problem("/".join(key), "slot", _slot_text(one), _slot_text(other))
+        for key in sorted(found_slots.keys() | wanted_slots.keys())
+        if (one := found_slots.get(key)) != (other := wanted_slots.get(key))
     ]
     if problems:
-        raise PlanMismatchError("The networks have other weights.", problems=problems)
+        message = "The networks have other slots than the compiled ones."
+        raise PlanMismatchError(message, problems=problems)
 
 
 def _by_key(slots: Mapping[str, Sequence[Slot]]) -> dict[tuple[str, str], Slot]:
@@ -297,25 +318,26 @@ def _slot_text(slot: Slot | None) -> str:
 def _differences(found: dict[str, Structure], wanted: dict[str, Structure]) -> Iterator[Problem]:
     for name in sorted(found.keys() | wanted.keys()):
         if name not in found:
-            yield Problem(name, "no part for this engine", wanted=_kind(wanted[name]))
+            yield Problem(name, "no part for this engine", wanted=_summary(wanted[name]))
         elif name not in wanted:
-            yield Problem(name, "no engine for this part", _kind(found[name]))
+            yield Problem(name, "no engine for this part", _summary(found[name]))
         else:
-            yield from _within(found[name], wanted[name])
+            yield from _part_differences(found[name], wanted[name])
 
 
-def _kind(structure: Structure) -> str:
+def _summary(structure: Structure) -> str:
     return f"{'an engine' if structure.accelerated else 'torch'} with {len(structure.ops)} ops"
 
 
-def _within(found: Structure, wanted: Structure) -> Iterator[Problem]:
+def _part_differences(found: Structure, wanted: Structure) -> Iterator[Problem]:
     name = wanted.name
     if found.accelerated != wanted.accelerated:
-        yield Problem(name, "runs elsewhere", _kind(found), _kind(wanted))
-    for number, (mine, theirs) in enumerate(zip_longest(found.ops, wanted.ops, fillvalue="none")):
-        if mine != theirs:
-            yield Problem(name, f"op {number}", mine, theirs)
-            return
+        yield Problem(name, "kind of part", _summary(found), _summary(wanted))
+    pairs = zip_longest(found.ops, wanted.ops, fillvalue="none")
+    for number, (found_op, wanted_op) in enumerate(pairs):
+        if found_op != wanted_op:
+            yield Problem(name, f"op {number}", found_op, wanted_op)
+            return  # ops after the first difference usually differ too
     if found.inputs != wanted.inputs:
         yield Problem(name, "inputs", ", ".join(found.inputs), ", ".join(wanted.inputs))
     elif found.outputs != wanted.outputs:

@@ -1,4 +1,13 @@
-"""Compilation settings: from plain data, agreement of all engines, what they forbid."""
+"""Compilation settings of Torch-TensorRT, from engines and from the user's options.
+
+The module has four groups of functions:
+
+1. ``settings_from`` turns the plain settings of an engine's metadata into upstream's
+   ``CompilationSettings``. ``shared_settings`` and ``check_refittable`` check the settings.
+2. ``settings_text`` gives the settings that plans depend on, as text.
+3. ``plain_options`` and ``settings_from_options`` do the same for the user's options.
+4. ``key_of_options`` and ``key_of_settings`` compute keys of the plan cache.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +53,9 @@ _RETIRED = frozenset(
         "cuda_graph_strategy",
     }
 )
-"""Fields of 2.11 to 2.13 that 2.14 no longer has: it reads such settings without them."""
+"""Fields of 2.11 to 2.13 that 2.14 no longer has. 2.14 ignores them when it reads settings."""
 
-_WITHOUT_EFFECT = frozenset(
+_IRRELEVANT_FIELDS = frozenset(
     {
         *("device", "workspace_size", "timing_cache_path", "lazy_engine_init", "dryrun"),
         *("cache_built_engines", "reuse_cached_engines", "num_avg_timing_iters"),
@@ -61,64 +70,65 @@ _WITHOUT_EFFECT = frozenset(
         *("autocast_calibration_dataloader",),
     }
 )
-"""Fields that change neither how a model is cut into engines nor the names of slots."""
+"""Fields that change neither the partitioning of a model nor the names of slots."""
 
 
 def settings_from(fields: Mapping[str, Any], engine: str) -> Any:
     """The installed version's ``CompilationSettings`` with these fields.
 
-    Fields that are absent get the installed version's defaults, as upstream's do.
+    Missing fields get the installed version's defaults, as in upstream.
 
     Args:
-        fields: As :class:`~refitkit.builtin.torch_tensorrt.metadata.Metadata` has them.
-        engine: Name of the engine, for messages.
+        fields: Fields as in :class:`~refitkit.builtin.torch_tensorrt.metadata.Metadata`.
+        engine: Name of the engine, for error messages.
 
     Raises:
-        UnsupportedTargetError: Fields are unknown, of another type, or there is no device.
+        UnsupportedTargetError: Fields are unknown or have another type, or the device is missing.
     """
     cls = _settings_class()
     wanted = {one.name: one.type for one in dataclasses.fields(cls)}
     problems = []
     values = {}
-    for name, plain in fields.items():
+    # every field is checked: upstream would set any value, and fail later in another place
+    for name, encoded in fields.items():
         if name in _RETIRED and name not in wanted:
             continue
         if name not in wanted:
-            problems.append(Problem(name, "unknown setting", repr(plain)[:80]))
+            problems.append(Problem(name, "unknown setting", repr(encoded)[:80]))
             continue
-        value = _real(plain)
-        if not fits(value, wanted[name]):
-            problems.append(Problem(name, "type", repr(plain)[:80], str(wanted[name])))
+        value = _upstream_value(encoded)
+        if not matches_type(value, wanted[name]):
+            problems.append(Problem(name, "type", repr(encoded)[:80], str(wanted[name])))
         values[name] = value
     if "device" not in fields:
         problems.append(Problem("device", "missing"))
     if problems:
         raise UnsupportedTargetError(
-            f"The compilation settings of the engine {engine!r} are not those of this version.",
+            f"The installed version does not know the settings of the engine {engine!r}.",
             problems=problems,
-            hint="Was it compiled with a newer Torch-TensorRT? Then install that one.",
+            hint="If a newer Torch-TensorRT compiled the engine, install that version.",
         )
     try:
         return cls(**values)
     except Exception as exc:
-        raise_if_resource(exc, f"Settings of the engine {engine!r} cannot be read")
+        raise_if_resource(exc, f"The settings of the engine {engine!r} cannot be read")
         raise UnsupportedTargetError(
             f"torch_tensorrt refuses the settings of the engine {engine!r}: {exc}"
         ) from exc
 
 
-def agreed(settings: Mapping[str, Any]) -> Any:
+def shared_settings(settings: Mapping[str, Any]) -> Any:
     """The settings that all engines share.
 
     Args:
-        settings: Each engine's ``CompilationSettings``, by the engine's name; at least one.
+        settings: The ``CompilationSettings`` of each engine, by name of the engine; at least one.
 
     Raises:
-        UnsupportedTargetError: They differ; lists every field of every engine that does.
+        UnsupportedTargetError: The settings differ. Lists every differing field of every engine.
     """
     (first, wanted), *others = settings.items()
-    texts = {name: _all_text(one) for name, one in others}
-    reference = _all_text(wanted)
+    texts = {name: _texts(one) for name, one in others}
+    reference = _texts(wanted)
     problems = [
         Problem(f"{name}: {key}", "differs", text.get(key, "nothing"), reference.get(key, "none"))
         for name, text in texts.items()
@@ -127,9 +137,9 @@ def agreed(settings: Mapping[str, Any]) -> Any:
     ]
     if problems:
         raise UnsupportedTargetError(
-            f"Engines of one module were compiled with settings other than those of {first!r}.",
+            f"The engines of the module were compiled with other settings than {first!r}.",
             problems=problems,
-            hint="Compile the whole model in one go.",
+            hint="Compile the whole model in one call.",
         )
     return wanted
 
@@ -137,11 +147,15 @@ def agreed(settings: Mapping[str, Any]) -> Any:
 def check_refittable(settings: Any, engine: str) -> None:
     """Check that engines with these settings can take new weights.
 
-    Engines that were stripped of their weights (``strip_engine_weights``) can: they answer with
-    zeros until the first full refit.
+    Engines without weights (``strip_engine_weights``) can: they compute with zeros until the first
+    full refit.
+
+    Args:
+        settings: A ``CompilationSettings``.
+        engine: Name of the engine, for error messages.
 
     Raises:
-        NotRefittableError: They cannot; names the flags to set.
+        NotRefittableError: The engines cannot take new weights. Names the flags to set.
     """
     problems = []
     if getattr(settings, "immutable_weights", True):
@@ -154,30 +168,30 @@ def check_refittable(settings: Any, engine: str) -> None:
                 "refit with identical weights only",
                 "refit_identical_engine_weights=True",
                 "refit_identical_engine_weights=False",
-                "TensorRT does not define what refitting it with other weights does",
+                "in TensorRT a refit with other weights is undefined behavior",
             )
         )
     if problems:
         flags = ", ".join(problem.wanted for problem in problems)
         raise NotRefittableError(
-            "The module was compiled so that it cannot take other weights.",
+            "The compilation settings of the module do not allow other weights.",
             problems=problems,
             hint=f"Recompile it with {flags}.",
         )
 
 
 def is_stripped(settings: Any) -> bool:
-    """Whether engines with these settings hold no weights until they are refitted in full."""
+    """Whether engines with these settings have no weights until the first full refit."""
     return bool(getattr(settings, "strip_engine_weights", False))
 
 
 def settings_text(settings: Any) -> dict[str, str]:
-    """The settings that decide how a model is cut and how slots are called, for fingerprints."""
-    texts = _all_text(settings)
-    return {name: text for name, text in texts.items() if name not in _WITHOUT_EFFECT}
+    """The settings that partitioning and slot names depend on, as text, for fingerprints."""
+    texts = _texts(settings)
+    return {name: text for name, text in texts.items() if name not in _IRRELEVANT_FIELDS}
 
 
-def _all_text(settings: Any) -> dict[str, str]:
+def _texts(settings: Any) -> dict[str, str]:
     return {name: _text(value) for name, value in sorted(vars(settings).items())}
 
 
@@ -186,72 +200,75 @@ def _text(value: Any) -> str:
         return "{" + ", ".join(sorted(_text(one) for one in value)) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_text(one) for one in value) + "]"
-    if isinstance(value, OpOverload):
+    if isinstance(value, OpOverload):  # its own text lacks the namespace of torch
         return f"torch.ops.{value}"
     return str(value)
 
 
-def _part(name: str) -> Any:
+def _upstream_module(name: str) -> Any:
     upstream.torch_tensorrt()
     return importlib.import_module(f"torch_tensorrt.{name}")
 
 
 def _settings_class() -> Any:
-    return _part("dynamo._settings").CompilationSettings
+    return _upstream_module("dynamo._settings").CompilationSettings
 
 
-def _real(plain: Any) -> Any:
-    """What plain data stands for."""
-    if isinstance(plain, EnumValue):
-        return _enum_member(plain)
-    if isinstance(plain, DeviceValue):
-        return _device(plain)
-    if isinstance(plain, str) and plain.startswith("torch.") and plain.count(".") == 1:
-        dtype = getattr(torch, plain.removeprefix("torch."), plain)
-        return dtype if isinstance(dtype, torch.dtype) else plain
-    if isinstance(plain, frozenset):
-        return {_real(one) for one in plain}
-    return plain
+def _upstream_value(encoded: Any) -> Any:
+    """Upstream's value for a value of the metadata; unknown ones stay as they are."""
+    if isinstance(encoded, EnumValue):
+        return _enum_member(encoded)
+    if isinstance(encoded, DeviceValue):
+        return _device(encoded)
+    if isinstance(encoded, str) and encoded.startswith("torch.") and encoded.count(".") == 1:
+        dtype = getattr(torch, encoded.removeprefix("torch."), encoded)
+        return dtype if isinstance(dtype, torch.dtype) else encoded
+    if isinstance(encoded, frozenset):
+        return {_upstream_value(one) for one in encoded}
+    return encoded
 
 
-def _enum_member(plain: EnumValue) -> Any:
-    enum = getattr(_part("_enums"), plain.enum)
+def _enum_member(encoded: EnumValue) -> Any:
+    enum = getattr(_upstream_module("_enums"), encoded.enum)
     try:
-        return enum(plain.value)
-    except Exception:  # noqa: BLE001 - upstream's enums raise what their look-ups raise
-        return plain
+        return enum(encoded.value)
+    except Exception:  # noqa: BLE001 - upstream's enums raise any error
+        return encoded
 
 
-def _device(plain: DeviceValue) -> Any:
+def _device(encoded: DeviceValue) -> Any:
     cls = upstream.torch_tensorrt().Device
+    # the constructor takes a specification, not the pickled fields
     device = cls.__new__(cls)
     kinds = {"gpu_id": int, "dla_core": int, "allow_gpu_fallback": bool}
-    for name, value in plain.fields:
-        real = _real(value)
-        fits = type(real) is kinds[name] if name in kinds else _is_device_type(name, real)
-        if not fits:
-            return plain
+    for name, value in encoded.fields:
+        real = _upstream_value(value)
+        matches = type(real) is kinds[name] if name in kinds else _is_device_type(name, real)
+        if not matches:
+            return encoded
         setattr(device, name, real)
     return device
 
 
 def _is_device_type(name: str, value: Any) -> bool:
-    kind = _part("_enums").DeviceType
+    kind = _upstream_module("_enums").DeviceType
     return name == "device_type" and isinstance(value, kind)
 
 
-def fits(value: Any, wanted: Any) -> bool:
-    """Whether a value is of the type that upstream's dataclass declares."""
+def matches_type(value: Any, wanted: Any) -> bool:
+    """Whether a value has the type that a field of upstream's dataclass declares."""
     origin = typing.get_origin(wanted)
     if origin in {typing.Union, types.UnionType}:
-        return any(fits(value, one) for one in typing.get_args(wanted))
+        return any(matches_type(value, one) for one in typing.get_args(wanted))
+    # upstream declares collections of ops and dtypes; in metadata ops are names
     if origin is not None and issubclass(origin, collections.abc.Collection):
         several = isinstance(value, (set, frozenset, list, tuple))
         return several and all(isinstance(one, str) or _is_enum(one) for one in value)
-    return isinstance(wanted, type) and _is_one(value, wanted)
+    return isinstance(wanted, type) and _is_instance(value, wanted)
 
 
-def _is_one(value: Any, wanted: type) -> bool:
+def _is_instance(value: Any, wanted: type) -> bool:
+    # type, not isinstance: a bool is an int in Python, but not in a setting
     if wanted is float:
         return type(value) in {int, float}
     if wanted in {bool, int, str}:
@@ -260,47 +277,47 @@ def _is_one(value: Any, wanted: type) -> bool:
 
 
 def _is_enum(value: Any) -> bool:
-    return isinstance(value, _part("_enums").dtype)
+    return isinstance(value, _upstream_module("_enums").dtype)
 
 
 def _is_dtype(wanted: type) -> bool:
-    return wanted is _part("_enums").dtype
+    return wanted is _upstream_module("_enums").dtype
 
 
-# MERGED options: The user's options as ``torch_tensorrt.dynamo.CompilationSettings``.
+# -- options of the user -------------------------------------------------------------------------
 
-_OURS = {
-    "immutable_weights": "networks are refitted before they are built",
-    "refit_identical_engine_weights": "networks are refitted before they are built",
-    "strip_engine_weights": "the engine is built with its weights",
-    "device": "nothing runs here",
-    "dryrun": "it would build nothing",
-    "enable_cross_compile_for_windows": "it is not supported",
-    "cache_built_engines": "refitting replaces it",
-    "reuse_cached_engines": "refitting replaces it",
+_RESERVED = {
+    "immutable_weights": "a network takes new weights before it is built",
+    "refit_identical_engine_weights": "a network takes new weights before it is built",
+    "strip_engine_weights": "engines are built with their weights",
+    "device": "planning runs no engine",
+    "dryrun": "a dry run builds no engine",
+    "enable_cross_compile_for_windows": "this backend does not support it",
+    "cache_built_engines": "a refit replaces the engine cache",
+    "reuse_cached_engines": "a refit replaces the engine cache",
 }
-"""Fields that an option may not set, and why."""
+"""Fields that a user cannot set as options, with the reason."""
 
 IMPORTS = "imports"
-"""Option of ours: modules that sessions import first, because they register ops or converters."""
+"""Option of refitkit: modules to import in sessions, because they register ops or converters."""
 
-_PATHS = frozenset({"timing_cache_path", "runtime_cache_path", "engine_cache_dir"})
-"""Options that name files of the machine that they were given on."""
+_PATH_OPTIONS = frozenset({"timing_cache_path", "runtime_cache_path", "engine_cache_dir"})
+"""Options that name files on the machine where they were set."""
 
 _PACKAGES = ("torch", "torch-tensorrt", "torch-tensorrt-rtx", "tensorrt", "tensorrt-rtx")
 
 
-def plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as JSON can hold them: ops and dtypes by name.
+def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as JSON data, with ops and dtypes by name.
 
     Raises:
-        ConfigError: One cannot be written so; names all of them.
+        ConfigError: Options have values of other types. Names all of them.
     """
     done: dict[str, Any] = {}
     problems: list[Problem] = []
     for name, value in options.items():
         try:
-            done[name] = _plain(value)
+            done[name] = _plain_value(value)
         except (TypeError, AttributeError, RuntimeError):
             problems.append(Problem(name, "type", type(value).__name__))
     if problems:
@@ -308,84 +325,90 @@ def plain(options: Mapping[str, Any]) -> dict[str, Any]:
     return done
 
 
-def _plain(value: Any) -> Any:
+def _plain_value(value: Any) -> Any:
     if isinstance(value, str | int | float | bool | None):
         return value
     if isinstance(value, torch.dtype):
         return str(value)
     if isinstance(value, list | tuple | set | frozenset):
-        return sorted(map(_plain, value), key=str)
+        # the order of such options has no effect, so equal options get equal plan keys
+        return sorted(map(_plain_value, value), key=str)
     if isinstance(value, OpOverload | OpOverloadPacket | BuiltinFunctionType):
         return _get_qualified_name(value)
     raise TypeError(value)
 
 
-def trusted(options: Mapping[str, Any], file: str) -> dict[str, Any]:
-    """Options from a file, without those that a file may not decide.
+def options_from_file(options: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """Options of a file, without those that a file must not set.
 
-    Paths of another machine are left out. Modules are imported where this process has imported
-    them already: whoever wrote the file may not choose what runs here.
+    Paths of another machine are removed. Modules in ``imports`` are allowed only if this process
+    has already imported them, so that the author of a file cannot choose code to run.
+
+    Args:
+        options: Options as the file stores them.
+        file: Name of the file, for error messages.
 
     Raises:
-        UnsupportedTargetError: It wants modules to be imported that are not; lists them.
+        UnsupportedTargetError: The options name modules that are not imported. Lists them.
     """
     names = options.get(IMPORTS, [])
     listed = names if isinstance(names, list) else [names]
     problems = [
-        Problem(str(name), "module that is not imported")
+        Problem(str(name), "module is not imported")
         for name in listed
         if not isinstance(name, str) or name not in sys.modules
     ]
     if problems:
         raise UnsupportedTargetError(
-            f"{file!r} was made with modules that register ops or converters.",
+            f"{file!r} needs modules that register ops or converters.",
             problems=problems,
-            hint="A file cannot have them imported: if you trust them, import them first.",
+            hint="A file cannot import modules. If you trust these modules, import them first.",
         )
-    return {name: value for name, value in options.items() if name not in _PATHS}
+    return {name: value for name, value in options.items() if name not in _PATH_OPTIONS}
 
 
 def settings_from_options(options: Mapping[str, Any]) -> Any:
     """Compilation settings for a network that is built without a GPU.
 
     Args:
-        options: What ``plain`` gave.
+        options: Result of ``plain_options``, without ``imports``.
 
     Raises:
-        ConfigError: An option does not exist or is not for the user to set; names all of them.
+        ConfigError: Options are unknown, reserved, or have another type. Names all of them.
     """
-    import torch_tensorrt  # noqa: PLC0415 - imported by whoever calls this
+    import torch_tensorrt  # noqa: PLC0415 - takes seconds to import
     from torch_tensorrt.dynamo import CompilationSettings  # noqa: PLC0415
 
     fields = {field.name: field.type for field in dataclasses.fields(CompilationSettings)}
-    given = {name: _meant(value) for name, value in options.items()}
+    given = {name: _typed_value(value) for name, value in options.items()}
     problems = [
-        Problem(name, "not yours to set", hint=why)
-        for name, why in _OURS.items()
+        Problem(name, "reserved by the backend", hint=why)
+        for name, why in _RESERVED.items()
         if name in options
     ]
-    problems += unknown(options.keys() - _OURS.keys(), fields)
+    problems += unknown_options(options.keys() - _RESERVED.keys(), fields)
     problems += [
         Problem(name, "type", repr(value), str(fields[name]))
         for name, value in given.items()
-        if name in fields and name not in _OURS and not fits(value, fields[name])
+        if name in fields and name not in _RESERVED and not matches_type(value, fields[name])
     ]
     if problems:
         raise ConfigError("These options cannot be used.", problems=problems)
+    # a refit sets weights in the network and builds again, so the engine itself is never refitted
     return CompilationSettings(
         **given, immutable_weights=True, device=torch_tensorrt.Device("cuda:0")
     )
 
 
-def unknown(options: Iterable[str], known: Collection[str]) -> Iterator[Problem]:
-    """A problem for each option that does not exist, in order."""
+def unknown_options(options: Iterable[str], known: Collection[str]) -> Iterator[Problem]:
+    """A problem for each option that does not exist, sorted by name."""
     for name in sorted(set(options) - set(known)):
         near = get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else ""
         yield Problem(name, "no such option", hint=hint)
 
 
-def _meant(value: Any) -> Any:
+def _typed_value(value: Any) -> Any:
     if isinstance(value, str) and value.startswith("torch."):
         dtype = getattr(torch, value.removeprefix("torch."), None)
         return dtype if isinstance(dtype, torch.dtype) else value
@@ -393,7 +416,7 @@ def _meant(value: Any) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what makes an engine here."""
+    """Versions of Python and of the installed packages that engines depend on."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -403,46 +426,57 @@ def versions() -> dict[str, str]:
     return found
 
 
-# MERGED plan_key: What plans of these backends depend on, before they are made: keys of the plan
-# cache.
+# -- keys of the plan cache ----------------------------------------------------------------------
 
 _REGISTRY = "torch_tensorrt.dynamo.conversion._ConverterRegistry"
-_OF_UPSTREAM = ("torch_tensorrt.", "modelopt.")
+_UPSTREAM_PREFIXES = ("torch_tensorrt.", "modelopt.")
 
 
 def key_of_options(options: Mapping[str, Any]) -> PlanKey | None:
-    """Of a plan that a session makes; None where sessions import modules of the user's.
+    """The cache key of a plan that a session makes.
+
+    Args:
+        options: The user's options.
+
+    Returns:
+        The key; None if sessions import the user's modules, which a key cannot describe.
 
     Raises:
-        ConfigError: An option has no text.
+        ConfigError: An option cannot be written as JSON.
     """
-    chosen = plain(options)
+    chosen = plain_options(options)
+    # the text of the key does not contain the code of the modules
     if chosen.get(IMPORTS):
         return None
-    return _key(json.dumps(chosen, sort_keys=True), "cpu", None)
+    return _plan_key(json.dumps(chosen, sort_keys=True), "cpu", None)
 
 
 def key_of_settings(settings: Mapping[str, str]) -> PlanKey | None:
-    """Of a plan that is made in this process; None where converters of the user's may serve.
+    """The cache key of a plan that is made in this process.
 
     Args:
-        settings: Settings of the target on which slots depend, as text.
+        settings: Result of ``settings_text`` for the target.
+
+    Returns:
+        The key; None if converters of the user are registered, which a key cannot describe.
     """
-    if any(not name.startswith(_OF_UPSTREAM) for name in _converters()):
+    if any(not name.startswith(_UPSTREAM_PREFIXES) for name in _converter_modules()):
         return None
-    return _key(json.dumps(dict(settings), sort_keys=True), "cuda", settings)
+    return _plan_key(json.dumps(dict(settings), sort_keys=True), "cuda", settings)
 
 
-def _key(text: str, device: str, settings: Mapping[str, str] | None) -> PlanKey:
+def _plan_key(text: str, device: str, settings: Mapping[str, str] | None) -> PlanKey:
+    # weight names differ between CPU and GPU, see ``recording``
     where = f"{platform.system()} {platform.machine()} {device}"
     return PlanKey(text=text, versions=versions(), platform=where, settings=settings)
 
 
-def _converters() -> Iterator[str]:
-    """Modules of all registered converters.
+def _converter_modules() -> Iterator[str]:
+    """Modules of all registered converters, each with a dot at the end.
 
-    ``DYNAMO_ATEN_CONVERTERS`` in ``dynamo/conversion/_ConverterRegistry.py``, 2.11 to 2.14.
+    Source: ``DYNAMO_ATEN_CONVERTERS`` in ``dynamo/conversion/_ConverterRegistry.py``, 2.11 to 2.14.
     """
+    # without the registry torch_tensorrt was not imported, so there are no converters
     registry = sys.modules.get(_REGISTRY)
     for found in getattr(registry, "DYNAMO_ATEN_CONVERTERS", {}).values():
         for one in found:

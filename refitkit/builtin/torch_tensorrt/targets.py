@@ -1,4 +1,8 @@
-"""What a target holds: its engines and its parts that torch executes, by type and by structure."""
+"""Finds the engines and the torch parts of a target, by type and by structure.
+
+``inspect_target`` is the entry: it decides whether a target is one of this backend's and returns
+a :class:`Target`. It never changes the target.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,14 @@ from torch.export import ExportedProgram
 
 from refitkit.builtin.torch_tensorrt.children import (
     AttributeEngine,
+    EngineLocation,
     ModuleEngine,
-    Place,
     PythonModuleEngine,
     is_engine,
     is_packed_engine,
-    is_upstreams,
+    is_runtime_instance,
 )
-from refitkit.builtin.torch_tensorrt.settings import agreed, check_refittable, is_stripped
+from refitkit.builtin.torch_tensorrt.settings import check_refittable, is_stripped, shared_settings
 from refitkit.errors import Problem, UnsupportedTargetError
 
 if TYPE_CHECKING:
@@ -26,7 +30,7 @@ if TYPE_CHECKING:
 Handle = ModuleEngine | PythonModuleEngine | AttributeEngine
 
 REST = "_rest"
-"""Name of the part with the state that lies in the target itself, in none of its children."""
+"""Name of the torch part with the tensors that belong to the target itself and to no child."""
 
 _SUFFIX = "_engine"
 _WRAPPERS = {
@@ -37,18 +41,17 @@ _WRAPPERS = {
 
 @dataclass(frozen=True)
 class Target:
-    """A target that was understood. Understanding it changed nothing of it.
+    """A target's engines and torch parts.
 
     Attributes:
-        module: What is called.
+        module: The module that the user calls.
         engines: All engines by name.
-        torch_parts: What torch executes, by name of the child; ``REST`` for state of the target's
-            own: all of it, where the program is inlined.
+        torch_parts: Parts that torch executes, by name of the child. ``REST`` has the tensors of
+            the target itself; if the program is inlined, these are all tensors.
         settings: The ``CompilationSettings`` that all engines share.
-        inlined: Whether the parts that torch executes are inlined, so that ``REST`` has their
-            state.
-        stripped: Whether the engines hold zeros until they are refitted in full.
-        program: The program that the module was made from, where that is the target.
+        inlined: Whether the parts that torch executes are inlined into ``module``.
+        stripped: Whether the engines contain zeros until the first full refit.
+        program: The program that ``module`` was created from; None if the target is a module.
     """
 
     module: torch.nn.Module
@@ -60,62 +63,64 @@ class Target:
     program: ExportedProgram | None = field(default=None, repr=False)
 
 
-def understand(target: object) -> Target | None:
-    """Find out what a target is; None where there is no engine of Torch-TensorRT in it.
+def inspect_target(target: object) -> Target | None:
+    """Find the engines and torch parts of a target; None if it has no Torch-TensorRT engine.
 
     Args:
-        target: Anything. A program is unlifted; its engines and tensors stay the same objects.
+        target: Any object. A program is unlifted; its engines and tensors stay the same objects.
 
     Raises:
-        UnsupportedTargetError: Its engines cannot be used as they are, or do not agree.
-        NotRefittableError: Its engines cannot take other weights.
+        UnsupportedTargetError: The engines cannot be used as they are, or were compiled with
+            different settings.
+        NotRefittableError: The engines cannot take other weights.
     """
-    _refuse_wrappers(target)
+    _check_not_wrapper(target)
     if isinstance(target, ExportedProgram):
-        return _understand_program(target)
+        return _inspect_program(target)
     if isinstance(target, torch.nn.Module):
-        return _understood(target, _find(target, {}), None)
+        return _target_of(target, _find_engines(target, {}), None)
     return None
 
 
-def _understand_program(program: ExportedProgram) -> Target | None:
+def _inspect_program(program: ExportedProgram) -> Target | None:
     packed = sorted(name for name, one in program.constants.items() if is_packed_engine(one))
     if packed:
         raise UnsupportedTargetError(
-            "The program was saved with torch_tensorrt.save, which packs its engines away.",
+            "torch_tensorrt.save packed the engines of this program, so they cannot run.",
             problems=[Problem(name, "packed") for name in packed],
-            hint="Load the file that was saved.",
+            hint="Load the saved file and open the result.",
         )
     if not any(is_engine(one) for one in program.constants.values()):
         return None
+    # the unlifted module has the same tensors and engines, so a refit of it changes the program too
     module = program.module()
-    return _understood(module, _find(module, program.constants), program)
+    return _target_of(module, _find_engines(module, program.constants), program)
 
 
-def understand_module(module: torch.nn.Module, program: ExportedProgram | None) -> Target:
-    """As ``understand``, of what is known to hold engines.
+def inspect_module(module: torch.nn.Module, program: ExportedProgram | None) -> Target:
+    """Like ``inspect_target``, for a module that is known to contain engines.
 
     Args:
-        module: What is called.
-        program: The program whose engines and tensors it shares; None where there is none.
+        module: The module that the user calls.
+        program: The program whose engines and tensors the module shares; None if there is none.
 
     Raises:
-        UnsupportedTargetError: There are none.
+        UnsupportedTargetError: The module contains no engine.
     """
     constants = {} if program is None else program.constants
-    target = _understood(module, _find(module, constants), program)
+    target = _target_of(module, _find_engines(module, constants), program)
     if target is None:
-        raise UnsupportedTargetError("There is no engine of Torch-TensorRT in the module.")
+        raise UnsupportedTargetError("The module contains no engine of Torch-TensorRT.")
     return target
 
 
-def _understood(
+def _target_of(
     module: torch.nn.Module, engines: dict[str, Handle], program: ExportedProgram | None
 ) -> Target | None:
     if not engines:
         return None
-    settings = agreed({name: engine.settings for name, engine in engines.items()})
-    for name in engines:
+    settings = shared_settings({name: engine.settings for name, engine in engines.items()})
+    for name in engines:  # the settings are the same, but the error names the engine
         check_refittable(settings, name)
     return Target(
         module=module,
@@ -128,116 +133,131 @@ def _understood(
     )
 
 
-def _refuse_wrappers(target: object) -> None:
+def _check_not_wrapper(target: object) -> None:
     for name, attribute in _WRAPPERS.items():
-        if is_upstreams(target, name):
+        if is_runtime_instance(target, name):
             raise UnsupportedTargetError(
-                f"A {name} keeps a state of its own beside its engines.",
-                hint=f"Open the compiled module in it: its attribute {attribute!r}.",
+                f"A {name} has state of its own besides its engines.",
+                hint=f"Open the compiled module inside it: its attribute {attribute!r}.",
             )
     if _is_child(target):
         raise UnsupportedTargetError(
-            "This is one engine, not a compiled model.", hint="Open the module that it is part of."
+            "The target is one engine, not a compiled model.",
+            hint="Open the module that contains the engine.",
         )
 
 
 def _is_child(value: object) -> bool:
-    return is_upstreams(value, "TorchTensorRTModule") or is_upstreams(
+    return is_runtime_instance(value, "TorchTensorRTModule") or is_runtime_instance(
         value, "PythonTorchTensorRTModule"
     )
 
 
-def _find(root: torch.nn.Module, constants: MutableMapping[str, Any]) -> dict[str, Handle]:
-    """All engines, in the order of the module tree."""
-    found: dict[str, Handle] = {}
-    deep = []
+def _find_engines(root: torch.nn.Module, constants: MutableMapping[str, Any]) -> dict[str, Handle]:
+    """Handles of all engines by name, in the order of the module tree."""
+    engines: dict[str, Handle] = {}
+    nested = []
+    # nested engines are collected first, so that the error lists all of them
     for path, module in root.named_modules():
-        handles = _of_module(path, module, constants)
-        deep += [handle.name for handle in handles if "." in handle.name]
+        handles = _handles_in(path, module, constants)
+        nested += [handle.name for handle in handles if "." in handle.name]
         for handle in handles:
-            if handle.name in found:
-                raise UnsupportedTargetError(f"Two engines are called {handle.name!r}.")
-            found[handle.name] = handle
-    if deep:
+            if handle.name in engines:
+                raise UnsupportedTargetError(f"Two engines have the name {handle.name!r}.")
+            engines[handle.name] = handle
+    if nested:
         raise UnsupportedTargetError(
-            "Engines lie deeper in the module than torch_tensorrt.compile puts them.",
-            problems=[Problem(name, "nested") for name in deep],
-            hint="Open the compiled module itself, not one that holds it.",
+            "The module has nested engines; torch_tensorrt.compile puts engines at the top level.",
+            problems=[Problem(name, "nested") for name in nested],
+            hint="Open the compiled module itself, not a module that contains it.",
         )
-    return found
+    return engines
 
 
-def _of_module(
+def _handles_in(
     path: str, module: torch.nn.Module, constants: MutableMapping[str, Any]
 ) -> list[Handle]:
-    if is_upstreams(module, "TorchTensorRTModule"):
-        return [ModuleEngine(path, _with_bytes(path, module))]
-    if is_upstreams(module, "PythonTorchTensorRTModule"):
-        return [PythonModuleEngine(path, _with_bytes(path, module))]
+    if is_runtime_instance(module, "TorchTensorRTModule"):
+        return [ModuleEngine(path, _checked_child(path, module))]
+    if is_runtime_instance(module, "PythonTorchTensorRTModule"):
+        return [PythonModuleEngine(path, _checked_child(path, module))]
     attributes = {key: one for key, one in vars(module).items() if is_engine(one)}
     return [
-        AttributeEngine(_name(path, key), [Place(vars(module), key), *_same(engine, constants)])
+        AttributeEngine(
+            _engine_name(path, key),
+            [EngineLocation(vars(module), key), *_locations_in(engine, constants)],
+        )
         for key, engine in attributes.items()
     ]
 
 
-def _with_bytes(name: str, child: torch.nn.Module) -> Any:
+def _checked_child(name: str, child: torch.nn.Module) -> Any:
     if not getattr(child, "serialized_engine", None):
         raise UnsupportedTargetError(
-            f"The child {name!r} holds no engine.",
-            hint="Was a state_dict loaded into it? Load the whole module instead.",
+            f"The child {name!r} contains no engine.",
+            hint="If it was created from a state_dict, load the whole module instead.",
         )
     return child
 
 
-def _name(path: str, attribute: str) -> str:
-    """``_run_on_acc_0`` for ``_run_on_acc_0_engine`` of the target and ``engine`` of a child."""
+def _engine_name(path: str, attribute: str) -> str:
+    """The engine's name, without upstream's suffix.
+
+    An attribute ``_run_on_acc_0_engine`` of the target, and the attribute ``engine`` of a child
+    ``_run_on_acc_0``, are both ``_run_on_acc_0``.
+    """
     if path and attribute == "engine":
         return path
     name = attribute.removesuffix(_SUFFIX)
     return f"{path}.{name}" if path else name
 
 
-def _same(engine: Any, constants: MutableMapping[str, Any]) -> list[Place]:
-    return [Place(constants, key) for key, one in constants.items() if one is engine]
+def _locations_in(engine: Any, constants: MutableMapping[str, Any]) -> list[EngineLocation]:
+    return [EngineLocation(constants, key) for key, one in constants.items() if one is engine]
 
 
 def _torch_parts(
     root: torch.nn.Module, engines: Mapping[str, Handle]
 ) -> dict[str, torch.fx.GraphModule]:
-    if _is_inlined(root, engines):  # the parts' state lies side by side
-        names = _names(root)
-        return {REST: _holder(root, names)} if names else {}
+    # inlined parts are no children any more, so all tensors together are one part
+    if _is_inlined(root, engines):
+        names = _tensor_names(root)
+        return {REST: _tensor_module(root, names)} if names else {}
     parts = {
-        name: _graph(child)
+        name: _as_graph_module(child)
         for name, child in root.named_children()
-        if name not in engines and _is_part(child)
+        if name not in engines and _is_torch_part(child)
     }
-    own = [name for name in _names(root) if "." not in name]
-    return {**parts, REST: _holder(root, own)} if own else parts
+    own = [name for name in _tensor_names(root) if "." not in name]
+    return {**parts, REST: _tensor_module(root, own)} if own else parts
 
 
 def _is_inlined(root: torch.nn.Module, engines: Mapping[str, Handle]) -> bool:
+    # upstream's exporter turns engine children into attributes when it inlines
     return not engines.keys() & dict(root.named_children()).keys()
 
 
-def _is_part(child: torch.nn.Module) -> bool:
-    """Not so the ``GuardsFn`` that an export leaves: it has no graph and no state."""
-    return isinstance(child, torch.fx.GraphModule) or bool(_names(child))
+def _is_torch_part(child: torch.nn.Module) -> bool:
+    """Whether a child runs ops or has tensors. The ``GuardsFn`` of an export does neither."""
+    return isinstance(child, torch.fx.GraphModule) or bool(_tensor_names(child))
 
 
-def _names(module: torch.nn.Module) -> list[str]:
-    # a tied tensor has several names
+def _tensor_names(module: torch.nn.Module) -> list[str]:
+    # all names of a tied tensor: the graph can use any of them
     parameters = dict(module.named_parameters(remove_duplicate=False))
     return [*parameters, *dict(module.named_buffers(remove_duplicate=False))]
 
 
-def _graph(child: torch.nn.Module) -> torch.fx.GraphModule:
-    return child if isinstance(child, torch.fx.GraphModule) else _holder(child, _names(child))
+def _as_graph_module(child: torch.nn.Module) -> torch.fx.GraphModule:
+    return (
+        child
+        if isinstance(child, torch.fx.GraphModule)
+        else _tensor_module(child, _tensor_names(child))
+    )
 
 
-def _holder(module: torch.nn.Module, names: Sequence[str]) -> torch.fx.GraphModule:
-    """A module of the very tensors that another has under these names, and of nothing else."""
+def _tensor_module(module: torch.nn.Module, names: Sequence[str]) -> torch.fx.GraphModule:
+    """A module that shares the named tensors of another module, and has nothing else."""
     graph = torch.fx.Graph()
     graph.output(tuple(graph.get_attr(name) for name in names))
     return torch.fx.GraphModule(module, graph)

@@ -1,4 +1,4 @@
-"""The strategy ``name-map``: values for the slots whose cached entries the program proves."""
+"""The strategy ``name-map``: values for the slots whose cached entry the program proves."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 
 from refitkit.builtin.torch_tensorrt.name_map.proof import (
     HasNameMap,
-    Proved,
     Prover,
+    SlotProof,
     entry_of,
     operands_of,
 )
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class NameMapStrategy:
-    """Serves the slots whose entry in the cached map can be proved."""
+    """Provides values for the slots whose entry in the cached map can be proved."""
 
     @property
     def name(self) -> str:
@@ -38,17 +38,18 @@ class NameMapStrategy:
 
     @property
     def priority(self) -> int:
-        """Tried after ``recipe``, which has more; before ``rebuild``, which takes seconds."""
+        """50: after ``recipe``, which maps more slots; before ``rebuild``, which takes seconds."""
         return 50
 
     def map(self, request: MapRequest) -> Mapped:
-        """Values for the rows with a proved entry. Takes nothing out of the maps."""
+        """Values for slots with a proved entry, and reasons for the others. Reads maps only."""
         values: dict[tuple[str, str], SlotValue] = {}
         declined: dict[tuple[str, str], str] = {}
         maps = _maps_of(request)
+        # restoring the program takes long, and without a map there is nothing to prove
         prover = _prover_for(request) if any(maps.values()) else ""
         for row in request.wanted:
-            found = _value(row.slot, maps[row.slot.engine], prover, request)
+            found = _slot_value(row.slot, maps[row.slot.engine], prover, request)
             if isinstance(found, SlotValue):
                 values[row.slot.key] = found
             else:
@@ -57,7 +58,7 @@ class NameMapStrategy:
 
 
 def _maps_of(request: MapRequest) -> dict[str, Mapping[str, Any] | None]:
-    """The cached map of each engine that has wanted rows; one without has no say in the others."""
+    """The cached map of each engine with wanted rows; None for an engine without a map."""
     maps: dict[str, Mapping[str, Any] | None] = {}
     for name in {row.slot.engine for row in request.wanted}:
         engine = request.module.engines.get(name)
@@ -65,7 +66,7 @@ def _maps_of(request: MapRequest) -> dict[str, Mapping[str, Any] | None]:
     return maps
 
 
-def _value(
+def _slot_value(
     slot: Slot, name_map: Mapping[str, Any] | None, prover: Prover | str, request: MapRequest
 ) -> SlotValue | str:
     if not name_map:
@@ -75,79 +76,93 @@ def _value(
         return entry
     if isinstance(prover, str):
         return prover
-    proved = prover.prove(slot, entry)
-    return value_of(slot, proved, request) if isinstance(proved, Proved) else proved
+    proof = prover.prove(slot, entry)
+    return value_of(slot, proof, request) if isinstance(proof, SlotProof) else proof
 
 
 def _prover_for(request: MapRequest) -> Prover | str:
-    """What the compiled program proves; or why there is no such program."""
+    """A prover for the compiled program; or the reason as text, if there is no such program."""
     program = _program_of(request)
     if isinstance(program, str):
         return program
+    # operands of another graph say nothing about these engines
     if facts_of(program).graph != request.plan.data.fingerprint.graph:
-        return "the program at hand is not the one that was compiled, so it proves nothing"
+        return "the program is not the compiled one, so it proves nothing"
     operands = operands_of(program)
     return operands if isinstance(operands, str) else Prover(operands, request.plan.data)
 
 
 def _program_of(request: MapRequest) -> ExportedProgram | str:
     if request.program is not None:
-        blanks = {leaf.fqn: _blank(leaf) for leaf in request.plan.data.leaves}
+        placeholders = {leaf.fqn: _placeholder(leaf) for leaf in request.plan.data.leaves}
         try:
-            return request.program.restore(TensorMap(blanks), request.plan.pinned)
+            return request.program.restore(TensorMap(placeholders), request.plan.pinned)
         except RefitError as exc:
-            return f"the kept program cannot prove it: {exc.message}"
+            return f"the stored program cannot prove it: {exc.message}"
     if isinstance(request.source, HoldsProgram):
         return request.source.program
-    return "the cached map alone proves nothing, and there is no program: pass one as the weights"
+    return "there is no program to prove the cached map: pass a program as the weights"
 
 
-def _blank(leaf: Leaf) -> torch.Tensor:
-    """A tensor of this shape and next to no memory: the program is read, not run."""
+def _placeholder(leaf: Leaf) -> torch.Tensor:
+    """A tensor of this shape that needs almost no memory: the program is inspected, not run."""
     return torch.zeros((), dtype=dtype_of(leaf.dtype)).expand(leaf.shape)
 
 
-# MERGED values: Values of proved slots, from a source.
+# -- values of proved slots ----------------------------------------------------------------------
 
 NAME = "name-map"
 
 
-def value_of(slot: Slot, proved: Proved, request: MapRequest) -> SlotValue | str:
-    """The value of a slot, not yet computed; or why the source does not give it."""
+def value_of(slot: Slot, proof: SlotProof, request: MapRequest) -> SlotValue | str:
+    """The value of a slot, computed when it is loaded.
+
+    Args:
+        slot: The slot.
+        proof: The slot's proof.
+        request: The mapping request with source and plan.
+
+    Returns:
+        The value; or the reason as text, if the source lacks a tensor or it does not match.
+    """
     names: dict[str, str] = {}
-    for role, leaf in proved.leaves.items():
+    for role, leaf in proof.leaves.items():
         name = _name_in(request.source, leaf, request.plan.data)
         if name is None:
             return f"the source has no {leaf.fqn!r}"
-        misfit = _misfit(request.source, name, leaf)
-        if misfit:
-            return misfit
+        mismatch = _mismatch(request.source, name, leaf)
+        if mismatch:
+            return mismatch
         names[role] = name
     sources = tuple(dict.fromkeys(names.values()))
-    if proved.operand.use.role not in {"scale", "shift"}:
-        return SlotValue(slot, NAME, sources, _Same(slot, request.source, *sources), identity=True)
-    return SlotValue(slot, NAME, sources, _Folded(slot, request.source, names, proved))
+    # only folded batch norms are computed; every other proved slot is the tensor itself
+    if proof.operand.use.role not in {"scale", "shift"}:
+        return SlotValue(
+            slot, NAME, sources, _UnchangedTensor(slot, request.source, *sources), identity=True
+        )
+    return SlotValue(slot, NAME, sources, _FoldedBatchNorm(slot, request.source, names, proof))
 
 
 def _name_in(source: WeightSource, leaf: Leaf, plan: PlanData) -> str | None:
-    """Under which of its names the source has a tensor; the program's own first."""
-    twins = next((tie for tie in plan.ties if leaf.fqn in tie), ())
-    have = source.names()
-    return next((name for name in (leaf.fqn, *twins) if name in have), None)
+    """The first of the tensor's tied names that the source has; the program's own name first."""
+    tied = next((tie for tie in plan.ties if leaf.fqn in tie), ())
+    available = source.names()
+    return next((name for name in (leaf.fqn, *tied) if name in available), None)
 
 
-def _misfit(source: WeightSource, name: str, leaf: Leaf) -> str:
+def _mismatch(source: WeightSource, name: str, leaf: Leaf) -> str:
     info = source.info(name)
     if info.unusable:
         return f"the source's {name!r} is unusable: {info.unusable}"
+    # values are never cast here: a cast would need a recipe
     if (info.dtype, info.shape) != (leaf.dtype, leaf.shape):
         found, wanted = f"{info.dtype}{list(info.shape)}", f"{leaf.dtype}{list(leaf.shape)}"
         return f"the source's {name!r} is {found}, not {wanted}"
     return ""
 
 
-class _Same:
-    """Loads a source's tensor as it is."""
+class _UnchangedTensor:
+    """Loads a tensor of the source unchanged, in the slot's shape."""
 
     def __init__(self, slot: Slot, source: WeightSource, fqn: str) -> None:
         self._slot, self._source, self._fqn = slot, source, fqn
@@ -156,18 +171,18 @@ class _Same:
         return _shaped(self._source.get(self._fqn), self._slot)
 
 
-class _Folded:
-    """Loads scale or shift of a batch norm.
+class _FoldedBatchNorm:
+    """Computes scale or shift of a folded batch norm.
 
-    As ``batch_norm_constant_folding`` of ``dynamo/conversion/impl/normalization/ops.py`` (2.11 to
-    2.14) has it, on the CPU, where the interpreter takes all weights.
+    It repeats ``batch_norm_constant_folding`` (``dynamo/conversion/impl/normalization/ops.py``,
+    2.11 to 2.14) on the CPU.
     """
 
     def __init__(
-        self, slot: Slot, source: WeightSource, names: dict[str, str], proved: Proved
+        self, slot: Slot, source: WeightSource, names: dict[str, str], proof: SlotProof
     ) -> None:
         self._slot, self._source, self._names = slot, source, names
-        self._eps, self._role = proved.operand.eps, proved.operand.use.role
+        self._eps, self._role = proof.operand.eps, proof.operand.use.role
 
     def __call__(self) -> torch.Tensor:
         with torch.no_grad():
@@ -178,8 +193,9 @@ class _Folded:
         return _shaped(shift, self._slot)
 
     def _get(self, role: str, missing: float = 0.0) -> torch.Tensor:
-        """One of the four; layers without weight and bias fold with float32 ones and zeros."""
+        """One of the four tensors; a missing one is a constant in float32, as in upstream."""
         if role in self._names:
+            # the interpreter folds on the CPU, and other devices can round differently
             return self._source.get(self._names[role]).cpu()
         return torch.full((self._slot.count,), missing)
 

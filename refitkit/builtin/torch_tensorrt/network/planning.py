@@ -1,4 +1,9 @@
-"""Programs in, networks out: opening sessions for a program."""
+"""Plans programs: opens a session that partitions a program and makes networks of its parts.
+
+``plan_program`` is the entry. :class:`PlannedProgram` is its result, the module's handle on the
+session. :class:`Template` is the program without its weights; a saved module needs it to create the
+same networks again.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +19,9 @@ from safetensors.torch import load, save
 
 from refitkit.builtin.torch_tensorrt.parts import Structure
 from refitkit.builtin.torch_tensorrt.recording import constants_of
-from refitkit.builtin.torch_tensorrt.settings import IMPORTS, plain
-from refitkit.builtin.torch_tensorrt.worker import messages as programs
-from refitkit.builtin.torch_tensorrt.worker import messages as recordings
+from refitkit.builtin.torch_tensorrt.settings import IMPORTS, plain_options
 from refitkit.builtin.torch_tensorrt.worker.client import SERVER, SessionClient
-from refitkit.builtin.torch_tensorrt.worker.messages import Region
+from refitkit.builtin.torch_tensorrt.worker.messages import Region, read_recording, write_program
 from refitkit.errors import CompileError, ConfigError, Problem
 from refitkit.files.temporary import TemporaryFolder
 from refitkit.model import Leaf, Slot
@@ -37,18 +40,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedProgram:
     """A program in a session.
 
     Attributes:
-        session: Holds its networks.
-        structures: All parts, in the order of their calls.
-        slots: Their slots, by part.
-        settings: Settings on which they depend, as text.
-        versions: Versions of what made them.
-        constants: What the program has and no state_dict holds, by FQN.
-        recorded: How slots follow from the program's weights; None where it was not recorded.
-        layer_types: Names of the layer types that hold weights.
+        session: Client of the session that has the networks.
+        structures: Structures of all parts, in the order of their calls.
+        slots: Slots of the parts, by name of the part.
+        settings: Settings that parts and slots depend on, as text.
+        versions: Versions of the packages that engines depend on.
+        constants: Tensors of the program that no state_dict has, by FQN.
+        recorded: Recipes that compute slots from the program's weights; None if not recorded.
+        layer_types: Names of the layer types that have the weights.
     """
 
     session: SessionClient
@@ -62,11 +65,15 @@ class Planned:
 
     @property
     def all_slots(self) -> list[Slot]:
-        """Slots of all parts."""
+        """Slots of all parts, in the order of the parts."""
         return [slot for slots in self.slots.values() for slot in slots]
 
     def values(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Values of all slots, by part and slot, flat; mapped from files that are gone already."""
+        """Values of all slots by part and slot; flat.
+
+        The tensors are mapped from files that are already deleted, so they stay valid.
+        """
+        # a mapped file stays readable after it is deleted
         with TemporaryFolder() as folder:
             self.session.call("values", folder=str(folder.path))
             return {
@@ -75,10 +82,10 @@ class Planned:
             }
 
     def build(self, name: str) -> bytes:
-        """Engine bytes of one part with its present values.
+        """Build one part with its current values, and return the engine bytes.
 
         Raises:
-            CompileError: TensorRT refused it.
+            CompileError: TensorRT refuses the network.
         """
         with TemporaryFolder() as folder:
             path = folder.path / name
@@ -88,29 +95,31 @@ class Planned:
 
 def plan_program(
     program: ExportedProgram, options: Mapping[str, Any], tools: Tools, *, record: bool = False
-) -> Planned:
-    """Cut a program into parts and make networks of them, in a session of its own.
+) -> PlannedProgram:
+    """Partition a program and make networks of its parts, in a new session.
 
     Args:
-        program: The program; it is read only.
+        program: The program; it is not changed.
         options: Options of the backend.
-        tools: What the pipeline lends.
-        record: Whether to write down how weights follow from those of the program.
+        tools: Layer types and progress reports of the pipeline.
+        record: Whether to write recipes that compute the weights from those of the program.
 
     Raises:
-        ConfigError: An option does not exist.
+        ConfigError: An option does not exist or has another type.
         ToolchainError: torch_tensorrt is not installed.
-        CompileError: The program cannot be lowered, cut or converted.
-        NotRefittableError: Weights cannot be told apart.
+        CompileError: The program cannot be lowered, partitioned or converted.
+        NotRefittableError: Names do not identify the weights.
     """
-    chosen = plain(options)
+    chosen = plain_options(options)
+    # imports are for the session itself, not a setting of Torch-TensorRT
     imports = chosen.pop(IMPORTS, [])
     if not isinstance(imports, list) or not all(isinstance(name, str) for name in imports):
         problem = Problem(IMPORTS, "type", repr(imports), "a list of names of modules")
         raise ConfigError("These options cannot be used.", problems=[problem])
+    # tensors go through files in a folder, because messages are JSON
     session = SERVER.session(tools.progress)
     with TemporaryFolder() as folder:
-        programs.write_program(program, folder.path)
+        write_program(program, folder.path)
         found = session.call(
             "open",
             progress=tools.progress,
@@ -118,11 +127,11 @@ def plan_program(
             options=chosen,
             layer_types=[one.model_dump() for one in tools.layer_types.values()],
             imports=imports,
-            places=sys.path if imports else [],
+            import_paths=sys.path if imports else [],
             record=record,
         )
-        recorded = recordings.read_recording(folder.path, found["recorded"]) if record else None
-    return Planned(
+        recorded = read_recording(folder.path, found["recorded"]) if record else None
+    return PlannedProgram(
         session=session,
         structures=tuple(map(Structure.model_validate, found["structures"])),
         slots={
@@ -136,26 +145,24 @@ def plan_program(
     )
 
 
-# MERGED template: What is kept of a program so that its networks can be made again: all but the
-# weights.
-#
-# Weights are slots, whose values the module has. Integers and what no state_dict holds are kept,
-# because converters may put such values into the network's structure.
+# -- templates -----------------------------------------------------------------------------------
 
 GRAPH, FACTS, CONSTANTS = "template.json", "template-facts.json", "template-constants.safetensors"
-_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-_FILLED = 0.5  # any number will do that is no special case: not 0, not 1, positive
+_PHYSICAL_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+_PLACEHOLDER_VALUE = 0.5  # a usual number: converters may treat 0, 1 and negative ones specially
 
 
 @dataclass(frozen=True)
 class Template:
-    """A program without its weights.
+    """A program without its weights, to create the same networks again.
+
+    Weights are slots, and the module has their values. The template stores the other values.
 
     Attributes:
-        graph: Its graph, as ``KeptProgram`` writes it.
-        leaves: Its leaves.
-        ties: Names of one tensor.
-        constants: Values of integers, and of what no state_dict holds.
+        graph: The program's graph, as ``KeptProgram`` writes it.
+        leaves: The program's leaves.
+        ties: Groups of names of one tensor.
+        constants: Values of integer tensors and of tensors that no state_dict has, by FQN.
     """
 
     graph: bytes
@@ -165,36 +172,41 @@ class Template:
 
     @classmethod
     def of(cls, program: ExportedProgram) -> Template:
-        """Keep a program.
+        """The template of a program.
 
         Raises:
-            CompileError: torch cannot write it without a pickle.
+            CompileError: torch cannot write the program without a pickle.
         """
         kept = KeptProgram.of(program)
         if kept is None:
             raise CompileError(
-                "torch cannot write this program without a pickle: it holds custom objects."
+                "torch cannot write this program without a pickle, because it has custom objects."
             )
         facts, tensors = facts_of(program), tensors_of(program)
         constants = {
             leaf.fqn: tensors[leaf.fqn].detach().clone().contiguous()
             for leaf in facts.leaves
+            # converters may put integer values into the structure of a network
             if leaf.kept or not tensors[leaf.fqn].is_floating_point()
         }
         return cls(kept.to_bytes(), facts.leaves, facts.ties, constants)
 
     def program(self) -> ExportedProgram:
-        """The program again; its floating-point weights are all the same number."""
+        """The program again. All elements of its floating-point weights have the same value."""
         tensors = {leaf.fqn: self._value(leaf) for leaf in self.leaves}
         kept = KeptProgram(self.graph, self.leaves, self.ties)
         return kept.restore(TensorMap(tensors), tensors.__getitem__)
 
     def _value(self, leaf: Leaf) -> torch.Tensor:
         kept = self.constants.get(leaf.fqn)
-        return torch.full(leaf.shape, _FILLED, dtype=dtype_of(leaf.dtype)) if kept is None else kept
+        return (
+            torch.full(leaf.shape, _PLACEHOLDER_VALUE, dtype=dtype_of(leaf.dtype))
+            if kept is None
+            else kept
+        )
 
     def members(self) -> dict[str, bytes]:
-        """As members of an archive."""
+        """The template as members of an archive, by name."""
         facts = {"leaves": [leaf.model_dump() for leaf in self.leaves], "ties": self.ties}
         return {
             GRAPH: self.graph,
@@ -204,10 +216,10 @@ class Template:
 
     @classmethod
     def from_members(cls, members: Mapping[str, bytes]) -> Template:
-        """From members of an archive.
+        """Read a template from members of an archive.
 
         Raises:
-            ValueError: They are damaged.
+            ValueError: The members are damaged, or the tensors are larger than the memory.
         """
         facts = json.loads(members[FACTS])
         leaves = tuple(map(Leaf.model_validate, facts["leaves"]))
@@ -217,7 +229,7 @@ class Template:
 
 
 def _check_size(leaves: tuple[Leaf, ...]) -> None:
-    """Refuse what would not fit: a few bytes of a file can claim any number of elements."""
+    """Raise an error for tensors that do not fit: a small file can claim any shape."""
     size = sum(prod(leaf.shape) * dtype_of(leaf.dtype).itemsize for leaf in leaves)
-    if size > _MEMORY:
-        raise ValueError(f"its tensors have {size} bytes, which this machine cannot hold")
+    if size > _PHYSICAL_MEMORY:
+        raise ValueError(f"its tensors have {size} bytes, more than the memory of this machine")

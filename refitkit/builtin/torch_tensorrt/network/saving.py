@@ -1,11 +1,15 @@
 """Network modules as files.
 
-``save`` to a path that ends in ``.engine`` writes the one engine, as TensorRT reads it, and nothing
-else. To any other path it writes a folder: ``<part>.engine`` for each engine,
-``<part>.safetensors`` for each part that torch runs, and ``refitkit.network``, an archive with all
-that makes it a module again. What the program in it may name is checked before torch reads it
-(``refitkit.program.keep``), and modules are imported only if the user has done so before: it is
-not meant to run code of the file's. Its readers were not written for hostile files all the same.
+``save`` to a path that ends in ``.engine`` writes one engine, in TensorRT's own format. ``save`` to
+any other path writes a folder with these files:
+
+* ``PART.engine`` for each engine;
+* ``PART.safetensors`` for each part that torch runs;
+* ``refitkit.network``: an archive with everything that is needed to open the module again.
+
+Opening a folder is not meant to run code from it. refitkit checks the names in the program before
+torch reads it (``refitkit.program.keep``), and never imports a module that a file names. But the
+libraries that read the files were not written for hostile files.
 """
 
 from __future__ import annotations
@@ -35,13 +39,13 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from refitkit.builtin.torch_tensorrt.network.engine import NetworkEngine
-    from refitkit.builtin.torch_tensorrt.network.planning import Planned
+    from refitkit.builtin.torch_tensorrt.network.planning import PlannedProgram
     from refitkit.files.archive import Streamed
 
 SUFFIX = ".engine"
 INDEX = "refitkit.network"
-_MANIFEST, _ATTACHED = "manifest.json", "attachments/"
-_LIMIT = 1 << 31
+_MANIFEST, _ATTACHMENTS = "manifest.json", "attachments/"
+_MAX_MEMBER_SIZE = 1 << 31
 _MALFORMED = (
     ArchiveError,
     SafetensorError,
@@ -49,29 +53,29 @@ _MALFORMED = (
     KeyError,
     MemoryError,
     OSError,
-    RuntimeError,  # nested too deeply, or a tensor too large for this machine
+    RuntimeError,  # includes RecursionError, and torch's error for a tensor that is too large
     TypeError,
     ValueError,
 )
-"""What reading a malformed member raises."""
+"""Errors of readers for a malformed member."""
 
-_NAME = re.compile(r"[A-Za-z0-9_]{1,200}")
+_PART_NAME = re.compile(r"[A-Za-z0-9_]{1,200}")
 
 
 class Savable(Protocol):
-    """What is written of a module; see ``NetworkModule``."""
+    """A module that ``save`` can write; see ``NetworkModule``."""
 
     @property
     def engines(self) -> Mapping[str, NetworkEngine]:
-        """Its parts, by name."""
+        """Parts by name."""
 
     @property
-    def planned(self) -> Planned:
-        """The session that holds its networks."""
+    def planned(self) -> PlannedProgram:
+        """The session with the networks."""
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """Options that it was compiled with."""
+        """Options that the module was compiled with, as JSON data."""
 
     @property
     def template(self) -> Template:
@@ -82,9 +86,9 @@ class PartEntry(Frozen):
     """One part in a manifest.
 
     Attributes:
-        structure: What it is, apart from its weights.
-        slots: Its slots.
-        sha256: Of its engine file; empty for a part that torch runs.
+        structure: The part's structure.
+        slots: The part's slots.
+        sha256: Digest of the engine file; empty for a part that torch runs.
     """
 
     structure: Structure
@@ -92,16 +96,16 @@ class PartEntry(Frozen):
     sha256: str = ""
 
 
-class Manifest(Frozen):
+class NetworkManifest(Frozen):
     """``manifest.json`` in ``refitkit.network``.
 
     Attributes:
         format: Name and version of the format.
         parts: All parts.
-        options: Options that it was compiled with, as JSON holds them.
-        settings: Settings on which parts and slots depend, as text.
-        versions: Versions of what made it.
-        attachments: Names of what is attached.
+        options: Options that the module was compiled with, as JSON data.
+        settings: Settings that parts and slots depend on, as text.
+        versions: Versions of the packages that engines depend on.
+        attachments: Names of the attachments.
     """
 
     format: Literal["refitkit-network/1"] = "refitkit-network/1"
@@ -116,31 +120,38 @@ class Manifest(Frozen):
 
 
 def save(module: Savable, path: Path, attachments: Mapping[str, bytes]) -> None:
-    """Write a module.
+    """Write a module to a folder, or its only engine to an ``.engine`` file.
+
+    Args:
+        module: The module.
+        path: Folder or ``.engine`` file. An older module in the folder is replaced.
+        attachments: Data to save with a folder, by name.
 
     Raises:
-        UnsupportedTargetError: The path cannot be written so.
+        UnsupportedTargetError: The path is used by something else, or the module does not have
+            exactly one engine.
     """
     if path.suffix == SUFFIX:
         _save_engine(module, path)
         return
     if path.exists() and not (path / INDEX).is_file() and (path.is_file() or any(path.iterdir())):
         raise UnsupportedTargetError(
-            f"{str(path)!r} is there and is no module of this backend, so it is not replaced.",
+            f"{str(path)!r} exists and is not a module of this backend, so it is not replaced.",
             hint="Choose a new folder, or for a single engine a path that ends in '.engine'.",
         )
-    path = path.resolve()  # where a link leads; the link stays
+    path = path.resolve()  # replaces the target of a symbolic link, not the link
     with replacing_folder(path) as folder:
         _write(module, folder, attachments)
 
 
 def _save_engine(module: Savable, path: Path) -> None:
+    # an engine file has no place for the values of parts that torch runs
     files = [engine.live.engine for engine in module.engines.values()]
     if len(files) != 1 or files[0] is None:
         raise UnsupportedTargetError(
-            f"The program became {len(files)} parts, which one engine file cannot hold.",
+            f"The program has {len(files)} parts, but an engine file contains exactly one engine.",
             problems=[Problem(name, "part") for name in module.engines],
-            hint="Save to a path without '.engine': it becomes a folder with a file for each.",
+            hint="Save to a path without '.engine' to get a folder with a file for each part.",
         )
     with replacing(path) as file:
         file.write(files[0].read_bytes())
@@ -158,12 +169,13 @@ def _write(module: Savable, folder: Path, attachments: Mapping[str, bytes]) -> N
             (folder / f"{name}{SUFFIX}").write_bytes(content)
         slots = tuple(engine.slots.values())
         values = {slot.name: engine.read(slot.name) for slot in slots}
-        if built.engine is None:
+        if built.engine is None:  # for users who run this part with torch
             with (folder / f"{name}.safetensors").open("xb") as file:
                 file.writelines(streamed(values).chunks)
+        # reading takes the values of all parts from the archive
         members[f"{name}.safetensors"] = streamed(values)
         entries.append(PartEntry(structure=engine.structure, slots=slots, sha256=digest))
-    manifest = Manifest(
+    manifest = NetworkManifest(
         parts=tuple(entries),
         options=dict(module.options),
         settings=dict(module.planned.settings),
@@ -171,7 +183,7 @@ def _write(module: Savable, folder: Path, attachments: Mapping[str, bytes]) -> N
         attachments=tuple(attachments),
     )
     members[_MANIFEST] = manifest.model_dump_json().encode()
-    members.update({f"{_ATTACHED}{name}": content for name, content in attachments.items()})
+    members.update({f"{_ATTACHMENTS}{name}": content for name, content in attachments.items()})
     with (folder / INDEX).open("xb") as file:
         write_archive(file, members)
 
@@ -179,29 +191,29 @@ def _write(module: Savable, folder: Path, attachments: Mapping[str, bytes]) -> N
 # -- reading ------------------------------------------------------------------------------------
 
 
-def is_ours(path: Path) -> bool:
-    """Whether a path is a folder that ``save`` wrote, or the archive in it."""
+def is_network_folder(path: Path) -> bool:
+    """Whether a path is a folder that ``save`` wrote, or the archive in the folder."""
     return (path / INDEX).is_file() or (path.name == INDEX and path.is_file())
 
 
-def read_manifest(path: Path) -> Manifest:
-    """What a saved module is.
+def read_manifest(path: Path) -> NetworkManifest:
+    """The manifest of a saved module.
 
     Raises:
-        UnsupportedTargetError: It is damaged, or of another version.
+        UnsupportedTargetError: The module is damaged, or of another version.
     """
     try:
         with Archive(_index(path)) as archive:
             return _manifest(archive, path)
     except ArchiveError as exc:
-        raise _broken(path, exc) from exc
+        raise _damaged(path, exc) from exc
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What a saved module is, as plain data.
+    """A description of a saved module, as plain data.
 
     Raises:
-        UnsupportedTargetError: It is damaged, or of another version.
+        UnsupportedTargetError: The module is damaged, or of another version.
     """
     manifest = read_manifest(path)
     slots = [slot for part in manifest.parts for slot in part.slots]
@@ -222,52 +234,58 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def read_attachments(path: Path) -> dict[str, bytes]:
-    """What is attached to a saved module.
+    """The attachments of a saved module, by name.
 
     Raises:
-        UnsupportedTargetError: It is damaged, or of another version.
+        UnsupportedTargetError: The module is damaged, or of another version.
     """
     try:
         with Archive(_index(path)) as archive:
             names = _manifest(archive, path).attachments
-            return {name: archive.read(f"{_ATTACHED}{name}", _LIMIT) for name in names}
+            return {name: archive.read(f"{_ATTACHMENTS}{name}", _MAX_MEMBER_SIZE) for name in names}
     except ArchiveError as exc:
-        raise _broken(path, exc) from exc
+        raise _damaged(path, exc) from exc
 
 
 def read_template(path: Path) -> Template:
     """The program of a saved module, without its weights.
 
     Raises:
-        UnsupportedTargetError: It is damaged.
+        UnsupportedTargetError: The module is damaged.
     """
     try:
         with Archive(_index(path)) as archive:
-            members = {name: archive.read(name, _LIMIT) for name in (GRAPH, FACTS, CONSTANTS)}
+            members = {
+                name: archive.read(name, _MAX_MEMBER_SIZE) for name in (GRAPH, FACTS, CONSTANTS)
+            }
         return Template.from_members(members)
     except _MALFORMED as exc:
         raise_if_resource(exc, f"{str(path)!r} cannot be read")
-        raise _broken(path, exc) from exc
+        raise _damaged(path, exc) from exc
 
 
 def program_of(template: Template, path: Path) -> ExportedProgram:
-    """The program that a template stands for.
+    """The program of a template.
+
+    Args:
+        template: The template.
+        path: Path of the saved module, for error messages.
 
     Raises:
-        UnsupportedTargetError: The template is damaged, or another torch wrote it.
+        UnsupportedTargetError: The template is damaged, or another version of torch wrote it.
     """
     try:
         return template.program()
     except (RefitError, *_MALFORMED) as exc:
         raise_if_resource(exc, f"{str(path)!r} cannot be read")
-        raise _broken(path, exc) from exc
+        raise _damaged(path, exc) from exc
 
 
 def read_values(path: Path, part: PartEntry) -> dict[str, torch.Tensor]:
-    """Values of all slots of one part.
+    """Values of all slots of one part, by slot name.
 
     Raises:
-        UnsupportedTargetError: They are damaged, or of another model.
+        UnsupportedTargetError: The values are damaged, or belong to another model.
     """
     name = f"{part.structure.name}.safetensors"
     try:
@@ -275,7 +293,7 @@ def read_values(path: Path, part: PartEntry) -> dict[str, torch.Tensor]:
             values = dict(ArchivedTensors(archive, name))
     except _MALFORMED as exc:
         raise_if_resource(exc, f"{str(path)!r} cannot be read")
-        raise _broken(path, exc) from exc
+        raise _damaged(path, exc) from exc
     wanted = {slot.name: (slot.dtype, slot.count) for slot in part.slots}
     found = {n: (str(v.dtype).removeprefix("torch."), v.numel()) for n, v in values.items()}
     if wanted != found:
@@ -284,16 +302,16 @@ def read_values(path: Path, part: PartEntry) -> dict[str, torch.Tensor]:
             for name in sorted(wanted.keys() | found.keys())
             if wanted.get(name) != found.get(name)
         ]
-        message = f"{str(path)!r} holds weights of another model."
+        message = f"{str(path)!r} contains weights of another model."
         raise UnsupportedTargetError(message, problems=problems)
     return values
 
 
 def engine_bytes(path: Path, part: PartEntry) -> bytes:
-    """The engine of one part; nothing where torch runs it.
+    """The engine bytes of one part; empty if torch runs the part.
 
     Raises:
-        UnsupportedTargetError: It is missing, or not the one that was saved.
+        UnsupportedTargetError: The engine file is missing, or differs from the saved one.
     """
     if not part.structure.accelerated:
         return b""
@@ -303,7 +321,7 @@ def engine_bytes(path: Path, part: PartEntry) -> bytes:
     content = file.read_bytes()
     if hashlib.sha256(content).hexdigest() != part.sha256:
         raise UnsupportedTargetError(
-            f"The engine {file.name!r} of {str(path)!r} is not the one that was saved.",
+            f"The engine {file.name!r} of {str(path)!r} differs from the saved one.",
             problems=[Problem(file.name, "sha256")],
         )
     return content
@@ -313,17 +331,18 @@ def _index(path: Path) -> Path:
     return path / INDEX if path.is_dir() else path
 
 
-def _manifest(archive: Archive, path: Path) -> Manifest:
+def _manifest(archive: Archive, path: Path) -> NetworkManifest:
     try:
-        manifest = Manifest.model_validate_json(archive.read(_MANIFEST, _LIMIT))
+        manifest = NetworkManifest.model_validate_json(archive.read(_MANIFEST, _MAX_MEMBER_SIZE))
     except ValidationError as exc:
-        raise _broken(path, exc) from exc
+        raise _damaged(path, exc) from exc
+    # names become file names, so a manifest must not point outside the folder
     names = [part.structure.name for part in manifest.parts]
-    odd = [name for name in names if not _NAME.fullmatch(name)]
-    if odd or len(set(names)) != len(names):
-        raise _broken(path, ValueError(f"parts with such names cannot be: {names}"))
+    invalid = [name for name in names if not _PART_NAME.fullmatch(name)]
+    if invalid or len(set(names)) != len(names):
+        raise _damaged(path, ValueError(f"names of parts are invalid or not unique: {names}"))
     return manifest
 
 
-def _broken(path: Path, exc: Exception) -> UnsupportedTargetError:
+def _damaged(path: Path, exc: Exception) -> UnsupportedTargetError:
     return UnsupportedTargetError(f"{str(path)!r} is damaged or of another version: {exc}.")

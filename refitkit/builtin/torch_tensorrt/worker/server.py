@@ -1,6 +1,9 @@
-"""The process that imports torch_tensorrt once and forks a session for whoever asks.
+"""The server process: imports torch_tensorrt once, and forks a session for each request.
 
-It makes no network and builds nothing itself: what is forked from it starts clean.
+Run it with ``python -m``. ``main`` serves requests and forks; each fork runs a
+:class:`WorkerSession`, whose public methods are the requests of a ``client.SessionClient``. The
+server itself creates no network and builds nothing. So no library has started a thread in it, and
+forks start in a clean state.
 """
 
 from __future__ import annotations
@@ -24,13 +27,18 @@ import torch
 
 from refitkit.builtin.torch_tensorrt import upstream
 from refitkit.builtin.torch_tensorrt.networks import Network
-from refitkit.builtin.torch_tensorrt.parts import cut, lower
-from refitkit.builtin.torch_tensorrt.recording import read
+from refitkit.builtin.torch_tensorrt.parts import lower, partition_program
+from refitkit.builtin.torch_tensorrt.recording import interpret_parts
 from refitkit.builtin.torch_tensorrt.settings import settings_from_options, settings_text, versions
-from refitkit.builtin.torch_tensorrt.worker import messages as programs
-from refitkit.builtin.torch_tensorrt.worker import messages as recordings
-from refitkit.builtin.torch_tensorrt.worker import messages as wire
-from refitkit.builtin.torch_tensorrt.worker.messages import Region
+from refitkit.builtin.torch_tensorrt.worker.messages import (
+    Region,
+    pack_error,
+    read_program,
+    receive,
+    send,
+    unpack_error,
+    write_recording,
+)
 from refitkit.errors import CompileError, ConfigError, raised_as
 from refitkit.model import LayerType
 from refitkit.program import KeptProgram
@@ -46,89 +54,98 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Serve on the socket whose descriptor is the first argument, until its other end is closed."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # sessions that end leave no zombies
+    """Serve requests until the client closes its end of the socket.
+
+    The first command-line argument is the file descriptor of the socket.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that ended sessions leave no zombies
     channel = socket.socket(fileno=int(sys.argv[1]))
-    sys.path[:] = wire.receive(channel)
+    sys.path[:] = receive(channel)
     try:
-        with _quietly():
+        with _stderr_captured():
             upstream.import_headless()
-            with contextlib.suppress(Exception):  # sessions will fail alike, and tell it
+            with contextlib.suppress(Exception):  # sessions will report the error
                 warm_up()
-    except Exception as exc:  # noqa: BLE001 - whatever it is, the client is told
-        wire.send(channel, {"error": wire.pack_error(exc)})
+    except Exception as exc:  # noqa: BLE001 - the client gets every error
+        send(channel, {"error": pack_error(exc)})
         return
     gc.collect()
-    gc.freeze()  # or the first collection in each session would copy all of torch's objects
-    wire.send(channel, {"ready": os.getpid()})
+    # a collection in a session writes to all objects, and so would copy the memory of torch's
+    gc.freeze()
+    send(channel, {"ready": os.getpid()})
     while True:
         _, descriptors, _, _ = socket.recv_fds(channel, 1, 1)
         if not descriptors:
             return
         if os.fork() == 0:
-            channel.close()
-            _serve(descriptors[0])
+            channel.close()  # only the server reads requests for sessions
+            _run_session(descriptors[0])
         os.close(descriptors[0])
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep what libraries print, which all warn that there is no GPU, unless they fail."""
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as aside:
-        os.dup2(aside.fileno(), 2)
+def _stderr_captured() -> Iterator[None]:
+    """Hide what libraries print to stderr, unless they fail.
+
+    Several of them warn that there is no GPU, which is expected here.
+    """
+    original = os.dup(2)
+    with tempfile.TemporaryFile() as captured:
+        os.dup2(captured.fileno(), 2)
         try:
             yield
         except BaseException:
-            aside.seek(0)
-            os.write(kept, aside.read())
+            captured.seek(0)
+            os.write(original, captured.read())
             raise
         finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+            os.dup2(original, 2)
+            os.close(original)
 
 
-def _serve(descriptor: int) -> None:
-    """Be a session, and never return."""
+def _run_session(descriptor: int) -> None:
+    """Run a session on a socket, and exit the process."""
     code = 1
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         with socket.socket(fileno=descriptor) as channel, contextlib.suppress(EOFError, OSError):
-            Session(channel).serve()
+            WorkerSession(channel).serve()
         code = 0
     finally:
-        os._exit(code)
+        os._exit(code)  # without the exit handlers of the server
 
 
-# MERGED session: What a session does: it reads a program, holds its networks, gives values and
-# builds engines.
+# -- sessions ------------------------------------------------------------------------------------
 
 _LOG_LINES = 5
 
 
-class Session:
-    """One program, in a process of its own. Every public method can be called from outside."""
+class WorkerSession:
+    """One program, in a process of its own. The client can call every public method.
+
+    A method's arguments and result are JSON data.
+    """
 
     def __init__(self, channel: socket.socket) -> None:
-        """Serve one client."""
+        """Create a session for the client at the other end of the socket."""
         self._channel = channel
         self._holders: Mapping[str, Network | TorchTensors] = {}
 
     def serve(self) -> None:
-        """Answer until the client is gone."""
+        """Answer requests until the client closes its end."""
         while True:
-            request = wire.receive(self._channel)
+            request = receive(self._channel)
             try:
                 method = getattr(self, request["method"])
                 answer = {"result": method(**request["arguments"])}
             except EOFError:
                 raise
-            except Exception as exc:  # noqa: BLE001 - whatever it is, the client is told
-                answer = {"error": wire.pack_error(exc)}
-            wire.send(self._channel, answer)
+            except Exception as exc:  # noqa: BLE001 - the client gets every error
+                answer = {"error": pack_error(exc)}
+            send(self._channel, answer)
 
-    def _tell(self, text: str) -> None:
-        wire.send(self._channel, {"tell": text})
+    def _report_progress(self, text: str) -> None:
+        send(self._channel, {"progress": text})
 
     def open(
         self,
@@ -136,35 +153,35 @@ class Session:
         options: Mapping[str, Any],
         layer_types: list[Mapping[str, Any]],
         imports: list[str],
-        places: list[str],
+        import_paths: list[str],
         record: bool,  # noqa: FBT001 - passed by name, through JSON
     ) -> dict[str, Any]:
-        """Read a program, cut it into parts, and make networks of them.
+        """Read a program, partition it, and create networks of its parts.
 
         Args:
-            folder: Where ``programs.write_program`` has put the program.
-            options: The backend's options.
-            layer_types: Layer types that hold weights, as plain data.
+            folder: Folder where ``messages.write_program`` has stored the program.
+            options: Options of the backend, without ``imports``.
+            layer_types: Layer types with weights, as plain data.
             imports: Modules to import first, because they register ops or converters.
-            places: Where the user's process looks for modules by now.
-            record: Whether to write down how weights follow from those of the program.
+            import_paths: ``sys.path`` of the user's process, to find the modules.
+            record: Whether to write recipes that compute the weights from those of the program.
 
         Returns:
-            Structures and slots of all parts, settings, versions, layer types that hold weights,
-            and recipes, as plain data.
+            Structures and slots of all parts, settings, versions, names of layer types with
+            weights, and recipes, as plain data.
         """
-        sys.path += [place for place in places if place and place not in sys.path]
+        sys.path += [path for path in import_paths if path and path not in sys.path]
         for name in imports:
             with raised_as(ConfigError, f"The option 'imports' names {name!r}"):
                 importlib.import_module(name)
         types = {one.name: one for one in map(LayerType.model_validate, layer_types)}
         settings = settings_from_options(options)
-        program = programs.read_program(Path(folder))
-        found = read(program, settings, types, self._tell, record=record)
+        program = read_program(Path(folder))
+        found = interpret_parts(program, settings, types, self._report_progress, record=record)
         self._holders = found.holders
         recorded = found.recorded
         return {
-            "structures": [part.structure.model_dump() for part in found.cut.parts],
+            "structures": [part.structure.model_dump() for part in found.partitioned.parts],
             "slots": {
                 name: [slot.model_dump() for slot in holder.slots]
                 for name, holder in self._holders.items()
@@ -174,33 +191,34 @@ class Session:
             "layer_types": sorted(
                 {name for holder in self._holders.values() for name in holder.layer_types}
             ),
-            "recorded": None
-            if recorded is None
-            else recordings.write_recording(recorded, Path(folder)),
+            "recorded": None if recorded is None else write_recording(recorded, Path(folder)),
         }
 
     def values(self, folder: str) -> None:
-        """Write the values of all slots: a region for each part, in a file of its name."""
+        """Write the values of each part as a region, to a file with the part's name."""
         for name in self._holders:
             self.copy(name, str(Path(folder) / name))
 
     def copy(self, engine: str, path: str) -> None:
-        """Write the values of the slots of one part, as a region."""
+        """Write the values of one part as a region."""
         holder = self._holders[engine]
         region = Region.create(Path(path), holder.slots)
         for name, value in holder.scanned.items():
             region.views[name].copy_(value)
 
     def build(self, engine: str, path: str, weights: str | None = None) -> int:
-        """Build a part and write the engine bytes; returns their number.
+        """Build a part, write the engine bytes, and return their number.
 
-        In a process of its own: one in which a build failed cannot build again. So nothing that a
-        build does stays here, and a session is as good after any call as when it was new.
+        The build runs in a process of its own, because a process in which a build failed cannot
+        build again. So a build changes nothing in the session.
 
         Args:
             engine: Name of the part.
-            path: Where the engine bytes go.
-            weights: The region with its values; those of the program where None.
+            path: File for the engine bytes.
+            weights: Region with the values; None for those of the program.
+
+        Raises:
+            CompileError: TensorRT refuses the network, or the build process died.
         """
         reader, writer = os.pipe()
         child = os.fork()
@@ -208,96 +226,92 @@ class Session:
             self._build_and_exit(engine, path, weights, writer)
         os.close(writer)
         try:
-            said = self._awaited(reader)
+            output = self._read_to_end(reader)
         except BaseException:
-            os.kill(child, signal.SIGKILL)
+            os.kill(child, signal.SIGKILL)  # the client is gone, so nobody needs the result
             raise
         finally:
             os.close(reader)
             _, status = os.waitpid(child, 0)
-        if not said:
+        if not output:
             raise CompileError(
-                f"The process that built {engine!r} died ({_end(status)}).",
-                hint="Memory may have run out, or TensorRT crashed: its log says more.",
+                f"The process that built {engine!r} died ({_exit_text(status)}).",
+                hint="Memory may have run out, or TensorRT crashed; see its log.",
             )
-        answer = json.loads(said)
+        answer = json.loads(output)
         if "error" in answer:
-            raise wire.unpack_error(answer["error"])
+            raise unpack_error(answer["error"])
         return int(answer["result"])
 
-    def _awaited(self, reader: int) -> bytes:
-        """What comes through a pipe until it is closed.
+    def _read_to_end(self, reader: int) -> bytes:
+        """Read from a pipe until its other end is closed.
 
         Raises:
-            EOFError: The client is gone meanwhile.
+            EOFError: The client closed its socket before.
         """
-        said, ends = b"", [reader, self._channel.fileno()]
+        output, ends = b"", [reader, self._channel.fileno()]
         while True:
             ready, _, _ = select.select(ends, [], [])
             if reader not in ready:
-                raise EOFError  # a client that waits for an answer sends nothing but its end
+                # the client waits for an answer, so its socket is readable only when it closes
+                raise EOFError
             part = os.read(reader, 1 << 16)
             if not part:
-                return said
-            said += part
+                return output
+            output += part
 
     def _build_and_exit(self, engine: str, path: str, weights: str | None, writer: int) -> None:
         try:
-            _end_with_parent()
-            self._channel.close()  # or the client would not see that the session died
-            os.write(writer, json.dumps(self._built(engine, path, weights)).encode())
+            _die_with_parent()
+            self._channel.close()  # otherwise the client would not notice the session's death
+            os.write(writer, json.dumps(self._build(engine, path, weights)).encode())
         finally:
             os._exit(0)
 
-    def _built(self, engine: str, path: str, weights: str | None) -> dict[str, Any]:
-        log = _Log()
-        logging.getLogger().addHandler(log)  # its loggers are no children of one another
+    def _build(self, engine: str, path: str, weights: str | None) -> dict[str, Any]:
+        log = _ErrorLog()
+        logging.getLogger().addHandler(log)  # TensorRT's loggers have no other common parent
         try:
             holder = self._holders[engine]
             if weights is not None:
                 holder.point(Region.open(Path(weights), holder.slots).views)
             content = holder.build() if isinstance(holder, Network) else b""
             Path(path).write_bytes(content)
-        except Exception as exc:  # noqa: BLE001 - whatever it is, the client is told
-            packed = wire.pack_error(exc)
+        except Exception as exc:  # noqa: BLE001 - the client gets every error
+            packed = pack_error(exc)
             packed["hint"] = "\n".join([*log.lines[-_LOG_LINES:], packed["hint"]]).strip()
             return {"error": packed}
         return {"result": len(content)}
 
 
-def _end_with_parent() -> None:
-    """Have the kernel end this process when the session dies: nobody would want the result."""
+def _die_with_parent() -> None:
+    """Make the kernel kill this process when the session dies: nobody would need the result."""
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG, <linux/prctl.h>
     ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGKILL))
 
 
-def _end(status: int) -> str:
+def _exit_text(status: int) -> str:
     code = os.waitstatus_to_exitcode(status)
     return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
-class _Log(logging.Handler):
-    """Keeps what TensorRT logs as errors."""
+class _ErrorLog(logging.Handler):
+    """Collects the messages that TensorRT logs as errors."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep one."""
+        """Store a message."""
         self.lines.append(record.getMessage())
 
 
-# MERGED warmup: What every session would do first, done once in the process that sessions are
-# forked from.
-#
-# The first program that a process reads, lowers and cuts costs a third of a second more than the
-# second: modules are imported, tables made, type hints looked up. No network is made and nothing
-# is built, so no library starts a thread, and what is forked afterwards starts clean.
+# -- warm-up -------------------------------------------------------------------------------------
 
 
-class _Small(torch.nn.Module):
-    """A little of what most models have; too small for any library to want threads."""
+class _SmallModel(torch.nn.Module):
+    """A model with the most common layers, too small for any library to start threads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -306,39 +320,44 @@ class _Small(torch.nn.Module):
         self.linear = torch.nn.Linear(2, 2)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Of one small image."""
+        """Run on images of shape (N, 1, H, W) with H and W of at least 3."""
         x = torch.relu(self.norm(self.conv(image)))
         result: torch.Tensor = self.linear(x.mean((2, 3)))
         return result
 
 
 def warm_up() -> None:
-    """Read, lower and cut one small program, as a session does, while a tape watches."""
-    _no_monitor()
-    program = _handed_over(torch.export.export(_Small().eval(), (torch.zeros(1, 1, 4, 4),)))
+    """Read, lower and partition a small program under a tape, as each session does first.
+
+    The first program in a process takes a third of a second longer than the second one: modules are
+    imported, tables built, type hints resolved. Here this happens once for all sessions.
+    """
+    _disable_tqdm_monitor()
+    program = _round_trip(torch.export.export(_SmallModel().eval(), (torch.zeros(1, 1, 4, 4),)))
     settings = settings_from_options({"min_block_size": 1})
     with Tape(tensors_of(program)):
-        cut(lower(program, settings), settings, inlined=False)
+        partition_program(lower(program, settings), settings, inlined=False)
 
 
-def _no_monitor() -> None:
-    """Have no thread watch progress bars: a fork while it holds their lock would never get it.
+def _disable_tqdm_monitor() -> None:
+    """Prevent tqdm from starting its monitor thread.
 
-    ``torch/fx/interpreter.py`` makes bars, the first of which starts the thread.
+    ``torch/fx/interpreter.py`` creates progress bars, and the first bar starts the thread. A
+    process that is forked while the thread holds its lock never gets the lock.
     """
     with contextlib.suppress(ImportError):
-        from tqdm import tqdm  # noqa: PLC0415 - torch_tensorrt brings it, or nothing does
+        from tqdm import tqdm  # noqa: PLC0415 - only torch_tensorrt depends on it
 
         tqdm.monitor_interval = 0
 
 
-def _handed_over(program: ExportedProgram) -> ExportedProgram:
-    """The same, written and read again."""
-    kept = KeptProgram.of(program)
-    if kept is None:
+def _round_trip(program: ExportedProgram) -> ExportedProgram:
+    """The program, written and read again as for a session."""
+    original = KeptProgram.of(program)
+    if original is None:
         return program
     values = {name: tensor.detach() for name, tensor in tensors_of(program).items()}
-    return kept.restore(TensorMap(values), values.__getitem__)
+    return original.restore(TensorMap(values), values.__getitem__)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def test_alike_passes() -> None:
 @pytest.mark.parametrize(
     ("changes", "kind"),
     [
-        ({"accelerated": False}, "runs elsewhere"),
+        ({"accelerated": False}, "kind of part"),
         ({"ops": ("add", "sub")}, "op 1"),
         ({"ops": ("add",)}, "op 1"),
         ({"inputs": ("x", "y")}, "inputs"),

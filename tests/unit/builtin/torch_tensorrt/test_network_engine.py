@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from refitkit.builtin.torch_tensorrt.network.engine import NetworkEngine, Scratch
+from refitkit.builtin.torch_tensorrt.network.engine import NetworkEngine, ScratchFolder
 from refitkit.builtin.torch_tensorrt.parts import Structure
 from refitkit.testing.scenes import make_slot
 from tests.unit.builtin.torch_tensorrt.scenes import slot_values
@@ -19,7 +19,7 @@ def engine() -> NetworkEngine:
         name="part", accelerated=False, graph="0" * 64, ops=(), inputs=(), outputs=1
     )
     builder: Any = None  # a part that torch runs is never built
-    engine = NetworkEngine(structure, [make_slot("w", engine="part")], builder, Scratch())
+    engine = NetworkEngine(structure, [make_slot("w", engine="part")], builder, ScratchFolder())
     engine.adopt({"w": torch.ones(2)}, None)
     return engine
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from refitkit.builtin.torch_tensorrt.settings import plain, trusted
+from refitkit.builtin.torch_tensorrt.settings import options_from_file, plain_options
 from refitkit.errors import ConfigError, UnsupportedTargetError
 
 
@@ -22,7 +22,7 @@ def test_options_become_what_json_can_hold() -> None:
         "d": [relu, operator.add],
         "e": None,
     }
-    found = plain(given)
+    found = plain_options(given)
     assert found == {
         "a": True,
         "b": "torch.float16",
@@ -30,12 +30,12 @@ def test_options_become_what_json_can_hold() -> None:
         "d": ["_operator.add", "torch.ops.aten.relu"],
         "e": None,
     }
-    assert plain(json.loads(json.dumps(found))) == found
+    assert plain_options(json.loads(json.dumps(found))) == found
 
 
 def test_what_cannot_be_written_is_told_at_once() -> None:
     with pytest.raises(ConfigError) as info:
-        plain({"a": object(), "b": lambda: 0, "c": torch.nn.ReLU(), "d": 1, "e": {"f": 1}})
+        plain_options({"a": object(), "b": lambda: 0, "c": torch.nn.ReLU(), "d": 1, "e": {"f": 1}})
     assert {p.subject: p.found for p in info.value.problems} == {
         "a": "object",
         "b": "function",
@@ -46,13 +46,13 @@ def test_what_cannot_be_written_is_told_at_once() -> None:
 
 def test_a_file_may_name_modules_that_are_imported_already() -> None:
     options = {"imports": ["json", "refitkit.errors"], "min_block_size": 1}
-    assert trusted(options, "file") == options
+    assert options_from_file(options, "file") == options
 
 
 @pytest.mark.parametrize("names", [["json", "antigravity"], "antigravity", [["json"]], {"x": 1}, 7])
 def test_a_file_cannot_have_others_imported(names: object) -> None:
     with pytest.raises(UnsupportedTargetError, match="'file'") as info:
-        trusted({"imports": names}, "file")
+        options_from_file({"imports": names}, "file")
     assert info.value.problems
     assert "json" not in {p.subject for p in info.value.problems}
     assert "antigravity" not in sys.modules
@@ -60,4 +60,4 @@ def test_a_file_cannot_have_others_imported(names: object) -> None:
 
 def test_a_file_cannot_name_files() -> None:
     options = {"timing_cache_path": "/etc/passwd", "engine_cache_dir": "/", "min_block_size": 1}
-    assert trusted(options, "file") == {"min_block_size": 1}
+    assert options_from_file(options, "file") == {"min_block_size": 1}

@@ -28,7 +28,7 @@ def test_arrays_are_seen_and_not_copied(dtype: Any) -> None:
     [("FP8", torch.float8_e4m3fn), ("INT4", torch.uint8), ("FP4", torch.uint8)],
 )
 def test_dtypes_that_numpy_lacks(name: str, dtype: torch.dtype) -> None:
-    assert networks.dtype_of(SimpleNamespace(name=name)) is dtype
+    assert networks.torch_dtype_of(SimpleNamespace(name=name)) is dtype
 
 
 def test_no_elements_are_an_empty_tensor_and_no_address_is_read() -> None:
@@ -71,7 +71,7 @@ def test_another_layout_is_noticed_before_its_address_is_used(
             return pointer
 
     monkeypatch.setattr(networks.ctypes, "c_void_p", Pointing)
-    with pytest.raises(EngineError, match="unknown to us"):
+    with pytest.raises(EngineError, match="unknown layout"):
         networks.tensor_of(weights)
 
 

@@ -61,7 +61,7 @@ def test_other_errors_become_typed_and_say_what_they_were() -> None:
 def test_a_session_tells_of_progress_and_answers(pair: Pair) -> None:
     told: list[str] = []
     session = SessionClient(pair[0])
-    for answer in ({"tell": "one"}, {"tell": "two"}, {"result": 3}):
+    for answer in ({"progress": "one"}, {"progress": "two"}, {"result": 3}):
         messages.send(pair[1], answer)
     assert session.call("anything", told.append, x=1) == 3
     assert told == ["one", "two"]
@@ -80,7 +80,7 @@ def test_an_error_of_a_session_does_not_end_it(pair: Pair) -> None:
 def test_who_listens_to_progress_may_fail(pair: Pair) -> None:
     """The answer that is still to come must not be read by the next call."""
     session = SessionClient(pair[0])
-    for answer in ({"tell": "one"}, {"result": "of the first call"}):
+    for answer in ({"progress": "one"}, {"result": "of the first call"}):
         messages.send(pair[1], answer)
 
     def fails(_: str) -> None:
