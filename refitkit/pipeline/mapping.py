@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
     from refitkit.config import Config
-    from refitkit.host import Host, Offer
+    from refitkit.host import Host, PluginOffer
     from refitkit.protocols import (
         BindableProgram,
         MappingStrategy,
@@ -248,7 +248,7 @@ def map_slots(
 
 def _ask_rank(
     mapping: Mapping,
-    rank: list[Offer],
+    rank: list[PluginOffer],
     ask: Callable[[MappingStrategy, tuple[LedgerRow, ...]], Mapped],
 ) -> None:
     """Ask strategies that nothing puts in order.
@@ -256,7 +256,7 @@ def _ask_rank(
     Those of one plugin are asked for what the ones before left; those of another plugin for all, so
     that it shows if both have a value.
     """
-    taken: dict[tuple[str, str], tuple[LedgerRow, Offer]] = {}
+    taken: dict[tuple[str, str], tuple[LedgerRow, PluginOffer]] = {}
     clashes: list[Problem] = []
     for offer in rank:
         strategy: MappingStrategy = offer.item
@@ -281,7 +281,7 @@ def _ask_rank(
         )
 
 
-def _clash(row: LedgerRow, first: Offer, second: Offer) -> Problem:
+def _clash(row: LedgerRow, first: PluginOffer, second: PluginOffer) -> Problem:
     offers = " and ".join(f"{one.item.name!r} of {one.plugin!r}" for one in (first, second))
     return Problem(f"{row.slot.engine}/{row.slot.name}", "claimed twice", offers)
 
@@ -394,11 +394,11 @@ def _of_plan(value: SlotValue) -> bool:
     return value.pinned or (value.strategy == STRATEGY and not value.sources)
 
 
-def _in_order(host: Host, config: Config) -> list[list[Offer]]:
+def _in_order(host: Host, config: Config) -> list[list[PluginOffer]]:
     """Strategies in the order in which they are tried; nothing orders those in one list."""
     offered = host.offers("refitkit_mapping_strategies")
     if not config.strategies:
-        ranks: dict[int, list[Offer]] = {}
+        ranks: dict[int, list[PluginOffer]] = {}
         for offer in offered.values():
             ranks.setdefault(offer.item.priority, []).append(offer)
         return [ranks[priority] for priority in sorted(ranks)]

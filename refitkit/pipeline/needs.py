@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from refitkit.config import Config
-    from refitkit.host import Host, Offer
+    from refitkit.host import Host, PluginOffer
     from refitkit.model import PlanData, ReportRow
     from refitkit.recipe import RefitPlan
 
@@ -126,7 +126,7 @@ def described(need: Need) -> str:
     return f"the plugin {need.plugin!r}{brought}"
 
 
-def _need(host: Host, kind: str, name: str, offer: Offer, slots: Iterable[str] = ()) -> Need:
+def _need(host: Host, kind: str, name: str, offer: PluginOffer, slots: Iterable[str] = ()) -> Need:
     taken = host.candidate(offer.plugin)
     return Need.model_validate(
         {
