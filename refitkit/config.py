@@ -137,7 +137,7 @@ class Config(Frozen):
         return self.no_plugins | {name.strip() for name in named if name.strip()}
 
     def cache_folder(self) -> Path | None:
-        """Folder of cached plans, from the settings or else from the environment; None: no cache."""
+        """Folder of cached plans, from the settings or the environment; None: no cache."""
         named = os.environ.get(PLAN_CACHE_VARIABLE, "").strip()
         return self.plan_cache or (Path(named) if named else None)
 
