@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from refitkit.pipeline import CompiledModule
 
 _HANDLE = "_refitkit_handle"
-_NO_CACHE = (2, 13)
+_NO_CACHE = (2, 13)  # first version of torch_tensorrt without the weight map cache
 _NOT_IMPORTABLE = "torch_tensorrt cannot be imported"
 _GPU_HINT = "It needs a GPU; the backend 'tensorrt_network' plans and builds without one."
+# The strategy name-map reads the weight map that upstream caches in the module.
 _WITH_CACHE = ("recipe", "name-map", "rebuild")
 _WITHOUT_CACHE = ("recipe", "rebuild")
 
@@ -78,6 +79,8 @@ def _signature() -> inspect.Signature:
     return ours.replace(parameters=left)
 
 
+# Names, order and defaults are those of upstream's function, because callers pass some arguments
+# by position. ``_signature`` removes the one that later versions lack.
 def _refit(
     compiled_module: Any,
     new_weight_module: ExportedProgram,
@@ -155,6 +158,7 @@ def _plan(pipeline: Pipeline, compiled: CompiledModule, program: ExportedProgram
     known = compiled.plan
     if known is not None and known.data.fingerprint.graph == facts_of(program).graph:
         return known
+    # A proof would refit a copy of the module, which upstream's callers do not expect to pay for.
     return pipeline.plan(program, compiled, prove=False)
 
 
@@ -181,6 +185,7 @@ def _inputs(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | 
 def _on_gpu(value: Any) -> Any:
     import torch  # noqa: PLC0415
 
+    # Callers may pass tensors on the CPU.
     if isinstance(value, torch.Tensor):
         return value.cuda()
     if type(value).__module__.partition(".")[0] == "torch_tensorrt":

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from pydantic_core import ErrorDetails
 
+# A tolerance of infinity or NaN would accept any output.
 Bound = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 NO_PLUGIN_VARIABLE = "REFITKIT_NO_PLUGIN"
 """Environment variable with the names of plugins to switch off, separated by commas."""
@@ -112,6 +113,7 @@ class Config(Frozen):
         unknown = sorted(value.keys() - ITEM_BYTES.keys())
         if unknown:
             raise ValueError(f"unknown dtypes: {', '.join(unknown)}")
+        # Users set the dtypes that they care about; the others keep their defaults.
         return {**TOLERANCES, **value}
 
     @classmethod
@@ -138,6 +140,7 @@ class Config(Frozen):
 
     def cache_folder(self) -> Path | None:
         """Folder of cached plans, from the settings or the environment; None: no cache."""
+        # An empty variable means no cache: Path("") would be the current folder.
         named = os.environ.get(PLAN_CACHE_VARIABLE, "").strip()
         return self.plan_cache or (Path(named) if named else None)
 

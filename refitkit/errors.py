@@ -42,6 +42,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+# Models have thousands of weights, and a message with all of them would hide the hint.
 SHOWN_PROBLEMS = 40
 """Number of problems that a message lists; ``problems`` always holds all of them."""
 
@@ -229,6 +230,7 @@ _HINTS = {
     errno.ENOMEM: _MEMORY,
     errno.EAGAIN: "End processes, free memory, or raise the limit on processes: ulimit -u.",
     errno.ENOLCK: "Release locks, or use a file system that supports them.",
+    # Only for the temporary folder: ``_code_of`` ignores other missing files.
     errno.ENOENT: "Set TMPDIR to an existing, writable folder.",
 }
 """Hints by error code. These codes say nothing about the content of a file."""
@@ -318,6 +320,7 @@ def _reason(exc: BaseException, code: int) -> str:
         names = [repr(str(name)) for name in (exc.filename, exc.filename2) if name is not None]
         return ": ".join([reason, *names])
     reason = os.strerror(code)
+    # Only the first line: torch appends stack traces of C++ to its messages.
     text = str(exc).strip().partition("\n")[0].removesuffix(".")
     return f"{reason}: {text}" if text and reason not in text else text or reason
 
@@ -333,7 +336,7 @@ def resources(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except RefitError:
+    except RefitError:  # an inner place has described the failure more exactly
         raise
     except Exception as exc:
         raise_if_resource(exc, what)

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
+# For annotations only: importing the hooks must not import torch, pydantic models or click.
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
 
@@ -52,6 +53,9 @@ if TYPE_CHECKING:
 PROJECT = "refitkit"
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+# Arguments have no defaults, because refitkit passes all of them and pluggy selects by name.
 
 
 @hookspec

@@ -226,6 +226,7 @@ class Host:
         """Call a hook of one plugin only; results and errors are those of ``call``."""
         caller = self._callers.get((plugin, hook))
         if caller is None:
+            # pluggy cannot call one plugin, only all but some; the caller is cached for speed.
             named = self._manager.list_name_plugin()
             others = [other for name, other in named if name != plugin and other is not None]
             caller = self._manager.subset_hook_caller(hook, remove_plugins=others)
@@ -305,6 +306,7 @@ def make_host(
             message names the plugin.
     """
     off = (config or Config()).switched_off()
+    # A plugin that is switched off must not replace an installed one.
     explicit = [plugin for plugin in plugins if name_of(plugin) not in off]
     replaced = dict.fromkeys(map(_identity, explicit), "")
     manager = Manager()
@@ -341,6 +343,7 @@ def _register_candidate(
     """
     _require_free_name(candidate, registered)
     plugin = candidate.load()
+    # A built-in is never replaced quietly: users switch it off by name.
     if _identity(plugin) in replaced and candidate.origin != _BUILT_IN:
         if candidate.origin != _EXPLICIT:
             replaced[_identity(plugin)] = candidate.name
@@ -382,6 +385,7 @@ def candidates(plugins: Iterable[object] = ()) -> Iterator[Candidate]:
     """
     for name in BUILTINS:
         yield _built_in(name)
+    # Sorted, because entry points have no defined order.
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         yield _installed(entry)
     for plugin in plugins:
@@ -455,6 +459,7 @@ class Manager(pluggy.PluginManager):
         """Add the hook specifications; no plugin is registered."""
         super().__init__(hookspecs.PROJECT)
         self.deprecated: dict[str, Mapping[str, Warning]] = {}
+        # The last step, because it calls ``parse_hookspec_opts``.
         self.add_hookspecs(hookspecs)
 
     def parse_hookspec_opts(self, module_or_class: Any, name: str) -> Any:
@@ -473,6 +478,7 @@ def register_plugin(manager: Manager, name: str, plugin: object) -> None:
         PluginError: The object is not a valid plugin. The message names it and the reason.
     """
     hint = f"See docs/reference/hooks.md, or switch the plugin off: --no-plugin {name}."
+    # pluggy would register a class, and call its methods without ``self``.
     if inspect.isclass(plugin):
         raise PluginError(f"The plugin {name!r} is a class: register an instance of it.")
     for attribute in dir(plugin):
@@ -495,6 +501,7 @@ def _lacks_mark(manager: Manager, plugin: object, attribute: str) -> bool:
 
 def _finish(manager: Manager, name: str, plugin: object, hint: str) -> None:
     for caller in manager.get_hookcallers(plugin) or ():
+        # pluggy registers hooks of any name and waits for a specification.
         if not caller.has_spec():
             message = f"The plugin {name!r} implements {caller.name}, which is not a hook."
             raise PluginError(message, hint=hint)
@@ -537,6 +544,7 @@ def _with_named_failures(
 
     @functools.wraps(function)
     def hook_wrapper(*arguments: Any) -> Any:
+        # A wrapper can also fail after its ``yield``, when pluggy resumes it.
         with named_failures(plugin, hook):
             return (yield from function(*arguments))
 

@@ -65,6 +65,7 @@ def compile_command(
     """
     from refitkit.cli.files import bytes_of, check_module_folder, check_output, load_program
 
+    # Compiling can take minutes, so a path that cannot be written is refused first.
     check_output(output, program, folders=True)
     pipeline = session.pipeline()
     check_module_folder(pipeline, output)

@@ -42,6 +42,7 @@ def demo_command(session: Session, keep: Path | None) -> None:
         result = _run(session, folder)
     problems = result.problems()
     error = VerificationError("The demo gave wrong results.", problems=problems, report=result)
+    # Only one JSON object may be printed: the error, which contains the measurements.
     if problems and session.as_json:
         raise error
     session.result(plain(result), lambda console: _print(console, result, keep))
@@ -50,6 +51,7 @@ def demo_command(session: Session, keep: Path | None) -> None:
 
 
 def _run(session: Session, folder: Path) -> DemoResult:
+    # First the pipeline: it reports a broken torch, which importing demo_run would raise.
     pipeline = session.silent_pipeline()
     from refitkit.cli.demo_run import Demo
 

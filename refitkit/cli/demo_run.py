@@ -80,6 +80,7 @@ class Demo:
         self._progress("compiling the early checkpoint")
         program = self._program(early)
         compiled, compile_seconds = _timed(lambda: self._pipeline.compile(program))
+        # Saved before any refit, so that users of --keep can refit it themselves.
         compiled.save(self._folder / "digits.refitkit")
         before = self._accuracy(compiled, early)
         self._progress("refitting to the later checkpoint, then alternating between both")
@@ -121,6 +122,7 @@ class Demo:
     def _program(self, checkpoint: DemoCheckpoint) -> ExportedProgram:
         inputs = (self._test.pictures,)
         save_file({"0": self._test.pictures}, self._folder / "inputs.safetensors")
+        # Dynamic, so that users of --keep can call the module with other batch sizes.
         any_number = ({0: torch.export.Dim("pictures", min=1, max=4096)},)
         program = torch.export.export(checkpoint.model, inputs, dynamic_shapes=any_number)
         torch.export.save(program, self._folder / "digits.pt2")

@@ -71,6 +71,7 @@ def diff_command(
     data = {"summary": report.summary, "counts": report.counts, **plain(report)}
     shown = report.rows if everything else [row for row in report.rows if row.state != "same"][:top]
     session.result(data, lambda console: print_diff(console, report, shown))
+    # ``main`` uses an integer that a command returns as the exit code.
     return DIFFERENT if exit_code and report.differs else 0
 
 
@@ -80,6 +81,7 @@ def print_diff(
     """Print some rows of a diff, and a summary of all rows."""
     from refitkit.cli.tables import count, facts, table
 
+    # With --all, ``rows`` has equal rows, too.
     left = sum(row.state != "same" for row in report.rows) - sum(r.state != "same" for r in rows)
     if rows:
         console.print(table(_COLUMNS, map(_cells, rows)))

@@ -69,6 +69,7 @@ def doctor_command(ctx: click.Context) -> None:
     session.progress.show("examining the machine")
     findings = _findings()
     backends = _backends(session, {one.name: one for one in findings})
+    # None means unknown, and a backend of another plugin may well refit.
     possible = any(backend.refit is not False for backend in backends)
     plugins = all_plugins(session)
     data = {
@@ -81,6 +82,7 @@ def doctor_command(ctx: click.Context) -> None:
     }
     names = [f"{one.name} ({one.origin if one.state == IN_USE else one.state})" for one in plugins]
     session.result(data, lambda console: _print(console, findings, backends, names))
+    # Not an error: the result is complete, and stderr stays empty.
     ctx.exit(0 if possible else 1)
 
 
@@ -102,6 +104,7 @@ def _findings() -> list[Finding]:
 
 
 def _backends(session: Session, found: dict[str, Finding]) -> list[_Backend]:
+    # A pipeline, which lists the backends, imports torch.
     if not found["torch"].ok:
         return []
     try:
@@ -169,7 +172,7 @@ _TRIAL = "#include <omp.h>\n#include <vector>\nstd::vector<int> trial(1);\n"
 torch)."""
 _TRIAL_FLAGS = ("-x", "c++", "-shared", "-fPIC", "-fopenmp", "-")
 _CPP_LIBRARIES = (b"libstdc++.so", b"libc++.so")
-_SECONDS = 30
+_SECONDS = 30  # nvidia-smi can hang if the driver is broken
 
 
 @dataclass(frozen=True)
@@ -303,6 +306,7 @@ def package(name: str, module: str) -> Finding:
     folder = _folder_of(module)
     if folder is None:
         return Finding(name, "not installed", ok=False)
+    # A distribution can have another name than its module.
     versions = {_version(one) for one in packages_distributions().get(module, ())} - {""}
     return Finding(name, f"{', '.join(sorted(versions)) or 'installed'} in {folder}")
 
@@ -321,6 +325,7 @@ def runtime_flavour() -> Finding:
 def _folder_of(module: str) -> Path | None:
     try:
         spec = find_spec(module)
+    # ImportError: a parent package is missing. ValueError: the module has no __spec__.
     except (ImportError, ValueError):
         spec = None
     return None if spec is None else Path(spec.origin or "").parent

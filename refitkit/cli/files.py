@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     Inputs = tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]
 
+# The first name is in archives of the present format of torch.export.save, the second in old ones.
 _PROGRAM_MEMBERS = {"archive_format", "serialized_exported_program.json"}
 _EXPORT_HINT = "Write it with torch.export.save(torch.export.export(model, inputs), path)."
 
@@ -87,6 +88,7 @@ def check_output(path: Path, *inputs: str | Path | None, folders: bool = False) 
         raise RefitError(f"{what}: it is write-protected.", hint="Write to another file.")
     _try_to_write(folder, what)
     for other in inputs:
+        # samefile also finds links to an input.
         if other is not None and path.exists() and Path(other).exists() and path.samefile(other):
             raise click.UsageError(f"{str(path)!r} is read by this command: write to another file.")
 

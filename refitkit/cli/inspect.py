@@ -83,6 +83,7 @@ def _readers(file: Path) -> dict[str, Callable[[Pipeline, Path], _FileContents]]
     by_suffix = {".safetensors": "weights", ".refitplan": "a plan"}
     if file.is_dir():
         return {"a module": _module}
+    # With a single reader, the error gives only the reason that matters.
     kind = by_suffix.get(file.suffix)
     return {kind: readers[kind]} if kind else readers
 
@@ -107,6 +108,7 @@ def _weights(pipeline: Pipeline, file: Path) -> _FileContents:
 
 # -- printing modules and weights of any backend or plugin -------------------------------------
 
+# Hexadecimal digests from SHA-1 (40 digits) on.
 _CHECKSUM = re.compile("[0-9a-f]{40,}")
 _SLOT_COLUMNS = ("name", "dtype", "shape", "device")
 
@@ -131,6 +133,7 @@ def described_weights(source: WeightSource) -> dict[str, Any]:
                 "name": name,
                 "dtype": info.dtype,
                 "shape": info.shape,
+                # A dtype that torch does not have has no known size; ``unusable`` names it.
                 "bytes": info.count * ITEM_BYTES.get(info.dtype, 0),
                 "unusable": info.unusable,
             }
@@ -155,6 +158,7 @@ def _cell(row: Mapping[str, Any], column: str) -> str:
 
 
 def _value(key: str, value: Any) -> str:
+    # bool first, because it is a subclass of int.
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int) and "bytes" in key:

@@ -47,6 +47,7 @@ class KnownPlugin:
 
 def known_names(explicit: Iterable[object] = ()) -> frozenset[str]:
     """Names of all plugins, in use or not."""
+    # ``candidates`` does not know the plugin of the built-in commands: ``main`` passes it.
     return frozenset({COMMANDS, *(one.name for one in candidates(explicit))})
 
 

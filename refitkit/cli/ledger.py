@@ -102,6 +102,7 @@ def find_row(data: PlanData, wanted: str) -> LedgerRow:
         ConfigError: No slot or several slots match; ``problems`` lists candidates.
     """
     names = {f"{row.slot.engine}/{row.slot.name}": row for row in data.ledger}
+    # An exact name wins, although it may also be the end of other names.
     exact = [row for name, row in names.items() if wanted in {name, row.slot.name}]
     found = exact or [row for name, row in names.items() if name.endswith(wanted)]
     if len(found) == 1:
@@ -124,6 +125,7 @@ def find_row(data: PlanData, wanted: str) -> LedgerRow:
 
 def calls_of(data: PlanData, value: Any) -> list[int]:
     """Numbers of the calls that compute a value, in the order of execution."""
+    # Calls are numbered in the order of execution.
     return sorted(calls_below([value], lambda number: operands_of(data.calls[number])))
 
 

@@ -85,6 +85,7 @@ def main(args: Sequence[str] | None = None, plugins: Iterable[object] = ()) -> i
     given = list(sys.argv[1:] if args is None else args)
     early = parse_early_options(given)
     escape_unencodable_output()
+    # Before any plugin is imported, because imports may print.
     with claimed_stdout() if early.as_json else open_stdout() as stdout:
         session = Session(early, stdout, plugins)
         try:
@@ -128,6 +129,7 @@ def _run(
     for name in unknown_names(session):
         session.warn(f"There is no plugin {name!r} to switch off.")
     group = make_group(session.host, on_broken)
+    # Without standalone mode, click raises errors instead of printing them and exiting.
     code = group.main(args, prog_name="refitkit", standalone_mode=False, obj=session)
     return code if isinstance(code, int) else 0
 
@@ -136,6 +138,7 @@ def _report(session: Session, exc: Exception, stdout: TextIO) -> int:
     """Report an exception on stderr, with ``--json`` also on stdout; returns the exit code."""
     code = exit_code(exc)
     session.progress.stop()
+    # The traceback comes first, so that the message is the last thing on the screen.
     if session.verbose or code == BUG:
         traceback.print_exception(exc)
     if session.as_json:
@@ -241,6 +244,7 @@ def make_group(host: Host, on_broken: Callable[[BrokenPlugin], None] | None = No
         """
 
     names = [info.name for info in host.plugins() if HOOK in info.hooks]
+    # Built-in commands first: of two commands of one name, the plugin's is then the wrong one.
     for name in sorted(names, key=lambda one: one != COMMANDS):
         refitkit.registrar = name
         try:
@@ -262,6 +266,7 @@ _PYTHON_HINT = "partial=True"
 
 def exit_code(exc: Exception) -> int:
     """The exit code for an exception."""
+    # The special cases of RefitError come before RefitError itself.
     if isinstance(exc, PluginError):
         return PLUGIN_FAULT
     if isinstance(exc, ConfigError):
@@ -298,6 +303,7 @@ def as_data(exc: Exception) -> dict[str, Any]:
     error = as_refit_error(exc)
     problems = [replace(one, hint=_HINT_SEPARATOR.join(_hints_of(one))) for one in error.problems]
     data: dict[str, Any] = {
+        # One name for all subclasses: scripts should not depend on FileNotFoundError and the like.
         "type": "OSError" if isinstance(exc, OSError) else type(exc).__name__,
         "message": error.message,
         "hint": error.hint,
@@ -383,6 +389,7 @@ def _moved(stdout: TextIO) -> Iterator[TextIO]:
     ours = os.dup(_STDOUT)
     os.dup2(_STDERR, _STDOUT)
     try:
+        # closefd: ``ours`` is still needed below, to restore descriptor 1.
         with open(ours, "w", encoding="utf-8", closefd=False) as own:
             yield own
     finally:
@@ -394,7 +401,7 @@ def _moved(stdout: TextIO) -> Iterator[TextIO]:
 
 def _is_real(stdout: TextIO) -> bool:
     try:
-        os.fstat(_STDERR)
+        os.fstat(_STDERR)  # raises if the caller closed stderr
         return stdout.fileno() == _STDOUT
     except OSError:
         return False

@@ -138,7 +138,8 @@ def as_options(
 
 
 def _value(text: str) -> Any:
-    if text in _PYTHON_WORDS:  # as text, "False" would count as true
+    # JSON does not know these words, and as a text "False" would count as true.
+    if text in _PYTHON_WORDS:
         return _PYTHON_WORDS[text]
     try:
         return json.loads(text)
@@ -182,12 +183,14 @@ def _set_rule(ctx: click.Context, param: click.Parameter, value: Any) -> None:
     """Store a rule whose value needs no parsing."""
     if value is not None:
         settings = _settings(ctx)
+        # ``diff`` has each rule three times: for both sides, for A and for B.
         side, _, field = str(param.name).rpartition(_SIDE)
         (settings.side_rules[side] if side else settings.rules)[field] = value
 
 
 def _set_list(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> None:
     """Store a rule that is a list."""
+    # click passes an empty tuple for an option that was not given.
     _set_rule(ctx, param, list(given) or None)
 
 
@@ -211,6 +214,7 @@ def _fields_of_pack(text: str) -> dict[str, Any] | None:
     into, equals, rest = text.partition("=")
     how = _DIM.search(rest)
     dim, turned = how.groups() if how else (None, None)
+    # An @ that is left in a part is a misspelt suffix, such as @t.
     parts = _DIM.sub("", rest, count=1).split(",")
     if not equals or not into or not all(parts) or "@" in "".join(parts):
         return None
@@ -351,6 +355,7 @@ def _rules(side: str = "") -> tuple[Callable[[Command], Command], ...]:
         ),
         acting_option(
             *named("cast"),
+            # No click default: an option that is not given must not override the file.
             type=click.Choice(["no", "lossless", "any"]),
             callback=_set_rule,
             help=about(

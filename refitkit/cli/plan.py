@@ -29,7 +29,7 @@ def plan_group() -> None:
     """
 
 
-@plan_group.command("make")
+@plan_group.command("make", short_help="Make a plan for a program and its module.")
 @file_argument("program")
 @file_option("--target", help="Module that was compiled from PROGRAM.")
 @click.option(
@@ -73,18 +73,20 @@ def make(
 
     if target is None and backend is None:
         raise click.UsageError("Give --target FILE or --backend NAME, for which to plan.")
+    # Check all paths before the pipeline imports torch, which takes seconds.
     check_output(output, program, target)
     if target is not None:
         check_readable(target, UnsupportedTargetError)
     pipeline = session.pipeline()
     loaded = load_program(program, verbose=session.verbose)
+    # None, not False: the pipeline then still proves a plan that a module adopts.
     plan = pipeline.plan(loaded, target, backend, options, prove=prove or None)
     plan.save(output)
     data = {"output": str(output), **plain(plan.data)}
     session.result(data, lambda console: print_plan(console, plan))
 
 
-@plan_group.command("show")
+@plan_group.command("show", short_help="Show a plan, or the recipe of one slot.")
 @file_argument("file")
 @click.option(
     "--slot",

@@ -49,7 +49,7 @@ def plugins_group(ctx: click.Context) -> None:
         ctx.invoke(list_plugins)
 
 
-@plugins_group.command("list")
+@plugins_group.command("list", short_help="List all plugins and their hooks.")
 @common_options
 @click.pass_obj
 def list_plugins(session: Session) -> None:
@@ -131,6 +131,7 @@ def _plugin_named(session: Session, name: str) -> KnownPlugin:
 
 
 def _conformance(session: Session, name: str) -> list[Check]:
+    # Here, because it imports pytest, which is optional.
     from refitkit.testing.check import run
 
     return [Check(**one.model_dump()) for one in run(name, session.host)]
@@ -202,6 +203,7 @@ def static_checks(session: Session, plugin: KnownPlugin) -> Iterator[Check]:
     if plugin.state == BROKEN:
         yield Check(SUITE, "hooks_and_arguments", "failed", plugin.problem)
         return
+    # The host has checked these when it registered the plugin.
     yield Check(SUITE, "hooks_and_arguments", "passed")
     yield _deprecated(session, plugin)
     yield _timed("names_of_offers", lambda: _naming_error(session, plugin))
@@ -237,6 +239,7 @@ def _naming_error(session: Session, plugin: KnownPlugin) -> str:
             try:
                 session.host.offers(hook, **{name: given[name] for name in arguments})
             except PluginError as exc:
+                # The error may be about two other plugins.
                 if repr(plugin.name) in str(exc):
                     return str(exc)
             except RefitError as exc:
@@ -246,6 +249,8 @@ def _naming_error(session: Session, plugin: KnownPlugin) -> str:
 
 def _heavy_imports(plugin: KnownPlugin) -> str:
     """An error if importing the plugin imports heavy packages, found in a new interpreter."""
+    # The search path of this process, without its current folder (-P): plugins that run from a
+    # source folder are found, and nothing else is.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(  # noqa: S603 - a fixed script, and the plugin that the user named
         [sys.executable, "-P", "-c", _PROBE, plugin.module, *_HEAVY],
@@ -313,6 +318,7 @@ def _package_for(session: Session, name: str) -> str:
     package = name.replace("-", "_")
     if name in known_names(session.plugins):
         raise ConfigError(f"There is a plugin {name!r} already.", hint="Choose another name.")
+    # A package of this name would hide the installed one in the project's environment.
     if keyword.iskeyword(package) or find_spec(package) is not None:
         raise ConfigError(
             f"{package!r} is a keyword of Python, or the name of an installed package.",

@@ -146,6 +146,7 @@ class RefitWish:
         check_readable(self.module, UnsupportedTargetError)
         for name in weights:
             check_readable(name, SourceError)
+        # In place, the module is read and replaced, which is what the user asked for.
         module = None if self.in_place else self.module
         check_output(target, module, *weights, self.plan, self.inputs, folders=True)
 
@@ -174,6 +175,7 @@ def run_refit(
 
     target = wish.target
     pipeline = session.pipeline(**(settings or {}), **({"reread": True} if wish.reread else {}))
+    # In place, the target is the module itself, and loading it checks it.
     if not wish.in_place:
         check_module_folder(pipeline, target)
     result = pipeline.refit(
@@ -185,6 +187,7 @@ def run_refit(
         partial=partial,
         reset_state=wish.reset_state,
     )
+    # A refit that fails has raised by now, so the target stays as it was.
     result.module.save(target)
     report, finished = result.report, session.progress.finished
     session.result(
@@ -192,6 +195,7 @@ def run_refit(
     )
 
 
+# Hints of errors name arguments of Python, but users of the command need flags.
 _FLAGS = {
     "partial=True": "pass --partial",
     "check_finite=False in the config": "pass --no-check-finite",
@@ -214,6 +218,7 @@ _FLAGS = {
 @click.option(
     "--changes",
     type=click.Choice(["sampled", "exact", "off"]),
+    # No click default: an option that is not given must not override the file of --config.
     help="How to measure the change of each slot.  [default: sampled]",
 )
 @weight_options

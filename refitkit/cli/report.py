@@ -33,6 +33,7 @@ def print_report(
         output: Path of the saved module.
     """
     times = ", ".join(f"{one.stage} {duration(one.seconds)}" for one in report.stages)
+    # Stages of loading and saving are not part of the refit.
     around = [f"{one.verb} {duration(one.seconds)}" for one in finished if one.verb != "refit"]
     kept = sum(one.bytes for one in report.memory)
     kinds = ", ".join(sorted({one.kind for one in report.memory}))
@@ -100,6 +101,7 @@ def most_changed(report: RefitReport) -> list[str]:
     name = f"{row.engine}/{row.slot}"
     if math.isinf(row.largest):
         return [f"{name}: to or from values that are not finite"]
+    # The relative change is infinite if all old values were zeros.
     by = "from zeros" if math.isinf(row.relative) else f"{row.relative:.3g} times its norm"
     how = ", from a sample" if any(one.sampled for one in report.changes) else ""
     return [f"{name}: {by}, largest difference {row.largest:.3g}{how}"]
@@ -109,6 +111,7 @@ def verdict(result: VerificationResult) -> str:
     """The result of a verifier, in a line."""
     limits = [measure.limit for measure in result.measures if measure.limit]
     measured = f"largest error {result.max_abs_error:.3g}" if result.measures else ""
+    # Outputs of several dtypes have several limits; the smallest one is the strictest.
     allowed = f"limit {min(limits):.3g}" if limits else ""
     parts = [f"{result.verifier}: {result.note}", measured, allowed]
     return ", ".join(part for part in parts if part)

@@ -77,6 +77,7 @@ class Session:
             plugins: Explicit plugins, for the command line and for pipelines.
         """
         self.as_json = early.as_json
+        # Known before click parses the arguments, because it decides which commands exist.
         self.no_plugins = frozenset(early.no_plugins)
         self.plugins = tuple(plugins)
         self.broken: list[BrokenPlugin] = []
@@ -154,6 +155,7 @@ class Session:
         self.progress.stop()
         plain = _COLOURS.sub("", "\n".join(lines))  # messages of torch contain colours
         text = Text.assemble((f"{word}: ", f"bold {colour}"), shown(plain))
+        # soft_wrap: no line breaks inside paths, which users copy
         Console(stderr=True).print(text, soft_wrap=True)
 
     def _rendered(self, human: Callable[[Console], object]) -> str:
@@ -161,6 +163,7 @@ class Session:
 
         wide = None if self._stdout.isatty() else _UNBOUNDED
         console = Console(file=self._stdout, width=wide, markup=False, emoji=False, highlight=False)
+        # Render everything first, so that a failure does not leave half a result on stdout.
         with console.capture() as capture:
             human(console)
         text = capture.get()
@@ -188,6 +191,7 @@ def _check_torch() -> None:
     """
     try:
         import torch  # noqa: F401
+    # OSError: a shared library is missing. RuntimeError: parts of the installation do not match.
     except (ImportError, OSError, RuntimeError) as exc:
         raise_if_resource(exc, "torch cannot be imported")
         raise RefitError(
@@ -220,7 +224,7 @@ def plain(model: BaseModel) -> dict[str, Any]:
 def escape_unencodable_output() -> None:
     """Escape characters that a terminal cannot show; by default they end the program."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if hasattr(stream, "reconfigure"):  # streams of tests may lack it
             stream.reconfigure(errors="backslashreplace")
 
 
@@ -257,6 +261,7 @@ class Progress:
 
     def show(self, text: str) -> None:
         """Show a text beside a spinner, until the next text or ``stop``."""
+        # A spinner would fill log files with control characters.
         if self.verbose or not sys.stderr.isatty():
             return
         from rich.console import Console
@@ -305,6 +310,7 @@ def parse_early_options(args: Sequence[str]) -> EarlyOptions:
     """Find early options anywhere before a ``--``; click parses and checks them again later."""
     if "--" in args:
         args = args[: args.index("--")]
+    # Both forms: ``--no-plugin NAME`` and ``--no-plugin=NAME``.
     names = [after for option, after in pairwise(args) if option == _NO_PLUGIN]
     joined = f"{_NO_PLUGIN}="
     names += [arg.removeprefix(joined) for arg in args if arg.startswith(joined)]

@@ -20,6 +20,7 @@ RIGHT = frozenset({"bytes", "count", "largest", "relative", "seconds", "share", 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[object]], title: str = "") -> Table:
     """A table of rich; long names are wrapped, never truncated."""
+    # rich is imported inside functions, because --help and --json do not need it.
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -55,6 +56,7 @@ def shown(value: object) -> str:
     Line breaks stay. Every other character that is not printable is escaped.
     """
     text = str(value)
+    # Nearly all texts are printable, so most calls end here.
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

@@ -46,6 +46,7 @@ def verify_command(
     from refitkit.cli.files import check_readable, load_inputs, load_plan
     from refitkit.cli.report import print_verification
 
+    # Check both paths before the pipeline imports torch, which takes seconds.
     check_readable(module, UnsupportedTargetError)
     check_readable(weights, SourceError)
     pipeline = session.pipeline()
