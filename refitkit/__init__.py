@@ -1,6 +1,6 @@
-"""Put new weights into compiled inference engines, in milliseconds and provably right.
+"""Put new weights into compiled inference engines in milliseconds, and verify the result.
 
-Importing this imports no torch: everything below is imported when it is first used.
+Importing this package does not import torch: each public name is imported at its first use.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+# ``import refitkit`` stays fast for the command line and for plugins, which seldom need every name.
+# The table repeats the imports above because type checkers cannot follow it.
 _HOMES = {
     "refitkit.api": ("compile", "diff", "inspect", "load", "plan", "refit", "refit_all", "verify"),
     "refitkit.builtin.merges.descriptions": ("TaskVectors", "WeightedAverage"),
@@ -123,7 +125,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'refitkit' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME_OF[name]), name)
-    globals()[name] = value
+    globals()[name] = value  # so that __getattr__ is not called for this name again
     return value
 
 

@@ -1,6 +1,7 @@
-"""The verbs as plain functions, each on a pipeline of its own with all installed plugins.
+"""The verbs as plain functions. Each call creates a pipeline with all installed plugins.
 
-Build a :class:`refitkit.Pipeline` once where they are called often, or with plugins and settings.
+If you call verbs often, or need settings or explicit plugins, create one
+:class:`refitkit.Pipeline` and call its methods. They document all arguments, results and errors.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ def compile(  # noqa: A001 - the name that users expect, as in torch.compile
     *,
     prove: bool = True,
 ) -> CompiledModule:
-    """Compile a program; see :meth:`refitkit.Pipeline.compile`."""
+    """Compile a program into a refittable module; see :meth:`refitkit.Pipeline.compile`."""
     return Pipeline().compile(program, backend, options, prove=prove)
 
 
 def load(target: object, *, warm: bool = False) -> CompiledModule:
-    """Open what was compiled or saved before; see :meth:`refitkit.Pipeline.load`.
+    """Open a compiled or saved module; see :meth:`refitkit.Pipeline.load`.
 
-    A saved module holds machine code: loading it runs that code.
+    A saved module holds machine code, and loading it runs that code.
     """
     return Pipeline().load(target, warm=warm)
 
@@ -46,7 +47,7 @@ def plan(
     *,
     prove: bool | None = None,
 ) -> RefitPlan:
-    """Make a plan; see :meth:`refitkit.Pipeline.plan`."""
+    """Make a plan for a program and its module; see :meth:`refitkit.Pipeline.plan`."""
     return Pipeline().plan(program, target, backend, options, prove=prove)
 
 
@@ -81,20 +82,20 @@ def refit(  # noqa: PLR0913 - one verb; all but two are given by name
 
 
 def refit_all(modules: Iterable[Sequence[Any]], **how: Any) -> RefitResults:
-    """Refit several modules as one; see :meth:`refitkit.Pipeline.refit_all`."""
+    """Refit several modules in one transaction; see :meth:`refitkit.Pipeline.refit_all`."""
     return Pipeline().refit_all(modules, **how)
 
 
 def verify(target: object, weights: object, **how: Any) -> VerificationResult:
-    """Judge whether a module holds weights; see :meth:`refitkit.Pipeline.verify`."""
+    """Verify that a module holds weights; see :meth:`refitkit.Pipeline.verify`."""
     return Pipeline().verify(target, weights, **how)
 
 
 def diff(a: object, b: object, **how: Any) -> DiffReport:
-    """What two sets of weights differ in; see :meth:`refitkit.Pipeline.diff`."""
+    """Compare two sets of weights; see :meth:`refitkit.Pipeline.diff`."""
     return Pipeline().diff(a, b, **how)
 
 
 def inspect(path: str | Path) -> Mapping[str, Any]:
-    """What a saved module holds, without running it; see :meth:`refitkit.Pipeline.describe`."""
+    """Describe a saved module without running its code; see :meth:`refitkit.Pipeline.describe`."""
     return Pipeline().describe(path)

@@ -1,4 +1,9 @@
-"""Settings of a pipeline."""
+"""Settings of a pipeline, checked when they are made.
+
+``Config`` is the one place for settings; ``Config.of`` accepts plain data. Environment variables
+add to it: ``switched_off`` and ``cache_folder`` combine both. pydantic checks the values, and its
+messages become ``Problem`` entries at the end of this module.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +24,13 @@ if TYPE_CHECKING:
 
     from pydantic_core import ErrorDetails
 
+# A tolerance of infinity or NaN would accept any output.
 Bound = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 NO_PLUGIN_VARIABLE = "REFITKIT_NO_PLUGIN"
-"""Environment variable: names of plugins to switch off, separated by commas."""
+"""Environment variable with the names of plugins to switch off, separated by commas."""
 
 PLAN_CACHE_VARIABLE = "REFITKIT_PLAN_CACHE"
-"""Environment variable: folder in which plans are kept, where ``Config.plan_cache`` names none."""
+"""Environment variable with the folder of cached plans, if ``Config.plan_cache`` is None."""
 
 TOLERANCES: dict[str, tuple[float, float]] = {
     "float64": (1e-9, 1e-9),
@@ -34,48 +40,52 @@ TOLERANCES: dict[str, tuple[float, float]] = {
     "complex64": (1e-5, 1e-4),
     "complex128": (1e-9, 1e-9),
 }
-"""``(absolute, relative)`` by dtype of an output. Every other dtype has to be equal."""
+"""``(absolute, relative)`` by dtype of an output. Outputs of other dtypes have to be equal."""
 
 
 class Config(Frozen):
-    """Settings of a pipeline; all have a default.
+    """Settings of a pipeline; each has a default.
 
     Attributes:
-        no_plugins: Names of plugins to switch off, built-in ones included. Names in the
-            environment variable ``REFITKIT_NO_PLUGIN`` are added.
-        strategies: Names of the mapping strategies to try, in this order; empty: all, by priority.
+        no_plugins: Names of plugins to switch off, built-in ones included. The environment variable
+            ``REFITKIT_NO_PLUGIN`` adds names.
+        strategies: Names of the mapping strategies to try, in this order; empty: all strategies,
+            by priority.
         check_finite: Whether new values must be finite wherever the present ones are.
-        reread: Whether all that a refit read from files is read a second time, once everything is
-            staged, and held against digests of the first reading. For writers that leave no trace
-            in the file's times: see the guide to weights.
-        rollback_limit: Most bytes that one refit may hold for the way back; None: no limit.
-        rollback: Whether the weights from before are held until the new ones are verified, where
-            ``rollback=`` is not given. Without, engines that can write over them, and what fails
-            then loses the module.
-        keep_base: Whether what slots hold as compiled is copied to memory of the host when they are
-            first written, so that ``CompiledModule.restore`` can bring it back. Of a module that
-            was loaded from a file no copies are made: that is opened again.
-        keep_versions: How many refits can be undone. The last one costs nothing where engines have
-            the values from before anyway; more are copied to memory of the host.
-        keep_limit: Most bytes that all those copies of one module may take; older ones go first.
-            And most bytes of what a merge makes that a refit keeps until it is over, so that it is
-            made once. None: no limit.
-        tolerances: ``(absolute, relative)`` by dtype: an output passes the verifier ``outputs`` if
+        reread: Whether a refit reads files of weights twice. The second reading follows when
+            everything is staged, and must have the same digests as the first. This finds writers
+            that leave no trace in the file's times: see the guide to weights.
+        rollback_limit: Largest number of bytes that one refit may hold for a rollback; None: no
+            limit.
+        rollback: Whether a refit keeps the old weights until the new ones are verified, unless the
+            call passes ``rollback=``. If False, engines that support it overwrite their weights in
+            place, and a failure loses the module.
+        keep_base: Whether the first write of a slot copies its compiled value to host memory, so
+            that ``CompiledModule.restore`` can bring it back. A module that was loaded from a file
+            needs no copies: ``restore`` opens the file again.
+        keep_versions: Number of refits that can be undone. Undoing the last refit needs no copy if
+            the engines still have the old values; older versions are copied to host memory.
+        keep_limit: Largest number of bytes for all these copies of one module; the oldest are
+            dropped first. It also limits the results of a merge that a refit keeps until its end,
+            so that they are computed once. None: no limit.
+        tolerances: ``(absolute, relative)`` by dtype. An output passes the verifier ``outputs`` if
             no element differs by more than absolute + relative x the largest absolute element of
-            the reference output.
-        delta: Whether refits write only slots whose weights changed, where ``delta=`` is not given.
-        changes: Whether a refit measures how far each slot moves, for ``RefitReport.changes``:
-            ``sampled``: from at most 1024 elements of each; ``exact``: from all of them, which
-            takes longer than the refit; ``off``: not at all.
-        change_limit: A slot whose relative change is larger is named in the report's notes: ten
-            times farther than it was long is likely a wrong scale or another model's. None: never.
-        plan_cache: Folder in which plans are kept, so that the same program is not planned twice;
-            None: the one that the environment variable ``REFITKIT_PLAN_CACHE`` names, if any. Who
-            can write to it decides which weight goes where: it must be as safe as the engines.
-        rules: How names, packing and dtypes of weights become those of the program; see
+            the reference output. Missing dtypes have the defaults.
+        delta: Whether refits write only slots whose weights changed, unless the call passes
+            ``delta=``.
+        changes: How a refit measures how far each slot moves, for ``RefitReport.changes``.
+            ``sampled``: from at most 1024 elements of each slot; ``exact``: from all elements,
+            which takes longer than the refit; ``off``: not at all.
+        change_limit: Relative change above which the report's notes name a slot. A slot that moves
+            by ten times its own norm has likely a wrong scale or weights of another model. None:
+            never.
+        plan_cache: Folder in which plans are cached, so that a program is planned once. None: the
+            folder that the environment variable ``REFITKIT_PLAN_CACHE`` names, if any. Whoever can
+            write to the folder decides which weight goes where, so protect it like the engines.
+        rules: Rules for names, packing and dtypes of weights; see
             :class:`~refitkit.model.rules.Rules`.
-        plugin_settings: Settings of plugins, by the plugin's name; what they may be, each plugin
-            says. Settings of a plugin that does not exist are a ``ConfigError``.
+        plugin_settings: Settings of plugins, by the plugin's name. Each plugin defines its own. A
+            name that is not a registered plugin's is a ``ConfigError``.
     """
 
     no_plugins: frozenset[str] = frozenset()
@@ -102,15 +112,16 @@ class Config(Frozen):
     ) -> dict[str, tuple[float, float]]:
         unknown = sorted(value.keys() - ITEM_BYTES.keys())
         if unknown:
-            raise ValueError(f"there are no dtypes {', '.join(unknown)}")
+            raise ValueError(f"unknown dtypes: {', '.join(unknown)}")
+        # Users set the dtypes that they care about; the others keep their defaults.
         return {**TOLERANCES, **value}
 
     @classmethod
     def of(cls, settings: Config | Mapping[str, object] | None) -> Self:
-        """A config from a config, from plain settings, or from nothing.
+        """A config from a config, from plain settings, or with all defaults for None.
 
         Raises:
-            ConfigError: A setting does not exist or has a wrong type; names all of them.
+            ConfigError: Settings do not exist or have wrong types; ``problems`` lists them all.
         """
         if settings is None:
             return cls()
@@ -123,18 +134,19 @@ class Config(Frozen):
             raise ConfigError("These settings cannot be used.", problems=problems) from exc
 
     def switched_off(self) -> frozenset[str]:
-        """Names of all plugins to switch off: those of the settings and of the environment."""
+        """Names of plugins to switch off, from the settings and from the environment."""
         named = os.environ.get(NO_PLUGIN_VARIABLE, "").split(",")
         return self.no_plugins | {name.strip() for name in named if name.strip()}
 
     def cache_folder(self) -> Path | None:
-        """Where plans are kept: as the settings say, else the environment; None: nowhere."""
+        """Folder of cached plans, from the settings or the environment; None: no cache."""
+        # An empty variable means no cache: Path("") would be the current folder.
         named = os.environ.get(PLAN_CACHE_VARIABLE, "").strip()
         return self.plan_cache or (Path(named) if named else None)
 
 
 def _problem(error: ErrorDetails) -> Problem:
-    """What is wrong with one setting, without the words of the library that found it."""
+    """One error of pydantic as a problem, with a suggestion for a misspelt name."""
     where, found = tuple(map(str, error["loc"])), repr(error["input"])
     name = ".".join(where) or "config"
     if error["type"] == "extra_forbidden":
@@ -142,16 +154,18 @@ def _problem(error: ErrorDetails) -> Problem:
         hint = f"did you mean {near[0]!r}?" if near else ""
         return Problem(name, "no such setting", found, hint=hint)
     kind = "unusable" if error["type"] == "value_error" else error["type"].replace("_", " ")
+    # pydantic puts this prefix before the message of a validator's ValueError.
     return Problem(name, kind, found, hint=error["msg"].removeprefix("Value error, "))
 
 
 def _fields_at(where: tuple[str, ...]) -> Iterable[str]:
-    """Names of the settings there: of ``Config``, of its rules, of one of these."""
+    """Names of the settings at a place: in ``Config``, in its rules, or in one rule."""
     known: dict[tuple[str, ...], type[Frozen]] = {
         (): Config,
         ("rules",): Rules,
         ("rules", "rename"): Rename,
         ("rules", "pack"): Pack,
     }
+    # A third part is the index of one rule in its list.
     model = known.get(where[:2])
     return () if model is None else model.model_fields

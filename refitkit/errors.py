@@ -1,19 +1,21 @@
-"""Every error that refitkit raises on purpose, as one tree.
+"""Every error that refitkit raises on purpose, and helpers that raise them for other exceptions.
+
+The error classes form one tree:
 
 ::
 
     RefitError
-    ├── ConfigError              a setting or option that does not exist or cannot be meant
+    ├── ConfigError              a setting or option does not exist or has an invalid value
     ├── UnsupportedTargetError   no plugin can open, compile or save this target
     ├── SourceError              the weights cannot be read (truncated, not a state_dict, ...)
     ├── NotRefittableError       the engine cannot take new weights; names the flag to set
     ├── CompileError             the compiler refused the program
-    │   └── ToolchainError       a tool that compiling needs is not installed
+    │   └── ToolchainError       a tool that compilation needs is not installed
     ├── WeightMismatchError      the weights do not fit; ``.problems`` lists every reason at once
     ├── PlanMismatchError        the plan belongs to another model, engine or version
-    ├── UnmappedSlotError        slots for which no strategy has a value
-    ├── InputMismatchError       a call with inputs that the compiled module was not made for
-    ├── VerificationError        the refitted module is not what it should be; ``.report``
+    ├── UnmappedSlotError        no strategy has a value for some slots
+    ├── InputMismatchError       a call passed inputs that the compiled module does not accept
+    ├── VerificationError        the refitted module is wrong; ``.report`` has the measurements
     ├── EngineError              an engine failed: in a call, staging, or committing weights
     ├── RefitInProgressError     a refit was started from inside a refit of the same module
     ├── DeadlockError            threads would wait for one another's modules for ever
@@ -21,9 +23,12 @@
     ├── ResourceError            the system refused: no space, memory, descriptors or permission
     └── PluginError              a plugin is broken; names it
 
-All of them carry ``problems``, a tuple of :class:`Problem`, one for each thing that is wrong, and
-``hint``, what to do next. Unless it is a :class:`ModuleLostError`, the module that a refit was
-meant for answers after the error bit for bit as before.
+Every error has ``problems``, a tuple with one :class:`Problem` for each thing that is wrong, and
+``hint``, the next step for the user. After an error of a refit the module answers bit for bit as
+before, unless the error is a :class:`ModuleLostError`.
+
+The helpers below the classes turn exceptions of libraries into these errors. ``resource_error``
+decides whether an exception means that the operating system refused a resource. Start there.
 """
 
 from __future__ import annotations
@@ -37,8 +42,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+# Models have thousands of weights, and a message with all of them would hide the hint.
 SHOWN_PROBLEMS = 40
-"""So many problems are spelled out in a message; ``problems`` always holds all of them."""
+"""Number of problems that a message lists; ``problems`` always holds all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +52,12 @@ class Problem:
     """One thing that is wrong.
 
     Attributes:
-        subject: What it is about: a slot, an FQN, a flag, a file, a plugin.
-        kind: A short word to sort by: ``missing``, ``unexpected``, ``shape``, ``dtype``,
+        subject: Thing that is wrong: a slot, an FQN, a flag, a file, a plugin.
+        kind: Short word to sort by: ``missing``, ``unexpected``, ``shape``, ``dtype``,
             ``layout``, ``non-finite``, ``tie``, ...
-        found: What is there, as text; empty where there is nothing to show.
-        wanted: What should be there, as text.
-        hint: What to do about it.
+        found: Actual value, as text; empty if there is nothing to show.
+        wanted: Expected value, as text.
+        hint: Way to fix the problem.
     """
 
     subject: str
@@ -70,7 +76,7 @@ class Problem:
         return f"{text} ({self.hint})" if self.hint else text
 
     def as_dict(self) -> dict[str, str]:
-        """The same as plain data, for JSON."""
+        """The problem as plain data, for JSON."""
         return {
             "subject": self.subject,
             "kind": self.kind,
@@ -81,12 +87,12 @@ class Problem:
 
 
 class RefitError(Exception):
-    """The root of all errors that refitkit raises on purpose.
+    """The base class of all errors that refitkit raises on purpose.
 
     Attributes:
-        message: What happened, in one sentence.
+        message: One sentence that says what happened.
         problems: Everything that is wrong, in the order in which it was found.
-        hint: What to do next; may be empty.
+        hint: Next step for the user; may be empty.
     """
 
     def __init__(self, message: str, *, problems: Iterable[Problem] = (), hint: str = "") -> None:
@@ -107,7 +113,7 @@ class RefitError(Exception):
 
 
 class ConfigError(RefitError):
-    """A setting or option does not exist or cannot be meant."""
+    """A setting or option does not exist or has an invalid value."""
 
 
 class UnsupportedTargetError(RefitError):
@@ -127,7 +133,7 @@ class CompileError(RefitError):
 
 
 class ToolchainError(CompileError):
-    """A tool that compiling needs is not installed."""
+    """A tool that compilation needs is not installed."""
 
 
 class WeightMismatchError(RefitError):
@@ -139,22 +145,22 @@ class WeightMismatchError(RefitError):
 
 
 class PlanMismatchError(RefitError):
-    """The plan belongs to another model, engine, version, or is not a plan at all."""
+    """The plan belongs to another model, engine or version, or the file holds no plan."""
 
 
 class UnmappedSlotError(RefitError):
-    """No strategy has a value for some slots; ``problems`` says for each why not."""
+    """No strategy has a value for some slots; ``problems`` gives the reason for each."""
 
 
 class InputMismatchError(RefitError):
-    """A compiled module was called with inputs that it was not made for."""
+    """A compiled module was called with inputs that it does not accept."""
 
 
 class VerificationError(RefitError):
-    """The refitted module is not what it should be; its old weights are back.
+    """The refitted module is wrong, and was rolled back to its old weights.
 
     Attributes:
-        report: The :class:`~refitkit.model.RefitReport` of the attempt, with all measurements.
+        report: :class:`~refitkit.model.RefitReport` of the attempt, with all measurements.
     """
 
     def __init__(
@@ -170,7 +176,7 @@ class VerificationError(RefitError):
 
 
 class EngineError(RefitError):
-    """An engine failed: in a call, or a refit; after a failed refit the old weights are live."""
+    """An engine failed in a call or in a refit; after a failed refit the old weights are live."""
 
 
 class RefitInProgressError(RefitError):
@@ -178,88 +184,92 @@ class RefitInProgressError(RefitError):
 
 
 class DeadlockError(RefitError):
-    """Threads would wait for one another's modules for ever; this one does not wait.
+    """Threads would wait for one another's modules for ever, so this thread does not wait.
 
-    ``problems`` lists who waits for whom.
+    ``problems`` lists which thread waits for which.
     """
 
 
 class ModuleLostError(RefitError):
-    """Nobody knows which weights the module holds, so it refuses calls.
+    """The weights of the module are unknown, so it refuses calls.
 
-    A rollback failed; or the process was forked while another thread committed.
+    Either a rollback failed, or the process was forked while another thread committed.
     """
 
 
 class ResourceError(RefitError):
-    """The system refused a resource; neither a file, nor the weights, nor a plugin is at fault.
+    """The system refused a resource; the file, the weights and the plugins are not at fault.
 
-    There is no space, no memory, no file descriptor or no permission, a file would be too large, or
-    a device fails. ``__cause__`` is the exception of the system, or one that was raised because of
-    it.
+    There is no space, memory, file descriptor or permission, a file would be too large, or a device
+    fails. ``__cause__`` is the system's exception, or one that was raised because of it.
     """
 
 
 class PluginError(RefitError):
-    """A plugin is broken; the message names it and how to switch it off."""
+    """A plugin is broken; the message names it, and the hint says how to switch it off."""
 
 
-_SPACE = "Free space there, or use a folder on another file system: TMPDIR is for temporary files."
-_RIGHTS = "Change its rights, or use a folder that is yours: TMPDIR is for temporary files."
-_DEVICE = "Look at the kernel's log (dmesg) for failures of the device, and try again."
-_MEMORY = "Free memory, or raise the limit: ulimit -v, or that of the container."
+# -- exceptions of the system ------------------------------------------------------------------
+
+_SPACE = "Free space there, or use another file system: TMPDIR sets the temporary folder."
+_RIGHTS = "Change its permissions, or use a folder of your own: TMPDIR sets the temporary folder."
+_DEVICE = "Look in the kernel's log (dmesg) for failures of the device, and try again."
+_MEMORY = "Free memory, or raise the limit: ulimit -v, or the limit of the container."
 _HINTS = {
     errno.ENOSPC: _SPACE,
     errno.EDQUOT: f"The quota is used up. {_SPACE}",
-    errno.EFBIG: "Raise the limit of the size of files: ulimit -f unlimited.",
-    errno.EMFILE: "Close files, or raise the limit of open files: ulimit -n.",
-    errno.ENFILE: "Raise the limit of open files of the whole system: sysctl fs.file-max.",
+    errno.EFBIG: "Raise the limit on file size: ulimit -f unlimited.",
+    errno.EMFILE: "Close files, or raise the limit on open files: ulimit -n.",
+    errno.ENFILE: "Raise the limit on open files of the whole system: sysctl fs.file-max.",
     errno.EIO: _DEVICE,
     errno.ESTALE: _DEVICE,
     errno.ETIMEDOUT: _DEVICE,
     errno.EACCES: _RIGHTS,
     errno.EPERM: _RIGHTS,
-    errno.EROFS: "Use a folder that can be written to: TMPDIR is for temporary files.",
+    errno.EROFS: "Use a writable folder: TMPDIR sets the temporary folder.",
     errno.ENOMEM: _MEMORY,
-    errno.EAGAIN: "Free processes and memory, or raise the limits: ulimit -u.",
-    errno.ENOLCK: "Free locks, or use a file system that has them.",
-    errno.ENOENT: "Set TMPDIR to a folder that is there and can be written to.",
+    errno.EAGAIN: "End processes, free memory, or raise the limit on processes: ulimit -u.",
+    errno.ENOLCK: "Release locks, or use a file system that supports them.",
+    # Only for the temporary folder: ``_code_of`` ignores other missing files.
+    errno.ENOENT: "Set TMPDIR to an existing, writable folder.",
 }
-"""Errors of the system that say nothing of a file's content, and what to do."""
+"""Hints by error code. These codes say nothing about the content of a file."""
 
-_OF_LIBRARIES = {os.strerror(code): code for code in _HINTS} | {
+# Libraries in C++ raise RuntimeError, so only its text shows that the system refused.
+_CODE_OF_TEXT = {os.strerror(code): code for code in _HINTS} | {
     "can't allocate memory": errno.ENOMEM,  # c10/core/impl/alloc_cpu.cpp of torch
     "CUDA out of memory": errno.ENOMEM,
     "std::bad_alloc": errno.ENOMEM,
     "can't start new thread": errno.EAGAIN,  # Modules/_threadmodule.c of CPython
-    "File size limit exceeded": errno.EFBIG,  # of a compiler that SIGXFSZ ended
+    "File size limit exceeded": errno.EFBIG,  # a compiler that SIGXFSZ ended
 }
-"""How libraries in C and C++ name these errors in exceptions of their own."""
-
+"""Error codes by the texts that libraries in C and C++ use in their own exceptions."""
 
 _NO_FOLDER = "No usable temporary directory"  # Lib/tempfile.py of CPython
 
 
 def _code_of(exc: BaseException) -> int | None:
-    """The error of the system that an exception is; None where it is something else."""
-    if isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError":  # torch's
+    """The system's error code for an exception; None if the system refused nothing."""
+    # The name instead of the class: torch.OutOfMemoryError is not imported here.
+    if isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError":
         return errno.ENOMEM
-    if isinstance(exc, FileNotFoundError):  # what is missing was asked for by somebody, mostly
+    # Mostly the user named a missing file, and that is not a fault of the system.
+    if isinstance(exc, FileNotFoundError):
         return errno.ENOENT if _NO_FOLDER in str(exc) else None
     if isinstance(exc, OSError):
         return exc.errno if exc.errno in _HINTS else None
     if isinstance(exc, RuntimeError | ImportError):
         text = str(exc)
-        return next((code for said, code in _OF_LIBRARIES.items() if said in text), None)
+        return next((code for known, code in _CODE_OF_TEXT.items() if known in text), None)
     return None
 
 
 def resource_error(exc: BaseException, what: str) -> ResourceError | None:
-    """The error where an exception is because the system refused a resource; else None.
+    """A ``ResourceError`` if an exception means that the system refused a resource; else None.
 
     Args:
-        exc: The exception. Those that it was raised from count, too.
-        what: What cannot be done, and with which file; the reason follows.
+        exc: Exception to examine, with the exceptions that it was raised from.
+        what: Text that says what cannot be done, and with which file; the reason is appended.
     """
     cause: BaseException | None = exc
     while cause is not None:
@@ -270,14 +280,19 @@ def resource_error(exc: BaseException, what: str) -> ResourceError | None:
             error = ResourceError(f"{what}: {_reason(cause, code)}.", hint=_HINTS[code])
             error.__cause__ = exc
             return error
-        # zipfile says "not a zip file" where it cannot read the end of one
-        hides = type(cause).__name__ == "BadZipFile"
-        cause = cause.__cause__ or (cause.__context__ if hides else None)
+        # Lib/zipfile of CPython raises BadZipFile, not "from" the OSError, if a read at the end
+        # of the file fails. Elsewhere a context is unrelated to the exception.
+        hides_cause = type(cause).__name__ == "BadZipFile"
+        cause = cause.__cause__ or (cause.__context__ if hides_cause else None)
     return None
 
 
 def raise_if_resource(exc: BaseException, what: str) -> None:
-    """Raise what ``resource_error`` gives, if anything.
+    """Raise a ``ResourceError`` if ``resource_error`` returns one.
+
+    Args:
+        exc: As for ``resource_error``.
+        what: As for ``resource_error``.
 
     Raises:
         ResourceError: The system refused a resource.
@@ -288,39 +303,40 @@ def raise_if_resource(exc: BaseException, what: str) -> None:
 
 
 def refused(exc: OSError, what: str) -> ResourceError:
-    """The error where an exception can only mean that the system refused a resource.
+    """A ``ResourceError`` for an exception that can only come from the system.
 
     Args:
-        exc: The exception, of any ``errno``: a file or folder of refitkit's own may be gone, too.
-        what: As for ``raise_if_resource``.
+        exc: Exception with any ``errno``, even if a file or folder of refitkit itself is missing.
+        what: As for ``resource_error``.
     """
     code = exc.errno or 0
     return ResourceError(f"{what}: {_reason(exc, code)}.", hint=_HINTS.get(code, ""))
 
 
 def _reason(exc: BaseException, code: int) -> str:
-    """The reason as the system says it, and the file where it is known."""
+    """The system's text for an error code, and the files that the exception names."""
     if isinstance(exc, OSError):
         reason = exc.strerror or str(exc) or type(exc).__name__
         names = [repr(str(name)) for name in (exc.filename, exc.filename2) if name is not None]
         return ": ".join([reason, *names])
     reason = os.strerror(code)
+    # Only the first line: torch appends stack traces of C++ to its messages.
     text = str(exc).strip().partition("\n")[0].removesuffix(".")
     return f"{reason}: {text}" if text and reason not in text else text or reason
 
 
 @contextmanager
 def resources(what: str) -> Iterator[None]:
-    """Raise a ``ResourceError`` where the system refuses something; other exceptions go through.
+    """Raise a ``ResourceError`` if the system refuses a resource; other exceptions pass.
 
-    It is a decorator, too.
+    It works as a context manager and as a decorator.
 
     Args:
-        what: As for ``raise_if_resource``.
+        what: As for ``resource_error``.
     """
     try:
         yield
-    except RefitError:
+    except RefitError:  # an inner place has described the failure more exactly
         raise
     except Exception as exc:
         raise_if_resource(exc, what)
@@ -331,19 +347,19 @@ def resources(what: str) -> Iterator[None]:
 def raised_as(
     kind: type[RefitError], what: str, *, hint: str = "", doing: str = ""
 ) -> Iterator[None]:
-    """Turn exceptions that nobody meant into a typed error.
+    """Raise a typed error for any unexpected exception of the body.
+
+    A ``RefitError`` of the body passes unchanged, and so do interrupts.
 
     Args:
-        kind: The error to raise.
-        what: What was going on, and whose doing it is; the exception's own text follows.
-        hint: What to do next.
-        doing: What was going on, where the system refuses a resource and it is nobody's doing;
-            ``what`` where empty.
+        kind: Class of the error.
+        what: Text that says what failed, and who is responsible; the exception's text is appended.
+        hint: Next step for the user.
+        doing: Text for a ``ResourceError``, for which nobody is responsible; empty: ``what``.
 
     Raises:
         ResourceError: The system refused a resource.
-        RefitError: As it was raised inside, or of this kind, caused by what was raised inside.
-            What is no ``Exception`` (an interrupt) goes through as it is.
+        RefitError: The body raised another exception; an error of this kind is raised from it.
     """
     try:
         yield

@@ -1,23 +1,26 @@
 """Every hook that a plugin can implement.
 
-A plugin is a module or an object with methods that are marked with ``@refitkit.hookimpl`` and have
-the names below. A method takes as many of the arguments as it needs, by name. It is found
-by the entry-point group ``refitkit``, or given: ``refitkit.Pipeline(plugins=[MyPlugin()])``.
+A plugin is a module or an object. Its hooks are functions or methods that are marked with
+``@refitkit.hookimpl`` and have the names below. A hook takes the arguments that it needs, by name.
+refitkit finds installed plugins in the entry-point group ``refitkit``. Pass others explicitly:
+``refitkit.Pipeline(plugins=[MyPlugin()])``. An explicit plugin replaces an installed one that is
+the same module or an object of the same class.
 
 Two kinds of hooks:
 
-* *first*: implementations are asked one after another, third parties before built-ins, the latest
-  registered first, until one returns something that is not None;
+* *first*: implementations are called one after another until one returns something that is not
+  None. Third parties come before built-ins, and the plugin that was registered last comes first;
 * *all*: every implementation is called.
 
 No hook is called once per tensor.
 
-Arguments may be added to a hook in any release: an implementation names those that it needs. An
-argument goes only after a release in which it was deprecated. Its specification then says what to
-take instead, and until when it is there (``@hookspec(warn_on_impl_args={"old": DeprecationWarning(
-"take 'new'; it goes in 0.4")})``); it still comes, and whoever takes it is told so by a
-``DeprecationWarning`` that names the plugin and the argument, when the plugin is registered and by
-``refitkit plugins check``. Hooks themselves go the same way, as does what they may return.
+Any release may add arguments to a hook, because an implementation names only those that it needs.
+An argument is removed only after a release in which it was deprecated. Its specification then names
+the replacement and the release that removes it (``@hookspec(warn_on_impl_args={"old":
+DeprecationWarning("take 'new'; it goes in 0.4")})``). A deprecated argument is still passed. A
+plugin that takes it causes a ``DeprecationWarning`` that names the plugin and the argument. The
+warning appears when the plugin is registered, and ``refitkit plugins check`` reports it. Hooks and
+their return types are deprecated in the same way.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
+# For annotations only: importing the hooks must not import torch, pydantic models or click.
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
 
@@ -51,36 +55,42 @@ hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
+# Arguments have no defaults, because refitkit passes all of them and pluggy selects by name.
+
+
 @hookspec
 def refitkit_register_backends(register: Callable[[Backend], None]) -> None:
     """Register backends. Kind: all.
 
-    Called once for each host, when a backend is first needed.
+    Called by a pipeline when it first needs a backend, once for each pipeline.
 
     Args:
-        register: Call it with each backend. Two backends of one name are a ``PluginError``
-            that names both plugins. Import heavy packages inside the backend, on first use.
+        register: Function to call with each backend. Two backends of one name are a
+            ``PluginError`` that names both plugins. Import heavy packages inside the backend, on
+            first use.
     """
 
 
 @hookspec(firstresult=True)
 def refitkit_load_module(target: object, config: Config, tools: Tools) -> OpenedModule | None:
-    """Open what a user has compiled. Kind: first.
+    """Open a compiled module. Kind: first.
 
-    Called by ``refitkit.load`` and wherever a target is given that is not open yet.
+    Called by ``refitkit.load``, and by every verb that gets a target that is not open yet. The
+    verb works on the module that the first implementation returns.
 
     Args:
-        target: A file or folder that exists (``pathlib.Path``), any other string as it was given,
-            a ``GraphModule``, an ``ExportedProgram``: anything.
+        target: Target as the user passed it, of any type: for example a ``GraphModule`` or an
+            ``ExportedProgram``. A string that names an existing file or folder is passed as
+            ``pathlib.Path``, any other string unchanged.
         config: Settings of the pipeline.
-        tools: What the pipeline lends: layer types, and a way to tell of progress.
+        tools: Layer types of all plugins, and a function that reports progress.
 
     Returns:
-        The opened module; None when the target is not this plugin's.
+        The opened module; None when the target does not belong to this plugin.
 
     Raises:
-        UnsupportedTargetError: The target is this plugin's, and broken.
-        NotRefittableError: The target is this plugin's, and cannot be refitted.
+        UnsupportedTargetError: The target belongs to this plugin, and is broken.
+        NotRefittableError: The target belongs to this plugin, and cannot be refitted.
     """
 
 
@@ -88,23 +98,25 @@ def refitkit_load_module(target: object, config: Config, tools: Tools) -> Opened
 def refitkit_load_weights(
     source: object, config: Config, open_weights: Callable[[object], WeightSource]
 ) -> WeightSource | None:
-    """Open what a user calls weights. Kind: first.
+    """Open a source of weights. Kind: first.
 
-    Called once for each refit, before anything is checked. Read lazily: headers now, data on
-    demand.
+    Called once for each refit, before anything is checked, and by every other verb that reads
+    weights. The verb reads them from the source that the first implementation returns. A source
+    should be lazy: read headers now, and data on demand.
 
     Args:
-        source: A file or folder that exists (``pathlib.Path``), any other string as it was given,
-            a mapping, a module, a program: anything.
+        source: Weights as the user passed them, of any type: for example a mapping, a module or a
+            program. A string that names an existing file or folder is passed as
+            ``pathlib.Path``, any other string unchanged.
         config: Settings of the pipeline.
-        open_weights: Opens anything that a user calls weights with the first plugin that can: for
-            weights that are made of others, such as a base and an adapter.
+        open_weights: Function that opens weights of any kind with the first plugin that can. Use it
+            for weights that are made from other weights, such as a base and an adapter.
 
     Returns:
-        The source; None when it is not this plugin's.
+        The source; None when the weights do not belong to this plugin.
 
     Raises:
-        SourceError: It is this plugin's, and cannot be read.
+        SourceError: The weights belong to this plugin, and cannot be read.
     """
 
 
@@ -119,31 +131,33 @@ def refitkit_partition(
 ) -> Mapping[str, Any] | None:
     """Cut a program into parts that match a module's engines. Kind: first.
 
-    Called when a plan is made.
+    Called by the planner, each time it makes or proves a plan. The backend then drafts the plan
+    from the parts that the first implementation returns.
 
     Args:
-        program: The program; not to be changed.
+        program: The program; do not change it.
         module: The opened target; None when planning offline.
         backend: Name of the backend that the parts are for.
         options: The backend's options when planning offline; a module knows its own.
         config: Settings of the pipeline.
-        tools: What the pipeline lends: layer types, and a way to tell of progress.
+        tools: Layer types of all plugins, and a function that reports progress.
 
     Returns:
-        A part for each engine, by the engine's name, in the form that the backend's ``draft``
-        understands; None when the backend is not this plugin's.
+        One part for each engine, by the engine's name, in the form that the backend's ``draft``
+        understands; None when the backend does not belong to this plugin.
 
     Raises:
-        PlanMismatchError: The parts do not match the engines; says what differs.
+        PlanMismatchError: The parts do not match the engines. The message says what differs.
     """
 
 
 @hookspec
 def refitkit_mapping_strategies() -> Iterable[MappingStrategy]:
-    """Offer mapping strategies. Kind: all.
+    """Return mapping strategies. Kind: all.
 
-    Called once for each refit. Strategies are tried in the order of ``Config.strategies``, or by
-    priority. Two of one name are a ``PluginError`` that names both plugins.
+    Called once for each refit, before slots are mapped. The refit tries the strategies in the order
+    of ``Config.strategies``, or by priority if that is empty. Two strategies of one name are a
+    ``PluginError`` that names both plugins.
 
     Returns:
         The strategies.
@@ -152,10 +166,11 @@ def refitkit_mapping_strategies() -> Iterable[MappingStrategy]:
 
 @hookspec
 def refitkit_layer_types() -> Iterable[LayerType]:
-    """Tell which types of TensorRT network layers hold weights. Kind: all.
+    """Return the types of TensorRT network layers that hold weights. Kind: all.
 
-    Called once for each verb. Two of one name are a ``PluginError`` that names both plugins. Built
-    in are SCALE, CONVOLUTION, DECONVOLUTION and CONSTANT.
+    Called by each verb before it passes ``tools`` to backends, strategies and openers. Two types of
+    one name are a ``PluginError`` that names both plugins. Built in are SCALE, CONVOLUTION,
+    DECONVOLUTION and CONSTANT.
 
     Returns:
         The layer types.
@@ -164,11 +179,12 @@ def refitkit_layer_types() -> Iterable[LayerType]:
 
 @hookspec
 def refitkit_weight_transforms(config: Config) -> Iterable[WeightTransform]:
-    """Offer ways to make what a program reads from what a checkpoint has. Kind: all.
+    """Return transforms from entries of a checkpoint to entries of a program. Kind: all.
 
-    Called wherever weights meet a plan: once for each refit, before names are mapped. What is made
-    together, a quantized weight and its scale, is one group: all of it is made or none. Two of one
-    name, and two that make the same entry, are a ``PluginError`` that names both plugins.
+    Called once for each refit, before names are mapped, and by every other verb that applies
+    weights to a plan. Entries that depend on each other, such as a quantized weight and its scale,
+    form one group: the refit computes all of them or none. Two transforms of one name, and two that
+    produce the same entry, are a ``PluginError`` that names both plugins.
 
     Args:
         config: Settings of the pipeline; a plugin finds its own in ``config.plugin_settings``.
@@ -191,64 +207,69 @@ def refitkit_check(
     deferred: Collection[str],
     config: Config,
 ) -> Iterable[Problem]:
-    """Find what forbids a refit. Kind: all.
+    """Find problems that forbid a refit. Kind: all.
 
-    Called once for each refit, after mapping and before anything is staged. All problems of all
-    implementations are reported at once, in one ``WeightMismatchError``.
+    Called once for each refit, after mapping and before anything is staged. The refit reports the
+    problems of all implementations at once, in one ``WeightMismatchError``. It goes on only if
+    there are none.
 
     Args:
         plan: The plan, bound to the module.
         module: The opened target, with its present weights.
         source: The new weights.
-        partial: Whether slots that the source has nothing for keep their present values.
-        unchanged: Names of entries with the very bits that the live slots were computed from, as a
-            refit with ``delta`` knows; empty where nobody knows. They need no second look.
-        deferred: Names of entries that the refit judges where they are staged, before the commit:
-            the bytes that are found finite are those that are written, and a file is read once. A
-            check of finiteness leaves them out, unless the refit is refused anyway.
+        partial: Whether slots without an entry in the source keep their present values.
+        unchanged: Names of entries that have the same bits as those from which the live slots were
+            computed. They need no second check. Only a refit with ``delta`` knows them; otherwise
+            the collection is empty.
+        deferred: Names of entries that the refit checks for finiteness when it stages them, before
+            the commit. So a file is read once, and the checked bytes are the written ones. A check
+            of finiteness skips these entries, unless the refit is refused anyway.
         config: Settings of the pipeline.
 
     Returns:
-        Every problem; nothing when all is well.
+        All problems; an empty iterable if there are none.
     """
 
 
 @hookspec
 def refitkit_verifiers() -> Iterable[Verifier]:
-    """Offer ways to judge a refitted module. Kind: all.
+    """Return verifiers of refitted modules. Kind: all.
 
-    Called once for each refit. Two of one name are a ``PluginError`` that names both plugins.
+    Called once for each refit, and by ``refitkit.verify``. The user chooses one by name with
+    ``verify=``. Two verifiers of one name are a ``PluginError`` that names both plugins.
 
     Returns:
-        The verifiers; users choose one by name with ``verify=``.
+        The verifiers.
     """
 
 
 @hookspec
 def refitkit_weights_changed(module: OpenedModule, report: RefitReport) -> None:
-    """Drop what was derived from old weights: captured CUDA graphs, KV caches. Kind: all.
+    """Drop data that was derived from old weights: captured CUDA graphs, KV caches. Kind: all.
 
-    Called inside the transaction, after every commit and after every rollback of a commit, before
-    any other thread's call is let in again. Calls of the module from here go through.
+    Called by a refit inside its transaction, after every commit and after every rollback of a
+    commit. Calls of the module by other threads wait until it returns. Calls of the module by the
+    hook itself go through.
 
     Args:
         module: The opened target; its live weights have just changed.
-        report: What is known so far; ``outcome`` tells commit from rollback.
+        report: The report so far; ``outcome`` says whether this is a commit or a rollback.
 
     Raises:
-        Exception: After a commit, any exception rolls it back. After a rollback it makes the
-            module refuse calls: what was derived from the rejected weights may still be in use.
+        Exception: After a commit, any exception rolls it back. After a rollback, an exception makes
+            the module refuse calls: data derived from the rejected weights may still be in use.
     """
 
 
 @hookspec
 def refitkit_event(event: Event) -> None:
-    """Hear of progress. Kind: all.
+    """Receive a progress event. Kind: all.
 
-    Called when a stage starts, advances and ends. Hang progress bars, logs and metrics here.
+    Called by every verb when a stage starts, advances and ends. Use it for progress bars, logs and
+    metrics.
 
     Args:
-        event: One of the classes in :mod:`refitkit.model.report`.
+        event: An instance of one of the classes in :mod:`refitkit.model.report`.
     """
 
 
@@ -256,9 +277,9 @@ def refitkit_event(event: Event) -> None:
 def refitkit_register_commands(cli: click.Group) -> None:
     """Add commands to the command line. Kind: all.
 
-    Called once, when the command line starts. Keep imports inside the commands: ``--help`` is
-    fast.
+    Called once, when the command line starts. Import packages inside the commands, so that
+    ``refitkit --help`` stays fast.
 
     Args:
-        cli: The group ``refitkit``. A command of a name that is taken is a ``PluginError``.
+        cli: The group ``refitkit``. A command whose name is taken is a ``PluginError``.
     """

@@ -1,4 +1,9 @@
-"""The plugin host: who is registered, in which order, and whose fault a failure is."""
+"""Find plugins, register them in a fixed order, and name the plugin when a hook fails.
+
+This module hides pluggy from the rest of refitkit. Read it in this order: ``make_host`` registers
+built-in, installed and explicit plugins; ``Host`` calls their hooks; ``register_plugin`` checks
+one plugin and wraps its hooks, so that each failure becomes a ``PluginError`` with a name.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ import importlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -37,20 +42,22 @@ BUILTINS = (
     "aotinductor",
     "torch_tensorrt",
 )
-"""Built-in plugins, by their module in ``refitkit.builtin``."""
+"""Built-in plugins, by the name of their module in ``refitkit.builtin``."""
+
+_BUILT_IN, _EXPLICIT = "built-in", "explicit"
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A plugin that could be registered.
+    """A plugin that was found and may be registered.
 
     Attributes:
-        name: The name to switch it off by.
-        origin: ``built-in``, ``explicit``, or the distribution that brings it, with its version.
-        module: The module that it is, or is in.
-        load: Gives it; imports it, where that has not happened yet.
-        distribution: Name of the distribution that brings it; empty where none does.
-        version: Its version.
+        name: Name that switches the plugin off.
+        origin: ``built-in``, ``explicit``, or the plugin's distribution and its version.
+        module: Module that is the plugin or contains it.
+        load: Returns the plugin, and imports it first if necessary.
+        distribution: Name of the plugin's distribution; empty if it has none.
+        version: Version of that distribution.
     """
 
     name: str
@@ -63,11 +70,11 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class BrokenPlugin:
-    """A plugin that was left out.
+    """A plugin that was left out because it is broken.
 
     Attributes:
-        candidate: Which.
-        error: Why.
+        candidate: The plugin.
+        error: Reason why it was left out.
     """
 
     candidate: Candidate
@@ -79,12 +86,12 @@ class PluginInfo:
     """One registered plugin.
 
     Attributes:
-        name: The name to switch it off by.
-        origin: ``built-in``, ``explicit``, or the distribution that brings it, with its version.
-        hooks: Names of the hooks that it implements.
-        module: The module that it is, or is in.
-        distribution: Name of the distribution that brings it; empty where none does.
-        version: Its version.
+        name: Name that switches the plugin off.
+        origin: ``built-in``, ``explicit``, or the plugin's distribution and its version.
+        hooks: Names of the hooks that the plugin implements, sorted.
+        module: Module that is the plugin or contains it.
+        distribution: Name of the plugin's distribution; empty if it has none.
+        version: Version of that distribution.
     """
 
     name: str
@@ -96,12 +103,12 @@ class PluginInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
-    """Something that a plugin offers through a hook.
+class PluginOffer:
+    """An object that a plugin offers through a hook, such as a verifier.
 
     Attributes:
         plugin: Name of the plugin.
-        item: What it offers; has a ``name``.
+        item: The object; it has a ``name``.
     """
 
     plugin: str
@@ -109,18 +116,24 @@ class Offer:
 
 
 class Host:
-    """All plugins of one pipeline. Made by :func:`make_host`."""
+    """All plugins of one pipeline. :func:`make_host` creates it."""
 
-    def __init__(self, manager: Manager, taken: Mapping[str, Candidate]) -> None:
-        """Use ``make_host``."""
+    def __init__(self, manager: Manager, registered: Mapping[str, Candidate]) -> None:
+        """Create a host; call ``make_host`` instead.
+
+        Args:
+            manager: Manager with all plugins registered.
+            registered: Candidates that were registered, by name.
+        """
         self._manager = manager
-        self._taken = taken
+        self._registered = registered
         self._callers: dict[tuple[str, str], pluggy.HookCaller] = {}
 
     def plugins(self) -> tuple[PluginInfo, ...]:
         """All registered plugins, in the order of registration."""
         return self._plugins
 
+    # Cached because every call of ``collect`` iterates over it.
     @functools.cached_property
     def _plugins(self) -> tuple[PluginInfo, ...]:
         return tuple(
@@ -130,53 +143,59 @@ class Host:
         )
 
     def _info_of(self, name: str, plugin: object) -> PluginInfo:
-        taken = self._taken[name]
+        found = self._registered[name]
         hooks = self._hooks_of(plugin)
         return PluginInfo(
-            name, taken.origin, hooks, taken.module, taken.distribution, taken.version
+            name, found.origin, hooks, found.module, found.distribution, found.version
         )
+
+    def _hooks_of(self, plugin: object) -> tuple[str, ...]:
+        callers = self._manager.get_hookcallers(plugin) or ()
+        return tuple(sorted(caller.name for caller in callers))
 
     def has(self, hook: str) -> bool:
         """Whether any plugin implements a hook."""
         return bool(getattr(self._manager.hook, hook).get_hookimpls())
 
     def kind_of(self, hook: str) -> str:
-        """``first`` or ``all``."""
+        """The kind of a hook: ``first`` or ``all``."""
         spec = getattr(self._manager.hook, hook).spec
         return "first" if spec.opts["firstresult"] else "all"
 
     def plugin(self, name: str) -> object:
-        """The registered object or module of this name; None where there is none."""
+        """The registered object or module of this name; None if there is none."""
         return self._manager.get_plugin(name)
 
     def candidate(self, name: str) -> Candidate:
-        """What the registered plugin of this name was before it was registered.
+        """The candidate from which the plugin of this name was registered.
 
         Raises:
-            KeyError: There is none.
+            KeyError: No plugin has this name.
         """
-        return self._taken[name]
+        return self._registered[name]
 
     def call(self, hook: str, **arguments: Any) -> Any:
         """Call a hook.
 
         Returns:
-            The first result that is not None, or a list of all, as the hook's kind is.
+            The first result that is not None for a hook of kind *first*, a list of all results for
+            a hook of kind *all*.
 
         Raises:
-            RefitError: As the implementation raised it.
-            PluginError: An implementation raised anything else; names its plugin.
+            RefitError: An implementation raised it.
+            PluginError: An implementation raised any other exception; names the plugin.
         """
         return getattr(self._manager.hook, hook)(**arguments)
 
     def emit(self, event: Event) -> None:
-        """Tell all listeners of progress."""
+        """Send a progress event to all listeners."""
         self.call("refitkit_event", event=event)
 
     def collect(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
-        """Call a hook of kind *all* one plugin at a time: ``(plugin, result)``.
+        """Call a hook of kind *all*, one plugin after another.
 
-        Built-ins come first; results that are None are left out.
+        Yields:
+            ``(plugin, result)`` for each plugin whose result is not None, built-ins first.
         """
         for info in self.plugins():
             if hook in info.hooks:
@@ -184,24 +203,30 @@ class Host:
                 yield from ((info.name, item) for item in results if item is not None)
 
     def items(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
-        """Everything that plugins list in a hook of kind *all*: ``(plugin, item)``.
+        """Call a hook of kind *all* whose results are lists.
+
+        Yields:
+            ``(plugin, item)`` for each item of each list.
 
         Raises:
-            RefitError: As an implementation raised it, also while its items are iterated.
-            PluginError: An implementation raised anything else, or gave no iterable.
+            RefitError: An implementation raised it, possibly while its items were iterated.
+            PluginError: An implementation raised any other exception, or did not return an
+                iterable.
         """
         for plugin, result in self.collect(hook, **arguments):
             if not isinstance(result, Iterable):
                 kind = type(result).__name__
                 raise PluginError(f"The plugin {plugin!r} returned {kind} from {hook}, not a list.")
-            with blame(plugin, hook):
+            # A generator runs the plugin's code here, outside the wrapped hook.
+            with named_failures(plugin, hook):
                 listed = list(result)
             yield from ((plugin, item) for item in listed)
 
     def call_one(self, plugin: str, hook: str, **arguments: Any) -> Any:
-        """Call a hook of one plugin only; otherwise as ``call``."""
+        """Call a hook of one plugin only; results and errors are those of ``call``."""
         caller = self._callers.get((plugin, hook))
         if caller is None:
+            # pluggy cannot call one plugin, only all but some; the caller is cached for speed.
             named = self._manager.list_name_plugin()
             others = [other for name, other in named if name != plugin and other is not None]
             caller = self._manager.subset_hook_caller(hook, remove_plugins=others)
@@ -212,30 +237,35 @@ class Host:
         """Objects that plugins offer through a hook, by their name.
 
         Raises:
-            PluginError: As ``offers`` does.
+            PluginError: As for ``offers``.
         """
         return {name: offer.item for name, offer in self.offers(hook, **arguments).items()}
 
-    def offers(self, hook: str, **arguments: Any) -> dict[str, Offer]:
-        """The same with the plugins that offer them.
+    def offers(self, hook: str, **arguments: Any) -> dict[str, PluginOffer]:
+        """Objects that plugins offer through a hook, with their plugins, by their name.
 
         Raises:
-            PluginError: Two plugins offer one of the same name; names both. Or an offer has no
-                name.
+            PluginError: Two plugins offer objects of the same name, or an object has no name.
         """
         owners: dict[str, str] = {}
-        offers: dict[str, Offer] = {}
+        offers: dict[str, PluginOffer] = {}
         for plugin, item in self.items(hook, **arguments):
             self.claim(owners, item, plugin, hook)
-            offers[item.name] = Offer(plugin, item)
+            offers[item.name] = PluginOffer(plugin, item)
         return offers
 
     @staticmethod
     def claim(owners: dict[str, str], item: Any, plugin: str, hook: str) -> None:
-        """Note that a plugin offers something under a name.
+        """Record that a plugin offers an object under the object's name.
+
+        Args:
+            owners: Names of plugins by the names of their objects; gets one more entry.
+            item: The object.
+            plugin: Name of the plugin.
+            hook: Name of the hook, for error messages.
 
         Raises:
-            PluginError: The name is taken, or there is none.
+            PluginError: Another plugin has claimed the name, or the object has no name.
         """
         name = getattr(item, "name", None)
         if not isinstance(name, str):
@@ -247,9 +277,8 @@ class Host:
             )
         owners[name] = plugin
 
-    def _hooks_of(self, plugin: object) -> tuple[str, ...]:
-        callers = self._manager.get_hookcallers(plugin) or ()
-        return tuple(sorted(caller.name for caller in callers))
+
+# -- finding plugins ---------------------------------------------------------------------------
 
 
 @resources("Plugins cannot be looked for")
@@ -259,73 +288,113 @@ def make_host(
     *,
     on_broken: Callable[[BrokenPlugin], None] | None = None,
 ) -> Host:
-    """A host with the built-ins, then what is installed, then explicit plugins.
+    """Create a host with the built-in, then the installed, then the explicit plugins.
 
-    For hooks of kind *first* the latest registered is asked first, so explicit plugins win over
-    installed ones, and those over built-ins.
+    For hooks of kind *first* the plugin that was registered last is asked first. So explicit
+    plugins win over installed ones, and installed ones over built-ins. An explicit plugin replaces
+    an installed one that is the same module or an object of the same class. Unless it has a
+    ``name``, it is registered under the name of the installed one.
 
     Args:
-        config: Says which plugins are switched off.
-        plugins: Objects or modules with hook implementations.
-        on_broken: Told of each plugin that cannot be taken in, which is then left out.
+        config: Names the plugins that are switched off.
+        plugins: Explicit plugins: objects or modules with hook implementations.
+        on_broken: Called with each plugin that cannot be imported or registered. The host is then
+            created without that plugin.
 
     Raises:
-        PluginError: A plugin cannot be imported or registered, and ``on_broken`` is None; names it.
+        PluginError: A plugin cannot be imported or registered, and ``on_broken`` is None. The
+            message names the plugin.
     """
     off = (config or Config()).switched_off()
+    # A plugin that is switched off must not replace an installed one.
+    explicit = [plugin for plugin in plugins if name_of(plugin) not in off]
+    replaced = dict.fromkeys(map(_identity, explicit), "")
     manager = Manager()
-    taken: dict[str, Candidate] = {}
-    for candidate in candidates(plugins):
+    registered: dict[str, Candidate] = {}
+    for candidate in candidates(explicit):
         if candidate.name in off:
             continue
         try:
-            _take_in(manager, taken, candidate)
+            _register_candidate(manager, registered, candidate, replaced)
         except PluginError as exc:
             if on_broken is None:
                 raise
             on_broken(BrokenPlugin(candidate, exc))
-    return Host(manager, taken)
+    return Host(manager, registered)
 
 
-def _take_in(manager: Manager, taken: dict[str, Candidate], candidate: Candidate) -> None:
+def _register_candidate(
+    manager: Manager,
+    registered: dict[str, Candidate],
+    candidate: Candidate,
+    replaced: dict[object, str],
+) -> None:
+    """Register a candidate, unless an explicit plugin replaces it.
+
+    Args:
+        manager: Manager that gets the plugin.
+        registered: Registered candidates by name; gets one more entry.
+        candidate: The candidate.
+        replaced: Identities of the explicit plugins; gets the names of the installed plugins that
+            they replace.
+
+    Raises:
+        PluginError: The plugin cannot be imported or registered, or its name is taken.
+    """
+    _require_free_name(candidate, registered)
+    plugin = candidate.load()
+    # A built-in is never replaced quietly: users switch it off by name.
+    if _identity(plugin) in replaced and candidate.origin != _BUILT_IN:
+        if candidate.origin != _EXPLICIT:
+            replaced[_identity(plugin)] = candidate.name
+            return
+        if not _own_name(plugin) and replaced[_identity(plugin)]:
+            # Users configure the plugin by its published name, however it was passed.
+            candidate = replace(candidate, name=replaced[_identity(plugin)])
+            _require_free_name(candidate, registered)
+    try:
+        register_plugin(manager, candidate.name, plugin)
+    except PluginError:
+        # pluggy registers a plugin before it finds that a hook does not exist
+        if manager.has_plugin(candidate.name):
+            manager.unregister(name=candidate.name)
+        raise
+    registered[candidate.name] = candidate
+
+
+def _require_free_name(candidate: Candidate, registered: Mapping[str, Candidate]) -> None:
     name = candidate.name
-    if name in taken:
+    if name in registered:
         raise PluginError(
-            f"Two plugins are called {name!r}: one is {taken[name].origin}, the other "
+            f"Two plugins are called {name!r}: one is {registered[name].origin}, the other "
             f"{candidate.origin}.",
             hint="Rename one, or uninstall it.",
         )
-    plugin = candidate.load()
-    try:
-        register_plugin(manager, name, plugin)
-    except PluginError:
-        if manager.has_plugin(name):  # what is wrong showed only afterwards
-            manager.unregister(name=name)
-        raise
-    taken[name] = candidate
+
+
+def _identity(plugin: object) -> object:
+    """A key for comparison: the module itself, or the class of an object."""
+    return plugin if inspect.ismodule(plugin) or inspect.isclass(plugin) else type(plugin)
 
 
 def candidates(plugins: Iterable[object] = ()) -> Iterator[Candidate]:
-    """All plugins that there are, in the order of registration; none of them is imported.
+    """All plugins that exist, in the order of registration. Imports none of them.
 
     Args:
-        plugins: Explicit ones.
+        plugins: Explicit plugins.
     """
     for name in BUILTINS:
         yield _built_in(name)
+    # Sorted, because entry points have no defined order.
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         yield _installed(entry)
     for plugin in plugins:
         yield _explicit(plugin)
 
 
-def _explicit(plugin: object) -> Candidate:
-    return Candidate(name_of(plugin), "explicit", module_of(plugin), lambda: plugin)
-
-
 def _built_in(name: str) -> Candidate:
     module = f"refitkit.builtin.{name}"
-    return Candidate(name, "built-in", module, lambda: importlib.import_module(module))
+    return Candidate(name, _BUILT_IN, module, lambda: importlib.import_module(module))
 
 
 def _installed(entry: EntryPoint) -> Candidate:
@@ -335,13 +404,13 @@ def _installed(entry: EntryPoint) -> Candidate:
         name=entry.name,
         origin=origin,
         module=entry.value.partition(":")[0],
-        load=lambda: _loaded(entry, origin),
+        load=lambda: _imported(entry, origin),
         distribution=dist.name if dist else "",
         version=dist.version if dist else "",
     )
 
 
-def _loaded(entry: EntryPoint, origin: str) -> object:
+def _imported(entry: EntryPoint, origin: str) -> object:
     try:
         return entry.load()
     except Exception as exc:
@@ -349,33 +418,52 @@ def _loaded(entry: EntryPoint, origin: str) -> object:
         raise PluginError(
             f"The plugin {entry.name!r} of {origin} cannot be imported: "
             f"{type(exc).__name__}: {exc}",
-            hint=f"Mend or uninstall it; to go on without it: --no-plugin {entry.name}.",
+            hint=f"Fix or uninstall it, or switch it off: --no-plugin {entry.name}.",
         ) from exc
 
 
-# MERGED registration: Taking one plugin in: what is checked, what is warned of, and whose a later
-# failure is.
+def _explicit(plugin: object) -> Candidate:
+    return Candidate(name_of(plugin), _EXPLICIT, module_of(plugin), lambda: plugin)
+
+
+def name_of(plugin: object) -> str:
+    """The name of an explicit plugin: its ``name``, or else that of its module or class."""
+    return _own_name(plugin) or getattr(plugin, "__name__", "") or type(plugin).__name__
+
+
+def _own_name(plugin: object) -> str:
+    name = getattr(plugin, "name", None)
+    return name if isinstance(name, str) else ""
+
+
+def module_of(plugin: object) -> str:
+    """The name of the module that is the plugin, or that defines its class."""
+    return plugin.__name__ if inspect.ismodule(plugin) else type(plugin).__module__
+
+
+# -- registering one plugin --------------------------------------------------------------------
 
 
 class Manager(pluggy.PluginManager):
-    """Knows all hooks, and which of their arguments are deprecated.
+    """A pluggy manager that knows all hooks and their deprecated arguments.
 
-    A specification marks those with pluggy's ``warn_on_impl_args``. pluggy's own warning says where
-    such an argument is used and not by whom, so the marks are taken off here and acted upon in
-    ``register_plugin``.
+    A specification marks deprecated arguments with pluggy's ``warn_on_impl_args``. The warning of
+    pluggy does not name the plugin. So the manager removes the marks, and ``register_plugin`` warns
+    instead.
 
     Attributes:
-        deprecated: For each hook, what is to be said of its deprecated arguments, by argument.
+        deprecated: For each hook, the warnings about its deprecated arguments, by argument.
     """
 
     def __init__(self) -> None:
-        """Know the hooks, and no plugin."""
+        """Add the hook specifications; no plugin is registered."""
         super().__init__(hookspecs.PROJECT)
         self.deprecated: dict[str, Mapping[str, Warning]] = {}
+        # The last step, because it calls ``parse_hookspec_opts``.
         self.add_hookspecs(hookspecs)
 
     def parse_hookspec_opts(self, module_or_class: Any, name: str) -> Any:
-        """As pluggy does, without what it would warn of."""
+        """Options of a specification as pluggy reads them, without the marks of arguments."""
         options = super().parse_hookspec_opts(module_or_class, name)
         if options is None:
             return None
@@ -384,12 +472,13 @@ class Manager(pluggy.PluginManager):
 
 
 def register_plugin(manager: Manager, name: str, plugin: object) -> None:
-    """Register a plugin, and warn where it takes deprecated arguments.
+    """Register a plugin, and warn about deprecated arguments that its hooks take.
 
     Raises:
-        PluginError: It is no plugin; names it and what is wrong.
+        PluginError: The object is not a valid plugin. The message names it and the reason.
     """
-    hint = f"See docs/reference/hooks.md; to go on without it: --no-plugin {name}."
+    hint = f"See docs/reference/hooks.md, or switch the plugin off: --no-plugin {name}."
+    # pluggy would register a class, and call its methods without ``self``.
     if inspect.isclass(plugin):
         raise PluginError(f"The plugin {name!r} is a class: register an instance of it.")
     for attribute in dir(plugin):
@@ -405,74 +494,65 @@ def register_plugin(manager: Manager, name: str, plugin: object) -> None:
         raise PluginError(f"The plugin {name!r} cannot be registered: {exc}", hint=hint) from exc
 
 
-def _finish(manager: Manager, name: str, plugin: object, hint: str) -> None:
-    for caller in manager.get_hookcallers(plugin) or ():
-        if not caller.has_spec():
-            message = f"The plugin {name!r} implements {caller.name}, which is no hook."
-            raise PluginError(message, hint=hint)
-        for implementation in caller.get_hookimpls():
-            if implementation.plugin is plugin:
-                _warn_of_deprecated(manager, name, implementation, caller.name)
-                _blame_failures(name, implementation, caller.name)
-
-
-def _warn_of_deprecated(
-    manager: Manager, name: str, implementation: pluggy.HookImpl, hook: str
-) -> None:
-    """Warn where the plugin's own code is, as the warning is for its authors."""
-    for argument, said in manager.deprecated[hook].items():
-        if argument in implementation.argnames:
-            code = inspect.unwrap(implementation.function).__code__
-            message = f"The plugin {name!r} takes the argument {argument!r} of {hook}: {said}"
-            warnings.warn_explicit(message, type(said), code.co_filename, code.co_firstlineno)
-
-
-def _blame_failures(name: str, implementation: pluggy.HookImpl, hook: str) -> None:
-    """Have failures of one plugin's hook name that plugin: pluggy does not tell whose they are."""
-    around = implementation.wrapper or implementation.hookwrapper
-    blamed = _blaming(name, hook, implementation.function, around=around)
-    setattr(implementation, "function", blamed)  # noqa: B010 - typed as final, but a slot
-
-
-def _blaming(
-    plugin: str, hook: str, function: Callable[..., Any], *, around: bool
-) -> Callable[..., Any]:
-    """The same function, whose failures are ``PluginError`` and name the plugin."""
-
-    @functools.wraps(function)
-    def blamed(*arguments: Any) -> Any:
-        try:
-            return function(*arguments)
-        except Exception:  # to enter a context at each call would cost more than many a hook
-            with blame(plugin, hook):
-                raise
-
-    @functools.wraps(function)
-    def blamed_wrapper(*arguments: Any) -> Any:
-        with blame(plugin, hook):
-            return (yield from function(*arguments))
-
-    return blamed_wrapper if around else blamed
-
-
-def blame(plugin: str, hook: str) -> AbstractContextManager[None]:
-    """Turn failures inside into ``PluginError`` that name a plugin and a hook."""
-    hint = f"Report it to its authors; to go on without it: --no-plugin {plugin}."
-    doing = f"{hook} of {plugin!r} cannot be called"
-    return raised_as(PluginError, f"The plugin {plugin!r} failed in {hook}", hint=hint, doing=doing)
-
-
 def _lacks_mark(manager: Manager, plugin: object, attribute: str) -> bool:
     is_function = inspect.isroutine(getattr(plugin, attribute, None))
     return is_function and manager.parse_hookimpl_opts(plugin, attribute) is None
 
 
-def name_of(plugin: object) -> str:
-    """The name of an explicit plugin: what it says, or that of its module or class."""
-    given = getattr(plugin, "name", None) or getattr(plugin, "__name__", None)
-    return given if isinstance(given, str) else type(plugin).__name__
+def _finish(manager: Manager, name: str, plugin: object, hint: str) -> None:
+    for caller in manager.get_hookcallers(plugin) or ():
+        # pluggy registers hooks of any name and waits for a specification.
+        if not caller.has_spec():
+            message = f"The plugin {name!r} implements {caller.name}, which is not a hook."
+            raise PluginError(message, hint=hint)
+        for implementation in caller.get_hookimpls():
+            if implementation.plugin is plugin:
+                _warn_of_deprecated(manager, name, implementation, caller.name)
+                _name_failures(name, implementation, caller.name)
 
 
-def module_of(plugin: object) -> str:
-    """The module that a plugin is, or that its class is from."""
-    return plugin.__name__ if inspect.ismodule(plugin) else type(plugin).__module__
+def _warn_of_deprecated(
+    manager: Manager, name: str, implementation: pluggy.HookImpl, hook: str
+) -> None:
+    for argument, warning in manager.deprecated[hook].items():
+        if argument in implementation.argnames:
+            # The warning points at the plugin's code, because its authors have to act.
+            code = inspect.unwrap(implementation.function).__code__
+            message = f"The plugin {name!r} takes the argument {argument!r} of {hook}: {warning}"
+            warnings.warn_explicit(message, type(warning), code.co_filename, code.co_firstlineno)
+
+
+def _name_failures(name: str, implementation: pluggy.HookImpl, hook: str) -> None:
+    """Replace a plugin's hook by one whose errors name the plugin; pluggy's do not."""
+    around = implementation.wrapper or implementation.hookwrapper
+    wrapped = _with_named_failures(name, hook, implementation.function, around=around)
+    setattr(implementation, "function", wrapped)  # noqa: B010 - typed as final, but a slot
+
+
+def _with_named_failures(
+    plugin: str, hook: str, function: Callable[..., Any], *, around: bool
+) -> Callable[..., Any]:
+    """The same function; its failures are ``PluginError`` and name the plugin."""
+
+    @functools.wraps(function)
+    def hook_function(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except Exception:  # entering a context on each call would cost more than many hooks do
+            with named_failures(plugin, hook):
+                raise
+
+    @functools.wraps(function)
+    def hook_wrapper(*arguments: Any) -> Any:
+        # A wrapper can also fail after its ``yield``, when pluggy resumes it.
+        with named_failures(plugin, hook):
+            return (yield from function(*arguments))
+
+    return hook_wrapper if around else hook_function
+
+
+def named_failures(plugin: str, hook: str) -> AbstractContextManager[None]:
+    """Raise failures of the body as ``PluginError`` that names the plugin and the hook."""
+    hint = f"Report it to the plugin's authors, or switch the plugin off: --no-plugin {plugin}."
+    doing = f"{hook} of {plugin!r} cannot be called"
+    return raised_as(PluginError, f"The plugin {plugin!r} failed in {hook}", hint=hint, doing=doing)

@@ -1,7 +1,7 @@
-"""Locks of a process that may be forked.
+"""Locks that work in forked processes.
 
-A forked child has a copy of all objects, and only the thread that forked. Locks that other threads
-of the parent held would never be released there.
+A forked child has copies of all objects, but only the thread that forked. A lock that another
+thread of the parent held would never be released in the child. ``ForkedLock`` is renewed there.
 """
 
 from __future__ import annotations
@@ -18,28 +18,30 @@ _locks: weakref.WeakSet[ForkedLock] = weakref.WeakSet()
 
 
 class ForkedLock:
-    """A reentrant lock that a forked child finds free, unless the thread that forked has it.
+    """A reentrant lock that is free in a forked child, unless the forking thread held it.
 
-    It is used as ``with lock.held:``, so that no Python runs between entering and holding it, where
-    an interrupt could leave it locked.
+    Use it as ``with lock.held:``. The RLock is entered directly, so no Python code runs between
+    entering and holding it. An interrupt in such code could leave the lock acquired for ever.
 
     Attributes:
-        held: The lock itself.
+        held: The ``threading.RLock``.
     """
 
     def __init__(self, abandoned: Callable[[], None] = lambda: None) -> None:
-        """Free.
+        """Create a free lock.
 
         Args:
-            abandoned: Called in a child where another thread of the parent had it: that left
-                whatever the lock guards as it was then. It must not keep the lock alive.
+            abandoned: Called in a forked child if another thread of the parent held the lock. The
+                data that the lock guards may then be half written. The function must not hold a
+                reference to the lock.
         """
         self.held = threading.RLock()
         self._abandoned = abandoned
         _locks.add(self)
 
     def renew(self) -> None:
-        """Free it of threads that are not there; called in a forked child."""
+        """Release the lock from threads of the parent; called in a forked child."""
+        # The forking thread survives in the child, and can still acquire its own lock.
         if self.held.acquire(blocking=False):
             self.held.release()
             return
@@ -47,9 +49,9 @@ class ForkedLock:
         self._abandoned()
 
 
-def _in_child() -> None:
+def _renew_locks() -> None:
     for lock in tuple(_locks):
         lock.renew()
 
 
-os.register_at_fork(after_in_child=_in_child)
+os.register_at_fork(after_in_child=_renew_locks)

@@ -1,5 +1,7 @@
-"""The command line ``refitkit``: one file a command, each registered through a hook.
+"""The command line ``refitkit``: one file per command, each registered through a hook.
 
-Exit codes: 0 done; 1 refused or mismatch; 2 usage; 3 plugin fault; 70 a bug; 130 interrupted.
-Results go to stdout, everything else to stderr. Importing this package imports no torch.
+Exit codes: 0 success; 1 refused or mismatch; 2 usage error; 3 plugin fault; 4 ``diff --exit-code``
+found differences; 70 a bug of refitkit; 130 interrupted; 141 the reader of stdout closed it.
+Results go to stdout, everything else to stderr. Importing this package does not import torch, so
+modules import it, and whatever imports it, inside functions.
 """

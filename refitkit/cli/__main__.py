@@ -1,4 +1,4 @@
-"""``python -m refitkit.cli``, for where the script ``refitkit`` is not on the path."""
+"""``python -m refitkit.cli``: the command line if the script ``refitkit`` is not on the path."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""What commands of plugins may use, in one place; docs/guides/writing-plugins.md shows a command.
+"""The public API for commands of plugins; docs/guides/writing-plugins.md shows a command.
 
-Everything else in :mod:`refitkit.cli` is refitkit's own and may change. Importing this imports no
-torch.
+Everything else in :mod:`refitkit.cli` is internal and may change. Importing this module does not
+import torch.
 """
 
 from refitkit.cli.files import check_output, check_readable, load_inputs, load_plan

@@ -1,4 +1,4 @@
-"""``refitkit compile``: a program into a file that can be refitted."""
+"""``refitkit compile``: compile a program and save the refittable module."""
 
 from __future__ import annotations
 
@@ -23,23 +23,29 @@ if TYPE_CHECKING:
     from refitkit.cli.session import Session
 
 
-@click.command("compile", short_help="Compile a program into a module that can be refitted.")
+@click.command("compile", short_help="Compile a program into a refittable module.")
 @file_argument("program")
-@file_option("-o", "--output", required=True, help="Where to write the compiled module.")
-@click.option("--backend", default="aotinductor", show_default=True, help="What compiles it.")
+@file_option("-o", "--output", required=True, help="Write the compiled module to this file.")
+@click.option(
+    "--backend",
+    metavar="NAME",
+    default="aotinductor",
+    show_default=True,
+    help="Backend that compiles the program.",
+)
 @click.option(
     "--option",
     "options",
     metavar="KEY=VALUE",
     multiple=True,
     callback=as_options,
-    help="An option of the backend; VALUE is JSON or text. Can be given several times.",
+    help="Set an option of the backend; VALUE is JSON or text. Can be repeated.",
 )
 @click.option(
     "--prove/--no-prove",
     default=True,
     show_default=True,
-    help="Try with other weights than the program's that the module can be refitted.",
+    help="Refit the module to other weights and back, to prove that refits work.",
 )
 @config_options
 @common_options
@@ -53,16 +59,17 @@ def compile_command(
     *,
     prove: bool,
 ) -> None:
-    """Compile PROGRAM, a file of torch.export.save, into a module that can be refitted.
+    """Compile PROGRAM, a file written by torch.export.save, into a refittable module.
 
-    Loading such a program can run code that is in the file: use only files that you trust.
+    Loading a program can run code that is in the file: use only files that you trust.
     """
     from refitkit.cli.files import bytes_of, check_module_folder, check_output, load_program
 
+    # Compiling can take minutes, so a path that cannot be written is refused first.
     check_output(output, program, folders=True)
     pipeline = session.pipeline()
     check_module_folder(pipeline, output)
-    pipeline.backend(backend)  # a misspelt name is told before the program is loaded
+    pipeline.backend(backend)  # an unknown name raises before the program is loaded
     loaded = load_program(program, verbose=session.verbose)
     compiled = pipeline.compile(loaded, backend, options, prove=prove)
     compiled.save(output)
@@ -76,7 +83,7 @@ def compile_command(
         "stages": [
             {"verb": done.verb, "stage": done.stage, "seconds": done.seconds}
             for done in session.progress.finished
-            if done.verb != "refit"  # a trial, which is a part of compiling
+            if done.verb != "refit"  # refits of the proof are part of the stage "prove"
         ],
     }
     session.result(data, lambda console: _print(console, data))

@@ -1,4 +1,8 @@
-"""``refitkit demo``: the whole idea, on handwritten digits, in less than a minute."""
+"""``refitkit demo``: compile and refit a classifier of handwritten digits, in under a minute.
+
+This module is the command and its output. ``refitkit.cli.demo_run`` has the demo itself, and
+imports torch.
+"""
 
 from __future__ import annotations
 
@@ -25,21 +29,20 @@ if TYPE_CHECKING:
 
 
 @click.command("demo", short_help="Compile a digit classifier, and refit it as it learns.")
-@file_option("--keep", metavar="DIR", help="Keep checkpoints, program and module in this folder.")
+@file_option("--keep", metavar="DIR", help="Keep checkpoints, program and module in DIR.")
 @common_options
 @click.pass_obj
 def demo_command(session: Session, keep: Path | None) -> None:
-    """Compile a digit classifier early in its training, and refit it to what it learned later.
+    """Compile a digit classifier early in its training, and refit it to a later checkpoint.
 
-    Needs scikit-learn and a C++ compiler. Exits with 1 if the refitted engine does not say of
-    every test digit what the later model says.
+    Needs scikit-learn and a C++ compiler. Exits with 1 if the refitted engine and the later model
+    disagree on any test digit.
     """
     with _folder(keep) as folder:
         result = _run(session, folder)
     problems = result.problems()
-    error = VerificationError(
-        "The demo did not give what it should.", problems=problems, report=result
-    )
+    error = VerificationError("The demo gave wrong results.", problems=problems, report=result)
+    # Only one JSON object may be printed: the error, which contains the measurements.
     if problems and session.as_json:
         raise error
     session.result(plain(result), lambda console: _print(console, result, keep))
@@ -48,10 +51,11 @@ def demo_command(session: Session, keep: Path | None) -> None:
 
 
 def _run(session: Session, folder: Path) -> DemoResult:
+    # First the pipeline: it reports a broken torch, which importing demo_run would raise.
     pipeline = session.silent_pipeline()
     from refitkit.cli.demo_run import Demo
 
-    return Demo(pipeline, folder, session.progress.say).run()
+    return Demo(pipeline, folder, session.progress.show).run()
 
 
 @contextmanager
@@ -71,12 +75,13 @@ def _print(console: Console, result: DemoResult, keep: Path | None) -> None:
     ]
     title = f"{result.samples} handwritten digits, recognised by"
     console.print(table(("", "model", "engine", "digit by digit"), rows, title))
-    console.print(table(("", "time", "against compiling"), _times(result), "what it took"))
+    console.print(table(("", "time", "against compiling"), _times(result), "times"))
     console.print(facts(_facts(result)))
     if not result.problems():
         console.print(
             f"\nRefitted in {duration(result.first_refit_seconds)} instead of compiled in "
-            f"{duration(result.compile_seconds)}, and every digit is what the model says."
+            f"{duration(result.compile_seconds)}, and the engine agrees with the model on every "
+            "digit."
         )
     if keep is not None:
         console.print()
@@ -85,10 +90,10 @@ def _print(console: Console, result: DemoResult, keep: Path | None) -> None:
 
 
 def _accuracy(name: str, accuracy: Accuracy, samples: int) -> tuple[str, ...]:
-    same = "all as the model"
+    agreement = "all the same"
     if accuracy.differing:
-        same = f"{accuracy.differing} of {samples} unlike the model"
-    return name, f"{accuracy.eager:.1%}", f"{accuracy.engine:.1%}", same
+        agreement = f"{accuracy.differing} of {samples} differ"
+    return name, f"{accuracy.eager:.1%}", f"{accuracy.engine:.1%}", agreement
 
 
 def _times(result: DemoResult) -> Iterator[tuple[str, ...]]:
@@ -106,13 +111,13 @@ def _facts(result: DemoResult) -> Iterator[tuple[str, str]]:
     if result.report.verification is not None:
         yield "first refit", verdict(result.report.verification)
     refits = result.later_refits[0].refits
-    yield "later refits", f"median of {refits}, from one checkpoint's file to the other's"
+    yield "later refits", f"median of {refits}, alternating between both checkpoint files"
 
 
 def _next_steps(keep: Path) -> Iterator[str]:
     names = ("digits.refitkit", "later.safetensors", "inputs.safetensors")
     module, weights, inputs = (shlex.quote(str(keep / name)) for name in names)
-    yield "The module is kept as it was compiled, with the early checkpoint. Now try:"
+    yield "The saved module has the weights of the early checkpoint. Now try:"
     yield f"  refitkit inspect {module}"
     yield f"  refitkit refit {module} {weights} --inputs {inputs} --in-place"
     yield f"  refitkit verify {module} {weights}"

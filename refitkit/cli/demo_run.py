@@ -1,4 +1,8 @@
-"""The demo itself: compile an early checkpoint, refit to a later one, measure."""
+"""The demo: compile an early checkpoint, refit to a later one, and measure.
+
+``Demo.run`` is the whole demo. Below it are the training of the small net, and the measured values
+with ``DemoResult.problems``, which decides whether the demo succeeded.
+"""
 
 from __future__ import annotations
 
@@ -26,62 +30,67 @@ if TYPE_CHECKING:
 
 
 LATER = 20
-"""Refits after the first one with each verifier; even, so that they end where they began."""
+"""Number of refits after the first one, with each verifier. It is even, so that the last one puts
+in the later checkpoint again."""
 
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A model as it was at some time of its training.
+class DemoCheckpoint:
+    """A model at one step of its training.
 
     Attributes:
         model: The model, in evaluation mode.
-        file: Its state_dict, a ``.safetensors`` file.
-        says: What it takes each test digit for, int64 of shape (samples,).
+        file: ``.safetensors`` file with the model's state_dict.
+        predictions: Predicted class of each test digit, int64 of shape (samples,).
     """
 
     model: torch.nn.Module
     file: Path
-    says: Tensor
+    predictions: Tensor
 
 
 class Demo:
     """One run of the demo, in a folder."""
 
     def __init__(self, pipeline: Pipeline, folder: Path, progress: Callable[[str], None]) -> None:
-        """Prepare one.
+        """Load the digits.
 
         Args:
-            pipeline: Does the work.
-            folder: Where checkpoints, inputs, program and module are written.
+            pipeline: Pipeline that compiles and refits.
+            folder: Folder for checkpoints, inputs, program and module.
             progress: Called with one line of text for each step.
+
+        Raises:
+            RefitError: scikit-learn is not installed.
         """
-        self._pipeline, self._folder, self._tell = pipeline, folder, progress
+        self._pipeline, self._folder, self._progress = pipeline, folder, progress
         self._training, self._test = load_digits()
 
     def run(self) -> DemoResult:
-        """Do it all, in less than a minute on two cores.
+        """Run the whole demo, in under a minute on two cores.
 
         Raises:
-            RefitError: A compiler is missing, or refitkit refused something.
+            RefitError: A compiler is missing, or a verb of the pipeline failed.
         """
-        self._tell("training a small net on handwritten digits")
+        self._progress("training a small net on handwritten digits")
         models, train_seconds = _timed(lambda: train(self._training))
         early, later = map(self._checkpoint, ("early", "later"), models)
-        self._tell("compiling the early checkpoint")
+        self._progress("compiling the early checkpoint")
         program = self._program(early)
         compiled, compile_seconds = _timed(lambda: self._pipeline.compile(program))
+        # Saved before any refit, so that users of --keep can refit it themselves.
         compiled.save(self._folder / "digits.refitkit")
         before = self._accuracy(compiled, early)
-        self._tell("refitting to the later checkpoint, and to and fro")
+        self._progress("refitting to the later checkpoint, then alternating between both")
         report, first = _timed(lambda: self._refit(compiled, later, "outputs"))
         after = self._accuracy(compiled, later)
         verifiers = ("outputs", "weights")
-        medians = {name: self._to_and_fro(compiled, (early, later), name) for name in verifiers}
+        medians = {name: self._alternate(compiled, (early, later), name) for name in verifiers}
         return DemoResult(
-            samples=len(later.says),
-            changed=int((early.says != later.says).sum()),
+            samples=len(later.predictions),
+            changed=int((early.predictions != later.predictions).sum()),
             slots=report.slots_written,
             weight_bytes=report.bytes_written,
             early=before,
@@ -103,29 +112,30 @@ class Demo:
             report=report,
         )
 
-    def _checkpoint(self, name: str, model: torch.nn.Module) -> Checkpoint:
+    def _checkpoint(self, name: str, model: torch.nn.Module) -> DemoCheckpoint:
         file = self._folder / f"{name}.safetensors"
         save_file(model.state_dict(), file)
         with torch.no_grad():
-            says = model(self._test.pictures).argmax(dim=1)
-        return Checkpoint(model, file, says)
+            predictions = model(self._test.pictures).argmax(dim=1)
+        return DemoCheckpoint(model, file, predictions)
 
-    def _program(self, checkpoint: Checkpoint) -> ExportedProgram:
+    def _program(self, checkpoint: DemoCheckpoint) -> ExportedProgram:
         inputs = (self._test.pictures,)
         save_file({"0": self._test.pictures}, self._folder / "inputs.safetensors")
+        # Dynamic, so that users of --keep can call the module with other batch sizes.
         any_number = ({0: torch.export.Dim("pictures", min=1, max=4096)},)
         program = torch.export.export(checkpoint.model, inputs, dynamic_shapes=any_number)
         torch.export.save(program, self._folder / "digits.pt2")
         return program
 
-    def _refit(self, compiled: CompiledModule, to: Checkpoint, verifier: str) -> RefitReport:
+    def _refit(self, compiled: CompiledModule, to: DemoCheckpoint, verifier: str) -> RefitReport:
         inputs = (self._test.pictures,)
         return self._pipeline.refit(compiled, to.file, inputs=inputs, verify=verifier).report
 
-    def _to_and_fro(
-        self, compiled: CompiledModule, both: tuple[Checkpoint, Checkpoint], verifier: str
+    def _alternate(
+        self, compiled: CompiledModule, both: tuple[DemoCheckpoint, DemoCheckpoint], verifier: str
     ) -> float:
-        """Refit to the first, to the second, and so on; median of the times in seconds."""
+        """Refit to both checkpoints in turn; returns the median of the times in seconds."""
         times = []
         for checkpoint in both * (LATER // 2):
             start = time.perf_counter()
@@ -133,18 +143,18 @@ class Demo:
             times.append(time.perf_counter() - start)
         return statistics.median(times)
 
-    def _accuracy(self, compiled: CompiledModule, checkpoint: Checkpoint) -> Accuracy:
+    def _accuracy(self, compiled: CompiledModule, checkpoint: DemoCheckpoint) -> Accuracy:
         with torch.no_grad():
-            says: Tensor = compiled(self._test.pictures).argmax(dim=1)
+            predictions: Tensor = compiled(self._test.pictures).argmax(dim=1)
         return Accuracy(
-            eager=_share(checkpoint.says, self._test),
-            engine=_share(says, self._test),
-            differing=int((says != checkpoint.says).sum()),
+            eager=_share_correct(checkpoint.predictions, self._test),
+            engine=_share_correct(predictions, self._test),
+            differing=int((predictions != checkpoint.predictions).sum()),
         )
 
 
-def _share(says: Tensor, digits: Digits) -> float:
-    return float((says == digits.labels).double().mean())
+def _share_correct(predictions: Tensor, digits: Digits) -> float:
+    return float((predictions == digits.labels).double().mean())
 
 
 def _timed(work: Callable[[], Value]) -> tuple[Value, float]:
@@ -153,15 +163,14 @@ def _timed(work: Callable[[], Value]) -> tuple[Value, float]:
     return value, time.perf_counter() - start
 
 
-# MERGED demo_training: A small net that learns handwritten digits, kept early and late in its
-# training.
+# -- training a small net ----------------------------------------------------------------------
 
 SEED = 7
 TEST_SAMPLES = 450
 PASSES = 6
-"""Passes over the training digits."""
+"""Number of passes over the training digits."""
 EARLY = 15
-"""Batches after which the early checkpoint is taken: within the first pass."""
+"""Number of batches before the early checkpoint, within the first pass."""
 _BATCH = 64
 _WIDTH = 32
 _RATE = 1e-3
@@ -169,14 +178,19 @@ _RATE = 1e-3
 
 @dataclass(frozen=True)
 class Digits:
-    """8 x 8 pictures, float32 of shape (n, 1, 8, 8) from 0 to 1, and what they show, int64."""
+    """Handwritten digits.
+
+    Attributes:
+        pictures: float32 of shape (n, 1, 8, 8), from 0 to 1.
+        labels: Digit that each picture shows, int64 of shape (n,).
+    """
 
     pictures: Tensor
     labels: Tensor
 
 
 def load_digits() -> tuple[Digits, Digits]:
-    """scikit-learn's digits, split for training and testing: the same split every time.
+    """Training and test digits from scikit-learn, with the same split in each run.
 
     Raises:
         RefitError: scikit-learn is not installed.
@@ -227,7 +241,12 @@ def _block(channels_in: int, channels_out: int) -> tuple[nn.Module, ...]:
 
 
 def train(digits: Digits) -> tuple[nn.Module, nn.Module]:
-    """Train one net; returns copies of it, early and late, in evaluation mode."""
+    """Train one net.
+
+    Returns:
+        The net after ``EARLY`` batches and at the end, both in evaluation mode.
+    """
+    # The seed is for the demo only: the caller's random state stays as it is.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         net = make_net()
@@ -251,16 +270,16 @@ def _batches(digits: Digits) -> Iterator[Digits]:
             yield Digits(digits.pictures[some], digits.labels[some])
 
 
-# MERGED demo_result: What the demo measured, as values, and whether it is as it should be.
+# -- measured values ---------------------------------------------------------------------------
 
 
 class Accuracy(Frozen):
-    """How well test digits were recognised with one checkpoint.
+    """Accuracy on the test digits with one checkpoint.
 
     Attributes:
-        eager: Share of them that the model itself recognised, 0 to 1.
-        engine: Share of them that the compiled module recognised.
-        differing: Number of them that the two take for different digits.
+        eager: Share of digits that the model itself recognised, 0 to 1.
+        engine: Share of digits that the compiled module recognised, 0 to 1.
+        differing: Number of digits for which model and module predict different classes.
     """
 
     eager: float
@@ -269,13 +288,13 @@ class Accuracy(Frozen):
 
 
 class LaterRefits(Frozen):
-    """Refits after the first one, to and fro between both checkpoints.
+    """Refits after the first one, alternating between both checkpoints.
 
     Attributes:
-        verifier: What judged each of them.
-        refits: How many there were.
-        seconds: Median of their wall-clock times, from file to verdict.
-        times_as_fast: Time of compiling over that.
+        verifier: Name of the verifier.
+        refits: Number of refits.
+        seconds: Median of their wall-clock times, from reading the file to the verified result.
+        times_as_fast: Time of compiling divided by ``seconds``.
     """
 
     verifier: str
@@ -285,22 +304,22 @@ class LaterRefits(Frozen):
 
 
 class DemoResult(Frozen):
-    """All that the demo measured.
+    """All measurements of the demo.
 
     Attributes:
         samples: Number of test digits.
-        changed: Number of them that the two checkpoints take for different digits, in eager.
+        changed: Number of digits for which both checkpoints predict different classes, in eager.
         slots: Number of the engine's slots.
         weight_bytes: Bytes of all slots.
-        early: With the early checkpoint, as compiled.
-        later: With the later checkpoint, after the first refit.
-        after_all: With the later checkpoint, after all refits.
-        train_seconds: Time of training both.
-        compile_seconds: Time of compiling the early one.
-        first_refit_seconds: Time of the first refit, from file to verdict.
-        times_as_fast: Time of compiling over that.
-        later_refits: Refits after the first one, by verifier.
-        report: The first refit's own report.
+        early: Accuracy with the early checkpoint, as compiled.
+        later: Accuracy with the later checkpoint, after the first refit.
+        after_all: Accuracy with the later checkpoint, after all refits.
+        train_seconds: Time of training both checkpoints.
+        compile_seconds: Time of compiling the early checkpoint.
+        first_refit_seconds: Time of the first refit, from reading the file to the verified result.
+        times_as_fast: Time of compiling divided by ``first_refit_seconds``.
+        later_refits: Refits after the first one, one entry per verifier.
+        report: Report of the first refit.
     """
 
     samples: int
@@ -318,17 +337,18 @@ class DemoResult(Frozen):
     report: RefitReport
 
     def problems(self) -> tuple[Problem, ...]:
-        """Everything that is not as it should be."""
+        """Everything that is wrong; empty if the demo succeeded."""
         return tuple(self._problems())
 
     def _problems(self) -> Iterator[Problem]:
+        # Checkpoints that are alike would hide a refit that changes nothing.
         if not self.changed or self.early.eager >= self.later.eager:
             found = f"{self.early.eager:.2%} and {self.later.eager:.2%} recognised"
-            yield Problem("checkpoints", "too much alike", found, "a later one that is better")
+            yield Problem("checkpoints", "too similar", found, "a better later checkpoint")
         for name in ("early", "later", "after_all"):
             accuracy: Accuracy = getattr(self, name)
             if accuracy.differing or accuracy.engine != accuracy.eager:
-                found = f"{accuracy.engine:.2%}, {accuracy.differing} digits taken for others"
+                found = f"{accuracy.engine:.2%}, {accuracy.differing} predictions differ"
                 yield Problem(
                     f"engine, {name}", "differs", found, f"{accuracy.eager:.2%}, as eager"
                 )

@@ -1,4 +1,4 @@
-"""``refitkit diff``: what two sets of weights differ in."""
+"""``refitkit diff``: show the differences between two sets of weights."""
 
 from __future__ import annotations
 
@@ -18,26 +18,24 @@ if TYPE_CHECKING:
     from refitkit.model import DiffReport, DiffRow
 
 DIFFERENT = 4
-"""The exit code that ``--exit-code`` gives where they differ: one that no failure has."""
+"""Exit code of ``--exit-code`` for a difference; no failure has this code."""
 
 _COLUMNS = ("name", "state", "dtype", "shape", "relative", "largest", "share")
 
 
-@click.command("diff", short_help="Show what two sets of weights differ in.")
+@click.command("diff", short_help="Show the differences between two sets of weights.")
 @click.argument("a")
 @click.argument("b")
-@file_option("--plan", help="How weights become slots; the module's own where not given.")
+@file_option("--plan", help="Use the plan in this file instead of the module's own.")
 @click.option(
     "--top",
     metavar="N",
     type=click.IntRange(min=0),
     default=20,
     show_default=True,
-    help="Show so many rows that differ.",
+    help="Show at most N rows that differ.",
 )
-@click.option(
-    "--all", "everything", is_flag=True, help="Show all rows, also those that are the same."
-)
+@click.option("--all", "everything", is_flag=True, help="Show all rows, including equal ones.")
 @click.option("--exit-code", is_flag=True, help=f"Exit with {DIFFERENT} if they differ.")
 @weight_options
 @side_options
@@ -53,10 +51,11 @@ def diff_command(
     everything: bool,
     exit_code: bool,
 ) -> int:
-    """Show what A and B differ in, tensor by tensor, the largest relative change first.
+    """Show the differences between A and B for each tensor, the largest relative change first.
 
-    Each is weights (.safetensors, a state_dict of torch.save, a folder), or a saved module: then
-    what its slots hold is compared with what the other would give them. --json prints all rows.
+    A and B are weights (.safetensors, a state_dict of torch.save, a folder) or saved modules. If
+    one is a module, its slots are compared with the values that the other weights would give them.
+    --json prints all rows.
 
     Loading a module runs the code in it: use only files that you trust as you would a program.
     """
@@ -72,22 +71,24 @@ def diff_command(
     data = {"summary": report.summary, "counts": report.counts, **plain(report)}
     shown = report.rows if everything else [row for row in report.rows if row.state != "same"][:top]
     session.result(data, lambda console: print_diff(console, report, shown))
+    # ``main`` uses an integer that a command returns as the exit code.
     return DIFFERENT if exit_code and report.differs else 0
 
 
 def print_diff(
     console: Console, report: DiffReport, rows: list[DiffRow] | tuple[DiffRow, ...]
 ) -> None:
-    """Print some rows of a diff, and all of it in a line."""
+    """Print some rows of a diff, and a summary of all rows."""
     from refitkit.cli.tables import count, facts, table
 
+    # With --all, ``rows`` has equal rows, too.
     left = sum(row.state != "same" for row in report.rows) - sum(r.state != "same" for r in rows)
     if rows:
         console.print(table(_COLUMNS, map(_cells, rows)))
     more = [("not shown", f"{count(left, 'row')} that differ: --all shows them")] if left else []
     notes = [("note", note) for note in report.notes]
     console.print(
-        facts([("A", report.a), ("B", report.b), *more, *notes, ("in all", report.summary)])
+        facts([("A", report.a), ("B", report.b), *more, *notes, ("summary", report.summary)])
     )
 
 

@@ -1,4 +1,9 @@
-"""``refitkit doctor``: what is possible on this machine, and what to install otherwise."""
+"""``refitkit doctor``: show which backends work on this machine, and what to install.
+
+The first half turns findings about the machine into abilities of the backends. The second half has
+one function for each thing that is looked for, such as ``compiler``. None of them raises: a broken
+installation is a finding.
+"""
 
 from __future__ import annotations
 
@@ -35,35 +40,36 @@ _EXTRAS = "pip install 'refitkit[rtx]' (TensorRT-RTX) or 'refitkit[tensorrt]' (T
 
 @dataclass(frozen=True)
 class _Backend:
-    """What one backend can do here; None where its plugin alone could tell.
+    """Abilities of one backend on this machine; None for a backend of an unknown plugin.
 
     Attributes:
-        name: Its name.
+        name: Name of the backend.
         compile: Whether it can compile.
-        load: Whether it can open what was compiled elsewhere.
-        refit: Whether it can refit that.
-        hint: What to do about what it cannot.
+        load: Whether it can open modules that were compiled elsewhere.
+        refit: Whether it can refit those modules.
+        hint: Steps that add missing abilities.
     """
 
     name: str
     compile: bool | None = None
     load: bool | None = None
     refit: bool | None = None
-    hint: str = "its plugin does not tell"
+    hint: str = "not known for backends of other plugins"
 
 
-@click.command("doctor", short_help="Tell what is possible on this machine.")
+@click.command("doctor", short_help="Show which backends work on this machine.")
 @common_options
 @click.pass_context
 def doctor_command(ctx: click.Context) -> None:
-    """Tell what is possible on this machine, and what to install for the rest.
+    """Show which backends work on this machine, and what to install for the others.
 
-    Exits with 0 if refitting is possible with any backend.
+    Exits with 0 if at least one backend can refit, else with 1.
     """
     session = ctx.ensure_object(Session)
-    session.progress.say("looking around")
+    session.progress.show("examining the machine")
     findings = _findings()
     backends = _backends(session, {one.name: one for one in findings})
+    # None means unknown, and a backend of another plugin may well refit.
     possible = any(backend.refit is not False for backend in backends)
     plugins = all_plugins(session)
     data = {
@@ -76,6 +82,7 @@ def doctor_command(ctx: click.Context) -> None:
     }
     names = [f"{one.name} ({one.origin if one.state == IN_USE else one.state})" for one in plugins]
     session.result(data, lambda console: _print(console, findings, backends, names))
+    # Not an error: the result is complete, and stderr stays empty.
     ctx.exit(0 if possible else 1)
 
 
@@ -97,11 +104,12 @@ def _findings() -> list[Finding]:
 
 
 def _backends(session: Session, found: dict[str, Finding]) -> list[_Backend]:
+    # A pipeline, which lists the backends, imports torch.
     if not found["torch"].ok:
         return []
     try:
         names = list(session.pipeline().backends)
-    except Exception as exc:  # noqa: BLE001 - whatever a plugin does, the rest is still told
+    except Exception as exc:  # noqa: BLE001 - a broken plugin must not hide the other findings
         return [_Backend("?", False, False, False, f"cannot be listed: {exc}")]  # noqa: FBT003
     known = {
         _AOTINDUCTOR: _aotinductor,
@@ -112,23 +120,23 @@ def _backends(session: Session, found: dict[str, Finding]) -> list[_Backend]:
 
 
 def _aotinductor(found: dict[str, Finding]) -> _Backend:
-    """AOTInductor compiles C++; to load and refit what it made takes torch alone."""
-    runs = found["temporary folder"]
-    needed = [found["C++ compiler"], found["openssl"], runs]
+    """AOTInductor compiles C++. Loading and refitting its modules needs only torch."""
+    folder = found["temporary folder"]
+    needed = [found["C++ compiler"], found["openssl"], folder]
     hints = [one.hint for one in needed if not one.ok]
     if not found["CUDA device"].ok:
         hints.append("CPU modules only: no CUDA device")
     return _Backend(
         _AOTINDUCTOR,
         compile=all(one.ok for one in needed),
-        load=runs.ok,
-        refit=runs.ok,
+        load=folder.ok,
+        refit=folder.ok,
         hint="\n".join(hints),
     )
 
 
 def _torch_tensorrt(found: dict[str, Finding]) -> _Backend:
-    """Its engines run, and take weights, on a GPU only."""
+    """The engines of Torch-TensorRT run and take new weights only on a GPU."""
     able = found["Torch-TensorRT"].ok and found["CUDA device"].ok
     hints = [] if found["Torch-TensorRT"].ok else [_EXTRAS]
     if not found["CUDA device"].ok:
@@ -137,7 +145,7 @@ def _torch_tensorrt(found: dict[str, Finding]) -> _Backend:
 
 
 def _tensorrt_network(found: dict[str, Finding]) -> _Backend:
-    """It builds without a GPU, which TensorRT-RTX alone can do."""
+    """This backend builds without a GPU, and only TensorRT-RTX can do that."""
     able = found["Torch-TensorRT"].ok and found["TensorRT-RTX"].ok
     return _Backend(_NETWORK, able, able, able, "" if able else _EXTRAS)
 
@@ -156,26 +164,26 @@ def _print(
     console.print(f"plugins: {', '.join(plugins)}")
 
 
-# MERGED machine: What this machine has of all that compiling and refitting need. Nothing here
-# raises.
+# -- the machine -------------------------------------------------------------------------------
 
 _COMPILERS = ("g++", "c++", "clang++")
 _TRIAL = "#include <omp.h>\n#include <vector>\nstd::vector<int> trial(1);\n"
-"""What inductor's code includes (torch/_inductor/codegen/cpp_prefix.h)."""
+"""A program with the headers that inductor's code includes (torch/_inductor/codegen/cpp_prefix.h of
+torch)."""
 _TRIAL_FLAGS = ("-x", "c++", "-shared", "-fPIC", "-fopenmp", "-")
 _CPP_LIBRARIES = (b"libstdc++.so", b"libc++.so")
-_SECONDS = 30
+_SECONDS = 30  # nvidia-smi can hang if the driver is broken
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked for.
+    """The result of looking for one thing on the machine.
 
     Attributes:
-        name: What it is.
-        found: What was found, in words.
+        name: Name of the thing, such as ``C++ compiler``.
+        found: Description of what was found.
         ok: Whether it can be used.
-        hint: What to do if it is wanted and cannot.
+        hint: Way to make it usable.
     """
 
     name: str
@@ -185,7 +193,7 @@ class Finding:
 
 
 def torch_here() -> Finding:
-    """torch, imported: a broken installation shows only then."""
+    """The version of torch. It is imported, because only that shows a broken installation."""
     try:
         import torch
     except (ImportError, OSError, RuntimeError) as exc:
@@ -199,15 +207,17 @@ def gpu() -> Finding:
     try:
         import torch
 
-        with warnings.catch_warnings(record=True) as said:
+        # torch warns with the reason, such as a driver that is too old, and returns False.
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            there = torch.cuda.is_available()
-            devices = [_device(index) for index in range(torch.cuda.device_count() if there else 0)]
-    except Exception as exc:  # noqa: BLE001 - drivers fail in many ways, and all are worth telling
-        return Finding("CUDA device", f"cannot be asked: {exc}", ok=False)
+            usable = torch.cuda.is_available()
+            count = torch.cuda.device_count() if usable else 0
+            devices = [_device(index) for index in range(count)]
+    except Exception as exc:  # noqa: BLE001 - drivers fail in many ways, and each is a finding
+        return Finding("CUDA device", f"cannot be queried: {exc}", ok=False)
     if devices:
         return Finding("CUDA device", "; ".join(devices))
-    why = f": {said[0].message}" if said else ""
+    why = f": {caught[0].message}" if caught else ""
     if torch.version.cuda is None:
         why = ": this torch is built without CUDA"
     return Finding("CUDA device", f"none{why}", ok=False, hint="Only CUDA modules need one.")
@@ -216,22 +226,23 @@ def gpu() -> Finding:
 def _device(index: int) -> str:
     import torch
 
-    has = torch.cuda.get_device_properties(index)
-    return f"{has.name}, {size(has.total_memory)}, compute capability {has.major}.{has.minor}"
+    device = torch.cuda.get_device_properties(index)
+    capability = f"compute capability {device.major}.{device.minor}"
+    return f"{device.name}, {size(device.total_memory)}, {capability}"
 
 
 def driver() -> Finding:
-    """NVIDIA's driver, by its own tool."""
+    """The version of NVIDIA's driver, as ``nvidia-smi`` reports it."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return Finding("NVIDIA driver", "none", ok=False, hint="Only CUDA modules need one.")
-    said = _output([tool, "--query-gpu=driver_version", "--format=csv,noheader"])
-    first = said.text.splitlines()[0] if said.text else "says nothing"
-    return Finding("NVIDIA driver", first, ok=said.ok)
+    output = _run([tool, "--query-gpu=driver_version", "--format=csv,noheader"])
+    first = output.text.splitlines()[0] if output.text else _NO_OUTPUT
+    return Finding("NVIDIA driver", first, ok=output.ok)
 
 
 def compiler() -> Finding:
-    """The C++ compiler that inductor would use, tried on what inductor's code includes."""
+    """The C++ compiler that inductor would use, after it has compiled a small program."""
     name, chosen = "C++ compiler", os.environ.get("CXX")
     candidates = (chosen,) if chosen else _COMPILERS
     path = next(filter(None, map(shutil.which, candidates)), None)
@@ -239,31 +250,31 @@ def compiler() -> Finding:
         hint = "Correct or unset CXX." if chosen else "Debian, Ubuntu: apt-get install g++"
         return Finding(name, f"none ({', '.join(candidates)} not found)", ok=False, hint=hint)
     try:
-        wrong = _trial(path)
+        failure = _compiler_failure(path)
     except (OSError, RefitError) as exc:
-        wrong = (f"cannot be tried: {exc}", "See the temporary folder.")
-    if wrong is not None:
-        return Finding(name, f"{path} {wrong[0]}", ok=False, hint=wrong[1])
+        failure = (f"cannot be tried: {exc}", "See the temporary folder.")
+    if failure is not None:
+        return Finding(name, f"{path} {failure[0]}", ok=False, hint=failure[1])
     return Finding(name, f"{path}: {_first_line([path, '--version'])}")
 
 
-def _trial(compiler: str) -> tuple[str, str] | None:
-    """What is wrong with a compiler, and what to do about it; None if it can be used."""
+def _compiler_failure(compiler: str) -> tuple[str, str] | None:
+    """The reason why a compiler cannot be used, with a hint; None if it can."""
     with TemporaryFolder() as folder:
         library = folder.path / "trial.so"
-        said = _output([compiler, *_TRIAL_FLAGS, "-o", str(library)], _TRIAL)
-        if not said.ok or not library.is_file():
+        output = _run([compiler, *_TRIAL_FLAGS, "-o", str(library)], _TRIAL)
+        if not output.ok or not library.is_file():
             hint = "Install its standard library and OpenMP, or choose another with CXX."
-            return f"fails: {said.text}", hint
+            return f"fails: {output.text}", hint
         if not any(needed in library.read_bytes() for needed in _CPP_LIBRARIES):
-            # found with torch 2.11: two C++ libraries in one process, and it dies
+            # With torch 2.11, a second C++ library in the process crashes it.
             hint = "Choose one with a shared C++ library, such as CXX=/usr/bin/g++."
-            return "makes libraries with a C++ library of their own, which crash when loaded", hint
+            return "links the C++ library statically; such modules crash when loaded", hint
     return None
 
 
 def openssl() -> Finding:
-    """The openssl command, which inductor's packaging calls."""
+    """The ``openssl`` command, which inductor's packaging calls."""
     path = shutil.which("openssl")
     if path is None:
         hint = "Debian, Ubuntu: apt-get install openssl"
@@ -272,7 +283,7 @@ def openssl() -> Finding:
 
 
 def temporary_folder() -> Finding:
-    """Where modules are unpacked: their code is run from there."""
+    """The folder in which modules are unpacked. Their code runs from there."""
     name, hint = "temporary folder", "Set TMPDIR to a folder on a disk that programs may run from."
     try:
         folder = tempfile.gettempdir()
@@ -286,19 +297,26 @@ def temporary_folder() -> Finding:
 
 
 def package(name: str, module: str) -> Finding:
-    """A package that is looked for and not imported."""
+    """The version and folder of a package, found without importing it.
+
+    Args:
+        name: Name of the package, for people.
+        module: Name of its top-level module.
+    """
     folder = _folder_of(module)
     if folder is None:
         return Finding(name, "not installed", ok=False)
+    # A distribution can have another name than its module.
     versions = {_version(one) for one in packages_distributions().get(module, ())} - {""}
     return Finding(name, f"{', '.join(sorted(versions)) or 'installed'} in {folder}")
 
 
 def runtime_flavour() -> Finding:
-    """Which runtime of Torch-TensorRT would hold engines: see ``torch_tensorrt/_features.py``."""
+    """The runtime of Torch-TensorRT that would run engines: C++ or Python."""
     name, folder = "Torch-TensorRT runtime", _folder_of("torch_tensorrt")
     if folder is None:
         return Finding(name, "none", ok=False)
+    # torch_tensorrt/_features.py looks for these libraries, too
     libraries = [folder / "lib" / one for one in ("libtorchtrt.so", "libtorchtrt_runtime.so")]
     found = "C++" if any(library.is_file() for library in libraries) else "Python"
     return Finding(name, found)
@@ -307,6 +325,7 @@ def runtime_flavour() -> Finding:
 def _folder_of(module: str) -> Path | None:
     try:
         spec = find_spec(module)
+    # ImportError: a parent package is missing. ValueError: the module has no __spec__.
     except (ImportError, ValueError):
         spec = None
     return None if spec is None else Path(spec.origin or "").parent
@@ -320,28 +339,31 @@ def _version(distribution: str) -> str:
 
 
 def system() -> Finding:
-    """Operating system and interpreter."""
+    """Versions of the interpreter and the operating system."""
     return Finding("Python", f"{platform.python_version()}, {platform.platform()}")
 
 
+_NO_OUTPUT = "printed nothing"
+
+
 @dataclass(frozen=True)
-class _Said:
-    """What a command said."""
+class _ToolOutput:
+    """Output of a tool, and whether the tool succeeded."""
 
     text: str
     ok: bool
 
 
-def _output(command: list[str], text: str = "") -> _Said:
+def _run(command: list[str], text: str = "") -> _ToolOutput:
     try:
         done = subprocess.run(  # noqa: S603 - tools found on the path, with fixed arguments
             command, input=text, capture_output=True, text=True, timeout=_SECONDS, check=False
         )
     except (OSError, subprocess.SubprocessError, UnicodeError) as exc:
-        return _Said(str(exc), ok=False)
-    return _Said((done.stdout or done.stderr).strip(), ok=done.returncode == 0)
+        return _ToolOutput(str(exc), ok=False)
+    return _ToolOutput((done.stdout or done.stderr).strip(), ok=done.returncode == 0)
 
 
 def _first_line(command: list[str]) -> str:
-    lines = _output(command).text.splitlines()
-    return lines[0] if lines else "says nothing"
+    lines = _run(command).text.splitlines()
+    return lines[0] if lines else _NO_OUTPUT

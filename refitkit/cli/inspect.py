@@ -1,4 +1,4 @@
-"""``refitkit inspect``: what is in a file. None of its code is run."""
+"""``refitkit inspect``: show the contents of a file, without running any of its code."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Held:
-    """What a file holds.
+class _FileContents:
+    """The contents of a file.
 
     Attributes:
         kind: ``module``, ``plan`` or ``weights``.
-        data: All of it as plain data.
-        human: Prints it.
+        data: Contents as plain data, for JSON.
+        human: Function that prints the contents for people.
     """
 
     kind: str
@@ -39,28 +39,28 @@ class _Held:
     human: Callable[[Console], None]
 
 
-@click.command("inspect", short_help="Show what a module, a plan or a weights file holds.")
+@click.command("inspect", short_help="Show the contents of a module, plan or weights file.")
 @file_argument("file")
 @config_options
 @common_options
 @click.pass_obj
 def inspect_command(session: Session, file: Path) -> None:
-    """Show what FILE holds: a saved module, a plan, or weights. None of its code is run."""
+    """Show the contents of FILE, a saved module, a plan or weights. None of its code is run."""
     from refitkit.cli.files import check_readable
 
     check_readable(file, UnsupportedTargetError)
     if not file.exists():
         raise UnsupportedTargetError(f"{str(file)!r} does not exist.")
-    held = _held(session.pipeline(), file)
-    data = {"file": str(file), "kind": held.kind, **held.data}
-    session.result(data, held.human)
+    contents = _contents_of(session.pipeline(), file)
+    data = {"file": str(file), "kind": contents.kind, **contents.data}
+    session.result(data, contents.human)
 
 
-def _held(pipeline: Pipeline, file: Path) -> _Held:
-    """What the first reader makes of it that can read it.
+def _contents_of(pipeline: Pipeline, file: Path) -> _FileContents:
+    """The contents of a file, from the first reader that can read it.
 
     Raises:
-        UnsupportedTargetError: None can; says why, for each.
+        UnsupportedTargetError: No reader can read it; gives the reason for each.
     """
     problems = []
     for kind, read in _readers(file).items():
@@ -70,52 +70,51 @@ def _held(pipeline: Pipeline, file: Path) -> _Held:
             raise
         except RefitError as exc:
             problems.append(Problem(f"as {kind}", exc.message.rstrip(".")))
-    hint = "A program of torch.export.save is not shown: reading it could run code."
+    hint = "Programs of torch.export.save are not shown, because reading them could run code."
     raise UnsupportedTargetError(
         f"{str(file)!r} holds nothing that refitkit can show.", problems=problems, hint=hint
     )
 
 
-def _readers(file: Path) -> dict[str, Callable[[Pipeline, Path], _Held]]:
-    """Readers by kind; for a name that says what is inside, one."""
-    readers: dict[str, Callable[[Pipeline, Path], _Held]]
+def _readers(file: Path) -> dict[str, Callable[[Pipeline, Path], _FileContents]]:
+    """Readers by kind; only one if the suffix of the file decides."""
+    readers: dict[str, Callable[[Pipeline, Path], _FileContents]]
     readers = {"a module": _module, "a plan": _plan, "weights": _weights}
     by_suffix = {".safetensors": "weights", ".refitplan": "a plan"}
     if file.is_dir():
         return {"a module": _module}
+    # With a single reader, the error gives only the reason that matters.
     kind = by_suffix.get(file.suffix)
     return {kind: readers[kind]} if kind else readers
 
 
-def _module(pipeline: Pipeline, file: Path) -> _Held:
-
+def _module(pipeline: Pipeline, file: Path) -> _FileContents:
     described = dict(pipeline.describe(file))
-    return _Held("module", described, lambda console: print_described(console, described))
+    return _FileContents("module", described, lambda console: print_described(console, described))
 
 
-def _plan(_: Pipeline, file: Path) -> _Held:
+def _plan(_: Pipeline, file: Path) -> _FileContents:
     from refitkit.cli.ledger import print_plan
     from refitkit.recipe import RefitPlan
 
     plan = RefitPlan.load(file)
-    return _Held("plan", plain(plan.data), lambda console: print_plan(console, plan))
+    return _FileContents("plan", plain(plan.data), lambda console: print_plan(console, plan))
 
 
-def _weights(pipeline: Pipeline, file: Path) -> _Held:
-
+def _weights(pipeline: Pipeline, file: Path) -> _FileContents:
     data = described_weights(pipeline.open_weights(file))
-    return _Held("weights", data, lambda console: print_weights(console, data))
+    return _FileContents("weights", data, lambda console: print_weights(console, data))
 
 
-# MERGED describe: How saved modules and weights are printed, whatever backend or plugin they are
-# of.
+# -- printing modules and weights of any backend or plugin -------------------------------------
 
+# Hexadecimal digests from SHA-1 (40 digits) on.
 _CHECKSUM = re.compile("[0-9a-f]{40,}")
 _SLOT_COLUMNS = ("name", "dtype", "shape", "device")
 
 
 def print_described(console: Console, described: Mapping[str, Any]) -> None:
-    """Print what a backend says of a saved module: plain values first, then its slots."""
+    """Print a backend's description of a saved module: plain values first, then its slots."""
     rest = {key: value for key, value in described.items() if key != "slots"}
     console.print(facts((key.replace("_", " "), _value(key, v)) for key, v in rest.items()))
     slots = described.get("slots")
@@ -125,7 +124,7 @@ def print_described(console: Console, described: Mapping[str, Any]) -> None:
 
 
 def described_weights(source: WeightSource) -> dict[str, Any]:
-    """What weights hold, as plain data; only headers are read where the format has them."""
+    """Metadata of weights as plain data; reads only headers if the format has them."""
     tensors = []
     for name in sorted(source.names()):
         info = source.info(name)
@@ -134,6 +133,7 @@ def described_weights(source: WeightSource) -> dict[str, Any]:
                 "name": name,
                 "dtype": info.dtype,
                 "shape": info.shape,
+                # A dtype that torch does not have has no known size; ``unusable`` names it.
                 "bytes": info.count * ITEM_BYTES.get(info.dtype, 0),
                 "unusable": info.unusable,
             }
@@ -142,7 +142,7 @@ def described_weights(source: WeightSource) -> dict[str, Any]:
 
 
 def print_weights(console: Console, data: Mapping[str, Any]) -> None:
-    """Print names, dtypes and shapes of weights."""
+    """Print names, dtypes, shapes and sizes of weights."""
     columns = ("name", "dtype", "shape", "bytes")
     rows = [[_cell(tensor, column) for column in columns] for tensor in data["tensors"]]
     title = f"{count(len(rows), 'tensor')}, {size(data['bytes'])}"
@@ -158,6 +158,7 @@ def _cell(row: Mapping[str, Any], column: str) -> str:
 
 
 def _value(key: str, value: Any) -> str:
+    # bool first, because it is a subclass of int.
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int) and "bytes" in key:
@@ -170,7 +171,7 @@ def _value(key: str, value: Any) -> str:
 
 
 def _inner(value: Any) -> str:
-    """A value inside others, in a line; of a checksum as much as tells two apart."""
+    """A nested value as one line; a checksum is cut to its first 12 characters."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {_inner(item)}" for name, item in value.items())
     if isinstance(value, list | tuple):

@@ -1,4 +1,7 @@
-"""Which plugins there are: in use, switched off, broken. None of them is imported here."""
+"""List all plugins: those in use, those switched off and those that are broken.
+
+Nothing here imports a plugin.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +22,17 @@ IN_USE, SWITCHED_OFF, BROKEN = "in use", "switched off", "broken"
 
 @dataclass(frozen=True)
 class KnownPlugin:
-    """One plugin as users see it.
+    """One plugin as commands print it.
 
     Attributes:
-        name: The name to switch it off by.
+        name: Name that switches the plugin off.
         state: ``in use``, ``switched off`` or ``broken``.
-        origin: ``built-in``, ``explicit``, or the distribution that brings it, with its version.
-        distribution: Name of that distribution; empty where there is none.
-        version: Its version.
-        module: The module that it is, or is in.
-        hooks: Kinds of the hooks that it implements, ``first`` or ``all``, by name.
-        problem: Why it is broken, and what to do.
+        origin: ``built-in``, ``explicit``, or the plugin's distribution and its version.
+        distribution: Name of the plugin's distribution; empty if it has none.
+        version: Version of that distribution.
+        module: Module that is the plugin or contains it.
+        hooks: Kinds of the hooks that the plugin implements, ``first`` or ``all``, by hook.
+        problem: Reason why the plugin is broken, with a hint; empty if it is not.
     """
 
     name: str
@@ -43,20 +46,22 @@ class KnownPlugin:
 
 
 def known_names(explicit: Iterable[object] = ()) -> frozenset[str]:
-    """Names of all plugins, whether they are switched on or off."""
+    """Names of all plugins, in use or not."""
+    # ``candidates`` does not know the plugin of the built-in commands: ``main`` passes it.
     return frozenset({COMMANDS, *(one.name for one in candidates(explicit))})
 
 
 def unknown_names(session: Session) -> list[str]:
-    """Names that were to be switched off, and that no plugin has."""
+    """Names that are switched off although no plugin has them, sorted."""
     return sorted(session.config().switched_off() - known_names(session.plugins))
 
 
 def all_plugins(session: Session) -> list[KnownPlugin]:
-    """All plugins: those in use, in the host's order, then the broken, then those switched off."""
+    """All plugins: those in use in the host's order, then broken ones, then switched-off ones."""
     off = session.config().switched_off()
-    there = candidates(session.registered)
-    switched_off = {one.name: one for one in there if one.name in off}
+    existing = candidates(session.registered)
+    switched_off = {one.name: one for one in existing if one.name in off}
+    # A plugin that fails while it adds commands is registered, and broken all the same.
     broken = [one.candidate for one in session.broken]
     in_use = [i for i in session.host.plugins() if session.host.candidate(i.name) not in broken]
     return [
@@ -91,5 +96,5 @@ def _left_out(one: Candidate, state: str, problem: str = "") -> KnownPlugin:
 
 
 def _origin(name: str, origin: str) -> str:
-    """The plugin of the built-in commands is explicit for the host, and built in for users."""
+    # The host got the plugin of the built-in commands as an explicit one.
     return "built-in" if name == COMMANDS else origin

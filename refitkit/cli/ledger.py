@@ -1,4 +1,8 @@
-"""How a plan is printed: what it belongs to, and its ledger."""
+"""Print a plan: its fingerprint and its ledger, or the recipe of one slot.
+
+``print_plan`` prints one row for each slot. ``find_row`` and ``print_slot`` are for ``plan show
+--slot``: they print how one slot is computed, step by step.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ _COLUMNS = ("slot", "state", "dtype", "shape", "from", "ops", "reason")
 
 
 def print_plan(console: Console, plan: RefitPlan) -> None:
-    """Print a plan, one row for every slot."""
+    """Print a plan, one row for each slot."""
     fingerprint = plan.data.fingerprint
     versions = ", ".join(f"{name} {version}" for name, version in fingerprint.versions.items())
     states = Counter(str(row.state) for row in plan.ledger)
@@ -38,7 +42,7 @@ def print_plan(console: Console, plan: RefitPlan) -> None:
                 ("graph", fingerprint.graph),
                 ("slots", ", ".join(f"{number} {state}" for state, number in states.items())),
                 *([("ops", f"{calls}, shared by all slots")] if calls else []),
-                *(("one tensor", " = ".join(tie)) for tie in plan.data.ties),
+                *(("tied names", " = ".join(tie)) for tie in plan.data.ties),
                 *(("needs", _need(need)) for need in plan.data.needs),
                 *(("without slot", f"{n}: {why}") for n, why in plan.data.unreached.items()),
             ]
@@ -73,31 +77,32 @@ def _cells(row: LedgerRow, data: PlanData) -> tuple[str, ...]:
 
 
 def _sources(row: LedgerRow, data: PlanData) -> str:
-    """Names of one tensor are alternatives; all others are needed together."""
+    """Sources of a slot as text: ``or`` joins names of a tied tensor, and a comma joins others."""
     classes = {name: tie for tie in data.ties for name in tie}
     groups = dict.fromkeys(classes.get(name, (name,)) for name in row.sources)
     return ", ".join(" or ".join(n for n in group if n in row.sources) for group in groups)
 
 
-# MERGED slot_recipe: One slot of a plan, as ``plan show --slot`` prints it: what it is made of,
-# step by step.
+# -- one slot ----------------------------------------------------------------------------------
 
-_STEPS = ("value", "what it is", "dtype", "shape")
-_GUARDS = ("made of", "dtype", "shape", "was", "because of")
+_STEPS = ("value", "source", "dtype", "shape")
+_GUARDS = ("computed from", "dtype", "shape", "expected", "reason")
 _NEAR = 5
+"""Largest number of similar names that an error lists."""
 
 
 def find_row(data: PlanData, wanted: str) -> LedgerRow:
-    """The row of one slot.
+    """The ledger row of one slot.
 
     Args:
         data: The plan.
-        wanted: ``engine/name``, or the end of it, where no other slot ends so.
+        wanted: ``engine/name``, or a suffix of it that no other slot has.
 
     Raises:
-        ConfigError: There is no such slot, or several; ``problems`` has those that may be meant.
+        ConfigError: No slot or several slots match; ``problems`` lists candidates.
     """
     names = {f"{row.slot.engine}/{row.slot.name}": row for row in data.ledger}
+    # An exact name wins, although it may also be the end of other names.
     exact = [row for name, row in names.items() if wanted in {name, row.slot.name}]
     found = exact or [row for name, row in names.items() if name.endswith(wanted)]
     if len(found) == 1:
@@ -106,27 +111,28 @@ def find_row(data: PlanData, wanted: str) -> LedgerRow:
         several = [f"{row.slot.engine}/{row.slot.name}" for row in found]
         raise ConfigError(
             f"{len(found)} slots end in {wanted!r}.",
-            problems=[Problem(name, "may be meant") for name in several],
-            hint="Name one of them as a whole: --slot ENGINE/NAME.",
+            problems=[Problem(name, "possible match") for name in several],
+            hint="Give the full name: --slot ENGINE/NAME.",
         )
     either = {row.slot.name: name for name, row in names.items()} | {name: name for name in names}
     near = dict.fromkeys(either[one] for one in get_close_matches(wanted, either, _NEAR, 0.5))
     raise ConfigError(
         f"The plan has no slot {wanted!r}.",
-        problems=[Problem(name, "has a name like it") for name in near],
-        hint="All slots: refitkit plan show FILE, without --slot.",
+        problems=[Problem(name, "similar name") for name in near],
+        hint="refitkit plan show FILE, without --slot, lists all slots.",
     )
 
 
 def calls_of(data: PlanData, value: Any) -> list[int]:
-    """The calls that a value needs, in the order in which they are made."""
+    """Numbers of the calls that compute a value, in the order of execution."""
+    # Calls are numbered in the order of execution.
     return sorted(calls_below([value], lambda number: operands_of(data.calls[number])))
 
 
 def as_data(data: PlanData, row: LedgerRow) -> dict[str, Any]:
-    """What ``--json`` prints of one slot: its row, what it is made of, and all guards."""
+    """One slot as data for ``--json``: its row, the inputs and calls of its recipe, all guards."""
     calls = {number: data.calls[number] for number in calls_of(data, row.value)}
-    leaves, kept = _ends(row, calls)
+    leaves, kept = _inputs_of(row, calls)
     return {
         "row": row.model_dump(mode="json"),
         "leaves": [leaf.model_dump(mode="json") for leaf in data.leaves if leaf.fqn in leaves],
@@ -137,15 +143,15 @@ def as_data(data: PlanData, row: LedgerRow) -> dict[str, Any]:
 
 
 def print_slot(console: Console, data: PlanData, row: LedgerRow) -> None:
-    """Print one slot: what it is, its recipe in the order in which it is computed, the guards."""
+    """Print one slot: its metadata, its recipe in the order of execution, and all guards."""
     slot = row.slot
-    known = [
+    metadata = [
         ("slot", slot.name),
         ("engine", slot.engine),
-        ("holds", f"{slot.dtype}, {shape(slot.shape)}, {slot.count} elements, on {slot.device}"),
+        ("tensor", f"{slot.dtype}, {shape(slot.shape)}, {slot.count} elements, on {slot.device}"),
         ("state", row.state),
     ]
-    console.print(facts([*known, ("reason", row.reason)] if row.reason else known))
+    console.print(facts([*metadata, ("reason", row.reason)] if row.reason else metadata))
     if row.value is not None:
         console.print(table(_STEPS, _steps(data, row), "recipe"))
     print_guards(console, data)
@@ -165,58 +171,64 @@ def print_guards(console: Console, data: PlanData) -> None:
         for one in data.guards
     ]
     if rows:
-        console.print(table(_GUARDS, rows, "guards: what must be as it was"))
+        console.print(table(_GUARDS, rows, "guards: values that must not change"))
 
 
 def _steps(data: PlanData, row: LedgerRow) -> Iterator[tuple[str, ...]]:
-    """The recipe: leaves, kept tensors, calls, result."""
+    """Rows of the recipe: leaves, kept tensors, calls, and the slot at the end."""
     calls = {number: data.calls[number] for number in calls_of(data, row.value)}
-    leaves, kept = _ends(row, calls)
+    leaves, kept = _inputs_of(row, calls)
     twins = {name: tie for tie in data.ties for name in tie}
     for leaf in data.leaves:
         if leaf.fqn in leaves:
             same = "".join(f" = {n}" for n in twins.get(leaf.fqn, ()) if n != leaf.fqn)
             yield leaf.fqn, f"{leaf.kind.replace('-', ' ')}{same}", leaf.dtype, shape(leaf.shape)
     for name in kept:
-        tensor = data.pinned[name]
-        yield _named(PinnedRef(name=name), data), "in the plan", tensor.dtype, shape(tensor.shape)
+        tensor, label = data.pinned[name], _label(PinnedRef(name=name), data)
+        yield label, "in the plan", tensor.dtype, shape(tensor.shape)
     for number, call in calls.items():
         for output, result in enumerate(call.results):
-            name = _named(CallRef(call=number, output=output), data)
-            written = '"' if output else _written(call, data)
-            yield name, written, result.dtype, shape(result.shape)
-    yield row.slot.name, _named(row.value, data), row.slot.dtype, shape(row.slot.shape)
+            label = _label(CallRef(call=number, output=output), data)
+            # A ditto mark: further outputs of a call follow its first one.
+            expression = '"' if output else _expression(call, data)
+            yield label, expression, result.dtype, shape(result.shape)
+    yield row.slot.name, _label(row.value, data), row.slot.dtype, shape(row.slot.shape)
 
 
-def _ends(row: LedgerRow, calls: dict[int, OpCall]) -> tuple[frozenset[str], tuple[str, ...]]:
-    """Leaves and kept tensors that a recipe starts from, and names that override a kept one."""
+def _inputs_of(row: LedgerRow, calls: dict[int, OpCall]) -> tuple[frozenset[str], tuple[str, ...]]:
+    """Inputs of a slot's recipe: FQNs of leaves, and names of tensors that the plan keeps."""
     values = [row.value, *(one for call in calls.values() for one in operands_of(call))]
     leaves = {one.fqn for one in values if isinstance(one, SourceRef)}
+    # An entry of the weights with one of these names overrides the kept tensor.
     if isinstance(row.value, PinnedRef):
         leaves |= set(row.sources)
     kept = dict.fromkeys(one.name for one in values if isinstance(one, PinnedRef))
     return frozenset(leaves), tuple(kept)
 
 
-def _written(call: OpCall, data: PlanData) -> str:
-    """``mul(w, %3)``."""
-    given = [_text(argument, data) for argument in call.args]
-    given += [f"{name}={_text(argument, data)}" for name, argument in call.kwargs.items()]
-    return f"{call.op.removeprefix('aten.').removesuffix('.default')}({', '.join(given)})"
+def _expression(call: OpCall, data: PlanData) -> str:
+    """A call as text, such as ``mul(w, %3)``."""
+    arguments = [_text(argument, data) for argument in call.args]
+    arguments += [f"{name}={_text(argument, data)}" for name, argument in call.kwargs.items()]
+    return f"{call.op.removeprefix('aten.').removesuffix('.default')}({', '.join(arguments)})"
 
 
 def _text(argument: Argument, data: PlanData) -> str:
     if isinstance(argument, tuple):
         return f"[{', '.join(_text(one, data) for one in argument)}]"
     if is_reference(argument):
-        return _named(argument, data)
+        return _label(argument, data)
     if isinstance(argument, TorchName):
         return argument.name
     return argument.text if isinstance(argument, Number) else repr(argument)
 
 
-def _named(value: Any, data: PlanData) -> str:
-    """A leaf's FQN, ``kept 'name'``, ``%3`` for call 3 of the plan, ``%3.1`` for one of several."""
+def _label(value: Any, data: PlanData) -> str:
+    """The label of a value.
+
+    It is the FQN of a leaf, ``kept 'name'``, ``%3`` for call 3 of the plan, or ``%3.1`` for output
+    1 of a call with several outputs.
+    """
     if isinstance(value, SourceRef):
         return value.fqn
     if isinstance(value, PinnedRef):

@@ -1,4 +1,9 @@
-"""The entry point: from arguments to an exit code, with no traceback for a user's mistake."""
+"""The entry point of the command line: from arguments to an exit code.
+
+A user's mistake never shows a traceback. Read ``main`` first; then follow the sections: running a
+command, the group ``refitkit`` with the commands of all plugins, reporting exceptions, and who may
+write to stdout.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +24,13 @@ from refitkit import __version__
 from refitkit.cli import plugin as builtin_commands
 from refitkit.cli.known import unknown_names
 from refitkit.cli.options import common_options
-from refitkit.cli.session import COMMANDS, Session, as_json, look_ahead, tolerant_of_encodings
+from refitkit.cli.session import (
+    COMMANDS,
+    Session,
+    as_json,
+    escape_unencodable_output,
+    parse_early_options,
+)
 from refitkit.errors import (
     ConfigError,
     PluginError,
@@ -36,55 +47,75 @@ if TYPE_CHECKING:
 
     from refitkit.host import Host
 
+REFUSED = 1
+USAGE = 2
+PLUGIN_FAULT = 3
+BUG = 70
+"""``EX_SOFTWARE`` of sysexits.h."""
+INTERRUPTED = 130
+PIPE_CLOSED = 141
+"""The code that shells report for a process that SIGPIPE ended."""
+
+HOOK = "refitkit_register_commands"
 
 _DESPITE_BROKEN = frozenset({"plugins"})
-"""Commands that run although a plugin is broken: they are there to find out."""
+"""Commands that run although a plugin is broken, because they find out why."""
 
 _HELP = getattr(click.exceptions, "NoArgsIsHelpError", ())
-"""What click 8.2 raises where only the name of a group was given; its message is the help."""
+"""Exception of click 8.2 for a group without a subcommand; its message is the help."""
+
+
+class PipeClosedError(Exception):
+    """The reader of stdout has closed it."""
+
+
+# -- running a command -------------------------------------------------------------------------
 
 
 def main(args: Sequence[str] | None = None, plugins: Iterable[object] = ()) -> int:
     """Run the command line.
 
     Args:
-        args: Arguments without the program's name; those of the process where None.
-        plugins: Explicit plugins beside the built-in and installed ones.
+        args: Arguments without the program's name; None: those of the process.
+        plugins: Explicit plugins, in addition to the built-in and installed ones.
 
     Returns:
         The exit code.
     """
     given = list(sys.argv[1:] if args is None else args)
-    early = look_ahead(given)
-    tolerant_of_encodings()
+    early = parse_early_options(given)
+    escape_unencodable_output()
+    # Before any plugin is imported, because imports may print.
     with claimed_stdout() if early.as_json else open_stdout() as stdout:
         session = Session(early, stdout, plugins)
         try:
             on_broken = session.broken.append if early.command in _DESPITE_BROKEN else None
-            return _guarded(session, given, stdout, on_broken)
+            return _run_reporting(session, given, stdout, on_broken)
         except (BrokenPipeError, PipeClosedError):
-            forget(stdout)
+            discard_output(stdout)
             return PIPE_CLOSED
 
 
-def _guarded(
+def _run_reporting(
     session: Session,
     args: list[str],
     stdout: TextIO,
     on_broken: Callable[[BrokenPlugin], None] | None,
 ) -> int:
+    """Run a command and report its failure, if any; returns the exit code."""
     try:
         code = _run(session, args, on_broken)
         with resources("The result cannot be written to stdout"):
             stdout.flush()
     except (click.Abort, KeyboardInterrupt) as exc:
-        if isinstance(exc.__cause__, EOFError):  # click takes it for an interrupt
-            return _told(session, exc.__cause__, stdout)
+        # click turns EOFError into Abort, as for a prompt. No command prompts: it is a failure.
+        if isinstance(exc.__cause__, EOFError):
+            return _report(session, exc.__cause__, stdout)
         return INTERRUPTED
     except (BrokenPipeError, PipeClosedError):
         raise
-    except Exception as exc:  # noqa: BLE001 - nobody else can tell the user
-        return _told(session, exc, stdout)
+    except Exception as exc:  # noqa: BLE001 - the last place that can report it
+        return _report(session, exc, stdout)
     finally:
         session.progress.stop()
     return code
@@ -98,14 +129,16 @@ def _run(
     for name in unknown_names(session):
         session.warn(f"There is no plugin {name!r} to switch off.")
     group = make_group(session.host, on_broken)
+    # Without standalone mode, click raises errors instead of printing them and exiting.
     code = group.main(args, prog_name="refitkit", standalone_mode=False, obj=session)
     return code if isinstance(code, int) else 0
 
 
-def _told(session: Session, exc: Exception, stdout: TextIO) -> int:
-    """Tell of an exception, on stderr and with ``--json`` on stdout, too; returns the exit code."""
+def _report(session: Session, exc: Exception, stdout: TextIO) -> int:
+    """Report an exception on stderr, with ``--json`` also on stdout; returns the exit code."""
     code = exit_code(exc)
     session.progress.stop()
+    # The traceback comes first, so that the message is the last thing on the screen.
     if session.verbose or code == BUG:
         traceback.print_exception(exc)
     if session.as_json:
@@ -114,36 +147,30 @@ def _told(session: Session, exc: Exception, stdout: TextIO) -> int:
             stdout.flush()
         except BrokenPipeError:
             raise
-        except OSError:  # a full disk, say: the error is on stderr, too
-            forget(stdout)
+        except OSError:  # for example a full disk; stderr still reports the error
+            discard_output(stdout)
     if isinstance(exc, _HELP):
         exc.show()
     else:
-        session.complain("error", "red", as_lines(exc))
+        session.print_message("error", "red", as_lines(exc))
     return code
 
 
-# MERGED group: The group ``refitkit`` itself: global options, and whose each command is.
-
-HOOK = "refitkit_register_commands"
+# -- the group ``refitkit`` --------------------------------------------------------------------
 
 _NOT_A_FAULT = (RefitError, OSError, click.ClickException, click.exceptions.Exit, click.Abort)
 
 
-class PipeClosedError(Exception):
-    """Nobody reads what is written any more."""
-
-
 class RootGroup(click.Group):
-    """A group that knows which plugin brought each command.
+    """A group that records which plugin added each command.
 
     Attributes:
         registrar: Name of the plugin that is adding commands now.
-        owners: Names of plugins by the commands that they added.
+        owners: Name of the plugin that added each command, by command.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """As a ``click.Group``."""
+        """Create the group; arguments are those of ``click.Group``."""
         super().__init__(*args, **kwargs)
         self.registrar = COMMANDS
         self.owners: dict[str, str] = {}
@@ -159,25 +186,26 @@ class RootGroup(click.Group):
             raise PluginError(
                 f"The plugin {self.registrar!r} adds a command {given!r}, which the plugin "
                 f"{self.owners[given]!r} has added already.",
-                hint=f"Rename it; to go on without it: --no-plugin {self.registrar}.",
+                hint=f"Rename it, or switch the plugin off: --no-plugin {self.registrar}.",
             )
         super().add_command(cmd, name)
         self.owners[given] = self.registrar
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click passes it
-        """Commands in the order in which they were added: that of a workflow."""
+        """Commands in the order in which they were added, which is that of a workflow."""
         return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; a failure of a plugin's command is the plugin's.
+        """Run a command; an unexpected exception of a plugin's command names the plugin.
 
         Raises:
-            PluginError: A command that a plugin brought failed in a way of its own.
-            PipeClosedError: Nobody reads the result.
+            PluginError: A command that a plugin added raised an unexpected exception.
+            PipeClosedError: The reader of stdout has closed it.
         """
         try:
             return super().invoke(ctx)
-        except BrokenPipeError as exc:  # click would answer by ending the process with 1
+        except BrokenPipeError as exc:
+            # click handles EPIPE itself: it would end the process with exit code 1.
             raise PipeClosedError from exc
         except _NOT_A_FAULT:
             raise
@@ -190,20 +218,20 @@ class RootGroup(click.Group):
             raise PluginError(
                 f"The command {command!r} of the plugin {owner!r} failed: "
                 f"{type(exc).__name__}: {exc}",
-                hint="Report it to its authors; with -v a traceback says where it happened.",
+                hint="Report it to the plugin's authors; -v shows a traceback.",
             ) from exc
 
 
 def make_group(host: Host, on_broken: Callable[[BrokenPlugin], None] | None = None) -> RootGroup:
-    """The group with the commands of all plugins, built-in ones first.
+    """Create the group with the commands of all plugins, built-in ones first.
 
     Args:
-        host: The plugins.
-        on_broken: Told of each plugin that failed to add its commands.
+        host: Host with all plugins.
+        on_broken: Called with each plugin that fails to add its commands.
 
     Raises:
-        PluginError: A plugin failed, or adds a command whose name is taken, and ``on_broken`` is
-            None; names it.
+        PluginError: A plugin fails, or adds a command whose name is taken, and ``on_broken`` is
+            None. The message names the plugin.
     """
 
     @click.group("refitkit", cls=RootGroup, no_args_is_help=True)
@@ -212,10 +240,11 @@ def make_group(host: Host, on_broken: Callable[[BrokenPlugin], None] | None = No
     def refitkit() -> None:
         """Put new weights into compiled inference engines, without compiling again.
 
-        Exit codes: 0 done, 1 refused or mismatch, 2 usage, 3 plugin fault.
+        Exit codes: 0 success, 1 refused or mismatch, 2 usage error, 3 plugin fault.
         """
 
     names = [info.name for info in host.plugins() if HOOK in info.hooks]
+    # Built-in commands first: of two commands of one name, the plugin's is then the wrong one.
     for name in sorted(names, key=lambda one: one != COMMANDS):
         refitkit.registrar = name
         try:
@@ -227,24 +256,17 @@ def make_group(host: Host, on_broken: Callable[[BrokenPlugin], None] | None = No
     return refitkit
 
 
-# MERGED failures: Exceptions as exit codes, as text for people and as data for programs.
+# -- reporting exceptions ----------------------------------------------------------------------
 
-REFUSED = 1
-USAGE = 2
-PLUGIN_FAULT = 3
-BUG = 70
-"""``EX_SOFTWARE`` of sysexits.h."""
-INTERRUPTED = 130
-PIPE_CLOSED = 141
-"""As shells report a process that SIGPIPE ended."""
-_BETWEEN = "; "
-"""Between the hints of one problem."""
-_NO_FLAG = "partial=True"
-"""What ``refit`` has a flag for, which it puts in place of this, and no other command."""
+_HINT_SEPARATOR = "; "
+"""Text between the hints of one problem."""
+_PYTHON_HINT = "partial=True"
+"""End of a hint that only Python callers can follow: ``refit`` replaces it by a flag."""
 
 
 def exit_code(exc: Exception) -> int:
     """The exit code for an exception."""
+    # The special cases of RefitError come before RefitError itself.
     if isinstance(exc, PluginError):
         return PLUGIN_FAULT
     if isinstance(exc, ConfigError):
@@ -256,7 +278,7 @@ def exit_code(exc: Exception) -> int:
 
 
 def as_refit_error(exc: Exception) -> RefitError:
-    """Any exception as a typed one, with something that can be done."""
+    """An exception as a ``RefitError`` with a hint."""
     if isinstance(exc, RefitError):
         return exc
     if isinstance(exc, click.ClickException):
@@ -265,7 +287,7 @@ def as_refit_error(exc: Exception) -> RefitError:
         why = exc.strerror or str(exc) or type(exc).__name__
         what = f"{str(exc.filename)!r}: " if exc.filename else ""
         refused = resource_error(exc, "")
-        hint = "With -v a traceback says where it happened."
+        hint = "With -v a traceback shows where it happened."
         return RefitError(f"{what}{why}.", hint=f"{refused.hint} {hint}" if refused else hint)
     refused = resource_error(exc, "The command cannot run")
     if refused is not None:
@@ -277,10 +299,11 @@ def as_refit_error(exc: Exception) -> RefitError:
 
 
 def as_data(exc: Exception) -> dict[str, Any]:
-    """An exception as the object that ``--json`` gives."""
+    """An exception as the object that ``--json`` prints."""
     error = as_refit_error(exc)
-    problems = [replace(one, hint=_BETWEEN.join(_hints_of(one))) for one in error.problems]
+    problems = [replace(one, hint=_HINT_SEPARATOR.join(_hints_of(one))) for one in error.problems]
     data: dict[str, Any] = {
+        # One name for all subclasses: scripts should not depend on FileNotFoundError and the like.
         "type": "OSError" if isinstance(exc, OSError) else type(exc).__name__,
         "message": error.message,
         "hint": error.hint,
@@ -296,14 +319,17 @@ def as_data(exc: Exception) -> dict[str, Any]:
 
 
 def as_lines(exc: Exception) -> Iterator[str]:
-    """An exception as lines for people: all problems, then what to do next, each hint once."""
+    """An exception as lines for people: all problems, then the hints.
+
+    A hint that several problems share is printed once, after them.
+    """
     error = as_refit_error(exc)
     hints = [_hints_of(problem) for problem in error.problems]
     times = Counter(hint for of_one in hints for hint in dict.fromkeys(of_one) if hint)
     shared = {hint for hint, number in times.items() if number > 1}
     yield error.message
     for problem, of_one in zip(error.problems, hints, strict=True):
-        own = _BETWEEN.join(hint for hint in of_one if hint not in shared)
+        own = _HINT_SEPARATOR.join(hint for hint in of_one if hint not in shared)
         yield f"  - {replace(problem, hint=own)}"
     yield from (_sentence(hint) for hint in times if hint in shared)
     yield from getattr(exc, "__notes__", ())
@@ -313,8 +339,8 @@ def as_lines(exc: Exception) -> Iterator[str]:
 
 
 def _hints_of(problem: Problem) -> list[str]:
-    """Hints of a problem, without those for Python that the command has no flag for."""
-    return [hint for hint in problem.hint.split(_BETWEEN) if not hint.endswith(_NO_FLAG)]
+    """Hints of a problem, without those that only Python callers can follow."""
+    return [h for h in problem.hint.split(_HINT_SEPARATOR) if not h.endswith(_PYTHON_HINT)]
 
 
 def _sentence(hint: str) -> str:
@@ -327,14 +353,14 @@ def _usage_hint(exc: click.ClickException) -> str:
     return f"Try '{context.command_path} --help'." if context else ""
 
 
-# MERGED streams: Who may write to stdout.
+# -- who may write to stdout -------------------------------------------------------------------
 
 _STDOUT, _STDERR = 1, 2
 
 
 @contextmanager
 def open_stdout() -> Iterator[TextIO]:
-    """Give stdout, or nowhere if the caller closed it (``refitkit ... >&-``)."""
+    """Yield stdout, or a null device if the caller closed it (``refitkit ... >&-``)."""
     if sys.stdout is not None:
         yield sys.stdout
         return
@@ -344,18 +370,18 @@ def open_stdout() -> Iterator[TextIO]:
 
 @contextmanager
 def claimed_stdout() -> Iterator[TextIO]:
-    """Keep stdout for the result alone.
+    """Yield a stdout that carries only the result, because a program parses it.
 
-    Whatever else is printed meanwhile, by plugins, compiled libraries or child processes, goes to
-    stderr: someone parses what is on stdout.
+    Everything else that plugins, compiled libraries or child processes print to stdout goes to
+    stderr.
     """
-    with open_stdout() as stdout, _claimed(stdout) as own, redirect_stdout(sys.stderr):
+    with open_stdout() as stdout, _moved(stdout) as own, redirect_stdout(sys.stderr):
         yield own
 
 
 @contextmanager
-def _claimed(stdout: TextIO) -> Iterator[TextIO]:
-    """The same stream under another descriptor, while 1 is that of stderr."""
+def _moved(stdout: TextIO) -> Iterator[TextIO]:
+    """Yield stdout under another descriptor, while descriptor 1 points at stderr."""
     if not _is_real(stdout):  # a test's stream, which only Python code can reach
         yield stdout
         return
@@ -363,28 +389,30 @@ def _claimed(stdout: TextIO) -> Iterator[TextIO]:
     ours = os.dup(_STDOUT)
     os.dup2(_STDERR, _STDOUT)
     try:
+        # closefd: ``ours`` is still needed below, to restore descriptor 1.
         with open(ours, "w", encoding="utf-8", closefd=False) as own:
             yield own
     finally:
-        ctypes.CDLL(None).fflush(None)  # what C code printed is still in a buffer of its own
+        # Output of C code may still be in a buffer of libc. Flush it while 1 points at stderr.
+        ctypes.CDLL(None).fflush(None)
         os.dup2(ours, _STDOUT)
         os.close(ours)
 
 
 def _is_real(stdout: TextIO) -> bool:
     try:
-        os.fstat(_STDERR)
+        os.fstat(_STDERR)  # raises if the caller closed stderr
         return stdout.fileno() == _STDOUT
     except OSError:
         return False
 
 
-def forget(stdout: TextIO) -> None:
-    """Nobody reads it any more: send what is buffered, and the flush at exit, to nowhere."""
+def discard_output(stdout: TextIO) -> None:
+    """Redirect a stream to the null device, so that the flush at exit cannot fail."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, stdout.fileno())
-    except OSError:  # a test's
+    except OSError:  # a test's stream has no descriptor
         return
     finally:
         os.close(nowhere)

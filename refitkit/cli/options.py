@@ -1,4 +1,9 @@
-"""Options that several commands share, and how their values are read."""
+"""Options that several commands share, and the functions that parse their values.
+
+``common_options``, ``config_options``, ``weight_options`` and ``side_options`` give a command a set
+of options. Most of them are acting options: a callback stores the value in the ``Session``, and the
+command does not get it. The second half of the module has the options for settings.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,7 @@ import click
 from pydantic import ValidationError
 
 from refitkit.cli.session import Session
-from refitkit.cli.settings import Settings
+from refitkit.cli.settings import CommandSettings
 from refitkit.model.rules import FAMILIES, Pack, Rename
 
 if TYPE_CHECKING:
@@ -23,15 +28,8 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound="Callable[..., Any] | click.Command")
 Callback: TypeAlias = "Callable[[click.Context, click.Parameter, Any], Any]"
 
+# click does not check files, so that ``check_readable`` refuses all of them with one message.
 _PATH = click.Path(path_type=Path, readable=False)
-"""Not checked by click: what cannot be read is refused in one way, wherever it is named."""
-_PYTHON_WORDS = {"True": True, "False": False, "None": None}
-
-
-def _be_verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # noqa: FBT001 - click's
-    session = ctx.find_object(Session)
-    if value and session is not None:
-        session.verbose = True
 
 
 def acting_option(
@@ -40,51 +38,57 @@ def acting_option(
     help: str,  # noqa: A002 - as in click
     **more: Any,
 ) -> Callable[[Command], Command]:
-    """An option that works by itself: its callback acts, and the command is not given its value.
+    """An option whose callback acts; the command does not get its value.
 
     Args:
-        *names: As in click.
-        callback: What acts; None where ``refitkit.cli.session`` does, before commands exist.
-        help: As in click.
-        **more: As in click.
+        *names: Names of the option, as in click.
+        callback: Function that acts on the value. None: ``parse_early_options`` has read the option
+            before commands exist.
+        help: Help text.
+        **more: Further arguments of ``click.option``.
     """
     return click.option(*names, callback=callback, expose_value=False, help=help, **more)
 
 
+def _be_verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # noqa: FBT001 - click's
+    session = ctx.find_object(Session)
+    if value and session is not None:
+        session.verbose = True
+
+
 _COMMON = (
-    acting_option(
-        "--json", is_flag=True, help="Print the result as JSON on stdout, and nothing else there."
-    ),
+    acting_option("--json", is_flag=True, help="Print the result as JSON, alone on stdout."),
     acting_option(
         "--no-plugin",
         metavar="NAME",
         multiple=True,
-        help="Switch a plugin off; can be given several times.",
+        help="Switch a plugin off. Can be repeated.",
     ),
     acting_option(
         "-v",
         "--verbose",
         is_flag=True,
         callback=_be_verbose,
-        help="Tell what takes how long; show tracebacks of errors.",
+        help="Show the time of each stage, and tracebacks of errors.",
     ),
 )
 
 
 def common_options(command: Command) -> Command:
-    """Give a command ``--json``, ``--no-plugin`` and ``-v``; all three work by themselves."""
+    """Give a command the acting options ``--json``, ``--no-plugin`` and ``-v``."""
     return with_options(command, *_COMMON)
 
 
 def with_options(command: Command, *options: Callable[[Any], Any]) -> Command:
-    """A command with options, which its help shows in this order."""
+    """A command with these options; its help shows them in this order."""
+    # Each decorator puts its option before those that the command has.
     for add in reversed(options):
         command = add(command)
     return command
 
 
 def file_argument(name: str) -> Callable[[Command], Command]:
-    """A file that a command reads. Whether it can is for those to say who know what it is."""
+    """An argument for a file that a command reads. The command checks whether it is readable."""
     return click.argument(name, type=_PATH)
 
 
@@ -95,19 +99,32 @@ def file_option(
     help: str,  # noqa: A002 - as in click
     **more: Any,
 ) -> Callable[[Command], Command]:
-    """A file or folder that is given by an option; ``more`` is as in click."""
+    """An option for a file or folder.
+
+    Args:
+        *names: Names of the option, as in click.
+        required: Whether the option must be given.
+        metavar: Name of the value in help texts.
+        help: Help text.
+        **more: Further arguments of ``click.option``.
+    """
     return click.option(*names, type=_PATH, metavar=metavar, required=required, help=help, **more)
+
+
+# -- options of the form KEY=VALUE -------------------------------------------------------------
+
+_PYTHON_WORDS = {"True": True, "False": False, "None": None}
 
 
 def as_options(
     ctx: click.Context, param: click.Parameter, pairs: tuple[str, ...]
 ) -> dict[str, Any]:
-    """``{"max_autotune": True}`` for ``("max_autotune=true",)``; for click's ``callback``.
+    """Parse KEY=VALUE pairs: ``{"max_autotune": True}`` for ``("max_autotune=true",)``.
 
-    A value is JSON, or one of Python's True, False and None, or else text.
+    It is a ``callback`` of click. A value is JSON, or Python's True, False or None, or else text.
 
     Raises:
-        click.BadParameter: Not of the form KEY=VALUE, or a key is given twice.
+        click.BadParameter: A pair is not of the form KEY=VALUE, or a key is given twice.
     """
     options: dict[str, Any] = {}
     for pair in pairs:
@@ -121,7 +138,8 @@ def as_options(
 
 
 def _value(text: str) -> Any:
-    if text in _PYTHON_WORDS:  # as text, "False" would count as true
+    # JSON does not know these words, and as a text "False" would count as true.
+    if text in _PYTHON_WORDS:
         return _PYTHON_WORDS[text]
     try:
         return json.loads(text)
@@ -129,17 +147,16 @@ def _value(text: str) -> Any:
         return text
 
 
-# MERGED setting_options: The options that settings come by: ``--config``, ``--set``, and rules
-# for weights.
+# -- options for settings: ``--config``, ``--set``, and rules for weights ----------------------
 
 _SIDE = "_side_"
-"""Between the letter of a side and the name of a rule, in names of parameters."""
+"""Text between the letter of a side and the name of a rule, in names of parameters."""
 _DIM = re.compile(r"(?:@(-?\d+))?(@T)?$")
 
 
-def _settings(ctx: click.Context) -> Settings:
+def _settings(ctx: click.Context) -> CommandSettings:
     session = ctx.find_object(Session)
-    return session.settings if session is not None else Settings()
+    return session.settings if session is not None else CommandSettings()
 
 
 def _read_config(ctx: click.Context, _: click.Parameter, file: Path | None) -> None:
@@ -163,31 +180,33 @@ def _set_plugins(ctx: click.Context, param: click.Parameter, pairs: tuple[str, .
 
 
 def _set_rule(ctx: click.Context, param: click.Parameter, value: Any) -> None:
-    """Note a rule whose value is taken as it is."""
+    """Store a rule whose value needs no parsing."""
     if value is not None:
         settings = _settings(ctx)
+        # ``diff`` has each rule three times: for both sides, for A and for B.
         side, _, field = str(param.name).rpartition(_SIDE)
         (settings.side_rules[side] if side else settings.rules)[field] = value
 
 
 def _set_list(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> None:
-    """Note a rule that is a list."""
+    """Store a rule that is a list."""
+    # click passes an empty tuple for an option that was not given.
     _set_rule(ctx, param, list(given) or None)
 
 
 def _set_patterns(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> None:
-    """Note a rule of regular expressions."""
+    """Store a rule that is a list of regular expressions."""
     for text in given:
         try:
             re.compile(text)
         except re.error as exc:
-            message = f"{text!r} cannot be used: it is no regular expression: {exc}."
+            message = f"{text!r} cannot be used: it is not a regular expression: {exc}."
             raise click.BadParameter(message, ctx, param) from exc
     _set_rule(ctx, param, list(given) or None)
 
 
 def _fields_of_rename(text: str) -> dict[str, Any] | None:
-    pattern, equals, to = text.rpartition("=")  # patterns may have (?=...)
+    pattern, equals, to = text.rpartition("=")  # a pattern may contain (?=...)
     return {"pattern": pattern, "to": to} if equals and pattern else None
 
 
@@ -195,6 +214,7 @@ def _fields_of_pack(text: str) -> dict[str, Any] | None:
     into, equals, rest = text.partition("=")
     how = _DIM.search(rest)
     dim, turned = how.groups() if how else (None, None)
+    # An @ that is left in a part is a misspelt suffix, such as @t.
     parts = _DIM.sub("", rest, count=1).split(",")
     if not equals or not into or not all(parts) or "@" in "".join(parts):
         return None
@@ -208,35 +228,36 @@ def _rules_option(
     fields_of: Callable[[str], dict[str, Any] | None],
     about: str,
 ) -> Callable[[Command], Command]:
-    """An option that can be given several times, a rule each time.
+    """An option that can be repeated; each value is one rule.
 
     Args:
-        names: Its flag, and the name of its parameter.
-        kind: What rules are.
-        form: How one is written, for help and errors.
-        fields_of: Fields of a rule, or None for a text that is not of this form.
-        about: What help says of it.
+        names: Flag of the option, and name of its parameter.
+        kind: Class of the rule.
+        form: Syntax of a rule, for help and errors.
+        fields_of: Function that parses a text into the fields of a rule; it returns None for a text
+            of another form.
+        about: Help text.
     """
 
-    def note(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> None:
-        made = []
+    def store(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> None:
+        rules = []
         for text in given:
             fields = fields_of(text)
             if fields is None:
                 raise click.BadParameter(f"{text!r} is not of the form {form}.", ctx, param)
-            made.append(_valid(ctx, param, text, kind, **fields))
-        _set_rule(ctx, param, made or None)
+            rules.append(_validated(ctx, param, text, kind, **fields))
+        _set_rule(ctx, param, rules or None)
 
-    return acting_option(*names, metavar=form, multiple=True, callback=note, help=about)
+    return acting_option(*names, metavar=form, multiple=True, callback=store, help=about)
 
 
-def _valid(
+def _validated(
     ctx: click.Context, param: click.Parameter, text: str, kind: type[BaseModel], **fields: Any
 ) -> dict[str, Any]:
     """A rule as plain data.
 
     Raises:
-        click.BadParameter: Its parts cannot be used; says why, for each.
+        click.BadParameter: Fields of the rule are invalid; gives the reason for each.
     """
     try:
         return kind(**fields).model_dump()
@@ -251,23 +272,24 @@ _CONFIG = (
         metavar="FILE",
         callback=_read_config,
         expose_value=False,
-        help="Settings in a .toml or .json file, by fields of refitkit.Config; flags win over it.",
+        help="Read settings, fields of refitkit.Config, from a .toml or .json file. Flags override "
+        "them.",
     ),
     acting_option(
         "--set",
         metavar="PLUGIN.KEY=JSON",
         multiple=True,
         callback=_set_plugins,
-        help="A setting of a plugin. Can be given several times.",
+        help="Set a setting of a plugin. Can be repeated.",
     ),
 )
 
 
 def _rules(side: str = "") -> tuple[Callable[[Command], Command], ...]:
-    """Options for all rules, or those for one side of a comparison alone.
+    """Options for all rules, for all weights or for one side of a comparison.
 
     Args:
-        side: Letter of the side.
+        side: Letter of the side; empty: all weights.
     """
 
     def named(flag: str, field: str = "") -> tuple[str, str]:
@@ -275,14 +297,16 @@ def _rules(side: str = "") -> tuple[Callable[[Command], Command], ...]:
         return (f"--{side}-{flag}", f"{side}{_SIDE}{field}") if side else (f"--{flag}", field)
 
     def about(flag: str, text: str) -> str:
-        return f"--{flag} for {side.upper()} alone." if side else text
+        return f"Like --{flag}, for {side.upper()} only." if side else text
 
     return (
         acting_option(
             *named("subtree"),
             metavar="PREFIX",
             callback=_set_rule,
-            help=about("subtree", "Use only weights whose names begin so, without it."),
+            help=about(
+                "subtree", "Use only weights whose names begin with PREFIX, and remove the prefix."
+            ),
         ),
         acting_option(
             *named("ignore"),
@@ -291,8 +315,8 @@ def _rules(side: str = "") -> tuple[Callable[[Command], Command], ...]:
             callback=_set_patterns,
             help=about(
                 "ignore",
-                r"Leave out weights whose whole names match: 'lm_head\..*'. Can be given several "
-                "times.",
+                r"Leave out weights whose whole name matches, such as 'lm_head\..*'. Can be "
+                "repeated.",
             ),
         ),
         _rules_option(
@@ -302,8 +326,8 @@ def _rules(side: str = "") -> tuple[Callable[[Command], Command], ...]:
             _fields_of_rename,
             about(
                 "rename",
-                r"Rename weights whose whole names match: 'encoder\.(.*)=\1'. Can be given "
-                "several times; the first that matches counts.",
+                r"Rename weights whose whole name matches, such as 'encoder\.(.*)=\1'. Can be "
+                "repeated; the first match counts.",
             ),
         ),
         _rules_option(
@@ -313,10 +337,10 @@ def _rules(side: str = "") -> tuple[Callable[[Command], Command], ...]:
             _fields_of_pack,
             about(
                 "pack",
-                "Put parts in one piece, end to end or stacked in a dimension (0), or cut a piece "
-                "into them: '{}.qkv.weight={}.q.weight,{}.k.weight,{}.v.weight'. A * stands for "
-                "numbers from 0 on; @T: parts are transposed in the piece. Can be given several "
-                "times.",
+                "Join parts into one weight, end to end or stacked in a dimension (default: 0), or "
+                "split one weight into parts: "
+                "'{}.qkv.weight={}.q.weight,{}.k.weight,{}.v.weight'. A * stands for the numbers "
+                "from 0; @T: the joined weight has the parts transposed. Can be repeated.",
             ),
         ),
         acting_option(
@@ -326,17 +350,17 @@ def _rules(side: str = "") -> tuple[Callable[[Command], Command], ...]:
             callback=_set_list,
             help=about(
                 "family",
-                "Ready rules for pieces and parts of a family of models. Can be given several "
-                "times.",
+                "Use the predefined --pack rules of a family of models. Can be repeated.",
             ),
         ),
         acting_option(
             *named("cast"),
+            # No click default: an option that is not given must not override the file.
             type=click.Choice(["no", "lossless", "any"]),
             callback=_set_rule,
             help=about(
                 "cast",
-                "Cast weights of other dtypes: where every value stays what it is, or any.  "
+                "Whether to cast weights of other dtypes; lossless: only if no value changes.  "
                 "[default: no]",
             ),
         ),
@@ -344,15 +368,18 @@ def _rules(side: str = "") -> tuple[Callable[[Command], Command], ...]:
 
 
 def config_options(command: Command) -> Command:
-    """Give a command ``--config`` and ``--set``; both work by themselves."""
+    """Give a command the acting options ``--config`` and ``--set``."""
     return with_options(command, *_CONFIG)
 
 
 def weight_options(command: Command) -> Command:
-    """Give a command that reads weights all settings; see ``Config.rules`` for what rules do."""
+    """Give a command that reads weights ``config_options`` and one option for each rule.
+
+    ``Config.rules`` documents the rules.
+    """
     return with_options(command, *_CONFIG, *_rules())
 
 
 def side_options(command: Command) -> Command:
-    """Give a command that compares two sets of weights all rules for each of them alone."""
+    """Give a command that compares two sets of weights the options for rules of one side each."""
     return with_options(command, *_rules("a"), *_rules("b"))

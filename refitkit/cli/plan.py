@@ -1,4 +1,4 @@
-"""``refitkit plan``: make plans, and show what is in them."""
+"""``refitkit plan``: make plans and show their contents."""
 
 from __future__ import annotations
 
@@ -23,30 +23,34 @@ if TYPE_CHECKING:
 @click.group("plan", no_args_is_help=True)
 @common_options
 def plan_group() -> None:
-    """Make plans, and show what is in them.
+    """Make plans and show their contents.
 
-    A plan says for every weight of a compiled module how it follows from the model's own state.
+    A plan says how each weight of a compiled module is computed from the model's state_dict.
     """
 
 
-@plan_group.command("make")
+@plan_group.command("make", short_help="Make a plan for a program and its module.")
 @file_argument("program")
-@file_option("--target", help="The module that was compiled from PROGRAM.")
-@click.option("--backend", help="Plan offline for this backend, where it can; needs no --target.")
+@file_option("--target", help="Module that was compiled from PROGRAM.")
+@click.option(
+    "--backend",
+    metavar="NAME",
+    help="Plan offline for this backend, without --target. Not all backends can.",
+)
 @click.option(
     "--option",
     "options",
     metavar="KEY=VALUE",
     multiple=True,
     callback=as_options,
-    help="An option of the backend, when planning offline. Can be given several times.",
+    help="Set an option of the backend, when planning offline. Can be repeated.",
 )
 @click.option(
     "--prove",
     is_flag=True,
-    help="Compare what the plan computes of other weights with what the backend makes of them.",
+    help="Compute slots from other weights, and compare them with those of the backend.",
 )
-@file_option("-o", "--output", required=True, help="Where to write the plan.")
+@file_option("-o", "--output", required=True, help="Write the plan to this file.")
 @config_options
 @common_options
 @click.pass_obj
@@ -59,38 +63,43 @@ def make(
     prove: bool,  # noqa: FBT001 - click passes it by name
     output: Path,
 ) -> None:
-    """Make a plan for PROGRAM, a file of torch.export.save, and what was compiled from it.
+    """Make a plan for PROGRAM, a file of torch.export.save, and the module compiled from it.
 
-    Modules that refitkit compiled have their plan inside. Loading a program or a module can run
+    Modules that refitkit compiled already contain their plan. Loading a program or a module can run
     code that is in the file: use only files that you trust.
     """
     from refitkit.cli.files import check_output, check_readable, load_program
     from refitkit.cli.ledger import print_plan
 
     if target is None and backend is None:
-        raise click.UsageError("Say what the plan is for: --target FILE, or --backend NAME.")
+        raise click.UsageError("Give --target FILE or --backend NAME, for which to plan.")
+    # Check all paths before the pipeline imports torch, which takes seconds.
     check_output(output, program, target)
     if target is not None:
         check_readable(target, UnsupportedTargetError)
     pipeline = session.pipeline()
     loaded = load_program(program, verbose=session.verbose)
+    # None, not False: the pipeline then still proves a plan that a module adopts.
     plan = pipeline.plan(loaded, target, backend, options, prove=prove or None)
     plan.save(output)
     data = {"output": str(output), **plain(plan.data)}
     session.result(data, lambda console: print_plan(console, plan))
 
 
-@plan_group.command("show")
+@plan_group.command("show", short_help="Show a plan, or the recipe of one slot.")
 @file_argument("file")
 @click.option(
     "--slot",
     metavar="ENGINE/NAME",
-    help="Show the recipe of this slot. The end of its name is enough, if no other ends so.",
+    help="Show the recipe of one slot. A unique end of its name is enough.",
 )
 @common_options
 @click.pass_obj
 def show(session: Session, file: Path, slot: str | None) -> None:
-    """Show the plan in FILE, a plan or a saved module: one row for every slot. Nothing is run."""
+    """Show the plan in FILE, a plan or a saved module, with one row for each slot.
+
+    No code of the module is run.
+    """
     from refitkit.cli.files import check_readable
     from refitkit.cli.ledger import as_data, find_row, print_plan, print_slot
 

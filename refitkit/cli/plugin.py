@@ -1,4 +1,4 @@
-"""The plugin that adds the built-in commands, by the same hook that others use."""
+"""The plugin that adds the built-in commands, through the hook that third parties use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ name = COMMANDS
 
 @hookimpl
 def refitkit_register_commands(cli: click.Group) -> None:
-    """Add them in the order of a workflow."""
+    """Add the commands in the order of a workflow, in which ``--help`` lists them."""
     from refitkit.cli.compile import compile_command
     from refitkit.cli.demo import demo_command
     from refitkit.cli.diff import diff_command

@@ -1,4 +1,19 @@
-"""``refitkit refit``: new weights into a saved module."""
+"""``refitkit refit``, and the parts that other commands need to refit a saved module.
+
+A command of a plugin gets the module and its weights in its own way. ``refit_options``,
+``RefitWish`` and ``run_refit`` do the rest in the same way for all commands::
+
+    @click.command("put")
+    @click.argument("module")
+    @click.argument("name")
+    @refit_options()
+    @common_options
+    @click.pass_obj
+    def put(session: Session, /, module: str, name: str, **given: Any) -> None:
+        wish = RefitWish(module, **given)
+        wish.check_files()
+        run_refit(session, wish, weights_of(name))
+"""
 
 from __future__ import annotations
 
@@ -26,77 +41,68 @@ if TYPE_CHECKING:
     from refitkit.cli.session import Session
 
 
-# MERGED refitting: What commands share that refit a saved module: their options, and how they
-# end.
-#
-# A command takes the module and its weights in its own way; how they become a module on disk is
-# the same for all of them::
-#
-# @click.command("put") @click.argument("module") @click.argument("name") @refit_options()
-# @common_options @click.pass_obj def put(session: Session, /, module: str, name: str, **given:
-# Any) -> None: wish = RefitWish(module, **given) wish.check_files() run_refit(session, wish,
-# weights_of(name))
-
-_OUTPUT = "Where to write the refitted module."
+_OUTPUT = "Write the refitted module to this file."
 
 _IN_PLACE = (
     file_option("-o", "--output", help=_OUTPUT),
-    click.option("--in-place", is_flag=True, help="Replace MODULE, in one step, once all is well."),
+    click.option(
+        "--in-place", is_flag=True, help="Replace MODULE atomically, after the verification."
+    ),
 )
 _NEVER_IN_PLACE = (file_option("-o", "--output", required=True, help=_OUTPUT),)
 
-_HOW = (
-    file_option("--plan", help="The plan to follow; the module's own where not given."),
+_COMMON = (
+    file_option("--plan", help="Use the plan in this file instead of the module's own."),
     file_option(
         "--inputs",
-        help="Tensors to verify outputs with, named 0, 1, ... or as the model's keywords.",
+        help="Tensors to verify outputs with, named 0, 1, ... or by the model's keywords.",
     ),
     click.option(
         "--verify",
         "verifier",
         metavar="NAME",
         help="Verifier: outputs, weights, ..., or none.  [default: outputs if there are inputs, "
-        "else weights where they can be read back]",
+        "else weights if they can be read back]",
     ),
     click.option(
         "--reset-state",
         is_flag=True,
-        help="Reset buffers that calls write and no weights are given for, such as KV caches.",
+        help="Reset stateful buffers, such as KV caches, that the weights do not contain.",
     ),
     click.option(
         "--reread",
         is_flag=True,
-        help="Read files of weights a second time before anything is changed, and refuse weights "
-        "that are not the same in both readings.",
+        help="Read weight files twice before the commit, and refuse weights that change between "
+        "the readings.",
     ),
 )
 
 
 def refit_options(*, in_place: bool = False) -> Callable[[Command], Command]:
-    """Give a command the options of a refit, ``-o`` to ``--reread``.
+    """Give a command the options of a refit, from ``-o`` to ``--reread``.
 
-    It gets their values by name, as :class:`RefitWish` takes them.
+    The command gets their values by the names of the attributes of :class:`RefitWish`.
 
     Args:
-        in_place: Whether to give it ``--in-place``, too; then either that or ``-o`` is to be given.
+        in_place: Whether to add ``--in-place``. Then the user must give either it or ``-o``.
     """
-    where = _IN_PLACE if in_place else _NEVER_IN_PLACE
-    return lambda command: with_options(command, *where, *_HOW)
+    target = _IN_PLACE if in_place else _NEVER_IN_PLACE
+    return lambda command: with_options(command, *target, *_COMMON)
 
 
 @dataclass(frozen=True)
 class RefitWish:
-    """What the user of such a command wants; all but the module is what its options say.
+    """The request of a command that refits a saved module: the module, and values of options.
 
     Attributes:
         module: Path of the saved module, or a name that a plugin knows.
-        output: Where to write it once it is refitted; None: nothing was said.
+        output: Path for the refitted module; None if ``-o`` was not given.
         in_place: Whether to replace the file of the module.
-        plan: File with the plan to follow; None: the module's own.
+        plan: File with the plan to use; None: the module's own plan.
         inputs: File with the inputs for the verifier.
-        verifier: Name of the verifier; None: as ``refitkit.refit`` chooses.
-        reset_state: Whether state that the weights do not contain is reset, not kept.
-        reread: Whether files of weights are read a second time; see ``refitkit.Config``.
+        verifier: Name of the verifier; None: ``refitkit.refit`` chooses one.
+        reset_state: Whether to reset state that the weights do not contain, instead of keeping it.
+        reread: Whether to read files of weights twice; see ``refitkit.Config``.
     """
 
     module: str
@@ -110,27 +116,29 @@ class RefitWish:
 
     @property
     def target(self) -> Path:
-        """Where to write the refitted module.
+        """Path of the refitted module.
 
         Raises:
-            click.UsageError: None was named, or two.
+            click.UsageError: Neither ``-o`` nor ``--in-place`` was given, or both.
         """
         if self.in_place == (self.output is not None):
-            raise click.UsageError("Say where to write: either -o FILE or --in-place.")
+            raise click.UsageError("Give either -o FILE or --in-place.")
         if self.output is not None:
             return self.output
-        return Path(self.module).resolve()  # a link goes on pointing at the module
+        # Replace the file that a link points at, not the link.
+        return Path(self.module).resolve()
 
     def check_files(self, *weights: str | Path) -> None:
-        """Find out what can be found out before torch is imported.
+        """Check all paths before torch is imported.
 
         Args:
-            *weights: All files and folders that weights are read from: none of them is written to.
-                What is not there may be a plugin's own name, and passes.
+            *weights: All files and folders that weights are read from; the result must not replace
+                them. A name that is not an existing path passes, because a plugin may know it.
 
         Raises:
-            RefitError: Something is there and cannot be read, or the module cannot be written.
-            click.UsageError: Not one place to write to was named, or one that is read.
+            RefitError: An existing path cannot be read, or the module cannot be written.
+            click.UsageError: Neither ``-o`` nor ``--in-place`` was given, or both; or the result
+                would replace a file that is read.
         """
         target = self.target
         if self.in_place and not target.exists():
@@ -138,6 +146,7 @@ class RefitWish:
         check_readable(self.module, UnsupportedTargetError)
         for name in weights:
             check_readable(name, SourceError)
+        # In place, the module is read and replaced, which is what the user asked for.
         module = None if self.in_place else self.module
         check_output(target, module, *weights, self.plan, self.inputs, folders=True)
 
@@ -150,22 +159,23 @@ def run_refit(
     partial: bool = False,
     settings: Mapping[str, object] | None = None,
 ) -> None:
-    """Refit the module, write it once it is verified, and give the report as the result.
+    """Refit the module, write it after the verification, and print the report.
 
     Args:
         session: The run of the command line.
-        wish: What the user wants; its files were checked.
-        weights: Anything that ``refitkit.refit`` takes.
-        partial: Whether slots that the weights have nothing for keep what they hold.
-        settings: Fields of :class:`refitkit.Config` that the command has options for.
+        wish: The request; ``check_files`` has checked its paths.
+        weights: Weights of any kind that ``refitkit.refit`` takes.
+        partial: Whether slots that the weights do not contain keep their values.
+        settings: Fields of :class:`refitkit.Config` from options of the command.
 
     Raises:
-        RefitError: As ``refitkit.refit`` and ``CompiledModule.save`` raise it; nothing is written.
+        RefitError: ``refitkit.refit`` or ``CompiledModule.save`` raised it; no file is written.
     """
     from refitkit.cli.report import print_report
 
     target = wish.target
     pipeline = session.pipeline(**(settings or {}), **({"reread": True} if wish.reread else {}))
+    # In place, the target is the module itself, and loading it checks it.
     if not wish.in_place:
         check_module_folder(pipeline, target)
     result = pipeline.refit(
@@ -177,6 +187,7 @@ def run_refit(
         partial=partial,
         reset_state=wish.reset_state,
     )
+    # A refit that fails has raised by now, so the target stays as it was.
     result.module.save(target)
     report, finished = result.report, session.progress.finished
     session.result(
@@ -184,27 +195,31 @@ def run_refit(
     )
 
 
+# Hints of errors name arguments of Python, but users of the command need flags.
 _FLAGS = {
     "partial=True": "pass --partial",
     "check_finite=False in the config": "pass --no-check-finite",
 }
-"""What hints for Python are as flags of this command."""
+"""Flags of this command by the arguments that hints for Python callers name."""
 
 
 @click.command("refit", short_help="Put new weights into a saved module.")
 @click.argument("module")
 @click.argument("weights")
 @refit_options(in_place=True)
-@click.option("--partial", is_flag=True, help="Leave slots that WEIGHTS has nothing for.")
+@click.option(
+    "--partial", is_flag=True, help="Keep the values of slots that WEIGHTS does not contain."
+)
 @click.option(
     "--no-check-finite",
     is_flag=True,
-    help="Let NaN and infinity in, where present weights are finite.",
+    help="Accept NaN and infinity even if the present weights are finite.",
 )
 @click.option(
     "--changes",
     type=click.Choice(["sampled", "exact", "off"]),
-    help="How to measure how far each slot moves.  [default: sampled]",
+    # No click default: an option that is not given must not override the file of --config.
+    help="How to measure the change of each slot.  [default: sampled]",
 )
 @weight_options
 @common_options
@@ -222,9 +237,9 @@ def refit_command(
 ) -> None:
     """Put WEIGHTS (.safetensors, or a state_dict of torch.save) into MODULE.
 
-    The module is written only if all weights fit and, without --verify none, the result is
-    verified. Loading a module runs the code in it: use only files that you trust as you would a
-    program.
+    The result is written only if all weights fit and the verification succeeds; --verify none skips
+    the verification. Loading a module runs the code in it: use only files that you trust as you
+    would a program.
     """
     wish = RefitWish(module, **given)
     wish.check_files(weights)

@@ -1,4 +1,4 @@
-"""How a refit's report and a verifier's result are printed."""
+"""Print the report of a refit and the result of a verifier."""
 
 from __future__ import annotations
 
@@ -17,15 +17,23 @@ if TYPE_CHECKING:
 _CHANGED = {
     True: "weights changed",
     False: "nothing changed",
-    None: "whether weights changed, no engine can tell",
+    None: "unknown whether weights changed",
 }
 
 
 def print_report(
     console: Console, report: RefitReport, finished: Iterable[StageFinished], output: str
 ) -> None:
-    """Print what a refit did and measured, in a few lines."""
+    """Print the actions and measurements of a refit, in a few lines.
+
+    Args:
+        console: Console to print on.
+        report: Report of the refit.
+        finished: All stages of the command, including those outside the refit.
+        output: Path of the saved module.
+    """
     times = ", ".join(f"{one.stage} {duration(one.seconds)}" for one in report.stages)
+    # Stages of loading and saving are not part of the refit.
     around = [f"{one.verb} {duration(one.seconds)}" for one in finished if one.verb != "refit"]
     kept = sum(one.bytes for one in report.memory)
     kinds = ", ".join(sorted({one.kind for one in report.memory}))
@@ -34,12 +42,12 @@ def print_report(
             [
                 ("outcome", f"{report.outcome}: {_CHANGED[report.changed]}"),
                 ("weights", report.source),
-                *(("transformed", text) for text in through(report)),
+                *(("transformed", text) for text in transform_lines(report)),
                 ("written", f"{count(report.slots_written, 'slot')}, {size(report.bytes_written)}"),
                 *(("moved most", text) for text in most_changed(report)),
                 ("refit", f"{duration(report.seconds)}: {times}"),
-                ("around it", ", ".join(around)),
-                ("way back", f"{size(kept)} in {kinds}"),
+                ("other stages", ", ".join(around)),
+                ("for rollback", f"{size(kept)} in {kinds}"),
                 (
                     "verified",
                     "no" if report.verification is None else verdict(report.verification),
@@ -52,27 +60,28 @@ def print_report(
 
 
 def print_verification(console: Console, result: VerificationResult) -> None:
-    """Print what a verifier found, and how names were read."""
+    """Print the result of a verifier, and its notes."""
     console.print(shown(f"The module holds these weights ({verdict(result)})."))
     if result.notes:
         console.print(facts([("note", note) for note in result.notes]))
 
 
-def through(report: RefitReport) -> list[str]:
-    """What each transform made, in a line, with the entry that is farthest from what was given."""
+def transform_lines(report: RefitReport) -> list[str]:
+    """One line for each transform: the number of its weights, and its largest error."""
     rows = {
         row.transform: [one for one in report.transforms if one.transform == row.transform]
         for row in report.transforms
     }
-    return [_made(name, of_it) for name, of_it in rows.items()]
+    return [_transform_line(name, of_it) for name, of_it in rows.items()]
 
 
-def _made(transform: str, rows: list[TransformRow]) -> str:
+def _transform_line(transform: str, rows: list[TransformRow]) -> str:
     entries = sum(len(row.gives) for row in rows)
     text = f"{count(entries, 'weight')} by {transform}"
     left = sum(len(row.takes) for row in rows if not row.gives)
     if left:
         text += f", {left} left out"
+    # Relative to their limits, because errors of different entries are not comparable.
     worst = max(
         (measure for row in rows for measure in row.measures),
         key=lambda measure: measure.max_abs_error / (measure.limit or 1),
@@ -80,27 +89,29 @@ def _made(transform: str, rows: list[TransformRow]) -> str:
     )
     if worst is None:
         return text
-    limit = f" of {worst.limit:.3g}" if worst.limit else ""
+    limit = f" (limit {worst.limit:.3g})" if worst.limit else ""
     return f"{text}, largest error {worst.max_abs_error:.3g}{limit} in {worst.name}"
 
 
 def most_changed(report: RefitReport) -> list[str]:
-    """The slot that moved farthest for its length, in a line; nothing where none moved."""
+    """A line about the slot with the largest relative change; empty if no slot changed."""
     row = report.most_changed
     if row is None or not row.relative:
         return []
     name = f"{row.engine}/{row.slot}"
     if math.isinf(row.largest):
-        return [f"{name}: to or from what is not finite"]
-    by = "from zeros" if math.isinf(row.relative) else f"{row.relative:.3g} times its length"
-    how = ", by a sample" if any(one.sampled for one in report.changes) else ""
+        return [f"{name}: to or from values that are not finite"]
+    # The relative change is infinite if all old values were zeros.
+    by = "from zeros" if math.isinf(row.relative) else f"{row.relative:.3g} times its norm"
+    how = ", from a sample" if any(one.sampled for one in report.changes) else ""
     return [f"{name}: {by}, largest difference {row.largest:.3g}{how}"]
 
 
 def verdict(result: VerificationResult) -> str:
-    """What a verifier found, in a line."""
+    """The result of a verifier, in a line."""
     limits = [measure.limit for measure in result.measures if measure.limit]
     measured = f"largest error {result.max_abs_error:.3g}" if result.measures else ""
-    allowed = f"at most {min(limits):.3g} passes" if limits else ""
-    said = [f"{result.verifier}: {result.note}", measured, allowed]
-    return ", ".join(part for part in said if part)
+    # Outputs of several dtypes have several limits; the smallest one is the strictest.
+    allowed = f"limit {min(limits):.3g}" if limits else ""
+    parts = [f"{result.verifier}: {result.note}", measured, allowed]
+    return ", ".join(part for part in parts if part)

@@ -1,4 +1,4 @@
-"""What every command is given: where results go, and how to make a pipeline.
+"""The object that each command gets: it prints the result, warns, and creates pipelines.
 
 A command of a plugin gets it with ``@click.pass_obj``::
 
@@ -7,6 +7,9 @@ A command of a plugin gets it with ``@click.pass_obj``::
     @click.pass_obj
     def hello(session: Session) -> None:
         session.result({"hello": "world"}, lambda console: console.print("Hello world"))
+
+``Session`` comes first. ``Progress`` shows on stderr what a pipeline does. ``parse_early_options``
+finds the options that act before commands exist.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TextIO
 
-from refitkit.cli.settings import Settings
+from refitkit.cli.settings import CommandSettings
 from refitkit.cli.tables import duration, shown
 from refitkit.config import Config
 from refitkit.errors import RefitError, raise_if_resource, resources
@@ -39,48 +42,52 @@ if TYPE_CHECKING:
     from refitkit.model import Event
     from refitkit.pipeline import Pipeline
 
+COMMANDS = "cli"
+"""Name of the plugin that adds the built-in commands."""
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _UNBOUNDED = 10_000
-"""Width of tables that do not go to a terminal: wide enough that no row is broken."""
+"""Width of tables that do not go to a terminal, so that no row is broken."""
 
 
 class Session:
     """One run of the command line.
 
     Attributes:
-        as_json: Whether the result is to be JSON.
-        no_plugins: Names of plugins that are switched off.
-        host: The plugins of the command line.
-        registered: Those of them that were passed: its own commands, and explicit ones.
-        broken: Plugins that were left out because they are broken; only commands that are there to
-            tell of them run then.
-        progress: Shows what pipelines are at.
-        settings: What options say of the settings of pipelines.
+        as_json: Whether to print the result as JSON.
+        no_plugins: Names of plugins that ``--no-plugin`` switches off.
+        plugins: Explicit plugins, for the command line and for pipelines.
+        host: Host with the plugins of the command line.
+        registered: Explicit plugins of that host: the built-in commands, and ``plugins``.
+        broken: Plugins that were left out because they are broken. Only commands that report broken
+            plugins run in this case.
+        progress: Plugin that shows the progress of pipelines.
+        settings: Settings of pipelines that options gave.
     """
 
     host: Host
     registered: tuple[object, ...]
 
-    def __init__(self, early: Early, stdout: TextIO, plugins: Iterable[object] = ()) -> None:
-        """Start one.
+    def __init__(self, early: EarlyOptions, stdout: TextIO, plugins: Iterable[object] = ()) -> None:
+        """Start a run.
 
         Args:
             early: Options that act before commands exist.
-            stdout: Where the result goes.
+            stdout: Stream for the result.
             plugins: Explicit plugins, for the command line and for pipelines.
         """
         self.as_json = early.as_json
+        # Known before click parses the arguments, because it decides which commands exist.
         self.no_plugins = frozenset(early.no_plugins)
         self.plugins = tuple(plugins)
         self.broken: list[BrokenPlugin] = []
         self.progress = Progress()
-        self.settings = Settings()
+        self.settings = CommandSettings()
         self._stdout = stdout
 
     @property
     def verbose(self) -> bool:
-        """Whether to tell more, on stderr."""
+        """Whether to print times and tracebacks on stderr."""
         return self.progress.verbose
 
     @verbose.setter
@@ -88,9 +95,10 @@ class Session:
         self.progress.verbose = value
 
     def config(self, **settings: object) -> Config:
-        """Settings of this run: switched-off plugins, those of options, and what a command adds.
+        """Settings of this run: ``--no-plugin``, those of options, and those of the command.
 
-        Nothing is kept for a way back: when the command ends, nobody is there to take it.
+        Copies of old weights are switched off: the process ends with the command, so nothing can
+        restore them.
         """
         kept: dict[str, object] = {"keep_base": False, "keep_versions": 0}
         given = self.settings.merged()
@@ -106,25 +114,28 @@ class Session:
         return self._pipeline(settings, (*self.plugins, self.progress))
 
     def silent_pipeline(self) -> Pipeline:
-        """A pipeline whose progress is not shown: a spinner for every stage costs time, too."""
+        """A pipeline whose progress is not shown, for measurements: each update costs time."""
         return self._pipeline({}, self.plugins)
 
     def _pipeline(self, settings: Mapping[str, object], plugins: Iterable[object]) -> Pipeline:
-        self.progress.say("starting")
+        self.progress.show("starting")
         if not self.verbose:
-            _hush_torch()
+            _silence_torch()
         _check_torch()
         from refitkit.pipeline import Pipeline
 
-        with self.settings.named():
+        with self.settings.naming_file():
             return Pipeline(self.config(**settings), plugins)
 
     def result(self, data: Mapping[str, Any], human: Callable[[Console], object]) -> None:
-        """Give the result, once.
+        """Print the result; call it once.
 
         Args:
-            data: What ``--json`` prints.
-            human: Prints the same for people.
+            data: Data that ``--json`` prints.
+            human: Function that prints the same for people.
+
+        Raises:
+            ResourceError: stdout cannot be written.
         """
         self.progress.stop()
         text = as_json(data) if self.as_json else self._rendered(human)
@@ -133,17 +144,18 @@ class Session:
             self._stdout.flush()
 
     def warn(self, text: str) -> None:
-        """Tell something on stderr that does not stop the command."""
-        self.complain("warning", "yellow", [text])
+        """Print a warning on stderr; the command goes on."""
+        self.print_message("warning", "yellow", [text])
 
-    def complain(self, word: str, colour: str, lines: Iterable[str]) -> None:
-        """Write lines to stderr behind a coloured word."""
+    def print_message(self, word: str, colour: str, lines: Iterable[str]) -> None:
+        """Print lines on stderr after a coloured word."""
         from rich.console import Console
         from rich.text import Text
 
         self.progress.stop()
-        plain = _COLOURS.sub("", "\n".join(lines))  # torch's messages have some
+        plain = _COLOURS.sub("", "\n".join(lines))  # messages of torch contain colours
         text = Text.assemble((f"{word}: ", f"bold {colour}"), shown(plain))
+        # soft_wrap: no line breaks inside paths, which users copy
         Console(stderr=True).print(text, soft_wrap=True)
 
     def _rendered(self, human: Callable[[Console], object]) -> str:
@@ -151,48 +163,46 @@ class Session:
 
         wide = None if self._stdout.isatty() else _UNBOUNDED
         console = Console(file=self._stdout, width=wide, markup=False, emoji=False, highlight=False)
+        # Render everything first, so that a failure does not leave half a result on stdout.
         with console.capture() as capture:
             human(console)
         text = capture.get()
         if console.is_terminal:
             return text
+        # rich pads rows with spaces to the width of the table
         return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
 
 
-def _hush_torch() -> None:
-    """Keep from users what torch says to its own developers."""
-    # what torch/utils/cpp_extension.py warns of on machines with CUDA and no GPU
+def _silence_torch() -> None:
+    """Hide log lines and warnings of torch that users cannot act on."""
+    # torch/utils/cpp_extension.py warns on machines that have CUDA and no GPU
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if not sys.warnoptions:
-        for module in ("torch", "copyreg"):  # 2.11 copies trees of a class that it deprecates
+        # torch 2.11 copies trees of a class that it deprecates; the warning points at copyreg
+        for module in ("torch", "copyreg"):
             warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
 
 
 def _check_torch() -> None:
-    """Check that torch can be imported; a broken installation is nobody's bug here.
+    """Check that torch can be imported. A broken installation is not a bug of refitkit.
 
     Raises:
-        RefitError: It cannot.
+        RefitError: torch cannot be imported.
     """
     try:
         import torch  # noqa: F401
+    # OSError: a shared library is missing. RuntimeError: parts of the installation do not match.
     except (ImportError, OSError, RuntimeError) as exc:
         raise_if_resource(exc, "torch cannot be imported")
         raise RefitError(
             f"torch cannot be imported: {exc}.",
-            hint="Install it again (see pytorch.org); refitkit doctor tells what else is missing.",
+            hint="Install it again (see pytorch.org); refitkit doctor lists what else is missing.",
         ) from exc
 
 
 def as_json(data: object) -> str:
-    """Data as strict JSON, in a line of its own; infinities and NaN become strings."""
+    """Data as strict JSON that ends with a line break; infinities and NaN become strings."""
     return json.dumps(_finite(data), indent=2, allow_nan=False, default=str) + "\n"
-
-
-def plain(model: BaseModel) -> dict[str, Any]:
-    """A pydantic model as data for ``result``."""
-    data: dict[str, Any] = json.loads(model.model_dump_json())
-    return data
 
 
 def _finite(value: Any) -> Any:
@@ -205,46 +215,53 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def tolerant_of_encodings() -> None:
-    """Have characters that a terminal cannot show escaped instead of ending the program."""
+def plain(model: BaseModel) -> dict[str, Any]:
+    """A pydantic model as data for ``Session.result``."""
+    data: dict[str, Any] = json.loads(model.model_dump_json())
+    return data
+
+
+def escape_unencodable_output() -> None:
+    """Escape characters that a terminal cannot show; by default they end the program."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if hasattr(stream, "reconfigure"):  # streams of tests may lack it
             stream.reconfigure(errors="backslashreplace")
 
 
-# MERGED progress: Progress on stderr, hung on the hook ``refitkit_event``.
+# -- progress ----------------------------------------------------------------------------------
 
 
 class Progress:
-    """A plugin that shows what a pipeline is at, and remembers how long it took.
+    """A plugin that shows on stderr what a pipeline does, and records how long it took.
 
     Attributes:
-        name: Its name among the plugins.
-        finished: All stages that ended well, in order.
-        verbose: Whether to print a line for every stage, terminal or not.
+        name: Name of the plugin.
+        finished: All stages that succeeded, in order.
+        verbose: Whether to print a line for each stage, even without a terminal.
     """
 
     name = "cli-progress"
 
     def __init__(self) -> None:
-        """Show nothing before the first event."""
+        """Show nothing until the first event."""
         self.finished: list[StageFinished] = []
         self.verbose = False
         self._status: Status | None = None
 
     @hookimpl
     def refitkit_event(self, event: Event) -> None:
-        """Follow one event."""
+        """Show one event."""
         if isinstance(event, StageStarted):
-            self.say(f"{event.verb}: {event.stage}")
+            self.show(f"{event.verb}: {event.stage}")
         elif isinstance(event, Step):
-            self.say(f"{event.verb}: {event.stage}: {event.text}")
+            self.show(f"{event.verb}: {event.stage}: {event.text}")
         elif isinstance(event, StageFinished):
             self.finished.append(event)
             self._log(f"{event.verb}: {event.stage} took {duration(event.seconds)}")
 
-    def say(self, text: str) -> None:
-        """Show a text beside a spinner, until the next one or ``stop``."""
+    def show(self, text: str) -> None:
+        """Show a text beside a spinner, until the next text or ``stop``."""
+        # A spinner would fill log files with control characters.
         if self.verbose or not sys.stderr.isatty():
             return
         from rich.console import Console
@@ -257,7 +274,7 @@ class Progress:
         self._status.update(line)
 
     def stop(self) -> None:
-        """Clear the line, so that others can write."""
+        """Remove the spinner, so that other output can follow."""
         if self._status is not None:
             self._status.stop()
             self._status = None
@@ -267,22 +284,21 @@ class Progress:
             sys.stderr.write(f"{shown(text)}\n")
 
 
-# MERGED arguments: What has to be known of the command line before there are commands that could
-# parse it.
+# -- early options -----------------------------------------------------------------------------
 
 _NO_PLUGIN = "--no-plugin"
 
 
 @dataclass(frozen=True)
-class Early:
+class EarlyOptions:
     """Options that act before commands exist.
 
     Attributes:
-        as_json: Whether ``--json`` is among the arguments. An error in parsing them is told as
+        as_json: Whether ``--json`` is among the arguments. Then errors in parsing the arguments are
             JSON, too.
-        no_plugins: Names of plugins to switch off: which commands there are depends on them.
-        command: What is likely the first command: the first argument that is no early option. Some
-            commands can work although a plugin is broken.
+        no_plugins: Names of plugins to switch off. Which commands exist depends on them.
+        command: Likely name of the command: the first argument that is not an early option. Some
+            commands run although a plugin is broken.
     """
 
     as_json: bool = False
@@ -290,14 +306,15 @@ class Early:
     command: str = ""
 
 
-def look_ahead(args: Sequence[str]) -> Early:
+def parse_early_options(args: Sequence[str]) -> EarlyOptions:
     """Find early options anywhere before a ``--``; click parses and checks them again later."""
     if "--" in args:
         args = args[: args.index("--")]
+    # Both forms: ``--no-plugin NAME`` and ``--no-plugin=NAME``.
     names = [after for option, after in pairwise(args) if option == _NO_PLUGIN]
     joined = f"{_NO_PLUGIN}="
     names += [arg.removeprefix(joined) for arg in args if arg.startswith(joined)]
-    return Early("--json" in args, tuple(names), _first_command(args))
+    return EarlyOptions("--json" in args, tuple(names), _first_command(args))
 
 
 def _first_command(args: Sequence[str]) -> str:
@@ -307,8 +324,3 @@ def _first_command(args: Sequence[str]) -> str:
             return arg
         before = arg
     return ""
-
-
-# MERGED names: The name of the plugin that adds the built-in commands.
-
-COMMANDS = "cli"

@@ -1,4 +1,4 @@
-"""Settings of pipelines as the command line gives them: of a file, and over them of flags."""
+"""Settings of pipelines from the command line: those of a file, overridden by those of flags."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-class Settings:
+class CommandSettings:
     """Fields of :class:`refitkit.Config`, from ``--config`` and from flags; flags win.
 
-    A flag takes the place of the whole field that a file has, but of ``plugin_settings``, which are
-    put together key by key.
+    A flag replaces the whole field of the file. Only ``plugin_settings`` are merged key by key.
 
     Attributes:
-        file: The file; None where none was given.
-        rules: Fields of ``Config.rules`` that flags gave.
-        side_rules: The same for one side of ``diff`` alone: A, B.
-        plugins: Settings of plugins that flags gave.
+        file: File of ``--config``; None if it was not given.
+        rules: Fields of ``Config.rules`` from flags.
+        side_rules: Fields of ``Config.rules`` from flags for one side of ``diff``, by ``a`` and
+            ``b``.
+        plugins: Settings of plugins from flags, by the plugin's name.
     """
 
     def __init__(self) -> None:
-        """Nothing was given yet."""
+        """Start without any settings."""
         self.file: Path | None = None
         self.rules: dict[str, Any] = {}
         self.side_rules: dict[str, dict[str, Any]] = {"a": {}, "b": {}}
@@ -38,19 +38,19 @@ class Settings:
         self._of_file: dict[str, Any] = {}
 
     def read(self, file: Path) -> None:
-        """Take the settings of a file.
+        """Read the settings of a file.
 
         Raises:
-            ConfigError: It cannot be read, or holds what are no settings; names the file.
+            ConfigError: The file cannot be read, or its settings are invalid; names the file.
         """
         self.file, self._of_file = file, read_settings(file)
 
     @contextmanager
-    def named(self) -> Iterator[None]:
-        """Name the file in errors of what is in it: settings of plugins that do not exist.
+    def naming_file(self) -> Iterator[None]:
+        """Name the file in a ``ConfigError`` of the body, such as settings of an unknown plugin.
 
         Raises:
-            ConfigError: As it was raised inside.
+            ConfigError: The body raised it; its message now names the file.
         """
         try:
             yield
@@ -61,42 +61,44 @@ class Settings:
             raise ConfigError(message, problems=exc.problems, hint=exc.hint) from exc
 
     def merged(self) -> dict[str, Any]:
-        """All of them, as plain data."""
-        found = dict(self._of_file)
+        """All settings of the file and of flags, as plain data."""
+        merged = dict(self._of_file)
         if self.rules:
-            found["rules"] = {**found.get("rules", {}), **self.rules}
+            merged["rules"] = {**merged.get("rules", {}), **self.rules}
         if self.plugins:
-            of_file = found.get("plugin_settings", {})
-            found["plugin_settings"] = {
+            of_file = merged.get("plugin_settings", {})
+            merged["plugin_settings"] = {
                 **of_file,
                 **{name: {**of_file.get(name, {}), **keys} for name, keys in self.plugins.items()},
             }
-        return found
+        return merged
 
 
 def read_settings(file: Path) -> dict[str, Any]:
     """The settings in a TOML or JSON file, by fields of ``Config``.
 
     Raises:
-        ConfigError: It is missing, of another kind, or does not parse; or settings do not exist or
-            have wrong types. Names the file, and all of them.
+        ConfigError: The file is missing, has another suffix or does not parse; or settings do not
+            exist or have wrong types. Names the file, and lists all such settings.
     """
     name = repr(str(file))
     check_readable(file, ConfigError)
     if not file.is_file():
         raise ConfigError(f"There is no file {name}.")
     try:
-        found = _parsed(file)
-    except (ValueError, RecursionError) as exc:  # the errors of both parsers, and of UTF-8
+        settings = _parsed(file)
+    # Both parsers and the UTF-8 decoder raise ValueErrors; deep JSON raises RecursionError.
+    except (ValueError, RecursionError) as exc:
         raise ConfigError(f"The settings in {name} cannot be read: {exc}.") from exc
-    if not isinstance(found, dict):
-        raise ConfigError(f"{name} holds a {type(found).__name__}, not settings by name.")
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{name} holds a {type(settings).__name__}, not settings by name.")
     try:
-        Config.of(found)
+        Config.of(settings)
     except ConfigError as exc:
         message = f"The settings in {name} cannot be used."
         raise ConfigError(message, problems=exc.problems, hint=exc.hint) from exc
-    return found
+    # The plain data, not the Config: a Config also holds defaults, which would override others.
+    return settings
 
 
 def _parsed(file: Path) -> Any:
@@ -105,4 +107,4 @@ def _parsed(file: Path) -> Any:
         return tomllib.loads(text)
     if file.suffix == ".json":
         return json.loads(text)
-    raise ValueError("its name ends neither in .toml nor in .json")
+    raise ValueError("its name does not end in .toml or .json")

@@ -1,4 +1,8 @@
-"""Tables on stdout. Text in them is never taken for markup: names of slots have brackets."""
+"""Format values and tables for people.
+
+Text is never interpreted as rich markup, because names of slots contain brackets. ``shown`` escapes
+everything that could control a terminal, because those names come from files.
+"""
 
 from __future__ import annotations
 
@@ -11,37 +15,36 @@ if TYPE_CHECKING:
 
 
 RIGHT = frozenset({"bytes", "count", "largest", "relative", "seconds", "share", "time"})
-"""Columns of numbers."""
+"""Names of columns with numbers, which are aligned to the right."""
 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[object]], title: str = "") -> Table:
-    """A table; long names are broken, never cut."""
+    """A table of rich; long names are wrapped, never truncated."""
+    # rich is imported inside functions, because --help and --json do not need it.
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    made = Table(
+    grid = Table(
         title=shown(title) or None, box=SIMPLE_HEAD, title_justify="left", title_style="bold"
     )
     for name in columns:
-        made.add_column(name, overflow="fold", justify="right" if name in RIGHT else "left")
+        grid.add_column(name, overflow="fold", justify="right" if name in RIGHT else "left")
     for row in rows:
-        made.add_row(*(shown(cell) for cell in row))
-    return made
+        grid.add_row(*(shown(cell) for cell in row))
+    return grid
 
 
 def facts(pairs: Iterable[tuple[str, object]]) -> Table:
     """Names and values in two columns, without lines."""
     from rich.table import Table
 
-    made = Table.grid(padding=(0, 2))
-    made.add_column(style="bold", no_wrap=True)
-    made.add_column(overflow="fold")
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
     for name, value in pairs:
-        made.add_row(shown(name), shown(value))
-    return made
+        grid.add_row(shown(name), shown(value))
+    return grid
 
-
-# MERGED text: Values as people read them.
 
 _STEP = 1024
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
@@ -50,10 +53,10 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 def shown(value: object) -> str:
     """A value as text that cannot move the cursor or change colours.
 
-    Names of slots and tensors come from files. Line breaks stay; every other character that is
-    not printable is escaped.
+    Line breaks stay. Every other character that is not printable is escaped.
     """
     text = str(value)
+    # Nearly all texts are printable, so most calls end here.
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
@@ -68,7 +71,7 @@ def size(count: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``12.3 ms``, ``1.23 s``: three digits, in the unit that fits."""
+    """``12.3 ms`` or ``1.23 s``: three significant digits, in a suitable unit."""
     if seconds >= 1:
         return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:.0f} s"  # noqa: PLR2004
     if seconds >= 1e-3:  # noqa: PLR2004
@@ -77,12 +80,12 @@ def duration(seconds: float) -> str:
 
 
 def shape(sizes: object) -> str:
-    """``16 x 8``; ``scalar`` for a tensor without dimensions; ``?`` where nobody knows."""
+    """``16 x 8``; ``scalar`` for a tensor without dimensions; ``?`` for an unknown shape."""
     if not isinstance(sizes, list | tuple):
         return "?"
     return " x ".join(map(str, sizes)) or "scalar"
 
 
 def count(number: int, noun: str) -> str:
-    """``1 slot``, ``2 slots``."""
+    """``1 slot`` or ``2 slots``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

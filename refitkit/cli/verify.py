@@ -1,4 +1,4 @@
-"""``refitkit verify``: does a module hold these weights?"""
+"""``refitkit verify``: check whether a module holds these weights."""
 
 from __future__ import annotations
 
@@ -18,10 +18,16 @@ if TYPE_CHECKING:
 @click.argument("module")
 @click.argument("weights")
 @file_option(
-    "--inputs", help="Tensors to call it with, named 0, 1, ... or as the model's keywords."
+    "--inputs",
+    help="Tensors to call the module with, named 0, 1, ... or by the model's keywords.",
 )
-@file_option("--plan", help="The plan to follow; the module's own where not given.")
-@click.option("--with", "verifier", metavar="NAME", help="Verifier: outputs, weights, ...")
+@file_option("--plan", help="Use the plan in this file instead of the module's own.")
+@click.option(
+    "--with",
+    "verifier",
+    metavar="NAME",
+    help="Verifier: outputs, weights, ...  [default: outputs if there are inputs, else weights]",
+)
 @weight_options
 @common_options
 @click.pass_obj
@@ -33,13 +39,14 @@ def verify_command(
     plan: Path | None,
     verifier: str | None,
 ) -> None:
-    """Check whether MODULE holds WEIGHTS; exit with 1 if not.
+    """Check whether MODULE holds WEIGHTS; exit with 1 if it does not.
 
     Loading a module runs the code in it: use only files that you trust as you would a program.
     """
     from refitkit.cli.files import check_readable, load_inputs, load_plan
     from refitkit.cli.report import print_verification
 
+    # Check both paths before the pipeline imports torch, which takes seconds.
     check_readable(module, UnsupportedTargetError)
     check_readable(weights, SourceError)
     pipeline = session.pipeline()

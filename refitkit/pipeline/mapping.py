@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
     from torch.export import ExportedProgram
 
-    from refitkit.host import Offer
+    from refitkit.host import PluginOffer
     from refitkit.model import Leaf
     from refitkit.pipeline.context import Context
     from refitkit.protocols import (
@@ -257,7 +257,7 @@ def map_slots(
 
 def _ask_rank(
     mapping: SlotMapping,
-    rank: list[Offer],
+    rank: list[PluginOffer],
     ask: Callable[[MappingStrategy, tuple[LedgerRow, ...]], Mapped],
 ) -> None:
     """Ask strategies that nothing puts in order.
@@ -265,7 +265,7 @@ def _ask_rank(
     Those of one plugin are asked for what the ones before left; those of another plugin for all, so
     that it shows if both have a value.
     """
-    taken: dict[tuple[str, str], tuple[LedgerRow, Offer]] = {}
+    taken: dict[tuple[str, str], tuple[LedgerRow, PluginOffer]] = {}
     clashes: list[Problem] = []
     for offer in rank:
         strategy: MappingStrategy = offer.item
@@ -290,7 +290,7 @@ def _ask_rank(
         )
 
 
-def _clash(row: LedgerRow, first: Offer, second: Offer) -> Problem:
+def _clash(row: LedgerRow, first: PluginOffer, second: PluginOffer) -> Problem:
     offers = " and ".join(f"{one.item.name!r} of {one.plugin!r}" for one in (first, second))
     return Problem(f"{row.slot.engine}/{row.slot.name}", "claimed twice", offers)
 
@@ -403,11 +403,11 @@ def _of_plan(value: SlotValue) -> bool:
     return value.pinned or (value.strategy == STRATEGY and not value.sources)
 
 
-def _in_order(context: Context) -> list[list[Offer]]:
+def _in_order(context: Context) -> list[list[PluginOffer]]:
     """Strategies in the order in which they are tried; nothing orders those in one list."""
     offered, wanted = context.host.offers("refitkit_mapping_strategies"), context.config.strategies
     if not wanted:
-        ranks: dict[int, list[Offer]] = {}
+        ranks: dict[int, list[PluginOffer]] = {}
         for offer in offered.values():
             ranks.setdefault(offer.item.priority, []).append(offer)
         return [ranks[priority] for priority in sorted(ranks)]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
     from refitkit.config import Config
-    from refitkit.host import Host, Offer
+    from refitkit.host import Host, PluginOffer
     from refitkit.model import Leaf, PlanData, ReportRow
     from refitkit.pipeline.context import Context
     from refitkit.protocols import Plan, SlotValue
@@ -131,7 +131,7 @@ def described(need: Need) -> str:
     return f"the plugin {need.plugin!r}{brought}"
 
 
-def _need(host: Host, kind: str, name: str, offer: Offer, slots: Iterable[str] = ()) -> Need:
+def _need(host: Host, kind: str, name: str, offer: PluginOffer, slots: Iterable[str] = ()) -> Need:
     taken = host.candidate(offer.plugin)
     return Need.model_validate(
         {

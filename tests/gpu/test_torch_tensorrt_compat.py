@@ -81,7 +81,7 @@ def test_failures_raise_and_change_nothing() -> None:
     before = module(*inputs)
     with pytest.raises(refitkit.PlanMismatchError):
         refit_module_weights(module, program_of(Words, 1), in_place=True)
-    with pytest.raises(refitkit.UnsupportedTargetError, match="no ExportedProgram"):
+    with pytest.raises(refitkit.UnsupportedTargetError, match="not an ExportedProgram"):
         refit_module_weights(module, randomized(Convolutions, 1), in_place=True)
     with pytest.raises(TypeError):
         refit_module_weights(module, program_of(Convolutions, 1), nonsense=True)

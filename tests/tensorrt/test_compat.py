@@ -41,7 +41,7 @@ def test_older_versions_have_the_cache_argument(
 @pytest.mark.usefixtures("torch_tensorrt")
 def test_weights_that_are_no_program_are_refused() -> None:
     case = CASES["odd"]
-    with pytest.raises(refitkit.UnsupportedTargetError, match="no ExportedProgram"):
+    with pytest.raises(refitkit.UnsupportedTargetError, match="not an ExportedProgram"):
         compat.refit_module_weights(torch.nn.Identity(), case.model(1))
 
 
@@ -61,7 +61,7 @@ def test_arguments_that_do_not_exist_are_a_type_error() -> None:
 
 
 def test_copies_of_a_module_have_no_handle_of_the_original() -> None:
-    handle = compat._Handle(object())  # type: ignore[arg-type]
+    handle = compat._ModuleHandle(object())  # type: ignore[arg-type]
     assert copy.deepcopy(handle).compiled is None
     kind, arguments = handle.__reduce__()
     assert kind(*arguments).compiled is None

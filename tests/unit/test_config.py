@@ -148,4 +148,4 @@ def test_messages_have_no_words_of_the_library() -> None:
     assert "Value error" not in str(info.value)
     assert "value error" not in str(info.value)
     assert "Extra inputs" not in str(info.value)
-    assert "there are no dtypes float23" in str(info.value)
+    assert "unknown dtypes: float23" in str(info.value)

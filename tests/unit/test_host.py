@@ -226,7 +226,7 @@ def test_an_unknown_hook_is_an_error() -> None:
         @refitkit.hookimpl
         def refitkit_evnt(self, event: object) -> None: ...
 
-    with pytest.raises(PluginError, match=r"'misspelt'.*refitkit_evnt.*no hook"):
+    with pytest.raises(PluginError, match=r"'misspelt'.*refitkit_evnt.*not a hook"):
         make_host(plugins=[Misspelt()])
 
 
@@ -270,11 +270,54 @@ def test_a_built_in_can_be_replaced_by_one_of_its_name(install: Any) -> None:
     assert "weights" not in {p.name for p in host.plugins()}
 
 
-def test_one_object_under_two_names_is_a_plugin_error(install: Any) -> None:
+def added_to(host: host_module.Host) -> list[tuple[str, str]]:
+    """Names and origins of plugins beside the built-in ones."""
+    return [(one.name, one.origin) for one in host.plugins() if one.origin != "built-in"]
+
+
+def test_an_explicit_plugin_replaces_itself_as_installed(install: Any) -> None:
+    plugin = Listener("explicit-name")
+    install(Installed("installed-name", plugin, Distribution("dist", "3")))
+    host = make_host(plugins=[plugin])
+    assert added_to(host) == [("explicit-name", "explicit")]
+    host.emit(EVENT)
+    assert plugin.heard == [EVENT]
+
+
+def test_an_explicit_plugin_replaces_an_installed_one_of_its_class(install: Any) -> None:
+    installed, explicit = Listener("same-name"), Listener("same-name")
+    install(Installed("same-name", installed), Installed("other", Weights("other")))
+    host = make_host(plugins=[explicit])
+    assert added_to(host) == [("other", "an unknown distribution"), ("same-name", "explicit")]
+    host.emit(EVENT)
+    assert (installed.heard, explicit.heard) == ([], [EVENT])
+
+
+def test_an_explicit_module_keeps_the_name_that_it_is_installed_under(install: Any) -> None:
+    module = types.ModuleType("my_plugin")
+    module.refitkit_event = refitkit_event  # type: ignore[attr-defined]
+    install(Installed("published", module))
+    pipeline = refitkit.Pipeline({"plugin_settings": {"published": {}}}, plugins=[module])
+    assert added_to(pipeline.host) == [("published", "explicit")]
+
+
+def test_an_explicit_plugin_that_is_switched_off_replaces_nothing(install: Any) -> None:
     plugin = Listener("explicit-name")
     install(Installed("installed-name", plugin))
-    with pytest.raises(PluginError, match="explicit-name"):
-        make_host(plugins=[plugin])
+    host = make_host(Config(no_plugins=frozenset({"explicit-name"})), [plugin])
+    assert added_to(host) == [("installed-name", "an unknown distribution")]
+    host = make_host(Config(no_plugins=frozenset({"installed-name"})), [plugin])
+    assert added_to(host) == [("explicit-name", "explicit")]
+
+
+def test_two_explicit_plugins_that_replace_one_need_names(install: Any) -> None:
+    class Nameless:
+        @refitkit.hookimpl
+        def refitkit_event(self, event: object) -> None: ...
+
+    install(Installed("published", Nameless()))
+    with pytest.raises(PluginError, match=r"'published'.*explicit.*explicit"):
+        make_host(plugins=[Nameless(), Nameless()])
 
 
 def test_a_plugin_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,29 +8,29 @@ import click
 import pytest
 
 from refitkit.cli.options import as_options
-from refitkit.cli.session import Early, look_ahead
+from refitkit.cli.session import EarlyOptions, parse_early_options
 
 
 @pytest.mark.parametrize(
     ("args", "early"),
     [
-        ([], Early()),
-        (["plugins"], Early(command="plugins")),
-        (["--json", "plugins"], Early(as_json=True, command="plugins")),
-        (["plugins", "list", "--json"], Early(as_json=True, command="plugins")),
+        ([], EarlyOptions()),
+        (["plugins"], EarlyOptions(command="plugins")),
+        (["--json", "plugins"], EarlyOptions(as_json=True, command="plugins")),
+        (["plugins", "list", "--json"], EarlyOptions(as_json=True, command="plugins")),
         (
             ["--no-plugin", "a", "--no-plugin=b", "plugins"],
-            Early(no_plugins=("a", "b"), command="plugins"),
+            EarlyOptions(no_plugins=("a", "b"), command="plugins"),
         ),
-        (["plugins", "--no-plugin", "a"], Early(no_plugins=("a",), command="plugins")),
-        (["--no-plugin", "plugins", "-v", "doctor"], Early(False, ("plugins",), "doctor")),
-        (["--no-plugin"], Early()),
-        (["--help"], Early()),
-        (["inspect", "--", "--json", "--no-plugin", "a"], Early(command="inspect")),
+        (["plugins", "--no-plugin", "a"], EarlyOptions(no_plugins=("a",), command="plugins")),
+        (["--no-plugin", "plugins", "-v", "doctor"], EarlyOptions(False, ("plugins",), "doctor")),
+        (["--no-plugin"], EarlyOptions()),
+        (["--help"], EarlyOptions()),
+        (["inspect", "--", "--json", "--no-plugin", "a"], EarlyOptions(command="inspect")),
     ],
 )
-def test_early_options(args: list[str], early: Early) -> None:
-    assert look_ahead(args) == early
+def test_early_options(args: list[str], early: EarlyOptions) -> None:
+    assert parse_early_options(args) == early
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_a_bad_demo_is_1_and_shows_what_it_measured(
     assert DemoResult.model_validate(outcome.error["report"]) == bad
     outcome = run("demo")
     assert outcome.code == 1
-    assert "180 of 450 unlike the model" in outcome.out
+    assert "180 of 450 differ" in outcome.out
     assert "engine, later: differs" in outcome.err
 
 

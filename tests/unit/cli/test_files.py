@@ -83,13 +83,15 @@ def test_what_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(RefitError, match="write-protected"):
         check_output(tmp_path / "file")
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(RefitError, match="not yours to write to"):
+    with pytest.raises(RefitError, match="its folder is not writable"):
         check_output(tmp_path / "out")
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder where nobody can write")
 def test_a_folder_whose_rights_do_not_say_all() -> None:
-    with pytest.raises(RefitError, match=r"'/proc/out' cannot be written: .*('/proc'|not yours)"):
+    with pytest.raises(
+        RefitError, match=r"'/proc/out' cannot be written: .*('/proc'|not writable)"
+    ):
         check_output(Path("/proc/out"))
 
 

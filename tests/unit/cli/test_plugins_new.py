@@ -5,6 +5,7 @@ That it builds, installs and passes its tests is tried by ``scripts/plugin_wheel
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -86,6 +87,21 @@ def test_it_passes_the_defaults_of_ruff(project: Path, command: tuple[str, ...])
     ruff = [sys.executable, "-m", "ruff", *command, "--isolated", "--no-cache", "."]
     done = subprocess.run(ruff, cwd=project, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_its_conformance_suites_pass(project: Path) -> None:
+    """They import public modules of refitkit, which may be renamed."""
+    pytest_run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header"]
+    done = subprocess.run(
+        [*pytest_run, "tests/test_conformance.py"],
+        cwd=project,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(project / "src"), *sys.path])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
 
 
 @pytest.mark.parametrize(

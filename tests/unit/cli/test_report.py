@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from refitkit.cli.report import most_changed, through
+from refitkit.cli.report import most_changed, transform_lines
 from refitkit.model import ChangeRow, OutputMeasure, RefitReport, TransformRow
 
 
@@ -24,20 +24,20 @@ def report(*rows: TransformRow) -> RefitReport:
 
 def test_a_line_for_each_transform_with_its_worst_entry() -> None:
     found = report(row("int8", ("a", 0.1)), row("pack", gives=1), row("int8", ("b", 0.25)))
-    assert through(found) == [
-        "4 weights by int8, largest error 0.25 of 0.5 in b",
+    assert transform_lines(found) == [
+        "4 weights by int8, largest error 0.25 (limit 0.5) in b",
         "1 weight by pack",
     ]
 
 
 def test_nothing_where_nothing_was_transformed() -> None:
-    assert through(report()) == []
+    assert transform_lines(report()) == []
 
 
 def test_an_error_without_a_limit_is_told_too() -> None:
     measure = OutputMeasure(name="a", ok=True, max_abs_error=0.1)
     found = report(row("int8").model_copy(update={"measures": (measure,)}))
-    assert through(found) == ["2 weights by int8, largest error 0.1 in a"]
+    assert transform_lines(found) == ["2 weights by int8, largest error 0.1 in a"]
 
 
 def moved(*rows: tuple[str, float, float], sampled: bool = False) -> list[str]:
@@ -50,10 +50,10 @@ def moved(*rows: tuple[str, float, float], sampled: bool = False) -> list[str]:
 
 def test_the_slot_that_moved_most_is_told() -> None:
     rows = ("a", 0.25, 8.0), ("b", 0.5, 0.125), ("c", 0.5, 0.0625)
-    assert moved(*rows) == ["e/b: 0.5 times its length, largest difference 0.125"]
+    assert moved(*rows) == ["e/b: 0.5 times its norm, largest difference 0.125"]
     assert moved(*rows, sampled=True) == [
-        "e/b: 0.5 times its length, largest difference 0.125, by a sample"
+        "e/b: 0.5 times its norm, largest difference 0.125, from a sample"
     ]
     assert moved(*rows, ("z", math.inf, 0.5)) == ["e/z: from zeros, largest difference 0.5"]
-    assert moved(("z", math.inf, math.inf)) == ["e/z: to or from what is not finite"]
+    assert moved(("z", math.inf, math.inf)) == ["e/z: to or from values that are not finite"]
     assert moved() == moved(("a", 0.0, 0.0)) == []

@@ -332,7 +332,7 @@ WRONG_FILES = [
     ("s.json", "[" * 100_000, "cannot be read"),
     ("s.json", b"\xff\xfe", "cannot be read"),
     ("s.json", "[1]", "holds a list"),
-    ("s.yaml", "a: 1", "neither in .toml nor in .json"),
+    ("s.yaml", "a: 1", "does not end in .toml or .json"),
     ("s.json", '{"checks": 1, "delta": "perhaps"}', "cannot be used"),
     ("s.toml", "[rules]\nrename = [{pattern = '(', to = ''}]", "cannot be used"),
     ("s.toml", "[plugin_settings.nobody]\na = 1", "do not exist"),
