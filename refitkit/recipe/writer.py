@@ -17,7 +17,7 @@ from refitkit.program.views import derive
 from refitkit.recipe import ops
 from refitkit.recipe.calls import call
 from refitkit.recipe.ops import (
-    Followed,
+    LeafDependencies,
     aligned,
     encode_literal,
     is_reference,
@@ -206,7 +206,7 @@ class Writer:
     def _in_order_unless_whole(self, origin: Any, value: Any) -> Any:
         """The same, of an op that gives results like its operands: whole ones are made so anyway.
 
-        See ``Ready.whole`` of :mod:`refitkit.recipe.calls`.
+        See ``PreparedCall.owns_storage`` of :mod:`refitkit.recipe.calls`.
         """
         whole = isinstance(origin, Origin) and is_whole(origin)
         return value if whole else self._in_order(origin, value)
@@ -259,7 +259,7 @@ class Draft:
         self._twins = {name: tuple(tie) for tie in ties for name in tie}
         self._numbers: dict[str, int] = {}
         self._lazy: set[int] = set()
-        self._followed = Followed(self.calls, ties)
+        self._dependencies = LeafDependencies(self.calls, ties)
 
     # -- writing ----------------------------------------------------------------------------
 
@@ -383,7 +383,7 @@ class Draft:
         """The leaves that it follows from, with all names of those that are one tensor."""
         if isinstance(value, SourceRef):
             return self._twins.get(value.fqn, (value.fqn,))
-        names = self._followed.by(value)
+        names = self._dependencies.of(value)
         return tuple(name for name in self._leaves if name in names)
 
 
