@@ -135,8 +135,8 @@ def require_reread(source: WeightSource) -> None:
 class TensorMap:
     """A mapping from FQN to tensor as a weight source. It looks values up on each request.
 
-    ``get`` gathers a ``DTensor``, which is a collective: all processes of the mesh must get the same
-    tensors in the same order. They do if they refit the same module with the same plan and
+    ``get`` gathers a ``DTensor``, which is a collective: all processes of the mesh must get the
+    same tensors in the same order. They do if they refit the same module with the same plan and
     settings. ``info`` of a ``DTensor`` is local.
 
     Attributes:
