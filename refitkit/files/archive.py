@@ -257,6 +257,7 @@ def _write_member(
         archive.writestr(info, content)
         return
     if isinstance(content, Streamed):
+        # zipfile needs the size to decide whether the header has 64-bit fields
         info.file_size = content.size
         with archive.open(info, "w") as target:
             for chunk in content.chunks:
@@ -318,6 +319,7 @@ def _concerns_target(path: Path, name: str | None) -> bool:
     if name is None:
         return True
     folder, subject = Path(os.path.realpath(path)).parent, Path(os.path.realpath(name))
+    # the subject may lie in a part folder, as the files of a new folder do
     in_folder = [one for one in (subject, *subject.parents) if one.parent == folder]
     is_temporary = any(one.suffix == ".part" for one in in_folder)  # see refitkit.files.temporary
     return subject in {folder, folder / path.name} or is_temporary

@@ -85,6 +85,7 @@ def read_pickle(data: bytes, admitted: Collection[tuple[str, str]]) -> Any:
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         text = str(exc).partition("\n")[0][:200]
         raise PickleRefusedError(f"it is damaged: {type(exc).__name__}: {text}") from exc
+    # genops stops at the STOP opcode and ignores data after it
     if end != len(data) - 1:
         raise PickleRefusedError("it has data after its end")
     if len(machine.stack) != 1:
@@ -182,6 +183,7 @@ class _Machine:
     def build(self) -> None:
         state = self.pop()
         instance = self.top(Instance)
+        # a memo can refer to one object twice, so a pickle could set its state twice
         if instance.state is not None:
             raise PickleRefusedError("it is damaged: one object with two states")
         instance.state = state

@@ -63,7 +63,7 @@ _HEADER_LIMIT = 100_000_000  # bytes, set by the format
 _LENGTH_BYTES = 8
 _ALIGNMENT = 8  # bytes: the format requires the first tensor to begin at a multiple
 _MAX_ELEMENTS = 2**63 - 1  # that torch can count
-_MAX_DIMENSION = 2**62 - 1  # torch fails above it even if the tensor has no elements
+_MAX_DIMENSION = 2**62 - 1  # limits tensors without elements, too
 
 
 class TensorEntry(NamedTuple):
@@ -172,7 +172,7 @@ def _entry(name: str, value: Any, data_start: int) -> TensorEntry:
     # exact types: True and False are no sizes, although bool is a subclass of int
     is_invalid = any(type(size) is not int or size < 0 for size in sizes)
     is_invalid = is_invalid or any(size > _MAX_DIMENSION for size in shape)
-    # torch multiplies the other sizes even if one is 0
+    # sizes of 0 count as 1: they must not hide others that torch cannot multiply
     if is_invalid or prod(size or 1 for size in shape) > _MAX_ELEMENTS:
         raise ValueError(f"{name!r} has an invalid shape or invalid offsets")
     dtype, width = _DTYPES[text]
@@ -252,7 +252,7 @@ def streamed(tensors: Mapping[str, torch.Tensor]) -> Streamed:
         tensors: Tensors by name, on any device and in any layout.
 
     Raises:
-        RefitError: The format does not have a dtype. Lists all such tensors.
+        RefitError: The format does not have a dtype. Lists all tensors of these dtypes.
     """
     problems = unwritable(tensors)
     if problems:

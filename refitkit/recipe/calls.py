@@ -150,6 +150,7 @@ class PreparedCall:
             return (aligned(operands[0]),)
         if not self.is_sensitive:
             return self._run(operands)
+        # views are not copied: a copy would change their strides, which kernels depend on
         placed = [
             aligned(tensor) if is_owner else tensor
             for tensor, is_owner in zip(operands, self.owns_storage, strict=True)
@@ -214,6 +215,7 @@ class Calls:
 
         Tables of indices and masks, and what is computed from them, are equal in all checkpoints.
         """
+        # calls come after the calls that they depend on, so one pass is enough
         steady: set[int] = set()
         for number, one in enumerate(self.prepared):
             if all(self._is_steady(value, steady) for value in one.operands):
@@ -239,6 +241,7 @@ class Calls:
         if isinstance(value, PinnedRef):
             return True
         leaf = self._leaves[value.fqn]
+        # the plan keeps leaves that no state_dict holds; integer leaves are tables of indices
         return not leaf.persistent or not _is_float(leaf.dtype)
 
     def _prepare(self, one: OpCall) -> PreparedCall:
@@ -292,7 +295,7 @@ class Calls:
 
 
 def _operand_positions(one: OpCall) -> Iterator[tuple[int | str, int | None]]:
-    """Where the operands of a call stand among its arguments, in the order of ``operands_of``."""
+    """Positions of a call's operands among its arguments, in the order of ``operands_of``."""
     arguments: list[tuple[int | str, Any]] = [*enumerate(one.args), *one.kwargs.items()]
     for where, argument in arguments:
         if is_reference(argument):
@@ -360,10 +363,12 @@ def _find_batches(calls: Sequence[OpCall], prepared: Calls) -> list[Batch]:
         # calls of one kind are on one level, so that none depends on another one of its batch
         levels[number] += 1
         literals = [a for a in (*one.args, *one.kwargs.items()) if not is_reference(a)]
+        # calls whose operands come from one batch take its flat result without concatenating
         operand_kinds = tuple(
             kinds.get(value.call) if isinstance(value, CallRef) else None for value in operands
         )
         dtypes = tuple(prepared.dtype_and_shape(value)[0] for value in operands)
+        # everything that must be equal for calls to run as one
         kind = one.op, one.device, repr(literals), dtypes, operand_kinds, levels[number]
         kinds[number] = kind
         members[kind].append(number)
@@ -380,6 +385,7 @@ def _can_batch(one: OpCall, operands: Sequence[Value], prepared: Calls) -> bool:
     if one.op == _SQUARE_ROOT:
         if any(dtype.startswith("complex") for dtype in dtypes):
             return False
+    # a batch has other addresses and sizes than its members had in the recording
     elif ops.is_sensitive(one.op, dtypes, one.kwargs.get("alpha", 1)):
         return False
     shape = one.results[0].shape
@@ -408,6 +414,7 @@ def _batch(
     part_of: Mapping[int, list[int]],
 ) -> Batch:
     operands = [prepared.prepared[number].operands for number in numbers]
+    # one column for each operand of the op, with one value for each member
     columns = tuple(zip(*operands, strict=True))
     shapes = tuple(calls[number].results[0].shape for number in numbers)
     return Batch(

@@ -1,9 +1,9 @@
 """Problems and hints for names that a model does not have, and patterns that match names.
 
-``unexpected`` reports names that nobody knows, and suggests the intended ones: a prefix to remove,
-add or replace, or a similar name. ``ignoring`` returns a regular expression for names to leave out.
-``names_under`` groups names by prefix. Files may have millions of names, so all functions limit
-what they list and compare.
+``unexpected`` reports names that a model does not have, and suggests the intended ones: a prefix to
+remove, add or replace, or a similar name. ``ignoring`` returns a regular expression for names to
+leave out. ``names_under`` groups names by prefix. Files may have millions of names, so
+``unexpected`` limits how many it lists and compares.
 """
 
 from __future__ import annotations
@@ -128,6 +128,7 @@ def _pattern_without(strange: Iterable[str], given: Iterable[str]) -> str:
     if not given_tops:
         return "(.*)"
     tops = dict.fromkeys(name.partition(".")[0] for name in strange)
+    # deeper parts could distinguish them, but that pattern would be hard to read
     if not given_tops.isdisjoint(tops) or len(tops) > _TOP_LEVEL_LIMIT:
         return ""
     return rf"((?:{'|'.join(map(re.escape, tops))})(?:\..*)?)"

@@ -176,12 +176,14 @@ class RefitPlan:
             for r in rows
             if isinstance(reason := results[r.slot.key], str)
         ]
+        # guards come last: the leaves that they depend on may be missing
         problems += self.broken_guards(source) if not problems else []
         if problems:
             raise UnmappedSlotError(
                 f"{source.description} does not fill all slots.", problems=problems
             )
         values = [value for value in results.values() if isinstance(value, SlotValue)]
+        # only entries that are read are checked: a source may have any others
         names = self._values.read_of(values, source)
         # ties and views compare tensors, which is possible only if dtypes and shapes are right
         problems = list(self._type_mismatches(names, source)) or [
@@ -278,6 +280,7 @@ class RefitPlan:
         Names, dtypes and counts can agree while values differ. In a Llama that was planned on a
         CPU, all 258 slots had the names of the CUDA engine's slots, and 48 had other bits.
         """
+        # the last word of the platform is the kind of device
         recorded = self.data.fingerprint.platform.rpartition(" ")[2]
         devices = {slot.device.partition(":")[0] for slot in slots}
         if recorded in _DEVICES and devices and recorded not in devices:
@@ -494,6 +497,7 @@ class SlotValues:
             yield Problem(subject, "guard", wanted=guard.reason, hint=hint)
             return
         value = replay.value(guard.value)
+        # the digest covers bytes only, which tensors of different shapes can share
         is_same_type = (dtype_name(value.dtype), tuple(value.shape)) == (guard.dtype, guard.shape)
         if not is_same_type or digest(value) != guard.sha256:
             found = str(value.tolist()) if guard.shown else "another value"
@@ -516,6 +520,7 @@ class SlotValues:
         def leaf(fqn: str) -> torch.Tensor:
             if fqn in names:
                 return get(fqn)
+            # pinned tensors come last: entries of the source override them
             tied = next((name for name in self._ties.get(fqn, ()) if name in names), None)
             return self._pinned[fqn] if tied is None else get(tied)
 

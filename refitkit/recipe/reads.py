@@ -101,6 +101,7 @@ class Reads:
         ):
             return {}
         given = set(names)
+        # one of several tied names is enough
         missing = {first for first, tied in self.demands.items() if not given & tied}
         slots: dict[str, list[str]] = {first: [] for first in self.demands if first in missing}
         for row in self.data.ledger:
@@ -137,6 +138,7 @@ class Reads:
         names = [*of_recipes, *self.guarded, *self._used_if_unmapped]
         for first in dict.fromkeys(map(self._first_name, names)):
             leaf = self.leaves.get(first)
+            # no state_dict holds the others, and the plan keeps their values
             if leaf is None or leaf.persistent:
                 yield first
 
@@ -154,6 +156,7 @@ def reads_of(plan: Plan) -> Reads:
 def sources_of_guards(data: PlanData) -> tuple[str, ...]:
     """FQNs that the values of guards depend on, each once, as the recipe spells them."""
     names: dict[str, None] = {}
+    # an explicit stack: chains of calls can exceed Python's recursion limit
     visited: set[int] = set()
     pending: list[object] = [guard.value for guard in data.guards]
     while pending:
@@ -196,6 +199,7 @@ def kept_leaves(plan: Plan) -> Mapping[str, Leaf]:
 
     No state_dict holds them: not under a tied name, and not as a view of a weight.
     """
+    # a buffer that is tied to a weight comes with the weight
     weights = {leaf.fqn for leaf in plan.data.leaves if leaf.persistent}
     tied = {name for tie in plan.data.ties if not weights.isdisjoint(tie) for name in tie}
     return {leaf.fqn: leaf for leaf in plan.data.leaves if leaf.kept and leaf.fqn not in tied}

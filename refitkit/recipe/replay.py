@@ -69,6 +69,7 @@ class Replay:
             return self._leaf(value.fqn)
         if isinstance(value, PinnedRef):
             return self._pinned(value.name)
+        # protects the shared run only: values that are computed alone have a run of their own
         with self._lock:
             if self._run is None:
                 self._run = self._start(self._expected)
@@ -98,6 +99,7 @@ class Replay:
     def _results_of_steady(self, number: int) -> Results:
         """Results of a steady call, from the cache if its leaves have not changed."""
         names = self._schedules.calls.dependencies.of_call(number)
+        # each leaf is read once, so that cached results belong to exactly the compared values
         leaves = {fqn: self._leaf(fqn) for fqn in names}
         results = self._steady_results.lookup(number, leaves)
         if results is None:
@@ -195,6 +197,7 @@ class _Run:
             return None
         result: torch.Tensor = self._tensors[place]
         self._reads_left[place] -= 1
+        # a place that a later step still reads is freed with the run
         if not self._reads_left[place] and self._schedule.last_use[place] < self._next:
             self._tensors[place] = None
         return result
@@ -265,12 +268,14 @@ class _Run:
         (flat,) = _run_on_one_device(step.call, operands)
         self._note_device(flat.device)
         self._tensors[step.flat] = flat
+        # views of the flat result: members need no copy
         pieces = flat.split_with_sizes(step.batch.sizes)
         for place, piece, shape in zip(step.places, pieces, step.batch.shapes, strict=True):
             self._tensors[place] = piece if len(shape) == 1 else piece.view(shape)
 
     def _fill(self, places: tuple[int, ...], results: Results) -> None:
         for place, result in zip(places, results, strict=True):
+            # ops can return None for a result that they skip
             if not isinstance(result, torch.Tensor):
                 raise TypeError("it returns no tensor")
             self._note_device(result.device)
@@ -278,6 +283,7 @@ class _Run:
 
 
 def _run_on_one_device(call: PreparedCall, operands: list[torch.Tensor]) -> Results:
+    # operands may be on several devices, and some calls are exact on one kind only
     device = call.device_for(_device_of(operands))
     return call([t if t.device == device else t.to(device) for t in operands])
 
@@ -412,6 +418,7 @@ class Schedules:
         if len(values) < 2:  # noqa: PLR2004 - single values are seldom the same ones again
             return Schedule(self.calls, values)
         if values not in self._last:
+            # one is enough: a refit asks for the same values as the refit before
             self._last = {values: Schedule(self.calls, values)}
         return self._last[values]
 
@@ -447,6 +454,7 @@ class Schedule:
         self._places: dict[Any, int] = {}
         self._scheduled: set[int] = set()
         self.steps: list[_Step] = []
+        # known before the first step is added: a batch runs only if all members are needed
         self._needed = calls_below(values, self._operands)
         for value in values:
             self._add_steps_for(value)
@@ -550,6 +558,7 @@ class Schedule:
         """Set which places each step releases. ``_Run.take`` releases those of requested values."""
         requested = set(self.reads)
         self.last_use: dict[int, int] = {}
+        # backwards, so that the first use of a place that is seen is its last one
         for position in reversed(range(len(self.steps))):
             step = self.steps[position]
             used = _used_places(step)

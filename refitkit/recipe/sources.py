@@ -150,7 +150,7 @@ class TensorMap:
         *,
         not_persistent: Collection[str] = (),
     ) -> None:
-        """Keep the mapping, without copies. Extra state of modules is left out: it is no weight.
+        """Keep the mapping, without copies. Extra state of modules is left out.
 
         Args:
             tensors: Values by FQN. ``info`` reports values that are not usable tensors.
@@ -200,6 +200,7 @@ class TensorMap:
         classes: dict[tuple[Any, ...], list[str]] = defaultdict(list)
         for name in self._names:
             value = self._tensors[name]
+            # tensors without elements all have the address 0, and are not tied
             if type(value) in _PLAIN and not unusable_reason(value) and value.data_ptr():
                 place = value.device, value.data_ptr()
                 classes[(*place, value.dtype, value.shape, value.stride())].append(name)
@@ -250,6 +251,7 @@ class ModuleWeights(TensorMap):
         with raised_as(SourceError, f"The state_dict of {description} cannot be made"):
             state = _state_of(module)
         super().__init__(state, description)
+        # a hook that drops a buffer from the state_dict leaves it out, too
         buffers = module.named_buffers(remove_duplicate=False)
         self.left_out = {name: value for name, value in buffers if name not in state}
         own = dict(_parameters_and_buffers(module))
@@ -351,6 +353,7 @@ def _parameters_and_buffers(module: torch.nn.Module) -> Iterator[tuple[str, torc
 def _memory_key(value: Any) -> Hashable:
     """A key that is equal for values that are one tensor: memory and layout, or the object."""
     is_plain = type(value) in {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
+    # others have the address 0, or raise if they are asked for it
     if not is_plain or value.layout is not torch.strided or value.is_meta or not value.data_ptr():
         return id(value)
     return value.device, value.data_ptr(), value.dtype, value.shape, value.stride()

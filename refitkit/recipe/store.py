@@ -7,8 +7,8 @@ A plan file is an uncompressed zip archive (:mod:`refitkit.files.archive`) with 
 - ``pinned.safetensors``: the pinned tensors;
 - ``manifest.sha256``: the digest of the manifest.
 
-No pickle is read or written. The digest finds damage and manual edits. It does not keep anybody
-from writing another plan, so every plan that is read is vetted before anything in it is used.
+No pickle is read or written. The digest finds damage and manual edits. It does not prevent
+forged plans, so every plan that is read is vetted before anything in it is used.
 
 Read ``encode`` and ``decode`` first. ``problems_of`` then vets a plan in three layers. Statements
 must not contradict one another. Calls must be well-formed (``_CallForm``). Calls must run on
@@ -110,6 +110,7 @@ def decode(content: bytes, label: str) -> tuple[PlanData, dict[str, torch.Tensor
     try:
         with Archive(io.BytesIO(content)) as archive:
             data = _manifest(archive, label)
+            # the manifest limits the size, so that a small manifest cannot come with a huge member
             pinned = load_safetensors(archive.read(PINNED, _pinned_limit(data)))
     except (ArchiveError, SafetensorError, *_PARSE_ERRORS) as exc:
         raise_if_resource(exc, f"{label} cannot be read")
@@ -158,6 +159,7 @@ def _parsed(text: bytes, label: str) -> PlanData:
             Problem(
                 subject=".".join(map(str, error["loc"])) or MANIFEST,
                 kind=error["type"].replace("_", " "),
+                # cut: inputs come from the file and may be huge
                 found=repr(error["input"])[:80],
                 hint=error["msg"],
             )
@@ -199,6 +201,7 @@ _WITH_CALLS = "refitplan/2"
 def problems_of(data: PlanData) -> Iterator[Problem]:
     """Problems that no plan written by refitkit has: contradictions, and calls that cannot run."""
     metadata = TensorMetadata(data)
+    # first, because references of rows and guards are checked against calls
     call_problems = list(_problems_of_calls(data, metadata))
     yield from _problems_of_names(data)
     yield from _problems_of_statements(data)
@@ -291,7 +294,7 @@ def _problems_of_sources(
             _list(wanted),
         )
     elif not wanted:
-        yield Problem(name, "depends on no leaf", hint="a plan pins the value of such a slot")
+        yield Problem(name, "depends on no leaf", hint="a plan pins the value of this kind of slot")
 
 
 def _problems_of_overrides(row: LedgerRow, metadata: TensorMetadata) -> Iterator[Problem]:
@@ -409,6 +412,7 @@ class _CallForm:
         except ValueError as exc:
             yield Problem(self._name, f"argument {name}", hint=str(exc))
             return
+        # recipes run where their operands are, and without random numbers
         if (name in {"device", "generator"} and argument is not None) or (
             name == "pin_memory" and argument
         ):
@@ -546,9 +550,10 @@ class _Trial:
             found[1:] = stated[1:]
         if found != list(stated):
             raise _RefusedError(f"it returns {_shown(found)}, but the plan states {_shown(stated)}")
-        # torch creates such a view, but cannot read it
+        # torch creates this view, but cannot read it
         if any(t.is_neg() and t.dtype == torch.bool for t in results):
             raise _RefusedError("a boolean tensor has no negative")
+        # views share the storage of an operand, and take no memory of their own
         inputs = {_storage_id(t) for t in tree_leaves((args, dict(kwargs))) if torch.is_tensor(t)}
         storages = {
             _storage_id(t): t.untyped_storage() for t in results if _storage_id(t) not in inputs
@@ -580,6 +585,7 @@ class _RefusedError(Exception):
 
 def _check_number_of_results(op: Any, by_name: Mapping[str, Any], stated: int) -> None:
     """Refuse calls that would create a tensor for each of many million rows."""
+    # the meta kernel creates all results before their number could be compared
     packet = op._schema.name.removeprefix("aten::").removesuffix("_copy")  # noqa: SLF001
     parameter = _RESULT_COUNT_PARAMETERS.get(packet.removeprefix("unsafe_"))
     if parameter is None:
