@@ -54,7 +54,10 @@ CODES = {
 }
 """Calls, and the errors that they fail with."""
 
-_OF_MOVING = {"_sweep", "_remove_litter", "_remove_own", "_put_back", "rmtree", "part_file"}
+_OF_MOVING = {
+    *("_remove_stale", "_remove_if_unlocked", "_remove_own"),
+    *("_restore_set_aside", "rmtree", "part_file"),
+}
 """Functions that remove what lies around; whoever comes next does it if they fail."""
 
 

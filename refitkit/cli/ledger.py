@@ -14,7 +14,7 @@ from refitkit.cli.tables import count, facts, shape, table
 from refitkit.errors import ConfigError, Problem
 from refitkit.model import CallRef, Number, PinnedRef, SourceRef, TorchName
 from refitkit.recipe.ops import calls_below, is_reference, operands_of
-from refitkit.recipe.store import Facts
+from refitkit.recipe.store import TensorMetadata
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -159,7 +159,7 @@ def print_slot(console: Console, data: PlanData, row: LedgerRow) -> None:
 
 def print_guards(console: Console, data: PlanData) -> None:
     """Print the guards of a plan, if there are any."""
-    known = Facts(data)
+    known = TensorMetadata(data)
     rows = [
         (
             ", ".join(sorted(known.sources(one.value))),

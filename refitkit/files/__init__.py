@@ -1,1 +1,1 @@
-"""Files and folders of refitkit: archives, replacement, temporary folders, and signs of change."""
+"""Read and write files safely: archives, formats, replacement, temporary folders, file states."""

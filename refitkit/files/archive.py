@@ -1,8 +1,10 @@
-"""The container of all files that refitkit writes: a zip archive of uncompressed members.
+"""Archives: the container of all files that refitkit writes, a zip file of uncompressed members.
 
-Plain ``unzip`` shows what is inside. Members are never unpacked to a place that the archive names:
-a reader asks for the members that it knows, by name, and says where they go. Sizes are checked
-against the file's before anything is read, and CRCs while it is read.
+This module hides how the container is laid out, and which errors ``zipfile`` raises. Any ``unzip``
+lists and unpacks it. ``Archive`` reads one. It never unpacks a member to a path that the archive
+names: readers ask for the members that they know, by name, and choose the paths. Sizes are checked
+against the file's size before a member is read, and CRCs while it is read. ``write_archive`` writes
+one, and ``saying_why`` turns errors of writing any file into typed ones.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple, Self
 
 from refitkit.errors import RefitError, ResourceError, raise_if_resource, refused, resources
-from refitkit.files.replacing import followed
+from refitkit.files.replacing import resolve_links
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,9 +26,9 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 
-_FIXED_DATE = (1980, 1, 1, 0, 0, 0)  # the same content gives the same bytes
+_FIXED_DATE = (1980, 1, 1, 0, 0, 0)  # so that equal content gives equal bytes
 _CHUNK = 1 << 22
-_WHAT = "An archive cannot be read"
+_CANNOT_READ = "An archive cannot be read"
 _UNREADABLE = (
     OSError,
     zipfile.BadZipFile,
@@ -37,29 +39,36 @@ _UNREADABLE = (
     OverflowError,
     struct.error,
 )
-"""What ``zipfile`` raises for files that are no archives, or damaged ones."""
+"""Raised by ``zipfile`` for files that are not archives, and for damaged ones."""
 
 
 class ArchiveError(Exception):
-    """The file is not an archive of ours, or is broken. Readers turn it into a typed error."""
+    """The file is not an archive of refitkit, or is damaged. Readers turn it into a typed error."""
 
 
 class Archive:
-    """An archive open for reading."""
+    """An archive that is open for reading.
+
+    All methods raise a ``ResourceError`` if the system does not let the file be read.
+    """
 
     def __init__(self, file: Path | IO[bytes]) -> None:
-        """Open and check the directory of members.
+        """Open a file and check its directory of members.
+
+        Args:
+            file: Path of the archive, or a file that is open for reading and can seek.
 
         Raises:
-            ArchiveError: Not a zip archive, truncated, or with compressed or repeated members.
-            ResourceError: The system does not let it be read; so do all methods.
+            ArchiveError: The file is not a zip file, is truncated, or repeats a member.
         """
-        self._what = f"{str(file)!r} cannot be read" if isinstance(file, Path) else _WHAT
+        is_path = isinstance(file, Path)
+        self._cannot_read = f"{str(file)!r} cannot be read" if is_path else _CANNOT_READ
         try:
             self._zip = zipfile.ZipFile(file)
         except _UNREADABLE as exc:
-            raise_if_resource(exc, self._what)
+            raise_if_resource(exc, self._cannot_read)
             raise ArchiveError(f"not a readable archive: {exc}") from exc
+        # of several members with one name, zipfile takes the last; other tools may take another
         self._members = {info.filename: info for info in self._zip.infolist()}
         if len(self._members) != len(self._zip.infolist()):
             self._zip.close()
@@ -77,22 +86,27 @@ class Archive:
         self._zip.close()
 
     def names(self) -> Iterable[str]:
-        """Names of all members, as the file has them: do not use them as paths."""
+        """Names of all members, as the file spells them. Do not use them as paths."""
         return self._members.keys()
 
     def size(self, name: str) -> int:
-        """Bytes of a member.
+        """Size of a member in bytes.
 
         Raises:
-            ArchiveError: There is none of this name, or it is compressed.
+            ArchiveError: There is no member of this name, or it is compressed.
         """
         return self._member(name).file_size
 
     def read(self, name: str, limit: int) -> bytes:
-        """A whole member.
+        """The content of a member.
+
+        Args:
+            name: Name of the member.
+            limit: Largest size in bytes.
 
         Raises:
-            ArchiveError: There is none, it is compressed, larger than ``limit``, or damaged.
+            ArchiveError: There is no member of this name, or it is compressed, larger than
+                ``limit``, or damaged.
         """
         info = self._member(name)
         if info.file_size > limit:
@@ -101,10 +115,14 @@ class Archive:
             return self._zip.read(info)
 
     def extract(self, name: str, to: Path) -> None:
-        """Write a member to a file that the caller names.
+        """Write a member to a file.
+
+        Args:
+            name: Name of the member.
+            to: Path of the file to write.
 
         Raises:
-            ArchiveError: As ``read``.
+            ArchiveError: There is no member of this name, or it is compressed or damaged.
             ResourceError: The file cannot be written.
         """
         with self.open(name) as member:
@@ -116,10 +134,10 @@ class Archive:
 
     @contextmanager
     def open(self, name: str) -> Iterator[MemberReader]:
-        """A member, to be read from its beginning to its end.
+        """A reader of a member, from its beginning to its end.
 
         Raises:
-            ArchiveError: There is none of this name, it is compressed, or damaged.
+            ArchiveError: There is no member of this name, or it is compressed or damaged.
         """
         info = self._member(name)
         with self._reading(name):
@@ -129,33 +147,42 @@ class Archive:
 
     @contextmanager
     def _reading(self, name: str) -> Iterator[None]:
-        """Say of exceptions inside that a member is damaged, or that the system refused."""
+        """Turn exceptions inside into typed ones: the member is damaged, or the system refused."""
         try:
             yield
         except _UNREADABLE as exc:
-            raise_if_resource(exc, self._what)
+            raise_if_resource(exc, self._cannot_read)
             raise ArchiveError(f"member {name!r} is damaged: {exc}") from exc
 
     def _member(self, name: str) -> zipfile.ZipInfo:
         if name not in self._members:
             raise ArchiveError(f"it has no member {name!r}")
         info = self._members[name]
+        # a compressed member could expand to any size, whatever the size of the file
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
             raise ArchiveError(f"member {name!r} is compressed")
         return info
 
 
 class MemberReader:
-    """A member of an archive, open for reading; see ``Archive.open``."""
+    """Reads a member of an archive. Get it from ``Archive.open``."""
 
     def __init__(
         self, stream: IO[bytes], reading: Callable[[], AbstractContextManager[None]]
     ) -> None:
-        """Made by ``Archive.open``."""
+        """Wrap a stream. ``Archive.open`` calls this.
+
+        Args:
+            stream: Content of the member.
+            reading: Returns a context manager that turns exceptions into typed ones.
+        """
         self._stream, self._reading = stream, reading
 
     def read(self, count: int = -1) -> bytes:
-        """The next bytes; all that are left without a count.
+        """The next bytes.
+
+        Args:
+            count: Number of bytes. -1 returns all that are left.
 
         Raises:
             ArchiveError: The member is damaged, or has fewer bytes.
@@ -167,7 +194,7 @@ class MemberReader:
         return content
 
     def fill(self, buffer: memoryview) -> None:
-        """Write the next bytes into a buffer, as many as it holds.
+        """Fill a buffer with the next bytes.
 
         Raises:
             ArchiveError: The member is damaged, or has fewer bytes.
@@ -178,26 +205,26 @@ class MemberReader:
             buffer = buffer[len(content) :]
 
     def copy(self, to: IO[bytes]) -> None:
-        """Write all that is left to a file.
+        """Write all bytes that are left to a file.
 
         Raises:
             ArchiveError: The member is damaged.
             OSError: The file cannot be written.
         """
-        while content := self._some():
+        while content := self._chunk():
             to.write(content)
 
-    def _some(self) -> bytes:
+    def _chunk(self) -> bytes:
         with self._reading():
             return self._stream.read(_CHUNK)
 
 
 class Streamed(NamedTuple):
-    """The content of a member that is made while it is written.
+    """The content of a member that is produced while it is written.
 
     Attributes:
-        size: Bytes of all chunks together.
-        chunks: The content, in order. It can be taken once.
+        size: Size of all chunks together, in bytes.
+        chunks: The content, in order. It is iterated once.
     """
 
     size: int
@@ -205,13 +232,20 @@ class Streamed(NamedTuple):
 
 
 def write_archive(file: IO[bytes], members: Mapping[str, bytes | Path | Streamed]) -> None:
-    """Write an archive: members as bytes, as files to copy in, or made on the way."""
+    """Write an archive.
+
+    Args:
+        file: A file that is open for writing.
+        members: Content by name: bytes, the path of a file to copy, or chunks.
+    """
     archive = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True)
     try:
         for name, content in members.items():
             _write_member(archive, zipfile.ZipInfo(name, _FIXED_DATE), content)
     except BaseException:
-        archive.fp = None  # else it is completed when it is closed; what fails then would hide this
+        # without a file, closing does nothing; it would write the directory of the broken archive,
+        # and an error of that would hide this one
+        archive.fp = None
         raise
     archive.close()
 
@@ -223,6 +257,7 @@ def _write_member(
         archive.writestr(info, content)
         return
     if isinstance(content, Streamed):
+        # zipfile needs the size to decide whether the header has 64-bit fields
         info.file_size = content.size
         with archive.open(info, "w") as target:
             for chunk in content.chunks:
@@ -235,15 +270,19 @@ def _write_member(
 
 @contextmanager
 def saying_why(path: Path) -> Iterator[None]:
-    """Turn the errors of writing a file into a typed one about the path that the user gave.
+    """Turn errors of writing a file into typed ones that name the path that the user passed.
+
+    Args:
+        path: The file, as the user passed it.
 
     Raises:
-        ResourceError: The system does not let it be written; says why, and what to do.
-        RefitError: There can be no file of this name.
+        ResourceError: The system does not let the file be written. The error gives the reason and
+            a hint.
+        RefitError: No file can have this path.
     """
     what = f"{str(path)!r} cannot be written"
     if not path.name or "\0" in str(path):
-        raise RefitError(f"{what}: it is no name of a file.")
+        raise RefitError(f"{what}: it is not a file name.")
     with resources(what):
         try:
             yield
@@ -251,28 +290,36 @@ def saying_why(path: Path) -> Iterator[None]:
             raise _unwritable(path, exc, what) from exc
 
 
-def _is_beside(path: Path, name: str | None) -> bool:
-    """Whether an error is of writing a file, and not of reading what goes into it."""
-    if name is None:
-        return True
-    folder, about = Path(os.path.realpath(path)).parent, Path(os.path.realpath(name))
-    parts = [one for one in (about, *about.parents) if one.parent == folder]
-    return about in {folder, folder / path.name} or any(one.suffix == ".part" for one in parts)
-
-
 def _unwritable(path: Path, exc: OSError, what: str) -> RefitError:
-    """The error for an exception of the system; names what it is about."""
+    """The typed error for an exception of the system."""
     if isinstance(exc, IsADirectoryError):
         return RefitError(f"{what}: it is a folder.", hint="Name a file.")
     is_missing = isinstance(exc, FileNotFoundError | NotADirectoryError)
-    if is_missing and not (folder := followed(path).parent).is_dir():
+    if is_missing and not (folder := resolve_links(path).parent).is_dir():
         message = f"{what}: there is no folder {str(folder)!r}."
         return RefitError(message, hint="Make it first.")
-    if _is_beside(path, exc.filename):
+    # other errors are about files that are read meanwhile, and their message names those
+    if _concerns_target(path, exc.filename):
         hint = "Write to another folder."
         if is_missing:
-            return RefitError(f"{what}: no file can be made in {str(path.parent)!r}.", hint=hint)
+            return RefitError(f"{what}: no file can be created in {str(path.parent)!r}.", hint=hint)
         if isinstance(exc, PermissionError):
             why = f"{exc.strerror}: its folder is not yours to write to"
             return ResourceError(f"{what}: {why}.", hint=hint)
     return refused(exc, what)
+
+
+def _concerns_target(path: Path, name: str | None) -> bool:
+    """Whether an error is about the file to write, its temporary file, or its folder.
+
+    Args:
+        path: The file to write.
+        name: Path in the error, if it has one.
+    """
+    if name is None:
+        return True
+    folder, subject = Path(os.path.realpath(path)).parent, Path(os.path.realpath(name))
+    # the subject may lie in a part folder, as the files of a new folder do
+    in_folder = [one for one in (subject, *subject.parents) if one.parent == folder]
+    is_temporary = any(one.suffix == ".part" for one in in_folder)  # see refitkit.files.temporary
+    return subject in {folder, folder / path.name} or is_temporary

@@ -1,7 +1,8 @@
-"""What shows that a file was written to, or is another one: ``stat(2)``, read with care.
+"""File states: detect from ``stat(2)`` that a file was written to or replaced.
 
-Anybody can set a modification time back (``utime``, ``cp -p``, ``rsync -t``, ``tar``). Nobody can
-set the *change time* (ctime): every write, and every change of the attributes, moves it forward.
+This module hides which fields of ``stat`` can be trusted. Any user can set a modification time
+back (``utime``, ``cp -p``, ``rsync -t``, ``tar``). Nobody can set the *change time* (ctime): every
+write, and every change of attributes, moves it forward.
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ if TYPE_CHECKING:
 
 
 Difference: TypeAlias = Literal["", "links", "another file", "size", "written", "attributes"]
-"""How two states differ; see ``FileState.difference``."""
+"""How two states differ. See ``FileState.difference``."""
 
-_CLOCK_REALTIME_COARSE = 5  # linux/time.h; the module ``time`` has no name for it
+_CLOCK_REALTIME_COARSE = 5  # linux/time.h; the module time has no name for it
 _TICK_LIMIT = 20_000_000  # ns; the kernel's tick is 1 to 10 ms
 _POLL = 0.0005  # s
 
 
 def stat_of(path: Path) -> os.stat_result | None:
-    """What lies at a path, with links followed; None where nothing does, or nothing can.
+    """The ``stat`` result of a path, with links followed. None if nothing is there or can be.
 
     Raises:
-        ResourceError: The system does not let it be looked at, so nobody knows.
+        ResourceError: The system does not let the path be read, so it may be there or not.
     """
     try:
         return path.stat()
-    except (OSError, ValueError) as exc:  # too long a name, or one that no file can have
+    except (OSError, ValueError) as exc:  # ValueError: a name with a null byte
         raise_if_resource(exc, f"{str(path)!r} cannot be read")
         return None
 
@@ -42,13 +43,14 @@ class FileState(NamedTuple):
     """Identity of a file and of its content, as far as the file system reports it.
 
     Attributes:
-        device: Where the inode is counted.
-        inode: Its number.
-        size: Bytes.
-        modified: Time of the last write, in nanoseconds since 1970. Anybody can set it.
-        changed: Time of the last write or change of attributes, likewise. Only the kernel sets it.
-        links: Names that the file has. A file that is removed, or that another one is renamed
-            over, has one less, and that moves ``changed``, too.
+        device: Number of the device that has the inode.
+        inode: Number of the inode.
+        size: Size of the file in bytes.
+        modified: Time of the last write, in nanoseconds since 1970. Any user can set it.
+        changed: Time of the last write or change of attributes, in nanoseconds since 1970. Only
+            the kernel sets it.
+        links: Number of names of the file. Removing the file, or renaming another one over it,
+            takes one away and moves ``changed``.
     """
 
     device: int
@@ -60,7 +62,7 @@ class FileState(NamedTuple):
 
     @classmethod
     def of(cls, found: os.stat_result) -> FileState:
-        """The state that ``stat`` reports."""
+        """The state in a ``stat`` result."""
         return cls(
             found.st_dev,
             found.st_ino,
@@ -72,15 +74,16 @@ class FileState(NamedTuple):
 
     @classmethod
     def settled(cls, look: Callable[[], os.stat_result]) -> FileState:
-        """A state that the next write is sure to move.
+        """A state that the next write is sure to change.
 
         Kernels before Linux 6.13, and many file systems since, stamp files with a clock that ticks
-        every 1 to 10 ms. A write within the tick of the stamp would leave the stamp as it is. So
-        this waits for the next tick where the file was changed in the present one.
+        every 1 to 10 ms. A write in the same tick as the stamp would not change the stamp. So if
+        the file was changed in the current tick, this waits for the next one.
 
         Args:
-            look: Asks for the state: ``os.stat`` or ``os.fstat`` of the file.
+            look: Returns the current state: ``os.stat`` or ``os.fstat`` of the file.
         """
+        # a limit, because a stamp from a remote clock may lie in the future
         limit = time.monotonic_ns() + _TICK_LIMIT
         found = cls.of(look())
         while found.changed >= _now() and time.monotonic_ns() < limit:
@@ -89,13 +92,17 @@ class FileState(NamedTuple):
         return found
 
     def difference(self, now: FileState) -> Difference:
-        """How a later state differs; empty where it is the same.
+        """How a later state differs from this one. Empty if it is the same.
+
+        Args:
+            now: The later state.
 
         Returns:
-            ``another file``: of this name. ``size``. ``written``: the modification time moved.
-            ``links``: names were added or removed, which alone may have moved the change time; only
-            the bytes say whether it was written to as well. ``attributes``: the change time moved
-            without any of these, as a write does whose modification time was set back.
+            ``another file``: another file has the name. ``size``: the size changed. ``written``:
+            the modification time changed. ``links``: names were added or removed. That alone moves
+            the change time, so only the content shows whether the file was also written to.
+            ``attributes``: only the change time moved. That happens if a writer sets the
+            modification time back.
         """
         if (now.device, now.inode) != (self.device, self.inode):
             return "another file"
@@ -108,13 +115,13 @@ class FileState(NamedTuple):
         return "attributes" if now.changed != self.changed else ""
 
     def __str__(self) -> str:
-        """As problems show it."""
+        """Size and times, for error messages."""
         written, changed = self.modified / 1e9, self.changed / 1e9
         return f"{self.size} bytes, written at {written:.6f}, changed at {changed:.6f}"
 
 
 def _now() -> int:
-    """The time that a write would be stamped with now, at the least, in nanoseconds since 1970."""
+    """Lower bound of the stamp that a write would get now, in nanoseconds since 1970."""
     try:
         return time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
     except (AttributeError, OSError):  # not on Linux

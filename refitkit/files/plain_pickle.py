@@ -1,9 +1,12 @@
-"""Reading pickles as data: what they name is written down, and never looked up or called.
+"""Read pickles as plain data. No global that a pickle names is imported or called.
 
-``pickle.Unpickler`` with a restricted ``find_class`` still calls what it finds, with arguments that
-the file chooses, and hashes whatever the file nests. This reader follows the opcodes itself: a
-global becomes a :class:`Global`, a call of it an :class:`Instance`, and keys are scalars. So the
-worst that a pickle can do is to be refused.
+``pickle.Unpickler`` with a restricted ``find_class`` still calls the classes that it finds, with
+arguments that the file chooses, and hashes all keys that the file nests. This reader interprets the
+opcodes itself. A global becomes a :class:`Global`, a call of it becomes an :class:`Instance`, and
+only scalars can be keys. So a hostile pickle is refused at worst.
+
+``read_pickle`` is the entry point. ``_Machine`` has a method for each kind of opcode, and the
+tables at the end map opcodes to them.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
 
+# these keep a small hostile pickle from taking much time or memory
 _OPCODE_LIMIT = 1 << 20
 _DEPTH_LIMIT = 64
 _NODE_LIMIT = 1 << 20
@@ -23,16 +27,16 @@ _MARK = object()
 
 
 class PickleRefusedError(Exception):
-    """The pickle is damaged or holds what it may not. Callers turn it into a typed error."""
+    """The pickle is damaged, or contains something forbidden. Callers raise a typed error."""
 
 
 @dataclass(frozen=True)
 class Global:
-    """Something that a pickle names.
+    """A class or function that a pickle names.
 
     Attributes:
         module: Name of the module.
-        name: Qualified name within it.
+        name: Qualified name in the module.
     """
 
     module: str
@@ -44,13 +48,13 @@ class Global:
 
 @dataclass(eq=False)
 class Instance:
-    """A call that a pickle asks for, and that nobody makes.
+    """A call that a pickle contains. It is never run.
 
     Attributes:
-        of: What would be called.
+        of: The global to call.
         args: Positional arguments.
         kwargs: Keyword arguments.
-        state: What the result would be told of its state; None where nothing was.
+        state: State that the pickle sets on the result. None if it sets none.
     """
 
     of: Global
@@ -60,15 +64,15 @@ class Instance:
 
 
 def read_pickle(data: bytes, admitted: Collection[tuple[str, str]]) -> Any:
-    """What a pickle of protocol 2 to 5 holds, as plain data, ``Global`` and ``Instance``.
+    """The content of a pickle of protocol 2 to 5, as plain data, ``Global`` and ``Instance``.
 
     Args:
         data: The whole pickle.
         admitted: Globals that it may name, as ``(module, qualified name)``.
 
     Raises:
-        PickleRefusedError: It is truncated or has data behind its end; it names another global; it
-            has an opcode, a nesting or a size that no such pickle has.
+        PickleRefusedError: The pickle is truncated or has data after its end, names another
+            global, contains a forbidden opcode, is nested too deeply, or is too large.
     """
     machine = _Machine(admitted)
     end = -1
@@ -81,8 +85,9 @@ def read_pickle(data: bytes, admitted: Collection[tuple[str, str]]) -> Any:
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         text = str(exc).partition("\n")[0][:200]
         raise PickleRefusedError(f"it is damaged: {type(exc).__name__}: {text}") from exc
+    # genops stops at the STOP opcode and ignores data after it
     if end != len(data) - 1:
-        raise PickleRefusedError("it has data behind its end")
+        raise PickleRefusedError("it has data after its end")
     if len(machine.stack) != 1:
         raise PickleRefusedError("it is damaged: it does not end with one value")
     _check_size(machine.stack[0])
@@ -90,13 +95,14 @@ def read_pickle(data: bytes, admitted: Collection[tuple[str, str]]) -> Any:
 
 
 def _check_size(value: Any) -> None:
-    """Refuse what is small in the file and vast when walked: shared and cyclic parts."""
-    seen = 0
+    """Refuse values that are small in the file, but vast when callers walk them."""
+    # counts shared parts each time, and so also finds cycles
+    count = 0
     pending = [(value, 0)]
     while pending:
         one, depth = pending.pop()
-        seen += 1
-        if depth > _DEPTH_LIMIT or seen > _NODE_LIMIT:
+        count += 1
+        if depth > _DEPTH_LIMIT or count > _NODE_LIMIT:
             raise PickleRefusedError("it is nested too deeply, or too large when unfolded")
         pending += [(part, depth + 1) for part in _parts(one)]
 
@@ -112,7 +118,7 @@ def _parts(value: Any) -> list[Any]:
 
 
 class _Machine:
-    """The part of the pickle machine that data needs."""
+    """The part of the pickle machine that plain data needs. See ``pickletools`` for the opcodes."""
 
     def __init__(self, admitted: Collection[tuple[str, str]]) -> None:
         self.stack: list[Any] = []
@@ -171,12 +177,13 @@ class _Machine:
         kwargs = self.pop() if keywords else {}
         args, of = self.pop(), self.pop()
         if not (isinstance(of, Global) and isinstance(args, tuple) and isinstance(kwargs, dict)):
-            raise PickleRefusedError("it calls what is no global")
+            raise PickleRefusedError("it calls a value that is not a global")
         self.stack.append(Instance(of, args, kwargs))
 
     def build(self) -> None:
         state = self.pop()
         instance = self.top(Instance)
+        # a memo can refer to one object twice, so a pickle could set its state twice
         if instance.state is not None:
             raise PickleRefusedError("it is damaged: one object with two states")
         instance.state = state
@@ -197,7 +204,8 @@ class _Machine:
 
 
 def _keys(values: list[Any]) -> list[Any]:
-    """Scalars, and nothing that takes long to hash."""
+    """The given keys or set members, if all are scalars."""
+    # a nested tuple can take exponential time to hash, because its parts may be shared
     for value in values:
         if value is not None and not isinstance(value, _KEY_TYPES):
             raise PickleRefusedError(f"it has a key or set member of type {type(value).__name__}")
@@ -212,6 +220,7 @@ _LITERALS = frozenset(
         *("SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
     }
 )
+# functions, because lists, dictionaries and sets are filled later
 _CONSTANTS: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,

@@ -1,8 +1,10 @@
-"""Files and folders that take the place of others once they are whole and on disk.
+"""Replace files and folders atomically, when the new content is complete and on disk.
 
-Until then they lie beside the others under another name (``temporary``), so a crash leaves the old
-one or the new one, never a mixture. Links are followed. What replaces another has the rights of it:
-its owner and group as far as this process may set them, its mode and access list, and never more.
+This module hides the order of writes, syncs and renames. New content is first written beside the
+old one under a temporary name (:mod:`refitkit.files.temporary`). So a crash leaves the old content
+or the new content, never a mixture. Links are followed. A new file gets the rights of the old one:
+its mode, its access list, and its owner and group as far as this process may set them. It never
+gets more rights.
 """
 
 from __future__ import annotations
@@ -22,106 +24,90 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-_NEW, _PRIVATE = 0o666, 0o600  # rights of a new file, less the umask; of one until it is whole
-_ALL = stat.S_IRWXU | stat.S_IRWXG | stat.S_IRWXO | stat.S_ISVTX
-_ACCESS = "system.posix_acl_access"  # acl(5)
-_HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE: linux/fcntl.h, linux/fs.h
+_NEW_FILE_MODE = 0o666  # the umask applies
+_PRIVATE_MODE = 0o600  # until the rights of the old file are copied
+_MODE_BITS = stat.S_IRWXU | stat.S_IRWXG | stat.S_IRWXO | stat.S_ISVTX
+_ACCESS_LIST = "system.posix_acl_access"  # acl(5)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that replaces ``path``.
+    """A file to write, which replaces ``path`` at the end of the block.
+
+    If the block raises, the old file stays as it was.
+
+    Args:
+        path: The file to replace, or to create. Its folder must exist.
 
     Raises:
-        OSError: It cannot be written; ``saying_why`` makes a typed error of it.
-        RefitError: There is something that is no file, such as a device.
+        OSError: The file cannot be written. ``saying_why`` turns it into a typed error.
+        RefitError: ``path`` is not a regular file, but a device, a pipe or a socket.
     """
-    path = followed(path)
-    before = _state_of(path)
+    path = resolve_links(path)
+    before = _stat_of_file(path)
+    mode = _NEW_FILE_MODE if before is None else _PRIVATE_MODE
     with (
-        _opened_to_sync(path.parent) as folder,
-        part_file(path.parent, _NEW if before is None else _PRIVATE) as (beside, file),
+        _open_to_sync(path.parent) as folder,
+        part_file(path.parent, mode) as (part, file),
     ):
         yield file
         file.flush()
         if before is not None:
-            _keep_rights(file.fileno(), path, before)
+            _copy_rights(file.fileno(), path, before)
+        # content first, then the name: after a crash the name never stands for half a file
         os.fsync(file.fileno())
-        beside.replace(path)
+        part.replace(path)
         _sync_folder(folder)
 
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that replaces ``path`` with all that is in it.
+    """A folder to fill, which replaces ``path`` and all files in it at the end of the block.
 
-    Two folders are exchanged in one step where the file system can do that. Elsewhere a crash can
-    come after the old one was set aside; it is put back when something is next made beside it.
+    If the file system supports it, the old and the new folder are exchanged in one step. If not,
+    a crash can leave the old folder set aside. The next part file or folder that is created beside
+    it moves it back.
+
+    Args:
+        path: The folder to replace, or to create. Its parent must exist.
 
     Raises:
-        OSError: It cannot be written; ``saying_why`` makes a typed error of it.
+        OSError: The folder cannot be written. ``saying_why`` turns it into a typed error.
     """
-    path = followed(path)
-    with _opened_to_sync(path.parent) as above, part_folder(path.parent) as aside:
-        new = aside / path.name
+    path = resolve_links(path)
+    with _open_to_sync(path.parent) as parent, part_folder(path.parent) as part:
+        new = part / path.name
         new.mkdir()
         yield new
-        with _opened_to_sync(new) as inside:
+        with _open_to_sync(new) as folder:
             for file in new.iterdir():
-                _settle(file, path / file.name)
-            _sync_folder(inside)
+                _copy_rights_and_sync(file, path / file.name)
+            _sync_folder(folder)
         if path.is_dir():
-            _settle(new, path)
-        _put(new, path, aside)
-        _sync_folder(above)
+            _copy_rights_and_sync(new, path)
+        _move_into_place(new, path, part)
+        _sync_folder(parent)
 
 
-def _settle(new: Path, old: Path) -> None:
-    """Give something the rights of what it replaces, if there is any, and have it on disk."""
-    handle = os.open(new, os.O_RDONLY)
-    try:
-        with suppress(FileNotFoundError):
-            _keep_rights(handle, old, old.stat())
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _put(new: Path, path: Path, aside: Path) -> None:
-    try:
-        new.rename(path)  # over an empty folder, too
-    except OSError as exc:
-        if exc.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
-            raise
-    else:
-        return
-    if _are_exchanged(new, path):
-        return
-    set_aside(path, aside)
-    new.rename(path)
-
-
-def _are_exchanged(one: Path, other: Path) -> bool:
-    """Exchange two names in one step; False where that cannot be done."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "renameat2"):  # glibc 2.28
-        return False
-    names = os.fsencode(one), os.fsencode(other)
-    return bool(libc.renameat2(_HERE, names[0], _HERE, names[1], _EXCHANGE) == 0)
-
-
-def followed(path: Path) -> Path:
-    """Where a path leads when all links are followed."""
+def resolve_links(path: Path) -> Path:
+    """The path that a path leads to when all links are followed."""
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
-def _state_of(path: Path) -> os.stat_result | None:
-    """The state of a file that is to be replaced, if there is one."""
+def _stat_of_file(path: Path) -> os.stat_result | None:
+    """The ``stat`` result of a file that will be replaced. None if there is none.
+
+    Raises:
+        IsADirectoryError: It is a folder. Without this check, the rename would raise it, after all
+            content was written.
+        RefitError: It is a device, a pipe or a socket.
+    """
     try:
         found = path.stat()
     except FileNotFoundError:
         return None
-    if stat.S_ISDIR(found.st_mode):  # raised before the work, and not when it is done
+    if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(found.st_mode):
         message = f"{str(path)!r} cannot be written: it is a device, a pipe or a socket."
@@ -129,15 +115,57 @@ def _state_of(path: Path) -> os.stat_result | None:
     return found
 
 
-def _keep_rights(handle: int, path: Path, before: os.stat_result) -> None:
-    """Give an open file, or folder, the rights that another one has, and no more.
+def _copy_rights_and_sync(new: Path, old: Path) -> None:
+    """Give a file or folder the rights of the one that it replaces, if any, and sync it."""
+    handle = os.open(new, os.O_RDONLY)
+    try:
+        with suppress(FileNotFoundError):
+            _copy_rights(handle, old, old.stat())
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _move_into_place(new: Path, path: Path, part: Path) -> None:
+    """Rename a folder over another one.
 
     Args:
-        handle: The new one.
-        path: The old one.
-        before: The state of the old one.
+        new: The new folder.
+        path: The old folder, if there is one.
+        part: The part folder, which may keep the old folder for a moment.
     """
-    mode = stat.S_IMODE(before.st_mode) & _ALL
+    try:
+        new.rename(path)  # works if there is none, or an empty one
+    except OSError as exc:
+        if exc.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+            raise
+    else:
+        return
+    if _try_exchange(new, path):
+        return
+    set_aside(path, part)
+    new.rename(path)
+
+
+def _try_exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step. False if the system or the file system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):  # before glibc 2.28
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    return bool(libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)
+
+
+def _copy_rights(handle: int, path: Path, before: os.stat_result) -> None:
+    """Give an open file or folder the rights of another one, and no more.
+
+    Args:
+        handle: Descriptor of the new file or folder.
+        path: The old file or folder.
+        before: The ``stat`` result of the old one.
+    """
+    mode = stat.S_IMODE(before.st_mode) & _MODE_BITS
+    # the access list is copied last, because fchmod changes its mask (acl(5))
     with suppress(OSError):
         os.fchown(handle, before.st_uid, -1)
     try:
@@ -145,29 +173,32 @@ def _keep_rights(handle: int, path: Path, before: os.stat_result) -> None:
             os.fchown(handle, -1, before.st_gid)
         os.fchmod(handle, mode)
         _copy_access_list(path, handle)
-    except OSError:  # then the bits of the group would be those of others than before
+    except OSError:
+        # the file has another group now, which must not get the rights of the old group
         others = (mode & stat.S_IRWXO) << 3
         os.fchmod(handle, mode & ~stat.S_IRWXG | mode & others)
 
 
 def _copy_access_list(path: Path, handle: int) -> None:
     try:
-        found = os.getxattr(path, _ACCESS)
-    except OSError:  # there is none, or the file system knows none
+        access_list = os.getxattr(path, _ACCESS_LIST)
+    except OSError:  # the file has none, or the file system supports none
         return
-    os.setxattr(handle, _ACCESS, found)
+    os.setxattr(handle, _ACCESS_LIST, access_list)
 
 
 @contextmanager
-def _opened_to_sync(folder: Path) -> Iterator[int | None]:
-    """A folder, open for ``_sync_folder``: whether it can be is known before anything is written.
+def _open_to_sync(folder: Path) -> Iterator[int | None]:
+    """Descriptor of a folder, for ``_sync_folder``. None if the folder cannot be opened.
+
+    It is opened before the work, so that a missing folder is reported before anything is written.
 
     Raises:
-        OSError: There is no such folder.
+        OSError: The folder does not exist.
     """
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except PermissionError:  # files can be made in it, and their names cannot be listed
+    except PermissionError:  # a folder that may be written to, but not listed
         yield None
         return
     try:
@@ -177,7 +208,7 @@ def _opened_to_sync(folder: Path) -> Iterator[int | None]:
 
 
 def _sync_folder(handle: int | None) -> None:
-    """Have the names in a folder on disk; without a handle, all that was written anywhere."""
+    """Sync the names in a folder. Without a handle, sync all file systems."""
     if handle is None:
         os.sync()
         return
@@ -186,4 +217,4 @@ def _sync_folder(handle: int | None) -> None:
     except OSError as exc:
         if exc.errno not in {errno.EINVAL, errno.EOPNOTSUPP}:
             raise
-        os.sync()  # a file system that cannot sync a folder alone
+        os.sync()  # this file system cannot sync a single folder

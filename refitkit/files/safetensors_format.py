@@ -1,10 +1,10 @@
-"""The safetensors format, read and written piece by piece.
+"""Read and write the safetensors format, one tensor at a time.
 
-The format is that of https://github.com/huggingface/safetensors, "Format" in its README: the length
-of the header in 8 bytes, the header as JSON, and the tensors, one after another without gaps.
-safetensors itself maps files, and a page of a mapped file that is no longer there ends the process
-with SIGBUS (``mmap(2)``). So refitkit reads and writes the format itself: tensor by tensor, without
-a copy of the whole.
+This module hides the format. It is that of https://github.com/huggingface/safetensors, section
+"Format" of the README: the length of the header in 8 bytes, the header as JSON, and the tensors one
+after another, without gaps. The safetensors library maps files into memory. If a page of a mapped
+file is lost, the process ends with SIGBUS (``mmap(2)``). So refitkit reads and writes the format
+itself, tensor by tensor and without a copy of the whole.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 _LARGE = 1 << 20
-"""Bytes from which on memory is asked of the system itself."""
+"""Bytes from which on memory comes from the system, not from malloc."""
 _DTYPES = {
     "BOOL": ("bool", 8),
     "U8": ("uint8", 8),
@@ -54,26 +54,25 @@ _DTYPES = {
     "F64": ("float64", 64),
     "C64": ("complex64", 64),
 }
-"""torch's names, where it has them, and bits of the dtypes (``safetensors/src/tensor.rs``, 0.8)."""
+"""By dtype of the format: torch's name, empty if it has none, and bits of an element
+(``safetensors/src/tensor.rs``, 0.8)."""
 
-_NAMES = {dtype: name for name, (dtype, _) in _DTYPES.items() if dtype in ITEM_BYTES}
+_FORMAT_NAMES = {dtype: name for name, (dtype, _) in _DTYPES.items() if dtype in ITEM_BYTES}
 
-_LIMIT = 100_000_000
-"""Bytes of a header: the limit of the format."""
-
-_LENGTH = 8
-_ALIGNMENT = 8  # bytes: where the format wants the first tensor to begin
-_MOST = 2**63 - 1  # elements that torch can count
-_LONGEST = 2**62 - 1  # of a dimension, even of a tensor without elements
+_HEADER_LIMIT = 100_000_000  # bytes, set by the format
+_LENGTH_BYTES = 8
+_ALIGNMENT = 8  # bytes: the format requires the first tensor to begin at a multiple
+_MAX_ELEMENTS = 2**63 - 1  # that torch can count
+_MAX_DIMENSION = 2**62 - 1  # limits tensors without elements, too
 
 
-class Entry(NamedTuple):
+class TensorEntry(NamedTuple):
     """One tensor of a file.
 
     Attributes:
         info: Dtype and shape.
-        start: Where its bytes begin, counted from the beginning of the file.
-        nbytes: Their number.
+        start: Offset of the tensor's first byte in the file.
+        nbytes: Size of the tensor in bytes.
     """
 
     info: TensorInfo
@@ -84,37 +83,38 @@ class Entry(NamedTuple):
 # -- reading ------------------------------------------------------------------------------------
 
 
-def read_entries(size: int, read: Callable[[int, int], bytes]) -> dict[str, Entry]:
-    """All tensors that the header of a file names.
+def read_entries(size: int, read: Callable[[int, int], bytes]) -> dict[str, TensorEntry]:
+    """All tensors in a file, by name, from its header.
 
     Args:
-        size: Bytes of the file.
-        read: Reads a range: where it begins, and its length. It is called for ranges in the file.
+        size: Size of the file in bytes.
+        read: Returns a range of bytes, given its offset and length. Ranges are within the file.
 
     Raises:
-        ValueError: There is no header, or it does not describe the file.
+        ValueError: The file has no header, or the header does not describe the file.
         RecursionError: The header is nested too deeply.
     """
     text = _header_text(size, read)
-    begin = _LENGTH + len(text)
+    data_start = _LENGTH_BYTES + len(text)
     header, _ = _header(text.decode())
-    entries = {name: _entry(name, found, begin) for name, found in header.items()}
-    end = begin
+    entries = {name: _entry(name, value, data_start) for name, value in header.items()}
+    # tensors must follow one another: the format allows no gaps and no overlaps
+    end = data_start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if entry.start != end:
-            raise ValueError(f"{name!r} begins at {entry.start}, what is before it ends at {end}")
+            raise ValueError(f"{name!r} begins at {entry.start}, but the data before ends at {end}")
         end += entry.nbytes
     if end != size:
-        raise ValueError(f"tensors end at {end}, the file at {size}")
+        raise ValueError(f"the tensors end at {end}, but the file ends at {size}")
     return entries
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The texts that the header of a file holds beside its tensors.
+    """The metadata in the header of a file: texts by key.
 
     Raises:
-        OSError: It cannot be read.
-        ValueError: There is no header, or it is damaged.
+        OSError: The file cannot be read.
+        ValueError: The file has no header, or the header is damaged.
         RecursionError: The header is nested too deeply.
     """
     with path.open("rb") as file:
@@ -123,71 +123,80 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def _header_text(size: int, read: Callable[[int, int], bytes]) -> bytes:
-    if size < _LENGTH:
+    if size < _LENGTH_BYTES:
         raise ValueError("it is too short for a header")
-    length = int.from_bytes(read(0, _LENGTH), "little")
-    if length > _LIMIT or _LENGTH + length > size:
-        raise ValueError(f"a header of {length} bytes, in a file of {size}")
-    text = read(_LENGTH, length)
+    length = int.from_bytes(read(0, _LENGTH_BYTES), "little")
+    if length > _HEADER_LIMIT or _LENGTH_BYTES + length > size:
+        raise ValueError(f"a header of {length} bytes in a file of {size} bytes")
+    text = read(_LENGTH_BYTES, length)
     if len(text) != length or not text.startswith(b"{"):
-        raise ValueError("the header is no JSON object")
+        raise ValueError("the header is not a JSON object")
     return text
 
 
 def _header(text: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The entries of tensors, and the texts beside them."""
-    header: dict[str, Any] = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
-    told = header.pop("__metadata__", None)
-    told = {} if told is None else told
-    if not isinstance(told, dict) or not all(isinstance(text, str) for text in told.values()):
-        raise ValueError("its metadata is no map of texts")
+    """Tensor entries and metadata in the text of a header."""
+    header: dict[str, Any] = json.loads(
+        text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant
+    )
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    is_dict = isinstance(metadata, dict)
+    if not is_dict or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata is not a map of texts")
     for name in header:
-        name.encode()  # JSON can escape halves of characters, which nobody could print
-    return header, told
+        name.encode()  # raises for lone surrogates: JSON can escape them, but no one can print them
+    return header, metadata
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    items = dict(pairs)
+    if len(items) != len(pairs):
         raise ValueError("a name is given twice")
-    return found
+    return items
 
 
-def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is no JSON")
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")  # NaN and Infinity, which Python's parser accepts
 
 
-def _entry(name: str, found: Any, begin: int) -> Entry:
-    match found:
+def _entry(name: str, value: Any, data_start: int) -> TensorEntry:
+    match value:
         case {"dtype": str(text), "shape": list(shape), "data_offsets": [first, last]}:
             pass
         case _:
-            raise ValueError(f"{name!r} has no dtype, shape and place")
+            raise ValueError(f"{name!r} has no dtype, shape and offsets")
     if text not in _DTYPES:
-        raise ValueError(f"{name!r} is of the unknown dtype {text!r}")
+        raise ValueError(f"{name!r} has the unknown dtype {text!r}")
     sizes = (*shape, first, last)
-    odd = any(type(size) is not int or size < 0 for size in sizes)
-    odd = odd or any(size > _LONGEST for size in shape)
-    if odd or prod(size or 1 for size in shape) > _MOST:
-        raise ValueError(f"{name!r} has an odd shape or place")
+    # exact types: True and False are no sizes, although bool is a subclass of int
+    is_invalid = any(type(size) is not int or size < 0 for size in sizes)
+    is_invalid = is_invalid or any(size > _MAX_DIMENSION for size in shape)
+    # sizes of 0 count as 1: they must not hide others that torch cannot multiply
+    if is_invalid or prod(size or 1 for size in shape) > _MAX_ELEMENTS:
+        raise ValueError(f"{name!r} has an invalid shape or invalid offsets")
     dtype, width = _DTYPES[text]
     if prod(shape) * width != (last - first) * 8:
         raise ValueError(f"{name!r}: {last - first} bytes for {shape} of {text}")
     dtype = dtype or text
     if dtype.endswith("_x2") and shape and shape[-1] % 2 == 0:
-        shape = [*shape[:-1], shape[-1] // 2]  # torch counts pairs
+        shape = [*shape[:-1], shape[-1] // 2]  # an element of torch holds two of the format
     info = TensorInfo(dtype=dtype, shape=tuple(shape), unusable=unusable_dtype(dtype))
-    return Entry(info, begin + first, last - first)
+    return TensorEntry(info, data_start + first, last - first)
 
 
 class ArchivedTensors:
-    """The tensors of a ``.safetensors`` member of an archive, read one at a time."""
+    """Names and tensors of a ``.safetensors`` member of an archive, read one at a time."""
 
     def __init__(self, archive: Archive, member: str) -> None:
         """Read the header.
 
+        Args:
+            archive: An open archive. It must stay open while tensors are read.
+            member: Name of the member.
+
         Raises:
-            ArchiveError: There is no such member, or it is damaged.
+            ArchiveError: The archive has no such member, or it is damaged.
         """
         self._archive, self._member = archive, member
         try:
@@ -198,32 +207,34 @@ class ArchivedTensors:
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:
-        """Dtypes and shapes, by name."""
+        """Dtype and shape of each tensor, by name."""
         return {name: entry.info for name, entry in self._entries.items()}
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names and tensors in the order of the file, each in memory of its own.
+        """Names and tensors in the order of the file. Each tensor has its own memory.
 
-        The checksum of the member is compared when its last byte is read.
+        The checksum of the member is compared after its last byte is read.
 
         Raises:
-            ArchiveError: The member is damaged, or torch lacks a dtype.
+            ArchiveError: The member is damaged, or torch does not have a dtype.
         """
-        listed = sorted(self._entries.items(), key=lambda one: (one[1].start, one[1].nbytes))
+        entries = sorted(self._entries.items(), key=lambda one: (one[1].start, one[1].nbytes))
         with self._archive.open(self._member) as stream:
-            done = 0
-            for name, entry in listed:
+            position = 0
+            for name, entry in entries:
                 if entry.info.unusable:
                     raise ArchiveError(f"member {self._member!r}: {name!r}: {entry.info.unusable}")
-                stream.read(entry.start - done)  # the header: tensors have no gaps between them
+                stream.read(entry.start - position)  # the header, before the first tensor
                 raw = _memory(entry.nbytes)
                 stream.fill(raw.numpy().data)
-                done = entry.start + entry.nbytes
+                position = entry.start + entry.nbytes
                 yield name, raw.view(dtype_of(entry.info.dtype)).reshape(entry.info.shape)
 
 
 def _memory(nbytes: int) -> torch.Tensor:
-    """Bytes to read into. The system gets large ones back at once: malloc would keep them."""
+    """A flat uint8 tensor to read into."""
+    # large blocks come from mmap, which returns them to the system when they are freed; malloc
+    # would keep them
     if nbytes < _LARGE:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
@@ -233,36 +244,41 @@ def _memory(nbytes: int) -> torch.Tensor:
 
 
 def streamed(tensors: Mapping[str, torch.Tensor]) -> Streamed:
-    """The content of a ``.safetensors`` file with these tensors, as a member of an archive.
+    """The content of a ``.safetensors`` file with these tensors, to write into an archive.
 
-    Tensors are read when the archive is written, one at a time.
+    Tensors are copied to the CPU while the archive is written, one at a time.
+
+    Args:
+        tensors: Tensors by name, on any device and in any layout.
 
     Raises:
-        RefitError: The format has no name for a dtype.
+        RefitError: The format does not have a dtype. Lists all tensors of these dtypes.
     """
     problems = unwritable(tensors)
     if problems:
-        message = "The safetensors format has no such dtypes, so the weights cannot be saved."
+        message = "The safetensors format does not have these dtypes."
         raise RefitError(message, problems=problems)
-    # wide elements first, as safetensors does it: then every tensor is aligned
+    # wide elements first, as the safetensors library does: this aligns every tensor
     names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     header, start = {}, 0
     for name in names:
         tensor, end = tensors[name], start + _nbytes(tensors[name])
-        dtype = _NAMES[dtype_name(tensor.dtype)]
+        dtype = _FORMAT_NAMES[dtype_name(tensor.dtype)]
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
         start = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    return Streamed(_LENGTH + len(text) + start, _chunks(text, [tensors[name] for name in names]))
+    return Streamed(
+        _LENGTH_BYTES + len(text) + start, _chunks(text, [tensors[name] for name in names])
+    )
 
 
 def unwritable(tensors: Mapping[str, torch.Tensor]) -> list[Problem]:
-    """Tensors of dtypes that the format has no name for: ``complex32``, ``complex128``."""
+    """A problem for each tensor whose dtype the format lacks: ``complex32``, ``complex128``."""
     return [
         Problem(name, "dtype", dtype_name(tensor.dtype))
         for name, tensor in sorted(tensors.items())
-        if dtype_name(tensor.dtype) not in _NAMES
+        if dtype_name(tensor.dtype) not in _FORMAT_NAMES
     ]
 
 
@@ -271,7 +287,7 @@ def _nbytes(tensor: torch.Tensor) -> int:
 
 
 def _chunks(header: bytes, tensors: list[torch.Tensor]) -> Iterator[bytes | memoryview]:
-    yield len(header).to_bytes(_LENGTH, "little") + header
+    yield len(header).to_bytes(_LENGTH_BYTES, "little") + header
     for tensor in tensors:
         if tensor.numel():
             plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()

@@ -1,11 +1,15 @@
-"""Folders and files for a while, which are removed even if their process was killed.
+"""Temporary folders and files that are removed even if their process is killed.
 
-Each is locked (``flock(2)``) by the process that made it. The kernel takes the lock back when the
-last process that has it open is gone, whatever ended it. So a name of ours that nobody locks is
-litter, and whoever makes something in the same folder next removes it. Forks share the lock of
-their parent: what they may still use stays.
+This module hides how refitkit decides that a temporary folder or file is stale. The process that
+creates one locks it (``flock(2)``). The kernel releases the lock when the last process that has it
+open ends, for whatever reason. So a temporary name of refitkit that is not locked is stale, and the
+next process that creates one in the same folder removes it. Forks share the lock of their parent,
+so that nothing is removed that they may still use.
 
-Where a file system has no such locks nothing is found, and nothing is removed by mistake.
+On file systems without locks nothing counts as stale, so nothing is removed by mistake.
+
+``TemporaryFolder`` is for scratch data. ``part_folder`` and ``part_file`` are for content that is
+renamed into place (:mod:`refitkit.files.replacing`).
 """
 
 from __future__ import annotations
@@ -33,42 +37,43 @@ if TYPE_CHECKING:
 
 _SCRATCH = "refitkit-{}.tmp"
 _PART = ".refitkit-{}.part"
-_KEY = "[0-9a-f]{16}"
+_KEY_PATTERN = "[0-9a-f]{16}"
 _ASIDE = ".aside"
-_OPEN = os.O_CLOEXEC | os.O_NOFOLLOW
+_OPEN_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF}
-"""``flock`` on file systems that have no locks, or (NFS) none on folders."""
+"""Errors of ``flock`` on file systems without locks, or (NFS) without locks of folders."""
 
 
 class TemporaryFolder:
-    """A folder that this user alone can read, removed with the object, or by ``with``.
+    """A folder that only this user can read.
 
-    A fork of the process can use it. It is there until neither has the object any more.
+    It is removed at the end of a ``with`` block, or when the object is freed. A fork of the process
+    can use it, too. It then exists until both processes have freed the object.
 
     Attributes:
         path: The folder.
     """
 
     def __init__(self) -> None:
-        """Make it, empty, in the folder for temporary files (``TMPDIR``).
+        """Create an empty folder in the folder for temporary files (``TMPDIR``).
 
         Raises:
-            ResourceError: It cannot be made.
+            ResourceError: The folder cannot be created.
         """
         try:
             parent = Path(tempfile.gettempdir())
-            _sweep(parent, _SCRATCH)
-            self.path, lock = _made_folder(parent, _SCRATCH)
+            _remove_stale(parent, _SCRATCH)
+            self.path, lock = _create_folder(parent, _SCRATCH)
             try:
-                self._remove_with(lock)
+                self._set_finalizer(lock)
             except BaseException:
                 _remove_empty(self.path)
                 os.close(lock)
                 raise
         except OSError as exc:
-            raise refused(exc, "No temporary folder can be made") from exc
+            raise refused(exc, "No temporary folder can be created") from exc
 
-    def _remove_with(self, lock: int) -> None:
+    def _set_finalizer(self, lock: int) -> None:
         state = os.fstat(lock)
         self._finalizer = weakref.finalize(self, _remove_own, self.path, lock, state, os.getpid())
 
@@ -86,32 +91,39 @@ class TemporaryFolder:
 
 @contextmanager
 def part_folder(parent: Path) -> Iterator[Path]:
-    """A folder to fill and rename, beside the one whose place it takes.
+    """A folder to fill and rename, beside the folder that it will replace.
 
-    It is removed at the end if it is still there under its name. A folder that was set aside in it
-    goes back first if nothing has taken its place.
+    If it still has its temporary name at the end of the block, it is removed. A folder that was set
+    aside in it is moved back first, if nothing has taken its place.
+
+    Args:
+        parent: Folder to create it in.
 
     Raises:
-        OSError: It cannot be made.
+        OSError: The folder cannot be created.
     """
-    _sweep(parent, _PART)
-    path, lock = _made_folder(parent, _PART)
+    _remove_stale(parent, _PART)
+    path, lock = _create_folder(parent, _PART)
     owner = os.getpid()
     try:
         yield path
     finally:
-        if os.getpid() == owner:  # not a fork, from whoever is called meanwhile
+        if os.getpid() == owner:  # a fork in the block also gets here, and must not remove it
             with suppress(OSError):
-                _put_back(path)
+                _restore_set_aside(path)
                 shutil.rmtree(path, ignore_errors=True)
         os.close(lock)
 
 
 def set_aside(path: Path, folder: Path) -> None:
-    """Move a folder into one of ``part_folder``.
+    """Move a folder into a part folder.
 
-    It is put back when that one is removed, by this process or as litter, if nothing has taken its
-    place.
+    When the part folder is removed, by this process or as stale, the folder is moved back if
+    nothing has taken its place.
+
+    Args:
+        path: The folder to move.
+        folder: A folder from ``part_folder`` in the same parent.
     """
     (folder / _ASIDE).mkdir()
     path.rename(folder / _ASIDE / path.name)
@@ -119,20 +131,23 @@ def set_aside(path: Path, folder: Path) -> None:
 
 @contextmanager
 def part_file(parent: Path, mode: int) -> Iterator[tuple[Path, IO[bytes]]]:
-    """A file to write and rename, beside the one whose place it takes.
+    """A file to write and rename, beside the file that it will replace.
 
-    It is removed at the end if it is still there under its name.
+    If it still has its temporary name at the end of the block, it is removed.
 
     Args:
-        parent: Where it is made.
-        mode: Its rights; the umask of the process applies.
+        parent: Folder to create it in.
+        mode: Mode of the file. The umask of the process applies.
+
+    Yields:
+        Path of the file, and the file, open for writing.
 
     Raises:
-        OSError: It cannot be made.
+        OSError: The file cannot be created.
     """
-    _sweep(parent, _PART)
+    _remove_stale(parent, _PART)
     owner = os.getpid()
-    path, file = _made_file(parent, mode)
+    path, file = _create_file(parent, mode)
     with file:
         try:
             yield path, file
@@ -142,41 +157,47 @@ def part_file(parent: Path, mode: int) -> Iterator[tuple[Path, IO[bytes]]]:
                     path.unlink()
 
 
-# -- making -------------------------------------------------------------------------------------
+# -- creating -----------------------------------------------------------------------------------
 
 
-def _made_folder(parent: Path, form: str) -> tuple[Path, int]:
-    """A new folder, and the descriptor that holds its lock."""
+def _create_folder(parent: Path, form: str) -> tuple[Path, int]:
+    """A new folder, and the descriptor that holds its lock.
+
+    Args:
+        parent: Folder to create it in.
+        form: Form of its name: ``_SCRATCH`` or ``_PART``.
+    """
     while True:
         path = _new_name(parent, form)
         path.mkdir(0o700)
         try:
             with suppress(FileNotFoundError):
-                lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | _OPEN)
-                if _is_locked(lock, path):
+                lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | _OPEN_FLAGS)
+                if _lock_created(lock, path):
                     return path, lock
         except BaseException:
             _remove_empty(path)
             raise
+        # another process removed it as stale before it was locked: try again with another name
         _remove_empty(path)
 
 
-def _made_file(parent: Path, mode: int) -> tuple[Path, IO[bytes]]:
-    """A new file, open for writing; it holds its lock."""
+def _create_file(parent: Path, mode: int) -> tuple[Path, IO[bytes]]:
+    """A new file, open for writing. The open file holds its lock."""
     while True:
         path = _new_name(parent, _PART)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN, mode)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS, mode)
         try:
-            if _is_locked(handle, path):
-                return path, _file_on(handle)
+            if _lock_created(handle, path):
+                return path, _writer_on(handle)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
         path.unlink(missing_ok=True)
 
 
-def _file_on(handle: int) -> IO[bytes]:
-    """A file on an open descriptor, which is closed with it, or if it cannot be made."""
+def _writer_on(handle: int) -> IO[bytes]:
+    """A buffered writer that owns a descriptor. If it cannot be created, closes the descriptor."""
     try:
         raw = io.FileIO(handle, "wb")
     except BaseException:
@@ -189,14 +210,18 @@ def _new_name(parent: Path, form: str) -> Path:
     return parent / form.format(secrets.token_hex(8))
 
 
-def _is_locked(handle: int, path: Path) -> bool:
-    """Lock what was just made; False if somebody took it for litter before, and it is closed.
+def _lock_created(handle: int, path: Path) -> bool:
+    """Lock a folder or file that was just created.
+
+    Returns:
+        False if another process took it for stale before. The descriptor is then closed.
 
     Raises:
-        OSError: It cannot be locked although its file system has locks; it is closed.
+        OSError: It cannot be locked, although the file system has locks. The descriptor is closed.
     """
     try:
-        if _lock(handle) and os.path.samestat(os.fstat(handle), path.lstat()):
+        # the other process may have unlinked it, and the name may be another file's by now
+        if _try_lock(handle) and os.path.samestat(os.fstat(handle), path.lstat()):
             return True
     except FileNotFoundError:
         pass
@@ -207,8 +232,9 @@ def _is_locked(handle: int, path: Path) -> bool:
     return False
 
 
-def _lock(handle: int) -> bool:
-    """Lock it without waiting: a fork of the process that sweeps may hold it for long."""
+def _try_lock(handle: int) -> bool:
+    """Lock a descriptor without waiting. True also if the file system has no locks."""
+    # waiting could take long: a fork of a process that removes stale names may hold the lock
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -223,72 +249,91 @@ def _lock(handle: int) -> bool:
 
 
 def _remove_empty(path: Path) -> None:
-    """Remove a folder that was just made, without a descriptor: there may be none left."""
+    """Remove a folder that was just created. Needs no descriptor, as there may be none left."""
     with suppress(OSError):
         path.rmdir()
 
 
 def _remove_own(path: Path, lock: int, state: os.stat_result, owner: int) -> None:
-    """Remove a folder, unless a fork of the process uses it, or the process that this is one of.
+    """Remove a temporary folder, unless a fork or the parent of this process still uses it.
 
-    Whoever of them lets go of it last removes it, or the next process that makes a folder.
+    The last of these processes removes it, or the next process that creates a temporary folder.
+
+    Args:
+        path: The folder.
+        lock: Descriptor that holds its lock.
+        state: The ``stat`` result of the folder when it was created.
+        owner: Id of the process that created it.
     """
     with suppress(OSError):
-        if os.path.samestat(os.fstat(lock), state):  # a daemon may have closed all that was open
+        # a daemon closes all descriptors, so the number may stand for another file by now
+        if os.path.samestat(os.fstat(lock), state):
             os.close(lock)
     try:
-        _remove_litter(str(path))
-    except BlockingIOError:
+        _remove_if_unlocked(str(path))
+    except BlockingIOError:  # another process still uses it
         return
-    except OSError:  # there are no locks here, or no descriptors left
+    except OSError:  # the file system has no locks, or there are no descriptors left
         pass
     if os.getpid() == owner:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _sweep(parent: Path, form: str) -> None:
-    """Remove what nobody holds any more, as far as this process may."""
-    pattern = re.compile(re.escape(form).replace(r"\{\}", _KEY))
+def _remove_stale(parent: Path, form: str) -> None:
+    """Remove stale folders and files, as far as this process may.
+
+    Args:
+        parent: Folder that contains them.
+        form: Form of their names: ``_SCRATCH`` or ``_PART``.
+    """
+    pattern = re.compile(re.escape(form).replace(r"\{\}", _KEY_PATTERN))
     try:
         with os.scandir(parent) as entries:
-            found = [entry.path for entry in entries if pattern.fullmatch(entry.name)]
-    except OSError:  # whoever makes something there is told why it cannot be
+            paths = [entry.path for entry in entries if pattern.fullmatch(entry.name)]
+    except OSError:  # creating the new folder or file will raise the reason
         return
-    for path in found:
+    for path in paths:
         with suppress(OSError):
-            _remove_litter(path)
+            _remove_if_unlocked(path)
 
 
-def _remove_litter(path: str) -> None:
-    handle = _opened(path)
+def _remove_if_unlocked(path: str) -> None:
+    """Remove a folder or file that no process has locked.
+
+    Raises:
+        BlockingIOError: A process has locked it.
+        OSError: It cannot be opened or locked.
+    """
+    handle = _open_to_lock(path)
     try:
         state = os.fstat(handle)
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if stat.S_ISREG(state.st_mode):
             Path(path).unlink()
         elif stat.S_ISDIR(state.st_mode) and state.st_uid == os.geteuid():
-            _put_back(Path(path))
+            _restore_set_aside(Path(path))
             shutil.rmtree(path, ignore_errors=True)
-        fcntl.flock(handle, fcntl.LOCK_UN)  # a fork may have this open, too
+        fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough if a fork has it open, too
     finally:
         os.close(handle)
 
 
-def _put_back(litter: Path) -> None:
-    """Move a folder that was set aside back to its place.
+def _restore_set_aside(part: Path) -> None:
+    """Move a folder that was set aside in a part folder back to its place.
 
     Raises:
-        OSError: It cannot be moved, so it has to stay where it is.
+        OSError: It cannot be moved. The caller must then keep the part folder.
     """
-    aside = litter / _ASIDE
+    aside = part / _ASIDE
     for old in aside.iterdir() if aside.is_dir() else ():
-        if not os.path.lexists(litter.parent / old.name):
-            old.rename(litter.parent / old.name)
+        if not os.path.lexists(part.parent / old.name):
+            old.rename(part.parent / old.name)
 
 
-def _opened(path: str) -> int:
-    """Open for writing, as NFS wants for locks; else, as folders are, for reading."""
-    kind = _OPEN | os.O_NONBLOCK  # a pipe of this name is not waited for
+def _open_to_lock(path: str) -> int:
+    """Descriptor of a folder or file, for locking it."""
+    flags = _OPEN_FLAGS | os.O_NONBLOCK  # does not wait if it is a pipe
+    # NFS locks only files that are open for writing; folders can be opened for reading only
     with suppress(IsADirectoryError, PermissionError):
-        return os.open(path, os.O_RDWR | kind)
-    return os.open(path, os.O_RDONLY | kind)
+        return os.open(path, os.O_RDWR | flags)
+    return os.open(path, os.O_RDONLY | flags)

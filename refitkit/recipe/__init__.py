@@ -1,6 +1,8 @@
-"""Recipes: how a slot's value follows from source tensors; kept, stored, replayed.
+"""Recipes: record how slot values follow from source tensors, store it in plans, and replay it.
 
-Knows torch, knows no engine.
+This package knows torch, and no engine. A recording (``Tape``, ``record``) becomes recipes
+(``Draft``, ``write``), which a plan (``RefitPlan``) stores and replays. Sources of tensors in
+memory are here, too, because replays read them.
 """
 
 from refitkit.files.archive import Archive, ArchiveError, write_archive

@@ -1,4 +1,15 @@
-"""The calls of a plan, made ready to be made many times."""
+"""The calls of a plan, decoded once so that they can be run in every refit.
+
+This module hides how a stored call becomes a call of torch: decoded arguments, copies for ops that
+write, the device that gives the recorded bits, and the memory layout that gives them. Read ``call``
+first: it is how recordings run an op. ``PreparedCall`` runs a stored call, and ``Calls`` prepares
+all calls of a plan.
+
+The last section finds batches: calls of one kind on many small tensors that run as one call. A
+network folds each of its BatchNorms with the same few ops. If their operands are concatenated, each
+op runs once. The results have the same bits, because the batched ops compute every element on its
+own, in the same way wherever it lies (``tests/unit/recipe/test_batches.py`` checks that).
+"""
 
 from __future__ import annotations
 
@@ -6,14 +17,14 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from refitkit.model import CallRef, PinnedRef, SourceRef
 from refitkit.recipe import ops
 from refitkit.recipe.ops import (
-    Followed,
+    LeafDependencies,
     aligned,
     decode_literal,
     is_reference,
@@ -23,209 +34,237 @@ from refitkit.recipe.ops import (
 from refitkit.recipe.origins import RESHAPES, is_view
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from refitkit.model import OpCall, PlanData, Value
 
 
 _CONTIGUOUS = torch.ops.aten.contiguous.default
 _FROM_STORAGE = ("aten.as_strided", "aten._reshape_alias")
+"""Starts of the names of ops whose offsets count from the start of the operand's storage."""
+
 Results: TypeAlias = tuple[torch.Tensor, ...]
-"""What a call gives."""
+"""The tensors that a call returns."""
 
 
 def call(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Results:
-    """Call an op without changing any operand.
+    """The results of an op. No operand is changed.
 
-    An op that writes does so to a copy, which is the result.
+    An op that writes to an argument runs on a copy, and the copy is the result.
 
     Args:
         op: An overload of an aten op.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
     """
-    writes = _writes(op)
-    if writes:
-        return _on_copies(op, args, kwargs, writes)
+    written_args = _written_args(op)
+    if written_args:
+        return _call_on_copies(op, args, kwargs, written_args)
     result = op(*args, **kwargs)
     return (result,) if isinstance(result, torch.Tensor) else tuple(result)
 
 
-def _writes(op: Any) -> int:
-    """How many of its first arguments an op writes to."""
+def _written_args(op: Any) -> int:
+    """How many leading arguments an op writes to."""
     return sum(bool(a.alias_info and a.alias_info.is_write) for a in op._schema.arguments)  # noqa: SLF001
 
 
-def _on_copies(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], writes: int) -> Results:
-    copies = [a.clone(memory_format=torch.contiguous_format) for a in args[:writes]]
-    op(*copies, *args[writes:], **kwargs)
+def _call_on_copies(
+    op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], written_args: int
+) -> Results:
+    copies = [a.clone(memory_format=torch.contiguous_format) for a in args[:written_args]]
+    op(*copies, *args[written_args:], **kwargs)
     return tuple(copies)
 
 
 @dataclass(frozen=True)
-class Ready:
-    """A call that can be made.
+class PreparedCall:
+    """A stored call that can be run with given operands.
 
     Attributes:
         op: The overload.
-        args: Arguments, decoded; what stands for operands is replaced.
-        kwargs: Keyword arguments, likewise.
-        operands: The tensors among them.
-        places: Where each operand goes: a position or a name, and for a list a position in it.
-        writes: How many of its first arguments it writes to.
-        results: How many tensors it gives.
-        alone: Whether it counts from the start of its first operand's storage, which therefore has
-            to be that operand alone.
-        whole: Which operands are all of their memory, so that they can be put where recordings have
-            them: contiguous and aligned. Others are views of what recipes have put there.
-        sensitive: Whether its bits depend on that, on threads and on settings.
-        anywhere: Whether it is exact on every device.
-        device: Kind of device that it was recorded on.
+        args: Decoded positional arguments. References to operands are placeholders.
+        kwargs: Decoded keyword arguments, likewise.
+        operands: References to the tensors among the arguments.
+        operand_positions: Where each operand goes: position or name of the argument, and the
+            position in it if the argument is a list.
+        written_args: How many leading arguments the op writes to.
+        result_count: How many tensors the op returns.
+        needs_own_storage: Whether offsets count from the start of the first operand's storage. The
+            operand must then be alone in its storage.
+        owns_storage: For each operand, whether it is not a view. Such an operand is copied to where
+            recordings have it: contiguous and aligned. A view lies in an operand of another call.
+        is_sensitive: Whether the bits of results depend on memory layout, threads or settings.
+        is_exact_anywhere: Whether every device gives the same bits.
+        device: Kind of device that the call was recorded on: ``cpu``, ``cuda``.
     """
 
     op: Any
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     operands: tuple[Value, ...]
-    places: tuple[tuple[int | str, int | None], ...]
-    writes: int
-    results: int
-    alone: bool
-    whole: tuple[bool, ...]
-    sensitive: bool
-    anywhere: bool
+    operand_positions: tuple[tuple[int | str, int | None], ...]
+    written_args: int
+    result_count: int
+    needs_own_storage: bool
+    owns_storage: tuple[bool, ...]
+    is_sensitive: bool
+    is_exact_anywhere: bool
     device: str
 
     @property
-    def is_simple(self) -> bool:
-        """Whether it gives one tensor, writes nothing, and has all operands as arguments."""
-        plain = all(isinstance(where, int) and inner is None for where, inner in self.places)
+    def has_fast_path(self) -> bool:
+        """Whether it returns one tensor, writes nothing, and takes all operands by position."""
+        is_positional = all(
+            isinstance(where, int) and inner is None for where, inner in self.operand_positions
+        )
         kinds = [str(one.type) for one in self.op._schema.returns]  # noqa: SLF001
-        direct = not (self.writes or self.alone or self.sensitive or self.is_ordering)
-        return plain and direct and kinds == ["Tensor"]
+        is_special = (
+            self.written_args or self.needs_own_storage or self.is_sensitive or self.is_contiguous
+        )
+        return is_positional and not is_special and kinds == ["Tensor"]
 
     @property
-    def is_ordering(self) -> bool:
-        """Whether it only puts elements one after another."""
+    def is_contiguous(self) -> bool:
+        """Whether the op is ``aten.contiguous``, which only puts elements one after another."""
         return self.op is _CONTIGUOUS
 
-    def made_on(self, device: torch.device) -> torch.device:
-        """Where it is made if its operands are here: elsewhere, if it is exact only there."""
+    def device_for(self, device: torch.device) -> torch.device:
+        """Device to run on if the operands are on ``device``.
+
+        Another device than theirs is returned if only that one gives the recorded bits.
+        """
         return device if self.is_exact_on(device.type) else torch.device(self.device)
 
     def is_exact_on(self, kind: str) -> bool:
-        """Whether it is exact on a kind of device."""
-        return self.anywhere or kind == self.device
+        """Whether a kind of device, such as ``cuda``, gives the recorded bits."""
+        return self.is_exact_anywhere or kind == self.device
 
     def __call__(self, operands: Sequence[torch.Tensor]) -> Results:
-        """Make it with these operands."""
-        if self.is_ordering:
-            return (aligned(operands[0]),)
-        if not self.sensitive:
-            return self._made(operands)
-        there = [aligned(t) if at else t for t, at in zip(operands, self.whole, strict=True)]
-        with same_settings():
-            return self._made(there)
+        """Run the op.
 
-    def _made(self, operands: Sequence[torch.Tensor]) -> Results:
+        Args:
+            operands: A tensor for each of ``self.operands``, all on one device.
+        """
+        if self.is_contiguous:
+            return (aligned(operands[0]),)
+        if not self.is_sensitive:
+            return self._run(operands)
+        # views are not copied: a copy would change their strides, which kernels depend on
+        placed = [
+            aligned(tensor) if is_owner else tensor
+            for tensor, is_owner in zip(operands, self.owns_storage, strict=True)
+        ]
+        with same_settings():
+            return self._run(placed)
+
+    def _run(self, operands: Sequence[torch.Tensor]) -> Results:
         args, kwargs = list(self.args), dict(self.kwargs)
-        for (where, inner), operand in zip(self.places, operands, strict=True):
-            given: Any = kwargs if isinstance(where, str) else args
+        for (where, inner), operand in zip(self.operand_positions, operands, strict=True):
+            arguments: Any = kwargs if isinstance(where, str) else args
             if inner is None:
-                given[where] = operand
-            else:
-                given[where] = [*given[where][:inner], operand, *given[where][inner + 1 :]]
-        if self.alone:
-            args[0] = _alone(args[0])
-        if self.writes:
-            return _on_copies(self.op, args, kwargs, self.writes)
+                arguments[where] = operand
+            else:  # a new list: the decoded one is shared by all runs
+                before, after = arguments[where][:inner], arguments[where][inner + 1 :]
+                arguments[where] = [*before, operand, *after]
+        if self.needs_own_storage:
+            args[0] = _alone_in_storage(args[0])
+        if self.written_args:
+            return _call_on_copies(self.op, args, kwargs, self.written_args)
         result = self.op(*args, **kwargs)
         return (result,) if isinstance(result, torch.Tensor) else tuple(result)
 
 
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that is all of its storage, in logical order."""
+def _alone_in_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor that fills its storage: the given one, or a copy."""
     if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
 class Calls:
-    """All calls of a plan, made ready once.
+    """All calls of a plan, prepared on first use.
 
     Attributes:
-        followed: Knows the leaves that values follow from.
+        dependencies: The leaves that each value depends on.
     """
 
     def __init__(self, data: PlanData) -> None:
-        """Decode them.
+        """Decode nothing yet.
 
-        Raises:
-            KeyError: An op is none that plans may hold.
-            ValueError: A literal cannot be read.
+        Args:
+            data: A plan that was vetted, or that this process recorded.
         """
         self._data = data
         self._leaves = {leaf.fqn: leaf for leaf in data.leaves}
-        self.followed = Followed(data.calls)
+        self.dependencies = LeafDependencies(data.calls)
 
     @cached_property
-    def ready(self) -> tuple[Ready, ...]:
-        """The calls."""
-        return tuple(map(self._ready, self._data.calls))
+    def prepared(self) -> tuple[PreparedCall, ...]:
+        """The calls, by number.
+
+        Raises:
+            KeyError: Plans may not hold the op of a call.
+            ValueError: A literal cannot be decoded.
+        """
+        return tuple(map(self._prepare, self._data.calls))
 
     @cached_property
     def steady(self) -> frozenset[int]:
-        """Calls whose result seldom changes: they follow from no floating-point weight.
+        """Numbers of the calls that depend on no floating-point weight, so seldom change.
 
-        Tables of indices and masks, and what is made of them, are the same in every checkpoint.
+        Tables of indices and masks, and what is computed from them, are equal in all checkpoints.
         """
-        found: set[int] = set()
-        for number, one in enumerate(self.ready):
-            if all(self._is_steady(value, found) for value in one.operands):
-                found.add(number)
-        return frozenset(found)
+        # calls come after the calls that they depend on, so one pass is enough
+        steady: set[int] = set()
+        for number, one in enumerate(self.prepared):
+            if all(self._is_steady(value, steady) for value in one.operands):
+                steady.add(number)
+        return frozenset(steady)
 
     @cached_property
     def frontier(self) -> frozenset[int]:
-        """Steady calls whose results go into a slot or into a call that is not steady."""
+        """Steady calls whose results a slot or a call that is not steady uses.
+
+        Their results are worth caching. Results of other steady calls are not needed again.
+        """
         used = [row.value for row in self._data.ledger]
-        for number, one in enumerate(self.ready):
+        for number, one in enumerate(self.prepared):
             if number not in self.steady:
                 used += one.operands
-        found = {value.call for value in used if isinstance(value, CallRef)}
-        return frozenset(found & self.steady)
+        numbers = {value.call for value in used if isinstance(value, CallRef)}
+        return frozenset(numbers & self.steady)
 
-    def _is_steady(self, value: Value, found: set[int]) -> bool:
+    def _is_steady(self, value: Value, steady: set[int]) -> bool:
         if isinstance(value, CallRef):
-            return value.call in found
+            return value.call in steady
         if isinstance(value, PinnedRef):
             return True
         leaf = self._leaves[value.fqn]
+        # the plan keeps leaves that no state_dict holds; integer leaves are tables of indices
         return not leaf.persistent or not _is_float(leaf.dtype)
 
-    def _ready(self, one: OpCall) -> Ready:
+    def _prepare(self, one: OpCall) -> PreparedCall:
         op = ops.overload(one.op)
         operands = operands_of(one)
-        anywhere = ops.is_exact_anywhere(one, [self._dtype(value) for value in operands])
-        return Ready(
+        dtypes = [self.dtype_and_shape(value)[0] for value in operands]
+        return PreparedCall(
             op=op,
             args=tuple(map(decode_literal, one.args)),
             kwargs={name: decode_literal(value) for name, value in one.kwargs.items()},
             operands=operands,
-            places=tuple(_places(one)),
-            writes=_writes(op),
-            results=len(one.results),
-            alone=one.op.startswith(_FROM_STORAGE),
-            whole=tuple(map(self._is_whole, operands)),
-            sensitive=ops.is_sensitive(
-                one.op, [self._dtype(value) for value in operands], one.kwargs.get("alpha", 1)
-            ),
-            anywhere=anywhere,
+            operand_positions=tuple(_operand_positions(one)),
+            written_args=_written_args(op),
+            result_count=len(one.results),
+            needs_own_storage=one.op.startswith(_FROM_STORAGE),
+            owns_storage=tuple(map(self._owns_storage, operands)),
+            is_sensitive=ops.is_sensitive(one.op, dtypes, one.kwargs.get("alpha", 1)),
+            is_exact_anywhere=ops.is_exact_anywhere(one, dtypes),
             device=one.device,
         )
 
-    def _is_whole(self, value: Value) -> bool:
-        """Whether a value is all of its memory: no view but for its shape."""
+    def _owns_storage(self, value: Value) -> bool:
+        """Whether a value fills its storage. A reshape of one does, other views do not."""
         while isinstance(value, CallRef):
             one = self._data.calls[value.call]
             op = ops.overload(one.op)
@@ -236,32 +275,29 @@ class Calls:
             (value,) = operands_of(one)
         return True
 
-    def _dtype(self, value: Value) -> str:
-        return self.facts(value)[0]
-
-    def facts(self, value: Value) -> tuple[str, tuple[int, ...]]:
-        """Dtype and shape of a value."""
+    def dtype_and_shape(self, value: Value) -> tuple[str, tuple[int, ...]]:
+        """Dtype, without the ``torch.``, and shape of a value."""
         if isinstance(value, CallRef):
             result = self._data.calls[value.call].results[value.output]
             return result.dtype, result.shape
-        found = (
+        tensor = (
             self._leaves[value.fqn]
             if isinstance(value, SourceRef)
             else self._data.pinned[value.name]
         )
-        return found.dtype, found.shape
+        return tensor.dtype, tensor.shape
 
     @cached_property
     def batches(self) -> Mapping[int, Batch]:
-        """Batches, by the calls in them."""
-        found = batched(self._data.calls, [one.operands for one in self.ready], self)
-        return {number: batch for batch in found for number in batch.members}
+        """The batch of each call that is in one, by number of the call."""
+        batches = _find_batches(self._data.calls, self)
+        return {number: batch for batch in batches for number in batch.members}
 
 
-def _places(one: OpCall) -> Iterator[tuple[int | str, int | None]]:
-    """Where they stand, in the same order."""
-    given: list[tuple[int | str, Any]] = [*enumerate(one.args), *one.kwargs.items()]
-    for where, argument in given:
+def _operand_positions(one: OpCall) -> Iterator[tuple[int | str, int | None]]:
+    """Positions of a call's operands among its arguments, in the order of ``operands_of``."""
+    arguments: list[tuple[int | str, Any]] = [*enumerate(one.args), *one.kwargs.items()]
+    for where, argument in arguments:
         if is_reference(argument):
             yield where, None
         elif isinstance(argument, tuple):
@@ -272,11 +308,7 @@ def _is_float(dtype: str) -> bool:
     return dtype.startswith(("float", "bfloat", "complex"))
 
 
-# MERGED batches: Calls of one kind on many small tensors, made as one.
-#
-# A network folds each of its BatchNorms with the same few ops. Their operands, laid end to end,
-# need each op once. The results are the same bits: the ops below compute every element on its
-# own, and in the same way wherever it lies (a test holds that).
+# -- batches ----------------------------------------------------------------------------------
 
 BATCHED = frozenset(
     {
@@ -288,124 +320,114 @@ BATCHED = frozenset(
         "aten.sub.Tensor",
     }
 )
+"""Ops whose calls can run as one. Each computes every element on its own."""
 _SQUARE_ROOT = "aten.sqrt.default"
 """Sensitive (:func:`refitkit.recipe.ops.is_sensitive`) in general, but not of contiguous floats."""
-_FEWEST = 4
-_LARGEST = 1 << 14
-"""Most elements of one operand: to lay large ones end to end costs more than calls do."""
-_MOST = 1 << 16
-"""Most elements of all results of a batch: they lie in memory at once, whatever reads them."""
+_MIN_MEMBERS = 4
+_MAX_OPERAND_ELEMENTS = 1 << 14
+"""Concatenating larger operands costs more than their calls do."""
+_MAX_RESULT_ELEMENTS = 1 << 16
+"""All results of a batch are in memory at once, whichever of them is read."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Calls that are made as one.
+    """Calls that run as one.
 
     Attributes:
-        members: Their numbers.
+        members: Numbers of the calls.
         operands: For each operand of the op, its value in every member.
-        aligned: For each operand, whether these are the results of one batch, in its order.
+        reuses_batch: For each operand, whether its values are all results of one batch, in order.
         sizes: Number of elements of each result.
         shapes: Shape of each result.
     """
 
     members: tuple[int, ...]
     operands: tuple[tuple[Value, ...], ...]
-    aligned: tuple[bool, ...]
+    reuses_batch: tuple[bool, ...]
     sizes: list[int]
     shapes: tuple[tuple[int, ...], ...]
 
 
-class Facts(Protocol):
-    """What has to be known of values."""
-
-    @property
-    def steady(self) -> Collection[int]:
-        """Calls that are made otherwise."""
-
-    def facts(self, value: Value) -> tuple[str, tuple[int, ...]]:
-        """Dtype and shape of a value."""
-
-
-def batched(
-    calls: Sequence[OpCall], operands: Sequence[Sequence[Value]], facts: Facts
-) -> list[Batch]:
-    """Batches among calls.
-
-    Args:
-        calls: All calls of a plan.
-        operands: The tensors among the arguments of each call.
-        facts: Knows values.
-    """
+def _find_batches(calls: Sequence[OpCall], prepared: Calls) -> list[Batch]:
+    """All batches among the calls of a plan. Steady calls are in none."""
     kinds: dict[int, Any] = {}
     levels: list[int] = []
     members: dict[Any, list[int]] = defaultdict(list)
     for number, one in enumerate(calls):
-        above = [levels[value.call] for value in operands[number] if isinstance(value, CallRef)]
-        levels.append(max(above, default=0))
-        if number in facts.steady or not _fits(one, operands[number], facts):
+        operands = prepared.prepared[number].operands
+        below = [levels[value.call] for value in operands if isinstance(value, CallRef)]
+        levels.append(max(below, default=0))
+        if number in prepared.steady or not _can_batch(one, operands, prepared):
             continue
-        levels[number] += 1  # none follows from another one of its own batch
+        # calls of one kind are on one level, so that none depends on another one of its batch
+        levels[number] += 1
         literals = [a for a in (*one.args, *one.kwargs.items()) if not is_reference(a)]
-        below = tuple(
-            kinds.get(value.call) if isinstance(value, CallRef) else None
-            for value in operands[number]
+        # calls whose operands come from one batch take its flat result without concatenating
+        operand_kinds = tuple(
+            kinds.get(value.call) if isinstance(value, CallRef) else None for value in operands
         )
-        dtypes = tuple(facts.facts(value)[0] for value in operands[number])
-        kind = one.op, one.device, repr(literals), dtypes, below, levels[number]
+        dtypes = tuple(prepared.dtype_and_shape(value)[0] for value in operands)
+        # everything that must be equal for calls to run as one
+        kind = one.op, one.device, repr(literals), dtypes, operand_kinds, levels[number]
         kinds[number] = kind
         members[kind].append(number)
-    parts = [part for numbers in members.values() for part in _parts(numbers, calls)]
-    found = {number: part for part in parts for number in part}
-    return [_batch(part, calls, operands, found) for part in parts]
+    parts = [part for numbers in members.values() for part in _split(numbers, calls)]
+    part_of = {number: part for part in parts for number in part}
+    return [_batch(part, calls, prepared, part_of) for part in parts]
 
 
-def _parts(numbers: Sequence[int], calls: Sequence[OpCall]) -> Iterator[list[int]]:
-    """Calls of one kind, as many at once as their results may take; too few are none."""
+def _can_batch(one: OpCall, operands: Sequence[Value], prepared: Calls) -> bool:
+    """Whether the op can be batched, and all operands are small and have the result's shape."""
+    if one.op not in BATCHED or len(one.results) != 1:
+        return False
+    dtypes = [prepared.dtype_and_shape(value)[0] for value in operands]
+    if one.op == _SQUARE_ROOT:
+        if any(dtype.startswith("complex") for dtype in dtypes):
+            return False
+    # a batch has other addresses and sizes than its members had in the recording
+    elif ops.is_sensitive(one.op, dtypes, one.kwargs.get("alpha", 1)):
+        return False
+    shape = one.results[0].shape
+    return 0 < prod(shape) <= _MAX_OPERAND_ELEMENTS and all(
+        prepared.dtype_and_shape(value)[1] == shape for value in operands
+    )
+
+
+def _split(numbers: Sequence[int], calls: Sequence[OpCall]) -> Iterator[list[int]]:
+    """Calls of one kind in parts that fit ``_MAX_RESULT_ELEMENTS``. Small parts are left out."""
     part, size = list[int](), 0
     for number in numbers:
-        more = prod(calls[number].results[0].shape)
-        if part and size + more > _MOST:
-            yield from [part] if len(part) >= _FEWEST else []
+        count = prod(calls[number].results[0].shape)
+        if part and size + count > _MAX_RESULT_ELEMENTS:
+            yield from [part] if len(part) >= _MIN_MEMBERS else []
             part, size = [], 0
         part.append(number)
-        size += more
-    yield from [part] if len(part) >= _FEWEST else []
+        size += count
+    yield from [part] if len(part) >= _MIN_MEMBERS else []
 
 
 def _batch(
     numbers: list[int],
     calls: Sequence[OpCall],
-    operands: Sequence[Sequence[Value]],
-    found: Mapping[int, list[int]],
+    prepared: Calls,
+    part_of: Mapping[int, list[int]],
 ) -> Batch:
-    columns = tuple(zip(*(operands[number] for number in numbers), strict=True))
+    operands = [prepared.prepared[number].operands for number in numbers]
+    # one column for each operand of the op, with one value for each member
+    columns = tuple(zip(*operands, strict=True))
     shapes = tuple(calls[number].results[0].shape for number in numbers)
     return Batch(
         members=tuple(numbers),
         operands=columns,
-        aligned=tuple(_is_aligned(column, found) for column in columns),
+        reuses_batch=tuple(_is_one_batch(column, part_of) for column in columns),
         sizes=[prod(shape) for shape in shapes],
         shapes=shapes,
     )
 
 
-def _is_aligned(column: Sequence[Value], found: Mapping[int, list[int]]) -> bool:
+def _is_one_batch(column: Sequence[Value], part_of: Mapping[int, list[int]]) -> bool:
     first = column[0]
     if not isinstance(first, CallRef):
         return False
-    return found.get(first.call) == [v.call for v in column if isinstance(v, CallRef)]
-
-
-def _fits(one: OpCall, operands: Sequence[Value], facts: Facts) -> bool:
-    """Whether every operand is a small tensor of the result's shape, and the op one of ours."""
-    if one.op not in BATCHED or len(one.results) != 1:
-        return False
-    dtypes = [facts.facts(value)[0] for value in operands]
-    if one.op == _SQUARE_ROOT:
-        if any(dtype.startswith("complex") for dtype in dtypes):
-            return False
-    elif ops.is_sensitive(one.op, dtypes, one.kwargs.get("alpha", 1)):
-        return False
-    shape = one.results[0].shape
-    return 0 < prod(shape) <= _LARGEST and all(facts.facts(v)[1] == shape for v in operands)
+    return part_of.get(first.call) == [v.call for v in column if isinstance(v, CallRef)]

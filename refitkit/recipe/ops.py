@@ -1,15 +1,22 @@
-"""Which aten ops a recipe may hold, and which of them are exact on every kind of device.
+"""The ops that recipes may hold, and everything a recipe must know about an op and its arguments.
 
-A plan is a file that may come from anywhere, so what it can run is a closed list. An overload is on
-it if its packet is named below and its schema says that it does nothing but compute tensors from
-tensors: no ``out=``, nothing random, no storages, streams, generators or named dimensions. Packets
-that end in ``_`` write to their first operand; in a recipe they do so to a copy of it.
+A plan file may come from anywhere, so recipes run ops from a closed list only. An overload is on
+the list if its packet is named below, and its schema shows that it only computes tensors from
+tensors: no ``out=``, no random numbers, no storages, streams, generators or named dimensions.
+Packets that end in ``_`` write to their first operand; in a recipe they write to a copy of it.
 
-Left out on purpose: factories without an operand and those that leave memory as it is (``empty``,
-``empty_like``, ``resize_``), because a recipe keeps such tensors instead; ops that change operands
-without saying so in their schema (``native_batch_norm``); ops whose time or memory follows from a
-value (``bincount``, ``combinations``, ``diff``, ``repeat_interleave`` by a tensor); quantized,
-sparse and nested tensors.
+The list leaves out on purpose:
+
+- factories without an operand, and ops that leave memory uninitialized (``empty``, ``empty_like``,
+  ``resize_``): recipes keep their results as pinned tensors instead;
+- ops that change operands although their schema does not declare it (``native_batch_norm``);
+- ops whose time or memory depends on a value (``bincount``, ``combinations``, ``diff``,
+  ``repeat_interleave`` by a tensor);
+- ops of quantized, sparse and nested tensors.
+
+Sections, in order: the list of ops; which ops give the same bits on all devices and in all layouts;
+operands of calls; literals of calls; and the settings under which ops give the same bits in every
+process.
 """
 
 from __future__ import annotations
@@ -18,7 +25,7 @@ import ctypes
 import functools
 import math
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -150,14 +157,14 @@ _PACKETS = _names(
 _REFUSED_TYPES = ("Dimname", "Generator", "Storage", "Stream", "QScheme")
 _REFUSED_NAMES = frozenset({"as_strided_", "detach_", "requires_grad_"})
 _REFUSED_TAGS = (torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output)
-_CACHED = 4096
+_CACHE_SIZE = 4096
 
 
 # -- the list ---------------------------------------------------------------------------------
 
 
 def is_allowed(name: str) -> bool:
-    """Whether a recipe may hold this overload, written as torch does: ``aten.mul.Tensor``."""
+    """Whether a recipe may hold this overload, spelled as torch does: ``aten.mul.Tensor``."""
     return _find(name) is not None
 
 
@@ -165,41 +172,43 @@ def overload(name: str) -> torch._ops.OpOverload:
     """The op of this name.
 
     Raises:
-        KeyError: A recipe may not hold it, or this torch has no such op.
+        KeyError: A recipe may not hold the op, or this version of torch does not have it.
     """
-    found = _find(name)
-    if found is None:
+    op = _find(name)
+    if op is None:
         raise KeyError(name)
-    return found
+    return op
 
 
 def writes_to_operand(op: torch._ops.OpOverload) -> bool:
-    """Whether it writes to its first operand; in a recipe, to a copy of that."""
+    """Whether an op writes to its first operand. In a recipe it writes to a copy."""
     return op._schema.is_mutable  # noqa: SLF001 - torch's own name for it
 
 
-@functools.lru_cache(_CACHED)
+@functools.lru_cache(_CACHE_SIZE)
 def _find(name: str) -> torch._ops.OpOverload | None:
     namespace, _, rest = name.partition(".")
     packet_name, _, overload_name = rest.partition(".")
-    listed = packet_name in _PACKETS or packet_name.removesuffix("_") in _PACKETS
-    if namespace != _NAMESPACE or not listed or packet_name in _REFUSED_NAMES:
+    is_listed = packet_name in _PACKETS or packet_name.removesuffix("_") in _PACKETS
+    if namespace != _NAMESPACE or not is_listed or packet_name in _REFUSED_NAMES:
         return None
     packet = getattr(torch.ops.aten, packet_name, None)
     if packet is None or overload_name not in packet.overloads():
         return None
     op: torch._ops.OpOverload = getattr(packet, overload_name)
+    # names that torch would spell differently are refused, so that each op has one name in plans
     return op if str(op) == name and _is_pure(op) else None
 
 
 def _is_pure(op: torch._ops.OpOverload) -> bool:
+    """Whether an op only computes tensors from tensors, by its schema."""
     schema = op._schema  # noqa: SLF001
     arguments = [(str(argument.real_type), argument) for argument in schema.arguments]
     if any(tag in op.tags for tag in _REFUSED_TAGS):
         return False
     if any(refused in kind for kind, _ in arguments for refused in _REFUSED_TYPES):
         return False
-    if "Device" in dict(arguments):  # one that has to be given
+    if "Device" in dict(arguments):  # a required device; an optional one is "Optional[Device]"
         return False
     if any(argument.is_out for _, argument in arguments):
         return False
@@ -209,8 +218,8 @@ def _is_pure(op: torch._ops.OpOverload) -> bool:
     if written not in ([], [schema.arguments[0].name]):
         return False
     results = {str(result.type) for result in schema.returns}
-    operands = any("Tensor" in kind for kind, _ in arguments)
-    return operands and bool(results) and results <= {"Tensor", "List[Tensor]"}
+    has_operand = any("Tensor" in kind for kind, _ in arguments)
+    return has_operand and bool(results) and results <= {"Tensor", "List[Tensor]"}
 
 
 # -- exactness --------------------------------------------------------------------------------
@@ -220,34 +229,34 @@ _CASTING = _names(_CASTS)
 _ROUNDED = _names(_CORRECTLY_ROUNDED)
 _COMPARING = _names(_COMPARISONS)
 _BITWISE = _names(_BITS)
-_OF_INTEGERS = _names(_LIMITS, "amax amin sum cumsum prod all any count_nonzero")
+_EXACT_ON_INTEGERS = _names(_LIMITS, "amax amin sum cumsum prod all any count_nonzero")
 _DIVISIONS = _names("div divide true_divide")
 _MAGNITUDES = _names("abs absolute")
-_WHOLE = ("bool", "int", "uint")
-_WIDE = ("float32", "float64")
-_HARDWARE_CASTS = ("float8", "complex32")
+_INTEGER_DTYPES = ("bool", "int", "uint")
+_WIDE_DTYPES = ("float32", "float64")
+_DTYPES_WITH_HARDWARE_CASTS = ("float8", "complex32")
 
 
 def is_exact_anywhere(call: OpCall, operands: Sequence[str] = ()) -> bool:
-    """Whether a call gives the same bits on a CPU and on a GPU, but for the bits of NaNs.
+    """Whether a call gives the same bits on a CPU and on a GPU. Bits of NaNs may differ.
 
-    True of movement, of casts, of correctly rounded arithmetic, of what is done with bits and with
-    whole numbers. Where it depends on the dtypes of operands and they are not given, the answer
-    is False. Among what is not the same:
+    Movement, casts, correctly rounded arithmetic, and operations on bits and integers do. If the
+    answer depends on the dtypes of operands and they are not given, it is False. Not exact are:
 
-    - a division by a number, which CUDA does as a product with its reciprocal;
-    - half-precision arithmetic with a number, which a CPU rounds to half precision first;
-    - square roots: MKL's, which torch uses on CPUs, are one ulp off for one value in 7 (an EPYC) or
-      in 160 (a Xeon), and CUDA's are correctly rounded;
-    - the greater of 0 and -0; casts of floats to integers where they do not fit;
-    - scatters, where an index occurs twice.
+    - a division by a number: CUDA multiplies by its reciprocal;
+    - half-precision arithmetic with a number: a CPU rounds the number to half precision first;
+    - square roots: those of MKL, which torch uses on CPUs, are one ulp off for one value in 7 (on
+      an EPYC) or in 160 (on a Xeon). Those of CUDA are correctly rounded;
+    - the greater of 0 and -0;
+    - casts of floats to integers that they do not fit;
+    - scatters in which an index occurs twice.
 
-    All tensors must be on one device: CUDA takes a tensor without dimensions that is on the CPU for
+    All tensors must be on one device: CUDA treats a tensor without dimensions that is on the CPU as
     a number.
 
     Args:
         call: The call.
-        operands: Dtypes of all its tensors, without the ``torch.``.
+        operands: Dtypes of all its tensor arguments, without the ``torch.``.
     """
     packet, _, kind = call.op.removeprefix(f"{_NAMESPACE}.").partition(".")
     name = packet if packet in _BITWISE else packet.removesuffix("_")
@@ -255,79 +264,79 @@ def is_exact_anywhere(call: OpCall, operands: Sequence[str] = ()) -> bool:
     if name in _MOVES or name in _BITWISE:
         return True
     if name in _CASTING:
-        return all(_exact_cast(result, operands) for result in results)
-    if name in _OF_INTEGERS:
-        return _all_whole(results) and bool(operands) and _all_whole(operands)
+        return all(_is_exact_cast(result, operands) for result in results)
+    if name in _EXACT_ON_INTEGERS:
+        return _are_integers(results) and bool(operands) and _are_integers(operands)
     if name in _COMPARING:
-        return bool(operands) and _same_anywhere(call, operands, operands)
+        return bool(operands) and _is_rounded_alike(call, operands, operands)
     divides = name in _DIVISIONS and (kind.endswith("_mode") or _numbers(call))
-    of_complex = name in _MAGNITUDES and not operands  # they may be
-    if name not in _ROUNDED or divides or of_complex:
+    may_be_complex = name in _MAGNITUDES and not operands
+    if name not in _ROUNDED or divides or may_be_complex:
         return False
-    return _same_anywhere(call, operands, [*operands, *results])
+    return _is_rounded_alike(call, operands, [*operands, *results])
 
 
 def is_sensitive(op: str, operands: Sequence[str], alpha: object = 1) -> bool:
-    """Whether bits of what an op gives may depend on how operands lie in memory, or on threads.
+    """Whether the bits of results may depend on memory layout, number of threads, or settings.
 
-    False of movement, casts, correctly rounded arithmetic, and what is done with bits and whole
-    numbers: each element is computed alike wherever it lies. Not so complex products, and sums with
-    a factor, which vectorized loops round once and others twice.
+    Movement, casts, correctly rounded arithmetic, and operations on bits and integers are not
+    sensitive: they compute each element in the same way wherever it lies. Complex products, and
+    sums with a factor, are sensitive: vectorized loops round them once, and scalar loops twice.
 
     Args:
-        op: The overload, written as torch does.
-        operands: Dtypes of all its tensors, without the ``torch.``.
-        alpha: The factor of the second operand of a sum.
+        op: The overload, spelled as torch does.
+        operands: Dtypes of all its tensor arguments, without the ``torch.``.
+        alpha: Factor of the second operand of a sum.
     """
     packet = op.removeprefix(f"{_NAMESPACE}.").partition(".")[0]
     name = packet if packet in _BITWISE else packet.removesuffix("_")
     if name in _MOVES or name in _BITWISE or name in _CASTING or name in _COMPARING:
         return False
-    if _all_whole(operands):
-        return name not in _ROUNDED and name not in _OF_INTEGERS
+    if _are_integers(operands):
+        return name not in _ROUNDED and name not in _EXACT_ON_INTEGERS
     is_complex = any(dtype.startswith("complex") for dtype in operands)
     return name not in _ROUNDED or is_complex or alpha != 1
 
 
-def _exact_cast(result: str, operands: Sequence[str]) -> bool:
-    if result.startswith(_WHOLE) and result != "bool":
-        return bool(operands) and _all_whole(operands)
-    return not result.startswith(_HARDWARE_CASTS) or set(operands) == {result}
+def _is_exact_cast(result: str, operands: Sequence[str]) -> bool:
+    if result.startswith(_INTEGER_DTYPES) and result != "bool":
+        return bool(operands) and _are_integers(operands)
+    return not result.startswith(_DTYPES_WITH_HARDWARE_CASTS) or set(operands) == {result}
 
 
-def _same_anywhere(call: OpCall, operands: Sequence[str], dtypes: Sequence[str]) -> bool:
-    """Whether arithmetic on these dtypes is rounded once, correctly, on all devices."""
-    if _all_whole(dtypes):
+def _is_rounded_alike(call: OpCall, operands: Sequence[str], dtypes: Sequence[str]) -> bool:
+    """Whether all devices round arithmetic on these dtypes once, and correctly."""
+    if _are_integers(dtypes):
         return not any(isinstance(number, float) for number in _numbers(call))
-    if call.kwargs.get("alpha", 1) != 1 or call.args[2:] not in ((), (1,)):  # (self, other, alpha)
+    # alpha as a keyword, or as the third argument: (self, other, alpha)
+    if call.kwargs.get("alpha", 1) != 1 or call.args[2:] not in ((), (1,)):
         return False
-    if all(d.startswith(_WIDE) or _all_whole([d]) for d in dtypes):
+    if all(d.startswith(_WIDE_DTYPES) or _are_integers([d]) for d in dtypes):
         return True
-    one_half = bool(operands) and set(dtypes) in ({"float16"}, {"bfloat16"})
-    return one_half and not _numbers(call)
+    is_one_half_dtype = bool(operands) and set(dtypes) in ({"float16"}, {"bfloat16"})
+    return is_one_half_dtype and not _numbers(call)
 
 
-def _all_whole(dtypes: Sequence[str]) -> bool:
-    return all(dtype.startswith(_WHOLE) for dtype in dtypes)
+def _are_integers(dtypes: Sequence[str]) -> bool:
+    return all(dtype.startswith(_INTEGER_DTYPES) for dtype in dtypes)
 
 
 def _numbers(call: OpCall) -> list[object]:
     return [a for a in call.args if isinstance(a, int | float | Number) and a is not True]
 
 
-# MERGED operands: What calls are made of: operands, calls below them, leaves that they follow
-# from.
+# -- operands ---------------------------------------------------------------------------------
 
 _REFERENCES = (SourceRef, PinnedRef, CallRef)
 
 
 def is_reference(argument: Any) -> TypeGuard[Value]:
-    """Whether an argument of a call stands for a tensor."""
+    """Whether an argument of a call refers to a tensor."""
     return isinstance(argument, _REFERENCES)
 
 
 def operands_of(one: OpCall) -> tuple[Value, ...]:
-    """The tensors among the arguments of a call."""
+    """References to the tensors among the arguments of a call."""
     flat: list[Any] = []
     for argument in (*one.args, *one.kwargs.values()):
         flat += argument if isinstance(argument, tuple) else (argument,)
@@ -335,54 +344,55 @@ def operands_of(one: OpCall) -> tuple[Value, ...]:
 
 
 def calls_below(values: Iterable[Value], operands: Callable[[int], Iterable[Value]]) -> set[int]:
-    """Numbers of the calls that values are made by.
+    """Numbers of all calls that values depend on.
 
     Args:
         values: The values.
-        operands: What a call is made of, by its number; nothing where the walk ends.
+        operands: Returns the operands of a call, by its number. Nothing ends the walk there.
     """
-    found: set[int] = set()
-    stack = list(values)
-    while stack:
-        value = stack.pop()
-        if isinstance(value, CallRef) and value.call not in found:
-            found.add(value.call)
-            stack += operands(value.call)
-    return found
+    numbers: set[int] = set()
+    pending = list(values)
+    while pending:
+        value = pending.pop()
+        if isinstance(value, CallRef) and value.call not in numbers:
+            numbers.add(value.call)
+            pending += operands(value.call)
+    return numbers
 
 
-class Followed:
-    """The leaves that values follow from."""
+class LeafDependencies:
+    """The leaves that each value of a list of calls depends on. Threads may share it."""
 
     def __init__(self, calls: Sequence[OpCall], ties: Iterable[Sequence[str]] = ()) -> None:
-        """Find out nothing yet; more calls may come.
+        """Compute nothing yet. The caller may append calls later.
 
         Args:
-            calls: Each after those whose results it takes.
-            ties: Classes of leaves that are one tensor: who follows from one follows from all.
+            calls: Calls, each after the calls whose results it takes.
+            ties: Classes of leaves that are one tensor. A value that depends on one of them
+                depends on all.
         """
         self._calls = calls
-        self._twins = {name: frozenset(tie) for tie in ties for name in tie}
-        self._found: dict[int, frozenset[str]] = {}
+        self._ties = {name: frozenset(tie) for tie in ties for name in tie}
+        self._of_call: dict[int, frozenset[str]] = {}
 
-    def by(self, value: Value) -> frozenset[str]:
-        """Their names; none of what the plan keeps."""
+    def of(self, value: Value) -> frozenset[str]:
+        """FQNs of the leaves that a value depends on. Pinned tensors depend on none."""
         if isinstance(value, SourceRef):
-            return self._twins.get(value.fqn, frozenset({value.fqn}))
+            return self._ties.get(value.fqn, frozenset({value.fqn}))
         if isinstance(value, PinnedRef):
             return frozenset()
-        return self.by_call(value.call)
+        return self.of_call(value.call)
 
-    def by_call(self, number: int) -> frozenset[str]:
-        """The same for what a call gives."""
-        for below in range(len(self._found), number + 1):  # chains can be long: no recursion
-            parts = map(self.by, operands_of(self._calls[below]))
-            self._found[below] = frozenset[str]().union(*parts)  # threads may both find it
-        return self._found[number]
+    def of_call(self, number: int) -> frozenset[str]:
+        """FQNs of the leaves that the results of a call depend on."""
+        # in order instead of by recursion, because chains of calls can exceed Python's limit
+        for earlier in range(len(self._of_call), number + 1):
+            parts = map(self.of, operands_of(self._calls[earlier]))
+            self._of_call[earlier] = frozenset[str]().union(*parts)  # threads write the same set
+        return self._of_call[number]
 
 
-# MERGED literals: How literals of calls are written in a plan: numbers, lists, dtypes, layouts,
-# memory formats.
+# -- literals ---------------------------------------------------------------------------------
 
 _LAYOUTS = {str(kind).removeprefix("torch."): kind for kind in (torch.strided,)}
 _FORMATS = {
@@ -396,17 +406,17 @@ _FORMATS = {
 }
 _DTYPES = {name: getattr(torch, name) for name in ITEM_BYTES if hasattr(torch, name)}
 _CONSTANTS: dict[str, Any] = {**_DTYPES, **_LAYOUTS, **_FORMATS}
-_NAME_OF = {id(constant): name for name, constant in _CONSTANTS.items()}
+_CONSTANT_NAMES = {id(constant): name for name, constant in _CONSTANTS.items()}
 
 
 def encode_literal(value: object) -> Argument:
-    """A literal of a call as the manifest has it.
+    """A literal argument of a call, as the manifest of a plan stores it.
 
-    References to tensors (:data:`refitkit.model.Value`) and what is encoded already stay as they
-    are.
+    Literals are numbers, texts, None, lists of them, dtypes, layouts and memory formats. References
+    to tensors (:data:`refitkit.model.Value`) and encoded literals are returned unchanged.
 
     Raises:
-        TypeError: There is no way to write it: a device, a symbolic number, a list in a list.
+        TypeError: The manifest cannot store the value: a device, a symbolic number, a nested list.
     """
     if isinstance(value, list | tuple):
         return tuple(_encode_atom(item) for item in value)
@@ -416,24 +426,27 @@ def encode_literal(value: object) -> Argument:
 def _encode_atom(value: object) -> Atom:
     if is_reference(value) or isinstance(value, TorchName | Number):
         return value
+    # exact types: a subclass, such as an enumeration, would come back as another type
     if value is None or type(value) in {bool, int, str}:
-        return value  # type: ignore[return-value]  # of one of these types, none of a subclass
+        return value  # type: ignore[return-value]
     if type(value) is float:
         return value if math.isfinite(value) else Number(text=repr(value))
     if type(value) is complex:
         return Number(text=repr(value))
     if isinstance(value, torch.dtype | torch.layout | torch.memory_format):
-        if id(value) in _NAME_OF:
-            return TorchName(name=_NAME_OF[id(value)])
+        if id(value) in _CONSTANT_NAMES:
+            return TorchName(name=_CONSTANT_NAMES[id(value)])
         raise TypeError(f"{value} does not occur in recipes")
     raise TypeError(f"a {type(value).__name__} does not occur in recipes")
 
 
 def decode_literal(argument: Argument) -> Any:
-    """A literal from the manifest; lists come as lists, references to tensors as they are.
+    """The value of a literal from the manifest. References to tensors are returned unchanged.
+
+    Lists are returned as lists.
 
     Raises:
-        ValueError: It names a constant that torch does not have, or is no number.
+        ValueError: The literal names a constant that torch does not have, or is not a number.
     """
     if isinstance(argument, tuple):
         return [decode_literal(item) for item in argument]
@@ -447,30 +460,28 @@ def decode_literal(argument: Argument) -> Any:
 
 
 def _number(text: str) -> float | complex:
-    """``inf``, ``-inf``, ``nan``, or what ``repr`` writes for a complex number."""
+    """Parse ``inf``, ``-inf``, ``nan``, or the ``repr`` of a complex number."""
     if text in {"inf", "-inf", "nan"}:
         return float(text)
     if not text.endswith(("j", "j)")):
-        raise ValueError(f"{text!r} is no number of a recipe")
+        raise ValueError(f"{text!r} is not a number of a recipe")
     return complex(text)
 
 
-# MERGED conditions: The conditions under which an op gives the same bits in every process.
+# -- conditions -------------------------------------------------------------------------------
 #
-# Results of products, reductions, linear algebra and vectorized functions also depend on matters
-# that are no operand. MKL chooses kernels by the address of a matrix. Vectorized loops compute
-# the last elements of a stretch another way, and every thread has a stretch of its own. oneDNN
-# computes float32 products in bfloat16 where the process allows it. So recordings and recipes
-# compute under the same conditions: one thread, full precision, and operands that start where
-# torch's allocator would put them (:func:`aligned`).
-#
-# What remains is the processor: other vector lengths and other versions of a library round
-# differently.
+# Bits of products, reductions, linear algebra and vectorized functions depend on more than their
+# operands. MKL chooses kernels by the address of a matrix. Vectorized loops compute the last
+# elements of a range in another way, and each thread has its own range. oneDNN computes float32
+# products in bfloat16 if the process allows it. So recordings and recipes run these ops under the
+# same conditions: one thread, full precision, and operands that start where torch's allocator puts
+# tensors (`aligned`). The processor remains: other vector lengths and other versions of a library
+# round differently.
 
 ALIGNMENT = 64
 """Bytes: torch's allocators put tensors at multiples of this (``c10/core/alignment.h``)."""
-_FULL = frozenset({"none", "ieee"})
-_PRECISIONS = (
+_FULL_PRECISION = frozenset({"none", "ieee"})
+_PRECISION_SETTINGS = (
     ("generic", "all"),
     ("mkldnn", "all"),
     ("mkldnn", "matmul"),
@@ -478,39 +489,40 @@ _PRECISIONS = (
     ("cuda", "all"),
     ("cuda", "matmul"),
 )
-"""Settings that let float32 products be computed in less, those that others inherit from first.
+"""Settings that allow lower precision in float32 products, as (backend, op).
 
-cuDNN's convolutions are not among them: TF32 is their default, and the reference's.
+Settings that others inherit from come first. cuDNN's convolutions are left out: TF32 is their
+default, and the reference model uses it, too.
 """
 _DENORMAL = 5e-324
 
 
-# -- memory -----------------------------------------------------------------------------------
-
-
 def is_aligned(tensor: torch.Tensor, offset: int = 0) -> bool:
-    """Whether a tensor lies where the allocator could have put it.
+    """Whether a tensor lies where torch's allocator could have put it.
 
     Args:
         tensor: Any tensor that has memory.
-        offset: Bytes from the start of what was allocated to its first element.
+        offset: Bytes from the start of the allocation to the tensor's first element.
     """
     return (tensor.data_ptr() - offset) % ALIGNMENT == 0
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor that starts where the allocator puts tensors; itself if it does."""
+    """A contiguous tensor that starts where torch's allocator puts tensors.
+
+    The given tensor is returned if it does, else a copy.
+    """
     if tensor.is_contiguous() and is_aligned(tensor):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def moved(tensor: torch.Tensor, offset: int) -> torch.Tensor:
-    """A copy with the same strides, a number of bytes behind a multiple of the alignment.
+    """A copy with the same strides that starts ``offset`` bytes after an aligned address.
 
     Args:
-        tensor: Of any layout.
-        offset: The number; a multiple of the size of an element.
+        tensor: A tensor of any layout.
+        offset: Number of bytes, a multiple of the size of an element.
     """
     size = tensor.element_size()
     extent = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
@@ -520,39 +532,36 @@ def moved(tensor: torch.Tensor, offset: int) -> torch.Tensor:
     return memory.as_strided(tensor.shape, tensor.stride(), first)
 
 
-# -- settings ---------------------------------------------------------------------------------
-
-
 def is_flushing() -> bool:
-    """Whether this thread takes denormal numbers for zeros (``torch.set_flush_denormal``)."""
+    """Whether this thread treats denormal numbers as zeros (``torch.set_flush_denormal``)."""
     return _DENORMAL * 1.0 == 0.0
 
 
 @contextmanager
 def same_settings() -> Iterator[None]:
-    """Compute in one thread, in full precision and with denormals, whatever the caller has set.
+    """Run in one thread, in full precision and with denormals, whatever the caller has set.
 
-    The number of threads is that of the calling thread only. Precisions and oneDNN's switch belong
-    to the process; they are touched only where they are not torch's defaults.
+    The number of threads is set for the calling thread only. Precisions and the switch of oneDNN
+    belong to the process. They are changed only if they are not torch's defaults.
     """
     undo: list[Callable[[], object]] = []
     try:
-        _one_thread(undo)
-        _full_precision(undo)
+        _set_one_thread(undo)
+        _set_full_precision(undo)
         if is_flushing():
             torch.set_flush_denormal(False)
             undo.append(lambda: torch.set_flush_denormal(True))
         yield
     finally:
-        for one in reversed(undo):
-            one()
+        for restore in reversed(undo):
+            restore()
 
 
-def _one_thread(undo: list[Callable[[], object]]) -> None:
-    before = torch.get_num_threads()  # sets up this thread's number if nothing did before
+def _set_one_thread(undo: list[Callable[[], object]]) -> None:
+    before = torch.get_num_threads()  # also initializes this thread's number, if nothing did yet
     if before == 1:
         return
-    openmp, mkl = _setters()
+    openmp, mkl = _thread_setters()
     if openmp is None:
         torch.set_num_threads(1)
         undo.append(lambda: torch.set_num_threads(before))
@@ -565,19 +574,20 @@ def _one_thread(undo: list[Callable[[], object]]) -> None:
 
 
 @cache
-def _setters() -> tuple[Callable[[int], Any] | None, Callable[[int], Any] | None]:
+def _thread_setters() -> tuple[Callable[[int], Any] | None, Callable[[int], Any] | None]:
     """OpenMP's and MKL's functions that set the number of threads of the calling thread.
 
-    ``torch.set_num_threads`` sets it for threads that start meanwhile, too, and those would keep
-    it. Where torch was built without either library, there is no such function.
+    None stands for a library that torch was built without. ``torch.set_num_threads`` is no
+    substitute: threads that start meanwhile inherit its number and keep it.
     """
     path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
-        library = ctypes.PyDLL(str(path))  # without giving the GIL up: the calls take nanoseconds
+        library = ctypes.PyDLL(str(path))  # PyDLL keeps the GIL: the calls take nanoseconds
         openmp = library.omp_set_num_threads
     except (OSError, AttributeError):
         return None, None
     openmp.restype = None
+    # the symbol may belong to another OpenMP library than the one that torch uses
     before = torch.get_num_threads()
     openmp(1)
     works = torch.get_num_threads() == 1
@@ -585,17 +595,13 @@ def _setters() -> tuple[Callable[[int], Any] | None, Callable[[int], Any] | None
     return (openmp, getattr(library, "MKL_Set_Num_Threads_Local", None)) if works else (None, None)
 
 
-def _full_precision(undo: list[Callable[[], object]]) -> None:
+def _set_full_precision(undo: list[Callable[[], object]]) -> None:
     get, put = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter  # noqa: SLF001
-    for backend, op in _PRECISIONS:
-        found = get(backend, op)
-        if found not in _FULL:
+    for backend, op in _PRECISION_SETTINGS:
+        before = get(backend, op)
+        if before not in _FULL_PRECISION:
             put(backend, op, "ieee")
-            undo.append(_setting(put, backend, op, found))
+            undo.append(partial(put, backend, op, before))
     if not torch._C._get_mkldnn_enabled():  # noqa: SLF001 - the property's own function
         torch._C._set_mkldnn_enabled(True)  # noqa: SLF001, FBT003
         undo.append(lambda: torch._C._set_mkldnn_enabled(False))  # noqa: SLF001, FBT003
-
-
-def _setting(put: Callable[..., object], *arguments: str) -> Callable[[], object]:
-    return lambda: put(*arguments)

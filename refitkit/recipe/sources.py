@@ -1,4 +1,14 @@
-"""Tensors by name as a weight source, and what makes a tensor unfit to be a weight."""
+"""Tensors in memory as weight sources, and checks and reads of source entries.
+
+This module hides which Python values can be weights, and how live modules name theirs. In order:
+
+- ``unusable_reason`` and ``describe_tensor``: what makes a value unusable as a weight;
+- ``TensorMap`` and ``ModuleWeights``: a mapping, and a live module, as a source;
+- ``pieces_of``, ``write_value`` and ``is_value``: large entries that are read in pieces. Reading a
+  whole tensor from a file takes new memory. Pieces reuse a buffer, and are still in the processor's
+  cache when they are compared or copied;
+- ``require_values`` and ``Overwriting``: parts that engines of all backends share.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +34,20 @@ if TYPE_CHECKING:
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-_EXTRA_STATE = "_extra_state"  # torch.nn.Module.get_extra_state: anything, under this name
+_EXTRA_STATE = "_extra_state"
+"""Last part of the name of ``torch.nn.Module.get_extra_state`` entries, which hold any object."""
+
+LARGE = 1 << 22
+"""Bytes from which on entries are read in pieces. For smaller ones it saves nothing."""
 
 
-def is_distributed(value: Any) -> bool:
-    """Whether a value is a ``DTensor``; whoever has one has imported its module."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(value, module.DTensor)
+# -- usable values ----------------------------------------------------------------------------
 
 
 def unusable_reason(value: Any) -> str:
-    """Why a value cannot be a weight as it is; empty if it can.
+    """Why a value cannot be a weight as it is. Empty if it can.
 
-    Usable are strided tensors with data: any shape, strides, offset and device; and DTensors.
+    Usable are DTensors, and strided tensors with data: of any shape, strides, offset and device.
     """
     if not isinstance(value, torch.Tensor):
         return f"a {type(value).__name__}, not a tensor"
@@ -51,20 +62,28 @@ def unusable_reason(value: Any) -> str:
         return f"layout {str(value.layout).removeprefix('torch.')}; pass value.to_dense()"
     if value.is_quantized:
         return "a quantized tensor; pass value.dequantize() or use a plugin that maps it"
-    unfit = unusable_dtype(dtype_name(value.dtype))
-    return why_not_real(value) or unfit or _lost_data(value)
+    dtype_reason = unusable_dtype(dtype_name(value.dtype))
+    return why_not_real(value) or dtype_reason or _no_data_reason(value)
 
 
-def _lost_data(value: torch.Tensor) -> str:
+def is_distributed(value: Any) -> bool:
+    """Whether a value is a ``DTensor``."""
+    # a process that has a DTensor has imported its module; importing it here would be slow
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def _no_data_reason(value: torch.Tensor) -> str:
     if value.is_meta:
         return "a meta tensor without data; load the checkpoint first"
+    # FSDP resizes the storage of unsharded parameters to 0, while their shape stays
     if value.untyped_storage().nbytes() < _extent(value):
         return "a tensor whose memory was freed; gather or unshard it first"
     return ""
 
 
 def _extent(value: torch.Tensor) -> int:
-    """Bytes that a tensor's memory must have for its last element to lie inside."""
+    """Bytes from the start of a tensor's storage to the end of its last element."""
     if not value.numel():
         return 0
     if value.is_contiguous():
@@ -73,47 +92,15 @@ def _extent(value: torch.Tensor) -> int:
     return int((value.storage_offset() + last + 1) * value.itemsize)
 
 
-def require_values(
-    slots: Collection[str], values: Iterable[SlotValue], *, partial: bool = False
-) -> None:
-    """Check that there is one value for each slot of an engine, before any is loaded.
+def describe_tensor(value: Any, *, persistent: bool = True) -> TensorInfo:
+    """Dtype and shape of a value that a source holds in memory, and why it is unusable, if it is.
 
     Args:
-        slots: Names of all slots.
-        values: What was given.
-        partial: Whether slots without a value keep theirs.
-
-    Raises:
-        WeightMismatchError: Lists all that are unknown, given twice, or missing.
+        value: Any value.
+        persistent: Whether a state_dict holds it.
     """
-    problems = odd_names(slots, values, partial=partial)
-    if problems:
-        message = "The values are not those of the engine's weights."
-        raise WeightMismatchError(message, problems=problems)
-
-
-def odd_names(
-    slots: Collection[str], values: Iterable[SlotValue], *, partial: bool = False
-) -> list[Problem]:
-    """Names that are unknown, given twice, or missing; see ``require_values``."""
-    names = [value.slot.name for value in values]
-    if len(names) == len(slots) and set(names) == set(slots):  # mostly each slot has its value
-        return []
-    given = Counter(names)
-    problems = [
-        Problem(name, "unexpected", hint="the engine has no such weight")
-        for name in sorted(given.keys() - set(slots))
-    ]
-    problems += [Problem(n, "given twice") for n, times in sorted(given.items()) if times > 1]
-    if not partial:
-        hint = "a full refit needs a value for every slot"
-        problems += [Problem(n, "missing", hint=hint) for n in sorted(set(slots) - given.keys())]
-    return problems
-
-
-def describe_tensor(value: Any, *, persistent: bool = True) -> TensorInfo:
-    """What a source says of a value that it holds in memory."""
     unusable = unusable_reason(value)
+    # nested and lazy tensors raise if they are asked for their shape
     if not isinstance(value, torch.Tensor) or value.is_nested or is_lazy(value):
         return TensorInfo(dtype="", shape=(), persistent=persistent, unusable=unusable)
     return TensorInfo(
@@ -125,27 +112,35 @@ def describe_tensor(value: Any, *, persistent: bool = True) -> TensorInfo:
 
 
 def require_reread(source: WeightSource) -> None:
-    """Hold all that a source gave against a second reading, where it comes from files.
+    """Compare all that a source of files returned with a second read of the files.
+
+    Sources that are not files are left alone.
 
     Raises:
-        SourceError: Files have other bytes now, or the source cannot read them again.
+        SourceError: The files have changed, or the source cannot read them again.
     """
     if isinstance(source, SupportsReread):
         source.reread()
     elif isinstance(source, MayChange):
         raise SourceError(
-            f"{source.description} cannot be held against a second reading.",
+            f"{source.description} cannot be read a second time for comparison.",
             hint="Leave reread=True out of the settings, or copy the weights to a file that "
             "refitkit reads itself: .safetensors or torch.save.",
         )
 
 
-class TensorMap:
-    """A mapping from FQN to tensor as a weight source; values are looked up when asked for.
+# -- sources ----------------------------------------------------------------------------------
 
-    A ``DTensor`` is put together when it is read. That is a collective: every process of its mesh
-    has to read the same ones in the same order, as processes do that refit the same module with the
-    same plan and settings. Describing one asks nobody.
+
+class TensorMap:
+    """A mapping from FQN to tensor as a weight source. It looks values up on each request.
+
+    ``get`` gathers a ``DTensor``, which is a collective: all processes of the mesh must get the
+    same tensors in the same order. They do if they refit the same module with the same plan and
+    settings. ``info`` of a ``DTensor`` is local.
+
+    Attributes:
+        description: Label of the source in reports and error messages.
     """
 
     def __init__(
@@ -155,11 +150,11 @@ class TensorMap:
         *,
         not_persistent: Collection[str] = (),
     ) -> None:
-        """Keep the mapping, no copies. Extra state of modules, which is no weight, is left out.
+        """Keep the mapping, without copies. Extra state of modules is left out.
 
         Args:
-            tensors: Values by FQN. What is not a usable tensor is told by ``info``.
-            description: What this is, for messages.
+            tensors: Values by FQN. ``info`` reports values that are not usable tensors.
+            description: Label of the source in reports and error messages.
             not_persistent: Names that a state_dict would not hold.
         """
         self.description = description
@@ -168,23 +163,23 @@ class TensorMap:
         self._not_persistent = frozenset(not_persistent)
 
     def names(self) -> Collection[str]:
-        """All names."""
+        """All names of the source."""
         return self._names.keys()
 
     def info(self, fqn: str) -> TensorInfo:
-        """Dtype and shape of one tensor."""
+        """Dtype and shape of an entry, and why it is unusable, if it is."""
         return describe_tensor(self._tensors[fqn], persistent=fqn not in self._not_persistent)
 
     def doubtful(
         self, names: Iterable[str], wanted: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     ) -> Iterator[str]:
-        """Names of tensors that may be unusable, or of another dtype or shape than is wanted.
+        """Names of entries that may be unusable, or may have another dtype or shape than wanted.
 
-        For those who read many tensors often: much cheaper than ``info``, which then tells.
+        This is much cheaper than ``info`` of all entries. Callers need ``info`` of these only.
 
         Args:
-            names: Names that there are.
-            wanted: Dtype and shape by name.
+            names: Names of the source.
+            wanted: Expected dtype and shape, by name.
         """
         for name in names:
             value, (dtype, shape) = self._tensors[name], wanted.get(name, (None, ()))
@@ -201,186 +196,122 @@ class TensorMap:
                 yield name
 
     def ties(self) -> Collection[tuple[str, ...]]:
-        """Names that share all of their memory; see ``refitkit.protocols.KnowsTies``."""
+        """Classes of names that share all of their memory. See ``refitkit.protocols.KnowsTies``."""
         classes: dict[tuple[Any, ...], list[str]] = defaultdict(list)
         for name in self._names:
             value = self._tensors[name]
+            # tensors without elements all have the address 0, and are not tied
             if type(value) in _PLAIN and not unusable_reason(value) and value.data_ptr():
                 place = value.device, value.data_ptr()
                 classes[(*place, value.dtype, value.shape, value.stride())].append(name)
         return [tuple(names) for names in classes.values() if len(names) > 1]
 
     def get(self, fqn: str) -> torch.Tensor:
-        """The tensor itself, without its gradient history; all of a distributed one."""
+        """The tensor of an entry, without its gradient history. A ``DTensor`` is gathered.
+
+        Raises:
+            SourceError: The entry is not a tensor.
+        """
         value = self._tensors[fqn]
+        # the usual entry; detach() of each would cost as much as its checks do
         if type(value) is torch.Tensor and not value.requires_grad:
-            return value  # mostly, and an alias of each would cost as much as a check of it
+            return value
         if not isinstance(value, torch.Tensor):
             raise SourceError(f"{self.description}: {fqn!r} is {unusable_reason(value)}.")
         if type(value) not in _PLAIN and is_distributed(value):
-            whole: torch.Tensor = value.detach().full_tensor()  # type: ignore[attr-defined]
-            return whole
+            full: torch.Tensor = value.detach().full_tensor()  # type: ignore[attr-defined]
+            return full
         return value.detach()
 
 
-# MERGED pieces: Large entries of sources looked at piece by piece, where the source can give them
-# so.
-#
-# A whole tensor that is read from a file is new memory. Its pieces are not, and they are still in
-# the cache of the processor when they are looked at.
-
-LARGE = 1 << 22
-"""Bytes from which on pieces are asked for: smaller tensors are no matter."""
-
-
-def pieces_of(source: WeightSource, fqn: str) -> Iterator[torch.Tensor] | None:
-    """An entry in pieces; None where the source gives it as a whole only."""
-    return source.pieces(fqn) if isinstance(source, GivesPieces) else None
-
-
-def write_value(into: torch.Tensor, value: SlotValue) -> bool:
-    """Write a value piece by piece, if it comes so and there is a place for it in one run.
-
-    Args:
-        into: A tensor of the slot's dtype and shape.
-        value: The value.
-
-    Returns:
-        Whether it was written.
-
-    Raises:
-        SourceError: The pieces are not what the slot takes, or cannot be read.
-    """
-    pieces = _pieces_for(into, value)
-    if pieces is None:
-        return False
-    for place, piece in _side_by_side(into, pieces, value.slot.name):
-        place.copy_(piece)
-    return True
-
-
-def is_value(found: torch.Tensor, value: SlotValue) -> bool:
-    """Whether a tensor is known to have the bits of a value that comes in pieces.
-
-    Raises:
-        SourceError: The pieces are not what the slot takes, or cannot be read.
-    """
-    pieces = _pieces_for(found, value)
-    return pieces is not None and all(
-        same_bits(place, piece) for place, piece in _side_by_side(found, pieces, value.slot.name)
-    )
-
-
-def _pieces_for(tensor: torch.Tensor, value: SlotValue) -> Iterator[torch.Tensor] | None:
-    if value.pieces is None or tensor.nbytes < LARGE or not tensor.is_contiguous():
-        return None
-    return value.pieces()
-
-
-def _side_by_side(
-    tensor: torch.Tensor, pieces: Iterable[torch.Tensor], name: str
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    flat, done = tensor.view(-1), 0
-    for piece in pieces:
-        end = done + piece.numel()
-        if piece.dtype != flat.dtype or end > flat.numel():
-            raise SourceError(f"{name!r} takes {flat.numel()} of {flat.dtype}, not what was read.")
-        yield flat[done:end], piece
-        done = end
-    if done != flat.numel():
-        raise SourceError(f"{name!r} takes {flat.numel()} elements, and {done} were read.")
-
-
-# MERGED module_weights: A live module as a weight source, by two sets of names where state_dict
-# hooks change them.
-
-
 class ModuleWeights(TensorMap):
-    """What a live module's state_dict holds, as it is when it is read; gradients do not matter.
+    """The state_dict of a live module as a source. Values are read when they are requested.
 
-    Buffers that no state_dict holds are no weights, so that a module and its state_dict give the
-    same result.
+    Buffers that no state_dict holds are left out, so that a module and its state_dict give the same
+    result.
 
-    A module's state_dict hooks may rename, drop, add or compute entries, while ``torch.export``
-    names weights by where they are in the module. Then the parameters and buffers themselves are
-    another set of names: see ``namings``.
+    A module's state_dict hooks may rename, drop, add or compute entries, but ``torch.export`` names
+    weights by their place in the module. If hooks do so, the module has two sets of names: those of
+    its parameters and buffers, and those of its state_dict. See ``namings``.
 
     Attributes:
-        left_out: Those buffers, by FQN; see ``refitkit.protocols.LeavesOut``.
+        left_out: The buffers that are left out, by FQN. See ``refitkit.protocols.LeavesOut``.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
-        """Keep the tensors, no copies.
+        """Keep the tensors, without copies.
+
+        Args:
+            module: Any module.
 
         Raises:
             SourceError: The module's own code fails to make a state_dict.
         """
-        what = f"a live {type(module).__name__}"
-        with raised_as(SourceError, f"The state_dict of {what} cannot be made"):
+        description = f"a live {type(module).__name__}"
+        with raised_as(SourceError, f"The state_dict of {description} cannot be made"):
             state = _state_of(module)
-        super().__init__(state, what)
+        super().__init__(state, description)
+        # a hook that drops a buffer from the state_dict leaves it out, too
         buffers = module.named_buffers(remove_duplicate=False)
         self.left_out = {name: value for name, value in buffers if name not in state}
-        own = dict(_own_tensors(module))
-        same = own.keys() == self.names() and all(value is state[n] for n, value in own.items())
-        self._own = {} if same else own  # nearly always no hook changed anything
+        own = dict(_parameters_and_buffers(module))
+        is_same = own.keys() == self.names() and all(v is state[n] for n, v in own.items())
+        # empty for nearly all modules: few have hooks that change the state_dict
+        self._own_if_different = {} if is_same else own
 
     def namings(self) -> Collection[WeightSource]:
-        """By FQN, then by the state_dict; see ``refitkit.protocols.HasNamings``."""
-        if not self._own:
+        """The source by FQN, then by state_dict. See ``refitkit.protocols.HasNamings``."""
+        if not self._own_if_different:
             return ()
         by_state = f"{self.description}, by its state_dict"
-        return self._by_fqn, _Naming(self, self._tensors, by_state)
+        return self._by_fqn, _NameSet(self, self._tensors, by_state)
 
     @property
     def without_plan(self) -> WeightSource:
-        """The set of names for those who have no plan and need the parameters: averages.
+        """The set of names for callers that have no plan and need the parameters, such as averages.
 
-        Those are FQNs, unless the state_dict has parameters only in a form that hooks computed and
-        gave other names: wrappers do that which keep parameters in pieces.
+        Those are FQNs. The exception are wrappers that keep parameters in shards: their hooks
+        compute full parameters and rename them, and only the state_dict has them.
         """
-        own, state = self._own, self._tensors
-        places = set(map(_place, own.values()))
-        computed = [name for name, value in state.items() if _place(value) not in places]
-        all_held = places.issubset(map(_place, state.values()))
-        as_they_are = not computed or all_held or any(name in own for name in computed)
-        return self._by_fqn if own and as_they_are else self
+        own, state = self._own_if_different, self._tensors
+        own_memory = set(map(_memory_key, own.values()))
+        computed = [name for name, value in state.items() if _memory_key(value) not in own_memory]
+        holds_all = own_memory.issubset(map(_memory_key, state.values()))
+        has_parameters = not computed or holds_all or any(name in own for name in computed)
+        return self._by_fqn if own and has_parameters else self
 
     @property
     def _by_fqn(self) -> WeightSource:
-        """Parameters and buffers. One that hooks drop is no weight that a program has to know."""
-        own, state = self._own, self._tensors
-        held = {_place(value) for value in state.values()}
-        dropped = {n for n, v in own.items() if n not in state and _place(v) not in held}
-        what = f"{self.description}, by the names of its parameters and buffers"
-        return _Naming(self, own, what, not_persistent=dropped)
+        """Parameters and buffers by FQN. Those that hooks drop are marked as not persistent."""
+        own, state = self._own_if_different, self._tensors
+        state_memory = {_memory_key(value) for value in state.values()}
+        dropped = {
+            name
+            for name, value in own.items()
+            if name not in state and _memory_key(value) not in state_memory
+        }
+        description = f"{self.description}, by the names of its parameters and buffers"
+        return _NameSet(self, own, description, not_persistent=dropped)
 
     def ties(self) -> Collection[tuple[str, ...]]:
-        """Names that are one tensor, be they FQNs or names in the state_dict.
+        """Classes of names that are one tensor, from both sets of names.
 
-        See ``refitkit.protocols.KnowsTies``. A name that hooks gave to another tensor is in none.
+        See ``refitkit.protocols.KnowsTies``. A name that stands for different tensors in the two
+        sets is in no class.
         """
-        if not self._own:
+        if not self._own_if_different:
             return super().ties()
+        own, state = self._own_if_different, self._tensors
         classes: dict[Hashable, dict[str, None]] = defaultdict(dict)
-        for name, value in (*self._own.items(), *self._tensors.items()):
-            here, there = self._own.get(name, value), self._tensors.get(name, value)
-            if isinstance(value, torch.Tensor) and _place(here) == _place(there):
-                classes[_place(value)][name] = None
+        for name, value in (*own.items(), *state.items()):
+            in_own, in_state = own.get(name, value), state.get(name, value)
+            if isinstance(value, torch.Tensor) and _memory_key(in_own) == _memory_key(in_state):
+                classes[_memory_key(value)][name] = None
         return [tuple(names) for names in classes.values() if len(names) > 1]
 
 
-def _state_of(module: torch.nn.Module) -> Mapping[str, Any]:
-    """A module's state_dict, with parameters as they are, if its own code knows how to."""
-    try:
-        inspect.signature(module.state_dict).bind(keep_vars=True)
-    except TypeError:
-        return module.state_dict()
-    return module.state_dict(keep_vars=True)
-
-
-class _Naming(TensorMap):
-    """One set of names of a module."""
+class _NameSet(TensorMap):
+    """One of the two sets of names of a module."""
 
     def __init__(
         self,
@@ -390,38 +321,163 @@ class _Naming(TensorMap):
         *,
         not_persistent: Collection[str] = (),
     ) -> None:
-        """Keep the tensors, no copies."""
         super().__init__(tensors, description, not_persistent=not_persistent)
         self._module = module
 
     def ties(self) -> Collection[tuple[str, ...]]:
-        """Those of the module: another source may have the names of its other set."""
+        """Ties of the module, because another source may use the names of the other set."""
         return self._module.ties()
 
 
-def _place(value: Any) -> Hashable:
-    """What two tensors have in common if they are one: memory and layout, or the very object."""
-    plain = type(value) in {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
-    if not plain or value.layout is not torch.strided or value.is_meta or not value.data_ptr():
+def _state_of(module: torch.nn.Module) -> Mapping[str, Any]:
+    """A module's state_dict with the parameters themselves, if its own code supports that."""
+    # a module may override state_dict with fewer parameters
+    try:
+        inspect.signature(module.state_dict).bind(keep_vars=True)
+    except TypeError:
+        return module.state_dict()
+    return module.state_dict(keep_vars=True)
+
+
+def _parameters_and_buffers(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers by FQN, tied ones under all names. No hook is called."""
+    for path, part in module.named_modules(remove_duplicate=False):
+        not_persistent = part._non_persistent_buffers_set  # noqa: SLF001 - torch has no public one
+        # wrappers override named_parameters() and named_buffers()
+        tensors = {**part._parameters, **part._buffers}  # noqa: SLF001
+        for name, value in tensors.items():
+            if value is not None and name not in not_persistent:
+                yield (f"{path}.{name}" if path else name), value
+
+
+def _memory_key(value: Any) -> Hashable:
+    """A key that is equal for values that are one tensor: memory and layout, or the object."""
+    is_plain = type(value) in {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
+    # others have the address 0, or raise if they are asked for it
+    if not is_plain or value.layout is not torch.strided or value.is_meta or not value.data_ptr():
         return id(value)
     return value.device, value.data_ptr(), value.dtype, value.shape, value.stride()
 
 
-def _own_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers by FQN, tied ones under all names; no hook has a say."""
-    for path, part in module.named_modules(remove_duplicate=False):
-        lost = part._non_persistent_buffers_set  # noqa: SLF001 - torch has no other way
-        found = {**part._parameters, **part._buffers}  # noqa: SLF001 - wrappers override the others
-        for name, value in found.items():
-            if value is not None and name not in lost:
-                yield (f"{path}.{name}" if path else name), value
+# -- pieces -----------------------------------------------------------------------------------
 
 
-# MERGED overwriting: Values that are written over live ones, without a way back.
+def pieces_of(source: WeightSource, fqn: str) -> Iterator[torch.Tensor] | None:
+    """An entry in pieces. None if the source returns it only as a whole.
+
+    See ``refitkit.protocols.GivesPieces`` for dtype, shape and lifetime of pieces.
+    """
+    return source.pieces(fqn) if isinstance(source, GivesPieces) else None
+
+
+def write_value(into: torch.Tensor, value: SlotValue) -> bool:
+    """Write a value piece by piece, if it comes in pieces and the target is contiguous and large.
+
+    Args:
+        into: A tensor of the slot's dtype and shape.
+        value: The value.
+
+    Returns:
+        Whether the value was written. If not, the caller loads it as a whole.
+
+    Raises:
+        SourceError: The pieces do not fit the slot, or cannot be read.
+    """
+    pieces = _pieces_for(into, value)
+    if pieces is None:
+        return False
+    for part, piece in _with_pieces(into, pieces, value.slot.name):
+        part.copy_(piece)
+    return True
+
+
+def is_value(found: torch.Tensor, value: SlotValue) -> bool:
+    """Whether a tensor has the bits of a value that comes in pieces.
+
+    False can also mean that the value does not come in pieces, so nothing was compared.
+
+    Args:
+        found: A tensor of the slot's dtype and shape.
+        value: The value.
+
+    Raises:
+        SourceError: The pieces do not fit the slot, or cannot be read.
+    """
+    pieces = _pieces_for(found, value)
+    return pieces is not None and all(
+        same_bits(part, piece) for part, piece in _with_pieces(found, pieces, value.slot.name)
+    )
+
+
+def _pieces_for(tensor: torch.Tensor, value: SlotValue) -> Iterator[torch.Tensor] | None:
+    if value.pieces is None or tensor.nbytes < LARGE or not tensor.is_contiguous():
+        return None
+    return value.pieces()
+
+
+def _with_pieces(
+    tensor: torch.Tensor, pieces: Iterable[torch.Tensor], name: str
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Each piece, with the part of the tensor that it belongs to."""
+    flat, start = tensor.view(-1), 0
+    for piece in pieces:
+        end = start + piece.numel()
+        if piece.dtype != flat.dtype or end > flat.numel():
+            raise SourceError(
+                f"{name!r} takes {flat.numel()} of {flat.dtype}; the source returned others."
+            )
+        yield flat[start:end], piece
+        start = end
+    if start != flat.numel():
+        raise SourceError(f"{name!r} takes {flat.numel()} elements; the source returned {start}.")
+
+
+# -- engines ----------------------------------------------------------------------------------
+
+
+def require_values(
+    slots: Collection[str], values: Iterable[SlotValue], *, partial: bool = False
+) -> None:
+    """Check that there is one value for each slot of an engine, before any is loaded.
+
+    Args:
+        slots: Names of all slots.
+        values: The values that the engine was given.
+        partial: Whether slots without a value keep their live one.
+
+    Raises:
+        WeightMismatchError: Values are unknown, given twice, or missing. Lists all of them.
+    """
+    problems = odd_names(slots, values, partial=partial)
+    if problems:
+        message = "The values are not those of the engine's weights."
+        raise WeightMismatchError(message, problems=problems)
+
+
+def odd_names(
+    slots: Collection[str], values: Iterable[SlotValue], *, partial: bool = False
+) -> list[Problem]:
+    """A problem for each name that is unknown, given twice, or missing. See ``require_values``."""
+    names = [value.slot.name for value in values]
+    if len(names) == len(slots) and set(names) == set(slots):  # the usual case, without sorting
+        return []
+    counts = Counter(names)
+    problems = [
+        Problem(name, "unexpected", hint="the engine has no such weight")
+        for name in sorted(counts.keys() - set(slots))
+    ]
+    problems += [Problem(n, "given twice") for n, times in sorted(counts.items()) if times > 1]
+    if not partial:
+        hint = "a full refit needs a value for every slot"
+        problems += [Problem(n, "missing", hint=hint) for n in sorted(set(slots) - counts.keys())]
+    return problems
 
 
 class Overwriting:
-    """A staged refit that writes when it is committed; see ``protocols.SupportsOverwrite``."""
+    """A staged refit that writes over the live values on commit, and cannot roll back.
+
+    See ``refitkit.protocols.SupportsOverwrite``.
+    """
 
     def __init__(self, write: Callable[[], None]) -> None:
         """Write nothing yet.
@@ -430,24 +486,24 @@ class Overwriting:
             write: Reads the values and writes them over the live ones.
         """
         self._write = write
-        self._begun = False
+        self._has_started = False
 
     def commit(self) -> None:
-        """Write."""
-        self._begun = True
+        """Write the values."""
+        self._has_started = True
         self._write()
 
     def rollback(self) -> None:
-        """Refuse, once anything may have been written.
+        """Do nothing if ``commit`` was not called.
 
         Raises:
-            EngineError: It may have been.
+            EngineError: Live values may have been overwritten.
         """
-        if self._begun:
-            raise EngineError("The weights from before were given up: rollback=False.")
+        if self._has_started:
+            raise EngineError("The previous weights were overwritten: rollback=False.")
 
     def discard(self) -> None:
-        """Leave all as it is: nothing was written."""
+        """Do nothing: no value was written."""
 
     def changed(self) -> None:
-        """Nobody has compared: the values are read when they are written."""
+        """None: values are read when they are written, so they were not compared."""

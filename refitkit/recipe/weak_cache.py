@@ -1,4 +1,4 @@
-"""What follows from an object that never changes, such as a plan: found out once."""
+"""Cache values derived from immutable objects, such as plans, as long as the objects live."""
 
 from __future__ import annotations
 
@@ -11,22 +11,29 @@ if TYPE_CHECKING:
 
 
 Key = TypeVar("Key")
-Found = TypeVar("Found")
+Derived = TypeVar("Derived")
 
 
-def once_for_each(find: Callable[[Key], Found]) -> Callable[[Key], Found]:
-    """Remember a function's result for every object, as long as the object is there.
+def cached_per_object(derive: Callable[[Key], Derived]) -> Callable[[Key], Derived]:
+    """A function that computes its result once for each object.
+
+    The cache holds objects weakly: it drops a result when its object is freed.
 
     Args:
-        find: Takes an object that is known by its identity. Its result must not hold the object.
+        derive: Takes one object, which must hash by identity and never change. Its result must not
+            be None, and must not reference the object, or the object is never freed.
     """
-    known: WeakKeyDictionary[Key, Found] = WeakKeyDictionary()
+    cache: WeakKeyDictionary[Key, Derived] = WeakKeyDictionary()
 
-    @wraps(find)
-    def found(of: Key) -> Found:
-        result = known.get(of)
+    @wraps(derive)
+    def cached(key: Key) -> Derived:
+        result = cache.get(key)
         if result is None:
-            result = known[of] = find(of)
+            # two threads may both compute it: the results are equal, and the last one is kept
+            result = cache[key] = derive(key)
         return result
 
-    return found
+    return cached
+
+
+once_for_each = cached_per_object  # former name, until refitkit.pipeline uses the new one

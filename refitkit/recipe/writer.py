@@ -25,7 +25,7 @@ from refitkit.program.views import derive
 from refitkit.recipe import ops
 from refitkit.recipe.calls import call
 from refitkit.recipe.ops import (
-    Followed,
+    LeafDependencies,
     aligned,
     encode_literal,
     is_reference,
@@ -229,7 +229,7 @@ class Writer:
     def _ordered_unless_whole(self, origin: Any, value: Any) -> Any:
         """Return an argument as :meth:`_ordered` does, but a whole one unchanged.
 
-        A replay makes whole operands contiguous itself: see ``Ready.whole`` in
+        A replay makes whole operands contiguous itself: see ``PreparedCall.owns_storage`` of
         :mod:`refitkit.recipe.calls`.
         """
         whole = isinstance(origin, Origin) and is_whole(origin)
@@ -284,7 +284,7 @@ class Draft:
         self._ties = {name: tuple(tie) for tie in ties for name in tie}
         self._number_of: dict[str, int] = {}
         self._lazy_calls: set[int] = set()
-        self._followed = Followed(self.calls, ties)
+        self._dependencies = LeafDependencies(self.calls, ties)
 
     # -- writing ----------------------------------------------------------------------------
 
@@ -422,7 +422,7 @@ class Draft:
         """Return the FQNs of all leaves that a value depends on, with all names of tied leaves."""
         if isinstance(value, SourceRef):
             return self._ties.get(value.fqn, (value.fqn,))
-        names = self._followed.by(value)
+        names = self._dependencies.of(value)
         return tuple(name for name in self._leaves if name in names)
 
 

@@ -272,7 +272,7 @@ def test_truncated_metadata(torch_tensorrt: Any, keep: int) -> None:
         (base64.b64encode(pickle.dumps({"settings": 1})), "no compilation settings"),
         (base64.b64encode(pickle.dumps({})), "no compilation settings"),
         (base64.b64encode(pickle.dumps([1])), "not a mapping"),
-        (base64.b64encode(pickle.dumps(1) + b"more"), "behind its end"),
+        (base64.b64encode(pickle.dumps(1) + b"more"), "after its end"),
         (base64.b64encode(b"\x80\x04]]."), "one value"),
         (base64.b64encode(b"\x80\x04((t."), "damaged"),
     ],

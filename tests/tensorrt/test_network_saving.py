@@ -187,7 +187,8 @@ def test_a_module_is_replaced_as_a_whole_and_a_link_stays(
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(saving, "streamed"), (saving, "write_archive"), (replacing, "_put")]
+    ("owner", "name"),
+    [(saving, "streamed"), (saving, "write_archive"), (replacing, "_move_into_place")],
 )
 def test_a_save_that_fails_leaves_what_was_there(
     compiled: refitkit.CompiledModule,
@@ -202,7 +203,7 @@ def test_a_save_that_fails_leaves_what_was_there(
     real: Any = getattr(owner, name)
 
     def fails(*args: Any) -> None:
-        if name != "_put":
+        if name != "_move_into_place":
             real(*args)
         raise OSError("as told")
 

@@ -85,7 +85,7 @@ def test_another_group_gets_no_rights_that_others_lack(
         patch.setattr(module.os, "fstat", of_another_group)
         patch.setattr(module.os, "fchown", refuse)
         with path.open("rb+") as file:
-            module._keep_rights(file.fileno(), path, path.stat())
+            module._copy_rights(file.fileno(), path, path.stat())
     assert mode_of(path) == left
 
 
@@ -258,7 +258,7 @@ def test_a_failure_leaves_the_old_folder(
     path = tmp_path / "module"
     fill(path, b"old")
     if not exchange:
-        monkeypatch.setattr(module, "_are_exchanged", lambda *_: False)
+        monkeypatch.setattr(module, "_try_exchange", lambda *_: False)
     real = Path.rename
 
     def fails(self: Path, target: Path) -> Path:
@@ -297,7 +297,7 @@ def test_a_process_killed_at_any_rename_leaves_a_whole_folder(
         "    if not left: os.kill(os.getpid(), 9)\n"
         "    return real(self, target)\n"
         "Path.rename = rename\n"
-        "if sys.argv[3] == 'False': r._are_exchanged = lambda *_: False\n"
+        "if sys.argv[3] == 'False': r._try_exchange = lambda *_: False\n"
         "with r.replacing_folder(Path(sys.argv[1])) as folder:\n"
         "    for name in 'ab': (folder / name).write_bytes(b'new')\n"
     )

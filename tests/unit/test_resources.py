@@ -350,7 +350,7 @@ def test_a_folder_that_cannot_be_made_leaves_nothing(name: str, scratch: Path) -
     for at in range(calls.index("mkdir"), len(calls)):
         if calls[at] == name:
             with (
-                pytest.raises(ResourceError, match="No temporary folder can be made: "),
+                pytest.raises(ResourceError, match="No temporary folder can be created: "),
                 Faults(at, errno.EMFILE, lasting=True),
             ):
                 TemporaryFolder()

@@ -656,7 +656,7 @@ def test_a_prefix_that_all_names_lack() -> None:
     plan = make_plan([recipe_row(make_slot(f"net.{name}")) for name in names])
     found = problems(dict.fromkeys(names, torch.ones(2)), plan)
     hints = {p.hint for p in found if p.kind == "unexpected"}
-    begin = "the model's names have the prefix 'net.': put it before them, or set rules.rename to "
+    begin = "the model's names have the prefix 'net.': add it, or set rules.rename to "
     (hint,) = hints
     assert hint.startswith(begin)
     assert hint.endswith(r", or pass --rename '(.*)=net.\1'")

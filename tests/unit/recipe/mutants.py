@@ -38,7 +38,7 @@ from refitkit.model.slot import ITEM_BYTES, Slot
 from refitkit.program.bits import digest, same_bits
 from refitkit.recipe import RefitPlan, ops, store
 from refitkit.recipe.ops import encode_literal
-from refitkit.recipe.store import DIGEST, MANIFEST, PINNED, Facts, index_of
+from refitkit.recipe.store import DIGEST, MANIFEST, PINNED, TensorMetadata, index_of
 from tests.fakes import call_row, make_plan, make_slot, pinned_row, recipe_row
 from tests.fuzzing import tried
 
@@ -483,7 +483,7 @@ def _call_made_up(rng: random.Random) -> bytes:
     """Any op that is allowed, with arguments of the types that it takes; a guard asks for it."""
     members = _members()
     data = json.loads(members[MANIFEST])
-    facts = Facts(original().data)
+    facts = TensorMetadata(original().data)
     values: list[Any] = [SourceRef(fqn=name) for name in _LEAVES]
     values += [PinnedRef(name=name) for name in sorted(original().data.pinned)]
     for number, one in enumerate(original().data.calls):
@@ -502,7 +502,7 @@ def _call_made_up(rng: random.Random) -> bytes:
     return _archive(members)
 
 
-def _made_up(rng: random.Random, facts: Facts, values: list[Any]) -> OpCall | None:
+def _made_up(rng: random.Random, facts: TensorMetadata, values: list[Any]) -> OpCall | None:
     op = ops.overload(rng.choice(_op_names()))
     args: list[Any] = []
     for argument in op._schema.arguments:
@@ -514,10 +514,10 @@ def _made_up(rng: random.Random, facts: Facts, values: list[Any]) -> OpCall | No
         if isinstance(argument, tuple):
             return [ready(one) for one in argument]
         is_value = isinstance(argument, SourceRef | PinnedRef | CallRef)
-        return store._without_data(facts.tensor(argument)) if is_value else argument
+        return store._meta_tensor(facts.tensor(argument)) if is_value else argument
 
     try:
-        results = store._called(op, [ready(argument) for argument in args], {})
+        results = store._run_op(op, [ready(argument) for argument in args], {})
         stated = tuple(Tensor(dtype=str(r.dtype)[6:], shape=tuple(r.shape)) for r in results)
     except NotImplementedError:
         shape = rng.choice([(), (3,), (2, 2)])

@@ -197,7 +197,7 @@ def test_a_plan_that_cannot_be_written_leaves_the_old_one(
         ("file/x", r"there is no folder '.*file'"),
         ("folder", r"it is a folder\.\nName a file\."),
         ("x" * 300, "File name too long"),
-        ("a\0b", "it is no name of a file"),
+        ("a\0b", "it is not a file name"),
     ],
 )
 def test_what_cannot_be_written_is_told_by_the_name_that_was_given(
@@ -216,7 +216,7 @@ def test_what_cannot_be_written_is_told_by_the_name_that_was_given(
 def test_rights_and_other_errors_are_told() -> None:
     for error, why in (
         (PermissionError(13, "Permission denied", "x.part"), "not yours to write to"),
-        (FileNotFoundError(2, "No such file", "x.part"), r"no file can be made in '\.'"),
+        (FileNotFoundError(2, "No such file", "x.part"), r"no file can be created in '\.'"),
         (OSError("the disk is gone"), "the disk is gone"),
     ):
         with (
@@ -227,7 +227,7 @@ def test_rights_and_other_errors_are_told() -> None:
 
 
 def test_no_name_at_all() -> None:
-    with pytest.raises(RefitError, match="no name of a file"), saying_why(Path()):
+    with pytest.raises(RefitError, match="not a file name"), saying_why(Path()):
         pytest.fail("it was written")
 
 

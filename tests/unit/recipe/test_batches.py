@@ -10,7 +10,7 @@ import torch
 from refitkit.model import CallRef
 from refitkit.program.bits import same_bits
 from refitkit.recipe import RefitPlan, ops
-from refitkit.recipe.calls import _MOST, BATCHED, Calls
+from refitkit.recipe.calls import _MAX_RESULT_ELEMENTS, BATCHED, Calls
 from tests.fakes import call_row, make_plan, make_slot, op_call
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -52,11 +52,11 @@ def chained(count: int, width: int) -> tuple[RefitPlan, dict[str, torch.Tensor]]
         (3, 8, []),  # too few
         (4, 8, [4]),
         (70, 8, [70]),
-        (32, _MOST // 8, [8, 8, 8, 8]),
-        (11, _MOST // 8, [8]),  # and three that are made one by one
-        (13, _MOST // 8, [8, 5]),
-        (9, _MOST // 4, [4, 4]),
-        (9, _MOST // 4 + 1, []),  # too large
+        (32, _MAX_RESULT_ELEMENTS // 8, [8, 8, 8, 8]),
+        (11, _MAX_RESULT_ELEMENTS // 8, [8]),  # and three that are made one by one
+        (13, _MAX_RESULT_ELEMENTS // 8, [8, 5]),
+        (9, _MAX_RESULT_ELEMENTS // 4, [4, 4]),
+        (9, _MAX_RESULT_ELEMENTS // 4 + 1, []),  # too large
         (9, 0, []),
     ],
 )
@@ -68,9 +68,9 @@ def test_a_batch_is_not_larger_than_may_lie_in_memory(
     negated, multiplied = ([b for b in found if b.members[0] % 2 == odd] for odd in (0, 1))
     for batches in (negated, multiplied):
         assert [len(batch.members) for batch in batches] == sizes
-        assert all(sum(batch.sizes) <= _MOST for batch in batches)
-    assert all(batch.aligned == (False,) for batch in negated)
-    assert all(batch.aligned == (True, False) for batch in multiplied)
+        assert all(sum(batch.sizes) <= _MAX_RESULT_ELEMENTS for batch in batches)
+    assert all(batch.reuses_batch == (False,) for batch in negated)
+    assert all(batch.reuses_batch == (True, False) for batch in multiplied)
     for name, value in plan.materialize(weights)["model"].items() if width else ():
         weight = weights[f"w{name[1:]}"]
         assert same_bits(value, weight.neg() * weight)

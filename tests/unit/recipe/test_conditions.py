@@ -266,7 +266,7 @@ def test_threads_that_start_meanwhile_have_their_own_number() -> None:
 
 
 def test_where_torch_has_no_openmp(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conditions, "_setters", lambda: (None, None))
+    monkeypatch.setattr(conditions, "_thread_setters", lambda: (None, None))
     with threads(3):
         with same_settings():
             assert torch.get_num_threads() == 1

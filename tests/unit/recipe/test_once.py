@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 
-from refitkit.recipe.weak_cache import once_for_each
+from refitkit.recipe.weak_cache import cached_per_object
 
 
 class Thing:
@@ -14,7 +14,7 @@ class Thing:
 def test_once_for_each_object_and_no_longer_than_that() -> None:
     asked: list[int] = []
 
-    @once_for_each
+    @cached_per_object
     def number(_: Thing) -> list[int]:
         asked.append(len(asked))
         return asked[-1:]

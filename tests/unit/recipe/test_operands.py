@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from refitkit.model import CallRef, OpCall, PinnedRef, SourceRef, Tensor
-from refitkit.recipe.ops import Followed, calls_below, operands_of
+from refitkit.recipe.ops import LeafDependencies, calls_below, operands_of
 
 ONE = (Tensor(dtype="float32", shape=(2,)),)
 CALLS = [
@@ -38,21 +38,21 @@ def test_the_walk_ends_where_nothing_is_said_to_be_below() -> None:
 
 
 def test_leaves_are_followed_under_all_their_names() -> None:
-    followed = Followed(CALLS, [("a", "twin")])
-    assert followed.by(CallRef(call=3)) == {"a", "twin"}
-    assert followed.by(CallRef(call=4)) == followed.by(PinnedRef(name="p")) == frozenset()
-    assert followed.by(SourceRef(fqn="twin")) == {"a", "twin"}
-    assert Followed(CALLS).by_call(3) == {"a"}
+    dependencies = LeafDependencies(CALLS, [("a", "twin")])
+    assert dependencies.of(CallRef(call=3)) == {"a", "twin"}
+    assert dependencies.of(CallRef(call=4)) == dependencies.of(PinnedRef(name="p")) == frozenset()
+    assert dependencies.of(SourceRef(fqn="twin")) == {"a", "twin"}
+    assert LeafDependencies(CALLS).of_call(3) == {"a"}
 
 
 def test_calls_may_come_later_and_chains_may_be_long() -> None:
     calls = list(CALLS)
-    followed = Followed(calls)
-    assert followed.by_call(1) == {"b"}
+    dependencies = LeafDependencies(calls)
+    assert dependencies.of_call(1) == {"b"}
     calls[4] = OpCall(op="aten.neg.default", args=(CallRef(call=3),), results=ONE)
     calls += [
         OpCall(op="aten.neg.default", args=(CallRef(call=n + 4),), results=ONE) for n in range(5000)
     ]
-    assert followed.by_call(5004) == Followed(calls).by_call(5004) == {"a"}
+    assert dependencies.of_call(5004) == LeafDependencies(calls).of_call(5004) == {"a"}
     wanted = {0, *range(2, 5005)}
     assert calls_below([CallRef(call=5004)], lambda n: operands_of(calls[n])) == wanted

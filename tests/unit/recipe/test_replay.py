@@ -191,9 +191,10 @@ def test_calls_that_are_exact_elsewhere_draw_others_after_them(name: str, many: 
     weights = {f"w{n}": torch.arange(3.0) + n for n in range(many)}
     plan = record(both, weights).plan
     op = getattr(torch.ops.aten, name).default
-    elsewhere = {"anywhere": False, "device": "meta"}
-    plan._values._calls.ready = tuple(  # type: ignore[misc] # a cached property
-        replace(call, **elsewhere) if call.op is op else call for call in plan._values._calls.ready
+    elsewhere = {"is_exact_anywhere": False, "device": "meta"}
+    plan._values._calls.prepared = tuple(  # type: ignore[misc] # a cached property
+        replace(call, **elsewhere) if call.op is op else call
+        for call in plan._values._calls.prepared
     )
     found = plan.materialize(weights)["model"]
     assert {one.device.type for one in found.values()} == {"meta"}

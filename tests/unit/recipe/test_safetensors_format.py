@@ -98,7 +98,7 @@ def test_the_same_tensors_give_the_same_bytes() -> None:
 
 def test_dtypes_that_the_format_lacks_are_all_named() -> None:
     tensors = {name: torch.zeros(1, dtype=torch.complex128) for name in ("b", "a")}
-    with pytest.raises(RefitError, match="no such dtypes") as info:
+    with pytest.raises(RefitError, match="does not have these dtypes") as info:
         streamed({**tensors, "c": torch.zeros(1)})
     assert [(one.subject, one.found) for one in info.value.problems] == [
         ("a", "complex128"),

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from refitkit.model import CallRef
 from refitkit.program.ambient import WatchingMode
 from refitkit.program.bits import same_bits
-from refitkit.recipe import calls as batches
+from refitkit.recipe.calls import _MAX_RESULT_ELEMENTS
 from tests.fakes import call_row, leaf_for, make_plan, make_slot, op_call, recipe_row
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 WIDTH, LAYERS, ENGINES = 128, 16, 4
 KERNEL, BIAS = WIDTH * WIDTH * 4, WIDTH * 4
 """Bytes of the slots of one layer."""
-BATCH = 4 * batches._MOST
+BATCH = 4 * _MAX_RESULT_ELEMENTS
 AT_ONCE = 3 * BATCH + ENGINES * LAYERS * BIAS * 4
 """What is made at once: kernels of a batch, these end to end, the results; folds of all layers."""
 

@@ -28,7 +28,7 @@ from refitkit.model import (
 )
 from refitkit.recipe import RefitPlan, store
 from refitkit.recipe.ops import encode_literal
-from refitkit.recipe.store import Facts, problems_of
+from refitkit.recipe.store import TensorMetadata, problems_of
 from tests.fakes import call_row, make_plan, make_slot, pinned_row, recipe_row
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def test_a_slot_whose_shape_has_another_count() -> None:
 )
 def test_ops_that_a_recipe_may_not_hold(op: str) -> None:
     assert [f.split(": ")[1] for f in found(with_call(0, op=op))] == [
-        "no op that a recipe may hold"
+        "not an op that recipes may hold"
     ]
 
 
@@ -179,7 +179,7 @@ def test_ops_that_a_recipe_may_not_hold(op: str) -> None:
         ((SourceRef(fqn="zz"), G), "unknown source"),
         ((PinnedRef(name="w"), G), "unknown pinned tensor"),
         ((W, (G, SourceRef(fqn="zz"))), "unknown source"),
-        ((1, 2), "lacks an operand"),
+        ((1, 2), "has no operand"),
         ((W, G, 1, 2, 3, 4), "arguments that the op does not take"),
     ],
 )
@@ -188,7 +188,7 @@ def test_references_and_arguments_that_lead_nowhere(args: tuple[Any, ...], kind:
 
 
 def test_an_op_that_writes_needs_something_to_copy() -> None:
-    assert "lacks an operand" in tried(call("add_.Tensor", 1, W))
+    assert "has no operand" in tried(call("add_.Tensor", 1, W))
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_literals_that_are_none(bad: OpCall, text: str) -> None:
 
 @pytest.mark.parametrize("device", ["", "cuda:1", "meta", "gpu", "cpu:0", "x" * 1000])
 def test_kinds_of_devices_that_are_none(device: str) -> None:
-    assert "no kind of device" in tried(
+    assert "not a kind of device" in tried(
         call("neg.default", W).model_copy(update={"device": device})
     )
 
@@ -247,7 +247,7 @@ def test_all_calls_that_are_written_badly_are_listed() -> None:
     ],
 )
 def test_results_that_are_not_what_the_op_gives(results: tuple[Tensor, ...]) -> None:
-    kinds = {"cannot be made", "another number of results"}
+    kinds = {"cannot be run", "wrong number of results"}
     assert {f"calls.0 (aten.mul.Tensor): {kind}" for kind in kinds} & set(
         found(with_call(0, results=results))
     )
@@ -260,15 +260,15 @@ def test_statistics_may_have_another_precision_than_on_meta() -> None:
         statistics = gives(2, 1, dtype=precision) * 2
         to = (*gives(2, 3, dtype="bfloat16"), *statistics)
         one = call("native_layer_norm.default", W_HALF, (3,), None, None, 1e-5, to=to)
-        assert ("it gives" in tried(one, leaves=(w,))) is refused
+        assert ("it returns" in tried(one, leaves=(w,))) is refused
     wrong = (*gives(2, 3), *gives(2, 1) * 2)
     other = call("native_layer_norm.default", W_HALF, (3,), None, None, 1e-5, to=wrong)
-    assert "it gives" in tried(other, leaves=(w,))
+    assert "it returns" in tried(other, leaves=(w,))
 
 
 def test_an_op_whose_results_depend_on_values_has_as_many_as_its_schema_says() -> None:
     unique = call("unique_consecutive.default", B, to=gives(3))
-    assert "another number of results" in tried(unique)
+    assert "wrong number of results" in tried(unique)
     three = (*gives(3), *gives(3, dtype="int64"), *gives(3, dtype="int64"))
     assert tried(unique.model_copy(update={"results": three})) == ""
 
@@ -276,19 +276,19 @@ def test_an_op_whose_results_depend_on_values_has_as_many_as_its_schema_says() -
 @pytest.mark.parametrize(
     ("bad", "text"),
     [
-        (call("mm.default", W, W), "cannot be made"),
+        (call("mm.default", W, W), "cannot be run"),
         (call("view.default", W, (7,), to=gives(7)), "invalid for input of size 6"),
         (call("as_strided.default", W, (2, 3), (3, 2), to=gives(2, 3)), "out of bounds"),
         (call("as_strided.default", W, (2, 3), (3, 1), 2**62, to=gives(2, 3)), "out of bounds"),
         (call("as_strided.default", W, (2, 3), (3, 1), -1, to=gives(2, 3)), "out of bounds"),
         (call("as_strided.default", W, (2, 3), (2**62, 1), to=gives(2, 3)), "out of bounds"),
-        (call("as_strided.default", W, (2,), (-1,), 3, to=gives(2)), "cannot be made"),
+        (call("as_strided.default", W, (2,), (-1,), 3, to=gives(2)), "cannot be run"),
         (call("as_strided_scatter.default", W, B, (3,), (2,), 2), "out of bounds"),
-        (call("mul.Tensor", W, "text"), "cannot be made"),
+        (call("mul.Tensor", W, "text"), "cannot be run"),
         (call("sum.dim_IntList", W, (5,)), "Dimension out of range"),
-        (call("cat.default", W, 0), "cannot be made"),
+        (call("cat.default", W, 0), "cannot be run"),
         (call("_neg_view.default", PinnedRef(name="mask"), to=gives(2, dtype="bool")), "negative"),
-        (call("layer_norm.default", W, (4,), None, None, 1e-5), "cannot be made"),
+        (call("layer_norm.default", W, (4,), None, None, 1e-5), "cannot be run"),
     ],
 )
 def test_what_torch_would_refuse_is_refused_before(bad: OpCall, text: str) -> None:
@@ -317,13 +317,13 @@ def test_parts_of_memory_are_those_of_the_operand_alone() -> None:
 def test_an_op_that_writes_is_judged_by_what_it_has_written() -> None:
     assert tried(call("copy_.default", W, B)) == ""
     assert tried(call("t_.default", W, to=gives(3, 2))) == ""
-    assert "cannot be made" in tried(call("copy_.default", B, W, to=gives(2, 3)))
+    assert "cannot be run" in tried(call("copy_.default", B, W, to=gives(2, 3)))
 
 
 def test_what_depends_on_values_is_taken_as_the_plan_says() -> None:
     rows = call("nonzero.default", W, to=gives(5, 2, dtype="int64"))
     assert tried(rows, call("sum.default", CallRef(call=0), to=gives(dtype="int64"))) == ""
-    assert "cannot be made" in tried(rows, call("sum.default", CallRef(call=0), to=gives(5)))
+    assert "cannot be run" in tried(rows, call("sum.default", CallRef(call=0), to=gives(5)))
 
 
 @pytest.mark.parametrize(
@@ -364,7 +364,7 @@ def zeros(*sizes: int) -> list[OpCall]:
 def test_the_most_memory_that_results_may_take() -> None:
     """Of one, of all; in proportion to what the plan has anyway."""
     data = only(*zeros(1))
-    size = store._bytes_of_plan(data, Facts(data))
+    size = store._bytes_of_plan(data, TensorMetadata(data))
     assert size == 6 * 4 + W_BYTES + 2 * 8 + 2  # its slot, its leaf, what it keeps
     one, every = ((1 << 26) + size * times for times in (16, 128))
     assert tried(*zeros(one // 4)) == ""
@@ -396,7 +396,7 @@ def test_large_leaves_allow_large_results() -> None:
 def test_a_tensor_for_each_of_many_rows_is_refused(bomb: OpCall) -> None:
     leaves = (*LEAVES, leaf("long", 2**60, 0), leaf("wide", 0, 2**60))
     start = time.monotonic()
-    assert "results where the plan says 1" in tried(bomb, leaves=leaves)
+    assert "results, but the plan states 1" in tried(bomb, leaves=leaves)
     assert time.monotonic() - start < 60  # it would take years
 
 
@@ -406,7 +406,7 @@ def test_of_many_results_only_the_number_is_told(count: int) -> None:
     bad = call("unbind.int", long, to=gives(2) * count)
     told = tried(bad, leaves=(*LEAVES, leaf("long", count, 1)))
     shown = "5 results" if count > 4 else ", ".join(["float32 (1,)"] * count)
-    assert f"it gives {shown} where" in told
+    assert f"it returns {shown}, but" in told
 
 
 @pytest.mark.parametrize(
@@ -463,7 +463,7 @@ def test_splits_that_are_meant() -> None:
 
 def test_a_leaf_of_absurd_size() -> None:
     leaves = (*LEAVES, leaf("huge", *[2**61] * 40))
-    assert "cannot be made" in tried(call("neg.default", SourceRef(fqn="huge")), leaves=leaves)
+    assert "cannot be run" in tried(call("neg.default", SourceRef(fqn="huge")), leaves=leaves)
 
 
 def test_modes_of_the_caller_have_no_part_in_it() -> None:
@@ -476,13 +476,13 @@ def test_modes_of_the_caller_have_no_part_in_it() -> None:
 def test_blocks_that_are_alike_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A network of many layers has few kinds of them."""
     made: list[str] = []
-    called = store._called
+    called = store._run_op
 
     def counted(op: Any, args: Any, kwargs: Any) -> Any:
         made.append(str(op))
         return called(op, args, kwargs)
 
-    monkeypatch.setattr(store, "_called", counted)
+    monkeypatch.setattr(store, "_run_op", counted)
     same = [call("neg.default", SourceRef(fqn=name)) for name in ("w", "v")]
     other = [call("neg.default", B, to=gives(3)), call("sum.dim_IntList", W, (0,), to=gives(3))]
     again = [call("sum.dim_IntList", W, (1,), to=gives(2)), call("neg.default", CallRef(call=0))]
@@ -565,7 +565,7 @@ EDITS: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda d: d["guards"][0].update(
             value={"kind": "pinned", "name": "table"}, dtype="int64", shape=[2]
         ),
-        "guards.0: follows from nothing",
+        "guards.0: depends on no leaf",
     ),
     "guard of another shape": (lambda d: d["guards"][0].update(shape=[4]), "guards.0: differs"),
     "guard of another dtype": (
@@ -574,11 +574,11 @@ EDITS: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "guard without a digest": (
         lambda d: d["guards"][0].update(sha256="x"),
-        "guards.0: is no sha256",
+        "guards.0: is not a sha256",
     ),
     "tie of unlike leaves": (
         lambda d: d.update(ties=[["w", "v"], ["b", "g"]]),
-        "b = g: tied, and of several",
+        "b = g: tied, but of different",
     ),
     "two ties of one name": (
         lambda d: d.update(ties=[["w", "v"], ["v", "w"]]),
@@ -586,7 +586,7 @@ EDITS: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "kept, and unlike the leaf": (
         lambda d: d["leaves"].append({**d["leaves"][4], "fqn": "table"}),
-        "table: kept, and unlike",
+        "table: pinned tensor differs",
     ),
     "shape of another count": (
         lambda d: d["ledger"][0]["slot"].update(shape=[7]),
@@ -594,27 +594,27 @@ EDITS: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "tie of what is no leaf": (
         lambda d: d["ties"][0].append("zz"),
-        "zz: tied, and no leaf",
+        "zz: tied, but not a leaf",
     ),
     "no slot needed for what is no leaf": (
         lambda d: d["unreached"].update(zz="dead"),
-        "zz: said to need no slot",
+        "zz: listed as needing no slot",
     ),
     "a strategy that served what is no slot": (
         lambda d: d["needs"].append(
             {"kind": "strategy", "name": "s", "plugin": "p", "slots": ["model/zz"]}
         ),
-        "model/zz: served by 's'",
+        "model/zz: filled by 's'",
     ),
     "sources of what never changes": (
         lambda d: d["ledger"][5].update(sources=["m"]),
-        "eps: sources of a value that never changes",
+        "eps: has sources, but its value never changes",
     ),
     "version 1 with guards": (
         lambda d: d.update(format="refitplan/1", calls=[], ledger=d["ledger"][4:]),
-        "format: has no calls",
+        "format: allows no calls",
     ),
-    "version 1 with calls": (lambda d: d.update(format="refitplan/1"), "format: has no calls"),
+    "version 1 with calls": (lambda d: d.update(format="refitplan/1"), "format: allows no calls"),
 }
 
 
@@ -651,7 +651,7 @@ def test_a_value_that_follows_from_no_leaf_is_no_recipe() -> None:
     row = call_row(make_slot("s", (2,), "int64"), 0)
     neg = call("neg.default", TABLE, to=gives(2, dtype="int64"))
     data = make_plan([row], calls=[neg], pinned={"table": torch.tensor([2, 0])}).data
-    assert found(data) == ["s: follows from nothing"]
+    assert found(data) == ["s: depends on no leaf"]
 
 
 def test_a_slot_may_have_another_shape_than_its_source_but_no_other_count() -> None:

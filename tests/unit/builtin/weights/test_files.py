@@ -719,5 +719,5 @@ def test_metadata_that_is_null(tmp_path: Path) -> None:
 def test_a_dimension_that_no_slot_can_have(tmp_path: Path) -> None:
     header = b'{"a": {"dtype": "F32", "shape": [0, 4611686018427387904], "data_offsets": [0, 0]}}'
     path = file_of(tmp_path, "w.safetensors", len(header).to_bytes(8, "little") + header)
-    with pytest.raises(SourceError, match="'a' has an odd shape or place"):
+    with pytest.raises(SourceError, match="'a' has an invalid shape or invalid offsets"):
         opened(path)

@@ -49,7 +49,7 @@ def verdicts(count: int) -> Counter[str]:
     ("module", "name", "instead"),
     [
         (torch_files, "_lie_in_order", lambda archive: True),
-        (safetensors_format, "_once", dict),
+        (safetensors_format, "_without_duplicates", dict),
     ],
 )
 def test_readers_that_check_less_would_be_found_out(

@@ -319,7 +319,7 @@ class Changing:
 def test_a_source_that_cannot_be_read_again() -> None:
     source: Any = Changing()
     with pytest.raises(
-        SourceError, match="a file of another plugin cannot be held against"
+        SourceError, match="a file of another plugin cannot be read a second time"
     ) as info:
         require_reread(source)
     assert "reread" in info.value.hint
