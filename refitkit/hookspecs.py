@@ -155,8 +155,8 @@ def refitkit_partition(
 def refitkit_mapping_strategies() -> Iterable[MappingStrategy]:
     """Return mapping strategies. Kind: all.
 
-    Called once for each refit, before slots are mapped. The refit tries the strategies in the order
-    of ``Config.strategies``, or by priority if that is empty. Two strategies of one name are a
+    Called once for each pipeline, when slots are first mapped. A refit tries the strategies in the
+    order of ``Config.strategies``, or by priority if that is empty. Two strategies of one name are a
     ``PluginError`` that names both plugins.
 
     Returns:
@@ -168,9 +168,9 @@ def refitkit_mapping_strategies() -> Iterable[MappingStrategy]:
 def refitkit_layer_types() -> Iterable[LayerType]:
     """Return the types of TensorRT network layers that hold weights. Kind: all.
 
-    Called by each verb before it passes ``tools`` to backends, strategies and openers. Two types of
-    one name are a ``PluginError`` that names both plugins. Built in are SCALE, CONVOLUTION,
-    DECONVOLUTION and CONSTANT.
+    Called once for each pipeline, before a verb first passes ``tools`` to backends, strategies and
+    openers. Two types of one name are a ``PluginError`` that names both plugins. Built in are
+    SCALE, CONVOLUTION, DECONVOLUTION and CONSTANT.
 
     Returns:
         The layer types.
@@ -235,7 +235,7 @@ def refitkit_check(
 def refitkit_verifiers() -> Iterable[Verifier]:
     """Return verifiers of refitted modules. Kind: all.
 
-    Called once for each refit, and by ``refitkit.verify``. The user chooses one by name with
+    Called once for each pipeline, when a result is first judged. The user chooses one by name with
     ``verify=``. Two verifiers of one name are a ``PluginError`` that names both plugins.
 
     Returns:

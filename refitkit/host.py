@@ -128,6 +128,7 @@ class Host:
         self._manager = manager
         self._registered = registered
         self._callers: dict[tuple[str, str], pluggy.HookCaller] = {}
+        self._offers: dict[str, Mapping[str, PluginOffer]] = {}
 
     def plugins(self) -> tuple[PluginInfo, ...]:
         """All registered plugins, in the order of registration."""
@@ -233,25 +234,30 @@ class Host:
             self._callers[plugin, hook] = caller
         return caller(**arguments)
 
-    def named(self, hook: str, **arguments: Any) -> dict[str, Any]:
+    def named(self, hook: str) -> dict[str, Any]:
         """Objects that plugins offer through a hook, by their name.
 
         Raises:
             PluginError: As for ``offers``.
         """
-        return {name: offer.item for name, offer in self.offers(hook, **arguments).items()}
+        return {name: offer.item for name, offer in self.offers(hook).items()}
 
-    def offers(self, hook: str, **arguments: Any) -> dict[str, PluginOffer]:
-        """Objects that plugins offer through a hook, with their plugins, by their name.
+    def offers(self, hook: str) -> Mapping[str, PluginOffer]:
+        """Objects that plugins offer through a hook without arguments, by their name.
+
+        The hook is called once; every refit needs its answer several times.
 
         Raises:
             PluginError: Two plugins offer objects of the same name, or an object has no name.
         """
-        owners: dict[str, str] = {}
-        offers: dict[str, PluginOffer] = {}
-        for plugin, item in self.items(hook, **arguments):
-            self.claim(owners, item, plugin, hook)
-            offers[item.name] = PluginOffer(plugin, item)
+        offers = self._offers.get(hook)
+        if offers is None:
+            owners: dict[str, str] = {}
+            offers = {}
+            for plugin, item in self.items(hook):
+                self.claim(owners, item, plugin, hook)
+                offers[item.name] = PluginOffer(plugin, item)
+            self._offers[hook] = offers
         return offers
 
     @staticmethod
