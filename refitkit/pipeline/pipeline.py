@@ -102,39 +102,40 @@ class Pipeline:
         *,
         prove: bool = True,
     ) -> CompiledModule:
-        """Compile a program into a refittable module, planned in the same pass.
+        """Compile a program into a refittable module, and plan it in the same pass.
 
         The program, its tensors and the model that it came from are not changed.
 
         Args:
-            program: What ``torch.export.export(model, inputs)`` gives.
+            program: The result of ``torch.export.export(model, inputs)``.
             backend: Name of a backend.
-            options: The backend's options.
-            prove: Whether to try, on the example inputs, that the module answers like the program
-                with other weights, too. It costs a refit, two calls and a copy of the weights.
+            options: Options of the backend.
+            prove: Whether to prove on the example inputs that the module answers like the program
+                with other weights too. The proof costs a refit, two calls and a copy of the
+                weights.
 
         Raises:
-            UnsupportedTargetError: It is no ExportedProgram.
+            UnsupportedTargetError: ``program`` is no ExportedProgram.
             ConfigError: There is no such backend or option.
             CompileError: The compiler refused the program, or a tool is missing.
-            NotRefittableError: An option makes the engine unfit for refits, or the proof failed.
+            NotRefittableError: An option makes refits impossible, or the proof failed.
         """
         return Compiler(self.context, program, options, self).compile(backend, prove=prove)
 
     @verb("The module cannot be loaded")
     def load(self, target: object, *, warm: bool = False) -> CompiledModule:
-        """Open what was compiled or saved before.
+        """Open a module that was compiled or saved before.
 
-        A saved module holds machine code: loading it runs that code. Load only files that you
-        trust as you would a program.
+        A saved module holds machine code, and loading it runs that code. Load only files that you
+        trust as you would trust a program.
 
         Args:
-            target: A path, or an object that a plugin knows.
-            warm: Whether to do now what would make the first refit slow; see
+            target: A path, or an object that a plugin can open.
+            warm: Whether to do the work now that would make the first refit slow; see
                 ``CompiledModule.warm``.
 
         Raises:
-            UnsupportedTargetError: It is missing, damaged, or no plugin can open it.
+            UnsupportedTargetError: The target is missing or damaged, or no plugin can open it.
             PlanMismatchError: The plan inside it is damaged.
         """
         return load_module(self.context, target, self, warm=warm)
@@ -151,25 +152,23 @@ class Pipeline:
     ) -> RefitPlan:
         """Make a plan for a program and the module that was compiled from it.
 
-        A module that has no plan yet keeps this one, and is saved with it; before, a copy of it is
-        refitted to other weights and its outputs compared with the program's.
+        A module without a plan keeps this one, and is saved with it. Before that, a copy of the
+        module is refitted to other weights, and its outputs are compared with the program's.
 
         Args:
-            program: The very program that was compiled.
-            target: The module, or anything ``load`` opens; None: plan offline, where the backend
+            program: The program that was compiled, and no other export of the model.
+            target: The module, or anything that ``load`` opens. None: plan offline, if the backend
                 can.
             backend: Name of the backend; needed without a target.
-            options: The backend's options, when planning offline; a target knows its own.
-            prove: Whether to try that the plan is right with other weights than the program's: what
-                it computes is compared with what the backend makes of them, slot by slot, and a
-                copy of a module that has no plan yet is refitted to them and its outputs compared.
-                The first costs two plannings more, and is done only where True; the second is left
-                out only where False.
+            options: Options of the backend for planning offline. A target knows its own.
+            prove: Which proofs with other weights to make. True: compare every slot's value with
+                the backend's own, which costs two more plannings. None: only refit a copy of a
+                module that has no plan. False: neither.
 
         Raises:
             PlanMismatchError: The program is not the one that was compiled.
-            NotRefittableError: Weights of the program are not weights of the engines, or are but
-                in part.
+            NotRefittableError: Weights of the program are not weights of the engines, or only
+                parts of them are.
             ConfigError: Neither target nor backend was given.
         """
         compiler = Compiler(self.context, program, options, self)
@@ -192,37 +191,37 @@ class Pipeline:
         rollback: bool | None = None,
         reset_state: bool = False,
     ) -> RefitResult:
-        """Put new weights into a compiled module: wholly and verified, or not at all.
+        """Put new weights into a compiled module: all of them, verified, or none.
 
         Args:
-            target: A compiled module, changed in place, or anything ``load`` opens.
-            weights: A state_dict, module, program, path: anything a plugin can read.
-            plan: How weights become slots; the module's own if it has one.
-            inputs: Inputs for the verifier ``outputs``: a tuple of positional ones, a dict of
-                keyword ones, or a pair of both: ``((x,), {"mask": mask})``.
-            reference: What outputs are compared with: a callable or the outputs themselves. The
-                program that the module was compiled from, bound to the new weights, where None.
-            verify: Name of a verifier, or ``none``. Where None: ``outputs`` when inputs are given,
-                else ``weights`` where engines can be read, else nothing.
-            partial: Whether slots that the weights have nothing for keep what they hold. Otherwise
-                something missing is an error.
+            target: A compiled module, which is changed in place, or anything that ``load`` opens.
+            weights: A state_dict, module, program or path: anything that a plugin can read.
+            plan: How weights become slots; None: the module's own plan.
+            inputs: Inputs for the verifier ``outputs``: a tuple of positional inputs, a dict of
+                keyword inputs, or a pair of both: ``((x,), {"mask": mask})``.
+            reference: A callable or outputs to compare with. None: the program that the module was
+                compiled from, with the new weights.
+            verify: Name of a verifier, or ``none``. None: ``outputs`` if inputs are given, else
+                ``weights`` if the engines can be read, else no verifier.
+            partial: Whether slots without new weights keep their values. Otherwise missing weights
+                are an error.
             copy: Whether to refit a second module and leave this one alone.
-            delta: Whether to write only what changed since the last refit with ``delta`` of this
-                module: slots whose weights have the same bits are left as they are. The first such
-                refit writes everything. None: as ``Config.delta`` says.
-            rollback: Whether the weights from before are held until the new ones are verified.
-                False: engines that can write over them, and need no memory for a second set; what
-                fails after the checks loses the module. None: as ``Config.rollback`` says.
+            delta: Whether to write only the slots whose weights changed since the last refit of
+                this module with ``delta``. The first such refit writes all slots. None: as
+                ``Config.delta`` says.
+            rollback: Whether the old weights are held until the new ones are verified. If False,
+                engines that can do so write over them, which saves a second set of weights; a
+                failure after the checks loses the module. None: as ``Config.rollback`` says.
             reset_state: Whether state that calls write (KV caches, counters) and that the weights
-                do not contain gets its value of the export again. Otherwise it is kept, as
+                do not contain is reset to its value at export. Otherwise it is kept, as
                 ``load_state_dict`` does. ``report.state`` says which.
 
         Raises:
             SourceError: The weights cannot be read.
-            WeightMismatchError: They do not fit; lists every problem.
+            WeightMismatchError: The weights do not fit; lists every problem.
             PlanMismatchError: The plan is for another module.
-            VerificationError: The result is not right; the old weights are back.
-            ModuleLostError: The old weights could not be brought back; the module refuses calls.
+            VerificationError: The result is wrong; the old weights are live again.
+            ModuleLostError: The old weights could not be restored; the module refuses calls.
             RefitError: Any other reason; the module answers as before.
         """
         compiled = self._compiled(target)
@@ -244,18 +243,18 @@ class Pipeline:
     def refit_all(self, modules: Iterable[Sequence[Any]], **options: Any) -> RefitResults:
         """Refit several modules in one transaction: all of them, or none.
 
-        While weights are staged all modules serve; then the calls of all of them wait until all are
+        All modules serve while weights are staged. Then the calls of all of them wait until all are
         committed and verified.
 
         Args:
-            modules: ``(target, weights)`` for each, or ``(target, weights, {"inputs": (x,)})`` with
-                arguments of ``refit`` for this one.
+            modules: ``(target, weights)`` for each module, or
+                ``(target, weights, {"inputs": (x,)})`` with arguments of ``refit`` for it alone.
             **options: Arguments of ``refit`` for all: ``verify``, ``partial``, ``delta``, ...
 
         Raises:
             ConfigError: A module is given twice, or there is no such argument.
-            RefitError: As ``refit`` raises it, with the problems of all modules; unless it is a
-                ``ModuleLostError``, all of them answer as before.
+            RefitError: As ``refit`` raises it, with the problems of all modules. Unless it is a
+                ``ModuleLostError``, all modules answer as before.
         """
         return self._run(refit_tasks(self.context, modules, options, self._compiled))
 
@@ -269,23 +268,23 @@ class Pipeline:
         reference: Any = None,
         verify: str | None = None,
     ) -> RefitResult:
-        """Go back to earlier weights of a module; that is a refit, with a number of its own.
+        """Restore earlier weights of a module. This is a refit, and counts as a new version.
 
         Args:
-            compiled: The module, changed in place.
-            version: Number of the weights: 0 are those that it was compiled or loaded with. Those
-                are read from ``compiled.base`` where that is set, or from the file or folder that
-                the module was loaded from, for which a second module is opened. All others come
-                from copies, or from the engines.
+            compiled: The module, which is changed in place.
+            version: Version of the weights; 0 are the weights that the module was compiled or
+                loaded with. Those are read from ``compiled.base`` if it is set, or from the file
+                that the module was loaded from, by opening a second module. Other versions come
+                from copies or from the engines.
             inputs: As for ``refit``.
-            reference: What outputs are compared with, if inputs are given, too.
-            verify: As for ``refit``. Where None: ``outputs`` when inputs and a reference are given,
-                else ``weights`` where engines can be read, else nothing.
+            reference: A callable or outputs to compare with, if inputs are given.
+            verify: As for ``refit``. None: ``outputs`` if inputs and a reference are given, else
+                ``weights`` if the engines can be read, else no verifier.
 
         Raises:
-            ConfigError: That is no compiled module, or no whole number.
-            NotRefittableError: The weights are not held any more; says what is.
-            RefitError: As ``refit`` raises it; unless it is a ``ModuleLostError``, the module
+            ConfigError: ``compiled`` is no compiled module, or ``version`` is no whole number.
+            NotRefittableError: The weights are not held any more; lists those that are.
+            RefitError: As ``refit`` raises it. Unless it is a ``ModuleLostError``, the module
                 answers as before.
         """
         as_versions([(compiled, version)])
@@ -294,7 +293,7 @@ class Pipeline:
 
     @verb("The weights cannot be restored")
     def restore_all(self, modules: Iterable[tuple[CompiledModule, int]]) -> RefitResults:
-        """Go back to earlier weights of several modules, in one transaction.
+        """Restore earlier weights of several modules in one transaction.
 
         Args:
             modules: Modules, each with a version of its weights; see ``restore``.
@@ -311,7 +310,11 @@ class Pipeline:
 
     @verb("The module cannot be copied")
     def copy(self, compiled: CompiledModule) -> CompiledModule:
-        """A second module with the same weights, plan and program, refitted on its own."""
+        """A second module with the same weights, plan and program, to be refitted on its own.
+
+        Raises:
+            RefitError: The backend cannot open the module a second time; says why.
+        """
         return copy_of(compiled, self)
 
     @verb("The weights cannot be judged")
@@ -325,20 +328,20 @@ class Pipeline:
         reference: Any = None,
         with_: str | None = None,
     ) -> VerificationResult:
-        """Judge whether a module holds these weights, without changing it.
+        """Judge whether a module holds given weights, without changing it.
 
         Args:
-            target: A compiled module, or anything ``load`` opens.
-            weights: What it should hold.
-            plan: The module's own where None.
+            target: A compiled module, or anything that ``load`` opens.
+            weights: The weights that it should hold.
+            plan: How weights become slots; None: the module's own plan.
             inputs: As for ``refit``.
             reference: As for ``refit``.
-            with_: Name of a verifier; as ``verify`` of ``refit``.
+            with_: Name of a verifier, like ``verify`` of ``refit``.
 
         Raises:
-            WeightMismatchError: They are weights of another model.
-            VerificationError: It does not; ``problems`` lists what differs, and ``report`` is the
-                :class:`~refitkit.model.VerificationResult`.
+            WeightMismatchError: The weights belong to another model.
+            VerificationError: The module holds other weights; ``problems`` lists the differences,
+                and ``report`` is the :class:`~refitkit.model.VerificationResult`.
         """
         options = VerifyOptions(inputs=inputs, reference=reference, verify=with_)
         return verify_live(self.context, self._compiled(target), weights, plan, options)
@@ -353,46 +356,49 @@ class Pipeline:
         rules_a: Mapping[str, Any] | None = None,
         rules_b: Mapping[str, Any] | None = None,
     ) -> DiffReport:
-        """What two sets of weights differ in, tensor by tensor and from all elements.
+        """Compare two sets of weights, tensor by tensor and in all elements.
 
-        Nothing is changed, and no more than a pair of tensors is in memory at a time. With a module
-        and weights, what its slots hold is compared with what a refit would give them. Two modules
-        have to be of one model. Two weights are compared by their names, as they are or as rules
-        of names make them; with a plan, as its program reads them.
+        Nothing is changed, and one pair of tensors is in memory at a time. If one side is a module,
+        the values of its slots are compared with those that a refit would give them. Two modules
+        must be of one model. Two weights are compared by name, or with a plan as its program reads
+        them.
 
         Args:
-            a: Anything that a plugin can read as weights; else a compiled module, or anything
-                ``load`` opens, which runs the code in it.
-            b: Likewise; relative changes are relative to A.
-            plan: How weights become slots; the module's own where None.
-            rules_a: Rules for A alone, as ``Config.rules`` has them: ``{"subtree": "ema."}``. What
-                is given takes the place of what the settings say of the same rule.
-            rules_b: Likewise for B.
+            a: Anything that a plugin can read as weights; or else a compiled module, or anything
+                that ``load`` opens, which runs the code in it.
+            b: Likewise. Changes are relative to A.
+            plan: How weights become slots; None: the module's own plan.
+            rules_a: Rules for A alone, like ``Config.rules``: ``{"subtree": "ema."}``. A given rule
+                takes the place of the same rule in the settings.
+            rules_b: Rules for B alone.
+
+        Returns:
+            One row for each tensor.
 
         Raises:
-            SourceError: Neither weights nor a module, or it cannot be read; lists all of it.
+            SourceError: A side is neither weights nor a module, or cannot be read; lists all
+                reasons.
             WeightMismatchError: The weights do not fit the module, or the modules are of different
                 models; lists every problem.
-            UnsupportedTargetError: Nobody knows what a module holds: its engines cannot be read,
+            UnsupportedTargetError: The values of a module are unknown: its engines cannot be read,
                 and were not refitted since they were opened.
-            PlanMismatchError: The module has no plan, or the plan is for another one.
-            ConfigError: There are rules for a module, or packs or casts and no program to follow
-                them for.
+            PlanMismatchError: The module has no plan, or the plan is for another module.
+            ConfigError: There are rules for a module, or rules that need a program and no plan.
         """
         rules = rules_a or {}, rules_b or {}
         return Differ(self.context, self.load, plan, rules).diff(a, b)
 
     @verb("The weights cannot be opened")
     def open_weights(self, weights: object, plan: RefitPlan | None = None) -> WeightSource:
-        """Anything that a plugin can read, as a weight source.
+        """A weight source for weights.
 
         Args:
-            weights: A state_dict, module, program, path: anything a plugin can read.
-            plan: The plan that it is for: then the transforms of all plugins make of it what the
-                program reads. None: as it was given.
+            weights: A state_dict, module, program or path: anything that a plugin can read.
+            plan: A plan whose program will read them. Then the transforms of all plugins turn the
+                entries into those that the program reads. None: the entries as they are.
 
         Raises:
-            SourceError: It cannot be read.
+            SourceError: The weights cannot be read.
             WeightMismatchError: A transform cannot use entries that belong to it.
         """
         source = open_weights(self.context, weights)
@@ -400,10 +406,13 @@ class Pipeline:
 
     @verb("The module cannot be described")
     def describe(self, path: str | Path) -> Mapping[str, Any]:
-        """What a saved module holds, without running any of its code.
+        """The facts about a saved module, without running any of its code.
+
+        Returns:
+            Names and values, as the backend that saved it gives them.
 
         Raises:
-            UnsupportedTargetError: It is missing, damaged, or of no backend.
+            UnsupportedTargetError: The path is missing or damaged, or no backend saved it.
         """
         return describe(self.context, path)
 
@@ -412,8 +421,8 @@ class Pipeline:
         """The plan in a plan file or in a saved module, without running any code of either.
 
         Raises:
-            PlanMismatchError: It is missing, or there is no plan in it that can be read.
-            UnsupportedTargetError: It is a saved module, and damaged.
+            PlanMismatchError: The path is missing, or holds no readable plan.
+            UnsupportedTargetError: The path is a saved module that is damaged.
         """
         return plan_in(self.context, path)
 
@@ -429,5 +438,9 @@ class Pipeline:
 
     @verb("The module cannot be saved")
     def save(self, compiled: CompiledModule, path: str | Path) -> None:
-        """Write a module with its present weights, plan and program; see its own ``save``."""
+        """Write a module with its present weights, plan and program; see ``CompiledModule.save``.
+
+        Raises:
+            RefitError: The path cannot be written; says why.
+        """
         save_module(self.context, compiled, path)
