@@ -78,6 +78,7 @@ class Delta:
             SourceError: An entry cannot be read.
         """
         self._plan = plan
+        # Digests of another plan or version say nothing about the present values.
         known = live is not None and live.holds_for(plan, version)
         self._before = dict(live.digests) if live is not None and known else {}
         digests = _Digests(plan, source)
@@ -138,6 +139,7 @@ class _Digests:
         firsts = dict.fromkeys(
             self._first(name) for row in _comparable_rows(plan) for name in row.sources
         )
+        # A source may have a tied weight under any of its names.
         given = {
             first: next((n for n in self._twins.get(first, (first,)) if n in names), None)
             for first in firsts

@@ -88,6 +88,7 @@ class Differ:
             self._require_rules_of_weights(sides)
         with clock.stage("compare"):
             report = self._compare_without_refits(sides, contexts)
+            # If a file changed while it was read, the report would mix two sets of weights.
             for side in sides:
                 if not isinstance(side, CompiledModule):
                     require_unchanged(side, reread=self.context.config.reread)
@@ -169,6 +170,7 @@ class Differ:
         self, sides: tuple[Side, Side], contexts: Sequence[Context]
     ) -> DiffReport:
         """The differences. Refits of the modules wait until the comparison is done."""
+        # One module may be both sides, and a thread cannot enter its gate twice.
         modules = {id(side): side for side in sides if isinstance(side, CompiledModule)}
         gates = in_lock_order(module.gate for module in modules.values())
         return inside_all([gate.refit for gate in gates], lambda: self._compare(sides, contexts))
@@ -187,6 +189,7 @@ class Differ:
             if isinstance(b, CompiledModule):
                 _require_same_slots(a, b)
                 return live_tensors(a, a.slots), live_tensors(b, b.slots)
+            # Only slots that get a value: frozen slots do not follow from the weights.
             new = self._values_for(a, b, context_b)
             return live_tensors(a, new.slots), new
         if isinstance(b, CompiledModule):
@@ -244,6 +247,7 @@ class Differ:
         source = transformed(context, plan, source)
         opened = compiled.opened
         mapping = map_slots(context, plan, opened, source, compiled.program)
+        # Weights that do not fit may be why slots have no value, so they are reported first.
         check_weights(context, plan, opened, source, partial=False)
         with raised_as(SourceError, f"{source.description} cannot be read"):
             require_all_slots(mapping, source)
@@ -479,6 +483,7 @@ def live_tensors(compiled: CompiledModule, slots: Iterable[Slot]) -> SlotTensors
         UnsupportedTargetError: Engines cannot be read and do not remember the values of all slots;
             lists the engines.
     """
+    # Checked for all engines before anything is read, so that the error lists all of them.
     engines, listed = compiled.engines, tuple(slots)
     unknown = [
         name

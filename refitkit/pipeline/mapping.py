@@ -1,6 +1,6 @@
 """Mapping: one value for every slot, from the first strategy that has one.
 
-The module hides which strategy serves which slot, and when an incomplete mapping is still safe to
+The module hides which strategy gives which slot its value, and when a mapping is complete enough to
 commit. Read it in this order:
 
 - ``map_slots`` runs the strategies and returns a ``SlotMapping``.
@@ -8,7 +8,7 @@ commit. Read it in this order:
 - ``overridden_by`` and its neighbours track tensors that the plan keeps and a source overrides.
 - ``partition`` cuts a program into one part for each engine, before a plan exists.
 
-Nothing is read or computed here: a ``SlotValue`` computes its tensor when an engine stages it.
+Mapping computes no tensors: a ``SlotValue`` computes its tensor when an engine stages it.
 """
 
 from __future__ import annotations
@@ -118,6 +118,7 @@ def map_slots(
 
     for rank in _ranked_strategies(context):
         _ask_rank(mapping, rank, ask)
+    # After all strategies, because any of them may give a value that would reset the state.
     if state_slots(plan):
         with raised_as(SourceError, f"{source.description} cannot be read"):
             mapping.keep_state(module, source)
@@ -164,7 +165,7 @@ def _ask_rank(
             continue
         answer = ask(strategy, wanted)
         clashes += [_clash(*taken[key], offer) for key in answer.values if key in taken]
-        if offer is not rank[-1]:
+        if offer is not rank[-1]:  # nothing can clash with the last one
             taken |= {row.slot.key: (row, offer) for row in wanted if row.slot.key in answer.values}
         mapping.values.update(answer.values)
         for key, reason in answer.declined.items():
@@ -435,6 +436,7 @@ def require_partial_slots(
     for row in mapping.plan.data.ledger if overridden else ():
         value = mapping.values.get(row.slot.key)
         missing = [name for name in row.sources if name in overridden - given]
+        # Other strategies do not combine weights with the plan's values.
         if value is not None and value.strategy == STRATEGY and missing:
             problems.append(_needs_more(row, value.sources, missing))
     if problems:
@@ -457,7 +459,7 @@ def _require_known_slots(
     unchanged = [row for row in mapping.plan.data.ledger if row.slot.key in mapping.unchanged]
     reached.update(name for row in unchanged for name in row.sources)
     reads = reads_of(mapping.plan)
-    reached = reads.names_of(reached)
+    reached = reads.names_of(reached)  # a tied weight may be given under another name
     # A value without sources is computed from the program as a whole, so it reaches all weights.
     whole = any(not value.sources for value in mapping.values.values())
     lost = [] if whole else [name for name in source.names() if name in reads.used - reached]
@@ -587,6 +589,7 @@ def find_left_out(
     }
     found: dict[str, None] = {}
     for given, value in source.left_out.items():
+        # Wrappers such as DataParallel add parts to names. The exported program lacks these parts.
         unwrapped = ".".join(part for part in given.split(".") if part not in wrappers)
         name = given if given in leaves else unwrapped
         if name in leaves and name in plan.data.pinned and not _is_planned(plan, name, value):
@@ -595,6 +598,7 @@ def find_left_out(
 
 
 def _is_planned(plan: RefitPlan, name: str, value: torch.Tensor) -> bool:
+    # model.half() casts constants along with the weights. Such a constant did not change.
     return not unusable_reason(value) and same_bits(plan.pinned(name).to(value.dtype), value)
 
 
@@ -614,7 +618,7 @@ def decode_overridden(content: bytes) -> frozenset[str]:
     """
     try:
         names = json.loads(content)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # deeply nested JSON exceeds the recursion limit
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise PlanMismatchError("The module's list of overridden tensors cannot be read.")
@@ -657,6 +661,7 @@ def partition(
     )
     if parts is None:
         raise PluginError(f"No plugin cuts programs into parts for the backend {backend!r}.")
+    # When planning offline, the parts decide which engines there will be.
     engines = module.engines.keys() if module else parts.keys()
     problems = [Problem(name, "no part for this engine") for name in engines - parts.keys()]
     problems += [Problem(name, "no engine for this part") for name in parts.keys() - engines]

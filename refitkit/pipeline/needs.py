@@ -54,8 +54,8 @@ def layer_type_needs(host: Host, names: Iterable[str]) -> tuple[Need, ...]:
 def strategy_needs(host: Host, rows: Iterable[ReportRow]) -> tuple[Need, ...]:
     """Needs for the strategies that gave the values in a proof, sorted by name.
 
-    A need lists the frozen and pinned slots of its strategy: the plan has values for those too,
-    and ``require_proved_strategies`` refuses them.
+    A need lists the frozen and pinned slots of its strategy. ``require_proved_strategies`` refuses
+    the plan's own values for them.
 
     Args:
         host: All plugins.
@@ -66,6 +66,7 @@ def strategy_needs(host: Host, rows: Iterable[ReportRow]) -> tuple[Need, ...]:
     for row in rows:
         if row.strategy in offers:
             slots = kept.setdefault(row.strategy, [])
+            # The plan's own value of a frozen or pinned slot does not follow new weights.
             if row.state in {"frozen", "pinned"} and row.strategy != STRATEGY:
                 slots.append(f"{row.engine}/{row.slot}")
     return tuple(
@@ -164,6 +165,7 @@ def require_proved_strategies(data: PlanData, strategies: Mapping[tuple[str, str
     """
     if not any(need.slots for need in data.needs):
         return
+    # Plans store slots as text.
     by_name = {"/".join(key): strategy for key, strategy in strategies.items()}
     problems = [
         Problem(slot, "keeps the plan's value", by_name[slot], f"a value of {need.name!r}")
@@ -303,6 +305,7 @@ def _not_reached(data: PlanData, reached: Collection[str]) -> Iterator[str]:
     known, leaves = _with_ties(data, reached), {leaf.fqn: leaf for leaf in data.leaves}
     for leaf in data.leaves:
         weight = leaf.persistent or leaf.derived
+        # A leaf without elements has no values that could become stale.
         if leaf.used and weight and 0 not in leaf.shape and leaf.fqn not in known:
             # A leaf that shares the memory of weights changes with them, so they reach it too.
             roots = set(_roots(leaf, leaves))

@@ -101,6 +101,7 @@ class Compiler:
             tools = self._context.tools("compile", "compile")
             opened = backend.compile(self._program, self._options, tools)
         with clock.stage("plan"):
+            # No options: they are for planning offline, and a module knows its own.
             plan = self._cached_plan(opened, backend, {})
             kept = self._keep_program()
         compiled = CompiledModule(opened, plan, kept, self._verbs)
@@ -256,6 +257,7 @@ def make_plan(
         ),
         needs=layer_type_needs(context.host, draft.layer_types),
     )
+    # In a second step, because the reasons follow from the rest of the plan.
     data = data.model_copy(update={"unreached": explain_unreached(data)})
     plan = RefitPlan(data, draft.pinned, weight_opener(context))
     if module is None:
@@ -264,6 +266,7 @@ def make_plan(
         slots = [slot for engine in module.engines.values() for slot in engine.slots.values()]
         plan.check_engines(backend.name, slots)
 
+        # A function, because mapping takes time and most plans are complete without it.
         def own_values() -> Iterable[SlotValue]:
             own = TensorMap(program.state_dict)
             return map_slots(context, plan, module, own, None).values.values()
@@ -338,6 +341,7 @@ class PlanInputs:
             "code": code_digest(_PACKAGE),
             "backend": self.backend,
             "graph": self.facts.graph,
+            # Programs with the same graph may differ in the ranges of their dynamic shapes.
             "ranges": sorted(f"{s}: {r}" for s, r in self.program.range_constraints.items()),
             "inputs": _describe_inputs(self.program.example_inputs),
             "leaves": [leaf.model_dump(mode="json") for leaf in self.facts.leaves],
@@ -378,6 +382,7 @@ def plan_inputs(
     if key is None:
         return None
     facts, tensors = facts_of(program), tensors_of(program)
+    # A plan contains these values, so a program with other values needs another plan.
     kept = {leaf.fqn: tensors[leaf.fqn] for leaf in facts.leaves if leaf.kept}
     plugins = [f"{one.name} {one.origin}" for one in host.plugins()]
     plugins += [f"layer type {one.model_dump_json()}" for one in tools.layer_types.values()]
@@ -421,6 +426,7 @@ def code_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         content = path.read_bytes()
+        # With the length, no two different sets of files give the same bytes.
         digest.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)
     return digest.hexdigest()
 
@@ -468,7 +474,7 @@ class PlanCache:
         """The plan in a file; None, with progress, if there is none or it cannot be used."""
         try:
             content = path.read_bytes()
-        except FileNotFoundError:
+        except FileNotFoundError:  # the usual miss, which needs no message
             return None
         except OSError as exc:
             self._progress(f"the plan cache cannot be read: {exc}")
@@ -500,6 +506,7 @@ class PlanCache:
             plan.check_engines(inputs.backend, inputs.slots)
 
     def _write(self, path: Path, plan: RefitPlan) -> None:
+        # A full disk or a read-only folder must not fail a plan that was just made.
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             plan.save(path)
@@ -521,6 +528,7 @@ def _differing(plan: RefitPlan, inputs: PlanInputs) -> Iterator[Problem]:
         ("versions", made.versions, dict(key.versions)),
         ("platform", made.platform, key.platform),
     ]
+    # Some backends know the settings only after planning.
     if key.settings is not None:
         pairs.append(("settings", made.settings, dict(key.settings)))
     pairs += [(f"constant {n}", data.pinned.get(n), one) for n, one in inputs.constants.items()]

@@ -143,6 +143,7 @@ class Transformed:
         taken = tuple(map(self.given.revision, offer.group.takes))
         if offer.group.formula is None or None in taken:
             return None
+        # A formula does not contain names, so the position identifies the entry.
         number = list(offer.group.gives).index(fqn)
         return offer.plugin, offer.group.formula, number, taken
 
@@ -154,7 +155,7 @@ class Transformed:
                 made = offer.group.make()
             _check_results(offer, made)
             self._last = offer, made
-            self._measured[offer] = Made({}, made.measures)
+            self._measured[offer] = Made({}, made.measures)  # without values, to free their memory
         return self._last[1]
 
     def rows(self) -> tuple[TransformRow, ...]:
@@ -205,6 +206,7 @@ def transformed(
             plugins.
         SourceError: The source's names or metadata cannot be read.
     """
+    # sorted is stable, so transforms of one priority stay in the order of their plugins.
     ordered = sorted(_transforms(context), key=_priority)
     with raised_as(SourceError, f"{source.description} cannot be read"):
         namings = source.namings() if isinstance(source, HasNamings) else ()
@@ -283,7 +285,7 @@ def _apply_rank(
     for plugin, transform in transforms:
         try:
             offers += _offers(plugin, transform, request)
-        except WeightMismatchError as exc:
+        except WeightMismatchError as exc:  # the others are asked too, to list all problems
             problems += exc.problems or [Problem(transform.name, "refused", hint=exc.message)]
     if offers:  # most sources need no transform, and then none of their names is looked at
         names, taken = request.source.names(), _consumed(offers)
