@@ -156,8 +156,8 @@ def refitkit_mapping_strategies() -> Iterable[MappingStrategy]:
     """Return mapping strategies. Kind: all.
 
     Called once for each pipeline, when slots are first mapped. A refit tries the strategies in the
-    order of ``Config.strategies``, or by priority if that is empty. Two strategies of one name are a
-    ``PluginError`` that names both plugins.
+    order of ``Config.strategies``, or by priority if that is empty. Two strategies of one name
+    are a ``PluginError`` that names both plugins.
 
     Returns:
         The strategies.

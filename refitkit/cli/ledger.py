@@ -57,9 +57,9 @@ def print_plan(console: Console, plan: RefitPlan) -> None:
 
 
 def _need(need: Need) -> str:
-    from refitkit.pipeline.needs import described
+    from refitkit.pipeline.needs import describe_need
 
-    return f"{need.kind} {need.name} of {described(need)}"
+    return f"{need.kind} {need.name} of {describe_need(need)}"
 
 
 def _cells(row: LedgerRow, data: PlanData) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
-"""What of a module is live, by digest, so that the next refit writes only what changed.
+"""Delta: the slots that a new source would leave unchanged, so that a refit need not write them.
 
-A slot is unchanged where everything that its value follows from has the same bits as when the slot
-was last written, by the same plan.
+A slot is unchanged if everything that its value follows from has the same bits as when the slot was
+last written, and if the plan is the same. ``LiveSources`` remembers digests of the sources of each
+live slot, and ``Delta`` compares a new source with them.
 """
 
 from __future__ import annotations
@@ -23,36 +24,37 @@ if TYPE_CHECKING:
     from refitkit.protocols import OpenedModule, SlotValue, WeightSource
     from refitkit.recipe import RefitPlan
 
-Origin: TypeAlias = frozenset[tuple[str, Hashable]]
-"""What a value was computed from: names of tensors, and digests or revisions of what they were."""
+SourceDigests: TypeAlias = frozenset[tuple[str, Hashable]]
+"""Names of the tensors that a value was computed from, each with its digest or revision."""
 
 
 @dataclass(frozen=True)
-class Live:
-    """What the slots of a module were computed from when they were last written.
+class LiveSources:
+    """The sources of the live slots of a module, as they were when each slot was last written.
 
     Attributes:
         plan: The plan that was followed.
-        version: Number of the weights of which this is true.
-        origins: By slot; slots of which it is not known are not in it.
+        version: Version of the weights that this describes.
+        digests: Digests of the sources by slot. Slots with unknown sources are left out.
     """
 
     plan: RefitPlan
     version: int
-    origins: Mapping[SlotKey, Origin]
+    digests: Mapping[SlotKey, SourceDigests]
 
     def holds_for(self, plan: RefitPlan, version: int) -> bool:
-        """Whether this is of the present weights, and of what a plan would compute."""
+        """Whether this describes these weights, and an equal plan computed them."""
         return version == self.version and (plan is self.plan or plan.data == self.plan.data)
 
 
 class Delta:
-    """A source held against what is live.
+    """A new source, compared with the live weights.
 
     Attributes:
-        unchanged: Slots that hold already what the source has for them, in engines that can be
-            refitted in part; none where a guard of the plan is broken.
-        same: Names of entries with the bits that all slots that follow from them were computed of.
+        unchanged: Slots that already hold the source's value, in engines that support partial
+            refits. Empty if a guard of the plan is broken.
+        same: Names of the source's entries with the same bits as in all live slots that follow
+            from them.
     """
 
     def __init__(
@@ -60,91 +62,66 @@ class Delta:
         plan: RefitPlan,
         module: OpenedModule,
         source: WeightSource,
-        live: Live | None,
+        live: LiveSources | None,
         version: int,
     ) -> None:
-        """Read the source once, all that slots follow from and that has no revision.
+        """Compare. Entries that slots follow from and that have no revision are read once.
 
         Args:
-            plan: The plan that will be followed.
+            plan: The plan that the refit follows.
             module: The opened target.
             source: The new weights.
-            live: What is known of the live ones.
-            version: Number of the live ones.
+            live: The sources of the live slots; None if they are unknown.
+            version: Version of the live weights.
 
         Raises:
             SourceError: An entry cannot be read.
         """
         self._plan = plan
+        # Digests of another plan or version say nothing about the present values.
         known = live is not None and live.holds_for(plan, version)
-        self._before = dict(live.origins) if live is not None and known else {}
+        self._before = dict(live.digests) if live is not None and known else {}
         digests = _Digests(plan, source)
-        self._origins = {row.slot.key: digests.origin(row) for row in _followed(plan)}
+        self._now = {row.slot.key: digests.of_row(row) for row in _comparable_rows(plan)}
+        # An engine without partial refits needs all its values anyway.
         whole = {n for n, e in module.engines.items() if not isinstance(e, SupportsPartial)}
         broken = bool(plan.data.guards) and bool(plan.broken_guards(source))
         self.unchanged = frozenset(
             key
-            for key, origin in self._origins.items()
-            if key[0] not in whole and not broken and self._before.get(key) == origin
+            for key, now in self._now.items()
+            if key[0] not in whole and not broken and self._before.get(key) == now
         )
         self.same = frozenset(digests.names_of(self._same(digests)))
 
     def _same(self, digests: _Digests) -> set[tuple[str, Hashable]]:
-        """Origins, by name and digest, of which every slot that follows from them was computed."""
-        held = {one for origin in self._origins.values() for one in origin}
+        """Names and digests that every slot that follows from them was computed from."""
+        same = {one for now in self._now.values() for one in now}
         for row in self._plan.data.ledger:
-            held -= digests.origin(row) - self._before.get(row.slot.key, frozenset())
-        return held
+            same -= digests.of_row(row) - self._before.get(row.slot.key, frozenset())
+        return same
 
-    def after(self, values: Mapping[SlotKey, SlotValue], version: int) -> Live:
-        """What is live once these values are.
+    def after(self, values: Mapping[SlotKey, SlotValue], version: int) -> LiveSources:
+        """The sources of the live slots once a refit is committed.
 
         Args:
-            values: What is written; slots that are not among them stay as they are.
-            version: Number of the weights then.
+            values: The written values. Other slots keep their sources.
+            version: Version of the weights after the refit.
         """
-        kept = {key: origin for key, origin in self._before.items() if key not in values}
+        kept = {key: digests for key, digests in self._before.items() if key not in values}
+        # Only the plan's recipes compute a value from exactly the sources of its row. Slots of
+        # other strategies are written again by the next refit.
         new = {
-            key: self._origins[key]
+            key: self._now[key]
             for key, value in values.items()
-            if value.strategy == STRATEGY and key in self._origins
+            if value.strategy == STRATEGY and key in self._now
         }
-        return Live(self._plan, version, {**kept, **new})
+        return LiveSources(self._plan, version, {**kept, **new})
 
 
-class _Digests:
-    """Digests of what slots follow from, each taken once, of tied names under the first."""
+def _comparable_rows(plan: RefitPlan) -> Iterator[LedgerRow]:
+    """Rows with a recipe whose slots calls of the module do not write.
 
-    def __init__(self, plan: RefitPlan, source: WeightSource) -> None:
-        """Read all of it."""
-        self._twins = {name: tie for tie in plan.data.ties for name in tie}
-        names = source.names()
-        firsts = dict.fromkeys(self.first(name) for row in _followed(plan) for name in row.sources)
-        given = {
-            first: next((n for n in self._twins.get(first, (first,)) if n in names), None)
-            for first in firsts
-        }
-        self._given = {first: name for first, name in given.items() if name is not None}
-        self._digests = {first: known_by(name, source) for first, name in self._given.items()}
-
-    def first(self, name: str) -> str:
-        """The first of a tensor's names."""
-        return self._twins.get(name, (name,))[0]
-
-    def origin(self, row: LedgerRow) -> Origin:
-        """What a value is computed from."""
-        firsts = {self.first(name) for name in row.sources}
-        return frozenset((n, self._digests[n]) for n in firsts if n in self._digests)
-
-    def names_of(self, origins: Iterable[tuple[str, Hashable]]) -> Iterator[str]:
-        """The names under which the source has them."""
-        return (self._given[first] for first, _ in origins)
-
-
-def _followed(plan: RefitPlan) -> Iterator[LedgerRow]:
-    """Rows of which a plan knows what they follow from.
-
-    Slots that calls of the module change are not among them: what was written is not what is live.
+    A slot that calls write no longer holds the value that the last refit wrote.
     """
     mutated = {leaf.fqn for leaf in plan.data.leaves if leaf.mutated}
     for row in plan.data.ledger:
@@ -152,27 +129,65 @@ def _followed(plan: RefitPlan) -> Iterator[LedgerRow]:
             yield row
 
 
-def known_by(name: str, source: WeightSource) -> Hashable:
-    """What tells an entry of a source from all others: its revision, or else its digest.
+class _Digests:
+    """Digests of the entries that slots follow from. Each tensor has one, under its first name."""
+
+    def __init__(self, plan: RefitPlan, source: WeightSource) -> None:
+        """Read the entries."""
+        self._twins = {name: tie for tie in plan.data.ties for name in tie}
+        names = source.names()
+        firsts = dict.fromkeys(
+            self._first(name) for row in _comparable_rows(plan) for name in row.sources
+        )
+        # A source may have a tied weight under any of its names.
+        given = {
+            first: next((n for n in self._twins.get(first, (first,)) if n in names), None)
+            for first in firsts
+        }
+        self._given = {first: name for first, name in given.items() if name is not None}
+        self._digests = {
+            first: revision_or_digest(name, source) for first, name in self._given.items()
+        }
+
+    def _first(self, name: str) -> str:
+        """The first of all names of a tensor."""
+        return self._twins.get(name, (name,))[0]
+
+    def of_row(self, row: LedgerRow) -> SourceDigests:
+        """Digests of the sources of a row, as far as the source has them."""
+        firsts = {self._first(name) for name in row.sources}
+        return frozenset((n, self._digests[n]) for n in firsts if n in self._digests)
+
+    def names_of(self, digests: Iterable[tuple[str, Hashable]]) -> Iterator[str]:
+        """The names of these tensors in the source."""
+        return (self._given[first] for first, _ in digests)
+
+
+def revision_or_digest(name: str, source: WeightSource) -> Hashable:
+    """The revision of an entry; its digest if the source knows no revision.
+
+    A revision (``KnowsRevisions``) identifies the bits without reading them.
 
     Raises:
-        SourceError: It cannot be read.
+        SourceError: The entry cannot be read.
     """
     revision = source.revision(name) if isinstance(source, KnowsRevisions) else None
     return digest_of(name, source) if revision is None else ("revision", revision)
 
 
 def digest_of(name: str, source: WeightSource) -> str:
-    """What an entry of a source is: dtype, shape and 128 bits over its bytes in logical order.
+    """Dtype, shape and a 128-bit hash of an entry's bytes in logical order, as one text.
 
-    XXH3 is no cryptographic hash; whoever can choose weights need not deceive it to choose slots.
+    The hash is XXH3, which is not cryptographic. It need not be: whoever can forge a collision can
+    choose the weights, too.
 
     Raises:
-        SourceError: It cannot be read.
+        SourceError: The entry cannot be read.
     """
     info = source.info(name)
     if info.unusable:
         return f"unusable: {info.unusable}"
+    # Two views with equal elements must have equal digests, whatever their layout and lazy bits.
     value = source.get(name).detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     raw = value.view(torch.uint8).numpy().data if value.numel() else b""
     return f"{info.dtype} {info.shape} {xxhash.xxh3_128_hexdigest(raw)}"

@@ -1,4 +1,13 @@
-"""Who may use a module's weights when: calls share it, a commit has it alone."""
+"""Gates: calls of a module share it, a commit has it alone, and one refit follows another.
+
+Read ``Gate`` first. The rest is what it is built from:
+
+- *Turns* are locks that threads hold while they are inside a gate.
+- ``wait_for`` waits for a turn and raises ``DeadlockError`` if threads would wait in a cycle.
+- ``restoring`` marks a thread that restores old weights, which must not fail with a deadlock.
+- After a fork, the child forgets the threads that it does not have.
+- ``in_lock_order`` and ``inside_all`` enter several gates.
+"""
 
 from __future__ import annotations
 
@@ -17,127 +26,135 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Turns: TypeAlias = "dict[Lock, int]"
-"""Turns and their threads, the oldest first. A turn lasts while its lock is held."""
+"""Turns with the identifiers of their threads, the oldest first. A turn is over once unlocked."""
 
 _FORKED = "the process was forked in the middle of a commit"
 
 
 class Gate:
-    """Calls go through side by side; from commit to verdict they wait outside.
+    """Lets calls of a module through side by side. From commit to verdict, new calls wait.
 
-    A thread that holds the gate alone passes through it freely, so that verifiers and hooks can
-    call the module; so does a call from inside a call. A poisoned gate lets nobody through.
+    The thread that has the gate exclusively passes freely, so that verifiers and hooks can call the
+    module. A call from inside a call passes too. A poisoned gate lets no thread through.
 
-    An interrupt at any point leaves nothing behind. CPython raises it after a call, at the start
-    of a function, and where a loop jumps back. So everything here is built from steps that one C
-    function does whole:
+    An interrupt at any point leaves nothing locked and nothing listed. CPython raises it after a
+    call, at the start of a function, and where a loop jumps back. So every step that matters is
+    done by one C function:
 
     - Each passage is a *turn*, a lock of its own. ``with turn`` enters and leaves in C. A context
-      manager in Python may be interrupted in ``__exit__`` before it does anything.
-    - A turn is first locked, then listed. So a turn that is listed and not locked is over,
-      although nobody took it off the list; whoever finds it does.
-    - Others wait by acquiring the lock. So there is no notification that can get lost.
+      manager in Python could be interrupted in ``__exit__`` before it does anything.
+    - A turn is first locked, then listed. So a turn that is listed and not locked is over, even if
+      its thread could not remove it from the list. The next thread that finds it removes it.
+    - Other threads wait by acquiring the lock. So no notification can get lost.
 
-    A call lists itself and then looks for a commit; a commit lists itself and then looks for
-    calls. One of the two sees the other.
-
-    A forked child has only the thread that forked: turns of all others are over there. If one
-    of those was a commit that had begun, the child's weights are half old and half new, and its
-    gate is poisoned.
+    A call lists itself and then looks for a commit. A commit lists itself and then looks for calls.
+    So at least one of the two sees the other.
     """
 
     def __init__(self) -> None:
-        """Open, and well."""
-        self._passing: Turns = {}  # calls
-        self._closing: Turns = {}  # the first one has the gate alone, the others wait for it
-        self._refitting: Turns = {}  # likewise: one refits, the others wait
-        self._begun: Lock | None = None  # the last turn of ``_closing`` that had the gate alone
+        """Start open and not poisoned."""
+        self._call_turns: Turns = {}
+        self._commit_turns: Turns = {}  # the first has the gate exclusively, the others wait
+        self._refit_turns: Turns = {}  # the first refits, the others wait
+        self._last_commit: Lock | None = None  # the last turn that had the gate exclusively
         self._lost: BaseException | str | None = None
         _gates[id(self)] = self
 
+    # -- poisoning --------------------------------------------------------------------------
+
     @property
     def lost(self) -> bool:
-        """Whether it was poisoned."""
+        """Whether the gate is poisoned."""
         return self._lost is not None
 
     def poison(self, why: BaseException | str) -> None:
-        """Let nobody through any more."""
+        """Let no thread through any more.
+
+        Args:
+            why: The reason, for the error of later calls.
+        """
         self._lost = why
 
     def heal(self) -> None:
-        """Take a poisoning back: it is certain again which weights are live."""
+        """Undo ``poison``, once it is certain again which weights are live."""
         self._lost = None
 
     def check(self) -> None:
-        """Raise if it was poisoned.
+        """Raise if the gate is poisoned.
 
         Raises:
-            ModuleLostError: It was.
+            ModuleLostError: It is.
         """
         if self._lost is not None:
             raise lost_error(self._lost)
 
-    @property
-    def _calls(self) -> Turns:
-        """Calls that run, and their threads."""
-        return {turn: self._passing[turn] for turn in _lasting(self._passing)}
+    # -- passing ----------------------------------------------------------------------------
 
     def call(self, do: Callable[[], T]) -> T:
-        """Do something as one of many calls; waits while another thread has the gate alone.
+        """The result of a function, run as one of many calls.
+
+        It waits while another thread has the gate exclusively.
 
         Raises:
             ModuleLostError: The module is lost.
-            DeadlockError: Who has it waits for this thread.
+            DeadlockError: The thread that has the gate waits for this thread.
         """
         me, waited = get_ident(), True
         while True:
             turn = Lock()
             with turn:
                 try:
-                    self._passing[turn] = me
-                    closed = next(iter(_lasting(self._closing)), None)
-                    if closed is not None and (self._closing.get(closed) == me or not waited):
+                    self._call_turns[turn] = me
+                    closed = next(iter(_unfinished(self._commit_turns)), None)
+                    if closed is not None and (self._commit_turns.get(closed) == me or not waited):
                         return do()
-                    if closed is None or _has_turn(self._passing, me, but=turn):
+                    if closed is None or _has_turn(self._call_turns, me, but=turn):
                         self.check()
                         return do()
                 finally:
-                    self._passing.pop(turn, None)
-            waited = _waited_for(closed)
+                    self._call_turns.pop(turn, None)
+            # Wait without a turn: the commit waits for all turns of calls.
+            waited = _wait_unless_restoring(closed)
 
-    def alone(self, do: Callable[[], T]) -> T:
-        """Do something with the gate alone: new calls wait, running ones are waited for."""
-        return _in_turn(self._closing, lambda: self._after_calls(do))
+    def exclusive(self, do: Callable[[], T]) -> T:
+        """The result of a function, run when no call runs. New calls wait until it returns.
+
+        Raises:
+            DeadlockError: A thread that has to leave first waits for this thread.
+        """
+        return _in_turn(self._commit_turns, lambda: self._after_calls(do))
+
+    def _after_calls(self, do: Callable[[], T]) -> T:
+        for turn in _unfinished(self._call_turns):
+            wait_for(turn)
+        self._last_commit = next(iter(_unfinished(self._commit_turns)))
+        return do()
 
     def refit(self, do: Callable[[], T]) -> T:
-        """Be the one refit of the module; another thread's waits, one's own is an error.
+        """The result of a function, run as the only refit. Refits of other threads wait.
 
         Raises:
             RefitInProgressError: This thread is inside a refit or a call of this module.
             ModuleLostError: The module is lost.
-            DeadlockError: Who refits it waits for this thread.
+            DeadlockError: The thread that refits the module waits for this thread.
         """
-        for turns, inside in ((self._refitting, "a refit"), (self._passing, "a call")):
+        for turns, inside in ((self._refit_turns, "a refit"), (self._call_turns, "a call")):
             if _has_turn(turns, get_ident()):
                 raise RefitInProgressError(
                     f"A refit of this module was started from inside {inside} of it.",
-                    hint="Refit it from outside: what takes part in a call or a refit must not.",
+                    hint="Refit the module after the call or the refit has returned.",
                 )
-        return _in_turn(self._refitting, lambda: self._unless_lost(do))
+        return _in_turn(self._refit_turns, lambda: self._unless_lost(do))
 
     def _unless_lost(self, do: Callable[[], T]) -> T:
         self.check()
         return do()
 
-    def _after_calls(self, do: Callable[[], T]) -> T:
-        for turn in _lasting(self._passing):
-            wait_for(turn)
-        self._begun = next(iter(_lasting(self._closing)))
-        return do()
+    # -- threads that hold turns ------------------------------------------------------------
 
     def holder(self, turn: Lock) -> Holder | None:
-        """The thread whose turn it is, if it is one of this gate and not over."""
-        kinds = {"refit": self._refitting, "commit": self._closing, "call": self._passing}
+        """The thread that holds a turn; None if the turn is over or of another gate."""
+        kinds = {"refit": self._refit_turns, "commit": self._commit_turns, "call": self._call_turns}
         for kind, turns in kinds.items():
             thread = turns.get(turn)
             if thread is not None and turn.locked():
@@ -145,11 +162,18 @@ class Gate:
         return None
 
     def keep_only(self, thread: int) -> None:
-        """End the turns of all other threads; called in a forked child, where there are none."""
-        alone = next(iter(_lasting(self._closing)), None)
-        if alone is not None and alone is self._begun and self._closing[alone] != thread:
+        """End the turns of all other threads. Called in a forked child, which lacks them.
+
+        If one of those threads was committing, the child's weights are partly old and partly new,
+        and the gate is poisoned. A commit that still waited for calls has changed nothing.
+
+        Args:
+            thread: Identifier of the thread that forked.
+        """
+        first = next(iter(_unfinished(self._commit_turns)), None)
+        if first is not None and first is self._last_commit and self._commit_turns[first] != thread:
             self.poison(_FORKED)
-        for turns in (self._passing, self._closing, self._refitting):
+        for turns in (self._call_turns, self._commit_turns, self._refit_turns):
             for turn in [turn for turn, other in turns.items() if other != thread]:
                 del turns[turn]
 
@@ -157,12 +181,49 @@ class Gate:
 _gates: WeakValueDictionary[int, Gate] = WeakValueDictionary()
 
 
+# -- turns ----------------------------------------------------------------------------------------
+
+
+def _in_turn(turns: Turns, do: Callable[[], T]) -> T:
+    """The result of a function, run when all earlier turns are over. Later turns wait for it."""
+    turn = Lock()
+    with turn:
+        try:
+            turns[turn] = get_ident()
+            for other in _unfinished(turns):
+                if other is turn:
+                    break
+                wait_for(other)
+            return do()
+        finally:
+            turns.pop(turn, None)
+
+
+def _unfinished(turns: Turns) -> list[Lock]:
+    """Turns that are not over, the oldest first. Turns that are over leave the list."""
+    unfinished = []
+    for turn in list(turns):  # a copy, because other threads change the list meanwhile
+        if turn.locked():
+            unfinished.append(turn)
+        else:
+            turns.pop(turn, None)
+    return unfinished
+
+
+def _has_turn(turns: Turns, thread: int, but: Lock | None = None) -> bool:
+    """Whether a thread holds a turn other than ``but``."""
+    return any(turns.get(turn) == thread and turn is not but for turn in _unfinished(turns))
+
+
+# -- waiting, and deadlocks -----------------------------------------------------------------------
+
+
 class Holder(NamedTuple):
-    """A thread that others wait for.
+    """A thread that other threads wait for.
 
     Attributes:
-        thread: Its identifier.
-        kind: The turn that it has of a module: ``refit``, ``commit`` or ``call``.
+        thread: Identifier of the thread.
+        kind: Kind of its turn: ``refit``, ``commit`` or ``call``.
     """
 
     thread: int
@@ -170,26 +231,26 @@ class Holder(NamedTuple):
 
 
 _waits: dict[int, Lock] = {}
-"""Threads that wait, and for which turn."""
+"""Identifiers of waiting threads, each with the turn that it waits for."""
 
-_looking = ForkedLock()
-"""Held from noting a wait to looking for a ring: so the last thread of a ring alone finds it."""
+_cycle_check = ForkedLock()
+"""Held from the entry in ``_waits`` to the check. So only the last thread of a cycle finds it."""
 
 
 def wait_for(turn: Lock) -> None:
     """Wait until a turn is over.
 
     Raises:
-        DeadlockError: Its thread waits for this one, directly or through others.
+        DeadlockError: The turn's thread waits for this thread, directly or through others.
     """
     me = get_ident()
-    before = _waits.get(me)  # a signal handler waits inside of another wait
+    before = _waits.get(me)  # a signal handler may wait inside another wait of its thread
     try:
-        with _looking.held:
+        with _cycle_check.held:
             _waits[me] = turn
-            ring = _ring(me)
-        if ring:
-            raise _deadlock(me, ring)
+            cycle = _cycle(me)
+        if cycle:
+            raise _deadlock(me, cycle)
         with turn:
             pass
     finally:
@@ -199,46 +260,18 @@ def wait_for(turn: Lock) -> None:
             _waits[me] = before
 
 
-_returning: set[int] = set()
-"""Threads that bring old weights back."""
-
-
-def returning(do: Callable[[], None]) -> None:
-    """Do something that brings old weights back: if it failed, a module would be lost.
-
-    Where a call would raise ``DeadlockError`` meanwhile, it goes through at once. Who has the gate
-    stands still until this thread is done, so nothing is committed during the call.
-    """
-    me = get_ident()
-    try:
-        _returning.add(me)
-        do()
-    finally:
-        _returning.discard(me)
-
-
-def _waited_for(turn: Lock) -> bool:
-    """Wait until a turn is over; False if that would be for ever, and this thread must not fail."""
-    try:
-        wait_for(turn)
-    except DeadlockError:
-        if get_ident() not in _returning:
-            raise
-        return False
-    return True
-
-
-def _ring(me: int) -> list[Holder]:
-    """Who is waited for, from a thread on, if that leads back to it; else nothing."""
-    ring: list[Holder] = []
+def _cycle(me: int) -> list[Holder]:
+    """The threads in the cycle of waits that starts and ends with a thread; empty if none does."""
+    cycle: list[Holder] = []
     thread = me
     while (turn := _waits.get(thread)) is not None:
         holder = _holder(turn)
-        if holder is None or any(holder.thread == one.thread for one in ring):
+        # A cycle without this thread is reported by the last thread that joined it.
+        if holder is None or any(holder.thread == one.thread for one in cycle):
             return []
-        ring.append(holder)
+        cycle.append(holder)
         if holder.thread == me:
-            return ring
+            return cycle
         thread = holder.thread
     return []
 
@@ -252,9 +285,10 @@ def _holder(turn: Lock) -> Holder | None:
     return None
 
 
-def _deadlock(me: int, ring: Sequence[Holder]) -> DeadlockError:
+def _deadlock(me: int, cycle: Sequence[Holder]) -> DeadlockError:
+    """The error of a thread that would close a cycle of waits."""
     names = {thread.ident: repr(thread.name) for thread in threading.enumerate()}
-    waiting = [me, *(holder.thread for holder in ring)]
+    waiting = [me, *(holder.thread for holder in cycle)]
     return DeadlockError(
         "Threads wait for one another's modules, and would wait for ever.",
         problems=[
@@ -263,71 +297,86 @@ def _deadlock(me: int, ring: Sequence[Holder]) -> DeadlockError:
                 "waits",
                 f"for a {holder.kind} of thread {names.get(holder.thread, holder.thread)}",
             )
-            for thread, holder in zip(waiting, ring, strict=False)
+            for thread, holder in zip(waiting, cycle, strict=False)
         ],
-        hint="Hooks and verifiers run while their module lets nobody in: there, use no other "
-        "module whose hooks use this one. refit_all refits several modules at once.",
+        hint="Hooks and verifiers run while calls of their module wait. Do not use a module there "
+        "whose own hooks use this module. refit_all refits several modules at once.",
     )
 
 
-def _in_child() -> None:
-    """Forget all threads of the parent but the one that forked."""
+# -- waiting while old weights are restored -------------------------------------------------------
+
+_restoring: set[int] = set()
+"""Identifiers of threads that restore old weights."""
+
+
+def restoring(do: Callable[[], None]) -> None:
+    """Run a function that restores old weights. If it failed, a module would be lost.
+
+    A call that would raise ``DeadlockError`` meanwhile passes at once instead. That is safe: the
+    thread that has the gate waits for this thread, so it commits nothing during the call.
+    """
+    me = get_ident()
+    try:
+        _restoring.add(me)
+        do()
+    finally:
+        _restoring.discard(me)
+
+
+def _wait_unless_restoring(turn: Lock) -> bool:
+    """Wait until a turn is over. False if that is a deadlock and this thread restores weights."""
+    try:
+        wait_for(turn)
+    except DeadlockError:
+        if get_ident() not in _restoring:
+            raise
+        return False
+    return True
+
+
+# -- forks ----------------------------------------------------------------------------------------
+
+
+def _after_fork_in_child() -> None:
+    """Forget all threads of the parent except the one that forked: the child lacks the others."""
     me = get_ident()
     for gate in list(_gates.values()):
         gate.keep_only(me)
     for thread in _waits.keys() - {me}:
         del _waits[thread]
-    _returning.intersection_update({me})
+    _restoring.intersection_update({me})
 
 
-os.register_at_fork(after_in_child=_in_child)
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def _in_turn(turns: Turns, do: Callable[[], T]) -> T:
-    """Do something when all turns before are over; those that come later wait."""
-    turn = Lock()
-    with turn:
-        try:
-            turns[turn] = get_ident()
-            for other in _lasting(turns):
-                if other is turn:
-                    break
-                wait_for(other)
-            return do()
-        finally:
-            turns.pop(turn, None)
+# -- several gates --------------------------------------------------------------------------------
 
 
-def _lasting(turns: Turns) -> list[Lock]:
-    """Turns that are not over, the oldest first; the others are taken off the list."""
-    lasting = []
-    for turn in list(turns):  # other threads change it meanwhile
-        if turn.locked():
-            lasting.append(turn)
-        else:
-            turns.pop(turn, None)
-    return lasting
-
-
-def _has_turn(turns: Turns, thread: int, but: Lock | None = None) -> bool:
-    """Whether a thread is inside a turn, other than this one."""
-    return any(turns.get(turn) == thread and turn is not but for turn in _lasting(turns))
-
-
-def in_order(gates: Iterable[Gate]) -> list[Gate]:
-    """Gates in the one order in which several are entered: then no two wait for one another."""
+def in_lock_order(gates: Iterable[Gate]) -> list[Gate]:
+    """Gates in the one order in which several are entered, so that no two threads deadlock."""
     return sorted(gates, key=id)
 
 
 def inside_all(passages: Sequence[Callable[[Callable[[], T]], T]], do: Callable[[], T]) -> T:
-    """Do something inside of all passages (``gate.refit``, say), entered one after another."""
+    """The result of a function, run inside all passages.
+
+    Args:
+        passages: Methods of gates such as ``gate.refit``, entered one after another.
+        do: The function.
+    """
     if not passages:
         return do()
     return passages[0](lambda: inside_all(passages[1:], do))
 
 
 def lost_error(why: BaseException | str) -> ModuleLostError:
-    """The error that a poisoned module answers with."""
+    """The error that calls of a poisoned module raise.
+
+    Args:
+        why: The argument of ``Gate.poison``. An exception becomes the cause of the error.
+    """
     if why is _FORKED:
         return ModuleLostError(
             "The process was forked while another thread committed weights to the module, so it "

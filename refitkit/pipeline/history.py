@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import torch
 
     from refitkit.config import Config
-    from refitkit.pipeline.delta import Live
+    from refitkit.pipeline.delta import LiveSources
     from refitkit.protocols import OpenedModule
     from refitkit.recipe import RefitPlan
 
@@ -66,7 +66,7 @@ class WeightState:
 
     version: int = 0
     source: str = FIRST
-    live: Live | None = None
+    live: LiveSources | None = None
     overridden: frozenset[str] = frozenset()
     history: History = field(default_factory=lambda: History())  # noqa: PLW0108 - defined below
 

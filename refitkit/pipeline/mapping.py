@@ -1,4 +1,15 @@
-"""The stage ``map``: a value for every slot, from the first strategy that has one."""
+"""Mapping: one value for every slot, from the first strategy that has one.
+
+The module hides which strategy gives which slot its value, and when a mapping is complete enough to
+commit. Read it in this order:
+
+- ``map_slots`` runs the strategies and returns a ``SlotMapping``.
+- ``require_all_slots`` and ``require_partial_slots`` refuse a mapping that leaves slots stale.
+- ``overridden_by`` and its neighbours track tensors that the plan keeps and a source overrides.
+- ``partition`` cuts a program into one part for each engine, before a plan exists.
+
+Mapping computes no tensors: a ``SlotValue`` computes its tensor when an engine stages it.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +28,14 @@ from refitkit.errors import (
     raised_as,
 )
 from refitkit.model import LedgerRow, ReportRow, SlotKey, SlotState, StateRow
-from refitkit.pipeline.needs import require_reached_by, require_served
+from refitkit.pipeline.needs import require_all_weights_mapped, require_proved_strategies
 from refitkit.program.bits import same_bits
 from refitkit.program.views import derived_value
 from refitkit.protocols import LeavesOut, Mapped, MapRequest, SupportsPartial
 from refitkit.recipe import RefitPlan, unusable_reason
 from refitkit.recipe.plan import STRATEGY
 from refitkit.recipe.reads import kept_leaves, reads_of, state_slots
-from refitkit.recipe.weak_cache import once_for_each
+from refitkit.recipe.weak_cache import cached_per_object
 
 if TYPE_CHECKING:
     from collections import abc
@@ -47,31 +58,173 @@ if TYPE_CHECKING:
     )
 
 
-_UNCHANGED = "unchanged: it holds already what its weights give"
+_UNCHANGED = "unchanged: the slot already holds the value of its weights"
 _KEPT = "kept: calls of the module write it, and the weights do not contain it"
-_ON_UNSERVED = (
-    "Leave them as they are with partial=True, install a plugin that maps them, or leave "
-    "Config.strategies empty: then all strategies are tried."
+_HINT_NO_VALUE = (
+    "Pass partial=True to leave these slots as they are, install a plugin that maps them, or leave "
+    "Config.strategies empty, so that all strategies are tried."
 )
-_ON_HALF_GIVEN = "Pass those too, or leave out all that such slots follow from."
-_ON_BROKEN_GUARDS = (
-    "The plan's recipes hold only while these values are what they were when it was made. Pass "
+_HINT_PARTIAL = "Pass these weights too, or leave out all weights of these slots."
+_HINT_GUARDS = (
+    "The plan's recipes are valid only while these values are the same as when it was made. Pass "
     "the weights as a program, torch.export.export(model, inputs): the strategy 'rebuild' reads "
     "slots off it. Or plan again from that program: refitkit.plan(program, target=...)."
 )
 
 
+# -- running the strategies ---------------------------------------------------------------------
+
+
+def map_slots(
+    context: Context,
+    plan: Plan,
+    module: OpenedModule,
+    source: WeightSource,
+    program: BindableProgram | None,
+    *,
+    unchanged: frozenset[tuple[str, str]] = frozenset(),
+) -> SlotMapping:
+    """Values for slots, from the strategies in their order.
+
+    Each strategy is asked for the slots that have no value yet and are not unchanged. State that
+    the source does not contain is kept; see ``SlotMapping.keep_state``.
+
+    Args:
+        context: Plugins and settings.
+        plan: The plan, which matches the module.
+        module: The opened target.
+        source: The new weights.
+        program: The kept program without weights; None if there is none.
+        unchanged: Slots that need no value, by ``(engine, slot)``.
+
+    Raises:
+        ConfigError: ``Config.strategies`` has a name that no plugin offers.
+        PluginError: A strategy failed, or strategies of several plugins with one priority have a
+            value for the same slot; names the strategies and lists the slots.
+        SourceError: The source's metadata cannot be read.
+    """
+    mapping = SlotMapping(plan, unchanged=unchanged)
+    tools = context.tools("refit", "map")
+
+    def ask(strategy: MappingStrategy, wanted: tuple[LedgerRow, ...]) -> Mapped:
+        request = MapRequest(plan, module, source, wanted, program, tools)
+        doing = f"The strategy {strategy.name!r} cannot map slots"
+        with raised_as(PluginError, f"The strategy {strategy.name!r} failed", doing=doing):
+            answer = strategy.map(request)
+        what = f"The strategy {strategy.name!r} returned an invalid result"
+        with raised_as(PluginError, what, doing=doing):
+            _check_answer(strategy, answer, wanted)
+        return answer
+
+    for rank in _ranked_strategies(context):
+        _ask_rank(mapping, rank, ask)
+    # After all strategies, because any of them may give a value that would reset the state.
+    if state_slots(plan):
+        with raised_as(SourceError, f"{source.description} cannot be read"):
+            mapping.keep_state(module, source)
+    return mapping
+
+
+def _ranked_strategies(context: Context) -> list[list[PluginOffer]]:
+    """Strategies by rank, in the order in which they are asked. A rank has one priority."""
+    offered, wanted = context.host.offers("refitkit_mapping_strategies"), context.config.strategies
+    if not wanted:
+        ranks: dict[int, list[PluginOffer]] = {}
+        for offer in offered.values():
+            ranks.setdefault(offer.item.priority, []).append(offer)
+        return [ranks[priority] for priority in sorted(ranks)]
+    unknown = [Problem(n, "no such strategy") for n in wanted if n not in offered]
+    if unknown:
+        raise ConfigError(
+            "Config.strategies names strategies that no plugin offers.",
+            problems=unknown,
+            hint=f"Plugins offer: {', '.join(sorted(offered))}.",
+        )
+    return [[offered[name]] for name in wanted]
+
+
+def _ask_rank(
+    mapping: SlotMapping,
+    rank: list[PluginOffer],
+    ask: Callable[[MappingStrategy, tuple[LedgerRow, ...]], Mapped],
+) -> None:
+    """Ask the strategies of one priority.
+
+    Raises:
+        PluginError: Two plugins have a value for one slot; lists the slots.
+    """
+    taken: dict[tuple[str, str], tuple[LedgerRow, PluginOffer]] = {}
+    clashes: list[Problem] = []
+    for offer in rank:
+        strategy: MappingStrategy = offer.item
+        # One plugin orders its own strategies by listing them. Nothing orders two plugins: each is
+        # asked for the other's slots too, so that a clash is reported and no value wins by chance.
+        of_others = [row for row, first in taken.values() if first.plugin != offer.plugin]
+        wanted = (*mapping.rows_without_value(), *of_others)
+        if not wanted:
+            continue
+        answer = ask(strategy, wanted)
+        clashes += [_clash(*taken[key], offer) for key in answer.values if key in taken]
+        if offer is not rank[-1]:  # nothing can clash with the last one
+            taken |= {row.slot.key: (row, offer) for row in wanted if row.slot.key in answer.values}
+        mapping.values.update(answer.values)
+        for key, reason in answer.declined.items():
+            mapping.reasons.setdefault(key, []).append(f"{strategy.name}: {reason}")
+    if clashes:
+        names = ", ".join(repr(offer.item.name) for offer in rank)
+        raise PluginError(
+            "Strategies of several plugins have a value for the same slots, and the same priority.",
+            problems=clashes,
+            hint=f"List {names} in Config.strategies in the wanted order, with all other "
+            "strategies that you need; or switch one of the plugins off: --no-plugin NAME.",
+        )
+
+
+def _clash(row: LedgerRow, first: PluginOffer, second: PluginOffer) -> Problem:
+    offers = " and ".join(f"{one.item.name!r} of {one.plugin!r}" for one in (first, second))
+    return Problem(f"{row.slot.engine}/{row.slot.name}", "claimed twice", offers)
+
+
+def _check_answer(strategy: MappingStrategy, answer: object, wanted: tuple[LedgerRow, ...]) -> None:
+    """Raise PluginError if a result is no Mapped, has wrong types, or values of other slots."""
+    if not isinstance(answer, Mapped):
+        raise PluginError(
+            f"The strategy {strategy.name!r} returned a {type(answer).__name__}.",
+            hint="Return Mapped(values, declined): SlotValues and reasons by (engine, slot).",
+        )
+    keys = {row.slot.key: row.slot for row in wanted}
+    odd = {key: value for key, value in answer.values.items() if value.slot is not keys.get(key)}
+    # Reports use these names after the commit, where a wrong type could not be refused any more.
+    kinds = {type(text) for value in answer.values.values() for text in value.sources}
+    kinds |= {type(value.strategy) for value in answer.values.values()}
+    if not all(issubclass(kind, str) for kind in kinds):
+        raise PluginError(
+            f"The strategy {strategy.name!r} returned values whose strategy or sources are not "
+            "strings.",
+            hint="SlotValue(slot, strategy, sources, load): a string, and a tuple of strings.",
+        )
+    foreign = {key for key in odd if key not in keys}
+    mixed = {key for key, value in odd.items() if value.slot.key != key}
+    if foreign or mixed:
+        names = ", ".join("/".join(key) for key in sorted(foreign | mixed))
+        what = "for slots that were not requested" if foreign else "under keys of other slots"
+        raise PluginError(f"The strategy {strategy.name!r} returned values {what}: {names}.")
+
+
+# -- the result ---------------------------------------------------------------------------------
+
+
 @dataclass
 class SlotMapping:
-    """What the strategies gave.
+    """The values that the strategies returned.
 
     Attributes:
         plan: The plan that was followed.
         values: Values by ``(engine, slot)``.
-        reasons: For each slot, what strategies said that did not serve it.
-        unchanged: Slots that hold already what the source has for them; nobody is asked for them.
-        kept: State that stays as it is live, with the values that would reset it.
-        reset: State whose value is not one of the weights.
+        reasons: For each slot, the reasons of the strategies that declined it.
+        unchanged: Slots that already hold the source's value; no strategy is asked for them.
+        kept: State that keeps its live value, with the values that would reset it.
+        reset: State whose new value is none of the weights.
     """
 
     plan: Plan
@@ -81,28 +234,34 @@ class SlotMapping:
     kept: dict[tuple[str, str], SlotValue] = field(default_factory=dict)
     reset: frozenset[tuple[str, str]] = frozenset()
 
-    def unserved(self) -> list[LedgerRow]:
-        """Rows without a value that need one.
+    def rows_without_value(self) -> list[LedgerRow]:
+        """Rows of the plan that need a value and have none, in the ledger's order.
 
-        Of a frozen slot nobody needs a value that the plan does not keep, until a strategy says
-        that it no longer holds.
+        A frozen slot without a value in the plan needs none, unless a strategy gave a reason why
+        its literal is no longer valid.
         """
         ledger = self.plan.data.ledger
-        if len(self.values) == len(ledger):  # there is one for each, as mostly at last
+        # The usual case once all strategies ran, and the ledger may have thousands of rows.
+        if len(self.values) == len(ledger):
             return []
-        return [row for row in ledger if self._is_unserved(row)]
+        return [row for row in ledger if self._needs_value(row)]
 
-    def _is_unserved(self, row: LedgerRow) -> bool:
+    def _needs_value(self, row: LedgerRow) -> bool:
         key = row.slot.key
-        held = row.state is SlotState.FROZEN and row.value is None and key not in self.reasons
-        served = key in self.values or key in self.unchanged or key in self.kept
-        return not served and not held
+        frozen = row.state is SlotState.FROZEN and row.value is None and key not in self.reasons
+        settled = key in self.values or key in self.unchanged or key in self.kept
+        return not settled and not frozen
 
     def keep_state(self, module: OpenedModule, source: WeightSource) -> None:
-        """Leave state as it is live where the source does not contain it, as load_state_dict does.
+        """Keep the live value of state that the source does not contain, as load_state_dict does.
 
-        A program brings the state that it was exported with, which no state_dict holds: that is a
-        value to reset to, too. An engine that takes all its weights at once cannot keep state.
+        A program contains the state that it was exported with, but a state_dict may not hold it.
+        That value stays in ``kept``, for ``reset_state``. An engine without ``SupportsPartial``
+        takes all its weights at once, so its state is always reset.
+
+        Args:
+            module: The opened target.
+            source: The new weights; only metadata is read.
         """
         names, engines = source.names(), module.engines
         for key in state_slots(self.plan):
@@ -115,40 +274,42 @@ class SlotMapping:
                 self.reset |= {key}
 
     def reset_state(self) -> None:
-        """Give the state that would be kept the values that reset it."""
+        """Write the values of ``kept`` after all, so that the refit resets this state."""
         self.reset |= self.kept.keys()
         self.values.update(self.kept)
         self.kept = {}
 
-    def keep_pinned(self) -> None:
+    def drop_plan_values(self) -> None:
         """Drop values that come from the plan and not from the source.
 
-        A partial refit changes what the source has; everything else stays as it is live.
+        A partial refit writes only slots that the source has weights for.
         """
-        self.values = {key: value for key, value in self.values.items() if not _of_plan(value)}
+        self.values = {key: value for key, value in self.values.items() if not _is_from_plan(value)}
 
     def broken_guards(self, source: WeightSource) -> list[Problem]:
-        """What makes the plan's recipes say nothing of this source."""
+        """Guards that do not hold for a source, so that the plan's recipes are not valid for it."""
         plan = self.plan
         if isinstance(plan, RefitPlan) and plan.data.guards:
             return list(plan.broken_guards(source))
         return []
 
     def require_complete(self, given: abc.Collection[str] | None = None) -> None:
-        """Check that every weight goes into a slot, and every slot gets the value that was proved.
+        """Raise unless every weight reaches a slot, from the strategy that the plan's proof used.
 
         Args:
-            given: Names of the weights, where only those are refitted; None where all are.
+            given: FQNs of the weights of a partial refit; None if all weights are refitted.
 
         Raises:
             UnmappedSlotError: Weights reach no slot; lists them.
-            PlanMismatchError: Slots would get another strategy's value than in the plan's proof.
+            PlanMismatchError: Slots would get the value of another strategy than in the proof;
+                lists them.
         """
-        require_reached_by(self.plan, self.values, self.unchanged, given)
-        require_served(self.plan.data, {key: value.strategy for key, value in self.values.items()})
+        require_all_weights_mapped(self.plan, self.values, self.unchanged, given)
+        strategies = {key: value.strategy for key, value in self.values.items()}
+        require_proved_strategies(self.plan.data, strategies)
 
     def summary(self) -> MappingSummary:
-        """How slots were served, without what they were served with."""
+        """The facts for the report. They hold no tensors."""
         values = self.values.items()
         return MappingSummary(
             self.plan.data.ledger,
@@ -159,22 +320,34 @@ class SlotMapping:
         )
 
     def _outcome(self, key: SlotKey) -> Literal["kept", "set", "reset"]:
-        """What the refit does to one slot of the state."""
+        """The effect of the refit on one slot of the state."""
         if key in self.reset:
             return "reset"
         return "set" if key in self.values else "kept"
 
 
+def _is_contained(value: SlotValue, names: Collection[str], source: WeightSource) -> bool:
+    """Whether a value is one of the weights: a state_dict of the source would hold it."""
+    if not value.sources:
+        return not _is_from_plan(value)
+    return any(name not in names or source.info(name).persistent for name in value.sources)
+
+
+def _is_from_plan(value: SlotValue) -> bool:
+    """Whether a value is one that the plan keeps, or is computed from kept values alone."""
+    return value.pinned or (value.strategy == STRATEGY and not value.sources)
+
+
 @dataclass(frozen=True)
 class MappingSummary:
-    """How slots were served.
+    """The strategy of each slot, without the values.
 
     Attributes:
         ledger: All rows of the plan.
-        slots: The strategy and the sources of the slots that have a value.
-        reasons: As of :class:`SlotMapping`.
-        unchanged: Likewise.
-        state: What was done to each slot that calls of the module write.
+        slots: Strategy and source FQNs of the slots that have a value.
+        reasons: ``SlotMapping.reasons``.
+        unchanged: ``SlotMapping.unchanged``.
+        state: Outcome for each slot that calls of the module write.
     """
 
     ledger: tuple[LedgerRow, ...]
@@ -200,15 +373,15 @@ class MappingSummary:
     def _row(self, row: LedgerRow, kept: Collection[SlotKey]) -> ReportRow:
         key = row.slot.key
         strategy, sources = self.slots.get(key, ("", ()))
-        said = "; ".join(self.reasons[key]) if key in self.reasons else ""
+        reason = "; ".join(self.reasons[key]) if key in self.reasons else ""
         if key in kept:
-            said = _KEPT
+            reason = _KEPT
         elif key in self.unchanged:
-            said = _UNCHANGED
-        return _report_row(*key, row.state, strategy, sources, said or row.reason)
+            reason = _UNCHANGED
+        return _report_row(*key, row.state, strategy, sources, reason or row.reason)
 
 
-@lru_cache(maxsize=1 << 14)  # refits of one module say the same of most slots
+@lru_cache(maxsize=1 << 14)  # most rows are equal in all refits of one module
 def _report_row(
     engine: str, slot: str, state: SlotState, strategy: str, sources: tuple[str, ...], reason: str
 ) -> ReportRow:
@@ -217,172 +390,106 @@ def _report_row(
     )
 
 
-def map_slots(
-    context: Context,
-    plan: Plan,
-    module: OpenedModule,
-    source: WeightSource,
-    program: BindableProgram | None,
-    *,
-    unchanged: frozenset[tuple[str, str]] = frozenset(),
-) -> SlotMapping:
-    """Ask the strategies, in order, for what is still without a value and not unchanged.
+# -- refusing incomplete mappings ---------------------------------------------------------------
 
-    State that the source does not contain is kept.
+
+def require_all_slots(mapping: SlotMapping, source: WeightSource) -> None:
+    """Raise unless all slots that need a value have one. Called after all checks passed.
+
+    Args:
+        mapping: The values.
+        source: The new weights.
 
     Raises:
-        PluginError: A strategy failed, or strategies of several plugins that nothing puts in order
-            have a value for the same slot; names them and lists the slots.
+        UnmappedSlotError: Slots have no value; lists the broken guards of the plan, then the slots
+            with the reasons of each strategy.
     """
-    mapping = SlotMapping(plan, unchanged=unchanged)
-    tools = context.tools("refit", "map")
-
-    def ask(strategy: MappingStrategy, wanted: tuple[LedgerRow, ...]) -> Mapped:
-        request = MapRequest(plan, module, source, wanted, program, tools)
-        doing = f"Values of slots cannot be had from {strategy.name!r}"
-        with raised_as(PluginError, f"The strategy {strategy.name!r} failed", doing=doing):
-            answer = strategy.map(request)
-        what = f"The strategy {strategy.name!r} gave what is no answer"
-        with raised_as(PluginError, what, doing=doing):
-            _check_answer(strategy, answer, wanted)
-        return answer
-
-    for rank in _in_order(context):
-        _ask_rank(mapping, rank, ask)
-    if state_slots(plan):
-        with raised_as(SourceError, f"{source.description} cannot be read"):
-            mapping.keep_state(module, source)
-    return mapping
-
-
-def _ask_rank(
-    mapping: SlotMapping,
-    rank: list[PluginOffer],
-    ask: Callable[[MappingStrategy, tuple[LedgerRow, ...]], Mapped],
-) -> None:
-    """Ask strategies that nothing puts in order.
-
-    Those of one plugin are asked for what the ones before left; those of another plugin for all, so
-    that it shows if both have a value.
-    """
-    taken: dict[tuple[str, str], tuple[LedgerRow, PluginOffer]] = {}
-    clashes: list[Problem] = []
-    for offer in rank:
-        strategy: MappingStrategy = offer.item
-        of_others = [row for row, first in taken.values() if first.plugin != offer.plugin]
-        wanted = (*mapping.unserved(), *of_others)
-        if not wanted:
-            continue
-        answer = ask(strategy, wanted)
-        clashes += [_clash(*taken[key], offer) for key in answer.values if key in taken]
-        if offer is not rank[-1]:
-            taken |= {row.slot.key: (row, offer) for row in wanted if row.slot.key in answer.values}
-        mapping.values.update(answer.values)
-        for key, reason in answer.declined.items():
-            mapping.reasons.setdefault(key, []).append(f"{strategy.name}: {reason}")
-    if clashes:
-        names = ", ".join(repr(offer.item.name) for offer in rank)
-        raise PluginError(
-            "Strategies of several plugins have a value for the same slots, and the same priority.",
-            problems=clashes,
-            hint=f"Say in Config.strategies in which order {names} are to be tried, with all "
-            "others that are wanted; or switch one of the plugins off: --no-plugin NAME.",
-        )
-
-
-def _clash(row: LedgerRow, first: PluginOffer, second: PluginOffer) -> Problem:
-    offers = " and ".join(f"{one.item.name!r} of {one.plugin!r}" for one in (first, second))
-    return Problem(f"{row.slot.engine}/{row.slot.name}", "claimed twice", offers)
-
-
-def require_all(mapping: SlotMapping, source: WeightSource) -> None:
-    """Stop where slots are without a value; called once the checks found nothing.
-
-    Raises:
-        UnmappedSlotError: Lists all of them, with what each strategy said, after the guards of the
-            plan that are broken.
-    """
-    unserved = mapping.unserved()
-    if unserved:
+    lacking = mapping.rows_without_value()
+    if lacking:
         broken = mapping.broken_guards(source)
         raise UnmappedSlotError(
             f"No strategy has a value for some slots, with {source.description}.",
-            problems=[*broken, *(_without_value(mapping, row) for row in unserved)],
-            hint=_ON_BROKEN_GUARDS if broken else _ON_UNSERVED,
+            problems=[*broken, *(_without_value(mapping, row) for row in lacking)],
+            hint=_HINT_GUARDS if broken else _HINT_NO_VALUE,
         )
 
 
-def require_reached(
+def require_partial_slots(
     mapping: SlotMapping, source: WeightSource, overridden: frozenset[str] = frozenset()
 ) -> None:
-    """Stop a refit in part that would leave out some of the given weights without a word.
+    """Raise if a partial refit would silently leave out some of the given weights.
 
     Args:
-        mapping: What the strategies gave.
+        mapping: The values.
         source: The given weights.
-        overridden: What earlier refits gave other values for than the plan keeps: what would be
-            computed with the plan's value has to be given again.
+        overridden: FQNs of tensors that the plan keeps and earlier refits overrode. A slot that
+            combines one of them with weights needs it again: the plan's value is not live.
 
     Raises:
-        UnmappedSlotError: There are slots that follow from given weights and get no value; lists
-            them, and what would have to be given with those. Or there are weights that no written
-            slot comes from, and slots of which nobody knows whether they come from these weights;
-            lists both.
+        UnmappedSlotError: Slots follow from given weights and get no value; lists these slots and
+            the weights that they need too. Or no written slot follows from some given weights,
+            and slots of unknown origin may; lists both.
     """
     given = set(source.names())
-    left = [row for row in mapping.unserved() if not given.isdisjoint(row.sources)]
-    problems = [_half_given(mapping, row, source) for row in left]
+    lacking = [row for row in mapping.rows_without_value() if not given.isdisjoint(row.sources)]
+    problems = [_incomplete(mapping, row, source) for row in lacking]
     for row in mapping.plan.data.ledger if overridden else ():
         value = mapping.values.get(row.slot.key)
-        lacking = [name for name in row.sources if name in overridden - given]
-        if value is not None and value.strategy == STRATEGY and lacking:
-            problems.append(_more_wanted(row, value.sources, lacking))
+        missing = [name for name in row.sources if name in overridden - given]
+        # Other strategies do not combine weights with the plan's values.
+        if value is not None and value.strategy == STRATEGY and missing:
+            problems.append(_needs_more(row, value.sources, missing))
     if problems:
         broken = mapping.broken_guards(source)
         raise UnmappedSlotError(
-            f"Some slots follow from more than {source.description} has.",
+            f"Some slots follow from more weights than {source.description} has.",
             problems=[*broken, *problems],
-            hint=_ON_BROKEN_GUARDS if broken else _ON_HALF_GIVEN,
+            hint=_HINT_GUARDS if broken else _HINT_PARTIAL,
         )
-    unknown = [row for row in mapping.unserved() if row.state is SlotState.UNMAPPED]
+    unknown = [row for row in mapping.rows_without_value() if row.state is SlotState.UNMAPPED]
     if unknown:
-        _require_known(mapping, source, unknown)
+        _require_known_slots(mapping, source, unknown)
 
 
-def _require_known(mapping: SlotMapping, source: WeightSource, unknown: list[LedgerRow]) -> None:
+def _require_known_slots(
+    mapping: SlotMapping, source: WeightSource, unknown: list[LedgerRow]
+) -> None:
+    """Raise if given weights may belong to slots of unknown origin."""
     reached = {name for value in mapping.values.values() for name in value.sources}
     unchanged = [row for row in mapping.plan.data.ledger if row.slot.key in mapping.unchanged]
     reached.update(name for row in unchanged for name in row.sources)
     reads = reads_of(mapping.plan)
-    reached = reads.names_of(reached)
+    reached = reads.names_of(reached)  # a tied weight may be given under another name
+    # A value without sources is computed from the program as a whole, so it reaches all weights.
     whole = any(not value.sources for value in mapping.values.values())
     lost = [] if whole else [name for name in source.names() if name in reads.used - reached]
     if lost or not (mapping.values or unchanged):
-        problems = [Problem(name, "no written slot comes from it") for name in lost]
+        problems = [Problem(name, "no written slot follows from it") for name in lost]
         problems += [
-            Problem(f"{row.slot.engine}/{row.slot.name}", "may come from it") for row in unknown
+            Problem(f"{row.slot.engine}/{row.slot.name}", "may follow from it") for row in unknown
         ]
         raise UnmappedSlotError(
-            f"Nobody knows which slots some of {source.description} belongs to.",
+            f"Some weights of {source.description} may belong to slots of unknown origin.",
             problems=problems,
             hint="Pass all weights, without partial=True.",
         )
 
 
 def _without_value(mapping: SlotMapping, row: LedgerRow) -> Problem:
-    said = "; ".join(mapping.reasons.get(row.slot.key, [row.reason]))
-    return Problem(f"{row.slot.engine}/{row.slot.name}", str(row.state), hint=said)
+    reasons = "; ".join(mapping.reasons.get(row.slot.key, [row.reason]))
+    return Problem(f"{row.slot.engine}/{row.slot.name}", str(row.state), hint=reasons)
 
 
-def _half_given(mapping: SlotMapping, row: LedgerRow, source: WeightSource) -> Problem:
+def _incomplete(mapping: SlotMapping, row: LedgerRow, source: WeightSource) -> Problem:
+    """A problem for a slot without a value although some of its weights are given."""
     lacking = mapping.plan.lacking(row, source) if isinstance(mapping.plan, RefitPlan) else ()
     if not lacking:
         return _without_value(mapping, row)
     names = source.names()
-    return _more_wanted(row, [name for name in row.sources if name in names], lacking)
+    return _needs_more(row, [name for name in row.sources if name in names], lacking)
 
 
-def _more_wanted(row: LedgerRow, given: Iterable[str], lacking: Iterable[str]) -> Problem:
+def _needs_more(row: LedgerRow, given: Iterable[str], lacking: Iterable[str]) -> Problem:
     return Problem(
         f"{row.slot.engine}/{row.slot.name}",
         "follows from more weights",
@@ -391,67 +498,20 @@ def _more_wanted(row: LedgerRow, given: Iterable[str], lacking: Iterable[str]) -
     )
 
 
-def _is_contained(value: SlotValue, names: Collection[str], source: WeightSource) -> bool:
-    """Whether a value is one of the weights: a state_dict of the source would hold it."""
-    if not value.sources:
-        return not _of_plan(value)
-    return any(name not in names or source.info(name).persistent for name in value.sources)
-
-
-def _of_plan(value: SlotValue) -> bool:
-    """Whether a value is one that the plan keeps, or is computed from such values alone."""
-    return value.pinned or (value.strategy == STRATEGY and not value.sources)
-
-
-def _in_order(context: Context) -> list[list[PluginOffer]]:
-    """Strategies in the order in which they are tried; nothing orders those in one list."""
-    offered, wanted = context.host.offers("refitkit_mapping_strategies"), context.config.strategies
-    if not wanted:
-        ranks: dict[int, list[PluginOffer]] = {}
-        for offer in offered.values():
-            ranks.setdefault(offer.item.priority, []).append(offer)
-        return [ranks[priority] for priority in sorted(ranks)]
-    unknown = [Problem(n, "no such strategy") for n in wanted if n not in offered]
-    if unknown:
-        hint = f"There are: {', '.join(sorted(offered))}."
-        raise ConfigError(
-            "Config.strategies names what no plugin offers.", problems=unknown, hint=hint
-        )
-    return [[offered[name]] for name in wanted]
-
-
-def _check_answer(strategy: MappingStrategy, answer: object, wanted: tuple[LedgerRow, ...]) -> None:
-    if not isinstance(answer, Mapped):
-        raise PluginError(
-            f"The strategy {strategy.name!r} gave a {type(answer).__name__}.",
-            hint="Mapped(values, declined): SlotValues by (engine, slot), and reasons likewise.",
-        )
-    keys = {row.slot.key: row.slot for row in wanted}
-    odd = {key: value for key, value in answer.values.items() if value.slot is not keys.get(key)}
-    kinds = {type(text) for value in answer.values.values() for text in value.sources}
-    kinds |= {type(value.strategy) for value in answer.values.values()}
-    if not all(issubclass(kind, str) for kind in kinds):
-        raise PluginError(
-            f"The strategy {strategy.name!r} gave values whose strategy or sources are no names.",
-            hint="SlotValue(slot, strategy, sources, load): a text, and a tuple of texts.",
-        )
-    foreign = {key for key in odd if key not in keys}
-    mixed = {key for key, value in odd.items() if value.slot.key != key}
-    if foreign or mixed:
-        names = ", ".join("/".join(key) for key in sorted(foreign | mixed))
-        what = "nobody asked for" if foreign else "under the names of other slots"
-        raise PluginError(f"The strategy {strategy.name!r} gave values {what}: {names}.")
-
-
-# MERGED overrides: Values that plans keep and that sources have overridden: a refit in part has to know of them.
+# -- overridden values of the plan ---------------------------------------------------------------
 #
-# Of what no state_dict holds (a mask, a constant) the plan keeps a value, for sources that have none.
-# A slot that follows from such a value and from weights would get the plan's value in a refit in part
-# that gives the weights only, while what is live came from another one.
+# The plan keeps values of tensors that no state_dict holds (a mask, a constant), for sources that
+# lack them. A slot may combine such a tensor with weights. If a full refit gave the tensor another
+# value, a later partial refit with weights alone would combine them with the plan's value, which is
+# not the live one. So the module's state names the tensors that were overridden.
 
 
-def overrides(plan: RefitPlan, source: WeightSource) -> frozenset[str]:
-    """What a source has other values of than the plan, among what slots mix with weights.
+def overridden_by(plan: RefitPlan, source: WeightSource) -> frozenset[str]:
+    """FQNs of kept tensors that slots combine with weights and that differ in a source.
+
+    Args:
+        plan: The plan.
+        source: The new weights; the kept tensors among them are read.
 
     Raises:
         SourceError: An entry cannot be read.
@@ -459,7 +519,7 @@ def overrides(plan: RefitPlan, source: WeightSource) -> frozenset[str]:
     names, leaves = source.names(), {leaf.fqn: leaf for leaf in plan.data.leaves}
     return frozenset(
         name
-        for name in _mixed(plan)
+        for name in _combined_with_weights(plan)
         if name in names
         and name in plan.data.pinned
         and not same_bits(
@@ -470,7 +530,7 @@ def overrides(plan: RefitPlan, source: WeightSource) -> frozenset[str]:
 
 
 def _own_elements(leaves: Mapping[str, Leaf], name: str, value: torch.Tensor) -> torch.Tensor:
-    """A value without what follows from weights that are parts of it."""
+    """A value with zeros where its elements are views of weights, which change anyway."""
     leaf = leaves.get(name)
     if leaf is None or not leaf.parts:
         return value
@@ -478,21 +538,47 @@ def _own_elements(leaves: Mapping[str, Leaf], name: str, value: torch.Tensor) ->
     return derived_value(leaf, leaves, zeros.__getitem__, lambda _: value)
 
 
-def left(before: frozenset[str], plan: RefitPlan, source: WeightSource) -> frozenset[str]:
-    """What is overridden after a refit in part: what it gives is as it gives it."""
-    return before.difference(source.names()) | overrides(plan, source)
+@cached_per_object
+def _combined_with_weights(plan: RefitPlan) -> frozenset[str]:
+    """FQNs of tensors that no state_dict holds and that a slot combines with weights."""
+    kept = {leaf.fqn for leaf in plan.data.leaves if not leaf.persistent}
+    found: set[str] = set()
+    for row in plan.data.ledger if kept else ():
+        mine = kept.intersection(row.sources)
+        if 0 < len(mine) < len(row.sources):
+            found |= mine
+    return frozenset(found)
 
 
-def differing(plan: RefitPlan, source: WeightSource, wrappers: Collection[str]) -> tuple[str, ...]:
-    """Tensors that a source leaves out and that are not what the plan keeps.
+def still_overridden(
+    before: frozenset[str], plan: RefitPlan, source: WeightSource
+) -> frozenset[str]:
+    """FQNs of tensors that are overridden after a partial refit.
 
-    A value that is the plan's in another dtype is the plan's. State that calls write is no value
-    to compare, and neither is what follows from weights.
+    Args:
+        before: FQNs that were overridden before the refit.
+        plan: The plan.
+        source: The given weights, which replace earlier overrides of the same names.
+
+    Raises:
+        SourceError: An entry cannot be read.
+    """
+    return before.difference(source.names()) | overridden_by(plan, source)
+
+
+def find_left_out(
+    plan: RefitPlan, source: WeightSource, wrappers: Collection[str]
+) -> tuple[str, ...]:
+    """FQNs of kept tensors whose value in the user's model differs from the plan's value.
+
+    Such a source has these tensors and does not offer them, because no state_dict holds them
+    (``LeavesOut``). The same value in another dtype does not differ. State that calls write and
+    views of weights are not compared.
 
     Args:
         plan: The plan.
-        source: The weights, as they were given.
-        wrappers: Parts of names that wrappers of a module put there.
+        source: The weights, before any transform.
+        wrappers: Parts of names that wrappers of a module add (``Config.rules.wrappers``).
     """
     if not isinstance(source, LeavesOut):
         return ()
@@ -503,6 +589,7 @@ def differing(plan: RefitPlan, source: WeightSource, wrappers: Collection[str]) 
     }
     found: dict[str, None] = {}
     for given, value in source.left_out.items():
+        # Wrappers such as DataParallel add parts to names. The exported program lacks these parts.
         unwrapped = ".".join(part for part in given.split(".") if part not in wrappers)
         name = given if given in leaves else unwrapped
         if name in leaves and name in plan.data.pinned and not _is_planned(plan, name, value):
@@ -511,41 +598,34 @@ def differing(plan: RefitPlan, source: WeightSource, wrappers: Collection[str]) 
 
 
 def _is_planned(plan: RefitPlan, name: str, value: torch.Tensor) -> bool:
+    # model.half() casts constants along with the weights. Such a constant did not change.
     return not unusable_reason(value) and same_bits(plan.pinned(name).to(value.dtype), value)
 
 
-def overridden_as(names: frozenset[str]) -> bytes:
-    """Names as a saved module holds them: its values are not those of its plan either."""
+def encode_overridden(names: frozenset[str]) -> bytes:
+    """Overridden FQNs as a saved module stores them: a sorted JSON list in UTF-8."""
     return json.dumps(sorted(names)).encode()
 
 
-def overridden_in(content: bytes) -> frozenset[str]:
-    """Names that a saved module holds.
+def decode_overridden(content: bytes) -> frozenset[str]:
+    """Overridden FQNs of a saved module.
+
+    Args:
+        content: The result of ``encode_overridden``.
 
     Raises:
-        PlanMismatchError: They are no JSON list of names.
+        PlanMismatchError: The content is no JSON list of names.
     """
     try:
         names = json.loads(content)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # deeply nested JSON exceeds the recursion limit
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise PlanMismatchError("What this module has overridden of its plan cannot be read.")
+        raise PlanMismatchError("The module's list of overridden tensors cannot be read.")
     return frozenset(names)
 
 
-@once_for_each
-def _mixed(plan: RefitPlan) -> frozenset[str]:
-    kept = {leaf.fqn for leaf in plan.data.leaves if not leaf.persistent}
-    found: set[str] = set()
-    for row in plan.data.ledger if kept else ():
-        mine = kept.intersection(row.sources)
-        if 0 < len(mine) < len(row.sources):
-            found |= mine
-    return frozenset(found)
-
-
-# MERGED partition: The stage ``partition``: a program cut into parts that match the engines.
+# -- partition: before there is a plan -----------------------------------------------------------
 
 
 def partition(
@@ -556,10 +636,18 @@ def partition(
     options: Mapping[str, Any],
     tools: Tools,
 ) -> Mapping[str, Any]:
-    """One part for each engine.
+    """Parts of a program by engine name, as the backend's ``draft`` expects them.
+
+    Args:
+        context: Plugins and settings.
+        program: The program.
+        module: The opened target; None when planning offline.
+        backend: Name of the backend.
+        options: Options of the backend.
+        tools: Objects that the pipeline lends to plugins.
 
     Raises:
-        PlanMismatchError: The parts are not those of the module's engines.
+        PlanMismatchError: The parts do not match the module's engines; lists the differences.
         PluginError: No plugin can cut programs for this backend.
     """
     parts: Mapping[str, Any] | None = context.host.call(
@@ -573,6 +661,7 @@ def partition(
     )
     if parts is None:
         raise PluginError(f"No plugin cuts programs into parts for the backend {backend!r}.")
+    # When planning offline, the parts decide which engines there will be.
     engines = module.engines.keys() if module else parts.keys()
     problems = [Problem(name, "no part for this engine") for name in engines - parts.keys()]
     problems += [Problem(name, "no engine for this part") for name in parts.keys() - engines]

@@ -225,7 +225,7 @@ class CompiledModule:
             EngineError: An engine failed; the module answers as before.
             ModuleLostError: An engine failed and could not recover; the module refuses calls.
         """
-        self.gate.refit(lambda: self.gate.alone(lambda: self._warm_all(progress)))
+        self.gate.refit(lambda: self.gate.exclusive(lambda: self._warm_all(progress)))
 
     def _warm_all(self, progress: Callable[[str], None]) -> None:
         for name, engine in self.engines.items():

@@ -1,4 +1,12 @@
-"""Making: compiling programs, planning them, and proving by trial that both are right."""
+"""Planning: compile a program, make its plan or read it from the cache, and prove both by trial.
+
+Read it in this order:
+
+- ``Compiler`` carries out the verbs ``compile`` and ``plan`` for one program.
+- ``make_plan`` makes a plan from the facts of the program and the backend's draft of its slots.
+- ``PlanCache`` keeps plans in a folder, so that one machine does not plan a program twice. A file
+  is named by the digest of everything that its plan depends on (``PlanInputs``).
+"""
 
 from __future__ import annotations
 
@@ -23,7 +31,12 @@ from refitkit.errors import (
 from refitkit.model import FORMAT, Fingerprint, PlanData, Step, fingerprint_of_slots
 from refitkit.pipeline.mapping import map_slots, partition
 from refitkit.pipeline.module import CompiledModule
-from refitkit.pipeline.needs import needing, of_layer_types, require_planned, stated
+from refitkit.pipeline.needs import (
+    explain_unreached,
+    layer_type_needs,
+    require_complete_plan,
+    with_needs,
+)
 from refitkit.pipeline.proof import prove as prove_refit
 from refitkit.pipeline.proof import prove_plan
 from refitkit.pipeline.targets import weight_opener
@@ -46,22 +59,7 @@ if TYPE_CHECKING:
     from refitkit.recipe.plan import Opener
 
 
-def _require_program(program: object) -> None:
-    """Check that something can be compiled or planned.
-
-    Raises:
-        UnsupportedTargetError: It is no ExportedProgram.
-    """
-    if not isinstance(program, ExportedProgram):
-        raise UnsupportedTargetError(
-            f"A {type(program).__name__} cannot be compiled or planned.",
-            hint="Export it first: program = torch.export.export(model, inputs).",
-        )
-
-
-def _as_proved(plan: RefitPlan, before: RefitPlan) -> RefitPlan:
-    """A plan with what the proof of the same plan needed."""
-    return needing(plan, before.data.needs) if plan.ledger == before.ledger else plan
+# -- the verbs ----------------------------------------------------------------------------------
 
 
 class Compiler:
@@ -74,13 +72,13 @@ class Compiler:
         options: Mapping[str, Any] | None,
         verbs: Verbs,
     ) -> None:
-        """Touch nothing yet.
+        """Check the program, and compile nothing yet.
 
         Args:
             context: Plugins and settings.
             program: The program; it is not changed.
             options: Options of the backend.
-            verbs: The pipeline, for the handles.
+            verbs: The pipeline, for the handles of modules.
 
         Raises:
             UnsupportedTargetError: The program is no ExportedProgram.
@@ -90,15 +88,22 @@ class Compiler:
         self._options = dict(options or {})
 
     def compile(self, name: str, *, prove: bool) -> CompiledModule:
-        """Compile it; see ``Pipeline.compile``."""
+        """A compiled module with its plan; see ``Pipeline.compile``.
+
+        Args:
+            name: Name of the backend.
+            prove: Whether to prove the module by trial.
+        """
         backend, clock = self._context.backend(name), self._context.clock("compile")
+        # Compiling may take minutes, so a program that cannot be planned is refused first.
         require_followable(self._program)
         with clock.stage("compile"):
             tools = self._context.tools("compile", "compile")
             opened = backend.compile(self._program, self._options, tools)
         with clock.stage("plan"):
-            plan = self._planned(opened, backend, {})
-            kept = self._kept()
+            # No options: they are for planning offline, and a module knows its own.
+            plan = self._cached_plan(opened, backend, {})
+            kept = self._keep_program()
         compiled = CompiledModule(opened, plan, kept, self._verbs)
         if prove:
             with clock.stage("prove"):
@@ -108,7 +113,17 @@ class Compiler:
     def plan(
         self, compiled: CompiledModule | None, name: str | None, *, prove: bool | None
     ) -> RefitPlan:
-        """Plan it, for a module or offline; see ``Pipeline.plan``."""
+        """A plan for a module, or an offline plan for a backend; see ``Pipeline.plan``.
+
+        Args:
+            compiled: The module; None when planning offline.
+            name: Name of the backend; None: the module's.
+            prove: True: compare the plan with engines made from other weights. None: only refit a
+                copy of a module that has no plan yet. False: prove nothing.
+
+        Raises:
+            ConfigError: Neither a module nor a backend is given.
+        """
         name = name or (compiled.backend if compiled else None)
         if name is None:
             raise ConfigError(
@@ -116,7 +131,7 @@ class Compiler:
             )
         opened, clock = compiled.opened if compiled else None, self._context.clock("plan")
         with clock.stage("plan"):
-            plan = self._planned(opened, self._context.backend(name), self._options)
+            plan = self._cached_plan(opened, self._context.backend(name), self._options)
         if prove:
             with clock.stage("prove"):
                 plan = self._prove_plan(plan, opened)
@@ -124,13 +139,13 @@ class Compiler:
             with clock.stage("adopt"):
                 plan = self._adopt(compiled, plan, prove=prove is not False)
         elif compiled is not None and compiled.plan is not None:
-            plan = _as_proved(plan, compiled.plan)
+            plan = _with_proved_needs(plan, compiled.plan)
         return plan
 
-    def _planned(
+    def _cached_plan(
         self, opened: OpenedModule | None, backend: Backend, options: Mapping[str, Any]
     ) -> RefitPlan:
-        """A plan, made now or found where plans are kept."""
+        """The plan in the cache, or a new one if there is no cache or no usable file in it."""
         context, program, folder = self._context, self._program, self._context.config.cache_folder()
 
         def make() -> RefitPlan:
@@ -139,12 +154,13 @@ class Compiler:
         if folder is None:
             return make()
         tools = context.tools("plan", "plan")
-        key = wanted(context.host, backend, program, opened, options, tools)
-        if key is None:
+        inputs = plan_inputs(context.host, backend, program, opened, options, tools)
+        if inputs is None:
             return make()
-        return PlanCache(folder, tools.progress, weight_opener(context)).get(key, make)
+        return PlanCache(folder, tools.progress, weight_opener(context)).get(inputs, make)
 
-    def _kept(self) -> KeptProgram | None:
+    def _keep_program(self) -> KeptProgram | None:
+        """The program without its weights. None, with an event, if it cannot be kept."""
         kept = KeptProgram.of(self._program)
         if kept is None:
             text = "the program cannot be kept: no proof, and verify='outputs' needs reference="
@@ -152,63 +168,50 @@ class Compiler:
         return kept
 
     def _adopt(self, compiled: CompiledModule, plan: RefitPlan, *, prove: bool) -> RefitPlan:
-        """Give the plan to a module that somebody else compiled, once a copy of it is proved."""
-        kept = self._kept()
+        """Give a plan to a module that another tool compiled, and return it with its needs."""
+        kept = self._keep_program()
         if prove:
+            # A proof refits to arbitrary weights. It uses a copy, because the module may be serving
+            # calls and its present weights need not be the program's.
             copy = CompiledModule(compiled.opened.reopen(), plan, kept, self._verbs)
             plan = self._prove(copy, plan)
         compiled.plan, compiled.program = plan, kept
         return plan
 
     def _prove(self, compiled: CompiledModule, plan: RefitPlan) -> RefitPlan:
-        """The plan with what its proof needed."""
+        """The plan with the needs of its proof by a refit of a module."""
         if not compiled.program:
             return plan
         proof = prove_refit(self._context, compiled, self._program)
-        self._tell("compile", proof.missing)
-        return needing(plan, proof.needs)
+        self._emit_missing("compile", proof.missing)
+        return with_needs(plan, proof.needs)
 
     def _prove_plan(self, plan: RefitPlan, opened: OpenedModule | None) -> RefitPlan:
+        """The plan with the needs of its proof by engines with other weights."""
         proof = prove_plan(self._context, plan, self._program, opened, self._options)
-        self._tell("plan", proof.missing)
-        return needing(plan, proof.needs)
+        self._emit_missing("plan", proof.missing)
+        return with_needs(plan, proof.needs)
 
-    def _tell(self, verb: str, missing: str) -> None:
-        """Tell why there is no proof, if there is none."""
+    def _emit_missing(self, verb: str, missing: str) -> None:
+        """Emit an event with the reason if there is no proof."""
         if missing:
             self._context.host.emit(Step(verb, "prove", f"there is no proof by trial: {missing}"))
 
 
-# MERGED plan: Making a plan: facts of the program, and what the backend knows of its slots.
-
-
-def require_followable(program: ExportedProgram) -> ProgramFacts:
-    """Facts of a program, if recipes can follow all memory that its leaves share.
-
-    Raises:
-        NotRefittableError: Some cannot be followed; lists them with the leaves that they share
-            memory with.
-    """
-    facts = facts_of(program)
-    if facts.conflicts:
-        raise NotRefittableError(
-            "Tensors of the program share memory with its weights, and no recipe can follow them. "
-            "A refit would leave them stale.",
-            problems=facts.conflicts,
-            hint="Give such a tensor memory of its own (.clone()) if it shall not follow, or "
-            "compute it from the weight in forward().",
+def _require_program(program: object) -> None:
+    if not isinstance(program, ExportedProgram):
+        raise UnsupportedTargetError(
+            f"A {type(program).__name__} cannot be compiled or planned.",
+            hint="Export it first: program = torch.export.export(model, inputs).",
         )
-    lost = tuple(lost_views(program, facts.leaves, facts.ties, tensors_of(program)))
-    if lost:
-        raise NotRefittableError(
-            "The program was read from a file, and some of its constants have the bits of weights. "
-            "The file does not say whether the model has views of the weights there, which follow "
-            "new weights, or copies, which do not.",
-            problems=lost,
-            hint="Compile or plan in the process that exports the model: there refitkit sees which "
-            "tensors share memory.",
-        )
-    return facts
+
+
+def _with_proved_needs(plan: RefitPlan, before: RefitPlan) -> RefitPlan:
+    """A plan with the needs of an earlier plan, if both have the same ledger."""
+    return with_needs(plan, before.data.needs) if plan.ledger == before.ledger else plan
+
+
+# -- making a plan --------------------------------------------------------------------------------
 
 
 def make_plan(
@@ -218,12 +221,20 @@ def make_plan(
     backend: Backend,
     options: Mapping[str, Any],
 ) -> RefitPlan:
-    """A plan for a program and, where there is one, the module that was compiled from it.
+    """A new plan for a program, checked against the module that was compiled from it.
+
+    Args:
+        context: Plugins and settings.
+        program: The program; it is not changed.
+        module: The opened target; None when planning offline.
+        backend: The backend, which drafts the rows of the slots.
+        options: Options of the backend.
 
     Raises:
-        PlanMismatchError: The program is not the one that was compiled.
-        NotRefittableError: Weights of the program are not weights of the engines, or tensors of
-            the program share memory in a way that no recipe can follow; names them.
+        PlanMismatchError: The module was compiled from another program.
+        NotRefittableError: Weights reach no slot, or tensors share memory with weights in a way
+            that no recipe can follow; lists them.
+        PluginError: No plugin can cut programs for this backend.
     """
     facts = require_followable(program)
     tools = context.tools("plan", "plan")
@@ -244,46 +255,74 @@ def make_plan(
             versions=dict(draft.versions),
             platform=draft.platform,
         ),
-        needs=of_layer_types(context.host, draft.layer_types),
+        needs=layer_type_needs(context.host, draft.layer_types),
     )
-    data = data.model_copy(update={"unreached": stated(data)})
+    # In a second step, because the reasons follow from the rest of the plan.
+    data = data.model_copy(update={"unreached": explain_unreached(data)})
     plan = RefitPlan(data, draft.pinned, weight_opener(context))
     if module is None:
-        require_planned(context.host, data, None)
+        require_complete_plan(context.host, data, None)
     else:
         slots = [slot for engine in module.engines.values() for slot in engine.slots.values()]
         plan.check_engines(backend.name, slots)
 
-        def served() -> Iterable[SlotValue]:
+        # A function, because mapping takes time and most plans are complete without it.
+        def own_values() -> Iterable[SlotValue]:
             own = TensorMap(program.state_dict)
             return map_slots(context, plan, module, own, None).values.values()
 
-        require_planned(context.host, data, served)
+        require_complete_plan(context.host, data, own_values)
     return plan
 
 
-# MERGED cache: Plans kept in a folder, so that the same program is not planned twice on one machine.
-#
-# A file is named by the digest of all that its plan depends on. What is found under that name is
-# checked all the same, like any plan file, and held against the program, the target and the versions
-# at hand: a file that is damaged or does not fit is ignored, said so, and replaced.
+def require_followable(program: ExportedProgram) -> ProgramFacts:
+    """Facts of a program, if recipes can follow all memory that its leaves share.
+
+    Raises:
+        NotRefittableError: Tensors share memory with weights in a way that no recipe can follow,
+            the program's file does not say which constants are views of weights, or no engine can
+            be refitted in a dtype; lists the tensors.
+    """
+    facts = facts_of(program)
+    if facts.conflicts:
+        raise NotRefittableError(
+            "Tensors of the program share memory with its weights, and no recipe can follow them. "
+            "A refit would leave them stale.",
+            problems=facts.conflicts,
+            hint="Give each tensor memory of its own (.clone()) if it must not follow the weight, "
+            "or compute it from the weight in forward().",
+        )
+    lost = tuple(lost_views(program, facts.leaves, facts.ties, tensors_of(program)))
+    if lost:
+        raise NotRefittableError(
+            "The program was read from a file, and some of its constants have the bits of weights. "
+            "The file does not say whether the constants are views of weights in the model, which "
+            "follow new weights, or copies, which do not.",
+            problems=lost,
+            hint="Compile or plan in the process that exports the model: there refitkit sees which "
+            "tensors share memory.",
+        )
+    return facts
+
+
+# -- the plan cache -------------------------------------------------------------------------------
 
 _SUFFIX = ".refitplan"
 _PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a plan is wanted for, and all that it depends on.
+class PlanInputs:
+    """Everything that a plan depends on, known before planning.
 
     Attributes:
         backend: Name of the backend.
         program: The program.
-        facts: Its leaves, ties and fingerprint.
-        constants: What no state_dict holds and plans keep, by FQN.
+        facts: Leaves, ties and fingerprint of the program.
+        constants: Index entries of tensors that no state_dict holds and plans keep, by FQN.
         slots: Slots of the target, sorted; None when planning offline.
-        key: What the backend tells.
-        plugins: Who may have a say in it.
+        key: The backend's key of the plan.
+        plugins: Plugins and layer types that may influence the plan, as text.
     """
 
     backend: str
@@ -296,14 +335,15 @@ class Wanted:
 
     @property
     def digest(self) -> str:
-        """sha256 over everything: the name of the file."""
+        """Name of the plan's file without suffix: sha256 over all inputs, in hexadecimal."""
         parts = {
             "format": FORMAT,
             "code": code_digest(_PACKAGE),
             "backend": self.backend,
             "graph": self.facts.graph,
+            # Programs with the same graph may differ in the ranges of their dynamic shapes.
             "ranges": sorted(f"{s}: {r}" for s, r in self.program.range_constraints.items()),
-            "inputs": _described(self.program.example_inputs),
+            "inputs": _describe_inputs(self.program.example_inputs),
             "leaves": [leaf.model_dump(mode="json") for leaf in self.facts.leaves],
             "ties": self.facts.ties,
             "constants": {name: one.model_dump() for name, one in self.constants.items()},
@@ -317,53 +357,87 @@ class Wanted:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def wanted(
+def plan_inputs(
     host: Host,
     backend: Backend,
     program: ExportedProgram,
     module: OpenedModule | None,
     options: Mapping[str, Any],
     tools: Tools,
-) -> Wanted | None:
-    """What a plan would be wanted for; None where the backend's plans cannot be kept.
+) -> PlanInputs | None:
+    """The inputs of a plan; None if the backend's plans cannot be cached.
+
+    Args:
+        host: All plugins.
+        backend: The backend.
+        program: The program.
+        module: The opened target; None when planning offline.
+        options: Options of the backend.
+        tools: Objects that the pipeline lends to plugins.
 
     Raises:
-        ConfigError: An option cannot be meant.
+        ConfigError: An option is invalid.
     """
     key = backend.plan_key(program, module, options) if isinstance(backend, KnowsPlanKey) else None
     if key is None:
         return None
     facts, tensors = facts_of(program), tensors_of(program)
+    # A plan contains these values, so a program with other values needs another plan.
     kept = {leaf.fqn: tensors[leaf.fqn] for leaf in facts.leaves if leaf.kept}
     plugins = [f"{one.name} {one.origin}" for one in host.plugins()]
     plugins += [f"layer type {one.model_dump_json()}" for one in tools.layer_types.values()]
-    return Wanted(
+    return PlanInputs(
         backend=backend.name,
         program=program,
         facts=facts,
         constants=index_of(kept),
-        slots=_slots_of(module),
+        slots=_sorted_slots(module),
         key=key,
         plugins=tuple(plugins),
     )
 
 
+def _sorted_slots(module: OpenedModule | None) -> tuple[Slot, ...] | None:
+    if module is None:
+        return None
+    slots = [slot for engine in module.engines.values() for slot in engine.slots.values()]
+    return tuple(sorted(slots, key=lambda slot: slot.key))
+
+
+def _describe_inputs(inputs: object) -> list[str]:
+    """Structure, dtypes, shapes and devices of example inputs. Engines do not depend on values."""
+    leaves, form = pytree.tree_flatten(inputs)
+    return [str(form), *map(_describe_input, leaves)]
+
+
+def _describe_input(value: Any) -> str:
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{value.dtype} {tuple(value.shape)} {value.device}"
+    return repr(value)
+
+
 @cache
 def code_digest(folder: Path) -> str:
-    """sha256 over all modules of a package.
+    """sha256 over names and contents of all Python files in a folder, in hexadecimal.
 
-    What plans hold is decided by refitkit's code, which can change without its version: a plan that
-    an older recorder made is not to outlive it.
+    The contents of a plan depend on refitkit's code, which may change without its version. A cached
+    plan of an older recorder must not survive that change.
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         content = path.read_bytes()
-        found.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)
-    return found.hexdigest()
+        # With the length, no two different sets of files give the same bytes.
+        digest.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 class PlanCache:
-    """Plans in a folder."""
+    """Plans as files in a folder.
+
+    The name of a file is not trusted. Its plan is checked like any plan file and compared with the
+    program, the target and the installed versions. A damaged or unsuitable file is reported as
+    progress and replaced. Planning continues if the folder cannot be read or written.
+    """
 
     def __init__(
         self,
@@ -371,105 +445,93 @@ class PlanCache:
         progress: Callable[[str], None],
         opener: Opener,
     ) -> None:
-        """Touch nothing yet.
+        """Touch no file yet.
 
         Args:
-            folder: Where files are; it is made when the first one is written.
+            folder: The folder of the plans; created when the first plan is written.
             progress: Called with one line of text for each step.
-            opener: What turns weights into sources.
+            opener: Function that turns weights into sources.
         """
-        self._folder, self._tell, self._opener = folder, progress, opener
+        self._folder, self._progress, self._opener = folder, progress, opener
 
-    def get(self, wish: Wanted, make: Callable[[], RefitPlan]) -> RefitPlan:
-        """The plan that is kept, or one that is made now and kept.
+    def get(self, inputs: PlanInputs, make: Callable[[], RefitPlan]) -> RefitPlan:
+        """The cached plan, or a new plan, which is then written to the cache.
 
         Args:
-            wish: What it is wanted for.
-            make: Makes one.
+            inputs: Everything that the plan depends on.
+            make: Makes a new plan.
         """
-        path = self._folder / f"{wish.digest}{_SUFFIX}"
-        found = self._read(path, wish)
-        if found is not None:
-            self._tell(f"the plan was made before: {path}")
-            return found
+        path = self._folder / f"{inputs.digest}{_SUFFIX}"
+        cached = self._read(path, inputs)
+        if cached is not None:
+            self._progress(f"the plan is read from the cache: {path}")
+            return cached
         plan = make()
         self._write(path, plan)
         return plan
 
-    def _read(self, path: Path, wish: Wanted) -> RefitPlan | None:
+    def _read(self, path: Path, inputs: PlanInputs) -> RefitPlan | None:
+        """The plan in a file; None, with progress, if there is none or it cannot be used."""
         try:
             content = path.read_bytes()
-        except FileNotFoundError:
+        except FileNotFoundError:  # the usual miss, which needs no message
             return None
         except OSError as exc:
-            self._tell(f"the plan cache cannot be read: {exc}")
+            self._progress(f"the plan cache cannot be read: {exc}")
             return None
         try:
             plan = RefitPlan.from_bytes(content, f"{str(path)!r}", self._opener)
-            self._check(plan, wish)
+            self._check(plan, inputs)
         except RefitError as exc:
-            self._tell(f"a plan in the cache is not used, and made again: {exc}")
+            self._progress(f"a plan in the cache is not used, and made again: {exc}")
             return None
         return plan
 
-    def _check(self, plan: RefitPlan, wish: Wanted) -> None:
-        """Check that a plan is for what is wanted, whatever the name of its file says.
+    def _check(self, plan: RefitPlan, inputs: PlanInputs) -> None:
+        """Raise unless a plan belongs to these inputs.
 
         Raises:
-            PlanMismatchError: It is not; lists what differs.
-            SourceError: Its guards cannot be evaluated.
+            PlanMismatchError: The plan belongs to other inputs; lists the differences.
+            SourceError: The guards of the plan cannot be evaluated.
         """
-        problems = list(_differences(plan, wish))
+        problems = list(_differing(plan, inputs))
+        # Guards compare values of weights, which the digest does not contain.
         if not problems and plan.data.guards:
-            problems = list(plan.broken_guards(self._opener(wish.program, plan)))
+            problems = list(plan.broken_guards(self._opener(inputs.program, plan)))
         if problems:
-            raise PlanMismatchError(f"{plan.backend}: it is of something else.", problems=problems)
-        if wish.slots is not None:
-            plan.check_engines(wish.backend, wish.slots)
+            raise PlanMismatchError(
+                f"{plan.backend}: the plan belongs to something else.", problems=problems
+            )
+        if inputs.slots is not None:
+            plan.check_engines(inputs.backend, inputs.slots)
 
     def _write(self, path: Path, plan: RefitPlan) -> None:
+        # A full disk or a read-only folder must not fail a plan that was just made.
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             plan.save(path)
         except (OSError, RefitError) as exc:
-            self._tell(f"the plan cannot be kept for the next time: {exc}")
+            self._progress(f"the plan cannot be written to the cache: {exc}")
         else:
-            self._tell(f"the plan is kept for the next time: {path}")
+            self._progress(f"the plan is written to the cache: {path}")
 
 
-def _differences(plan: RefitPlan, wish: Wanted) -> Iterator[Problem]:
-    data, facts = plan.data, wish.facts
-    made, key = data.fingerprint, wish.key
+def _differing(plan: RefitPlan, inputs: PlanInputs) -> Iterator[Problem]:
+    """A problem for each input that a plan was not made from."""
+    data, facts = plan.data, inputs.facts
+    made, key = data.fingerprint, inputs.key
     pairs: list[tuple[str, object, object]] = [
-        ("backend", data.backend, wish.backend),
+        ("backend", data.backend, inputs.backend),
         ("graph", made.graph, facts.graph),
         ("leaves", data.leaves, facts.leaves),
         ("ties", data.ties, facts.ties),
         ("versions", made.versions, dict(key.versions)),
         ("platform", made.platform, key.platform),
     ]
+    # Some backends know the settings only after planning.
     if key.settings is not None:
         pairs.append(("settings", made.settings, dict(key.settings)))
-    pairs += [(f"constant {n}", data.pinned.get(n), one) for n, one in wish.constants.items()]
-    for name, found, wanted_ in pairs:
-        if found != wanted_:
+    pairs += [(f"constant {n}", data.pinned.get(n), one) for n, one in inputs.constants.items()]
+    for name, found, wanted in pairs:
+        if found != wanted:
             yield Problem(name, "differs")
-
-
-def _slots_of(module: OpenedModule | None) -> tuple[Slot, ...] | None:
-    if module is None:
-        return None
-    slots = [slot for engine in module.engines.values() for slot in engine.slots.values()]
-    return tuple(sorted(slots, key=lambda slot: slot.key))
-
-
-def _described(inputs: object) -> list[str]:
-    """Example inputs without the values of tensors: shapes and dtypes decide how engines are."""
-    leaves, form = pytree.tree_flatten(inputs)
-    return [str(form), *map(_text, leaves)]
-
-
-def _text(value: Any) -> str:
-    if hasattr(value, "dtype") and hasattr(value, "shape"):
-        return f"{value.dtype} {tuple(value.shape)} {value.device}"
-    return repr(value)

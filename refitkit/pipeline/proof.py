@@ -20,7 +20,7 @@ from refitkit.errors import NotRefittableError, Problem, RefitError, Verificatio
 from refitkit.model import SlotState
 from refitkit.pipeline.history import WeightState
 from refitkit.pipeline.mapping import MappingSummary, map_slots, partition
-from refitkit.pipeline.needs import of_strategies
+from refitkit.pipeline.needs import strategy_needs
 from refitkit.pipeline.refit import RefitRequest, RefitTask, run
 from refitkit.pipeline.stage import live_reader
 from refitkit.pipeline.targets import open_weights
@@ -131,7 +131,7 @@ def _trials(
                 raise _failed(context, compiled, weights, exc) from exc
             reason = "other weights make the program itself answer NaN or infinity"
         else:
-            return Proof(needs=of_strategies(context.host, report.ledger))
+            return Proof(needs=strategy_needs(context.host, report.ledger))
     return Proof(reason)
 
 
@@ -319,7 +319,7 @@ def prove_plan(
         if not reason:
             values = _plan_values(context, plan, module, kept, TensorMap(weights))
             _compare(plan, values, wanted, own)
-            needs = of_strategies(context.host, _report_rows(plan, values))
+            needs = strategy_needs(context.host, _report_rows(plan, values))
             judged += 1
         if judged == _ENOUGH_ROUNDS:
             return Proof(needs=needs)
@@ -339,7 +339,7 @@ def _plan_values(
         return plan.values_of(rows, source)
     mapping = map_slots(context, plan, module, source, kept)
     found: dict[SlotKey, SlotValue | str] = dict(mapping.values)
-    for row in mapping.unserved():
+    for row in mapping.rows_without_value():
         if row.state is not SlotState.UNMAPPED:
             found[row.slot.key] = "; ".join(mapping.reasons.get(row.slot.key, [row.reason]))
     return found

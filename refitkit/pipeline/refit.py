@@ -24,15 +24,15 @@ from refitkit.errors import (
 )
 from refitkit.pipeline.checks import check_abilities, check_weights, judged_where_staged
 from refitkit.pipeline.delta import Delta
-from refitkit.pipeline.gate import in_order, inside_all
+from refitkit.pipeline.gate import in_lock_order, inside_all
 from refitkit.pipeline.history import WeightState
 from refitkit.pipeline.mapping import (
-    differing,
-    left,
+    find_left_out,
     map_slots,
-    overrides,
-    require_all,
-    require_reached,
+    overridden_by,
+    require_all_slots,
+    require_partial_slots,
+    still_overridden,
 )
 from refitkit.pipeline.needs import require_needs
 from refitkit.pipeline.report import ReportDraft
@@ -84,7 +84,7 @@ def run(context: Context, tasks: Sequence[Task]) -> list[ReportDraft]:
             ``ModuleLostError``, all modules answer as before.
     """
     _require_distinct(tasks)
-    gates = in_order(task.compiled.gate for task in tasks)
+    gates = in_lock_order(task.compiled.gate for task in tasks)
     return inside_all([gate.refit for gate in gates], lambda: _run(context, tasks))
 
 
@@ -317,7 +317,7 @@ class RefitTask:
         with clock.stage("load"):
             source = for_one_refit(self._context, request.weights, rollback=request.rollback)
             plan = self._bound_plan()
-            draft.left_out = differing(plan, source, self._context.config.rules.wrappers)
+            draft.left_out = find_left_out(plan, source, self._context.config.rules.wrappers)
             source = transformed(self._context, plan, source, partial=request.partial)
             if isinstance(source, Transformed):
                 draft.transforms = source.rows
@@ -386,13 +386,13 @@ class RefitTask:
         check_abilities(self._module, partial=partial, overwrite=overwrite, config=config)
         with raised_as(SourceError, f"{source.description} cannot be read"):
             if partial:
-                mapping.keep_pinned()
+                mapping.drop_plan_values()
                 before = self.compiled.state.overridden
-                require_reached(mapping, source, before)
-                self._overridden = left(before, plan, source)
+                require_partial_slots(mapping, source, before)
+                self._overridden = still_overridden(before, plan, source)
             else:
-                require_all(mapping, source)
-                self._overridden = overrides(plan, source)
+                require_all_slots(mapping, source)
+                self._overridden = overridden_by(plan, source)
             mapping.require_complete(source.names() if partial else None)
         if self._request.reset_state:
             mapping.reset_state()
@@ -415,7 +415,7 @@ class RefitTask:
             return mapping
         whole = self._map(mapping.plan, source, frozenset())
         if self._request.partial:
-            whole.keep_pinned()
+            whole.drop_plan_values()
         if self._request.reset_state:
             whole.reset_state()
         whole.values.update(mapping.values)

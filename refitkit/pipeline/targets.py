@@ -24,10 +24,9 @@ from refitkit.errors import (
 from refitkit.files.archive import saying_why
 from refitkit.files.file_state import stat_of
 from refitkit.pipeline.history import LoadOrigin, WeightState
-from refitkit.pipeline.mapping import overridden_as, overridden_in
+from refitkit.pipeline.mapping import decode_overridden, encode_overridden
 from refitkit.pipeline.module import CompiledModule
-from refitkit.pipeline.needs import described as described_need
-from refitkit.pipeline.needs import missing_needs
+from refitkit.pipeline.needs import describe_need, missing_needs
 from refitkit.pipeline.transform import transformed
 from refitkit.program import KeptProgram
 from refitkit.program.ambient import verb
@@ -135,7 +134,7 @@ def _attachments_of(compiled: CompiledModule) -> dict[str, bytes]:
     if compiled.program is not None:
         attachments[PROGRAM_MEMBER] = compiled.program.to_bytes()
     if compiled.state.overridden:
-        attachments[OVERRIDDEN_MEMBER] = overridden_as(compiled.state.overridden)
+        attachments[OVERRIDDEN_MEMBER] = encode_overridden(compiled.state.overridden)
     return attachments
 
 
@@ -154,7 +153,7 @@ def _handle_on(context: Context, opened: OpenedModule, verbs: Verbs) -> Compiled
     if PROGRAM_MEMBER in attached:
         program = KeptProgram(attached[PROGRAM_MEMBER], plan.data.leaves, plan.data.ties)
     compiled = CompiledModule(opened, plan, program, verbs)
-    compiled.state = WeightState.first(overridden_in(attached.get(OVERRIDDEN_MEMBER, b"[]")))
+    compiled.state = WeightState.first(decode_overridden(attached.get(OVERRIDDEN_MEMBER, b"[]")))
     return compiled
 
 
@@ -185,7 +184,7 @@ def _described_plan(backend: Backend, path: Path) -> Mapping[str, Any]:
     if PLAN_MEMBER not in attached:
         return {}
     data = RefitPlan.from_bytes(attached[PLAN_MEMBER], f"the plan of {str(path)!r}").data
-    needs = [f"{need.kind} {need.name} of {described_need(need)}" for need in data.needs]
+    needs = [f"{need.kind} {need.name} of {describe_need(need)}" for need in data.needs]
     facts = {"needs": needs, "without_slot": dict(data.unreached)}
     return {name: value for name, value in facts.items() if value}
 

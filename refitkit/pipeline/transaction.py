@@ -22,10 +22,10 @@ from refitkit.errors import (
 )
 from refitkit.pipeline.changes import measured
 from refitkit.pipeline.checks import FiniteCheck
-from refitkit.pipeline.gate import in_order, inside_all, lost_error, returning
+from refitkit.pipeline.gate import in_lock_order, inside_all, lost_error, restoring
 from refitkit.pipeline.history import NO_ROLLBACK, History, SnapshotBuilder
 from refitkit.pipeline.stage import Staged
-from refitkit.pipeline.transform import require_measured
+from refitkit.pipeline.transform import require_accurate
 from refitkit.pipeline.verify import problems_of
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Transaction:
             BaseException: A plugin or the keyboard; the old weights are live.
         """
         gates = [one.gate for one in self._modules]
-        inside_all([gate.alone for gate in in_order(gates)], self._run)
+        inside_all([gate.exclusive for gate in in_lock_order(gates)], self._run)
 
     def _run(self) -> None:
         try:
@@ -232,7 +232,7 @@ class ModuleTransaction:
                     with_base=self._wants_base,
                 )
         with self._reporting():
-            require_measured(draft.transforms())
+            require_accurate(draft.transforms())
 
     @property
     def _mapping(self) -> SlotMapping:
@@ -358,7 +358,7 @@ class ModuleTransaction:
             self._touched.pop()
         if self._failure is None and self._begun:
             try:
-                returning(self._restored)
+                restoring(self._restored)
             except BaseException as exc:
                 if not last and not isinstance(exc, Exception):
                     raise

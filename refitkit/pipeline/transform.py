@@ -1,4 +1,9 @@
-"""Weights through the transforms of all plugins: what a program reads, made when it is read."""
+"""Transforms: given weights become what a program reads, by the transforms of all plugins.
+
+The module hides which transform makes which entry. ``transformed`` asks the transforms, rank by
+rank, for the groups of entries that they take and give, and returns a ``Transformed`` source. It
+computes a group when one of its entries is first read. ``require_accurate`` judges the result.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +39,15 @@ _HOOK = "refitkit_weight_transforms"
 _Ordered: TypeAlias = "Sequence[tuple[str, WeightTransform]]"
 
 
-@dataclass(frozen=True, eq=False)  # known by identity
+@dataclass(frozen=True, eq=False)  # a dictionary key by identity: groups hold functions
 class TransformOffer:
-    """A group, and whose it is."""
+    """One group of entries, with its owner.
+
+    Attributes:
+        plugin: Name of the plugin.
+        transform: Name of the transform.
+        group: The entries that it takes and gives.
+    """
 
     plugin: str
     transform: str
@@ -47,25 +58,25 @@ class TransformOffer:
 
 
 class Transformed:
-    """A source some of whose entries became others. It keeps what the last group has made.
+    """A source in which groups replaced some entries. It keeps the result of the last group only.
 
     Attributes:
-        offers: Groups, and whose they are.
-        given: The weights before that.
-        made_by: Which of them makes an entry, by name.
+        offers: The groups with their owners.
+        given: The source before these transforms.
+        made_by: The group that makes an entry, by FQN.
     """
 
     def __init__(self, source: WeightSource, offers: Iterable[TransformOffer]) -> None:
-        """Nothing is made yet.
+        """Compute nothing yet.
 
         Args:
-            source: The weights as they were given.
-            offers: Groups none of which makes what another one makes.
+            source: The source before these transforms.
+            offers: Groups that make different entries.
         """
         self.offers = tuple(offers)
         self.given = source
         self.made_by = {name: offer for offer in self.offers for name in offer.group.gives}
-        taken = _taken(self.offers)
+        taken = _consumed(self.offers)
         kept = [name for name in source.names() if name not in taken]
         self._names = dict.fromkeys([*kept, *self.made_by])
         self._last: tuple[TransformOffer, Made] | None = None
@@ -73,41 +84,55 @@ class Transformed:
 
     @property
     def description(self) -> str:
-        """What was given, and what it went through."""
+        """Description of the given source, with the names of the transforms."""
         through = dict.fromkeys(offer.transform for offer in self.offers)
         return f"{self.given.description} through {', '.join(through)}"
 
     def names(self) -> Collection[str]:
-        """What was given and not used up, and what is made."""
+        """FQNs of the entries that no group takes, and of those that groups make."""
         return self._names.keys()
 
     def info(self, fqn: str) -> TensorInfo:
-        """Dtype and shape, as a group announces it or the source has it."""
+        """Metadata, as the group announces it or the given source has it.
+
+        Raises:
+            KeyError: There is no such entry.
+        """
         if fqn not in self._names:
             raise KeyError(fqn)
         offer = self.made_by.get(fqn)
         return self.given.info(fqn) if offer is None else offer.group.gives[fqn]
 
     def get(self, fqn: str) -> torch.Tensor:
-        """The source's tensor, or one that is made now."""
+        """The tensor of the given source, or one that its group computes now.
+
+        Raises:
+            KeyError: There is no such entry.
+            PluginError: The transform failed, or made other entries than announced.
+            SourceError: An entry cannot be read.
+        """
         if fqn not in self._names:
             raise KeyError(fqn)
         offer = self.made_by.get(fqn)
         return self.given.get(fqn) if offer is None else self._made(offer).values[fqn]
 
     def pieces(self, fqn: str) -> Iterator[torch.Tensor] | None:
-        """What the source gives in pieces and no group has made; see ``GivesPieces``."""
+        """Pieces of an entry that no group makes, else None; see ``GivesPieces``."""
         return pieces_of(self.given, fqn) if self.made_by.get(fqn) is None else None
 
     def made_from(self, fqn: str) -> tuple[str, ...]:
-        """What a group takes for it, or the name itself; see ``MadeOf``."""
+        """FQNs that its group takes, or the FQN itself; see ``MadeOf``."""
         if fqn not in self._names:
             raise KeyError(fqn)
         offer = self.made_by.get(fqn)
         return (fqn,) if offer is None else offer.group.takes
 
     def revision(self, fqn: str) -> Hashable | None:
-        """That of the source, or what was made how of which; see ``KnowsRevisions``."""
+        """Revision of an entry; see ``KnowsRevisions``.
+
+        An entry that a group makes has the revision of its formula and of all entries that it
+        takes. Without a formula, only reading shows whether it changed.
+        """
         if fqn not in self._names:
             raise KeyError(fqn)
         if not isinstance(self.given, KnowsRevisions):
@@ -118,22 +143,26 @@ class Transformed:
         taken = tuple(map(self.given.revision, offer.group.takes))
         if offer.group.formula is None or None in taken:
             return None
+        # A formula does not contain names, so the position identifies the entry.
         number = list(offer.group.gives).index(fqn)
         return offer.plugin, offer.group.formula, number, taken
 
     def _made(self, offer: TransformOffer) -> Made:
         if self._last is None or self._last[0] is not offer:
-            self._last = None  # two groups at once would be one too many in memory
+            self._last = None  # frees the last group first, so that memory holds one at a time
             doing = f"Weights cannot be transformed by {offer}"
             with raised_as(PluginError, f"The transform {offer} failed", doing=doing):
                 made = offer.group.make()
-            _check_made(offer, made)
+            _check_results(offer, made)
             self._last = offer, made
-            self._measured[offer] = Made({}, made.measures)
+            self._measured[offer] = Made({}, made.measures)  # without values, to free their memory
         return self._last[1]
 
     def rows(self) -> tuple[TransformRow, ...]:
-        """What the report says of each group, those before it first; measures of what was made."""
+        """One row of the report for each group, in the order of the transforms.
+
+        A group that was computed has the measures of its last computation.
+        """
         before = self.given.rows() if isinstance(self.given, Transformed) else ()
         return before + tuple(
             TransformRow(
@@ -148,55 +177,80 @@ class Transformed:
         )
 
     def notes(self) -> tuple[str, ...]:
-        """What transforms say of their groups, each text once, those before it first."""
+        """Notes of all groups in the order of the transforms, each text once."""
         before = self.given.notes() if isinstance(self.given, Transformed) else ()
         here = (offer.group.note for offer in self.offers)
         return tuple(dict.fromkeys(note for note in (*before, *here) if note))
 
 
+# -- applying transforms --------------------------------------------------------------------------
+
+
 def transformed(
     context: Context, plan: Plan, source: WeightSource, *, partial: bool = False
 ) -> WeightSource:
-    """A source as the program reads it: the source itself where no transform has a part in it.
+    """A source with the entries that the program reads; the source itself if no transform applies.
 
-    A source that has several sets of names is taken by the one with which most weights fit.
+    If a source has several sets of names (``HasNamings``), the set is used with which most weights
+    fit the program.
 
     Args:
-        context: Plugins, and settings; transforms find their own in ``plugin_settings``.
-        plan: What the program reads.
-        source: The weights as they were given.
-        partial: Whether slots without a new value keep what they hold.
+        context: Plugins and settings. Transforms read theirs in ``plugin_settings``.
+        plan: The plan, whose leaves are the tensors that the program reads.
+        source: The weights as the user gave them.
+        partial: Whether slots without a new value keep their values.
 
     Raises:
-        WeightMismatchError: Entries cannot be used; lists those of all transforms.
-        PluginError: Two transforms make the same, or one is broken; names the plugins.
-        SourceError: The source does not tell what it has.
+        WeightMismatchError: Transforms cannot use some entries; lists those of all transforms.
+        PluginError: Two transforms make the same entry, or a transform is broken; names the
+            plugins.
+        SourceError: The source's names or metadata cannot be read.
     """
+    # sorted is stable, so transforms of one priority stay in the order of their plugins.
     ordered = sorted(_transforms(context), key=_priority)
     with raised_as(SourceError, f"{source.description} cannot be read"):
         namings = source.namings() if isinstance(source, HasNamings) else ()
         if not namings:
-            return _through_all(ordered, TransformRequest(plan, source, partial))
+            return _apply_all(ordered, TransformRequest(plan, source, partial))
         requests = [TransformRequest(plan, one, partial) for one in namings]
-        return _fitting_best(plan, ordered, requests)
+        return _best_match(plan, ordered, requests)
 
 
-def _fitting_best(
-    plan: Plan, ordered: _Ordered, requests: Iterable[TransformRequest]
-) -> WeightSource:
-    """Of several sources the one with which most weights fit, the first of equal ones.
+def _transforms(context: Context) -> Iterator[tuple[str, WeightTransform]]:
+    """All transforms with the names of their plugins.
 
     Raises:
-        WeightMismatchError: All are refused; as the first one was. Or several models fit in the
-            first one, which another set of names may hide.
+        PluginError: Two transforms have one name, or one has no priority.
+    """
+    owners: dict[str, str] = {}
+    for plugin, transform in context.host.items(_HOOK, config=context.config):
+        context.host.claim(owners, transform, plugin, _HOOK)
+        if not isinstance(getattr(transform, "priority", None), int):
+            raise PluginError(
+                f"The plugin {plugin!r} offers the transform {transform.name!r} without a "
+                "priority.",
+                hint="Give it an int: see refitkit.protocols.WeightTransform.",
+            )
+        yield plugin, transform
+
+
+def _best_match(
+    plan: Plan, ordered: _Ordered, requests: Iterable[TransformRequest]
+) -> WeightSource:
+    """The transformed source with which most weights fit the program; the first of equal ones.
+
+    Raises:
+        WeightMismatchError: Transforms refuse all sources; the error of the first one. Or the first
+            source contains several models that fit.
     """
     found: list[WeightSource] = []
     refused: list[WeightMismatchError] = []
     for request in requests:
         try:
-            found.append(_through_all(ordered, request))
+            found.append(_apply_all(ordered, request))
         except WeightMismatchError as exc:
             refused.append(exc)
+            # Under another set of names only one of these models might fit, by chance.
             if not found and {ALL_NAMES, WHOLE_SUBTREE}.intersection(p.kind for p in exc.problems):
                 raise
     if not found:
@@ -204,11 +258,11 @@ def _fitting_best(
     return max(found, key=reads_of(plan).fitting)
 
 
-def _through_all(ordered: _Ordered, request: TransformRequest) -> WeightSource:
-    """A source through all transforms."""
+def _apply_all(ordered: _Ordered, request: TransformRequest) -> WeightSource:
+    """A source after all transforms, from the lowest priority to the highest."""
     source = request.source
     for _, alike in groupby(ordered, key=_priority):
-        source = _through(list(alike), replace(request, source=source))
+        source = _apply_rank(list(alike), replace(request, source=source))
     return source
 
 
@@ -216,63 +270,31 @@ def _priority(offered: tuple[str, WeightTransform]) -> int:
     return offered[1].priority
 
 
-def _through(
+def _apply_rank(
     transforms: Iterable[tuple[str, WeightTransform]], request: TransformRequest
 ) -> WeightSource:
-    """What transforms of one priority make of a source."""
+    """A source after the transforms of one priority, which all see the same source.
+
+    Raises:
+        PluginError: A transform is broken, or two make the same entry.
+        WeightMismatchError: Transforms refuse entries, or the source already has an entry that a
+            transform would make; lists all of them.
+    """
     offers: list[TransformOffer] = []
     problems: list[Problem] = []
     for plugin, transform in transforms:
         try:
             offers += _offers(plugin, transform, request)
-        except WeightMismatchError as exc:
+        except WeightMismatchError as exc:  # the others are asked too, to list all problems
             problems += exc.problems or [Problem(transform.name, "refused", hint=exc.message)]
-    if offers:  # mostly there are none, and nothing has to be looked at
-        names, taken = request.source.names(), _taken(offers)
+    if offers:  # most sources need no transform, and then none of their names is looked at
+        names, taken = request.source.names(), _consumed(offers)
         _check_offers(offers, request.source, names, taken)
-        problems += _given_twice(offers, names, taken)
+        problems += _duplicates(offers, names, taken)
     if problems:
-        message = f"{request.source.description} cannot become what the program reads."
+        message = f"{request.source.description} cannot be transformed for the program."
         raise WeightMismatchError(message, problems=problems)
     return Transformed(request.source, offers) if offers else request.source
-
-
-def require_measured(rows: Iterable[TransformRow]) -> None:
-    """Stop where what was made is too far from what it was made from.
-
-    Raises:
-        VerificationError: Lists the entries.
-    """
-    problems = [
-        Problem(
-            measure.name,
-            "too far from what it was made from",
-            f"an error of {measure.max_abs_error:.4g}",
-            f"at most {measure.limit:.4g}",
-            measure.note,
-        )
-        for row in rows
-        for measure in row.measures
-        if not measure.ok
-    ]
-    if problems:
-        raise VerificationError(
-            "Transformed weights are not close enough to the given ones; nothing was changed.",
-            problems=problems,
-            hint="Use other weights, or allow more in the settings of the plugin.",
-        )
-
-
-def _transforms(context: Context) -> Iterator[tuple[str, WeightTransform]]:
-    owners: dict[str, str] = {}
-    for plugin, transform in context.host.items(_HOOK, config=context.config):
-        context.host.claim(owners, transform, plugin, _HOOK)
-        if not isinstance(getattr(transform, "priority", None), int):
-            what = (
-                f"The plugin {plugin!r} offers the transform {transform.name!r} without a priority"
-            )
-            raise PluginError(f"{what}, a whole number: see refitkit.protocols.WeightTransform.")
-        yield plugin, transform
 
 
 def _offers(
@@ -285,8 +307,8 @@ def _offers(
         ]
 
 
-def _taken(offers: Iterable[TransformOffer]) -> set[str]:
-    """Entries that are used up."""
+def _consumed(offers: Iterable[TransformOffer]) -> set[str]:
+    """Entries that groups take, so that the transformed source no longer has them."""
     return {name for offer in offers for name in offer.group.takes}
 
 
@@ -296,27 +318,30 @@ def _check_offers(
     names: Collection[str],
     taken: Collection[str],
 ) -> None:
+    """Raise PluginError if a group takes an entry that is not there, or two make the same entry."""
+    # Entries that transforms of an earlier rank made, and that are still there, have an owner too.
     owners: dict[str, TransformOffer] = {}
     if isinstance(source, Transformed):
         owners = {name: offer for name, offer in source.made_by.items() if name not in taken}
     for offer in offers:
-        strange = [repr(name) for name in offer.group.takes if name not in names]
-        if strange:
-            what = f"The transform {offer} takes what the source does not have"
-            raise PluginError(f"{what}: {', '.join(strange)}.")
+        missing = [repr(name) for name in offer.group.takes if name not in names]
+        if missing:
+            what = f"The transform {offer} takes entries that the source does not have"
+            raise PluginError(f"{what}: {', '.join(missing)}.")
         for name in offer.group.gives:
             other = owners.setdefault(name, offer)
             if other is not offer:
                 raise PluginError(
                     f"The transforms {other} and {offer} both make {name!r}.",
-                    hint=f"Switch one off: no_plugins={{{offer.plugin!r}}}, or change settings.",
+                    hint=f"Switch one of them off, as with no_plugins={{{offer.plugin!r}}}, or "
+                    "change their settings.",
                 )
 
 
-def _given_twice(
+def _duplicates(
     offers: Iterable[TransformOffer], names: Collection[str], taken: Collection[str]
 ) -> Iterator[Problem]:
-    """What a transform would make, and the source has as well."""
+    """A problem for each entry that a group makes and that the source already has."""
     for offer in offers:
         for name in offer.group.gives:
             if name in names and name not in taken:
@@ -325,17 +350,51 @@ def _given_twice(
                 yield Problem(name, "given twice", hint=hint)
 
 
-def _check_made(offer: TransformOffer, made: Made) -> None:
+def _check_results(offer: TransformOffer, made: Made) -> None:
+    """Raise PluginError unless a group made the announced entries with these dtypes and shapes."""
     wrong = sorted(made.values.keys() ^ offer.group.gives.keys())
     wrong += [
         name
         for name, info in offer.group.gives.items()
-        if name in made.values and _facts(describe_tensor(made.values[name])) != _facts(info)
+        if name in made.values
+        and _signature(describe_tensor(made.values[name])) != _signature(info)
     ]
     if wrong:
         shown = ", ".join(map(repr, wrong))
-        raise PluginError(f"The transform {offer} made other than it announced: {shown}.")
+        raise PluginError(f"The transform {offer} did not make the announced entries: {shown}.")
 
 
-def _facts(info: TensorInfo) -> tuple[str, tuple[int, ...], str]:
+def _signature(info: TensorInfo) -> tuple[str, tuple[int, ...], str]:
     return info.dtype, info.shape, info.unusable
+
+
+# -- judging the result ---------------------------------------------------------------------------
+
+
+def require_accurate(rows: Iterable[TransformRow]) -> None:
+    """Raise unless the measured errors of all transformed weights are within their limits.
+
+    Args:
+        rows: Rows of the report, with the measures of computed groups.
+
+    Raises:
+        VerificationError: Entries are too inexact; lists them with error and limit.
+    """
+    problems = [
+        Problem(
+            measure.name,
+            "too far from the given weights",
+            f"an error of {measure.max_abs_error:.4g}",
+            f"at most {measure.limit:.4g}",
+            measure.note,
+        )
+        for row in rows
+        for measure in row.measures
+        if not measure.ok
+    ]
+    if problems:
+        raise VerificationError(
+            "Transformed weights are not close enough to the given ones; nothing was changed.",
+            problems=problems,
+            hint="Use other weights, or raise the limit in the settings of the plugin.",
+        )

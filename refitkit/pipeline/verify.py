@@ -20,7 +20,7 @@ from refitkit.errors import (
 )
 from refitkit.pipeline.checks import check_weights
 from refitkit.pipeline.gate import inside_all
-from refitkit.pipeline.mapping import map_slots, require_all
+from refitkit.pipeline.mapping import map_slots, require_all_slots
 from refitkit.pipeline.needs import require_needs
 from refitkit.pipeline.targets import open_weights, require_unchanged
 from refitkit.pipeline.transform import Transformed, transformed
@@ -136,7 +136,7 @@ def verify_live(
     source = transformed(context, plan, open_weights(context, weights))
     mapping = map_slots(context, plan, compiled.opened, source, compiled.program)
     check_weights(context, plan, compiled.opened, source, partial=False)
-    require_all(mapping, source)
+    require_all_slots(mapping, source)
     mapping.require_complete()
     judge = verification(
         context,
@@ -151,7 +151,7 @@ def verify_live(
         raise ConfigError(
             "Nothing can be verified: the engines cannot be read and no inputs were given."
         )
-    passages = [compiled.gate.refit, compiled.gate.alone]
+    passages = [compiled.gate.refit, compiled.gate.exclusive]
     result = inside_all(passages, lambda: judge(compiled.opened))
     if isinstance(source, Transformed):
         result = result.model_copy(update={"notes": source.notes()})

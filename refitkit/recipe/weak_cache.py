@@ -34,6 +34,3 @@ def cached_per_object(derive: Callable[[Key], Derived]) -> Callable[[Key], Deriv
         return result
 
     return cached
-
-
-once_for_each = cached_per_object  # former name, until refitkit.pipeline uses the new one

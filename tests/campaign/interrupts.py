@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 
 import refitkit
+from refitkit.pipeline.gate import _unfinished
 from tests.interrupting import Interrupt, Points, in_a_thread, in_refitkit
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class World:
         if module.gate.lost:
             yield "lost"
             return
-        if module.gate._calls:
+        if _unfinished(module.gate._call_turns):
             yield "a call is counted for ever"
         found = in_a_thread(lambda: {slot.name: module.read(slot.name) for slot in module.slots})
         if found is None or not same(found, state(seed)):

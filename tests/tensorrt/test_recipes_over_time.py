@@ -80,5 +80,5 @@ def test_a_life(tmp_path: Path) -> None:
     told.texts.clear()
     assert pipeline.plan(CASE.program(3), target=again).data == again.plan.data
     assert [text for text in told.texts if "lowering" in text or "was made before" in text] == [
-        f"the plan was made before: {next((tmp_path / 'plans').iterdir())}"
+        f"the plan is read from the cache: {next((tmp_path / 'plans').iterdir())}"
     ]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     [
         ({"refitkit.model": structure.Size(0, 10_000, 0)}, "files, the limit is 0"),
         ({"refitkit.model": structure.Size(10_000, 0, 0)}, "imports, the limit is 0"),
-        ({"refitkit.pipeline": structure.Size(10_000, 10_000, 0)}, "in circles, the limit is 0"),
+        ({"refitkit.pipeline": structure.Size(10_000, 10_000, -1)}, "in circles, the limit is -1"),
     ],
 )
 def test_more_than_a_limit_is_a_fault(

@@ -174,7 +174,7 @@ def test_everything_that_does_not_fit_is_told() -> None:
     given["l1.v.weight"] = torch.zeros(2, 4)
     given["l1.q.weight"] = torch.zeros(9, 3)
     given["l1.k.weight"] = torch.zeros(2, 3).half()
-    with pytest.raises(WeightMismatchError, match="cannot become what the program reads") as info:
+    with pytest.raises(WeightMismatchError, match="cannot be transformed for the program") as info:
         Scene(PACKED, pack=[QKV]).refit(given)
     found = {(problem.subject, problem.kind) for problem in info.value.problems}
     assert found == {

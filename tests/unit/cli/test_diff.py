@@ -152,7 +152,11 @@ def test_each_side_has_rules_of_its_own(run: Callable[..., Outcome], tmp_path: P
     save_file(half, files[1])
     args = ("diff", *files, "--plan", plan, "--json")
     refused = run(*args, "--b-cast", "lossless")
-    assert refused.error["notes"] == ["That is A. For it alone: rules_a=, or --a- for flags."]
+    (note,) = refused.error["notes"]
+    assert note == (
+        "This is about A. To set rules for A only, use rules_a= in Python, or --a-... on the "
+        "command line."
+    )
     data = run(*args, "--b-cast", "lossless", "--a-subtree", "old.").data
     assert data["counts"] == {"same": 2}
     plugin = Opener(opened)

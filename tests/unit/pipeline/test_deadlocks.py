@@ -14,7 +14,7 @@ import pytest
 import refitkit
 from refitkit.errors import DeadlockError
 from refitkit.pipeline import Pipeline
-from refitkit.pipeline.gate import Gate, _deadlock, _ring, _waits
+from refitkit.pipeline.gate import Gate, _cycle, _deadlock, _waits
 from tests.fakes import FakeModule, FakePlugin, make_module, same_state, weights_for
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def test_calls_that_use_the_other_module_while_both_are_refitted() -> None:
         def nested() -> None:
             inside.wait()
             waiting.wait()
-            while not other._closing:
+            while not other._commit_turns:
                 pass
             other.call(int)
 
@@ -212,24 +212,24 @@ def test_calls_that_use_the_other_module_while_both_are_refitted() -> None:
 
     def refit(gate: Gate) -> None:
         waiting.wait()
-        gate.refit(lambda: gate.alone(int))
+        gate.refit(lambda: gate.exclusive(int))
 
     actions = [lambda: call(a, b), lambda: call(b, a), lambda: refit(a), lambda: refit(b)]
     raised = in_threads(*actions)
     assert [type(one) for one in raised if one is not None] == [DeadlockError]
     for gate in (a, b):
-        gate.refit(lambda gate=gate: gate.alone(int))  # type: ignore[misc]
+        gate.refit(lambda gate=gate: gate.exclusive(int))  # type: ignore[misc]
 
 
 def test_a_wait_that_is_over_is_no_ring() -> None:
     gate, turn, me = Gate(), threading.Lock(), threading.get_ident()
     try:
         _waits[me] = turn
-        assert _ring(me) == []
-        gate._closing[turn] = me
-        assert _ring(me) == [], "nobody holds it"
+        assert _cycle(me) == []
+        gate._commit_turns[turn] = me
+        assert _cycle(me) == [], "nobody holds it"
         with turn:
-            ring = _ring(me)
+            ring = _cycle(me)
             assert [one.thread for one in ring] == [me]
             assert "waits" in str(_deadlock(me, ring))
     finally:

@@ -132,7 +132,7 @@ def test_the_report_says_what_was_left() -> None:
     rows = {row.slot: row for row in report.ledger}
     assert rows["e1.bias"].strategy == "recipe"
     assert rows["e0.bias"].strategy == ""
-    assert rows["e0.bias"].reason == "unchanged: it holds already what its weights give"
+    assert rows["e0.bias"].reason == "unchanged: the slot already holds the value of its weights"
     assert "compare" in [stage.stage for stage in report.stages]
     scene.refit(weights(), delta=False)
     assert (scene.report.delta, scene.report.slots_unchanged) == (False, 0)

@@ -142,12 +142,12 @@ def test_calls_wait_while_one_has_the_gate_alone(
         order.append("verdict")
         return result
 
-    gate.alone(alone)()
+    gate.exclusive(alone)()
     assert order == ["verdict", "call"]
 
 
 def test_the_one_inside_passes_as_often_as_it_likes(gate: Gate, watched: Watched) -> None:
-    gate.alone(lambda: gate.call(lambda: gate.call(watched.nobody_waits)))
+    gate.exclusive(lambda: gate.call(lambda: gate.call(watched.nobody_waits)))
 
 
 def test_going_alone_waits_for_running_calls(
@@ -156,7 +156,7 @@ def test_going_alone_waits_for_running_calls(
     order: list[str] = []
 
     def call() -> Callable[[], Any]:
-        result = threads.run(lambda: gate.alone(lambda: order.append("commit")))
+        result = threads.run(lambda: gate.exclusive(lambda: order.append("commit")))
         watched.somebody_waits()
         order.append("call")
         return result
@@ -172,7 +172,7 @@ def test_a_new_call_waits_behind_a_commit_that_waits(
     order: list[str] = []
 
     def running() -> list[Callable[[], Any]]:
-        results = [threads.run(lambda: gate.alone(lambda: order.append("commit")))]
+        results = [threads.run(lambda: gate.exclusive(lambda: order.append("commit")))]
         watched.somebody_waits()
         results.append(threads.run(lambda: gate.call(lambda: order.append("call"))))
         watched.somebody_waits()
@@ -187,24 +187,24 @@ def test_two_cannot_be_alone(gate: Gate, threads: Threads, watched: Watched) -> 
     order: list[str] = []
 
     def first() -> Callable[[], Any]:
-        result = threads.run(lambda: gate.alone(lambda: order.append("second")))
+        result = threads.run(lambda: gate.exclusive(lambda: order.append("second")))
         watched.somebody_waits()
         order.append("first")
         return result
 
-    gate.alone(first)()
+    gate.exclusive(first)()
     assert order == ["first", "second"]
 
 
 def test_a_call_that_fails_is_over(gate: Gate, watched: Watched) -> None:
     with pytest.raises(ValueError, match="in the call"):
         gate.call(lambda: failing("in the call"))
-    gate.alone(watched.nobody_waits)
+    gate.exclusive(watched.nobody_waits)
 
 
 def test_the_gate_opens_again_after_a_failure(gate: Gate, threads: Threads) -> None:
     with pytest.raises(ValueError, match="alone"):
-        gate.alone(lambda: failing("alone"))
+        gate.exclusive(lambda: failing("alone"))
     assert threads.run(lambda: go_through(gate))() == "through"
 
 
@@ -216,7 +216,7 @@ def test_poison_wakes_those_who_wait(gate: Gate, threads: Threads, watched: Watc
         gate.poison("no way back")
         return results
 
-    for result in gate.alone(alone):
+    for result in gate.exclusive(alone):
         with pytest.raises(ModuleLostError, match="no way back"):
             result()
 
@@ -272,7 +272,7 @@ def test_a_refit_inside_a_refit_is_an_error(gate: Gate) -> None:
             gate.refit(must_not_run)
 
     gate.refit(refit)
-    gate.refit(lambda: gate.alone(refit))
+    gate.refit(lambda: gate.exclusive(refit))
     assert gate.refit(lambda: "again") == "again"
 
 
@@ -300,11 +300,11 @@ def test_an_interrupt_while_waiting_for_a_call_opens_the_gate(
     reached(inside)
     watched.interrupt = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
-        gate.alone(must_not_run)
+        gate.exclusive(must_not_run)
     assert threads.run(lambda: go_through(gate))() == "through"
     leave.set()
     running()
-    assert gate.alone(lambda: "alone") == "alone"
+    assert gate.exclusive(lambda: "alone") == "alone"
 
 
 def test_an_interrupt_while_another_is_alone_leaves_that_one_alone(
@@ -318,11 +318,11 @@ def test_an_interrupt_while_another_is_alone_leaves_that_one_alone(
         reached(leave)
         order.append("held")
 
-    holder = threads.run(lambda: gate.alone(hold))
+    holder = threads.run(lambda: gate.exclusive(hold))
     reached(inside)
     watched.interrupt = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
-        gate.alone(must_not_run)
+        gate.exclusive(must_not_run)
     watched.somebody_waits()
 
     caller = threads.run(lambda: gate.call(lambda: order.append("call")))
@@ -347,7 +347,7 @@ def test_a_call_inside_a_call_passes_although_a_commit_waits(
 
     caller = threads.run(lambda: gate.call(nested))
     reached(inside)
-    committer = threads.run(lambda: gate.alone(lambda: order.append("commit")))
+    committer = threads.run(lambda: gate.exclusive(lambda: order.append("commit")))
     watched.somebody_waits()
     go_on.set()
     caller()
@@ -359,7 +359,7 @@ def test_a_refit_inside_a_call_is_an_error(gate: Gate, threads: Threads) -> None
     """It would wait for its own call."""
 
     def refit_inside() -> None:
-        gate.call(lambda: gate.refit(lambda: gate.alone(must_not_run)))
+        gate.call(lambda: gate.refit(lambda: gate.exclusive(must_not_run)))
 
     with pytest.raises(RefitInProgressError):
         threads.run(refit_inside)()
@@ -368,8 +368,8 @@ def test_a_refit_inside_a_call_is_an_error(gate: Gate, threads: Threads) -> None
 PASSAGES: dict[str, Callable[[Gate], Any]] = {
     "call": lambda gate: gate.call(lambda: None),
     "nested call": lambda gate: gate.call(lambda: gate.call(lambda: None)),
-    "alone": lambda gate: gate.alone(lambda: gate.call(lambda: None)),
-    "refit": lambda gate: gate.refit(lambda: gate.alone(lambda: None)),
+    "alone": lambda gate: gate.exclusive(lambda: gate.call(lambda: None)),
+    "refit": lambda gate: gate.refit(lambda: gate.exclusive(lambda: None)),
 }
 
 
@@ -389,7 +389,7 @@ def test_an_interrupt_anywhere_leaves_the_gate_open(passage: str, lines: bool) -
             Points(at, within, lines=lines) as interrupted,
         ):
             PASSAGES[passage](gate)
-        assert not gate._calls, interrupted.where
+        assert not gates._unfinished(gate._call_turns), interrupted.where
         for other in PASSAGES.values():
             assert in_a_thread(lambda: [other(gate)]) == [None], interrupted.where  # noqa: B023
             assert other(gate) is None, interrupted.where
@@ -402,7 +402,7 @@ def test_an_interrupt_in_a_call_is_over_for_a_commit_that_waits(
     order: list[str] = []
 
     def call() -> None:
-        committer.append(threads.run(lambda: gate.alone(lambda: order.append("commit"))))
+        committer.append(threads.run(lambda: gate.exclusive(lambda: order.append("commit"))))
         watched.somebody_waits()
         raise Interrupt
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from refitkit.pipeline.gate import Gate, _lasting
+from refitkit.pipeline.gate import Gate, _unfinished
 from tests.fakes import same_state
 from tests.forking import forked, raised_by
 from tests.unit.pipeline.test_transaction import Scene
@@ -41,7 +41,7 @@ class Inside:
 
 def passes(gate: Gate) -> list[str]:
     """For each passage the error that it raises, or nothing."""
-    return [raised_by(lambda one=one: one(int)) for one in (gate.call, gate.refit, gate.alone)]
+    return [raised_by(lambda one=one: one(int)) for one in (gate.call, gate.refit, gate.exclusive)]
 
 
 @pytest.fixture
@@ -58,24 +58,27 @@ def test_a_child_does_not_wait_for_a_thread_of_its_parent(gate: Gate, passage: s
 
 
 def test_a_child_refuses_weights_from_the_middle_of_a_commit(gate: Gate) -> None:
-    with Inside(gate.alone):
+    with Inside(gate.exclusive):
         assert forked(lambda: passes(gate)) == ["ModuleLostError", "ModuleLostError", ""]
 
 
 def test_a_commit_that_waits_for_a_call_has_not_begun(gate: Gate) -> None:
-    gate.alone(int)  # one that is over must not be taken for it
+    gate.exclusive(int)  # one that is over must not be taken for it
     with ThreadPoolExecutor(1) as pool, Inside(gate.call):
-        waiting = pool.submit(gate.alone, int)
-        while not gate._closing:
+        waiting = pool.submit(gate.exclusive, int)
+        while not gate._commit_turns:
             time.sleep(0)
         assert forked(lambda: passes(gate)) == ["", "", ""]
         assert not waiting.done()
 
 
-@pytest.mark.parametrize("passage", ["call", "refit", "alone"])
+@pytest.mark.parametrize("passage", ["call", "refit", "exclusive"])
 def test_the_thread_that_forks_keeps_its_turn(gate: Gate, passage: str) -> None:
     def turns() -> list[int]:
-        return [len(_lasting(one)) for one in (gate._passing, gate._refitting, gate._closing)]
+        return [
+            len(_unfinished(one))
+            for one in (gate._call_turns, gate._refit_turns, gate._commit_turns)
+        ]
 
     def fork() -> list[list[int]]:
         return [turns(), forked(turns)]
@@ -87,7 +90,7 @@ def test_the_thread_that_forks_keeps_its_turn(gate: Gate, passage: str) -> None:
 
 
 def test_a_child_of_a_child_refuses_it_too(gate: Gate) -> None:
-    with Inside(gate.alone):
+    with Inside(gate.exclusive):
         assert forked(lambda: forked(lambda: raised_by(lambda: gate.call(int)))) == (
             "ModuleLostError"
         )

@@ -13,7 +13,7 @@ from refitkit.errors import ConfigError, PluginError, UnmappedSlotError
 from refitkit.host import make_host
 from refitkit.model import CallRef, LedgerRow, PinnedRef, SlotState, SourceRef
 from refitkit.pipeline.context import Context
-from refitkit.pipeline.mapping import map_slots, require_all
+from refitkit.pipeline.mapping import map_slots, require_all_slots
 from refitkit.protocols import Mapped, MapRequest, SlotValue
 from refitkit.recipe import TensorMap
 from tests.fakes import (
@@ -191,14 +191,14 @@ def test_reasons_of_all_that_declined_are_told() -> None:
     assert "recipe: the source has no 'a'" in rows["a"].reason
     assert rows["b"].strategy == "choosy"
     with pytest.raises(UnmappedSlotError) as info:
-        require_all(mapping, TensorMap({}))
+        require_all_slots(mapping, TensorMap({}))
     assert [p.subject for p in info.value.problems] == ["model/a", "model/c"]
     assert "choosy: not mine" in info.value.problems[0].hint
     assert "partial=True" in info.value.hint
 
 
 def test_all_served_is_enough() -> None:
-    require_all(mapped(Strategies(Strategy("all", "abc"))), TensorMap({}))
+    require_all_slots(mapped(Strategies(Strategy("all", "abc"))), TensorMap({}))
 
 
 def test_frozen_rows_need_nobody() -> None:
@@ -206,14 +206,14 @@ def test_frozen_rows_need_nobody() -> None:
     strategy = Strategy("mine", "a")
     mapping = mapped(Strategies(strategy), plan=make_plan([recipe_row(A), frozen]))
     assert strategy.asked == [("a",)]
-    require_all(mapping, TensorMap({}))
+    require_all_slots(mapping, TensorMap({}))
 
 
 def test_another_strategy_may_serve_an_unmapped_slot() -> None:
     unmapped = LedgerRow(slot=B, state=SlotState.UNMAPPED, reason="nobody knows")
     plan = make_plan([unmapped])
     with pytest.raises(UnmappedSlotError, match="nobody knows"):
-        require_all(mapped(plan=plan), TensorMap({}))
+        require_all_slots(mapped(plan=plan), TensorMap({}))
     mapping = mapped(Strategies(Strategy("knows", "b", priority=99)), plan=plan)
     assert served(mapping) == {"b": "knows"}
 
@@ -226,13 +226,13 @@ def answering(answer: Callable[[MapRequest], Mapped]) -> Strategies:
 def test_values_of_what_has_no_name_are_refused(strategy: Any, sources: Any) -> None:
     """The report, which is made after the commit, tells of them."""
     value = SlotValue(A, strategy, sources, lambda: torch.zeros(2))
-    with pytest.raises(PluginError, match=r"'odd'.*are no names"):
+    with pytest.raises(PluginError, match=r"'odd'.*are not strings"):
         mapped(answering(lambda _: Mapped({A.key: value})))
 
 
 def test_values_that_nobody_asked_for_are_refused() -> None:
     foreign = make_slot("z")
-    with pytest.raises(PluginError, match=r"'odd'.*nobody asked for.*model/z"):
+    with pytest.raises(PluginError, match=r"'odd'.*not requested.*model/z"):
         mapped(answering(lambda request: Mapped({foreign.key: value_for(foreign, "odd")})))
 
 
@@ -295,7 +295,7 @@ def test_with_a_broken_guard_another_strategy_serves_all_slots() -> None:
     rebuilds = Strategy("rebuilds", "abc", priority=99)
     mapping = mapped(Strategies(rebuilds), source=BREAKS, plan=GUARDED)
     assert served(mapping) == dict.fromkeys("abc", "rebuilds")
-    require_all(mapping, TensorMap(BREAKS))
+    require_all_slots(mapping, TensorMap(BREAKS))
     assert all(
         "recipe: " in row.reason and "bool() of a" in row.reason for row in mapping.summary().rows()
     )
@@ -309,7 +309,7 @@ def test_of_several_guards_those_that_can_be_told_are() -> None:
     )
     mapping = mapped(source={"b": torch.zeros(2)}, plan=plan)
     with pytest.raises(UnmappedSlotError) as info:
-        require_all(mapping, TensorMap({"b": torch.zeros(2)}))
+        require_all_slots(mapping, TensorMap({"b": torch.zeros(2)}))
     first, second, *_ = info.value.problems
     assert (first.subject, first.hint) == ("a", "the source has no 'a'")
     assert (second.subject, second.found, second.hint) == ("b", "[-0.0, -0.0]", "bool() of 1")
@@ -318,7 +318,7 @@ def test_of_several_guards_those_that_can_be_told_are() -> None:
 def test_a_broken_guard_that_nobody_else_can_serve_is_told_once() -> None:
     mapping = mapped(source=BREAKS, plan=GUARDED)
     with pytest.raises(UnmappedSlotError) as info:
-        require_all(mapping, TensorMap(BREAKS))
+        require_all_slots(mapping, TensorMap(BREAKS))
     guard, *slots = info.value.problems
     assert (guard.subject, guard.kind, guard.hint) == ("a", "guard", "bool() of a")
     assert (guard.found, guard.wanted) == ("[0.0, 0.0]", "[1.0, 1.0]")

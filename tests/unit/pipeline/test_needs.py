@@ -21,7 +21,7 @@ from refitkit.protocols import Mapped, SlotValue
 from refitkit.recipe import RefitPlan
 from tests.fakes import BACKEND, FakePlugin
 from tests.unit.pipeline.test_mapping import Strategies, Strategy
-from tests.unit.pipeline.test_reach import Losing
+from tests.unit.pipeline.test_unreached_weights import Losing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -143,7 +143,7 @@ def test_a_slot_that_the_plan_keeps_is_served_as_in_the_proof(
     assert compiled.plan.data.needs[0].slots == ("a/a.bias",)
     compiled.plan = compiled.plan.noting(unreached={"a.bias": "somebody says so"})
     last = Pipeline(plugins=[FakePlugin(), mapper(priority=20)])
-    with pytest.raises(PlanMismatchError, match="other strategies served") as info:
+    with pytest.raises(PlanMismatchError, match="other strategies gave the values") as info:
         last.refit(compiled, weights())
     assert [problem.subject for problem in info.value.problems] == ["a/a.bias"]
     first.refit(compiled, weights())

@@ -537,8 +537,8 @@ def test_a_partial_refit_leaves_out_no_given_weight_without_a_word() -> None:
     with pytest.raises(UnmappedSlotError) as info:
         refit(module, weights, plan=make_plan(rows, leaves=leaves), partial=True)
     assert {(p.subject, p.kind) for p in info.value.problems} == {
-        ("e0.bias", "no written slot comes from it"),
-        ("e0/e0.bias", "may come from it"),
+        ("e0.bias", "no written slot follows from it"),
+        ("e0/e0.bias", "may follow from it"),
     }
     assert same_state(module.holds(), before)
 
@@ -593,7 +593,7 @@ def test_a_computed_slot_of_which_some_weights_are_given_is_not_left_behind() ->
     (found,) = info.value.problems
     assert found.subject == "e0/scale"
     assert (found.found, found.wanted) == ("bn.weight", "bn.var with it")
-    assert "Pass those too" in info.value.hint
+    assert "Pass these weights too" in info.value.hint
     assert same_state(module.holds(), before)
 
 

@@ -362,17 +362,20 @@ def test_two_transforms_of_one_name_are_refused() -> None:
 
 BROKEN = {
     "takes what is not there": (grouped(takes=("nothing",)), "does not have: 'nothing'"),
-    "makes less": (grouped(make=lambda: Made({})), "other than it announced: 'w.q', 'w.scale'"),
+    "makes less": (
+        grouped(make=lambda: Made({})),
+        "did not make the announced entries: 'w.q', 'w.scale'",
+    ),
     "makes another dtype": (
         grouped(
             gives=("w.scale",),
             make=lambda: Made({"w.scale": torch.ones(2, 1, dtype=torch.float64)}),
         ),
-        "other than it announced: 'w.scale'",
+        "did not make the announced entries: 'w.scale'",
     ),
     "makes no tensor": (
         grouped(gives=("w.scale",), make=lambda: Made({"w.scale": 1.0})),  # type: ignore[dict-item]
-        "other than it announced: 'w.scale'",
+        "did not make the announced entries: 'w.scale'",
     ),
     "fails": (grouped(make=lambda: 1 / 0), "'some' of the plugin 'quant' failed: ZeroDivision"),
 }

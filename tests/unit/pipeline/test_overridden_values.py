@@ -10,7 +10,7 @@ import torch
 from refitkit.errors import PlanMismatchError, UnmappedSlotError
 from refitkit.model import Leaf, LeafKind
 from refitkit.pipeline import CompiledModule, Pipeline
-from refitkit.pipeline.mapping import overridden_in
+from refitkit.pipeline.mapping import decode_overridden
 from refitkit.pipeline.targets import OVERRIDDEN_MEMBER, PLAN_MEMBER
 from tests.fakes import (
     FakeModule,
@@ -107,4 +107,4 @@ def test_a_saved_module_has_it_with_it(
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff", b'"mask"', b"[" * 100_000])
 def test_what_is_no_list_of_names_is_refused(content: bytes) -> None:
     with pytest.raises(PlanMismatchError, match="overridden"):
-        overridden_in(content)
+        decode_overridden(content)

@@ -10,8 +10,7 @@ import torch
 
 from refitkit.errors import NotRefittableError, UnmappedSlotError
 from refitkit.model import LeafKind, LedgerRow, PinnedRef, SlotState, SourceRef
-from refitkit.pipeline import Pipeline
-from refitkit.pipeline import needs as reach
+from refitkit.pipeline import Pipeline, needs
 from refitkit.protocols import Mapped, SlotValue
 from refitkit.recipe import RefitPlan
 from tests.fakes import (
@@ -88,7 +87,7 @@ def test_a_weight_without_a_slot_is_an_error_with_its_name(
 def test_offline_it_is_one_where_no_plugin_could_map_it(
     program: torch.export.ExportedProgram, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reach, "_has_mappers", lambda _: False)
+    monkeypatch.setattr(needs, "_has_plugin_strategies", lambda _: False)
     with pytest.raises(NotRefittableError, match="reach no slot") as info:
         Pipeline(plugins=[Losing(frozen)]).plan(program, backend=BACKEND)
     assert [problem.subject for problem in info.value.problems] == ["a.bias"]

@@ -16,8 +16,7 @@ import torch
 import refitkit
 from refitkit.config import PLAN_CACHE_VARIABLE
 from refitkit.model import Leaf, PlanData, SourceRef, Step, fingerprint_of_slots
-from refitkit.pipeline import Pipeline
-from refitkit.pipeline import planning as cache
+from refitkit.pipeline import Pipeline, planning
 from refitkit.pipeline.planning import code_digest
 from refitkit.recipe import RefitPlan
 from tests.fakes import BACKEND, KeyedBackend, KeyedPlugin, guard_of
@@ -90,7 +89,7 @@ def test_the_second_time_nothing_is_planned(scene: Scene) -> None:
     assert second.data == first.data
     assert [second.pinned(n).tolist() for n in second.data.pinned] == [[1.0] * 4, [2.0] * 4]
     assert scene.files() == [file]
-    assert any("was made before" in text and file.name in text for text in scene.told)
+    assert any("is read from the cache" in text and file.name in text for text in scene.told)
 
 
 def test_another_pipeline_finds_it_and_can_open_any_weights(scene: Scene) -> None:
@@ -246,7 +245,7 @@ def test_refitkits_own_code_counts(
         digests.add(code_digest(tmp_path))
     assert len(digests) == 3  # what is no code does not count
     scene.plan()
-    monkeypatch.setattr(cache, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(planning, "_PACKAGE", tmp_path)
     scene.plan()
     assert scene.backend.drafts == 2
 
@@ -371,7 +370,7 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     scene = Scene(tmp_path / "file/plans")
     assert scene.plan().ledger
-    assert any("cannot be kept" in text for text in scene.told)
+    assert any("cannot be written to the cache" in text for text in scene.told)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -379,7 +378,7 @@ def test_a_folder_that_cannot_be_written_to_is_told(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     scene = Scene(tmp_path)
     assert scene.plan().ledger
-    assert any("cannot be kept" in text for text in scene.told)
+    assert any("cannot be written to the cache" in text for text in scene.told)
 
 
 def test_what_is_no_file_is_told(scene: Scene) -> None:
@@ -389,7 +388,7 @@ def test_what_is_no_file_is_told(scene: Scene) -> None:
     file.mkdir()
     assert scene.plan().ledger
     assert any("cannot be read" in text for text in scene.told)
-    assert any("cannot be kept" in text for text in scene.told)
+    assert any("cannot be written to the cache" in text for text in scene.told)
 
 
 def child(folder: Path) -> subprocess.Popen[str]:
