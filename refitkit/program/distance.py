@@ -22,7 +22,7 @@ import torch
 from refitkit.program.bits import flat_pair
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
 ROW = 4096
 """Maximum number of elements in one norm: in float32 it then has about 6 correct digits."""
@@ -89,8 +89,7 @@ def distance(old: torch.Tensor, new: torch.Tensor) -> Distance:
     """
     found = Distance(whole=is_whole(old.dtype))
     for x, y in chunks(old, new):
-        numbers = norms(x, y).squeeze(1).tolist()
-        found += from_norms(numbers, x.dtype, x.numel()) or looked_through(x, y)
+        found += _from_norms(x, y) or _from_elements(x, y)
     return found
 
 
@@ -103,40 +102,36 @@ def chunks(old: torch.Tensor, new: torch.Tensor) -> Iterator[tuple[torch.Tensor,
 
 
 @torch.no_grad()
-def norms(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return the norms of two flat tensors on one device: float64 of shape ``(4, 1)``.
-
-    The entries are those of ``norms_of_rows``, combined over all rows.
-    """
+def _from_norms(x: torch.Tensor, y: torch.Tensor) -> Distance | None:
+    """Return the distance of two flat tensors on one device; None if the norms are not reliable."""
     body = x.numel() // ROW * ROW  # the rest is a shorter row, so a matrix of its own
     rows = [
-        norms_of_rows(a.view(-1, size), b.view(-1, size))
+        _row_norms(a.view(-1, size), b.view(-1, size))
         for a, b, size in (
             (x[:body], y[:body], ROW),
             (x[body:], y[body:], x.numel() - body),
         )
         if a.numel()
     ]
-    apart, length, largest, differing = torch.cat(rows, dim=1)
-    norm = torch.linalg.vector_norm
-    return torch.stack([norm(apart), norm(length), largest.amax(), differing.sum()])[:, None]
+    columns = torch.cat(rows, dim=1)
+    norm, (most, sums) = torch.linalg.vector_norm, (columns[2].amax(), columns[3].sum())
+    numbers = torch.stack([norm(columns[0]), norm(columns[1]), most, sums])
+    apart, length, largest, differing = numbers.tolist()
+    whole = is_whole(x.dtype)
+    # squares of float32 overflow and underflow in float32, and NaN spreads to the norms
+    lost = not math.isfinite(apart + length + largest) or (not (apart and length) and largest > 0)
+    if lost and not whole:
+        return None
+    return Distance(apart, length, largest, int(differing), x.numel(), whole)
 
 
-@torch.no_grad()
-def norms_of_rows(x: torch.Tensor, y: torch.Tensor, *, count: bool = True) -> torch.Tensor:
-    """Return the norms of each row of two matrices on one device, without waiting for the device.
-
-    Args:
-        x: Old values, of any dtype.
-        y: New values, of the same dtype and shape.
-        count: Whether to count the elements that differ. Integers and booleans are always counted.
+def _row_norms(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return the norms of each row of two matrices on one device.
 
     Returns:
         float64 of shape ``(4, rows)``: apart, length, largest, differing, as in :class:`Distance`.
-        ``from_norms`` takes one column.
     """
     whole = is_whole(x.dtype)
-    differing = _unlike(x, y).sum(dim=1, dtype=torch.float64) if count or whole else None
     wide = torch.float64 if whole else _wide(x.dtype)
     old = x.to(wide)
     gap = y.to(wide).sub(old)  # in the wide dtype: float16 would overflow and lose digits
@@ -144,69 +139,40 @@ def norms_of_rows(x: torch.Tensor, y: torch.Tensor, *, count: bool = True) -> to
     largest = norm(gap, math.inf, dim=1)
     none = torch.zeros_like(largest)
     apart, length = (none, none) if whole else (norm(gap, dim=1), norm(old, dim=1))
-    found = torch.stack([apart, length, largest, none]).double()
-    if differing is not None:
-        found[3] = differing
-    return found
-
-
-def from_norms(numbers: Sequence[float], dtype: torch.dtype, count: int) -> Distance | None:
-    """Return the distance that a column of norms describes; None if the norms are not reliable.
-
-    Args:
-        numbers: Column of ``norms_of_rows``.
-        dtype: Dtype of the two tensors.
-        count: Number of elements of each.
-    """
-    whole = is_whole(dtype)
-    apart, length, largest, differing = numbers
-    # squares of float32 overflow and underflow in float32, and NaN spreads to the norms
-    lost = not math.isfinite(apart + length + largest) or (not (apart and length) and largest > 0)
-    if lost and not whole:
-        return None
-    return Distance(apart, length, largest, int(differing), count, whole)
-
-
-def looked_through(x: torch.Tensor, y: torch.Tensor) -> Distance:
-    """Return the distance of two small tensors of floats, computed in float64.
-
-    Elements that are not finite are treated as :class:`Distance` says.
-    """
-    x, y = flat_pair(x, y.to(x.device))
-    return looked_through_rows(x[None], y[None])[0]
+    differing = _unlike(x, y).sum(dim=1, dtype=torch.float64)
+    return torch.stack([apart.double(), length.double(), largest.double(), differing])
 
 
 @torch.no_grad()
-def looked_through_rows(x: torch.Tensor, y: torch.Tensor) -> list[Distance]:
-    """Return the same for each row of two matrices on one device, with one wait for the device."""
+def _from_elements(x: torch.Tensor, y: torch.Tensor) -> Distance:
+    """Return the distance of two flat tensors of floats on one device, computed in float64.
+
+    Elements that are not finite are treated as :class:`Distance` says.
+    """
     unlike = _unlike(x, y)
     wide = torch.complex128 if x.is_complex() else torch.float64
     old, new = x.to(wide), y.to(wide)
     finite = torch.isfinite(old) & torch.isfinite(new)
-    lost = (unlike & ~finite).any(dim=1)
+    lost = bool((unlike & ~finite).any())
     # infinity - infinity is NaN, so elements that are not finite must not enter the norms
     old, new = (torch.where(finite, t, 0) for t in (old, new))
     gap = (new - old).abs()
-    columns = torch.stack([_norm(gap), _norm(old), gap.amax(dim=1), unlike.sum(dim=1), lost])
-    return [
-        Distance(
-            math.inf if gone else apart,
-            length,
-            math.inf if gone else largest,
-            int(differing),
-            x.shape[1],
-        )
-        for apart, length, largest, differing, gone in columns.T.tolist()
-    ]
+    return Distance(
+        math.inf if lost else _norm(gap),
+        _norm(old),
+        math.inf if lost else gap.amax().item(),
+        int(unlike.sum()),
+        x.numel(),
+    )
 
 
-def _norm(rows: torch.Tensor) -> torch.Tensor:
-    """Return the 2-norm of each row, without overflow or underflow of squares in float64."""
-    # the largest element becomes 1, so its square cannot overflow; scales of 0, inf and NaN cannot
-    # divide, and are the norm themselves
-    scale = rows.abs().amax(dim=1, keepdim=True)
-    scaled = torch.linalg.vector_norm(rows / scale, dim=1) * scale[:, 0]
-    return torch.where((scale[:, 0] > 0) & torch.isfinite(scale[:, 0]), scaled, scale[:, 0])
+def _norm(values: torch.Tensor) -> float:
+    """Return the 2-norm of a tensor, without overflow or underflow of squares in float64."""
+    # the largest element becomes 1, so its square cannot overflow
+    scale = values.abs().amax().item()
+    if not scale or not math.isfinite(scale):
+        return scale
+    return float(torch.linalg.vector_norm(values / scale).item() * scale)
 
 
 def is_whole(dtype: torch.dtype) -> bool:

@@ -13,7 +13,7 @@ Optional abilities are protocols of their own. refitkit checks for their members
 * engines: :class:`SupportsReadback`, :class:`RemembersWeights`, :class:`SupportsPartial`,
   :class:`SupportsOverwrite`, :class:`SupportsSpareBuffer`, :class:`HoldsPrevious`,
   :class:`SupportsWarming`;
-* staged refits: :class:`ShowsStaged`, :class:`ShowsMemory`;
+* staged refits: :class:`ShowsStaged`;
 * opened modules: :class:`Offline`, :class:`LowersPrecision`, :class:`ProbesFromState`,
   :class:`Rebuilds`;
 * sources: :class:`GivesPieces`, :class:`HasNamings`, :class:`HoldsProgram`, :class:`KeepsMade`,
@@ -25,12 +25,8 @@ from refitkit.protocols.backends import Backend, HoldsValues, KnowsPlanKey, Plan
 from refitkit.protocols.engines import (
     Engine,
     HoldsPrevious,
-    Place,
-    Places,
     RemembersWeights,
-    ShowsMemory,
     ShowsStaged,
-    SideBySide,
     SlotValue,
     StagedRefit,
     SupportsOverwrite,
@@ -88,17 +84,13 @@ __all__ = [
     "MayChange",
     "Offline",
     "OpenedModule",
-    "Place",
-    "Places",
     "Plan",
     "PlanDraft",
     "PlanKey",
     "ProbesFromState",
     "Rebuilds",
     "RemembersWeights",
-    "ShowsMemory",
     "ShowsStaged",
-    "SideBySide",
     "SlotValue",
     "StagedRefit",
     "SupportsOverwrite",

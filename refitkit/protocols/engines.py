@@ -3,7 +3,7 @@
 refitkit calls one engine in this order:
 
 1. ``Engine.stage`` (or ``stage_partial``, ``stage_over``), while calls of the module go on;
-2. the optional views of the staged values (:class:`ShowsStaged`, :class:`ShowsMemory`), then
+2. the optional views of the staged values (:class:`ShowsStaged`), then
    ``StagedRefit.changed`` and ``Engine.memory``;
 3. ``StagedRefit.commit``, behind the closed gate: no call of the module runs until step 5 is done;
 4. the verifier, which calls or reads the module;
@@ -21,11 +21,10 @@ own. refitkit checks for its members, so no base class is inherited.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import torch
 
@@ -311,71 +310,4 @@ class ShowsStaged(Protocol):
         Returns:
             An alias, valid until ``commit`` or ``discard``: the dtype of the slot, and its shape if
             the engine knows the shape.
-        """
-
-
-@dataclass(frozen=True)
-class Place:
-    """The position of one slot in a piece of memory.
-
-    Attributes:
-        slot: Name of the slot.
-        dtype: Dtype of the slot.
-        offset: Position of the first byte, a multiple of the size of one element.
-        count: Number of elements. They are contiguous.
-    """
-
-    slot: str
-    dtype: torch.dtype
-    offset: int
-    count: int
-
-
-class Places:
-    """The positions of all slots of an engine in a piece of memory.
-
-    Never changes. refitkit computes index tensors from it once and keeps them with the object.
-
-    Attributes:
-        all: One place for each slot, in any order.
-    """
-
-    # Not a dataclass: caches use the object as a key, so it must be hashed by identity.
-
-    def __init__(self, places: Iterable[Place]) -> None:
-        """Store the places of all slots."""
-        self.all = tuple(places)
-
-
-@dataclass(frozen=True, eq=False)  # == of tensors has no truth value
-class SideBySide:
-    """The live and the staged values of an engine, each in one piece of memory.
-
-    Attributes:
-        live: Bytes of the live values: ``uint8``, one dimension, any device.
-        staged: Bytes of the staged values, likewise, of the same size.
-        places: Positions of the slots in both: the same object in every refit.
-    """
-
-    live: torch.Tensor
-    staged: torch.Tensor
-    places: Places
-
-
-@runtime_checkable
-class ShowsMemory(Protocol):
-    """A staged refit whose values have the same layout in memory as the live ones.
-
-    refitkit then compares all slots with a few operations. It is for engines with many slots, where
-    one operation for each slot would take too long.
-    """
-
-    def side_by_side(self) -> SideBySide | None:
-        """Return the live and the staged values. The caller does not write to them.
-
-        Called between ``stage`` and ``commit``.
-
-        Returns:
-            Tensors that are valid until ``commit`` or ``discard``; None if the live values are
-            unknown.
         """

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from refitkit.builtin.torch_tensorrt.children import EngineHandle
     from refitkit.builtin.torch_tensorrt.refitter import WeightSpec
     from refitkit.builtin.torch_tensorrt.weight_buffers import SnapshotLocation
-    from refitkit.protocols import SideBySide, SlotValue, StagedRefit
+    from refitkit.protocols import SlotValue, StagedRefit
 
 
 @dataclass(frozen=True)
@@ -180,10 +180,6 @@ class RefitterEngine:
     def staged(self, slot: str) -> torch.Tensor:
         """The staged value of a slot: an alias of the staging arena."""
         return self.buffers.staging.tensors[slot]
-
-    def side_by_side(self) -> SideBySide | None:
-        """Memory of live and staged values; None if the live values are unknown."""
-        return self.buffers.side_by_side()
 
     def previous(self) -> Mapping[str, torch.Tensor]:
         """The values from before the last refit. Each look-up copies: staging overwrites them."""
@@ -494,10 +490,6 @@ class StagedInPlace:
         """The new value of a slot: an alias, valid until the next refit is staged."""
         return self._engine.staged(slot)
 
-    def side_by_side(self) -> SideBySide | None:
-        """Memory of live and new values; None if the live values are unknown."""
-        return self._engine.side_by_side()
-
 
 def _rollback_warming(staged: StagedInPlace, cause: BaseException) -> None:
     try:
@@ -585,10 +577,6 @@ class StagedShadow:
     def staged(self, slot: str) -> torch.Tensor:
         """The new value of a slot: an alias, valid until the next refit is staged."""
         return self._engine.staged(slot)
-
-    def side_by_side(self) -> SideBySide | None:
-        """Memory of live and new values; None if the live values are unknown."""
-        return self._engine.side_by_side()
 
 
 def _swap(handle: EngineHandle, engine: Any) -> None:

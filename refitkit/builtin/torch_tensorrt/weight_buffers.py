@@ -24,7 +24,6 @@ import torch
 from refitkit.errors import Problem, WeightMismatchError
 from refitkit.program.bits import all_finite, finite, same_bits
 from refitkit.program.dtypes import dtype_name, dtype_of
-from refitkit.protocols import Place, Places, SideBySide
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -117,13 +116,6 @@ class WeightBuffers:
         if self.live != "snapshot":
             return None
         return not same_bits(self.staging.memory, self._allocated_snapshot().memory)
-
-    def side_by_side(self) -> SideBySide | None:
-        """Memory of both arenas, to compare them; None unless the snapshot has the live values."""
-        if self.live != "snapshot":
-            return None
-        snapshot = self._allocated_snapshot()
-        return SideBySide(snapshot.memory, self.staging.memory, self._layout.places)
 
     def newly_non_finite(self) -> Iterator[tuple[str, int]]:
         """Find staged weights with non-finite elements at positions where the live ones are finite.
@@ -218,14 +210,12 @@ class Layout:
         offsets: First byte of each weight, by name.
         nbytes: Size of the arena in bytes.
         runs: First byte and end of all weights of a dtype, by name of the dtype.
-        places: Offsets in the form that ``SideBySide`` takes.
     """
 
     specs: Mapping[str, WeightSpec]
     offsets: Mapping[str, int]
     nbytes: int
     runs: Mapping[str, tuple[int, int]]
-    places: Places
 
     @classmethod
     def of(cls, specs: Iterable[WeightSpec]) -> Layout:
@@ -240,11 +230,7 @@ class Layout:
             first, _ = runs.get(spec.dtype, (end, end))
             end += -(-size // _ALIGNMENT) * _ALIGNMENT  # rounded up
             runs[spec.dtype] = (first, end)
-        places = Places(
-            Place(spec.name, dtype_of(spec.dtype), offsets[spec.name], spec.count)
-            for spec in ordered
-        )
-        return cls({spec.name: spec for spec in ordered}, offsets, end, runs, places)
+        return cls({spec.name: spec for spec in ordered}, offsets, end, runs)
 
 
 class Arena:
