@@ -87,6 +87,7 @@ class WeightedAverage(Merge):
                 hint="Pass shares such as 0.3 and 0.7, or normalize=False for a plain sum.",
             )
         self.normalize = normalize
+        # Divided here, so that equal descriptions (3 and 7, 0.3 and 0.7) have equal revisions.
         scale = total if normalize else 1.0
         self.parts = tuple((part, share / scale) for part, share in given)
 
@@ -159,6 +160,7 @@ def _pairs(given: Any, merge: str, *, may_be_empty: bool = False) -> tuple[tuple
         ConfigError: An item is not a pair of weights and a finite number. The error lists all
             problems.
     """
+    # A string is an iterable of its letters, but surely meant as one path.
     if isinstance(given, str | bytes) or not isinstance(given, Iterable):
         raise ConfigError(
             f"The parts of {merge} must be a mapping or pairs, not a {type(given).__name__}.",

@@ -56,6 +56,7 @@ class CastTransform:
             if leaf is None or info.unusable or info.dtype == leaf.dtype:
                 continue
             before, after = dtype_of(info.dtype), dtype_of(leaf.dtype)
+            # The plan's value is used, so the entry is taken out rather than refused for its dtype.
             if name in kept:
                 if _keeps_planned_value(request, leaf, info):
                     yield WeightGroup((name,), {}, lambda: Made({}))

@@ -62,8 +62,8 @@ class OutputsVerifier:
         args, kwargs = request.inputs
         # A reference of the user has state of its own.
         state = {} if request.reference is not None else _kept_state(request)
-        # Computed now, because a partial refit's program reads present weights, and because an error
-        # here stops the refit before it has written anything.
+        # Computed now: a partial refit needs present weights for the program, and an error at this
+        # point stops the refit before anything was written.
         with _plain_mode():
             expected = _expected(request, state, _copied(args), _copied(dict(kwargs)))
 
