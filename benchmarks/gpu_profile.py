@@ -42,7 +42,7 @@ WATCHED: tuple[tuple[Any, str], ...] = (
     (RefitPlan, "check_engines"),
     (refitting, "map_slots"),
     (refitting, "check_weights"),
-    (names.Names, "__init__"),
+    (names.NameCheck, "__init__"),
     (finite, "_not_finite"),
     (refitting, "check_abilities"),
     (refitting, "require_all"),

@@ -2,12 +2,12 @@
 
 usage: python benchmarks/merge_looks.py [--megabytes 400] [--repeats N] [--json FILE]
 
-An AOTInductor module of linear layers is refitted to the average of three state_dicts, to task
-vectors of the same, and to a moving average in bfloat16, with ``Config.keep_limit`` at its default
-(what was made is kept until the refit is over) and at 0 (it is made for each look), and to one
-state_dict. All take turns in one process; every refit changes every weight and is verified by
-weights. Ratios of medians are what counts. Peaks are of anonymous memory, over one set of weights;
-tensors of less than 32 MB come from a heap that keeps what was freed, and would blur them.
+An AOTInductor module of linear layers is refitted to the average of three state_dicts and to task
+vectors of the same, with ``Config.keep_limit`` at its default (what was made is kept until the
+refit is over) and at 0 (it is made for each look), and to one state_dict. All take turns in one
+process; every refit changes every weight and is verified by weights. Ratios of medians are what
+counts. Peaks are of anonymous memory, over one set of weights; tensors of less than 32 MB come from
+a heap that keeps what was freed, and would blur them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from memory_probe import Probe
 from rich.console import Console
 from rich.table import Table
 
-from refitkit import Ema, Pipeline, TaskVectors, WeightedAverage
+from refitkit import Pipeline, TaskVectors, WeightedAverage
 
 PIPELINES = {"kept": {}, "made anew": {"keep_limit": 0}}
 
@@ -34,12 +34,10 @@ PIPELINES = {"kept": {}, "made anew": {"keep_limit": 0}}
 def merges(states: list[dict[str, torch.Tensor]]) -> dict[str, list[Any]]:
     """Two of each kind, so that every refit brings other weights."""
     a, b, c = states
-    emas = [Ema(0.5, a), Ema(0.5, b)]
     return {
         "state_dict": [a, b],
         "average": [WeightedAverage([(a, 1), (b, n), (c, 5)]) for n in (2, 3)],
         "task vectors": [TaskVectors(a, [(b, 0.4), (c, n)]) for n in (0.1, 0.2)],
-        "moving average": emas,
     }
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from refitkit.api import compile, diff, inspect, load, plan, refit, refit_all, verify  # noqa: A004
     from refitkit.builtin.merges.descriptions import TaskVectors, WeightedAverage
-    from refitkit.builtin.merges.ema import Ema
     from refitkit.config import Config
     from refitkit.errors import (
         CompileError,
@@ -46,7 +45,6 @@ __version__ = "0.1.0"
 _HOMES = {
     "refitkit.api": ("compile", "diff", "inspect", "load", "plan", "refit", "refit_all", "verify"),
     "refitkit.builtin.merges.descriptions": ("TaskVectors", "WeightedAverage"),
-    "refitkit.builtin.merges.ema": ("Ema",),
     "refitkit.config": ("Config",),
     "refitkit.errors": (
         "CompileError",
@@ -83,7 +81,6 @@ __all__ = [
     "ConfigError",
     "DeadlockError",
     "DiffReport",
-    "Ema",
     "EngineError",
     "InputMismatchError",
     "ModuleLostError",

@@ -1,1 +1,1 @@
-"""Built-in plugins. They use only what a third party may use."""
+"""Built-in plugins. They use only the public plugin API, as a third-party plugin does."""

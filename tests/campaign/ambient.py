@@ -298,7 +298,6 @@ class World:
         self.second = self.pipeline.load(source)
         self.states = [state(backend, seed) for seed in range(6)]
         self.plan = self.module.plan
-        self.ema = refitkit.Ema(0.5, self.states[0])
         self.program = program(backend) if backend == "aotinductor" else None
         self.results = [self.pipeline.refit(self.module, self.states[n]) for n in (1, 0)]
 
@@ -327,11 +326,6 @@ def _compile(world: World) -> None:
 
 def _copy(world: World) -> None:
     world.module = world.pipeline.copy(world.module)
-
-
-def _ema(world: World) -> None:
-    world.ema = refitkit.Ema(0.5, world.states[0])
-    world.ema.update(world.states[2])
 
 
 def _save(world: World) -> None:
@@ -395,8 +389,6 @@ VERBS: dict[str, Callable[[World], object]] = {
     "copy": _copy,
     "verify": lambda w: w.pipeline.verify(w.module, w.states[0], inputs=w.inputs),
     "diff": lambda world: world.pipeline.diff(world.module, world.states[2]),
-    "average": _ema,
-    "update an average": lambda world: world.ema.update(world.states[2]),
     "free_spare": lambda world: world.module.free_spare(),
     "forget": lambda world: world.module.forget(),
     "warm": lambda world: world.module.warm(),
@@ -422,9 +414,6 @@ def history(world: World) -> Iterator[tuple[str, Any]]:
         weights = world.states[number]
         world.pipeline.refit(world.module, weights, inputs=world.inputs, plan=world.plan)
         yield from _shown(world, f"refit {number}")
-    world.ema.update(world.states[4])
-    world.pipeline.refit(world.module, world.ema)
-    yield from _shown(world, "the average")
     result = world.pipeline.refit(world.module, world.states[3], delta=True)
     yield from _shown(world, "delta")
     result.undo()

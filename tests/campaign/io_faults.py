@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from types import CodeType
 
 _BLAMES = re.compile(
-    r"damag|mismatch|[Tt]he plugin|corrupt|too short|cut off|not whole|bug in|no file of"
+    r"damag|mismatch|[Tt]he plugin|corrupt|too short|cut off|not whole|bug in|not a file of"
 )
 _OURS = re.compile(r"\.?refitkit-.*")
 LIMITS = [Limit("descriptors", count) for count in range(8)]

@@ -241,16 +241,3 @@ class TestAverageOfRevisions(TestAverage):
 
     def reads(self, source: Any) -> int | None:
         return None
-
-
-class TestEma(TestAverageOfRevisions):
-    """Moved by three quarters; what is no number is what came last."""
-
-    def make_source(self) -> Any:
-        (start, _), (update, _) = self.parts()
-        ema = refitkit.Ema(0.25, start)
-        ema.update(update)
-        return Pipeline().open_weights(ema)
-
-    def make_unusable(self) -> None:
-        return None

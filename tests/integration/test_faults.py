@@ -292,7 +292,7 @@ def test_a_fault_in_a_rollback_makes_the_module_refuse(
         else:
             assert _probed(compiled) == old
     assert {"StagedSwap.rollback", "refitkit_weights_changed.rolled-back"} <= lost.keys()
-    others = {"AOTInductorEngine.serve_again", "AOTInductorEngine.drain"}
+    others = {"AOTInductorEngine.restore_live", "AOTInductorEngine.drain"}
     others |= {"runner.swap_constant_buffer", "runner.extract_constants_map"}
     assert lost.keys() <= {"StagedSwap.rollback", "refitkit_weights_changed.rolled-back", *others}
 

@@ -21,7 +21,6 @@ PUBLIC = [
     "ConfigError",
     "DeadlockError",
     "DiffReport",
-    "Ema",
     "EngineError",
     "InputMismatchError",
     "ModuleLostError",

@@ -1,6 +1,10 @@
 """The backend ``aotinductor``: AOTInductor packages, on the CPU and on CUDA.
 
 Importing this package imports no torch; the hooks below import what they need.
+
+``backend`` implements the protocol. ``compiling`` makes a module from a program, and ``module``
+calls, saves and opens it. ``engine`` writes weights. ``inputs`` checks calls, ``package`` is the
+file format, and ``container`` loads the compiled library.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def refitkit_register_backends(register: Callable[[Backend], None]) -> None:
-    """Register ``aotinductor``."""
+    """Register the backend."""
     from refitkit.builtin.aotinductor.backend import AOTInductorBackend
 
     register(AOTInductorBackend())
@@ -29,17 +33,17 @@ def refitkit_register_backends(register: Callable[[Backend], None]) -> None:
 
 @hookimpl
 def refitkit_load_module(target: object) -> OpenedModule | None:
-    """Open a file that ``save`` wrote, or a package that torch wrote."""
+    """Open a file that refitkit saved, or a package that torch wrote."""
     if not isinstance(target, Path) or not target.is_file():
         return None
-    from refitkit.builtin.aotinductor import module as opening
+    from refitkit.builtin.aotinductor import module
 
-    return opening.open_file(target)
+    return module.open_file(target)
 
 
 @hookimpl
 def refitkit_partition(program: ExportedProgram, backend: str) -> Mapping[str, Any] | None:
-    """The whole program is the one part of the one engine."""
+    """Return the whole program as the part of the only engine."""
     if backend != NAME:
         return None
     from refitkit.builtin.aotinductor.engine import ENGINE

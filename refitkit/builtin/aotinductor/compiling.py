@@ -1,4 +1,9 @@
-"""Compiling a program with AOTInductor into an opened module."""
+"""Compile a program with AOTInductor into an opened module.
+
+Inductor folds, inlines and renames weights unless options and the graph module prevent it. The
+module hides both: ``compile_program`` runs inductor on a prepared copy of the program's module, and
+``merged_options`` adds the options that refits rely on. Loading and refitting need none of this.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +21,7 @@ from refitkit.builtin.aotinductor import container
 from refitkit.builtin.aotinductor.container import can_fill
 from refitkit.builtin.aotinductor.engine import AOTInductorEngine
 from refitkit.builtin.aotinductor.inputs import spec_of
-from refitkit.builtin.aotinductor.module import AOTInductorModule, Files
+from refitkit.builtin.aotinductor.module import AOTInductorModule, EngineFiles
 from refitkit.errors import (
     CompileError,
     ConfigError,
@@ -39,22 +44,28 @@ if TYPE_CHECKING:
     from refitkit.program import ProgramFacts
 
 
-_NOT_KEPT = {".cpp", ".blob", ".o"}
+_NOT_NEEDED = {".cpp", ".blob", ".o"}
 
 
 def compile_program(program: ExportedProgram, chosen: Mapping[str, Any]) -> AOTInductorModule:
-    """Compile; see ``refitkit.protocols.Backend.compile``."""
-    configured = merged(chosen)
-    check()
+    """Compile a program; see ``AOTInductorBackend.compile``.
+
+    Args:
+        program: Program to compile. It is not changed.
+        chosen: Options of the user.
+    """
+    # Everything that can be refused is checked before inductor runs for minutes.
+    configured = merged_options(chosen)
+    require_toolchain()
     call = spec_of(program)
-    written = [Path(file) for file in _inductor(program, configured)]
+    written = [Path(file) for file in _run_inductor(program, configured)]
     folder = TemporaryFolder()
     for file in written:
-        if file.suffix not in _NOT_KEPT:
+        if file.suffix not in _NOT_NEEDED:
             shutil.copyfile(file, folder.path / file.name)
-    library = _the_library(written)
+    library = _library_in(written)
     device = _device_of(program)
-    if device != "cpu":
+    if device != "cpu":  # see the hint of ``try_in_child`` for what makes a library crash
         container.try_in_child(folder.path / library.name, device)
     runner = container.open_container(folder.path / library.name, device)
     blob = next((file for file in written if file.suffix == ".blob"), None)
@@ -62,7 +73,7 @@ def compile_program(program: ExportedProgram, chosen: Mapping[str, Any]) -> AOTI
         with blob.open("rb") as written_weights:
             container.fill_from_blob(runner, partial(shutil.copyfileobj, written_weights))
     facts = facts_of(program)
-    files = Files(
+    files = EngineFiles(
         folder=folder,
         library=library.name,
         device=device,
@@ -76,25 +87,31 @@ def compile_program(program: ExportedProgram, chosen: Mapping[str, Any]) -> AOTI
 
 
 def versions() -> dict[str, str]:
-    """Versions of what makes an engine here."""
+    """Return the versions of the software that compiles an engine here, by package."""
     return {"torch": str(torch.__version__), "python": platform.python_version()}
 
 
-def _inductor(program: ExportedProgram, configured: Mapping[str, Any]) -> Sequence[str]:
+def _run_inductor(program: ExportedProgram, configured: Mapping[str, Any]) -> Sequence[str]:
+    """Return the paths of the files that inductor wrote.
+
+    Raises:
+        CompileError: The program has no example inputs, or inductor failed.
+    """
     if program.example_inputs is None:
         raise CompileError(
             "The program has no example inputs, which AOTInductor needs.",
             hint="Export it again: torch.export.export(model, inputs).",
         )
     args, kwargs = program.example_inputs
+    # A module of its own: the changes below do not reach the program.
     module = program.module(check_guards=False)
     if not isinstance(module, torch.fx.GraphModule):
         raise CompileError("The program has no graph that AOTInductor can compile.")
     keep_default_dtype(module)
     facts = facts_of(program)
-    _name_views(module, facts)
-    _free_state(module, facts)
-    _own_memory(module, facts)
+    _turn_views_into_buffers(module, facts)
+    _allow_state_writes(module, facts)
+    _copy_views(module, facts)
     patches = {**configured, "aot_inductor.package": True}
     try:
         files = inductor.aot_compile(module, args, kwargs, options=patches)
@@ -106,25 +123,28 @@ def _inductor(program: ExportedProgram, configured: Mapping[str, Any]) -> Sequen
     return [file for file in files if isinstance(file, str)] if isinstance(files, list) else []
 
 
-def _name_views(module: torch.fx.GraphModule, facts: ProgramFacts) -> None:
-    """Turn constants that follow from weights into buffers.
+# -- preparing the module ---------------------------------------------------------------------
 
-    Inductor names buffers as the program does. Other constants it numbers, and it may put small
-    ones into the code. Only this module is changed.
+
+def _turn_views_into_buffers(module: torch.fx.GraphModule, facts: ProgramFacts) -> None:
+    """Turn constants that are views or other names of weights into buffers.
+
+    Inductor gives buffers the names of the program. It numbers other constants, and may put small
+    ones into the code.
     """
     weights = {leaf.fqn for leaf in facts.leaves if leaf.persistent}
-    twins = {name for tie in facts.ties if not weights.isdisjoint(tie) for name in tie}
+    tied = {name for tie in facts.ties if not weights.isdisjoint(tie) for name in tie}
     for leaf in facts.leaves:
-        if leaf.kind is LeafKind.CONSTANT and (leaf.derived or leaf.fqn in twins):
+        if leaf.kind is LeafKind.CONSTANT and (leaf.derived or leaf.fqn in tied):
             _as_buffer(module, leaf.fqn)
 
 
-def _free_state(module: torch.fx.GraphModule, facts: ProgramFacts) -> None:
-    """Let calls write state in place.
+def _allow_state_writes(module: torch.fx.GraphModule, facts: ProgramFacts) -> None:
+    """Change the module so that calls of the engine write state in place.
 
-    Inductor returns parameters that calls write (``nn.Embedding(max_norm=1.0)``) as outputs, and
-    refuses a tensor that calls write if the module has another name for it. Only this module is
-    changed: written parameters become buffers, and names that the graph does not read vanish.
+    Inductor returns a parameter that calls write (``nn.Embedding(max_norm=1.0)``) as an output, so
+    it becomes a buffer. Inductor refuses a tensor that calls write if the module has another name
+    for it, so names that the graph does not read are removed.
     """
     written = {leaf.fqn for leaf in facts.leaves if leaf.mutated}
     for leaf in facts.leaves:
@@ -142,19 +162,18 @@ def _free_state(module: torch.fx.GraphModule, facts: ProgramFacts) -> None:
 
 
 def _as_buffer(module: torch.fx.GraphModule, fqn: str) -> None:
-    owner, _, attribute = fqn.rpartition(".")
-    holder = module.get_submodule(owner)
-    tensor = getattr(holder, attribute)
-    delattr(holder, attribute)
-    holder.register_buffer(attribute, tensor.detach(), persistent=False)
+    path, _, attribute = fqn.rpartition(".")
+    owner = module.get_submodule(path)
+    tensor = getattr(owner, attribute)
+    delattr(owner, attribute)
+    owner.register_buffer(attribute, tensor.detach(), persistent=False)
 
 
-def _own_memory(module: torch.fx.GraphModule, facts: ProgramFacts) -> None:
-    """Give every tensor that is a view with an offset, gaps or overlaps memory of its own.
+def _copy_views(module: torch.fx.GraphModule, facts: ProgramFacts) -> None:
+    """Replace every tensor that has an offset, gaps or overlaps with a copy.
 
-    Inductor would store such a tensor with the whole memory that it looks into. Only this module
-    is changed, which was made for compiling and is thrown away; the program's tensors are not.
-    Names of one tensor stay names of one tensor.
+    Inductor would store the whole storage of a view, and the container would copy the view wrongly.
+    Tied names stay tied: they get the same copy.
     """
     copies: dict[tuple[Any, ...], torch.Tensor] = {}
     named = [
@@ -169,7 +188,7 @@ def _own_memory(module: torch.fx.GraphModule, facts: ProgramFacts) -> None:
             continue
         key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if key not in copies:
-            copies[key] = _packed(tensor)
+            copies[key] = _dense_copy(tensor)
         owner, _, attribute = name.rpartition(".")
         setattr(module.get_submodule(owner), attribute, copies[key])
 
@@ -181,20 +200,30 @@ def _attribute(module: torch.nn.Module, fqn: str) -> torch.Tensor:
 
 
 def _is_view(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor does not fill its storage exactly."""
     memory = tensor.untyped_storage().nbytes()
     return bool(tensor.numel() and (tensor.storage_offset() or memory != tensor.nbytes))
 
 
-def _packed(tensor: torch.Tensor) -> torch.Tensor:
+def _dense_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy without gaps, in the same order of dimensions if possible."""
     copy = tensor.detach().clone(memory_format=torch.preserve_format)
-    if _is_view(copy):
+    if _is_view(copy):  # an overlapping tensor keeps its strides
         copy = tensor.detach().clone(memory_format=torch.contiguous_format)
     if isinstance(tensor, torch.nn.Parameter):
         return torch.nn.Parameter(copy, requires_grad=tensor.requires_grad)
     return copy
 
 
-def _the_library(files: Sequence[Path]) -> Path:
+# -- what inductor wrote ----------------------------------------------------------------------
+
+
+def _library_in(files: Sequence[Path]) -> Path:
+    """Return the shared library among the files that inductor wrote.
+
+    Raises:
+        CompileError: There is none, or more than one.
+    """
     libraries = [file for file in files if file.suffix == ".so"]
     wrappers = [file for file in libraries if ".wrapper" in file.name] or libraries
     if len(wrappers) != 1:
@@ -203,6 +232,7 @@ def _the_library(files: Sequence[Path]) -> Path:
 
 
 def _device_of(program: ExportedProgram) -> str:
+    """Return the kind of device of a program; inputs and constants may be on the CPU, too."""
     tensors = [*program.state_dict.values(), *program.constants.values()]
     kinds = {t.device.type for t in tensors if isinstance(t, torch.Tensor)}
     values = (node.meta.get("val") for node in program.graph.nodes)
@@ -211,49 +241,50 @@ def _device_of(program: ExportedProgram) -> str:
     return others.pop() if others else "cpu"
 
 
-# MERGED options: Which inductor options users may set, and which refits rely on.
+# -- options ----------------------------------------------------------------------------------
 
 REQUIRED: dict[str, Any] = {
-    # without it small constants are inlined, and a refit of them is silently lost
+    # If False, small constants are inlined, and a refit of them is silently lost.
     "always_keep_tensor_constants": True,
-    # names of weights are lost with it
+    # If True, weights lose their names.
     "freezing": False,
-    # every expression of weights with one element is replaced by its value of compile time
+    # If True, expressions of weights with one element become the value at compile time.
     "joint_graph_constant_folding": False,
-    # values folded from weights would go stale in the buffer that refits write to
+    # If True, values folded from weights become stale in the buffer that refits write.
     "aot_inductor.use_runtime_constant_folding": False,
 }
-"""Values that a refittable engine needs. Setting them otherwise is refused."""
+"""Values that a refittable engine needs. Other values are refused."""
 
-OURS = frozenset({"aot_inductor.package", "aot_inductor.output_path"})
-"""Options that this backend sets for itself."""
+RESERVED = frozenset({"aot_inductor.package", "aot_inductor.output_path"})
+"""Options that this backend sets."""
 
 WEIGHTS_BESIDE: dict[str, Any] = {"aot_inductor.package_constants_on_disk_format": "binary_blob"}
-"""Keeps the weights out of the shared library: a saved file then holds them once.
+"""Keeps weights out of the shared library, so that a saved file holds them once.
 
-Where torch cannot do that, the library keeps those of its compilation as dead freight.
+If torch cannot do that, the library keeps the weights of its compilation, which nobody reads.
 """
 
 
-def merged(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The user's options together with those that refits rely on.
+def merged_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the user's options together with those that refits rely on.
 
     Args:
         options: Names and values of ``torch._inductor.config``.
 
     Raises:
-        ConfigError: Options that do not exist, or that this backend sets; names all of them.
-        NotRefittableError: Options that would make the engine unfit for refits; names all of them.
+        ConfigError: Options do not exist, or this backend sets them. The error lists all of them.
+        NotRefittableError: Options make the engine unfit for refits. The error lists all of them.
     """
-    known = _known()
+    known = _known_options()
     unknown = [
         Problem(name, "no such option of torch._inductor.config")
         for name in options
         if name not in known
     ]
-    unknown += [Problem(name, "set by refitkit") for name in sorted(OURS & options.keys())]
+    unknown += [Problem(name, "set by refitkit") for name in sorted(RESERVED & options.keys())]
     if unknown:
         raise ConfigError("AOTInductor cannot be given these options.", problems=unknown)
+    # Options that this version of torch lacks cannot be set.
     known_required = {name: value for name, value in REQUIRED.items() if name in known}
     unfit = [
         Problem(name, "makes the engine unfit for refits", repr(options[name]), repr(value))
@@ -261,30 +292,30 @@ def merged(options: Mapping[str, Any]) -> dict[str, Any]:
         if name in options and options[name] != value
     ]
     if unfit:
-        raise NotRefittableError("An engine compiled so could not be refitted.", problems=unfit)
+        raise NotRefittableError("These options make an engine unfit for refits.", problems=unfit)
     beside = WEIGHTS_BESIDE if can_fill() and WEIGHTS_BESIDE.keys() <= known else {}
     return {**beside, **options, **known_required}
 
 
-def _known() -> frozenset[str]:
+def _known_options() -> frozenset[str]:
     from torch._inductor import config  # noqa: PLC0415 - slow to import
 
     return frozenset(config.get_config_copy())
 
 
-# MERGED toolchain: What compiling needs of the machine. Loading and refitting need none of it.
+# -- toolchain --------------------------------------------------------------------------------
 
 _COMPILERS = ("g++", "c++", "clang++")
 
 
-def check() -> None:
-    """Check that a C++ compiler and openssl are there.
+def require_toolchain() -> None:
+    """Check that the machine has a C++ compiler and openssl.
 
-    ``CXX`` chooses the compiler, as for inductor (``torch/_inductor/cpp_builder.py``). openssl is
-    what inductor's packaging calls.
+    ``CXX`` chooses the compiler, as for inductor (``torch/_inductor/cpp_builder.py``). Inductor's
+    packaging calls openssl.
 
     Raises:
-        ToolchainError: Names everything that is missing and what to install.
+        ToolchainError: Something is missing. The error lists all of it and what to install.
     """
     problems = []
     chosen = os.environ.get("CXX")

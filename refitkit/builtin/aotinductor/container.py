@@ -1,4 +1,9 @@
-"""Opening a shared library as a container with weights in it."""
+"""Load a compiled library as a container, and fill the container with weights.
+
+The module hides torch's private binding (``torch._C._aoti``). The container maps each file of
+weights that it is given, and a page of a mapped file that does not exist ends the process. So
+refitkit passes it sealed memory or ``/dev/zero``, never a file on a disk.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +24,21 @@ if TYPE_CHECKING:
 _TRIAL_SECONDS = 300
 _ZEROS = "/dev/zero"
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-_BEYOND = 1 << 40  # bytes: more than the weights of any engine
+_PADDING = 1 << 40  # bytes: more than the weights of any engine
 
 
 def open_container(library: Path, device: str) -> Any:
-    """A container on a shared library. Runs code of the library.
+    """Load a shared library, and return a container. This runs code of the library.
+
+    Args:
+        library: Path of the shared library; its kernels are in the same folder.
+        device: Device that it was compiled for: ``cpu``, ``cuda``.
 
     Raises:
-        UnsupportedTargetError: The device is not there, or the library cannot be loaded.
+        UnsupportedTargetError: The machine has no such device, or the library cannot be loaded.
+        ResourceError: The system refused.
     """
-    from torch._C import _aoti  # noqa: PLC0415 - not there in every build of torch
+    from torch._C import _aoti  # noqa: PLC0415 - not in every build of torch
 
     try:
         if device == "cpu":
@@ -46,28 +56,28 @@ def open_container(library: Path, device: str) -> Any:
 
 
 def can_fill() -> bool:
-    """Whether this torch can give a container weights from a file."""
-    from torch._C import _aoti  # noqa: PLC0415 - not there in every build of torch
+    """Return whether this version of torch can fill a container with weights from a file."""
+    from torch._C import _aoti  # noqa: PLC0415 - not in every build of torch
 
     return hasattr(_aoti.AOTIModelContainerRunnerCpu, "update_constant_buffer_from_blob")
 
 
 def fill_from_blob(runner: Any, copy: Callable[[IO[bytes]], object]) -> None:
-    """Give a container the weights of a blob: those of its compilation, or of a package.
+    """Fill a container with the weights of a blob, which inductor or a package holds.
 
-    The container maps the file that it is given, reads as far as its weights go, and copies them.
-    A page that is not there would end the process with SIGBUS (``mmap(2)``): in a file that is too
-    short, in one that is cut meanwhile, and on a file system without room. So the blob is copied
-    into memory that is no file of a disk, is extended by zeros there, and is sealed against changes
-    (``memfd_create(2)``). The number of bytes that were needed is compared afterwards.
+    The container maps the file that it is given, reads as many bytes as its weights have, and
+    copies them. Access to a page that does not exist would end the process with SIGBUS
+    (``mmap(2)``): if the file is too short, is truncated meanwhile, or is on a full file system. So
+    the blob is copied to anonymous memory, extended with zeros, and sealed against changes
+    (``memfd_create(2)``). Afterwards its size is compared with the bytes that were needed.
 
     Args:
         runner: The container.
         copy: Writes the blob to the file that it is given.
 
     Raises:
-        UnsupportedTargetError: The blob is too short, so the file was damaged.
-        ResourceError: The file that it is copied to cannot be made.
+        UnsupportedTargetError: The blob is too short, so the package is damaged.
+        ResourceError: There is no memory for the copy.
     """
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     with os.fdopen(os.memfd_create("refitkit-weights", flags), "r+b") as blob:
@@ -75,12 +85,15 @@ def fill_from_blob(runner: Any, copy: Callable[[IO[bytes]], object]) -> None:
         blob.flush()
         size = blob.tell()
         try:
-            os.ftruncate(blob.fileno(), size + _BEYOND)
+            # How much the container reads is known only afterwards. Zeros that are not read take
+            # no memory.
+            os.ftruncate(blob.fileno(), size + _PADDING)
         except OSError as exc:
-            message = f"A sparse file of {_BEYOND >> 30} GiB cannot be made in memory"
+            message = f"A sparse file of {_PADDING >> 30} GiB cannot be made in memory"
             raise refused(exc, message) from exc
         fcntl.fcntl(blob.fileno(), fcntl.F_ADD_SEALS, _SEALS)
         runner.update_constant_buffer_from_blob(f"/proc/self/fd/{blob.fileno()}")
+    # How many bytes the container has read is known only now.
     needed = sum(t.nbytes for t in runner.extract_constants_map(False).values())  # noqa: FBT003
     if needed > size:
         message = f"The package's weights have {size} bytes, and its library reads {needed}."
@@ -88,14 +101,16 @@ def fill_from_blob(runner: Any, copy: Callable[[IO[bytes]], object]) -> None:
 
 
 def fill_with_zeros(runner: Any) -> None:
-    """Have a container allocate and lay out its weights itself, as zeros.
+    """Let a container allocate and lay out its weights, as zeros.
 
-    It maps the file that it is given, privately. Such a mapping of ``/dev/zero`` is memory without
-    a file, and as long as it is only read it takes no memory either (``mem(4)``, ``mmap_zero`` in
-    ``drivers/char/mem.c`` of Linux): nothing can be cut, and no file system can fill.
+    The container maps the file that it is given, privately. Such a mapping of ``/dev/zero`` is
+    memory without a file, and takes no memory as long as it is only read (``mem(4)``, ``mmap_zero``
+    in ``drivers/char/mem.c`` of Linux). So nothing can be truncated, and no file system can run
+    full.
 
     Raises:
-        UnsupportedTargetError: The device cannot be mapped, or there is no memory for the weights.
+        UnsupportedTargetError: The device cannot be mapped.
+        ResourceError: There is no memory for the weights.
     """
     try:
         runner.update_constant_buffer_from_blob(_ZEROS)
@@ -107,10 +122,10 @@ def fill_with_zeros(runner: Any) -> None:
 
 
 def try_in_child(library: Path, device: str) -> None:
-    """Load a library in a process of its own, so that one that crashes on loading harms nobody.
+    """Load a library in a child process, because a faulty one may crash the process.
 
     Raises:
-        CompileError: The child died; says what has helped.
+        CompileError: The child process failed. The hint names a remedy that has helped.
     """
     code = (
         "import sys; from pathlib import Path;"
@@ -125,5 +140,5 @@ def try_in_child(library: Path, device: str) -> None:
         raise CompileError(
             f"The compiled library cannot be loaded: a trial ended with {done.returncode}.",
             hint="A compiler with a static libstdc++ makes such libraries: set CXX=/usr/bin/g++ "
-            f"and compile again. The trial said: {done.stderr.strip()[-500:]}",
+            f"and compile again. The trial reported: {done.stderr.strip()[-500:]}",
         )

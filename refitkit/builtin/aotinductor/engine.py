@@ -1,10 +1,11 @@
-"""One AOTInductor container as an engine with two sets of weights.
+"""An AOTInductor container as an engine with two sets of weights.
 
-The container serves from its *active* buffer. A refit writes the other one, the *inactive* buffer,
-through aliases of its tensors, and then swaps the two; swapping back is the rollback. AOTInductor's
-own update functions believe what they are given (sizes, strides, offsets, dtypes), so they see only
-the engine's own tensors: once, to allocate the inactive buffer. Every tensor from outside is
-checked against its slot and then copied by torch, which takes any layout.
+The container serves calls from its *active* buffer. A refit writes the *inactive* buffer through
+aliases of its tensors, and then swaps the two. Swapping back is the rollback.
+
+AOTInductor's own update functions check nothing (sizes, strides, offsets, dtypes). So refitkit
+passes them only the engine's own tensors, once, to allocate the inactive buffer. Every tensor from
+outside is compared with its slot and then copied by torch, which accepts any layout.
 
 Facts about the container are from ``torch/csrc/inductor/aoti_runtime/model_container.h`` (2.14).
 """
@@ -28,35 +29,37 @@ if TYPE_CHECKING:
     from refitkit.protocols import SlotValue
 
 ENGINE = "model"
-"""An AOTInductor package has one engine, of this name."""
+"""Name of the only engine of an AOTInductor package."""
 
 _PREFIX = 1024  # elements compared first when looking for a change
 
 
 class AOTInductorEngine:
-    """The engine of one container.
+    """The engine of one container; see ``refitkit.protocols.Engine``.
 
     Attributes:
-        runner: torch's binding of the container, with weights in its active buffer.
+        runner: Torch's binding of the container, with weights in its active buffer.
     """
 
     def __init__(self, runner: Any, mutable: Collection[str] | None = None) -> None:
-        """Read the slots off a container.
+        """Read the slots of a container.
 
         Args:
-            runner: ``torch._C._aoti.AOTIModelContainerRunnerCpu`` or its CUDA twin.
-            mutable: Slots that calls of the model change in place. None: nobody knows, so any
-                slot may be one, and what live slots hold is carried over at every commit.
+            runner: ``torch._C._aoti.AOTIModelContainerRunnerCpu`` or
+                ``AOTIModelContainerRunnerCuda``.
+            mutable: Slots that calls of the model change in place. None if that is unknown: then
+                any slot may be one, and every commit copies all live values that it does not set.
 
         Raises:
-            NotRefittableError: Weights that a refit could not write exactly.
+            NotRefittableError: Two weights have one name, or a weight has an offset or gaps.
         """
         self.runner = runner
         self._internal = _internal_names(runner)
         self._active: dict[str, torch.Tensor] = runner.extract_constants_map(False)  # noqa: FBT003
         self._inactive: dict[str, torch.Tensor] | None = None
-        self._known = frozenset(mutable or ()) & self._active.keys()
-        self._mutable = frozenset(self._active) if mutable is None else self._known
+        # ``_declared`` is for the slots' ``mutable``, ``_mutable`` for what commits carry over.
+        self._declared = frozenset(mutable or ()) & self._active.keys()
+        self._mutable = frozenset(self._active) if mutable is None else self._declared
         self._stale: set[str] = set()  # where the inactive buffer may differ from the active one
         self._has_previous = False  # whether it holds what was live before the last commit
         self._slots = {name: self._slot(name, t) for name, t in sorted(self._active.items())}
@@ -71,12 +74,12 @@ class AOTInductorEngine:
             count=tensor.numel(),
             device=str(tensor.device),
             readable=True,
-            mutable=name in self._known,
+            mutable=name in self._declared,
         )
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """Name of the engine: ``model``."""
         return ENGINE
 
     @property
@@ -91,26 +94,35 @@ class AOTInductorEngine:
 
     @property
     def memory(self) -> EngineMemory:
-        """The way back is the other buffer."""
+        """Memory for the rollback: the inactive buffer."""
         return EngineMemory(engine=ENGINE, kind="inactive-buffer", bytes=self.nbytes)
 
-    # -- readback ---------------------------------------------------------------------------
+    # -- live values --------------------------------------------------------------------------
+
+    @property
+    def live(self) -> dict[str, torch.Tensor]:
+        """Aliases of the active buffer, by slot."""
+        return self._active
 
     def read(self, slot: str) -> torch.Tensor:
-        """The live value of a slot: an alias, valid until the next commit."""
+        """Return the live value of a slot: an alias, valid until the next commit."""
         return self._active[slot]
 
     def mutable_values(self) -> dict[str, torch.Tensor]:
-        """Copies of the slots that calls may change."""
+        """Return copies of the slots that calls may change."""
         return {name: self._active[name].clone() for name in self._mutable}
 
     def write_active(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Overwrite live values in place: to restore mutable slots, and when a file is opened."""
+        """Overwrite live values in place, to restore state or to fill a newly opened container.
+
+        Raises:
+            WeightMismatchError: A value has another dtype or shape than its slot.
+        """
         with torch.no_grad():
             for name, value in values.items():
                 self._active[name].copy_(_checked(self._slots[name], value))
 
-    # -- staging ----------------------------------------------------------------------------
+    # -- staging ------------------------------------------------------------------------------
 
     def stage(self, values: Sequence[SlotValue]) -> StagedSwap:
         """Write all slots of the inactive buffer; see ``refitkit.protocols.Engine``."""
@@ -118,7 +130,7 @@ class AOTInductorEngine:
         return self._stage(values)
 
     def stage_partial(self, values: Sequence[SlotValue]) -> StagedSwap:
-        """Write some slots of the inactive buffer and bring the others up to date."""
+        """Write some slots of the inactive buffer, and copy live values to the others."""
         require_values(self._slots, values, partial=True)
         return self._stage(values)
 
@@ -127,6 +139,7 @@ class AOTInductorEngine:
         self._has_previous = False
         names = [value.slot.name for value in values]
         carried = self._stale - set(names)
+        # Marked as stale first: if a write fails, the next refit brings these slots up to date.
         self._stale |= set(names)
         with torch.no_grad():
             for value in values:
@@ -134,11 +147,15 @@ class AOTInductorEngine:
             for name in carried:
                 inactive[name].copy_(self._active[name])
         self._stale -= carried
+        # Copies to a GPU may be pending, and their sources belong to the caller.
         self.drain()
         return StagedSwap(self, names)
 
     def stage_over(self, values: Sequence[SlotValue]) -> Overwriting:
-        """Free the inactive buffer; the commit writes the active one."""
+        """Free the inactive buffer; the commit overwrites the active one.
+
+        See ``refitkit.protocols.SupportsOverwrite``.
+        """
         require_values(self._slots, values, partial=True)
         self.free_spare()
         return Overwriting(lambda: self._write_over(values))
@@ -150,27 +167,14 @@ class AOTInductorEngine:
         self.drain()
 
     def previous(self) -> Mapping[str, torch.Tensor]:
-        """The inactive buffer, where the last thing that was done to it was a swap.
+        """Return the inactive buffer if the last operation on it was a swap; else nothing.
 
-        Staging a value of it copies nothing: it is in its place.
+        Staging one of these values copies nothing: it is in place already.
         """
         return dict(self._inactive or {}) if self._has_previous else {}
 
-    def carry_mutable(self, but: Collection[str]) -> None:
-        """Bring what calls have written since staging over to the inactive buffer.
-
-        Called when no call runs any more.
-
-        Args:
-            but: Slots that have new values.
-        """
-        inactive = self._ready_inactive()
-        with torch.no_grad():
-            for name in self._mutable - set(but):
-                inactive[name].copy_(self._active[name])
-
     def _ready_inactive(self) -> dict[str, torch.Tensor]:
-        """Aliases of the inactive buffer; allocated, as a copy of the active one, when needed."""
+        """Return aliases of the inactive buffer. If needed, allocate it as a copy."""
         if self._inactive is None:
             own = {self._internal[name]: tensor for name, tensor in self._active.items()}
             self.runner.update_constant_buffer(own, True, True)  # noqa: FBT003
@@ -178,47 +182,68 @@ class AOTInductorEngine:
             self._stale = set()
         return self._inactive
 
+    # -- for ``StagedSwap`` -------------------------------------------------------------------
+
+    def spare(self, slot: str) -> torch.Tensor:
+        """Return the value of a slot in the inactive buffer: an alias."""
+        return self._ready_inactive()[slot]
+
     def differs(self, names: Iterable[str]) -> bool:
-        """Whether any bit of these slots differs between the two buffers."""
+        """Return whether any bit of some slots differs between the two buffers."""
         inactive = self._ready_inactive()
         pairs = [(inactive[name], self._active[name]) for name in names]
+        # Nearly always a change shows in the first elements of a slot.
         return any(not same_bits(a, b, _PREFIX) for a, b in pairs) or any(
             not same_bits(a, b) for a, b in pairs
         )
 
-    def spare(self, slot: str) -> torch.Tensor:
-        """The value of a slot in the inactive buffer: an alias."""
-        return self._ready_inactive()[slot]
+    def carry_mutable(self, written: Collection[str]) -> None:
+        """Copy to the inactive buffer what calls have written since staging.
+
+        No call may run meanwhile.
+
+        Args:
+            written: Slots that keep their new values.
+        """
+        inactive = self._ready_inactive()
+        with torch.no_grad():
+            for name in self._mutable - set(written):
+                inactive[name].copy_(self._active[name])
 
     def swap(self) -> None:
-        """Let the two buffers change places: calls that start now use the other one."""
+        """Exchange the two buffers: calls that start now use the other one.
+
+        Raises:
+            EngineError: There is no inactive buffer.
+        """
         if self._inactive is None:
             raise EngineError("The engine has no second set of weights to swap to.")
         self.runner.swap_constant_buffer()
         self._active, self._inactive = self._inactive, self._active
         self._has_previous = True
 
-    def serve_again(self, aliases: dict[str, torch.Tensor]) -> None:
-        """Serve from the buffer that these are the aliases of, whichever is served from now.
+    def restore_live(self, aliases: dict[str, torch.Tensor]) -> None:
+        """Serve calls from a buffer, whichever is active now.
 
-        An interrupt may have come between a swap and the note of it, so the container is asked.
+        Args:
+            aliases: Aliases of that buffer: an earlier ``live``.
         """
         self._has_previous = False
         other = self._inactive if self._active is aliases else self._active
+        # An interrupt may have come between the swap in the container and the one of our aliases.
+        # So the container is asked which buffer is active.
         live = self.runner.extract_constants_map(False)  # noqa: FBT003
         if any(live[name].data_ptr() != tensor.data_ptr() for name, tensor in aliases.items()):
             self.runner.swap_constant_buffer()
         self._active, self._inactive = aliases, other
 
-    @property
-    def live(self) -> dict[str, torch.Tensor]:
-        """Aliases of the buffer that is served from."""
-        return self._active
+    # -- memory and devices -------------------------------------------------------------------
 
     def free_spare(self) -> int:
-        """Free the inactive buffer; returns its bytes."""
+        """Free the inactive buffer; return its size in bytes."""
         if self._inactive is None:
             return 0
+        # Our aliases go first: using one after the container has freed the buffer would crash.
         self._inactive = None
         self._stale = set()
         self._has_previous = False
@@ -232,45 +257,54 @@ class AOTInductorEngine:
 
 
 class StagedSwap:
-    """New values in the inactive buffer."""
+    """New values in the inactive buffer; see ``refitkit.protocols.StagedRefit``."""
 
     def __init__(self, engine: AOTInductorEngine, names: Sequence[str]) -> None:
-        """Made by ``AOTInductorEngine.stage``."""
+        """Create the handle; ``AOTInductorEngine.stage`` calls this.
+
+        Args:
+            engine: Engine whose inactive buffer holds the values.
+            names: Slots with new values.
+        """
         self._engine = engine
         self._names = names
         self._before = engine.live
 
     def commit(self) -> None:
-        """Swap: one pointer, whatever the size of the weights."""
+        """Swap the buffers: one pointer, whatever the size of the weights."""
         self._engine.carry_mutable(self._names)
         self._engine.drain()
         self._engine.swap()
 
     def rollback(self) -> None:
-        """Serve from the buffer from before, whether or not the swap took place."""
+        """Serve calls from the earlier buffer, whether or not the swap took place."""
         self._engine.drain()
-        self._engine.serve_again(self._before)
+        self._engine.restore_live(self._before)
 
     def discard(self) -> None:
-        """Leave the inactive buffer as it is: the next refit knows which of its slots are stale."""
+        """Leave the inactive buffer as it is: the engine knows which of its slots are stale."""
 
     def changed(self) -> bool:
-        """Whether any bit differs from the live values."""
+        """Return whether any bit differs from the live values."""
         return self._engine.differs(self._names)
 
     def staged(self, slot: str) -> torch.Tensor:
-        """The new value of a slot: an alias, valid until ``commit``."""
+        """Return the new value of a slot: an alias, valid until ``commit``."""
         return self._engine.spare(slot)
 
 
 def _write(into: torch.Tensor, value: SlotValue) -> None:
-    """Write a value; a large one of a file as it is read."""
+    """Write a value to a tensor of the container; a large value of a file piece by piece."""
     if not write_value(into, value):
         into.copy_(_checked(value.slot, value.load()))
 
 
 def _checked(slot: Slot, value: torch.Tensor) -> torch.Tensor:
-    """The value, if it has the slot's dtype and shape: ``copy_`` would cast and broadcast."""
+    """Return a value unchanged if it has the dtype and shape of its slot.
+
+    Raises:
+        WeightMismatchError: It has not. ``Tensor.copy_`` would cast or broadcast it.
+    """
     if dtype_name(value.dtype) != slot.dtype or tuple(value.shape) != slot.shape:
         found = f"{dtype_name(value.dtype)} {tuple(value.shape)}"
         problem = Problem(slot.name, "value", found, f"{slot.dtype} {slot.shape}")
@@ -279,20 +313,26 @@ def _checked(slot: Slot, value: torch.Tensor) -> torch.Tensor:
 
 
 def _internal_names(runner: Any) -> dict[str, str]:
-    """The container's internal name of every constant, by original FQN."""
+    """Return the container's internal name of each constant, by original FQN.
+
+    Raises:
+        NotRefittableError: Two constants have the same FQN.
+    """
     names: dict[str, str] = {}
     for internal, fqn in runner.get_constant_names_to_original_fqns().items():
         if fqn in names:
             problem = Problem(fqn, "two constants of this name", f"{names[fqn]}, {internal}")
-            raise NotRefittableError(
-                "The engine's weights cannot be told apart.", problems=[problem]
-            )
+            raise NotRefittableError("Two weights of the engine have one name.", problems=[problem])
         names[fqn] = internal
     return names
 
 
 def _check_layouts(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse weights with an offset, gaps or overlaps: the container copies such ones wrongly."""
+    """Check that no weight has an offset, gaps or overlaps: the container copies these wrongly.
+
+    Raises:
+        NotRefittableError: Some have. The error lists them.
+    """
     problems = [
         Problem(name, "layout", f"strides {t.stride()}, offset {t.storage_offset()}", "dense")
         for name, t in tensors.items()

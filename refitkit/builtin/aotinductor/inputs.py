@@ -1,8 +1,11 @@
-"""What inputs an engine was compiled for, and how to bring others into that form.
+"""Describe the inputs that an engine was compiled for, and check the inputs of each call.
 
-AOTInductor itself believes its inputs: a wrong shape or dtype gives a wrong result or a crash, and
-so do strides other than those of the example inputs. So calls are checked first, and tensors with
-other strides are copied.
+AOTInductor checks nothing: a wrong shape, dtype or stride gives a wrong result or a crash. So each
+call is compared with the description first, and tensors with other strides are copied.
+
+``spec_of`` reads the description off a program, and a saved module keeps it as JSON: ``CallSpec``.
+``InputChecker`` applies it to the inputs of a call. The end of the module handles sizes that vary:
+``SymbolicSize`` describes one, and ``ShapeMatcher`` compares the shapes of a call.
 """
 
 from __future__ import annotations
@@ -29,45 +32,80 @@ if TYPE_CHECKING:
 
 
 _CHECK_INPUTS = "AOTI_RUNTIME_CHECK_INPUTS"
+_UNBOUNDED = 2**62  # torch.export writes larger numbers for a missing bound
 Primitive = bool | int | float | str | None
+Dim = Annotated[int, Field(ge=0)]
+Range = tuple[int, int | None]
+
+
+class SymbolicSize(Frozen):
+    """A size that varies: ``factor * symbol + offset``, the form that torch.export allows.
+
+    Attributes:
+        symbol: Name of the symbol, as ``s0``.
+        factor: Factor of the symbol.
+        offset: Number that is added.
+    """
+
+    symbol: str
+    factor: int = 1
+    offset: int = 0
+
+    def __str__(self) -> str:
+        text = self.symbol if self.factor == 1 else f"{self.factor}*{self.symbol}"
+        return f"{text}{self.offset:+d}" if self.offset else text
+
+    def of(self, value: int) -> int:
+        """Return the size for a value of the symbol."""
+        return self.factor * value + self.offset
+
+    def solve(self, size: int) -> int | None:
+        """Return the symbol's value for a size; None if no integer gives that size."""
+        value, rest = divmod(size - self.offset, self.factor)
+        return None if rest else value
 
 
 class TensorInput(Frozen):
-    """One tensor input.
+    """A tensor input.
 
     Attributes:
-        name: Its name in the program.
-        dtype: torch's name without the ``torch.``.
+        name: Name of the input in the program.
+        dtype: Name of the dtype, without ``torch.``.
         device: Kind of device: ``cpu``, ``cuda``.
-        shape: Sizes of all dimensions.
-        order: Dimensions from the slowest to the fastest in memory, for tensors without gaps.
-        strides: Strides where they are numbers; they then go before ``order``.
-        written: Whether the model changes it in place.
+        shape: Size of each dimension.
+        order: Dimensions from the slowest to the fastest in memory, for a tensor without gaps.
+        strides: Strides, if all are numbers; they take precedence over ``order``.
+        written: Whether the model changes the tensor in place.
     """
 
     name: str
     dtype: str
     device: str
-    shape: tuple[Dim | Size, ...]
+    shape: tuple[Dim | SymbolicSize, ...]
     order: tuple[Dim, ...]
     strides: tuple[Dim, ...] | None = None
     written: bool = False
 
 
 class FixedInput(Frozen):
-    """One input that is no tensor: the program was made for this very value."""
+    """An input that is not a tensor. The program was exported for this value only.
+
+    Attributes:
+        name: Name of the input in the program.
+        value: The only valid value.
+    """
 
     name: str
     value: Primitive
 
 
 class CallSpec(Frozen):
-    """Inputs and outputs, flat, in order.
+    """Description of all inputs and outputs, flattened, in order.
 
     Attributes:
-        inputs: One for each leaf of the inputs.
-        ranges: Smallest and largest value of each symbol; None where there is no bound.
-        numbers: Positions of outputs that are numbers in the program; engines give tensors.
+        inputs: Description of each leaf of the inputs.
+        ranges: Smallest and largest value of each symbol; None for a missing upper bound.
+        numbers: Positions of outputs that are numbers in the program. Engines return tensors there.
     """
 
     inputs: tuple[TensorInput | FixedInput, ...]
@@ -75,11 +113,14 @@ class CallSpec(Frozen):
     numbers: tuple[Dim, ...] = ()
 
 
+# -- reading the description off a program ----------------------------------------------------
+
+
 def spec_of(program: ExportedProgram) -> CallSpec:
-    """The inputs and outputs of a program.
+    """Return the description of a program's inputs and outputs.
 
     Raises:
-        CompileError: It takes inputs of a form that an engine cannot be given safely; lists all.
+        CompileError: Some inputs have a form that cannot be checked. The error lists all of them.
     """
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     written = mutated_placeholders(program)
@@ -103,22 +144,31 @@ def spec_of(program: ExportedProgram) -> CallSpec:
         raise CompileError(message, problems=problems)
     outputs = [s.arg for s in program.graph_signature.output_specs if s.kind.name == "USER_OUTPUT"]
     numbers = tuple(i for i, arg in enumerate(outputs) if type(arg).__name__ != "TensorArgument")
-    ranges = ranges_of(program.range_constraints)
+    ranges = {str(symbol): _range(bounds) for symbol, bounds in program.range_constraints.items()}
     return CallSpec(inputs=tuple(inputs), ranges=ranges, numbers=numbers)
 
 
 def _tensor_input(name: str, value: torch.Tensor, *, written: bool) -> TensorInput | Problem:
-    sizes = [size_of(dim) for dim in value.shape]
+    """Return the description of an input, or what prevents one.
+
+    Args:
+        name: Name of the input.
+        value: Fake tensor of the program, with symbolic sizes.
+        written: Whether the model changes the tensor in place.
+    """
+    sizes = [_size_of(dim) for dim in value.shape]
     shape = tuple(size for size in sizes if size is not None)
     if len(shape) != value.dim():
         return Problem(name, "size", str(tuple(value.shape)), "numbers, or symbol*factor+offset")
     strides = value.stride()
     fixed = all(isinstance(stride, int) for stride in strides)
+    # A copy with such strides cannot be written to.
     if 0 in strides and 0 not in shape:
         hint = "export with x.contiguous() as example input"
         return Problem(name, "example input", "expanded: one element at several places", hint=hint)
     order = tuple(value.dim_order()) if value.dim() else ()
-    if not fixed and not _dense(value, order):
+    # Without gaps, strides of any sizes follow from the order of dimensions.
+    if not fixed and not _is_dense(value, order):
         hint = "export with x.contiguous() as example input"
         return Problem(name, "example input", "gaps in memory and varying sizes", hint=hint)
     return TensorInput(
@@ -132,8 +182,8 @@ def _tensor_input(name: str, value: torch.Tensor, *, written: bool) -> TensorInp
     )
 
 
-def _dense(value: torch.Tensor, order: tuple[int, ...]) -> bool:
-    """Whether a tensor with symbolic sizes has no gaps, for the sizes of its example."""
+def _is_dense(value: torch.Tensor, order: tuple[int, ...]) -> bool:
+    """Return whether a tensor with symbolic sizes has no gaps, for the sizes of its example."""
     step: Any = 1
     for dim in reversed(order):
         if bool(value.stride(dim) != step):
@@ -142,60 +192,85 @@ def _dense(value: torch.Tensor, order: tuple[int, ...]) -> bool:
     return True
 
 
+def _size_of(dim: Any) -> int | SymbolicSize | None:
+    """Return a size of an exported tensor; None if it is not linear in one symbol."""
+    if isinstance(dim, int):
+        return dim
+    expression = dim.node.expr
+    symbols = sorted(expression.free_symbols, key=str)
+    if len(symbols) != 1:
+        return None
+    polynomial = expression.as_poly(symbols[0])
+    if polynomial is None or polynomial.degree() != 1:
+        return None
+    factor, offset = (int(c) for c in polynomial.all_coeffs())
+    return SymbolicSize(symbol=str(symbols[0]), factor=factor, offset=offset)
+
+
+def _range(bounds: Any) -> Range:
+    lower = int(bounds.lower) if abs(bounds.lower) < _UNBOUNDED else 0
+    upper = int(bounds.upper) if bounds.upper < _UNBOUNDED else None
+    return lower, upper
+
+
+# -- checking a call --------------------------------------------------------------------------
+
+
 @dataclass
-class Arranged:
-    """The tensors of one call.
+class CallTensors:
+    """Tensors of one call.
 
     Attributes:
-        tensors: What the engine gets.
-        copies: ``(caller's tensor, its copy)`` of inputs that the model changes in place.
+        tensors: Tensors for the engine.
+        copies: ``(caller's tensor, its copy)`` for inputs that the model changes in place.
     """
 
     tensors: list[torch.Tensor]
     copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     def add(self, value: torch.Tensor, spec: TensorInput) -> None:
-        """Add one, with the strides that the engine was compiled for."""
-        arranged = _arranged(value, spec)
-        self.tensors.append(arranged)
-        if spec.written and arranged.data_ptr() != value.data_ptr():
-            self.copies.append((value, arranged))
+        """Append a tensor, with the strides that the engine was compiled for."""
+        prepared = _with_strides(value, spec)
+        self.tensors.append(prepared)
+        if spec.written and prepared.data_ptr() != value.data_ptr():
+            self.copies.append((value, prepared))
 
     def write_back(self) -> None:
-        """Give the caller's tensors what the engine wrote into their copies."""
+        """Copy to the caller's tensors what the engine wrote to their copies."""
         with torch.no_grad():
             for value, copy in self.copies:
                 value.copy_(copy)
 
 
 class InputChecker:
-    """Checks and arranges the inputs of every call."""
+    """Checks the inputs of every call, and prepares them for the engine."""
 
     def __init__(self, spec: CallSpec | None, in_spec: pytree.TreeSpec) -> None:
-        """Build one for a module.
+        """Create a checker for a module.
 
         Args:
-            spec: What the inputs must be; None, for packages of torch's own, which do not say it:
-                only their structure is checked.
+            spec: Description of the inputs. None for packages that torch wrote, which have none:
+                then only the structure is checked.
             in_spec: Structure of ``(args, kwargs)``, from the engine.
         """
         self._spec = spec
         self._in_spec = in_spec
 
-    def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arranged:
-        """The tensors of a call, in the form that the engine relies on.
+    def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CallTensors:
+        """Return the tensors of a call as the engine needs them.
 
         Raises:
-            InputMismatchError: Structure, number, dtypes, shapes or devices differ; lists all.
+            InputMismatchError: The structure or number of inputs, a dtype, a shape, a device or a
+                value is not that of the description. The error lists all problems.
         """
         flat, found = pytree.tree_flatten((args, self._in_order(kwargs)))
         if found != self._in_spec:
             raise InputMismatchError(
                 "The inputs have another structure than those that the model was compiled for.",
-                problems=[Problem("inputs", "structure", _shown(found), _shown(self._in_spec))],
+                problems=[Problem("inputs", "structure", _text(found), _text(self._in_spec))],
             )
         if self._spec is None:
-            return Arranged([value for value in flat if isinstance(value, torch.Tensor)])
+            return CallTensors([value for value in flat if isinstance(value, torch.Tensor)])
         problems = list(_problems(flat, self._spec))
         if problems:
             raise InputMismatchError(
@@ -203,34 +278,37 @@ class InputChecker:
                 problems=problems,
                 hint="Dimensions that vary must be exported as dynamic ones: dynamic_shapes=.",
             )
-        arranged = Arranged([])
+        result = CallTensors([])
         for value, spec in zip(flat, self._spec.inputs, strict=True):
             if isinstance(spec, TensorInput):
-                arranged.add(value, spec)
-        return arranged
+                result.add(value, spec)
+        return result
 
     def _in_order(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Keyword inputs in the order of the engine's structure, as far as it knows them."""
+        """Return keyword inputs in the order of the engine's structure, unknown ones last."""
         spec = self._in_spec
+        # torch 2.14 deprecates ``children_specs`` (torch/utils/_pytree.py) for ``children()``.
         children = spec.children() if hasattr(spec, "children") else spec.children_specs
         wanted = [name for name in children[1].context or () if name in kwargs]
         return {name: kwargs[name] for name in [*wanted, *(kwargs.keys() - set(wanted))]}
 
 
 def _problems(flat: list[Any], spec: CallSpec) -> Iterator[Problem]:
+    """Yield everything in which the leaves of a call differ from the description."""
     if len(flat) != len(spec.inputs):
         yield Problem("inputs", "number", str(len(flat)), str(len(spec.inputs)))
         return
-    fit = Fit(spec.ranges)
+    matcher = ShapeMatcher(spec.ranges)
     for value, wanted in zip(flat, spec.inputs, strict=True):
         if isinstance(wanted, FixedInput):
+            # The type counts, too: True == 1 == 1.0.
             if type(value) is not type(wanted.value) or value != wanted.value:
                 yield Problem(wanted.name, "value", repr(value), repr(wanted.value))
         elif not isinstance(value, torch.Tensor):
             yield Problem(wanted.name, "type", type(value).__name__, "Tensor")
         else:
             yield from _tensor_problems(value, wanted)
-            yield from fit.problems(wanted.name, value.shape, wanted.shape)
+            yield from matcher.problems(wanted.name, value.shape, wanted.shape)
 
 
 def _tensor_problems(value: torch.Tensor, spec: TensorInput) -> Iterator[Problem]:
@@ -244,8 +322,9 @@ def _tensor_problems(value: torch.Tensor, spec: TensorInput) -> Iterator[Problem
         yield Problem(spec.name, "layout", str(value.layout), "torch.strided")
 
 
-def _arranged(value: torch.Tensor, spec: TensorInput) -> torch.Tensor:
-    """The same values with the strides that the engine was compiled for."""
+def _with_strides(value: torch.Tensor, spec: TensorInput) -> torch.Tensor:
+    """Return a tensor with the strides that the engine was compiled for; a copy if needed."""
+    # The engine reads memory, so a pending conjugation or negation must be carried out.
     value = value.detach().resolve_conj().resolve_neg()
     strides = spec.strides or dense_strides(value.shape, spec.order)
     if all(
@@ -258,119 +337,43 @@ def _arranged(value: torch.Tensor, spec: TensorInput) -> torch.Tensor:
     return copy.copy_(value)
 
 
-def run_unknown(runner: Any, flat: list[torch.Tensor]) -> list[Any]:
-    """Run a container whose inputs nobody knows, with the checks that AOTInductor has itself.
-
-    Those are off unless the environment variable is set when the library runs for the first time
-    (``AOTI_RUNTIME_CHECK_INPUTS``, in ``torch/_inductor/codegen/cpp_wrapper_cpu.py``, 2.14).
-
-    Raises:
-        InputMismatchError: They, or the engine, refused the inputs.
-    """
-    before = os.environ.get(_CHECK_INPUTS)
-    os.environ[_CHECK_INPUTS] = "1"
-    try:
-        outputs: list[Any] = runner.run([_packed(value) for value in flat])
-    except RuntimeError as exc:
-        raise_if_resource(exc, "The engine cannot answer")
-        first = str(exc).strip().partition("\n")[0]
-        hint = "Make a plan from its program: refitkit.plan(program, target=...) tells the inputs."
-        raise InputMismatchError(f"The engine refused the inputs: {first}", hint=hint) from exc
-    finally:
-        if before is None:
-            del os.environ[_CHECK_INPUTS]
-        else:
-            os.environ[_CHECK_INPUTS] = before
-    return outputs
-
-
-def _packed(value: torch.Tensor) -> torch.Tensor:
-    if value.layout is not torch.strided or value.is_meta or why_not_real(value):
-        raise InputMismatchError(f"An input has the layout {value.layout} or no data.")
-    return value.detach().resolve_conj().resolve_neg().contiguous()
-
-
-def _shown(spec: pytree.TreeSpec) -> str:
+def _text(spec: pytree.TreeSpec) -> str:
+    """Return a structure with ``*`` for each leaf."""
     return str(pytree.tree_unflatten(["*"] * spec.num_leaves, spec))
 
 
-# MERGED shapes: Sizes of dimensions that vary, as data, and whether the inputs of a call fit
-# them.
-
-Dim = Annotated[int, Field(ge=0)]
-Range = tuple[int, int | None]
-_LIMIT = 2**62
-
-
-class Size(Frozen):
-    """A size that varies: ``factor * symbol + offset``, the form that torch.export allows."""
-
-    symbol: str
-    factor: int = 1
-    offset: int = 0
-
-    def __str__(self) -> str:
-        text = self.symbol if self.factor == 1 else f"{self.factor}*{self.symbol}"
-        return f"{text}{self.offset:+d}" if self.offset else text
-
-    def of(self, value: int) -> int:
-        """The size where the symbol has this value."""
-        return self.factor * value + self.offset
-
-    def solve(self, size: int) -> int | None:
-        """The symbol's value where the size is this; None where there is none."""
-        value, rest = divmod(size - self.offset, self.factor)
-        return None if rest else value
-
-
-def size_of(dim: Any) -> int | Size | None:
-    """A dimension of an exported tensor as data; None where it has another form than ``Size``."""
-    if isinstance(dim, int):
-        return dim
-    expression = dim.node.expr
-    symbols = sorted(expression.free_symbols, key=str)
-    if len(symbols) != 1:
-        return None
-    polynomial = expression.as_poly(symbols[0])
-    if polynomial is None or polynomial.degree() != 1:
-        return None
-    factor, offset = (int(c) for c in polynomial.all_coeffs())
-    return Size(symbol=str(symbols[0]), factor=factor, offset=offset)
-
-
-def ranges_of(constraints: Mapping[Any, Any]) -> dict[str, Range]:
-    """Smallest and largest value of each symbol of a program; None where there is no bound."""
-    return {str(symbol): _range(bounds) for symbol, bounds in constraints.items()}
-
-
-def _range(bounds: Any) -> Range:
-    lower = int(bounds.lower) if abs(bounds.lower) < _LIMIT else 0
-    upper = int(bounds.upper) if bounds.upper < _LIMIT else None
-    return lower, upper
-
-
-class Fit:
-    """Holds the shapes of one call against those that were exported; symbols must agree."""
+class ShapeMatcher:
+    """Compares the shapes of one call with the exported ones. Symbols must agree in all inputs."""
 
     def __init__(self, ranges: Mapping[str, Range]) -> None:
-        """Start a call: no symbol has a value yet."""
+        """Create a matcher for one call.
+
+        Args:
+            ranges: Smallest and largest value of each symbol.
+        """
         self._ranges = ranges
-        self._values: dict[str, tuple[int, str]] = {}
+        self._values: dict[str, tuple[int, str]] = {}  # value, and the input that determined it
 
     def problems(
-        self, name: str, shape: Sequence[int], wanted: Sequence[int | Size]
+        self, name: str, shape: Sequence[int], wanted: Sequence[int | SymbolicSize]
     ) -> Iterator[Problem]:
-        """What is wrong with the shape of one input."""
+        """Yield what is wrong with the shape of one input.
+
+        Args:
+            name: Name of the input.
+            shape: Shape of the tensor that was given.
+            wanted: Exported shape.
+        """
         text = f"({', '.join(map(str, wanted))}{',' * (len(wanted) == 1)})"
         fixed = [(s, w) for s, w in zip(shape, wanted, strict=False) if isinstance(w, int)]
         if len(shape) != len(wanted) or any(s != w for s, w in fixed):
             yield Problem(name, "shape", str(tuple(shape)), text)
             return
         for size, one in zip(shape, wanted, strict=True):
-            if isinstance(one, Size):
-                yield from self._one(name, size, one)
+            if isinstance(one, SymbolicSize):
+                yield from self._symbolic_problems(name, size, one)
 
-    def _one(self, name: str, size: int, wanted: Size) -> Iterator[Problem]:
+    def _symbolic_problems(self, name: str, size: int, wanted: SymbolicSize) -> Iterator[Problem]:
         value = wanted.solve(size)
         if value is None:
             yield Problem(name, f"dimension {wanted}", str(size), "a size of that form")
@@ -383,3 +386,40 @@ class Fit:
         elif value < lower or (upper is not None and value > upper):
             most = "or more" if upper is None else f"to {wanted.of(upper)}"
             yield Problem(name, f"dimension {wanted}", str(size), f"{wanted.of(lower)} {most}")
+
+
+# -- packages without a description -----------------------------------------------------------
+
+
+def run_unchecked(runner: Any, flat: list[torch.Tensor]) -> list[Any]:
+    """Run a container without a description of its inputs, with AOTInductor's own checks.
+
+    These are off unless an environment variable is set when the library runs for the first time
+    (``AOTI_RUNTIME_CHECK_INPUTS``, in ``torch/_inductor/codegen/cpp_wrapper_cpu.py``, 2.14).
+
+    Raises:
+        InputMismatchError: The checks, or the engine, refused the inputs.
+        ResourceError: The system refused memory.
+    """
+    # Which call is the first is unknown here, so the variable is set for each.
+    before = os.environ.get(_CHECK_INPUTS)
+    os.environ[_CHECK_INPUTS] = "1"
+    try:
+        outputs: list[Any] = runner.run([_contiguous(value) for value in flat])
+    except RuntimeError as exc:
+        raise_if_resource(exc, "The engine cannot answer")
+        first = str(exc).strip().partition("\n")[0]
+        hint = "Make a plan from its program: refitkit.plan(program, target=...) adds the checks."
+        raise InputMismatchError(f"The engine refused the inputs: {first}", hint=hint) from exc
+    finally:
+        if before is None:
+            del os.environ[_CHECK_INPUTS]
+        else:
+            os.environ[_CHECK_INPUTS] = before
+    return outputs
+
+
+def _contiguous(value: torch.Tensor) -> torch.Tensor:
+    if value.layout is not torch.strided or value.is_meta or why_not_real(value):
+        raise InputMismatchError(f"An input has the layout {value.layout} or no data.")
+    return value.detach().resolve_conj().resolve_neg().contiguous()

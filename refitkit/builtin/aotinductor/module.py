@@ -1,4 +1,8 @@
-"""An opened AOTInductor module: call it, read it, save it, open it a second time."""
+"""An opened AOTInductor module: call it, save it, open it from a file.
+
+``AOTInductorModule`` comes first. Then come the functions that open files: those that refitkit
+saved, and packages that torch wrote.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from refitkit.builtin.aotinductor import container, package
 from refitkit.builtin.aotinductor.engine import ENGINE, AOTInductorEngine
-from refitkit.builtin.aotinductor.inputs import CallSpec, InputChecker, run_unknown, spec_of
+from refitkit.builtin.aotinductor.inputs import CallSpec, InputChecker, run_unchecked, spec_of
 from refitkit.builtin.aotinductor.names import NAME
 from refitkit.errors import (
     EngineError,
@@ -32,22 +36,21 @@ if TYPE_CHECKING:
 
     from torch.export import ExportedProgram
 
-    from refitkit.builtin.aotinductor.package import Manifest
     from refitkit.model import Slot, SlotKey, TensorInfo
 
 
 @dataclass(frozen=True)
-class Files:
-    """Where an engine's files are and what is known of them; shared by copies of a module.
+class EngineFiles:
+    """An engine's files and what is known about them. Copies of a module share them.
 
     Attributes:
-        folder: Holds the files that are saved with the module, and no others.
+        folder: Folder with the files that are saved with the module, and no others.
         library: Name of the shared library.
-        device: Kind of device that it was compiled for.
+        device: Kind of device that the library was compiled for.
         weights_beside: Whether the library expects its weights from outside.
-        call: What inputs it takes and outputs it gives.
-        mutable: Slots that calls change in place; None: nobody knows.
-        versions: Versions of what made it.
+        call: Description of inputs and outputs; None if it is unknown.
+        mutable: Slots that calls change in place; None if that is unknown.
+        versions: Versions of the software that compiled the engine, by package.
         settings: Compilation options, as text.
     """
 
@@ -62,17 +65,28 @@ class Files:
 
     @property
     def path(self) -> Path:
-        """The folder as a path."""
+        """Path of the folder."""
         return self.folder.path
 
 
 class AOTInductorModule:
-    """An opened module; see ``refitkit.protocols.OpenedModule``."""
+    """An opened module; see ``refitkit.protocols.OpenedModule``.
+
+    Attributes:
+        files: The engine's files.
+        attachments: Data that a saved file keeps beside the engine, by name.
+    """
 
     def __init__(
-        self, files: Files, engine: AOTInductorEngine, attachments: Mapping[str, bytes]
+        self, files: EngineFiles, engine: AOTInductorEngine, attachments: Mapping[str, bytes]
     ) -> None:
-        """Made by the backend."""
+        """Create a module.
+
+        Args:
+            files: The engine's files.
+            engine: Engine with weights.
+            attachments: Data that a saved file keeps beside the engine, by name.
+        """
         self.files = files
         self.attachments = attachments
         self._engine = engine
@@ -83,22 +97,28 @@ class AOTInductorModule:
 
     @property
     def backend(self) -> str:
-        """``aotinductor``."""
+        """Name of the backend: ``aotinductor``."""
         return NAME
 
     @property
     def engines(self) -> Mapping[str, AOTInductorEngine]:
-        """The one engine."""
+        """The only engine, by its name ``model``."""
         return {ENGINE: self._engine}
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Call it like the model; outputs have no gradient history."""
+        """Call the module as the model is called. Outputs have no gradient history.
+
+        Raises:
+            InputMismatchError: The module was compiled for other inputs.
+            EngineError: The engine failed.
+        """
         inputs = self._inputs.flatten(args, kwargs)
         if self.files.call is None:
-            outputs = run_unknown(self._engine.runner, inputs.tensors)
+            outputs = run_unchecked(self._engine.runner, inputs.tensors)
         else:
             outputs = self._run(inputs.tensors)
             inputs.write_back()
+        # The program returns a number here, as the model does; an engine returns tensors only.
         for position in self.files.call.numbers if self.files.call else ():
             if isinstance(outputs[position], torch.Tensor):
                 outputs[position] = outputs[position].item()
@@ -115,7 +135,7 @@ class AOTInductorModule:
         return outputs
 
     def probe(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Call it, then put back the buffers that it changed."""
+        """Call the module, then restore the slots that the call changed."""
         return self.probe_from({}, args, kwargs)
 
     def probe_from(
@@ -124,7 +144,11 @@ class AOTInductorModule:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Any:
-        """Call it with other values in buffers that it changes, then put all of those back."""
+        """Call the module with other values of mutable slots, then restore all mutable slots.
+
+        See ``refitkit.protocols.ProbesFromState``.
+        """
+        # The caller's state must survive a probe, also if the call raises halfway.
         kept = self._engine.mutable_values()
         try:
             self._engine.write_active({slot: value for (_, slot), value in state.items()})
@@ -133,20 +157,32 @@ class AOTInductorModule:
             self._engine.write_active(kept)
 
     def learn(self, program: ExportedProgram) -> None:
-        """Take from the program that was compiled what a package of torch's own does not say."""
+        """Add to a package of torch what it lacks: its inputs, and which slots calls change.
+
+        Args:
+            program: The program that was compiled.
+
+        Raises:
+            CompileError: The program takes inputs that cannot be checked.
+        """
         mutable = frozenset(leaf.fqn for leaf in facts_of(program).leaves if leaf.mutated)
         self.files = replace(self.files, call=spec_of(program), mutable=mutable)
+        # The weights are in the runner, so a new engine on it has the same values.
         self._engine = AOTInductorEngine(self._engine.runner, mutable)
         self._inputs = InputChecker(self.files.call, self._in_spec)
 
     def synchronize(self) -> None:
-        """Wait for pending work of its devices."""
+        """Wait for pending work on the engine's devices."""
         self._engine.drain()
 
     def save(self, path: Path, attachments: Mapping[str, bytes]) -> None:
-        """Write it with its present weights."""
+        """Write the module with its present weights to a file.
+
+        Raises:
+            ResourceError: The system refused to write the file.
+        """
         files, folder = self.files, self.files.path
-        manifest = package.Manifest(
+        manifest = package.PackageManifest(
             device=files.device,
             library=files.library,
             files=package.files_in(folder),
@@ -162,7 +198,7 @@ class AOTInductorModule:
             package.write(file, manifest, folder, weights, attachments)
 
     def reopen(self) -> AOTInductorModule:
-        """A second container on the same files, with the same present weights."""
+        """Return a second module with a container of its own, and the same present weights."""
         files = self.files
         runner = container.open_container(files.path / files.library, files.device)
         if files.weights_beside:
@@ -172,63 +208,75 @@ class AOTInductorModule:
         return AOTInductorModule(files, engine, self.attachments)
 
 
-# MERGED opening: Opening files as modules: those that refitkit wrote, and those that torch wrote.
+# -- opening files ----------------------------------------------------------------------------
 
 _ZIP_MAGIC = b"PK"
 
 
 def open_file(path: Path) -> AOTInductorModule | None:
-    """Open a saved module; None where the file is none of this backend's.
+    """Open a saved module; return None if neither refitkit nor AOTInductor wrote the file.
 
-    This loads a shared library from the file, and so runs code of whoever made it.
+    This loads a shared library from the file, and so runs code of its author.
 
     Raises:
-        UnsupportedTargetError: It is damaged, of another version, or for a device that is missing.
-        NotRefittableError: It cannot be refitted.
+        UnsupportedTargetError: The file is damaged, of another version, or for a device that this
+            machine lacks.
+        NotRefittableError: The engine cannot be refitted.
     """
     if not _is_zip(path):
         return None
     try:
         with Archive(path) as archive:
-            if package.is_ours(archive):
-                return _open_ours(archive, path)
-            if package.is_torchs(archive):
-                return _open_torchs(archive, path)
+            if package.is_saved_module(archive):
+                return _open_saved_module(archive, path)
+            if package.is_torch_package(archive):
+                return _open_torch_package(archive, path)
     except ArchiveError as exc:
-        raise package.broken(path, exc) from exc
+        raise package.damaged(path, exc) from exc
     return None
 
 
 def describe_file(path: Path) -> Mapping[str, Any] | None:
-    """What a saved module holds, without running any of it."""
+    """Return the manifest of a file as plain data, without running code of the file.
+
+    Returns:
+        None if neither refitkit nor AOTInductor wrote the file.
+
+    Raises:
+        UnsupportedTargetError: The file is damaged or of another version.
+    """
     if not _is_zip(path):
         return None
     try:
         with Archive(path) as archive:
-            if package.is_ours(archive):
+            if package.is_saved_module(archive):
                 manifest = package.read_manifest(archive, path)
                 described = manifest.model_dump(mode="json")
                 described["bytes"] = sum(slot.nbytes for slot in manifest.slots)
                 return described
-            if package.is_torchs(archive):
+            if package.is_torch_package(archive):
                 members = {name: archive.size(name) for name in archive.names()}
                 return {"format": "torch AOTInductor package", "members": members}
     except ArchiveError as exc:
-        raise package.broken(path, exc) from exc
+        raise package.damaged(path, exc) from exc
     return None
 
 
 def attachments_of(path: Path) -> Mapping[str, bytes]:
-    """What is kept beside the engine of a saved module, without running any of it."""
+    """Return the attachments of a saved module, without running code of the file.
+
+    Raises:
+        UnsupportedTargetError: The file is damaged or of another version.
+    """
     if not _is_zip(path):
         return {}
     try:
         with Archive(path) as archive:
-            if not package.is_ours(archive):
+            if not package.is_saved_module(archive):
                 return {}
             return package.read_attachments(archive, package.read_manifest(archive, path))
     except ArchiveError as exc:
-        raise package.broken(path, exc) from exc
+        raise package.damaged(path, exc) from exc
 
 
 def _is_zip(path: Path) -> bool:
@@ -238,7 +286,7 @@ def _is_zip(path: Path) -> bool:
         return file.read(2) == _ZIP_MAGIC
 
 
-def _open_ours(archive: Archive, path: Path) -> AOTInductorModule:
+def _open_saved_module(archive: Archive, path: Path) -> AOTInductorModule:
     manifest = package.read_manifest(archive, path)
     folder = TemporaryFolder()
     package.extract_code(archive, manifest, folder.path)
@@ -246,13 +294,15 @@ def _open_ours(archive: Archive, path: Path) -> AOTInductorModule:
     attachments = package.read_attachments(archive, manifest)
     runner = container.open_container(folder.path / manifest.library, manifest.device)
     if manifest.weights_beside:
+        # The engine needs tensors to write to; the weights of the file follow below.
         container.fill_with_zeros(runner)
-    known = manifest.call is not None  # else it is torch's package, and was never planned
+    # Without a call, this is a package of torch that was saved without ever being planned.
+    known = manifest.call is not None
     mutable = frozenset(slot.name for slot in manifest.slots if slot.mutable) if known else None
     engine = AOTInductorEngine(runner, mutable)
     _check_slots(engine, manifest, path)
-    _fill(engine, weights, path)
-    files = Files(
+    _write_weights(engine, weights, path)
+    files = EngineFiles(
         folder=folder,
         library=manifest.library,
         device=manifest.device,
@@ -265,8 +315,12 @@ def _open_ours(archive: Archive, path: Path) -> AOTInductorModule:
     return AOTInductorModule(files, engine, attachments)
 
 
-def _check_slots(engine: AOTInductorEngine, manifest: Manifest, path: Path) -> None:
-    """Check that the library's slots are the manifest's."""
+def _check_slots(engine: AOTInductorEngine, manifest: package.PackageManifest, path: Path) -> None:
+    """Check that the library has the slots in the manifest.
+
+    Raises:
+        UnsupportedTargetError: It has not. The error lists all differences.
+    """
     found, wanted = dict(engine.slots), {slot.name: slot for slot in manifest.slots}
     problems = [Problem(name, "not in the library") for name in sorted(wanted.keys() - found)]
     problems += [Problem(name, "not in the manifest") for name in sorted(found.keys() - wanted)]
@@ -284,11 +338,16 @@ def _text(slot: Slot) -> str:
     return f"{slot.dtype} {slot.shape}"
 
 
-def _fill(engine: AOTInductorEngine, weights: ArchivedTensors, path: Path) -> None:
-    """Write the file's weights into the engine, one at a time, checked against its slots."""
+def _write_weights(engine: AOTInductorEngine, weights: ArchivedTensors, path: Path) -> None:
+    """Write the weights of a file to an engine, one at a time.
+
+    Raises:
+        UnsupportedTargetError: They do not fit the slots. The error lists all problems.
+    """
     infos = weights.infos
     problems = [Problem(n, "no value") for n in sorted(engine.slots.keys() - infos)]
     problems += list(_misfits(engine, infos))
+    # All of it is checked before anything is written.
     if problems:
         message = f"{str(path)!r} holds weights of another model."
         raise UnsupportedTargetError(message, problems=problems)
@@ -306,9 +365,9 @@ def _misfits(engine: AOTInductorEngine, infos: Mapping[str, TensorInfo]) -> Iter
             yield Problem(name, "value", found, _text(engine.slots[name]))
 
 
-def _open_torchs(archive: Archive, path: Path) -> AOTInductorModule:
+def _open_torch_package(archive: Archive, path: Path) -> AOTInductorModule:
     folder = TemporaryFolder()
-    blob = package.extract_torchs(archive, folder.path)
+    blob = package.extract_torch_package(archive, folder.path)
     library = next(folder.path.glob("*.so"))
     metadata = next(folder.path.glob("*wrapper_metadata.json"), None)
     device = json.loads(metadata.read_text())["AOTI_DEVICE_KEY"] if metadata else "cpu"
@@ -316,14 +375,16 @@ def _open_torchs(archive: Archive, path: Path) -> AOTInductorModule:
     if blob:
         with archive.open(blob) as member:
             container.fill_from_blob(runner, member.copy)
+    # Torch can package a library that expects its weights from the caller at run time.
     if not runner.extract_constants_map(False):  # noqa: FBT003
         raise NotRefittableError(
             f"{str(path)!r} was packaged without its weights.",
             hint="Compile it with refitkit.compile, or leave package_constants_in_so on.",
         )
+    # Saving the module writes all files of the folder. An engine does not need these.
     for source in [*folder.path.glob("*.cpp"), *folder.path.glob("*.o")]:
         source.unlink()
-    files = Files(
+    files = EngineFiles(
         folder=folder,
         library=library.name,
         device=device,

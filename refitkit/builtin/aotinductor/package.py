@@ -1,15 +1,16 @@
-"""The file of a saved module, and the files of torch's own packages.
+"""Read and write the file of a saved module, and read packages that torch wrote.
 
 A file that refitkit writes is an uncompressed zip archive:
 
 ====================================  ==========================================================
-``refitkit/manifest.json``            :class:`Manifest`
-``refitkit/weights.safetensors``      present values of all slots, by slot name, packed
-``refitkit/attachments/NAME``         what the pipeline keeps beside them: plan and program
+``refitkit/manifest.json``            :class:`PackageManifest`
+``refitkit/weights.safetensors``      present values of all slots, by slot name, contiguous
+``refitkit/attachments/NAME``         data that the pipeline keeps beside them: plan and program
 ``aotinductor/NAME``                  files of the engine: the shared library, its kernels
 ====================================  ==========================================================
 
-The shared library is code: opening the file runs it. Nothing else in it is executed or unpickled.
+The shared library is code: opening the file runs it. Nothing else in the file is executed or
+unpickled.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ MANIFEST = "refitkit/manifest.json"
 WEIGHTS = "refitkit/weights.safetensors"
 ATTACHMENTS = "refitkit/attachments/"
 CODE = "aotinductor/"
-_TEXT_LIMIT = 1 << 28
+_MAX_TEXT = 1 << 28  # bytes of a manifest or attachment
 _TORCH_CODE = "/data/aotinductor/model/"
 
 
@@ -48,30 +49,30 @@ class FileRef(Frozen):
     """One of an engine's files.
 
     Attributes:
-        size: In bytes.
-        sha256: Of its content.
+        size: Size in bytes.
+        sha256: SHA-256 of the content, as hexadecimal text.
     """
 
     size: Dim
     sha256: str
 
 
-class Manifest(Frozen):
-    """What a saved module is.
+class PackageManifest(Frozen):
+    """Description of a saved module.
 
     Attributes:
         format: Name and version of the format.
         backend: Always ``aotinductor``.
-        device: Kind of device that it was compiled for.
+        device: Kind of device that the engine was compiled for.
         library: Name of the shared library among the engine's files.
-        files: The engine's files by name.
-        weights_beside: Whether the library expects its weights from outside. A library that holds
-            the weights of its compilation gets those of the file written over them.
+        files: The engine's files, by name.
+        weights_beside: Whether the library expects its weights from outside. If not, it holds the
+            weights of its compilation, and those of the file are written over them.
         slots: All slots.
-        call: What inputs it takes and outputs it gives; None where nobody knows.
-        versions: Versions of what made it.
+        call: Description of inputs and outputs; None if it is unknown.
+        versions: Versions of the software that compiled the engine, by package.
         settings: Compilation options, as text.
-        attachments: Names of what is kept beside the engine.
+        attachments: Names of the attachments.
     """
 
     format: Literal["refitkit-aotinductor/1"] = "refitkit-aotinductor/1"
@@ -87,85 +88,127 @@ class Manifest(Frozen):
     attachments: tuple[str, ...] = ()
 
 
-def is_ours(archive: Archive) -> bool:
-    """Whether refitkit wrote this archive."""
+def damaged(path: Path, reason: object) -> UnsupportedTargetError:
+    """Return the error for a file that cannot be opened."""
+    return UnsupportedTargetError(
+        f"{str(path)!r} cannot be opened: {reason}.", hint="Save or copy the file again."
+    )
+
+
+# -- files that refitkit wrote ----------------------------------------------------------------
+
+
+def is_saved_module(archive: Archive) -> bool:
+    """Return whether refitkit wrote an archive."""
     return MANIFEST in archive.names()
 
 
-def is_torchs(archive: Archive) -> bool:
-    """Whether torch wrote it, with an AOTInductor model named ``model`` in it."""
-    return any(_TORCH_CODE in f"/{name}" and name.endswith(".so") for name in archive.names())
+def write(
+    file: IO[bytes],
+    manifest: PackageManifest,
+    folder: Path,
+    weights: Mapping[str, torch.Tensor],
+    attachments: Mapping[str, bytes],
+) -> None:
+    """Write a saved module.
+
+    Args:
+        file: Writable file at its beginning.
+        manifest: Description of the module.
+        folder: Folder with the engine's files.
+        weights: Present value of each slot.
+        attachments: Data to keep beside the engine, by name.
+    """
+    members: dict[str, bytes | Path | Streamed] = {
+        MANIFEST: manifest.model_dump_json(indent=1).encode(),
+        **{ATTACHMENTS + name: content for name, content in attachments.items()},
+        **{CODE + name: folder / name for name in manifest.files},
+        # Streamed, so that the weights are not in memory twice.
+        WEIGHTS: streamed(weights),
+    }
+    write_archive(file, members)
 
 
-def read_manifest(archive: Archive, path: Path) -> Manifest:
-    """The manifest, checked against the archive's members.
+def files_in(folder: Path) -> dict[str, FileRef]:
+    """Return all files of a folder, as a manifest lists them."""
+    return {
+        file.name: FileRef(size=file.stat().st_size, sha256=_sha256(file))
+        for file in sorted(folder.iterdir())
+    }
+
+
+def read_manifest(archive: Archive, path: Path) -> PackageManifest:
+    """Return the manifest, after comparing it with the members of the archive.
+
+    Args:
+        archive: Opened file.
+        path: Path of the file, for errors.
 
     Raises:
-        UnsupportedTargetError: It is damaged or of another version.
+        UnsupportedTargetError: The file is damaged or of another version.
     """
     try:
-        manifest = Manifest.model_validate_json(archive.read(MANIFEST, _TEXT_LIMIT))
+        manifest = PackageManifest.model_validate_json(archive.read(MANIFEST, _MAX_TEXT))
         _check_members(archive, manifest)
     except ValidationError as exc:
         message = f"{str(path)!r} was saved by another version of refitkit, or is damaged."
         raise UnsupportedTargetError(message, hint=str(exc)) from exc
     except ArchiveError as exc:
-        raise broken(path, exc) from exc
+        raise damaged(path, exc) from exc
     return manifest
 
 
-def _check_members(archive: Archive, manifest: Manifest) -> None:
+def _check_members(archive: Archive, manifest: PackageManifest) -> None:
+    # Names become paths when the files are unpacked, and sizes bound what is unpacked.
     for name, file in manifest.files.items():
-        if not _is_plain(name) or archive.size(CODE + name) != file.size:
+        if not _is_file_name(name) or archive.size(CODE + name) != file.size:
             raise ArchiveError(f"member {name!r} is not the one in the manifest")
     if manifest.library not in manifest.files:
         raise ArchiveError("its shared library is not among its files")
 
 
-def broken(path: Path, why: object) -> UnsupportedTargetError:
-    """The error for a file that cannot be used."""
-    return UnsupportedTargetError(
-        f"{str(path)!r} cannot be opened: {why}.", hint="Save or copy the file again."
-    )
-
-
-def extract_code(archive: Archive, manifest: Manifest, folder: Path) -> None:
+def extract_code(archive: Archive, manifest: PackageManifest, folder: Path) -> None:
     """Unpack the engine's files into a folder, under the names of the manifest.
 
     Raises:
-        ArchiveError: A file is damaged, or not the one that was saved.
+        ArchiveError: A file is damaged, or does not have the digest in the manifest.
     """
     for name, file in manifest.files.items():
         archive.extract(CODE + name, folder / name)
-        if digest_of(folder / name) != file.sha256:
+        if _sha256(folder / name) != file.sha256:
             raise ArchiveError(f"member {name!r} is not the one in the manifest")
 
 
-def files_in(folder: Path) -> dict[str, FileRef]:
-    """All files of a folder, as a manifest lists them."""
-    return {
-        file.name: FileRef(size=file.stat().st_size, sha256=digest_of(file))
-        for file in sorted(folder.iterdir())
-    }
+def read_attachments(archive: Archive, manifest: PackageManifest) -> dict[str, bytes]:
+    """Return all attachments, by name."""
+    return {name: archive.read(ATTACHMENTS + name, _MAX_TEXT) for name in manifest.attachments}
 
 
-def digest_of(file: Path) -> str:
-    """sha256 of a file's content."""
+def _sha256(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def extract_torchs(archive: Archive, folder: Path) -> str:
-    """Unpack the model ``model`` of one of torch's packages into a folder, without its weights.
+# -- packages that torch wrote ----------------------------------------------------------------
+
+
+def is_torch_package(archive: Archive) -> bool:
+    """Return whether torch wrote an archive, with an AOTInductor model named ``model`` in it."""
+    return any(_TORCH_CODE in f"/{name}" and name.endswith(".so") for name in archive.names())
+
+
+def extract_torch_package(archive: Archive, folder: Path) -> str:
+    """Unpack the model named ``model`` into a folder, without its weights.
 
     Returns:
-        The member that holds its weights; empty where the library holds them itself.
+        Name of the member with the weights; empty if the library holds them itself.
     """
     blobs = []
     for member in archive.names():
         name = PurePosixPath(member).name
-        if _TORCH_CODE not in f"/{member}" or not _is_plain(name):
+        if _TORCH_CODE not in f"/{member}" or not _is_file_name(name):
             continue
+        # The blob is as large as the weights, and is copied straight to memory: ``fill_from_blob``.
         if name.endswith("_weights.blob"):
             blobs.append(member)
         else:
@@ -173,28 +216,6 @@ def extract_torchs(archive: Archive, folder: Path) -> str:
     return min(blobs, default="")
 
 
-def read_attachments(archive: Archive, manifest: Manifest) -> dict[str, bytes]:
-    """Everything that is kept beside the engine, by name."""
-    return {name: archive.read(ATTACHMENTS + name, _TEXT_LIMIT) for name in manifest.attachments}
-
-
-def write(
-    file: IO[bytes],
-    manifest: Manifest,
-    folder: Path,
-    weights: Mapping[str, torch.Tensor],
-    attachments: Mapping[str, bytes],
-) -> None:
-    """Write a whole file."""
-    members: dict[str, bytes | Path | Streamed] = {
-        MANIFEST: manifest.model_dump_json(indent=1).encode(),
-        **{ATTACHMENTS + name: content for name, content in attachments.items()},
-        **{CODE + name: folder / name for name in manifest.files},
-        WEIGHTS: streamed(weights),
-    }
-    write_archive(file, members)
-
-
-def _is_plain(name: str) -> bool:
-    """Whether a name is that of a file, not a path, so that it stays in our folder."""
+def _is_file_name(name: str) -> bool:
+    """Return whether a name is that of a file, not a path that leads out of the folder."""
     return bool(name) and name not in {".", ".."} and not set(name) & {"/", "\\", "\0", ":"}

@@ -1,4 +1,7 @@
-"""Built-in checks: what must be true of weights before anything is staged."""
+"""Built-in checks: conditions that weights must meet before anything is staged.
+
+``names`` checks headers: names, ties, dtypes, shapes. ``finite`` checks values.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +22,24 @@ def refitkit_check(
     plan: Plan,
     module: OpenedModule,
     source: WeightSource,
-    partial: bool,  # noqa: FBT001 - passed by name, as the hook says
+    partial: bool,  # noqa: FBT001 - the hook passes it by name
     unchanged: Collection[str],
     deferred: Collection[str],
     config: Config,
 ) -> Iterable[Problem]:
-    """Names, ties, dtypes, shapes, layouts; then, of what passed, finiteness."""
+    """Return problems of names, ties, dtypes, shapes and layouts, and non-finite entries.
+
+    Finiteness is checked only for entries without other problems.
+    """
+    # Imported here because every start of refitkit imports this module.
     from refitkit.builtin.checks import finite, names
 
-    found = names.Names(plan, source)
-    problems = list(found.problems(partial=partial))
+    check = names.NameCheck(plan, source)
+    problems = list(check.problems(partial=partial))
     if config.check_finite:
-        # what is refused now is never staged: then all that is wrong is reported at once
+        # Deferred entries are checked when they are staged. If the refit is refused now, nothing is
+        # staged, so they are checked here: the error then lists every problem at once.
         later: Collection[str] = () if problems else deferred
-        new = [name for name in found.usable() if name not in unchanged and name not in later]
+        new = [name for name in check.usable() if name not in unchanged and name not in later]
         problems += finite.problems(plan, module, source, new)
     return problems

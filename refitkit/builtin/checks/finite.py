@@ -1,8 +1,8 @@
-"""New values must be finite wherever the present ones are.
+"""Check that new values are finite wherever the present ones are.
 
-A mask may hold -inf by design; a weight that suddenly holds NaN is a broken checkpoint. Where a
-slot is computed from entries nobody can say which elements of them its own come from: an entry may
-then be non-finite if the slot is.
+A mask may hold -inf by design, but a weight with a new NaN is from a broken checkpoint. If a slot
+is computed from several entries, nothing shows which of its elements come from which entry. So an
+entry of a computed slot may be non-finite if the slot is non-finite.
 """
 
 from __future__ import annotations
@@ -28,60 +28,81 @@ if TYPE_CHECKING:
 def problems(
     plan: Plan, module: OpenedModule, source: WeightSource, names: Iterable[str]
 ) -> Iterator[Problem]:
-    """Entries of the source with a non-finite element where the present one is finite.
+    """Yield entries with a non-finite element at a place where the present one is finite.
 
-    Of entries that no row names as its source nothing present is known; engines check their slots.
+    Entries that no row of the plan names as its source are not checked, because their present
+    values are unknown. Engines check the slots that such entries fill.
+
+    Args:
+        plan: Plan that is bound to the module.
+        module: Module with its present weights.
+        source: New weights.
+        names: Entries to check.
     """
     sources = reads_of(plan).sources
-    for name in _not_finite(source, [name for name in names if name in sources]):
+    for name in _non_finite(source, [name for name in names if name in sources]):
         rows = [row for row in plan.data.ledger if name in row.sources]
-        yield from _spoilt(name, source.get(name), _Present(plan, module, name, rows))
+        present = _PresentValues(plan, module, name, rows)
+        yield from _new_problems(name, source.get(name), present)
 
 
-def _not_finite(source: WeightSource, names: Iterable[str]) -> list[str]:
-    """Entries with an element that is not finite; a large one comes in pieces, if it can."""
-    names, whole, spoilt = list(names), list[str](), set[str]()
+def _non_finite(source: WeightSource, names: Iterable[str]) -> list[str]:
+    """Return names of entries with a non-finite element.
+
+    Large entries are read piece by piece if the source can do that.
+    """
+    names, whole, bad = list(names), list[str](), set[str]()
     pieces = source.pieces if isinstance(source, GivesPieces) else _no_pieces
     for name in names:
         parts = pieces(name)
         if parts is None:
             whole.append(name)
         elif not all(map(all_finite, parts)):
-            spoilt.add(name)
-    spoilt.update(not_finite((name, source.get(name)) for name in whole))
-    return [name for name in names if name in spoilt]
+            bad.add(name)
+    # One call for all of them: each answer of a GPU has to be waited for.
+    bad.update(not_finite((name, source.get(name)) for name in whole))
+    return [name for name in names if name in bad]
 
 
 def _no_pieces(_name: str) -> None:
-    """What a source gives that has no pieces."""
+    """Stand in for ``GivesPieces.pieces`` of a source without it."""
 
 
-def _spoilt(name: str, value: torch.Tensor, present: _Present) -> Iterator[Problem]:
-    """A problem, unless the present values are not finite either."""
-    alike = present.alike(value.shape)
+def _new_problems(name: str, value: torch.Tensor, present: _PresentValues) -> Iterator[Problem]:
+    """Yield a problem if elements are non-finite that are finite now."""
+    same_entry = present.comparable(value.shape)
     bad = ~finite(value)
-    if alike is not None:
-        bad &= finite(alike).to(bad.device)
-    elif present.derived_not_finite():
-        return
+    if same_entry is not None:
+        bad &= finite(same_entry).to(bad.device)
+    elif present.derived_is_non_finite():
+        return  # the new elements may be those that are non-finite now
     if bad.any():
         yield newly_nonfinite(name, bad)
 
 
 @dataclass(frozen=True)
-class _Present:
-    """What is known of the values that a module holds now of one entry of a source."""
+class _PresentValues:
+    """Values that a module holds now and that come from one entry of a source.
+
+    Attributes:
+        plan: Plan that is bound to the module.
+        module: Module with its present weights.
+        name: Name of the entry.
+        rows: Rows of the plan that name the entry as a source.
+    """
 
     plan: Plan
     module: OpenedModule
     name: str
     rows: list[LedgerRow]
 
-    def alike(self, shape: torch.Size) -> torch.Tensor | None:
-        """A value to compare element by element: of a slot that holds the entry as it is.
+    def comparable(self, shape: torch.Size) -> torch.Tensor | None:
+        """Return a value to compare with element by element; None if there is none.
 
-        Where no such slot can be read, the one that the plan keeps of what no state_dict holds.
+        It is the value of a slot that holds the entry unchanged. If no such slot can be read, it is
+        the value that the plan keeps of a tensor that no state_dict holds.
         """
+        # A computed slot (``CallRef``) has elements of other entries, too.
         for row in self.rows:
             present = None if isinstance(row.value, CallRef) else self._read(row)
             if present is not None and present.shape == shape:
@@ -89,8 +110,8 @@ class _Present:
         kept = self.plan.pinned(self.name) if self.name in self.plan.data.pinned else None
         return kept if kept is not None and kept.shape == shape else None
 
-    def derived_not_finite(self) -> bool:
-        """Whether a slot that is computed from the entry, among others, is not finite itself."""
+    def derived_is_non_finite(self) -> bool:
+        """Return whether a slot that is computed from the entry holds a non-finite element."""
         derived = (self._read(row) for row in self.rows if isinstance(row.value, CallRef))
         return any(present is not None and not all_finite(present) for present in derived)
 

@@ -1,4 +1,9 @@
-"""Missing and unexpected names, broken ties, wrong dtypes and shapes, unusable tensors."""
+"""Check the headers of a source against what a program reads.
+
+Problems are missing and unexpected names, wrong dtypes and shapes, unusable tensors, and tied names
+or views with values of their own. Data is read for the last two only. Each problem has a hint with
+the rule and the flag that solve it.
+"""
 
 from __future__ import annotations
 
@@ -20,56 +25,74 @@ if TYPE_CHECKING:
 
 
 _SHOWN = 3
-_MANY = 1000
+_MAX_SUBTREES = 1000
+_MAX_HEADERS = 1000
+"""Headers of more unexpected entries are not read: opening them would take long."""
 
 
-class Names:
-    """A source held against what a plan's program reads."""
+class NameCheck:
+    """Compares the names and headers of a source with those that a plan's program reads."""
 
     def __init__(self, plan: Plan, source: WeightSource) -> None:
-        """Look at every name of the source once, at headers only."""
+        """Read the headers of the source.
+
+        Args:
+            plan: Plan whose program reads the weights.
+            source: New weights, after all transforms.
+        """
         self._reads, self._source = reads_of(plan), source
         self._names = source.names()
         known = self._reads.known
-        whole = known.issuperset(self._names)  # as nearly always
-        self._mine = self._names if whole else [name for name in self._names if name in known]
-        self._infos = {name: source.info(name) for name in self._doubtful()}
-        self._misfits = list(self._all_misfits())
+        # Nearly always all names are known. Then a warm refit skips building a list of them.
+        all_known = known.issuperset(self._names)
+        self._known = self._names if all_known else [name for name in self._names if name in known]
+        self._infos = {name: source.info(name) for name in self._names_to_check()}
+        self._misfits = list(self._find_misfits())
         self._bad = {p.subject for p in self._misfits}
 
     def problems(self, *, partial: bool) -> Iterator[Problem]:
-        """Everything that is wrong, missing names last."""
+        """Yield all problems, missing names last.
+
+        If the whole model lies under a prefix, only that is reported.
+
+        Args:
+            partial: Whether slots without a value keep theirs. Then nothing is missing, but at
+                least one slot must get a value.
+        """
         if subtrees := self._subtrees():
             yield from subtrees
             return
         yield from self._unexpected(partial=partial)
         yield from self._misfits
+        # These read data, but only of entries without other problems.
         yield from self._broken_ties()
         yield from self._broken_views()
         if partial:
-            yield from self._nothing_at_all()
+            yield from self._nothing_to_refit()
         else:
             yield from self._missing()
 
     def usable(self) -> list[str]:
-        """Names that slots will be filled from and whose headers are right."""
+        """Return names of entries that slots are filled from and that have no header problems."""
         needed = self._reads.needed
         return [n for n in self._names if n in needed and n not in self._bad]
 
-    def _doubtful(self) -> Iterable[str]:
-        """Names that need a closer look; all others are just what the program has."""
+    def _names_to_check(self) -> Iterable[str]:
+        """Return known names whose headers may not be the program's."""
+        # Describing each tensor of a large state_dict would dominate a warm refit. ``TensorMap``
+        # compares them with the program much faster.
         if isinstance(self._source, TensorMap):
-            return self._source.doubtful(self._mine, self._reads.wanted)
-        return self._mine
+            return self._source.doubtful(self._known, self._reads.wanted)
+        return self._known
 
     def _subtrees(self) -> list[Problem]:
-        """Prefixes of whole models, where the source has no name that the program has."""
+        """Return prefixes under which the whole model lies, if no name of the source is known."""
         if not self._names or not self._reads.known.isdisjoint(self._names):
             return []
         first = next(iter(self._reads.lacking(self._names)), "")
         ends = tuple(f".{name}" for name in self._reads.names_of([first]) if name)
         inside = {n.removesuffix(e) + "." for n in self._names for e in ends if n.endswith(e)}
-        if len(inside) > _MANY:
+        if len(inside) > _MAX_SUBTREES:  # checking each would take long
             return []
         return [
             Problem(
@@ -83,69 +106,79 @@ class Names:
 
     def _unexpected(self, *, partial: bool) -> Iterator[Problem]:
         known = self._reads.known
-        if len(self._mine) == len(self._names):
+        if len(self._known) == len(self._names):
             return
-        strange = [name for name in self._names if name not in known]
-        if len(strange) <= _MANY:  # a module has few buffers that no state_dict would hold
-            strange = [name for name in strange if self._source.info(name).persistent]
+        unknown = [name for name in self._names if name not in known]
+        # A live module has a few non-persistent buffers, which no state_dict holds.
+        if len(unknown) <= _MAX_HEADERS:
+            unknown = [name for name in unknown if self._source.info(name).persistent]
         complete = not partial and not self._reads.lacking(self._names)
-        others = self._to_ignore(strange) if complete or partial else ""
         yield from unexpected(
-            strange,
+            unknown,
             known,
             "the model",
             self._source.info,
-            given=self._mine,
-            to_leave_out=others,
+            given=self._known,
+            to_leave_out=self._ignore_hint(unknown) if complete or partial else "",
             complete=complete,
         )
 
-    def _to_ignore(self, strange: Iterable[str]) -> str:
-        """How to leave out entries that the program does not need, by the names that were given."""
-        source, kept = self._source, set(self._mine)
-        strange = dict.fromkeys(strange)
+    def _ignore_hint(self, unknown: Iterable[str]) -> str:
+        """Return the rule and flag that leave out entries.
+
+        ``rules.ignore`` matches names as the user gave them, so names are traced back through all
+        transforms.
+        """
+        source, kept = self._source, set(self._known)
+        unknown = dict.fromkeys(unknown)
         while isinstance(source, MadeOf):
             kept = {name for one in kept for name in source.made_from(one)}
-            strange = {name: None for one in strange for name in source.made_from(one)}
+            unknown = {name: None for one in unknown for name in source.made_from(one)}
             source = source.given
-        pattern = ignoring(strange, kept)
+        pattern = ignoring(unknown, kept)
         if pattern:
             return (
                 f"to leave it out, set rules.ignore to [{pattern!r}], or pass --ignore '{pattern}'"
             )
         return "to leave entries out, set rules.ignore to patterns, or pass --ignore PATTERN"
 
-    def _all_misfits(self) -> Iterator[Problem]:
-        """Entries that cannot become what the program reads under their names.
+    def _find_misfits(self) -> Iterator[Problem]:
+        """Yield unusable entries, and entries whose dtype or shape is not the program's.
 
-        What the program has but does not read must have the right shape all the same: otherwise
-        the weights are those of another model.
+        An entry that the program has but does not read must still have the right shape: otherwise
+        the weights are those of another model. Its dtype does not matter.
         """
         for name, info in self._infos.items():
             leaf, needed = self._reads.leaves.get(name), name in self._reads.needed
             if info.unusable and needed:
                 yield Problem(name, "unusable", info.unusable, _leaf_text(leaf))
             elif leaf and not info.unusable:
-                yield from _differences(leaf, info, with_dtype=needed)
+                yield from _header_problems(leaf, info, check_dtype=needed)
 
     def _broken_ties(self) -> Iterator[Problem]:
-        """Names of one tensor for which the source has different tensors."""
+        """Yield tied names for which the source has different tensors."""
         if self._reads.ties:
             good = set(self._names) - self._bad
             yield from broken_ties(self._reads.ties, good, self._source)
 
     def _broken_views(self) -> Iterator[Problem]:
-        """Entries that are views of others in the model, and have other values in the source."""
+        """Yield entries that are views in the model, but do not have the values of their base."""
         if self._reads.views:
             good = set(self._names) - self._bad
             yield from broken_views(self._reads.leaves, good, self._source)
 
     def _missing(self) -> Iterator[Problem]:
-        """What the source must have and has under none of its names."""
+        """Yield tensors that the source must have, but has under none of their names."""
         for name, needed_by in self._reads.lacking(self._names).items():
-            yield self._lack(name, needed_by)
+            yield self._missing_problem(name, needed_by)
 
-    def _lack(self, name: str, needed_by: list[str]) -> Problem:
+    def _missing_problem(self, name: str, needed_by: list[str]) -> Problem:
+        """Return the problem of one missing tensor.
+
+        Args:
+            name: First name of the tensor.
+            needed_by: Names of the slots that need it.
+        """
         others = self._reads.names_of([name]) - {name}
         also = f", or its other names {tuple(sorted(others))}" if others else ""
         hint = f"pass it{also}"
@@ -156,32 +189,33 @@ class Names:
             hint += "; to leave such slots as they are: partial=True"
         return Problem(name, "missing", wanted=_leaf_text(self._reads.leaves.get(name)), hint=hint)
 
-    def _nothing_at_all(self) -> Iterator[Problem]:
+    def _nothing_to_refit(self) -> Iterator[Problem]:
         if self._reads.of_slots.isdisjoint(self._names):
             found = f"{len(self._names)} names, none of a slot"
             yield Problem(self._source.description, "nothing to refit", found)
 
 
-def _differences(leaf: Leaf, info: TensorInfo, *, with_dtype: bool) -> Iterator[Problem]:
-    if with_dtype and info.dtype != leaf.dtype:
+def _header_problems(leaf: Leaf, info: TensorInfo, *, check_dtype: bool) -> Iterator[Problem]:
+    if check_dtype and info.dtype != leaf.dtype:
         cast = _cast_for(info.dtype, leaf.dtype)
         rule = f", or set rules.cast to {cast!r}, or pass --cast {cast}" if cast else ""
         hint = f"convert it yourself{rule}: refitkit never casts weights silently"
-        if not leaf.persistent:
+        if not leaf.persistent:  # a cast would lose bits of a value that the plan has exactly
             hint = (
                 "leave it out: no state_dict holds it, so the plan's value is kept; to set it, "
                 "convert it yourself"
             )
         yield Problem(leaf.fqn, "dtype", info.dtype, leaf.dtype, hint)
     if info.shape != leaf.shape:
-        hint = _on_transposed(leaf.fqn) if info.shape == leaf.shape[::-1] else ""
+        hint = _transposed_hint(leaf.fqn) if info.shape == leaf.shape[::-1] else ""
         yield Problem(leaf.fqn, "shape", str(info.shape), str(leaf.shape), hint)
 
 
-def _on_transposed(name: str) -> str:
-    """What to do about a weight that has the transposed shape.
+def _transposed_hint(name: str) -> str:
+    """Return a hint for a weight that has the transposed shape.
 
-    Ready rules are named, which transpose square weights of that kind, too: no shape shows those.
+    It names a family of rules if one transposes such weights. The family also transposes square
+    weights, whose shapes do not show that they are transposed.
     """
     for family, rules in FAMILIES.items():
         if any(rule.transposed and name.endswith(rule.into.removeprefix("{}")) for rule in rules):
@@ -191,7 +225,7 @@ def _on_transposed(name: str) -> str:
 
 
 def _cast_for(found: str, wanted: str) -> str:
-    """The rule that makes one dtype of another; empty if none does."""
+    """Return the value of ``rules.cast`` that casts one dtype to another; empty if none does."""
     before, after = dtype_of(found), dtype_of(wanted)
     if is_lossless(before, after):
         return "lossless"

@@ -1,4 +1,7 @@
-"""Built-in merges: weights made of several others, tensor by tensor, when they are read."""
+"""Built-in merges: weights computed from other weights, tensor by tensor, as they are read.
+
+Read ``descriptions`` first: the classes that users call. ``sources`` computes the tensors.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ if TYPE_CHECKING:
 def refitkit_load_weights(
     source: object, open_weights: Callable[[object], WeightSource]
 ) -> WeightSource | None:
-    """Open a description of a merge; its parts are whatever ``open_weights`` takes."""
+    """Open the description of a merge. ``open_weights`` opens each of its parts."""
+    # Imported here because every start of refitkit imports this module.
     from refitkit.builtin.merges.descriptions import Merge
 
     return source.open(open_weights) if isinstance(source, Merge) else None

@@ -1,4 +1,7 @@
-"""Built-in transforms, as ``Config.rules`` says: names, packing, casts."""
+"""Built-in transforms for ``Config.rules``: names, then packing, then casts.
+
+Each module has one transform, except ``name_matching``, which ``names`` uses.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,16 @@ if TYPE_CHECKING:
 
 @hookimpl
 def refitkit_weight_transforms(config: Config) -> Iterable[WeightTransform]:
-    """Those that have something to do."""
-    from refitkit.builtin.rules.casts import Casts
-    from refitkit.builtin.rules.names import Names
-    from refitkit.builtin.rules.packs import Packs
+    """Yield the transforms that the rules need."""
+    # Imported here because every start of refitkit imports this module.
+    from refitkit.builtin.rules.casts import CastTransform
+    from refitkit.builtin.rules.names import NameTransform
+    from refitkit.builtin.rules.packs import PackTransform
 
     rules = config.rules
-    yield Names(rules)
+    # Names are matched without any rule, too.
+    yield NameTransform(rules)
     if rules.packing:
-        yield Packs(rules.packing)
+        yield PackTransform(rules.packing)
     if rules.cast != "no":
-        yield Casts(any_cast=rules.cast == "any")
+        yield CastTransform(any_cast=rules.cast == "any")

@@ -1,4 +1,4 @@
-"""Entries of another dtype than the program's."""
+"""The transform that casts entries whose dtype is not the program's."""
 
 from __future__ import annotations
 
@@ -19,25 +19,35 @@ if TYPE_CHECKING:
     from refitkit.protocols import TransformRequest, WeightSource
 
 
-class Casts:
-    """Casts entries to the dtype that the program has them in.
+class CastTransform:
+    """Casts entries to the dtype that they have in the program.
 
-    Never those that no state_dict holds, such as the frequencies of rotary embeddings: the plan
-    keeps them as the program had them, and a cast would lose bits of that.
+    It never casts tensors that no state_dict holds, such as the frequencies of rotary embeddings:
+    the plan keeps their exact values, and a cast value has lost bits.
+
+    Attributes:
+        name: Name of the transform in reports.
+        priority: Place in the order of transforms: after names and packing.
     """
 
     name = "casts"
     priority = 30
 
     def __init__(self, *, any_cast: bool) -> None:
-        """Cast what stays what it is, or all between numbers of one kind."""
+        """Create a transform.
+
+        Args:
+            any_cast: Whether floats are cast to any float dtype, and integers to any integer dtype.
+                If False, only casts that keep every value are done.
+        """
         self._any = any_cast
 
     def groups(self, request: TransformRequest) -> Iterator[WeightGroup]:
-        """One for each entry that is cast; others are left for the checks to refuse."""
+        """Yield a group for each entry that is cast. The checks refuse other wrong dtypes."""
         reads = reads_of(request.plan)
         read = reads.used | reads.of_slots
-        # a view that the state_dict names is compared with its weight, which is cast
+        # A checkpoint may have a view of a weight, too. The checks compare it with that weight, so
+        # it must be cast as the weight is.
         leaves = {n: leaf for n, leaf in reads.leaves.items() if n in read or leaf.view is not None}
         kept = kept_leaves(request.plan)
         for name in request.source.names():
@@ -46,15 +56,20 @@ class Casts:
             if leaf is None or info.unusable or info.dtype == leaf.dtype:
                 continue
             before, after = dtype_of(info.dtype), dtype_of(leaf.dtype)
+            # The plan's value is used, so the entry is taken out rather than refused for its dtype.
             if name in kept:
-                if _is_planned(request, leaf, info):
+                if _keeps_planned_value(request, leaf, info):
                     yield WeightGroup((name,), {}, lambda: Made({}))
             elif is_lossless(before, after) or (self._any and are_alike(before, after)):
                 yield _cast(request.source, name, info, leaf.dtype)
 
 
-def _is_planned(request: TransformRequest, leaf: Leaf, info: TensorInfo) -> bool:
-    """Whether an entry is what the plan keeps anyway, in another dtype, or state of a program."""
+def _keeps_planned_value(request: TransformRequest, leaf: Leaf, info: TensorInfo) -> bool:
+    """Return whether an entry can be left out, because the plan's value is used instead.
+
+    That is so if the entry is the plan's value in another dtype, or a non-persistent buffer that
+    the program writes.
+    """
     name = leaf.fqn
     if leaf.mutated and not info.persistent:
         return True
@@ -66,9 +81,9 @@ def _is_planned(request: TransformRequest, leaf: Leaf, info: TensorInfo) -> bool
 
 def _cast(source: WeightSource, name: str, info: TensorInfo, dtype: str) -> WeightGroup:
     gives = {name: info.model_copy(update={"dtype": dtype})}
-    make = partial(_as, source, name, dtype_of(dtype))
+    make = partial(_read_as, source, name, dtype_of(dtype))
     return WeightGroup((name,), gives, make, formula=("cast", dtype))
 
 
-def _as(source: WeightSource, name: str, dtype: torch.dtype) -> Made:
+def _read_as(source: WeightSource, name: str, dtype: torch.dtype) -> Made:
     return Made({name: source.get(name).to(dtype)})

@@ -1,4 +1,9 @@
-"""Names of a checkpoint as names of a program."""
+"""The transform that gives entries of a checkpoint the names of the program.
+
+It applies the rules ``subtree``, ``ignore`` and ``rename``, lets ``name_matching`` find what these
+do not explain, and refuses names that cannot be used. If nothing fits, it looks for families of
+``pack`` rules that do, so that the error can name them.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ from functools import partial
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from refitkit.builtin.rules.readings import Readings
+from refitkit.builtin.rules.name_matching import NameMatcher
 from refitkit.errors import Problem, WeightMismatchError
 from refitkit.model.rules import FAMILIES
 from refitkit.protocols import Made, WeightGroup
@@ -16,59 +21,68 @@ from refitkit.recipe.reads import reads_of
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
 
-    from refitkit.builtin.rules.readings import Reading
+    from refitkit.builtin.rules.name_matching import NameMatch
     from refitkit.model import Rules
     from refitkit.protocols import TransformRequest, WeightSource
 
 _SHOWN = 5
 
 
-class Names:
-    """Leaves out entries, and gives others the names of the program.
+class NameTransform:
+    """Renames entries, and leaves out those that the program does not need.
 
-    Rules of the user come first. Then parts that wrappers added are taken out. If names still do
-    not fit, ``readings.py`` looks for the only prefix or subtree with which all of them do.
+    Rules of the user come first. Then wrapper parts are removed. If names still do not match, the
+    only prefix or subtree with which all of them match is used.
+
+    Attributes:
+        name: Name of the transform in reports.
+        priority: Place in the order of transforms: names come first.
     """
 
     name = "names"
     priority = 10
 
     def __init__(self, rules: Rules) -> None:
-        """Follow rules."""
+        """Create a transform that applies these rules."""
         self._rules = rules
         self._ignored = [re.compile(pattern) for pattern in rules.ignore]
 
     def groups(self, request: TransformRequest) -> Iterator[WeightGroup]:
-        """One for each name that becomes another, or nothing; one for all that are left out.
+        """Yield a group for each renamed entry, and groups for entries that are left out.
 
         Raises:
-            WeightMismatchError: Names cannot be meant, or can be meant in several ways; lists all.
+            WeightMismatchError: The subtree does not exist, the names match in several ways, two
+                names become one, or the weights are in another layout. The error lists all
+                problems of the first kind that is found.
         """
         names, reads = request.source.names(), reads_of(request.plan)
         rules = self._rules
+        # Nearly always the source has the program's names, and nothing has to be done.
         if not (rules.subtree or rules.ignore) and reads.known.issuperset(names):
-            moved = {n: self._renamed(n) for n in names} if rules.rename else {}
-            if not any(new != n and new in reads.known for n, new in moved.items()):
-                return  # as nearly always; rules may exchange names of the program
-        _require_inside(rules.subtree, names)
-        outside, ignored, kept = self._sorted(names)
-        readings = Readings(reads, request.source, rules, kept)
-        reading = _chosen(readings, partial=request.partial)
-        no_weights = readings.no_weights(reading)
-        gone = {*no_weights, *reading.beside}
-        found = {n: reading.found.get(n, new) for n, new in kept.items() if n not in gone}
-        _refuse_doubles(found)
-        yield from (_left_out((name,)) for name in outside)
-        yield from _left_out_for(ignored, "named by rules.ignore")
-        yield from _left_out_for(no_weights, "no weights of a model")
-        yield from _left_out_for(reading.beside, f"not under {reading.dropped!r}")
-        note = _how(reading)
-        for name, new in found.items():
+            renamed = {name: self._rename(name) for name in names} if rules.rename else {}
+            # Rules may still exchange names of the program.
+            if not any(new != name and new in reads.known for name, new in renamed.items()):
+                return
+        _require_subtree(rules.subtree, names)
+        outside, ignored, kept = self._apply_rules(names)
+        matcher = NameMatcher(reads, request.source, rules, kept)
+        match = _choose(matcher, partial=request.partial)
+        extras = matcher.known_extras(match)
+        removed = {*extras, *match.outside}
+        # Unmatched names stay: another transform may take them, and the checks report the rest.
+        targets = {n: match.targets.get(n, new) for n, new in kept.items() if n not in removed}
+        _refuse_duplicates(targets)
+        yield from (_leave_out((name,)) for name in outside)
+        yield from _leave_out_with_note(ignored, "matched by rules.ignore")
+        yield from _leave_out_with_note(extras, "not model weights")
+        yield from _leave_out_with_note(match.outside, f"not under {match.dropped!r}")
+        note = _note(match)
+        for name, new in targets.items():
             if new != name:
-                yield _renamed(request.source, name, new, note)
+                yield _renaming(request.source, name, new, note)
 
-    def _sorted(self, names: Iterable[str]) -> tuple[list[str], list[str], dict[str, str]]:
-        """Names outside the subtree, those that rules ignore, and all others with new names."""
+    def _apply_rules(self, names: Iterable[str]) -> tuple[list[str], list[str], dict[str, str]]:
+        """Return names outside the subtree, ignored names, and other names with their new names."""
         subtree = self._rules.subtree
         if not (subtree or self._ignored or self._rules.rename):
             return [], [], {name: name for name in names}
@@ -81,54 +95,147 @@ class Names:
             if any(rule.fullmatch(name) or rule.fullmatch(rest) for rule in self._ignored):
                 ignored.append(name)
             else:
-                kept[name] = self._renamed(rest)
+                kept[name] = self._rename(rest)
         return outside, ignored, kept
 
-    def _renamed(self, name: str) -> str:
+    def _rename(self, name: str) -> str:
+        """Return what the first rule that matches makes of a name."""
         for rule in self._rules.rename:
             if re.fullmatch(rule.pattern, name):
                 return re.sub(rule.pattern, rule.to, name, count=1)
         return name
 
 
-def _how(reading: Reading) -> str:
-    """How names were read, if not as they are but for wrappers."""
-    if reading.dropped:
-        return f"names: took the weights under {reading.dropped!r}, where all of the program's are"
-    if reading.added:
-        return f"names: put {reading.added!r} before the names, as the program has them"
-    if reading.puts_wrappers:
-        return "names: put parts of wrappers into the names, as the program has them"
+# -- groups and notes -------------------------------------------------------------------------
+
+
+def _note(match: NameMatch) -> str:
+    """Return a note for reports on how names were matched; empty if as given."""
+    if match.dropped:
+        return (
+            f"names: took the weights under {match.dropped!r}: all names of the program are there"
+        )
+    if match.added:
+        return f"names: added the prefix {match.added!r} to the names"
+    if match.adds_wrappers:
+        return "names: added wrapper parts that the names of the program have"
     return ""
 
 
-def _left_out_for(names: Collection[str], why: str) -> Iterator[WeightGroup]:
-    """All entries that are left out for one reason, if there are some."""
+def _leave_out_with_note(names: Collection[str], reason: str) -> Iterator[WeightGroup]:
+    """Yield a group that takes all entries left out for one reason; none without entries."""
     if names:
         entries = "1 entry" if len(names) == 1 else f"{len(names)} entries"
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         shown = ", ".join(map(repr, list(names)[:_SHOWN]))
-        yield _left_out(tuple(names), f"names: left out {entries}, {why}: {shown}{more}")
+        yield _leave_out(tuple(names), f"names: left out {entries} ({reason}): {shown}{more}")
 
 
-def _left_out(names: tuple[str, ...], note: str = "") -> WeightGroup:
+def _leave_out(names: tuple[str, ...], note: str = "") -> WeightGroup:
     return WeightGroup(names, {}, lambda: Made({}), note=note)
 
 
-def _renamed(source: WeightSource, name: str, new: str, note: str = "") -> WeightGroup:
-    make = partial(_same, source, name, new)
+def _renaming(source: WeightSource, name: str, new: str, note: str = "") -> WeightGroup:
+    make = partial(_read_as, source, name, new)
     return WeightGroup((name,), {new: source.info(name)}, make, formula="as it is", note=note)
 
 
-def _same(source: WeightSource, name: str, new: str) -> Made:
+def _read_as(source: WeightSource, name: str, new: str) -> Made:
     return Made({new: source.get(name)})
 
 
-def _refuse_doubles(found: dict[str, str]) -> None:
-    """Refuse two names that become one."""
+# -- names that cannot be used ----------------------------------------------------------------
+
+
+def _require_subtree(subtree: str, names: Collection[str]) -> None:
+    """Check the rule ``subtree``.
+
+    Raises:
+        WeightMismatchError: No name begins with the subtree, or it lacks its final dot.
+    """
+    inside = [name.removeprefix(subtree) for name in names if name.startswith(subtree)]
+    lacks_dot = bool(subtree) and bool(inside) and all(rest.startswith(".") for rest in inside)
+    if inside and not lacks_dot:
+        return
+    if not names:
+        return
+    if lacks_dot:
+        hint = f"did you mean {subtree + '.'!r}?"
+    else:
+        tops = sorted({name.partition(".")[0] for name in names})
+        more = f" and {len(tops) - _SHOWN} more" if len(tops) > _SHOWN else ""
+        hint = f"names begin with {', '.join(map(repr, tops[:_SHOWN]))}{more}"
+        # In {"state_dict": {"model.weight": ...}} the subtree "model." is "state_dict.model.".
+        above = {n.partition(f".{subtree}")[0] for n in names if f".{subtree}" in n}
+        if subtree.endswith(".") and len(above) == 1:
+            hint = f"did you mean {f'{above.pop()}.{subtree}'!r}?"
+    raise WeightMismatchError(
+        "No names are under rules.subtree.",
+        problems=[Problem(repr(subtree), "no such subtree", hint=hint)],
+    )
+
+
+def _choose(matcher: NameMatcher, *, partial: bool) -> NameMatch:
+    """Return the match to use.
+
+    Raises:
+        WeightMismatchError: See ``NameMatcher.choose``. Or the match is incomplete, and families
+            of rules make it complete.
+    """
+    try:
+        match = matcher.choose(partial=partial)
+    except WeightMismatchError:
+        # Weights that seem to be of another model may be in another layout.
+        if not matcher.can_be_complete:
+            _refuse_other_layouts(matcher)
+        raise
+    if not partial and not matcher.has_all(match):
+        _refuse_other_layouts(matcher)
+    return match
+
+
+def _refuse_other_layouts(matcher: NameMatcher) -> None:
+    """Try families of rules that the user has not named, alone and in pairs.
+
+    Raises:
+        WeightMismatchError: Some of them make the weights complete. The error lists these.
+    """
+    named = matcher.rules.families
+    others = [
+        name for name in FAMILIES if name not in named and matcher.with_families(name).has_packs
+    ]
+    for count in (1, 2):
+        fitting = [
+            families
+            for families in combinations(others, count)
+            if matcher.with_families(*families).can_be_complete
+        ]
+        if fitting:
+            raise WeightMismatchError(
+                "The weights are in another layout.",
+                problems=[_family_problem(named, families) for families in fitting],
+            )
+
+
+def _family_problem(named: Iterable[str], families: Sequence[str]) -> Problem:
+    """Return a problem whose hint adds families to those that the user has named."""
+    rule = f"set rules.families to {[*named, *families]}"
+    flags = " ".join(f"--family {family}" for family in families)
+    return Problem(" and ".join(families), "fits", hint=f"to take it, {rule}, or pass {flags}")
+
+
+def _refuse_duplicates(targets: dict[str, str]) -> None:
+    """Check that no two entries get the same name.
+
+    Args:
+        targets: New name of each entry.
+
+    Raises:
+        WeightMismatchError: Some do; the error lists all of them.
+    """
     firsts: dict[str, str] = {}
     problems = []
-    for name, new in found.items():
+    for name, new in targets.items():
         first = firsts.setdefault(new, name)
         if new and first != name:
             flag = f"--ignore '{re.escape(name)}'"
@@ -136,63 +243,3 @@ def _refuse_doubles(found: dict[str, str]) -> None:
             problems.append(Problem(name, "given twice", hint=hint))
     if problems:
         raise WeightMismatchError("Several names become one.", problems=problems)
-
-
-def _chosen(readings: Readings, *, partial: bool) -> Reading:
-    """The reading to take, if the weights are not in another layout."""
-    try:
-        reading = readings.chosen(partial=partial)
-    except WeightMismatchError:
-        if not readings.can_be_complete:  # it is of another model, as it seems
-            _refuse_other_layouts(readings)
-        raise
-    if not partial and not readings.has_all(reading):
-        _refuse_other_layouts(readings)
-    return reading
-
-
-def _refuse_other_layouts(readings: Readings) -> None:
-    """Name the ready rules with which incomplete weights are whole, if there are some."""
-    own = readings.rules.families
-    others = [name for name in FAMILIES if name not in own and readings.with_families(name).packs]
-    for number in (1, 2):
-        fitting = [
-            families
-            for families in combinations(others, number)
-            if readings.with_families(*families).can_be_complete
-        ]
-        if fitting:
-            raise WeightMismatchError(
-                "The weights are in another layout.",
-                problems=[_family(own, families) for families in fitting],
-            )
-
-
-def _family(own: Iterable[str], families: Sequence[str]) -> Problem:
-    """Ready rules that fit beside those that the user has named."""
-    rule = f"set rules.families to {[*own, *families]}"
-    flags = " ".join(f"--family {family}" for family in families)
-    return Problem(" and ".join(families), "fits", hint=f"to take it, {rule}, or pass {flags}")
-
-
-def _require_inside(subtree: str, names: Collection[str]) -> None:
-    """Refuse a subtree that no name is in, or that ends before a dot."""
-    rests = [name.removeprefix(subtree) for name in names if name.startswith(subtree)]
-    dotted = bool(subtree) and bool(rests) and all(rest.startswith(".") for rest in rests)
-    if dotted or (names and not rests):
-        begin = sorted({name.partition(".")[0] for name in names})
-        more = f" and {len(begin) - _SHOWN} more" if len(begin) > _SHOWN else ""
-        hint = f"names begin with {', '.join(map(repr, begin[:_SHOWN]))}{more}"
-        within = {n.partition(f".{subtree}")[0] for n in names if f".{subtree}" in n}
-        if subtree.endswith(".") and len(within) == 1:  # {"state_dict": {"model.weight": ...}}
-            hint = f"{f'{within.pop()}.{subtree}'!r} is meant"
-        raise WeightMismatchError(
-            "The rule subtree fits no names.",
-            problems=[
-                Problem(
-                    repr(subtree),
-                    "no such subtree",
-                    hint=f"{subtree + '.'!r} is meant" if dotted else hint,
-                )
-            ],
-        )

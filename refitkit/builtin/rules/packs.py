@@ -1,8 +1,13 @@
-"""Weights that one side has in one piece and the other in parts: q, k and v; gate and up; experts.
+"""Rules of ``pack``: a weight that one side has in one piece and the other side in parts.
 
-A rule is an equation between a piece and its parts. The names that a program and a source have say
-which side is made of the other; shapes of the program say where a piece is cut. Parts are cut out
-as views of the piece, without a copy.
+Examples are q, k and v in one ``qkv`` weight, gate and up, and experts. A rule is an equation
+between a piece and its parts. The module hides in which direction a rule is applied and where a
+part lies in its piece. Names say the direction: the program has one side, the source the other.
+Shapes of the program say where a piece is cut. Parts are views of their piece: cutting copies
+nothing.
+
+Read from top to bottom: ``PackTransform`` is the transform that a refit calls, ``PackIndex`` finds
+the rule for a name, and ``PackConversion`` checks shapes and moves the data.
 """
 
 from __future__ import annotations
@@ -25,84 +30,90 @@ if TYPE_CHECKING:
     from refitkit.model import Leaf, Pack
     from refitkit.protocols import TransformRequest, WeightSource
 
-Shape = tuple[int, ...]
+    Shape = tuple[int, ...]
 
-_MOST = 1 << 12
-"""More parts of one name than this are no experts: the rule is not meant for that piece."""
-_TOGETHER = 8
+_MAX_PARTS = 1 << 12
+"""A rule with numbers does not apply to a piece with more parts: those are no experts."""
+_MAX_BATCH = 8
 """Most pieces that are in memory at once."""
-_MATRIX = 2
-"""Dimensions of what can be transposed."""
+_MATRIX_DIMS = 2
 
 
-class Headers(Protocol):
-    """What a source says of its entries, without data."""
+class PackTransform:
+    """Joins parts into pieces that the program has, and cuts pieces into parts that it has.
 
-    def names(self) -> Collection[str]:
-        """Names of all entries."""
-
-    def info(self, fqn: str) -> TensorInfo:
-        """Dtype and shape of an entry."""
-
-
-class Packs:
-    """Joins parts into weights that the source does not have itself, and cuts pieces into parts."""
+    Attributes:
+        name: Name of the transform in reports.
+        priority: Place in the order of transforms: after names, before casts.
+    """
 
     name = "packs"
     priority = 20
 
     def __init__(self, rules: tuple[Pack, ...]) -> None:
-        """Follow rules."""
+        """Create a transform that applies these rules; the first that fits is used."""
         self._rules = rules
 
     def groups(self, request: TransformRequest) -> Iterator[WeightGroup]:
-        """One for each piece.
+        """Yield groups that convert pieces, mostly one for each piece.
 
         Raises:
-            WeightMismatchError: Parts lack, or sizes do not add up; lists all of it.
+            WeightMismatchError: Parts are missing or unusable, or their dtypes or shapes do not
+                fit. The error lists all problems.
         """
         source, problems = request.source, list[Problem]()
-        order = {leaf.fqn: number for number, leaf in enumerate(request.plan.data.leaves)}
-        packings = Packings(self._rules, {leaf.fqn: leaf for leaf in request.plan.data.leaves})
+        leaves = {leaf.fqn: leaf for leaf in request.plan.data.leaves}
+        order = {name: index for index, name in enumerate(leaves)}
+        index = PackIndex(self._rules, leaves)
         names = source.names()
-        meant = dict.fromkeys(packings.meant(name, names) for name in order)
         fitting = []
-        for packing in meant:
-            found = list(packing.misfits(source)) if packing else []
+        # A conversion that cuts a piece is found by each of its parts: dict.fromkeys keeps it once.
+        for conversion in dict.fromkeys(index.find(name, names) for name in order):
+            if conversion is None:
+                continue
+            found = list(conversion.problems(source))
             problems += found
-            if packing and not found:
-                fitting.append(packing)
+            if not found:
+                fitting.append(conversion)
         if problems:
             raise WeightMismatchError("Parts do not make up a weight.", problems=problems)
-        for together in _interleaved(fitting, order):
-            yield _as_one([packing.group(source) for packing in together])
+        for batch in _batches(fitting, order):
+            yield _as_one([conversion.group(source) for conversion in batch])
 
 
-def _interleaved(packings: Iterable[Packing], order: Mapping[str, int]) -> Iterator[list[Packing]]:
-    """Packings, those together whose parts come in turn: experts, weights and biases.
+def _batches(
+    conversions: Iterable[PackConversion], order: Mapping[str, int]
+) -> Iterator[list[PackConversion]]:
+    """Yield conversions; those whose parts alternate in the program come in one list.
 
-    Weights are asked for in the order of the program, and only what one group has made is kept: a
-    piece would be read once for each of its parts.
+    The pipeline asks for weights in the order of the program and keeps the results of one group
+    only. Experts alternate: gate, down and up of the first, then of the second. In groups of their
+    own, each piece would be read again for each of its parts.
+
+    Args:
+        conversions: Conversions that fit.
+        order: Position of each weight in the program.
     """
     spans = []
-    for packing in packings:
-        if len(packing.gives) == 1:
-            yield [packing]
+    for conversion in conversions:
+        if len(conversion.gives) == 1:
+            yield [conversion]
             continue
-        places = [order[name] for name in packing.gives]
-        spans.append((min(places), max(places), packing))
-    found: list[list[Packing]] = []
+        positions = [order[name] for name in conversion.gives]
+        spans.append((min(positions), max(positions), conversion))
+    batches: list[list[PackConversion]] = []
     end = -1
-    for first, last, packing in sorted(spans, key=lambda span: span[:2]):
-        if first < end and len(found[-1]) < _TOGETHER:
-            found[-1].append(packing)
+    for first, last, conversion in sorted(spans, key=lambda span: span[:2]):
+        if first < end and len(batches[-1]) < _MAX_BATCH:
+            batches[-1].append(conversion)
         else:
-            found.append([packing])
+            batches.append([conversion])
         end = max(end, last) if first < end else last
-    yield from found
+    yield from batches
 
 
 def _as_one(groups: Sequence[WeightGroup]) -> WeightGroup:
+    """Return a group that takes and gives everything that some groups do."""
     if len(groups) == 1:
         return groups[0]
 
@@ -114,16 +125,159 @@ def _as_one(groups: Sequence[WeightGroup]) -> WeightGroup:
     return WeightGroup(takes, gives, make, formula=tuple(one.formula for one in groups))
 
 
-@dataclass(frozen=True, eq=False)  # known by identity
-class Packing:
-    """A rule for one piece, in one direction.
+# -- finding the rule for a name --------------------------------------------------------------
+
+
+class PackIndex:
+    """All conversions that rules allow for one program, by the names of its weights."""
+
+    def __init__(self, rules: Iterable[Pack], leaves: Mapping[str, Leaf]) -> None:
+        """Match every name of the program with every rule, once.
+
+        Args:
+            rules: Rules of ``pack``; those that come first are tried first.
+            leaves: Leaves of the program, by FQN.
+        """
+        self._leaves = leaves
+        self._by_result: dict[str, list[PackConversion]] = defaultdict(list)
+        for rule in rules:
+            for conversion in (*self._joining(rule), *self._cutting(rule)):
+                for name in conversion.gives:
+                    self._by_result[name].append(conversion)
+
+    @property
+    def source_names(self) -> set[str]:
+        """All names that a source may have for a conversion to apply."""
+        return self.source_names_of(self._by_result)
+
+    def source_names_of(self, names: Iterable[str]) -> set[str]:
+        """Return all names in a source from which some weights of the program can be made."""
+        conversions = {one for name in names for one in self._by_result.get(name, ())}
+        return {name for conversion in conversions for name in conversion.takes}
+
+    def find(self, name: str, given: Collection[str]) -> PackConversion | None:
+        """Return the conversion that makes a weight; None if the source has nothing for one.
+
+        Args:
+            name: Name of the weight in the program.
+            given: Names in the source. Some that the conversion takes may be missing.
+        """
+        for conversion in self._by_result.get(name, ()):
+            # A weight that the source has under its own name is left alone, unless the rule
+            # transposes it under that name.
+            applies = conversion.takes == (name,) or name not in given
+            if applies and any(taken in given for taken in conversion.takes):
+                return conversion
+        return None
+
+    def find_complete(self, name: str, given: Collection[str]) -> PackConversion | None:
+        """Return what ``find`` returns if the source has all names that the conversion takes."""
+        found = self.find(name, given)
+        return found if found and all(taken in given for taken in found.takes) else None
+
+    def _joining(self, rule: Pack) -> Iterator[PackConversion]:
+        """Yield a conversion for each piece that the program has."""
+        match = _matcher(rule.into)
+        for leaf in self._leaves.values():
+            found = match(leaf.fqn)
+            if found is None:
+                continue
+            count = _count_numbers(rule, leaf.shape) if rule.numbered else 1
+            if count <= _MAX_PARTS:
+                yield self._conversion(rule, found["place"] or "", count, cuts=False)
+
+    def _cutting(self, rule: Pack) -> Iterator[PackConversion]:
+        """Yield a conversion for each piece of which the program has a part."""
+        if rule.parts == (rule.into,):
+            return  # the rule transposes a weight in place: ``_joining`` has yielded it
+        counts: dict[str, int] = {}
+        for match in map(_matcher, rule.parts):
+            for name in self._leaves:
+                found = match(name)
+                if found is not None:
+                    count = int(found["number"]) + 1 if rule.numbered else 1
+                    place = found["place"] or ""
+                    counts[place] = max(count, counts.get(place, 0))
+        for place, count in counts.items():
+            if count <= _MAX_PARTS:
+                yield self._conversion(rule, place, count, cuts=True)
+
+    def _conversion(self, rule: Pack, place: str, count: int, *, cuts: bool) -> PackConversion:
+        parts = tuple(
+            _expand(part, place).replace("*", str(number))
+            for part in rule.parts
+            for number in range(count)
+        )
+        return PackConversion(rule, _expand(rule.into, place), parts, self._leaves, cuts)
+
+
+def _count_numbers(rule: Pack, shape: Shape) -> int:
+    """Return how many numbers ``*`` stands for, given the shape of the piece."""
+    if not shape:
+        return 0
+    # Stacks of several templates lie one after another in dimension 0 if ``dim`` is 0, too.
+    shares_dim = len(rule.parts) > 1 and rule.dim % len(shape) == 0
+    return shape[0] // len(rule.parts) if shares_dim else shape[0]
+
+
+def _expand(template: str, place: str) -> str:
+    """Return a template with ``{}`` replaced.
+
+    An empty place stands for weights of the model itself, which have no dot before their name.
+    """
+    return template.removeprefix("" if place else "{}.").replace("{}", place)
+
+
+def _matcher(template: str) -> Callable[[str], re.Match[str] | None]:
+    """Return a function that matches a name with a template: groups ``place`` and ``number``."""
+    begin = "{}." if template.startswith("{}.") else ""
+    rest = template.removeprefix(begin)
+    literals = re.split(r"\{\}|\*", rest)
+    pattern = re.escape(rest).replace(r"\{\}", "(?P<place>.*)")
+    pattern = r"(?:(?P<place>.*)\.)?" + pattern if begin else pattern
+    pattern = pattern.replace(r"\*", r"(?P<number>0|[1-9]\d{0,3})")
+    matches = re.compile(pattern, re.DOTALL).fullmatch
+
+    def match(name: str) -> re.Match[str] | None:
+        # Comparing literal ends first is faster: nearly all names fail there.
+        if (begin or name.startswith(literals[0])) and name.endswith(literals[-1]):
+            return matches(name)
+        return None
+
+    return match
+
+
+# -- one piece --------------------------------------------------------------------------------
+
+
+class Headers(Protocol):
+    """Names and headers of a source, without its data."""
+
+    def names(self) -> Collection[str]:
+        """Return the names of all entries."""
+
+    def info(self, fqn: str) -> TensorInfo:
+        """Return dtype and shape of an entry."""
+
+
+@dataclass(frozen=True, eq=False)  # compared by identity
+class PackConversion:
+    """A rule applied to one piece, in one direction.
+
+    Without ``*`` in the rule, each template of it names one part. Parts lie one after another along
+    a dimension of the piece (as ``torch.cat`` puts them), or are stacked along it (``torch.stack``)
+    if they have one dimension less.
+
+    With ``*``, each template names as many parts as there are numbers. They are stacked along
+    dimension 0. If the rule's ``dim`` is another one, the parts form a grid: numbers along
+    dimension 0, templates along ``dim``.
 
     Attributes:
-        rule: The rule.
+        rule: Rule that the conversion applies.
         piece: Name of the piece.
-        parts: Names of its parts; those of the first template come first, by their numbers.
-        leaves: What the program has, by name.
-        cuts: Whether the program has the parts.
+        parts: Names of the parts: all numbers of the first template, then those of the second.
+        leaves: Leaves of the program, by FQN.
+        cuts: Whether the program has the parts, and the source the piece.
     """
 
     rule: Pack
@@ -134,7 +288,7 @@ class Packing:
 
     @property
     def takes(self) -> tuple[str, ...]:
-        """Names that are given."""
+        """Names that the source has."""
         return (self.piece,) if self.cuts else self.parts
 
     @property
@@ -142,72 +296,110 @@ class Packing:
         """Names that the program has."""
         return self.parts if self.cuts else (self.piece,)
 
-    def misfits(self, source: Headers) -> Iterator[Problem]:
-        """Why it cannot be followed; of which dtype a weight is, is a matter of casts."""
+    def group(self, source: WeightSource) -> WeightGroup:
+        """Return the group that converts the entries of a source without ``problems``."""
+        dtype = source.info(self.takes[0]).dtype
+        gives = {
+            name: TensorInfo(dtype=dtype, shape=self.leaves[name].shape) for name in self.gives
+        }
+        shapes = self._part_shapes(source)
+        formula = ("packed", self.rule, self.cuts, shapes, tuple(i.shape for i in gives.values()))
+        return WeightGroup(self.takes, gives, partial(self._make, source, shapes), formula=formula)
+
+    def problems(self, source: Headers) -> Iterator[Problem]:
+        """Yield everything that prevents the conversion.
+
+        A dtype that is not the program's is no problem here: casts come later.
+        """
         names = source.names()
-        lacking = [name for name in self.takes if name not in names]
-        strange = [name for name in self.gives if name not in self.leaves]
-        if lacking or strange:
+        missing = [name for name in self.takes if name not in names]
+        unknown = [name for name in self.gives if name not in self.leaves]
+        if missing or unknown:
             wanted = f"a part of {self.piece!r}"
-            yield from (Problem(name, "missing", wanted=wanted) for name in lacking)
+            yield from (Problem(name, "missing", wanted=wanted) for name in missing)
             hint = f"{self.piece!r} would be cut into it and {len(self.parts) - 1} more"
-            yield from (Problem(name, "not in the model", wanted, hint=hint) for name in strange)
+            yield from (Problem(name, "not in the model", wanted, hint=hint) for name in unknown)
             return
         infos = {name: source.info(name) for name in self.takes}
         unusable = {name: info.unusable for name, info in infos.items() if info.unusable}
-        yield from (Problem(name, "unusable", why) for name, why in unusable.items())
+        if unusable:  # has no dtype and shape to compare
+            yield from (Problem(name, "unusable", why) for name, why in unusable.items())
+            return
         first = infos[self.takes[0]]
-        for name, info in infos.items() if not unusable else ():
+        for name, info in infos.items():
             if info.dtype != first.dtype:
                 yield Problem(name, "dtype", info.dtype, f"{first.dtype}, as the first part")
-        if not unusable:
-            given = {name: info.shape for name, info in infos.items()}
-            yield from self._odd_shapes({n: self.leaves[n].shape for n in self.gives} | given)
+        whole = infos[self.piece].shape if self.cuts else self.leaves[self.piece].shape
+        yield from self._shape_problems(whole, self._part_shapes(source))
 
-    def _odd_shapes(self, shapes: Mapping[str, Shape]) -> Iterator[Problem]:
-        """Parts that do not fit into the piece, or do not make it up."""
-        whole = shapes[self.piece] if self.cuts else self.leaves[self.piece].shape
-        sizes = {name: shapes[name] for name in self.parts}
-        if len(sizes) == 1:
-            yield from self._odd_part(sizes[self.parts[0]], whole)
+    # -- checking shapes ----------------------------------------------------------------------
+
+    def _part_shapes(self, source: Headers) -> tuple[Shape, ...]:
+        """Return the shape of each part, on the side that has the parts."""
+        if self.cuts:
+            return tuple(self.leaves[name].shape for name in self.parts)
+        return tuple(source.info(name).shape for name in self.parts)
+
+    def _shape_problems(self, whole: Shape, parts: Sequence[Shape]) -> Iterator[Problem]:
+        """Yield parts that do not fit into the piece, and sizes that do not add up.
+
+        Args:
+            whole: Shape of the piece.
+            parts: Shapes of the parts.
+        """
+        if len(parts) == 1:
+            yield from self._single_part_problems(parts[0], whole)
             return
+        shapes = dict(zip(self.parts, parts, strict=True))
         dim = self._dim(whole)
         if dim is None:
             wanted = f"a dimension of {whole}"
             yield Problem(self.piece, "cannot be packed", f"dim {self.rule.dim}", wanted)
             return
-        lies = {name: self._as_it_lies(shape, whole) for name, shape in sizes.items()}
-        odd = [
+        inside = {name: self._shape_in_piece(shape, whole) for name, shape in shapes.items()}
+        misfits = [
             name
-            for number, (name, shape) in enumerate(lies.items())
-            if self._is_odd(shape, whole, lies[self._first_like(number)])
-            or (self.rule.transposed and len(sizes[name]) < _MATRIX)
+            for index, (name, shape) in enumerate(inside.items())
+            if self._is_misfit(shape, whole, dim, inside[self.parts[self._template_start(index)]])
+            or (self.rule.transposed and len(shapes[name]) < _MATRIX_DIMS)
         ]
-        for name in odd:
-            fit = f"one that fits into {whole} in dimension {dim}"
+        for name in misfits:
             if self.cuts:
-                yield Problem(self.piece, "shape", str(whole), f"{name!r} {sizes[name]} in it")
+                yield Problem(self.piece, "shape", str(whole), f"{name!r} {shapes[name]} in it")
             else:
-                yield Problem(name, "shape", str(sizes[name]), fit)
-        if len(odd) < len(lies):
-            yield from self._odd_totals(lies, whole, dim)
+                wanted = f"one that fits into {whole} in dimension {dim}"
+                yield Problem(name, "shape", str(shapes[name]), wanted)
+        if len(misfits) < len(inside):
+            yield from self._size_problems(inside, whole, dim)
 
-    def _odd_part(self, part: Shape, whole: Shape) -> Iterator[Problem]:
-        """The only part, where it is not like the piece."""
-        fits = _without_ones(self._turned(part)) == _without_ones(whole)
-        if not fits or (self.rule.transposed and len(part) < _MATRIX):
+    def _single_part_problems(self, part: Shape, whole: Shape) -> Iterator[Problem]:
+        """Yield a problem if the only part does not have the shape of the piece.
+
+        Dimensions of size 1 do not count: a linear layer is a convolution of 1 x 1.
+        """
+        fits = _without_ones(self._transpose(part)) == _without_ones(whole)
+        if not fits or (self.rule.transposed and len(part) < _MATRIX_DIMS):
             found, wanted = (whole, part) if self.cuts else (part, whole)
             how = "transposed " if self.rule.transposed else ""
             hint = "leave out the rule that transposes it" if found == wanted else ""
             yield Problem(self.takes[0], "shape", str(found), f"{how}{wanted}", hint)
 
-    def _odd_totals(self, lies: Mapping[str, Shape], whole: Shape, dim: int) -> Iterator[Problem]:
-        """Sizes that do not add up."""
-        known = {name: shape for name, shape in lies.items() if len(shape) > dim}
-        counted = self.parts[:: self._numbers] if self._is_grid(dim) else self.parts
+    def _size_problems(
+        self, inside: Mapping[str, Shape], whole: Shape, dim: int
+    ) -> Iterator[Problem]:
+        """Yield dimensions in which the sizes of all parts do not add up to that of the piece.
+
+        Args:
+            inside: Shapes of the parts with all dimensions of the piece, by name.
+            whole: Shape of the piece.
+            dim: Dimension in which parts lie one after another.
+        """
+        known = {name: shape for name, shape in inside.items() if len(shape) > dim}
+        # In a grid, one part of each template shows the size along ``dim``.
+        counted = self.parts[:: self._count] if self._is_grid(dim) else self.parts
         totals = {dim: sum(known[name][dim] for name in counted if name in known)}
         if self._is_grid(dim):
-            totals[0] = self._numbers
+            totals[0] = self._count
         for d, total in sorted(totals.items()):
             if total == whole[d]:
                 continue
@@ -217,59 +409,96 @@ class Packing:
                 found, wanted = f"{total} in dimension {d} of all parts", str(whole[d])
             yield Problem(self.piece, "shape", found, wanted)
 
-    def _is_odd(self, shape: Shape, whole: Shape, first: Shape) -> bool:
-        """Whether a part cannot lie in the piece beside the first one of its template."""
-        dim = self._dim(whole)
+    def _is_misfit(self, shape: Shape, whole: Shape, dim: int, first: Shape) -> bool:
+        """Return whether a part has a size that the piece does not allow.
+
+        Args:
+            shape: Shape of the part with all dimensions of the piece.
+            whole: Shape of the piece.
+            dim: Dimension in which parts lie one after another.
+            first: Shape of the first part of the same template.
+        """
         if len(shape) != len(whole):
             return True
-        if dim is not None and self._is_grid(dim):
-            rest = (n != m for d, (n, m) in enumerate(zip(shape, whole, strict=True)) if d != dim)
-            next(rest)  # that of the first dimension, in which parts are stacked
-            return shape != first or shape[0] != 1 or any(rest)
-        return any(n != whole[d] for d, n in enumerate(shape) if d != dim)
+        others = [d for d in range(len(whole)) if d != dim]
+        if self._is_grid(dim):
+            others.remove(0)
+            if shape != first or shape[0] != 1:
+                return True
+        return any(shape[d] != whole[d] for d in others)
 
-    # -- where a part lies ------------------------------------------------------------------
+    # -- where a part lies --------------------------------------------------------------------
 
     @property
-    def _numbers(self) -> int:
-        """How many parts each template of the rule has."""
+    def _count(self) -> int:
+        """Number of parts that each template of the rule names."""
         return len(self.parts) // len(self.rule.parts)
 
+    def _template_start(self, index: int) -> int:
+        """Return the index of the first part of the same template."""
+        return index - index % self._count
+
     def _dim(self, whole: Shape) -> int | None:
-        """The dimension in which parts lie one after another; None if the piece has no such one."""
+        """Return the dimension in which parts lie one after another; None if there is none."""
         if self.rule.numbered and len(self.rule.parts) == 1:
             return 0 if whole else None
         dim = self.rule.dim
         return dim % len(whole) if -len(whole) <= dim < len(whole) else None
 
     def _is_grid(self, dim: int) -> bool:
-        """Whether parts are stacked in one dimension and lie one after another in another one."""
+        """Return whether numbers lie along dimension 0 and templates along another one."""
         return self.rule.numbered and dim != 0
 
-    def _first_like(self, number: int) -> str:
-        """The first part of the same template."""
-        return self.parts[number - number % self._numbers]
-
-    def _turned(self, shape: Shape) -> Shape:
-        """The shape of a part, transposed where the rule says so."""
+    def _transpose(self, shape: Shape) -> Shape:
+        """Return the shape of a part after the rule has transposed it, if it does."""
         if self.rule.transposed and len(shape) > 1:
             return (*shape[:-2], shape[-1], shape[-2])
         return shape
 
-    def _as_it_lies(self, shape: Shape, whole: Shape) -> Shape:
-        """The shape of a part in the piece, with all of its dimensions."""
-        shape = self._turned(shape)
+    def _shape_in_piece(self, shape: Shape, whole: Shape) -> Shape:
+        """Return the shape of a part with all dimensions of the piece: size 1 if it is stacked."""
+        shape = self._transpose(shape)
         if len(shape) == len(whole) - 1:
             dim = 0 if self.rule.numbered else self._dim(whole) or 0
             return (*shape[:dim], 1, *shape[dim:])
         return shape
 
-    def _cut(self, piece: torch.Tensor, shapes: Sequence[Shape]) -> Iterator[torch.Tensor]:
-        """All parts as views of the piece.
+    # -- moving the data ----------------------------------------------------------------------
+
+    def _make(self, source: WeightSource, shapes: Sequence[Shape]) -> Made:
+        """Convert the entries. ``shapes`` are those of the parts."""
+        with torch.no_grad():
+            if self.cuts:
+                views = self._views(source.get(self.piece), shapes)
+                return Made(dict(zip(self.parts, views, strict=True)))
+            return Made({self.piece: self._join(source, shapes)})
+
+    def _join(self, source: WeightSource, shapes: Sequence[Shape]) -> torch.Tensor:
+        """Return the piece: a new tensor, or a view if it has one part.
+
+        Raises:
+            SourceError: The source returned a tensor that does not match its header.
+        """
+        whole, first = self.leaves[self.piece].shape, source.get(self.parts[0])
+        if len(self.parts) == 1:
+            return (first.mT if self.rule.transposed else first).reshape(whole)
+        piece = torch.empty(whole, dtype=first.dtype, device=first.device)
+        # Filling views of the piece reads one part at a time; torch.cat would need all of them.
+        for name, view in zip(self.parts, self._views(piece, shapes), strict=True):
+            part = first if name == self.parts[0] else source.get(name)
+            if part.dtype is not piece.dtype or part.shape != view.shape:
+                raise SourceError(
+                    f"{source.description}: the tensor of {name!r} does not match its header."
+                )
+            view.copy_(part)
+        return piece
+
+    def _views(self, piece: torch.Tensor, shapes: Sequence[Shape]) -> Iterator[torch.Tensor]:
+        """Yield each part as a view of the piece.
 
         Args:
-            piece: The piece.
-            shapes: Shapes of the parts.
+            piece: Tensor of the piece.
+            shapes: Shapes of the parts, in their order.
         """
         if len(shapes) == 1:
             yield (piece.mT if self.rule.transposed else piece).reshape(shapes[0])
@@ -277,165 +506,20 @@ class Packing:
         whole = tuple(piece.shape)
         dim = self._dim(whole) or 0
         start = 0
-        for number, shape in enumerate(shapes):
-            size = self._as_it_lies(shape, whole)[dim]
-            if not self._is_grid(dim):
-                view = piece.narrow(dim, start, size)
-                start += size
+        for index, shape in enumerate(shapes):
+            size = self._shape_in_piece(shape, whole)[dim]
+            view = piece.narrow(dim, start, size)
+            if self._is_grid(dim):
+                number = index % self._count
+                view = view.narrow(0, number, 1)
+                # All numbers of a template lie at one place along ``dim``.
+                start += size if number == self._count - 1 else 0
             else:
-                view = piece.narrow(dim, start, size).narrow(0, number % self._numbers, 1)
-                start += size if (number + 1) % self._numbers == 0 else 0
+                start += size
             if len(shape) < len(whole):
                 view = view.squeeze(0 if self.rule.numbered else dim)
             yield view.mT if self.rule.transposed else view
 
-    # -- making it --------------------------------------------------------------------------
-
-    def group(self, source: WeightSource) -> WeightGroup:
-        """What it takes, gives and makes."""
-        dtype = source.info(self.takes[0]).dtype
-        gives = {
-            name: TensorInfo(dtype=dtype, shape=self.leaves[name].shape) for name in self.gives
-        }
-        shapes = tuple(self._shape_of(name, source) for name in self.parts)
-        formula = ("packed", self.rule, self.cuts, shapes, tuple(i.shape for i in gives.values()))
-        return WeightGroup(self.takes, gives, partial(self._make, source, shapes), formula=formula)
-
-    def _shape_of(self, part: str, source: Headers) -> Shape:
-        return self.leaves[part].shape if self.cuts else source.info(part).shape
-
-    def _make(self, source: WeightSource, shapes: Sequence[Shape]) -> Made:
-        with torch.no_grad():
-            if self.cuts:
-                views = self._cut(source.get(self.piece), shapes)
-                return Made(dict(zip(self.parts, views, strict=True)))
-            return Made({self.piece: self._joined(source, shapes)})
-
-    def _joined(self, source: WeightSource, shapes: Sequence[Shape]) -> torch.Tensor:
-        whole, first = self.leaves[self.piece].shape, source.get(self.parts[0])
-        if len(self.parts) == 1:  # a view of it will do
-            return (first.mT if self.rule.transposed else first).reshape(whole)
-        piece = torch.empty(whole, dtype=first.dtype, device=first.device)
-        for name, view in zip(self.parts, self._cut(piece, shapes), strict=True):
-            part = first if name == self.parts[0] else source.get(name)
-            if part.dtype is not piece.dtype or part.shape != view.shape:
-                raise SourceError(f"{source.description}: {name!r} is not what it was said to be.")
-            view.copy_(part)
-        return piece
-
-
-class Packings:
-    """All rules for the pieces and parts of one program, by name."""
-
-    def __init__(self, rules: Iterable[Pack], leaves: Mapping[str, Leaf]) -> None:
-        """Look every name up once.
-
-        Args:
-            rules: The rules; those that come first are tried first.
-            leaves: What the program has, by name.
-        """
-        self._leaves = leaves
-        self._of: dict[str, list[Packing]] = defaultdict(list)
-        for rule in rules:
-            for packing in (*self._joining(rule), *self._cutting(rule)):
-                for name in packing.gives:
-                    self._of[name].append(packing)
-
-    @property
-    def names(self) -> set[str]:
-        """Names that pieces and parts may have where they are given."""
-        return self.names_for(self._of)
-
-    def names_for(self, names: Iterable[str]) -> set[str]:
-        """Names of all that some weights of the program can be made of."""
-        packings = {packing for name in names for packing in self._of.get(name, ())}
-        return {name for packing in packings for name in packing.takes}
-
-    def meant(self, name: str, given: Collection[str]) -> Packing | None:
-        """How a weight of the program is made of what is given; None if it is not.
-
-        Args:
-            name: The program's name.
-            given: Names that there are; of what it is made of perhaps not all.
-        """
-        for packing in self._of.get(name, ()):
-            here = packing.takes == (name,) or name not in given
-            if here and any(one in given for one in packing.takes):
-                return packing
-        return None
-
-    def complete(self, name: str, given: Collection[str]) -> Packing | None:
-        """The same, where all is there that it is made of."""
-        packing = self.meant(name, given)
-        return packing if packing and all(one in given for one in packing.takes) else None
-
-    def _joining(self, rule: Pack) -> Iterator[Packing]:
-        """Pieces that the program has."""
-        matches = _matcher(rule.into)
-        for leaf in self._leaves.values():
-            found = matches(leaf.fqn)
-            if found is None:
-                continue
-            numbers = _numbers_in(rule, leaf.shape) if rule.numbered else 1
-            if numbers <= _MOST:
-                yield self._packing(rule, found["place"] or "", numbers, cuts=False)
-
-    def _cutting(self, rule: Pack) -> Iterator[Packing]:
-        """Pieces of which the program has a part."""
-        if rule.parts == (rule.into,):
-            return  # it is the same in both directions
-        numbers: dict[str, int] = {}
-        for matches in map(_matcher, rule.parts):
-            for name in self._leaves:
-                found = matches(name)
-                if found is not None:
-                    number = int(found["number"]) + 1 if rule.numbered else 1
-                    place = found["place"] or ""
-                    numbers[place] = max(number, numbers.get(place, 0))
-        for place, number in numbers.items():
-            if number <= _MOST:
-                yield self._packing(rule, place, number, cuts=True)
-
-    def _packing(self, rule: Pack, place: str, numbers: int, *, cuts: bool) -> Packing:
-        parts = tuple(
-            _at(part, place).replace("*", str(number))
-            for part in rule.parts
-            for number in range(numbers)
-        )
-        return Packing(rule, _at(rule.into, place), parts, self._leaves, cuts)
-
-
-def _numbers_in(rule: Pack, shape: Shape) -> int:
-    """How many parts of each template a piece of some shape has."""
-    if not shape:
-        return 0
-    in_a_row = len(rule.parts) > 1 and rule.dim % len(shape) == 0
-    return shape[0] // len(rule.parts) if in_a_row else shape[0]
-
-
-def _at(template: str, place: str) -> str:
-    """A name that a template stands for; weights of the model itself have no dot before them."""
-    return template.removeprefix("" if place else "{}.").replace("{}", place)
-
-
-def _matcher(template: str) -> Callable[[str], re.Match[str] | None]:
-    """Matches names that a template stands for."""
-    begin = "{}." if template.startswith("{}.") else ""
-    rest = template.removeprefix(begin)
-    literals = re.split(r"\{\}|\*", rest)
-    pattern = re.escape(rest).replace(r"\{\}", "(?P<place>.*)")
-    pattern = r"(?:(?P<place>.*)\.)?" + pattern if begin else pattern
-    pattern = pattern.replace(r"\*", r"(?P<number>0|[1-9]\d{0,3})")
-    matches = re.compile(pattern, re.DOTALL).fullmatch
-
-    def matching(name: str) -> re.Match[str] | None:
-        if (begin or name.startswith(literals[0])) and name.endswith(literals[-1]):
-            return matches(name)
-        return None
-
-    return matching
-
 
 def _without_ones(shape: Shape) -> Shape:
-    """A shape without dimensions of one element: a linear layer is a convolution of 1 x 1."""
     return tuple(size for size in shape if size != 1)

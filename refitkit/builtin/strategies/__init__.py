@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 @hookimpl
 def refitkit_mapping_strategies() -> list[MappingStrategy]:
-    """Offer ``recipe``."""
+    """Return the strategy ``recipe``."""
+    # Imported here because every start of refitkit imports this module.
     from refitkit.builtin.strategies.recipe import RecipeStrategy
 
     return [RecipeStrategy()]

@@ -1,4 +1,4 @@
-"""The strategy ``recipe``: values as the plan says."""
+"""The strategy ``recipe``: it computes slot values with the recipes of a plan."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ if TYPE_CHECKING:
 
 
 class RecipeStrategy:
-    """Serves every slot whose sources are there, and those whose values the plan keeps."""
+    """Gives values to slots whose sources are present, and to slots whose values the plan keeps."""
 
     @property
     def name(self) -> str:
-        """``recipe``."""
+        """Name that users write in ``Config.strategies``: ``recipe``."""
         return STRATEGY
 
     @property
     def priority(self) -> int:
-        """It is tried first: exact, and the fastest."""
+        """Place in the order of strategies: first, because it is exact and the fastest."""
         return 10
 
     def map(self, request: MapRequest) -> Mapped:
-        """Values for the rows that the plan has a recipe or a value for.
+        """Return values for the rows that the plan has a recipe or a value for.
 
-        Where a guard is broken it serves nothing, and says so of every slot: of frozen ones, too,
-        whose values may be other ones now.
+        If a guard is broken, all slots are declined, frozen ones included: their values may have
+        changed, too.
         """
         plan = request.plan
         if not isinstance(plan, RefitPlan):
             return Mapped({}, {row.slot.key: "the plan has no recipes" for row in request.wanted})
-        if _is_another(request):
-            reason = "the source is a program of other ops than the one that was planned"
+        if _is_other_program(request):
+            reason = "the ops of the source program are not those of the planned program"
             return Mapped({}, {row.slot.key: reason for row in plan.data.ledger})
         broken = plan.broken_guards(request.source) if plan.data.guards else []
         if broken:
-            return Mapped({}, {row.slot.key: _broken(broken) for row in plan.data.ledger})
+            return Mapped({}, {row.slot.key: _guard_reason(broken) for row in plan.data.ledger})
         found = plan.values_of(request.wanted, request.source)
         return Mapped(
             {key: value for key, value in found.items() if isinstance(value, SlotValue)},
@@ -50,14 +50,17 @@ class RecipeStrategy:
         )
 
 
-def _is_another(request: MapRequest) -> bool:
-    """Whether the weights come in a program that may make other engines; an interpreter knows."""
+def _is_other_program(request: MapRequest) -> bool:
+    """Return whether the source is a program that may make other engines than the planned one."""
+    # The strategy ``rebuild`` serves modules that can be rebuilt: it interprets the program, and so
+    # finds out whether its engines are the same.
     source = request.source
     if not isinstance(source, HoldsProgram) or not isinstance(request.module, Rebuilds):
         return False
     return facts_of(source.program).graph != request.plan.data.fingerprint.graph
 
 
-def _broken(guards: Sequence[Problem]) -> str:
+def _guard_reason(guards: Sequence[Problem]) -> str:
+    """Return why slots are declined if guards are broken."""
     more = f", and {len(guards) - 1} more" if len(guards) > 1 else ""
-    return f"a value that decided what slots hold is another one now: {guards[0]}{more}"
+    return f"a value on which the recipes depend has changed: {guards[0]}{more}"

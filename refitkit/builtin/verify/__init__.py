@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 @hookimpl
 def refitkit_verifiers() -> list[Verifier]:
-    """Offer both."""
+    """Return the verifiers ``outputs`` and ``weights``."""
+    # Imported here because every start of refitkit imports this module.
     from refitkit.builtin.verify.outputs import OutputsVerifier
     from refitkit.builtin.verify.weights import WeightsVerifier
 

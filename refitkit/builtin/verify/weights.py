@@ -1,4 +1,4 @@
-"""The verifier ``weights``: read every slot back and compare bits."""
+"""The verifier ``weights``: it reads every written slot back and compares bits."""
 
 from __future__ import annotations
 
@@ -21,46 +21,49 @@ NAME = "weights"
 
 
 class WeightsVerifier:
-    """Compares what the engines hold with the values that the strategies gave."""
+    """Compares the values that engines hold with those that strategies gave."""
 
     @property
     def name(self) -> str:
-        """``weights``."""
+        """Name that users write in ``verify=``: ``weights``."""
         return NAME
 
     def prepare(self, request: VerifyRequest) -> Callable[[OpenedModule], VerificationResult]:
-        """Check that all engines can be read.
+        """Return a function that reads the slots back, once the new values are live.
 
         Raises:
-            NotRefittableError: Some cannot.
+            NotRefittableError: Some engines cannot be read back. The error lists them.
         """
-        mute = [n for n, e in request.module.engines.items() if not isinstance(e, SupportsReadback)]
-        if mute:
+        engines = request.module.engines.items()
+        unreadable = [name for name, e in engines if not isinstance(e, SupportsReadback)]
+        if unreadable:
             raise NotRefittableError(
-                "The verifier 'weights' reads slots back, which these engines cannot do.",
-                problems=[Problem(name, "no readback") for name in mute],
+                "The verifier 'weights' needs to read slots, but these engines have no readback.",
+                problems=[Problem(name, "no readback") for name in unreadable],
                 hint="Use verify='outputs' with inputs, or verify='none'.",
             )
         values = tuple(request.values.values())
 
-        def judge(module: OpenedModule) -> VerificationResult:
+        def verify(module: OpenedModule) -> VerificationResult:
             measures = tuple(_measure(module, value) for value in values)
             wrong = sum(not m.ok for m in measures)
             note = f"{len(measures)} slots read back, {wrong} differ"
             return VerificationResult(verifier=NAME, ok=not wrong, measures=measures, note=note)
 
-        return judge
+        return verify
 
 
 def _measure(module: OpenedModule, value: SlotValue) -> OutputMeasure:
+    """Compare one slot with its value, bit for bit."""
     slot = value.slot
     engine = module.engines[slot.engine]
     found = engine.read(slot.name) if isinstance(engine, SupportsReadback) else torch.empty(0)
+    # A large value is compared in pieces, without memory for the whole.
     if is_value(found, value):
         return OutputMeasure(name=slot.name, ok=True)
     wanted = value.load().to(found.device)
     if slot.shape is None and wanted.numel() == found.numel():
-        wanted = wanted.reshape(found.shape)  # the engine knows no shape of it
+        wanted = wanted.reshape(found.shape)  # the engine knows no shape of this slot
     if same_bits(found, wanted):
         return OutputMeasure(name=slot.name, ok=True)
     if (found.dtype, found.shape) != (wanted.dtype, wanted.shape):

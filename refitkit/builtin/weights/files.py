@@ -1,4 +1,4 @@
-"""Weights in one file, by its suffix."""
+"""Open one file of weights: by its suffix, as safetensors or as a file of ``torch.save``."""
 
 from __future__ import annotations
 
@@ -27,16 +27,20 @@ _TORCH_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a file, or a link to one; also of a name that no file can have."""
+    """Return whether a path is a regular file or a link to one; False for an invalid name.
+
+    Raises:
+        ResourceError: The system refused to report the state of the path.
+    """
     found = stat_of(path)
     return found is not None and stat.S_ISREG(found.st_mode)
 
 
 def open_file(path: Path) -> WeightSource | None:
-    """Open a weights file by its suffix; None where the suffix is another plugin's.
+    """Open a file of weights; return None if the suffix is not one of these formats.
 
     Raises:
-        SourceError: It is missing, truncated or holds something else.
+        SourceError: The file is missing or truncated, or is not of the format of its suffix.
     """
     if path.suffix == ".safetensors":
         return SafetensorsFile(path)
@@ -45,24 +49,23 @@ def open_file(path: Path) -> WeightSource | None:
     return None
 
 
-# MERGED safetensors_files: Weights in a ``.safetensors`` file.
-#
-# It is read here because safetensors itself maps the file: see ``reading``.
-
-
 class SafetensorsFile:
-    """One ``.safetensors`` file: its header is read now, tensors on demand."""
+    """A source of the tensors in a ``.safetensors`` file. Tensors are read on demand.
+
+    The safetensors package maps the file, which ``reading`` avoids, so refitkit reads it itself.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Open and check it.
+        """Open a file and read its header.
 
         Raises:
-            SourceError: It is missing, truncated or not of this format.
+            SourceError: The file is missing, truncated or not of this format.
         """
         self.description = f"{str(path)!r}"
         try:
             self._file = OpenFile(path, self.description)
             self._entries = read_entries(self._file.size, self._bytes)
+        # Nested JSON in a damaged header may exhaust the stack.
         except (OSError, ValueError, RecursionError) as exc:
             raise_if_resource(exc, f"{self.description} cannot be read")
             raise SourceError(
@@ -74,32 +77,37 @@ class SafetensorsFile:
         return self._file.read(start, count).numpy().tobytes()
 
     def names(self) -> Collection[str]:
-        """All names in the file."""
+        """Return all names in the file."""
         return self._entries.keys()
 
     def info(self, fqn: str) -> TensorInfo:
-        """Dtype and shape, from the header."""
+        """Return dtype and shape, from the header."""
         return self._entries[fqn].info
 
     def get(self, fqn: str) -> torch.Tensor:
-        """The tensor, on the CPU, in memory of its own."""
+        """Return the tensor, contiguous and on the CPU. Do not write to it.
+
+        Raises:
+            KeyError: The file has no such name.
+            SourceError: The dtype is not supported, or the file was changed or cannot be read.
+        """
         info, start, nbytes = self._entries[fqn]
-        if info.unusable:
+        if info.unusable:  # a dtype that torch or refitkit lacks
             raise SourceError(f"{self.description}: {fqn!r} cannot be read: {info.unusable}.")
         raw = self._file.read(start, nbytes)
         return raw.view(dtype_of(info.dtype)).reshape(info.shape)
 
     def pieces(self, fqn: str) -> Iterator[torch.Tensor] | None:
-        """See ``refitkit.protocols.GivesPieces``."""
+        """Return pieces of a large entry; see ``refitkit.protocols.GivesPieces``."""
         info, start, nbytes = self._entries[fqn]
-        if nbytes < LARGE or info.unusable:
+        if nbytes < LARGE or info.unusable:  # ``get`` reads it, or raises
             return None
         return self._file.pieces(start, nbytes, dtype_of(info.dtype))
 
     def require_unchanged(self) -> None:
-        """See ``refitkit.protocols.MayChange``."""
+        """Check that the file was not changed; see ``refitkit.protocols.MayChange``."""
         self._file.require_unchanged()
 
     def reread(self) -> None:
-        """See ``refitkit.protocols.SupportsReread``."""
+        """Compare digests with a second read; see ``refitkit.protocols.SupportsReread``."""
         self._file.reread()

@@ -1,4 +1,10 @@
-"""Folders that hold weights: of Hugging Face models, and of torch's distributed checkpoints."""
+"""Open paths that hold weights: folders of models, checkpoints in several files, single files.
+
+``open_folder`` and ``open_weights_file`` choose what a path is. ``ShardedFiles`` is a checkpoint in
+several files with an index, which ``save_pretrained`` writes of a large model. The index is JSON:
+``weight_map`` says for each name which file beside the index has it
+(``transformers/utils/hub.py``, and ``split_torch_state_dict_into_shards`` of ``huggingface_hub``).
+"""
 
 from __future__ import annotations
 
@@ -25,43 +31,84 @@ if TYPE_CHECKING:
     from refitkit.protocols import WeightSource
 
 
-# MERGED sharded: Weights in several files with an index: what ``save_pretrained`` writes of a
-# large model.
-#
-# The index is JSON: ``weight_map`` says for each name which file beside the index has it
-# (``transformers/utils/hub.py`` and ``huggingface_hub``'s
-# ``split_torch_state_dict_into_shards``).
-
 SUFFIX = ".index.json"
-"""How names of indices end."""
+"""End of the name of an index."""
 
-_LIMIT = 1 << 28
-"""Bytes of an index: a million names of 200 letters."""
+_MAX_INDEX = 1 << 28
+"""Most bytes of an index: a million names of 200 letters."""
+
+_STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
+"""Names of weights in a model's folder: of transformers, of diffusers, of both before safetensors.
+
+Source: ``transformers/utils/__init__.py`` and ``diffusers/utils/constants.py``.
+"""
+
+_KINDS = (".safetensors", f".safetensors{SUFFIX}", ".bin", f".bin{SUFFIX}")
+"""Suffixes of files. The first that exists is used, as in ``transformers``."""
 
 
-class _Index(BaseModel):
-    weight_map: dict[str, str]
+def open_folder(path: Path) -> WeightSource | None:
+    """Open a folder that holds weights; return None if it holds none of a known name.
+
+    Raises:
+        SourceError: The weights cannot be read, or the folder holds several models.
+    """
+    if is_file(path / METADATA):
+        return DistributedCheckpoint(path)
+    found = [file for stem in _STEMS if (file := _preferred(path, stem)) is not None]
+    # Many repositories hold the same weights in both formats.
+    safe = [file for file in found if ".safetensors" in file.name]
+    if len(safe or found) > 1:
+        raise SourceError(
+            f"{str(path)!r} holds weights of more than one model.",
+            problems=[Problem(file.name, "found") for file in safe or found],
+            hint="Pass one of these files.",
+        )
+    return open_weights_file((safe or found)[0]) if found else None
+
+
+def open_weights_file(path: Path) -> WeightSource | None:
+    """Open a file of weights or an index; return None if the suffix is unknown.
+
+    Raises:
+        SourceError: The file cannot be read, or is a pipe or a device, whose end may never come.
+    """
+    if not is_file(path):
+        raise SourceError(
+            f"{str(path)!r} is a pipe, a device, or another special file.",
+            hint="Copy its content to a file, or pass a stream of (name, tensor) pairs.",
+        )
+    return ShardedFiles(path) if path.name.endswith(SUFFIX) else open_file(path)
+
+
+def _preferred(folder: Path, stem: str) -> Path | None:
+    files = (folder / f"{stem}{kind}" for kind in _KINDS)
+    return next((file for file in files if is_file(file)), None)
 
 
 class ShardedFiles:
-    """Files with an index, all open: headers are read now, tensors on demand."""
+    """A source of several files with an index. Tensors are read on demand."""
 
     def __init__(self, index: Path) -> None:
-        """Open all files and hold them against the index.
+        """Open all files and compare their names with the index.
+
+        Args:
+            index: Path of the index.
 
         Raises:
-            SourceError: The index or a file cannot be read, or they contradict one another; lists
-                everything that is wrong.
+            SourceError: The index or a file cannot be read, or they contradict one another. The
+                error lists all problems.
         """
         self.description = f"{str(index)!r}"
         self._folder = Folder(index.parent, self.description)
-        self._folder.note(index.name)
-        self._index, read = _read_index(index)
-        self._home = read.weight_map
-        problems = list(_outside(self._home))
+        # Recorded before it is read: a later change then shows.
+        self._folder.record(index.name)
+        self._index, content = _read_index(index)
+        self._file_of = content.weight_map
+        problems = list(_outside(self._file_of))
         if not problems:
-            self._shards, problems = _opened(self._folder, self._home)
-            problems += _contradictions(self._home, self._shards)
+            self._shards, problems = _open_shards(self._folder, self._file_of)
+            problems += _contradictions(self._file_of, self._shards)
         if problems:
             raise SourceError(
                 f"{self.description} and the files beside it are not one whole checkpoint.",
@@ -72,97 +119,123 @@ class ShardedFiles:
         self.description += f" ({count} files)" if count != 1 else ""
 
     def names(self) -> Collection[str]:
-        """All names in the index."""
-        return self._home.keys()
+        """Return all names in the index."""
+        return self._file_of.keys()
 
     def info(self, fqn: str) -> TensorInfo:
-        """Dtype and shape, from the header of the file that has it."""
-        return self._shards[self._home[fqn]].info(fqn)
+        """Return dtype and shape, from the header of the file that has the tensor."""
+        return self._shards[self._file_of[fqn]].info(fqn)
 
     def get(self, fqn: str) -> torch.Tensor:
-        """The tensor, on the CPU."""
-        return self._shards[self._home[fqn]].get(fqn)
+        """Return the tensor, on the CPU.
+
+        Raises:
+            KeyError: The index has no such name.
+            SourceError: The entry is unusable, or its file was changed or cannot be read.
+        """
+        return self._shards[self._file_of[fqn]].get(fqn)
 
     def pieces(self, fqn: str) -> Iterator[torch.Tensor] | None:
-        """See ``refitkit.protocols.GivesPieces``."""
-        return pieces_of(self._shards[self._home[fqn]], fqn)
+        """Return pieces of a large entry; see ``refitkit.protocols.GivesPieces``."""
+        return pieces_of(self._shards[self._file_of[fqn]], fqn)
 
     def require_unchanged(self) -> None:
         """Check the index and all files; see ``refitkit.protocols.MayChange``."""
         self._folder.require_unchanged()
         self._index.require_unchanged()
         for shard in self._shards.values():
-            if isinstance(shard, MayChange):
+            if isinstance(shard, MayChange):  # a file that was read as a whole may change
                 shard.require_unchanged()
 
     def reread(self) -> None:
-        """Read the index and all files again; see ``refitkit.protocols.SupportsReread``."""
+        """Compare digests with a second read; see ``refitkit.protocols.SupportsReread``."""
         self._index.reread()
         for shard in self._shards.values():
             if isinstance(shard, SupportsReread):
                 shard.reread()
 
 
+# -- the index --------------------------------------------------------------------------------
+
+
+class _Index(BaseModel):
+    """Content of an index. ``weight_map`` has the name of a file for each tensor."""
+
+    weight_map: dict[str, str]
+
+
 def _read_index(path: Path) -> tuple[OpenFile, _Index]:
-    what = f"{str(path)!r} cannot be read as an index of weights"
+    """Return the open file and its content.
+
+    Raises:
+        SourceError: The file cannot be read, is no index, is too large, or has a key twice.
+    """
+    message = f"{str(path)!r} cannot be read as an index of weights"
     try:
-        file = OpenFile(path, f"{str(path)!r}", hold=False)
-        if file.size > _LIMIT:
-            raise SourceError(f"{what}: it has more than {_LIMIT} bytes.")
+        file = OpenFile(path, f"{str(path)!r}", keep_open=False)
+        if file.size > _MAX_INDEX:
+            raise SourceError(f"{message}: it has more than {_MAX_INDEX} bytes.")
         content = file.read_bytes(0, file.size)
         index = _Index.model_validate_json(content)
     except OSError as exc:
-        raise_if_resource(exc, what)
-        raise SourceError(f"{what}: {exc}.") from exc
+        raise_if_resource(exc, message)
+        raise SourceError(f"{message}: {exc}.") from exc
     except ValidationError as exc:
         problems = [
             Problem(".".join(map(str, error["loc"])) or path.name, error["type"], hint=error["msg"])
             for error in exc.errors(include_input=False, include_url=False)
         ]
-        raise SourceError(f"{what}.", problems=problems) from exc
+        raise SourceError(f"{message}.", problems=problems) from exc
     problems = [
-        Problem(name, "given twice", hint="only once can be meant")
-        for name in _given_twice(content)
+        Problem(name, "given twice", hint="each name must occur once")
+        for name in _duplicate_keys(content)
     ]
     if problems:
-        raise SourceError(f"{what}.", problems=problems)
+        raise SourceError(f"{message}.", problems=problems)
     return file, index
 
 
-def _given_twice(content: bytes) -> list[str]:
-    """Keys that an object has more than once: readers of JSON keep the last one.
+def _duplicate_keys(content: bytes) -> list[str]:
+    """Return keys that occur more than once in an object. JSON readers keep the last one.
 
     Args:
-        content: JSON that a reader with limits has read before.
+        content: JSON that pydantic has read before. Its parser limits the depth, and Python's does
+            not.
     """
-    twice: list[str] = []
+    duplicates: list[str] = []
 
-    def noted(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def record(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = Counter(key for key, _ in pairs)
-        twice.extend(key for key, times in found.items() if times > 1)
+        duplicates.extend(key for key, times in found.items() if times > 1)
         return dict(pairs)
 
-    json.loads(content, object_pairs_hook=noted)
-    return twice
+    json.loads(content, object_pairs_hook=record)
+    return duplicates
 
 
-def _outside(home: Mapping[str, str]) -> Iterator[Problem]:
-    """Files that are not beside the index: a checkpoint has no say over other folders."""
-    for file in dict.fromkeys(home.values()):
+def _outside(file_of: Mapping[str, str]) -> Iterator[Problem]:
+    """Yield files that are not beside the index: it must not name files elsewhere."""
+    for file in dict.fromkeys(file_of.values()):
         if file in {"", ".", ".."} or not {"/", "\\", "\0"}.isdisjoint(file):
             hint = "an index names files that lie beside it, without a folder"
             yield Problem(repr(file), "not beside the index", hint=hint)
 
 
-def _opened(
-    folder: Folder, home: Mapping[str, str]
+def _open_shards(
+    folder: Folder, file_of: Mapping[str, str]
 ) -> tuple[dict[str, WeightSource], list[Problem]]:
+    """Open all files of an index.
+
+    Returns:
+        Sources by file name, and what is wrong with the files that cannot be opened.
+    """
     shards: dict[str, WeightSource] = {}
     problems: list[Problem] = []
-    for file, lost in sorted(Counter(home.values()).items()):
-        folder.note(file)
+    for file, count in sorted(Counter(file_of.values()).items()):
+        folder.record(file)
+        # Checked first, because opening a pipe would wait for a writer.
         if not is_file(folder.path / file):
-            problems.append(Problem(file, "missing", wanted=f"a file with {lost} weights"))
+            problems.append(Problem(file, "missing", wanted=f"a file with {count} weights"))
             continue
         try:
             source = open_file(folder.path / file)
@@ -177,62 +250,14 @@ def _opened(
 
 
 def _contradictions(
-    home: Mapping[str, str], shards: Mapping[str, WeightSource]
+    file_of: Mapping[str, str], shards: Mapping[str, WeightSource]
 ) -> Iterator[Problem]:
-    """Names that are not where the index says, or that it does not know."""
-    for name, file in home.items():
+    """Yield names that are not in the file that the index names, or not in the index."""
+    for name, file in file_of.items():
         if file in shards and name not in shards[file].names():
             yield Problem(name, "missing", wanted=f"in {file!r}, as the index says")
     for file, shard in shards.items():
         for name in shard.names():
-            if home.get(name) != file:
-                said = f"in {home[name]!r}" if name in home else "not at all"
-                yield Problem(name, "unexpected", f"in {file!r}", f"{said}, as the index says")
-
-
-_STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
-"""Names of weights in a model's folder: of transformers, of diffusers, of both before safetensors.
-
-``transformers/utils/__init__.py`` and ``diffusers/utils/constants.py``.
-"""
-
-_KINDS = (".safetensors", f".safetensors{SUFFIX}", ".bin", f".bin{SUFFIX}")
-"""Kinds of files, those that are preferred first, as in ``transformers``."""
-
-
-def open_folder(path: Path) -> WeightSource | None:
-    """Open a folder that holds weights; None where it is another plugin's.
-
-    Raises:
-        SourceError: What is in it cannot be read, or it holds several models.
-    """
-    if is_file(path / METADATA):
-        return DistributedCheckpoint(path)
-    found = [file for stem in _STEMS if (file := _preferred(path, stem)) is not None]
-    safe = [file for file in found if ".safetensors" in file.name]
-    if len(safe or found) > 1:
-        raise SourceError(
-            f"{str(path)!r} holds weights of more than one model.",
-            problems=[Problem(file.name, "found") for file in safe or found],
-            hint="Pass the file that is meant.",
-        )
-    return open_weights_file((safe or found)[0]) if found else None
-
-
-def open_weights_file(path: Path) -> WeightSource | None:
-    """Open a file with weights, or the index of several; None where it is another plugin's.
-
-    Raises:
-        SourceError: It cannot be read, or is a pipe or a device: reading could last for ever.
-    """
-    if not is_file(path):
-        raise SourceError(
-            f"{str(path)!r} is no file but a pipe, a device, or the like.",
-            hint="Copy what it gives to a file, or pass a stream of (name, tensor) pairs.",
-        )
-    return ShardedFiles(path) if path.name.endswith(SUFFIX) else open_file(path)
-
-
-def _preferred(folder: Path, stem: str) -> Path | None:
-    files = (folder / f"{stem}{kind}" for kind in _KINDS)
-    return next((file for file in files if is_file(file)), None)
+            if file_of.get(name) != file:
+                place = f"in {file_of[name]!r}" if name in file_of else "not at all"
+                yield Problem(name, "unexpected", f"in {file!r}", f"{place}, as the index says")

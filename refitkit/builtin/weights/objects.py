@@ -1,4 +1,8 @@
-"""Weights that are in memory already: state_dicts, live modules, programs."""
+"""Open weights that are in memory: state_dicts, trainers' dictionaries, modules, programs, streams.
+
+The module also defines the names of nested state_dicts (``flattened``), which ``torch_files`` uses
+for files.
+"""
 
 from __future__ import annotations
 
@@ -23,24 +27,24 @@ if TYPE_CHECKING:
 
 
 def from_mapping(state: Mapping[Any, Any]) -> WeightSource:
-    """A state_dict, or a trainer's dictionary with some in it.
+    """Return a source of a state_dict, or of a trainer's dictionary that contains some.
 
-    Tensors are read where they are, never copied or changed.
+    Tensors are read where they are, and neither copied nor changed.
 
     Raises:
-        SourceError: Keys are not names.
+        SourceError: A key is not a string, two tensors have one name, or the nesting is too deep.
     """
-    if isinstance(state, dict):  # other mappings may read a value when it is looked at
+    if isinstance(state, dict):  # iterating another mapping may read its values
         state = flattened(state, "This dictionary")
-    odd = [key for key in state if not isinstance(key, str)]
-    if odd:
-        problems = [Problem(repr(key), "key", type(key).__name__, "str") for key in odd]
+    invalid = [key for key in state if not isinstance(key, str)]
+    if invalid:
+        problems = [Problem(repr(key), "key", type(key).__name__, "str") for key in invalid]
         raise SourceError("A state_dict maps names to tensors.", problems=problems)
     return TensorMap(state, f"a state_dict of {len(state)} entries")
 
 
 def from_object(thing: object) -> WeightSource | None:
-    """A live module or a program; None for anything else."""
+    """Return a source of a live module or a program; None for any other object."""
     if isinstance(thing, torch.nn.Module):
         return ModuleWeights(thing)
     if isinstance(thing, ExportedProgram):
@@ -49,46 +53,54 @@ def from_object(thing: object) -> WeightSource | None:
 
 
 class ProgramWeights(TensorMap):
-    """The weights of a program; see ``refitkit.protocols.HoldsProgram``.
+    """A source of the weights of a program; see ``refitkit.protocols.HoldsProgram``.
 
-    Its constants and all of its buffers are among them, as they are part of the program: a refit
-    gives what compiling it would.
+    Constants and all buffers are part of a program, so they are entries, too: a refit then gives
+    what compiling the program would give.
 
     Attributes:
         program: The program.
     """
 
     def __init__(self, program: ExportedProgram) -> None:
-        """Keep the program, no copies."""
+        """Create a source. It refers to the program's tensors and copies none."""
         constants = program.constants.keys()
         super().__init__(tensors_of(program), "an ExportedProgram", not_persistent=constants)
         self.program = program
 
 
-# MERGED nesting: State_dicts in a trainer's dictionary: ``{"model": state_dict, "epoch": 3}``.
+# -- nested dictionaries ----------------------------------------------------------------------
 #
-# Names are made as ``torch.distributed.checkpoint`` makes them (``flatten_state_dict``): keys,
-# joined with dots. Lists, and mappings with keys that are no strings, such as an optimizer's
-# state, have no names here: nothing in them is a weight of a module.
+# Names of {"model": state_dict, "epoch": 3} are those of ``torch.distributed.checkpoint``
+# (``flatten_state_dict``): keys, joined with dots. Lists, and mappings whose keys are not strings,
+# such as an optimizer's state, get no names: they hold no weights of a module.
 
-_DEPTH = 16
-_LIMIT = 1 << 27
-"""Letters of all names: few bytes of a pickle may name one mapping a billion times."""
+_MAX_DEPTH = 16
+_MAX_LETTERS = 1 << 27
+"""Most letters of all names. A few bytes of a pickle may refer to one mapping a billion times."""
 _COST = 64
-"""Letters that a name counts for beside its own."""
+"""Letters that count for each name in addition to its own."""
 
 
-def flattened(state: Any, what: str) -> Any:
-    """A mapping in which others hold tensors, as one of names and tensors; all else as it is.
+def flattened(state: Any, label: str) -> Any:
+    """Return one mapping from names to all tensors in nested mappings.
+
+    A value without nested tensors is returned unchanged.
+
+    Args:
+        state: Content of a file, or a dictionary of a trainer.
+        label: Label of the source for error messages.
 
     Raises:
-        SourceError: Two tensors have one name, or it is nested without end.
+        SourceError: Two tensors have one name, the nesting is too deep, or there are too many
+            names.
     """
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         return state
+    # Nearly always it is a flat state_dict. The rest takes time for each name.
     if not any(isinstance(value, Mapping) for value in state.values()):
-        return state  # as nearly always: the rest looks at every name
-    found = list(_tensors(state, what))
+        return state
+    found = list(_tensors(state, label))
     if not any(depth for depth, _, _ in found):
         return state
     problems = [
@@ -97,79 +109,86 @@ def flattened(state: Any, what: str) -> Any:
         if times > 1
     ]
     if problems:
-        raise SourceError(f"{what} has several tensors of one name.", problems=problems)
+        raise SourceError(f"{label} has several tensors of one name.", problems=problems)
     return {name: value for _, name, value in found}
 
 
-def _tensors(state: Mapping[str, Any], what: str) -> Iterator[tuple[int, str, torch.Tensor]]:
-    """How deep each tensor lies, its name, and it, in the order of the file."""
-    left = _LIMIT
-    entered = [(0, "", iter(state.items()))]
-    while entered:
-        depth, before, entries = entered[-1]
+def _tensors(state: Mapping[str, Any], label: str) -> Iterator[tuple[int, str, torch.Tensor]]:
+    """Yield the depth, name and value of each tensor, in the order of the mappings."""
+    remaining = _MAX_LETTERS
+    # An explicit stack, so that a deep nesting cannot exhaust Python's.
+    stack = [(0, "", iter(state.items()))]
+    while stack:
+        depth, prefix, entries = stack[-1]
         for key, value in entries:
-            name = before + key
-            left -= len(name) + _COST + (len(value) if isinstance(value, Mapping) else 0)
-            if depth > _DEPTH or left < 0:
-                raise SourceError(f"{what} is nested too deeply, or has too many names.")
+            name = prefix + key
+            remaining -= len(name) + _COST + (len(value) if isinstance(value, Mapping) else 0)
+            if depth > _MAX_DEPTH or remaining < 0:
+                raise SourceError(f"{label} is nested too deeply, or has too many names.")
             if isinstance(value, torch.Tensor):
                 yield depth, name, value
-            elif _is_inner(key, value):
-                entered.append((depth + 1, f"{name}.", iter(value.items())))
+            elif _may_have_tensors(key, value):
+                stack.append((depth + 1, f"{name}.", iter(value.items())))
                 break
         else:
-            entered.pop()
+            stack.pop()
 
 
-def _is_inner(key: object, value: object) -> bool:
-    """Whether a value may hold tensors with names. Extra state of a module may be anything."""
+def _may_have_tensors(key: object, value: object) -> bool:
+    """Return whether a value is a mapping that may hold tensors with names."""
     if not isinstance(value, Mapping) or not isinstance(key, str):
         return False
+    # The extra state of a module (``get_extra_state``) may be any mapping.
     return key.rpartition(".")[2] != "_extra_state" and all(isinstance(k, str) for k in value)
 
 
-# MERGED streams: Weights that come one after another, as trainers of policies send them.
+# -- streams ----------------------------------------------------------------------------------
 
 
 def from_pairs(pairs: Iterable[Any]) -> TensorMap:
-    """Everything that an iterable of ``(name, tensor)`` gives, to its end.
+    """Read an iterable of ``(name, tensor)`` to its end, and return a source of all tensors.
 
-    Tensors are copied, where they are, as they come: a sender may use its buffer again. So a whole
-    second set of weights is in memory until the refit is done. Nothing is refitted before all came.
+    Each tensor is copied on its device when it arrives, because a sender may reuse its buffer. So a
+    second set of weights is in memory until the refit ends. Nothing is refitted before the end of
+    the stream.
 
     Args:
-        pairs: Gives names and tensors until it ends.
+        pairs: Iterable of names and tensors, as trainers of policies send them.
 
     Raises:
-        SourceError: It broke off, or gave what is no pair, or a name twice; lists all of those.
+        SourceError: The iterable raised, or yielded an invalid pair or a name twice. The error
+            lists all of these.
     """
-    spooled: dict[str, torch.Tensor] = {}
+    received: dict[str, torch.Tensor] = {}
     problems: list[Problem] = []
 
-    @plain  # a generator may give a tensor from inside of a mode of its own, which is then on
-    def take(number: int, pair: Any) -> None:
-        problem = _misfit(number, pair, spooled)
+    # A generator may enter a mode of torch before it yields. The mode is then on in this function.
+    @plain
+    def take(index: int, pair: Any) -> None:
+        problem = _invalid_pair(index, pair, received)
         if problem is None:
             name, value = pair
-            known = not unusable_dtype(dtype_name(value.dtype)) or value.is_quantized
-            spooled[name] = value.detach().clone() if known else value.detach()
+            # Torch cannot clone dtypes that refitkit does not know. Such an entry is unusable.
+            can_copy = not unusable_dtype(dtype_name(value.dtype)) or value.is_quantized
+            received[name] = value.detach().clone() if can_copy else value.detach()
         else:
             problems.append(problem)
 
     with raised_as(SourceError, "The stream of weights broke off"), torch.no_grad():
-        for number, pair in enumerate(pairs):
-            take(number, pair)
+        for index, pair in enumerate(pairs):
+            take(index, pair)
     if problems:
         raise SourceError("The stream of weights cannot be used.", problems=problems)
-    return TensorMap(spooled, f"a stream of {len(spooled)} tensors")
+    return TensorMap(received, f"a stream of {len(received)} tensors")
 
 
-def _misfit(number: int, pair: Any, known: dict[str, torch.Tensor]) -> Problem | None:
+def _invalid_pair(index: int, pair: Any, received: dict[str, torch.Tensor]) -> Problem | None:
+    """Return what is wrong with an item of a stream; None if it is a new name and a tensor."""
     if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)):  # noqa: PLR2004
-        return Problem(f"item {number}", "no pair", type(pair).__name__, "(name, tensor)")
+        return Problem(f"item {index}", "no pair", type(pair).__name__, "(name, tensor)")
     name, value = pair
     if not isinstance(value, torch.Tensor):
         return Problem(name, "not a tensor", type(value).__name__)
     if not_real := why_not_real(value):
         return Problem(name, "unusable", not_real)
-    return Problem(name, "given twice") if name in known else None
+    return Problem(name, "given twice") if name in received else None

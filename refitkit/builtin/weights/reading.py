@@ -1,18 +1,24 @@
-"""Bytes of a file that others may cut, overwrite or replace while it is open.
+"""Read files that another process may truncate, overwrite or replace meanwhile.
 
-A page of a mapped file that is no longer there ends the process with SIGBUS (``mmap(2)``), and no
-check comes before each page. So nothing is mapped here: bytes are copied to memory of our own,
-where a file that ends too early is an error like any other.
+The module hides how a reader makes sure that all bytes are of one version of a file.
 
-All bytes of a file that a refit reads are of one version of it:
+Nothing is mapped. If a page of a mapped file has been truncated, access to it ends the process with
+SIGBUS (``mmap(2)``), and no check can come before each access. So bytes are copied to memory of
+this process. A file that ends too early then raises an error like any other.
 
-- After each read the file's state is compared with that at opening: size, modification time,
+All bytes of a file that a refit reads are of one version, because:
+
+- After each read, the state of the file is compared with that at opening: size, modification time,
   change time, inode. ``cp -p`` and ``rsync -t`` set the modification time back, but nobody can set
   the change time.
-- A digest of each range is kept. Who reads a range again, for another check or for the engine, gets
-  the same bytes or an error.
-- Where the state cannot tell (somebody has the file open for writing, or names of it were added or
-  removed), all ranges are read once more before the commit: ``reread``.
+- A digest of each range is kept. A second read of a range, for another check or for the engine,
+  returns the same bytes or raises.
+- The state does not show a write through a descriptor or mapping that was open before. It is
+  ambiguous if hard links to the file were added or removed. In both cases all ranges are read once
+  more before the commit: ``reread``.
+
+Read ``OpenFile`` first. ``Folder`` compares the files of one checkpoint, ``FileStream`` adapts an
+``OpenFile`` to readers of formats, and ``FileBuffer`` reuses memory.
 """
 
 from __future__ import annotations
@@ -45,201 +51,102 @@ if TYPE_CHECKING:
 
     Bytes = npt.NDArray[np.uint8]
 
-_SMALL = 1 << 16  # bytes; less than that the allocator has at hand
-_PIECE = 1 << 21  # bytes: not more than a cache of a core
+_SMALL = 1 << 16  # bytes; the allocator has smaller blocks at hand
+_PIECE = 1 << 21  # bytes: fits into the cache of a core
 _HINT = (
     "Write new weights to another file or folder, rename it when it is complete (os.replace), and "
-    "refit again: who has an old file open reads that to its end."
+    "refit again: a process that has the old file open can read it to its end."
 )
-_ATTRIBUTES = "it was written to and its time set back, or its rights or owner changed"
-
-
-def require_same(
-    before: FileState, now: FileState | None, name: str, description: str
-) -> FileState:
-    """Check that a file is what it was, but for the names that it has.
-
-    Args:
-        before: Its state then.
-        now: Its state; None: it is gone.
-        name: The file's.
-        description: What errors call its source.
-
-    Returns:
-        The present state.
-
-    Raises:
-        SourceError: It was written to, or is another file.
-    """
-    if now is None:
-        raise _changed(name, description, "it is gone", str(before))
-    match before.difference(now):
-        case "" | "links":
-            return now
-        case "another file":
-            raise _changed(name, description, f"another file: {now}", str(before))
-        case "attributes":
-            raise _changed(name, description, str(now), str(before), _ATTRIBUTES)
-        case _:
-            raise _changed(name, description, str(now), str(before))
-
-
-def _changed(name: str, description: str, found: str, wanted: str, why: str = "") -> SourceError:
-    return SourceError(
-        f"{description} was changed since it was opened; nothing of it can be trusted.",
-        problems=[Problem(name, "changed", found, wanted, why)],
-        hint=_HINT,
-    )
-
-
-def open_for_writing(fd: int) -> bool:
-    """Whether somebody has a file open for writing, or mapped so, at this moment.
-
-    Linux grants a read lease only on a file that nobody can write to (``fcntl(2)``, "Leases"), so
-    one is taken and given back at once. Whoever opens the file for writing in these microseconds
-    waits for the latter, and this process gets a signal that is ignored unless somebody handles it.
-
-    Args:
-        fd: The file, open for reading only.
-
-    Returns:
-        False also where nobody can tell: not on Linux, a file of another user (without
-        ``CAP_LEASE``), most network file systems.
-    """
-    if fcntl is None or not hasattr(fcntl, "F_SETLEASE"):
-        return False
-    try:
-        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # the default, SIGIO, ends a process
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    return False
-
-
-class Memory:
-    """Blocks of memory, used again when nobody holds what was read into them any more.
-
-    To allocate large blocks anew takes longer than to read them. One is kept at most, the largest.
-    """
-
-    def __init__(self) -> None:
-        """Keep nothing yet."""
-        self._spare: deque[Bytes] = deque()  # its operations are atomic: no lock
-
-    def take(self, nbytes: int) -> Bytes:
-        """Memory of so many bytes, with anything in it, which comes back on its own."""
-        if nbytes <= _SMALL:
-            return _block(nbytes)
-        block = self._taken()
-        if block.nbytes < nbytes:
-            block = _block(0)  # so that there are not two
-            block = _block(nbytes)
-        view = block[:nbytes]
-        weakref.finalize(view, self._give_back, block).atexit = False
-        return view
-
-    def _give_back(self, block: Bytes) -> None:
-        other = self._taken()
-        self._spare.append(max(block, other, key=lambda one: one.nbytes))
-
-    def _taken(self) -> Bytes:
-        try:
-            return self._spare.pop()
-        except IndexError:
-            return _block(0)
-
-
-_LIVING: weakref.WeakValueDictionary[str, Memory] = weakref.WeakValueDictionary()
-"""The memory that all open files share, as long as one of them is there."""
-
-
-def shared_memory() -> Memory:
-    """The memory that all open files of the process share: one spare block, not one for each."""
-    return _LIVING.setdefault("files", Memory())
+_ATTRIBUTES_HINT = "it was written to and its time set back, or its rights or owner changed"
 
 
 class OpenFile:
-    """A file with weights, held open: renamed or removed it can still be read to its end.
+    """An open file of weights. All bytes read from it are of one version of the file.
 
-    Whatever range of it is read, and however often, all of it is of one version.
+    A file that is renamed or removed after opening can still be read to its end.
+
+    Attributes:
+        path: Path of the file.
     """
 
-    def __init__(self, path: Path, description: str, *, hold: bool = True) -> None:
-        """Open it.
+    def __init__(self, path: Path, description: str, *, keep_open: bool = True) -> None:
+        """Open a file.
 
         Args:
-            path: The file.
-            description: What errors call it.
-            hold: Whether it is held open. Otherwise each read opens it, where it has to be in its
-                place: for checkpoints of more files than a process may have open.
+            path: Path of the file.
+            description: Label of the checkpoint for error messages.
+            keep_open: Whether to keep the descriptor. If False, each read opens the file, which
+                must still be at its path. That serves checkpoints of more files than a process may
+                have open.
 
         Raises:
-            OSError: It cannot be opened.
+            OSError: The file cannot be opened.
         """
         self.path, self._description = path, description
-        self._memory = shared_memory()
-        self._held: weakref.WeakValueDictionary[tuple[int, int], Bytes] = (
+        self._buffer = shared_buffer()
+        self._blocks: weakref.WeakValueDictionary[tuple[int, int], Bytes] = (
             weakref.WeakValueDictionary()
         )
         self._digests: dict[tuple[int, int], bytes] = {}
         fd = _open(path)
-        self._fd = fd if hold else None
+        self._fd = fd if keep_open else None
         closing = weakref.finalize(self, os.close, fd)
         closing.atexit = False
         self._state = FileState.settled(lambda: os.fstat(fd))
-        self._doubtful = open_for_writing(fd)
-        if not hold:
+        self._must_reread = open_for_writing(fd)
+        if not keep_open:
             closing()
 
     @property
     def size(self) -> int:
-        """Its bytes, when it was opened."""
+        """Size in bytes when the file was opened."""
         return self._state.size
 
     def read(self, start: int, nbytes: int) -> torch.Tensor:
-        """Some of its bytes, which are what they were when it was opened.
+        """Return a range of bytes as they were when the file was opened.
 
         Returns:
-            A tensor of uint8, not to be written to; the same memory for the same bytes, as long as
-            somebody holds it.
+            A uint8 tensor of shape ``(nbytes,)`` on the CPU. Do not write to it: reads of the same
+            range share memory as long as one of the results is alive.
 
         Raises:
-            SourceError: It was written to since, or cannot be read.
+            SourceError: The file was changed since it was opened, or cannot be read.
+            ResourceError: The system refused.
         """
         if not nbytes:
             return torch.empty(0, dtype=torch.uint8, device="cpu")
-        held = self._held.get((start, nbytes))
-        if held is not None:  # two names of one tensor
+        block = self._blocks.get((start, nbytes))
+        if block is not None:  # two names of one tensor
             self._require_state()
-            return torch.frombuffer(held, dtype=torch.uint8)
-        into = self._memory.take(nbytes)
+            return torch.frombuffer(block, dtype=torch.uint8)
+        into = self._buffer.take(nbytes)
         self.fill(into.data, start)
-        self._held[start, nbytes] = into
+        self._blocks[start, nbytes] = into
         return torch.frombuffer(into, dtype=torch.uint8)
 
     def pieces(self, start: int, nbytes: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """Some of its bytes, as ``read`` gives them, piece by piece in the same memory.
+        """Yield a range of bytes piece by piece. All pieces use the same memory.
 
         Args:
-            start: Where they begin.
-            nbytes: How many there are.
-            dtype: Of which they are elements.
+            start: Offset of the range.
+            nbytes: Size of the range.
+            dtype: Dtype of its elements.
+
+        Yields:
+            Tensors of that dtype with one dimension, each valid until the next one is requested.
 
         Raises:
             SourceError: See ``read``.
         """
-        block = self._memory.take(min(_PIECE, nbytes))
+        block = self._buffer.take(min(_PIECE, nbytes))
         flat = torch.frombuffer(block, dtype=dtype)
-        for at in range(start, start + nbytes, _PIECE):
-            count = min(_PIECE, start + nbytes - at)
-            self.fill(block.data[:count], at)
+        for offset in range(start, start + nbytes, _PIECE):
+            count = min(_PIECE, start + nbytes - offset)
+            self.fill(block.data[:count], offset)
             yield flat[: count // dtype.itemsize]
 
     def read_bytes(self, start: int, nbytes: int) -> bytes:
-        """Some of its bytes, as ``read`` gives them, in an object of Python's.
+        """Return a range of bytes as a ``bytes`` object.
 
         Raises:
             SourceError: See ``read``.
@@ -249,16 +156,22 @@ class OpenFile:
         return bytes(into)
 
     def fill(self, into: memoryview, start: int) -> None:
-        """Read some of its bytes to memory; see ``read``."""
-        pieces = [into[at : at + _PIECE] for at in range(0, len(into), _PIECE)]
+        """Read bytes into memory, from an offset on.
+
+        Raises:
+            SourceError: See ``read``.
+        """
+        pieces = [into[offset : offset + _PIECE] for offset in range(0, len(into), _PIECE)]
         done, digests = 0, list[bytes]()
         try:
-            with self._opened() as fd:
+            with self._descriptor() as fd:
                 for piece in pieces:
                     done += _read_into(fd, piece, start + done)
-                    digests.append(xxhash.xxh3_128_digest(piece))  # while it is in the cache
+                    # Hashed now, while the piece is in the cache.
+                    digests.append(xxhash.xxh3_128_digest(piece))
                 self._require_state(FileState.of(os.fstat(fd)))
         except OSError as exc:
+            # A file that was replaced by nothing is reported as changed.
             if isinstance(exc, FileNotFoundError):
                 self._require_state()
             raise_if_resource(exc, f"{self._description} cannot be read")
@@ -270,49 +183,50 @@ class OpenFile:
             start += len(piece)
 
     def require_unchanged(self) -> None:
-        """Check that it was not written to since it was opened.
+        """Check that the file was not written to since it was opened.
 
-        Where its state cannot tell, everything that was read is read again.
+        If its state cannot show that, all ranges are read once more.
 
         Raises:
-            SourceError: It was.
+            SourceError: The file was changed, or cannot be read.
         """
         self._require_state()
-        if self._doubtful:
+        if self._must_reread:
             self.reread()
 
     def reread(self) -> None:
-        """Read again all that was read, and compare digests.
+        """Read once more all ranges that were read, and compare digests.
 
         Raises:
-            SourceError: Some bytes are others, or it cannot be read.
+            SourceError: Some bytes have changed, or the file cannot be read.
         """
-        block = self._memory.take(_PIECE)
+        block = self._buffer.take(_PIECE)
         for start, nbytes in sorted(self._digests):
             self.fill(block.data[:nbytes], start)
 
     def _require_digest(self, start: int, nbytes: int, digest: bytes) -> None:
-        """Note a digest of a range, or compare it with the one that was noted.
-
-        XXH3 is no cryptographic hash: a writer that makes collisions has no need to.
-        """
-        noted = self._digests.setdefault((start, nbytes), digest)
-        if noted != digest:
-            where = f"bytes {start} to {start + nbytes}"
-            found = f"{where} are others than when they were first read"
+        """Record the digest of a range, or compare it with the recorded one."""
+        # XXH3 is no cryptographic hash. But whoever can write to the file can write any weights to
+        # it, and needs no collision.
+        recorded = self._digests.setdefault((start, nbytes), digest)
+        if recorded != digest:
+            found = f"bytes {start} to {start + nbytes} have changed since they were first read"
             raise _changed(self.path.name, self._description, found, f"{self._state}")
 
     def _require_state(self, now: FileState | None = None) -> None:
-        """Check that it is what it was; see ``require_same``."""
+        """Check that the state has not changed; see ``require_same``."""
         if now is None:
             now = self._present_state()
         now = require_same(self._state, now, self.path.name, self._description)
-        self._doubtful |= now.links != self._state.links
+        # A new or removed link moves the change time, as a write with a reset modification time
+        # does. Only the bytes show which of the two happened.
+        self._must_reread |= now.links != self._state.links
         self._state = now
 
     def _present_state(self) -> FileState | None:
+        """Return the state of the file; None if it no longer exists."""
         try:
-            with self._opened() as fd:
+            with self._descriptor() as fd:
                 return FileState.of(os.fstat(fd))
         except OSError as exc:
             if isinstance(exc, FileNotFoundError):
@@ -321,8 +235,8 @@ class OpenFile:
             raise SourceError(f"{self._description} cannot be read: {exc}.") from exc
 
     @contextmanager
-    def _opened(self) -> Iterator[int]:
-        """The file, which is in its place where it is not held open."""
+    def _descriptor(self) -> Iterator[int]:
+        """Yield a descriptor: the open one, or a new one that is closed afterwards."""
         if self._fd is not None:
             yield self._fd
             return
@@ -334,73 +248,85 @@ class OpenFile:
 
 
 class FileStream(io.RawIOBase):
-    """An open file as a stream, for readers of formats: see ``OpenFile.read``."""
+    """An open file as a binary stream, for readers of formats."""
 
     def __init__(self, file: OpenFile) -> None:
-        """Begin at its beginning."""
+        """Create a stream at the beginning of a file."""
         super().__init__()
-        self._file, self._at = file, 0
+        self._file, self._position = file, 0
 
     def readable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def tell(self) -> int:
-        """Where the next read begins."""
-        return self._at
+        """Return the offset at which the next read begins."""
+        return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Set where the next read begins.
+        """Set the offset at which the next read begins.
 
         Raises:
-            ValueError: Before the file's beginning.
+            ValueError: The offset is negative.
         """
-        begin = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._file.size}[whence]
-        if begin + offset < 0:
-            raise ValueError(f"no place in a file: {begin + offset}")
-        self._at = begin + offset
-        return self._at
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._file.size}[whence]
+        if base + offset < 0:
+            raise ValueError(f"negative offset in a file: {base + offset}")
+        self._position = base + offset
+        return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Read to memory, as much as there is."""
+        """Read into memory, up to the end of the file; return the number of bytes.
+
+        Raises:
+            SourceError: See ``OpenFile.read``.
+        """
         view = memoryview(buffer).cast("B")
-        view = view[: max(0, self._file.size - self._at)]
-        self._file.fill(view, self._at)
-        self._at += len(view)
+        view = view[: max(0, self._file.size - self._position)]
+        self._file.fill(view, self._position)
+        self._position += len(view)
         return len(view)
 
 
 class Folder:
-    """Several files of one folder that are one checkpoint, as they were when it was opened.
+    """States of several files that are one checkpoint.
 
-    A file that another one was renamed over can be read on by who has it open. But who replaces
-    files one after another may have begun before all were opened, and those are of two checkpoints.
+    A process that has a file open can read it after another one was renamed over it. But a writer
+    that replaces files one by one may have begun before all of them were opened. Then they are of
+    two checkpoints, although each of them is unchanged. So paths are compared, too.
+
+    Attributes:
+        path: Path of the folder.
     """
 
     def __init__(self, path: Path, description: str) -> None:
-        """Know none yet.
+        """Create an object without files.
 
         Args:
-            path: The folder.
-            description: What errors call the checkpoint.
+            path: Path of the folder.
+            description: Label of the checkpoint for error messages.
         """
         self.path, self._description = path, description
         self._states: dict[str, FileState] = {}
 
-    def note(self, name: str) -> None:
-        """Note what a file is now. One that is not there is not noted."""
+    def record(self, name: str) -> None:
+        """Record the state of a file. A file that does not exist is not recorded.
+
+        Raises:
+            ResourceError: The system refused to report the state.
+        """
         with suppress(OSError), resources(f"{str(self.path / name)!r} cannot be read"):
             self._states[name] = FileState.settled((self.path / name).stat)
 
     def require_unchanged(self) -> None:
-        """Check that all that was noted is in its place, as it was.
+        """Check that all recorded files are at their paths, unchanged.
 
         Raises:
-            SourceError: Some is not; lists all of it.
+            SourceError: Some are not. The error lists all of them.
         """
         changed: list[SourceError] = []
         for name, before in self._states.items():
@@ -420,20 +346,139 @@ class Folder:
             return None
 
 
-def _open(path: Path) -> int:
-    return os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+# -- comparing states -------------------------------------------------------------------------
 
 
-def _block(nbytes: int) -> Bytes:
-    """Memory as torch aligns it."""
+def require_same(
+    before: FileState, now: FileState | None, name: str, description: str
+) -> FileState:
+    """Check that a file has not changed, except for the number of its hard links.
+
+    Args:
+        before: Earlier state.
+        now: Present state; None if the file no longer exists.
+        name: Name of the file for the error.
+        description: Label of the checkpoint for the error.
+
+    Returns:
+        The present state.
+
+    Raises:
+        SourceError: The file was written to, replaced or removed.
+    """
+    if now is None:
+        raise _changed(name, description, "the file no longer exists", str(before))
+    match before.difference(now):
+        case "" | "links":
+            return now
+        case "another file":
+            raise _changed(name, description, f"another file: {now}", str(before))
+        case "attributes":
+            raise _changed(name, description, str(now), str(before), _ATTRIBUTES_HINT)
+        case _:
+            raise _changed(name, description, str(now), str(before))
+
+
+def _changed(name: str, description: str, found: str, wanted: str, why: str = "") -> SourceError:
+    return SourceError(
+        f"{description} was changed since it was opened, so none of its weights are used.",
+        problems=[Problem(name, "changed", found, wanted, why)],
+        hint=_HINT,
+    )
+
+
+def open_for_writing(fd: int) -> bool:
+    """Return whether a process has a file open for writing, or mapped for writing.
+
+    Linux grants a read lease only on a file that nobody can write to (``fcntl(2)``, "Leases"). So
+    this takes a lease and gives it back at once. A process that opens the file for writing in these
+    microseconds waits until then, and this process gets a signal, which is ignored by default.
+
+    Args:
+        fd: Descriptor of the file, open for reading only.
+
+    Returns:
+        False also if the system cannot say: not on Linux, for a file of another user (without
+        ``CAP_LEASE``), and on most network file systems.
+    """
+    if fcntl is None or not hasattr(fcntl, "F_SETLEASE"):
+        return False
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # the default, SIGIO, ends a process
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False
+
+
+# -- memory -----------------------------------------------------------------------------------
+
+
+class FileBuffer:
+    """Memory for file data. A block is reused when nothing refers to its data any more.
+
+    Allocating a large block takes longer than reading into one, because the kernel clears new
+    pages. One spare block is kept: the largest.
+    """
+
+    def __init__(self) -> None:
+        """Create a buffer without a spare block."""
+        self._spare: deque[Bytes] = deque()  # its operations are atomic, so no lock is needed
+
+    def take(self, nbytes: int) -> Bytes:
+        """Return uninitialized memory; it returns to this buffer when it is garbage-collected."""
+        if nbytes <= _SMALL:
+            return _new_block(nbytes)
+        block = self._pop()
+        if block.nbytes < nbytes:
+            block = _new_block(0)  # frees the old block before the new one is allocated
+            block = _new_block(nbytes)
+        view = block[:nbytes]
+        weakref.finalize(view, self._put_back, block).atexit = False
+        return view
+
+    def _put_back(self, block: Bytes) -> None:
+        other = self._pop()
+        self._spare.append(max(block, other, key=lambda one: one.nbytes))
+
+    def _pop(self) -> Bytes:
+        """Return the spare block, or an empty one."""
+        try:
+            return self._spare.pop()
+        except IndexError:
+            return _new_block(0)
+
+
+_SHARED: weakref.WeakValueDictionary[str, FileBuffer] = weakref.WeakValueDictionary()
+"""The buffer of all open files. It is freed with the last of them."""
+
+
+def shared_buffer() -> FileBuffer:
+    """Return the buffer that all open files of the process share, so that one spare is kept."""
+    return _SHARED.setdefault("files", FileBuffer())
+
+
+def _new_block(nbytes: int) -> Bytes:
+    # numpy's own allocations are aligned to 16 bytes, torch's to 64.
     block: Bytes = torch.empty(nbytes, dtype=torch.uint8, device="cpu").numpy()
     return block
 
 
+# -- system calls -----------------------------------------------------------------------------
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+
+
 def _read_into(fd: int, into: memoryview, start: int) -> int:
-    """Fill memory from a place of a file on; returns the bytes read, fewer only at its end."""
+    """Fill memory from an offset on; return the number of bytes, fewer only at the file's end."""
     done = 0
     while done < len(into):
+        # preadv needs no seek, so threads can share the descriptor.
         count = os.preadv(fd, [into[done:]], start + done)
         if not count:
             break

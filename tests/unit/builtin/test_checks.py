@@ -598,7 +598,7 @@ def test_only_those_of_a_group_that_are_spoilt_are_named(bad: float) -> None:
         weights[name][7] = bad
     weights["w2"] *= 3e38  # the sum of its group is not finite either
     assert [p.subject for p in problems(weights, OF_MANY)] == ["w0", "w1", "w700", "w1199"]
-    assert finite_check._not_finite(TensorMap(weights), MANY) == ["w0", "w1", "w700", "w1199"]
+    assert finite_check._non_finite(TensorMap(weights), MANY) == ["w0", "w1", "w700", "w1199"]
 
 
 def test_opposite_infinities_do_not_cancel_out() -> None:
@@ -627,7 +627,7 @@ def test_what_a_gpu_is_asked(bad: float) -> None:
     values["v1"][4] = values["v5"][0] = bad
     values["v3"] *= 3e38
     assert sorted(asked(values, torch.float32)) == ["v1", "v3", "v5"]
-    assert sorted(finite_check._not_finite(TensorMap(values), values)) == ["v1", "v5"]
+    assert sorted(finite_check._non_finite(TensorMap(values), values)) == ["v1", "v5"]
 
 
 def test_sums_on_a_gpu_are_wide() -> None:

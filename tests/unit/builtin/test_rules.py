@@ -365,7 +365,7 @@ def test_a_prefix_that_all_names_lack_is_put_before_them(prefix: str) -> None:
 
 def test_wrappers_that_the_program_has_in_the_middle() -> None:
     program = renamed(lambda n: n.replace("a.", "a._orig_mod."), PROGRAM)
-    for prefix, said in (("state_dict.", "'state_dict.'"), ("", "parts of wrappers")):
+    for prefix, said in (("state_dict.", "'state_dict.'"), ("", "wrapper parts")):
         scene, given = Scene(program), {prefix + name: value for name, value in NEW.items()}
         report = scene.pipeline.refit(scene.compiled, given).report
         assert same_state(scene.holds(), renamed(lambda n: n.replace("a.", "a._orig_mod."), NEW))
@@ -449,7 +449,7 @@ def test_well_known_ones_are_left_out_and_reported(partial: bool) -> None:
     scene = Scene()
     report = scene.pipeline.refit(scene.compiled, {**NEW, **KNOWN}, partial=partial).report
     assert same_state(scene.holds(), NEW)
-    (note,) = [note for note in report.notes if "no weights of a model" in note]
+    (note,) = [note for note in report.notes if "not model weights" in note]
     assert "7 entries" in note
     assert "'n_averaged'" in note
 
@@ -537,9 +537,9 @@ def test_rules_that_cannot_be_meant_are_refused(rules: dict[str, Any], said: str
     ("subtree", "hint"),
     [
         ("modle.", "names begin with 'model'"),
-        ("model", "'model.' is meant"),
-        ("net.", "'model.net.' is meant"),
-        ("a.", "'model.net.a.' is meant"),
+        ("model", "did you mean 'model.'?"),
+        ("net.", "did you mean 'model.net.'?"),
+        ("a.", "did you mean 'model.net.a.'?"),
     ],
 )
 def test_a_subtree_that_fits_no_names(subtree: str, hint: str) -> None:

@@ -204,7 +204,7 @@ def test_verify_says_how_names_were_read(
 ) -> None:
     file = tmp_path / "w.safetensors"
     save_file({f"net.{name}": value for name, value in new(plugin).items()}, file)
-    note = "names: took the weights under 'net.', where all of the program's are"
+    note = "names: took the weights under 'net.': all names of the program are there"
     failed = run("verify", "fake:module", file, plugins=[plugin])
     assert failed.code == 1
     assert failed.err.count(note) == 1

@@ -322,8 +322,8 @@ def test_sums_without_normalizing_may_be_nothing_but_not_of_nothing() -> None:
 def test_merges_are_parts_of_merges(tmp_path: Path) -> None:
     save_file(one(8.0), tmp_path / "model.safetensors")
     inner = WeightedAverage([(one(1.0), 1), (one(3.0), 1)])
-    moving = refitkit.Ema(0.5, one(4.0))
-    tasks = refitkit.TaskVectors(tmp_path, [(moving, 0.5)])
+    single = WeightedAverage([(one(4.0), 1)])
+    tasks = refitkit.TaskVectors(tmp_path, [(single, 0.5)])
     assert average((inner, 1), (tasks, 1)).tolist() == [4.0]
     with pytest.raises(SourceError, match="do not fit") as info:
         opened(WeightedAverage([(WeightedAverage([(one(1.0), 1), (one(1.0, 2.0), 1)]), 1)]))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from refitkit import Ema, Pipeline, TaskVectors, WeightedAverage
-from refitkit.errors import SourceError, WeightMismatchError
+from refitkit import Pipeline, TaskVectors, WeightedAverage
+from refitkit.errors import SourceError
 from refitkit.protocols import KnowsTies
 
 if TYPE_CHECKING:
@@ -86,22 +86,6 @@ def test_a_twin_of_another_shape_is_refused(tmp_path: Path) -> None:
     file = file_of(tmp_path, {EMBED: torch.ones(3)})
     with pytest.raises(SourceError, match=r"embed\.weight: shape"):
         opened(WeightedAverage([(tied(ONE), 1), (file, 1)]))
-
-
-def test_moving_averages(tmp_path: Path) -> None:
-    start = {EMBED: ONE, HEAD: ONE, "b": ONE.clone()}
-    average = Ema(0.5, start)
-    average.update({HEAD: TWO, "b": TWO})
-    source = opened(average)
-    assert all(source.get(name).equal(MEAN) for name in start)
-    assert source.ties() == ((EMBED, HEAD),)
-    average = Ema(0.5, {EMBED: ONE})
-    average.update(tied(TWO))
-    assert opened(average).get(EMBED).equal(MEAN)
-    with pytest.raises(WeightMismatchError, match=r"head\.weight: unexpected"):
-        average.update({EMBED: TWO, HEAD: ONE})
-    with pytest.raises(WeightMismatchError, match=r"b: missing"):
-        Ema(0.5, start).update({EMBED: TWO})
 
 
 def test_sources_show_what_shares_all_of_its_memory(tmp_path: Path) -> None:

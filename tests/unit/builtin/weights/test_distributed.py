@@ -152,7 +152,10 @@ WRONG: dict[str, tuple[Callable[[Metadata], object], str]] = {
         lambda m: setattr(m.state_dict_metadata["model.same.bias"], "size", torch.Size([1 << 50])),
         "pieces do not make it up",
     ),
-    "no tables": (lambda m: setattr(m, "state_dict_metadata", None), "no distributed checkpoint"),
+    "no tables": (
+        lambda m: setattr(m, "state_dict_metadata", None),
+        "not a distributed checkpoint",
+    ),
     "no places": (lambda m: setattr(m, "storage_data", {}), "a piece is nowhere"),
 }
 
@@ -208,7 +211,7 @@ def test_nothing_of_the_metadata_is_run(
 
 def test_metadata_that_is_data_but_no_table_is_refused(copied: Path) -> None:
     (copied / ".metadata").write_bytes(pickle.dumps({"a": [1, 2]}))
-    with pytest.raises(SourceError, match="no distributed checkpoint that is known"):
+    with pytest.raises(SourceError, match="not a distributed checkpoint that refitkit can read"):
         opened(copied)
 
 

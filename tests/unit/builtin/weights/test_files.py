@@ -341,7 +341,7 @@ def test_what_has_no_place_in_a_file_is_read_as_a_whole(
 def test_files_that_would_unpack_to_far_more_are_refused_before(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_files, "_ALWAYS", 1 << 16)
+    monkeypatch.setattr(torch_files, "_ALWAYS_ALLOWED", 1 << 16)
     path = file_of(tmp_path, "w.pt", saved({"w": torch.zeros(1 << 18)}))
     if how == "compressed":
         rewritten(path, zipfile.ZIP_DEFLATED)
@@ -555,7 +555,7 @@ def test_what_torch_does_not_unpickle_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n"])
 def test_what_is_no_file_of_torch_at_all_is_told_so(tmp_path: Path, content: bytes) -> None:
     """Torch says of it that loading with weights_only=False will likely succeed."""
-    with pytest.raises(SourceError, match=r"is no file of torch\.save\.") as info:
+    with pytest.raises(SourceError, match=r"is not a file of torch\.save\.") as info:
         opened(file_of(tmp_path, "odd.pt", content))
     assert "weights_only" not in str(info.value)
     assert "pointer" in info.value.hint

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 
 from refitkit.builtin.weights import files, folders
-from refitkit.builtin.weights import folders as sharded
 from refitkit.builtin.weights.distributed import METADATA
 from refitkit.builtin.weights.folders import SUFFIX
 from refitkit.builtin.weights.reading import Folder
@@ -224,7 +223,7 @@ def test_names_of_missing_files_are_counted_once(tmp_path: Path) -> None:
         __hash__ = str.__hash__
 
     home = {f"w{n}": Compared(f"s{n}.safetensors") for n in range(500)}
-    shards, problems = sharded._opened(Folder(tmp_path, "it"), home)
+    shards, problems = folders._open_shards(Folder(tmp_path, "it"), home)
     assert len(problems) == 500
     assert not shards
     assert Compared.times < 500 * 100
@@ -236,7 +235,7 @@ PIPES = ["pipe.safetensors", "pipe.pt", "pipe.bin.index.json"]
 @pytest.mark.parametrize("name", PIPES)
 def test_pipes_are_refused_before_anybody_waits_for_them(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / name)
-    with pytest.raises(SourceError, match="no file but a pipe"):
+    with pytest.raises(SourceError, match="is a pipe, a device"):
         opened(tmp_path / name)
 
 

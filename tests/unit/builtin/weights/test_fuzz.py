@@ -48,7 +48,7 @@ def verdicts(count: int) -> Counter[str]:
 @pytest.mark.parametrize(
     ("module", "name", "instead"),
     [
-        (torch_files, "_lie_in_order", lambda archive: True),
+        (torch_files, "_storages_are_in_order", lambda archive: True),
         (safetensors_format, "_without_duplicates", dict),
     ],
 )

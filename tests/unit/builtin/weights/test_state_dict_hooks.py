@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations
 
-from refitkit import Ema, WeightedAverage
+from refitkit import WeightedAverage
 from refitkit.errors import SourceError, WeightMismatchError
 from tests.fakes import UnderRules, same_state
 
@@ -261,10 +261,6 @@ def mean(a: State, b: State) -> State:
     return {name: (a[name] + b[name]) / 2 for name in a}
 
 
-def moved(a: State, b: State) -> State:
-    return {name: torch.lerp(a[name], b[name], 0.5) for name in a}
-
-
 @pytest.mark.parametrize("kind", kinds_but("dequantized"))
 def test_averages_of_two(kind: str) -> None:
     """The scales of quantized ones differ, so they cannot be averaged."""
@@ -284,22 +280,3 @@ def test_averages_with_a_state_dict(kind: str, of: Callable[[nn.Module], State])
         for program in (own, held):
             wanted = mean(program(a), program(b))
             assert same_state(UnderRules(wanted).refit(WeightedAverage(parts)), wanted)
-
-
-@pytest.mark.parametrize("kind", kinds_but("dequantized", "fused"))
-def test_moving_averages(kind: str) -> None:
-    a, b = KINDS[kind](), KINDS[kind]()
-    average = Ema(0.5, a)
-    average.update(b)
-    wanted = moved(own(a), own(b))
-    assert same_state(UnderRules(wanted).refit(average), wanted)
-
-
-@pytest.mark.parametrize("of", [own, held])
-def test_moving_averages_take_either_names(of: Callable[[nn.Module], State]) -> None:
-    a, b = KINDS["renamed, tied"](), KINDS["renamed, tied"]()
-    average = Ema(0.5, a)
-    average.update(of(b))
-    for program in (own, held):
-        wanted = moved(program(a), program(b))
-        assert same_state(UnderRules(wanted).refit(average), wanted)
