@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from refitkit.recipe import TensorMap
 from refitkit.testing import SourceSuite
-from refitkit.testing.oracles import Watched
+from refitkit.testing.oracles import ReadRecorder
 
 from refitkit_peft.base import Base
 from refitkit_peft.lora import Lora
@@ -37,7 +37,7 @@ class LoraSuite(SourceSuite):
         return source
 
     def _source(self, weights: Mapping[str, Any]) -> Any:
-        watched = Watched(TensorMap(weights))
+        watched = ReadRecorder(TensorMap(weights))
         base = Base.with_opener(watched, _opened, self.memory, keep=self.keep)
         base.add("a", _factors(), alpha="rank")
         source = base.source(Lora(base, {"a": _SCALE}))
@@ -80,7 +80,7 @@ class MappedSuite(LoraSuite):
 
 
 def _opened(weights: Any) -> Any:
-    return weights if isinstance(weights, Watched) else TensorMap(weights)
+    return weights if isinstance(weights, ReadRecorder) else TensorMap(weights)
 
 
 def _drawn(*shape: int) -> torch.Tensor:
