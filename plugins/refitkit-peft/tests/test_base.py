@@ -418,7 +418,7 @@ def test_a_name_beats_a_path(net, x, y, monkeypatch):
     monkeypatch.chdir(x.path.parent)
     Path("x").symlink_to(x.path)
     assert set(open_weights(Lora(base, {"x": 1.0})).touched) == {"lin.weight"}
-    with pytest.raises(SourceError, match="no adapter of the name 'z'"):
+    with pytest.raises(SourceError, match="no adapter, file or folder with the name 'z'"):
         open_weights(Lora(base, {"z": 1.0}))
 
 
