@@ -416,8 +416,8 @@ class TrippingVerifier:
 
     name = "tripping-verifier"
 
-    def __init__(self, wire: Tripwire, *, verdict: bool) -> None:
-        self._wire, self._verdict = wire, verdict
+    def __init__(self, plugin: TrippingPlugin) -> None:
+        self._wire, self._plugin = plugin.wire, plugin
 
     def prepare(self, request: VerifyRequest) -> Callable[[OpenedModule], VerificationResult]:
         self._wire("verifier.prepare")
@@ -425,7 +425,7 @@ class TrippingVerifier:
         def judge(module: OpenedModule) -> VerificationResult:
             self._wire("verifier.judge")
             module.probe((), {})
-            return VerificationResult(verifier=self.name, ok=self._verdict, note="as told")
+            return VerificationResult(verifier=self.name, ok=self._plugin.verdict, note="as told")
 
         return judge
 
@@ -467,7 +467,7 @@ class TrippingPlugin:
     @refitkit.hookimpl
     def refitkit_verifiers(self) -> list[TrippingVerifier]:
         self.wire("refitkit_verifiers")
-        return [TrippingVerifier(self.wire, verdict=self.verdict)]
+        return [TrippingVerifier(self)]
 
     @refitkit.hookimpl
     def refitkit_weights_changed(self, report: RefitReport) -> None:

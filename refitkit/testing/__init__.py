@@ -1,9 +1,14 @@
-"""The conformance kit: suites that whoever writes a plugin inherits, and runs with pytest.
+"""The conformance kit: pytest suites that authors of plugins inherit.
 
-The author writes a factory, and an *oracle*: a way to see what happened that goes past the code
-under test. Everything else is inherited. See ``docs/guides/testing-plugins.md``.
+The author writes a factory, and an *oracle*: a way to read results that does not call the code
+under test. All checks are inherited. See ``docs/guides/testing-plugins.md``.
 
-Importing this imports no torch and no built-in plugin: names are resolved on first use.
+To read the kit, start with :mod:`~refitkit.testing.breach` (how a check reports a broken contract)
+and one suite, such as :mod:`~refitkit.testing.source`. :mod:`~refitkit.testing.oracles`,
+:mod:`~refitkit.testing.fakes` and :mod:`~refitkit.testing.scenes` are tools that suites and tests
+share. :mod:`~refitkit.testing.check` runs suites without a test file.
+
+Importing this package imports neither torch nor a built-in plugin: names are resolved on first use.
 """
 
 from __future__ import annotations
@@ -21,7 +26,8 @@ if TYPE_CHECKING:
     from refitkit.testing.transform import TransformSuite
     from refitkit.testing.verifier import VerifierSuite
 
-_HOMES = {
+# Keep this lazy: pytest loads refitkit.testing.plugin, and so this package, in every run.
+_MODULES = {
     "BackendSuite": "backend",
     "Breach": "breach",
     "CheckResult": "check",
@@ -47,9 +53,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'refitkit.testing' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"refitkit.testing.{_HOMES[name]}"), name)
+    value = getattr(importlib.import_module(f"refitkit.testing.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 

@@ -1,4 +1,4 @@
-"""The suite for backends: compiling, what was compiled, planning, saving."""
+"""The suite for backends: compiling, the compiled module, planning, saving."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _ATTACHMENTS = {"note.txt": b"conformance"}
 
 
 class BackendSuite:
-    """Every contract of :class:`refitkit.protocols.Backend` and of what it compiles.
+    """Every contract of :class:`refitkit.protocols.Backend` and of the modules that it compiles.
 
-    Engines have a suite of their own. Write ``make_backend``, ``make_program``, ``inputs``,
-    ``make_parts`` and ``held``. Where compiling is slow, override ``make_module`` to compile once
-    and give copies.
+    Write ``make_backend``, ``make_program``, ``inputs``, ``make_parts`` and ``held``. If compiling
+    is slow, override ``make_module`` to compile once and return copies. Engines have a suite of
+    their own.
 
     Attributes:
         options: Options to compile with.
-        tolerance: How far outputs may be from the program's, absolute.
-        tools: What the pipeline would lend.
+        tolerance: Largest absolute difference between outputs of the module and the program.
+        tools: Tools that the pipeline would pass.
     """
 
     options: Mapping[str, Any] = {}
@@ -48,7 +48,7 @@ class BackendSuite:
         raise NotImplementedError("Write make_backend: it returns a new backend.")
 
     def make_program(self) -> ExportedProgram:
-        """A small program with weights; the same values each time."""
+        """A small program with weights; equal values on each call."""
         raise NotImplementedError("Write make_program: it returns an ExportedProgram.")
 
     def inputs(self) -> tuple[Any, ...]:
@@ -56,89 +56,96 @@ class BackendSuite:
         raise NotImplementedError("Write inputs: a tuple of positional inputs.")
 
     def make_parts(self, program: ExportedProgram, module: Any) -> Mapping[str, Any]:
-        """What the plugin's ``refitkit_partition`` makes of the program."""
-        raise NotImplementedError("Write make_parts: what refitkit_partition makes.")
+        """The result of the plugin's ``refitkit_partition`` for the program."""
+        raise NotImplementedError("Write make_parts: it returns what refitkit_partition returns.")
 
     def held(self, module: Any) -> Mapping[str, torch.Tensor]:
-        """What all engines of a module hold, by any names, *found without their code*."""
-        raise NotImplementedError("Write held: what the engines of a module hold.")
+        """The live weights of all engines, by any unique names, *read without their code*."""
+        raise NotImplementedError("Write held: it reads the live weights past the engines.")
 
     def make_module(self) -> OpenedModule:
-        """A module of its own, compiled from ``make_program()``."""
+        """A new module that is compiled from ``make_program()``."""
         return self.make_backend().compile(self.make_program(), self.options, self.tools)
 
     # -- compiling --------------------------------------------------------------------------
 
     def test_it_has_a_name(self) -> None:
-        """The same each time: users write it in ``backend=``."""
+        """``name`` is a constant text, because users write it in ``backend=``."""
         one: Any = self.make_backend()
         if not isinstance(one, Backend):
             found = f"{type(one).__name__} lacks members."
-            raise Breach("Backend", found, "Give it all members of refitkit.protocols.Backend.")
+            advice = "Implement all members of refitkit.protocols.Backend."
+            raise Breach("Backend", found, advice)
+        # Read it twice: a property may change.
         names = {one.name, one.name, self.make_backend().name}
         if len(names) > 1 or not isinstance(one.name, str) or not one.name:
-            raise Breach("Backend.name", f"it is {names!r}.", "Give one name, always.")
+            raise Breach("Backend.name", f"it returned {names!r}.", "Return one constant name.")
 
     def test_unknown_options_are_refused(self) -> None:
-        """A typo in an option is a ``ConfigError``, not something that does nothing."""
+        """An unknown option raises ``ConfigError``, so that typos do not go unnoticed."""
         options = {**self.options, "no_such_option_of_any_backend": 1}
         try:
             self.make_backend().compile(self.make_program(), options, self.tools)
         except ConfigError:
             return
         except Exception as exc:
-            found = f"an unknown option is answered with {type(exc).__name__}: {exc}."
+            found = f"an unknown option raised {type(exc).__name__}: {exc}."
             raise Breach(_COMPILE, found, "Raise ConfigError, and name the option.") from exc
-        raise Breach(_COMPILE, "an unknown option is accepted.", "Raise ConfigError.")
+        raise Breach(_COMPILE, "an unknown option was accepted.", "Raise ConfigError.")
 
     def test_compiling_leaves_the_program_alone(self) -> None:
-        """Its tensors and its graph are as before."""
+        """``compile`` changes neither the tensors nor the graph of the program."""
+        # Compilers may fold constants or rewrite the graph in place.
         program = self.make_program()
         before, code = oracles.snapshot(program.state_dict), program.graph_module.code
         self.make_backend().compile(program, self.options, self.tools)
         wrong = oracles.differing(oracles.snapshot(program.state_dict), before)
         if wrong or program.graph_module.code != code:
-            found = f"it changed the program: {oracles.shown(wrong) or 'its graph'}."
-            raise Breach(_COMPILE, found, "Compile a copy: the program is the caller's.")
+            found = f"it changed the program: {oracles.quoted(wrong) or 'the graph'}."
+            raise Breach(_COMPILE, found, "Compile a copy: the program belongs to the caller.")
 
-    # -- what was compiled ------------------------------------------------------------------
+    # -- the compiled module ----------------------------------------------------------------
 
     def test_the_module_is_of_the_backend(self) -> None:
-        """It has the backend's name, and at least one engine, under the engine's own name."""
+        """The module has the backend's name, and engines under their own names."""
         module, backend = self.make_module(), self.make_backend()
         if module.backend != backend.name:
-            found = f"it is {module.backend!r}, and the backend is {backend.name!r}."
-            raise Breach("OpenedModule.backend", found, "Give the backend's name.")
+            found = f"it is {module.backend!r}, but the backend is {backend.name!r}."
+            raise Breach("OpenedModule.backend", found, "Return the name of the backend.")
+        if not module.engines:
+            raise Breach("OpenedModule.engines", "it is empty.", "Return at least one engine.")
         wrong = [name for name, engine in module.engines.items() if engine.name != name]
-        if wrong or not module.engines:
-            found = f"engines stand under other names: {wrong}, of {list(module.engines)}."
-            raise Breach("OpenedModule.engines", found, "Give engines by their own names.")
+        if wrong:
+            found = f"the keys {wrong} are not the names of their engines."
+            raise Breach("OpenedModule.engines", found, "Return engines by their own names.")
 
     def test_it_answers_like_the_program(self) -> None:
-        """``run`` and ``probe`` give the program's outputs, within the tolerance."""
+        """``run`` and ``probe`` return the program's outputs, within the tolerance."""
         module = self._callable_module()
+        # A program of its own: calls may change the program's buffers.
         with torch.no_grad():
             wanted = self.make_program().module()(*self.inputs())
-        for call in ("probe", "run"):  # a call may change buffers
+        for call in ("probe", "run"):  # probe first: run may change buffers
             found = getattr(module, call)(self.inputs(), {})
             if not self._is_close(found, wanted):
-                text = "outputs are not the program's."
-                advice = "Give the outputs of the program, in its structure."
+                text = "outputs differ from the program's."
+                advice = "Return the outputs of the program, in the same structure."
                 raise Breach(f"OpenedModule.{call}", text, advice)
 
     def _is_close(self, found: Any, wanted: Any) -> bool:
-        mine, spec = pytree.tree_flatten(found)
-        theirs, other = pytree.tree_flatten(wanted)
-        return spec == other and all(
+        found_leaves, found_structure = pytree.tree_flatten(found)
+        wanted_leaves, wanted_structure = pytree.tree_flatten(wanted)
+        return found_structure == wanted_structure and all(
             a.shape == b.shape
             and a.dtype == b.dtype
             and bool(((a.double() - b.double()).abs() <= self.tolerance).all())
-            for a, b in zip(mine, theirs, strict=True)
+            for a, b in zip(found_leaves, wanted_leaves, strict=True)
         )
 
     def test_wrong_inputs_are_refused(self) -> None:
-        """Inputs of another shape: an ``InputMismatchError``, and the module is unharmed."""
+        """Inputs of another shape raise ``InputMismatchError``."""
         module = self._callable_module()
+        # Change both the rank and the size, so that no broadcasting can hide it.
         wrong = pytree.tree_map_only(
             torch.Tensor, lambda t: torch.cat([t, t]).unsqueeze(0), self.inputs()
         )
@@ -147,53 +154,54 @@ class BackendSuite:
         except InputMismatchError:
             return
         except Exception as exc:
-            found = f"inputs of another shape are answered with {type(exc).__name__}: {exc}."
+            found = f"inputs of another shape raised {type(exc).__name__}: {exc}."
             raise Breach("OpenedModule.run", found, "Raise InputMismatchError.") from exc
-        found = "inputs of another shape are accepted."
-        raise Breach("OpenedModule.run", found, "Check inputs: engines read past them.")
+        found = "inputs of another shape were accepted."
+        raise Breach("OpenedModule.run", found, "Check inputs: engines may read past their end.")
 
     def test_probing_changes_nothing(self) -> None:
-        """After ``probe`` every weight and buffer is as before, and after ``probe_from``."""
+        """``probe`` and ``probe_from`` leave every weight and buffer as it was."""
         module = self._callable_module()
         before = oracles.snapshot(self.held(module))
         module.probe(self.inputs(), {})
-        self._require_held(module, before, "OpenedModule.probe")
+        self._require_unchanged(module, before, "OpenedModule.probe")
         if isinstance(module, ProbesFromState):
             slots = [slot for engine in module.engines.values() for slot in engine.slots.values()]
-            # integers may be indices: no value but the present one is sure to be a good one
+            # Integers may be indices, for which only the current value is known to be valid.
             written = [s for s in slots if s.mutable and dtype_of(s.dtype).is_floating_point]
             values = oracles.random_values(written, 1)
             state = {slot.key: values[slot.name] for slot in written}
             module.probe_from(state, self.inputs(), {})
-            self._require_held(module, before, "ProbesFromState.probe_from")
+            self._require_unchanged(module, before, "ProbesFromState.probe_from")
 
-    def _require_held(self, module: OpenedModule, before: Any, contract: str) -> None:
+    def _require_unchanged(self, module: OpenedModule, before: Any, contract: str) -> None:
         wrong = oracles.differing(oracles.snapshot(self.held(module)), before)
         if wrong:
-            found = f"it changed {oracles.shown(wrong)}."
-            raise Breach(contract, found, "Put buffers back that the model writes to.")
+            found = f"it changed {oracles.quoted(wrong)}."
+            raise Breach(contract, found, "Restore the buffers that the model writes to.")
 
     def test_a_second_module_is_independent(self) -> None:
-        """``reopen`` has the present weights; refitting it leaves the first alone."""
+        """``reopen`` returns a module with equal weights, whose refits leave the first alone."""
         module = self.make_module()
         before = oracles.snapshot(self.held(module))
         second = module.reopen()
         wrong = oracles.differing(oracles.snapshot(self.held(second)), before)
         if wrong:
-            found = f"the second has other weights: {oracles.shown(wrong)}."
-            raise Breach("OpenedModule.reopen", found, "Bring the present weights along.")
+            found = f"the second module has other weights: {oracles.quoted(wrong)}."
+            raise Breach("OpenedModule.reopen", found, "Copy the live weights.")
+        # Commit in every engine of the second module, then look at the first.
         for engine in second.engines.values():
             values = oracles.random_values(engine.slots.values(), 1)
             engine.stage(oracles.slot_values(engine.slots, values)).commit()
         wrong = oracles.differing(oracles.snapshot(self.held(module)), before)
         if wrong:
-            found = f"a refit of the second changed the first: {oracles.shown(wrong)}."
-            raise Breach("OpenedModule.reopen", found, "Share nothing that a refit writes.")
+            found = f"a refit of the second module changed the first: {oracles.quoted(wrong)}."
+            raise Breach("OpenedModule.reopen", found, "Share no memory that a refit writes.")
 
     # -- planning ---------------------------------------------------------------------------
 
     def test_every_slot_is_planned_once(self) -> None:
-        """``draft`` gives one row for each slot of each engine, with the engine's own slot."""
+        """``draft`` returns exactly one row for each slot of each engine."""
         module, program = self.make_module(), self.make_program()
         draft = self.make_backend().draft(self.make_parts(program, module), module, self.tools)
         rows = [row.slot.key for row in draft.rows]
@@ -201,48 +209,50 @@ class BackendSuite:
         wrong = sorted("/".join(key) for key in {*rows, *slots} if rows.count(key) != 1)
         wrong += ["/".join(key) for key in rows if key not in slots]
         if wrong:
-            found = f"not planned exactly once: {oracles.shown(wrong)}."
-            raise Breach(_DRAFT, found, "Give one row for every slot, unmapped ones included.")
+            found = f"it did not plan {oracles.quoted(wrong)} exactly once."
+            raise Breach(_DRAFT, found, "Return one row for every slot, also for unmapped ones.")
 
     def test_planning_leaves_the_program_alone(self) -> None:
-        """Its tensors are as before."""
+        """``draft`` does not change the tensors of the program."""
         module, program = self.make_module(), self.make_program()
         before = oracles.snapshot(program.state_dict)
         self.make_backend().draft(self.make_parts(program, module), module, self.tools)
         wrong = oracles.differing(oracles.snapshot(program.state_dict), before)
         if wrong:
-            found = f"it changed the program: {oracles.shown(wrong)}."
-            raise Breach(_DRAFT, found, "Plan on a copy: the program is the caller's.")
+            found = f"it changed the program: {oracles.quoted(wrong)}."
+            raise Breach(_DRAFT, found, "Plan on a copy: the program belongs to the caller.")
 
     # -- saving -----------------------------------------------------------------------------
 
     def test_what_is_saved_is_told(self) -> None:
-        """``describe`` knows the file; ``attachments`` gives back what was saved beside it."""
+        """``describe`` knows a saved file, and ``attachments`` returns its attachments."""
         module, backend = self.make_module(), self.make_backend()
         with TemporaryFolder() as folder:
             path = folder.path / "saved"
             module.save(path, _ATTACHMENTS)
             if backend.describe(path) is None:
-                advice = "Know what save has written."
-                raise Breach("Backend.describe", "it does not know its own file.", advice)
-            found: Any = backend.attachments(path)
-            if dict(found) != _ATTACHMENTS:
-                text = f"saved with {sorted(_ATTACHMENTS)}, it gives {sorted(found)}."
-                raise Breach("Backend.attachments", text, "Give what was saved, byte for byte.")
+                found = "it returned None for a file of this backend."
+                raise Breach("Backend.describe", found, "Describe files that save has written.")
+            attached: Any = backend.attachments(path)
+            if dict(attached) != _ATTACHMENTS:
+                found = f"a file saved with {sorted(_ATTACHMENTS)} returned {sorted(attached)}"
+                found += ", or other contents."
+                advice = "Return the attachments byte for byte."
+                raise Breach("Backend.attachments", found, advice)
 
     def test_foreign_files_are_not_its_own(self) -> None:
-        """Of another's file ``describe`` gives None, and ``attachments`` nothing."""
+        """For a file of another format ``describe`` is None, and ``attachments`` is empty."""
         backend = self.make_backend()
         with TemporaryFolder() as folder:
             path = folder.path / "foreign"
             path.write_bytes(b"something else")
-            told: Any = backend.describe(path)
-            if told is not None or dict(backend.attachments(path)):
-                found = f"of a file of no backend it says {told!r}."
-                raise Breach("Backend.describe", found, "Give None for what is not yours.")
+            description: Any = backend.describe(path)
+            if description is not None or dict(backend.attachments(path)):
+                found = f"a file of no backend returned {description!r}, or attachments."
+                raise Breach("Backend.describe", found, "Return None for files of other formats.")
 
     def _callable_module(self) -> OpenedModule:
         module = self.make_module()
         if isinstance(module, Offline):
-            skip(f"the module cannot be called here: {module.offline}")
+            skip(f"the module cannot be called on this machine: {module.offline}")
         return module

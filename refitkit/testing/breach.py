@@ -1,4 +1,4 @@
-"""What a check says when something does not keep its contract."""
+"""How checks report: a broken contract, an incomplete suite, a skip, an expected refusal."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-class Breach(AssertionError):  # noqa: N818 - to a test runner it is a failed assertion, no error
-    """Something does not keep its contract.
+class Breach(AssertionError):  # noqa: N818 - test runners show it as a failure, not as an error
+    """The code under test breaks a contract. The message is ``contract: found advice``.
 
     Attributes:
-        contract: What asks for it: a member of :mod:`refitkit.protocols`, such as ``Engine.stage``.
-        found: What was seen, in one sentence.
-        advice: What to do.
+        contract: Member of :mod:`refitkit.protocols` that is broken, such as ``Engine.stage``.
+        found: Observed behaviour, in one sentence; its subject may be "it", the contract.
+        advice: Action for the author, as an imperative sentence.
     """
 
     def __init__(self, contract: str, found: str, advice: str) -> None:
@@ -28,34 +28,34 @@ class Breach(AssertionError):  # noqa: N818 - to a test runner it is a failed as
 
 
 class SuiteError(Exception):
-    """A suite was not filled in well enough to say anything of what it is for."""
+    """The author's part of a suite is incomplete or wrong, so a check has no meaning."""
 
 
 def skip(reason: str) -> NoReturn:
-    """End a check that does not apply."""
-    import pytest  # noqa: PLC0415 - suites can be imported without it
+    """Skip a check that does not apply, with a reason."""
+    import pytest  # noqa: PLC0415 - suites can be imported without pytest
 
     pytest.skip(reason)
 
 
 @contextmanager
 def refusal(contract: str, what: str, advice: str) -> Iterator[None]:
-    """Expect a typed error from the body.
+    """Expect the body to raise an error of :mod:`refitkit.errors`.
 
     Args:
-        contract: What asks for it.
-        what: What was asked for, as the beginning of a sentence that goes on with "was ...".
-        advice: What to do.
+        contract: Protocol member that has to refuse.
+        what: Refused input, as the subject of a sentence: "<what> was accepted."
+        advice: Text of :attr:`Breach.advice`.
 
     Raises:
-        Breach: Nothing was raised, or what nobody can tell from a bug.
+        Breach: The body raised nothing, or another exception, which callers take for a bug.
     """
     try:
         yield
     except RefitError:
         return
     except Exception as exc:
-        found = f"{what} was answered with {type(exc).__name__}: {exc}."
+        found = f"{what} raised {type(exc).__name__}: {exc}."
         advice = f"Raise an error of refitkit.errors. {advice}"
         raise Breach(contract, found, advice) from exc
     raise Breach(contract, f"{what} was accepted.", advice)

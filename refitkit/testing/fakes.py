@@ -1,7 +1,7 @@
-"""Engines and modules in memory, that keep every contract and fail when they are told to.
+"""Engines and modules in memory that keep every contract and can be made to fail.
 
-Everything that could fail in a refit calls a :class:`Tripwire` with a label first. A dry run counts
-those calls; a test then arms one of them after another.
+Every step that could fail in a refit first calls a :class:`Tripwire` with a label. A dry run counts
+the calls; a test then makes each of them fail in turn.
 """
 
 from __future__ import annotations
@@ -24,45 +24,46 @@ if TYPE_CHECKING:
     from refitkit.protocols import SlotValue
 
 BACKEND = "fake"
+"""Backend name of fake modules and of plans made by hand."""
 
 
 class Tripwire:
-    """Counts calls by label, and raises at some of them.
+    """Records calls by label, and raises at chosen calls.
 
     Attributes:
-        calls: Labels of all calls since it was armed.
-        faults: What to raise at which call, by its number.
+        calls: Labels of all calls since the last ``arm``.
+        faults: Exceptions to raise, by the number of the call, counted from 0.
     """
 
     def __init__(self) -> None:
-        """Armed with nothing."""
+        """Start without faults."""
         self.calls: list[str] = []
         self.faults: dict[int, BaseException] = {}
 
     def __call__(self, label: str) -> None:
-        """Count a call, and raise what it is armed with."""
+        """Record a call, and raise its fault if it has one."""
         number = len(self.calls)
         self.calls.append(label)
         if number in self.faults:
             raise self.faults[number]
 
     def arm(self, faults: Mapping[int, BaseException] | None = None) -> None:
-        """Count from 0 again, and raise these."""
+        """Count calls from 0 again, with new faults."""
         self.calls = []
         self.faults = dict(faults or {})
 
 
 class FakeStaged:
-    """New values beside the live ones.
+    """The staged values of a ``FakeEngine``.
 
     Attributes:
-        engine: The engine that they are for.
-        values: The new values by slot.
-        did: Which of its methods were called.
+        engine: Engine of the refit.
+        values: New values by slot.
+        did: Names of ``commit``, ``rollback`` and ``discard`` in the order of their calls.
     """
 
     def __init__(self, engine: FakeEngine, values: Mapping[str, torch.Tensor]) -> None:
-        """Made by the engine."""
+        """Stage values; the engine calls this."""
         self.engine, self.values = engine, values
         self.did: list[str] = []
         self._before: dict[str, torch.Tensor] = {}
@@ -77,21 +78,22 @@ class FakeStaged:
         return any(bits(live[name]) != bits(value) for name, value in self.values.items())
 
     def staged(self, slot: str) -> torch.Tensor:
-        """What a slot will hold: its new value, else the live one."""
+        """The slot's value after a commit: its new value, else the live one."""
         self._trip("show")
         return self.values.get(slot, self.engine.live[slot])
 
     def commit(self) -> None:
-        """Put one value after another into its slot."""
+        """Write the values into their slots, one by one."""
         self.did.append("commit")
         self._trip("commit")
+        # Copy the mapping first: a fault at any slot must leave something to restore.
         self._before = self.engine.spare = dict(self.engine.live)
         for name, value in self.values.items():
             self.engine.live[name] = value
-            self._trip(f"commit-{name}")  # a failure here leaves a mixture
+            self._trip(f"commit-{name}")  # a fault here leaves old and new values mixed
 
     def rollback(self) -> None:
-        """Put the old values back."""
+        """Restore the values from before the commit."""
         self.did.append("rollback")
         self._trip("rollback")
         self.engine.live.update(self._before)
@@ -99,30 +101,31 @@ class FakeStaged:
         self._trip("rollback-end")
 
     def discard(self) -> None:
-        """Leave all as it is."""
+        """Do nothing: the live values are untouched."""
         self.did.append("discard")
         self._trip("discard")
 
 
 class FakeEngine:
-    """An engine that takes all its weights at once and cannot be read.
+    """An engine that is refitted as a whole and has no readback.
 
     Attributes:
-        name: Its name.
-        live: The live values by slot, past every wire.
-        spare: The values before the last commit.
-        slots: Its slots.
-        wire: What it calls first.
+        name: Name of the engine.
+        live: Live values by slot; reading them here calls no tripwire.
+        spare: Values from before the last commit.
+        slots: Slots by name.
+        wire: Tripwire that every step calls first.
     """
 
     def __init__(
         self, name: str, values: Mapping[str, torch.Tensor], wire: Tripwire | None = None
     ) -> None:
-        """Hold copies of these values."""
+        """Start with copies of these values, one slot for each."""
         self.name = name
         self.live = {slot: _copied(value) for slot, value in values.items()}
         self.spare: dict[str, torch.Tensor] = {}
         self.wire = wire or Tripwire()
+        # Subclasses add read; their slots have to say so.
         readable = hasattr(self, "read")
         self.slots = {
             slot: slot_for(slot, value, name, readable=readable)
@@ -131,13 +134,17 @@ class FakeEngine:
 
     @property
     def memory(self) -> EngineMemory:
-        """The old values."""
+        """Declares a second set of all values on the device."""
         self.wire(f"{self.name}.memory")
         size = sum(slot.nbytes for slot in self.slots.values())
         return EngineMemory(engine=self.name, kind="device", bytes=size)
 
     def stage(self, values: Sequence[SlotValue]) -> FakeStaged:
-        """Copy values for all slots."""
+        """Copy values for all slots.
+
+        Raises:
+            WeightMismatchError: Names, dtypes or shapes are not exactly those of the slots.
+        """
         self.wire(f"{self.name}.stage")
         given = [value.slot.name for value in values]
         if sorted(given) != sorted(self.slots):
@@ -145,27 +152,28 @@ class FakeEngine:
         return self._stage(values)
 
     def _stage(self, values: Sequence[SlotValue]) -> FakeStaged:
+        # Check everything before returning: live values are untouched if this raises.
         copies = {}
         for value in values:
             name = value.slot.name
             if name in copies or name not in self.slots:
-                raise WeightMismatchError(f"{name} is given twice, or is no slot.")
+                raise WeightMismatchError(f"{name} is repeated, or not a slot.")
             tensor, slot = value.load(), self.slots[name]
             if (str(tensor.dtype), tuple(tensor.shape)) != (f"torch.{slot.dtype}", slot.shape):
-                raise WeightMismatchError(f"{name} does not fit.")
+                raise WeightMismatchError(f"{name} has a wrong dtype or shape.")
             copies[name] = _copied(tensor)
         self.wire(f"{self.name}.stage-end")
         return FakeStaged(self, copies)
 
 
 class OpenEngine(FakeEngine):
-    """An engine that can be read, refitted in part, written over and warmed; with a spare buffer.
+    """An engine with readback, partial refits, overwriting, warming and a spare buffer.
 
-    What it held before the last commit stays there.
+    The spare buffer has the values from before the last commit.
     """
 
     def read(self, slot: str) -> torch.Tensor:
-        """The live value."""
+        """The live value of a slot, as an alias."""
         self.wire(f"{self.name}.read")
         return self.live[slot]
 
@@ -175,12 +183,16 @@ class OpenEngine(FakeEngine):
         return self._stage(values)
 
     def previous(self) -> dict[str, torch.Tensor]:
-        """The values before the last commit."""
+        """The values from before the last commit, by slot."""
         self.wire(f"{self.name}.previous")
         return dict(self.spare)
 
     def stage_over(self, values: Sequence[SlotValue]) -> Overwriting:
-        """Write one value after another into its slot, at the commit."""
+        """Stage values that the commit writes over the live ones, one by one.
+
+        Raises:
+            WeightMismatchError: Names are unknown or repeated.
+        """
         self.wire(f"{self.name}.stage-over")
         require_values(self.slots, values, partial=True)
         self.free_spare()
@@ -188,33 +200,33 @@ class OpenEngine(FakeEngine):
 
     def _write_over(self, values: Sequence[SlotValue]) -> None:
         for value in values:
+            # A fault here leaves old and new values mixed, and nothing can restore the old ones.
             self.wire(f"{self.name}.over-{value.slot.name}")
             self.live[value.slot.name] = _copied(value.load())
 
     def free_spare(self) -> int:
-        """Forget the values before the last commit; returns their bytes."""
+        """Drop the values from before the last commit; returns their size in bytes."""
         freed = sum(value.nbytes for value in self.spare.values())
         self.spare.clear()
         return freed
 
     def warm(self, progress: Callable[[str], None]) -> None:
-        """Tell that there is nothing to do."""
+        """Report one line of progress; there is nothing to warm."""
         self.wire(f"{self.name}.warm")
         progress(f"{self.name} is warm")
 
 
 class FakeModule:
-    """An opened module. Called, it answers with all that its engines hold, times the input.
+    """An opened module whose outputs are all weights of its engines, times the first input.
 
-    So any bit of any weight shows in the answer. Another answer can be given as a function of the
-    module and the inputs.
+    So a change of any weight changes the outputs. ``answer`` replaces this computation.
 
     Attributes:
-        engines: Its engines by name.
-        attachments: What was saved beside them.
-        wire: What it calls first.
-        answer: What it answers instead.
-        on_run: Called whenever it runs.
+        engines: Engines by name.
+        attachments: Contents of attached files, by name.
+        wire: Tripwire that every step calls first.
+        answer: Function of the module and the inputs that computes the outputs instead; or None.
+        on_run: Function without arguments that ``run`` calls first.
     """
 
     backend = BACKEND
@@ -226,7 +238,7 @@ class FakeModule:
         wire: Tripwire | None = None,
         answer: Callable[..., Any] | None = None,
     ) -> None:
-        """Put engines into a module."""
+        """Make a module of engines."""
         self.engines: dict[str, Any] = {engine.name: engine for engine in engines}
         self.attachments: Mapping[str, bytes] = dict(attachments or {})
         self.wire = wire or Tripwire()
@@ -234,7 +246,7 @@ class FakeModule:
         self.on_run: Callable[[], None] = lambda: None
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Answer with all weights, by ``engine/slot``."""
+        """The outputs: by default each weight times the first input, by ``engine/slot``."""
         self.wire("run")
         self.on_run()
         if self.answer is not None:
@@ -246,27 +258,28 @@ class FakeModule:
         }
 
     def probe(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Answer likewise: nothing changes anyway."""
+        """The outputs of ``run``, which changes no weights."""
         self.wire("probe")
         return self.run(args, kwargs)
 
     def synchronize(self) -> None:
-        """Wait for nothing."""
+        """Do nothing: no work is ever pending."""
         self.wire("synchronize")
 
     def save(self, path: Path, attachments: Mapping[str, bytes]) -> None:
-        """Write names alone."""
+        """Write a JSON file with the names of engines, slots and attachments; no values."""
         names = {name: list(engine.slots) for name, engine in self.engines.items()}
         path.write_text(json.dumps({"engines": names, "attachments": sorted(attachments)}))
         self.attachments = dict(attachments)
 
     def reopen(self) -> FakeModule:
-        """A second one with copies of all values."""
+        """A second module with copies of all values, and the same tripwires."""
+        # Keep subclasses: tests make broken engines of them.
         engines = [type(e)(e.name, e.live, e.wire) for e in self.engines.values()]
         return type(self)(engines, self.attachments, self.wire, self.answer)
 
     def holds(self) -> dict[str, torch.Tensor]:
-        """Copies of all live values, past every gate and every wire."""
+        """Copies of all live values, by ``engine/slot``, without any gate or tripwire."""
         return {
             f"{name}/{slot}": value.clone()
             for name, engine in self.engines.items()
@@ -277,7 +290,7 @@ class FakeModule:
 def slot_for(
     name: str, value: torch.Tensor, engine: str = "model", *, readable: bool = False
 ) -> Slot:
-    """The slot that an engine would list for a tensor."""
+    """A slot with the dtype, shape and count of a tensor."""
     return Slot(
         engine=engine,
         name=name,
@@ -289,6 +302,6 @@ def slot_for(
 
 
 def _copied(value: torch.Tensor) -> torch.Tensor:
-    """A copy in memory of its own, with nothing put off."""
-    plain = value.detach().resolve_conj().resolve_neg()
-    return plain.clone(memory_format=torch.contiguous_format)
+    """A contiguous copy in memory of its own."""
+    # clone() computes lazy conjugates and negations; expanded tensors need contiguous_format.
+    return value.detach().clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,8 @@
-"""The suite that every plugin can be run against: what it offers by its hooks, and to whom."""
+"""The suite that runs against every plugin: it needs no factory, only the plugin's hooks.
+
+It checks what hooks return, and that the plugin ignores targets, weights and modules of others.
+:mod:`refitkit.testing.check` makes a subclass for each plugin.
+"""
 
 from __future__ import annotations
 
@@ -41,74 +45,76 @@ _OFFERS: dict[str, tuple[str, type]] = {
 
 
 class OfferSuite:
-    """What needs no factory: names and protocols, and that foreign things are left alone.
+    """Checks of a registered plugin's hooks.
 
     Attributes:
         plugin: Name of the plugin.
-        host: Where it is registered.
+        host: Host in which it is registered.
     """
 
     plugin: ClassVar[str]
     host: ClassVar[Host]
 
     def test_offers_keep_their_protocols(self) -> None:
-        """Each offer has a name, and all members of its protocol."""
+        """Each offered object has a name and all members of its protocol."""
         for hook, (kind, protocol) in _OFFERS.items():
             for offer in self._offers(hook):
                 name = getattr(offer, "name", None)
                 if not isinstance(name, str) or not name:
-                    raise Breach(hook, f"{offer!r} has no name.", "Users choose offers by name.")
+                    raise Breach(hook, f"{offer!r} has no name.", "Set a name: users choose by it.")
                 if not isinstance(offer, protocol):
                     found = f"the {kind} {name!r} lacks members of {protocol.__name__}."
-                    raise Breach(hook, found, "See refitkit.protocols.")
+                    raise Breach(hook, found, "Implement all members: see refitkit.protocols.")
 
     def test_offers_are_the_same_each_time(self) -> None:
-        """Asked twice, the same names in the same order."""
+        """Two calls of a hook return the same names in the same order."""
         for hook in _OFFERS:
+            # Two calls in a row: a hook that returns an iterator or counts calls shows here.
             first, second = ([offer.name for offer in self._offers(hook)] for _ in range(2))
             if first != second:
-                found = f"it offers {first}, and then {second}."
-                raise Breach(hook, found, "Offer the same each time: it is asked at every refit.")
+                found = f"it returned {first}, and then {second}."
+                raise Breach(hook, found, "Return the same each time: every refit calls it.")
 
-    # -- first hooks: what is not the plugin's is the next one's -------------------------------
+    # -- hooks whose first result counts: None passes the call on ------------------------------
 
     def test_foreign_targets_are_left_to_others(self) -> None:
-        """``refitkit_load_module`` answers None for an object that it cannot know."""
+        """``refitkit_load_module`` returns None for an object of unknown type."""
         self._require_none("refitkit_load_module", target=object(), config=Config(), tools=Tools())
 
     def test_foreign_weights_are_left_to_others(self) -> None:
-        """``refitkit_load_weights`` answers None for an object that it cannot know."""
+        """``refitkit_load_weights`` returns None for an object of unknown type."""
         self._require_none(
             "refitkit_load_weights",
             source=object(),
             config=Config(),
-            open_weights=_nothing_to_open,
+            open_weights=_refuse_to_open,
         )
 
     def test_parts_for_other_backends_are_left_to_others(self) -> None:
-        """``refitkit_partition`` answers None for a backend that is not the plugin's."""
+        """``refitkit_partition`` returns None for a backend of another plugin."""
         arguments = {"program": None, "module": None, "backend": "no such backend"}
         more = {"options": {}, "config": Config(), "tools": Tools()}
         self._require_none("refitkit_partition", **arguments, **more)
 
     def _require_none(self, hook: str, **arguments: Any) -> None:
         self._require_hook(hook)
+        advice = "Return None: the host then asks the next plugin."
         try:
-            answer = self.host.call_one(self.plugin, hook, **arguments)
+            result = self.host.call_one(self.plugin, hook, **arguments)
         except Exception as exc:
-            found = f"what is not the plugin's is answered with {type(exc).__name__}: {exc}"
-            raise Breach(hook, found, "Return None: the next plugin is asked.") from exc
-        if answer is not None:
-            found = f"what is not the plugin's is answered with a {type(answer).__name__}."
-            raise Breach(hook, found, "Return None: the next plugin is asked.")
+            found = f"it raised {type(exc).__name__} for an argument of unknown type: {exc}"
+            raise Breach(hook, found, advice) from exc
+        if result is not None:
+            found = f"it returned a {type(result).__name__} for an argument of unknown type."
+            raise Breach(hook, found, advice)
 
-    # -- offers before things that they do not know --------------------------------------------
+    # -- offers with modules and weights of others ---------------------------------------------
 
     def test_strategies_decline_what_they_do_not_know(self) -> None:
-        """A plan without recipes, a source without weights: no values, no exception."""
+        """Strategies return no values for a plan without recipes and a source without weights."""
         module = _module()
         rows = [
-            LedgerRow(slot=slot, state=SlotState.UNMAPPED, reason="nobody saw it")
+            LedgerRow(slot=slot, state=SlotState.UNMAPPED, reason="not recorded")
             for slot in module.engines["e"].slots.values()
         ]
         plan = make_plan(rows, leaves=())
@@ -117,28 +123,33 @@ class OfferSuite:
             with _no_exception(f"{strategy.name}.map"):
                 mapped = strategy.map(request)
             if mapped.values:
-                found = f"the strategy {strategy.name!r} makes values of nothing."
-                raise Breach("MappingStrategy.map", found, "Decline; never guess.")
+                found = f"the strategy {strategy.name!r} returned values from an empty source."
+                raise Breach("MappingStrategy.map", found, "Decline such rows instead of guessing.")
 
     def test_transforms_leave_plain_weights_alone(self) -> None:
-        """A source with what the program reads: no groups."""
+        """Transforms return no groups for a source that has all leaves of the program."""
         module = _module()
         request = TransformRequest(plan_for(module), TensorMap(_weights()))
         for transform in self._offered("refitkit_weight_transforms"):
             with _no_exception(f"{transform.name}.groups"):
                 groups = list(transform.groups(request))
             if groups:
-                found = f"the transform {transform.name!r} makes {list(groups[0].gives)} anew."
-                advice = "Leave alone what a program reads as it is."
+                names = list(groups[0].gives)
+                found = f"the transform {transform.name!r} makes {names}, which the source has."
+                advice = "Return no group for weights that the program reads unchanged."
                 raise Breach("WeightTransform.groups", found, advice)
 
     def test_verifiers_refuse_or_judge(self) -> None:
-        """Of a module in memory, without inputs: a refusal in ``prepare``, or a right verdict."""
+        """Verifiers refuse a module in memory in ``prepare``, or return the right verdict.
+
+        The request has no inputs.
+        """
         for verifier in self._offered("refitkit_verifiers"):
             module, source = _module(), TensorMap(_weights())
             plan = plan_for(module)
             values: Any = plan.values_of(plan.ledger, source)
             request = VerifyRequest(plan, module, source, values, None, None, None, {})
+            # A refusal is right. _no_exception has turned all other exceptions into breaches.
             with suppress(RefitError):
                 with _no_exception(f"{verifier.name}.prepare"):
                     judge = verifier.prepare(request)
@@ -149,40 +160,41 @@ class OfferSuite:
     @staticmethod
     def _require_verdict(name: str, result: VerificationResult, *, ok: bool) -> None:
         if result.ok is not ok:
-            holds = "its new" if ok else "other"
-            found = f"{name!r} says {result.ok} of a module that holds {holds} weights."
-            raise Breach("Verifier.prepare", found, "Refuse in prepare what you cannot judge.")
+            weights = "the new weights" if ok else "other weights"
+            found = f"{name!r} returned ok={result.ok} for a module with {weights}."
+            advice = "Refuse in prepare if the verdict would be unreliable."
+            raise Breach("Verifier.prepare", found, advice)
 
     def test_checks_give_problems(self) -> None:
-        """``refitkit_check`` gives ``Problem`` objects, or nothing."""
+        """``refitkit_check`` returns only ``Problem`` objects."""
         self._require_hook("refitkit_check")
         module = _module()
         arguments = {"plan": plan_for(module), "module": module, "source": TensorMap(_weights())}
         none = frozenset[str]()
         more = {"partial": False, "unchanged": none, "deferred": none, "config": Config()}
-        for given in self._asked("refitkit_check", **arguments, **more):
-            odd = [problem for problem in given if not isinstance(problem, Problem)]
-            if odd:
-                found = f"it gives {odd[0]!r}."
-                raise Breach("refitkit_check", found, "Give refitkit.errors.Problem.")
+        for problems in self._call_hook("refitkit_check", **arguments, **more):
+            wrong = [problem for problem in problems if not isinstance(problem, Problem)]
+            if wrong:
+                found = f"it returned {wrong[0]!r}."
+                raise Breach("refitkit_check", found, "Return refitkit.errors.Problem objects.")
 
-    # -- hooks that are only told --------------------------------------------------------------
+    # -- notifications -------------------------------------------------------------------------
 
     def test_news_of_other_modules_do_no_harm(self) -> None:
-        """``refitkit_event`` and ``refitkit_weights_changed`` of a module that it does not know."""
+        """``refitkit_event`` and ``refitkit_weights_changed`` accept modules of other plugins."""
         report = RefitReport(outcome="committed", backend="fake", source="a state_dict", version=1)
-        news: dict[str, Mapping[str, Any]] = {
+        notifications: dict[str, Mapping[str, Any]] = {
             "refitkit_event": {"event": Step("refit", "stage", "half of it")},
             "refitkit_weights_changed": {"module": _module(), "report": report},
         }
-        if not any(self._has(hook) for hook in news):
-            skip("the plugin does not listen")
-        for hook, arguments in news.items():
+        if not any(self._has(hook) for hook in notifications):
+            skip("the plugin implements no notification hook")
+        for hook, arguments in notifications.items():
             if self._has(hook):
                 with _no_exception(hook):
-                    self._asked(hook, **arguments)
+                    self._call_hook(hook, **arguments)
 
-    # -- asking ---------------------------------------------------------------------------------
+    # -- calling hooks -------------------------------------------------------------------------
 
     def _has(self, hook: str) -> bool:
         return any(hook in info.hooks for info in self.host.plugins() if info.name == self.plugin)
@@ -191,9 +203,9 @@ class OfferSuite:
         if not self._has(hook):
             skip(f"the plugin does not implement {hook}")
 
-    def _asked(self, hook: str, **arguments: Any) -> list[Any]:
-        answers: list[Any] = self.host.call_one(self.plugin, hook, **arguments)
-        return answers
+    def _call_hook(self, hook: str, **arguments: Any) -> list[Any]:
+        results: list[Any] = self.host.call_one(self.plugin, hook, **arguments)
+        return results
 
     def _offered(self, hook: str) -> list[Any]:
         self._require_hook(hook)
@@ -202,27 +214,30 @@ class OfferSuite:
     def _offers(self, hook: str) -> list[Any]:
         if not self._has(hook):
             return []
+        # Backends are registered through a callback; the other hooks return lists.
         if hook == "refitkit_register_backends":
-            given: list[Any] = []
-            self._asked(hook, register=given.append)
-            return given
+            registered: list[Any] = []
+            self._call_hook(hook, register=registered.append)
+            return registered
         arguments = {"config": Config()} if hook == "refitkit_weight_transforms" else {}
-        return [offer for listed in self._asked(hook, **arguments) for offer in listed]
+        # The host returns one list for each implementation of the hook.
+        return [offer for listed in self._call_hook(hook, **arguments) for offer in listed]
 
 
 @contextmanager
 def _no_exception(contract: str) -> Iterator[None]:
-    """Turn what is raised, and is no error of refitkit's, into a breach."""
+    """Raise a breach for an exception that is not a deliberate refusal of the plugin."""
     try:
         yield
     except Exception as exc:
+        # The host wraps other exceptions of a hook in PluginError, so that one is no refusal.
         if isinstance(exc, RefitError) and not isinstance(exc, PluginError):
             raise
-        found = f"what it does not know is answered with {type(exc).__name__}: {exc}."
-        raise Breach(contract, found, "Look at what is given before using it.") from exc
+        found = f"it raised {type(exc).__name__} for a module or weights of others: {exc}."
+        raise Breach(contract, found, "Check arguments before using them.") from exc
 
 
-def _nothing_to_open(weights: object) -> WeightSource:
+def _refuse_to_open(weights: object) -> WeightSource:
     raise SourceError(f"No plugin can read weights from a {type(weights).__name__}.")
 
 

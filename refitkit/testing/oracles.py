@@ -1,4 +1,13 @@
-"""Bits of tensors, found without the code under test, and values for slots."""
+"""What checks compare and feed in: bits of tensors, values for slots, and observers.
+
+Nothing here calls the code under test. In reading order:
+
+* bits of tensors, and random values for slots;
+* layouts: the same elements as views that a raw copy of memory gets wrong;
+* memory: which storages torch allocates, counted one by one, so results do not depend on the
+  operating system or on other processes;
+* a source that records which tensors are read.
+"""
 
 from __future__ import annotations
 
@@ -20,43 +29,44 @@ if TYPE_CHECKING:
 
 
 Bits = tuple[str, bytes]
-"""Dtype, and all elements in logical order."""
+"""Dtype name without ``torch.``, and the bytes of all elements in logical order."""
 
-_LARGEST = 100  # integers stay below it, so that every integer type has them
+_INTEGER_LIMIT = 100  # random integers stay below it, so that they fit into int8
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """A dtype by torch's name, without the ``torch.``."""
+    """The torch dtype with a name such as ``float32``."""
     found: torch.dtype = getattr(torch, name)
     return found
 
 
 def bits(tensor: torch.Tensor) -> Bits:
-    """Dtype and elements of a tensor, whatever its layout and device.
+    """Dtype and bytes of a tensor with any layout and on any device.
 
-    -0 is not 0, and a NaN is itself.
+    -0 and 0 have different bits, and a NaN equals itself.
     """
+    # numpy() takes neither lazy conjugates nor negations, so compute them first.
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     raw = plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
     return str(plain.dtype).removeprefix("torch."), raw
 
 
-def snapshot(held: Mapping[str, torch.Tensor]) -> dict[str, Bits]:
-    """The bits of everything, by name: what later changes cannot touch."""
-    return {name: bits(tensor) for name, tensor in held.items()}
+def snapshot(tensors: Mapping[str, torch.Tensor]) -> dict[str, Bits]:
+    """The bits of tensors by name: a copy that later writes do not change."""
+    return {name: bits(tensor) for name, tensor in tensors.items()}
 
 
 def differing(found: Mapping[str, Bits], wanted: Mapping[str, Bits]) -> list[str]:
-    """Names whose bits differ, or that only one of both has."""
+    """Sorted names whose bits differ, or that only one of the two mappings has."""
     names = sorted(found.keys() | wanted.keys())
     return [name for name in names if found.get(name) != wanted.get(name)]
 
 
 def random_values(slots: Iterable[Slot], seed: int) -> dict[str, torch.Tensor]:
-    """A value for each slot: finite, contiguous, on the CPU, other ones for other seeds.
+    """A value for each slot by name: finite, contiguous, on the CPU, different for each seed.
 
-    Floats have a zero of either sign among them, so that what compares values instead of bits
-    shows.
+    A slot without a shape gets a flat tensor. Floats of two or more elements contain a zero, whose
+    sign depends on the seed: code that compares values instead of bits then fails.
     """
     generator = torch.Generator().manual_seed(seed)
     return {slot.name: _random(slot, seed, generator) for slot in slots}
@@ -72,50 +82,45 @@ def _random(slot: Slot, seed: int, generator: torch.Generator) -> torch.Tensor:
         return torch.view_as_complex(parts).to(dtype)
     if dtype.is_floating_point:
         drawn = torch.rand(shape, generator=generator, dtype=torch.float64) / 4 + 1
-        drawn *= 2.0 ** (seed % 5)  # so far apart that no type rounds two seeds to one value
-        if slot.count > 1 and dtype is not torch.float8_e8m0fnu:  # which has no zero
+        # Seeds differ by a factor of 2, so that even float8 does not round them to one value.
+        drawn *= 2.0 ** (seed % 5)
+        if slot.count > 1 and dtype is not torch.float8_e8m0fnu:  # e8m0 has no zero
             drawn.view(-1)[0] = -0.0 if seed % 2 else 0.0
         return drawn.to(dtype)
-    drawn = torch.randint(_LARGEST // 2, shape, generator=generator)
-    return ((drawn + seed) % _LARGEST).to(dtype)
+    drawn = torch.randint(_INTEGER_LIMIT // 2, shape, generator=generator)
+    return ((drawn + seed) % _INTEGER_LIMIT).to(dtype)
 
 
 def slot_values(slots: Mapping[str, Slot], values: Mapping[str, torch.Tensor]) -> list[SlotValue]:
-    """Values as a strategy gives them: promises to load tensors."""
-    return [given(slots[name], value) for name, value in values.items()]
+    """Values as a strategy returns them: each loads its tensor on demand."""
+    return [slot_value(slots[name], value) for name, value in values.items()]
 
 
-def given(slot: Slot, value: torch.Tensor) -> SlotValue:
-    """One value as a strategy gives it."""
+def slot_value(slot: Slot, value: torch.Tensor) -> SlotValue:
+    """One value as a strategy returns it: ``load`` returns the tensor itself."""
     return SlotValue(slot, "conformance", (slot.name,), lambda: value)
 
 
-def copies(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same values in memory of their own."""
-    return {name: value.detach().clone() for name, value in values.items()}
-
-
-def shown(names: Sequence[str]) -> str:
-    """Some names, for a message."""
+def quoted(names: Sequence[str]) -> str:
+    """The first three names in quotes and the number of the others, for a message."""
     most = 3
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(repr, names[:most])) + more
 
 
-# MERGED layouts: The same elements in layouts that raw copies of memory get wrong, and values
-# that do not fit.
+# -- layouts, and values that do not fit --------------------------------------------------------
 
 _NEGATABLE = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64}
 
 
 def _offset(value: torch.Tensor) -> torch.Tensor:
-    room = torch.zeros(value.numel() + 3, dtype=value.dtype, device=value.device)
-    return room[3:].view(value.shape).copy_(value)
+    larger = torch.zeros(value.numel() + 3, dtype=value.dtype, device=value.device)
+    return larger[3:].view(value.shape).copy_(value)
 
 
 def _strided(value: torch.Tensor) -> torch.Tensor:
-    room = torch.zeros((*value.shape, 2), dtype=value.dtype, device=value.device)
-    return room[..., 0].copy_(value)
+    larger = torch.zeros((*value.shape, 2), dtype=value.dtype, device=value.device)
+    return larger[..., 0].copy_(value)
 
 
 def _transposed(value: torch.Tensor) -> torch.Tensor | None:
@@ -136,6 +141,7 @@ def _conjugate(value: torch.Tensor) -> torch.Tensor | None:
     return value.conj().resolve_conj().conj() if value.is_complex() else None
 
 
+# Users get negative views from x.conj().imag, for example.
 def _negative(value: torch.Tensor) -> torch.Tensor | None:
     return torch._neg_view(-value) if value.dtype in _NEGATABLE else None  # noqa: SLF001
 
@@ -146,31 +152,33 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor | None]] = {
     "transposed views": _transposed,
     "one element each, expanded": _expanded,
     "leaves that require grad": _with_gradients,
-    "conjugates that were put off": _conjugate,
-    "negations that were put off": _negative,
+    "lazy conjugates": _conjugate,
+    "lazy negations": _negative,
 }
-"""A value in another layout, by words for it; None where the value has no such layout.
+"""Functions that return a value in another layout, by a description for messages.
 
-All but the expanded one, whose elements are equal, have the elements of the value.
+They return None if the value cannot have the layout. The elements are those of the value, except in
+the expanded layout: there all are equal to the last element.
 """
 
 
-def of_other_dtypes(value: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A value cast to dtypes that are not its own: wider, narrower and of another kind."""
+def other_dtypes(value: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A value cast to dtypes other than its own: wider, narrower and of another kind."""
     for dtype in (torch.float32, torch.float16, torch.float64, torch.int32, torch.uint8):
         if dtype is not value.dtype:
+            # A cast from complex to real warns, and tests turn warnings into errors.
             yield (value.real if value.is_complex() else value).to(dtype)
 
 
-def of_other_shapes(slot: Slot, value: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A value with other numbers of elements, and with its own in another shape.
+def other_shapes(slot: Slot, value: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A value with other numbers of elements, and with the same number in another shape.
 
-    Where the engine knows no shape of the slot, only the number of elements counts.
+    For a slot without a shape only the number of elements varies.
     """
     flat = value.reshape(-1)
     yield torch.cat([flat, flat, flat.new_zeros(1)])
     if slot.count > 1:
-        yield flat[:1].clone()  # which copy_ would broadcast
+        yield flat[:1].clone()  # copy_ would broadcast it
         yield flat[:-1].clone()
     if slot.shape is not None and value.dim() > 1 and value.mT.shape != value.shape:
         yield value.mT.contiguous()
@@ -178,41 +186,42 @@ def of_other_shapes(slot: Slot, value: torch.Tensor) -> Iterator[torch.Tensor]:
         yield value.unsqueeze(0).clone()
 
 
-# MERGED memory: Which memory torch has made on the CPU and still holds, counted storage by
-# storage.
-#
-# Nothing here asks the operating system, so the numbers are the same on every run.
+# -- memory that torch allocates ----------------------------------------------------------------
 
 
 class Storage:
-    """The memory of a tensor, watched without keeping it."""
+    """A weak reference to the storage of a tensor.
+
+    Attributes:
+        nbytes: Size of the storage in bytes.
+    """
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        """Watch the memory of a tensor."""
+        """Refer to the storage of a tensor."""
         storage = tensor.untyped_storage()
         self.nbytes = storage.nbytes()
         self._reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
 
     @property
     def key(self) -> int:
-        """What tells it from all others that are watched."""
+        """Identity of the storage, unique as long as this object refers to it."""
         return int(self._reference.cdata)
 
     def expired(self) -> bool:
-        """Whether nobody holds it any more."""
+        """Whether no tensor uses the storage any more."""
         return bool(self._reference.expired())  # type: ignore[no-untyped-call]
 
 
 class NewMemory(WatchingMode):
-    """Watches all memory that torch makes while it is on, in this thread.
+    """A dispatch mode that records all storages that torch allocates in this thread.
 
-    Memory is new if it comes out of an op into which it did not go.
+    A storage counts as new if an op returns it that did not take it as an argument.
     """
 
     def __init__(self) -> None:
-        """Nothing was seen yet."""
+        """Start without records."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self._seen: dict[int, Storage] = {}
+        self._new: dict[int, Storage] = {}
         self._old: dict[int, Storage] = {}
 
     def __torch_dispatch__(
@@ -222,64 +231,70 @@ class NewMemory(WatchingMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run the op and note what it made."""
+        """Run the op and record the storages of its results."""
+        # Before the op: results of in-place ops and views share storages with arguments.
         for tensor in _tensors((args, kwargs)):
-            self._note(tensor, self._old)
+            self._record(tensor, self._old)
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
-            self._note(tensor, self._seen)
+            self._record(tensor, self._new)
         return result
 
-    def _note(self, tensor: torch.Tensor, where: dict[int, Storage]) -> None:
+    def _record(self, tensor: torch.Tensor, records: dict[int, Storage]) -> None:
         storage = Storage(tensor)
-        known = self._seen.get(storage.key) or self._old.get(storage.key)
+        known = self._new.get(storage.key) or self._old.get(storage.key)
         if known is None:
-            where[storage.key] = storage
+            # A weak reference keeps its key reserved, so keys are never reused here.
+            records[storage.key] = storage
 
     def kept(self) -> int:
-        """Bytes of new memory that somebody still holds."""
+        """Bytes of new storages that are still in use."""
+        # Tensors that only a reference cycle keeps alive do not count.
         gc.collect()
-        return sum(storage.nbytes for storage in self._seen.values() if not storage.expired())
+        return sum(storage.nbytes for storage in self._new.values() if not storage.expired())
 
 
-def _tensors(things: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(things) if _has_storage(leaf)]
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if _has_storage(leaf)]
 
 
 def _has_storage(leaf: object) -> bool:
+    # Sparse tensors have no storage of their own, but several inner tensors.
     return isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided
 
 
-# MERGED watching: Sources that tell what was read of them.
+# -- reads of a source ----------------------------------------------------------------------------
 
 
-class Watched:
-    """A source that notes which tensors are read. It has the program of one that holds one.
+class ReadRecorder:
+    """A source that wraps another one and records which tensors are read.
+
+    Other attributes, such as ``program`` of a ``HoldsProgram``, are those of the wrapped source.
 
     Attributes:
-        read: Names of what was read.
+        read: FQNs passed to ``get``, in the order of the calls.
     """
 
     def __init__(self, source: WeightSource) -> None:
-        """Stand before a source."""
+        """Wrap a source."""
         self.read: list[str] = []
         self._source = source
 
     @property
     def description(self) -> str:
-        """The source's own."""
+        """Description of the wrapped source."""
         return self._source.description
 
     def names(self) -> Collection[str]:
-        """The source's own."""
+        """Names of the wrapped source."""
         return self._source.names()
 
     def info(self, fqn: str) -> TensorInfo:
-        """The source's own."""
+        """Metadata of the wrapped source."""
         return self._source.info(fqn)
 
     def get(self, fqn: str) -> torch.Tensor:
-        """The source's own, noted."""
+        """The tensor of the wrapped source; records the name."""
         self.read.append(fqn)
         return self._source.get(fqn)
 
@@ -288,7 +303,7 @@ class Watched:
 
 
 def state_of_program(source: WeightSource) -> dict[str, Bits]:
-    """Bits of the tensors of the program that a source holds; nothing where it holds none."""
+    """Bits of the tensors in a source's program, by "program <name>"; empty without a program."""
     if not isinstance(source, HoldsProgram):
         return {}
     state = source.program.state_dict

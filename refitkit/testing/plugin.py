@@ -1,4 +1,8 @@
-"""The pytest plugin: fixtures for tests of plugins. Loading it imports nothing but pytest."""
+"""The pytest plugin of the kit: fixtures for tests of plugins.
+
+Every pytest run loads it where refitkit is installed. So it imports only pytest, and fixtures
+import the rest when they are used.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,9 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def refitkit_host() -> Callable[..., Host]:
-    """Make a host of the built-ins and the given plugins: nothing installed takes part.
+    """A function that makes a host of the built-ins and the given plugins, and no installed ones.
 
-    ``refitkit_host(*plugins, **settings)``; settings are those of :class:`refitkit.config.Config`.
+    ``refitkit_host(*plugins, **settings)``: settings are those of :class:`refitkit.config.Config`.
     """
     from refitkit.host import make_host
     from refitkit.testing.scenes import isolated_config
@@ -31,9 +35,10 @@ def refitkit_host() -> Callable[..., Host]:
 
 @pytest.fixture
 def refitkit_pipeline() -> Callable[..., Pipeline]:
-    """Make a pipeline of the built-ins and the given plugins: nothing installed takes part.
+    """A function that makes a pipeline of the built-ins and given plugins, and no installed ones.
 
-    ``refitkit_pipeline(*plugins, **settings)``.
+    ``refitkit_pipeline(*plugins, **settings)``: settings are those of
+    :class:`refitkit.config.Config`.
     """
     from refitkit.pipeline import Pipeline
     from refitkit.testing.scenes import isolated_config
@@ -46,7 +51,10 @@ def refitkit_pipeline() -> Callable[..., Pipeline]:
 
 @pytest.fixture
 def refitkit_engine() -> OpenEngine:
-    """An engine in memory that keeps every contract: a matrix ``w`` and a vector ``b``."""
+    """An engine in memory that keeps every contract.
+
+    Its slots are ``w``, float32 of shape (2, 3), and ``b``, float32 of shape (2,).
+    """
     import torch
 
     from refitkit.testing.fakes import OpenEngine
@@ -56,9 +64,9 @@ def refitkit_engine() -> OpenEngine:
 
 @pytest.fixture
 def refitkit_module(refitkit_engine: OpenEngine) -> FakeModule:
-    """An opened module around ``refitkit_engine``, with a plan inside it.
+    """An opened module around ``refitkit_engine``, with an attached plan.
 
-    A ``SceneModule``: with ``ScenePlugin`` among its plugins, a pipeline can load and refit it.
+    It is a ``SceneModule``: a pipeline with the plugin ``ScenePlugin`` can load and refit it.
     """
     from refitkit.testing.scenes import planned_module
 

@@ -1,4 +1,10 @@
-"""An engine in a module, refitted by refitkit's own pipeline, with nobody's plugins in it."""
+"""Scenes for tests: plans without a compiled program, and engines in refitkit's own pipeline.
+
+In reading order: slots, rows and plans made by hand (:func:`make_plan`); a module around any
+engines, with the plugin that opens it and the verifier that returns a preset verdict
+(:class:`ScenePlugin`, :class:`EngineScene`); and settings that disable installed plugins
+(:func:`isolated_config`).
+"""
 
 from __future__ import annotations
 
@@ -38,99 +44,26 @@ if TYPE_CHECKING:
 
 
 VERDICT = "conformance-verdict"
+"""Name of the verifier that returns a preset verdict."""
 
 
-class SceneModule(FakeModule):
-    """A module around any engines. It answers with nothing: no check of an engine calls it."""
-
-    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Answer with nothing."""
-
-
-def planned_module(engines: Sequence[Engine]) -> SceneModule:
-    """A module around engines, with a plan that takes each slot from the parameter of its name."""
-    module = SceneModule(engines)
-    module.attachments = {PLAN_MEMBER: plan_for(module).to_bytes()}
-    return module
-
-
-class ScenePlugin:
-    """Opens a ``SceneModule``, and judges refits as it was told."""
-
-    name = "conformance-scene"
-
-    def __init__(self) -> None:
-        """Content with everything."""
-        self.verdict = True
-
-    @hookimpl
-    def refitkit_load_module(self, target: object) -> OpenedModule | None:
-        """Open what is open."""
-        return target if isinstance(target, SceneModule) else None
-
-    @hookimpl
-    def refitkit_verifiers(self) -> list[SceneVerifier]:
-        """Offer the verdict."""
-        return [SceneVerifier(verdict=self.verdict)]
-
-
-class SceneVerifier:
-    """Says what it was told to say."""
-
-    name = VERDICT
-
-    def __init__(self, *, verdict: bool) -> None:
-        """Take the verdict."""
-        self._verdict = verdict
-
-    def prepare(
-        self,
-        request: VerifyRequest,  # noqa: ARG002 - the protocol's
-    ) -> Callable[[OpenedModule], VerificationResult]:
-        """Judge without looking."""
-        result = VerificationResult(verifier=VERDICT, ok=self._verdict, note="as told")
-        return lambda _: result
-
-
-class EngineScene:
-    """One engine in a module of its own.
-
-    Attributes:
-        compiled: The module.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        """Put it into a module whose plan takes every slot from the parameter of its name."""
-        self._plugin = ScenePlugin()
-        self._pipeline = Pipeline(isolated_config(), [self._plugin])
-        self.compiled = self._pipeline.load(planned_module([engine]))
-
-    def refit(self, values: Mapping[str, torch.Tensor], *, verdict: bool = True) -> None:
-        """Refit it through all stages.
-
-        Args:
-            values: A value for every slot.
-            verdict: What the verifier says.
-
-        Raises:
-            RefitError: As the pipeline raises it.
-        """
-        self._plugin.verdict = verdict
-        self._pipeline.refit(self.compiled, dict(values), verify=VERDICT)
-
-
-# MERGED plans: Plans for engines that nobody compiled from a program.
+# -- slots, rows and plans ------------------------------------------------------------------------
 
 
 def make_slot(
     name: str, shape: tuple[int, ...] = (2,), dtype: str = "float32", engine: str = "model"
 ) -> Slot:
-    """A slot without a tensor."""
+    """A slot with a shape and a dtype, and no tensor."""
     return Slot(engine=engine, name=name, dtype=dtype, shape=shape, count=prod(shape))
 
 
 def recipe_row(slot: Slot, *sources: str) -> LedgerRow:
-    """A row that takes its value from a source's tensor; by default of the slot's own name."""
+    """A row whose value is the first of some source tensors.
+
+    Args:
+        slot: Slot of the row.
+        sources: FQNs of source tensors; by default the slot's own name.
+    """
     names = sources or (slot.name,)
     return LedgerRow(
         slot=slot, state=SlotState.RECIPE, value=SourceRef(fqn=names[0]), sources=names
@@ -138,7 +71,7 @@ def recipe_row(slot: Slot, *sources: str) -> LedgerRow:
 
 
 def leaf_for(slot: Slot, kind: LeafKind = LeafKind.PARAMETER, fqn: str | None = None) -> Leaf:
-    """The leaf that a slot comes from."""
+    """A leaf with the dtype and shape of a slot; by default a parameter of the slot's name."""
     shape = slot.shape if slot.shape is not None else (slot.count,)
     return Leaf(fqn=fqn or slot.name, kind=kind, dtype=slot.dtype, shape=shape)
 
@@ -154,7 +87,18 @@ def make_plan(
     backend: str = BACKEND,
     graph: str = "0" * 64,
 ) -> RefitPlan:
-    """A plan around rows; by default with a parameter for each source that a row names."""
+    """A plan with these rows.
+
+    Args:
+        rows: Rows of the ledger.
+        leaves: Leaves of the program; by default a parameter for each source of each row.
+        ties: Groups of FQNs that are one tensor.
+        calls: Calls of aten ops that recipes refer to.
+        guards: Values that must be the same at a refit.
+        pinned: Tensors that the plan stores, by name.
+        backend: Name of the backend.
+        graph: Fingerprint of the graph, in hex.
+    """
     if leaves is None:
         named = {name: leaf_for(row.slot, fqn=name) for row in rows for name in row.sources}
         leaves = tuple(named.values())
@@ -173,23 +117,120 @@ def make_plan(
 
 
 def plan_for(module: OpenedModule, **more: Any) -> RefitPlan:
-    """A plan that takes every slot from the parameter of its name."""
+    """A plan that fills every slot of a module from the parameter with the slot's name.
+
+    Args:
+        module: Module whose slots are planned.
+        more: Further arguments of ``make_plan``.
+    """
     slots = [slot for engine in module.engines.values() for slot in engine.slots.values()]
     return make_plan([recipe_row(slot) for slot in slots], **more)
 
 
-# MERGED isolation: Settings with which nothing that happens to be installed takes part.
+# -- engines in a module, and their plugin --------------------------------------------------------
+
+
+class SceneModule(FakeModule):
+    """A module around any engines; calling it returns None.
+
+    The checks of engines read weights with an oracle, so they need no outputs.
+    """
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Return None."""
+
+
+def planned_module(engines: Sequence[Engine]) -> SceneModule:
+    """A module around engines, with an attached plan that ``plan_for`` makes."""
+    module = SceneModule(engines)
+    module.attachments = {PLAN_MEMBER: plan_for(module).to_bytes()}
+    return module
+
+
+class ScenePlugin:
+    """A plugin that opens ``SceneModule`` objects and offers a verifier with a preset verdict.
+
+    Attributes:
+        verdict: Verdict of its verifier; True at first.
+    """
+
+    name = "conformance-scene"
+
+    def __init__(self) -> None:
+        """Start with the verdict True."""
+        self.verdict = True
+
+    @hookimpl
+    def refitkit_load_module(self, target: object) -> OpenedModule | None:
+        """The target itself if it is a ``SceneModule``, else None."""
+        return target if isinstance(target, SceneModule) else None
+
+    @hookimpl
+    def refitkit_verifiers(self) -> list[SceneVerifier]:
+        """A ``SceneVerifier`` that returns the plugin's verdict."""
+        return [SceneVerifier(self)]
+
+
+class SceneVerifier:
+    """A verifier that returns the verdict of its plugin."""
+
+    name = VERDICT
+
+    def __init__(self, plugin: ScenePlugin) -> None:
+        """Remember the plugin."""
+        self._plugin = plugin
+
+    def prepare(
+        self,
+        request: VerifyRequest,  # noqa: ARG002 - required by the protocol
+    ) -> Callable[[OpenedModule], VerificationResult]:
+        """A function that returns the preset verdict for any module."""
+        result = VerificationResult(verifier=VERDICT, ok=self._plugin.verdict, note="preset")
+        return lambda _: result
+
+
+class EngineScene:
+    """One engine in a module of its own, in a pipeline without installed plugins.
+
+    Attributes:
+        compiled: The loaded module.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        """Load a module around the engine, with the plan of ``planned_module``."""
+        self._plugin = ScenePlugin()
+        self._pipeline = Pipeline(isolated_config(), [self._plugin])
+        self.compiled = self._pipeline.load(planned_module([engine]))
+
+    def refit(self, values: Mapping[str, torch.Tensor], *, verdict: bool = True) -> None:
+        """Refit the engine through all stages of the pipeline.
+
+        Args:
+            values: A value for every slot by name, with the dtype and shape of the slot.
+            verdict: Verdict of the verifier.
+
+        Raises:
+            RefitError: The refit failed, or the verdict is False.
+        """
+        self._plugin.verdict = verdict
+        self._pipeline.refit(self.compiled, dict(values), verify=VERDICT)
+
+
+# -- settings -----------------------------------------------------------------------------------
 
 
 def isolated_config(**settings: Any) -> Config:
-    """Settings that switch all plugins off that are installed beside refitkit.
+    """Settings that disable all plugins found through entry points.
+
+    Results of tests then do not depend on which plugins are installed.
 
     Args:
-        settings: More settings, as :class:`~refitkit.config.Config` has them.
+        settings: Further settings of :class:`~refitkit.config.Config`.
 
     Raises:
         ConfigError: A setting does not exist or has a wrong type.
     """
+    # Built-ins have no entry points, so they stay enabled.
     installed = {entry.name for entry in entry_points(group=GROUP)}
-    off = frozenset(settings.pop("no_plugins", ())) | installed
-    return Config.of({**settings, "no_plugins": off})
+    disabled = frozenset(settings.pop("no_plugins", ())) | installed
+    return Config.of({**settings, "no_plugins": disabled})

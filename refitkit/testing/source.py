@@ -1,4 +1,4 @@
-"""The suite for weight sources: ``class TestMySource(SourceSuite)``, a factory, the truth."""
+"""The suite for weight sources: inherit :class:`SourceSuite`, and write a factory and the truth."""
 
 from __future__ import annotations
 
@@ -15,184 +15,200 @@ if TYPE_CHECKING:
 
     import torch
 
-_NOWHERE = "no.such.name"
+_UNKNOWN = "no.such.name"
+_INFO = "WeightSource.info"
+_GET = "WeightSource.get"
+_NAMES = "WeightSource.names"
 
 
 class SourceSuite:
     """Every contract of :class:`refitkit.protocols.WeightSource`.
 
-    Write ``make_source`` and ``truth``; ``reads`` and ``make_unusable`` where there is a way.
+    Write ``make_source`` and ``truth``; also ``reads`` and ``make_unusable`` if possible.
     """
 
     def make_source(self) -> WeightSource:
-        """A new source that has what ``truth`` tells, and nothing else."""
+        """A new source with exactly the tensors of ``truth``."""
         raise NotImplementedError("Write make_source: it returns a new source.")
 
     def truth(self) -> Mapping[str, torch.Tensor]:
-        """What the source has, by name, *known without the source*: what it was made from."""
-        raise NotImplementedError("Write truth: what make_source's sources have.")
+        """The tensors by FQN that the source was made from, *read without the source*."""
+        raise NotImplementedError("Write truth: the tensors that make_source puts in.")
 
     def reads(self, source: Any) -> int | None:  # noqa: ARG002 - for authors
-        """How often data was read since the source was made, counted *beneath* it.
+        """Number of reads of tensor data since the source was made, counted *below* the source.
 
-        None: there is no way to count.
+        Count in the file or store that it reads. None if reads cannot be counted.
         """
         return None
 
     def make_unusable(self) -> tuple[WeightSource, str] | None:
-        """A source, and the name of an entry in it that cannot be a weight; None: none can be."""
+        """A source, and the name of an entry in it that cannot be a weight, such as a text.
+
+        None if a source of this kind has no such entries.
+        """
         return None
 
     # -- names and infos --------------------------------------------------------------------
 
     def test_it_is_a_source_that_says_what_it_is(self) -> None:
-        """It has all members, and a description in words, the same each time."""
+        """It has all members of ``WeightSource``, and a constant description in words."""
         source: Any = self.make_source()
         if not isinstance(source, WeightSource):
             found = f"{type(source).__name__} lacks members."
-            raise Breach("WeightSource", found, "Give it description, names, info and get.")
+            raise Breach("WeightSource", found, "Implement description, names, info and get.")
         text = source.description
         if not isinstance(text, str) or not text.strip() or text != source.description:
-            found = f"it is {text!r}."
-            advice = "Say in words what it is, such as the file it reads: messages begin with it."
+            found = f"it returned {text!r}."
+            advice = "Return a constant text, such as the name of the file: messages start with it."
             raise Breach("WeightSource.description", found, advice)
 
     def test_names_are_those_that_it_has(self) -> None:
-        """``names`` has each name once, and can be asked again and searched."""
+        """``names`` returns a collection with each name once, on every call."""
         source = self.make_source()
         wanted = sorted(self.truth())
-        for when in ("", " when asked again"):
+        for when in ("first", "second"):
             names = source.names()
             if sorted(names) != wanted:
-                wrong = sorted(set(names) ^ set(wanted)) or ["some more than once"]
-                found = f"names are other ones{when}: {oracles.shown(wrong)}."
-                raise Breach("WeightSource.names", found, "Name everything that it has, once.")
-            if _NOWHERE in names or not all(name in names for name in wanted):
-                found = "`in` and iteration tell different names."
-                raise Breach("WeightSource.names", found, "Give a collection, such as dict.keys().")
+                wrong = sorted(set(names) ^ set(wanted)) or ["some are repeated"]
+                found = f"the {when} call returned wrong names: {oracles.quoted(wrong)}."
+                raise Breach(_NAMES, found, "Return the name of every tensor once.")
+            if _UNKNOWN in names or not all(name in names for name in wanted):
+                found = "`in` and iteration disagree."
+                raise Breach(_NAMES, found, "Return a collection, such as dict.keys().")
 
     def test_infos_are_true(self) -> None:
-        """Dtype and shape of every entry, and none of them called unusable."""
+        """``info`` returns the dtype and shape of every tensor, and calls none unusable."""
         source = self.make_source()
         for name, tensor in self.truth().items():
             info: Any = source.info(name)
             if not isinstance(info, TensorInfo):
-                found = f"of {name!r} it gives a {type(info).__name__}."
-                raise Breach("WeightSource.info", found, "Give a TensorInfo of refitkit.model.")
+                found = f"for {name!r} it returned a {type(info).__name__}."
+                raise Breach(_INFO, found, "Return a refitkit.model.TensorInfo.")
             wanted = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
             if (info.dtype, info.shape) != wanted or info.unusable:
-                found = f"{name!r} is {wanted[0]} {wanted[1]}, and it says {info!r}."
-                raise Breach("WeightSource.info", found, "Tell what get will give.")
+                found = f"{name!r} is {wanted[0]} {wanted[1]}, but it returned {info!r}."
+                raise Breach(_INFO, found, "Describe the tensor that get returns.")
 
     def test_unknown_names_are_key_errors(self) -> None:
-        """Of ``info`` and of ``get``: that is how callers ask whether a name is there."""
+        """``info`` and ``get`` raise ``KeyError`` for unknown names, as callers expect."""
         source = self.make_source()
         for member in ("info", "get"):
             try:
-                getattr(source, member)(_NOWHERE)
+                getattr(source, member)(_UNKNOWN)
             except KeyError:
                 continue
             except Exception as exc:
-                found = f"an unknown name is answered with {type(exc).__name__}: {exc}."
+                found = f"an unknown name raised {type(exc).__name__}: {exc}."
                 raise Breach(f"WeightSource.{member}", found, "Raise KeyError.") from exc
-            raise Breach(f"WeightSource.{member}", "an unknown name has one.", "Raise KeyError.")
+            found = "an unknown name returned a value."
+            raise Breach(f"WeightSource.{member}", found, "Raise KeyError.")
 
     # -- tensors ----------------------------------------------------------------------------
 
     def test_tensors_are_bit_equal(self) -> None:
-        """``get`` gives what is there, bit for bit, in its shape; without gradients; again, too."""
+        """``get`` returns each tensor bit for bit, in its shape, detached, on every call."""
         source = self.make_source()
         for name, tensor in self.truth().items():
+            # Twice: a stream must not be used up by the first read.
             for _ in range(2):
                 found = source.get(name)
                 same = oracles.bits(found) == oracles.bits(tensor) and found.shape == tensor.shape
                 if not same:
-                    text = f"{name!r} is not, bit for bit, what it should be."
-                    raise Breach("WeightSource.get", text, "Give what is there, in its shape.")
+                    text = f"{name!r} differs from the truth in bits or shape."
+                    raise Breach(_GET, text, "Return the stored tensor, in its shape.")
                 if found.requires_grad:
                     text = f"{name!r} requires grad."
-                    raise Breach("WeightSource.get", text, "Detach it: weights have no history.")
+                    raise Breach(_GET, text, "Detach it: a weight needs no autograd history.")
 
     def test_order_and_company_do_not_matter(self) -> None:
-        """Entries are the same whichever are read before, in whatever order."""
+        """A returned tensor does not change when other tensors are read, in any order."""
         truth = self.truth()
         source = self.make_source()
+        # Hold all tensors: a source with one buffer overwrites those that it returned before.
         kept = {name: source.get(name) for name in reversed(list(truth))}
         wrong = oracles.differing(oracles.snapshot(kept), oracles.snapshot(truth))
         if wrong:
-            found = f"entries change when others are read: {oracles.shown(wrong)}."
-            advice = "What was given stays as it is while its reader holds it."
-            raise Breach("WeightSource.get", found, advice)
+            found = f"tensors changed when others were read: {oracles.quoted(wrong)}."
+            advice = "Keep a returned tensor unchanged while the caller has it."
+            raise Breach(_GET, found, advice)
 
     def test_two_sources_are_independent(self) -> None:
-        """Reading one to its end takes nothing from another."""
+        """Reading all tensors of one source changes no other source."""
         truth = self.truth()
         one, other = self.make_source(), self.make_source()
         for name in truth:
             one.get(name)
+        # Closing one source must not close a file of the other.
         del one
         found = {name: other.get(name) for name in truth}
         wrong = oracles.differing(oracles.snapshot(found), oracles.snapshot(truth))
         if wrong:
-            text = f"another source has read them first: {oracles.shown(wrong)}."
-            raise Breach("WeightSource.get", text, "Share nothing that is used up.")
+            text = f"reads of another source changed {oracles.quoted(wrong)}."
+            raise Breach(_GET, text, "Share no state that reading uses up.")
 
     def test_names_and_infos_read_no_data(self) -> None:
-        """Headers alone: opening, ``names`` and ``info`` are asked long before data is."""
+        """Opening a source, ``names`` and ``info`` read no data: many calls need nothing more."""
         source = self.make_source()
         if self.reads(source) is None:
-            skip("reads() gives no way to count reads of data")
+            skip("reads() returned None, so reads of data cannot be counted")
         for name in source.names():
             source.info(name)
         if self.reads(source):
-            found = f"data was read {self.reads(source)} times, and nobody called get."
-            advice = "Read headers when it is opened, and data in get."
-            raise Breach("WeightSource.info", found, advice)
+            found = f"data was read {self.reads(source)} times before any call of get."
+            advice = "Read headers when the source is opened, and data in get."
+            raise Breach(_INFO, found, advice)
+        # An oracle that never counts would pass everything above: one read has to count.
         name = next(iter(self.truth()))
         source.get(name)
         if not self.reads(source):
-            found = "get was called, and reads() counted nothing: the oracle does not see reads."
-            raise Breach("SourceSuite.reads", found, "Count where the data really comes from.")
+            found = "it counted no read although get was called."
+            raise Breach("SourceSuite.reads", found, "Count where the data is stored.")
 
     def test_revisions_stand_for_bits(self) -> None:
-        """``revision`` is hashable, reads no data, and two alike are two tensors alike."""
+        """``revision`` is hashable and constant, reads no data, and equal ones mean equal bits."""
         source = self.make_source()
         if not isinstance(source, KnowsRevisions):
-            skip("the source has no revisions")
+            skip("the source has no revision")
         known = {name: source.revision(name) for name in source.names()}
         contract = "KnowsRevisions.revision"
         if self.reads(source):
-            raise Breach(contract, "data was read.", "Answer None: who asks can read it as well.")
+            advice = "Return None if only the data can decide: callers then read it themselves."
+            raise Breach(contract, "it read data.", advice)
         try:
             first: dict[Any, str] = {}
+            # Pairs of names with equal revisions.
             twins = [(first.setdefault(one, n), n) for n, one in known.items() if one is not None]
         except TypeError as exc:
-            raise Breach(contract, f"one is not hashable: {exc}.", "Give a tuple of text.") from exc
+            found = f"a revision is not hashable: {exc}."
+            raise Breach(contract, found, "Return a tuple of text, for example.") from exc
         if known != {name: source.revision(name) for name in source.names()}:
-            raise Breach(contract, "asked again, they differ.", "Name what cannot change.")
+            advice = "Build revisions only from facts that cannot change."
+            raise Breach(contract, "a second call returned other revisions.", advice)
         truth = self.truth()
         for one, other in twins:
             if oracles.bits(truth[one]) != oracles.bits(truth[other]):
-                found = f"{one!r} and {other!r} have one revision, and other bits."
-                raise Breach(contract, found, "Name in it what the bits depend on.")
+                found = f"{one!r} and {other!r} have equal revisions but different bits."
+                raise Breach(contract, found, "Include everything that the bits depend on.")
 
     def test_what_cannot_be_a_weight_is_told(self) -> None:
-        """``info`` says why; ``get`` gives a tensor or a typed error, never anything else."""
+        """``info`` says why an entry cannot be a weight; ``get`` returns a tensor or refuses."""
         made = self.make_unusable()
         if made is None:
-            skip("make_unusable() gives no entry that cannot be a weight")
+            skip("make_unusable() returned None, so no entry is unusable")
         source, name = made
+        # Refusing the entry in info is fine, too.
         try:
             info = source.info(name)
         except RefitError:
             return
         if not info.unusable:
-            found = f"{name!r} cannot be a weight, and nothing says so."
-            raise Breach("WeightSource.info", found, "Fill TensorInfo.unusable with the reason.")
+            found = f"{name!r} cannot be a weight, but unusable is empty."
+            raise Breach(_INFO, found, "Set TensorInfo.unusable to the reason.")
         try:
             source.get(name)
         except RefitError:
             return
         except Exception as exc:
-            found = f"{name!r} is answered with {type(exc).__name__}: {exc}."
-            raise Breach("WeightSource.get", found, "Raise SourceError.") from exc
+            found = f"{name!r} raised {type(exc).__name__}: {exc}."
+            raise Breach(_GET, found, "Raise SourceError.") from exc

@@ -82,7 +82,7 @@ def breaks(check: str, says: str, good: type[Good] = Good) -> Any:
     return note
 
 
-@breaks("it_is_a_source_that_says_what_it_is", "WeightSource.description: it is ' '")
+@breaks("it_is_a_source_that_says_what_it_is", "WeightSource.description: it returned ' '")
 class Silent(Plain):
     description = " "
 
@@ -92,13 +92,13 @@ class Nameless(Plain):
     names = property(lambda _: (_ for _ in ()).throw(AttributeError()))
 
 
-@breaks("names_are_those_that_it_has", "names are other ones: 'c'")
+@breaks("names_are_those_that_it_has", "the first call returned wrong names: 'c'")
 class Hides(Plain):
     def names(self) -> Any:
         return ["a", "b"]
 
 
-@breaks("names_are_those_that_it_has", "names are other ones when asked again|different names")
+@breaks("names_are_those_that_it_has", "the second call returned wrong names|disagree")
 class UsedUp(Plain):
     def __init__(self) -> None:
         super().__init__()
@@ -108,25 +108,25 @@ class UsedUp(Plain):
         return self.once
 
 
-@breaks("infos_are_true", "'b' is int64 .* it says TensorInfo.dtype='float32'")
+@breaks("infos_are_true", "'b' is int64 .* it returned TensorInfo.dtype='float32'")
 class SaysFloat(Plain):
     def info(self, fqn: str) -> Any:
         return super().info(fqn).model_copy(update={"dtype": "float32"})
 
 
-@breaks("infos_are_true", "of 'a' it gives a Tensor")
+@breaks("infos_are_true", "for 'a' it returned a Tensor")
 class InfoIsTensor(Plain):
     def info(self, fqn: str) -> Any:
         return TRUTH[fqn]
 
 
-@breaks("unknown_names_are_key_errors", "WeightSource.get: an unknown name has one")
+@breaks("unknown_names_are_key_errors", "WeightSource.get: an unknown name returned a value")
 class GivesZeros(Plain):
     def get(self, fqn: str) -> torch.Tensor:
         return super().get(fqn) if fqn in TRUTH else torch.zeros(1)
 
 
-@breaks("unknown_names_are_key_errors", "WeightSource.info: .* with SourceError")
+@breaks("unknown_names_are_key_errors", "WeightSource.info: an unknown name raised SourceError")
 class SourceErrors(Plain):
     def info(self, fqn: str) -> Any:
         if fqn not in TRUTH:
@@ -134,13 +134,13 @@ class SourceErrors(Plain):
         return super().info(fqn)
 
 
-@breaks("tensors_are_bit_equal", "'a' is not, bit for bit")
+@breaks("tensors_are_bit_equal", "'a' differs from the truth")
 class DropsSigns(Plain):
     def get(self, fqn: str) -> torch.Tensor:
         return super().get(fqn) + 0
 
 
-@breaks("tensors_are_bit_equal", "'b' is not, bit for bit")
+@breaks("tensors_are_bit_equal", "'b' differs from the truth")
 class Flattens(Plain):
     def get(self, fqn: str) -> torch.Tensor:
         return super().get(fqn).reshape(-1)
@@ -153,7 +153,7 @@ class WithGradients(Plain):
         return found.requires_grad_(found.is_floating_point())
 
 
-@breaks("order_and_company_do_not_matter", "entries change when others are read: 'b'")
+@breaks("order_and_company_do_not_matter", "tensors changed when others were read: 'b'")
 class OneBuffer(Plain):
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class OneBuffer(Plain):
         return room.copy_(found)
 
 
-@breaks("two_sources_are_independent", "another source has read them first: 'a', 'b', 'c'|KeyError")
+@breaks("two_sources_are_independent", "reads of another source changed 'a', 'b', 'c'|KeyError")
 class Shares(Plain):
     """Reads from one thing that is used up."""
 
@@ -179,26 +179,28 @@ class Shares(Plain):
         return found
 
 
-@breaks("names_and_infos_read_no_data", "data was read 3 times, and nobody called get")
+@breaks("names_and_infos_read_no_data", "data was read 3 times before any call of get")
 class ReadsForInfos(Plain):
     def info(self, fqn: str) -> Any:
         self.store.read(fqn)
         return super().info(fqn)
 
 
-@breaks("names_and_infos_read_no_data", "reads.. counted nothing: the oracle does not see reads")
+@breaks(
+    "names_and_infos_read_no_data", "SourceSuite.reads: it counted no read although get was called"
+)
 class PastTheOracle(Plain):
     def get(self, fqn: str) -> torch.Tensor:
         return TRUTH[fqn].clone()
 
 
-@breaks("what_cannot_be_a_weight_is_told", "'a' cannot be a weight, and nothing says so")
+@breaks("what_cannot_be_a_weight_is_told", "'a' cannot be a weight, but unusable is empty")
 class Optimist(Plain):
     def info(self, fqn: str) -> Any:
         return super().info(fqn).model_copy(update={"unusable": ""})
 
 
-@breaks("what_cannot_be_a_weight_is_told", "'a' is answered with RuntimeError")
+@breaks("what_cannot_be_a_weight_is_told", "'a' raised RuntimeError")
 class Crashes(Plain):
     def get(self, fqn: str) -> torch.Tensor:
         if fqn in self.odd:
@@ -217,25 +219,25 @@ class GoodRevised(Good):
     source = Revised
 
 
-@breaks("revisions_stand_for_bits", "not hashable", GoodRevised)
+@breaks("revisions_stand_for_bits", "a revision is not hashable", GoodRevised)
 class RevisedByList(Revised):
     def revision(self, fqn: str) -> Any:
         return [fqn]
 
 
-@breaks("revisions_stand_for_bits", "data was read", GoodRevised)
+@breaks("revisions_stand_for_bits", "it read data", GoodRevised)
 class RevisedByReading(Revised):
     def revision(self, fqn: str) -> Any:
         return str(self.get(fqn))
 
 
-@breaks("revisions_stand_for_bits", "have one revision, and other bits", GoodRevised)
+@breaks("revisions_stand_for_bits", "have equal revisions but different bits", GoodRevised)
 class RevisedByShapeless(Revised):
     def revision(self, fqn: str) -> Any:
         return "mine"
 
 
-@breaks("revisions_stand_for_bits", "asked again, they differ", GoodRevised)
+@breaks("revisions_stand_for_bits", "a second call returned other revisions", GoodRevised)
 class RevisedByTheClock(Revised):
     def revision(self, fqn: str) -> Any:
         self.asked = getattr(self, "asked", 0) + 1

@@ -79,12 +79,12 @@ def breaks(check: str, says: str) -> Any:
     return note
 
 
-@breaks("it_has_a_name_and_a_priority", "they are '' and 30")
+@breaks("it_has_a_name_and_a_priority", "name and priority are '' and 30")
 class Nameless(Plain):
     name = ""
 
 
-@breaks("it_has_a_name_and_a_priority", "they change: ")
+@breaks("it_has_a_name_and_a_priority", "name and priority change: ")
 class Fickle(Plain):
     count = 0
 
@@ -99,13 +99,13 @@ class Mapless(Plain):
     map = property(lambda _: (_ for _ in ()).throw(AttributeError()))  # type: ignore[assignment]
 
 
-@breaks("values_are_bit_equal", "the value of 'e/a' is not, bit for bit")
+@breaks("values_are_bit_equal", "the value of 'e/a' differs from the right one")
 class Rounds(Plain):
     def load(self, slot: Any, request: MapRequest) -> Any:
         return lambda: request.source.get(slot.name).half().float()
 
 
-@breaks("values_are_bit_equal", "'e/b' is not served: too small")
+@breaks("values_are_bit_equal", "'e/b' has no value: too small")
 class Picky(Plain):
     def map(self, request: MapRequest) -> Any:
         found = super().map(request)
@@ -113,31 +113,33 @@ class Picky(Plain):
         return Mapped(values, {("e", "b"): "too small"})
 
 
-@breaks("values_fit_their_slots", r"'e/a' gets float32 \(6,\), and is float32 \(2, 3\)")
+@breaks("values_fit_their_slots", r"'e/a' is float32 \(6,\), but the slot is float32 \(2, 3\)")
 class Flattens(Plain):
     def load(self, slot: Any, request: MapRequest) -> Any:
         return lambda: request.source.get(slot.name).reshape(-1)
 
 
-@breaks("values_fit_their_slots", "'e/a' gets float64")
+@breaks("values_fit_their_slots", "the value of 'e/a' is float64")
 class Widens(Plain):
     def load(self, slot: Any, request: MapRequest) -> Any:
         return lambda: request.source.get(slot.name).double()
 
 
-@breaks("values_fit_their_slots", "under 'e/a' stands a value for")
+@breaks("values_fit_their_slots", r"values\['e/a'\] is a value for")
 class Renames(Plain):
     def value(self, slot: Any, request: MapRequest) -> Any:
         return super().value(slot.model_copy(update={"engine": "f"}), request)
 
 
-@breaks("values_name_their_strategy_and_sources", "'e/a' comes from 'plain' and .'module.a',.")
+@breaks(
+    "values_name_their_strategy_and_sources", "'e/a' has strategy 'plain' and sources .'module.a',."
+)
 class NamesStrangers(Plain):
     def value(self, slot: Any, request: MapRequest) -> Any:
         return SlotValue(slot, self.name, (f"module.{slot.name}",), self.load(slot, request))
 
 
-@breaks("values_name_their_strategy_and_sources", "'e/a' comes from 'recipe'")
+@breaks("values_name_their_strategy_and_sources", "'e/a' has strategy 'recipe'")
 class Poses(Plain):
     def value(self, slot: Any, request: MapRequest) -> Any:
         return SlotValue(slot, "recipe", (slot.name,), self.load(slot, request))
@@ -150,24 +152,26 @@ class _AnswersAll(Plain):
 
 
 breaks(
-    "rows_that_were_not_asked_for_are_not_answered", "asked for 'a' alone, it gives 'e/b', 'e/c'"
+    "rows_that_were_not_asked_for_are_not_answered", "a request for 'a' alone returned 'e/b', 'e/c'"
 )(_AnswersAll)
 
 
-@breaks("what_is_not_served_is_declined_with_a_reason", "'b' is not served, and nothing says why")
+@breaks("what_is_not_served_is_declined_with_a_reason", "'b' has neither a value nor a reason")
 class Silent(Plain):
     def map(self, request: MapRequest) -> Any:
         return Mapped(super().map(request).values)
 
 
-@breaks("what_is_not_served_is_declined_with_a_reason", "served and declined: 'e/a'")
+@breaks(
+    "what_is_not_served_is_declined_with_a_reason", "rows have both a value and a reason: 'e/a'"
+)
 class Undecided(Plain):
     def map(self, request: MapRequest) -> Any:
         found = super().map(request)
         return Mapped(found.values, {**found.declined, ("e", "a"): "perhaps"})
 
 
-@breaks("it_does_not_guess", "the source lacks something, and every row got a value")
+@breaks("it_does_not_guess", "the source lacks a tensor, but every row has a value")
 class Guesses(Plain):
     def map(self, request: MapRequest) -> Any:
         return Mapped({row.slot.key: self.value(row.slot, request) for row in request.wanted})
@@ -176,21 +180,21 @@ class Guesses(Plain):
         return lambda: torch.zeros(slot.shape)
 
 
-@breaks("mapping_reads_no_tensors", "tensors were read while mapping: 'a', 'b', 'c'")
+@breaks("mapping_reads_no_tensors", "it read the tensors 'a', 'b', 'c'")
 class Eager(Plain):
     def load(self, slot: Any, request: MapRequest) -> Any:
         tensor = request.source.get(slot.name)
         return lambda: tensor
 
 
-@breaks("the_same_answer_twice", "loaded again, values are other ones: 'e/a'")
+@breaks("the_same_answer_twice", "a second load returned other values: 'e/a'")
 class Drifts(Plain):
     def load(self, slot: Any, request: MapRequest) -> Any:
         counts = iter(range(100))
         return lambda: request.source.get(slot.name) + next(counts)
 
 
-@breaks("the_same_answer_twice", "asked again, values are other ones: 'e/a'")
+@breaks("the_same_answer_twice", "a second map returned other values: 'e/a'")
 class TakesOut(Plain):
     def __init__(self) -> None:
         self.given: set[str] = set()
@@ -202,13 +206,13 @@ class TakesOut(Plain):
         return Mapped(values, {key: "given before" for key in found.values if key not in values})
 
 
-@breaks("nothing_is_changed", "the source or its program was changed: 'a', 'b', 'c'")
+@breaks("nothing_is_changed", "it changed the source or its program: 'a', 'b', 'c'")
 class InPlace(Plain):
     def load(self, slot: Any, request: MapRequest) -> Any:
         return lambda: request.source.get(slot.name).add_(1)
 
 
-@breaks("nothing_is_changed", "the plan was changed")
+@breaks("nothing_is_changed", "it changed the plan")
 class Rewrites(Plain):
     def map(self, request: MapRequest) -> Any:
         plan: Any = request.plan
@@ -216,13 +220,13 @@ class Rewrites(Plain):
         return super().map(request)
 
 
-@breaks("values_are_bit_equal", "it answers with a dict")
+@breaks("values_are_bit_equal", "it returned a dict")
 class Dicts(Plain):
     def map(self, request: MapRequest) -> Any:
         return super().map(request).values
 
 
-@breaks("values_are_bit_equal", "a value is a Tensor")
+@breaks("values_are_bit_equal", "one of the values is a Tensor")
 class Tensors(Plain):
     def value(self, slot: Any, request: MapRequest) -> Any:
         return request.source.get(slot.name)

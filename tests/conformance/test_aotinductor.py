@@ -123,7 +123,7 @@ def test_the_oracle_sees_what_calls_see() -> None:
     engine = module.engines["model"]
     new = TestEngine().make_values(engine, 1)
     new["order"] = torch.tensor([0, 1])
-    engine.stage([refitkit.testing.oracles.given(engine.slots[n], v) for n, v in new.items()])
+    engine.stage([refitkit.testing.oracles.slot_value(engine.slots[n], v) for n, v in new.items()])
     held(engine)["scale"].fill_(0)
     (x,) = TestBackend().inputs()
     half, calls = held(engine)["small"].float(), held(engine)["calls"].float() + 1

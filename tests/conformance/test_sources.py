@@ -16,7 +16,7 @@ from refitkit.builtin.weights import refitkit_load_weights
 from refitkit.pipeline import Pipeline
 from refitkit.recipe import TensorMap
 from refitkit.testing import SourceSuite, oracles
-from refitkit.testing.oracles import Watched
+from refitkit.testing.oracles import ReadRecorder
 from tests.fakes import CountingMapping
 
 if TYPE_CHECKING:
@@ -156,11 +156,11 @@ class TestTensorMap(TestStateDict):
         return TensorMap(CountingMapping(copies()))
 
 
-class TestWatched(TestStateDict):
+class TestReadRecorder(TestStateDict):
     """The kit's own."""
 
     def make_source(self) -> Any:
-        return Watched(TensorMap(copies()))
+        return ReadRecorder(TensorMap(copies()))
 
     def reads(self, source: Any) -> int:
         return len(source.read)

@@ -101,12 +101,12 @@ def breaks(check: str, says: str) -> Any:
     return note
 
 
-@breaks("it_has_a_name_and_a_priority", "they are '' and 50")
+@breaks("it_has_a_name_and_a_priority", "name and priority are '' and 50")
 class Nameless(Plain):
     name = ""
 
 
-@breaks("it_has_a_name_and_a_priority", "they change: ")
+@breaks("it_has_a_name_and_a_priority", "name and priority change: ")
 class Fickle(Plain):
     @property
     def priority(self) -> int:  # type: ignore[override]
@@ -119,14 +119,14 @@ class Groupless(Plain):
     groups = property(lambda _: (_ for _ in ()).throw(AttributeError()))  # type: ignore[assignment]
 
 
-@breaks("values_are_bit_equal", "what should be: 'w.q'")
+@breaks("values_are_bit_equal", "differ from the expected ones in bits: 'w.q'")
 class Truncates(Plain):
     def values(self, value: torch.Tensor) -> Any:
         scale = quantized(value)["w.scale"]
         return {"w.q": (value / scale).to(torch.int8), "w.scale": scale}
 
 
-@breaks("values_are_bit_equal", "it gives a dict. Give refitkit.protocols.Made")
+@breaks("values_are_bit_equal", "it returned a dict. Return a refitkit.protocols.Made")
 class Dicts(Plain):
     def make(self, source: Any) -> Any:
         return super().make(source).values
@@ -145,33 +145,35 @@ class Twice(Plain):
         return super().groups(request) * 2
 
 
-@breaks("groups_make_what_they_announce", "announced or made, and not both: 'w.scale'")
+@breaks("groups_make_what_they_announce", "names are only in gives or only made: 'w.scale'")
 class ForgetsTheScale(Plain):
     def values(self, value: torch.Tensor) -> Any:
         return {"w.q": quantized(value)["w.q"]}
 
 
-@breaks("groups_make_what_they_announce", "'w.q' is announced as int8 .2, 3., and is .'float32'")
+@breaks(
+    "groups_make_what_they_announce", "'w.q' is announced as int8 .2, 3., but make returned float32"
+)
 class StaysFloat(Plain):
     def values(self, value: torch.Tensor) -> Any:
         found = quantized(value)
         return {**found, "w.q": found["w.q"].float()}
 
 
-@breaks("a_part_of_a_group_is_refused", "a part of a group is accepted")
+@breaks("a_part_of_a_group_is_refused", "an incomplete group was accepted")
 class TakesScales(Plain):
     def groups(self, request: TransformRequest) -> Any:
         return [self.group(request)] if "w" in request.source.names() else []
 
 
-@breaks("a_part_of_a_group_is_refused", "answered with KeyError")
+@breaks("a_part_of_a_group_is_refused", "an incomplete group raised KeyError")
 class LooksUp(Plain):
     def groups(self, request: TransformRequest) -> Any:
         request.source.info("w")
         return super().groups(request)
 
 
-@breaks("a_part_of_a_group_is_refused", r"the error names \[\], and none of the entries")
+@breaks("a_part_of_a_group_is_refused", r"the problems name \[\], but no entry")
 class Vague(Plain):
     def groups(self, request: TransformRequest) -> Any:
         try:
@@ -188,21 +190,24 @@ class Requantizes(Plain):
         return super().groups(request)
 
 
-@breaks("grouping_reads_no_tensors", "tensors were read: 'w'")
+@breaks("grouping_reads_no_tensors", "it read the tensors 'w'")
 class Eager(Plain):
     def group(self, request: TransformRequest) -> WeightGroup:
         made = self.make(request.source)
         return WeightGroup(("w",), GIVES, lambda: made)
 
 
-@breaks("grouping_reads_no_tensors", "it reads 'b', which the group does not take")
+@breaks("grouping_reads_no_tensors", "make read 'b', which the group does not take")
 class ReadsMore(Plain):
     def make(self, source: Any) -> Any:
         source.get("b")
         return super().make(source)
 
 
-@breaks("the_same_each_time", "made again, what is made is another: 'w.scale'")
+@breaks(
+    "the_same_each_time",
+    "equal weights gave other results after other weights were made: 'w.scale'",
+)
 class RunningRange(Plain):
     """Keeps the largest range that it has seen."""
 
@@ -213,7 +218,7 @@ class RunningRange(Plain):
         return {**quantized(value), "w.scale": self.scale}
 
 
-@breaks("the_same_each_time", "after others were made, what is made is another: 'w.scale'")
+@breaks("the_same_each_time", "earlier results changed after other weights were made: 'w.scale'")
 class OneBuffer(Plain):
     def __init__(self) -> None:
         self.scale = torch.zeros(2, 1)
@@ -223,7 +228,7 @@ class OneBuffer(Plain):
         return {**found, "w.scale": self.scale.copy_(found["w.scale"])}
 
 
-@breaks("the_source_is_not_changed", "entries of the source were changed: 'w'")
+@breaks("the_source_is_not_changed", "it changed tensors of the source: 'w'")
 class InPlace(Plain):
     def values(self, value: torch.Tensor) -> Any:
         found = quantized(value)
@@ -231,19 +236,19 @@ class InPlace(Plain):
         return found
 
 
-@breaks("measures_are_honest", "'w.q': ok is True, with an error of .* and a limit of 0.0")
+@breaks("measures_are_honest", "'w.q' has ok=True, the error .* and the limit 0.0")
 class Lenient(Plain):
     def measure(self, value: torch.Tensor) -> OutputMeasure:
         return super().measure(value).model_copy(update={"limit": 0.0})
 
 
-@breaks("measures_are_honest", "it is of 'w', which the group does not give")
+@breaks("measures_are_honest", "a measure names 'w', which the group does not give")
 class MeasuresSources(Plain):
     def measure(self, value: torch.Tensor) -> OutputMeasure:
         return super().measure(value).model_copy(update={"name": "w"})
 
 
-@breaks("measures_tell_the_true_error", "the error of 'w.q' is .*, and it says 0.0")
+@breaks("measures_tell_the_true_error", "the error of 'w.q' is .*, but its measure is 0.0")
 class Flatters(Plain):
     def measure(self, value: torch.Tensor) -> OutputMeasure:
         return super().measure(value).model_copy(update={"max_abs_error": 0.0})

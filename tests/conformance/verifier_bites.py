@@ -73,7 +73,7 @@ def breaks(check: str, says: str) -> Any:
     return note
 
 
-@breaks("it_has_a_name", "Verifier.name: it is {''}")
+@breaks("it_has_a_name", "Verifier.name: it returned {''}")
 class Nameless(Plain):
     name = ""
 
@@ -83,49 +83,49 @@ class Unprepared(Plain):
     prepare = property(lambda _: (_ for _ in ()).throw(AttributeError()))  # type: ignore[assignment]
 
 
-@breaks("the_right_module_is_accepted", "it rejects a module that holds the very values")
+@breaks("the_right_module_is_accepted", "it rejected a module that has exactly the new values")
 class Never(Plain):
     def judge(self, found: Any, wanted: Any) -> Any:
         return VerificationResult(verifier=self.name, ok=False, note="no")
 
 
-@breaks("every_wrong_slot_is_rejected", "'e/b' is wrong, and it says yes")
+@breaks("every_wrong_slot_is_rejected", "it accepted a module with a wrong value in 'e/b'")
 class LooksAtOne(Plain):
     def judge(self, found: Any, wanted: Any) -> Any:
         return super().judge(found, {"e/w": wanted["e/w"]})
 
 
-@breaks("old_weights_are_rejected", "still has its old weights, and it says yes")
+@breaks("old_weights_are_rejected", "it accepted a module with its old weights")
 class Always(Plain):
     def judge(self, found: Any, wanted: Any) -> Any:
         return VerificationResult(verifier=self.name, ok=True)
 
 
-@breaks("measures_name_what_is_wrong", "it says no, and not why")
+@breaks("measures_name_what_is_wrong", "it rejected the module without a reason")
 class Curt(Plain):
     def judge(self, found: Any, wanted: Any) -> Any:
         return VerificationResult(verifier=self.name, ok=super().judge(found, wanted).ok)
 
 
-@breaks("measures_name_what_is_wrong", "something is wrong, and not what")
+@breaks("measures_name_what_is_wrong", "a failed measure does not say what differs")
 class Mumbles(Plain):
     def measure(self, name: str, found: Any, wanted: Any) -> Any:
         return super().measure(name, found, wanted).model_copy(update={"note": ""})
 
 
-@breaks("the_verdict_is_its_name_and_measures", "it says it is of 'outputs', not of 'plain'")
+@breaks("the_verdict_is_its_name_and_measures", "it is 'outputs', not 'plain'")
 class Poses(Plain):
     def judge(self, found: Any, wanted: Any) -> Any:
         return super().judge(found, wanted).model_copy(update={"verifier": "outputs"})
 
 
-@breaks("the_verdict_is_its_name_and_measures", "it is ok, and some of its measures are not")
+@breaks("the_verdict_is_its_name_and_measures", "it is True, but some measures are not ok")
 class Lenient(Plain):
     def judge(self, found: Any, wanted: Any) -> Any:
         return super().judge(found, wanted).model_copy(update={"ok": True})
 
 
-@breaks("the_same_verdict_twice", "it says True, and then False, of the same module")
+@breaks("the_same_verdict_twice", "it returned ok=True, then ok=False, for the same module")
 class Once(Plain):
     def prepare(self, request: VerifyRequest) -> Any:
         judge, calls = super().prepare(request), iter([True])
@@ -159,14 +159,16 @@ class RefusesLate(Plain):
         return super().prepare(request) if request.inputs else lambda _: None
 
 
-@breaks("it_refuses_before_anything_is_written", "was answered with TypeError")
+@breaks("it_refuses_before_anything_is_written", "a request that it cannot judge raised TypeError")
 class Stumbles(Plain):
     def prepare(self, request: VerifyRequest) -> Any:
         _args, _ = request.inputs  # type: ignore[misc]
         return super().prepare(request)
 
 
-@breaks("the_right_module_is_accepted", "it gives a bool. Give a VerificationResult")
+@breaks(
+    "the_right_module_is_accepted", "it returned a bool. Return a refitkit.model.VerificationResult"
+)
 class Bools(Plain):
     def judge(self, found: Any, wanted: Any) -> Any:
         return True

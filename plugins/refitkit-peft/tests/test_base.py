@@ -15,7 +15,7 @@ import torch
 from peft_models import make_net, open_weights, same, weights_of
 from refitkit.errors import ConfigError, ResourceError, SourceError, WeightMismatchError
 from refitkit.recipe import TensorMap
-from refitkit.testing.oracles import Watched
+from refitkit.testing.oracles import ReadRecorder
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -371,7 +371,7 @@ def test_adapters_by_path_are_read_once_and_not_kept_forever(net, adapter, monke
 
 
 def test_a_base_that_has_to_be_read_is_read_entry_by_entry(net, x):
-    watched = Watched(TensorMap(net.state_dict()))
+    watched = ReadRecorder(TensorMap(net.state_dict()))
     source = open_weights(Lora(watched, {str(x.path): 1.0}))
     for name in source.names():
         source.info(name)
@@ -386,7 +386,7 @@ def test_a_delta_reads_nothing_that_has_a_revision(net, x):
         def revision(self, fqn):
             return "mine", fqn
 
-    watched = Watched(Named(net.state_dict()))
+    watched = ReadRecorder(Named(net.state_dict()))
     program = torch.export.export(net, (torch.zeros(2, 4, dtype=torch.long),))
     compiled = refitkit.compile(program, prove=False)
     base = Base(watched, keep=1)
@@ -418,7 +418,7 @@ def test_a_name_beats_a_path(net, x, y, monkeypatch):
     monkeypatch.chdir(x.path.parent)
     Path("x").symlink_to(x.path)
     assert set(open_weights(Lora(base, {"x": 1.0})).touched) == {"lin.weight"}
-    with pytest.raises(SourceError, match="no adapter of the name 'z'"):
+    with pytest.raises(SourceError, match="no adapter, file or folder with the name 'z'"):
         open_weights(Lora(base, {"z": 1.0}))
 
 

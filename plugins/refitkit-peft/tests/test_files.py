@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import refitkit_peft
 from refitkit_peft import Lora
-from refitkit_peft.keys import Part, read_key
+from refitkit_peft.keys import Role, read_key
 
 pytest.importorskip("peft")
 
@@ -63,7 +63,7 @@ def test_a_file_without_alpha_is_read_with_the_one_that_a_user_gives(form, net, 
     }
     save_file(tensors, tmp_path / "lora.safetensors")
     file = str(tmp_path / "lora.safetensors")
-    with pytest.raises(WeightMismatchError, match="Nothing says the alpha of") as caught:
+    with pytest.raises(WeightMismatchError, match=r"The alpha of '.*' is unknown") as caught:
         open_weights(Lora(net, {file: 0.5}))
     assert {p.kind for p in caught.value.problems} == {"alpha unknown"}
     layers = (p.subject.removeprefix(f"{file}: ") for p in caught.value.problems)
@@ -143,57 +143,57 @@ def test_a_file_for_a_pipeline_has_to_be_told_which_model_is_meant(net, adapter,
 
 
 @pytest.mark.parametrize(
-    ("text", "part", "module", "more"),
+    ("text", "role", "module", "more"),
     [
-        ("base_model.model.a.b.lora_A.weight", Part.DOWN, "a.b", {}),
-        ("base_model.model.a.lora_A.x.weight", Part.DOWN, "a", {"adapter": "x"}),
-        ("base_model.model.a.lora_B.bias", Part.UP_BIAS, "a", {}),
-        ("base_model.model.e.lora_embedding_A", Part.TABLE_DOWN, "e", {}),
-        ("base_model.model.e.lora_embedding_B.x", Part.TABLE_UP, "e", {"adapter": "x"}),
-        ("base_model.model.a.lora_magnitude_vector", Part.MAGNITUDE, "a", {}),
-        ("base_model.model.a.lora_magnitude_vector.weight", Part.MAGNITUDE, "a", {}),
-        ("base_model.model.a.lora_magnitude_vector.x", Part.MAGNITUDE, "a", {"adapter": "x"}),
+        ("base_model.model.a.b.lora_A.weight", Role.DOWN, "a.b", {}),
+        ("base_model.model.a.lora_A.x.weight", Role.DOWN, "a", {"adapter": "x"}),
+        ("base_model.model.a.lora_B.bias", Role.UP_BIAS, "a", {}),
+        ("base_model.model.e.lora_embedding_A", Role.TABLE_DOWN, "e", {}),
+        ("base_model.model.e.lora_embedding_B.x", Role.TABLE_UP, "e", {"adapter": "x"}),
+        ("base_model.model.a.lora_magnitude_vector", Role.MAGNITUDE, "a", {}),
+        ("base_model.model.a.lora_magnitude_vector.weight", Role.MAGNITUDE, "a", {}),
+        ("base_model.model.a.lora_magnitude_vector.x", Role.MAGNITUDE, "a", {"adapter": "x"}),
         (
             "base_model.model.a.lora_magnitude_vector.x.weight",
-            Part.MAGNITUDE,
+            Role.MAGNITUDE,
             "a",
             {"adapter": "x"},
         ),
-        ("base_model.model.m.base_layer.out_proj.lora_A.weight", Part.DOWN, "m.out_proj", {}),
-        ("base_model.model.a.base_layer.bias", Part.WHOLE, "a.bias", {"of_base": True}),
+        ("base_model.model.m.base_layer.out_proj.lora_A.weight", Role.DOWN, "m.out_proj", {}),
+        ("base_model.model.a.base_layer.bias", Role.WHOLE, "a.bias", {"of_base": True}),
         (
             "base_model.model.head.modules_to_save.x.weight",
-            Part.WHOLE,
+            Role.WHOLE,
             "head.weight",
             {"adapter": "x"},
         ),
-        ("base_model.model.head.modules_to_save.weight", Part.WHOLE, "head.weight", {}),
+        ("base_model.model.head.modules_to_save.weight", Role.WHOLE, "head.weight", {}),
         (
             "unet.a.attn1.processor.to_q_lora.down.weight",
-            Part.DOWN,
+            Role.DOWN,
             "unet.a.attn1.to_q",
             {"component": "unet"},
         ),
         (
             "unet.a.attn1.processor.to_out_lora.up.weight",
-            Part.UP,
+            Role.UP,
             "unet.a.attn1.to_out.0",
             {"component": "unet"},
         ),
-        ("a.processor.lora_A.weight", Part.DOWN, "a.processor", {}),
-        ("lora_te2_a_b.alpha", Part.ALPHA, "a_b", {"component": "text_encoder_2", "flat": True}),
-        ("a.hada_w1_a", Part.FOREIGN, "a.hada_w1_a", {}),
+        ("a.processor.lora_A.weight", Role.DOWN, "a.processor", {}),
+        ("lora_te2_a_b.alpha", Role.ALPHA, "a_b", {"component": "text_encoder_2", "flat": True}),
+        ("a.hada_w1_a", Role.FOREIGN, "a.hada_w1_a", {}),
         (
             "base_model.model.a.lora_diag.weight",
-            Part.FOREIGN,
+            Role.FOREIGN,
             "base_model.model.a.lora_diag.weight",
             {},
         ),
     ],
 )
-def test_keys(text, part, module, more):
+def test_keys(text, role, module, more):
     key = read_key(text)
-    assert (key.part, key.module) == (part, module)
+    assert (key.role, key.module) == (role, module)
     for name in ("adapter", "component", "flat", "of_base"):
         assert getattr(key, name) == more.get(
             name, "" if name in {"adapter", "component"} else False
@@ -275,7 +275,7 @@ def test_a_base_that_has_adapters_in_it_is_taken_without_them(live, net, adapter
     source = open_weights(Lora(weights, {str(made.path): 1.0}))
     equal_to(weights_of(source), made.merged())
     assert set(source.names()) == set(net.state_dict())
-    assert "without 10 entries of adapters in it" in source.description
+    assert "without its 10 entries of adapters" in source.description
     assert same(weights_of(open_weights(Lora(weights))), net.state_dict())
 
 

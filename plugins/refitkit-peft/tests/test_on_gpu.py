@@ -12,7 +12,7 @@ from peft_models import assert_close, bits, make_adapter, open_weights, same, we
 from refitkit.builtin.torch_tensorrt import upstream
 
 import refitkit_peft
-from refitkit_peft import Lora, memory
+from refitkit_peft import Lora, stores
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.skipif(
@@ -74,7 +74,7 @@ def compiled(request, model) -> Any:
 
 
 @pytest.mark.parametrize("delta", [False, True])
-@pytest.mark.parametrize("kind", memory.KINDS)
+@pytest.mark.parametrize("kind", stores.MEMORY_KINDS)
 def test_there_and_back(compiled, model, made, kind, delta) -> None:
     module, x = compiled
     base = base_of(model, made, kind)
@@ -92,7 +92,7 @@ def test_there_and_back(compiled, model, made, kind, delta) -> None:
     assert torch.equal(bits(module(x)), bits(first))
 
 
-@pytest.mark.parametrize("kind", memory.KINDS)
+@pytest.mark.parametrize("kind", stores.MEMORY_KINDS)
 def test_sums_are_made_where_the_base_is(model, made, kind) -> None:
     base = base_of(model, made, kind)
     for name in made:

@@ -318,9 +318,9 @@ def test_parts_without_their_others(refuses, folder, made):
     folder.write(tensors)
     error = refuses(WeightMismatchError, {str(made.path): 1.0})
     assert {(s, k) for s, k in kinds(error) if k != "unknown module"} == {
-        ("base_model.model.one.lora_A.weight", "torn apart"),
+        ("base_model.model.one.lora_A.weight", "incomplete"),
         ("base_model.model.two.lora_A.weight", "dtype"),
-        ("base_model.model.x.lora_magnitude_vector", "torn apart"),
+        ("base_model.model.x.lora_magnitude_vector", "incomplete"),
     }
 
 

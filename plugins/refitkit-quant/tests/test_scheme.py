@@ -13,22 +13,22 @@ import pytest
 import refitkit
 from refitkit.errors import ConfigError, ResourceError
 
-from refitkit_quant import Scheme, Settings
-from refitkit_quant.pairs import torn_apart
-from refitkit_quant.scheme import Entry, Int8WeightOnly, ModeloptWeight, TorchaoWeight
+from refitkit_quant import QuantSettings, Scheme
+from refitkit_quant.pairs import incomplete_pairs
+from refitkit_quant.scheme import Int8WeightOnly, ModeloptWeight, TensorSpec, TorchaoWeight
 
 SCHEME = Scheme(
     versions={"torchao": "0.18.0"},
     weights=(
         TorchaoWeight(
-            weight=Entry(name="a.weight", dtype="float32", shape=(4, 8)),
+            weight=TensorSpec(name="a.weight", dtype="float32", shape=(4, 8)),
             rule=Int8WeightOnly(granularity="row"),
-            parts=(Entry(name="a.q", dtype="int8", shape=(4, 8)),),
+            parts=(TensorSpec(name="a.q", dtype="int8", shape=(4, 8)),),
         ),
         ModeloptWeight(
-            weight=Entry(name="b.weight", dtype="float32", shape=(4, 8)),
+            weight=TensorSpec(name="b.weight", dtype="float32", shape=(4, 8)),
             format="fp8",
-            amax=Entry(name="b.weight_quantizer._amax", dtype="float32", shape=()),
+            amax=TensorSpec(name="b.weight_quantizer._amax", dtype="float32", shape=()),
         ),
     ),
 )
@@ -39,7 +39,7 @@ def pipeline(settings):
 
 
 def settings_of(settings):
-    return Settings.of(pipeline(settings).config)
+    return QuantSettings.of(pipeline(settings).config)
 
 
 def test_a_scheme_is_the_same_after_its_file(tmp_path):
@@ -51,7 +51,7 @@ def test_a_scheme_is_the_same_after_its_file(tmp_path):
 @pytest.mark.parametrize("content", ["{", "[]", '{"weights": [{"tool": "x"}]}', '{"format": "2"}'])
 def test_what_is_no_scheme(tmp_path, content):
     (tmp_path / "s.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"s\.json' is no scheme") as info:
+    with pytest.raises(ConfigError, match=r"s\.json' is not a quantization scheme") as info:
         Scheme.load(tmp_path / "s.json")
     assert info.value.problems
 
@@ -84,7 +84,7 @@ def test_every_form_of_a_scheme_in_settings(tmp_path, form):
 
 
 def test_settings_may_be_absent():
-    assert Settings.of(refitkit.Config()) == Settings()
+    assert QuantSettings.of(refitkit.Config()) == QuantSettings()
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ LEAVES = (
     ],
 )
 def test_weights_and_scales_that_were_torn_apart(names, found):
-    assert [(p.subject, p.wanted) for p in torn_apart(LEAVES, names)] == found
+    assert [(p.subject, p.wanted) for p in incomplete_pairs(LEAVES, names)] == found
 
 
 @pytest.mark.parametrize("what", ["refitkit_quant", "refitkit_quant.plugin"])

@@ -211,7 +211,7 @@ def test_what_has_no_rule_is_refused_by_name(float_net, config):
 
 
 def test_a_float_model_has_no_scheme(float_net):
-    with pytest.raises(UnsupportedTargetError, match="Nothing in this Net"):
+    with pytest.raises(UnsupportedTargetError, match="No weight of this Net is quantized"):
         refitkit_quant.scheme_of(float_net(0))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from refitkit.errors import ConfigError, WeightMismatchError
 
-from refitkit_quant.torchao_rules import installed
+from refitkit_quant.torchao_rules import groups
 
 pytest.importorskip("torchao")
 
@@ -116,7 +116,7 @@ def test_a_scheme_with_names_that_the_program_has_not(int8, same, with_scheme):
 
 
 def test_without_torchao(int8, same, monkeypatch):
-    monkeypatch.setattr(installed, "installed", lambda: None)
+    monkeypatch.setattr(groups, "installed_version", lambda: None)
     before = int8.slots()
     with pytest.raises(ConfigError, match="not installed") as info:
         int8.refit(int8.floats(1))
@@ -127,7 +127,7 @@ def test_without_torchao(int8, same, monkeypatch):
 
 @pytest.mark.parametrize(("version", "right"), [("0.19.0", False), ("0.18.7+cpu", True)])
 def test_another_torchao_may_round_otherwise(int8, same, monkeypatch, version, right):
-    monkeypatch.setattr(installed, "installed", lambda: version)
+    monkeypatch.setattr(groups, "installed_version", lambda: version)
     if right:
         int8.refit(int8.floats(1))
         return

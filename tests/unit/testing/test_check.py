@@ -177,7 +177,7 @@ def test_suites_of_an_entry_point(refitkit_host: Hosts, monkeypatch: pytest.Monk
     monkeypatch.setattr(check, "entry_points", lambda group: entries if "conf" in group else [])
     host = refitkit_host(Plugin())
     assert check.suites_of("mine", host) == (Some,)
-    with pytest.raises(PluginError, match="'another' gives 5 as a suite"):
+    with pytest.raises(PluginError, match="'another' returned 5 as a suite"):
         check.suites_of("another", host)
 
 
@@ -187,12 +187,14 @@ def test_suites_that_fail_name_their_plugin(refitkit_host: Hosts) -> None:
 
     with pytest.raises(PluginError, match=r"suites of the plugin 'mine' cannot.*no torchao"):
         run("mine", refitkit_host(Plugin(broken)))
-    with pytest.raises(PluginError, match="'mine' gives 'MySuite' as a suite"):
+    with pytest.raises(PluginError, match="'mine' returned 'MySuite' as a suite"):
         run("mine", refitkit_host(Plugin(["MySuite"])))
 
 
 def test_an_unknown_plugin_is_refused_with_those_that_there_are(refitkit_host: Hosts) -> None:
-    with pytest.raises(ConfigError, match=r"(?s)'yours'.*There are: .*checks, merges, mine, "):
+    with pytest.raises(
+        ConfigError, match=r"(?s)'yours'.*Registered plugins: .*checks, merges, mine, "
+    ):
         run("yours", refitkit_host(Plugin()))
 
 

@@ -71,6 +71,6 @@ def test_a_pipeline_an_engine_and_a_module(
 def test_the_names_of_the_kit() -> None:
     import refitkit.testing as kit
 
-    assert dir(kit) == kit.__all__ == sorted(kit._HOMES)
+    assert dir(kit) == kit.__all__ == sorted(kit._MODULES)
     with pytest.raises(AttributeError, match="EngineSuit"):
         _ = kit.EngineSuit

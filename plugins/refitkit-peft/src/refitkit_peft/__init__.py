@@ -1,4 +1,4 @@
-"""LoRA adapters as weights: a base plus scaled adapters, for engines that refitkit refits.
+"""LoRA adapters as weights for refitkit: a base plus scaled adapters.
 
 ::
 
@@ -7,7 +7,7 @@
     refitkit.refit(compiled, refitkit_peft.Lora(base, {"a": 0.7}), delta=True)
     refitkit.refit(compiled, refitkit_peft.Lora(base), delta=True)  # the base again, bit for bit
 
-Importing this imports neither torch nor peft.
+Importing this package imports neither torch nor peft.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["Base", "BaseMemory", "Lora"]
 
 
 def __getattr__(name: str) -> Any:
-    """``Base`` and what belongs to it, which need torch, on first use."""
+    """``Base`` and ``BaseMemory`` on first use, because they import torch."""
     if name not in {"Base", "BaseMemory"}:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from refitkit_peft import base

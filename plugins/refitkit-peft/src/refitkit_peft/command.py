@@ -1,4 +1,4 @@
-"""``refitkit lora``: a base with adapters into a saved module."""
+"""The command ``refitkit lora``, which refits a saved module with a base and adapters."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 
 def scales_of(adapters: tuple[str, ...]) -> dict[str, float]:
-    """``{"a": 0.7, "b": 1.0}`` for ``("a=0.7", "b")``.
+    """The scales by adapter: ``{"a": 0.7, "b": 1.0}`` for ``("a=0.7", "b")``.
 
-    A name may hold ``=``: where something of the whole name is there, that is meant.
+    A path may contain ``=``. If a file or folder with the whole text as its name exists, the text
+    is a path without a scale.
 
     Raises:
-        click.UsageError: A scale is no number, or an adapter is given twice.
+        click.UsageError: A scale is not a number, or an adapter is repeated.
     """
     found: dict[str, float] = {}
     for text in adapters:
@@ -35,18 +36,18 @@ def scales_of(adapters: tuple[str, ...]) -> dict[str, float]:
         try:
             number = float(scale)
         except ValueError as exc:
-            raise click.UsageError(f"{scale!r} in {text!r} is no scale, such as 0.7.") from exc
+            raise click.UsageError(f"{scale!r} in {text!r} is not a number.") from exc
         if not name or name in found:
-            raise click.UsageError(f"{text!r} has no path, or one that was given before.")
+            raise click.UsageError(f"{text!r} has no path, or repeats one.")
         found[name] = number
     return found
 
 
 def alphas_of(texts: tuple[str, ...], adapters: Collection[str]) -> dict[str, Any]:
-    """``{"a": 16.0, "b": "rank"}`` for ``("a=16", "b=rank")``.
+    """The alphas by adapter: ``{"a": 16.0, "b": "rank"}`` for ``("a=16", "b=rank")``.
 
     Raises:
-        click.UsageError: An alpha is no number, or it is unclear which adapter it is for.
+        click.UsageError: An alpha is not a number, or its adapter is unclear.
     """
     found: dict[str, Any] = {}
     for text in texts:
@@ -56,11 +57,11 @@ def alphas_of(texts: tuple[str, ...], adapters: Collection[str]) -> dict[str, An
                 raise click.UsageError(f"--alpha {text}: name the adapter: --alpha ADAPTER={text}.")
             (name,) = adapters
         if name not in adapters or name in found:
-            raise click.UsageError(f"--alpha {text}: {name!r} is no adapter, or was given before.")
+            raise click.UsageError(f"--alpha {text}: {name!r} is not an adapter, or is repeated.")
         try:
             found[name] = alpha if alpha == "rank" else float(alpha)
         except ValueError as exc:
-            raise click.UsageError(f"--alpha {text}: {alpha!r} is no number and not rank.") from exc
+            raise click.UsageError(f"--alpha {text}: {alpha!r} is not a number or rank.") from exc
     return found
 
 
@@ -73,15 +74,15 @@ def alphas_of(texts: tuple[str, ...], adapters: Collection[str]) -> dict[str, An
     "--component",
     default="",
     metavar="NAME",
-    help="Model of a pipeline, where adapters are for several: unet, text_encoder, ...",
+    help="Model of a pipeline, if adapters are for several: unet, text_encoder, ...",
 )
 @click.option(
     "--alpha",
     "alphas",
     multiple=True,
     metavar="[ADAPTER=]ALPHA",
-    help="Alpha that an adapter was trained with, in place of the alpha in its files. Needed if "
-    "they have none. rank: a scale of 1.",
+    help="Alpha of the adapter's training, in place of the alpha in its files. Required if they "
+    "have none. 'rank' sets the factor to 1.",
 )
 @weight_options
 @common_options
@@ -99,10 +100,9 @@ def lora_command(
     """Put BASE with ADAPTERs added into MODULE.
 
     BASE is a checkpoint: the weights that the adapters were trained on. An ADAPTER is a folder of
-    PEFT, or a LoRA file; its scale is 1 where none is given. With no adapter it is the base alone.
-    An adapter whose files do not say its alpha is refused unless --alpha gives it.
-    What MODULE holds now does not matter. Loading a module runs the code in it: use only files that
-    you trust as you would a program.
+    PEFT, or a LoRA file; its default scale is 1. Without adapters, MODULE gets the base alone.
+    An adapter whose files contain no alpha needs --alpha. The current weights of MODULE do not
+    matter. Loading a module runs the code in it: use only files that you trust like a program.
     """
     from refitkit_peft.lora import Lora
 

@@ -1,6 +1,6 @@
-"""The conformance kit's suite for sources, run against this plugin: ``refitkit plugins check``.
+"""Suites of the conformance kit for this plugin: ``refitkit plugins check peft`` runs them.
 
-What is expected is made without this plugin's code, by plain arithmetic in float64.
+The expected sums are computed without this plugin's code, in float64.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from refitkit.recipe import TensorMap
 from refitkit.testing import SourceSuite
-from refitkit.testing.oracles import Watched
+from refitkit.testing.oracles import ReadRecorder
 
 from refitkit_peft.base import Base
 from refitkit_peft.lora import Lora
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
     from refitkit.protocols import WeightSource
 
-    from refitkit_peft.memory import Kind
+    from refitkit_peft.stores import MemoryKind
 
 _SCALE = 0.5
 
 
 class LoraSuite(SourceSuite):
-    """A base as it was given, with an adapter for two of its four weights."""
+    """A base used as given, with an adapter for two of its four weights."""
 
-    memory: Kind = "given"
+    memory: MemoryKind = "given"
     keep = 2
 
     def make_source(self) -> WeightSource:
@@ -37,12 +37,13 @@ class LoraSuite(SourceSuite):
         return source
 
     def _source(self, weights: Mapping[str, Any]) -> Any:
-        watched = Watched(TensorMap(weights))
-        base = Base.with_opener(watched, _opened, self.memory, keep=self.keep)
+        recorder = ReadRecorder(TensorMap(weights))
+        base = Base.with_opener(recorder, _opened, self.memory, keep=self.keep)
         base.add("a", _factors(), alpha="rank")
         source = base.source(Lora(base, {"a": _SCALE}))
-        self._before = len(watched.read)  # copies are made when a base is, and no data is read then
-        self._watched = watched
+        # A base with copies reads all data when it is made; only later reads count.
+        self._before = len(recorder.read)
+        self._recorder = recorder
         return source
 
     def truth(self) -> Mapping[str, torch.Tensor]:
@@ -59,32 +60,32 @@ class LoraSuite(SourceSuite):
 
 
 class CountedSuite(LoraSuite):
-    """Where reads of the base can be counted beneath it: nothing is kept."""
+    """A base without a cache of sums, so that reads of its source can be counted."""
 
     keep = 0
 
     def reads(self, source: Any) -> int:  # noqa: ARG002 - the kit passes it
-        return len(self._watched.read) - self._before
+        return len(self._recorder.read) - self._before
 
 
 class HostSuite(LoraSuite):
-    """A copy in memory: entries have revisions."""
+    """A copy in host memory, whose entries have revisions."""
 
-    memory: Kind = "host"
+    memory: MemoryKind = "host"
 
 
 class MappedSuite(LoraSuite):
     """A copy in a temporary file."""
 
-    memory: Kind = "mapped"
+    memory: MemoryKind = "mapped"
 
 
 def _opened(weights: Any) -> Any:
-    return weights if isinstance(weights, Watched) else TensorMap(weights)
+    return weights if isinstance(weights, ReadRecorder) else TensorMap(weights)
 
 
 def _drawn(*shape: int) -> torch.Tensor:
-    """Whole numbers, so that sums of products are exact in whatever order they are made."""
+    """Small integers as floats, so that sums of products are exact in any order."""
     generator = torch.Generator().manual_seed(sum(shape))
     return torch.randint(-8, 9, shape, generator=generator).float()
 
@@ -110,5 +111,5 @@ def _factors() -> Mapping[str, torch.Tensor]:
 
 
 def suites() -> list[type[SourceSuite]]:
-    """All of them run anywhere."""
+    """All suites; they run on any machine."""
     return [LoraSuite, CountedSuite, HostSuite, MappedSuite]

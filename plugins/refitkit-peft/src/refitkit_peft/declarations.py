@@ -1,27 +1,28 @@
-"""Declarations: where the files of an adapter say its alpha, its rank and its settings.
+"""Declarations: the places in adapter files that give alpha, rank and settings.
 
-A product of factors has the strength that it was trained with only at ``alpha / rank``, and the
-factors do not show alpha. Trainers write it in these places:
+An adapter adds ``alpha / rank`` times the product of its factors, and the factors do not show
+alpha. Trainers write it in these places:
 
 - peft: ``adapter_config.json`` (``PeftConfigMixin.save_pretrained`` in ``config.py``, 0.21.2).
-- diffusers: JSON in the header's entry ``lora_adapter_metadata``, each field after the name of its
+- diffusers: JSON in the header entry ``lora_adapter_metadata``, each field after the name of its
   component: ``{"unet.r": 4, "unet.lora_alpha": 8}`` (``pack_weights`` and ``write_lora_layers`` in
   ``loaders/lora_base.py``, ``save_lora_adapter`` in ``loaders/peft.py``, 0.42.1).
-- SimpleTuner: the same, or the same fields as header entries of their own, written with ``str``
+- SimpleTuner: the same entry, or the same fields as separate header entries, written with ``str``
   (``save_lora_weights`` in ``helpers/models/ace_step/pipeline.py``; Comfy-Org/ComfyUI#15830).
 - kohya's sd-scripts: ``ss_network_alpha``, ``ss_network_dim`` and, as JSON, ``ss_network_args``
-  (``train_network.py``), beside one tensor ``*.alpha`` for each layer. ``resize_lora.py`` and
-  ``merge_lora.py`` write ``Dynamic`` where layers differ; a missing number is ``None``.
-- LyCORIS writes kohya's entries and always the tensors (``custom_state_dict`` in
+  (``train_network.py``), besides one tensor ``*.alpha`` for each layer. ``resize_lora.py`` and
+  ``merge_lora.py`` write ``Dynamic`` if layers differ; a missing number is ``None``.
+- LyCORIS: kohya's entries, and always the tensors (``custom_state_dict`` in
   ``modules/locon.py``).
-- ai-toolkit writes neither for keys of peft: there alpha is the rank by definition (``peft_format``
-  in ``toolkit/lora_special.py``, "no alpha" in ``toolkit/network_mixins.py``). Its header names it
-  in ``software`` (``toolkit/metadata.py``).
+- ai-toolkit: neither for keys of peft; there alpha is the rank by definition (``peft_format``
+  in ``toolkit/lora_special.py``, "no alpha" in ``toolkit/network_mixins.py``). The header entry
+  ``software`` names the trainer (``toolkit/metadata.py``).
 - Many others: plain entries ``lora_alpha``, ``network_alpha`` or ``alpha``, which sglang
-  (sgl-project/sglang#36082) and diffusers (``MiniMaxH3LoraLoaderMixin``) read, too.
+  (sgl-project/sglang#36082) and diffusers (``MiniMaxH3LoraLoaderMixin``) also read.
 
-Files of ``torch.save`` keep the same names beside, or around, the state_dict. All of it comes from
-strangers: it is parsed as data, with limits.
+``torch.save`` files have the same names beside or around the state_dict. Adapter files come from
+untrusted people, so all of this is parsed as data, with limits on size, depth and number.
+:func:`declarations_in` is the entry point; the parsers of each trainer follow it.
 """
 
 from __future__ import annotations
@@ -40,19 +41,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _LIMIT = 1 << 24
-"""Letters of one entry: a config with a rank for each of a hundred thousand modules has fewer."""
+"""Largest length of an entry. A config with a rank for each of 100,000 modules is shorter."""
 _LITERAL_LIMIT = 1 << 16
-"""Letters of an entry in Python's notation: its parser needs far more memory than that of JSON."""
+"""Largest length of a Python literal, whose parser needs far more memory than JSON's."""
 _DEPTH = 4
-"""Dictionaries in dictionaries that are looked into."""
+"""Largest depth of nested dictionaries."""
 _SCOPES = 1 << 14
-"""Layers that the metadata of one file may have numbers for."""
+"""Largest number of layers with numbers of their own in one file."""
 _SHOWN = 80
+"""Largest length of a value in a message."""
 
 _ALPHAS = frozenset({"lora_alpha", "alpha", "network_alpha"})
 _RANKS = frozenset({"r", "rank", "lora_rank", "lora_r", "lora_dim", "network_dim", "network_rank"})
 _ROOTS = frozenset({"rslora", "rs_lora", "use_rs_lora"})
-"""Other names of ``use_rslora``; LyCORIS calls it ``rs_lora``."""
+"""Other names of ``use_rslora``; LyCORIS uses ``rs_lora``."""
 _SETTINGS = (frozenset(AdapterConfig.model_fields) | NOT_MERGED.keys() | _ROOTS) - {
     *_ALPHAS,
     *_RANKS,
@@ -64,37 +66,40 @@ _ABSENT = frozenset({"", "none", "null"})
 _JSON = frozenset(
     {"lora_adapter_metadata", "adapter_config", "adapter_config.json", "lora_config", "peft_config"}
 )
-"""Entries that hold a whole config: of diffusers first, then of various trainers."""
+"""Entries with a whole config: the one of diffusers, and those of various trainers."""
 _CONTAINERS = _JSON | frozenset(
     {"metadata", "config", "args", "hparams", "hyper_parameters", "network_config", "default"}
 )
-"""Dictionaries around settings in files of ``torch.save``; none of them is the name of a model."""
+"""Names of dictionaries around settings in ``torch.save`` files; none is the name of a model."""
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 DENOISERS = frozenset({"unet", "transformer", "diffusion_model", "denoiser", "dit"})
-"""Names of one and the same model: of diffusers, of ComfyUI, and of trainers."""
+"""Names of the same model in diffusers, ComfyUI and trainers."""
 _COMPONENT = re.compile(
     r"(unet|transformer|text_encoder|controlnet|vae|prior|decoder)(_\d+|_ref)?|"
     + "|".join(sorted(DENOISERS))
 )
 
 _ARGUMENTS_WITH_SCALES = re.compile(r"alpha|dim|rank|rs_?lora|algo|preset|block_|factor")
-"""Arguments of networks (``create_network`` in ``networks/lora*.py`` of sd-scripts and
-``create_network`` in ``kohya.py`` of LyCORIS) by which a layer has other numbers than the network.
+"""Network arguments that give some layers other numbers than the network.
+
+They are arguments of ``create_network`` in ``networks/lora*.py`` of sd-scripts, and of
+``create_network`` in ``kohya.py`` of LyCORIS.
 """
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """A config that a file declares, or a part of one.
+    """A config, or a part of one, that a file declares.
 
     Attributes:
-        where: The place in the file, for messages.
-        config: The fields that are declared; others are None or as peft has them by default.
-        scope: A component of a pipeline or the path of modules; empty: the whole file.
-        conv: The same for layers with a kernel larger than 1, where it differs.
-        by_layer: The setting by which layers have numbers of their own; then only tensors count.
+        where: Place in the file, for messages.
+        config: The declared fields; others are None or peft's defaults.
+        scope: Component of a pipeline or path of modules; empty for the whole file.
+        conv: Config of layers with a kernel larger than 1; None if it is the same.
+        by_layer: Setting that gives layers numbers of their own, so that only tensors count; or
+            empty.
         of_rank: Whether alpha is the rank of each layer.
     """
 
@@ -107,23 +112,23 @@ class Declaration:
 
     @property
     def of_component(self) -> bool:
-        """Whether the scope is the whole file, or a component."""
+        """Whether the scope is the whole file or a component."""
         return not self.scope or is_component(self.scope)
 
     def as_data(self) -> tuple[object, ...]:
-        """All of it that determines values."""
+        """The parts that determine values, as plain data for a hash."""
         conv = None if self.conv is None else self.conv.model_dump(mode="json")
         fields = self.config.model_dump(mode="json")
         return self.scope, fields, conv, self.by_layer, self.of_rank
 
 
 def is_component(scope: str) -> bool:
-    """Whether it names a model of a pipeline."""
+    """Whether a scope is the name of a model in a pipeline."""
     return _COMPONENT.fullmatch(scope) is not None
 
 
 def may_declare(key: object) -> bool:
-    """Whether an entry of this name is a declaration, and no weight."""
+    """Whether an entry with this name can be a declaration instead of a weight."""
     if not isinstance(key, str):
         return False
     name = key.rpartition(".")[2]
@@ -131,29 +136,30 @@ def may_declare(key: object) -> bool:
 
 
 def declarations_in(metadata: Mapping[str, Any], what: str) -> list[Declaration]:
-    """Everything that metadata declares.
+    """All declarations in the metadata of a file.
 
     Args:
-        metadata: The header of a safetensors file, or the entries of a file of ``torch.save`` that
-            are no tensors.
-        what: The file, for messages.
+        metadata: Header of a safetensors file, or the entries of a ``torch.save`` file that are
+            not tensors.
+        what: Description of the file, for messages.
 
     Raises:
-        SourceError: An alpha or a rank is no positive number, or a config cannot be read; lists
-            all of them.
+        SourceError: An alpha or a rank is not a positive number, a config cannot be parsed, or
+            there are too many layers; lists every problem.
     """
     problems: list[Problem] = []
     found: list[Declaration] = []
     fields: dict[str, dict[str, tuple[str, Any]]] = {}
-    twins: list[tuple[str, dict[str, tuple[str, Any]]]] = []
+    # Contradicting values become separate declarations: Scales reports them where both apply.
+    contradicting: list[tuple[str, dict[str, tuple[str, Any]]]] = []
     for entry in _entries(metadata, problems):
         some, one = fields.setdefault(entry.scope, {}), (entry.where, entry.value)
         if _differ(some.setdefault(entry.field, one)[1], entry.value):
-            twins.append((entry.scope, {entry.field: one}))  # whoever uses both finds that out
-    if len(fields) + len(twins) > _SCOPES:
+            contradicting.append((entry.scope, {entry.field: one}))
+    if len(fields) + len(contradicting) > _SCOPES:
         message = f"The metadata of {what} has alphas and ranks for more than {_SCOPES} layers."
         raise SourceError(message)
-    for scope, given in [*fields.items(), *twins]:
+    for scope, given in [*fields.items(), *contradicting]:
         found += _declared(scope, given, what, problems)
     found += _of_kohya(metadata, problems)
     found += _of_ai_toolkit(metadata)
@@ -162,18 +168,18 @@ def declarations_in(metadata: Mapping[str, Any], what: str) -> list[Declaration]
     return found
 
 
-_HOW = "correct it, or give a config in place of the metadata: base.add(name, path, config={...})"
+_FIX = "correct it, or pass a config instead of the metadata: base.add(name, path, config={...})"
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """One field.
+    """One declared field.
 
     Attributes:
-        where: The entry that it comes from.
-        scope: The component or path that it is for.
-        field: Its name in ``LoraConfig``.
-        value: Its value, as a number, a flag or a dictionary.
+        where: Entry of the metadata that declares it.
+        scope: Component or path of modules.
+        field: Name of the field in ``LoraConfig``.
+        value: A number, boolean, text or dictionary.
     """
 
     where: str
@@ -183,7 +189,7 @@ class _Entry:
 
 
 def _entries(metadata: Mapping[str, Any], problems: list[Problem]) -> Iterator[_Entry]:
-    """Fields of all spellings but kohya's."""
+    """Fields in all spellings except kohya's."""
     for key, value in metadata.items():
         if key in _JSON:
             config = _json(key, value, problems)
@@ -202,7 +208,7 @@ def _json(key: str, value: Any, problems: list[Problem]) -> Mapping[str, Any] | 
     try:
         return _object(value)
     except ValueError as exc:
-        problems.append(Problem(key, "no JSON object", _shown(value), hint=str(exc)))
+        problems.append(Problem(key, "not a JSON object", _shown(value), hint=str(exc)))
         return None
 
 
@@ -213,12 +219,12 @@ def _object(value: Any) -> Mapping[str, Any]:
         raise ValueError(f"it is a {type(value).__name__}, or too long")
     config = parsed(value)
     if not isinstance(config, dict):
-        raise ValueError(f"it holds a {type(config).__name__}")  # noqa: TRY004 - of the file
+        raise ValueError(f"it is a {type(config).__name__}")  # noqa: TRY004 - the file is wrong
     return config
 
 
 def _of_config(config: Mapping[Any, Any], where: str, scope: str, left: int) -> Iterator[_Entry]:
-    """Fields of a config: plain ones, after a component and a dot, or in a dictionary."""
+    """Fields of a config: plain, after a component and a dot, or in a nested dictionary."""
     for key, value in config.items():
         if not isinstance(key, str) or value is None:
             continue
@@ -233,7 +239,7 @@ def _of_config(config: Mapping[Any, Any], where: str, scope: str, left: int) -> 
 
 
 def _of_entry(key: str, value: Any, problems: list[Problem]) -> Iterator[_Entry]:
-    """A field that is an entry of its own, mostly as text."""
+    """A field that is a separate entry, usually as text."""
     before, _, name = key.rpartition(".")
     known = name in _ALPHAS or name in _RANKS
     setting = name in _SETTINGS and (not before or is_component(before))
@@ -248,7 +254,7 @@ def _of_entry(key: str, value: Any, problems: list[Problem]) -> Iterator[_Entry]
         elif setting and name not in _TEXTS:
             value = _plain_value(text)
     if known and (isinstance(value, bool) or not isinstance(value, int | float)):
-        problems.append(Problem(key, "number", _shown(value), "a number greater than 0", _HOW))
+        problems.append(Problem(key, "number", _shown(value), "a number greater than 0", _FIX))
         return
     yield _Entry(key, before, _field(name), value)
 
@@ -262,7 +268,7 @@ def _field(name: str) -> str:
 
 
 def _plain_value(text: str) -> Any:
-    """A value that was written with ``json.dumps`` or with ``str``; else the text itself."""
+    """The value of a text from ``json.dumps`` or ``str``; other texts unchanged."""
     try:
         return parsed(text) if len(text) <= _LIMIT else text
     except ValueError:
@@ -276,9 +282,10 @@ def _plain_value(text: str) -> Any:
 def _declared(
     scope: str, given: Mapping[str, tuple[str, Any]], what: str, problems: list[Problem]
 ) -> Iterator[Declaration]:
-    where = _named(entry for entry, _ in given.values())
+    where = _main_entry(entry for entry, _ in given.values())
+    # A dotted name without alpha or rank is an entry of something else.
     if scope and not is_component(scope) and not {"lora_alpha", "r"} & given.keys():
-        return  # an entry of something else, with dots in its name
+        return
     try:
         config = AdapterConfig.of({name: value for name, (_, value) in given.items()}, what)
     except SourceError as exc:
@@ -291,8 +298,8 @@ def _declared(
     yield Declaration(where, config, scope)
 
 
-def _named(entries: Iterable[str]) -> str:
-    """The entries that decide, in few words."""
+def _main_entry(entries: Iterable[str]) -> str:
+    """The entry to name in messages: one of alpha if there is one, else the first."""
     some = list(entries)
     alphas = [one for one in some if one.rpartition(" ")[2].rpartition(".")[2] in _ALPHAS]
     return (alphas or some)[0]
@@ -302,17 +309,17 @@ def _named(entries: Iterable[str]) -> str:
 
 
 def _of_kohya(metadata: Mapping[str, Any], problems: list[Problem]) -> Iterator[Declaration]:
-    """``ss_network_*``; see ``create_network`` in ``networks/lora.py`` of sd-scripts."""
+    """Entries ``ss_network_*``; see ``create_network`` in ``networks/lora.py`` of sd-scripts."""
     alpha = _of_kohya_number("ss_network_alpha", metadata, problems)
     rank = _of_kohya_number("ss_network_dim", metadata, problems)
     if alpha is None and rank is None:
         return
     conv, by_layer = _arguments_of_kohya(metadata, problems)
     if rank is None and metadata.get("ss_network_dim") is not None:
-        # "None" with --dim_from_weights, where ss_network_alpha is not used; or "Dynamic"
+        # The text is "None" with --dim_from_weights, which ignores ss_network_alpha, or "Dynamic".
         by_layer = by_layer or f"ss_network_dim: {_shown(metadata['ss_network_dim'])}"
     if alpha == 0 and "-" not in str(metadata["ss_network_alpha"]):
-        # "if alpha == 0 or None, alpha is rank" (LoRAModule): each layer's tensor says so
+        # LoRAModule: "if alpha == 0 or None, alpha is rank". Each layer's tensor has the number.
         alpha, by_layer = None, by_layer or "ss_network_alpha: 0"
     given = {"ss_network_dim": ("r", rank), "ss_network_alpha": ("lora_alpha", alpha)}
     fields = {name: value for name, value in given.values() if value is not None}
@@ -334,31 +341,32 @@ def _of_kohya(metadata: Mapping[str, Any], problems: list[Problem]) -> Iterator[
 def _arguments_of_kohya(
     metadata: Mapping[str, Any], problems: list[Problem]
 ) -> tuple[dict[str, float], str]:
-    """The rank and alpha of convolutions; and arguments by which single layers differ."""
+    """The rank and alpha of convolutions, and the arguments that give layers other numbers."""
     given = metadata.get("ss_network_args")
     if given is None or (isinstance(given, str) and given.strip().lower() in _ABSENT):
         return {}, ""
     arguments = _json("ss_network_args", given, problems) or {}
     scaling = (name for name in arguments if _ARGUMENTS_WITH_SCALES.search(name))
-    odd = [name for name in scaling if "dropout" not in name]  # rank_dropout is for training alone
+    scaling_names = [name for name in scaling if "dropout" not in name]  # rank_dropout: training
     of_lycoris = "lycoris" in str(metadata.get("ss_network_module"))
-    if not {*odd} <= {"conv_dim", "conv_alpha"} or (odd and of_lycoris):
-        return {}, f"ss_network_args: {', '.join(odd)}"
+    if not {*scaling_names} <= {"conv_dim", "conv_alpha"} or (scaling_names and of_lycoris):
+        return {}, f"ss_network_args: {', '.join(scaling_names)}"
     rank = _of_kohya_number("conv_dim", arguments, problems)
-    if rank is None:  # then convolutions are not trained
+    if rank is None:  # convolutions were not trained
         return {}, ""
+    # conv_alpha is 1 by default (create_network in networks/lora.py of sd-scripts).
     alpha = _of_kohya_number("conv_alpha", arguments, problems)
     return {"r": rank, "lora_alpha": 1.0 if alpha is None else alpha}, ""
 
 
 def _of_kohya_number(name: str, given: Mapping[str, Any], problems: list[Problem]) -> float | None:
-    """A number; None where it is missing, or ``Dynamic``: layers have their own in tensors."""
+    """A number; None if it is missing, or ``Dynamic``: layers then have tensors with numbers."""
     value = given.get(name)
     text = str(value).strip() if isinstance(value, str | int | float) else ""
     if value is None or text.lower() in {*_ABSENT, "dynamic"}:
         return None
     if isinstance(value, bool) or len(text) > _SHOWN or not _NUMBER.fullmatch(text):
-        problems.append(Problem(name, "number", _shown(value), "a number greater than 0", _HOW))
+        problems.append(Problem(name, "number", _shown(value), "a number greater than 0", _FIX))
         return None
     return float(text)
 

@@ -1,4 +1,4 @@
-"""Whether files are still those that were opened."""
+"""The files of weights and adapters, and whether they changed since they were opened."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".metada
 
 
 def path_of(thing: object) -> Path | None:
-    """The path of something that is there; None for all else, names that no file can have too."""
+    """The path of an existing file or folder; None for anything else, also for invalid names."""
     if not isinstance(thing, str | Path):
         return None
     path = Path(thing)
@@ -26,83 +26,83 @@ def path_of(thing: object) -> Path | None:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files that weights come from: one, or all that lie beside an index or in a folder."""
+    """The files of weights: one file, or all weight files in a folder or beside an index."""
     folder = path if path.is_dir() else path.parent if path.name.endswith(".index.json") else None
     if folder is None:
         return [path]
     return sorted(one for one in folder.iterdir() if one.name.endswith(_SUFFIXES))
 
 
-_SHOWN: dict[Difference, str] = {
-    "links": "names of it were added or removed",
-    "another file": "another file of this name",
-    "size": "another size",
+_DIFFERENCES: dict[Difference, str] = {
+    "links": "hard links were added or removed",
+    "another file": "replaced by another file",
+    "size": "changed in size",
     "written": "written to",
-    "attributes": "written to and its time set back, or its rights or owner changed",
+    "attributes": "written to and its time set back, or its permissions or owner changed",
 }
 
 
 @dataclass(frozen=True)
-class Files:
-    """Files as they were.
+class FileSnapshot:
+    """The state of some files at one time.
 
     Attributes:
-        states: By path.
+        states: State of each file by path.
     """
 
     states: dict[Path, FileState]
 
     @classmethod
-    def at(cls, path: Path) -> Files:
-        """Those that weights at a path come from, as they are now; see ``of``."""
+    def at(cls, path: Path) -> FileSnapshot:
+        """The current state of all files of the weights at a path; see ``of``."""
         return cls.of(files_of(path))
 
     @classmethod
-    def of(cls, files: Iterable[Path]) -> Files:
-        """Files as they are now: a later write is sure to be seen.
+    def of(cls, files: Iterable[Path]) -> FileSnapshot:
+        """The current state of files; any later write changes it.
 
         Raises:
-            SourceError: One cannot be looked at.
+            SourceError: The state of a file cannot be read.
         """
         found = {}
         for file in files:
             try:
                 found[file] = FileState.settled(file.stat)
             except OSError as exc:
-                raise_if_resource(exc, f"{str(file)!r} cannot be looked at")
-                raise SourceError(f"{str(file)!r} cannot be looked at: {exc}.") from exc
+                raise_if_resource(exc, f"The state of {str(file)!r} cannot be read")
+                raise SourceError(f"The state of {str(file)!r} cannot be read: {exc}.") from exc
         return cls(found)
 
     def require_unchanged(self, what: str) -> None:
-        """Check that all files are what they were.
+        """Check that no file changed since the snapshot.
 
         Args:
-            what: What was read from them, for the message.
+            what: Description of the weights, for the message.
 
         Raises:
-            SourceError: They are not; lists all of them.
+            SourceError: Some files changed; lists all of them.
         """
         problems = list(self.changed())
         if problems:
             raise SourceError(
                 f"{what} was changed while it was read.",
                 problems=problems,
-                hint="Write new files beside it and rename them when they are complete "
-                "(os.replace), then refit again.",
+                hint="Write new files under other names, rename them when they are complete "
+                "(os.replace), and refit again.",
             )
 
     def changed(self, *, links: bool = True) -> Iterator[Problem]:
-        """Files that are other ones now.
+        """A problem for each file that changed since the snapshot.
 
         Args:
-            links: Whether a file that has more or fewer names than before is one of them.
+            links: Whether a change of the number of hard links counts.
         """
         for file, before in self.states.items():
             try:
                 how = before.difference(FileState.of(file.stat()))
             except OSError as exc:
-                raise_if_resource(exc, f"{str(file)!r} cannot be looked at")
-                yield Problem(str(file), "changed since it was opened", "gone")
+                raise_if_resource(exc, f"The state of {str(file)!r} cannot be read")
+                yield Problem(str(file), "changed since it was opened", "deleted")
                 continue
             if how and (links or how != "links"):
-                yield Problem(str(file), "changed since it was opened", _SHOWN[how])
+                yield Problem(str(file), "changed since it was opened", _DIFFERENCES[how])

@@ -1,8 +1,9 @@
-"""Keys of adapter files: which module of the model an entry is for, and what it is there.
+"""Keys of adapter files: the module of the model that an entry is for, and its role there.
 
-They are those of peft (``tuners/lora/layer.py`` and ``utils/save_and_load.py``, 0.21.2), of
-diffusers, new and old (``utils/state_dict_utils.py``, 0.42.1), and of kohya's scripts, which write
-the names of modules with underscores (``loaders/lora_conversion_utils.py`` of diffusers).
+:func:`read_key` understands the keys of peft (``tuners/lora/layer.py`` and
+``utils/save_and_load.py``, 0.21.2), of new and old diffusers (``utils/state_dict_utils.py``,
+0.42.1), and of kohya's scripts, which write module names with underscores
+(``loaders/lora_conversion_utils.py`` of diffusers).
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
 
-class Part(StrEnum):
-    """What an entry is to its module."""
+class Role(StrEnum):
+    """The role of an entry in its module.
+
+    ``DOWN`` and ``UP`` are the factors of layers, ``TABLE_DOWN`` and ``TABLE_UP`` those of
+    embeddings. ``WHOLE`` replaces a weight. ``FOREIGN`` is of another kind of adapter than LoRA.
+    """
 
     DOWN = "lora_A"
     UP = "lora_B"
@@ -31,21 +36,21 @@ class Part(StrEnum):
 
 
 @dataclass(frozen=True)
-class Key:
-    """What a key says.
+class AdapterKey:
+    """A parsed key of an adapter file.
 
     Attributes:
-        text: The key itself.
-        part: What the entry is.
-        module: Path of the module in the model; of a whole entry its own name.
-        adapter: Name of the adapter, where the key has one.
-        component: Model of the pipeline, where the key has one: ``unet``.
-        flat: Whether the path is written with underscores.
-        of_base: Whether it is an entry of the base model, saved with the adapter.
+        text: The key.
+        role: Role of the entry.
+        module: Path of the module in the model; for a whole weight its name.
+        adapter: Name of the adapter in the key; empty if there is none.
+        component: Model of the pipeline in the key, such as ``unet``; empty if there is none.
+        flat: Whether the path has underscores instead of dots.
+        of_base: Whether the entry is a weight of the base model that was saved with the adapter.
     """
 
     text: str
-    part: Part
+    role: Role
     module: str
     adapter: str = ""
     component: str = ""
@@ -54,32 +59,32 @@ class Key:
 
 
 _NAME = r"(?:\.(?P<adapter>[^.]+))?"
-_FORMS: tuple[tuple[str, Part], ...] = (
-    (rf"\.lora_A{_NAME}\.weight", Part.DOWN),
-    (rf"\.lora_B{_NAME}\.weight", Part.UP),
-    (rf"\.lora_B{_NAME}\.bias", Part.UP_BIAS),
-    (rf"\.lora_embedding_A{_NAME}", Part.TABLE_DOWN),
-    (rf"\.lora_embedding_B{_NAME}", Part.TABLE_UP),
-    (r"\.lora_magnitude_vector(?:\.(?!weight$)(?P<adapter>[^.]+))?(?:\.weight)?", Part.MAGNITUDE),
-    (r"(?:_lora|\.lora|\.lora_linear_layer)\.down\.weight", Part.DOWN),
-    (r"(?:_lora|\.lora|\.lora_linear_layer)\.up\.weight", Part.UP),
-    (r"\.lora_down\.weight", Part.DOWN),
-    (r"\.lora_up\.weight", Part.UP),
-    (r"\.dora_scale", Part.MAGNITUDE),
-    (r"\.lora\.alpha", Part.ALPHA),
-    (r"\.(?:lora_)?alpha", Part.ALPHA),
+_FORMS: tuple[tuple[str, Role], ...] = (
+    (rf"\.lora_A{_NAME}\.weight", Role.DOWN),
+    (rf"\.lora_B{_NAME}\.weight", Role.UP),
+    (rf"\.lora_B{_NAME}\.bias", Role.UP_BIAS),
+    (rf"\.lora_embedding_A{_NAME}", Role.TABLE_DOWN),
+    (rf"\.lora_embedding_B{_NAME}", Role.TABLE_UP),
+    (r"\.lora_magnitude_vector(?:\.(?!weight$)(?P<adapter>[^.]+))?(?:\.weight)?", Role.MAGNITUDE),
+    (r"(?:_lora|\.lora|\.lora_linear_layer)\.down\.weight", Role.DOWN),
+    (r"(?:_lora|\.lora|\.lora_linear_layer)\.up\.weight", Role.UP),
+    (r"\.lora_down\.weight", Role.DOWN),
+    (r"\.lora_up\.weight", Role.UP),
+    (r"\.dora_scale", Role.MAGNITUDE),
+    (r"\.lora\.alpha", Role.ALPHA),
+    (r"\.(?:lora_)?alpha", Role.ALPHA),
 )
-_READERS = [(re.compile(rf"(?P<module>.+){form}"), part) for form, part in _FORMS]
+_READERS = [(re.compile(rf"(?P<module>.+){form}"), role) for form, role in _FORMS]
 
 _FOREIGN = re.compile(
     r"\.(diff|diff_b|hada_[wt]\w*|lokr_\w+|lora_mid\.weight|lora_E|lora_diag|lora_velora\w*|"
     r"lora_monteclora\w*|lora_arrow|trainable_tokens_delta|w_norm|b_norm|on_input)(\.|$)|"
     r"(^|\.)(ia3_|vera_|oft_|boft_|hra_|vblora_|randlora_|fourierft_|waveft_|c3a_|prompt_)\w+"
 )
-"""Entries of adapters of other kinds: of LyCORIS, and of other tuners of peft."""
+"""Entries of other kinds of adapters: of LyCORIS, and of other tuners of peft."""
 
 _COMPONENT = re.compile(r"(unet|transformer(?:_\d)?|text_encoder(?:_\d)?)\.")
-"""What diffusers puts before names of modules (``pack_weights`` in ``loaders/lora_base.py``)."""
+"""Prefix that diffusers adds to module names (``pack_weights`` in ``loaders/lora_base.py``)."""
 
 _FLAT = {
     "lora_unet_": "unet",
@@ -92,7 +97,7 @@ _FLAT = {
 
 PEFT_PREFIX = "base_model.model."
 _WRAPPERS = frozenset({"base_layer", "original_module"})
-"""Parts that peft's layers add to names of what they wrap (``LoraLayer``, ``utils/other.py``)."""
+"""Path parts of peft's wrapper layers (``LoraLayer``, ``utils/other.py``)."""
 
 _WRAPPED = re.compile(r"(^|\.)(base_layer|lora_A|lora_embedding_A)\.")
 _OF_ADAPTER = re.compile(
@@ -102,37 +107,39 @@ _OF_ADAPTER = re.compile(
 _OLD_PROJECTION = re.compile(r"\.to_(q|k|v|out)_lora\.(down|up)\.weight$")
 
 
-def read_key(text: str) -> Key:
-    """What a key of an adapter file says."""
+def read_key(text: str) -> AdapterKey:
+    """The parsed key of an entry; any text that no form matches is the name of a whole weight."""
     if _FOREIGN.search(text):
-        return Key(text, Part.FOREIGN, text)
-    for reader, part in _READERS:
+        return AdapterKey(text, Role.FOREIGN, text)
+    for reader, role in _READERS:
         found = reader.fullmatch(text)
         if found:
             adapter = found.groupdict().get("adapter") or ""
-            return _placed(text, part, found["module"], adapter)
-    return _placed(text, Part.WHOLE, *_saved(text))
+            return _with_component(text, role, found["module"], adapter)
+    return _with_component(text, Role.WHOLE, *_saved_module(text))
 
 
-def _placed(text: str, part: Part, module: str, adapter: str) -> Key:
+def _with_component(text: str, role: Role, module: str, adapter: str) -> AdapterKey:
+    """A key whose module path is split from wrappers and from the component of a pipeline."""
     for prefix, component in _FLAT.items():
         if module.startswith(prefix):
             flat = module.removeprefix(prefix)
-            return Key(text, part, flat, adapter, component, flat=True)
+            return AdapterKey(text, role, flat, adapter, component, flat=True)
     if module.startswith(PEFT_PREFIX):
         module, component = module.removeprefix(PEFT_PREFIX), ""
     else:
         found = _COMPONENT.match(module)
         component = found[1] if found else ""
-    if _OLD_PROJECTION.search(text):  # of an attention processor
+    if _OLD_PROJECTION.search(text):
+        # Old diffusers saved attention processors; their to_out is the first layer of a list.
         module = _without(module, frozenset({"processor"}))
         module += ".0" if module.endswith(".to_out") else ""
-    of_base = ".base_layer." in f".{text}" and part is Part.WHOLE
-    return Key(text, part, _without(module, _WRAPPERS), adapter, component, of_base=of_base)
+    of_base = ".base_layer." in f".{text}" and role is Role.WHOLE
+    return AdapterKey(text, role, _without(module, _WRAPPERS), adapter, component, of_base=of_base)
 
 
-def _saved(text: str) -> tuple[str, str]:
-    """Name and adapter of an entry of ``modules_to_save``."""
+def _saved_module(text: str) -> tuple[str, str]:
+    """Name of the weight and of the adapter for an entry of ``modules_to_save``."""
     parts = text.split(".")
     if "modules_to_save" not in parts[:-1]:
         return text, ""
@@ -147,13 +154,14 @@ def _without(path: str, wrappers: frozenset[str]) -> str:
 
 
 def names_of_base(names: Collection[str]) -> tuple[dict[str, str], int]:
-    """Names of a base as the model's own, where it was saved from a model with adapters in it.
+    """The model's names of a base, also if it was saved from a model with adapters.
 
     Args:
-        names: What a source calls its entries.
+        names: Names of the entries in a source.
 
     Returns:
-        The source's name by the model's; and how many entries belong to adapters and are left out.
+        The source's name for each name of the model, and the number of entries that are left out
+        because they belong to adapters.
     """
     if not any(_WRAPPED.search(name) for name in names):
         return {name: name for name in names}, 0

@@ -1,4 +1,4 @@
-"""What a user asks for: a base, and adapters with scales."""
+"""``Lora``, the description of a base with scaled adapters. It needs no torch."""
 
 from __future__ import annotations
 
@@ -15,29 +15,27 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 Alpha: TypeAlias = float | Literal["rank"]
-"""An alpha that a user gives; ``"rank"`` is the rank of each layer, which makes its scale 1."""
+"""A user's alpha. ``"rank"`` means the rank of each layer, so that its factor is 1."""
 
 
 @dataclass(frozen=True, eq=False)
 class Lora:
     """Weights that are a base plus scaled adapters: ``refitkit.refit(compiled, Lora(base, ...))``.
 
-    It is a description. Nothing is opened before a refit does.
+    It is only a description: the refit opens the files.
 
     Attributes:
-        base: A ``Base``, or anything that a user calls weights: those are opened for one refit, and
-            nothing is kept.
-        adapters: The scale of each adapter, by the name that it was added to the base with, or by
-            its path: a folder of PEFT or diffusers, or a file. Their order does not matter. None
-            at all: the base as it is.
-        component: Which model of a pipeline this is, for adapter files that hold several: ``unet``,
+        base: A ``Base``, or any other weights that refitkit can open. Other weights are opened for
+            one refit, and nothing of them is kept.
+        adapters: Scale of each adapter by its name in the base, or by its path: a folder of PEFT or
+            diffusers, or a file. The order does not matter. Empty: the base alone.
+        component: Model of a pipeline, for adapter files that contain several: ``unet``,
             ``transformer``, ``text_encoder``, ...
-        alphas: The alpha of adapters by the same names, in place of that of their files: a number,
-            or ``"rank"`` for factors that are scaled already. Files that do not say their alpha
-            are refused without it.
+        alphas: Alphas of adapters by the same names, in place of those in their files: a number, or
+            ``"rank"`` for factors that are already scaled. Adapters without any alpha need one.
 
     Raises:
-        ConfigError: A scale is no finite number, or an alpha no positive one; lists all of them.
+        ConfigError: A scale is not a finite number, or an alpha is not positive; lists all of them.
     """
 
     base: Any
@@ -46,10 +44,11 @@ class Lora:
     alphas: Mapping[str, Alpha] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        problems = list(_odd(self.adapters))
-        problems += _odd_alphas(self.alphas, self.adapters)
+        problems = list(_scale_problems(self.adapters))
+        problems += _alpha_problems(self.alphas, self.adapters)
         if problems:
-            raise ConfigError("These adapters cannot be meant.", problems=problems)
+            raise ConfigError("The scales or alphas are invalid.", problems=problems)
+        # The dataclass is frozen: normalize its fields once, here.
         kept = {str(name): float(scale) for name, scale in self.adapters.items()}
         object.__setattr__(self, "adapters", MappingProxyType(kept))
         alphas = {str(name): checked_alpha(alpha) for name, alpha in self.alphas.items()}
@@ -57,10 +56,10 @@ class Lora:
 
 
 def checked_alpha(alpha: object) -> Alpha:
-    """An alpha that a user gives.
+    """A user's alpha as a float or ``"rank"``.
 
     Raises:
-        ConfigError: It is neither a positive finite number nor ``"rank"``.
+        ConfigError: The alpha is neither a positive finite number nor ``"rank"``.
     """
     if alpha == "rank":
         return "rank"
@@ -72,18 +71,18 @@ def checked_alpha(alpha: object) -> Alpha:
         if math.isfinite(number) and number > 0:
             return number
     problem = Problem("alpha", "number", repr(alpha), "a number greater than 0, or 'rank'")
-    raise ConfigError("This alpha cannot be meant.", problems=[problem])
+    raise ConfigError("This alpha is invalid.", problems=[problem])
 
 
-def _odd_alphas(alphas: object, adapters: object) -> Iterator[Problem]:
+def _alpha_problems(alphas: object, adapters: object) -> Iterator[Problem]:
     if not isinstance(alphas, Mapping):
         hint = 'alphas by name or path: Lora(base, {...}, alphas={"path/of/adapter": 16})'
-        yield Problem("alphas", "no mapping", type(alphas).__name__, hint=hint)
+        yield Problem("alphas", "not a mapping", type(alphas).__name__, hint=hint)
         return
     names = {str(name) for name in adapters} if isinstance(adapters, Mapping) else set()
     for name, alpha in alphas.items():
         if str(name) not in names:
-            hint = "it is none of the adapters"
+            hint = "it is not one of the adapters"
             yield Problem(str(name), "alpha", wanted=", ".join(sorted(names)), hint=hint)
         try:
             checked_alpha(alpha)
@@ -91,10 +90,10 @@ def _odd_alphas(alphas: object, adapters: object) -> Iterator[Problem]:
             yield from (replace(problem, subject=str(name)) for problem in exc.problems)
 
 
-def _odd(adapters: object) -> Iterator[Problem]:
+def _scale_problems(adapters: object) -> Iterator[Problem]:
     if not isinstance(adapters, Mapping):
         hint = 'scales by name or path: Lora(base, {"path/of/adapter": 0.7})'
-        yield Problem("adapters", "no mapping", type(adapters).__name__, hint=hint)
+        yield Problem("adapters", "not a mapping", type(adapters).__name__, hint=hint)
         return
     for name, scale in adapters.items():
         if not isinstance(name, str | Path):

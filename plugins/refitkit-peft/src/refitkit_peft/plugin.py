@@ -1,4 +1,4 @@
-"""The hooks. Found by the entry-point group ``refitkit`` under the name ``peft``."""
+"""The hooks of the plugin, which the entry point ``peft`` of the group ``refitkit`` names."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 def refitkit_load_weights(
     source: object, config: Config, open_weights: Callable[[object], WeightSource]
 ) -> WeightSource | None:
-    """Open a ``Lora``, or a ``Base`` as it is; nothing else is this plugin's."""
-    known = sys.modules.get("refitkit_peft.base")  # needs torch: whoever has a Base has it
+    """A source for a ``Lora`` or a ``Base``; None for all other weights."""
+    # Do not import the module, which needs torch: a user with a Base has imported it already.
+    known = sys.modules.get("refitkit_peft.base")
     if known is not None and isinstance(source, known.Base):
         source = Lora(source)
     if not isinstance(source, Lora):
@@ -39,7 +40,7 @@ def refitkit_load_weights(
 
 @hookimpl
 def refitkit_check(plan: Plan, source: WeightSource) -> Iterable[Problem]:
-    """Adapters on weights that no slot follows from, or that are one with others in the model."""
+    """Problems with adapters on weights that fill no slot, or that are tied in the model."""
     from refitkit_peft.checks import problems
 
     return problems(plan.data, source)

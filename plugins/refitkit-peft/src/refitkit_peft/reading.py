@@ -1,10 +1,11 @@
-"""Adapter files as tensors and declarations. Data alone: nothing is run, followed or downloaded.
+"""Read adapter files as tensors and declarations.
 
-A folder holds what ``PeftModel.save_pretrained`` writes: ``adapter_config.json`` and
-``adapter_model.safetensors`` or ``.bin`` (peft 0.21.2, ``utils/constants.py``), or what
-``save_lora_weights`` of diffusers writes: ``pytorch_lora_weights`` of the same kinds, without a
-config (0.42.1, ``loaders/lora_base.py``). A file alone comes from diffusers, kohya's scripts or
-other trainers; ``declarations`` knows their metadata.
+Files are parsed as data: nothing in them is executed, followed or downloaded. A folder contains
+either the files of ``PeftModel.save_pretrained``: ``adapter_config.json`` and
+``adapter_model.safetensors`` or ``.bin`` (peft 0.21.2, ``utils/constants.py``); or the file of
+``save_lora_weights`` of diffusers: ``pytorch_lora_weights`` with the same suffixes and no config
+(0.42.1, ``loaders/lora_base.py``). A single file comes from diffusers, kohya's scripts or other
+trainers; :mod:`refitkit_peft.declarations` parses its metadata.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from refitkit.recipe.sources import require_reread
 
 from refitkit_peft.config import AdapterConfig
 from refitkit_peft.declarations import Declaration, declarations_in, may_declare
-from refitkit_peft.files import Files, path_of
-from refitkit_peft.keys import Part, read_key
+from refitkit_peft.files import FileSnapshot, path_of
+from refitkit_peft.keys import Role, read_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,19 +37,20 @@ _STEM = "adapter_model"
 _STEM_OF_DIFFUSERS = "pytorch_lora_weights"
 _KINDS = (".safetensors", ".bin")
 _LIMIT = 1 << 34
-"""Elements of an adapter: it is read whole."""
+"""Largest number of elements in an adapter, which is read whole."""
 _DEPTH, _VISITED = 4, 1 << 20
-"""How deep dictionaries of a file of ``torch.save`` are looked into, and how many entries of it."""
+"""Largest depth of dictionaries in a ``torch.save`` file, and largest number of entries to visit.
+"""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What an adapter's files hold.
+    """The contents of an adapter's files.
 
     Attributes:
-        what: What it is, for messages.
-        tensors: Copies that nobody else has, on the CPU, contiguous, by key.
-        declarations: Everything that is said of alpha, rank and settings.
+        what: Description for messages.
+        tensors: Contiguous copies on the CPU by key, which no other code refers to.
+        declarations: All declarations of alpha, rank and settings.
     """
 
     what: str
@@ -63,25 +65,26 @@ def read(
     *,
     reread: bool = False,
 ) -> Contents:
-    """Read an adapter whole: config and tensors are of one version of its files.
+    """The config and tensors of an adapter, from one version of its files.
 
     Args:
-        adapter: A folder, a file, a mapping from keys to tensors, or anything else that a user
-            calls weights. In a mapping an alpha may be a plain number.
-        open_weights: Opens files and mappings.
-        config: Fields of ``LoraConfig``, in place of everything that the files declare.
-        reread: Whether files with tensors are read a second time, and compared.
+        adapter: A folder, a file, a mapping from keys to tensors, or any other weights that
+            ``open_weights`` can open. In a mapping alpha may be a plain number.
+        open_weights: Opens files and mappings as weight sources.
+        config: Fields of ``LoraConfig`` in place of all declarations in the files.
+        reread: Whether files with tensors are read a second time and compared.
 
     Raises:
-        SourceError: It cannot be read, was written to meanwhile, or holds more than tensors; lists
-            everything that is wrong.
+        SourceError: The adapter cannot be read, changed while it was read, or contains entries
+            other than tensors; lists every problem.
     """
     path = path_of(adapter)
     file, beside = _files(path) if path is not None else (None, None)
     if file is None and isinstance(adapter, str):
-        message = f"There is no adapter of the name {adapter!r}, and no file or folder."
+        message = f"There is no adapter, file or folder with the name {adapter!r}."
         raise SourceError(message, hint="Add it: base.add(name, path).")
-    files = Files.of(one for one in (file, beside) if one is not None)  # before they are read
+    # Take the snapshot before reading, so that any later write shows.
+    files = FileSnapshot.of(one for one in (file, beside) if one is not None)
     what = repr(str(path)) if path is not None else f"an adapter in a {type(adapter).__name__}"
     source = _opened(adapter, file, open_weights)
     found: list[Declaration] = []
@@ -100,7 +103,8 @@ def read(
         if reread:
             require_reread(source)
     except SourceError:
-        files.require_unchanged(what)  # which names the config, too
+        # If the files changed, that is the cause. This also covers the config.
+        files.require_unchanged(what)
         raise
     files.require_unchanged(what)
     return Contents(what, tensors, tuple(found))
@@ -109,10 +113,10 @@ def read(
 def _opened(
     adapter: object, file: Path | None, open_weights: Callable[[object], WeightSource]
 ) -> WeightSource:
-    """The tensors of an adapter, without declarations that are right among them.
+    """The tensors of an adapter, without declarations that a file has among its tensors.
 
     Raises:
-        SourceError: They cannot be read.
+        SourceError: The adapter cannot be read.
     """
     if file is None:
         if isinstance(adapter, Mapping):
@@ -121,6 +125,7 @@ def _opened(
     try:
         return open_weights(file)
     except SourceError as exc:
+        # Only if declarations are the sole problem, read the file again without them.
         others = {problem.subject for problem in exc.problems if problem.kind == "not a tensor"}
         if not others or len(others) < len(exc.problems) or not all(map(may_declare, others)):
             raise
@@ -131,19 +136,24 @@ def _opened(
 
 
 def _as_tensor(key: object, value: object) -> object:
-    """A number as a tensor, where the key says that it is an alpha."""
+    """A plain number of alpha as a tensor; any other value unchanged."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and isinstance(key, str) and read_key(key).part is Part.ALPHA:
+    if number and isinstance(key, str) and read_key(key).role is Role.ALPHA:
         return torch.tensor(float(value), dtype=torch.float64)  # type: ignore[arg-type]
     return value
 
 
 def _files(path: Path) -> tuple[Path, Path | None]:
-    """The file with the tensors, and that with the config."""
+    """The file with the tensors, and the file with the config if there is one.
+
+    Raises:
+        SourceError: The folder lacks one of the two.
+    """
     if not path.is_dir():
+        # Only adapter_model.* belongs to the config: other files may lie there by chance.
         beside = path.parent / CONFIG
-        mine = path.stem == _STEM and beside.is_file()
-        return path, beside if mine else None
+        belongs = path.stem == _STEM and beside.is_file()
+        return path, beside if belongs else None
     file, config = _preferred(path, _STEM), path / CONFIG
     of_diffusers = _preferred(path, _STEM_OF_DIFFUSERS)
     if file is None and of_diffusers is not None and not config.is_file():
@@ -156,8 +166,8 @@ def _files(path: Path) -> tuple[Path, Path | None]:
     if problems or file is None:
         message = f"{str(path)!r} is not the folder of an adapter."
         hint = (
-            "save_pretrained of peft and save_lora_weights of diffusers write one; of another file,"
-            " pass its path."
+            "Pass a folder that save_pretrained of peft or save_lora_weights of diffusers wrote, "
+            "or the path of a file."
         )
         raise SourceError(message, problems=problems, hint=hint)
     return file, config
@@ -171,19 +181,20 @@ def _preferred(folder: Path, stem: str) -> Path | None:
 def _require_mergeable(config: AdapterConfig, what: str) -> None:
     problems = list(config.unmergeable())
     if problems:
-        message = f"{what} is no adapter that can be merged into weights."
+        message = f"{what} cannot be merged into weights."
         raise SourceError(message, problems=problems)
 
 
 def _metadata(file: Path) -> Mapping[str, Any]:
-    """The entries of a file that are no tensors.
+    """The entries of a file that are not tensors.
 
     Returns:
-        The header of a safetensors file, or numbers, texts and dictionaries of one of
-        ``torch.save``, by names with dots.
+        The header of a safetensors file; or the numbers, texts and dictionaries of a
+        ``torch.save`` file, by names with dots.
     """
     try:
-        return read_metadata(file)  # safetensors itself would map the file, which can be cut
+        # The safetensors package maps the file: a truncated one would crash the process.
+        return read_metadata(file)
     except (OSError, ValueError, RecursionError) as exc:
         raise_if_resource(exc, f"{str(file)!r} cannot be read")
         state = _loaded(file, "meta")
@@ -191,22 +202,25 @@ def _metadata(file: Path) -> Mapping[str, Any]:
 
 
 def _loaded(file: Path, device: str) -> object:
-    """The content of a file of ``torch.save``, as data alone; None if it cannot be read."""
+    """The content of a ``torch.save`` file as data; None if it cannot be read."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the file's age, which is no fault
+            warnings.simplefilter("ignore")  # torch warns about the age of some formats
             return torch.load(file, map_location=device, weights_only=True, mmap=False)
-    except Exception as exc:  # noqa: BLE001 - who knows its format has read its tensors already
+    except Exception as exc:  # noqa: BLE001 - open_weights reports what is wrong with the file
         raise_if_resource(exc, f"{str(file)!r} cannot be read")
         return None
 
 
 def _plain_entries(state: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
-    """Everything but tensors, in the dictionaries that hold these: names with dots, and values."""
+    """Names with dots and values of all entries that are not tensors.
+
+    Dictionaries that contain tensors are entered; other dictionaries are values.
+    """
     left = _VISITED
-    entered = [("", 0, state)]
-    while entered:
-        before, depth, some = entered.pop()
+    pending = [("", 0, state)]
+    while pending:
+        before, depth, some = pending.pop()
         for key, value in some.items():
             left -= 1
             if left < 0:
@@ -214,13 +228,13 @@ def _plain_entries(state: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
             if not isinstance(key, str) or isinstance(value, torch.Tensor):
                 continue
             if isinstance(value, Mapping) and depth < _DEPTH and _has_tensors(value):
-                entered.append((f"{before}{key}.", depth + 1, value))
+                pending.append((f"{before}{key}.", depth + 1, value))
             else:
                 yield before + key, value
 
 
 def _has_tensors(value: object) -> bool:
-    """Whether it is a dictionary with tensors in it, or in the dictionaries in it."""
+    """Whether a value is a dictionary with tensors, directly or one level deeper."""
     if not isinstance(value, Mapping):
         return False
     inner = list(value.values())
@@ -233,15 +247,15 @@ def _has_tensors(value: object) -> bool:
 
 
 def _copies(source: WeightSource, what: str) -> dict[str, torch.Tensor]:
-    """All of a source, as copies of our own: a file may be written to while they are used.
+    """Copies of all tensors of a source, so that later writes to its files do not matter.
 
     Raises:
-        SourceError: Entries are no tensors, or it is too large.
+        SourceError: Some entries are not tensors, or the adapter is too large.
     """
     infos = {name: source.info(name) for name in source.names()}
     problems = [Problem(n, "unusable", i.unusable) for n, i in infos.items() if i.unusable]
     if problems:
-        raise SourceError(f"{what} holds more than tensors.", problems=problems)
+        raise SourceError(f"{what} contains entries other than tensors.", problems=problems)
     size = sum(info.count for info in infos.values())
     if size > _LIMIT:
         raise SourceError(f"{what} is too large for an adapter: {size} elements.")

@@ -1,35 +1,51 @@
-"""The base: entries by the model's names, and what their bits are known by."""
+"""The weights of a base: entries by the model's names, in the memory that the user chose.
+
+:class:`Store` maps names of the model to names of the source, and hides whether an entry is a copy
+or is read from the source. The second half of the module makes copies that nobody else can write
+to: in host memory, pinned memory, device memory, or a temporary file.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import tempfile
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
-from refitkit.errors import Problem, SourceError
+from refitkit.errors import ConfigError, Problem, SourceError, raised_as, refused
+from refitkit.program.dtypes import dtype_of
 from refitkit.protocols import KnowsRevisions, MayChange
+from refitkit.recipe import TensorMap
 from refitkit.recipe.sources import ModuleWeights, require_reread
 
 from refitkit_peft.keys import names_of_base
-from refitkit_peft.memory import copied, nbytes_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Hashable, Mapping
+    from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 
     from refitkit.model import TensorInfo
     from refitkit.protocols import WeightSource
 
-    from refitkit_peft.files import Files
-    from refitkit_peft.memory import Kind
+    from refitkit_peft.files import FileSnapshot
+
+
+MemoryKind: TypeAlias = Literal["given", "host", "pinned", "mapped", "device"]
+MEMORY_KINDS: tuple[MemoryKind, ...] = ("given", "host", "pinned", "mapped", "device")
+
+_ALIGNMENT = 64
+"""Bytes. torch's allocator aligns tensors on the CPU in the same way."""
 
 
 class Store:
-    """Entries of a base, where a user wants them to be.
+    """The entries of a base.
+
+    Names are those of the model, without names of wrappers that the base was saved from.
 
     Attributes:
-        description: What it is, for messages.
-        infos: Dtypes and shapes by name. The model's names, whatever wrappers it was saved from.
-        constant: Whether nobody can change what is in it.
-        kind: Where it is.
+        description: Text for messages.
+        infos: Dtypes and shapes by name.
+        constant: Whether no other code can change the entries unnoticed: they are copies, or lie
+            in files whose state is checked.
+        kind: Memory that the entries are in.
         nbytes: Bytes of copies.
     """
 
@@ -37,103 +53,113 @@ class Store:
         self,
         weights: object,
         source: WeightSource,
-        files: Files | None,
-        kind: Kind,
+        files: FileSnapshot | None,
+        kind: MemoryKind,
         device: torch.device,
         *,
         reread: bool = False,
     ) -> None:
-        """Open it, and make the copies.
+        """Open a base, and copy it if its memory is not ``given``.
 
         Args:
-            weights: What the user gave.
-            source: The same, opened.
-            files: The files that it lies in, as they were before that; None: in none.
-            kind: Where it is to be.
-            device: The device of ``device``.
-            reread: Whether files are read a second time once copies are made, and compared.
+            weights: Weights that the user gave.
+            source: The same weights, opened.
+            files: State of their files before they were opened; None without files.
+            kind: Memory for the entries.
+            device: Device for the kind ``device``.
+            reread: Whether files are read a second time after copying, and compared.
 
         Raises:
-            SourceError: It cannot be read, or has adapters merged into it.
-            ConfigError: There is no such memory here.
+            SourceError: The weights cannot be read, or have adapters merged into them.
+            ConfigError: The machine has no memory of this kind.
         """
         _require_unmerged(weights)
         if isinstance(source, ModuleWeights):
-            source = source.without_plan  # adapters have the names of modules, not those of hooks
+            source = source.without_plan  # adapters use names of modules, not of state_dict hooks
         self._source = source
-        self._own, left_out = names_of_base(source.names())
+        self._source_names, left_out = names_of_base(source.names())
         self.infos: Mapping[str, TensorInfo] = {
-            name: source.info(own) for name, own in self._own.items()
+            name: source.info(theirs) for name, theirs in self._source_names.items()
         }
         self._files = files
+        # Files are mapped where they are; only weights in memory need a temporary file.
         mapped = kind == "mapped" and self._files is not None
-        self.kind: Kind = kind
+        self.kind: MemoryKind = kind
         self._copies: Mapping[str, torch.Tensor] = {}
         if kind != "given" and not mapped:
-            usable = [own for name, own in self._own.items() if not self.infos[name].unusable]
-            self._copies = copied(source, usable, kind, device)
+            usable = [
+                theirs
+                for name, theirs in self._source_names.items()
+                if not self.infos[name].unusable
+            ]
+            self._copies = _copied(source, usable, kind, device)
             if isinstance(source, MayChange):
                 source.require_unchanged()
             if reread:
                 require_reread(source)
             self._files = None
-        # of copies: nothing else is this object; of files: whoever opens the same has the same
-        self._mark: Hashable = tuple(self._files.states.items()) if self._files else object()
-        self.nbytes = nbytes_of(self._copies)
+        # Part of all revisions. Files: bases of equal file states have equal revisions.
+        # Copies: a new object is equal to no other, so the revisions are unique to this base.
+        self._version: Hashable = tuple(self._files.states.items()) if self._files else object()
+        self.nbytes = _nbytes_of(self._copies)
         self.constant = bool(self._copies) or self._files is not None
         self.description = source.description
         if left_out:
-            self.description += f" without {left_out} entries of adapters in it"
+            self.description += f" without its {left_out} entries of adapters"
 
     def names(self) -> Collection[str]:
-        """The model's names."""
-        return self._own.keys()
+        """The model's names of all entries."""
+        return self._source_names.keys()
 
     def get(self, name: str) -> torch.Tensor:
-        """An entry; not to be written to."""
-        own = self._own[name]
-        copy = self._copies.get(own)
-        return self._source.get(own) if copy is None else copy
+        """An entry. Do not write to it."""
+        theirs = self._source_names[name]
+        copy = self._copies.get(theirs)
+        return self._source.get(theirs) if copy is None else copy
 
     def revision(self, name: str) -> Hashable | None:
-        """What the bits of an entry are known by; see ``refitkit.protocols.KnowsRevisions``."""
-        own = self._own[name]
-        if own in self._copies or self._files is not None:
-            return self._mark, own
-        return self._source.revision(own) if isinstance(self._source, KnowsRevisions) else None
+        """The revision of an entry; see ``refitkit.protocols.KnowsRevisions``."""
+        theirs = self._source_names[name]
+        if theirs in self._copies or self._files is not None:
+            return self._version, theirs
+        return self._source.revision(theirs) if isinstance(self._source, KnowsRevisions) else None
 
     def require_one_version(self) -> None:
-        """Check that all that was read is of one version, whatever lies at the path by now.
+        """Check that the files did not change while they were read.
 
         Raises:
-            SourceError: It is not.
+            SourceError: They changed.
         """
         if isinstance(self._source, MayChange) and not self._copies:
             self._source.require_unchanged()
 
     def reread(self) -> None:
-        """Hold what was read of files against a second reading, unless there are copies."""
+        """Read the files a second time and compare; does nothing for copies."""
         if not self._copies:
             require_reread(self._source)
 
     def require_unchanged(self) -> None:
-        """Check that files are those that were opened; asked before they are used again.
+        """Check that the files are those that were opened, before they are used again.
 
         Raises:
-            SourceError: They are not; lists all of them.
+            SourceError: They are not; lists all changed files.
         """
-        # who reads them says whether a file with other links was written to as well
+        # Links alone do not count: if the file was written to as well, its reader reports it.
         problems = [] if self._files is None else list(self._files.changed(links=False))
         if problems:
             raise SourceError(
                 f"{self.description} is not the base that was opened.",
                 problems=problems,
-                hint="Make a new Base of it, or keep a copy: Base(weights, memory='host').",
+                hint="Make a new Base, or keep a copy: Base(weights, memory='host').",
             )
 
 
 def _require_unmerged(weights: object) -> None:
-    """A live model whose adapters are merged is no base: they would be added twice."""
+    """Refuse a live peft model with merged adapters, which would be added twice.
+
+    Raises:
+        SourceError: Modules have merged adapters; lists them.
+    """
     if not isinstance(weights, torch.nn.Module):
         return
     problems = [
@@ -143,5 +169,122 @@ def _require_unmerged(weights: object) -> None:
     ]
     if problems:
         message = f"This {type(weights).__name__} has adapters merged into its weights."
-        hint = "Call unmerge_adapter() on it, or give the base that they were trained on."
+        hint = "Call its unmerge_adapter(), or pass the base that they were trained on."
         raise SourceError(message, problems=problems, hint=hint)
+
+
+# -- copies that nobody else can write to --------------------------------------------------------
+
+
+def _copied(
+    source: WeightSource, names: Iterable[str], kind: MemoryKind, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Contiguous copies of entries by name; names of one tensor share one copy.
+
+    Args:
+        source: Weights to copy from.
+        names: Names of the entries.
+        kind: Memory for the copies, other than ``given``.
+        device: Device for the kind ``device``.
+
+    Raises:
+        ConfigError: The machine has no memory of this kind.
+        SourceError: An entry cannot be read.
+    """
+    firsts = _first_names(source, names)
+    if kind == "mapped":
+        kept = _mapped(source, [name for name, first in firsts.items() if name == first])
+    else:
+        copy = _copier(kind, device)
+        kept = {name: copy(source.get(name)) for name, first in firsts.items() if name == first}
+        if kind == "device" and device.type == "cuda":
+            # Refits on other streams read the copies without waiting for this one.
+            torch.cuda.current_stream(device).synchronize()
+    return {name: kept[first] for name, first in firsts.items()}
+
+
+def _nbytes_of(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Bytes of tensors; a tensor with several names counts once."""
+    return sum({value.data_ptr(): value.nbytes for value in tensors.values()}.values())
+
+
+def _first_names(source: WeightSource, names: Iterable[str]) -> dict[str, str]:
+    """For each name the first name of the same tensor."""
+    # Only tensors in memory can be shared: other sources make a new tensor at each read.
+    if not isinstance(source, TensorMap):
+        return {name: name for name in names}
+    seen: dict[tuple[object, ...], str] = {}
+    firsts: dict[str, str] = {}
+    alive = []  # keeps all tensors alive, so that no address is used twice
+    for name in names:
+        value = source.get(name)
+        alive.append(value)
+        memory = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+        firsts[name] = seen.setdefault(memory, name) if value.numel() else name
+    return firsts
+
+
+def _copier(kind: MemoryKind, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that copies a tensor to host, pinned or device memory."""
+
+    def copy(value: torch.Tensor) -> torch.Tensor:
+        target = device if kind == "device" else torch.device("cpu")
+        empty = torch.empty(
+            value.shape, dtype=value.dtype, device=target, pin_memory=kind == "pinned"
+        )
+        return empty.copy_(value.detach())
+
+    problems = []
+    if kind == "pinned" and not torch.cuda.is_available():
+        problems.append(Problem("memory", "pinned", "no CUDA here", hint="use memory='host'"))
+    if kind == "device" and device.type == "cuda" and not torch.cuda.is_available():
+        problems.append(Problem("device", str(device), "no CUDA here"))
+    if problems:
+        raise ConfigError("This machine lacks the memory for the base.", problems=problems)
+    return copy
+
+
+def _mapped(source: WeightSource, names: list[str]) -> dict[str, torch.Tensor]:
+    """Copies in a temporary file without a name, mapped into memory.
+
+    The system can drop pages and read them again when memory is short. The file is in the folder
+    for temporary files (``TMPDIR``), and the system deletes it with the last tensor.
+    """
+    infos = {name: source.info(name) for name in names}
+    offsets, size = {}, _ALIGNMENT
+    for name, info in infos.items():
+        offsets[name] = size
+        nbytes = info.count * dtype_of(info.dtype).itemsize
+        size += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+    what = f"{source.description} cannot be copied to a temporary file"
+    with raised_as(SourceError, what), _temporary_file(what) as file:
+        for name in names:
+            file.seek(offsets[name])
+            file.write(_raw(source.get(name)))
+        file.truncate(size)
+        file.flush()
+        # The file never has another name, so no other process can truncate it.
+        name = f"/proc/self/fd/{file.fileno()}"
+        storage: Any = torch.UntypedStorage.from_file(name, False, size)  # noqa: FBT003
+    return {name: _view(storage, offsets[name], info) for name, info in infos.items()}
+
+
+def _temporary_file(what: str) -> IO[bytes]:
+    try:
+        return tempfile.TemporaryFile()
+    except OSError as exc:
+        raise refused(exc, what) from exc
+
+
+def _raw(value: torch.Tensor) -> memoryview | bytes:
+    plain = value.detach().cpu().contiguous().reshape(-1)
+    return plain.view(torch.uint8).numpy().data if plain.numel() else b""
+
+
+def _view(storage: torch.UntypedStorage, offset: int, info: TensorInfo) -> torch.Tensor:
+    # A meta tensor gives the contiguous strides of the shape.
+    meta = torch.empty(info.shape, dtype=dtype_of(info.dtype), device="meta")
+    if not info.count:
+        return torch.empty(info.shape, dtype=meta.dtype)
+    view = torch.empty(0, dtype=meta.dtype)
+    return view.set_(storage, offset // meta.itemsize, meta.shape, meta.stride())

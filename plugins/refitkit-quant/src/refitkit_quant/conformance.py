@@ -1,7 +1,7 @@
-"""The conformance kit's suite for transforms, run against this plugin: ``refitkit plugins check``.
+"""Suites of the conformance kit for this plugin: ``refitkit plugins check quant`` runs them.
 
-What is expected is made without this plugin's code: by torchao's ``quantize_`` on a module, and by
-plain arithmetic for ModelOpt.
+The expected tensors are computed without this plugin's code: by torchao's ``quantize_`` on a
+module, and by plain arithmetic for ModelOpt.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from refitkit.recipe import TensorMap
 from refitkit.testing import TransformSuite
 from refitkit.testing.scenes import make_plan, make_slot, recipe_row
 
-from refitkit_quant.scheme import Entry, ModeloptWeight, Scheme
+from refitkit_quant.scheme import ModeloptWeight, Scheme, TensorSpec
 from refitkit_quant.transform import QuantTransform
 
 if TYPE_CHECKING:
@@ -28,7 +28,11 @@ _SHAPE = (24, 32)
 
 
 class _Quantizing(TransformSuite):
-    """Of one scheme."""
+    """Checks of the transform with one scheme.
+
+    Attributes:
+        scheme: Scheme of the transform.
+    """
 
     scheme: Scheme
 
@@ -36,7 +40,7 @@ class _Quantizing(TransformSuite):
         return QuantTransform(self.scheme, 1.0)
 
     def request(self, weights: Mapping[str, torch.Tensor], *, partial: bool = False) -> Any:
-        """These weights, for a plan with what the scheme says, and a bias."""
+        """A request with these weights, for a plan with the entries of the scheme and a bias."""
         entries = [entry for weight in self.scheme.weights for entry in weight.entries]
         slots = [make_slot(entry.name, entry.shape, entry.dtype) for entry in entries]
         plan = make_plan([recipe_row(slot) for slot in [*slots, make_slot("l.bias", (24,))]])
@@ -47,12 +51,16 @@ class _Quantizing(TransformSuite):
         return request
 
     def given(self, seed: int) -> dict[str, torch.Tensor]:
-        """What a checkpoint has."""
+        """The entries of a checkpoint."""
         return {"l.weight": _weight(seed), "l.bias": torch.ones(24)}
 
 
 class TorchaoSuite(_Quantizing):
-    """Weights that torchao quantizes, with one of its configs."""
+    """Weights that torchao quantizes with one config.
+
+    Attributes:
+        config: Config of torchao.
+    """
 
     config: Any
 
@@ -93,22 +101,22 @@ class _ModeloptSuite(_Quantizing):
     scheme = Scheme(
         weights=(
             ModeloptWeight(
-                weight=Entry(name="l.weight", dtype="float32", shape=_SHAPE),
+                weight=TensorSpec(name="l.weight", dtype="float32", shape=_SHAPE),
                 format="fp8",
-                amax=Entry(name="l.weight_quantizer._amax", dtype="float32", shape=()),
-                input_amax=Entry(name="l.input_quantizer._amax", dtype="float32", shape=()),
+                amax=TensorSpec(name="l.weight_quantizer._amax", dtype="float32", shape=()),
+                input_amax=TensorSpec(name="l.input_quantizer._amax", dtype="float32", shape=()),
             ),
         )
     )
 
     def make_plain(self) -> TransformRequest:
-        """A calibrated weight in float is taken as well: its error is measured. A bias is not."""
+        """A bias only: the transform takes float weights, too, to measure their error."""
         request: TransformRequest = self.request({"l.bias": torch.ones(24)}, partial=True)
         return request
 
 
 class ModeloptSuite(_ModeloptSuite):
-    """Float weights, from which FP8 scales follow."""
+    """Float weights, from which the transform computes FP8 scales."""
 
     def expected(self, seed: int) -> Mapping[str, torch.Tensor]:
         weight = _weight(seed)
@@ -147,7 +155,7 @@ def _weight(seed: int) -> torch.Tensor:
 
 
 def suites() -> list[type[TransformSuite]]:
-    """Those that can run here: torchao's only where it is installed."""
+    """The suites that can run on this machine: torchao's only if it is installed."""
     found: list[type[TransformSuite]] = [ModeloptSuite, ExportedSuite]
     if find_spec("torchao") is not None:
         found += _of_torchao()
@@ -158,12 +166,12 @@ def _of_torchao() -> list[type[TransformSuite]]:
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
 
     class Int8Suite(TorchaoSuite):
-        """Int8, one scale for each row."""
+        """int8 with one scale for each row."""
 
         config = Int8WeightOnlyConfig(set_inductor_config=False)
 
     class Int4Suite(TorchaoSuite):
-        """Int4, one scale for eight elements."""
+        """int4 with one scale for eight elements."""
 
         int4 = torch.int4  # type: ignore[attr-defined]
         config = IntxWeightOnlyConfig(weight_dtype=int4, granularity=PerGroup(8))

@@ -1,4 +1,4 @@
-"""Weights and scales that ModelOpt's names show to belong together."""
+"""Weights and scales that belong together by ModelOpt's names."""
 
 from __future__ import annotations
 
@@ -12,34 +12,35 @@ if TYPE_CHECKING:
 WEIGHT_AMAX = ".weight_quantizer._amax"
 INPUT_AMAX = ".input_quantizer._amax"
 WEIGHT = ".weight"
-_ON_LONE_SCALE = "a scale belongs to the weights it was measured with: pass both"
+_ON_LONE_SCALE = "pass both: a scale belongs to the weight that it was measured with"
 _ON_LONE_WEIGHT = (
-    "pass both, or give the scheme of the model in plugin_settings.quant: then it is computed"
+    "pass both, or set the scheme of the model in plugin_settings.quant to compute the scale"
 )
 
 
-def torn_apart(leaves: Iterable[str], names: Collection[str]) -> Iterator[Problem]:
-    """Where a source has a scale of what a program reads and not its weight, or the reverse.
+def incomplete_pairs(leaves: Iterable[str], names: Collection[str]) -> Iterator[Problem]:
+    """Problems with scales without their weight in a source, and weights without their scale.
 
-    The scale of an input may stay as it is when the weight is replaced.
+    The scale of a layer's input need not come with the weight: it may keep its value.
 
     Args:
-        leaves: FQNs of all that the program reads. Layers without weights have scales, too.
-        names: FQNs of all that the source has.
+        leaves: FQNs of all leaves of the program.
+        names: FQNs of all entries of the source.
     """
     known = dict.fromkeys(leaves)
     for leaf in known:
         for suffix in (WEIGHT_AMAX, INPUT_AMAX):
             if leaf.endswith(suffix):
                 weight = leaf.removesuffix(suffix) + WEIGHT
+                # Layers without weights have input scales, too.
                 if weight not in known:
                     continue
                 if leaf in names and weight not in names:
-                    yield lone_scale(leaf, weight)
+                    yield scale_without_weight(leaf, weight)
                 elif suffix == WEIGHT_AMAX and weight in names and leaf not in names:
                     yield Problem(weight, "weight without scale", wanted=leaf, hint=_ON_LONE_WEIGHT)
 
 
-def lone_scale(scale: str, weight: str) -> Problem:
-    """A scale was given and not its weight."""
+def scale_without_weight(scale: str, weight: str) -> Problem:
+    """The problem that a source has a scale but not its weight."""
     return Problem(scale, "scale without weight", wanted=weight, hint=_ON_LONE_SCALE)

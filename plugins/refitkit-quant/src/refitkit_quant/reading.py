@@ -1,4 +1,4 @@
-"""Reading the scheme of a quantized model."""
+"""Read the scheme of a quantized model, with the rules of each tool."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from refitkit_quant.scheme import QuantizedWeight
-    from refitkit_quant.torchao_rules.reading import Unclear
+    from refitkit_quant.torchao_rules.reading import UnclearRule
 
 _DISTRIBUTIONS = {"torchao": "torchao", "modelopt": "nvidia-modelopt"}
 
@@ -27,26 +27,26 @@ def read_scheme(
     original: torch.nn.Module | Mapping[str, torch.Tensor] | None,
     config: Any,
 ) -> Scheme:
-    """See :func:`refitkit_quant.scheme_of`."""
+    """The scheme of a model; arguments and errors as for :func:`refitkit_quant.scheme_of`."""
     weights: list[QuantizedWeight] = []
-    unruled: list[Problem] = []
+    unsupported: list[Problem] = []
     unclear: list[Problem] = []
     for one in _read(model, _tensors(original), config):
         if isinstance(one, Problem):
-            unruled.append(one)
+            unsupported.append(one)
         elif isinstance(one, TorchaoWeight | ModeloptWeight):
             weights.append(one)
         else:
             unclear.append(one.problem)
-    if unruled or not (weights or unclear):
+    if unsupported or not (weights or unclear):
         message = (
-            "Some weights are quantized in ways that this plugin does not know."
-            if unruled
-            else f"Nothing in this {type(model).__name__} is quantized by torchao or ModelOpt."
+            "Some weights are quantized in ways that this plugin does not support."
+            if unsupported
+            else f"No weight of this {type(model).__name__} is quantized by torchao or ModelOpt."
         )
-        raise UnsupportedTargetError(message, problems=[*unruled, *unclear])
+        raise UnsupportedTargetError(message, problems=[*unsupported, *unclear])
     if unclear:
-        message = "The quantized tensors alone do not tell how these weights were quantized."
+        message = "The quantized tensors alone do not show how these weights were quantized."
         raise ConfigError(message, problems=unclear)
     tools = dict.fromkeys(weight.tool for weight in weights)
     versions = {_DISTRIBUTIONS[tool]: version(_DISTRIBUTIONS[tool]) for tool in tools}
@@ -55,8 +55,11 @@ def read_scheme(
 
 def _read(
     model: torch.nn.Module, originals: Mapping[str, torch.Tensor] | None, config: Any
-) -> Iterator[TorchaoWeight | ModeloptWeight | Problem | Unclear]:
-    """What each tool has done; a tool that was not imported has done nothing."""
+) -> Iterator[TorchaoWeight | ModeloptWeight | Problem | UnclearRule]:
+    """The weights that each tool quantized, or why they have no rule.
+
+    A tool that was not imported cannot have quantized the model, so it is not imported here.
+    """
     if "torchao" in sys.modules:
         from refitkit_quant.torchao_rules import reading as torchao
 

@@ -1,16 +1,16 @@
-"""How the weights of one model were quantized: a value to keep beside its engine, as JSON.
+"""The scheme: how the weights of one model were quantized, as a value and as JSON.
 
-A scheme is read off the quantized model by :func:`refitkit_quant.scheme_of`. It says of each
-quantized weight what a float checkpoint calls it, by which rule it is quantized, and which entries
-the exported program reads in its place.
+:func:`refitkit_quant.scheme_of` reads a scheme from a quantized model. For each quantized weight it
+has the name in a float checkpoint, the rule, and the entries that the exported program reads in its
+place. The settings of the plugin, ``Config(plugin_settings={"quant": {...}})``, follow at the end.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from refitkit.errors import ConfigError, Problem, raise_if_resource
 from refitkit.files.replacing import replacing
 from refitkit.model.base import Frozen
@@ -19,19 +19,22 @@ from refitkit.model.slot import Dim, DtypeName
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from refitkit.config import Config
+
+
 FORMAT: Literal["refitkit-quant/1"] = "refitkit-quant/1"
-"""Name and version of the format."""
+"""Name and version of the JSON format."""
 
 Size: TypeAlias = Annotated[int, Field(ge=1)]
 
 
-class Entry(Frozen):
-    """A tensor by name.
+class TensorSpec(Frozen):
+    """Name, dtype and shape of a tensor.
 
     Attributes:
-        name: Its FQN.
-        dtype: torch's name without the ``torch.``.
-        shape: Sizes of all dimensions.
+        name: FQN of the tensor.
+        dtype: Name of the dtype without ``torch.``.
+        shape: Size of each dimension.
     """
 
     name: str
@@ -43,12 +46,12 @@ class Entry(Frozen):
 
 
 class Int8WeightOnly(Frozen):
-    """torchao's ``Int8WeightOnlyConfig``: symmetric, with scales in float32.
+    """The rule of torchao's ``Int8WeightOnlyConfig``: symmetric, with scales in float32.
 
     Attributes:
-        kind: Which rule this is.
-        granularity: What has a scale of its own: a row, a group of a row, or the whole tensor.
-        group_size: Elements of a group; None where there are no groups.
+        kind: Name of the rule.
+        granularity: Unit that has a scale: a row, a group in a row, or the whole tensor.
+        group_size: Number of elements in a group; None without groups.
     """
 
     kind: Literal["int8-weight-only"] = "int8-weight-only"
@@ -57,15 +60,15 @@ class Int8WeightOnly(Frozen):
 
 
 class IntxWeightOnly(Frozen):
-    """torchao's ``IntxWeightOnlyConfig``, its values as int8, not packed.
+    """The rule of torchao's ``IntxWeightOnlyConfig``, with unpacked values in int8.
 
     Attributes:
-        kind: Which rule this is.
-        bits: Bits of a value.
-        group_size: Elements of a row that share a scale; None: the whole row does.
-        mapping: How scale and zero point follow from the least and the largest value.
-        algorithm: How they are chosen: ``affine``, or ``hqq_scale_only``.
-        scale_dtype: dtype of scales where it is not that of the float weight.
+        kind: Name of the rule.
+        bits: Number of bits of a value.
+        group_size: Number of elements of a row that share a scale; None: the whole row.
+        mapping: Formula of scale and zero point from the smallest and largest value.
+        algorithm: Method that chooses scales: ``affine`` or ``hqq_scale_only``.
+        scale_dtype: Dtype of scales; None: the dtype of the float weight.
     """
 
     kind: Literal["intx-weight-only"] = "intx-weight-only"
@@ -83,50 +86,52 @@ class TorchaoWeight(Frozen):
     """A weight that torchao quantized.
 
     Attributes:
-        tool: Who quantized it.
-        weight: The float weight, as a checkpoint has it.
-        also: Other names of the float tensor, where it was tied: a checkpoint may have one of them.
-        rule: How it is quantized.
-        parts: What the exported program reads instead, in the order of the tensor's own parts.
+        tool: Tool that quantized it.
+        weight: Float weight as in a checkpoint.
+        also: Other names of the float weight if it was tied. A checkpoint may use any of them.
+        rule: Rule that quantizes it.
+        parts: Entries that the exported program reads instead, in the order in which torchao
+            unwraps the quantized tensor.
     """
 
     tool: Literal["torchao"] = "torchao"
-    weight: Entry
+    weight: TensorSpec
     also: tuple[str, ...] = ()
     rule: Rule
-    parts: tuple[Entry, ...]
+    parts: tuple[TensorSpec, ...]
 
     @property
-    def entries(self) -> tuple[Entry, ...]:
-        """What the program reads of it."""
+    def entries(self) -> tuple[TensorSpec, ...]:
+        """The entries that the program reads."""
         return self.parts
 
 
 class ModeloptWeight(Frozen):
-    """A weight that NVIDIA ModelOpt quantizes, and the calibration of its layer.
+    """A weight that NVIDIA ModelOpt quantized, with the calibration of its layer.
 
     Attributes:
-        tool: Who quantized it.
-        weight: The weight, which the program reads in float.
-        format: What it becomes: ``fp8`` (E4M3) or ``int8``.
-        axis: The dimension of which each index has a scale of its own; None: one for the tensor.
-        amax: The largest absolute value that is represented: its quantizer's ``_amax``.
-        amax_is: ``max``, the largest of the weight; ``given``, chosen in another way, such as for
-            the least error: then a source has to have it.
-        input_amax: The same of the layer's input; None where that is not quantized.
+        tool: Tool that quantized it.
+        weight: Weight, which the program reads in float.
+        format: Quantized format: ``fp8`` (E4M3) or ``int8``.
+        axis: Dimension whose indices each have a scale; None: one scale for the tensor.
+        amax: Largest absolute value that the format represents: ``_amax`` of the weight's
+            quantizer.
+        amax_is: ``max``: the largest absolute value of the weight. ``given``: another method, such
+            as the smallest error, so a source has to contain it.
+        input_amax: ``_amax`` of the quantizer of the layer's input; None without one.
     """
 
     tool: Literal["modelopt"] = "modelopt"
-    weight: Entry
+    weight: TensorSpec
     format: Literal["fp8", "int8"]
     axis: int | None = None
-    amax: Entry
+    amax: TensorSpec
     amax_is: Literal["max", "given"] = "max"
-    input_amax: Entry | None = None
+    input_amax: TensorSpec | None = None
 
     @property
-    def entries(self) -> tuple[Entry, ...]:
-        """What the program reads of it."""
+    def entries(self) -> tuple[TensorSpec, ...]:
+        """The entries that the program reads."""
         own = (self.weight, self.amax)
         return own if self.input_amax is None else (*own, self.input_amax)
 
@@ -139,7 +144,7 @@ class Scheme(Frozen):
 
     Attributes:
         format: Always :data:`FORMAT`.
-        versions: Versions of what quantized, by distribution.
+        versions: Versions of the tools that quantized, by the name of the distribution.
         weights: One entry for each quantized weight.
     """
 
@@ -148,10 +153,10 @@ class Scheme(Frozen):
     weights: tuple[QuantizedWeight, ...]
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON.
+        """Write the scheme to a JSON file.
 
         Raises:
-            RefitError: It cannot be written there; says why.
+            RefitError: The file cannot be written; the message has the reason.
         """
         from refitkit.files.archive import saying_why
 
@@ -161,10 +166,10 @@ class Scheme(Frozen):
 
     @classmethod
     def load(cls, path: str | Path) -> Scheme:
-        """Read what ``save`` wrote.
+        """The scheme in a file that ``save`` wrote.
 
         Raises:
-            ConfigError: It cannot be read, or is no scheme; says where.
+            ConfigError: The file cannot be read, or is not a scheme; lists every problem.
         """
         try:
             return cls.model_validate_json(Path(path).read_bytes())
@@ -172,13 +177,60 @@ class Scheme(Frozen):
             raise_if_resource(exc, f"The scheme {str(path)!r} cannot be read")
             raise ConfigError(f"The scheme {str(path)!r} cannot be read: {exc}.") from exc
         except ValidationError as exc:
-            message = f"{str(path)!r} is no scheme of quantization."
+            message = f"{str(path)!r} is not a quantization scheme."
             raise ConfigError(message, problems=problems_of(exc)) from exc
 
 
 def problems_of(error: ValidationError, prefix: str = "") -> Iterator[Problem]:
-    """What pydantic found, as problems."""
+    """The errors of pydantic as problems.
+
+    Args:
+        error: Error of a validation.
+        prefix: Path of the validated value, for the subjects.
+    """
     for one in error.errors():
         where = ".".join(map(str, one["loc"]))
         subject = f"{prefix}.{where}" if prefix and where else prefix or where or "scheme"
         yield Problem(subject, one["type"].replace("_", " "), hint=one["msg"])
+
+
+# -- settings of the plugin -----------------------------------------------------------------------
+
+PLUGIN = "quant"
+"""Name of this plugin."""
+
+WHERE = f"plugin_settings.{PLUGIN}"
+"""Path of the settings, for messages."""
+
+
+class QuantSettings(Frozen):
+    """The settings in ``plugin_settings["quant"]``.
+
+    Attributes:
+        scheme: Scheme of the model: a ``Scheme``, the same as plain data, or the path of its file.
+            None: the plugin quantizes nothing.
+        error_limit: Largest quantization error that passes, relative to the largest absolute
+            element of the weight.
+    """
+
+    scheme: Scheme | None = None
+    error_limit: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+
+    @field_validator("scheme", mode="before")
+    @classmethod
+    def _from_file(cls, value: Any) -> Any:
+        return Scheme.load(value) if isinstance(value, str | Path) else value
+
+    @classmethod
+    def of(cls, config: Config) -> QuantSettings:
+        """The settings of a pipeline.
+
+        Raises:
+            ConfigError: A setting does not exist or is invalid; lists all of them.
+        """
+        given = config.plugin_settings.get(PLUGIN, {})
+        try:
+            return cls.model_validate(given)
+        except ValidationError as exc:
+            message = "The settings of refitkit-quant are invalid."
+            raise ConfigError(message, problems=problems_of(exc, WHERE)) from exc

@@ -1,4 +1,7 @@
-"""The transform: what a float checkpoint has becomes what a quantized program reads."""
+"""The transform that makes the entries of a quantized program from a float checkpoint.
+
+The rules for torchao and ModelOpt are in two packages of their own.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,8 @@ from typing import TYPE_CHECKING
 from refitkit.errors import ConfigError, Problem, WeightMismatchError
 
 from refitkit_quant import modelopt_rules, torchao_rules
-from refitkit_quant.given import Given
-from refitkit_quant.scheme import TorchaoWeight
-from refitkit_quant.settings import WHERE
+from refitkit_quant.scheme import WHERE, TorchaoWeight
+from refitkit_quant.source import TransformSource
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -20,23 +22,23 @@ if TYPE_CHECKING:
     from refitkit_quant.scheme import QuantizedWeight, Scheme
 
 _ON_MISFIT = (
-    "Read the scheme off the very model that was exported: refitkit_quant.scheme_of(model). For "
+    "Read the scheme from the model that was exported: refitkit_quant.scheme_of(model). For "
     "torchao, call torchao.utils.unwrap_tensor_subclass(model) before torch.export.export."
 )
 
 
 class QuantTransform:
-    """Quantizes weights as a scheme says; scales move with them."""
+    """A weight transform that quantizes by a scheme, each weight together with its scale."""
 
     name = "quant"
-    priority = 50  # after names are changed, weights packed and dtypes cast
+    priority = 50  # after transforms that rename, pack and cast weights
 
     def __init__(self, scheme: Scheme, error_limit: float) -> None:
-        """Of one pipeline.
+        """Set the scheme.
 
         Args:
-            scheme: How each weight was quantized.
-            error_limit: Largest error that passes, relative to a weight's largest element.
+            scheme: Scheme of the model.
+            error_limit: Largest error that passes, relative to a weight's largest absolute element.
         """
         self._scheme, self._limit = scheme, error_limit
 
@@ -44,35 +46,37 @@ class QuantTransform:
         """One group for each quantized weight that the source has in another form.
 
         Raises:
-            ConfigError: The scheme is not that of the program; lists every difference.
-            WeightMismatchError: A scale without its weight, or a weight that is not what the scheme
-                says; lists all of them.
+            ConfigError: The scheme and the program differ; lists every difference.
+            WeightMismatchError: The source has a scale without its weight, or a weight that differs
+                from the scheme; lists every problem.
         """
         leaves = {leaf.fqn: leaf for leaf in request.plan.data.leaves}
         misfits = list(self._misfits(leaves))
         if misfits:
-            message = "The scheme of quantization is not that of the program."
+            message = "The quantization scheme is not of this program."
             raise ConfigError(message, problems=misfits, hint=_ON_MISFIT)
-        given = Given(request.source, leaves.keys(), self._limit, partial=request.partial)
+        source = TransformSource(
+            request.source, leaves.keys(), self._limit, partial=request.partial
+        )
         groups: list[WeightGroup] = []
         problems: list[Problem] = []
         for weight in self._scheme.weights:
             try:
-                groups += self._offered(weight, given)
+                groups += self._groups_of(weight, source)
             except WeightMismatchError as exc:
                 problems += exc.problems
         if problems:
-            message = f"{request.source.description} does not fit the scheme of quantization."
+            message = f"{request.source.description} does not fit the quantization scheme."
             raise WeightMismatchError(message, problems=problems)
         return groups
 
-    def _offered(self, weight: QuantizedWeight, given: Given) -> list[WeightGroup]:
+    def _groups_of(self, weight: QuantizedWeight, source: TransformSource) -> list[WeightGroup]:
         if isinstance(weight, TorchaoWeight):
-            return torchao_rules.offered(weight, given, self._scheme.versions)
-        return modelopt_rules.offered(weight, given)
+            return torchao_rules.weight_groups(weight, source, self._scheme.versions)
+        return modelopt_rules.weight_groups(weight, source)
 
     def _misfits(self, leaves: Mapping[str, Leaf]) -> Iterator[Problem]:
-        """Where the program does not read what the scheme says."""
+        """Differences between the scheme and the leaves of the program."""
         for weight in self._scheme.weights:
             for entry in weight.entries:
                 leaf, where = leaves.get(entry.name), f"{WHERE}.scheme: {entry.name}"

@@ -1,8 +1,8 @@
-"""Weights that NVIDIA ModelOpt quantizes in the graph: float weight and ``_amax`` move together.
+"""Rules for weights that NVIDIA ModelOpt quantizes in the graph: float weight and ``_amax``.
 
-What is computed at a refit needs no modelopt: the few formulas are written out, with their sources.
+A refit needs no modelopt: :mod:`~refitkit_quant.modelopt_rules.formulas` has the formulas.
 """
 
-from refitkit_quant.modelopt_rules.groups import offered
+from refitkit_quant.modelopt_rules.groups import weight_groups
 
-__all__ = ["offered"]
+__all__ = ["weight_groups"]

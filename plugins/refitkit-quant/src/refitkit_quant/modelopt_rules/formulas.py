@@ -1,4 +1,4 @@
-"""The formulas of NVIDIA ModelOpt 0.47, each with its source."""
+"""Formulas of NVIDIA ModelOpt 0.47, each with its source file."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 Format: TypeAlias = Literal["fp8", "int8"]
 
 BOUND: dict[Format, float] = {"fp8": 448.0, "int8": 127.0}
-"""What the largest absolute value becomes: ``TensorQuantizer.maxbound``."""
+"""Quantized value of the largest absolute value: ``TensorQuantizer.maxbound``."""
 
 STORED: dict[str, Format] = {"float8_e4m3fn": "fp8", "int8": "int8"}
-"""What a checkpoint of quantized weights holds, by its dtype."""
+"""Format of quantized weights in a checkpoint, by their dtype."""
 
 _EPSILON = 1.0 / (1 << 24)
 
@@ -20,11 +20,12 @@ _EPSILON = 1.0 / (1 << 24)
 def largest(weight: torch.Tensor, axis: int | None) -> torch.Tensor:
     """``_amax`` of a weight that was calibrated with ``max``.
 
-    ``reduce_amax`` in ``modelopt/torch/quantization/utils/core_utils.py``: the larger one of the
-    absolute values of minimum and maximum, over all dimensions but ``axis``.
+    Formula of ``reduce_amax`` in ``modelopt/torch/quantization/utils/core_utils.py``: the larger
+    absolute value of minimum and maximum, over all dimensions except ``axis``.
 
     Returns:
-        One element where ``axis`` is None, else one for each of its indices, in their dimension.
+        A scalar if ``axis`` is None. Otherwise one element for each index of ``axis``; the other
+        dimensions have size 1.
     """
     if axis is None:
         low, high = torch.aminmax(weight)
@@ -38,23 +39,25 @@ def largest(weight: torch.Tensor, axis: int | None) -> torch.Tensor:
 
 
 def scale_of(amax: torch.Tensor, kind: Format) -> torch.Tensor:
-    """The exported scale, in float32.
+    """The exported scale, in float32: ``amax.float() / maxbound``.
 
-    ``get_scaling_factor`` in ``modelopt/torch/export/quant_utils.py``: amax.float() / maxbound.
+    Formula of ``get_scaling_factor`` in ``modelopt/torch/export/quant_utils.py``.
     """
     return amax.float() / BOUND[kind]
 
 
 def represented(weight: torch.Tensor, amax: torch.Tensor, kind: Format) -> torch.Tensor:
-    """A weight after quantization and back, in float32.
+    """A weight after quantization and dequantization, in float32.
 
-    ``_fp8_eager`` and ``_tensor_quant`` in ``modelopt/torch/quantization/tensor_quant.py``, there
-    with amax of no more than 2**-24 as zero.
+    Formulas of ``_fp8_eager`` and ``_tensor_quant`` in
+    ``modelopt/torch/quantization/tensor_quant.py``, which treat an amax of at most 2**-24 as zero.
     """
     bound, wide = BOUND[kind], amax.float()
     safe = torch.where(wide <= _EPSILON, 1.0 if kind == "fp8" else bound, wide)
     if kind == "fp8":
-        scale = bound / safe  # a number by a tensor: torch multiplies by the reciprocal
+        # torch divides a number by a tensor as a product with the reciprocal. This is the same
+        # operation as ModelOpt's, so the bits are equal.
+        scale = bound / safe
         scaled = (weight.float() * scale).clamp(-bound, bound)
         return scaled.to(torch.float8_e4m3fn).float() * (1 / scale)
     scale = torch.full_like(safe, bound) / safe
@@ -62,20 +65,20 @@ def represented(weight: torch.Tensor, amax: torch.Tensor, kind: Format) -> torch
 
 
 def restored(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The weight that a checkpoint's quantized one stands for, in float32.
+    """The weight that quantized values of a checkpoint represent, in float32.
 
-    ``dequantize`` in ``modelopt/torch/quantization/qtensor``, ``fp8_tensor.py`` and
-    ``int8_tensor.py``.
+    Formula of ``dequantize`` in ``fp8_tensor.py`` and ``int8_tensor.py`` in
+    ``modelopt/torch/quantization/qtensor``.
     """
     return values.float() * scale.float()
 
 
 def amax_for(scale: torch.Tensor, kind: Format, dtype: torch.dtype) -> torch.Tensor | None:
-    """The amax from which a scale was computed; None where there is none in this dtype.
+    """The amax from which a scale was computed; None if no amax of this dtype gives the scale.
 
-    Dividing it by ``maxbound`` gives the scale again, bit for bit. If any amax does, the one
-    nearest to the exact product does: either its neighbours are further apart than what rounds to
-    one scale, or it is within half a step of the scale itself.
+    The returned amax divided by ``maxbound`` is the scale, bit for bit. It is enough to try the
+    amax nearest to the exact product. Either its neighbours are further apart than the range that
+    rounds to one scale, or it is within half a step of the scale.
     """
     wanted = scale.float()
     found = (wanted.double() * BOUND[kind]).to(dtype)  # exact in float64, then rounded once

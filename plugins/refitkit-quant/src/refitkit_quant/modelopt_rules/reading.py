@@ -1,4 +1,4 @@
-"""How ModelOpt quantizes a model, read off its quantizers."""
+"""Read from ModelOpt's quantizers how a model is quantized."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from refitkit.program.bits import same_bits
 from refitkit.program.dtypes import dtype_name
 
 from refitkit_quant.modelopt_rules.formulas import largest
-from refitkit_quant.scheme import Entry, ModeloptWeight
+from refitkit_quant.scheme import ModeloptWeight, TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,12 +25,12 @@ _INPUT = "input_quantizer"
 
 
 def read(model: torch.nn.Module) -> Iterator[ModeloptWeight | Problem]:
-    """Every weight with a quantizer that is switched on: how, or why there is no telling."""
+    """Each weight with an enabled quantizer; or a problem if this plugin has no rule for it."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, child in module.named_children():
             if name.endswith(_WEIGHT) and _is_on(child):
                 lead = f"{prefix}." if prefix else ""
-                why = _refusal(module, name, child)
+                why = _why_unsupported(module, name, child)
                 if why:
                     yield Problem(f"{lead}{name}", "no rule", why)
                 else:
@@ -41,26 +41,28 @@ def _is_on(quantizer: Any) -> bool:
     return bool(getattr(quantizer, "is_enabled", True))
 
 
-def _refusal(module: torch.nn.Module, name: str, quantizer: Any) -> str:
-    """Why there is no rule for a weight; empty if there is."""
+def _why_unsupported(module: torch.nn.Module, name: str, quantizer: Any) -> str:
+    """Why this plugin has no rule for a weight; empty if it has one."""
     if type(quantizer) is not TensorQuantizer:
         return f"a {type(quantizer).__name__}"
-    if name != _WEIGHT or module._parameters.get("weight") is None:  # noqa: SLF001 - not the quantized
+    if name != _WEIGHT or module._parameters.get("weight") is None:  # noqa: SLF001 - the attribute is the quantized one
         return "not the quantizer of a parameter 'weight'"
     if quantizer.num_bits not in _FORMATS or quantizer.unsigned:
-        return (
-            f"num_bits={quantizer.num_bits}, unsigned={quantizer.unsigned}; fp8 and int8 have one"
-        )
-    odd = [*_oddities(quantizer), *_oddities_of_input(getattr(module, _INPUT, None))]
-    if odd:
-        return ", ".join(odd)
+        bits = f"num_bits={quantizer.num_bits}, unsigned={quantizer.unsigned}"
+        return f"{bits}; only fp8 and int8 have a rule"
+    unsupported = [
+        *_unsupported_settings(quantizer),
+        *_unsupported_input_settings(getattr(module, _INPUT, None)),
+    ]
+    if unsupported:
+        return ", ".join(unsupported)
     return "" if hasattr(quantizer, "_amax") else "it is not calibrated"
 
 
-def _oddities(quantizer: Any) -> list[str]:
-    """What changes the formula, by the names of ``QuantizerAttributeConfig``."""
+def _unsupported_settings(quantizer: Any) -> list[str]:
+    """Settings that change the formula, by the names of ``QuantizerAttributeConfig``."""
     axis = quantizer.axis
-    odd = {
+    unsupported = {
         "block_sizes": quantizer.block_sizes is not None,
         "pre_quant_scale": quantizer.pre_quant_scale is not None,
         "rotate": quantizer.rotate_is_enabled,
@@ -70,35 +72,39 @@ def _oddities(quantizer: Any) -> list[str]:
         "narrow_range": quantizer.narrow_range,
         f"axis={axis}": isinstance(axis, tuple | list) and len(axis) > 1,
     }
-    return [name for name, is_so in odd.items() if is_so]
+    return [name for name, is_set in unsupported.items() if is_set]
 
 
-def _oddities_of_input(quantizer: Any) -> list[str]:
-    """What goes with another weight than a float checkpoint has: SmoothQuant, AWQ, rotations."""
-    odd = []
+def _unsupported_input_settings(quantizer: Any) -> list[str]:
+    """Settings with which the weight differs from the float checkpoint's.
+
+    SmoothQuant, AWQ and rotations change the weight together with the input.
+    """
+    unsupported = []
     if getattr(quantizer, "pre_quant_scale", None) is not None:
-        odd.append(f"{_INPUT}.pre_quant_scale")
+        unsupported.append(f"{_INPUT}.pre_quant_scale")
     if getattr(quantizer, "rotate_is_enabled", False):
-        odd.append(f"{_INPUT}.rotate")
-    return odd
+        unsupported.append(f"{_INPUT}.rotate")
+    return unsupported
 
 
 def _weight(lead: str, module: torch.nn.Module, quantizer: Any) -> ModeloptWeight:
     weight = module._parameters["weight"]  # noqa: SLF001 - the attribute may be the quantized one
-    amax = quantizer._amax  # noqa: SLF001 - the buffer that is exported
+    amax = quantizer._amax  # noqa: SLF001 - torch.export names this buffer
     axis = quantizer.axis[0] if isinstance(quantizer.axis, tuple | list) else quantizer.axis
+    # The calibration method is not stored. If the largest element gives the amax, it was "max".
     computed = largest(weight.detach(), axis).reshape(amax.shape)  # type: ignore[union-attr]
     inputs = getattr(module, _INPUT, None)
-    seen = getattr(inputs, "_amax", None) if inputs is not None and _is_on(inputs) else None
+    input_amax = getattr(inputs, "_amax", None) if inputs is not None and _is_on(inputs) else None
     return ModeloptWeight(
         weight=_entry(f"{lead}weight", weight),
         format=_FORMATS[quantizer.num_bits],
         axis=axis,
         amax=_entry(f"{lead}{_WEIGHT}._amax", amax),
         amax_is="max" if same_bits(computed, amax) else "given",
-        input_amax=None if seen is None else _entry(f"{lead}{_INPUT}._amax", seen),
+        input_amax=None if input_amax is None else _entry(f"{lead}{_INPUT}._amax", input_amax),
     )
 
 
-def _entry(name: str, tensor: Any) -> Entry:
-    return Entry(name=name, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))
+def _entry(name: str, tensor: Any) -> TensorSpec:
+    return TensorSpec(name=name, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))

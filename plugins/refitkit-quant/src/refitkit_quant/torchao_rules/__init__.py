@@ -1,8 +1,8 @@
-"""Weights that torchao quantizes: float in, its own parts out.
+"""Rules for weights that torchao quantizes: from a float weight to torchao's own parts.
 
-torchao is imported when a weight is quantized or a scheme is read, not before.
+Only quantizing a weight and reading a scheme import torchao.
 """
 
-from refitkit_quant.torchao_rules.groups import offered
+from refitkit_quant.torchao_rules.groups import weight_groups
 
-__all__ = ["offered"]
+__all__ = ["weight_groups"]

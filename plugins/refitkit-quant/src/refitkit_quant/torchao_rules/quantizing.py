@@ -1,4 +1,4 @@
-"""torchao's own quantization, by rule. Nothing of its rounding is written again here."""
+"""Quantize a weight by a rule with torchao itself, so that roundings are torchao's."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 
 
 def quantized(rule: Rule, weight: torch.Tensor) -> Any:
-    """A weight as torchao quantizes it: a tensor of one of its own classes.
+    """A weight that torchao quantized: a tensor of one of torchao's classes.
 
     Args:
-        rule: How.
-        weight: In float, of any device. It is not changed.
+        rule: Rule of the scheme.
+        weight: Float weight on any device; it is not changed.
     """
+    # quantize_ takes modules only, so put the weight into one.
     holder = torch.nn.Module()
     holder.weight = torch.nn.Parameter(weight.detach(), requires_grad=False)
     with torch.no_grad():
@@ -41,16 +42,16 @@ def quantized(rule: Rule, weight: torch.Tensor) -> Any:
 
 
 def parts_of(tensor: Any) -> list[torch.Tensor]:
-    """The plain tensors that a quantized one is made of, in the order in which it is unwrapped.
+    """The plain tensors of a quantized tensor, in the order of ``unwrap_tensor_subclass``.
 
-    As ``torchao.utils.UnwrapTensorSubclass.right_inverse`` (0.18) takes it apart.
+    As in ``torchao.utils.UnwrapTensorSubclass.right_inverse`` (0.18).
     """
     names, _ = tensor.__tensor_flatten__()
     return [getattr(tensor, name) for name in names]
 
 
 def config_of(rule: Rule) -> Any:
-    """The config of a rule, as torchao has it. It leaves inductor's settings alone."""
+    """Torchao's config for a rule, which does not change the settings of inductor."""
     if isinstance(rule, Int8WeightOnly):
         whole = {"row": PerRow(), "tensor": PerTensor()}
         granularity = PerGroup(rule.group_size) if rule.group_size else whole[rule.granularity]
