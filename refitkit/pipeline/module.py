@@ -93,6 +93,7 @@ class CompiledModule:
             InputMismatchError: The inputs are not those that the model was compiled for.
             ModuleLostError: A rollback failed earlier.
         """
+        # under FakeTensorMode the outputs would have no data
         require_data("The module")
         try:
             return self.gate.call(lambda: self._opened.run(args, kwargs))

@@ -182,6 +182,7 @@ def moved_weights(program: ExportedProgram, seed: int) -> dict[str, torch.Tensor
     made: dict[tuple[int, ...], torch.Tensor] = {}
     moved: dict[str, torch.Tensor] = {}
     for name, value in program.state_dict.items():
+        # tied names must stay tied, or the weights would be refused
         key = (value.data_ptr(), value.storage_offset(), *value.shape, *value.stride())
         if key not in made or not value.numel():
             made[key] = _moved(value.detach(), seed)
@@ -305,6 +306,7 @@ def prove_plan(
     if kept is None:
         return Proof("torch cannot write this program without a pickle")
     tools, judged, reason = context.tools("plan", "prove"), 0, ""
+    # compared with, to tell a slot that kept its old value from one that is wrong otherwise
     own = TensorMap(program.state_dict)
     needs: tuple[Need, ...] = ()
     for seed in _PLAN_SEEDS:

@@ -84,6 +84,7 @@ def run(context: Context, tasks: Sequence[Task]) -> list[ReportDraft]:
             ``ModuleLostError``, all modules answer as before.
     """
     _require_distinct(tasks)
+    # one lock order everywhere, so two refits of the same modules never wait for one another
     gates = in_lock_order(task.compiled.gate for task in tasks)
     return inside_all([gate.refit for gate in gates], lambda: _run(context, tasks))
 
@@ -99,6 +100,7 @@ def _run(context: Context, tasks: Sequence[Task]) -> list[ReportDraft]:
         each(names, [module.stage for module in modules])
         Transaction(modules).run()
     finally:
+        # after a failure or an interrupt no staged memory stays; after a commit none is left
         for module in modules:
             module.discard()
     return [module.draft for module in modules]
@@ -157,6 +159,7 @@ def _as_one(refused: Sequence[tuple[str, RefitError]], of: int) -> RefitError:
     problems = [
         replace(problem, subject=f"{name}: {problem.subject}")
         for name, error in refused
+        # an error without problems must still show up in the list
         for problem in error.problems or [Problem(type(error).__name__, "refused", error.message)]
     ]
     reasons = " ".join(f"{name[0].upper()}{name[1:]}: {error.message}" for name, error in refused)
@@ -317,7 +320,9 @@ class RefitTask:
         with clock.stage("load"):
             source = for_one_refit(self._context, request.weights, rollback=request.rollback)
             plan = self._bound_plan()
+            # asked of the given source: a transformed one does not list the entries it leaves out
             draft.left_out = find_left_out(plan, source, self._context.config.rules.wrappers)
+            # transforms make an entry when it is read, not now
             source = transformed(self._context, plan, source, partial=request.partial)
             if isinstance(source, Transformed):
                 draft.transforms = source.rows
@@ -385,6 +390,7 @@ class RefitTask:
         config = self._context.config
         check_abilities(self._module, partial=partial, overwrite=overwrite, config=config)
         with raised_as(SourceError, f"{source.description} cannot be read"):
+            # the live value may come from an earlier refit; the plan's value must not replace it
             if partial:
                 mapping.drop_plan_values()
                 before = self.compiled.state.overridden
@@ -425,5 +431,6 @@ class RefitTask:
         """The module's state, but for its history, once these values are live."""
         live = None
         if self._delta is not None:
+            # known by digest from now on, so the next delta can skip the slots that did not change
             live = self._delta.after(mapping.values, self._draft.version)
         return WeightState(version=self._draft.version, live=live, overridden=self._overridden)

@@ -76,6 +76,7 @@ class ReportDraft:
 
     def close(self) -> None:
         """Drop the weights. From now on ``committed`` calls no engine, plugin or source."""
+        # transforms refer to the source, and the source to the weights
         rows = self.transforms()
         self.transforms = lambda: rows
         self.summary = self._summary()

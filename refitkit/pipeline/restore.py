@@ -188,6 +188,7 @@ class RestoreTask:
     def _mapping(self, plan: RefitPlan, point: RestorePoint) -> SlotMapping:
         """Values of the slots that changed since; the others of their engines are unchanged."""
         engines = self._module.engines
+        # engines without a restored slot are not staged
         touched = {name for name, _ in point.values}
         return SlotMapping(
             plan,
@@ -207,6 +208,7 @@ class RestoreTask:
         self, plan: RefitPlan, mapping: SlotMapping, source: str, point: RestorePoint
     ) -> Judge | None:
         request = self._request
+        # without a reference, the program would be needed, and kept values cannot be bound to it
         if request.inputs is not None and request.verify == "outputs" and request.reference is None:
             raise ConfigError(
                 "The verifier 'outputs' has nothing to compare with: kept values belong to slots, "
@@ -229,6 +231,7 @@ class RestoreTask:
 
 
 def _slot_value(slot: Slot, kept: torch.Tensor) -> SlotValue:
+    # an engine that knows no shape takes flat values
     shaped = kept if slot.shape is None else kept.reshape(slot.shape)
     return SlotValue(slot=slot, strategy=KEPT, sources=(), load=lambda: shaped, identity=True)
 

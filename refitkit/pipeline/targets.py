@@ -48,9 +48,11 @@ def load_module(context: Context, target: object, verbs: Verbs, *, warm: bool) -
     """A handle on a target, which remembers where it came from; see ``Pipeline.load``."""
     clock = context.clock("load")
     with clock.stage("open"):
+        # taken before the file is read: a change while it is opened must be noticed
         origin = LoadOrigin.of(target)
         try:
             opened = open_target(context, target)
+        # a missing plugin is a better reason than the damage that its absence looks like
         except ResourceError:
             raise
         except RefitError as exc:

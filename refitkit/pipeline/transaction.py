@@ -247,6 +247,7 @@ class ModuleTransaction:
         keeping = {engine for engine, _ in (*mapping.unchanged, *mapping.kept)}
         try:
             self._fill_keeping(keeping)
+        # the engine does not know its live values, so it cannot keep some of them
         except NotRefittableError:
             if self._prepared.partial or not mapping.unchanged:
                 raise
@@ -291,6 +292,7 @@ class ModuleTransaction:
         with self.draft.clock.stage("commit"):
             for name, one in self._staged.take():
                 self._begun = True
+                # noted before the call: an engine that fails half-way must be rolled back, too
                 self._touched.append((name, one))
                 with raised_as(EngineError, f"The engine {name!r} failed to commit"):
                     one.commit()
@@ -302,6 +304,7 @@ class ModuleTransaction:
             VerificationError: The verdict is bad.
         """
         self._begun = True
+        # computed before plugins are notified: their report names the versions that can be restored
         after = self._state_after()
         self.draft.kept = self._restorable(after.history)
         if self._wants_base and not self._before.history.base_lost:
@@ -316,6 +319,7 @@ class ModuleTransaction:
                         "The refitted module is not what it should be; its old weights are back.",
                         problems=problems_of(self.draft.verification),
                     )
+        # the last two steps: whatever is raised after them would find a refit that is done
         self.draft.close()
         self._compiled.state = after
 
@@ -355,6 +359,7 @@ class ModuleTransaction:
                 if not last and not isinstance(exc, Exception):
                     raise
                 self._failure = exc
+            # popped only now: an interrupt in rollback() has to try the same engine again
             self._touched.pop()
         if self._failure is None and self._begun:
             try:

@@ -128,6 +128,7 @@ def verify_live(
     options: VerifyOptions,
 ) -> VerificationResult:
     """Judge whether a module holds given weights, and change nothing; see ``Pipeline.verify``."""
+    # the same steps as a refit up to the check, so that wrong weights get the same errors
     plan = plan or compiled.plan
     if plan is None:
         raise ConfigError("The module has no plan: pass plan=.")
@@ -151,6 +152,7 @@ def verify_live(
         raise ConfigError(
             "Nothing can be verified: the engines cannot be read and no inputs were given."
         )
+    # no refit and no call may come between two outputs that are compared
     passages = [compiled.gate.refit, compiled.gate.exclusive]
     result = inside_all(passages, lambda: judge(compiled.opened))
     if isinstance(source, Transformed):
@@ -199,6 +201,7 @@ def tolerances_for(config: Config, module: OpenedModule) -> Mapping[str, tuple[f
     """
     if not isinstance(module, LowersPrecision):
         return config.tolerances
+    # TF32 computes float32 with the precision of float16, so that dtype's tolerance applies
     lower = {
         name: config.tolerances[kind]
         for name, kind in module.precision.items()
