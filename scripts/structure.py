@@ -44,7 +44,7 @@ LIMITS = {
     "refitkit.builtin": Size(66, 123, 0),
     "refitkit.builtin.aotinductor": Size(9, 18, 0),
     "refitkit.builtin.checks": Size(3, 2, 0),
-    "refitkit.builtin.merges": Size(4, 4, 0),
+    "refitkit.builtin.merges": Size(3, 2, 0),
     "refitkit.builtin.rules": Size(5, 5, 0),
     "refitkit.builtin.strategies": Size(2, 1, 0),
     "refitkit.builtin.torch_tensorrt": Size(32, 79, 0),

@@ -185,7 +185,7 @@ class _Piece:
 
     Attributes:
         offsets: Index of its first element in the tensor, one number for each dimension.
-        sizes: Its shape.
+        sizes: Shape of the piece.
         file: Name of the file that holds it, in the folder.
         start: Offset in the file, in bytes.
         length: Number of bytes in the file.

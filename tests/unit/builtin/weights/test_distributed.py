@@ -146,7 +146,7 @@ WRONG: dict[str, tuple[Callable[[Metadata], object], str]] = {
     ),
     "a negative size": (
         lambda m: setattr(chunks_of(m, "same.bias")[0], "sizes", (-7,)),
-        "ValueError: .* is no shape",
+        "ValueError: .* is not a shape",
     ),
     "a vast tensor": (
         lambda m: setattr(m.state_dict_metadata["model.same.bias"], "size", torch.Size([1 << 50])),
