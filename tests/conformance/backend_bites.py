@@ -1,4 +1,4 @@
-"""Broken backends, one for each check of ``BackendSuite`` and more."""
+"""Broken backends, at least one for each check of ``BackendSuite``."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def exported() -> Any:
 
 
 class Module(FakeModule):
-    """A good module: the eager program with its engine's weights."""
+    """A correct module that runs the eager program with its engine's weights."""
 
     backend = "plain"
 
@@ -56,7 +56,7 @@ class Module(FakeModule):
 
 
 class Plain:
-    """A good backend."""
+    """A correct backend."""
 
     name: Any = "plain"
     module = Module

@@ -1,4 +1,4 @@
-"""What a bite is: a check, something broken that it has to catch, and what it has to say."""
+"""A bite: a check, a broken object that it has to catch, and the message that it has to raise."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Bite:
-    """One broken thing.
+    """A broken object for one check.
 
     Attributes:
         check: Name of the check.
-        broken: A suite for the broken thing.
-        says: A pattern that the message has to match.
-        good: The same suite for the same thing, not broken: there the check passes.
+        broken: A suite for the broken object.
+        says: Regular expression that matches the message.
+        good: The same suite for a correct object, which passes the check.
     """
 
     check: str
@@ -28,7 +28,7 @@ class Bite:
 
 
 def attempt(suite: type, check: str) -> Any:
-    """Run one check as pytest would: a new instance for each."""
+    """Run one check on a new instance of its suite, as pytest does."""
     return getattr(suite(), check)()
 
 

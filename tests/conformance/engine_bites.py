@@ -1,4 +1,4 @@
-"""Broken engines, one for each check of ``EngineSuite`` and more."""
+"""Broken engines, at least one for each check of ``EngineSuite``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VALUES = {
 
 
 class Open(OpenEngine):
-    """A good engine whose parts can be broken one by one."""
+    """A correct engine whose steps subclasses break one by one."""
 
     Staged: type[FakeStaged] = FakeStaged
 
@@ -57,7 +57,7 @@ class Open(OpenEngine):
 
 
 class Good(TestOpenEngine):
-    """The suite for it."""
+    """The suite for ``Open`` and its subclasses."""
 
     engine: type[Open] = Open
 
@@ -69,7 +69,7 @@ BITES: list[Bite] = []
 
 
 def breaks(check: str, says: str, good: type[Good] = Good) -> Any:
-    """Note a broken engine, or a broken ``StagedRefit``, for a check."""
+    """Add a bite for a check; decorates a broken engine or a broken ``StagedRefit``."""
 
     def note(thing: type) -> type:
         engine = thing
@@ -195,7 +195,7 @@ class Toggles(FakeStaged):
 
 @breaks("there_and_back_is_bit_equal", "after refits to B and back to A, 4 of 4")
 class RemembersTheFirst(Open):
-    """Skips what it believes to be there since the first refit."""
+    """Skips values that are equal to those of the first refit."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -251,7 +251,7 @@ class Hoards(Open):
 
 @breaks("values_are_not_kept", "freed its tensors between stage and commit, 4 of 4")
 class LosesThem(Open):
-    """Keeps an address, and believes that what it had is still there."""
+    """Reads freed memory at commit, as an engine that keeps bare addresses does."""
 
     def _stage(self, values: Any) -> Any:
         staged = super()._stage(values)
@@ -513,7 +513,7 @@ class ReadsCopies(Open):
 
 
 class _Inactive(Open):
-    """Merges what is staged in part with what was staged last, not with what is live."""
+    """Merges a partial refit with the values staged last instead of the live ones."""
 
     last: Any = MappingProxyType({})
 
@@ -669,7 +669,7 @@ class RemembersTheFreed(Open):
 
 @breaks("previous_values_can_be_staged", "after they were staged, 4 of 4 slots are wrong")
 class LendsItsStagingSet(Open):
-    """What is staged goes through the very memory that the previous values are in."""
+    """Stages in the memory that the previous values are in."""
 
     def _stage(self, values: Any) -> Any:
         for value in self.spare.values():

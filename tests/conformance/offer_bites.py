@@ -1,4 +1,4 @@
-"""Broken plugins, one for each check of ``OfferSuite`` and more."""
+"""Broken plugins, at least one for each check of ``OfferSuite``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.conformance.verifier_bites import Plain as PlainVerifier
 
 
 class Plain:
-    """A good plugin that implements what the suite asks."""
+    """A correct plugin that implements all checked hooks."""
 
     name = "plain"
     Strategy: Any = PlainStrategy

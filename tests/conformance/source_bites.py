@@ -1,4 +1,4 @@
-"""Broken sources, one for each check of ``SourceSuite`` and more."""
+"""Broken sources, at least one for each check of ``SourceSuite``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TRUTH = {
 
 
 class Store:
-    """Tensors as bytes, and how often they were read."""
+    """A store of tensors that counts reads."""
 
     def __init__(self) -> None:
         self.reads = 0
@@ -30,7 +30,7 @@ class Store:
 
 
 class Plain:
-    """A good source."""
+    """A correct source."""
 
     description = "three tensors in memory"
 
@@ -167,7 +167,7 @@ class OneBuffer(Plain):
 
 @breaks("two_sources_are_independent", "reads of another source changed 'a', 'b', 'c'|KeyError")
 class Shares(Plain):
-    """Reads from one thing that is used up."""
+    """Reads from shared state that reading uses up."""
 
     left: ClassVar[dict[str, Any]] = {}
 
@@ -209,7 +209,7 @@ class Crashes(Plain):
 
 
 class Revised(Plain):
-    """A good source with revisions."""
+    """A correct source with revisions."""
 
     def revision(self, fqn: str) -> Any:
         return fqn

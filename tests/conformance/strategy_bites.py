@@ -1,4 +1,4 @@
-"""Broken strategies, one for each check of ``StrategySuite`` and more."""
+"""Broken strategies, at least one for each check of ``StrategySuite``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
 
 
 class Plain:
-    """A good strategy: the tensor of the slot's name."""
+    """A correct strategy, which maps a slot to the tensor of its name."""
 
     name: Any = "plain"
     priority: Any = 30

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Net(torch.nn.Module):
-    """Floats of three kinds, integers, flags, a scalar, and a buffer that calls change."""
+    """Three float dtypes, integers, booleans, a scalar, and a buffer that calls change."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,13 +53,13 @@ def compiled() -> Any:
 
 
 def held(engine: Any) -> dict[str, torch.Tensor]:
-    """What the container says: it is torch's, and no code of the engine's."""
+    """The constants of the container, which is torch's code and not the engine's."""
     found: dict[str, torch.Tensor] = engine.runner.extract_constants_map(False)
     return found
 
 
 class Runner:
-    """A container some of whose functions fail; one that swaps fails afterwards."""
+    """A container with failing functions; a failing swap swaps first."""
 
     def __init__(self, runner: Any, *failing: str) -> None:
         self.runner, self.failing = runner, failing
@@ -118,7 +118,7 @@ class TestBackend(BackendSuite):
 
 
 def test_the_oracle_sees_what_calls_see() -> None:
-    """The container's own word is what its calls use."""
+    """Calls use the constants that the container returns."""
     module = compiled().reopen()
     engine = module.engines["model"]
     new = TestEngine().make_values(engine, 1)

@@ -1,4 +1,4 @@
-"""The kit's own fakes keep every contract that they show to others."""
+"""The fakes of the kit pass its own suites."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class TestFakeEngine(TestOpenEngine):
 
 
 class Wire(Tripwire):
-    """Raises at labels."""
+    """A tripwire that raises at some labels."""
 
     def __init__(self, *labels: str) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Wire(Tripwire):
 
 @contextmanager
 def failing(engine: Any, label: str) -> Iterator[None]:
-    """Have an engine's wire raise at one label, beside those that it raises at already."""
+    """Make an engine's tripwire raise at one more label."""
     before = engine.wire
     engine.wire = Wire(f"{engine.name}.{label}", *getattr(before, "labels", ()))
     try:

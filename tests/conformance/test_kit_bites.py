@@ -1,4 +1,4 @@
-"""No check without a bite: each fails on something broken, says what is wrong, and only there."""
+"""Every check has a bite: it fails on a broken object with the right message, and only there."""
 
 from __future__ import annotations
 

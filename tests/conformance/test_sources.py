@@ -1,4 +1,4 @@
-"""Built-in sources."""
+"""The built-in sources pass the suite for sources."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Net(torch.nn.Module):
-    """Tied and scattered parameters, buffers that a state_dict holds, and one that it does not."""
+    """Tied and non-contiguous parameters, and buffers, of which one is not persistent."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class TestSafetensors(SourceSuite):
         return copies()
 
     def reads(self, source: Any) -> int:
-        """How often the file was asked for data."""
+        """The number of data reads of the file."""
         if not isinstance(source._file, Counted):
             source._file = Counted(source._file)
         return source._file.reads
@@ -150,14 +150,14 @@ class TestTorchFile(SourceSuite):
 
 
 class TestTensorMap(TestStateDict):
-    """What plugins make their sources of; here of a mapping that makes tensors when asked."""
+    """The base class of plugins' sources, over a mapping that makes tensors on demand."""
 
     def make_source(self) -> Any:
         return TensorMap(CountingMapping(copies()))
 
 
 class TestReadRecorder(TestStateDict):
-    """The kit's own."""
+    """The recorder of the kit."""
 
     def make_source(self) -> Any:
         return ReadRecorder(TensorMap(copies()))
@@ -167,7 +167,7 @@ class TestReadRecorder(TestStateDict):
 
 
 class Asked(TensorMap):
-    """A state_dict that counts how often it is asked for a tensor."""
+    """A state_dict that counts reads of tensors."""
 
     gets = 0
 
@@ -177,14 +177,14 @@ class Asked(TensorMap):
 
 
 class Revised(TensorMap):
-    """A state_dict that knows what most of it is without being asked for a tensor."""
+    """A state_dict with revisions for most of its tensors."""
 
     def revision(self, fqn: str) -> Any:
         return None if fqn == "order" else (self.info(fqn), oracles.bits(self._tensors[fqn]))
 
 
 class TestAverage(SourceSuite):
-    """Halves and quarters of small whole numbers: everybody can work out what they make."""
+    """An average of small integers, whose exact result is known."""
 
     shift = 4
 
@@ -200,7 +200,7 @@ class TestAverage(SourceSuite):
         return Asked(tensors)
 
     def numbers(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """By name: what is in one part and in the other."""
+        """By name: the tensors of the two parts."""
         whole = torch.arange(12.0).reshape(3, 4)
         return {
             **{

@@ -1,4 +1,4 @@
-"""Built-in strategies: values found by hand, with torch, from the same weights."""
+"""The built-in strategies, against values that torch computes from the same weights."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def make_net() -> Model:
 
 
 def weights(seed: int) -> dict[str, torch.Tensor]:
-    """New weights, with variances above zero."""
+    """New weights by seed, with positive variances."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.rand(value.shape, generator=generator) + 0.5
@@ -60,7 +60,7 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
 
 
 def by_hand(seed: int) -> dict[str, torch.Tensor]:
-    """What each slot has to hold, by the last word of its name."""
+    """The right value of each slot, by the last word of its name."""
     w = weights(seed)
     scale = w["b.weight"] / torch.sqrt(w["b.running_var"] + 1e-3)
     shift = w["b.bias"] - w["b.running_mean"] * scale
@@ -72,7 +72,7 @@ def without(source: Mapping[str, torch.Tensor], name: str) -> WeightSource:
 
 
 class ByHand(StrategySuite):
-    """What the suites below share."""
+    """The common part of the suites below."""
 
     def slots(self) -> list[tuple[str, str]]:
         return [row.slot.key for row in self.make_request(1).wanted]
@@ -93,7 +93,7 @@ def compiled() -> refitkit.CompiledModule:
 
 @needs_torch_tensorrt
 class TestRecipe(ByHand):
-    """With a plan that was recorded, of a network that folds a batch norm."""
+    """A recorded plan of a network that folds a batch norm."""
 
     def make_strategy(self) -> Any:
         return RecipeStrategy()
@@ -108,7 +108,7 @@ class TestRecipe(ByHand):
 
 @needs_torch_tensorrt
 class TestRebuild(TestRecipe):
-    """With the program that the module kept."""
+    """A refit with the module's own program."""
 
     def make_strategy(self) -> Any:
         return RebuildStrategy()
@@ -116,7 +116,7 @@ class TestRebuild(TestRecipe):
 
 @needs_torch_tensorrt
 class TestRebuildFromPrograms(TestRebuild):
-    """With a program as the source."""
+    """A refit with a program as the source."""
 
     def make_request(self, seed: int) -> MapRequest:
         net = make_net()
@@ -136,7 +136,7 @@ def mapped() -> Case:
 
 
 class TestNameMap(ByHand):
-    """With a cached map as torch-tensorrt 2.12 writes it."""
+    """A cached name map as torch-tensorrt 2.12 writes it."""
 
     def make_strategy(self) -> Any:
         return NameMapStrategy()
@@ -150,7 +150,7 @@ class TestNameMap(ByHand):
 
 
 class Modules:
-    """A module that has engines and nothing else."""
+    """A module with engines only."""
 
     def __init__(self, engines: dict[str, Engine]) -> None:
         self.engines = engines

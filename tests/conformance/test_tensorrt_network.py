@@ -56,10 +56,10 @@ SEEN: dict[str, str] = {}
 
 
 def held(engine: Any) -> dict[str, torch.Tensor]:
-    """What the live weights' file holds, read as bytes; the engine was built from just that.
+    """The bytes of the file with the live weights; checks that the engine was built from them.
 
-    Builds are deterministic. So engine bytes are those that the same weights always gave, and no
-    others gave.
+    Builds are deterministic, so equal weights have equal engine bytes, and other weights have
+    other bytes.
     """
     live = engine.live
     found: dict[str, torch.Tensor] = {}

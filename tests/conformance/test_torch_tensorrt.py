@@ -1,4 +1,4 @@
-"""Engines of Torch-TensorRT, on a TensorRT in memory, and the parts that torch executes."""
+"""Engines of Torch-TensorRT on a fake TensorRT, and the parts that torch executes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class Faults(Tripwire):
-    """Refuses some calls of some labels.
+    """A tripwire that raises at some calls of some labels.
 
     Attributes:
-        refused: How many calls of a label to let through before all others are refused.
+        refused: Number of calls of a label that pass before all others raise.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Faults(Tripwire):
 
 
 class TestPython(EngineSuite):
-    """In place, in the Python runtime. Nobody knows the weights of a new engine."""
+    """Refits in place in the Python runtime; the weights of a new engine are unknown."""
 
     runtime = "python"
     faults: ClassVar[tuple[str, str]] = ("refit e CONSTANT", "refit")
@@ -67,7 +67,7 @@ class TestPython(EngineSuite):
 
 
 class TestPythonAdopted(TestPython):
-    """The same, of an engine whose weights were told."""
+    """The same with an engine that knows its weights."""
 
     def make_engine(self) -> Any:
         engine = super().make_engine()
@@ -76,7 +76,7 @@ class TestPythonAdopted(TestPython):
 
 
 class TestPythonOnPinnedHost(TestPython):
-    """The same, with the old weights in host memory."""
+    """The same with the old weights in host memory."""
 
     def make_engine(self) -> Any:
         engine, _ = engine_of("e", values_of("e", 0), Faults(), snapshot="pinned-host")
@@ -84,7 +84,7 @@ class TestPythonOnPinnedHost(TestPython):
 
 
 class TestCpp(TestPython):
-    """By way of a second engine, in the C++ runtime."""
+    """Refits through a second engine, in the C++ runtime."""
 
     runtime = "cpp"
 
@@ -96,7 +96,7 @@ class TestCpp(TestPython):
 
 
 class Part(torch.nn.Module):
-    """Parameters and buffers of several kinds, one of them not contiguous."""
+    """Parameters and buffers of several dtypes, one of them not contiguous."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class Part(torch.nn.Module):
 
 
 class LiveWrites(WatchingMode):
-    """Fails some of the writes into the live tensors of a part, counted from 1."""
+    """Makes some writes to the live tensors of a part fail, counted from 1."""
 
     def __init__(self, engine: TorchPartEngine, first: int, last: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Built-in verifiers, before real modules where this machine has them."""
+"""The built-in verifiers, with real modules if the machine can run them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ X = torch.arange(12.0).reshape(4, 3)
 def request_of(
     compiled: refitkit.CompiledModule, weights: Mapping[str, torch.Tensor], **more: Any
 ) -> VerifyRequest:
-    """A request as the pipeline makes it, for a second module of the same weights."""
+    """A request like the pipeline's, for a second module with the same weights."""
     plan = compiled.plan
     assert plan is not None
     source = TensorMap(weights)
@@ -44,7 +44,7 @@ def request_of(
 
 
 class OnAOTInductor(VerifierSuite):
-    """What the suites on a compiled module share."""
+    """The common part of the suites on a compiled module."""
 
     inputs: Any = ((X,), {})
 
@@ -63,7 +63,7 @@ class OnAOTInductor(VerifierSuite):
 
 
 class TestOutputs(OnAOTInductor):
-    """Against the program that was kept."""
+    """Verification against the module's program."""
 
     def make_verifier(self) -> Any:
         return OutputsVerifier()
@@ -73,7 +73,7 @@ class TestOutputs(OnAOTInductor):
 
 
 class TestOutputsWithoutAnything(TestOutputs):
-    """Against a reference; hopeless without one."""
+    """Verification against a reference; impossible without one."""
 
     def make_request(self) -> VerifyRequest:
         request = super().make_request()
@@ -106,7 +106,7 @@ class TestWeights(OnAOTInductor):
 
 @pytest.mark.skipif(not upstream.is_installed(), reason="torch_tensorrt is not installed")
 class TestEngineBytes(VerifierSuite):
-    """Before networks that TensorRT-RTX builds."""
+    """Verification of networks that TensorRT-RTX builds."""
 
     def make_verifier(self) -> Any:
         return EngineBytesVerifier()
@@ -118,7 +118,7 @@ class TestEngineBytes(VerifierSuite):
         return replace(self.make_request(), program=None)
 
     def held(self, module: Any) -> Mapping[str, torch.Tensor]:
-        """What the files hold that engines were built from."""
+        """The weights in the files that engines were built from."""
         return {
             f"{name}/{slot}": value
             for name, engine in module.engines.items()

@@ -1,4 +1,4 @@
-"""Broken transforms, one for each check of ``TransformSuite`` and more."""
+"""Broken transforms, at least one for each check of ``TransformSuite``."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def error_of(value: torch.Tensor) -> float:
 
 
 class Plain:
-    """A good transform: makes ``w.q`` and ``w.scale`` of ``w``."""
+    """A correct transform that makes ``w.q`` and ``w.scale`` from ``w``."""
 
     name: Any = "plain"
     priority: Any = 50
@@ -209,7 +209,7 @@ class ReadsMore(Plain):
     "equal weights gave other results after other weights were made: 'w.scale'",
 )
 class RunningRange(Plain):
-    """Keeps the largest range that it has seen."""
+    """Keeps the largest range of all calls."""
 
     scale = torch.zeros(2, 1)
 

@@ -1,4 +1,4 @@
-"""Broken verifiers, one for each check of ``VerifierSuite`` and more."""
+"""Broken verifiers, at least one for each check of ``VerifierSuite``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NEW = {"w": torch.arange(1.0, 7.0).reshape(2, 3), "b": torch.tensor([-1.0, 2.0])
 
 
 class Plain:
-    """A good verifier: calls the module and compares every answer."""
+    """A correct verifier, which probes the module and compares all outputs."""
 
     name: Any = "plain"
 

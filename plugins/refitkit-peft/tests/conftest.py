@@ -1,4 +1,4 @@
-"""Fixtures over the models of ``peft_models``."""
+"""Fixtures with the models of ``peft_models``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def ids() -> torch.Tensor:
 
 @pytest.fixture
 def adapter(tmp_path: Path, net: Net) -> Callable[..., Made]:
-    """Adapters of the small model."""
+    """A function that makes adapters of the small model."""
     made = 0
 
     def make(seed: int = 1, **config: Any) -> Made:

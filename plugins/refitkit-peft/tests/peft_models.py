@@ -1,4 +1,4 @@
-"""Small models, adapters that peft itself makes and saves, and peft's own merged models."""
+"""Small models, adapters that peft makes and saves, and the models that peft merges."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def make_net(seed: int = 0, dtype: torch.dtype = torch.float32) -> Net:
 
 @dataclass(frozen=True)
 class Made:
-    """An adapter of peft's.
+    """An adapter that peft made.
 
     Attributes:
-        path: The folder that peft saved it to.
+        path: Folder that peft saved it to.
         model: peft's model with the adapter, over a copy of the base.
     """
 
@@ -61,7 +61,7 @@ class Made:
     model: Any
 
     def merged(self, scale: float = 1.0) -> dict[str, torch.Tensor]:
-        """Weights of peft's own merged model, by the base's names."""
+        """Weights of the model that peft merged, by the base's names."""
         model = copy.deepcopy(self.model)
         for module in model.modules():
             if hasattr(module, "set_scale") and scale != 1:
@@ -70,13 +70,13 @@ class Made:
 
 
 def make_adapter(model: torch.nn.Module, path: Path, seed: int = 1, **config: Any) -> Made:
-    """Have peft wrap a copy, draw all of the adapter at random, and save it."""
+    """An adapter with random values that peft made for a copy of the model, and saved."""
     import peft
 
     fields = {"r": 4, "lora_alpha": 6, "init_lora_weights": False, **config}
     torch.manual_seed(seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of settings that are unusual, as they are here
+        warnings.simplefilter("ignore")  # peft warns about unusual settings, which these are
         wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**fields)).eval()
         for name, parameter in wrapped.named_parameters():
             if parameter.requires_grad:
@@ -102,7 +102,7 @@ def same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
 
 
 def assert_close(found: torch.Tensor, wanted: torch.Tensor, name: str = "") -> None:
-    """Equal within the rounding of their dtype, of a sum of a dozen numbers."""
+    """Check equality within the rounding of a sum of twelve numbers in the dtype."""
     if not wanted.is_floating_point():
         assert torch.equal(found, wanted), name
         return
@@ -117,7 +117,7 @@ def weights_of(source: Any) -> dict[str, torch.Tensor]:
 
 
 def open_weights(thing: Any) -> Any:
-    """A source, through the hooks of installed plugins."""
+    """The source of some weights, through the hooks of installed plugins."""
     return refitkit.Pipeline().open_weights(thing)
 
 

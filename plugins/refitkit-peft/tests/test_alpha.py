@@ -1,4 +1,4 @@
-"""Alpha and rank: found wherever trainers write them, never assumed, and never two at once."""
+"""Alpha and rank: found where trainers write them, never assumed, contradictions refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def made(net, tmp_path_factory):
 
 
 def tensors_of(made, prefix="", down="lora_A", up="lora_B"):
-    """The tensors that peft saved, by keys of another form."""
+    """The tensors that peft saved, under keys of another form."""
     found = load_file(made.path / "adapter_model.safetensors")
     names = {key: key.removeprefix(PEFT) for key in found}
     return {
@@ -37,7 +37,7 @@ def tensors_of(made, prefix="", down="lora_A", up="lora_B"):
 
 
 def kohya_of(made, alpha=None):
-    """The same with kohya's keys."""
+    """The same tensors under kohya's keys."""
     found = {}
     for key, value in tensors_of(made, "lora_unet_", "lora_down", "lora_up").items():
         module, _, rest = key.partition(".lora_")
@@ -126,7 +126,7 @@ def test_kohyas_header_stands_in_for_the_tensors_of_its_file(net, made, tmp_path
 
 
 def test_kohyas_convolutions_have_numbers_of_their_own(net, tmp_path):
-    """``conv_dim`` and ``conv_alpha`` are for kernels larger than 1, and ``small`` has none."""
+    """``conv_dim`` and ``conv_alpha`` apply to kernels larger than 1; ``small`` has none."""
     fields = {"rank_pattern": {"two": 3}, "alpha_pattern": {"two": 2}}
     made = make_adapter(net, tmp_path / "a", target_modules=MODULES, **fields)
     arguments = {"conv_dim": "3", "conv_alpha": "2.0"}
@@ -155,7 +155,10 @@ def test_an_alpha_that_was_rounded_is_no_contradiction(net, tmp_path):
     [
         {"ss_network_alpha": "1.0", "ss_network_dim": "None"},  # --dim_from_weights
         {"ss_network_alpha": "Dynamic", "ss_network_dim": "Dynamic"},  # resize_lora.py
-        {"ss_network_alpha": "0.0", "ss_network_dim": "4"},  # the rank, which tensors say
+        {
+            "ss_network_alpha": "0.0",
+            "ss_network_dim": "4",
+        },  # 0 means the rank
         {
             "ss_network_alpha": "1",
             "ss_network_dim": "8",
@@ -187,7 +190,7 @@ def test_settings_of_peft_are_read_from_headers_too(net, tmp_path):
     config = {f"unet.{name}": value for name, value in {**fields, "r": 4, "lora_alpha": 6}.items()}
     tensors = tensors_of(made, "unet.")
     check(net, saved(tmp_path, tensors, packed(**config)), made.merged())
-    # as SimpleTuner writes some: with str
+    # SimpleTuner writes some entries with str
     written = {name: str(value) for name, value in config.items()}
     written |= {"unet.peft_type": "PeftType.LORA", "unet.peft_version": "0.21"}
     check(net, saved(tmp_path, tensors, written), made.merged())
@@ -220,7 +223,7 @@ def test_a_folder_of_diffusers_holds_one_file_and_no_config(kind, net, made, tmp
     else:
         save_file(tensors, file, packed(**{"unet.r": 4, "unet.lora_alpha": 6}))
     check(net, str(folder), made.merged())
-    # of a config beside it nobody knows whose it is
+    # a config beside it may belong to another file
     (folder / "adapter_config.json").write_text((made.path / "adapter_config.json").read_text())
     assert kinds(refused(net, str(folder), SourceError)) == {
         ("adapter_model.safetensors", "missing")
@@ -242,7 +245,7 @@ def test_files_of_ai_toolkit_have_no_alpha_because_it_is_the_rank(net, tmp_path)
     check(net, saved(tmp_path, tensors, metadata), made.merged())
     error = refused(net, saved(tmp_path, tensors, {**metadata, "lora_alpha": "6"}))
     assert {kind for _, kind in kinds(error)} == {"contradiction"}
-    # its files with keys of kohya's scripts have tensors; one that lost them is not its own
+    # ai-toolkit's files with kohya's keys have alpha tensors, so a file without them is not its own
     error = refused(net, saved(tmp_path, kohya_of(made), metadata))
     assert {kind for _, kind in kinds(error)} == {"alpha unknown"}
 
@@ -427,7 +430,7 @@ def test_the_config_beside_a_file_and_its_header_are_compared(net, made, tmp_pat
 
 
 def test_one_alpha_for_layers_of_several_ranks_needs_a_rank(net, tmp_path):
-    """diffusers divides by each layer's rank, and sglang does not: sgl-project/sglang#36082."""
+    """diffusers divides by each layer's rank, but sglang does not: sgl-project/sglang#36082."""
     made = make_adapter(net, tmp_path / "a", target_modules=MODULES, rank_pattern={"lin": 2})
     file = saved(tmp_path, tensors_of(made), {"lora_alpha": "6"})
     assert kinds(refused(net, file)) == {(name, "unclear") for name in MODULES}
@@ -439,15 +442,15 @@ def test_one_alpha_for_layers_of_several_ranks_needs_a_rank(net, tmp_path):
 
 
 def test_tensors_under_rslora_are_unclear(net, made, tmp_path):
-    """SimpleTuner divides an alpha by the root of the rank then, and kohya's scripts never do."""
+    """SimpleTuner then divides alpha by the root of the rank, but kohya's scripts never do."""
     file = saved(tmp_path, kohya_of(made, torch.tensor(6.0)), {"use_rslora": "True"})
     error = refused(net, file)
     assert kinds(error) == {(f"lora_unet_{name}.alpha", "unclear") for name in MODULES}
-    check(net, file, made.merged(2.0), alphas={file: 6})  # of rank 4, whose root is 2
+    check(net, file, made.merged(2.0), alphas={file: 6})  # the root of rank 4 is 2
 
 
 def test_patterns_do_not_fit_names_with_underscores(net, made, tmp_path):
-    """``(.*\\.)?(lin)$`` finds no part of ``outer_lin``: peft would take the other alpha."""
+    """``(.*\\.)?(lin)$`` does not match ``outer_lin``, so peft would use the other alpha."""
     metadata = packed(r=4, lora_alpha=6, alpha_pattern={"lin": 2})
     error = refused(net, saved(tmp_path, kohya_of(made), metadata))
     assert kinds(error) == {(name, "unclear") for name in MODULES}
@@ -573,7 +576,7 @@ def test_adapters_with_alphas_of_their_own_are_summed(net, made, tmp_path):
     for name, value in weights_of(source).items():
         assert_close(value, one[name] + (two[name] - before[name]), name)
     assert source.description.endswith(f" + 0.7 of 'a' - 0.2 of '{file}'")
-    # the alpha of one refit, and then that of ``add`` again
+    # the alpha of one refit, then the alpha of ``add`` again
     source = open_weights(Lora(base, {"a": 0.7}, alphas={"a": 12}))
     assert source.description.endswith(" + 0.7 of 'a' with alpha 12")
     for name, value in made.merged(1.4).items():
@@ -617,7 +620,7 @@ def test_an_alpha_for_no_adapter_is_an_error(net):
 
 
 def test_an_output_projection_is_added_twice_whatever_says_alpha(tmp_path):
-    """As peft up to 0.21 adds it, in training, too: huggingface/peft#3774."""
+    """peft up to 0.21 adds it twice, also in training: huggingface/peft#3774."""
     torch.manual_seed(0)
     net = torch.nn.ModuleDict({"attn": torch.nn.MultiheadAttention(12, 3, batch_first=True)})
     made = make_adapter(net, tmp_path / "a", target_modules=["attn"])

@@ -1,4 +1,4 @@
-"""The base: where it is, what its bits are known by, which sums are kept, and what that takes."""
+"""The base: its memory, revisions, ready sets and memory use."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_copy_does_not_follow_the_model(memory, x):
 
 @pytest.mark.parametrize("memory", ["given", *COPIES])
 def test_hooks_of_the_model_do_not_rename_what_adapters_are_for(memory, net, x):
-    """As torchtune's fusion layers do it: they fit the checkpoints from before the fusion."""
+    """torchtune's fusion layers rename entries to fit checkpoints from before the fusion."""
     given = weights_of(open_weights(Lora(net, {str(x.path): 0.7})))
 
     def rename(module, state, prefix, _):
@@ -266,7 +266,7 @@ def test_revisions_are_those_of_the_base_and_of_what_is_added(memory, net, x, y)
     assert revisions(Lora(base, {"x": 1.0})) == with_x
     assert revisions(Lora(base, {"x": 0.5}))["lin.weight"] != with_x["lin.weight"]
     both = revisions(Lora(base, {"y": 0.5, "x": 1.0}))
-    assert both["two.weight"] == with_x["two.weight"]  # y is not on it
+    assert both["two.weight"] == with_x["two.weight"]  # y does not change it
     assert both["lin.weight"] != with_x["lin.weight"]
     assert both == revisions(Lora(base, {"x": 1.0, "y": 0.5}))
     other = revisions(kept_in(memory, net))
@@ -329,7 +329,7 @@ def test_an_adapter_that_was_added_stays_as_it_was(net, x):
     for value in tensors.values():
         value.zero_()
     size = path.stat().st_size
-    with path.open("r+b") as file:  # in place: what has it mapped sees that
+    with path.open("r+b") as file:  # in place: mappings of the file see the write
         file.seek(size // 2)
         file.write(bytes(size - size // 2))
     for name in ("file", "tensors"):
@@ -431,7 +431,7 @@ def test_an_adapter_that_does_not_fit_is_told_when_it_is_used(net):
 
 
 def test_wrappers_inside_a_base_are_no_part_of_the_adapters_names(net, x):
-    """As ``torch.compile`` of single layers, and checkpointed or sharded ones, leave a base."""
+    """``torch.compile`` of single layers, checkpointing and sharding leave such names."""
     given = weights_of(open_weights(Lora(net, {str(x.path): 0.7})))
     wrapped = copy.deepcopy(net)
     for name in MODULES:

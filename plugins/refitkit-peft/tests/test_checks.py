@@ -1,4 +1,4 @@
-"""Adapters on weights that the module has twice, or not at all."""
+"""Adapters on tied weights, and on weights that fill no slot."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IDS = torch.tensor([[1, 7, 3], [0, 9, 2]])
 
 
 class Tied(torch.nn.Module):
-    """An embedding that is the last layer's weight, too."""
+    """An embedding tied to the weight of the last layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def compiled(tied):
 
 @pytest.fixture
 def on(tied, tmp_path):
-    """An adapter on modules of these names."""
+    """An adapter for modules with these names."""
 
     def make(*modules):
         torch.manual_seed(1)
@@ -82,7 +82,7 @@ def test_an_adapter_for_one_of_two_tied_names_breaks_the_tie(module, compiled, t
 @pytest.mark.parametrize("prefix", ["", "model.", "module._orig_mod."])
 def test_it_does_so_where_the_base_has_one_of_the_names_only(prefix, compiled, tied, on):
     base = {f"{prefix}{n}": v for n, v in tied.state_dict().items() if n != "head.weight"}
-    refitkit.refit(compiled, base)  # which is filled from its twin
+    refitkit.refit(compiled, base)  # the tied name fills it
     assert refused(compiled, Lora(base, {on("emb"): 1.0})) == [("emb.weight", "tie broken")]
     report = refitkit.refit(compiled, Lora(base, {on("mid"): 1.0})).report
     assert report.slots_written

@@ -1,4 +1,4 @@
-"""``refitkit lora``."""
+"""The command ``refitkit lora``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Small(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A module, a base, two adapters and inputs."""
+    """A folder with a module, a base, two adapters and inputs."""
     path = tmp_path_factory.mktemp("files")
     torch.manual_seed(0)
     model, x = Small().eval(), torch.randn(2, 12)
@@ -82,10 +82,8 @@ def test_rules_are_those_of_a_refit(folder, tmp_path):
     arguments = (str(tmp_path / "base.safetensors"), "a", "-o", str(tmp_path / "out"))
     refused = run(folder, *arguments)
     assert refused.returncode == 1
-    assert (
-        "choose one with rules.subtree or --subtree: names start with 'net.enc.' or 'old.enc.'"
-        in refused.stderr
-    )
+    hint = "choose one with rules.subtree or --subtree: names start with 'net.enc.' or 'old.enc.'"
+    assert hint in refused.stderr
     flags = ("--subtree", "net.", "--rename", r"enc\.(.*)=\1", "--cast", "any")
     done = run(folder, *arguments, *flags)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The conformance kit, run against the source."""
+"""The suites of the conformance kit for this plugin."""
 
 from __future__ import annotations
 

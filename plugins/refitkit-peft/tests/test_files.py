@@ -1,4 +1,4 @@
-"""Adapter files as diffusers and kohya's scripts write them, and names of bases and adapters."""
+"""Adapter files of diffusers and kohya's scripts, and names of bases and adapters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODULES = ["lin", "two", "small"]
 
 
 def factors_of(made):
-    """What peft saved, by module: down, up."""
+    """The factors that peft saved, by module: down, up."""
     found = load_file(made.path / "adapter_model.safetensors")
     names = {key.split(".lora_")[0].removeprefix("base_model.model.") for key in found}
     return {
@@ -228,7 +228,7 @@ def test_two_places_that_would_do_are_an_error(net, adapter):
     assert problem.kind == "ambiguous"
     assert "'left." in problem.found
     assert "'right." in problem.found
-    # the model itself beside a copy of it is no question: names that fit as they are are meant
+    # a model beside its copy is not ambiguous: names that fit unchanged win
     both = {**net.state_dict(), **base}
     assert all("." + n not in n for n in open_weights(Lora(both, {str(made.path): 1.0})).touched)
 
@@ -297,7 +297,7 @@ def test_an_embedding_that_was_saved_untrained_beside_its_factors(net, adapter, 
     base = refitkit_peft.Base(net)
     base.add("same", {**tensors, key: net.emb.weight.detach()}, config)
     equal_to(weights_of(open_weights(Lora(base, {"same": 0.5}))), made.merged(0.5))
-    # one that was trained is what factors are added to, and has no half
+    # a trained weight replaces the base's, which has no scale of one half
     base.add("other", {**tensors, key: net.emb.weight.detach() + 1}, config)
     found = open_weights(Lora(base, {"other": 1.0})).get("emb.weight")
     assert_close(found, made.merged()["emb.weight"] + 1)

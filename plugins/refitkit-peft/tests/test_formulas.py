@@ -1,4 +1,4 @@
-"""Sums against peft's own merged models, for every kind of layer and every setting."""
+"""Sums against the models that peft merges, for every kind of layer and every setting."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_weights_that_are_saved_whole_replace_those_of_the_base(kind, net, adapt
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("kind", ["all", "dora", "lora-bias"])
 def test_in_other_dtypes_the_exact_sum_is_rounded_once(kind, dtype, tmp_path):
-    """The truth is peft's merge of everything in float64; peft itself rounds several times."""
+    """The truth is peft's merge in float64; in other dtypes peft rounds several times."""
     net = make_net(3, dtype)
     made = make_adapter(net, tmp_path / "a", **CONFIGS[kind])
     source = open_weights(Lora(net, {str(made.path): 0.7}))
@@ -88,7 +88,7 @@ def test_in_other_dtypes_the_exact_sum_is_rounded_once(kind, dtype, tmp_path):
         found, eps = source.get(name), torch.finfo(dtype).eps
         assert found.dtype is dtype
         error = (found.double() - exact[name]).abs()
-        # half a unit in the last place, and what a float32 sum may be off by
+        # half a unit in the last place, plus the error of a float32 sum
         slack = (0.5 * eps + 8 * torch.finfo(torch.float32).eps) if dtype.itemsize < 4 else 8 * eps
         tiny = torch.finfo(dtype).smallest_normal * eps
         limit = slack * exact[name].abs() + 4e-7 * float(exact[name].abs().max()) + tiny
@@ -126,7 +126,7 @@ class Attention(torch.nn.Module):
 
 
 def test_attention_is_what_peft_computes(tmp_path):
-    """peft 0.21 adds the product for ``out_proj`` twice, in its forward, too."""
+    """peft 0.21 adds the product for ``out_proj`` twice, also in forward."""
     torch.manual_seed(0)
     net = Attention().eval()
     made = make_adapter(net, tmp_path / "a", target_modules=["attn"])
@@ -151,7 +151,7 @@ def test_of_a_later_peft_nobody_knows_how_often_it_adds_to_out_proj(tmp_path):
 
 
 def test_several_adapters_are_summed(net, adapter):
-    """Against peft's ``add_weighted_adapter``-free truth: the base plus each one's own delta."""
+    """The truth is the base plus the delta of each adapter, without ``add_weighted_adapter``."""
     one, other = adapter(1, target_modules=LAYERS), adapter(2, r=2, target_modules=["lin", "emb"])
     source = open_weights(Lora(net, {str(one.path): 0.7, str(other.path): -0.2}))
     base, a, b = net.state_dict(), one.merged(0.7), other.merged(-0.2)
@@ -205,7 +205,7 @@ def unknown() -> str:
 def test_products_are_exact_whatever_precision_a_user_allows(
     told, dtype, net, adapter, monkeypatch
 ):
-    """Not every CPU makes use of being allowed less, so what is multiplied is looked at, too."""
+    """Not every CPU uses the lower precision, so the test also checks the dtypes of products."""
     made = adapter(target_modules=LAYERS)
     multiply, seen = torch.addmm, set()
     monkeypatch.setattr(torch, "get_float32_matmul_precision", told)

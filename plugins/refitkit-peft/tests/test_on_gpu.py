@@ -1,4 +1,4 @@
-"""Bases in every kind of memory, for engines on a GPU, with adapters of peft's."""
+"""Bases in every kind of memory, for engines on a GPU."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def low_precision(request):
 def test_sums_are_of_full_precision_whatever_is_allowed(made, model, low_precision) -> None:
     wide = torch.randn(256, 256, device="cuda")
     error = (wide @ wide - (wide.double() @ wide.double())).abs().max()
-    assert error > 1e-3  # the setting does lower the precision of products
+    assert error > 1e-3  # the setting lowers the precision of products
     source = open_weights(Lora(base_of(model, made, "device"), {"x": 1.0}))
     found = {one: value.cpu() for one, value in weights_of(source).items()}
     for one, value in made["x"].merged().items():
@@ -139,7 +139,7 @@ def test_copies_are_where_they_are_said_to_be(model, made) -> None:
 
 
 def test_ready_sums_of_a_pinned_base_are_pinned(model, made) -> None:
-    """From pageable memory a GPU reads several times as slowly."""
+    """A GPU reads pageable memory several times as slowly."""
     for keep in (0, 1):
         source = open_weights(Lora(base_of(model, made, "pinned", keep=keep), {"x": 1.0}))
         assert {source.get(name).is_pinned() for name in source.touched} == {keep == 1}
@@ -151,7 +151,7 @@ def weights_of_store(base: refitkit_peft.Base) -> dict[str, torch.Tensor]:
 
 
 def late(monkeypatch) -> None:
-    """Sums are ready on the device long after the call that asks for them."""
+    """Make the device compute sums long after the call that requests them."""
     quick = refitkit_peft.source.summed
 
     def slow(*args: Any) -> torch.Tensor:

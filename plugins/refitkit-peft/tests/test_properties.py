@@ -1,4 +1,4 @@
-"""Whatever an adapter holds: the sum is right, or a typed error says what is wrong."""
+"""For any adapter the sum is right, or a typed error lists the problems."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_any_damage_to_a_file_is_survived(content, tmp_path_factory, changes):
 
 @st.composite
 def sums(draw):
-    """A weight of some dtype, and a few pairs of factors with scales."""
+    """A weight, and a few pairs of factors with scales."""
     numbers = st.integers(-4, 4)
     rows, columns = draw(st.integers(1, 6)), draw(st.integers(1, 6))
     kernel = draw(st.sampled_from([(), (1, 1), (3,), (2, 2), (1, 2, 2)]))
@@ -171,7 +171,7 @@ def sums(draw):
 @FAST
 @given(sums())
 def test_sums_are_exact_and_rounded_once(case):
-    """Of whole numbers and powers of two, which float32 holds exactly, the truth is known."""
+    """Small integers and powers of two are exact in float32, so the truth is known."""
     weight, pairs, scales, dtype = case
     base = Base.with_opener({"w.weight": weight.to(dtype)}, opened)
     exact = weight.double()

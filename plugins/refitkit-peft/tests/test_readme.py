@@ -1,4 +1,4 @@
-"""The README's code runs, in order, and prints what it says."""
+"""The code of the README runs in order and prints the shown output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A to LoRA x to LoRA y to A: the engine is what peft merges each time, and then what it was."""
+"""Refits to adapter x, to adapter y and back to the base give the weights that peft merges."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytest.importorskip("peft")
 
 
 class Encoder(torch.nn.Module):
-    """A BERT of transformers with random weights; what it gives is a plain tensor."""
+    """A BERT of transformers with random weights that returns a tensor."""
 
     def __init__(self) -> None:
         from transformers import BertConfig, BertModel
@@ -85,7 +85,7 @@ CASES = {
 
 
 class Scene:
-    """A compiled model, a base, and two adapters of peft's."""
+    """A compiled model, a base, and two adapters that peft made."""
 
     def __init__(self, name: str, folder: Any, backend: str) -> None:
         case = CASES[name]
@@ -110,7 +110,7 @@ class Scene:
         return base
 
     def eager(self, name: str) -> torch.Tensor:
-        """What peft's own merged model answers."""
+        """The output of the model that peft merged."""
         model = copy.deepcopy(self.made[name].model).merge_and_unload()
         with torch.no_grad():
             return model(self.inputs)
@@ -136,7 +136,7 @@ def test_x_then_y_then_the_base_again(scene, delta):
     for name in ("x", "y", "x"):
         refitkit.refit(scene.compiled, Lora(base, {name: 1.0}), delta=delta)
         found, wanted = scene.compiled(scene.inputs), scene.eager(name)
-        # what eager and the engine round differently; the base is about as far from its own eager
+        # the engine rounds differently from eager torch, by about as much as for the base
         error, scale = float((found - wanted).abs().max()), float(wanted.abs().max())
         assert error < 2e-5 * scale
         assert float((found - first).abs().max()) > 100 * error
@@ -173,7 +173,7 @@ def test_a_swap_writes_what_either_adapter_touches_and_nothing_else(scene):
         assert report.slots_written + report.slots_unchanged == len(engine.slots)
         return report.slots_written
 
-    assert written({}) == len(engine.slots)  # the refit before it was none with delta
+    assert written({}) == len(engine.slots)  # the previous refit was without delta
     assert written({"x": 1.0}) == len(x)
     assert written({"x": 1.0}) == 0
     assert written({"y": 1.0}) == len(x | y)
@@ -196,7 +196,7 @@ STEPS = st.lists(
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(STEPS)
 def test_after_any_refits_the_engine_holds_what_was_asked_for_last(convnet, bases, steps):
-    """Whatever was live, whichever base it came from, and whatever was known of it."""
+    """The previous weights, their base and the engine's knowledge of them do not matter."""
     for adapters, which, delta in steps:
         refitkit.refit(convnet.compiled, Lora(bases[which], adapters), delta=delta, verify="none")
         truth = refitkit.Pipeline().open_weights(Lora(bases["truth"], adapters))

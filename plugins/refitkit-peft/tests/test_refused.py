@@ -1,4 +1,4 @@
-"""What is refused: by a typed error that lists all of it, with the module as it was."""
+"""Refused adapters: a typed error lists all problems, and the module keeps its weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODULES = ["lin", "two", "emb"]
 
 
 class Small(torch.nn.Module):
-    """Two layers that can be compiled quickly, and one that the program does not read."""
+    """Two layers that compile quickly, and one that the program does not read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ def made(model, tmp_path):
 
 
 class Folder:
-    """An adapter's folder, to be spoilt."""
+    """The folder of an adapter, whose files tests damage."""
 
     def __init__(self, path):
         self.path = path
@@ -78,7 +78,7 @@ def folder(made):
 
 @pytest.fixture
 def refuses(compiled, model):
-    """Refit, expect an error of a type, and nothing to have changed; returns the error."""
+    """Expect a refit to raise an error of a type and to change nothing; returns the error."""
 
     def check(kind, adapters, base=None, **how):
         slots = slots_of(compiled)
@@ -120,9 +120,9 @@ def test_modules_of_the_same_names_and_other_shapes(refuses, tmp_path):
 
 
 def test_ranks_that_do_not_fit(refuses, folder, made):
-    folder.change("one.lora_A.weight", lambda value: value[:3])  # not that of lora_B
+    folder.change("one.lora_A.weight", lambda value: value[:3])  # lora_B has another rank
     tensors = folder.tensors()
-    for side, dim in (("A", 0), ("B", 1)):  # of both, and not what the config says
+    for side, dim in (("A", 0), ("B", 1)):  # equal in both, but not as the config says
         name = f"base_model.model.two.lora_{side}.weight"
         tensors[name] = tensors[name].narrow(dim, 0, 2)
     folder.write(tensors)
@@ -284,7 +284,7 @@ def test_harmless_initializations_pass(compiled, model, folder, made):
 
 def test_a_pattern_cannot_take_long(compiled, model, folder, made):
     folder.set(rank_pattern={"(x|xx).*y": 2, ".*.*.*z": 3})
-    refitkit.refit(compiled, Lora(model, {str(made.path): 1.0}))  # not until the time limit
+    refitkit.refit(compiled, Lora(model, {str(made.path): 1.0}))  # before the time limit
 
 
 @pytest.mark.parametrize(

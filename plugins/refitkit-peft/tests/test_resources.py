@@ -1,4 +1,4 @@
-"""What the system refuses while an adapter is read is no fault of the adapter."""
+"""System errors while an adapter is read are resource errors, not errors of the adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FACTORS = {"lin.lora_A.weight": torch.ones(2, 3), "lin.lora_B.weight": torch.one
 
 @pytest.fixture
 def adapter(tmp_path):
-    """A file whose header has an alpha."""
+    """An adapter file with an alpha in its header."""
     header = {"ss_network_alpha": "8", "ss_network_dim": "2"}
     save_file(FACTORS, tmp_path / "a.safetensors", metadata=header)
     return tmp_path / "a.safetensors"

@@ -1,4 +1,4 @@
-"""Bases and adapters that are rewritten in place, with sizes and modification times as before."""
+"""Bases and adapters rewritten in place with the same sizes and modification times."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def base(tmp_path):
 
 @pytest.fixture
 def adapter(tmp_path):
-    """A folder as peft's save_pretrained writes it, with an alpha of 4 for a rank of 2."""
+    """A folder like peft's save_pretrained writes, with alpha 4 and rank 2."""
     folder = tmp_path / "adapter"
     folder.mkdir()
     fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["lin"]}
@@ -68,7 +68,7 @@ def weight(one, adapter):
     ],
 )
 def test_config_and_tensors_are_of_one_adapter(files, base, adapter, monkeypatch):
-    """The tensors are opened before the config is read, and the error names all that changed."""
+    """Tensors are opened before the config is read; the error names all changed files."""
     load = AdapterConfig.load
 
     def and_rewrite(path):

@@ -1,4 +1,4 @@
-"""Adapters on weights that the program reads under another one of their names."""
+"""Adapters on weights that the program reads under another tied name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from refitkit_peft.checks import problems
 
 
 def test_a_weight_is_read_if_its_twin_is():
-    """Else an adapter on it would change nothing, without a word."""
+    """Otherwise an adapter on it would silently change nothing."""
     weight = torch.ones(4, 4)
     base = Base({"mid.weight": weight, "twin.weight": weight})
     factors = {

@@ -1,4 +1,4 @@
-"""Models, quantized and compiled once for each way of quantizing."""
+"""Models that are quantized and compiled once for each rule."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def float_net(seed: int, dtype: torch.dtype = torch.float32) -> Net:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A compiled quantized model, and how to quantize another one in the same way."""
+    """A compiled quantized model, with a function that quantizes others by the same rule."""
 
     config: Any
     dtype: torch.dtype
@@ -53,7 +53,7 @@ class Quantized:
     compiled: CompiledModule
 
     def eager(self, model: torch.nn.Module) -> torch.nn.Module:
-        """torchao's own quantization of a float model, unwrapped."""
+        """A float model that torchao quantized and unwrapped."""
         from torchao.quantization import quantize_
         from torchao.utils import unwrap_tensor_subclass
 
@@ -91,7 +91,7 @@ def bits(value: torch.Tensor) -> torch.Tensor:
 
 
 def with_scheme(scheme: Scheme | None, **more: Any) -> Pipeline:
-    """A pipeline with this plugin's settings."""
+    """A pipeline with a scheme in the settings of the plugin."""
     settings = {"scheme": scheme, **more}
     return refitkit.Pipeline({"plugin_settings": {"quant": settings}})
 
@@ -160,7 +160,7 @@ CASES = (
 
 @pytest.fixture(scope="session")
 def made() -> Callable[[str], Quantized]:
-    """A case by name; each is compiled once."""
+    """A function that returns a case by name; each is compiled once."""
     pytest.importorskip("torchao")
     kept: dict[str, Quantized] = {}
 
@@ -174,13 +174,13 @@ def made() -> Callable[[str], Quantized]:
 
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest, made: Callable[[str], Quantized]) -> Quantized:
-    """Every way of quantizing, one after the other."""
+    """Each case in turn."""
     return made(request.param)
 
 
 @pytest.fixture
 def int8(made: Callable[[str], Quantized]) -> Quantized:
-    """One of them, with the weights of seed 0."""
+    """The int8 case with the weights of seed 0."""
     found = made("int8-row")
     found.pipeline.refit(found.compiled, found.floats(0))
     return found
@@ -222,7 +222,7 @@ class Layers(torch.nn.Module):
 
 
 class Modelopt:
-    """ModelOpt's side of a test: quantizing, exporting programs, exporting checkpoints."""
+    """The steps of a test that ModelOpt does: quantize, export programs and checkpoints."""
 
     def __init__(self, form: str) -> None:
         self.form = form
@@ -235,7 +235,7 @@ class Modelopt:
         return torch.randn(4, 16, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
     def quantized(self, seed: int, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-        """A float model of this seed, calibrated with inputs of this seed."""
+        """A float model by seed, quantized and calibrated with inputs of the same seed."""
         import modelopt.torch.quantization as mtq
 
         config = {"fp8": mtq.FP8_DEFAULT_CFG, "int8": mtq.INT8_DEFAULT_CFG}[self.form]
@@ -245,7 +245,7 @@ class Modelopt:
         )
 
     def program(self, model: torch.nn.Module) -> Any:
-        """What is compiled. Without CUDA, INT8 exports only if a guard on values is left out."""
+        """The program to compile. Without CUDA, INT8 exports only without a guard on values."""
         from modelopt.torch.quantization import tensor_quant
         from modelopt.torch.quantization.utils import export_torch_mode
 
@@ -263,7 +263,7 @@ class Modelopt:
             return torch.export.export(model, (self.inputs(0, dtype),), strict=False)
 
     def checkpoint(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """Quantized weights and their scales, as ModelOpt's export for Hugging Face writes them."""
+        """Quantized weights and scales as ModelOpt exports them for Hugging Face."""
         from modelopt.torch.export.unified_export_hf import _export_quantized_weight
 
         model = copy.deepcopy(model)
@@ -273,7 +273,7 @@ class Modelopt:
         return {name: value for name, value in state.items() if "quantizer" not in name}
 
     def calibrated(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """Float weights, and what was measured of the inputs of layers."""
+        """Float weights, and the calibration of layer inputs."""
         state = model.state_dict()
         return {n: v for n, v in state.items() if "weight_quantizer" not in n}
 

@@ -1,4 +1,4 @@
-"""A saved module, its scheme and a checkpoint, in a process that imported nothing else."""
+"""A refit of a saved module with its scheme in a process without other imports."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(folder, verifier):
 
 
 def test_quantized_values_of_torchao(made, ids, tmp_path):
-    """Nothing is quantized here; but the kept program holds an op of torchao's."""
+    """No weight is quantized here, but the module's program has an op of torchao."""
     case = made("int4-group-8")
     case.compiled.save(tmp_path / "module")
     case.scheme.save(tmp_path / "scheme.json")

@@ -1,4 +1,4 @@
-"""The formulas that a refit uses, against ModelOpt's own code."""
+"""The formulas of a refit against ModelOpt's own code."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_every_scale_that_was_computed_has_its_amax(dtype, kind):
 
 
 def test_a_scale_that_no_amax_gives():
-    """Of float32 numbers, one in eight is no quotient by 448."""
+    """One in eight float32 numbers is not a quotient by 448."""
     low = torch.tensor(1.25).view(torch.int32)
     scales = torch.arange(int(low), int(low) + 64, dtype=torch.int32).view(torch.float32)
     missing = [s for s in scales if formulas.amax_for(s, "fp8", torch.float32) is None]

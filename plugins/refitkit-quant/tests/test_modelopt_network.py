@@ -1,4 +1,4 @@
-"""FP8 in TensorRT networks: the engine after a refit is the one built from the new model."""
+"""FP8 in TensorRT networks: a refit gives the engine that the new model would build."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WEIGHT_SLOT = "a.weight_quantizer/quantize_op_1_quantize_input CONSTANT"
 
 @dataclass(frozen=True)
 class Network:
-    """A compiled FP8 network, and ModelOpt's side."""
+    """A compiled FP8 network, and ModelOpt's steps."""
 
     modelopt: Any
     pipeline: Any
@@ -56,7 +56,7 @@ def network(modelopt, with_scheme):
 
 @pytest.fixture(scope="module")
 def other(network):
-    """What seed 1 builds from scratch."""
+    """The network that is built from the model of seed 1."""
     return network.built(1)
 
 
@@ -78,7 +78,7 @@ def test_the_state_dict_of_the_quantized_model(network, other):
 
 
 def test_a_checkpoint_of_quantized_weights(network, other, same):
-    """Scales are the same bits; weights are those that the checkpoint's values stand for."""
+    """Scales have the same bits; weights are those that the checkpoint represents."""
     weights = network.modelopt.checkpoint(network.modelopt.quantized(1))
     assert weights["a.weight"].dtype is torch.float8_e4m3fn
     report = network.refit(weights)

@@ -1,4 +1,4 @@
-"""INT8 and FP8 of ModelOpt on AOTInductor: formulas, checkpoints, and what is refused."""
+"""INT8 and FP8 of ModelOpt on AOTInductor: formulas, checkpoints and refusals."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def int8_module(modelopt, with_scheme):
 
 @pytest.fixture
 def int8(int8_module):
-    """With the weights of seed 0."""
+    """The INT8 case with the weights of seed 0."""
     int8_module.refit(int8_module.quantized(0).state_dict())
     return int8_module
 
@@ -156,7 +156,7 @@ def test_every_value_that_has_no_scale(int8, same):
     assert found["a.weight", "no scale"].found.startswith("1 of 32 scales")
     amax = int8.quantized(1).state_dict()[AMAX].clone()
     del weights["b.weight"], weights["b.input_quantizer._amax"]
-    weights[AMAX] = amax  # a scale of one's own is the way out
+    weights[AMAX] = amax  # passing a scale helps
     int8.refit(weights, partial=True)
     assert not int8.slots()[WEIGHT][4].any()
 

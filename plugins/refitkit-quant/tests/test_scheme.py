@@ -1,4 +1,4 @@
-"""Schemes as files, settings, names that belong together."""
+"""Schemes as files, settings, and names of weights and scales."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading a scheme off torchao's tensors: nothing is guessed."""
+"""Reading a scheme from torchao's tensors, with a proof for each rule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Float checkpoint in, torchao's own quantization out: slots and answers, bit for bit."""
+"""Float checkpoints become torchao's quantization: slots and outputs, bit for bit."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_delta_writes_the_one_weight_that_changed(int8, same):
 
 
 def test_the_name_of_a_tied_weight_is_enough(int8, same):
-    """As checkpoints of tied models are saved: the embedding alone."""
+    """Checkpoints of tied models have the embedding only."""
     state = int8.floats(1).state_dict()
     int8.refit(state)
     whole = int8.slots()

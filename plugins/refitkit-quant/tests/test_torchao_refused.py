@@ -1,4 +1,4 @@
-"""What is refused, with everything that is wrong named, and the module as it was."""
+"""Refused weights: the error lists all problems, and the module keeps its weights."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_without_torchao(int8, same, monkeypatch):
         int8.refit(int8.floats(1))
     assert "refitkit-quant[torchao]" in info.value.hint
     assert same(int8.slots(), before)
-    int8.refit(int8.eager(int8.floats(1)).state_dict())  # nothing to quantize: nothing to install
+    int8.refit(int8.eager(int8.floats(1)).state_dict())  # needs no torchao
 
 
 @pytest.mark.parametrize(("version", "right"), [("0.19.0", False), ("0.18.7+cpu", True)])

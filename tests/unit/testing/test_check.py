@@ -1,4 +1,4 @@
-"""The kit run without a test file: which suites, what becomes of each check, what is missing."""
+"""The kit without a test file: suites, results and missing suites."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Some:
 
 
 class Plugin:
-    """A plugin with a backend and whatever suites it is given."""
+    """A plugin with a backend and the given suites."""
 
     name = "mine"
 
@@ -216,7 +216,7 @@ def test_what_built_ins_offer_keeps_its_contract(refitkit_host: Hosts, name: str
 
 
 def test_no_configuration_of_the_folder_takes_part(tmp_path: Any) -> None:
-    """A ``conftest.py`` and a ``pytest.ini`` where the command is run change nothing."""
+    """A ``conftest.py`` and a ``pytest.ini`` in the working directory have no effect."""
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --no-such-option\n")
     (tmp_path / "conftest.py").write_text("raise RuntimeError('read')\n")
     code = (

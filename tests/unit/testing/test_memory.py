@@ -1,4 +1,4 @@
-"""Counting what torch has made and somebody holds; values that suites make up."""
+"""Counting of allocated memory, and random values."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_values_fit_and_differ_by_seed(dtype: str, shape: tuple[int, ...] | None
 
 
 def test_values_have_zeros_of_either_sign() -> None:
-    """What compares values instead of bits shows."""
+    """Code that compares values instead of bits fails with them."""
     slot = slot_for("s", torch.zeros(3))
     zeros = [oracles.random_values([slot], seed)["s"][0] for seed in (1, 2)]
     assert [(float(zero), bool(zero.signbit())) for zero in zeros] == [(0, True), (0, False)]

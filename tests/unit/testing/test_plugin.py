@@ -1,4 +1,4 @@
-"""The pytest plugin: its fixtures, and what loading it costs."""
+"""The pytest plugin: its fixtures, and its imports."""
 
 from __future__ import annotations
 

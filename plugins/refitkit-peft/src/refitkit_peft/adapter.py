@@ -184,6 +184,7 @@ def _require_one_adapter(what: str, keys: Iterable[AdapterKey]) -> None:
         problems = [Problem(name, "adapter") for name in names]
         hint = "Save each by itself: model.save_pretrained(path, selected_adapters=[name])."
         raise SourceError(f"{what} contains several adapters.", problems=problems, hint=hint)
+    # Foreign entries count here: their own problem says more than "no factors".
     factors = {Role.DOWN, Role.UP, Role.TABLE_DOWN, Role.TABLE_UP, Role.FOREIGN}
     if not any(key.role in factors for key in keys):
         raise SourceError(f"{what} contains no factors of a LoRA adapter.")
@@ -450,6 +451,7 @@ class Scales:
         ordered = sorted(declarations, key=lambda one: not one.of_component and len(one.scope))
         for one in ordered:
             config = one.conv if one.conv is not None and parts.has_kernel else one.config
+            # Defaults are not declarations, so only the fields that the file sets count.
             given = config.model_dump(exclude_unset=True)
             if one.by_layer:
                 given = {k: v for k, v in given.items() if k not in {"r", "lora_alpha"}}

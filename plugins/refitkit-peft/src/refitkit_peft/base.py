@@ -226,6 +226,7 @@ class Base:
         Raises:
             RefitError: The adapters cannot be read or do not fit, as in a refit.
         """
+        # Reading an entry computes its sum and puts it into the ready set.
         source = self.source(Lora(self, adapters, component, alphas or {}))
         for name in source.touched:
             source.get(name)

@@ -30,6 +30,7 @@ def problems(plan: PlanData, source: WeightSource) -> Iterator[Problem]:
     if not touched:
         return
     ties = {name: tie for tie in plan.ties for name in tie}
+    # An adapter on an unused weight changes no output, so it is no problem.
     read = (leaf.fqn for leaf in plan.leaves if leaf.used)
     used = {twin for name in read for twin in ties.get(name, (name,))}
     filling = _filling(plan, ties)
@@ -37,6 +38,7 @@ def problems(plan: PlanData, source: WeightSource) -> Iterator[Problem]:
         if name in used and name not in filling:
             hint = "compile the model so that the engine has a slot for this weight"
             yield Problem(name, "not refittable", "an adapter", "a slot that depends on it", hint)
+        # A source that also has the other names gives them values of its own.
         others = [twin for twin in ties.get(name, ()) if twin != name]
         if others and not any(twin in source.names() for twin in others):
             found = f"an adapter, but no {', '.join(map(repr, others))}"

@@ -29,6 +29,7 @@ def scales_of(adapters: tuple[str, ...]) -> dict[str, float]:
         click.UsageError: A scale is not a number, or an adapter is repeated.
     """
     found: dict[str, float] = {}
+    # rpartition: only the text after the last = is the scale.
     for text in adapters:
         name, equals, scale = text.rpartition("=")
         if not equals or Path(text).exists():

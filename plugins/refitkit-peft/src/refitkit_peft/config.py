@@ -160,10 +160,12 @@ class AdapterConfig(BaseModel):
             yield Problem("peft_type", "cannot be merged", kind, "LORA")
             return
         init = self.init_lora_weights
+        # These adapters are differences to a base that the initialization changed.
         if isinstance(init, str) and init.lower().startswith(_OTHER_BASES):
             hint = "save it with path_initial_model_for_weight_conversion, to convert it to yours"
             yield Problem("init_lora_weights", "made for a changed base", init, hint=hint)
         for name, value in (self.model_extra or {}).items():
+            # Unset settings are harmless: newer versions of peft write all fields with defaults.
             if value and name in NOT_MERGED:
                 yield Problem(name, "cannot be merged", hint=NOT_MERGED[name])
             elif value and name not in _TRAINING_ONLY:
@@ -232,6 +234,7 @@ def _matching(patterns: Iterable[str], modules: Iterable[str]) -> str:
 
     As ``get_pattern_key`` in ``utils/other.py`` of peft. ``_is_fast`` bounds the time of a match.
     """
+    # The regular expression is peft's, so that the same modules match.
     names = list(modules)
     found = (key for key in patterns if any(re.match(rf"(.*\.)?({key})$", name) for name in names))
     return next(found, names[0])

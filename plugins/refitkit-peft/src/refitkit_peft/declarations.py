@@ -191,6 +191,7 @@ class _Entry:
 def _entries(metadata: Mapping[str, Any], problems: list[Problem]) -> Iterator[_Entry]:
     """Fields in all spellings except kohya's."""
     for key, value in metadata.items():
+        # Three spellings: JSON text, a dictionary, and one entry for each field.
         if key in _JSON:
             config = _json(key, value, problems)
             if config is not None:
@@ -230,6 +231,7 @@ def _of_config(config: Mapping[Any, Any], where: str, scope: str, left: int) -> 
             continue
         before, _, name = key.rpartition(".")
         inner = is_component(key) or key in _CONTAINERS
+        # A dictionary named after a component gives its fields this scope.
         if inner and left and isinstance(value, Mapping):
             own = key if is_component(key) else scope
             yield from _of_config(value, f"{where}.{key}", own, left - 1)
@@ -243,8 +245,10 @@ def _of_entry(key: str, value: Any, problems: list[Problem]) -> Iterator[_Entry]
     before, _, name = key.rpartition(".")
     known = name in _ALPHAS or name in _RANKS
     setting = name in _SETTINGS and (not before or is_component(before))
+    # Anything else in the metadata does not concern the values of the adapter.
     if not known and not setting:
         return
+    # Header entries are texts, also numbers and None.
     if isinstance(value, str):
         text = value.strip()
         if text.lower() in _ABSENT:
@@ -275,6 +279,7 @@ def _plain_value(text: str) -> Any:
         pass
     try:
         return ast.literal_eval(text) if len(text) <= _LITERAL_LIMIT else text
+    # ast.literal_eval documents these errors for hostile input.
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
         return text
 
@@ -301,6 +306,7 @@ def _declared(
 def _main_entry(entries: Iterable[str]) -> str:
     """The entry to name in messages: one of alpha if there is one, else the first."""
     some = list(entries)
+    # Entries are named "<entry>: <key>" or "<component>.<field>".
     alphas = [one for one in some if one.rpartition(" ")[2].rpartition(".")[2] in _ALPHAS]
     return (alphas or some)[0]
 
@@ -314,6 +320,7 @@ def _of_kohya(metadata: Mapping[str, Any], problems: list[Problem]) -> Iterator[
     rank = _of_kohya_number("ss_network_dim", metadata, problems)
     if alpha is None and rank is None:
         return
+    # Some arguments give single layers other numbers. Then only their tensors count.
     conv, by_layer = _arguments_of_kohya(metadata, problems)
     if rank is None and metadata.get("ss_network_dim") is not None:
         # The text is "None" with --dim_from_weights, which ignores ss_network_alpha, or "Dynamic".
@@ -387,6 +394,7 @@ def _of_ai_toolkit(metadata: Mapping[str, Any]) -> Iterator[Declaration]:
 
 
 def _differ(one: Any, other: Any) -> bool:
+    # Values come from a file: comparing deeply nested ones may fail.
     try:
         return bool(one != other)
     except (RecursionError, ValueError):

@@ -107,6 +107,7 @@ def summed(base: torch.Tensor, edits: Sequence[Scaled]) -> torch.Tensor:
     """
     wide = torch.float64 if base.dtype is torch.float64 else torch.float32
     with _isolated(base.device):
+        # Replace first, then add products, then biases: the order of the edits does not matter.
         start = next((e.edit.value for e in edits if isinstance(e.edit, Replaced)), base)
         total = start.to(base.device, wide).contiguous()
         products = [(e.edit, e.scale) for e in edits if isinstance(e.edit, Product)]

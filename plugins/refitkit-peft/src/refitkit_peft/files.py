@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from refitkit.files.file_state import Difference
 
+# Other files in the folder, such as logs, may change during a refit.
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".metadata", ".json")
 
 
@@ -66,6 +67,7 @@ class FileSnapshot:
         """
         found = {}
         for file in files:
+            # FileState.settled waits until a later write would get another time stamp.
             try:
                 found[file] = FileState.settled(file.stat)
             except OSError as exc:

@@ -60,14 +60,17 @@ class AdapterKey:
 
 _NAME = r"(?:\.(?P<adapter>[^.]+))?"
 _FORMS: tuple[tuple[str, Role], ...] = (
+    # peft, and new diffusers
     (rf"\.lora_A{_NAME}\.weight", Role.DOWN),
     (rf"\.lora_B{_NAME}\.weight", Role.UP),
     (rf"\.lora_B{_NAME}\.bias", Role.UP_BIAS),
     (rf"\.lora_embedding_A{_NAME}", Role.TABLE_DOWN),
     (rf"\.lora_embedding_B{_NAME}", Role.TABLE_UP),
     (r"\.lora_magnitude_vector(?:\.(?!weight$)(?P<adapter>[^.]+))?(?:\.weight)?", Role.MAGNITUDE),
+    # old diffusers
     (r"(?:_lora|\.lora|\.lora_linear_layer)\.down\.weight", Role.DOWN),
     (r"(?:_lora|\.lora|\.lora_linear_layer)\.up\.weight", Role.UP),
+    # kohya's scripts
     (r"\.lora_down\.weight", Role.DOWN),
     (r"\.lora_up\.weight", Role.UP),
     (r"\.dora_scale", Role.MAGNITUDE),
@@ -86,6 +89,7 @@ _FOREIGN = re.compile(
 _COMPONENT = re.compile(r"(unet|transformer(?:_\d)?|text_encoder(?:_\d)?)\.")
 """Prefix that diffusers adds to module names (``pack_weights`` in ``loaders/lora_base.py``)."""
 
+# kohya's scripts join the whole path with underscores, so only the prefix names the model.
 _FLAT = {
     "lora_unet_": "unet",
     "lora_transformer_": "transformer",
@@ -109,6 +113,7 @@ _OLD_PROJECTION = re.compile(r"\.to_(q|k|v|out)_lora\.(down|up)\.weight$")
 
 def read_key(text: str) -> AdapterKey:
     """The parsed key of an entry; any text that no form matches is the name of a whole weight."""
+    # First: the forms below would take these entries for whole weights.
     if _FOREIGN.search(text):
         return AdapterKey(text, Role.FOREIGN, text)
     for reader, role in _READERS:
@@ -143,6 +148,7 @@ def _saved_module(text: str) -> tuple[str, str]:
     parts = text.split(".")
     if "modules_to_save" not in parts[:-1]:
         return text, ""
+    # The path is <module>.modules_to_save[.<adapter>].<parameter>.
     at = parts.index("modules_to_save")
     named = len(parts) - at > 2  # noqa: PLR2004 - the adapter, and at least one more
     name = ".".join(parts[:at] + parts[at + 1 + named :])
@@ -163,6 +169,7 @@ def names_of_base(names: Collection[str]) -> tuple[dict[str, str], int]:
         The source's name for each name of the model, and the number of entries that are left out
         because they belong to adapters.
     """
+    # Only a base that shows adapters: others may have modules with these names.
     if not any(_WRAPPED.search(name) for name in names):
         return {name: name for name in names}, 0
     found = {

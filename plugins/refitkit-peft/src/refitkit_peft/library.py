@@ -146,6 +146,7 @@ class AdapterLibrary:
         """
         used: list[UsedAdapter] = []
         unreadable: list[SourceError] = []
+        # Collect all errors, so that one message lists the problems of all adapters.
         for name, scale in lora.adapters.items():
             try:
                 adapter, fitted = self._fit(name, lora, store, names)
@@ -159,6 +160,7 @@ class AdapterLibrary:
     def _fit(self, name: str, lora: Lora, store: Store, names: BaseNames) -> tuple[Adapter, Fitted]:
         read = self._added.get(name) or self._by_path(name)
         alpha = lora.alphas.get(name, read.alpha)
+        # The same files give another adapter for another component or alpha.
         key = lora.component, alpha
         if key not in read.fitted:
             adapter = adapter_of(read.contents, lora.component, alpha)
@@ -174,6 +176,7 @@ class AdapterLibrary:
             files = None if path is None else FileSnapshot.at(path)
             known = _ReadAdapter(self.read(name), files, {})
         self._opened[name] = known
+        # Move the adapter to the end first: the least recently used is dropped.
         while len(self._opened) > _OPENED:
             self._opened.popitem(last=False)
         return known

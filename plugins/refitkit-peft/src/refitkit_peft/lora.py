@@ -66,6 +66,7 @@ def checked_alpha(alpha: object) -> Alpha:
     if isinstance(alpha, int | float) and not isinstance(alpha, bool):
         try:
             number = float(alpha)
+        # float() of a huge int raises instead of returning infinity.
         except OverflowError:
             number = math.inf
         if math.isfinite(number) and number > 0:

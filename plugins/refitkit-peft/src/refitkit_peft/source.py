@@ -90,6 +90,7 @@ class LoraSource:
 
     def revision(self, fqn: str) -> Hashable | None:
         """The revision of the base and the added edits; see ``KnowsRevisions``."""
+        # Equal revisions let refits with delta=True skip the entry.
         base = self._store.revision(fqn)
         if fqn not in self._edits or base is None:
             return base

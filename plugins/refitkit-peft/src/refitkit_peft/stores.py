@@ -93,6 +93,7 @@ class Store:
                 if not self.infos[name].unusable
             ]
             self._copies = _copied(source, usable, kind, device)
+            # Files may change while they are copied. Later changes do not matter.
             if isinstance(source, MayChange):
                 source.require_unchanged()
             if reread:
@@ -261,6 +262,7 @@ def _mapped(source: WeightSource, names: list[str]) -> dict[str, torch.Tensor]:
         for name in names:
             file.seek(offsets[name])
             file.write(_raw(source.get(name)))
+        # Blocks that were never written are zero: the padding between tensors.
         file.truncate(size)
         file.flush()
         # The file never has another name, so no other process can truncate it.
@@ -277,6 +279,7 @@ def _temporary_file(what: str) -> IO[bytes]:
 
 
 def _raw(value: torch.Tensor) -> memoryview | bytes:
+    # An empty tensor has no memory to view as bytes.
     plain = value.detach().cpu().contiguous().reshape(-1)
     return plain.view(torch.uint8).numpy().data if plain.numel() else b""
 

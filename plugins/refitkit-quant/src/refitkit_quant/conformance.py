@@ -83,6 +83,7 @@ class TorchaoSuite(_Quantizing):
 
     def expected(self, seed: int) -> Mapping[str, torch.Tensor]:
         tensor = self._quantized(seed)
+        # Written out instead of calling parts_of: an oracle must not use the plugin's code.
         names, _ = tensor.__tensor_flatten__()
         lead = "l.parametrizations.weight.original"
         return {f"{lead}{i}": getattr(tensor, name) for i, name in enumerate(names)}
@@ -157,6 +158,7 @@ def _weight(seed: int) -> torch.Tensor:
 def suites() -> list[type[TransformSuite]]:
     """The suites that can run on this machine: torchao's only if it is installed."""
     found: list[type[TransformSuite]] = [ModeloptSuite, ExportedSuite]
+    # modelopt itself is not needed: its formulas are plain arithmetic.
     if find_spec("torchao") is not None:
         found += _of_torchao()
     return found

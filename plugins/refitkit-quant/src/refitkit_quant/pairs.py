@@ -27,6 +27,7 @@ def incomplete_pairs(leaves: Iterable[str], names: Collection[str]) -> Iterator[
         leaves: FQNs of all leaves of the program.
         names: FQNs of all entries of the source.
     """
+    # A dict keeps the order, and looks names up fast.
     known = dict.fromkeys(leaves)
     for leaf in known:
         for suffix in (WEIGHT_AMAX, INPUT_AMAX):
@@ -35,6 +36,7 @@ def incomplete_pairs(leaves: Iterable[str], names: Collection[str]) -> Iterator[
                 # Layers without weights have input scales, too.
                 if weight not in known:
                     continue
+                # A scale alone would change the meaning of the old weight.
                 if leaf in names and weight not in names:
                     yield scale_without_weight(leaf, weight)
                 elif suffix == WEIGHT_AMAX and weight in names and leaf not in names:

@@ -38,6 +38,7 @@ def read_scheme(
             weights.append(one)
         else:
             unclear.append(one.problem)
+    # Report unsupported weights first: no original or config would help with them.
     if unsupported or not (weights or unclear):
         message = (
             "Some weights are quantized in ways that this plugin does not support."

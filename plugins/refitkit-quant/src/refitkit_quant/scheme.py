@@ -158,6 +158,7 @@ class Scheme(Frozen):
         Raises:
             RefitError: The file cannot be written; the message has the reason.
         """
+        # Imported on first use, to keep the import of the plugin fast.
         from refitkit.files.archive import saying_why
 
         path = Path(path)
@@ -190,6 +191,7 @@ def problems_of(error: ValidationError, prefix: str = "") -> Iterator[Problem]:
     """
     for one in error.errors():
         where = ".".join(map(str, one["loc"]))
+        # pydantic gives no location for an error of the whole value.
         subject = f"{prefix}.{where}" if prefix and where else prefix or where or "scheme"
         yield Problem(subject, one["type"].replace("_", " "), hint=one["msg"])
 
@@ -219,6 +221,7 @@ class QuantSettings(Frozen):
     @field_validator("scheme", mode="before")
     @classmethod
     def _from_file(cls, value: Any) -> Any:
+        # A text or path in the settings names a file.
         return Scheme.load(value) if isinstance(value, str | Path) else value
 
     @classmethod

@@ -68,11 +68,13 @@ class TransformSource:
         name = name or entry.name
         info = self._source.info(name)
         wanted = TensorInfo(dtype=entry.dtype, shape=entry.shape)
+        # An unusable entry has no dtype or shape to compare.
         if info.unusable:
             yield Problem(name, "unusable", info.unusable, str(entry))
             return
         if info.dtype != entry.dtype:
             yield Problem(name, "dtype", info.dtype, entry.dtype, _NO_CAST)
+        # A scale of one element may be a scalar or have shape (1,).
         if info.shape != entry.shape and not (any_shape and info.count == wanted.count):
             yield Problem(name, "shape", str(info.shape), str(entry.shape))
 
@@ -110,6 +112,7 @@ class TransformSource:
         wide = weight.float()
         scale = float(wide.abs().max()) if wide.numel() else 0.0
         error = float((dequantized.float() - wide).abs().max()) if wide.numel() else 0.0
+        # Relative to the largest element, so that one setting fits weights of all sizes.
         limit = self._limit * scale
         share = error / scale if scale else 0.0
         return OutputMeasure(

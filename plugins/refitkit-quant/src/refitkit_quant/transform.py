@@ -51,6 +51,7 @@ class QuantTransform:
                 from the scheme; lists every problem.
         """
         leaves = {leaf.fqn: leaf for leaf in request.plan.data.leaves}
+        # Check the scheme first: with the wrong scheme, problems of the weights would mislead.
         misfits = list(self._misfits(leaves))
         if misfits:
             message = "The quantization scheme is not of this program."
@@ -61,6 +62,7 @@ class QuantTransform:
         groups: list[WeightGroup] = []
         problems: list[Problem] = []
         for weight in self._scheme.weights:
+            # Collect all problems, so that one error lists them.
             try:
                 groups += self._groups_of(weight, source)
             except WeightMismatchError as exc:

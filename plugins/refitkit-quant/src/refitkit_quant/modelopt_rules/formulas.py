@@ -81,5 +81,6 @@ def amax_for(scale: torch.Tensor, kind: Format, dtype: torch.dtype) -> torch.Ten
     rounds to one scale, or it is within half a step of the scale.
     """
     wanted = scale.float()
-    found = (wanted.double() * BOUND[kind]).to(dtype)  # exact in float64, then rounded once
+    # The product of a float32 and a bound of at most 9 bits is exact in float64; round it once.
+    found = (wanted.double() * BOUND[kind]).to(dtype)
     return found if torch.equal(scale_of(found, kind), wanted) else None

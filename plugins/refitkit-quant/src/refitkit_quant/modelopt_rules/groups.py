@@ -87,11 +87,13 @@ class CheckpointWeight:
         """Why the source cannot give the weight, from headers only."""
         name, names = self.weight.weight.name, self.source.names
         inputs = [] if self.weight.input_amax is None else [self.weight.input_amax.name]
+        # Without the weight, any of its scales is an error.
         if not self.has_weight:
             for scale in (self.weight.amax.name, self._scale, *inputs, self._input_scale):
                 if scale in names:
                     yield scale_without_weight(scale, name)
             return
+        # The dtype of the entry decides between the two forms.
         yield from self._of_stored() if self._is_stored else self._of_float()
         for scale in inputs:
             if scale in names and self._input_scale in names:
@@ -127,6 +129,7 @@ class CheckpointWeight:
             yield Problem(entry.name, "weight without scale", wanted=amax.name, hint=_ON_GIVEN)
 
     def _misfits_of_scale(self, name: str, amax: TensorSpec | None) -> Iterator[Problem]:
+        # Exported scales may have other shapes than amax, such as (1,) for ().
         info = self.source.info(name)
         wanted = info_of(amax).count if amax else 1
         if info.unusable or info.dtype not in _FLOATS:
@@ -145,6 +148,7 @@ class CheckpointWeight:
         if weight.input_amax is not None and self._input_scale in names:
             takes.append(self._input_scale)
             gives[weight.input_amax.name] = info_of(weight.input_amax)
+        # Values are checked when the first group is made: groups() reads headers only.
         self.source.add_check(self._value_problems)
         return WeightGroup(tuple(takes), gives, self._make)
 
@@ -152,6 +156,7 @@ class CheckpointWeight:
         self.source.require_valid(self._value_problems)
         weight, source = self.weight, self.source
         amax = self._amax()
+        # The error is measured against the exact weight, before its cast to the program's dtype.
         exact = self._exact()
         value = exact.to(dtype_of(weight.weight.dtype))
         values = {weight.weight.name: value, weight.amax.name: amax}
@@ -218,6 +223,7 @@ class CheckpointWeight:
 
 def _why_not_positive(scale: torch.Tensor) -> str:
     """Why a scale is unusable; empty if all its elements are positive and finite."""
+    # ModelOpt divides by amax, so that zero would give infinite values.
     good = torch.isfinite(scale) & (scale > 0)
     if good.all():
         return ""

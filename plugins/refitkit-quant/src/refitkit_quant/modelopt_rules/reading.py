@@ -26,6 +26,7 @@ _INPUT = "input_quantizer"
 
 def read(model: torch.nn.Module) -> Iterator[ModeloptWeight | Problem]:
     """Each weight with an enabled quantizer; or a problem if this plugin has no rule for it."""
+    # remove_duplicate=False: a shared module has weights under several names.
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, child in module.named_children():
             if name.endswith(_WEIGHT) and _is_on(child):
@@ -43,6 +44,7 @@ def _is_on(quantizer: Any) -> bool:
 
 def _why_unsupported(module: torch.nn.Module, name: str, quantizer: Any) -> str:
     """Why this plugin has no rule for a weight; empty if it has one."""
+    # A subclass or a sequence of quantizers has other formulas.
     if type(quantizer) is not TensorQuantizer:
         return f"a {type(quantizer).__name__}"
     if name != _WEIGHT or module._parameters.get("weight") is None:  # noqa: SLF001 - the attribute is the quantized one
@@ -91,9 +93,11 @@ def _unsupported_input_settings(quantizer: Any) -> list[str]:
 def _weight(lead: str, module: torch.nn.Module, quantizer: Any) -> ModeloptWeight:
     weight = module._parameters["weight"]  # noqa: SLF001 - the attribute may be the quantized one
     amax = quantizer._amax  # noqa: SLF001 - torch.export names this buffer
+    # ModelOpt stores one axis as a number or as a tuple.
     axis = quantizer.axis[0] if isinstance(quantizer.axis, tuple | list) else quantizer.axis
     # The calibration method is not stored. If the largest element gives the amax, it was "max".
     computed = largest(weight.detach(), axis).reshape(amax.shape)  # type: ignore[union-attr]
+    # A layer that quantizes only its weight has no calibration of the input.
     inputs = getattr(module, _INPUT, None)
     input_amax = getattr(inputs, "_amax", None) if inputs is not None and _is_on(inputs) else None
     return ModeloptWeight(

@@ -38,6 +38,7 @@ def weight_groups(
     problems = list(_problems(weight, name, source))
     if problems:
         raise WeightMismatchError("A weight does not fit its scheme.", problems=problems)
+    # Parts in the source pass through unchanged, so they need no torchao.
     if name is None or weight.parts[0].name in source.names:
         return []
 
@@ -56,6 +57,7 @@ def _problems(
     parts = [part.name for part in weight.parts]
     present = [part for part in parts if part in source.names]
     lacking = ", ".join(part for part in parts if part not in source.names)
+    # Under another tied name, the float weight and the parts can be different tensors.
     if name == weight.weight.name and present:
         yield Problem(name, "given twice", wanted=", ".join(present), hint=_ON_TWICE)
     elif present and lacking:
@@ -82,6 +84,7 @@ def _group(weight: TorchaoWeight, name: str, source: TransformSource) -> WeightG
         return source.not_finite(name)
 
     def make() -> Made:
+        # torchao is optional and slow to import: only a weight that has to be quantized needs it.
         from refitkit_quant.torchao_rules.quantizing import parts_of, quantized
 
         source.require_valid(check)
@@ -95,6 +98,7 @@ def _group(weight: TorchaoWeight, name: str, source: TransformSource) -> WeightG
         measure = source.measure(weight.parts[0].name, value, tensor.dequantize())
         return Made(values, (measure,))
 
+    # make() may never run for this group, but its values belong to the list of problems.
     source.add_check(check)
     return WeightGroup((name,), gives, make)
 
@@ -128,6 +132,7 @@ def require_version(versions: Mapping[str, str]) -> None:
             "torchao, which has to quantize the weights, is not installed.",
             hint="Install it: pip install 'refitkit-quant[torchao]'.",
         )
+    # Patch releases do not change roundings; minor releases of torchao may.
     if _minor(found) != _minor(wanted):
         raise ConfigError(
             "The quantization scheme is of another torchao, which may round differently.",

@@ -36,6 +36,7 @@ def quantized(rule: Rule, weight: torch.Tensor) -> Any:
     # quantize_ takes modules only, so put the weight into one.
     holder = torch.nn.Module()
     holder.weight = torch.nn.Parameter(weight.detach(), requires_grad=False)
+    # The filter selects the holder itself: by default quantize_ takes only Linear layers.
     with torch.no_grad():
         quantize_(holder, config_of(rule), filter_fn=lambda module, _: module is holder)
     return holder.weight.detach()
@@ -46,6 +47,7 @@ def parts_of(tensor: Any) -> list[torch.Tensor]:
 
     As in ``torchao.utils.UnwrapTensorSubclass.right_inverse`` (0.18).
     """
+    # The names of torchao's own fields, without parts that are None.
     names, _ = tensor.__tensor_flatten__()
     return [getattr(tensor, name) for name in names]
 
@@ -54,6 +56,7 @@ def config_of(rule: Rule) -> Any:
     """Torchao's config for a rule, which does not change the settings of inductor."""
     if isinstance(rule, Int8WeightOnly):
         whole = {"row": PerRow(), "tensor": PerTensor()}
+        # PerGroup is the only granularity with a size.
         granularity = PerGroup(rule.group_size) if rule.group_size else whole[rule.granularity]
         return Int8WeightOnlyConfig(granularity=granularity, set_inductor_config=False)
     return IntxWeightOnlyConfig(

@@ -76,6 +76,7 @@ def find(model: torch.nn.Module) -> Iterator[QuantizedTensor]:
     """All tensors of a model that torchao quantized, unwrapped or not."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name in _tensor_names(module):
+            # getattr also returns parametrized tensors, which unwrap_tensor_subclass makes.
             value = getattr(module, name)
             if isinstance(value, TorchAOBaseTensor):
                 lead = f"{prefix}." if prefix else ""
@@ -117,6 +118,7 @@ def _read(
     said = rule_of(config, tensor) if config is not None else None
     if config is not None and said is None:
         return Problem(found.fqn, "not by this config", type(tensor).__name__, repr(config))
+    # A config names one rule. It is still proved if the originals are given.
     rules = [said] if said else candidates(tensor)
     if originals is None:
         fitting = rules
@@ -135,6 +137,7 @@ def _read(
 
 def _gives(rule: Rule, original: torch.Tensor, tensor: Any) -> bool:
     """Whether a rule makes the bits of a quantized tensor from the original weight."""
+    # Otherwise torchao would raise, or quantize in another dtype.
     if original.shape != tensor.shape or original.dtype != tensor.dtype:
         return False
     made, had = parts_of(quantized(rule, original)), parts_of(tensor)
@@ -150,6 +153,7 @@ def _weight(found: QuantizedTensor, rule: Rule, originals: Originals) -> Torchao
         found_text = ", ".join(_dtype_and_shape(part) for part in parts)
         wanted = ", ".join(_dtype_and_shape(part) for part in trial)
         return Problem(found.fqn, "other parts than its rule gives", found_text, wanted)
+    # unwrap_tensor_subclass numbers the parts, unless there is only one.
     numbers = range(len(parts))
     names = [f"{found.unwrapped}{i}" for i in numbers] if len(parts) > 1 else [found.unwrapped]
     return TorchaoWeight(
@@ -167,6 +171,7 @@ def _weight(found: QuantizedTensor, rule: Rule, originals: Originals) -> Torchao
 
 def _tied_names(fqn: str, originals: Originals) -> Iterator[str]:
     """Other names of an original tensor."""
+    # Tied names share memory in the originals; quantization breaks the tie.
     mine = originals.get(fqn)
     for name, other in originals.items():
         if mine is not None and name != fqn and _memory_key(other) == _memory_key(mine):
@@ -197,10 +202,12 @@ _SUPPORTED = "only Int8Tensor of weight-only quantization and IntxUnpackedToInt8
 
 def why_unsupported(tensor: Any) -> str:
     """Why this plugin has no rule for a quantized tensor; empty if it has one."""
+    # type() instead of isinstance: a subclass may quantize in another way.
     if type(tensor) is Int8Tensor:
         static = (tensor.act_quant_scale, tensor.act_quant_zero_point, tensor.act_pre_scale)
         if tensor.act_quant_kwargs is not None or any(part is not None for part in static):
             return "its activations are quantized or scaled as well"
+        # Int8WeightOnlyConfig sets neither a reduced range nor zero points.
         if tensor.reduce_range or _has_zero_points(tensor):
             return "Int8WeightOnlyConfig does not make an Int8Tensor like this"
         return "" if _granularity(tensor) else f"blocks of {tuple(tensor.block_size)}"
