@@ -272,7 +272,9 @@ class World:
     def untold(self, reason: str) -> Iterator[str]:
         """Say whether nobody was told why something was not done."""
         told = "\n".join(self.listener.told)
-        if not any(one in told for one in (reason, "is written to the cache", "is read from the cache")):
+        if not any(
+            one in told for one in (reason, "is written to the cache", "is read from the cache")
+        ):
             yield f"told {told!r}"
 
     def left(self) -> Iterator[str]:

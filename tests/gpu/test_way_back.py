@@ -14,6 +14,8 @@ from tests.gpu.trt_models import Convolutions, Fallback, Several, inputs_of, ran
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+KEEPING = refitkit.Pipeline(PIPELINE.config.model_copy(update={"keep_base": True}))
+
 KINDS = [Convolutions, Several, Fallback]
 RUNTIMES = ["python", "cpp"]
 
@@ -30,15 +32,15 @@ def test_back_to_the_last_and_to_the_first(
 ) -> None:
     """TensorRT cannot be read: what it was given is kept, and at first what it was built from."""
     compiled, inputs = compiled_by_us(kind, runtime), inputs_of(kind)
-    PIPELINE.refit(compiled, state(kind, 0))  # the builder may have chosen other kernels
+    KEEPING.refit(compiled, state(kind, 0))  # the builder may have chosen other kernels
     first = compiled(*inputs)
-    PIPELINE.refit(compiled, state(kind, 1))
+    KEEPING.refit(compiled, state(kind, 1))
     middle = compiled(*inputs)
-    result = PIPELINE.refit(compiled, state(kind, 2))
+    result = KEEPING.refit(compiled, state(kind, 2))
     assert not close(compiled(*inputs), middle)
     result.undo()
     assert same(compiled(*inputs), middle)
-    compiled.restore()
+    KEEPING.restore(compiled)
     assert same(compiled(*inputs), first)
     assert compiled.version == 5
 
@@ -47,15 +49,15 @@ def test_back_to_the_last_and_to_the_first(
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_that_are_given_up(kind: Callable[[], torch.nn.Module]) -> None:
     compiled, inputs = compiled_by_us(kind), inputs_of(kind)
-    PIPELINE.refit(compiled, state(kind, 1))
+    KEEPING.refit(compiled, state(kind, 1))
     wanted = compiled(*inputs)
-    PIPELINE.refit(compiled, state(kind, 2))
-    report = PIPELINE.refit(compiled, state(kind, 1), rollback=False).report
+    KEEPING.refit(compiled, state(kind, 2))
+    report = KEEPING.refit(compiled, state(kind, 1), rollback=False).report
     assert same(compiled(*inputs), wanted)
     assert "none" in {row.kind for row in report.memory}
     with pytest.raises(refitkit.NotRefittableError):
         compiled.restore()
-    PIPELINE.refit(compiled, state(kind, 2)).undo()
+    KEEPING.refit(compiled, state(kind, 2)).undo()
     assert same(compiled(*inputs), wanted)
 
 

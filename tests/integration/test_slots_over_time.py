@@ -105,7 +105,7 @@ class Life:
         }
         self.done: list[str] = []
         self.depth = seed % 4
-        self.pipeline = refitkit.Pipeline({"keep_versions": self.depth})
+        self.pipeline = refitkit.Pipeline({"keep_versions": self.depth, "keep_base": True})
         self.past = {first: Past(self.alive[0][1].copy())}
 
     def _refit(self, compiled: Any, held: dict[str, Any], state: Any, **how: Any) -> Any:
@@ -195,7 +195,7 @@ class Life:
         past, present = self.past[compiled], compiled.version
         version = self.random.randint(max(0, present - self.depth - 1), present)
         try:
-            report = compiled.restore(version).report
+            report = self.pipeline.restore(compiled, version).report
         except refitkit.NotRefittableError:
             kept = self.depth > 1 and present - version <= self.depth
             assert not kept or version < past.given_up
@@ -211,7 +211,7 @@ class Life:
         origin = compiled.origin
         gone = past.given_up > 0 if origin is None else LoadOrigin.of(origin.path) != origin
         try:
-            report = compiled.restore().report
+            report = self.pipeline.restore(compiled).report
         except refitkit.NotRefittableError:
             assert gone
             return

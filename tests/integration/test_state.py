@@ -241,14 +241,15 @@ def test_a_failed_refit_leaves_state_alone(options: dict[str, Any], fresh: Fresh
 def test_undo_leaves_state_that_the_refit_kept(fresh: Fresh) -> None:
     compiled = fresh()
     called(compiled)
-    result = refitkit.refit(compiled, model(1).state_dict())
+    keeping = refitkit.Pipeline({"keep_base": True})
+    result = keeping.refit(compiled, model(1).state_dict())
     compiled(X, AT[1])
     held = compiled.read("cache").clone()
     report = result.undo().report
     assert outcomes(report) == {"cache": "kept", "seen": "set"}
     assert bits(compiled.read("cache")) == bits(held)
     assert compiled.read("seen") == 1
-    report = compiled.restore().report
+    report = keeping.restore(compiled).report
     assert bits(compiled.read("cache")) == bits(held)
     assert outcomes(report)["cache"] == "kept"
 

@@ -30,11 +30,12 @@ def answers(modules: list[refitkit.CompiledModule]) -> list[str]:
 @pytest.mark.parametrize("name", ["transformer", "convnet"])
 def test_back_to_the_first_weights_from_anywhere(name: str, fresh: Fresh) -> None:
     compiled, args = fresh(name), CASES[name].args()
+    keeping = refitkit.Pipeline({"keep_base": True})
     first = digest(compiled(*args))
     some = dict(list(state(name, 2).items())[:1])
-    second = refitkit.refit(compiled, state(name, 1), inputs=args)
+    second = keeping.refit(compiled, state(name, 1), inputs=args)
     middle = digest(compiled(*args))
-    third = refitkit.refit(compiled, some, partial=True)
+    third = keeping.refit(compiled, some, partial=True)
     assert len({first, middle, digest(compiled(*args))}) == 3
     third.undo()
     assert digest(compiled(*args)) == middle
@@ -42,8 +43,8 @@ def test_back_to_the_first_weights_from_anywhere(name: str, fresh: Fresh) -> Non
         compiled.restore(1)
     second.undo()  # to version 0, of which there are copies
     assert digest(compiled(*args)) == first
-    refitkit.refit(compiled, state(name, 1))
-    report = compiled.restore().report
+    keeping.refit(compiled, state(name, 1))
+    report = keeping.restore(compiled).report
     assert digest(compiled(*args)) == first
     assert (report.version, report.verification is not None) == (6, True)
 

@@ -9,18 +9,19 @@ from tests.tensorrt.helpers import CASES, bytes_of, compiled_from, needs_torch_t
 
 pytestmark = needs_torch_tensorrt
 CASE = CASES["odd"]
+KEEPING = refitkit.Pipeline({"keep_base": True})
 
 
 def test_engine_bytes_are_those_from_before() -> None:
     compiled = compiled_from(CASE)
     first = bytes_of(compiled)
-    refitkit.refit(compiled, CASE.model(1).state_dict())
+    KEEPING.refit(compiled, CASE.model(1).state_dict())
     second = bytes_of(compiled)
-    third = refitkit.refit(compiled, CASE.model(2).state_dict())
+    third = KEEPING.refit(compiled, CASE.model(2).state_dict())
     assert len({str(first), str(second), str(bytes_of(compiled))}) == 3
     third.undo(verify="weights")
     assert bytes_of(compiled) == second
-    compiled.restore(verify="weights")
+    KEEPING.restore(compiled, verify="weights")
     assert bytes_of(compiled) == first
 
 
