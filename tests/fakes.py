@@ -49,7 +49,7 @@ from refitkit.protocols import (
 from refitkit.recipe import RefitPlan, TensorMap
 from refitkit.testing import fakes
 from refitkit.testing.fakes import BACKEND, FakeStaged, Tripwire, slot_for
-from refitkit.testing.oracles import bits
+from refitkit.testing.oracles import NewMemory, bits
 from refitkit.testing.scenes import leaf_for, make_plan, make_slot, plan_for, recipe_row
 
 if TYPE_CHECKING:
@@ -480,6 +480,21 @@ class TrippingPlugin:
         kind = {StageStarted: "start", StageFinished: "finish"}.get(type(event), "step")
         self.wire(f"refitkit_event {kind} {stage}")
         self.events.append(event)
+
+
+# -- memory -----------------------------------------------------------------------------------
+
+
+class PeakMemory(NewMemory):
+    """Records the most new memory that was held after an op, in bytes."""
+
+    peak = 0
+
+    def __torch_dispatch__(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().__torch_dispatch__(*args, **kwargs)
+        held = sum(one.nbytes for one in self._new.values() if not one.expired())
+        self.peak = max(self.peak, held)
+        return result
 
 
 # -- mappings ---------------------------------------------------------------------------------

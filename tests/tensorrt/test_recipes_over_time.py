@@ -79,6 +79,6 @@ def test_a_life(tmp_path: Path) -> None:
 
     told.texts.clear()
     assert pipeline.plan(CASE.program(3), target=again).data == again.plan.data
-    assert [text for text in told.texts if "lowering" in text or "is read from the cache" in text] == [
-        f"the plan is read from the cache: {next((tmp_path / 'plans').iterdir())}"
-    ]
+    assert [
+        text for text in told.texts if "lowering" in text or "is read from the cache" in text
+    ] == [f"the plan is read from the cache: {next((tmp_path / 'plans').iterdir())}"]

@@ -21,8 +21,7 @@ from refitkit.errors import (
 )
 from refitkit.model import DiffReport
 from refitkit.recipe import TensorMap
-from refitkit.testing.oracles import NewMemory
-from tests.fakes import FakeEngine, make_module, pipeline_with, plan_for, weights_for
+from tests.fakes import FakeEngine, PeakMemory, make_module, pipeline_with, plan_for, weights_for
 from tests.unit.builtin.torch_tensorrt.scenes import Scene, weights_of
 
 State = dict[str, torch.Tensor]
@@ -199,26 +198,14 @@ class Making:
         return torch.full((1024, 1024), self.value)
 
 
-class Peak(NewMemory):
-    """Notes the most that was held at once."""
-
-    most = 0
-
-    def __torch_dispatch__(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().__torch_dispatch__(*args, **kwargs)
-        held = sum(one.nbytes for one in self._seen.values() if not one.expired())
-        self.most = max(self.most, held)
-        return result
-
-
 def test_one_pair_at_a_time() -> None:
     """Twelve pairs of 8 MB; what it takes to compare one is less than 32 MB."""
     a, b = Making(1.0), Making(2.0)
-    with Peak() as memory:
+    with PeakMemory() as memory:
         report = diff(a, b)
     assert report.counts == {"changed": 12}
     assert a.read == b.read == list(a.names())
-    assert 8e6 < memory.most < 40e6
+    assert 8e6 < memory.peak < 40e6
 
 
 # -- with a plan ------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -11,23 +10,11 @@ import torch
 from refitkit.model.slot import ITEM_BYTES
 from refitkit.program import distance as module
 from refitkit.program.distance import Distance, distance, is_whole
-from refitkit.testing.oracles import NewMemory
+from tests.fakes import PeakMemory
 
 FLOATS = ["float16", "bfloat16", "float32", "float64", "complex64", "complex128", "float8_e5m2"]
 WHOLE = ["bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"]
 inf, nan = math.inf, math.nan
-
-
-class Peak(NewMemory):
-    """Notes the most that was held at once."""
-
-    peak = 0
-
-    def __torch_dispatch__(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().__torch_dispatch__(*args, **kwargs)
-        held = sum(one.nbytes for one in self._seen.values() if not one.expired())
-        self.peak = max(self.peak, held)
-        return result
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -160,6 +147,6 @@ def test_a_long_tensor_in_pieces_is_measured_as_a_whole_one() -> None:
 def test_a_large_tensor_takes_little_memory() -> None:
     a = torch.ones(8 * module.CHUNK, dtype=torch.bfloat16)
     b = a * 2
-    with Peak() as memory:
+    with PeakMemory() as memory:
         assert distance(a, b).relative == 1
     assert 0 < memory.peak < 64e6

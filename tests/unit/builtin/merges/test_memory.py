@@ -10,7 +10,7 @@ import torch
 from refitkit import TaskVectors, WeightedAverage
 from refitkit.builtin.merges import sources
 from refitkit.recipe import TensorMap
-from refitkit.testing.oracles import NewMemory
+from tests.fakes import PeakMemory
 from tests.unit.builtin.merges.helpers import opened, same
 
 if TYPE_CHECKING:
@@ -24,17 +24,6 @@ class Read(TensorMap):
 
     def get(self, fqn: str) -> torch.Tensor:
         return super().get(fqn).clone()
-
-
-class Peak(NewMemory):
-    """The most new memory that was held after an op."""
-
-    peak = 0
-
-    def __torch_dispatch__(self, *call: Any) -> Any:
-        result = super().__torch_dispatch__(*call)
-        self.peak = max(self.peak, sum(s.nbytes for s in self._seen.values() if not s.expired()))
-        return result
 
 
 def parts(count: int, dtype: torch.dtype) -> list[tuple[Any, float]]:
@@ -57,7 +46,7 @@ MERGES: dict[str, Callable[[int, torch.dtype], object]] = {
 def peak_of(merge: object) -> tuple[int, int]:
     """Bytes at the peak while all is read, and in the end."""
     source = opened(merge)
-    with Peak() as memory:
+    with PeakMemory() as memory:
         for name in source.names():
             source.info(name)
         opening = memory.kept()
