@@ -40,8 +40,8 @@ class Size(NamedTuple):
 
 
 LIMITS = {
-    "refitkit": Size(208, 1161, 19),
-    "refitkit.builtin": Size(66, 123, 0),
+    "refitkit": Size(182, 997, 0),
+    "refitkit.builtin": Size(65, 121, 0),
     "refitkit.builtin.aotinductor": Size(9, 18, 0),
     "refitkit.builtin.checks": Size(3, 2, 0),
     "refitkit.builtin.merges": Size(3, 2, 0),
@@ -53,7 +53,7 @@ LIMITS = {
     "refitkit.cli": Size(23, 66, 0),
     "refitkit.files": Size(7, 3, 0),
     "refitkit.model": Size(6, 10, 0),
-    "refitkit.pipeline": Size(47, 159, 19),
+    "refitkit.pipeline": Size(22, 97, 0),
     "refitkit.program": Size(9, 12, 0),
     "refitkit.protocols": Size(10, 26, 0),
     "refitkit.recipe": Size(17, 36, 0),
@@ -104,8 +104,8 @@ def print_goals(sizes: dict[str, Size]) -> None:
     files, functions = entered_by_a_refit()
     values = {
         "files in refitkit/": sizes["refitkit"].files,
-        "files of pipeline/": sizes["refitkit.pipeline"].files,
-        "files of recipe/": sizes["refitkit.recipe"].files,
+        "files of pipeline/": sizes["refitkit.pipeline"].files - 1,  # without __init__.py
+        "files of recipe/": sizes["refitkit.recipe"].files - 1,
         "files of torch_tensorrt/ (top)": len(top),
         "imports inside pipeline/": sizes["refitkit.pipeline"].imports,
         "imports inside recipe/": sizes["refitkit.recipe"].imports,
