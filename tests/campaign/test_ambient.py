@@ -12,7 +12,7 @@ import pytest
 from tests.campaign.ambient import IN_EVERYTHING, MODES, VERBS, Campaign, make_file
 
 ROOT = Path(__file__).parents[2]
-KEEPING = ("load", "refit", "save and load", "average", "copy", "verify", "read")
+KEEPING = ("load", "refit", "save and load", "refit with a merge", "copy", "verify", "read")
 """Verbs that make tensors which later refits use."""
 OTHERS = [mode for mode in MODES if mode not in {"none", *IN_EVERYTHING}]
 PAIRS = [

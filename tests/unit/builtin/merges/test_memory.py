@@ -33,7 +33,7 @@ class Peak(NewMemory):
 
     def __torch_dispatch__(self, *call: Any) -> Any:
         result = super().__torch_dispatch__(*call)
-        self.peak = max(self.peak, sum(s.nbytes for s in self._seen.values() if not s.expired()))
+        self.peak = max(self.peak, sum(s.nbytes for s in self._new.values() if not s.expired()))
         return result
 
 
