@@ -101,6 +101,7 @@ def verification(
         plan=plan,
         module=module,
         source=source,
+        # asked for only now: without a verifier, unchanged slots need no values
         values=values(),
         inputs=inputs,
         reference=options.reference,
@@ -157,6 +158,7 @@ def verify_live(
     result = inside_all(passages, lambda: judge(compiled.opened))
     if isinstance(source, Transformed):
         result = result.model_copy(update={"notes": source.notes()})
+    # after the verification, which reads the files: all of it must be one version
     require_unchanged(source, reread=context.config.reread)
     if not result.ok:
         message = f"The module does not hold {source.description}."
@@ -191,6 +193,7 @@ def choose(
         with_inputs = with_inputs and not isinstance(module, Offline)
         readable = all(isinstance(e, SupportsReadback) for e in module.engines.values())
         wanted = "outputs" if with_inputs else "weights" if readable else NONE
+    # None for NONE, and for a built-in verifier whose plugin is switched off
     return offered.get(wanted)
 
 
@@ -225,6 +228,7 @@ def as_inputs(inputs: Any) -> Inputs | None:
     if isinstance(inputs, Mapping):
         return (), inputs
     match inputs:
+        # a pair of tuple and dict is never two positional inputs; see the docstring
         case (tuple() as positional, dict() as named) if all(isinstance(n, str) for n in named):
             return positional, named
         case tuple() | list():
