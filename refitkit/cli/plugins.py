@@ -238,7 +238,10 @@ def _naming_error(session: Session, plugin: KnownPlugin) -> str:
     for hook, arguments in _NAMED.items():
         if hook in plugin.hooks:
             try:
-                session.host.offers(hook, **{name: given[name] for name in arguments})
+                owners: dict[str, str] = {}
+                named = {name: given[name] for name in arguments}
+                for owner, item in session.host.items(hook, **named):
+                    session.host.claim(owners, item, owner, hook)
             except PluginError as exc:
                 # The error may be about two other plugins.
                 if repr(plugin.name) in str(exc):

@@ -49,6 +49,7 @@ FIRST = "as compiled or loaded"
 
 NO_ROLLBACK = "a refit with rollback=False wrote over them"
 NO_COPIES = "Config.keep_base=True would have kept copies of them"
+ELSEWHERE = "no copies were made, as compiled.base or the loaded file had them"
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,10 @@ class SnapshotBuilder:
         self._copies: dict[SlotKey, torch.Tensor] = {}
         # the oldest records go first, which makes room below ``keep_limit``
         self.history = _without_gaps(before.history, config.keep_versions)
-        self._base = self._missing_in_base() if with_base else self._lose_base(NO_COPIES)
+        if with_base:
+            self._base = self._missing_in_base()
+        else:
+            self._base = self._lose_base(ELSEWHERE if config.keep_base else NO_COPIES)
         self._own = self._not_in_engines()
         # the limit is checked against sizes alone, before any value is copied
         if self._base or self._own:

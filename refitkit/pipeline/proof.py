@@ -36,9 +36,10 @@ if TYPE_CHECKING:
 
     from torch.export import ExportedProgram
 
-    from refitkit.model import LedgerRow, Need, RefitReport, ReportRow, SlotKey
+    from refitkit.model import LedgerRow, Need, ReportRow, SlotKey
     from refitkit.pipeline.context import Context
     from refitkit.pipeline.module import CompiledModule
+    from refitkit.pipeline.report import ReportDraft
     from refitkit.protocols import OpenedModule
     from refitkit.recipe import RefitPlan
 
@@ -113,10 +114,10 @@ def _verify_options(compiled: CompiledModule, program: ExportedProgram) -> Verif
 
 def _refit(
     context: Context, compiled: CompiledModule, weights: object, options: VerifyOptions
-) -> RefitReport:
+) -> ReportDraft:
     """Refit all slots. With rollback, so that a bad verdict does not lose the module."""
     request = RefitRequest(weights=weights, inputs=options.inputs, verify=options.verify)
-    return run(context, [RefitTask(context, compiled, request)])[0].committed
+    return run(context, [RefitTask(context, compiled, request)])[0]
 
 
 def _trials(
@@ -130,7 +131,7 @@ def _trials(
             reason = "other weights change values that decided what slots hold"
             continue
         try:
-            report = _refit(context, compiled, weights, options)
+            report = _refit(context, compiled, weights, options).committed
         except VerificationError as exc:
             if not _endless(exc):
                 raise _failed(context, compiled, weights, exc) from exc

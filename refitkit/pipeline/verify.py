@@ -140,22 +140,26 @@ def verify_live(
     check_weights(context, plan, compiled.opened, source, partial=False)
     require_all_slots(mapping, source)
     mapping.require_complete()
-    judge = verification(
-        context,
-        compiled,
-        options,
-        verb="verify",
-        plan=plan,
-        source=source,
-        values=lambda: mapping.values,
-    )
-    if judge is None:
+
+    def verdict() -> VerificationResult | None:
+        judge = verification(
+            context,
+            compiled,
+            options,
+            verb="verify",
+            plan=plan,
+            source=source,
+            values=lambda: mapping.values,
+        )
+        return None if judge is None else judge(compiled.opened)
+
+    # No refit and no call may come between: a verifier copies state of the module while it
+    # prepares, and the module answers from that state.
+    result = inside_all([compiled.gate.refit, compiled.gate.exclusive], verdict)
+    if result is None:
         raise ConfigError(
             "Nothing can be verified: the engines cannot be read and no inputs were given."
         )
-    # no refit and no call may come between two outputs that are compared
-    passages = [compiled.gate.refit, compiled.gate.exclusive]
-    result = inside_all(passages, lambda: judge(compiled.opened))
     if isinstance(source, Transformed):
         result = result.model_copy(update={"notes": source.notes()})
     # after the verification, which reads the files: all of it must be one version
@@ -217,7 +221,7 @@ def as_inputs(inputs: Any) -> Inputs | None:
     """Inputs of a call, as positional and keyword inputs; None if there are none.
 
     Args:
-        inputs: A sequence of positional inputs, a mapping of keyword inputs, or a pair of both:
+        inputs: A sequence of positional inputs, a mapping of keyword inputs, or a tuple of both:
             ``((x,), {"mask": mask})``.
 
     Raises:
@@ -227,12 +231,12 @@ def as_inputs(inputs: Any) -> Inputs | None:
         return None
     if isinstance(inputs, Mapping):
         return (), inputs
-    match inputs:
-        # a pair of tuple and dict is never two positional inputs; see the docstring
-        case (tuple() as positional, dict() as named) if all(isinstance(n, str) for n in named):
-            return positional, named
-        case tuple() | list():
-            return tuple(inputs), {}
+    if isinstance(inputs, tuple):  # a list is never a pair, but a pattern would match one
+        match inputs:
+            case (tuple() as positional, dict() as named) if all(isinstance(n, str) for n in named):
+                return positional, named
+    if isinstance(inputs, tuple | list):
+        return tuple(inputs), {}
     raise ConfigError(
         f"inputs= must be a tuple, a list or a dict, and is a {type(inputs).__name__}.",
         hint="Pass positional inputs as a tuple, inputs=(x,), keyword inputs as a dict, or both.",

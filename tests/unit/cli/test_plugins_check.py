@@ -136,6 +136,26 @@ def test_another_plugins_bad_offer_is_not_held_against_it(run: Callable[..., Out
 
 @pytest.mark.usefixtures("found")
 @pytest.mark.parametrize(
+    ("transform", "outcome"), [(SimpleNamespace(name="mine"), "passed"), (object(), "failed")]
+)
+def test_names_of_transforms_are_checked(
+    run: Callable[..., Outcome], transform: object, outcome: str
+) -> None:
+    """Their hook takes an argument, so a host does not cache what it returns."""
+
+    class Transforming:
+        name = "transforming"
+
+        @refitkit.hookimpl
+        def refitkit_weight_transforms(self, config: refitkit.Config) -> list[object]:
+            return [transform]
+
+    found = run("plugins", "check", "transforming", "--json", plugins=[Transforming()])
+    assert checks_of(found)["names_of_offers"]["outcome"] == outcome
+
+
+@pytest.mark.usefixtures("found")
+@pytest.mark.parametrize(
     ("text", "outcome", "said"),
     [
         ("", "passed", ""),

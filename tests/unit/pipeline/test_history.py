@@ -78,6 +78,17 @@ def test_a_refit_is_undone() -> None:
     assert {row.strategy for row in undone.report.ledger} == {"kept"}
 
 
+def test_the_reason_for_lost_first_weights_is_the_one_that_holds() -> None:
+    for settings, reason in (({}, "compiled.base"), ({"keep_base": False}, "keep_base=True would")):
+        scene = Scene(keep_versions=0, **settings)
+        scene.compiled.base = {n.partition("/")[2]: v for n, v in scene.held[0].items()}
+        scene.refit(10.0)
+        scene.compiled.base = None
+        with pytest.raises(NotRefittableError) as info:
+            scene.compiled.restore()
+        assert reason in info.value.problems[0].hint
+
+
 def test_an_undoing_is_undone() -> None:
     scene = Scene()
     scene.refit(10.0).undo().undo()

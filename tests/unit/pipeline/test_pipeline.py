@@ -22,7 +22,7 @@ from refitkit.errors import (
     VerificationError,
     WeightMismatchError,
 )
-from refitkit.model import LeafKind, SlotState, SourceRef, Step
+from refitkit.model import LeafKind, SlotState, SourceRef, Step, VerificationResult
 from refitkit.pipeline import CompiledModule, Pipeline
 from refitkit.pipeline.targets import PLAN_MEMBER, PROGRAM_MEMBER
 from refitkit.recipe import RefitPlan
@@ -50,6 +50,8 @@ from tests.fakes import (
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from refitkit.protocols import VerifyRequest
 
 
 class Net(torch.nn.Module):
@@ -381,6 +383,34 @@ def test_verify_refuses_weights_of_another_model(
 ) -> None:
     with pytest.raises(WeightMismatchError):
         pipeline.verify(make_module(1), weights)
+
+
+def test_no_refit_and_no_call_comes_between_preparation_and_verdict() -> None:
+    """A verifier copies state while it prepares, and the module answers from that state."""
+    module = make_module(1)
+    weights = weights_for(module, 1.0)
+    alone: list[int] = []
+
+    class Verifier:
+        name = "trying"
+
+        def prepare(self, _: VerifyRequest) -> Callable[[object], VerificationResult]:
+            alone.append(len(compiled.gate._commit_turns))
+            with pytest.raises(RefitInProgressError):
+                pipeline.refit(compiled, weights, verify="none")
+            return lambda _: VerificationResult(verifier=self.name, ok=True)
+
+    class Verifying:
+        name = "verifying"
+
+        @refitkit.hookimpl
+        def refitkit_verifiers(self) -> list[Verifier]:
+            return [Verifier()]
+
+    pipeline = Pipeline(plugins=[FakePlugin(), Verifying()])
+    compiled = pipeline.load(module)
+    pipeline.verify(compiled, weights, with_="trying")
+    assert (alone, compiled.version) == ([1], 0)
 
 
 def test_verify_needs_a_plan_and_something_to_look_at(pipeline: Pipeline) -> None:

@@ -280,6 +280,7 @@ X = torch.ones(2)
         (([X], {"y": X}), (([X], {"y": X}), {})),
         (((X,), {3: X}), (((X,), {3: X}), {})),
         (((X,), {"y": X}, X), (((X,), {"y": X}, X), {})),
+        ([(X,), {"y": X}], (((X,), {"y": X}), {})),  # a list is never a pair
     ],
 )
 def test_inputs_as_users_give_them(given: Any, expected: Any) -> None:
