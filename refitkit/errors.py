@@ -278,6 +278,7 @@ def resource_error(exc: BaseException, what: str) -> ResourceError | None:
         code = _code_of(cause)
         if code is not None:
             error = ResourceError(f"{what}: {_reason(cause, code)}.", hint=_HINTS[code])
+            # the given exception, not ``cause``: its chain contains that, and the way to it
             error.__cause__ = exc
             return error
         # Lib/zipfile of CPython raises BadZipFile, not "from" the OSError, if a read at the end

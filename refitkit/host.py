@@ -257,6 +257,7 @@ class Host:
             for plugin, item in self.items(hook):
                 self.claim(owners, item, plugin, hook)
                 offers[item.name] = PluginOffer(plugin, item)
+            # only if all of them are valid, so that an error is raised again by the next call
             self._offers[hook] = offers
         return offers
 
@@ -314,10 +315,12 @@ def make_host(
     off = (config or Config()).switched_off()
     # A plugin that is switched off must not replace an installed one.
     explicit = [plugin for plugin in plugins if name_of(plugin) not in off]
+    # values: the names of the installed plugins that they replace, once those are found
     replaced = dict.fromkeys(map(_identity, explicit), "")
     manager = Manager()
     registered: dict[str, Candidate] = {}
     for candidate in candidates(explicit):
+        # before it is loaded: a plugin that is switched off is not even imported
         if candidate.name in off:
             continue
         try:
@@ -487,6 +490,7 @@ def register_plugin(manager: Manager, name: str, plugin: object) -> None:
     # pluggy would register a class, and call its methods without ``self``.
     if inspect.isclass(plugin):
         raise PluginError(f"The plugin {name!r} is a class: register an instance of it.")
+    # pluggy would ignore a hook that is not marked, and nobody would notice
     for attribute in dir(plugin):
         if attribute.startswith("refitkit_") and _lacks_mark(manager, plugin, attribute):
             raise PluginError(

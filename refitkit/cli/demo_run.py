@@ -137,6 +137,7 @@ class Demo:
     ) -> float:
         """Refit to both checkpoints in turn; returns the median of the times in seconds."""
         times = []
+        # the module holds the later checkpoint, so each refit changes the weights
         for checkpoint in both * (LATER // 2):
             start = time.perf_counter()
             self._refit(compiled, checkpoint, verifier)
@@ -258,6 +259,7 @@ def train(digits: Digits) -> tuple[nn.Module, nn.Module]:
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             if number == EARLY:
+                # a copy, because the training goes on with the same net
                 early = copy.deepcopy(net).eval()
     return early or net, net.eval()
 

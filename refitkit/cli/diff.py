@@ -61,6 +61,7 @@ def diff_command(
     """
     from refitkit.cli.files import check_readable, load_plan
 
+    # before the pipeline imports torch, which takes seconds
     for name in (a, b):
         check_readable(name, SourceError)
     pipeline = session.pipeline()

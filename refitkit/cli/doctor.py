@@ -205,6 +205,7 @@ def torch_here() -> Finding:
 def gpu() -> Finding:
     """CUDA devices that torch can use. Only modules that are compiled for CUDA need one."""
     try:
+        # inside the try, because a broken torch is a finding, too
         import torch
 
         # torch warns with the reason, such as a driver that is too old, and returns False.
@@ -262,10 +263,12 @@ def _compiler_failure(compiler: str) -> tuple[str, str] | None:
     """The reason why a compiler cannot be used, with a hint; None if it can."""
     with TemporaryFolder() as folder:
         library = folder.path / "trial.so"
+        # linked, too: a missing library shows only then
         output = _run([compiler, *_TRIAL_FLAGS, "-o", str(library)], _TRIAL)
         if not output.ok or not library.is_file():
             hint = "Install its standard library and OpenMP, or choose another with CXX."
             return f"fails: {output.text}", hint
+        # a library contains the names of the libraries that it needs as text
         if not any(needed in library.read_bytes() for needed in _CPP_LIBRARIES):
             # With torch 2.11, a second C++ library in the process crashes it.
             hint = "Choose one with a shared C++ library, such as CXX=/usr/bin/g++."
@@ -361,6 +364,7 @@ def _run(command: list[str], text: str = "") -> _ToolOutput:
         )
     except (OSError, subprocess.SubprocessError, UnicodeError) as exc:
         return _ToolOutput(str(exc), ok=False)
+    # tools print versions on stdout, and compilers their errors on stderr
     return _ToolOutput((done.stdout or done.stderr).strip(), ok=done.returncode == 0)
 
 

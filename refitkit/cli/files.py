@@ -111,6 +111,7 @@ def check_module_folder(pipeline: Pipeline, path: Path) -> None:
         return
     try:
         pipeline.describe(path)
+    # if the system refused, nothing is known about the folder
     except ResourceError:
         raise
     except RefitError as exc:
@@ -225,4 +226,5 @@ def load_inputs(pipeline: Pipeline, path: Path | None) -> Inputs | None:
 
 
 def _is_position(name: str) -> bool:
+    # ``isdecimal`` also accepts digits of other scripts; 01 is no position
     return name.isascii() and name.isdecimal() and name == str(int(name))

@@ -66,6 +66,7 @@ def _contents_of(pipeline: Pipeline, file: Path) -> _FileContents:
     for kind, read in _readers(file).items():
         try:
             return read(pipeline, file)
+        # the other readers would meet the same refusal
         except ResourceError:
             raise
         except RefitError as exc:

@@ -79,6 +79,7 @@ def _cells(row: LedgerRow, data: PlanData) -> tuple[str, ...]:
 def _sources(row: LedgerRow, data: PlanData) -> str:
     """Sources of a slot as text: ``or`` joins names of a tied tensor, and a comma joins others."""
     classes = {name: tie for tie in data.ties for name in tie}
+    # each tied tensor once, with those of its names that the row lists
     groups = dict.fromkeys(classes.get(name, (name,)) for name in row.sources)
     return ", ".join(" or ".join(n for n in group if n in row.sources) for group in groups)
 
@@ -114,6 +115,7 @@ def find_row(data: PlanData, wanted: str) -> LedgerRow:
             problems=[Problem(name, "possible match") for name in several],
             hint="Give the full name: --slot ENGINE/NAME.",
         )
+    # full names on the right: they win over an equal short name
     either = {row.slot.name: name for name, row in names.items()} | {name: name for name in names}
     near = dict.fromkeys(either[one] for one in get_close_matches(wanted, either, _NEAR, 0.5))
     raise ConfigError(

@@ -117,6 +117,7 @@ def _run_reporting(
     except Exception as exc:  # noqa: BLE001 - the last place that can report it
         return _report(session, exc, stdout)
     finally:
+        # also after an interrupt, which is not reported
         session.progress.stop()
     return code
 
@@ -128,6 +129,7 @@ def _run(
     session.host = make_host(session.config(), session.registered, on_broken=on_broken)
     for name in unknown_names(session):
         session.warn(f"There is no plugin {name!r} to switch off.")
+    # made anew for each run: which commands exist depends on --no-plugin
     group = make_group(session.host, on_broken)
     # Without standalone mode, click raises errors instead of printing them and exiting.
     code = group.main(args, prog_name="refitkit", standalone_mode=False, obj=session)

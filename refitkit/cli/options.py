@@ -52,6 +52,7 @@ def acting_option(
 
 def _be_verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # noqa: FBT001 - click's
     session = ctx.find_object(Session)
+    # never reset: -v may stand before the subcommand, whose own -v is False then
     if value and session is not None:
         session.verbose = True
 
@@ -260,6 +261,7 @@ def _validated(
         click.BadParameter: Fields of the rule are invalid; gives the reason for each.
     """
     try:
+        # plain data, because it is merged with a file before ``Config`` checks all of it
         return kind(**fields).model_dump()
     except ValidationError as exc:
         why = "; ".join(error["msg"].removeprefix("Value error, ") for error in exc.errors())

@@ -103,6 +103,7 @@ def show(session: Session, file: Path, slot: str | None) -> None:
     from refitkit.cli.files import check_readable
     from refitkit.cli.ledger import as_data, find_row, print_plan, print_slot
 
+    # before the pipeline imports torch, which takes seconds
     check_readable(file, PlanMismatchError)
     plan = session.pipeline().read_plan(file)
     if slot is None:

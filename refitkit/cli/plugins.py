@@ -225,6 +225,7 @@ def _deprecated(session: Session, plugin: KnownPlugin) -> Check:
     """Register all plugins a second time, to collect the host's deprecation warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DeprecationWarning)
+        # a new host: the first one warned before anybody recorded warnings
         make_host(session.config(), session.plugins, on_broken=lambda _: None)
     texts = [str(one.message) for one in caught if f"plugin {plugin.name!r} " in str(one.message)]
     outcome = "deprecated" if texts else "passed"
@@ -303,6 +304,7 @@ def new_command(session: Session, name: str, path: Path | None) -> None:
     for place, text in _template():
         target = folder / place.replace(f"/{_PACKAGE}/", f"/{package}/")
         target.parent.mkdir(parents=True, exist_ok=True)
+        # ``substitute`` raises for a misspelt name in a template; ``safe_substitute`` would not
         target.write_text(Template(text).substitute(values), encoding="utf-8")
         written.append(target.relative_to(folder).as_posix())
     data = {"plugin": name, "package": package, "path": str(folder), "files": sorted(written)}

@@ -103,6 +103,7 @@ class Session:
         kept: dict[str, object] = {"keep_base": False, "keep_versions": 0}
         given = self.settings.merged()
         off = self.no_plugins | frozenset(given.get("no_plugins", ()))
+        # the last one wins: a file may switch copies on, and flags override the file
         return Config.of({**kept, **given, "no_plugins": off, **settings})
 
     def pipeline(self, **settings: object) -> Pipeline:
@@ -124,6 +125,7 @@ class Session:
         _check_torch()
         from refitkit.pipeline import Pipeline
 
+        # which plugins exist, and so which settings, is known only now
         with self.settings.naming_file():
             return Pipeline(self.config(**settings), plugins)
 

@@ -66,6 +66,7 @@ class CommandSettings:
         if self.rules:
             merged["rules"] = {**merged.get("rules", {}), **self.rules}
         if self.plugins:
+            # a flag for one key must not drop the other keys of the file
             of_file = merged.get("plugin_settings", {})
             merged["plugin_settings"] = {
                 **of_file,

@@ -73,6 +73,7 @@ def size(count: int) -> str:
 def duration(seconds: float) -> str:
     """``12.3 ms`` or ``1.23 s``: three significant digits, in a suitable unit."""
     if seconds >= 1:
+        # from 1000 on, .3g would write an exponent
         return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:.0f} s"  # noqa: PLR2004
     if seconds >= 1e-3:  # noqa: PLR2004
         return f"{seconds * 1e3:.3g} ms"

@@ -71,6 +71,7 @@ class Changes:
                 slot=slot,
                 relative=one.relative,
                 largest=one.largest,
+                # a sample of a small slot is the whole slot
                 sampled=sampled and count > SAMPLE,
             )
             for (engine, slot), (one, count) in self.moved.items()
@@ -107,6 +108,7 @@ def measured(
         for name, one in staged.waiting():
             engine = module.engines[name]
             for slot, pair in _pairs(engine, one, slots[name]):
+                # flattened as a pair, so that a run has the same elements of both values
                 looked_at = tuple(map(sample, flat_pair(*pair))) if how == "sampled" else pair
                 moved[name, slot] = distance(*looked_at), engine.slots[slot].count
     return Changes(how, config.change_limit, moved)
@@ -117,6 +119,7 @@ def sample(flat: torch.Tensor) -> torch.Tensor:
     count = flat.numel()
     if count <= SAMPLE:
         return flat
+    # the last run starts at ``count - _RUN`` or before, so no run leaves the tensor
     step = (count - _RUN) // (_RUNS - 1)
     return flat.as_strided((_RUNS, _RUN), (step, 1), flat.storage_offset())
 

@@ -130,6 +130,7 @@ def judged_where_staged(
         overwrite: Whether engines that can do so write over the live values at the commit.
     """
     able = _readable(module, overwrite=overwrite)
+    # an entry that is a slot's value as it is has exactly one source
     return frozenset(
         value.sources[0] for key, value in values.items() if key[0] in able and _is_entry(value)
     )
@@ -178,8 +179,10 @@ class FiniteCheck:
         self._passed.discard(key)  # an engine may read a value twice
         good = True
         for piece in pieces:
+            # after a bad piece the rest is not looked at: ``require`` looks at the whole value
             good = good and all_finite(piece)
             yield piece
+        # a bad value is no error yet: the live value may have NaN at the same places
         if good:
             self._passed.add(key)
 
@@ -244,6 +247,8 @@ def _newly_nonfinite(
     def new(slot: str) -> torch.Tensor:
         return values[slot].load() if shows is None else shows.staged(slot)
 
+    # if the engine does not show staged values, each is loaded again: only entries are, because a
+    # computed value would be computed twice
     some = [slot for slot, value in values.items() if shows or _is_entry(value)]
     for slot in not_finite((slot, new(slot)) for slot in some):
         value = new(slot)

@@ -62,6 +62,7 @@ class Context:
         _require_plugins(settings, host)
         return cls(host, settings)
 
+    # works in a frozen dataclass: it writes to ``__dict__``, not through ``__setattr__``
     @cached_property
     def backends(self) -> Mapping[str, Backend]:
         """All backends by name, registered when they are first asked for.
@@ -74,6 +75,7 @@ class Context:
         for info in self.host.plugins():
             given: list[Backend] = []
             if _REGISTER in info.hooks:
+                # one plugin at a time, so that errors can name the owner of a backend
                 self.host.call_one(info.name, _REGISTER, register=given.append)
             for backend in given:
                 self.host.claim(owners, backend, info.name, _REGISTER)
@@ -133,6 +135,7 @@ class StageClock:
     def stage(self, name: str) -> Iterator[None]:
         """Time one stage. A stage that raises is timed and emits no ``StageFinished``."""
         self._host.emit(StageStarted(self._verb, name))
+        # after the event, so that the time of listeners does not count
         start = time.perf_counter()
         try:
             yield

@@ -176,6 +176,7 @@ class History:
             version, source = record.before.version, record.before.source
             rows.insert(0, KeptWeights(version=version, source=source, bytes=own, where=where))
         by_base = not self.base_lost and self.plan is not None
+        # records that reach back to version 0 make the file unnecessary
         by_file = origin is not None and not (rows and not rows[0].version)
         if not has_named_base and not by_base and not by_file:
             return tuple(rows)
@@ -199,7 +200,10 @@ class History:
         """
         later = [record for record in self.records if record.version > version]
         befores = [_before(record, module, newest=record.version == present) for record in later]
+        # without a gap: a refit whose record is missing may have written any slot
         if later and len(later) == present - version and None not in befores:
+            # the newest first, so that the oldest value of a slot wins: it is the one from
+            # ``version``
             values = {key: v for before in reversed(befores) for key, v in (before or {}).items()}
             copies = {id(v) for record in later for v in record.kept.values()}
             aliases = frozenset(key for key, v in values.items() if id(v) not in copies)
@@ -259,12 +263,14 @@ class SnapshotBuilder:
         in_order = tuple(written)
         self._written = frozenset(in_order)
         self._copies: dict[SlotKey, torch.Tensor] = {}
+        # the oldest records go first, which makes room below ``keep_limit``
         self.history = _without_gaps(before.history, config.keep_versions)
         if with_base:
             self._base = self._missing_in_base()
         else:
             self._base = self._lose_base(ELSEWHERE if config.keep_base else NO_COPIES)
         self._own = self._not_in_engines()
+        # the limit is checked against sizes alone, before any value is copied
         if self._base or self._own:
             self._fit_limit()
         with raised_as(EngineError, "An engine failed to report the values that it holds"):
@@ -274,6 +280,7 @@ class SnapshotBuilder:
             self._in_engines = self._will_be_in_engines([key for key in undone if key not in kept])
 
     def _missing_in_base(self) -> frozenset[SlotKey]:
+        # an incomplete base cannot be restored, so nothing is added to it
         if self.history.base_lost:
             return frozenset()
         return self._written - self.history.base.keys()
@@ -309,6 +316,7 @@ class SnapshotBuilder:
         return self.history.nbytes + sum(engines[name].slots[slot].nbytes for name, slot in new)
 
     def _copy(self) -> None:
+        # one copy serves both: a slot without a first value in the base still holds it now
         values = live_values(self._module, self._base | self._own)
         unknown = next((key for key in values if values[key] is None and key in self._base), None)
         if unknown is not None:
@@ -316,6 +324,7 @@ class SnapshotBuilder:
         for key in sorted(self._base | self._own):
             value = values[key]
             if value is not None:
+                # ``copy=True`` for values on the CPU, which alias the engine's memory
                 self._copies[key] = value.detach().to("cpu", copy=True)
 
     def _will_be_in_engines(self, keys: Collection[SlotKey]) -> bool:
@@ -345,6 +354,7 @@ class SnapshotBuilder:
             plan: The plan that the refit follows.
         """
         base = {**self.history.base, **{key: self._copies[key] for key in self._base}}
+        # without its history: otherwise each record would keep all earlier copies alive
         before = replace(self._before, history=History())
         record = Record(before, self._written, self._kept, self._in_engines)
         depth = self._config.keep_versions
@@ -395,6 +405,7 @@ class LoadOrigin:
             NotRefittableError: They are not; names the path.
             ResourceError: The system does not let them be looked at.
         """
+        # first, and only for its error: ``is_unchanged`` takes every OSError for a change
         with suppress(OSError), resources(f"{str(self.path)!r} cannot be read"):
             _marks(self.path)
         if not self.is_unchanged():
@@ -441,6 +452,7 @@ def _without_gaps(history: History, depth: int) -> History:
 
     The refit overwrites the values that only engines have, and no older refit can be undone then.
     """
+    # one place is left for the record of the coming refit
     records = history.records[1 - depth :] if depth > 1 else ()
     gaps = [number for number, record in enumerate(records) if not record.is_whole]
     return replace(history, records=records[gaps[-1] + 1 :] if gaps else records)

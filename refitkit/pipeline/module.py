@@ -140,6 +140,7 @@ class CompiledModule:
         """Whether the file is unchanged, and its engines can be read for the written slots."""
         if self.origin is None or not self.origin.is_unchanged():
             return False
+        # a slot that no refit wrote still holds its first value, so nobody reads it
         written = {name for name, _ in self.state.history.written}
         return all(isinstance(self.engines[name], SupportsReadback) for name in written)
 
@@ -171,6 +172,7 @@ class CompiledModule:
         """
         for name, one in self.engines.items():
             if engine in {None, name} and slot in one.slots and isinstance(one, SupportsReadback):
+                # copied inside the gate: after it, a refit may write to the engine's memory
                 return self.gate.call(partial(_copy_of, one, slot))
         raise KeyError(slot)
 
@@ -206,10 +208,12 @@ class CompiledModule:
 
         Afterwards ``restore`` reads ``base`` or the file that the module was loaded from.
         """
+        # as a refit: the end of a running refit would replace the new state by its own
         return self.gate.refit(self._forget)
 
     def _forget(self) -> int:
         before = self.state.history
+        # if no slot was ever written, there are no copies to lose
         lost = before.base_lost or ("forget() freed them" if before.written else "")
         history = replace(before, records=(), base={}, base_lost=lost)
         self.state = replace(self.state, history=history)
@@ -226,6 +230,7 @@ class CompiledModule:
             EngineError: An engine failed; the module answers as before.
             ModuleLostError: An engine failed and could not recover; the module refuses calls.
         """
+        # calls wait, too: some engines warm up by a refit of the live weights
         self.gate.refit(lambda: self.gate.exclusive(lambda: self._warm_all(progress)))
 
     def _warm_all(self, progress: Callable[[str], None]) -> None:
@@ -247,6 +252,7 @@ class CompiledModule:
 
         The next refit allocates them again. The last refit cannot be undone from them any more.
         """
+        # as a refit: a running refit stages its values in that memory
         return self.gate.refit(self._free_spare)
 
     def _free_spare(self) -> int:
@@ -304,4 +310,5 @@ class RefitResults(tuple[RefitResult, ...]):
             RefitError: As :meth:`refitkit.Pipeline.restore` raises it.
         """
         earlier = [(result.module, result.draft.before) for result in self]
+        # a transaction of no modules has no results, and so no pipeline
         return self[0].pipeline.restore_all(earlier) if self else self

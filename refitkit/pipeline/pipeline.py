@@ -227,6 +227,7 @@ class Pipeline:
         compiled = self._compiled(target)
         if copy and compiled is target:
             compiled = self.copy(compiled)
+        # ``refit_task`` drops those that are None, so that the settings decide
         options = {
             "plan": plan,
             "inputs": inputs,
@@ -287,6 +288,7 @@ class Pipeline:
             RefitError: As ``refit`` raises it. Unless it is a ``ModuleLostError``, the module
                 answers as before.
         """
+        # first, because ``restore_task`` already reads attributes of the handle
         as_versions([(compiled, version)])
         request = RestoreRequest(version=version, inputs=inputs, reference=reference, verify=verify)
         return self._run([restore_task(self.context, compiled, request)])[0]
@@ -431,6 +433,7 @@ class Pipeline:
 
     def _run(self, tasks: Sequence[Task]) -> RefitResults:
         drafts = run(self.context, tasks)
+        # drafts, not reports: a report with a row for each slot can take longer than the refit
         return RefitResults(
             RefitResult(task.compiled, draft, self)
             for task, draft in zip(tasks, drafts, strict=True)

@@ -175,6 +175,7 @@ class Compiler:
             # calls and its present weights need not be the program's.
             copy = CompiledModule(compiled.opened.reopen(), plan, kept, self._verbs)
             plan = self._prove(copy, plan)
+        # only after the proof: the module must not keep a plan that failed it
         compiled.plan, compiled.program = plan, kept
         return plan
 

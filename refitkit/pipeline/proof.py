@@ -44,7 +44,9 @@ if TYPE_CHECKING:
 
 KEPT = "kept its old value"
 
+# The second seed is used only if weights of the first one show nothing.
 _SEEDS = (0, 1)
+# One more than _ENOUGH_ROUNDS, because one round may show nothing.
 _PLAN_SEEDS = (0, 1, 2)
 _ENOUGH_ROUNDS = 2
 """Rounds of ``prove_plan`` that must be judged. Rounds in which the model makes NaN are not."""
@@ -82,6 +84,7 @@ def prove(context: Context, compiled: CompiledModule, program: ExportedProgram) 
     if options is None:
         return Proof("the program has no example inputs")
     try:
+        # with its own weights first: if those give wrong outputs, other weights prove nothing
         verify_live(context, compiled, program, None, options)
     except VerificationError as exc:
         return Proof(f"the module is not the program with its own weights either: {exc.problems}")
@@ -91,7 +94,9 @@ def prove(context: Context, compiled: CompiledModule, program: ExportedProgram) 
     try:
         return _trials(lax, compiled, program, options)
     finally:
+        # no verifier: the module was verified with these weights above
         _refit(lax, compiled, program, VerifyOptions(verify="none"))
+        # as compiled again: version 0, no history, no spare memory
         compiled.free_spare()
         compiled.state = WeightState()
 
@@ -184,6 +189,7 @@ def moved_weights(program: ExportedProgram, seed: int) -> dict[str, torch.Tensor
     for name, value in program.state_dict.items():
         # tied names must stay tied, or the weights would be refused
         key = (value.data_ptr(), value.storage_offset(), *value.shape, *value.stride())
+        # empty tensors all have the address 0, and need not be tied
         if key not in made or not value.numel():
             made[key] = _moved(value.detach(), seed)
         moved[name] = made[key]
@@ -197,6 +203,7 @@ def moved_weights(program: ExportedProgram, seed: int) -> dict[str, torch.Tensor
 def _moved(value: torch.Tensor, seed: int) -> torch.Tensor:
     if not value.is_floating_point() or value.dtype.itemsize == 1:
         return value.clone()
+    # on the CPU, so that a seed gives the same weights on every device
     random = torch.Generator(device="cpu").manual_seed(seed * 7919 + value.numel())
     draw = torch.rand(value.shape, generator=random, dtype=torch.float32).to(value.device)
     wide = value.float()
@@ -216,6 +223,7 @@ def _wrong_slots(
     Otherwise a slot is wrong if it holds its old bits and does not follow from integers alone,
     which a proof does not change.
     """
+    # the failed refit was rolled back, so these are the values from before it
     before = _live_copies(compiled)
     try:
         _refit(context, compiled, weights, VerifyOptions(verify="none"))
@@ -313,6 +321,7 @@ def prove_plan(
         weights = moved_weights(program, seed)
         other = kept.restore(TensorMap(weights), plan.pinned)
         parts = partition(context, other, module, plan.backend, options, tools)
+        # the first part has the values of all engines; see ``HoldsValues``
         held = next(iter(parts.values()))
         if not isinstance(held, HoldsValues):
             return Proof(f"the backend {plan.backend!r} gives no values without an engine")

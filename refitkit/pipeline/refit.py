@@ -83,6 +83,7 @@ def run(context: Context, tasks: Sequence[Task]) -> list[ReportDraft]:
         RefitError: Refused or failed, with the problems of all tasks. Unless it is a
             ``ModuleLostError``, all modules answer as before.
     """
+    # before the gates: a gate that one thread enters twice would report a refit inside a refit
     _require_distinct(tasks)
     # one lock order everywhere, so two refits of the same modules never wait for one another
     gates = in_lock_order(task.compiled.gate for task in tasks)
@@ -155,6 +156,7 @@ def _as_one(refused: Sequence[tuple[str, RefitError]], of: int) -> RefitError:
     """One error for several; of their type if they share it, and with the report of the first."""
     errors = [error for _, error in refused]
     kinds = {type(error) for error in errors}
+    # callers catch errors by type, so a type that all of them share is kept
     kind = kinds.pop() if len(kinds) == 1 else RefitError
     problems = [
         replace(problem, subject=f"{name}: {problem.subject}")
@@ -204,6 +206,7 @@ def refit_task(
         options: Arguments of ``Pipeline.refit``. The settings decide about those that are None.
     """
     config = context.config
+    # None means that the argument was not given, and would override the settings
     chosen = {name: value for name, value in options.items() if value is not None}
     defaults = {"delta": config.delta, "rollback": config.rollback}
     return RefitTask(context, compiled, RefitRequest(weights=weights, **{**defaults, **chosen}))
@@ -278,6 +281,7 @@ def _opened(
     def open_once(target: object) -> CompiledModule:
         if isinstance(target, str | Path):  # each path is opened anew
             return load(target)
+        # the caller's list keeps all targets alive, so no two of them have the same id
         if id(target) not in handles:
             handles[id(target)] = load(target)
         return handles[id(target)]
@@ -335,12 +339,14 @@ class RefitTask:
             draft.mapping = mapping
         with clock.stage("check"):
             self._check(plan, source, mapping)
+        # a verifier that cannot verify this refit refuses here, before anything is staged
         with clock.stage("prepare"):
             judge = self._judge(plan, source, mapping)
         return Prepared(
             draft=draft,
             plan=plan,
             judge=judge,
+            # a function, because it maps all slots again, and few refits need that
             all_values=lambda: self._with_unchanged(source, mapping),
             state_after=self._state_after,
             require_read=lambda: require_unchanged(source, reread=self._context.config.reread),

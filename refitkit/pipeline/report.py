@@ -80,6 +80,7 @@ class ReportDraft:
         rows = self.transforms()
         self.transforms = lambda: rows
         self.summary = self._summary()
+        # the values in a mapping keep the new weights alive, and often their source, too
         self.mapping = None
 
     @property
@@ -127,6 +128,7 @@ class ReportDraft:
     ) -> Iterator[str]:
         if self.changed is False:
             yield UNCHANGED
+        # all groups of a transform may have the same note
         yield from dict.fromkeys(row.note for row in transforms if row.note)
         yield from self.changes.notes
         yield from _state_notes(summary)

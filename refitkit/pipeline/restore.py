@@ -131,6 +131,7 @@ class RestoreTask:
         with clock.stage("load"):
             point = self._restore_point(state)
             draft.source = f"version {self._request.version}: {point.state.source}"
+            # the slots were written by the newest refit's plan, which ``plan=`` may have given
             plan = state.history.plan or self.compiled.plan
             if plan is None:
                 raise PlanMismatchError("The module has no plan, and was never refitted.")
@@ -152,6 +153,7 @@ class RestoreTask:
 
     def _restore_point(self, state: WeightState) -> RestorePoint:
         version = self._request.version
+        # nothing to write, but still a refit with a verification and a version of its own
         if version == state.version:
             return RestorePoint({}, state)
         point = state.history.restore_point(version, state.version, self._module)
@@ -172,6 +174,7 @@ class RestoreTask:
         with raised_as(
             EngineError, "An engine failed to report the values that it was loaded with"
         ):
+            # all other slots of the module still hold their first values
             found = live_values(second, state.history.written)
         origin.require_unchanged()
         values = {key: value for key, value in found.items() if value is not None}
@@ -200,6 +203,7 @@ class RestoreTask:
                 (name, slot)
                 for name, engine in engines.items()
                 for slot in engine.slots
+                # if nothing is restored, the report lists all slots as unchanged
                 if (name, slot) not in point.values and (name in touched or not point.values)
             ),
         )
@@ -221,6 +225,7 @@ class RestoreTask:
             request,
             verb="restore",
             plan=plan,
+            # kept values belong to slots, so there are no weights with names
             source=TensorMap({}, source),
             values=lambda: {
                 key: _copied(value) if key in point.aliases else value

@@ -62,6 +62,7 @@ class Staged:
                 try:
                     staged = self._stage(name, some, partial=partial, overwrite=overwrite)
                 except Exception as exc:
+                    # this raises if a strategy is at fault; otherwise the engine's error is raised
                     _attribute_failure(some, exc)
                     raise
             self._waiting.append((name, staged))
@@ -83,6 +84,7 @@ class Staged:
         for name, staged in self._waiting:
             with raised_as(EngineError, f"The engine {name!r} failed to compare"):
                 answers.append(staged.changed())
+            # one change is enough: comparing the other engines would read all of their weights
             if answers[-1]:
                 return True
         return None if None in answers else False
@@ -104,6 +106,7 @@ class Staged:
     def take(self) -> Iterator[tuple[str, StagedRefit]]:
         """Hand out one engine after another; ``discard`` leaves alone what was handed out."""
         while self._waiting:
+            # removed before it is used: ``discard`` must not drop values that may be live
             yield self._waiting.pop(0)
 
     def discard(self) -> None:

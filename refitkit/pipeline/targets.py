@@ -62,6 +62,7 @@ def load_module(context: Context, target: object, verbs: Verbs, *, warm: bool) -
             raise named from exc
         compiled = _handle_on(context, opened, verbs)
         compiled.origin = origin
+        # a path is no identity: each load of it opens another module
         compiled.target = None if isinstance(target, str | Path) else target
     if warm:
         with clock.stage("warm"):

@@ -96,6 +96,7 @@ class Transaction:
             BaseException: A plugin or the keyboard; the old weights are live.
         """
         gates = [one.gate for one in self._modules]
+        # all gates before the first commit: no call may see one module new and another one old
         inside_all([gate.exclusive for gate in in_lock_order(gates)], self._run)
 
     def _run(self) -> None:
@@ -118,6 +119,7 @@ class Transaction:
 
     def _forward(self) -> None:
         for one in self._modules:
+            # all modules before any commit: pending work can fail, and nothing has changed yet
             one.named(one.synchronize)
         for one in self._modules:  # an interrupt from here on must leave no module half changed
             one.gate.poison("a commit was interrupted")
@@ -149,6 +151,7 @@ class Transaction:
             if len(lost) > 1:
                 names = ", ".join(one.name for one in self._modules if one.gate.lost)
                 lost[0].add_note(f"{len(lost)} modules were lost: {names}.")
+            # keeps its own cause, the failure of the rollback; the note has the other one
             raise lost[0] from lost[0].__cause__
 
 
@@ -215,6 +218,7 @@ class ModuleTransaction:
         draft = self.draft
         with draft.clock.stage("stage"):
             self._fill_all()
+            # after staging, which reads the source: all staged values must be of one version
             self._prepared.require_read()
             written = self._mapping.values
             if self._finite is not None:
@@ -231,6 +235,7 @@ class ModuleTransaction:
                     self._config,
                     with_base=self._wants_base,
                 )
+        # only now: a transform computes, and measures its error, when an engine reads the value
         with self._reporting():
             require_accurate(draft.transforms())
 
@@ -251,6 +256,7 @@ class ModuleTransaction:
         except NotRefittableError:
             if self._prepared.partial or not mapping.unchanged:
                 raise
+            # engines before the one that refused have staged, and would stage twice
             self._staged.discard()
             self.draft.mapping = self._prepared.all_values()
             self._fill_keeping({engine for engine, _ in self._mapping.kept})
@@ -303,6 +309,7 @@ class ModuleTransaction:
         Raises:
             VerificationError: The verdict is bad.
         """
+        # also if nothing was committed: plugins that are notified must be notified of a rollback
         self._begun = True
         # computed before plugins are notified: their report names the versions that can be restored
         after = self._state_after()
@@ -361,6 +368,7 @@ class ModuleTransaction:
                 self._failure = exc
             # popped only now: an interrupt in rollback() has to try the same engine again
             self._touched.pop()
+        # after a failed rollback the weights are unknown, so nothing is reported as restored
         if self._failure is None and self._begun:
             try:
                 restoring(self._restored)

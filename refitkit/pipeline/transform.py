@@ -255,6 +255,7 @@ def _best_match(
                 raise
     if not found:
         raise refused[0]
+    # max returns the first of equal ones, so the order of the namings decides
     return max(found, key=reads_of(plan).fitting)
 
 

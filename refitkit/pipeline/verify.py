@@ -101,6 +101,7 @@ def verification(
         plan=plan,
         module=module,
         source=source,
+        # asked for only now: without a verifier, unchanged slots need no values
         values=values(),
         inputs=inputs,
         reference=options.reference,
@@ -161,6 +162,7 @@ def verify_live(
         )
     if isinstance(source, Transformed):
         result = result.model_copy(update={"notes": source.notes()})
+    # after the verification, which reads the files: all of it must be one version
     require_unchanged(source, reread=context.config.reread)
     if not result.ok:
         message = f"The module does not hold {source.description}."
@@ -195,6 +197,7 @@ def choose(
         with_inputs = with_inputs and not isinstance(module, Offline)
         readable = all(isinstance(e, SupportsReadback) for e in module.engines.values())
         wanted = "outputs" if with_inputs else "weights" if readable else NONE
+    # None for NONE, and for a built-in verifier whose plugin is switched off
     return offered.get(wanted)
 
 

@@ -96,6 +96,7 @@ class AOTInductorBackend:
         # Only refitkit records how to call an engine.
         by_refitkit = module.files.call is not None
         ledger = Ledger(parts[ENGINE], module.engines[ENGINE], by_refitkit=by_refitkit)
+        # after the ledger, which refuses a program that was not compiled into this engine
         if not by_refitkit:
             module.learn(parts[ENGINE])
         return PlanDraft(
@@ -152,6 +153,7 @@ class Ledger:
             if leaf.kept
         }
         self.rows = tuple(self._row(slot) for slot in engine.slots.values())
+        # after the rows, which add their calls to the draft
         self.calls = tuple(self._draft.calls)
         problems = [*self._differing_slots(), *self._unknown_slots()]
         if problems:

@@ -270,6 +270,7 @@ class InputChecker:
                 problems=[Problem("inputs", "structure", _text(found), _text(self._in_spec))],
             )
         if self._spec is None:
+            # inputs of other types are constants in the engine's code
             return CallTensors([value for value in flat if isinstance(value, torch.Tensor)])
         problems = list(_problems(flat, self._spec))
         if problems:
@@ -378,6 +379,7 @@ class ShapeMatcher:
         if value is None:
             yield Problem(name, f"dimension {wanted}", str(size), "a size of that form")
             return
+        # the first input with a symbol decides its value for the whole call
         first, where = self._values.setdefault(wanted.symbol, (value, name))
         lower, upper = self._ranges.get(wanted.symbol, (0, None))
         if value != first:

@@ -204,6 +204,7 @@ class AOTInductorModule:
         if files.weights_beside:
             container.fill_with_zeros(runner)
         engine = AOTInductorEngine(runner, files.mutable)
+        # the new container holds zeros, or the weights of its compilation
         engine.write_active({name: self._engine.read(name) for name in self._engine.slots})
         return AOTInductorModule(files, engine, self.attachments)
 
@@ -288,6 +289,7 @@ def _is_zip(path: Path) -> bool:
 
 def _open_saved_module(archive: Archive, path: Path) -> AOTInductorModule:
     manifest = package.read_manifest(archive, path)
+    # lives as long as the module, because ``save`` packs its files again
     folder = TemporaryFolder()
     package.extract_code(archive, manifest, folder.path)
     weights = ArchivedTensors(archive, package.WEIGHTS)
@@ -368,6 +370,7 @@ def _misfits(engine: AOTInductorEngine, infos: Mapping[str, TensorInfo]) -> Iter
 def _open_torch_package(archive: Archive, path: Path) -> AOTInductorModule:
     folder = TemporaryFolder()
     blob = package.extract_torch_package(archive, folder.path)
+    # ``is_torch_package`` has found one
     library = next(folder.path.glob("*.so"))
     metadata = next(folder.path.glob("*wrapper_metadata.json"), None)
     device = json.loads(metadata.read_text())["AOTI_DEVICE_KEY"] if metadata else "cpu"

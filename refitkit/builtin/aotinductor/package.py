@@ -175,6 +175,7 @@ def extract_code(archive: Archive, manifest: PackageManifest, folder: Path) -> N
     """
     for name, file in manifest.files.items():
         archive.extract(CODE + name, folder / name)
+        # the unpacked copy is checked, because that is what the process loads
         if _sha256(folder / name) != file.sha256:
             raise ArchiveError(f"member {name!r} is not the one in the manifest")
 

@@ -95,6 +95,7 @@ class TorchTensorRTBackend:
             ToolchainError: torch_tensorrt is not installed, or there is no GPU.
             CompileError: Torch-TensorRT refuses the program, or creates no engine for it.
         """
+        # if the package is missing, the import below reports that, with the command to install it
         if upstream.is_installed() and not upstream.has_gpu():
             raise ToolchainError(
                 "Torch-TensorRT compiles for the GPU of this machine, and there is none.",
@@ -114,6 +115,7 @@ class TorchTensorRTBackend:
         opened = TorchTensorRTOpened(target, factory, structures=found.structures)
         # the pipeline plans next, with the same program: interpreting takes seconds
         opened.cache_interpreted(program, found)
+        # stripped engines hold zeros, not the program's values
         if not target.stripped:
             _adopt_values(opened, found)
         return opened
@@ -126,6 +128,7 @@ class TorchTensorRTBackend:
     ) -> PlanDraft:
         """Every slot with the recipe that was recorded for it."""
         found: Interpreted | PlannedProgram = next(iter(parts.values()))
+        # without a module, a worker process planned the program on the CPU
         if isinstance(found, PlannedProgram):
             return draft_of(found, found.all_slots, "cpu")
         return draft_of(found, slots_of(module) if module else (), "cuda")
@@ -193,6 +196,7 @@ def _check_options(package: Any, options: Mapping[str, Any]) -> None:
         raise NotRefittableError(
             "With these options the engines could not be refitted.", problems=refused
         )
+    # upstream takes ``**kwargs``, so it would not refuse a misspelt option
     known = set(inspect.signature(package.dynamo.compile).parameters) - {"kwargs"}
     problems = list(unknown_options(options, known))
     if problems:

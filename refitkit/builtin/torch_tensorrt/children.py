@@ -192,6 +192,7 @@ class ModuleEngine(_ChildEngine):
         """The runtime that holds the engine, or will hold it after setup."""
         if self.child.engine is not None:
             return "python" if is_python_engine(self.child.engine) else "cpp"
+        # not set up yet: upstream chooses the runtime by this flag
         features = upstream.torch_tensorrt().ENABLED_FEATURES
         return "cpp" if features.torch_tensorrt_runtime else "python"
 
@@ -420,6 +421,7 @@ class AttributeEngine(_StoredEngine):
     def put(self, engine: Any) -> None:
         """Install an engine in all locations; see :meth:`EngineHandle.put`."""
         with self._stored.replaced():
+            # the module and its program refer to one engine, and both must get the new one
             for location in self._locations:
                 location.namespace[location.key] = engine
 
@@ -479,6 +481,7 @@ def _drop_captured_graph(holder: Any) -> None:
     """
     reset = getattr(holder, "reset_captured_graph", None)
     (reset or holder._reset_captured_graph)()  # noqa: SLF001 - its name in 2.11
+    # only the Python runtimes have such states
     with suppress(AttributeError):
         holder.runtime_states.context_changed = True
 
@@ -494,6 +497,7 @@ def _call_all(functions: Iterable[Callable[[], None]]) -> None:
 # (``core/runtime/runtime.h``, ``torch_tensorrt/dynamo/runtime/_serialized_engine_layout.py``).
 
 NAME, ENGINE, INPUTS, OUTPUTS, METADATA = 1, 3, 4, 5, 7
+# The upper limit leaves room for versions that append fields.
 _MIN_FIELDS = 11
 _MAX_FIELDS = 32
 _DELIMITER = "%"
@@ -624,4 +628,5 @@ def info_of(engine: Any, name: str) -> EngineInfo:
     """
     if is_python_engine(engine):
         return parse_info(list(engine.serialized_info), name)
+    # the C++ class shows its fields only in the state that it pickles
     return parse_info(engine.__getstate__()[0], name)

@@ -202,6 +202,7 @@ def _plain_value(value: Any) -> Any:
 def _plain_key(value: Any) -> Any:
     """Like ``_plain_value``, for a dict key or a set member, which must be hashable."""
     plain = _plain_value(value)
+    # its fields may be unhashable, so hashing it could raise an unexpected error
     if isinstance(plain, DeviceValue):
         raise PickleRefusedError("a device is used as a key")
     return plain
@@ -221,6 +222,7 @@ def _plain_instance(value: Instance) -> Any:
         return _enum_value(value)
     if key == _DEVICE:
         return DeviceValue(tuple(sorted(_fields(value).items())))
+    # both are allowed elsewhere: settings at the top, and dtypes without a call
     if key == _SETTINGS or key in _DTYPES:
         raise PickleRefusedError(f"{value.of} is not allowed at this place")
     return _expression(value)

@@ -235,6 +235,7 @@ class Network:
                 location = self._locations[name]
                 weights = tensorrt.Weights(location.kind, value.data_ptr(), location.count)
                 setattr(location.layer, location.attribute, weights)
+                # this also keeps the tensor alive: the layer has no more than its address
                 self.scanned[name] = value
 
     def build(self) -> bytes:

@@ -107,8 +107,10 @@ class ProgramFile:
         """Names of the members that torch reads with ``torch.load``."""
         for folder in (_CONSTANTS, "/data/weights/"):
             for _, path, pickled in self._payload(folder):
+                # ``_engine`` checks opaque objects, and only C++ code reads custom ones
                 if pickled and "custom_obj_" not in path and "opaque_obj_" not in path:
                     yield path
+        # example inputs, and the weights of older formats
         yield from (name for name in self._archive.names() if name.endswith(".pt"))
 
     def _payload(self, folder: str) -> Iterator[tuple[str, str, bool]]:

@@ -81,6 +81,7 @@ def program_with(
         for leaf in plan.data.leaves
         if leaf.used
         and leaf.persistent
+        # a derived leaf is computed from the leaves that it shares memory with
         and not leaf.derived
         and not names & {leaf.fqn, *ties.get(leaf.fqn, ())}
     ]

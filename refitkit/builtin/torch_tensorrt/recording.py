@@ -202,6 +202,7 @@ def own_copy(program: ExportedProgram) -> ExportedProgram:
     (``offload_module_to_cpu``).
     """
     shared = {id(tensor): _alias(tensor) for tensor in tensors_of(program).values()}
+    # deepcopy takes the aliases from its memo, so it copies no weight
     return copy.deepcopy(program, dict(shared))
 
 
@@ -249,6 +250,7 @@ def _root_state(found: PartitionedProgram) -> Any:
     names = [
         name
         for name, _ in (
+            # a tied tensor is a slot under each of its names
             *found.root.named_parameters(remove_duplicate=False),
             *found.root.named_buffers(remove_duplicate=False),
         )

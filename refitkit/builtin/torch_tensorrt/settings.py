@@ -196,6 +196,7 @@ def _texts(settings: Any) -> dict[str, str]:
 
 
 def _text(value: Any) -> str:
+    # a set has no order of its own, and equal settings must have equal fingerprints
     if isinstance(value, (set, frozenset)):
         return "{" + ", ".join(sorted(_text(one) for one in value)) + "}"
     if isinstance(value, (list, tuple)):
@@ -221,6 +222,7 @@ def _upstream_value(encoded: Any) -> Any:
     if isinstance(encoded, DeviceValue):
         return _device(encoded)
     if isinstance(encoded, str) and encoded.startswith("torch.") and encoded.count(".") == 1:
+        # only dtypes become values: any other attribute of torch stays text
         dtype = getattr(torch, encoded.removeprefix("torch."), encoded)
         return dtype if isinstance(dtype, torch.dtype) else encoded
     if isinstance(encoded, frozenset):
@@ -233,6 +235,7 @@ def _enum_member(encoded: EnumValue) -> Any:
     try:
         return enum(encoded.value)
     except Exception:  # noqa: BLE001 - upstream's enums raise any error
+        # ``matches_type`` refuses this, so the error lists it with all other problems
         return encoded
 
 

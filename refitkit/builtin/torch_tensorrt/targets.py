@@ -74,6 +74,7 @@ def inspect_target(target: object) -> Target | None:
             different settings.
         NotRefittableError: The engines cannot take other weights.
     """
+    # first: a wrapper is a module with engines below it, and would be opened as one
     _check_not_wrapper(target)
     if isinstance(target, ExportedProgram):
         return _inspect_program(target)

@@ -205,6 +205,7 @@ def _mismatches(name: str, live: torch.Tensor, value: torch.Tensor) -> Iterator[
     if found != wanted:
         yield Problem(name, "value", found, wanted)
     elif _overlaps(live):
+        # such a tensor, an expanded one, cannot take different elements
         yield Problem(name, "layout", f"strides {live.stride()}", "elements of its own")
 
 

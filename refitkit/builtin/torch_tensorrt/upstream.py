@@ -49,6 +49,7 @@ def torch_tensorrt() -> Any:
     Raises:
         ToolchainError: It is not installed or cannot be imported, or the machine has no GPU.
     """
+    # first: a worker process has it without a GPU, by ``import_headless``
     if is_imported():
         return sys.modules["torch_tensorrt"]
     if is_installed() and not has_gpu():

@@ -199,6 +199,7 @@ class EngineBytesVerifier:
                 f"The program with the new weights cannot be built from scratch: {found}.",
                 hint="Pass a program with the new weights, or use verify='weights'.",
             )
+        # now, not after the commit: calls of the module would wait for the builds
         built, torch_values = module.built_from(found(), request.tools)
 
         def compare(refitted: OpenedModule) -> VerificationResult:

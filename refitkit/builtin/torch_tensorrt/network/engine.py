@@ -314,6 +314,7 @@ class ScratchFolder:
         """Delete files, unless this is a forked process. Mapped values stay readable."""
         if os.getpid() == self._owner:
             for path in filter(None, paths):
+                # a rollback that was interrupted is repeated, and removes its files again
                 path.unlink(missing_ok=True)
 
 

@@ -66,6 +66,7 @@ class NetworkModule:
         self.planned, self.options, self.template = planned, options, template
         self._tools = tools
         scratch = ScratchFolder()
+        # one builder: all parts share a session, and its replacement if it dies
         builder = PartBuilder(
             planned.session, lambda: _replan_identically(planned, template, options, tools).session
         )
@@ -128,8 +129,10 @@ class NetworkModule:
     def reopen(self) -> NetworkModule:
         """A second module with its own networks and the same current values."""
         planned = plan_program(self.template.program(), self.options, self._tools)
+        # planned without a recording: the pipeline gives a copy the plan of this module
         other = NetworkModule(planned, self.options, self.template, self._tools, self.attachments)
         for name, engine in self._engines.items():
+            # views, which ``load_part`` copies into files of the second module
             values = {slot: engine.read(slot) for slot in engine.slots}
             other.load_part(name, values, self.engine_bytes(name))
         return other

@@ -127,6 +127,7 @@ def plan_program(
             options=chosen,
             layer_types=[one.model_dump() for one in tools.layer_types.values()],
             imports=imports,
+            # the worker may not find the user's modules by its own paths
             import_paths=sys.path if imports else [],
             record=record,
         )
@@ -184,6 +185,7 @@ class Template:
             )
         facts, tensors = facts_of(program), tensors_of(program)
         constants = {
+            # safetensors writes contiguous tensors only
             leaf.fqn: tensors[leaf.fqn].detach().clone().contiguous()
             for leaf in facts.leaves
             # converters may put integer values into the structure of a network

@@ -319,6 +319,7 @@ def engine_bytes(path: Path, part: PartEntry) -> bytes:
     if not file.is_file():
         raise UnsupportedTargetError(f"The engine {file.name!r} of {str(path)!r} is missing.")
     content = file.read_bytes()
+    # this finds damaged and swapped files; a forger could change the digest, too
     if hashlib.sha256(content).hexdigest() != part.sha256:
         raise UnsupportedTargetError(
             f"The engine {file.name!r} of {str(path)!r} differs from the saved one.",
