@@ -1,7 +1,7 @@
 """``refitkit refit``, and the parts that other commands need to refit a saved module.
 
 A command of a plugin gets the module and its weights in its own way. ``refit_options``,
-``RefitArguments`` and ``run_refit`` do the rest in the same way for all commands::
+``RefitOptions`` and ``run_refit`` do the rest in the same way for all commands::
 
     @click.command("put")
     @click.argument("module")
@@ -10,7 +10,7 @@ A command of a plugin gets the module and its weights in its own way. ``refit_op
     @common_options
     @click.pass_obj
     def put(session: Session, /, module: str, name: str, **given: Any) -> None:
-        arguments = RefitArguments(module, **given)
+        arguments = RefitOptions(module, **given)
         arguments.check_files()
         run_refit(session, arguments, weights_of(name))
 """
@@ -81,7 +81,7 @@ _COMMON = (
 def refit_options(*, in_place: bool = False) -> Callable[[Command], Command]:
     """Give a command the options of a refit, from ``-o`` to ``--reread``.
 
-    The command gets their values by the names of the attributes of :class:`RefitArguments`.
+    The command gets their values by the names of the attributes of :class:`RefitOptions`.
 
     Args:
         in_place: Whether to add ``--in-place``. Then the user must give either it or ``-o``.
@@ -91,7 +91,7 @@ def refit_options(*, in_place: bool = False) -> Callable[[Command], Command]:
 
 
 @dataclass(frozen=True)
-class RefitArguments:
+class RefitOptions:
     """The request of a command that refits a saved module: the module, and values of options.
 
     Attributes:
@@ -153,7 +153,7 @@ class RefitArguments:
 
 def run_refit(
     session: Session,
-    arguments: RefitArguments,
+    arguments: RefitOptions,
     weights: object,
     *,
     partial: bool = False,
@@ -243,7 +243,7 @@ def refit_command(
     the verification. Loading a module runs the code in it: use only files that you trust as you
     would a program.
     """
-    arguments = RefitArguments(module, **given)
+    arguments = RefitOptions(module, **given)
     arguments.check_files(weights)
     settings: dict[str, object] = {"changes": changes} if changes else {}
     if no_check_finite:

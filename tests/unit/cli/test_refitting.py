@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import refitkit
 from refitkit.cli import api
-from refitkit.cli.api import RefitArguments, Session, common_options, refit_options, run_refit
+from refitkit.cli.api import RefitOptions, Session, common_options, refit_options, run_refit
 from tests.fakes import Opener, make_module, same_state, weights_for
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Filling:
         def fill(session: Session, /, module: str, *, half: bool, **given: Any) -> None:
             """Fill MODULE."""
             self.given = given
-            arguments = RefitArguments(module, **given)
+            arguments = RefitOptions(module, **given)
             arguments.check_files(*self.files)
             weights = weights_for(self.module, FILL)
             if half:
@@ -134,12 +134,12 @@ def test_a_wish_takes_what_the_options_give() -> None:
         command = refit_options(**options)(click.Command("some"))
         names = {str(param.name) for param in command.params}
         given: dict[str, Any] = dict.fromkeys(names)
-        assert RefitArguments("module", **given).module == "module"
+        assert RefitOptions("module", **given).module == "module"
 
 
 def test_the_names_for_plugins_are_these_and_documented() -> None:
     assert api.__all__ == [
-        "RefitArguments",
+        "RefitOptions",
         "Session",
         "check_output",
         "check_readable",

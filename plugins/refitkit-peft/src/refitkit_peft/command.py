@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from refitkit.cli.api import (
-    RefitArguments,
+    RefitOptions,
     Session,
     common_options,
     refit_options,
@@ -107,6 +107,6 @@ def lora_command(
     """
     from refitkit_peft.lora import Lora
 
-    scales, arguments = scales_of(adapters), RefitArguments(module, **given)
+    scales, arguments = scales_of(adapters), RefitOptions(module, **given)
     arguments.check_files(base, *scales)
     run_refit(session, arguments, Lora(base, scales, component, alphas_of(alphas, scales)))
