@@ -13,11 +13,11 @@ from refitkit.cli.options import (
     file_option,
     weight_options,
 )
-from refitkit.cli.refit import RefitWish, refit_options, run_refit
+from refitkit.cli.refit import RefitOptions, refit_options, run_refit
 from refitkit.cli.session import Session, plain
 
 __all__ = [
-    "RefitWish",
+    "RefitOptions",
     "Session",
     "check_output",
     "check_readable",

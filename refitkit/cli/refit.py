@@ -1,7 +1,7 @@
 """``refitkit refit``, and the parts that other commands need to refit a saved module.
 
 A command of a plugin gets the module and its weights in its own way. ``refit_options``,
-``RefitWish`` and ``run_refit`` do the rest in the same way for all commands::
+``RefitOptions`` and ``run_refit`` do the rest in the same way for all commands::
 
     @click.command("put")
     @click.argument("module")
@@ -10,9 +10,9 @@ A command of a plugin gets the module and its weights in its own way. ``refit_op
     @common_options
     @click.pass_obj
     def put(session: Session, /, module: str, name: str, **given: Any) -> None:
-        wish = RefitWish(module, **given)
-        wish.check_files()
-        run_refit(session, wish, weights_of(name))
+        options = RefitOptions(module, **given)
+        options.check_files()
+        run_refit(session, options, weights_of(name))
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ _COMMON = (
 def refit_options(*, in_place: bool = False) -> Callable[[Command], Command]:
     """Give a command the options of a refit, from ``-o`` to ``--reread``.
 
-    The command gets their values by the names of the attributes of :class:`RefitWish`.
+    The command gets their values by the names of the attributes of :class:`RefitOptions`.
 
     Args:
         in_place: Whether to add ``--in-place``. Then the user must give either it or ``-o``.
@@ -91,7 +91,7 @@ def refit_options(*, in_place: bool = False) -> Callable[[Command], Command]:
 
 
 @dataclass(frozen=True)
-class RefitWish:
+class RefitOptions:
     """The request of a command that refits a saved module: the module, and values of options.
 
     Attributes:
@@ -153,7 +153,7 @@ class RefitWish:
 
 def run_refit(
     session: Session,
-    wish: RefitWish,
+    options: RefitOptions,
     weights: object,
     *,
     partial: bool = False,
@@ -163,7 +163,7 @@ def run_refit(
 
     Args:
         session: The run of the command line.
-        wish: The request; ``check_files`` has checked its paths.
+        options: The request; ``check_files`` has checked its paths.
         weights: Weights of any kind that ``refitkit.refit`` takes.
         partial: Whether slots that the weights do not contain keep their values.
         settings: Fields of :class:`refitkit.Config` from options of the command.
@@ -173,19 +173,19 @@ def run_refit(
     """
     from refitkit.cli.report import print_report
 
-    target = wish.target
-    pipeline = session.pipeline(**(settings or {}), **({"reread": True} if wish.reread else {}))
+    target = options.target
+    pipeline = session.pipeline(**(settings or {}), **({"reread": True} if options.reread else {}))
     # In place, the target is the module itself, and loading it checks it.
-    if not wish.in_place:
+    if not options.in_place:
         check_module_folder(pipeline, target)
     result = pipeline.refit(
-        wish.module,
+        options.module,
         weights,
-        plan=load_plan(pipeline, wish.plan),
-        inputs=load_inputs(pipeline, wish.inputs),
-        verify=wish.verifier,
+        plan=load_plan(pipeline, options.plan),
+        inputs=load_inputs(pipeline, options.inputs),
+        verify=options.verifier,
         partial=partial,
-        reset_state=wish.reset_state,
+        reset_state=options.reset_state,
     )
     # A refit that fails has raised by now, so the target stays as it was.
     result.module.save(target)
@@ -241,13 +241,13 @@ def refit_command(
     the verification. Loading a module runs the code in it: use only files that you trust as you
     would a program.
     """
-    wish = RefitWish(module, **given)
-    wish.check_files(weights)
+    options = RefitOptions(module, **given)
+    options.check_files(weights)
     settings: dict[str, object] = {"changes": changes} if changes else {}
     if no_check_finite:
         settings["check_finite"] = False
     try:
-        run_refit(session, wish, weights, partial=partial, settings=settings)
+        run_refit(session, options, weights, partial=partial, settings=settings)
     except WeightMismatchError as exc:
         exc.problems = tuple(replace(p, hint=_with_flags(p.hint)) for p in exc.problems)
         raise

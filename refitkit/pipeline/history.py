@@ -367,7 +367,7 @@ class LoadOrigin:
 
     @classmethod
     def of(cls, target: object) -> LoadOrigin | None:
-        """Take the state of the files at a path. None if the target is no path of a file."""
+        """Take the state of the files at a path. None if the target is not a file's path."""
         if not isinstance(target, str | Path):
             return None
         try:

@@ -47,7 +47,7 @@ KEPT = "kept its old value"
 _SEEDS = (0, 1)
 _PLAN_SEEDS = (0, 1, 2)
 _ENOUGH_ROUNDS = 2
-"""Rounds of ``prove_plan`` that must be judged. Rounds in which the model makes NaN are not."""
+"""Rounds of ``prove_plan`` that must be compared. Rounds in which the model makes NaN are not."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _failed(
 
 
 def _endless(exc: VerificationError) -> bool:
-    """Whether NaN is all that is wrong, so that the verdict says nothing about the module."""
+    """Whether all failures are NaN, so that the verdict proves nothing about the module."""
     measures = exc.report.verification.measures if exc.report else ()
     wrong = [m for m in measures if not m.ok]
     return bool(wrong) and all("NaN" in m.note for m in wrong)
@@ -306,7 +306,7 @@ def prove_plan(
     if kept is None:
         return Proof("torch cannot write this program without a pickle")
     tools, judged, reason = context.tools("plan", "prove"), 0, ""
-    # compared with, to tell a slot that kept its old value from one that is wrong otherwise
+    # the old values show whether a wrong slot kept its old value or got another one
     own = TensorMap(program.state_dict)
     needs: tuple[Need, ...] = ()
     for seed in _PLAN_SEEDS:
@@ -359,7 +359,7 @@ def _unjudged(
     weights: Mapping[str, torch.Tensor],
     wanted: Mapping[str, Mapping[str, torch.Tensor]],
 ) -> str:
-    """Why a round says nothing about the plan; empty if it does."""
+    """Why a round proves nothing about the plan; empty if the round can be compared."""
     broken = plan.broken_guards(TensorMap(weights))
     if broken:
         return f"other weights change what the engines are: {broken[0].wanted}"

@@ -263,7 +263,7 @@ class NameMatcher:
             for first in deepest[:_ANCHORS]
         ]
 
-    # -- judging matches ----------------------------------------------------------------------
+    # -- choice of a match --------------------------------------------------------------------
 
     def _leaves_nothing(self, match: NameMatch) -> bool:
         """Return whether no names are duplicates, and only non-persistent entries are unmatched.

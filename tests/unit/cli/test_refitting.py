@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import refitkit
 from refitkit.cli import api
-from refitkit.cli.api import RefitWish, Session, common_options, refit_options, run_refit
+from refitkit.cli.api import RefitOptions, Session, common_options, refit_options, run_refit
 from tests.fakes import Opener, make_module, same_state, weights_for
 
 if TYPE_CHECKING:
@@ -44,12 +44,12 @@ class Filling:
         def fill(session: Session, /, module: str, *, half: bool, **given: Any) -> None:
             """Fill MODULE."""
             self.given = given
-            wish = RefitWish(module, **given)
-            wish.check_files(*self.files)
+            options = RefitOptions(module, **given)
+            options.check_files(*self.files)
             weights = weights_for(self.module, FILL)
             if half:
                 weights = {name: value for name, value in weights.items() if "bias" in name}
-            run_refit(session, wish, weights, partial=half, settings={"changes": "off"})
+            run_refit(session, options, weights, partial=half, settings={"changes": "off"})
 
 
 @pytest.fixture
@@ -134,12 +134,12 @@ def test_a_wish_takes_what_the_options_give() -> None:
         command = refit_options(**options)(click.Command("some"))
         names = {str(param.name) for param in command.params}
         given: dict[str, Any] = dict.fromkeys(names)
-        assert RefitWish("module", **given).module == "module"
+        assert RefitOptions("module", **given).module == "module"
 
 
 def test_the_names_for_plugins_are_these_and_documented() -> None:
     assert api.__all__ == [
-        "RefitWish",
+        "RefitOptions",
         "Session",
         "check_output",
         "check_readable",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from refitkit.cli.api import (
-    RefitWish,
+    RefitOptions,
     Session,
     common_options,
     refit_options,
@@ -107,6 +107,6 @@ def lora_command(
     """
     from refitkit_peft.lora import Lora
 
-    scales, wish = scales_of(adapters), RefitWish(module, **given)
-    wish.check_files(base, *scales)
-    run_refit(session, wish, Lora(base, scales, component, alphas_of(alphas, scales)))
+    scales, options = scales_of(adapters), RefitOptions(module, **given)
+    options.check_files(base, *scales)
+    run_refit(session, options, Lora(base, scales, component, alphas_of(alphas, scales)))
