@@ -54,7 +54,7 @@ _DTYPES = {
     "F64": ("float64", 64),
     "C64": ("complex64", 64),
 }
-"""By dtype of the format: torch's name, empty if it has none, and bits of an element
+"""torch's name, empty if it has none, and bits of an element, by dtype of the format
 (``safetensors/src/tensor.rs``, 0.8)."""
 
 _FORMAT_NAMES = {dtype: name for name, (dtype, _) in _DTYPES.items() if dtype in ITEM_BYTES}

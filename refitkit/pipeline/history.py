@@ -466,7 +466,7 @@ def _before(record: Record, module: OpenedModule, *, newest: bool) -> Values | N
 def _previous(
     module: OpenedModule, keys: Collection[SlotKey]
 ) -> Iterator[tuple[Mapping[str, torch.Tensor], str]]:
-    """For each key the previous values of its engine, and the slot's name."""
+    """The previous values of each key's engine, and the slot's name, by key."""
     previous: dict[str, Mapping[str, torch.Tensor]] = {}
     for name, slot in keys:
         if name not in previous:

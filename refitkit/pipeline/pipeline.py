@@ -1,7 +1,7 @@
 """The pipeline: plugins, settings, and the verbs that work with them. Start reading here.
 
 Each verb is one call into the stages: ``refit.py`` and ``transaction.py`` for refits,
-``restore.py`` for the way back, ``planning.py`` for plans, ``targets.py`` for loading.
+``restore.py`` for earlier weights, ``planning.py`` for plans, ``targets.py`` for loading.
 """
 
 from __future__ import annotations

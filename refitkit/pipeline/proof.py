@@ -97,7 +97,7 @@ def prove(context: Context, compiled: CompiledModule, program: ExportedProgram) 
 
 
 def _verify_options(compiled: CompiledModule, program: ExportedProgram) -> VerifyOptions | None:
-    """By outputs, or without a call if the module cannot be called; None if neither can be."""
+    """Options for a proof by outputs, or without calls; None if neither is possible."""
     if isinstance(compiled.opened, Offline):
         return VerifyOptions(verify=compiled.opened.verifier)
     if program.example_inputs is None:
@@ -109,7 +109,7 @@ def _verify_options(compiled: CompiledModule, program: ExportedProgram) -> Verif
 def _refit(
     context: Context, compiled: CompiledModule, weights: object, options: VerifyOptions
 ) -> RefitReport:
-    """Refit all slots. With rollback, so that a bad verdict does not lose the module."""
+    """Refit all slots, with rollback, so that a failed verification keeps the module."""
     request = RefitRequest(weights=weights, inputs=options.inputs, verify=options.verify)
     return run(context, [RefitTask(context, compiled, request)])[0].committed
 

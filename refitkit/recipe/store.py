@@ -478,7 +478,7 @@ _RESULT_COUNT_PARAMETERS = {
     "chunk": "chunks",
     "tensor_split": "sections",
 }
-"""By op, the parameter that decides how many results it returns."""
+"""The parameter that decides how many results an op returns, by op."""
 
 
 @dataclass

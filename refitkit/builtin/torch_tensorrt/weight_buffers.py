@@ -153,7 +153,7 @@ class WeightBuffers:
     def free_snapshot(self) -> int:
         """Free the snapshot and return its size in bytes. Live values move back to staging."""
         if self.live == "snapshot":
-            # a refit was staged and not committed: its values give way to the live ones
+            # a refit was staged and not committed: the live values replace its values
             self.restore()
             self.live = "staging"
         freed, self._snapshot, self._has_previous = self.snapshot_nbytes, None, False

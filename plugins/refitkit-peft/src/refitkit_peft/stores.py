@@ -210,7 +210,7 @@ def _nbytes_of(tensors: Mapping[str, torch.Tensor]) -> int:
 
 
 def _first_names(source: WeightSource, names: Iterable[str]) -> dict[str, str]:
-    """For each name the first name of the same tensor."""
+    """The first name of the same tensor, by name."""
     # Only tensors in memory can be shared: other sources make a new tensor at each read.
     if not isinstance(source, TensorMap):
         return {name: name for name in names}
