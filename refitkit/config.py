@@ -80,12 +80,13 @@ class Config(Frozen):
             by ten times its own norm has likely a wrong scale or weights of another model. None:
             never.
         plan_cache: Folder in which plans are cached, so that a program is planned once. None: the
-            folder that the environment variable ``REFITKIT_PLAN_CACHE`` names, if any. Whoever can
-            write to the folder decides which weight goes where, so protect it like the engines.
+            folder that the environment variable ``REFITKIT_PLAN_CACHE`` names, if any. A
+            user who can write to the folder decides which weight goes into which slot, so protect
+            it like the engines.
         rules: Rules for names, packing and dtypes of weights; see
             :class:`~refitkit.model.rules.Rules`.
         plugin_settings: Settings of plugins, by the plugin's name. Each plugin defines its own. A
-            name that is not a registered plugin's is a ``ConfigError``.
+            name that is not a registered plugin's raises a ``ConfigError``.
     """
 
     no_plugins: frozenset[str] = frozenset()

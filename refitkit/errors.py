@@ -18,7 +18,7 @@ The error classes form one tree:
     ├── VerificationError        the refitted module is wrong; ``.report`` has the measurements
     ├── EngineError              an engine failed: in a call, staging, or committing weights
     ├── RefitInProgressError     a refit was started from inside a refit of the same module
-    ├── DeadlockError            threads would wait for one another's modules for ever
+    ├── DeadlockError            threads would wait for one another's modules forever
     ├── ModuleLostError          a rollback failed: the module refuses calls
     ├── ResourceError            the system refused: no space, memory, descriptors or permission
     └── PluginError              a plugin is broken; names it
@@ -184,7 +184,7 @@ class RefitInProgressError(RefitError):
 
 
 class DeadlockError(RefitError):
-    """Threads would wait for one another's modules for ever, so this thread does not wait.
+    """Threads would wait for one another's modules forever, so this thread does not wait.
 
     ``problems`` lists which thread waits for which.
     """
@@ -307,7 +307,7 @@ def refused(exc: OSError, what: str) -> ResourceError:
     """A ``ResourceError`` for an exception that can only come from the system.
 
     Args:
-        exc: Exception with any ``errno``, even if a file or folder of refitkit itself is missing.
+        exc: Exception with any ``errno``, ``ENOENT`` included: the file was not named by the user.
         what: As for ``resource_error``.
     """
     code = exc.errno or 0
@@ -356,7 +356,7 @@ def raised_as(
         kind: Class of the error.
         what: Text that says what failed, and who is responsible; the exception's text is appended.
         hint: Next step for the user.
-        doing: Text for a ``ResourceError``, for which nobody is responsible; empty: ``what``.
+        doing: Text for a ``ResourceError``, which is no code's fault; empty: ``what``.
 
     Raises:
         ResourceError: The system refused a resource.

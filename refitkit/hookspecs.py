@@ -65,8 +65,8 @@ def refitkit_register_backends(register: Callable[[Backend], None]) -> None:
     Called by a pipeline when it first needs a backend, once for each pipeline.
 
     Args:
-        register: Function to call with each backend. Two backends of one name are a
-            ``PluginError`` that names both plugins. Import heavy packages inside the backend, on
+        register: Function to call with each backend. Two backends of one name raise
+            a ``PluginError`` that names both plugins. Import heavy packages inside the backend, on
             first use.
     """
 
@@ -157,7 +157,7 @@ def refitkit_mapping_strategies() -> Iterable[MappingStrategy]:
 
     Called once for each pipeline, when slots are first mapped. A refit tries the strategies in the
     order of ``Config.strategies``, or by priority if that is empty. Two strategies of one name
-    are a ``PluginError`` that names both plugins.
+    raise a ``PluginError`` that names both plugins.
 
     Returns:
         The strategies.
@@ -169,8 +169,8 @@ def refitkit_layer_types() -> Iterable[LayerType]:
     """Return the types of TensorRT network layers that hold weights. Kind: all.
 
     Called once for each pipeline, before a verb first passes ``tools`` to backends, strategies and
-    openers. Two types of one name are a ``PluginError`` that names both plugins. Built in are
-    SCALE, CONVOLUTION, DECONVOLUTION and CONSTANT.
+    openers. Two types of one name raise a ``PluginError`` that names both plugins. SCALE,
+    CONVOLUTION, DECONVOLUTION and CONSTANT are built in.
 
     Returns:
         The layer types.
@@ -184,7 +184,7 @@ def refitkit_weight_transforms(config: Config) -> Iterable[WeightTransform]:
     Called once for each refit, before names are mapped, and by every other verb that applies
     weights to a plan. Entries that depend on each other, such as a quantized weight and its scale,
     form one group: the refit computes all of them or none. Two transforms of one name, and two that
-    produce the same entry, are a ``PluginError`` that names both plugins.
+    produce the same entry, raise a ``PluginError`` that names both plugins.
 
     Args:
         config: Settings of the pipeline; a plugin finds its own in ``config.plugin_settings``.
@@ -235,8 +235,8 @@ def refitkit_check(
 def refitkit_verifiers() -> Iterable[Verifier]:
     """Return verifiers of refitted modules. Kind: all.
 
-    Called once for each pipeline, when a result is first judged. The user chooses one by name with
-    ``verify=``. Two verifiers of one name are a ``PluginError`` that names both plugins.
+    Called once for each pipeline, when a result is first verified. The user chooses one by name
+    with ``verify=``. Two verifiers of one name raise a ``PluginError`` that names both plugins.
 
     Returns:
         The verifiers.
@@ -281,5 +281,5 @@ def refitkit_register_commands(cli: click.Group) -> None:
     ``refitkit --help`` stays fast.
 
     Args:
-        cli: The group ``refitkit``. A command whose name is taken is a ``PluginError``.
+        cli: The group ``refitkit``. A command whose name is taken raises a ``PluginError``.
     """

@@ -21,7 +21,7 @@ class ForkedLock:
     """A reentrant lock that is free in a forked child, unless the forking thread held it.
 
     Use it as ``with lock.held:``. The RLock is entered directly, so no Python code runs between
-    entering and holding it. An interrupt in such code could leave the lock acquired for ever.
+    entering and holding it. An interrupt in such code could leave the lock acquired forever.
 
     Attributes:
         held: The ``threading.RLock``.

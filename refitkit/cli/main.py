@@ -289,7 +289,7 @@ def as_refit_error(exc: Exception) -> RefitError:
         why = exc.strerror or str(exc) or type(exc).__name__
         what = f"{str(exc.filename)!r}: " if exc.filename else ""
         refused = resource_error(exc, "")
-        hint = "With -v a traceback shows where it happened."
+        hint = "Run with -v to see a traceback."
         return RefitError(f"{what}{why}.", hint=f"{refused.hint} {hint}" if refused else hint)
     refused = resource_error(exc, "The command cannot run")
     if refused is not None:

@@ -58,7 +58,7 @@ def _be_verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:  #
 
 
 _COMMON = (
-    acting_option("--json", is_flag=True, help="Print the result as JSON, alone on stdout."),
+    acting_option("--json", is_flag=True, help="Print only the result on stdout, as JSON."),
     acting_option(
         "--no-plugin",
         metavar="NAME",

@@ -91,7 +91,7 @@ def make(
 @click.option(
     "--slot",
     metavar="ENGINE/NAME",
-    help="Show the recipe of one slot. A unique end of its name is enough.",
+    help="Show the recipe of one slot. A unique suffix of its name is enough.",
 )
 @common_options
 @click.pass_obj

@@ -10,9 +10,9 @@ A command of a plugin gets the module and its weights in its own way. ``refit_op
     @common_options
     @click.pass_obj
     def put(session: Session, /, module: str, name: str, **given: Any) -> None:
-        arguments = RefitOptions(module, **given)
-        arguments.check_files()
-        run_refit(session, arguments, weights_of(name))
+        options = RefitOptions(module, **given)
+        options.check_files()
+        run_refit(session, options, weights_of(name))
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class RefitOptions:
 
 def run_refit(
     session: Session,
-    arguments: RefitOptions,
+    options: RefitOptions,
     weights: object,
     *,
     partial: bool = False,
@@ -163,7 +163,7 @@ def run_refit(
 
     Args:
         session: The run of the command line.
-        arguments: The request; ``check_files`` has checked its paths.
+        options: The request; ``check_files`` has checked its paths.
         weights: Weights of any kind that ``refitkit.refit`` takes.
         partial: Whether slots that the weights do not contain keep their values.
         settings: Fields of :class:`refitkit.Config` from options of the command.
@@ -173,21 +173,19 @@ def run_refit(
     """
     from refitkit.cli.report import print_report
 
-    target = arguments.target
-    pipeline = session.pipeline(
-        **(settings or {}), **({"reread": True} if arguments.reread else {})
-    )
+    target = options.target
+    pipeline = session.pipeline(**(settings or {}), **({"reread": True} if options.reread else {}))
     # In place, the target is the module itself, and loading it checks it.
-    if not arguments.in_place:
+    if not options.in_place:
         check_module_folder(pipeline, target)
     result = pipeline.refit(
-        arguments.module,
+        options.module,
         weights,
-        plan=load_plan(pipeline, arguments.plan),
-        inputs=load_inputs(pipeline, arguments.inputs),
-        verify=arguments.verifier,
+        plan=load_plan(pipeline, options.plan),
+        inputs=load_inputs(pipeline, options.inputs),
+        verify=options.verifier,
         partial=partial,
-        reset_state=arguments.reset_state,
+        reset_state=options.reset_state,
     )
     # A refit that fails has raised by now, so the target stays as it was.
     result.module.save(target)
@@ -243,13 +241,13 @@ def refit_command(
     the verification. Loading a module runs the code in it: use only files that you trust as you
     would a program.
     """
-    arguments = RefitOptions(module, **given)
-    arguments.check_files(weights)
+    options = RefitOptions(module, **given)
+    options.check_files(weights)
     settings: dict[str, object] = {"changes": changes} if changes else {}
     if no_check_finite:
         settings["check_finite"] = False
     try:
-        run_refit(session, arguments, weights, partial=partial, settings=settings)
+        run_refit(session, options, weights, partial=partial, settings=settings)
     except WeightMismatchError as exc:
         exc.problems = tuple(replace(p, hint=_with_flags(p.hint)) for p in exc.problems)
         raise

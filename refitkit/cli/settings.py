@@ -80,7 +80,7 @@ def read_settings(file: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: The file is missing, has another suffix or does not parse; or settings do not
-            exist or have wrong types. Names the file, and lists all such settings.
+            exist or have wrong types. Names the file, and lists all these settings.
     """
     name = repr(str(file))
     check_readable(file, ConfigError)

@@ -158,7 +158,7 @@ class Archive:
         if name not in self._members:
             raise ArchiveError(f"it has no member {name!r}")
         info = self._members[name]
-        # a compressed member could expand to any size, whatever the size of the file
+        # a compressed member could expand to any size, even in a small file
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
             raise ArchiveError(f"member {name!r} is compressed")
         return info

@@ -1,8 +1,8 @@
 """File states: detect from ``stat(2)`` that a file was written to or replaced.
 
 This module hides which fields of ``stat`` can be trusted. Any user can set a modification time
-back (``utime``, ``cp -p``, ``rsync -t``, ``tar``). Nobody can set the *change time* (ctime): every
-write, and every change of attributes, moves it forward.
+back (``utime``, ``cp -p``, ``rsync -t``, ``tar``). No program can set the *change time* (ctime):
+every write, and every change of attributes, moves it forward.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file to write, which replaces ``path`` at the end of the block.
 
-    If the block raises, the old file stays as it was.
+    If the block raises, the old file is unchanged.
 
     Args:
         path: The file to replace, or to create. Its folder must exist.

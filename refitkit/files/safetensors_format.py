@@ -1,8 +1,8 @@
 """Read and write the safetensors format, one tensor at a time.
 
-This module hides the format. It is that of https://github.com/huggingface/safetensors, section
-"Format" of the README: the length of the header in 8 bytes, the header as JSON, and the tensors one
-after another, without gaps. The safetensors library maps files into memory. If a page of a mapped
+This module hides the format. A file has the length of the header in 8 bytes, the header as JSON,
+and the tensors one after another, without gaps (https://github.com/huggingface/safetensors, section
+"Format" of the README). The safetensors library maps files into memory. If a page of a mapped
 file is lost, the process ends with SIGBUS (``mmap(2)``). So refitkit reads and writes the format
 itself, tensor by tensor and without a copy of the whole.
 """
@@ -54,7 +54,7 @@ _DTYPES = {
     "F64": ("float64", 64),
     "C64": ("complex64", 64),
 }
-"""By dtype of the format: torch's name, empty if it has none, and bits of an element
+"""torch's name, empty if it has none, and bits of an element, by dtype of the format
 (``safetensors/src/tensor.rs``, 0.8)."""
 
 _FORMAT_NAMES = {dtype: name for name, (dtype, _) in _DTYPES.items() if dtype in ITEM_BYTES}
@@ -169,7 +169,7 @@ def _entry(name: str, value: Any, data_start: int) -> TensorEntry:
     if text not in _DTYPES:
         raise ValueError(f"{name!r} has the unknown dtype {text!r}")
     sizes = (*shape, first, last)
-    # exact types: True and False are no sizes, although bool is a subclass of int
+    # exact types: True and False are not sizes, although bool is a subclass of int
     is_invalid = any(type(size) is not int or size < 0 for size in sizes)
     is_invalid = is_invalid or any(size > _MAX_DIMENSION for size in shape)
     # sizes of 0 count as 1: they must not hide others that torch cannot multiply

@@ -2,7 +2,7 @@
 
 This module hides how refitkit decides that a temporary folder or file is stale. The process that
 creates one locks it (``flock(2)``). The kernel releases the lock when the last process that has it
-open ends, for whatever reason. So a temporary name of refitkit that is not locked is stale, and the
+open ends, for any reason. So a temporary name of refitkit that is not locked is stale, and the
 next process that creates one in the same folder removes it. Forks share the lock of their parent,
 so that nothing is removed that they may still use.
 

@@ -1,11 +1,11 @@
 """The stage ``check``: everything that forbids the refit, in one error, before anything is staged.
 
-New values have to be finite wherever the present ones are. Most of that is judged in the staged
-bytes themselves (``FiniteCheck``): so the bytes that are found finite are the bytes that are
-committed, whoever writes to a source meanwhile, and a file is read once. Plugins' checks leave
-those weights out (``refitkit_check``, ``deferred``). Values that are computed on the way are judged
-there in any case. A recipe can make NaN of finite numbers, as the root of a variance below zero or
-a cast of large numbers to float16; and so can a plugin's strategy.
+New values have to be finite wherever the present ones are. ``FiniteCheck`` checks most of them as
+staged bytes. So the bytes that are checked are the bytes that are committed, even if another
+process writes to the source, and a file is read once. Plugins' checks leave those weights out
+(``refitkit_check``, ``deferred``). ``FiniteCheck`` checks all computed values. A recipe can make
+NaN of finite numbers: the root of a variance below zero, or a cast of large numbers to float16. A
+plugin's strategy can do that, too.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _as_problem(plugin: str, item: object) -> Problem:
 def check_abilities(
     module: OpenedModule, *, partial: bool, overwrite: bool, config: Config
 ) -> None:
-    """Check that the engines can do what is asked, within the limits of the settings.
+    """Check that the engines support the refit, within the limits of the settings.
 
     Args:
         module: The opened module.
@@ -122,7 +122,7 @@ def check_abilities(
 def judged_where_staged(
     values: Mapping[SlotKey, SlotValue], module: OpenedModule, *, overwrite: bool
 ) -> frozenset[str]:
-    """Names of source entries that ``FiniteCheck`` judges, so that no check has to read them.
+    """Names of source entries that ``FiniteCheck`` checks, so that no plugin has to read them.
 
     Args:
         values: Values that will be staged.
@@ -137,14 +137,14 @@ def judged_where_staged(
 
 
 class FiniteCheck:
-    """Judges whether the values of one refit are finite.
+    """Checks whether the values of one refit are finite.
 
-    Large values are judged piece by piece on their way into the engine, while they are in the
-    processor's cache. All others are judged where they are staged.
+    Large values are checked piece by piece on their way into the engine, while they are in the
+    processor's cache. All others are checked after staging, in the staged memory.
     """
 
     def __init__(self, module: OpenedModule, plan: Plan, *, overwrite: bool) -> None:
-        """Judge nothing yet.
+        """Check nothing yet.
 
         Args:
             module: The opened module.
@@ -156,7 +156,7 @@ class FiniteCheck:
         self._passed: set[SlotKey] = set()
 
     def watched(self, values: Mapping[SlotKey, SlotValue]) -> Mapping[SlotKey, SlotValue]:
-        """The same values. Pieces of large ones are judged when the engine reads them."""
+        """The same values. Pieces of large values are checked when the engine reads them."""
         return {
             key: value._replace(pieces=bind(self._pieces, key, value.pieces))
             if value.pieces is not None
@@ -211,7 +211,7 @@ class FiniteCheck:
             )
 
     def _to_judge(self, values: Mapping[SlotKey, SlotValue]) -> Mapping[str, dict[str, SlotValue]]:
-        """The values to judge where they are staged, by engine and slot."""
+        """The values to check in the staged memory, by engine and slot."""
         found: defaultdict[str, dict[str, SlotValue]] = defaultdict(dict)
         for row in self._plan.data.ledger:
             key, value = row.slot.key, values.get(row.slot.key)
@@ -234,7 +234,7 @@ def _readable(module: OpenedModule, *, overwrite: bool) -> frozenset[str]:
 
 
 def _is_entry(value: SlotValue) -> bool:
-    """Whether a value is an entry of the source, as it is."""
+    """Whether a value is an unchanged entry of the source."""
     return value.identity and not value.pinned and value.strategy == STRATEGY
 
 

@@ -49,7 +49,7 @@ class Context:
 
         Raises:
             ConfigError: A setting does not exist or has a wrong type, a setting is for a plugin
-                that is not there, or ``plugins`` is no list.
+                that is not there, or ``plugins`` is not a list.
             PluginError: A plugin cannot be registered; names it.
         """
         if isinstance(plugins, str) or not isinstance(plugins, Iterable):

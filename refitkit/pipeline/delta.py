@@ -178,8 +178,8 @@ def revision_or_digest(name: str, source: WeightSource) -> Hashable:
 def digest_of(name: str, source: WeightSource) -> str:
     """Dtype, shape and a 128-bit hash of an entry's bytes in logical order, as one text.
 
-    The hash is XXH3, which is not cryptographic. It need not be: whoever can forge a collision can
-    choose the weights, too.
+    The hash is XXH3, which is not cryptographic. It need not be: a user who can forge a
+    collision can choose the weights, too.
 
     Raises:
         SourceError: The entry cannot be read.
@@ -187,7 +187,7 @@ def digest_of(name: str, source: WeightSource) -> str:
     info = source.info(name)
     if info.unusable:
         return f"unusable: {info.unusable}"
-    # Two views with equal elements must have equal digests, whatever their layout and lazy bits.
+    # Two views with equal elements must have equal digests for all layouts and lazy bits.
     value = source.get(name).detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     raw = value.view(torch.uint8).numpy().data if value.numel() else b""
     return f"{info.dtype} {info.shape} {xxhash.xxh3_128_hexdigest(raw)}"

@@ -239,7 +239,7 @@ class Differ:
         plan = self.plan or compiled.plan
         if plan is None:
             raise PlanMismatchError(
-                "The module has no plan, so nothing says which weight goes into which slot.",
+                "The module has no plan, so the weight of each slot is unknown.",
                 hint="Pass a plan that was made from the program that was compiled.",
             )
         plan.check_engines(compiled.backend, compiled.slots)
@@ -415,8 +415,8 @@ def _read(source: WeightSource, name: str, info: TensorInfo) -> torch.Tensor:
     value = source.get(name)
     if value.dtype is not dtype_of(info.dtype) or tuple(value.shape) != info.shape:
         found = f"{value.dtype} {tuple(value.shape)}"
-        problem = Problem(name, "not what was announced", found, f"{info.dtype} {info.shape}")
-        message = f"{source.description} has other dtypes or shapes than it announced."
+        problem = Problem(name, "unlike its header", found, f"{info.dtype} {info.shape}")
+        message = f"{source.description} has tensors that do not match their headers."
         raise SourceError(message, problems=[problem])
     return value
 

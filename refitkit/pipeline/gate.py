@@ -290,7 +290,7 @@ def _deadlock(me: int, cycle: Sequence[Holder]) -> DeadlockError:
     names = {thread.ident: repr(thread.name) for thread in threading.enumerate()}
     waiting = [me, *(holder.thread for holder in cycle)]
     return DeadlockError(
-        "Threads wait for one another's modules, and would wait for ever.",
+        "Threads wait for one another's modules, and would wait forever.",
         problems=[
             Problem(
                 f"thread {names.get(thread, thread)}",

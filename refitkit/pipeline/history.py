@@ -381,7 +381,7 @@ class LoadOrigin:
 
     @classmethod
     def of(cls, target: object) -> LoadOrigin | None:
-        """Take the state of the files at a path. None if the target is no path of a file."""
+        """Take the state of the files at a path. None if the target is not a file's path."""
         if not isinstance(target, str | Path):
             return None
         try:
@@ -482,7 +482,7 @@ def _before(record: Record, module: OpenedModule, *, newest: bool) -> Values | N
 def _previous(
     module: OpenedModule, keys: Collection[SlotKey]
 ) -> Iterator[tuple[Mapping[str, torch.Tensor], str]]:
-    """For each key the previous values of its engine, and the slot's name."""
+    """The previous values of each key's engine, and the slot's name, by key."""
     previous: dict[str, Mapping[str, torch.Tensor]] = {}
     for name, slot in keys:
         if name not in previous:

@@ -186,7 +186,7 @@ def _clash(row: LedgerRow, first: PluginOffer, second: PluginOffer) -> Problem:
 
 
 def _check_answer(strategy: MappingStrategy, answer: object, wanted: tuple[LedgerRow, ...]) -> None:
-    """Raise PluginError if a result is no Mapped, has wrong types, or values of other slots."""
+    """Raise PluginError if a result is not a Mapped, or has wrong types or slots."""
     if not isinstance(answer, Mapped):
         raise PluginError(
             f"The strategy {strategy.name!r} returned a {type(answer).__name__}.",
@@ -614,7 +614,7 @@ def decode_overridden(content: bytes) -> frozenset[str]:
         content: The result of ``encode_overridden``.
 
     Raises:
-        PlanMismatchError: The content is no JSON list of names.
+        PlanMismatchError: The content is not a JSON list of names.
     """
     try:
         names = json.loads(content)

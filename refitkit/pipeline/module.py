@@ -57,7 +57,7 @@ class CompiledModule:
     Attributes:
         plan: How its slots follow from the model's parameters and buffers; None if it has no plan.
         program: The program that was compiled, without its weights; None if it was not kept.
-        base: Weights for ``restore`` to read, as ``refit`` takes them: a path, say. If it is set,
+        base: Weights for ``restore`` to read, in any form that ``refit`` takes. If it is set,
             no copies of the first weights are kept. The user guarantees that they are the weights
             that the module was compiled or loaded with.
         origin: The file or folder that it was loaded from, which ``restore`` can open again. None

@@ -161,7 +161,7 @@ def require_proved_strategies(data: PlanData, strategies: Mapping[tuple[str, str
         strategies: Name of the strategy that gives each slot's value now, by ``(engine, slot)``.
 
     Raises:
-        PlanMismatchError: There are such slots; lists them.
+        PlanMismatchError: Slots get another value than in the proof; lists them.
     """
     if not any(need.slots for need in data.needs):
         return

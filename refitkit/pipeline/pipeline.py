@@ -1,7 +1,7 @@
 """The pipeline: plugins, settings, and the verbs that work with them. Start reading here.
 
 Each verb is one call into the stages: ``refit.py`` and ``transaction.py`` for refits,
-``restore.py`` for the way back, ``planning.py`` for plans, ``targets.py`` for loading.
+``restore.py`` for earlier weights, ``planning.py`` for plans, ``targets.py`` for loading.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Pipeline:
             plugins: Plugins beside the built-in and installed ones; they win over both.
 
         Raises:
-            ConfigError: A setting does not exist or has a wrong type, or ``plugins`` is no list.
+            ConfigError: A setting does not exist or has a wrong type, or ``plugins`` is not a list.
             PluginError: A plugin cannot be registered; names it.
         """
         self.context = Context.of(config, plugins)
@@ -115,7 +115,7 @@ class Pipeline:
                 weights.
 
         Raises:
-            UnsupportedTargetError: ``program`` is no ExportedProgram.
+            UnsupportedTargetError: ``program`` is not an ExportedProgram.
             ConfigError: There is no such backend or option.
             CompileError: The compiler refused the program, or a tool is missing.
             NotRefittableError: An option makes refits impossible, or the proof failed.
@@ -207,11 +207,11 @@ class Pipeline:
                 are an error.
             copy: Whether to refit a second module and leave this one alone.
             delta: Whether to write only the slots whose weights changed since the last refit of
-                this module with ``delta``. The first such refit writes all slots. None: as
-                ``Config.delta`` says.
+                this module with ``delta``. The first refit with ``delta`` writes all slots. None:
+                ``Config.delta`` decides.
             rollback: Whether the old weights are held until the new ones are verified. If False,
                 engines that can do so write over them, which saves a second set of weights; a
-                failure after the checks loses the module. None: as ``Config.rollback`` says.
+                failure after the checks loses the module. None: ``Config.rollback`` decides.
             reset_state: Whether state that calls write (KV caches, counters) and that the weights
                 do not contain is reset to its value at export. Otherwise it is kept, as
                 ``load_state_dict`` does. ``report.state`` says which.
@@ -283,7 +283,7 @@ class Pipeline:
                 ``weights`` if the engines can be read, else no verifier.
 
         Raises:
-            ConfigError: ``compiled`` is no compiled module, or ``version`` is no whole number.
+            ConfigError: ``compiled`` is not a compiled module, or ``version`` is not an integer.
             NotRefittableError: The weights are not held any more; lists those that are.
             RefitError: As ``refit`` raises it. Unless it is a ``ModuleLostError``, the module
                 answers as before.
@@ -319,7 +319,7 @@ class Pipeline:
         """
         return copy_of(compiled, self)
 
-    @verb("The weights cannot be judged")
+    @verb("The weights cannot be verified")
     def verify(
         self,
         target: object,
@@ -330,7 +330,7 @@ class Pipeline:
         reference: Any = None,
         with_: str | None = None,
     ) -> VerificationResult:
-        """Judge whether a module holds given weights, without changing it.
+        """Verify that a module holds given weights, without changing it.
 
         Args:
             target: A compiled module, or anything that ``load`` opens.
@@ -368,7 +368,7 @@ class Pipeline:
         Args:
             a: Anything that a plugin can read as weights; or else a compiled module, or anything
                 that ``load`` opens, which runs the code in it.
-            b: Likewise. Changes are relative to A.
+            b: As for ``a``. Changes are relative to ``a``.
             plan: How weights become slots; None: the module's own plan.
             rules_a: Rules for A alone, like ``Config.rules``: ``{"subtree": "ema."}``. A given rule
                 takes the place of the same rule in the settings.

@@ -81,7 +81,7 @@ class Compiler:
             verbs: The pipeline, for the handles of modules.
 
         Raises:
-            UnsupportedTargetError: The program is no ExportedProgram.
+            UnsupportedTargetError: The program is not an ExportedProgram.
         """
         _require_program(program)
         self._context, self._program, self._verbs = context, program, verbs

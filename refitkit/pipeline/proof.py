@@ -49,7 +49,7 @@ _SEEDS = (0, 1)
 # One more than _ENOUGH_ROUNDS, because one round may show nothing.
 _PLAN_SEEDS = (0, 1, 2)
 _ENOUGH_ROUNDS = 2
-"""Rounds of ``prove_plan`` that must be judged. Rounds in which the model makes NaN are not."""
+"""Rounds of ``prove_plan`` that must be compared. Rounds in which the model makes NaN are not."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def prove(context: Context, compiled: CompiledModule, program: ExportedProgram) 
 
 
 def _verify_options(compiled: CompiledModule, program: ExportedProgram) -> VerifyOptions | None:
-    """By outputs, or without a call if the module cannot be called; None if neither can be."""
+    """Options for a proof by outputs, or without calls; None if neither is possible."""
     if isinstance(compiled.opened, Offline):
         return VerifyOptions(verify=compiled.opened.verifier)
     if program.example_inputs is None:
@@ -114,7 +114,7 @@ def _verify_options(compiled: CompiledModule, program: ExportedProgram) -> Verif
 def _refit(
     context: Context, compiled: CompiledModule, weights: object, options: VerifyOptions
 ) -> RefitReport:
-    """Refit all slots. With rollback, so that a bad verdict does not lose the module."""
+    """Refit all slots, with rollback, so that a failed verification keeps the module."""
     request = RefitRequest(weights=weights, inputs=options.inputs, verify=options.verify)
     return run(context, [RefitTask(context, compiled, request)])[0].committed
 
@@ -164,7 +164,7 @@ def _failed(
 
 
 def _endless(exc: VerificationError) -> bool:
-    """Whether NaN is all that is wrong, so that the verdict says nothing about the module."""
+    """Whether all failures are NaN, so that the verdict proves nothing about the module."""
     measures = exc.report.verification.measures if exc.report else ()
     wrong = [m for m in measures if not m.ok]
     return bool(wrong) and all("NaN" in m.note for m in wrong)
@@ -314,7 +314,7 @@ def prove_plan(
     if kept is None:
         return Proof("torch cannot write this program without a pickle")
     tools, judged, reason = context.tools("plan", "prove"), 0, ""
-    # compared with, to tell a slot that kept its old value from one that is wrong otherwise
+    # the old values show whether a wrong slot kept its old value or got another one
     own = TensorMap(program.state_dict)
     needs: tuple[Need, ...] = ()
     for seed in _PLAN_SEEDS:
@@ -368,7 +368,7 @@ def _unjudged(
     weights: Mapping[str, torch.Tensor],
     wanted: Mapping[str, Mapping[str, torch.Tensor]],
 ) -> str:
-    """Why a round says nothing about the plan; empty if it does."""
+    """Why a round proves nothing about the plan; empty if the round can be compared."""
     broken = plan.broken_guards(TensorMap(weights))
     if broken:
         return f"other weights change what the engines are: {broken[0].wanted}"

@@ -243,7 +243,7 @@ def _as_jobs(
 ) -> list[tuple[object, object, dict[str, Any]]]:
     """Targets, weights and options."""
     if not isinstance(modules, abc.Iterable) or isinstance(modules, str | abc.Mapping):
-        raise ConfigError(f"A {type(modules).__name__} is no list of modules.", hint=_ON_JOBS)
+        raise ConfigError(f"modules is a {type(modules).__name__}, not a list.", hint=_ON_JOBS)
     jobs: list[tuple[object, object, dict[str, Any]]] = []
     problems: list[Problem] = []
     for number, job in enumerate(modules, 1):
@@ -260,11 +260,11 @@ def _as_jobs(
 
 def _wrong_with(job: Any, options: dict[str, Any]) -> Iterator[Problem]:
     if not isinstance(job, tuple | list) or len(job) not in {2, 3}:
-        yield Problem("", "no pair", repr(job)[:80], "(module, weights, options)")
+        yield Problem("", "not a pair", repr(job)[:80], "(module, weights, options)")
         return
     own = job[2] if len(job) == _WITH_OPTIONS else {}
     if not isinstance(own, abc.Mapping):
-        yield Problem("", "no options", repr(own)[:80], "a dict of arguments of refit")
+        yield Problem("", "options", repr(own)[:80], "a dict of arguments of refit")
         return
     names = ", ".join(sorted(_OPTIONS))
     for name in {**options, **own}:
@@ -360,7 +360,7 @@ class RefitTask:
         plan = self._request.plan if self._request.plan is not None else self.compiled.plan
         if plan is None:
             raise PlanMismatchError(
-                "The module has no plan, so nothing says which weight goes into which slot.",
+                "The module has no plan, so the weight of each slot is unknown.",
                 hint="Make a plan from the program that was compiled: "
                 "plan = refitkit.plan(program, target=compiled).",
             )

@@ -1,7 +1,7 @@
 """The facts of one refit, collected while it runs, and the report made of them.
 
-Stages write into a ``ReportDraft``. ``close`` is called once the verdict is in: it drops the
-weights and reads everything that engines, plugins and sources have to say. So making the report
+Stages write into a ``ReportDraft``. ``close`` is called after the verification: it drops the
+weights and reads all facts from engines, plugins and sources. So making the report
 later calls none of them and cannot fail.
 """
 

@@ -62,7 +62,7 @@ def as_versions(modules: object) -> list[tuple[CompiledModule, int]]:
         ConfigError: The argument has anything else; lists all of it.
     """
     if not isinstance(modules, abc.Iterable) or isinstance(modules, str):
-        raise ConfigError(f"A {type(modules).__name__} is no list of modules.", hint=_ON_VERSIONS)
+        raise ConfigError(f"modules is a {type(modules).__name__}, not a list.", hint=_ON_VERSIONS)
     versions: list[tuple[CompiledModule, int]] = []
     problems: list[Problem] = []
     for number, one in enumerate(modules, 1):
@@ -70,10 +70,10 @@ def as_versions(modules: object) -> list[tuple[CompiledModule, int]]:
             case (CompiledModule() as compiled, int() as version) if not isinstance(version, bool):
                 versions.append((compiled, version))
             case _:
-                wanted = "a compiled module and a whole number"
-                problems.append(Problem(f"module {number}", "no version", repr(one)[:80], wanted))
+                wanted = "(compiled module, version)"
+                problems.append(Problem(f"module {number}", "not a pair", repr(one)[:80], wanted))
     if problems:
-        message = "These are no versions of weights that can be restored."
+        message = "These versions cannot be restored."
         raise ConfigError(message, problems=problems, hint=_ON_VERSIONS)
     return versions
 
@@ -124,7 +124,7 @@ class RestoreTask:
 
         Raises:
             NotRefittableError: The weights are not held any more.
-            RefitError: The verifier cannot judge this.
+            RefitError: The verifier cannot check these weights.
         """
         state, clock = self.compiled.state, self._context.clock("restore")
         draft = ReportDraft(backend=self.compiled.backend, before=state.version, clock=clock)
@@ -242,7 +242,7 @@ def _slot_value(slot: Slot, kept: torch.Tensor) -> SlotValue:
 
 
 def _copied(value: SlotValue) -> SlotValue:
-    """A copy for the verdict: by then the engine's own memory is overwritten, or is judged."""
+    """A copy for the verifier: by then the engine's own memory is overwritten or tested."""
     copy = value.load().detach().to("cpu", copy=True)
     return value._replace(load=lambda: copy)
 

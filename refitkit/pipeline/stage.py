@@ -94,7 +94,7 @@ class Staged:
         return tuple(self._waiting)
 
     def memory(self) -> tuple[EngineMemory, ...]:
-        """The memory that each engine of the module needs for its way back."""
+        """The memory that each engine of the module needs for a rollback."""
         with raised_as(EngineError, "An engine failed to report its memory"):
             return tuple(
                 EngineMemory(engine=name, kind="none", bytes=0)
@@ -110,7 +110,7 @@ class Staged:
             yield self._waiting.pop(0)
 
     def discard(self) -> None:
-        """Drop what is left. Live weights were never touched, so failures do not matter."""
+        """Discard staged values that were not taken. Failures do not matter: no weights changed."""
         for _, staged in self.take():
             try:
                 staged.discard()
@@ -121,7 +121,7 @@ class Staged:
 def live_reader(engine: Engine) -> Callable[[str], torch.Tensor | None] | None:
     """The function that gives the live value of a slot, as an alias of the engine's memory.
 
-    It returns None for a slot that the engine does not remember. There is no such function for an
+    It returns None for a slot that the engine does not remember. There is no function for an
     engine that can neither be read nor remembers its weights.
     """
     if isinstance(engine, SupportsReadback):
@@ -137,7 +137,7 @@ def _attribute_failure(values: Iterable[SlotValue], failure: Exception) -> None:
     value would meet the same refusal.
 
     Raises:
-        PluginError: A value fails in the same way, or is no tensor; names its strategy and slot.
+        PluginError: A value fails as staging did, or is not a tensor; names its strategy and slot.
         ResourceError: The system refused a resource.
     """
     if isinstance(failure, RefitError):
@@ -160,4 +160,6 @@ def _fault_of(value: SlotValue, failure: Exception) -> str:
         if (type(exc), str(exc)) == (type(failure), str(failure)):
             return f"failed with {type(exc).__name__}: {exc},"
         return ""
-    return "" if isinstance(found, torch.Tensor) else f"gave a {type(found).__name__}, no tensor,"
+    if isinstance(found, torch.Tensor):
+        return ""
+    return f"gave a {type(found).__name__}, not a tensor,"

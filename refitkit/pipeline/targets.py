@@ -1,7 +1,7 @@
 """The stage ``load``: compiled modules from targets, and weight sources from weights.
 
-A target or weights that no plugin can open are looked at once more, so that the error can say what
-they are (``file_type``).
+If no plugin can open a target or weights, ``file_type`` examines them, so that the error can name
+the type of the file.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def describe(context: Context, path: str | Path) -> Mapping[str, Any]:
         found = backend.describe(path)
         if found is not None:
             return {**found, **_described_plan(backend, path)}
-    raise UnsupportedTargetError(f"{str(path)!r} is no saved module of any backend.")
+    raise UnsupportedTargetError(f"{str(path)!r} is not a saved module of any backend.")
 
 
 def _described_plan(backend: Backend, path: Path) -> Mapping[str, Any]:
@@ -228,7 +228,7 @@ def open_weights(context: Context, weights: object) -> WeightSource:
         raise SourceError(f"There is no file {str(weights)!r}.")
     kind = file_type(weights)
     if kind and kind.as_weights:
-        message = f"{_shown(weights)} is {kind.what}, and no weights."
+        message = f"{_shown(weights)} is {kind.what}, not weights."
         raise SourceError(_capital(message), hint=kind.as_weights)
     raise SourceError(
         f"No plugin can read weights from {_shown(weights)}.", hint=_what_is_read(weights)

@@ -1,8 +1,8 @@
-"""The transaction of a refit: stage, commit, verdict and, if anything fails, the way back.
+"""The transaction of a refit: stage, commit, verify and, if anything fails, roll back.
 
 Read ``Transaction`` first. It holds one ``ModuleTransaction`` for each module, and drives all of
 them through the same steps. Either ``run`` returns, and all modules have their new weights and were
-judged good; or it raises, and all modules have their old weights again. The one exception is a
+verified; or it raises, and all modules have their old weights again. The one exception is a
 ``ModuleLostError``: the old weights of a module could not be restored, so it refuses calls.
 """
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 Failure = TypeVar("Failure", bound=RefitError)
 
 _LAST_ATTEMPT = (False, False, True)
-"""The way back is tried three times if it is interrupted: Ctrl-C is often pressed twice."""
+"""An interrupted rollback is tried three times: users often press Ctrl-C twice."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Prepared:
     Attributes:
         draft: The facts for the report. Its ``mapping`` has the values to write.
         plan: The plan that is followed.
-        judge: Judges the module after the commit; None if nothing does.
+        judge: Verifies the module after the commit; None if nothing verifies it.
         all_values: Gives values of all slots, also of unchanged ones, for engines that lost those.
         state_after: Gives the module's state, but for the history, once these values are live.
         require_read: Called once all is staged. Raises if the source changed while it was read.
@@ -83,7 +83,7 @@ class Transaction:
         self._modules = modules
 
     def run(self) -> None:
-        """Commit all modules and have them judged, while their calls wait.
+        """Commit and verify all modules, while their calls wait.
 
         From the first commit until it is certain which weights are live, the gates are poisoned.
         An interrupt in that time restores the old weights. An interrupt during the restoring starts
@@ -224,7 +224,7 @@ class ModuleTransaction:
             if self._finite is not None:
                 self._finite.require(self._staged, written)
             draft.changes = measured(self._config, self._module, self._staged, written)
-            # if a measured slot differs, nobody has to compare all of both sets
+            # if a measured slot differs, the two sets need no full comparison
             draft.changed = draft.changes.differ or self._staged.changed()
             draft.memory = self._staged.memory()
             if self._prepared.rollback:
@@ -275,7 +275,7 @@ class ModuleTransaction:
 
     @property
     def _wants_base(self) -> bool:
-        """Whether copies are the only way back to the first weights, and are wanted."""
+        """Whether only copies can restore the first weights, and the settings ask for them."""
         elsewhere = self._compiled.base is not None or self._compiled.origin is not None
         return self._config.keep_base and self._prepared.rollback and not elsewhere
 
@@ -304,7 +304,7 @@ class ModuleTransaction:
                     one.commit()
 
     def judge(self) -> None:
-        """Notify plugins, have the result judged, and store the module's new state.
+        """Notify plugins, verify the result, and store the module's new state.
 
         Raises:
             VerificationError: The verdict is bad.
@@ -323,10 +323,10 @@ class ModuleTransaction:
                     self.draft.verification = self._prepared.judge(self._module)
                 if not self.draft.verification.ok:
                     raise VerificationError(
-                        "The refitted module is not what it should be; its old weights are back.",
+                        "The refitted module failed the verification; its old weights are back.",
                         problems=problems_of(self.draft.verification),
                     )
-        # the last two steps: whatever is raised after them would find a refit that is done
+        # the last two steps: an exception after them finds a completed refit
         self.draft.close()
         self._compiled.state = after
 
@@ -345,7 +345,7 @@ class ModuleTransaction:
             overridden=before.overridden,
         )
 
-    # -- the way back ------------------------------------------------------------------------
+    # -- rollback ----------------------------------------------------------------------------
 
     def roll_back(self, *, last: bool) -> BaseException | None:
         """Restore the old weights.
@@ -412,5 +412,5 @@ class ModuleTransaction:
 
     def _notify(self, outcome: Outcome) -> None:
         hook = "refitkit_weights_changed"
-        if self._host.has(hook):  # mostly nobody listens, and a report takes its time
+        if self._host.has(hook):  # a report takes time, and most pipelines lack the hook
             self._host.call(hook, module=self._module, report=self.draft.report(outcome))

@@ -2,7 +2,7 @@
 
 The module hides which transform makes which entry. ``transformed`` asks the transforms, rank by
 rank, for the groups of entries that they take and give, and returns a ``Transformed`` source. It
-computes a group when one of its entries is first read. ``require_accurate`` judges the result.
+computes a group when one of its entries is first read. ``require_accurate`` checks the result.
 """
 
 from __future__ import annotations
@@ -369,7 +369,7 @@ def _signature(info: TensorInfo) -> tuple[str, tuple[int, ...], str]:
     return info.dtype, info.shape, info.unusable
 
 
-# -- judging the result ---------------------------------------------------------------------------
+# -- accuracy of the result -----------------------------------------------------------------------
 
 
 def require_accurate(rows: Iterable[TransformRow]) -> None:

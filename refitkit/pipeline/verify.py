@@ -38,14 +38,14 @@ if TYPE_CHECKING:
     Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 Judge: TypeAlias = "Callable[[OpenedModule], VerificationResult]"
-"""Judges a module with its new weights; made before anything is written."""
+"""Checks a module with its new weights; made before anything is written."""
 
 NONE = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
-    """How a user wants a result judged; see :func:`refitkit.refit` for the meanings.
+    """How a user wants a result verified; see :func:`refitkit.refit` for the meanings.
 
     Attributes:
         inputs: A tuple of positional inputs, a dict of keyword inputs, or a pair of both.
@@ -69,12 +69,12 @@ def verification(
     values: Callable[[], Mapping[SlotKey, SlotValue]],
     outputs_by_default: bool = True,
 ) -> Judge | None:
-    """Prepare the judge of a module; everything else is done before anything is written.
+    """Prepare the check of a module, with all work that can be done before the commit.
 
     Args:
         context: Plugins and settings.
         compiled: The module, with its old weights.
-        options: How the user wants it judged.
+        options: How the user wants the module verified.
         verb: Name of the verb, for progress.
         plan: The plan that is followed.
         source: The new weights.
@@ -82,13 +82,13 @@ def verification(
         outputs_by_default: Whether given inputs alone make ``outputs`` the verifier.
 
     Returns:
-        The judge; None if ``none`` was asked for, or nothing can be verified.
+        The check; None if the user passed ``none``, or nothing can be verified.
 
     Raises:
         ConfigError: There is no verifier of this name, or ``inputs`` or ``reference`` are unusable.
         NotRefittableError: The verifier calls the module, which cannot be called here.
-        RefitError: The verifier cannot judge this refit.
-        PluginError: The verifier failed, now or when it judges; names it.
+        RefitError: The verifier cannot check this refit.
+        PluginError: The verifier failed, now or in the check; names the verifier.
     """
     module = compiled.opened
     inputs = as_inputs(options.inputs)
@@ -110,7 +110,7 @@ def verification(
         tools=context.tools(verb, "verify"),
     )
     failed = f"The verifier {verifier.name!r} failed"
-    doing = f"The weights cannot be judged by {verifier.name!r}"
+    doing = f"The weights cannot be verified by {verifier.name!r}"
     with raised_as(PluginError, f"{failed} to prepare", doing=doing):
         judge = verifier.prepare(request)
 
@@ -128,7 +128,7 @@ def verify_live(
     plan: RefitPlan | None,
     options: VerifyOptions,
 ) -> VerificationResult:
-    """Judge whether a module holds given weights, and change nothing; see ``Pipeline.verify``."""
+    """Verify that a module holds given weights; see ``Pipeline.verify``."""
     # the same steps as a refit up to the check, so that wrong weights get the same errors
     plan = plan or compiled.plan
     if plan is None:
@@ -191,7 +191,7 @@ def choose(
     if wanted == "outputs" and isinstance(module, Offline):
         raise NotRefittableError(
             "The verifier 'outputs' calls the module, which cannot be called here.",
-            hint=f"{module.offline} verify={module.verifier!r} judges it without a call.",
+            hint=f"{module.offline} verify={module.verifier!r} verifies it without a call.",
         )
     if wanted is None:
         with_inputs = with_inputs and not isinstance(module, Offline)

@@ -127,7 +127,7 @@ def is_transformed(value: torch.Tensor) -> bool:
 
 # Each function below pops a mode with one C call inside ``try`` and pushes it with another one in
 # ``finally``. Ctrl-C arrives before or after a C call, never within it. A context manager would run
-# Python code in between, where Ctrl-C could lose the mode. Hence functions that call each other.
+# Python code in between, where Ctrl-C could lose the mode. So the functions call each other.
 
 
 def _has_modes() -> bool:
@@ -234,7 +234,7 @@ _WHERE = torch.ops.aten.where
 
 
 def keep_default_dtype(module: torch.fx.GraphModule) -> None:
-    """Change a graph so that all results have the dtypes of the export, whatever the default is.
+    """Change a graph so that all results have the dtypes of the export with any default dtype.
 
     The results of ``torch.ones(3)`` and of the quotient of two integers have the default dtype. An
     exported graph does not contain it, so it would compute in the default of the running process.

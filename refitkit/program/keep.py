@@ -86,7 +86,7 @@ class KeptProgram:
             # torch 2.14 can leave the tensors out; older versions pickle them, and the pickle is
             # dropped here
             parts = serializer.serialize(program, **dict.fromkeys(flags, False))
-        except Exception as exc:  # noqa: BLE001 - whatever torch cannot write can still be compiled
+        except Exception as exc:  # noqa: BLE001 - a program that torch cannot write can be compiled
             raise_if_resource(exc, "The program cannot be kept")
             return None
         described = serde._dataclass_to_dict(parts.exported_program)  # noqa: SLF001

@@ -1,7 +1,7 @@
 """Which inputs of a graph are live (can change its results), and which ones the graph writes to.
 
-``torch.export`` keeps ops whose results are unused, such as the pooler of a model of which only
-``last_hidden_state`` is returned. Compilers drop those ops, and the weights that only they read.
+``torch.export`` keeps ops whose results are unused, such as the pooler of a model that
+returns only ``last_hidden_state``. Compilers drop those ops, and the weights that only they read.
 
 An op is live if its result reaches an output, if it writes to memory that the caller or a live op
 reads, or if it has another side effect. Side effects are those of ``Node.is_impure`` in

@@ -352,7 +352,7 @@ def _is_loaded(program: ExportedProgram) -> bool:
 
 
 def _is_distinctive(tensor: torch.Tensor) -> bool:
-    """Return whether equal bits are no chance, as they are for zeros, ones and indices."""
+    """Return whether equal bits prove a relation, unlike those of zeros, ones and indices."""
     varied = tensor.is_floating_point() and tensor.numel() > 0
     return varied and bool((tensor != tensor.reshape(-1)[0]).any())
 

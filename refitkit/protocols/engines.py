@@ -98,8 +98,8 @@ class Engine(Protocol):
         Raises:
             WeightMismatchError: A value has another dtype or shape than its slot, or slots are
                 missing, unknown or given twice. It lists all of them.
-            Exception: Whatever ``SlotValue.load`` raises. Let it pass: refitkit then finds out
-                which strategy created the value.
+            Exception: Any exception of ``SlotValue.load``. Do not catch it: refitkit reports the
+                strategy that created the value.
         """
 
 

@@ -82,8 +82,8 @@ class KnowsRevisions(Protocol):
     def revision(self, fqn: str) -> Hashable | None:
         """Return a key for the bits of an entry.
 
-        Within one process, entries of equal revisions have equal dtype, shape and bits, in whatever
-        source, at any time. So a revision names data that nobody can change, such as a file that
+        Within one process, entries of equal revisions have equal dtype, shape and bits, in any
+        source and at any time. So a revision names data that cannot change, such as a file that
         must not be written to or a private copy. For computed entries it names the computation too.
 
         Called before anything is staged, for a refit with ``delta=True``.

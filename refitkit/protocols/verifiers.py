@@ -54,7 +54,7 @@ class Verifier(Protocol):
 
     @property
     def name(self) -> str:
-        """Name of the verifier, as users write it in ``verify=``. ``none`` is taken."""
+        """Name of the verifier, as users write it in ``verify=``. ``none`` is reserved."""
 
     def prepare(self, request: VerifyRequest) -> Callable[[OpenedModule], VerificationResult]:
         """Do all work that does not need the new weights live, and return the check itself.

@@ -84,7 +84,7 @@ class PreparedCall:
     Attributes:
         op: The overload.
         args: Decoded positional arguments. References to operands are placeholders.
-        kwargs: Decoded keyword arguments, likewise.
+        kwargs: Decoded keyword arguments, with the same placeholders.
         operands: References to the tensors among the arguments.
         operand_positions: Where each operand goes: position or name of the argument, and the
             position in it if the argument is a list.

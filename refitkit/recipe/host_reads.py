@@ -273,7 +273,7 @@ def _patch_tensor(tape: HostReadRecorder, real: Any) -> Any:
         for one in tree_leaves(data):
             if tape.sees(one):
                 tape.record_read(one, tape.origin_of(one), "used as a number to create a tensor")
-        # The function copies its argument by ops of its own, which are no part of the program.
+        # The function copies its argument by ops of its own, which are not part of the program.
         with tape.paused():
             created = real(writable_array(data), *args, **kwargs)
         return _record_created(tape, data, created)

@@ -539,7 +539,7 @@ def is_flushing() -> bool:
 
 @contextmanager
 def same_settings() -> Iterator[None]:
-    """Run in one thread, in full precision and with denormals, whatever the caller has set.
+    """Run in one thread, in full precision and with denormals, under any settings of the caller.
 
     The number of threads is set for the calling thread only. Precisions and the switch of oneDNN
     belong to the process. They are changed only if they are not torch's defaults.

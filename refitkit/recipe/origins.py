@@ -265,7 +265,7 @@ class Lineage:
                 may have been read from a weight.
         """
         # Results below are cached first, so that the recursion in _find is one level deep. An
-        # unknown below is no error here: its values may not matter for any op that uses it.
+        # unknown below is not an error here: its values may not matter for any op that uses it.
         for below in postorder(origin, lambda one: one.node in self._leaves):
             with suppress(UnwritableError):
                 self._find(below)

@@ -112,9 +112,9 @@ class RefitPlan:
     def values_of(
         self, rows: Sequence[LedgerRow], source: WeightSource
     ) -> dict[SlotKey, SlotValue | str]:
-        """For each slot a value that is computed on demand, or the reason why there is none.
+        """A value for each slot, computed on demand, or the reason why the slot has none.
 
-        If callers load each value once, refitkit computes results that several values share once.
+        A result that several values share is computed once if the caller loads each value once.
 
         Args:
             rows: Rows of this plan's ledger.
@@ -377,9 +377,9 @@ class SlotValues:
         self._all_sources = tuple(dict.fromkeys(n for row in data.ledger for n in row.sources))
 
     def of(self, rows: Sequence[LedgerRow], source: WeightSource) -> dict[SlotKey, SlotValue | str]:
-        """For each slot a value that is computed on demand, or the reason why there is none.
+        """A value for each slot, computed on demand, or the reason why the slot has none.
 
-        If callers load each value once, refitkit computes results that several values share once.
+        A result that several values share is computed once if the caller loads each value once.
         """
         names = source.names()
         is_complete = all(fqn in names for fqn in self._all_sources)

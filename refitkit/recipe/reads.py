@@ -211,7 +211,7 @@ def kept_leaves(plan: Plan) -> Mapping[str, Leaf]:
 def twins_of(
     sources: Iterable[WeightSource], more: Iterable[Iterable[str]] = ()
 ) -> dict[str, tuple[str, ...]]:
-    """For each tied name, all names of its tensor. Names that are not tied are left out.
+    """All names of a tensor, by each of them. Names that are not tied are left out.
 
     Args:
         sources: Sources of one model. A tie that one of them reports counts for all.

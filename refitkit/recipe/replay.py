@@ -112,7 +112,7 @@ class Replay:
 
 @contextmanager
 def default_modes() -> Iterator[None]:
-    """Run without gradients and autocast, and with denormals, whatever the caller has set."""
+    """Run without gradients and autocast, and with denormals, under any settings of the caller."""
     flushing = is_flushing()
     with torch.no_grad(), torch._C._DisableAutocast():  # noqa: SLF001 - the public one is per device
         if not flushing:

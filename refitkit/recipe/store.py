@@ -1,4 +1,4 @@
-"""Plan files: encode, decode, and vet what was decoded.
+"""Plan files: encode, decode, and validate decoded plans.
 
 A plan file is an uncompressed zip archive (:mod:`refitkit.files.archive`) with three members:
 
@@ -117,7 +117,7 @@ def decode(content: bytes, label: str) -> tuple[PlanData, dict[str, torch.Tensor
         raise PlanMismatchError(f"{label} is not a readable plan: {exc}.") from exc
     problems = [*problems_of(data), *_pinned_problems(data, pinned)]
     if problems:
-        raise PlanMismatchError(f"{label} was damaged or changed by hand.", problems=problems)
+        raise PlanMismatchError(f"{label} is damaged, or was edited.", problems=problems)
     return data, pinned
 
 
@@ -478,7 +478,7 @@ _RESULT_COUNT_PARAMETERS = {
     "chunk": "chunks",
     "tensor_split": "sections",
 }
-"""By op, the parameter that decides how many results it returns."""
+"""The parameter that decides how many results an op returns, by op."""
 
 
 @dataclass

@@ -6,8 +6,8 @@ constant folding does. Values that leave torch (numbers, NumPy arrays) are repor
 :mod:`refitkit.recipe.host_reads`, and :mod:`refitkit.recipe.provenance` keeps the origins of
 values.
 
-Read :class:`Tape` first, from ``__torch_dispatch__`` on. Then follows what a recording has to know
-of an op's schema, and last the functions that hide torch's private names for its stack of modes.
+Read :class:`Tape` first, from ``__torch_dispatch__`` on. Then come the facts that a recording needs
+from an op's schema, and last the functions that hide torch's private names for its stack of modes.
 """
 
 from __future__ import annotations
@@ -483,7 +483,7 @@ def value_numbers(
 
 @cache
 def _number_arguments(op: Any) -> tuple[tuple[int, str, bool], ...]:
-    """Return the arguments that such numbers are passed to.
+    """Return the arguments that these numbers are passed to.
 
     Each entry is a position, a name, and whether a bool counts as a number.
     """

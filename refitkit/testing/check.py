@@ -50,7 +50,7 @@ _HOOKS_BY_SUITE = {
     "TransformSuite": ("refitkit_weight_transforms",),
     "VerifierSuite": ("refitkit_verifiers",),
 }
-"""For each suite the hooks whose implementation calls for it."""
+"""The hooks whose implementation needs a suite, by suite."""
 
 
 class CheckResult(Frozen):

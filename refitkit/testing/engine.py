@@ -131,7 +131,7 @@ class AbilityChecks(EngineBase):
         held = self.snapshot(engine)
         for name, slot in engine.slots.items():
             value = engine.remembered(name)
-            # None is right as long as nobody wrote all slots; after a commit it is not.
+            # None is right until all slots are written, but not after a commit.
             if value is None and not known:
                 continue
             if value is None or oracles.bits(value) != held[name]:

@@ -1,4 +1,4 @@
-"""The checks that every engine has to pass, whatever else it can do.
+"""The checks that every engine has to pass, independent of its optional protocols.
 
 :class:`EngineBase` holds the factory and the oracle that the author of an engine writes, and the
 steps that the checks share. Four groups of checks follow: what an engine says of its slots
@@ -259,7 +259,7 @@ class StagingChecks(EngineBase):
         wanted = oracles.snapshot(values)
         for _ in range(2):
             self.commit(engine, values)
-        advice = "Write the new values, whatever the slots contained before."
+        advice = "Write the new values over any old values."
         self.require_bits(engine, wanted, _COMMIT, "after the same refit twice", advice)
 
     def test_there_and_back_is_bit_equal(self) -> None:
@@ -564,7 +564,7 @@ class TransactionChecks(EngineBase):
         values, others = self.make_values(engine, B), self.make_values(engine, C)
         self.commit(engine, values)
         same = self.stage(engine, values)
-        # None is fine in both cases: it says that the engine cannot tell.
+        # None is fine in both cases: it means that the engine does not know.
         if same.changed() is True:
             found = "it returned True for values that equal the live ones."
             raise Breach(_CHANGED, found, "Compare bits, or return None.")

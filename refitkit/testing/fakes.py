@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from refitkit.protocols import SlotValue
 
 BACKEND = "fake"
-"""Backend name of fake modules and of plans made by hand."""
+"""Backend name of fake modules and of plans from ``make_plan``."""
 
 
 class Tripwire:

@@ -230,7 +230,7 @@ def _no_exception(contract: str) -> Iterator[None]:
     try:
         yield
     except Exception as exc:
-        # The host wraps other exceptions of a hook in PluginError, so that one is no refusal.
+        # The host wraps other exceptions of a hook in PluginError, which is thus not a refusal.
         if isinstance(exc, RefitError) and not isinstance(exc, PluginError):
             raise
         found = f"it raised {type(exc).__name__} for a module or weights of others: {exc}."

@@ -45,7 +45,7 @@ class SourceSuite:
     def make_unusable(self) -> tuple[WeightSource, str] | None:
         """A source, and the name of an entry in it that cannot be a weight, such as a text.
 
-        None if a source of this kind has no such entries.
+        None if all entries of a source of this kind are weights.
         """
         return None
 

@@ -43,7 +43,7 @@ class StrategySuite:
     def make_lacking(self) -> MapRequest | None:
         """A request whose source lacks a tensor, so that the strategy has to decline some rows.
 
-        None if there is no such request.
+        None if the strategy declines no rows.
         """
         return None
 

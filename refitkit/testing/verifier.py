@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from refitkit.protocols import OpenedModule, VerifyRequest
 
 _PREPARE = "Verifier.prepare"
-_JUDGE = "what Verifier.prepare returns"  # the function that judges a module; it has no name
+_JUDGE = "what Verifier.prepare returns"  # the function that checks a module; it has no name
 Key = tuple[str, str]
 
 
@@ -34,7 +34,7 @@ class VerifierSuite:
         raise NotImplementedError("Write make_verifier: it returns a new verifier.")
 
     def make_request(self) -> VerifyRequest:
-        """A request that the verifier can judge; its module has weights other than the values."""
+        """A request that the verifier can check; its module has weights other than the values."""
         raise NotImplementedError("Write make_request: it returns a VerifyRequest.")
 
     def held(self, module: Any) -> Mapping[str, torch.Tensor]:
@@ -42,11 +42,11 @@ class VerifierSuite:
         raise NotImplementedError("Write held: it reads the live weights of the module.")
 
     def make_hopeless(self) -> VerifyRequest | None:
-        """A request that the verifier cannot judge; None if it can judge any."""
+        """A request that the verifier cannot check; None if it can check all requests."""
         return None
 
     def write(self, request: VerifyRequest, values: Mapping[Key, torch.Tensor]) -> None:
-        """Write values into the module of a request; by default through its engines."""
+        """Write values into the module of a request. By default, stage and commit its engines."""
         for name, engine in request.module.engines.items():
             some = [
                 oracles.slot_value(engine.slots[slot], value)
@@ -56,7 +56,7 @@ class VerifierSuite:
             if some:
                 engine.stage(some).commit()
 
-    def spoilt(self, key: Key, value: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - for authors
+    def wrong_value(self, key: Key, value: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - for authors
         """A wrong value for a slot that the verifier has to reject.
 
         By default the first element changes: a bool is negated, a number grows by 1. Override it
@@ -97,7 +97,7 @@ class VerifierSuite:
             request = self.make_request()
             judge = self.make_verifier().prepare(request)
             values = self._values(request)
-            self.write(request, {**values, key: self.spoilt(key, values[key])})
+            self.write(request, {**values, key: self.wrong_value(key, values[key])})
             if self._judged(judge, request.module).ok:
                 found = f"it accepted a module with a wrong value in {'/'.join(key)!r}."
                 raise Breach(_JUDGE, found, "Check results that depend on every slot, or refuse.")
@@ -154,7 +154,7 @@ class VerifierSuite:
     # -- side effects -----------------------------------------------------------------------
 
     def test_nothing_is_changed(self) -> None:
-        """Neither preparing nor judging changes the module, the values or the inputs."""
+        """Neither ``prepare`` nor the check changes the module, the values or the inputs."""
         request = self.make_request()
         before = self._state(request)
         judge = self.make_verifier().prepare(request)
@@ -166,13 +166,13 @@ class VerifierSuite:
         self._require_unchanged(request, before, _JUDGE)
 
     def test_it_refuses_before_anything_is_written(self) -> None:
-        """``prepare`` raises a typed error for a request that the verifier cannot judge."""
+        """``prepare`` raises a typed error for a request that the verifier cannot check."""
         request = self.make_hopeless()
         if request is None:
-            skip("make_hopeless() returned None, so the verifier can judge any request")
+            skip("make_hopeless() returned None, so the verifier can check all requests")
         before = self._state(request)
         advice = "Refuse in prepare: later, unverified weights would be live."
-        with refusal(_PREPARE, "a request that it cannot judge", advice):
+        with refusal(_PREPARE, "a request that it cannot check", advice):
             self.make_verifier().prepare(request)
         self._require_unchanged(request, before, _PREPARE)
 

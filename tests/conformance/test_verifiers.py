@@ -55,8 +55,8 @@ class OnAOTInductor(VerifierSuite):
         weights |= {"order": torch.tensor([0, 1]), "mask": torch.tensor([False, True])}
         return request_of(aotinductor.planned(), weights, inputs=self.inputs)
 
-    def spoilt(self, key: Any, value: torch.Tensor) -> torch.Tensor:
-        return value.flip(0) if key[1] == "order" else super().spoilt(key, value)
+    def wrong_value(self, key: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.flip(0) if key[1] == "order" else super().wrong_value(key, value)
 
     def held(self, module: Any) -> Mapping[str, torch.Tensor]:
         return aotinductor.held(module.engines["model"])

@@ -153,13 +153,13 @@ class WritesInputs(Plain):
         return judged
 
 
-@breaks("it_refuses_before_anything_is_written", "a request that it cannot judge was accepted")
+@breaks("it_refuses_before_anything_is_written", "a request that it cannot check was accepted")
 class RefusesLate(Plain):
     def prepare(self, request: VerifyRequest) -> Any:
         return super().prepare(request) if request.inputs else lambda _: None
 
 
-@breaks("it_refuses_before_anything_is_written", "a request that it cannot judge raised TypeError")
+@breaks("it_refuses_before_anything_is_written", "a request that it cannot check raised TypeError")
 class Stumbles(Plain):
     def prepare(self, request: VerifyRequest) -> Any:
         _args, _ = request.inputs  # type: ignore[misc]

@@ -272,7 +272,7 @@ class Ledger:
         """Check that every weight that the graph reads is in a slot.
 
         Raises:
-            NotRefittableError: Some are part of the engine's code, where no refit can change them.
+            NotRefittableError: Weights are part of the engine's code, which no refit can change.
         """
         # One name of a tied weight is enough: all of them are the same slot.
         reached = self._engine.slots.keys() | {name for row in self.rows for name in row.sources}

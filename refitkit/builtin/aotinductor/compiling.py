@@ -261,7 +261,7 @@ RESERVED = frozenset({"aot_inductor.package", "aot_inductor.output_path"})
 WEIGHTS_BESIDE: dict[str, Any] = {"aot_inductor.package_constants_on_disk_format": "binary_blob"}
 """Keeps weights out of the shared library, so that a saved file holds them once.
 
-If torch cannot do that, the library keeps the weights of its compilation, which nobody reads.
+If torch cannot do that, the library keeps the weights of its compilation, which are never read.
 """
 
 

@@ -139,6 +139,6 @@ def try_in_child(library: Path, device: str) -> None:
     if done.returncode:
         raise CompileError(
             f"The compiled library cannot be loaded: a trial ended with {done.returncode}.",
-            hint="A compiler with a static libstdc++ makes such libraries: set CXX=/usr/bin/g++ "
+            hint="A compiler with a static libstdc++ makes these libraries: set CXX=/usr/bin/g++ "
             f"and compile again. The trial reported: {done.stderr.strip()[-500:]}",
         )

@@ -271,7 +271,7 @@ class StagedSwap:
         self._before = engine.live
 
     def commit(self) -> None:
-        """Swap the buffers: one pointer, whatever the size of the weights."""
+        """Swap the buffers: one pointer changes, independent of the size of the weights."""
         self._engine.carry_mutable(self._names)
         self._engine.drain()
         self._engine.swap()
@@ -331,7 +331,7 @@ def _check_layouts(tensors: Mapping[str, torch.Tensor]) -> None:
     """Check that no weight has an offset, gaps or overlaps: the container copies these wrongly.
 
     Raises:
-        NotRefittableError: Some have. The error lists them.
+        NotRefittableError: Weights have an offset, gaps or overlaps. The error lists them.
     """
     problems = [
         Problem(name, "layout", f"strides {t.stride()}, offset {t.storage_offset()}", "dense")

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EngineFiles:
-    """An engine's files and what is known about them. Copies of a module share them.
+    """An engine's files and their metadata. Copies of a module share them.
 
     Attributes:
         folder: Folder with the files that are saved with the module, and no others.

@@ -180,7 +180,7 @@ def _invalid_items(items: Iterable[Any]) -> Iterator[Problem]:
     """Yield a problem for each item that is not a pair of weights and a finite number."""
     for number, item in enumerate(items, 1):
         if not (isinstance(item, tuple | list) and len(item) == 2):  # noqa: PLR2004 - a pair
-            yield Problem(f"part {number}", "no pair", type(item).__name__, "(weights, number)")
+            yield Problem(f"part {number}", "not a pair", type(item).__name__, "(weights, number)")
         # bool is a subclass of int, but True is more likely a mistake than a share of 1.
         elif isinstance(item[1], bool) or not isinstance(item[1], Real):
             yield Problem(f"part {number}", "no number", repr(item[1]), "a finite number")

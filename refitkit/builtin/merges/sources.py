@@ -247,7 +247,7 @@ class Merged:
                 list(namings)[min(index, len(namings) - 1)] if namings else part
                 for namings, part in zip(choices, self._parts, strict=True)
             ]
-            # Parts may agree on one set of names only: all have the FQNs, say, but hooks of one
+            # Parts may agree on one set of names only: all may have the FQNs, but hooks of one
             # module rename its state_dict.
             with suppress(SourceError):
                 merges.append(Merged(parts, self._formula, self.description, self._keep_limit))

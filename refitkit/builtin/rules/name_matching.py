@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from refitkit.recipe.reads import Reads
 
 _MAX_SUBTREES = 1000
-"""If more subtrees may hold the model, none is tried, to bound time and memory."""
+"""Limit of subtrees that may hold the model. Beyond it none is tried, to save time and memory."""
 _MAX_HEADERS = 1000
 """Headers of more unmatched entries are not read: opening them would take long."""
 _ANCHORS = 8
@@ -263,7 +263,7 @@ class NameMatcher:
             for first in deepest[:_ANCHORS]
         ]
 
-    # -- judging matches ----------------------------------------------------------------------
+    # -- choice of a match --------------------------------------------------------------------
 
     def _leaves_nothing(self, match: NameMatch) -> bool:
         """Return whether no names are duplicates, and only non-persistent entries are unmatched.

@@ -231,7 +231,7 @@ def _refuse_duplicates(targets: dict[str, str]) -> None:
         targets: New name of each entry.
 
     Raises:
-        WeightMismatchError: Some do; the error lists all of them.
+        WeightMismatchError: Entries get equal names; the error lists all of them.
     """
     firsts: dict[str, str] = {}
     problems = []

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     Shape = tuple[int, ...]
 
 _MAX_PARTS = 1 << 12
-"""A rule with numbers does not apply to a piece with more parts: those are no experts."""
+"""A rule with numbers does not apply to a piece with more parts: those are not experts."""
 _MAX_BATCH = 8
 """Most pieces that are in memory at once."""
 _MATRIX_DIMS = 2
@@ -187,7 +187,7 @@ class PackIndex:
                 yield self._conversion(rule, found["place"] or "", count, cuts=False)
 
     def _cutting(self, rule: Pack) -> Iterator[PackConversion]:
-        """Yield a conversion for each piece of which the program has a part."""
+        """Yield a conversion for each piece that has a part in the program."""
         if rule.parts == (rule.into,):
             return  # the rule transposes a weight in place: ``_joining`` has yielded it
         counts: dict[str, int] = {}
@@ -309,7 +309,7 @@ class PackConversion:
     def problems(self, source: Headers) -> Iterator[Problem]:
         """Yield everything that prevents the conversion.
 
-        A dtype that is not the program's is no problem here: casts come later.
+        Dtypes need not be those of the program: casts are applied later.
         """
         names = source.names()
         missing = [name for name in self.takes if name not in names]

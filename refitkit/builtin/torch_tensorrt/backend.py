@@ -145,11 +145,11 @@ class TorchTensorRTBackend:
         return key_of_options(_planning_options(options))
 
     def describe(self, path: Path) -> Mapping[str, Any] | None:
-        """Engines of a saved file as plain data; see ``describe_file``."""
+        """Engines of a saved file as plain data; None for a folder. See ``describe_file``."""
         return describe_file(path) if path.is_file() else None
 
     def attachments(self, path: Path) -> Mapping[str, bytes]:
-        """Attachments of a saved file by name; see ``read_attachments``."""
+        """Attachments of a saved file by name; empty for a folder. See ``read_attachments``."""
         return read_attachments(path) if path.is_file() else {}
 
 

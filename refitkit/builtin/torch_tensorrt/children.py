@@ -432,7 +432,7 @@ class AttributeEngine(_StoredEngine):
 
 def _twin(child: Any, **other: Any) -> Any:
     """A second child with the same attributes, except those in ``other``."""
-    # a copy or a constructor call would deserialize the old engine once more
+    # a copy or a constructor call would deserialize the old engine again
     twin = object.__new__(type(child))
     vars(twin).update({**vars(child), **other})
     return twin

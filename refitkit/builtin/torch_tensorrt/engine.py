@@ -472,11 +472,11 @@ class StagedInPlace:
         self._stale = engine.stale
 
     def commit(self) -> None:
-        """Refit to the staging arena."""
+        """Refit the engine to the values in the staging arena."""
         self._engine.write(idle=True)  # the transaction has waited for pending calls
 
     def rollback(self) -> None:
-        """Refit to the snapshot, or replace the engine with the bytes from before."""
+        """Refit to the snapshot, or replace the engine with its bytes from before the commit."""
         self._engine.restore(self._before, stale=self._stale)
 
     def discard(self) -> None:

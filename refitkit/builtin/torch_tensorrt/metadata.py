@@ -236,7 +236,7 @@ def _enum_value(value: Instance) -> EnumValue:
 
 def _expression(value: Any) -> str:
     """A symbolic size as text. Only symbol names may be strings: sympy evaluates other ones."""
-    if type(value) is int:  # not isinstance, because a bool is no size
+    if type(value) is int:  # not isinstance, because a bool is not a size
         return str(value)
     if not isinstance(value, Instance) or value.state:
         raise PickleRefusedError("a symbolic shape contains something that is not an expression")

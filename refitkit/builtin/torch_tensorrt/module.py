@@ -244,10 +244,12 @@ class TorchTensorRTOpened:
     def rebuilt(
         self, program: ExportedProgram, tools: Tools
     ) -> Mapping[str, Mapping[str, torch.Tensor]]:
-        """Values of all slots that the interpreter computes for a program, flat.
+        """Values of all slots that the interpreter computes for a program, by engine and slot.
+
+        Each value is one-dimensional.
 
         Raises:
-            PlanMismatchError: The program makes other engines.
+            PlanMismatchError: The program is partitioned into other engines.
         """
         return self.interpreted(program, tools).values()
 
@@ -264,7 +266,8 @@ class TorchTensorRTOpened:
             record: Whether to record how weights follow from those of the program.
 
         Raises:
-            PlanMismatchError: The program makes other engines, or other ones than the first.
+            PlanMismatchError: The program is partitioned into other engines than the target, or
+                than the first program.
         """
         found = self._take_cached(program) if record else None
         if found is None:

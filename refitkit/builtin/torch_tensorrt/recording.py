@@ -146,7 +146,7 @@ class Interpreted:
         return tuple(sorted({n for holder in self.holders.values() for n in holder.layer_types}))
 
     def values(self) -> dict[str, Mapping[str, torch.Tensor]]:
-        """Values by part and slot; flat."""
+        """Values by part and slot, one-dimensional."""
         return {name: holder.scanned for name, holder in self.holders.items()}
 
 

@@ -151,7 +151,7 @@ class PersistentRefitter:
     def _accepts(self, name: str, kind: str, count: int) -> tuple[bool, str]:
         """Whether TensorRT accepts weights of a type and count, and its messages."""
         # TensorRT reads no weights before a refit, and `bind` sets other ones before that. So one
-        # element of memory is enough, whatever the count is.
+        # element of memory is enough for any count.
         memory = torch.zeros(1, dtype=torch.int64)
         data_type = getattr(self._trt.DataType, kind)
         address = memory.data_ptr() if count else 0
@@ -234,7 +234,7 @@ class PersistentRefitter:
 
 
 def current_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a device the current one, which TensorRT requires for all its calls."""
+    """A context in which a device is current, as all calls of TensorRT require."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 

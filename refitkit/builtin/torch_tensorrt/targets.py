@@ -220,7 +220,7 @@ def _locations_in(engine: Any, constants: MutableMapping[str, Any]) -> list[Engi
 def _torch_parts(
     root: torch.nn.Module, engines: Mapping[str, Handle]
 ) -> dict[str, torch.fx.GraphModule]:
-    # inlined parts are no children any more, so all tensors together are one part
+    # inlined parts are no longer children, so all tensors together are one part
     if _is_inlined(root, engines):
         names = _tensor_names(root)
         return {REST: _tensor_module(root, names)} if names else {}

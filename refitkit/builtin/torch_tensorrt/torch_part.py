@@ -77,7 +77,7 @@ class TorchPartEngine:
 
     @property
     def memory(self) -> EngineMemory:
-        """Memory of the new values and of the old values, twice the size of the tensors."""
+        """Memory of the new and the old values together: twice the size of the tensors."""
         size = sum(2 * tensor.nbytes for tensor in self.live.values())
         return EngineMemory(engine=self._name, kind="device", bytes=size)
 

@@ -153,7 +153,7 @@ class WeightBuffers:
     def free_snapshot(self) -> int:
         """Free the snapshot and return its size in bytes. Live values move back to staging."""
         if self.live == "snapshot":
-            # a refit was staged and not committed: its values give way to the live ones
+            # a refit was staged and not committed: the live values replace its values
             self.restore()
             self.live = "staging"
         freed, self._snapshot, self._has_previous = self.snapshot_nbytes, None, False
@@ -295,9 +295,9 @@ class Constant:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Constant | None:
-        """Record a tensor; None if torch does not count its changes or puts off an operation.
+        """Record a tensor; None if torch does not count its changes or has an operation pending.
 
-        torch counts no changes of inference tensors, and puts off negation and conjugation.
+        torch counts no changes of inference tensors, and negates and conjugates lazily.
         """
         uncertain = tensor.is_inference() or tensor.is_neg() or tensor.is_conj()
         return None if uncertain else cls(tensor, tensor._version)  # noqa: SLF001
@@ -390,7 +390,7 @@ _FOREACH_DTYPES = frozenset(
 )
 """Dtypes for which ``torch._foreach_copy_`` copies many tensors in one launch."""
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integer dtypes by size in bytes: values are concatenated as bits, whatever their dtype is."""
+"""Integer dtypes by size in bytes: values of any dtype are concatenated as bits."""
 
 
 class Uploader:
@@ -432,7 +432,7 @@ class Uploader:
             value: Tensor of any layout on any device, without gradients. The caller must not change
                 it before ``finish``.
         """
-        # torch can put off negation and conjugation: the stored bits are not the value then
+        # torch negates and conjugates lazily: then the stored bits are not the value
         if value.is_conj() or value.is_neg():
             value = value.resolve_conj().resolve_neg()
         if value.device == target.device:

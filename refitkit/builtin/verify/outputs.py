@@ -5,7 +5,7 @@ the largest absolute element of the reference output. ``absolute`` and ``relativ
 dtype (:data:`refitkit.config.TOLERANCES`). NaN and infinity never pass, on either side. Integers,
 booleans and values that are not tensors must be equal.
 
-``prepare`` computes the reference before the refit writes anything, and ``compare`` judges outputs.
+``prepare`` computes the reference before the refit writes anything, and ``compare`` checks outputs.
 """
 
 from __future__ import annotations

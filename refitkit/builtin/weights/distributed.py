@@ -1,4 +1,4 @@
-"""Read checkpoints of ``torch.distributed.checkpoint`` in one process, whatever their sharding.
+"""Read checkpoints of ``torch.distributed.checkpoint`` in one process, with any sharding.
 
 The folder holds ``.metadata``, a pickle that says which piece of which tensor is in which file, and
 these files. Each piece is what ``torch.save`` wrote of it

@@ -168,7 +168,8 @@ def _read_index(path: Path) -> tuple[OpenFile, _Index]:
     """Return the open file and its content.
 
     Raises:
-        SourceError: The file cannot be read, is no index, is too large, or has a key twice.
+        SourceError: The file cannot be read, is not an index, is too large, or has a key
+            twice.
     """
     message = f"{str(path)!r} cannot be read as an index of weights"
     try:

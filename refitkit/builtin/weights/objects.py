@@ -185,7 +185,7 @@ def from_pairs(pairs: Iterable[Any]) -> TensorMap:
 def _invalid_pair(index: int, pair: Any, received: dict[str, torch.Tensor]) -> Problem | None:
     """Return what is wrong with an item of a stream; None if it is a new name and a tensor."""
     if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)):  # noqa: PLR2004
-        return Problem(f"item {index}", "no pair", type(pair).__name__, "(name, tensor)")
+        return Problem(f"item {index}", "not a pair", type(pair).__name__, "(name, tensor)")
     name, value = pair
     if not isinstance(value, torch.Tensor):
         return Problem(name, "not a tensor", type(value).__name__)

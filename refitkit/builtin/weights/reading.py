@@ -9,8 +9,8 @@ this process. A file that ends too early then raises an error like any other.
 All bytes of a file that a refit reads are of one version, because:
 
 - After each read, the state of the file is compared with that at opening: size, modification time,
-  change time, inode. ``cp -p`` and ``rsync -t`` set the modification time back, but nobody can set
-  the change time.
+  change time, inode. ``cp -p`` and ``rsync -t`` set the modification time back, but no program
+  can set the change time.
 - A digest of each range is kept. A second read of a range, for another check or for the engine,
   returns the same bytes or raises.
 - The state does not show a write through a descriptor or mapping that was open before. It is
@@ -185,7 +185,7 @@ class OpenFile:
     def require_unchanged(self) -> None:
         """Check that the file was not written to since it was opened.
 
-        If its state cannot show that, all ranges are read once more.
+        If its state cannot show that, all ranges are read again.
 
         Raises:
             SourceError: The file was changed, or cannot be read.
@@ -195,7 +195,7 @@ class OpenFile:
             self.reread()
 
     def reread(self) -> None:
-        """Read once more all ranges that were read, and compare digests.
+        """Read again all ranges that were read, and compare digests.
 
         Raises:
             SourceError: Some bytes have changed, or the file cannot be read.
@@ -206,8 +206,8 @@ class OpenFile:
 
     def _require_digest(self, start: int, nbytes: int, digest: bytes) -> None:
         """Record the digest of a range, or compare it with the recorded one."""
-        # XXH3 is no cryptographic hash. But whoever can write to the file can write any weights to
-        # it, and needs no collision.
+        # XXH3 is not cryptographic. It need not be: a process that can write to the file can write
+        # any weights, so it needs no collision.
         recorded = self._digests.setdefault((start, nbytes), digest)
         if recorded != digest:
             found = f"bytes {start} to {start + nbytes} have changed since they were first read"
@@ -326,7 +326,7 @@ class Folder:
         """Check that all recorded files are at their paths, unchanged.
 
         Raises:
-            SourceError: Some are not. The error lists all of them.
+            SourceError: Files are missing or changed. The error lists all of them.
         """
         changed: list[SourceError] = []
         for name, before in self._states.items():
@@ -390,9 +390,10 @@ def _changed(name: str, description: str, found: str, wanted: str, why: str = ""
 def open_for_writing(fd: int) -> bool:
     """Return whether a process has a file open for writing, or mapped for writing.
 
-    Linux grants a read lease only on a file that nobody can write to (``fcntl(2)``, "Leases"). So
-    this takes a lease and gives it back at once. A process that opens the file for writing in these
-    microseconds waits until then, and this process gets a signal, which is ignored by default.
+    Linux grants a read lease only on a file that no process has open for writing (``fcntl(2)``,
+    "Leases"). So this takes a lease and gives it back at once. A process that opens the file for
+    writing in these microseconds waits until then, and this process gets a signal, which is ignored
+    by default.
 
     Args:
         fd: Descriptor of the file, open for reading only.

@@ -63,7 +63,7 @@ _MAX_GROWTH, _ALWAYS_ALLOWED = 64, 1 << 26
 Weights compress to a half at best, and nearly all-zero weights to a fiftieth.
 """
 
-_WHOLE_HINT = "Check that it was written or downloaded completely, and is no pointer to a file."
+_WHOLE_HINT = "Check that it was written or downloaded completely, and is not a pointer to a file."
 _NOT_ALLOWED = re.compile(r"GLOBAL (\S+) was not an allowed global")
 """How torch names a class or function that it does not load from a file."""
 _SAVE_HINT = "Save tensors alone: torch.save(model.state_dict(), path), or use safetensors."
@@ -244,7 +244,7 @@ def _require_readable(archive: zipfile.ZipFile, label: str) -> None:
     It returns uninitialized memory instead of raising.
 
     Raises:
-        SourceError: There are such records. The error lists them.
+        SourceError: Torch does not read some records. The error lists them.
     """
     problems = [
         Problem(entry.filename, "damaged", f"{entry.compress_size} bytes of {entry.file_size}")

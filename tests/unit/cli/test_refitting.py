@@ -44,12 +44,12 @@ class Filling:
         def fill(session: Session, /, module: str, *, half: bool, **given: Any) -> None:
             """Fill MODULE."""
             self.given = given
-            arguments = RefitOptions(module, **given)
-            arguments.check_files(*self.files)
+            options = RefitOptions(module, **given)
+            options.check_files(*self.files)
             weights = weights_for(self.module, FILL)
             if half:
                 weights = {name: value for name, value in weights.items() if "bias" in name}
-            run_refit(session, arguments, weights, partial=half, settings={"changes": "off"})
+            run_refit(session, options, weights, partial=half, settings={"changes": "off"})
 
 
 @pytest.fixture

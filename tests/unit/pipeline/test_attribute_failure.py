@@ -67,8 +67,8 @@ def _refit(load: Callable[[], Any]) -> Loaded:
     ("load", "said"),
     [
         (_fails(KeyError("nope")), "failed with KeyError: 'nope', for the slot"),
-        (lambda: [1.0], "gave a list, no tensor, for the slot"),
-        (lambda: None, "gave a NoneType, no tensor, for the slot"),
+        (lambda: [1.0], "gave a list, not a tensor, for the slot"),
+        (lambda: None, "gave a NoneType, not a tensor, for the slot"),
     ],
     ids=["raises", "list", "none"],
 )

@@ -429,7 +429,7 @@ def test_all_entries_that_cannot_be_read_are_told() -> None:
     assert told.keys() == {"much", "zeros", "order"}
     assert "the disk is gone" in told["much"]
     assert "cut off" in told["order"]
-    assert "not what was announced" in told["zeros"]
+    assert "unlike its header" in told["zeros"]
 
 
 def test_it_is_refused_inside_a_call_or_a_refit_and_of_a_lost_module() -> None:

@@ -228,7 +228,7 @@ def test_options_that_do_not_exist_and_no_pairs() -> None:
     assert [(p.subject, p.kind) for p in info.value.problems] == [
         ("module 1", "no such option"),
         ("module 1", "no such option"),
-        ("module 2", "no pair"),
+        ("module 2", "not a pair"),
     ]
 
 

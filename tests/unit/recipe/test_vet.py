@@ -133,7 +133,7 @@ def test_it_comes_back_from_a_file() -> None:
 
 def test_a_problem_in_a_file_is_a_typed_error() -> None:
     plan = RefitPlan(with_call(0, op="aten.rand.default"), {"table": torch.tensor([2, 0])})
-    with pytest.raises(PlanMismatchError, match="damaged or changed by hand") as info:
+    with pytest.raises(PlanMismatchError, match="is damaged, or was edited") as info:
         RefitPlan.from_bytes(plan.to_bytes())
     assert [p.subject for p in info.value.problems] == ["calls.0 (aten.rand.default)"]
 

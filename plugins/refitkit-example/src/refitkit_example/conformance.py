@@ -17,22 +17,22 @@ _NAMES = {"w": f"{LAYER}w CONSTANT", "deep.w": f"{LAYER}deep.w CONSTANT"}
 
 
 class TestGateStrategy(StrategySuite):
-    """Two gates and a constant of somebody else's; torch's own tanh says what is right."""
+    """Checks with two gates and an unrelated constant; ``torch.tanh`` computes right values."""
 
     def make_strategy(self) -> GateStrategy:
-        """The mapper."""
+        """A new mapper."""
         return GateStrategy()
 
     def make_request(self, seed: int) -> MapRequest:
-        """With weights for both gates."""
+        """A request with weights for both gates."""
         return self._request(self._weights(seed), [*_NAMES.values(), "head/bias CONSTANT"])
 
     def make_lacking(self) -> MapRequest:
-        """Without the weight of one."""
+        """A request without the weight of one gate."""
         return self._request({"w": torch.ones(3)}, list(_NAMES.values()))
 
     def expected(self, seed: int) -> dict[tuple[str, str], torch.Tensor]:
-        """Computed by torch, in double precision."""
+        """The values of both gates, computed by torch in double precision."""
         weights = self._weights(seed).items()
         return {("e", _NAMES[fqn]): torch.tanh(w.double()).float() for fqn, w in weights}
 

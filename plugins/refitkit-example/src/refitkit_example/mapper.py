@@ -1,4 +1,4 @@
-"""The mapper: what the converter computed of a weight, computed of the new one."""
+"""The mapper: computes the converter's constants from new weights."""
 
 from refitkit.model import Slot
 from refitkit.protocols import Mapped, MapRequest, SlotValue, WeightSource
@@ -11,7 +11,7 @@ class GateStrategy:
     name, priority = "example-gate", 20
 
     def map(self, request: MapRequest) -> Mapped:
-        """A value for each slot of a gate; for each other one the reason why not."""
+        """A value for each slot of a gate, and a reason for each other slot."""
         values, declined = {}, {}
         for row in request.wanted:
             layer, _, role = row.slot.name.rpartition(" ")

@@ -227,7 +227,7 @@ def _problems_of_entries(
             if value.numel() != 1:
                 yield Problem(key.text, "shape", str(tuple(value.shape)), "one number")
         elif key.role is not Role.WHOLE:
-            # Whole weights may be infinite, such as masks: refitkit's own check judges them.
+            # Whole weights may be infinite, such as masks: refitkit's own check covers them.
             yield from _not_finite(key.text, value)
 
 

@@ -257,7 +257,7 @@ def _checked(
     """The settings of a base, if they are valid.
 
     Raises:
-        ConfigError: Some are not; lists all of them.
+        ConfigError: Some settings are invalid; lists all of them.
     """
     problems = []
     if memory not in MEMORY_KINDS:

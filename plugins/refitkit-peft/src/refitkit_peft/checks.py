@@ -30,7 +30,7 @@ def problems(plan: PlanData, source: WeightSource) -> Iterator[Problem]:
     if not touched:
         return
     ties = {name: tie for tie in plan.ties for name in tie}
-    # An adapter on an unused weight changes no output, so it is no problem.
+    # An adapter on an unused weight changes no output, so it is allowed.
     read = (leaf.fqn for leaf in plan.leaves if leaf.used)
     used = {twin for name in read for twin in ties.get(name, (name,))}
     filling = _filling(plan, ties)

@@ -107,6 +107,6 @@ def lora_command(
     """
     from refitkit_peft.lora import Lora
 
-    scales, arguments = scales_of(adapters), RefitOptions(module, **given)
-    arguments.check_files(base, *scales)
-    run_refit(session, arguments, Lora(base, scales, component, alphas_of(alphas, scales)))
+    scales, options = scales_of(adapters), RefitOptions(module, **given)
+    options.check_files(base, *scales)
+    run_refit(session, options, Lora(base, scales, component, alphas_of(alphas, scales)))

@@ -60,7 +60,7 @@ class LoraSuite(SourceSuite):
 
 
 class CountedSuite(LoraSuite):
-    """A base without a cache of sums, so that reads of its source can be counted."""
+    """Checks of a base without a cache of sums, so that reads of its source can be counted."""
 
     keep = 0
 
@@ -69,13 +69,13 @@ class CountedSuite(LoraSuite):
 
 
 class HostSuite(LoraSuite):
-    """A copy in host memory, whose entries have revisions."""
+    """Checks of a base that is copied to host memory. Its entries have revisions."""
 
     memory: MemoryKind = "host"
 
 
 class MappedSuite(LoraSuite):
-    """A copy in a temporary file."""
+    """Checks of a base that is copied to a temporary file."""
 
     memory: MemoryKind = "mapped"
 

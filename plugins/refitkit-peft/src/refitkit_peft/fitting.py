@@ -416,7 +416,7 @@ class BaseNames:
         known = sorted({name.rpartition(".")[0] for name in self._names})
         for number, module in enumerate(missing):
             path = shift.of(module)
-            # get_close_matches is slow, and nobody reads hundreds of suggestions.
+            # get_close_matches is slow, and hundreds of suggestions are useless.
             near = get_close_matches(path, known, n=1, cutoff=0.8) if number < _SUGGESTIONS else []
             hint = f"did you mean {near[0]!r}?" if near else "the base has no weight for it"
             yield Problem(module, "unknown module", hint=hint)

@@ -142,7 +142,8 @@ class AdapterLibrary:
 
         Raises:
             SourceError: Some adapters cannot be read; lists every problem of all adapters.
-            WeightMismatchError: Some do not fit the base or each other; lists every problem.
+            WeightMismatchError: Some adapters do not fit the base or each other; lists every
+                problem.
         """
         used: list[UsedAdapter] = []
         unreadable: list[SourceError] = []
@@ -221,8 +222,8 @@ def _require_usable(
     """Check that all adapters can be read, fit the base, and can be combined.
 
     Raises:
-        SourceError: Some cannot be read; lists every problem of all adapters.
-        WeightMismatchError: Some do not fit; lists every problem.
+        SourceError: Some adapters cannot be read; lists every problem of all adapters.
+        WeightMismatchError: Some adapters do not fit; lists every problem.
     """
     problems = [
         Problem(f"{one.name}: {p.subject}", p.kind, p.found, p.wanted, p.hint)

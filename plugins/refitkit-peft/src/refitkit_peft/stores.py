@@ -1,8 +1,8 @@
 """The weights of a base: entries by the model's names, in the memory that the user chose.
 
 :class:`Store` maps names of the model to names of the source, and hides whether an entry is a copy
-or is read from the source. The second half of the module makes copies that nobody else can write
-to: in host memory, pinned memory, device memory, or a temporary file.
+or is read from the source. The second half of the module makes private copies: in host memory,
+pinned memory, device memory, or a temporary file.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def _require_unmerged(weights: object) -> None:
         raise SourceError(message, problems=problems, hint=hint)
 
 
-# -- copies that nobody else can write to --------------------------------------------------------
+# -- private copies ------------------------------------------------------------------------------
 
 
 def _copied(
@@ -210,7 +210,7 @@ def _nbytes_of(tensors: Mapping[str, torch.Tensor]) -> int:
 
 
 def _first_names(source: WeightSource, names: Iterable[str]) -> dict[str, str]:
-    """For each name the first name of the same tensor."""
+    """The first name of the same tensor, by name."""
     # Only tensors in memory can be shared: other sources make a new tensor at each read.
     if not isinstance(source, TensorMap):
         return {name: name for name in names}

@@ -50,7 +50,7 @@ def scheme_of(
 
     Raises:
         UnsupportedTargetError: No weight is quantized, or some are in a way without a rule here, or
-            not from these originals; lists every such weight.
+            not from these originals; lists all these weights.
         ConfigError: Several rules may have made a weight, so ``original`` or ``config`` is needed.
     """
     from refitkit_quant.reading import read_scheme

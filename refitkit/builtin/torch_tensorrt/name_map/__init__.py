@@ -6,7 +6,7 @@ that it seems to come from. It guesses: first by the weight's name, then by the 
 equal within 0.01. The guess is wrong for 12 slots of swin_t and for 4 of gpt2. So this strategy
 treats an entry as a claim, and uses it only with a proof.
 
-These facts are no proof:
+These facts prove nothing:
 
 * *Equal values.* Fresh biases are all zeros. A matrix of small numbers is "equal" to its
   transpose. ``weight * scale`` equals ``weight`` only while ``scale`` is 1.

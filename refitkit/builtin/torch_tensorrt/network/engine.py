@@ -168,7 +168,7 @@ class NetworkEngine:
             region = Region.create(path, self._slots.values())
             self._fill(region, values)
             built = self._build(region)
-        except BaseException:  # an interrupt too: nobody else knows the file
+        except BaseException:  # an interrupt too: no other code knows the file
             self._scratch.remove(path)
             raise
         return StagedBuild(self, built)

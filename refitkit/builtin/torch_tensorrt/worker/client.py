@@ -130,7 +130,7 @@ class Server:
             process.wait()
 
     def _reset_after_fork(self) -> None:
-        """In a forked process: forget the server and the sessions of the parent.
+        """Forget the server and the sessions of the parent, in a forked process.
 
         Open descriptors here would hide from the workers that the parent has ended, so this closes
         them.

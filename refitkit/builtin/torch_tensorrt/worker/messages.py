@@ -93,7 +93,7 @@ def pack_error(exc: BaseException) -> dict[str, Any]:
 
 
 def unpack_error(packed: dict[str, Any]) -> RefitError:
-    """The exception of ``pack_error``; an ``EngineError`` if its class is unknown here."""
+    """The exception from ``pack_error``; an ``EngineError`` if its class is unknown here."""
     # a plugin that only the session has imported can raise a class that is unknown here
     kind = {one.__name__: one for one in _subclasses(RefitError)}.get(packed["kind"], EngineError)
     problems = [Problem(**problem) for problem in packed["problems"]]
@@ -199,7 +199,7 @@ def write_recording(recorded: Recorded, folder: Path) -> dict[str, Any]:
 
 
 def read_recording(folder: Path, data: Mapping[str, Any]) -> Recorded:
-    """The recipes that ``write_recording`` wrote."""
+    """The recipes that ``write_recording`` wrote, with their tensors in memory."""
     literals = load_file(folder / _LITERALS)
     return Recorded(
         rows=tuple(map(LedgerRow.model_validate, data["rows"])),

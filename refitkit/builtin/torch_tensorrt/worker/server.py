@@ -228,7 +228,7 @@ class WorkerSession:
         try:
             output = self._read_to_end(reader)
         except BaseException:
-            os.kill(child, signal.SIGKILL)  # the client is gone, so nobody needs the result
+            os.kill(child, signal.SIGKILL)  # without the client, the result has no use
             raise
         finally:
             os.close(reader)
@@ -285,7 +285,7 @@ class WorkerSession:
 
 
 def _die_with_parent() -> None:
-    """Make the kernel kill this process when the session dies: nobody would need the result."""
+    """Make the kernel kill this process when the session dies: the result would have no use."""
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG, <linux/prctl.h>
     ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGKILL))
 

@@ -305,7 +305,7 @@ def test_all_odd_parts_are_told() -> None:
         WeightedAverage([(one(1.0), NAN), one(1.0), (one(1.0), None), (one(1.0), 1)])
     assert problems_of(info) == {
         ("part 1", "not finite"),
-        ("part 2", "no pair"),
+        ("part 2", "not a pair"),
         ("part 3", "no number"),
     }
 

@@ -87,6 +87,6 @@ def test_everything_that_is_no_weight_is_told_at_once() -> None:
     assert found == [
         ("a", "given twice"),
         ("b", "not a tensor"),
-        ("item 3", "no pair"),
-        ("item 4", "no pair"),
+        ("item 3", "not a pair"),
+        ("item 4", "not a pair"),
     ]
