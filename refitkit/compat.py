@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from refitkit.errors import ConfigError, ToolchainError, UnsupportedTargetError, raised_as
 from refitkit.pipeline import Pipeline
-from refitkit.program.ambient import plain
+from refitkit.program.ambient import verb
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -36,7 +36,7 @@ _WITH_CACHE = ("recipe", "name-map", "rebuild")
 _WITHOUT_CACHE = ("recipe", "rebuild")
 
 
-@plain
+@verb("The module cannot be refitted")
 def refit_module_weights(*args: Any, **kwargs: Any) -> Any:
     """Put the weights of a program into a compiled module.
 

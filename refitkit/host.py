@@ -299,8 +299,8 @@ def make_host(
 
     For hooks of kind *first* the plugin that was registered last is asked first. So explicit
     plugins win over installed ones, and installed ones over built-ins. An explicit plugin replaces
-    an installed one that is the same module or an object of the same class. Unless it has a
-    ``name``, it is registered under the name of the installed one.
+    an installed one that is the same module, or an object of the same class and ``name``. Without
+    a ``name`` it is registered under the name of the installed one.
 
     Args:
         config: Names the plugins that are switched off.
@@ -336,7 +336,7 @@ def _register_candidate(
     manager: Manager,
     registered: dict[str, Candidate],
     candidate: Candidate,
-    replaced: dict[object, str],
+    replaced: dict[tuple[object, str], str],
 ) -> None:
     """Register a candidate, unless an explicit plugin replaces it.
 
@@ -381,9 +381,11 @@ def _require_free_name(candidate: Candidate, registered: Mapping[str, Candidate]
         )
 
 
-def _identity(plugin: object) -> object:
-    """A key for comparison: the module itself, or the class of an object."""
-    return plugin if inspect.ismodule(plugin) or inspect.isclass(plugin) else type(plugin)
+def _identity(plugin: object) -> tuple[object, str]:
+    """A key for comparison: the module itself or the class of an object, and its own name."""
+    is_itself = inspect.ismodule(plugin) or inspect.isclass(plugin)
+    # one class can have several plugins, such as configured objects, which their names tell apart
+    return plugin if is_itself else type(plugin), _own_name(plugin)
 
 
 def candidates(plugins: Iterable[object] = ()) -> Iterator[Candidate]:

@@ -264,7 +264,9 @@ def _heavy_imports(plugin: KnownPlugin) -> str:
         env=environment,
     )
     if done.returncode:
-        return f"Importing {plugin.module} alone fails: {done.stderr.strip().splitlines()[-1]}"
+        # a process that a signal ended reports nothing
+        reason = done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}"
+        return f"Importing {plugin.module} alone fails: {reason}"
     loaded = done.stdout.split()
     if not loaded:
         return ""

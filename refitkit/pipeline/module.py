@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from refitkit.errors import EngineError, ModuleLostError, raise_if_resource, raised_as
 from refitkit.pipeline.gate import Gate
 from refitkit.pipeline.history import WeightState
-from refitkit.program.ambient import plain, require_data, untraced, verb
+from refitkit.program.ambient import require_data, untraced, verb
 from refitkit.protocols import SupportsReadback, SupportsSpareBuffer, SupportsWarming
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ class CompiledModule:
         """
         return self._verbs.restore(self, version, inputs=inputs, reference=reference, verify=verify)
 
-    @plain
+    @verb("The kept weights cannot be freed")
     def forget(self) -> int:
         """Free the copies of earlier weights, and return the number of freed bytes.
 
@@ -219,7 +219,7 @@ class CompiledModule:
         self.state = replace(self.state, history=history)
         return before.nbytes
 
-    @plain
+    @verb("The module cannot be warmed up")
     def warm(self, progress: Callable[[str], None] = lambda _: None) -> None:
         """Do the work now that would make the first refit slow. Weights and outputs do not change.
 
@@ -246,7 +246,7 @@ class CompiledModule:
             self.gate.poison(exc)
             raise
 
-    @plain
+    @verb("The second sets of weights cannot be freed")
     def free_spare(self) -> int:
         """Free the engines' second sets of weights, and return the number of freed bytes.
 

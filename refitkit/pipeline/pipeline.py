@@ -225,7 +225,8 @@ class Pipeline:
             RefitError: Any other reason; the module answers as before.
         """
         compiled = self._compiled(target)
-        if copy and compiled is target:
+        # a file was opened for this refit alone; an object is the user's, and stays as it is
+        if copy and (compiled is target or compiled.target is not None):
             compiled = self.copy(compiled)
         # ``refit_task`` drops those that are None, so that the settings decide
         options = {

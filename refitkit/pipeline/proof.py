@@ -174,8 +174,8 @@ def moved_weights(program: ExportedProgram, seed: int) -> dict[str, torch.Tensor
     """The program's weights, with every float moved by up to a quarter and none to another sign.
 
     So variances stay positive, and zeros and ones, which compilers like to fold, become other
-    numbers. All names of one tensor get one value, and views of a weight follow it. Integers and
-    elements that are not finite stay, because they may be indices and masks.
+    numbers. All names of one tensor get one value, and views of a weight follow it. Integers, 8-bit
+    floats and elements that are not finite stay, because they may be indices and masks.
 
     Args:
         program: The program; it is not changed.
@@ -184,11 +184,12 @@ def moved_weights(program: ExportedProgram, seed: int) -> dict[str, torch.Tensor
     Returns:
         New tensors by FQN, of the same shapes, dtypes and devices.
     """
-    made: dict[tuple[int, ...], torch.Tensor] = {}
+    made: dict[tuple[object, ...], torch.Tensor] = {}
     moved: dict[str, torch.Tensor] = {}
     for name, value in program.state_dict.items():
         # tied names must stay tied, or the weights would be refused
-        key = (value.data_ptr(), value.storage_offset(), *value.shape, *value.stride())
+        place = value.data_ptr(), value.storage_offset(), value.dtype
+        key = (*place, *value.shape, *value.stride())
         # empty tensors all have the address 0, and need not be tied
         if key not in made or not value.numel():
             made[key] = _moved(value.detach(), seed)

@@ -293,6 +293,15 @@ def test_an_explicit_plugin_replaces_an_installed_one_of_its_class(install: Any)
     assert (installed.heard, explicit.heard) == ([], [EVENT])
 
 
+def test_plugins_of_one_class_with_names_of_their_own_stay_both(install: Any) -> None:
+    installed, explicit = Listener("one"), Listener("two")
+    install(Installed("one", installed))
+    host = make_host(plugins=[explicit])
+    assert added_to(host) == [("one", "an unknown distribution"), ("two", "explicit")]
+    host.emit(EVENT)
+    assert (installed.heard, explicit.heard) == ([EVENT], [EVENT])
+
+
 def test_an_explicit_module_keeps_the_name_that_it_is_installed_under(install: Any) -> None:
     module = types.ModuleType("my_plugin")
     module.refitkit_event = refitkit_event  # type: ignore[attr-defined]

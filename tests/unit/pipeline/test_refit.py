@@ -198,6 +198,14 @@ def test_a_copy_is_refitted_and_the_original_is_not() -> None:
     assert result.module.plan is compiled.plan
 
 
+def test_a_copy_of_an_opened_object_leaves_the_object() -> None:
+    module = make_module(2)
+    before = module.holds()
+    result = pipeline_with().refit(module, weights_for(module, 9.0), copy=True)
+    assert same_state(module.holds(), before)
+    assert not same_state(result.module(), before)
+
+
 def test_without_copy_the_module_itself_is_refitted() -> None:
     made, module = pipeline_with(), make_module(1)
     compiled = made.load(module)
