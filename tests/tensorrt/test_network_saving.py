@@ -137,7 +137,7 @@ def test_inspecting_and_reading_the_plan_of_a_folder(
     assert list(found["parts"]) == [PART]
     assert compiled.plan is not None
     assert Pipeline().read_plan(saved).data == compiled.plan.data
-    with pytest.raises(UnsupportedTargetError, match="no saved module"):
+    with pytest.raises(UnsupportedTargetError, match="not a saved module"):
         refitkit.inspect(saved.parent)
     with pytest.raises(PlanMismatchError, match="cannot be read"):
         Pipeline().read_plan(saved.parent)

@@ -434,10 +434,10 @@ def test_describe_asks_the_backends(tmp_path: Path) -> None:
     pipeline = Pipeline(plugins=[plugin])
     with pytest.raises(UnsupportedTargetError, match="no file"):
         pipeline.describe(file)
-    with pytest.raises(UnsupportedTargetError, match="no saved module"):
+    with pytest.raises(UnsupportedTargetError, match="not a saved module"):
         pipeline.describe(tmp_path)
     file.write_bytes(b"something")
-    with pytest.raises(UnsupportedTargetError, match="no saved module"):
+    with pytest.raises(UnsupportedTargetError, match="not a saved module"):
         pipeline.describe(str(file))
     plugin.backend.described = {"kind": "fake"}
     assert pipeline.describe(str(file)) == {"kind": "fake"}
