@@ -83,7 +83,7 @@ def layer(monkeypatch: pytest.MonkeyPatch) -> ILayer:
     monkeypatch.setitem(sys.modules, "torch_tensorrt._enums", enums)
     made = ILayer("head/fc", "FULLY_CONNECTED", kernel=KERNEL, bias=BIAS)
     interpreter = SimpleNamespace(ctx=SimpleNamespace(net=Net([made]), weight_refit_map={}))
-    monkeypatch.setattr(networks, "_interpreted", lambda part, settings: interpreter)
+    monkeypatch.setattr(networks, "_interpret", lambda part, settings: interpreter)
     return made
 
 
