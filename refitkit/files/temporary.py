@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import io
 import os
 import re
 import secrets
@@ -170,65 +169,62 @@ def _create_folder(parent: Path, form: str) -> tuple[Path, int]:
     while True:
         path = _new_name(parent, form)
         path.mkdir(0o700)
+        lock = None
         try:
             with suppress(FileNotFoundError):
                 lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | _OPEN_FLAGS)
-                if _lock_created(lock, path):
+                if _is_locked(lock, path):
                     return path, lock
         except BaseException:
+            if lock is not None:
+                os.close(lock)
             _remove_empty(path)
             raise
         # another process removed it as stale before it was locked: try again with another name
+        if lock is not None:
+            os.close(lock)
         _remove_empty(path)
 
 
 def _create_file(parent: Path, mode: int) -> tuple[Path, IO[bytes]]:
     """A new file, open for writing. The open file holds its lock."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | _OPEN_FLAGS, mode)
+
     while True:
-        path = _new_name(parent, _PART)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS, mode)
+        path, file = _new_name(parent, _PART), None
         try:
-            if _lock_created(handle, path):
-                return path, _writer_on(handle)
+            # The file object owns the descriptor from the start. With two owners, an interrupt
+            # could make both close it, and the second close may hit a file of another thread.
+            file = open(path, "xb", opener=opener)  # noqa: SIM115 - the caller closes it
+            if _is_locked(file.fileno(), path):
+                return path, file
         except BaseException:
+            if file is not None:
+                file.close()
             path.unlink(missing_ok=True)
             raise
+        file.close()
         path.unlink(missing_ok=True)
-
-
-def _writer_on(handle: int) -> IO[bytes]:
-    """A buffered writer that owns a descriptor. If it cannot be created, closes the descriptor."""
-    try:
-        raw = io.FileIO(handle, "wb")
-    except BaseException:
-        os.close(handle)
-        raise
-    return io.BufferedWriter(raw)
 
 
 def _new_name(parent: Path, form: str) -> Path:
     return parent / form.format(secrets.token_hex(8))
 
 
-def _lock_created(handle: int, path: Path) -> bool:
+def _is_locked(handle: int, path: Path) -> bool:
     """Lock a folder or file that was just created.
 
     Returns:
-        False if another process took it for stale before. The descriptor is then closed.
+        False if another process took it for stale before.
 
     Raises:
-        OSError: It cannot be locked, although the file system has locks. The descriptor is closed.
+        OSError: It cannot be locked, although the file system has locks.
     """
-    try:
-        # the other process may have unlinked it, and the name may be another file's by now
-        if _try_lock(handle) and os.path.samestat(os.fstat(handle), path.lstat()):
-            return True
-    except FileNotFoundError:
-        pass
-    except BaseException:
-        os.close(handle)
-        raise
-    os.close(handle)
+    # the other process may have unlinked it, and the name may be another file's by now
+    with suppress(FileNotFoundError):
+        return _try_lock(handle) and os.path.samestat(os.fstat(handle), path.lstat())
     return False
 
 

@@ -365,13 +365,13 @@ def test_no_folder_for_temporary_files(scratch: Path, monkeypatch: pytest.Monkey
     assert "TMPDIR" in info.value.hint
 
 
-def test_a_file_that_cannot_be_wrapped_leaves_nothing(
+def test_a_file_that_cannot_be_locked_leaves_nothing(
     scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = descriptors()
     with monkeypatch.context() as patch:
-        patch.setattr("io.FileIO", fails(errno.ENOMEM))
-        with pytest.raises(OSError, match="memory"), part_file(scratch, 0o600):
+        patch.setattr("fcntl.flock", fails(errno.EIO))
+        with pytest.raises(OSError, match="Input/output"), part_file(scratch, 0o600):
             pytest.fail("it was made")
     assert list(scratch.iterdir()) == []
     assert descriptors() == before

@@ -21,6 +21,7 @@ from tests.forking import Child, forked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import FrameType
 
 DEAD = "refitkit-0123456789abcdef.tmp"
 DEAD_PART = ".refitkit-0123456789abcdef.part"
@@ -390,3 +391,53 @@ def test_what_cannot_be_put_back_stays(scratch: Path, monkeypatch: pytest.Monkey
             pass
     assert names(scratch) == [DEAD_PART]
     assert (scratch / DEAD_PART / temporary._ASIDE / "module" / "deep" / "file").exists()
+
+
+# -- interrupts ---------------------------------------------------------------------------------
+
+
+class Interrupter:
+    """Raises KeyboardInterrupt before one of the instructions that the module runs."""
+
+    def __init__(self, at: int | None = None) -> None:
+        self.at, self.count = at, 0
+
+    def __call__(self, frame: FrameType, event: str, _argument: object) -> Any:
+        if frame.f_code.co_filename != temporary.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            self.count += 1
+            if self.count - 1 == self.at:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self
+
+
+def created(scratch: Path, at: int | None) -> tuple[int, BaseException | None]:
+    """Create a file with an interrupt; the number of instructions, and the error."""
+    interrupter, tracer = Interrupter(at), sys.gettrace()
+    error: BaseException | None = None
+    sys.settrace(interrupter)
+    try:
+        _, file = temporary._create_file(scratch, 0o600)
+        file.close()
+    except BaseException as exc:  # noqa: BLE001 - it is looked at
+        error = exc
+    finally:
+        sys.settrace(tracer)
+    return interrupter.count, error
+
+
+# an interrupt before the file has a name frees it, which closes it, with a warning
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_a_file_interrupted_at_any_instruction_has_one_owner(scratch: Path) -> None:
+    """The interrupt comes out, and not the failure of a second close."""
+    count, error = created(scratch, None)
+    assert error is None
+    assert count > 50
+    for at in range(count):
+        _, error = created(scratch, at)
+        assert type(error) is KeyboardInterrupt, (at, error)
+        del error  # its traceback holds the file
+        gc.collect()
