@@ -223,6 +223,21 @@ class Host:
                 listed = list(result)
             yield from ((plugin, item) for item in listed)
 
+    def named_items(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
+        """Call a hook like ``items``, and check that each item has a name of its own.
+
+        Yields:
+            ``(plugin, item)`` for each item of each list.
+
+        Raises:
+            RefitError: As for ``items``.
+            PluginError: Two plugins offer items of the same name, or an item has no name.
+        """
+        owners: dict[str, str] = {}
+        for plugin, item in self.items(hook, **arguments):
+            self.claim(owners, item, plugin, hook)
+            yield plugin, item
+
     def call_one(self, plugin: str, hook: str, **arguments: Any) -> Any:
         """Call a hook of one plugin only; results and errors are those of ``call``."""
         caller = self._callers.get((plugin, hook))
@@ -252,11 +267,8 @@ class Host:
         """
         offers = self._offers.get(hook)
         if offers is None:
-            owners: dict[str, str] = {}
-            offers = {}
-            for plugin, item in self.items(hook):
-                self.claim(owners, item, plugin, hook)
-                offers[item.name] = PluginOffer(plugin, item)
+            named = self.named_items(hook)
+            offers = {item.name: PluginOffer(plugin, item) for plugin, item in named}
             # only if all of them are valid, so that an error is raised again by the next call
             self._offers[hook] = offers
         return offers

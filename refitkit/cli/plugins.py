@@ -238,10 +238,9 @@ def _naming_error(session: Session, plugin: KnownPlugin) -> str:
     for hook, arguments in _NAMED.items():
         if hook in plugin.hooks:
             try:
-                owners: dict[str, str] = {}
                 named = {name: given[name] for name in arguments}
-                for owner, item in session.host.items(hook, **named):
-                    session.host.claim(owners, item, owner, hook)
+                for _ in session.host.named_items(hook, **named):
+                    pass  # reading them checks their names
             except PluginError as exc:
                 # The error may be about two other plugins.
                 if repr(plugin.name) in str(exc):

@@ -222,9 +222,7 @@ def _transforms(context: Context) -> Iterator[tuple[str, WeightTransform]]:
     Raises:
         PluginError: Two transforms have one name, or one has no priority.
     """
-    owners: dict[str, str] = {}
-    for plugin, transform in context.host.items(_HOOK, config=context.config):
-        context.host.claim(owners, transform, plugin, _HOOK)
+    for plugin, transform in context.host.named_items(_HOOK, config=context.config):
         if not isinstance(getattr(transform, "priority", None), int):
             raise PluginError(
                 f"The plugin {plugin!r} offers the transform {transform.name!r} without a "
