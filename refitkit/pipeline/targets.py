@@ -85,9 +85,7 @@ def open_target(context: Context, target: object, during: str = "load") -> Opene
     )
     if opened is not None:
         return opened
-    if _is_missing_file(target):
-        raise UnsupportedTargetError(f"There is no file {str(target)!r}.")
-    kind = file_type(target)
+    kind = _require_there(target, UnsupportedTargetError)
     if kind and kind.as_module:
         message = f"{_shown(target)} is {kind.what}."
         raise UnsupportedTargetError(_capital(message), hint=kind.as_module)
@@ -224,9 +222,7 @@ def open_weights(context: Context, weights: object) -> WeightSource:
     )
     if source is not None:
         return source
-    if _is_missing_file(weights):
-        raise SourceError(f"There is no file {str(weights)!r}.")
-    kind = file_type(weights)
+    kind = _require_there(weights, SourceError)
     if kind and kind.as_weights:
         message = f"{_shown(weights)} is {kind.what}, not weights."
         raise SourceError(_capital(message), hint=kind.as_weights)
@@ -300,8 +296,11 @@ def _as_path(thing: Any) -> Any:
     return Path(thing) if isinstance(thing, str) and _exists(thing) else thing
 
 
-def _is_missing_file(thing: object) -> bool:
-    return isinstance(thing, str | Path) and not _exists(thing)
+def _require_there(thing: object, error: type[RefitError]) -> FileType | None:
+    """The kind of a thing that no plugin can open; raises the error if it is a missing file."""
+    if isinstance(thing, str | Path) and not _exists(thing):
+        raise error(f"There is no file {str(thing)!r}.")
+    return file_type(thing)
 
 
 def _exists(name: str | Path) -> bool:
