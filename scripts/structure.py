@@ -83,9 +83,10 @@ def main() -> int:
     parser.add_argument("--goals", action="store_true", help="print the goals beside the values")
     arguments = parser.parse_args()
     check = arguments.check
-    sizes, circles = measured()
+    imports = _imports()
+    sizes, circles = measured(imports)
     if arguments.goals:
-        print_goals(sizes)
+        print_goals(sizes, imports)
         return 0
     print(f"{'package':32} {'files':>6} {'imports':>8} {'in circles':>11}")
     for package, size in sizes.items():
@@ -97,10 +98,9 @@ def main() -> int:
     return bool(faults)
 
 
-def print_goals(sizes: dict[str, Size]) -> None:
+def print_goals(sizes: dict[str, Size], imports: nx.DiGraph) -> None:
     """Print the goals beside the values."""
-    tensorrt = _imports()
-    top = {m for m in tensorrt if m.rpartition(".")[0] == _TENSORRT or m == _TENSORRT}
+    top = {m for m in imports if m.rpartition(".")[0] == _TENSORRT or m == _TENSORRT}
     files, functions = entered_by_a_refit()
     values = {
         "files in refitkit/": sizes["refitkit"].files,
@@ -109,7 +109,7 @@ def print_goals(sizes: dict[str, Size]) -> None:
         "files of torch_tensorrt/ (top)": len(top),
         "imports inside pipeline/": sizes["refitkit.pipeline"].imports,
         "imports inside recipe/": sizes["refitkit.recipe"].imports,
-        "imports inside torch_tensorrt/ (top)": tensorrt.subgraph(top).number_of_edges(),
+        "imports inside torch_tensorrt/ (top)": imports.subgraph(top).number_of_edges(),
         "files in import circles": sizes["refitkit"].in_circles,
         "files entered by one warm refit": len(files),
         "lines without cli/ and testing/": _lines(),
@@ -168,9 +168,8 @@ def _imports() -> nx.DiGraph:
     return imports
 
 
-def measured() -> tuple[dict[str, Size], list[list[str]]]:
-    """Sizes by package, and the import circles."""
-    arrows = _imports()
+def measured(arrows: nx.DiGraph) -> tuple[dict[str, Size], list[list[str]]]:
+    """Sizes by package, and the import circles, of a graph of imports."""
     modules = set(arrows)
     parts = nx.strongly_connected_components(arrows)
     circles = sorted(sorted(part) for part in parts if len(part) > 1)

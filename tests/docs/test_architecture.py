@@ -9,9 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/explanation/architecture.md").read_text()
-FILES = {str(path.relative_to(ROOT)) for path in (ROOT / "refitkit").rglob("*.py")}
-FILES |= {str(path.relative_to(ROOT)) for path in (ROOT / "scripts").rglob("*.py")}
-FILES |= {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("*.py")}
+FILES = {
+    str(path.relative_to(ROOT))
+    for folder in ("refitkit", "scripts", "tests")
+    for path in (ROOT / folder).rglob("*.py")
+}
 NAMED = sorted(set(re.findall(r"`([\w/]+\.py)`", PAGE)))
 
 
