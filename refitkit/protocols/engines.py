@@ -49,6 +49,8 @@ class SlotValue(NamedTuple):
         pinned: Whether the plan stores the value, and it uses nothing of the source.
         pieces: Returns the same elements as flat tensors, one after another, or None if only
             ``load`` can give them; see ``GivesPieces``. None: there are no pieces.
+        keepable: Tells of a tensor that ``load`` returned whether an engine may keep it as its own
+            memory, because nobody writes to it from now on. None: it may not.
     """
 
     # A refit creates one for each slot, and a named tuple takes a third of a frozen dataclass's
@@ -61,6 +63,7 @@ class SlotValue(NamedTuple):
     identity: bool = False
     pinned: bool = False
     pieces: Callable[[], Iterator[torch.Tensor] | None] | None = None
+    keepable: Callable[[torch.Tensor], bool] | None = None
 
 
 # -- what every engine implements -------------------------------------------------------------

@@ -383,12 +383,26 @@ def write_value(into: torch.Tensor, value: SlotValue) -> bool:
     Raises:
         SourceError: The pieces do not fit the slot, or cannot be read.
     """
-    pieces = _pieces_for(into, value)
+    pieces = pieces_for(into, value)
     if pieces is None:
         return False
-    for part, piece in _with_pieces(into, pieces, value.slot.name):
-        part.copy_(piece)
+    fill(into, pieces, value.slot.name)
     return True
+
+
+def fill(into: torch.Tensor, pieces: Iterable[torch.Tensor], name: str) -> None:
+    """Write pieces to a contiguous tensor.
+
+    Args:
+        into: The tensor.
+        pieces: See ``pieces_for``.
+        name: Name of the slot for errors.
+
+    Raises:
+        SourceError: The pieces do not fit the slot, or cannot be read.
+    """
+    for part, piece in _with_pieces(into, pieces, name):
+        part.copy_(piece)
 
 
 def is_value(found: torch.Tensor, value: SlotValue) -> bool:
@@ -403,13 +417,19 @@ def is_value(found: torch.Tensor, value: SlotValue) -> bool:
     Raises:
         SourceError: The pieces do not fit the slot, or cannot be read.
     """
-    pieces = _pieces_for(found, value)
+    pieces = pieces_for(found, value)
     return pieces is not None and all(
         same_bits(part, piece) for part, piece in _with_pieces(found, pieces, value.slot.name)
     )
 
 
-def _pieces_for(tensor: torch.Tensor, value: SlotValue) -> Iterator[torch.Tensor] | None:
+def pieces_for(tensor: torch.Tensor, value: SlotValue) -> Iterator[torch.Tensor] | None:
+    """The pieces of a value, if it comes in pieces and its slot is contiguous and large.
+
+    Args:
+        tensor: A tensor as the engine lays out the slot.
+        value: The value.
+    """
     if value.pieces is None or tensor.nbytes < LARGE or not tensor.is_contiguous():
         return None
     return value.pieces()

@@ -36,9 +36,9 @@ def refitkit_load_module(target: object) -> OpenedModule | None:
     """Open a file that refitkit saved, or a package that torch wrote."""
     if not isinstance(target, Path) or not target.is_file():
         return None
-    from refitkit.builtin.aotinductor import module
+    from refitkit.builtin.aotinductor.opening import open_file
 
-    return module.open_file(target)
+    return open_file(target)
 
 
 @hookimpl

@@ -12,12 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from refitkit.builtin.aotinductor import compiling
 from refitkit.builtin.aotinductor.engine import ENGINE
-from refitkit.builtin.aotinductor.module import (
-    AOTInductorModule,
-    attachments_of,
-    describe_file,
-)
+from refitkit.builtin.aotinductor.module import AOTInductorModule
 from refitkit.builtin.aotinductor.names import NAME
+from refitkit.builtin.aotinductor.opening import attachments_of, describe_file
 from refitkit.errors import NotRefittableError, PlanMismatchError, Problem, UnsupportedTargetError
 from refitkit.model import LeafKind, LedgerRow, PinnedRef, Slot, SlotState, SourceRef
 from refitkit.program import facts_of

@@ -19,9 +19,8 @@ import torch._inductor as inductor
 
 from refitkit.builtin.aotinductor import container
 from refitkit.builtin.aotinductor.container import can_fill
-from refitkit.builtin.aotinductor.engine import AOTInductorEngine
 from refitkit.builtin.aotinductor.inputs import spec_of
-from refitkit.builtin.aotinductor.module import AOTInductorModule, EngineFiles
+from refitkit.builtin.aotinductor.module import AOTInductorModule, EngineFiles, engine_on
 from refitkit.errors import (
     CompileError,
     ConfigError,
@@ -72,18 +71,19 @@ def compile_program(program: ExportedProgram, chosen: Mapping[str, Any]) -> AOTI
     if blob is not None:
         with blob.open("rb") as written_weights:
             container.fill_from_blob(runner, partial(shutil.copyfileobj, written_weights))
-    facts = facts_of(program)
+    mutable = frozenset(leaf.fqn for leaf in facts_of(program).leaves if leaf.mutated)
     files = EngineFiles(
         folder=folder,
         library=library.name,
         device=device,
         weights_beside=blob is not None,
         call=call,
-        mutable=frozenset(leaf.fqn for leaf in facts.leaves if leaf.mutated),
+        mutable=mutable,
         versions=versions(),
         settings={name: repr(value) for name, value in sorted(configured.items())},
     )
-    return AOTInductorModule(files, AOTInductorEngine(runner, files.mutable), {})
+    engine = engine_on(runner, folder.path / library.name, device, mutable)
+    return AOTInductorModule(files, engine, {})
 
 
 def versions() -> dict[str, str]:

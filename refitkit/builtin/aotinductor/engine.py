@@ -1,11 +1,14 @@
-"""An AOTInductor container as an engine with two sets of weights.
+"""The engine of a compiled library: its slots, and the two ways to give them new values.
 
-The container serves calls from its *active* buffer. A refit writes the *inactive* buffer through
-aliases of its tensors, and then swaps the two. Swapping back is the rollback.
+``AOTInductorEngine`` has what both ways share. ``PublishingEngine`` (``publishing.py``) calls the
+library through its C interface, and publishes new weights while calls go on. ``SwappingEngine``
+is for libraries that only torch's binding can call: its container serves calls from its *active*
+buffer, a refit writes the *inactive* buffer through aliases of its tensors, and then swaps the two.
+Swapping back is the rollback.
 
 AOTInductor's own update functions check nothing (sizes, strides, offsets, dtypes). So refitkit
-passes them only the engine's own tensors, once, to allocate the inactive buffer. Every tensor from
-outside is compared with its slot and then copied by torch, which accepts any layout.
+passes them only tensors of the library's own layout. Every other tensor from outside is compared
+with its slot and then copied by torch, which accepts any layout.
 
 Facts about the container are from ``torch/csrc/inductor/aoti_runtime/model_container.h`` (2.14).
 """
@@ -35,35 +38,33 @@ _PREFIX = 1024  # elements compared first when looking for a change
 
 
 class AOTInductorEngine:
-    """The engine of one container; see ``refitkit.protocols.Engine``.
+    """What both kinds of engines share; see ``refitkit.protocols.Engine``.
 
     Attributes:
-        runner: Torch's binding of the container, with weights in its active buffer.
+        binding: Why the library is called through torch's binding; empty if it is called through
+            its C interface.
     """
 
-    def __init__(self, runner: Any, mutable: Collection[str] | None = None) -> None:
-        """Read the slots of a container.
+    binding = ""
+
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], mutable: Collection[str] | None
+    ) -> None:
+        """Read the slots.
 
         Args:
-            runner: ``torch._C._aoti.AOTIModelContainerRunnerCpu`` or
-                ``AOTIModelContainerRunnerCuda``.
+            tensors: The weights by FQN, as the library lays them out.
             mutable: Slots that calls of the model change in place. None if that is unknown: then
                 any slot may be one, and every commit copies all live values that it does not set.
 
         Raises:
-            NotRefittableError: Two weights have one name, or a weight has an offset or gaps.
+            NotRefittableError: A weight has an offset or gaps.
         """
-        self.runner = runner
-        self._internal = _internal_names(runner)
-        self._active: dict[str, torch.Tensor] = runner.extract_constants_map(False)  # noqa: FBT003
-        self._inactive: dict[str, torch.Tensor] | None = None
         # ``_declared`` is for the slots' ``mutable``, ``_mutable`` for what commits carry over.
-        self._declared = frozenset(mutable or ()) & self._active.keys()
-        self._mutable = frozenset(self._active) if mutable is None else self._declared
-        self._stale: set[str] = set()  # where the inactive buffer may differ from the active one
-        self._has_previous = False  # whether it holds what was live before the last commit
-        self._slots = {name: self._slot(name, t) for name, t in sorted(self._active.items())}
-        _check_layouts(self._active)
+        self._declared = frozenset(mutable or ()) & tensors.keys()
+        self._mutable = frozenset(tensors) if mutable is None else self._declared
+        self._slots = {name: self._slot(name, t) for name, t in sorted(tensors.items())}
+        _check_layouts(tensors)
 
     def _slot(self, name: str, tensor: torch.Tensor) -> Slot:
         return Slot(
@@ -84,7 +85,7 @@ class AOTInductorEngine:
 
     @property
     def slots(self) -> Mapping[str, Slot]:
-        """All weights of the container, by original FQN."""
+        """All weights of the library, by original FQN."""
         return self._slots
 
     @property
@@ -93,46 +94,151 @@ class AOTInductorEngine:
         return sum(slot.nbytes for slot in self._slots.values())
 
     @property
+    def live(self) -> Mapping[str, torch.Tensor]:
+        """The memory that calls read now, by slot."""
+        raise NotImplementedError
+
+    @property
     def memory(self) -> EngineMemory:
-        """Memory for the rollback: the inactive buffer."""
-        return EngineMemory(engine=ENGINE, kind="inactive-buffer", bytes=self.nbytes)
+        """Memory for the rollback."""
+        raise NotImplementedError
+
+    @property
+    def strides(self) -> dict[str, tuple[int, ...]]:
+        """Strides of all slots, by name."""
+        return {name: tuple(tensor.stride()) for name, tensor in self.live.items()}
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """Return the live values of all slots, of one set: aliases."""
+        return dict(self.live)
+
+    def sibling(self) -> AOTInductorEngine | None:
+        """Return an engine of its own that shares the library; None if it cannot be shared."""
+        return None
+
+    # -- calls --------------------------------------------------------------------------------
+
+    @property
+    def call_spec(self) -> tuple[str, str]:
+        """Structures of the inputs and of the outputs, as torch writes them."""
+        raise NotImplementedError
+
+    def call(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the outputs for inputs that were checked.
+
+        Raises:
+            RuntimeError: The library failed.
+        """
+        raise NotImplementedError
 
     # -- live values --------------------------------------------------------------------------
 
-    @property
-    def live(self) -> dict[str, torch.Tensor]:
-        """Aliases of the active buffer, by slot."""
-        return self._active
-
     def read(self, slot: str) -> torch.Tensor:
-        """Return the live value of a slot: an alias, valid until the next commit."""
-        return self._active[slot]
+        """Return the live value of a slot: an alias."""
+        return self.live[slot]
 
     def mutable_values(self) -> dict[str, torch.Tensor]:
         """Return copies of the slots that calls may change."""
-        return {name: self._active[name].clone() for name in self._mutable}
+        return {name: self.live[name].clone() for name in self._mutable}
 
     def write_active(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Overwrite live values in place, to restore state or to fill a newly opened container.
+        """Overwrite live values in place, to restore state or to fill a newly opened library.
 
         Raises:
             WeightMismatchError: A value has another dtype or shape than its slot.
         """
         with torch.no_grad():
             for name, value in values.items():
-                self._active[name].copy_(_checked(self._slots[name], value))
+                self.live[name].copy_(checked(self._slots[name], value))
+
+    def drain(self) -> None:
+        """Wait for pending work on the engine's devices."""
+        for device in {t.device for t in self.live.values() if t.device.type == "cuda"}:
+            torch.cuda.synchronize(device)
 
     # -- staging ------------------------------------------------------------------------------
 
-    def stage(self, values: Sequence[SlotValue]) -> StagedSwap:
-        """Write all slots of the inactive buffer; see ``refitkit.protocols.Engine``."""
+    def stage(self, values: Sequence[SlotValue]) -> Any:
+        """Stage all slots; see ``refitkit.protocols.Engine``."""
         require_values(self._slots, values)
         return self._stage(values)
 
-    def stage_partial(self, values: Sequence[SlotValue]) -> StagedSwap:
-        """Write some slots of the inactive buffer, and copy live values to the others."""
+    def stage_partial(self, values: Sequence[SlotValue]) -> Any:
+        """Stage some slots. The others keep their live values."""
         require_values(self._slots, values, partial=True)
         return self._stage(values)
+
+    def _stage(self, values: Sequence[SlotValue]) -> Any:
+        raise NotImplementedError
+
+    def stage_over(self, values: Sequence[SlotValue]) -> Overwriting:
+        """Free the second set of weights; the commit overwrites the live one.
+
+        See ``refitkit.protocols.SupportsOverwrite``.
+        """
+        require_values(self._slots, values, partial=True)
+        self.free_spare()
+        return Overwriting(lambda: self._write_over(values))
+
+    def _write_over(self, values: Sequence[SlotValue]) -> None:
+        raise NotImplementedError
+
+    def free_spare(self) -> int:
+        """Free the second set of weights; return its size in bytes."""
+        raise NotImplementedError
+
+
+class SwappingEngine(AOTInductorEngine):
+    """The engine of a container with two buffers, behind torch's binding.
+
+    Attributes:
+        runner: Torch's binding of the container, with weights in its active buffer.
+    """
+
+    def __init__(
+        self, runner: Any, mutable: Collection[str] | None = None, *, binding: str = "chosen"
+    ) -> None:
+        """Read the slots of a container.
+
+        Args:
+            runner: ``torch._C._aoti.AOTIModelContainerRunnerCpu`` or
+                ``AOTIModelContainerRunnerCuda``.
+            mutable: Slots that calls of the model change in place; None if that is unknown.
+            binding: Why the C interface is not used.
+
+        Raises:
+            NotRefittableError: Two weights have one name, or a weight has an offset or gaps.
+        """
+        self.runner, self.binding = runner, binding
+        self._internal = _internal_names(runner)
+        self._active: dict[str, torch.Tensor] = runner.extract_constants_map(False)  # noqa: FBT003
+        self._inactive: dict[str, torch.Tensor] | None = None
+        self._stale: set[str] = set()  # where the inactive buffer may differ from the active one
+        self._has_previous = False  # whether it holds what was live before the last commit
+        super().__init__(self._active, mutable)
+
+    @property
+    def live(self) -> Mapping[str, torch.Tensor]:
+        """Aliases of the active buffer, by slot."""
+        return self._active
+
+    @property
+    def memory(self) -> EngineMemory:
+        """Memory for the rollback: the inactive buffer."""
+        return EngineMemory(engine=ENGINE, kind="inactive-buffer", bytes=self.nbytes)
+
+    @property
+    def call_spec(self) -> tuple[str, str]:
+        """See the base class."""
+        in_spec, out_spec = self.runner.get_call_spec()
+        return in_spec, out_spec
+
+    def call(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """See the base class. The binding holds the GIL meanwhile."""
+        found: list[torch.Tensor] = self.runner.run(tensors)
+        return found
+
+    # -- staging ------------------------------------------------------------------------------
 
     def _stage(self, values: Sequence[SlotValue]) -> StagedSwap:
         inactive = self._ready_inactive()
@@ -143,7 +249,7 @@ class AOTInductorEngine:
         self._stale |= set(names)
         with torch.no_grad():
             for value in values:
-                _write(inactive[value.slot.name], value)
+                write(inactive[value.slot.name], value)
             for name in carried:
                 inactive[name].copy_(self._active[name])
         self._stale -= carried
@@ -151,19 +257,10 @@ class AOTInductorEngine:
         self.drain()
         return StagedSwap(self, names)
 
-    def stage_over(self, values: Sequence[SlotValue]) -> Overwriting:
-        """Free the inactive buffer; the commit overwrites the active one.
-
-        See ``refitkit.protocols.SupportsOverwrite``.
-        """
-        require_values(self._slots, values, partial=True)
-        self.free_spare()
-        return Overwriting(lambda: self._write_over(values))
-
     def _write_over(self, values: Sequence[SlotValue]) -> None:
         with torch.no_grad():
             for value in values:
-                _write(self._active[value.slot.name], value)
+                write(self._active[value.slot.name], value)
         self.drain()
 
     def previous(self) -> Mapping[str, torch.Tensor]:
@@ -222,11 +319,16 @@ class AOTInductorEngine:
         self._active, self._inactive = self._inactive, self._active
         self._has_previous = True
 
+    @property
+    def active(self) -> dict[str, torch.Tensor]:
+        """Aliases of the active buffer, for ``restore_live``."""
+        return self._active
+
     def restore_live(self, aliases: dict[str, torch.Tensor]) -> None:
         """Serve calls from a buffer, whichever is active now.
 
         Args:
-            aliases: Aliases of that buffer: an earlier ``live``.
+            aliases: Aliases of that buffer: an earlier ``active``.
         """
         self._has_previous = False
         other = self._inactive if self._active is aliases else self._active
@@ -236,8 +338,6 @@ class AOTInductorEngine:
         if any(live[name].data_ptr() != tensor.data_ptr() for name, tensor in aliases.items()):
             self.runner.swap_constant_buffer()
         self._active, self._inactive = aliases, other
-
-    # -- memory and devices -------------------------------------------------------------------
 
     def free_spare(self) -> int:
         """Free the inactive buffer; return its size in bytes."""
@@ -250,16 +350,11 @@ class AOTInductorEngine:
         self.runner.free_inactive_constant_buffer()
         return self.nbytes
 
-    def drain(self) -> None:
-        """Wait for pending work on the engine's devices."""
-        for device in {t.device for t in self._active.values() if t.device.type == "cuda"}:
-            torch.cuda.synchronize(device)
-
 
 class StagedSwap:
     """New values in the inactive buffer; see ``refitkit.protocols.StagedRefit``."""
 
-    def __init__(self, engine: AOTInductorEngine, names: Sequence[str]) -> None:
+    def __init__(self, engine: SwappingEngine, names: Sequence[str]) -> None:
         """Create the handle; ``AOTInductorEngine.stage`` calls this.
 
         Args:
@@ -268,7 +363,7 @@ class StagedSwap:
         """
         self._engine = engine
         self._names = names
-        self._before = engine.live
+        self._before = engine.active
 
     def commit(self) -> None:
         """Swap the buffers: one pointer changes, independent of the size of the weights."""
@@ -293,13 +388,13 @@ class StagedSwap:
         return self._engine.spare(slot)
 
 
-def _write(into: torch.Tensor, value: SlotValue) -> None:
+def write(into: torch.Tensor, value: SlotValue) -> None:
     """Write a value to a tensor of the container; a large value of a file piece by piece."""
     if not write_value(into, value):
-        into.copy_(_checked(value.slot, value.load()))
+        into.copy_(checked(value.slot, value.load()))
 
 
-def _checked(slot: Slot, value: torch.Tensor) -> torch.Tensor:
+def checked(slot: Slot, value: torch.Tensor) -> torch.Tensor:
     """Return a value unchanged if it has the dtype and shape of its slot.
 
     Raises:

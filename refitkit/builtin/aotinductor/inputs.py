@@ -26,7 +26,7 @@ from refitkit.program.dtypes import dtype_name, dtype_of
 from refitkit.program.liveness import mutated_placeholders
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch.export import ExportedProgram
 
@@ -393,7 +393,9 @@ class ShapeMatcher:
 # -- packages without a description -----------------------------------------------------------
 
 
-def run_unchecked(runner: Any, flat: list[torch.Tensor]) -> list[Any]:
+def run_unchecked(
+    call: Callable[[list[torch.Tensor]], list[Any]], flat: list[torch.Tensor]
+) -> list[Any]:
     """Run a container without a description of its inputs, with AOTInductor's own checks.
 
     These are off unless an environment variable is set when the library runs for the first time
@@ -407,7 +409,7 @@ def run_unchecked(runner: Any, flat: list[torch.Tensor]) -> list[Any]:
     before = os.environ.get(_CHECK_INPUTS)
     os.environ[_CHECK_INPUTS] = "1"
     try:
-        outputs: list[Any] = runner.run([_contiguous(value) for value in flat])
+        outputs = call([_contiguous(value) for value in flat])
     except RuntimeError as exc:
         raise_if_resource(exc, "The engine cannot answer")
         first = str(exc).strip().partition("\n")[0]

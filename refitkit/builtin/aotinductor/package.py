@@ -69,6 +69,7 @@ class PackageManifest(Frozen):
         weights_beside: Whether the library expects its weights from outside. If not, it holds the
             weights of its compilation, and those of the file are written over them.
         slots: All slots.
+        strides: Strides of all slots in the library, by name.
         call: Description of inputs and outputs; None if it is unknown.
         versions: Versions of the software that compiled the engine, by package.
         settings: Compilation options, as text.
@@ -82,6 +83,7 @@ class PackageManifest(Frozen):
     files: dict[str, FileRef]
     weights_beside: bool
     slots: tuple[Slot, ...]
+    strides: dict[str, tuple[Dim, ...]] = Field(default_factory=dict)
     call: CallSpec | None
     versions: dict[str, str] = Field(default_factory=dict)
     settings: dict[str, str] = Field(default_factory=dict)

@@ -1,0 +1,474 @@
+"""Call a compiled library through its C interface, without the GIL and without copies of weights.
+
+Torch's binding holds the GIL for a whole call, and its swap of weights waits for all calls. The C
+interface (``torch/csrc/inductor/aoti_runtime/interface.h``, 2.14) has neither limit: ``ctypes``
+releases the GIL around each function, and a container takes tensors of its caller as its weights.
+
+Read ``Container`` first. It serves calls from one set of tensors that never changes, so new weights
+are a new container. A ``Library`` is the code that all containers of a model share.
+
+The interface validates nothing. The module hides what that takes:
+
+- A container has all weights, under the library's own names: one that lacks a weight would crash.
+- A container that is given tensors makes handles of its own for them and never deletes those
+  (``MaybeOwningAtenTensorHandle``, ``utils.h``). ``Library`` deletes them.
+- After a failed call, a waiting one might wait in the container forever (``get_available_model``).
+  So ``Turns`` lets in no more calls than the container has models.
+- Containers are filled while nobody calls them, and are used again. Creating one copies weights
+  that are inside the library, or reports on stderr.
+"""
+
+from __future__ import annotations
+
+import _ctypes
+import ctypes
+import json
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
+
+import torch
+
+from refitkit.errors import EngineError
+from refitkit.processes import ForkedLock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+T = TypeVar("T")
+Answer: TypeAlias = "tuple[list[torch.Tensor], str]"
+"""Outputs of a call, and the text of an error; one of them is empty."""
+
+ALIGNMENT = 64
+"""Alignment in bytes of each weight (``AOTI_CONST_ALIGNMENT``, ``model_base.h``)."""
+
+SWITCH = "REFITKIT_AOTI_BINDING"
+"""Environment variable: any value makes refitkit use torch's binding everywhere."""
+
+_PREFIX = "AOTInductorModelContainer"
+_NEEDED = (
+    "CreateWithDevice",
+    "Delete",
+    "Run",
+    "GetNumConstants",
+    "GetConstantName",
+    "GetConstantOriginalFQN",
+    "GetConstantFromFolded",
+    "GetNumInputs",
+    "GetNumOutputs",
+    "GetCallSpec",
+    "ExtractConstantsMapEntries",
+    "UpdateUserManagedConstantBufferPairs",
+    "SwapConstantBuffer",
+    "FreeInactiveConstantBuffer",
+)
+_IDLE = 2  # containers without weights that a library keeps for the next set
+
+_aoti: Any = torch._C._aoti  # noqa: SLF001 - no public API
+_pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer_of.restype, _pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+_capsule_of = ctypes.pythonapi.PyCapsule_New
+_capsule_of.restype = ctypes.py_object
+_capsule_of.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+
+
+class _Entry(ctypes.Structure):
+    """``AOTInductorConstantMapEntry``: a name, and a handle of a tensor."""
+
+    _fields_ = (("name", ctypes.c_char_p), ("handle", ctypes.c_void_p))
+
+
+# -- the library ------------------------------------------------------------------------------
+
+
+class Library:
+    """A loaded library: its C interface, its names, and containers that wait for weights.
+
+    Attributes:
+        names: The library's own name of each weight, by FQN.
+        in_spec: Structure of the inputs, as torch writes it.
+        out_spec: Structure of the outputs.
+    """
+
+    def __init__(self, path: Path, device: str) -> None:
+        """Load a library; ``opened`` calls this. This runs code of the library.
+
+        Args:
+            path: Path of the shared library; its kernels are in the same folder.
+            device: Device that it was compiled for.
+
+        Raises:
+            UnsuitableError: It has to be called through torch's binding.
+            EngineError: It cannot make a container.
+        """
+        self._device, self._folder = device, path.parent
+        self._idle: list[tuple[int, int]] = []  # handles, and how many models each has
+        self._retired: list[_Retired] = []
+        self._code = _Code(path)
+        first = self._created(1)
+        self._idle.append((first, 1))
+        self.names = self._names_of(first)
+        self.inputs = self._number("GetNumInputs", first)
+        self.outputs = self._number("GetNumOutputs", first)
+        spec, out = ctypes.c_char_p(), ctypes.c_char_p()
+        self._code.call("GetCallSpec", first, ctypes.byref(spec), ctypes.byref(out))
+        self.in_spec, self.out_spec = (spec.value or b"").decode(), (out.value or b"").decode()
+        self._entries = _Entry * len(self.names)
+        self._handles_in = ctypes.c_void_p * self.inputs
+        self._handles_out = ctypes.c_void_p * self.outputs
+        self._run = self._code.function("Run")
+
+    def _names_of(self, handle: int) -> dict[str, bytes]:
+        names: dict[str, bytes] = {}
+        folded = ctypes.c_bool()
+        for number in range(self._number("GetNumConstants", handle)):
+            place = ctypes.c_size_t(number)
+            self._code.call("GetConstantFromFolded", handle, place, ctypes.byref(folded))
+            if folded.value:
+                raise UnsuitableError("the model computes constants from its weights at run time")
+            fqn = self._text("GetConstantOriginalFQN", handle, number).decode()
+            if fqn in names:
+                raise UnsuitableError(f"the library has two weights of the name {fqn!r}")
+            names[fqn] = self._text("GetConstantName", handle, number)
+        return names
+
+    def _number(self, function: str, handle: int) -> int:
+        found = ctypes.c_size_t()
+        self._code.call(function, handle, ctypes.byref(found))
+        return found.value
+
+    def _text(self, function: str, handle: int, number: int) -> bytes:
+        found = ctypes.c_char_p()
+        self._code.call(function, handle, ctypes.c_size_t(number), ctypes.byref(found))
+        return found.value or b""
+
+    # -- containers ---------------------------------------------------------------------------
+
+    def _created(self, models: int) -> int:
+        found = ctypes.c_void_p()
+        self._code.call(
+            "CreateWithDevice",
+            ctypes.byref(found),
+            ctypes.c_size_t(models),
+            self._device.encode(),
+            os.fsencode(self._folder),
+        )
+        return found.value or 0
+
+    def filled(self, tensors: Mapping[str, torch.Tensor], models: int) -> int:
+        """Return a container that has these tensors as its weights, as they are.
+
+        Args:
+            tensors: All weights by FQN, each as the library lays it out, aligned to ``ALIGNMENT``.
+            models: How many calls it serves side by side.
+
+        Raises:
+            EngineError: The library refused.
+        """
+        self.reap()
+        handle = self._take_idle(models) or self._created(models)
+        given = _handles_of(list(tensors.values()))
+        try:
+            pairs = zip(tensors, given, strict=True)
+            entries = self._entries(*[_Entry(self.names[fqn], one) for fqn, one in pairs])
+            count = ctypes.c_size_t(len(given))
+            yes = ctypes.c_bool(True)  # noqa: FBT003 - C
+            self._code.call(
+                "UpdateUserManagedConstantBufferPairs", handle, entries, count, yes, yes
+            )
+            self._code.call("SwapConstantBuffer", handle)
+            # weights that came with the library, and are not used any more
+            self._code.call("FreeInactiveConstantBuffer", handle)
+        finally:
+            # the container has made handles of its own
+            for one in given:
+                self._code.delete_tensor(one)
+        return handle
+
+    def _take_idle(self, models: int) -> int:
+        """Return an emptied container with so many models; 0 if there is none."""
+        while self._idle:
+            try:
+                handle, found = self._idle.pop()
+            except IndexError:  # another thread has taken it
+                return 0
+            if found == models:
+                return handle
+            self._code.call("Delete", handle)
+        return 0
+
+    def run(self, handle: int, tensors: Sequence[torch.Tensor], stream: int | None) -> Answer:
+        """Call a container, without the GIL.
+
+        Returns:
+            The outputs and the text of the library's error, of which one is empty. An error that is
+            raised here would keep the container alive as long as its traceback.
+        """
+        inputs = self._handles_in(*_handles_of(tensors))
+        outputs = self._handles_out()
+        # The container owns the input handles now, and frees them also if it fails.
+        failed = self._run(handle, inputs, self.inputs, outputs, self.outputs, stream, None)
+        return ([], self._code.last_error()) if failed else (_tensors_of(outputs), "")
+
+    def retire(self, one: _Retired) -> None:
+        """Take back a container that nobody calls any more."""
+        self._retired.append(one)
+        self.reap()
+
+    def reap(self) -> None:
+        """Empty the containers whose last call has ended on its device."""
+        waiting = []
+        while self._retired:
+            try:
+                one = self._retired.pop()
+            except IndexError:  # another thread has taken it
+                break
+            if all(event.query() for event in one.events):
+                self._empty(one.handle, one.models)
+            else:
+                waiting.append(one)
+        self._retired.extend(waiting)
+
+    def is_busy(self, tensors: object) -> bool:
+        """Return whether a GPU may still read the weights of a retired container."""
+        return any(one.tensors is tensors for one in list(self._retired))
+
+    def _empty(self, handle: int, models: int) -> None:
+        """Delete a container's handles of its weights, and keep or delete the container."""
+        entries, count = ctypes.POINTER(_Entry)(), ctypes.c_size_t()
+        no = ctypes.c_bool(False)  # noqa: FBT003 - C
+        self._code.call(
+            "ExtractConstantsMapEntries", handle, ctypes.byref(entries), ctypes.byref(count), no
+        )
+        # The container keeps these pointers and never follows them: it is filled or deleted next.
+        leaked = [entries[number].handle for number in range(count.value)]
+        if len(self._idle) < _IDLE:
+            self._idle.append((handle, models))
+        else:
+            self._code.call("Delete", handle)
+        for one in leaked:
+            self._code.delete_tensor(one)
+
+    def held(self, handle: int) -> dict[str, torch.Tensor]:
+        """Return aliases of the weights that a container has, by FQN: asked of the container."""
+        entries, count = ctypes.POINTER(_Entry)(), ctypes.c_size_t()
+        no = ctypes.c_bool(False)  # noqa: FBT003 - C
+        self._code.call(
+            "ExtractConstantsMapEntries", handle, ctypes.byref(entries), ctypes.byref(count), no
+        )
+        names = [entries[number].name.decode() for number in range(count.value)]
+        copies = [self._code.new_handle(entries[number].handle) for number in range(count.value)]
+        return dict(zip(names, _tensors_of(copies), strict=True))
+
+    def __del__(self) -> None:
+        if sys.is_finalizing() or not hasattr(self, "_code"):
+            return
+        idle = [handle for handle, _ in self._idle]
+        for handle in [*idle, *(one.handle for one in self._retired)]:
+            with suppress(EngineError):
+                self._code.call("Delete", handle)
+
+
+class _Retired(NamedTuple):
+    """A container that a GPU may still use, with its weights and an event of each stream."""
+
+    handle: int
+    models: int
+    tensors: object
+    events: Sequence[Any]
+
+
+class _Code:
+    """The functions of one loaded library. The library is unloaded with this object."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._functions = ctypes.CDLL(str(path))
+        except OSError as exc:
+            raise UnsuitableError(f"the library cannot be loaded: {exc}") from exc
+        wanted = [*(_PREFIX + name for name in _NEEDED), "AOTInductorGetLastError"]
+        missing = [name for name in wanted if not hasattr(self._functions, name)]
+        if missing:
+            raise UnsuitableError(f"it was compiled by a version of torch without {missing[0]}")
+        torch_library = _torch_library()
+        self._delete = torch_library.aoti_torch_delete_tensor_object
+        self._delete.argtypes = [ctypes.c_void_p]
+        self._new = torch_library.aoti_torch_new_tensor_handle
+        self._new.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+
+    def function(self, name: str) -> Any:
+        """Return a function that takes a container first. It returns 0 unless it failed."""
+        found = getattr(self._functions, _PREFIX + name)
+        if name == "Run":
+            pointer, size = ctypes.c_void_p, ctypes.c_size_t
+            found.argtypes = [pointer, pointer, size, pointer, size, pointer, pointer]
+        return found
+
+    def call(self, name: str, handle: Any, *args: Any) -> None:
+        """Call a function.
+
+        Raises:
+            EngineError: It failed; with the text of the library.
+        """
+        first = ctypes.c_void_p(handle) if isinstance(handle, int) else handle
+        if self.function(name)(first, *args):
+            raise EngineError(f"The compiled library failed in {name}: {self.last_error()}")
+
+    def last_error(self) -> str:
+        """Return the text of the last failure in this thread."""
+        text = ctypes.c_char_p()
+        self._functions.AOTInductorGetLastError(ctypes.byref(text))
+        return (text.value or b"no reason given").decode(errors="replace")
+
+    def delete_tensor(self, handle: int) -> None:
+        """Delete a handle of a tensor."""
+        self._delete(handle)
+
+    def new_handle(self, handle: int) -> int:
+        """Return another handle of a tensor."""
+        found = ctypes.c_void_p()
+        self._new(handle, ctypes.byref(found))
+        return found.value or 0
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing() and hasattr(self, "_functions"):
+            _ctypes.dlclose(self._functions._handle)  # noqa: SLF001 - ctypes has no public one
+
+
+def _torch_library() -> Any:
+    """Return torch's C functions for handles of tensors; the process has loaded them."""
+    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+
+
+def _handles_of(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Return a new handle of each tensor; whoever gets it deletes it."""
+    capsules = _aoti.unsafe_alloc_void_ptrs_from_tensors(tensors)
+    return [_pointer_of(capsule, None) for capsule in capsules]
+
+
+def _tensors_of(handles: Iterable[int]) -> list[torch.Tensor]:
+    """Return the tensors of handles, and delete the handles."""
+    # the function for a single tensor (2.14) does not delete its handle
+    capsules = [_capsule_of(handle, None, None) for handle in handles]
+    found: list[torch.Tensor] = _aoti.alloc_tensors_by_stealing_from_void_ptrs(capsules)
+    return found
+
+
+class UnsuitableError(Exception):
+    """A library has to be called through torch's binding; says why."""
+
+
+def opened(path: Path, device: str) -> Library | str:
+    """Load a library, or return why it has to be called through torch's binding.
+
+    This runs code of the library.
+
+    Args:
+        path: Path of the shared library.
+        device: Device that it was compiled for.
+    """
+    if os.environ.get(SWITCH):
+        return f"the environment variable {SWITCH} is set"
+    if not hasattr(_aoti, "alloc_tensors_by_stealing_from_void_ptrs"):
+        return "this version of torch gives no handles of tensors"
+    if _needs_proxy_executor(path):
+        return "the model has operators that only torch's binding can call"
+    try:
+        return Library(path, device)
+    except UnsuitableError as exc:
+        return str(exc)
+    except EngineError as exc:
+        return f"it cannot make a container: {exc.message}"
+
+
+def _needs_proxy_executor(path: Path) -> bool:
+    """Return whether the library calls operators through a proxy executor of the binding.
+
+    Their description lies beside the library (``AOTIModelContainerRunner``, 2.14).
+    """
+    described = path.with_suffix(".json")
+    return described.exists() and bool(json.loads(described.read_bytes()).get("nodes"))
+
+
+# -- one set of weights -----------------------------------------------------------------------
+
+
+class Container:
+    """Serves calls from one set of tensors, until its last reference goes.
+
+    Attributes:
+        tensors: The weights by FQN, which are used as they are and never change.
+        made: Names of those whose memory the caller allocated for this container.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        tensors: Mapping[str, torch.Tensor],
+        made: Collection[str] = (),
+        models: int = 1,
+    ) -> None:
+        """Make a container; nobody calls it yet.
+
+        Args:
+            library: The model's library.
+            tensors: See ``Library.filled``.
+            made: See the attribute.
+            models: How many calls it serves side by side.
+        """
+        self.tensors, self.made = tensors, frozenset(made)
+        self._library, self._models = library, models
+        self._events: dict[int, Any] = {}
+        self._handle = library.filled(tensors, models)
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> Answer:
+        """Return the outputs of a call, or an error; see ``Library.run``."""
+        return self._library.run(self._handle, inputs, None)
+
+    def run_on_gpu(self, inputs: Sequence[torch.Tensor]) -> Answer:
+        """Launch a call on the current stream; see ``run``."""
+        stream = torch.cuda.current_stream()
+        outputs = self._library.run(self._handle, inputs, stream.cuda_stream)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
+        event.record(stream)
+        # the last call of each stream: its event comes after those of all earlier ones
+        self._events[stream.cuda_stream] = event
+        return outputs
+
+    def held(self) -> dict[str, torch.Tensor]:
+        """Return the weights that the container itself has; see ``Library.held``."""
+        return self._library.held(self._handle)
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing() and hasattr(self, "_handle"):
+            events = list(self._events.values())
+            self._library.retire(_Retired(self._handle, self._models, self.tensors, events))
+
+
+class Turns:
+    """Lets as many calls in at once as a container has models; the others wait.
+
+    Each model has a lock. A call queues for the one that the fewest calls queue for. ``with``
+    enters and leaves a lock in C, so an interrupt never leaves one held.
+    """
+
+    def __init__(self, models: int) -> None:
+        """Start with all models free."""
+        self._locks = [ForkedLock() for _ in range(models)]
+        self._queues: list[dict[object, None]] = [{} for _ in self._locks]
+
+    def take(self, do: Callable[[], T]) -> T:
+        """Return the result of a function, run in a turn."""
+        if len(self._locks) == 1:
+            with self._locks[0].held:
+                return do()
+        shortest = min(range(len(self._locks)), key=lambda number: len(self._queues[number]))
+        queue, me = self._queues[shortest], object()
+        try:
+            queue[me] = None
+            with self._locks[shortest].held:
+                return do()
+        finally:
+            queue.pop(me, None)
