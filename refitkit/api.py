@@ -64,6 +64,7 @@ def refit(  # noqa: PLR0913 - one verb; all but two are given by name
     delta: bool | None = None,
     rollback: bool | None = None,
     reset_state: bool = False,
+    donate: bool = False,
 ) -> RefitResult:
     """Put new weights into a compiled module; see :meth:`refitkit.Pipeline.refit`."""
     return Pipeline().refit(
@@ -78,6 +79,7 @@ def refit(  # noqa: PLR0913 - one verb; all but two are given by name
         delta=delta,
         rollback=rollback,
         reset_state=reset_state,
+        donate=donate,
     )
 
 

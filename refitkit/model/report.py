@@ -46,6 +46,20 @@ class EngineMemory(Frozen):
     bytes: int
 
 
+class EngineRoute(Frozen):
+    """The way in which one engine got its weights.
+
+    Attributes:
+        engine: Name of the engine.
+        name: Name of the way: ``c-interface``, ``binding``.
+        why: Why it is not the fastest one; empty if it is.
+    """
+
+    engine: str
+    name: str
+    why: str = ""
+
+
 class KeptWeights(Frozen):
     """Earlier weights that a module can restore.
 
@@ -211,6 +225,10 @@ class RefitReport(Frozen):
         state: One row for every slot that calls of the module write.
         transforms: One row for each group of entries that a transform computed.
         verification: Result of the verifier; None if none ran.
+        pause_seconds: The longest time that this refit could delay a call, in seconds: from closing
+            to opening the gate. It includes the wait for running calls, the commit, hooks, and the
+            verifier if it runs behind the gate. 0 if the gate was not closed; None while it is.
+        routes: The way in which each engine got its weights, for engines that have several.
         notes: Remarks for the user (only staging was checked, nothing changed, ...).
     """
 
@@ -232,6 +250,8 @@ class RefitReport(Frozen):
     state: tuple[StateRow, ...] = ()
     transforms: tuple[TransformRow, ...] = ()
     verification: VerificationResult | None = None
+    pause_seconds: float | None = None
+    routes: tuple[EngineRoute, ...] = ()
     notes: tuple[str, ...] = Field(default_factory=tuple)
 
     @property

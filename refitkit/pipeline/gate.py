@@ -127,8 +127,32 @@ class Gate:
     def _after_calls(self, do: Callable[[], T]) -> T:
         for turn in _unfinished(self._call_turns):
             wait_for(turn)
+        return self._alone(do)
+
+    def _alone(self, do: Callable[[], T]) -> T:
         self._last_commit = next(iter(_unfinished(self._commit_turns)))
         return do()
+
+    def closed(self, do: Callable[[], T]) -> T:
+        """The result of a function, run at once. New calls wait until it returns; others go on.
+
+        It is for commits by which running calls are not affected.
+
+        Raises:
+            DeadlockError: A thread that has the gate exclusively waits for this thread.
+        """
+        return _in_turn(self._commit_turns, lambda: self._alone(do))
+
+    def hold(self, do: Callable[[], T]) -> T:
+        """The result of a function, run while no refit of another thread goes on. Calls go on.
+
+        Raises:
+            ModuleLostError: The module is lost.
+            DeadlockError: The thread that refits the module waits for this thread.
+        """
+        me = get_ident()
+        inside = _has_turn(self._refit_turns, me) or _has_turn(self._call_turns, me)
+        return self.call(do) if inside else self.refit(lambda: self.call(do))
 
     def refit(self, do: Callable[[], T]) -> T:
         """The result of a function, run as the only refit. Refits of other threads wait.

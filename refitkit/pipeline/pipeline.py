@@ -190,6 +190,7 @@ class Pipeline:
         delta: bool | None = None,
         rollback: bool | None = None,
         reset_state: bool = False,
+        donate: bool = False,
     ) -> RefitResult:
         """Put new weights into a compiled module: all of them, verified, or none.
 
@@ -215,6 +216,9 @@ class Pipeline:
             reset_state: Whether state that calls write (KV caches, counters) and that the weights
                 do not contain is reset to its value at export. Otherwise it is kept, as
                 ``load_state_dict`` does. ``report.state`` says which.
+            donate: Whether the module may keep the tensors of ``weights`` as its own memory, so
+                that nothing is copied. They must not be written to afterwards, by whatever means.
+                Tensors that do not fit (strides, alignment, a part of a larger one) are copied.
 
         Raises:
             SourceError: The weights cannot be read.
@@ -238,6 +242,7 @@ class Pipeline:
             "delta": delta,
             "rollback": rollback,
             "reset_state": reset_state,
+            "donate": donate,
         }
         return self._run([refit_task(self.context, compiled, weights, options)])[0]
 

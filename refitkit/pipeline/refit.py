@@ -99,6 +99,7 @@ def _run(context: Context, tasks: Sequence[Task]) -> list[ReportDraft]:
     ]
     try:
         each(names, [module.stage for module in modules])
+        each(names, [module.verify_staged for module in modules])
         Transaction(modules).run()
     finally:
         # after a failure or an interrupt no staged memory stays; after a commit none is left
@@ -189,6 +190,7 @@ class RefitRequest(VerifyOptions):
     delta: bool = False
     rollback: bool = True
     reset_state: bool = False
+    donate: bool = False
 
 
 _OPTIONS = frozenset(field.name for field in fields(RefitRequest)) - {"weights"}
@@ -322,7 +324,9 @@ class RefitTask:
             delta=request.delta,
         )
         with clock.stage("load"):
-            source = for_one_refit(self._context, request.weights, rollback=request.rollback)
+            source = for_one_refit(
+                self._context, request.weights, rollback=request.rollback, donate=request.donate
+            )
             plan = self._bound_plan()
             # asked of the given source: a transformed one does not list the entries it leaves out
             draft.left_out = find_left_out(plan, source, self._context.config.rules.wrappers)

@@ -17,7 +17,13 @@ from refitkit.pipeline.mapping import MappingSummary
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from refitkit.model import EngineMemory, KeptWeights, TransformRow, VerificationResult
+    from refitkit.model import (
+        EngineMemory,
+        EngineRoute,
+        KeptWeights,
+        TransformRow,
+        VerificationResult,
+    )
     from refitkit.pipeline.context import StageClock
     from refitkit.pipeline.mapping import SlotMapping
 
@@ -30,6 +36,7 @@ UNUSED = "inputs= were given and not used"
 LEFT_OUT = "the module's buffers that no state_dict holds differ from the plan's, which stay"
 STATE_KEPT = "state that calls write was kept, as the weights do not contain it"
 STATE_RESET = "state that calls write was reset to its value at export"
+WAITED = "calls waited for the commit and its verification, as calls write to these buffers"
 BASE_LOST = "the weights that the module was compiled or loaded with are no longer kept"
 
 _NO_SLOTS = MappingSummary((), {}, {}, frozenset())
@@ -48,6 +55,9 @@ class ReportDraft:
         left_out: Buffers of a live module that differ from the values that the plan keeps.
         transforms: Gives the rows of the transforms.
         unused: Why the given inputs were not used; empty if they were.
+        pause_seconds: Time from closing to opening the gate; None before it has opened.
+        routes: The way in which each engine got its weights; there once the draft is closed.
+        waited_for: Slots that calls write, so that they had to wait for this refit.
     """
 
     backend: str
@@ -67,6 +77,9 @@ class ReportDraft:
     transforms: Callable[[], tuple[TransformRow, ...]] = tuple
     verification: VerificationResult | None = None
     unused: str = ""
+    pause_seconds: float | None = None
+    routes: tuple[EngineRoute, ...] = ()
+    waited_for: tuple[str, ...] = ()
     _report: RefitReport | None = field(default=None, repr=False)
 
     @property
@@ -115,6 +128,8 @@ class ReportDraft:
             state=summary.state_rows(),
             transforms=transforms,
             verification=self.verification,
+            pause_seconds=self.pause_seconds,
+            routes=self.routes,
             notes=tuple(self._notes(summary, transforms)),
         )
 
@@ -138,6 +153,8 @@ class ReportDraft:
             yield f"{BASE_LOST}: {self.base_lost}"
         if self.unused:
             yield f"{UNUSED}: {self.unused}"
+        if self.waited_for:
+            yield f"{WAITED}: {', '.join(self.waited_for)}"
         if not self.verification:
             yield UNVERIFIED
 

@@ -78,6 +78,11 @@ class Staged:
             return engine.stage_partial(values)
         return engine.stage(values)
 
+    @property
+    def overwrites(self) -> bool:
+        """Whether a commit writes over live values, so that no call may run."""
+        return bool(self._overwritten)
+
     def changed(self) -> bool | None:
         """Whether any engine would change. None if one cannot compare and no other would."""
         answers: list[bool | None] = []

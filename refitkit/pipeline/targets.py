@@ -14,6 +14,7 @@ import torch
 from torch.export import ExportedProgram
 
 from refitkit.errors import (
+    ConfigError,
     RefitError,
     ResourceError,
     SourceError,
@@ -32,7 +33,7 @@ from refitkit.program import KeptProgram
 from refitkit.program.ambient import verb
 from refitkit.protocols import KeepsMade, MadeOf, MayChange, WeightSource
 from refitkit.recipe import Archive, ArchiveError, RefitPlan
-from refitkit.recipe.sources import require_reread
+from refitkit.recipe.sources import TensorMap, require_reread
 
 if TYPE_CHECKING:
     from refitkit.pipeline.context import Context
@@ -122,10 +123,10 @@ OVERRIDDEN_MEMBER = "overridden.json"
 
 def save_module(context: Context, compiled: CompiledModule, path: str | Path) -> None:
     """Write a module with its plan and program; see ``Pipeline.save``."""
-    attachments = _attachments_of(compiled)
     path = Path(path)
     with context.clock("save").stage("save"), saying_why(path):
-        compiled.opened.save(path, attachments)
+        # no refit may come between what is known of the weights and the weights
+        compiled.gate.hold(lambda: compiled.opened.save(path, _attachments_of(compiled)))
 
 
 def _attachments_of(compiled: CompiledModule) -> dict[str, bytes]:
@@ -160,8 +161,7 @@ def _handle_on(context: Context, opened: OpenedModule, verbs: Verbs) -> Compiled
 
 def copy_of(compiled: CompiledModule, verbs: Verbs) -> CompiledModule:
     """A handle on a second module with the same weights, plan and program."""
-    gate = compiled.gate
-    opened = gate.refit(lambda: gate.call(compiled.opened.reopen))
+    opened = compiled.gate.hold(compiled.opened.reopen)
     copy = CompiledModule(opened, compiled.plan, compiled.program, verbs)
     copy.state = WeightState.first(compiled.state.overridden)
     return copy
@@ -241,13 +241,23 @@ def weight_opener(context: Context) -> Opener:
     return opener
 
 
-def for_one_refit(context: Context, weights: object, *, rollback: bool) -> WeightSource:
+def for_one_refit(
+    context: Context, weights: object, *, rollback: bool, donate: bool = False
+) -> WeightSource:
     """A source that is read several times and then forgotten; see ``open_weights``.
 
     Computed entries are kept from the first time to the last, up to ``Config.keep_limit`` bytes.
     They are not kept without rollback, because then there is no memory for a second set of weights.
     """
     source = open_weights(context, weights)
+    if donate:
+        if not isinstance(source, TensorMap):
+            raise ConfigError(
+                f"donate=True is for tensors in memory, and {source.description} is not one.",
+                hint="Pass a state_dict or a module, or leave donate out: files are read straight "
+                "into memory that serves.",
+            )
+        source.donate()
     if rollback and isinstance(source, KeepsMade):
         return source.keeping(context.config.keep_limit)
     return source

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from time import perf_counter
 from typing import TYPE_CHECKING, TypeVar
 
 from refitkit.errors import (
@@ -20,13 +21,15 @@ from refitkit.errors import (
     VerificationError,
     raised_as,
 )
+from refitkit.model import EngineRoute
 from refitkit.pipeline.changes import measured
 from refitkit.pipeline.checks import FiniteCheck
 from refitkit.pipeline.gate import in_lock_order, inside_all, lost_error, restoring
 from refitkit.pipeline.history import NO_ROLLBACK, History, SnapshotBuilder
 from refitkit.pipeline.stage import Staged
 from refitkit.pipeline.transform import require_accurate
-from refitkit.pipeline.verify import problems_of
+from refitkit.pipeline.verify import problems_of, publishes
+from refitkit.protocols import OpensStaged, TellsRoute
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
@@ -39,11 +42,12 @@ if TYPE_CHECKING:
     from refitkit.pipeline.module import CompiledModule
     from refitkit.pipeline.report import Outcome, ReportDraft
     from refitkit.pipeline.verify import Judge
-    from refitkit.protocols import SlotValue, StagedRefit
+    from refitkit.protocols import OpenedModule, SlotValue, StagedRefit
     from refitkit.recipe import RefitPlan
 
 Failure = TypeVar("Failure", bound=RefitError)
 
+_CHANGED = "refitkit_weights_changed"
 _LAST_ATTEMPT = (False, False, True)
 """An interrupted rollback is tried three times: users often press Ctrl-C twice."""
 
@@ -83,9 +87,13 @@ class Transaction:
         self._modules = modules
 
     def run(self) -> None:
-        """Commit and verify all modules, while their calls wait.
+        """Commit and verify all modules.
 
-        From the first commit until it is certain which weights are live, the gates are poisoned.
+        Calls wait meanwhile, unless there is one module that publishes and no hook is notified.
+        A module that publishes was verified before, so calls wait for commits and hooks alone, and
+        running calls go on.
+
+        From the first commit until it is certain which weights are live, closed gates are poisoned.
         An interrupt in that time restores the old weights. An interrupt during the restoring starts
         it again; if all attempts are interrupted, the modules refuse calls.
 
@@ -95,9 +103,23 @@ class Transaction:
             ModuleLostError: Rolling back failed; the modules concerned refuse calls.
             BaseException: A plugin or the keyboard; the old weights are live.
         """
-        gates = [one.gate for one in self._modules]
+        passages = self._passages()
+        start = perf_counter()
+        try:
+            inside_all(passages, self._run)
+        finally:
+            pause = perf_counter() - start if passages else 0.0
+            for one in self._modules:
+                one.draft.pause_seconds = pause
+
+    def _passages(self) -> list[Callable[[Callable[[], None]], None]]:
+        """How the gates are entered; none if no call has to wait."""
+        if len(self._modules) == 1 and not self._modules[0].stops_calls:
+            return []
+        by_gate = {one.gate: one for one in self._modules}
         # all gates before the first commit: no call may see one module new and another one old
-        inside_all([gate.exclusive for gate in in_lock_order(gates)], self._run)
+        gates = in_lock_order(by_gate)
+        return [gate.closed if by_gate[gate].publishes else gate.exclusive for gate in gates]
 
     def _run(self) -> None:
         try:
@@ -121,12 +143,13 @@ class Transaction:
         for one in self._modules:
             # all modules before any commit: pending work can fail, and nothing has changed yet
             one.named(one.synchronize)
-        for one in self._modules:  # an interrupt from here on must leave no module half changed
-            one.gate.poison("a commit was interrupted")
+        if self._passages():
+            for one in self._modules:  # an interrupt from here on must leave none half changed
+                one.gate.poison("a commit was interrupted")
         for one in self._modules:
             one.named(one.commit)
         for one in self._modules:  # all have their new weights, so plugins can compare them
-            one.named(one.judge)
+            one.named(one.conclude)
         for one in self._modules:
             one.gate.heal()
 
@@ -185,6 +208,16 @@ class ModuleTransaction:
     def gate(self) -> Gate:
         """The module's gate."""
         return self._compiled.gate
+
+    @property
+    def publishes(self) -> bool:
+        """Whether running calls are not affected by the commit; see ``OpensStaged``."""
+        return publishes(self._module) and not self._staged.overwrites
+
+    @property
+    def stops_calls(self) -> bool:
+        """Whether new calls have to wait for the commit, if no other module is committed."""
+        return not self.publishes or self._host.has(_CHANGED)
 
     # -- errors -------------------------------------------------------------------------------
 
@@ -279,6 +312,35 @@ class ModuleTransaction:
         elsewhere = self._compiled.base is not None or self._compiled.origin is not None
         return self._config.keep_base and self._prepared.rollback and not elsewhere
 
+    def verify_staged(self) -> None:
+        """Verify the staged values, if the module can be called with them before the commit.
+
+        Raises:
+            VerificationError: The verdict is bad.
+        """
+        module = self._module
+        if self.publishes and isinstance(module, OpensStaged):
+            self._verify(module.with_staged(dict(self._staged.waiting())), "were never live")
+
+    def _verify(self, module: OpenedModule, otherwise: str) -> None:
+        """Judge a module.
+
+        Args:
+            module: The module, with its new weights.
+            otherwise: What happens to them if the verdict is bad.
+        """
+        judge = self._prepared.judge
+        if judge is None:
+            return
+        with self._reporting():
+            with self.draft.clock.stage("verify"):
+                self.draft.verification = judge(module)
+            if not self.draft.verification.ok:
+                raise VerificationError(
+                    f"The refitted module failed the verification; {otherwise}.",
+                    problems=problems_of(self.draft.verification),
+                )
+
     def discard(self) -> None:
         """Drop the values that are staged and were not committed."""
         self._staged.discard()
@@ -287,6 +349,8 @@ class ModuleTransaction:
 
     def synchronize(self) -> None:
         """Wait for the device's pending work, and copy the state that calls have written."""
+        if self.publishes:
+            return
         with raised_as(EngineError, "Pending work of the module failed"):
             self._module.synchronize()
         with raised_as(EngineError, "The state that calls have written cannot be copied"):
@@ -303,8 +367,8 @@ class ModuleTransaction:
                 with raised_as(EngineError, f"The engine {name!r} failed to commit"):
                     one.commit()
 
-    def judge(self) -> None:
-        """Notify plugins, verify the result, and store the module's new state.
+    def conclude(self) -> None:
+        """Notify plugins, verify what was not verified yet, and store the module's new state.
 
         Raises:
             VerificationError: The verdict is bad.
@@ -317,18 +381,18 @@ class ModuleTransaction:
         if self._wants_base and not self._before.history.base_lost:
             self.draft.base_lost = after.history.base_lost
         self._notify("committed")
-        if self._prepared.judge is not None:
-            with self._reporting():
-                with self.draft.clock.stage("verify"):
-                    self.draft.verification = self._prepared.judge(self._module)
-                if not self.draft.verification.ok:
-                    raise VerificationError(
-                        "The refitted module failed the verification; its old weights are back.",
-                        problems=problems_of(self.draft.verification),
-                    )
+        if not self.publishes:
+            self._verify(self._module, "its old weights are back")
+        self.draft.routes = routes_of(self._module)
+        if isinstance(self._module, OpensStaged) and not self.publishes:
+            self.draft.waited_for = self._written_by_calls()
         # the last two steps: an exception after them finds a completed refit
         self.draft.close()
         self._compiled.state = after
+
+    def _written_by_calls(self) -> tuple[str, ...]:
+        slots = self._compiled.slots
+        return tuple(slot.name for slot in slots if slot.mutable)
 
     def _state_after(self) -> WeightState:
         state = self._prepared.state_after(self._mapping)
@@ -411,6 +475,14 @@ class ModuleTransaction:
             raise
 
     def _notify(self, outcome: Outcome) -> None:
-        hook = "refitkit_weights_changed"
-        if self._host.has(hook):  # a report takes time, and most pipelines lack the hook
-            self._host.call(hook, module=self._module, report=self.draft.report(outcome))
+        if self._host.has(_CHANGED):  # a report takes time, and most pipelines lack the hook
+            self._host.call(_CHANGED, module=self._module, report=self.draft.report(outcome))
+
+
+def routes_of(module: OpenedModule) -> tuple[EngineRoute, ...]:
+    """The ways in which engines get their weights, of those that have several."""
+    return tuple(
+        EngineRoute(engine=name, name=engine.route[0], why=engine.route[1])
+        for name, engine in module.engines.items()
+        if isinstance(engine, TellsRoute)
+    )

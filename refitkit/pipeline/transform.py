@@ -20,7 +20,7 @@ from refitkit.errors import (
     raised_as,
 )
 from refitkit.model import TransformRow
-from refitkit.protocols import HasNamings, KnowsRevisions, Made, TransformRequest
+from refitkit.protocols import GivesAway, HasNamings, KnowsRevisions, Made, TransformRequest
 from refitkit.recipe import pieces_of
 from refitkit.recipe.name_suggestions import ALL_NAMES, WHOLE_SUBTREE
 from refitkit.recipe.reads import reads_of
@@ -119,6 +119,15 @@ class Transformed:
     def pieces(self, fqn: str) -> Iterator[torch.Tensor] | None:
         """Pieces of an entry that no group makes, else None; see ``GivesPieces``."""
         return pieces_of(self.given, fqn) if self.made_by.get(fqn) is None else None
+
+    def gives_away(self, fqn: str) -> bool:
+        """Whether an engine may keep an entry that no group makes; see ``GivesAway``."""
+        given = self.given
+        return (
+            self.made_by.get(fqn) is None
+            and isinstance(given, GivesAway)
+            and (given.gives_away(fqn))
+        )
 
     def made_from(self, fqn: str) -> tuple[str, ...]:
         """FQNs that its group takes, or the FQN itself; see ``MadeOf``."""

@@ -24,7 +24,13 @@ from refitkit.pipeline.mapping import map_slots, require_all_slots
 from refitkit.pipeline.needs import require_needs
 from refitkit.pipeline.targets import open_weights, require_unchanged
 from refitkit.pipeline.transform import Transformed, transformed
-from refitkit.protocols import LowersPrecision, Offline, SupportsReadback, VerifyRequest
+from refitkit.protocols import (
+    LowersPrecision,
+    Offline,
+    OpensStaged,
+    SupportsReadback,
+    VerifyRequest,
+)
 
 if TYPE_CHECKING:
     from refitkit.config import Config
@@ -153,9 +159,12 @@ def verify_live(
         )
         return None if judge is None else judge(compiled.opened)
 
-    # No refit and no call may come between: a verifier copies state of the module while it
-    # prepares, and the module answers from that state.
-    result = inside_all([compiled.gate.refit, compiled.gate.exclusive], verdict)
+    # No refit may come between, and no call that writes state: a verifier copies state of the
+    # module while it prepares, and the module answers from that state.
+    passages = [compiled.gate.refit]
+    if not publishes(compiled.opened):
+        passages.append(compiled.gate.exclusive)
+    result = inside_all(passages, verdict)
     if result is None:
         raise ConfigError(
             "Nothing can be verified: the engines cannot be read and no inputs were given."
@@ -168,6 +177,11 @@ def verify_live(
         message = f"The module does not hold {source.description}."
         raise VerificationError(message, problems=problems_of(result), report=result)
     return result
+
+
+def publishes(module: OpenedModule) -> bool:
+    """Whether calls of a module can go on while it gets new weights; see ``OpensStaged``."""
+    return isinstance(module, OpensStaged) and module.publishes
 
 
 def choose(

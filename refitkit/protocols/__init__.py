@@ -12,13 +12,13 @@ Optional abilities are protocols of their own. refitkit checks for their members
 * backends: :class:`KnowsPlanKey`; parts of a program: :class:`HoldsValues`;
 * engines: :class:`SupportsReadback`, :class:`RemembersWeights`, :class:`SupportsPartial`,
   :class:`SupportsOverwrite`, :class:`SupportsSpareBuffer`, :class:`HoldsPrevious`,
-  :class:`SupportsWarming`;
+  :class:`SupportsWarming`, :class:`TellsRoute`;
 * staged refits: :class:`ShowsStaged`;
-* opened modules: :class:`Offline`, :class:`LowersPrecision`, :class:`ProbesFromState`,
-  :class:`Rebuilds`;
-* sources: :class:`GivesPieces`, :class:`HasNamings`, :class:`HoldsProgram`, :class:`KeepsMade`,
-  :class:`KnowsRevisions`, :class:`KnowsTies`, :class:`LeavesOut`, :class:`MadeOf`,
-  :class:`MayChange`, :class:`SupportsReread`.
+* opened modules: :class:`Offline`, :class:`LowersPrecision`, :class:`OpensStaged`,
+  :class:`ProbesFromState`, :class:`Rebuilds`;
+* sources: :class:`GivesAway`, :class:`GivesPieces`, :class:`HasNamings`, :class:`HoldsProgram`,
+  :class:`KeepsMade`, :class:`KnowsRevisions`, :class:`KnowsTies`, :class:`LeavesOut`,
+  :class:`MadeOf`, :class:`MayChange`, :class:`SupportsReread`.
 """
 
 from refitkit.protocols.backends import Backend, HoldsValues, KnowsPlanKey, PlanDraft, PlanKey
@@ -34,16 +34,19 @@ from refitkit.protocols.engines import (
     SupportsReadback,
     SupportsSpareBuffer,
     SupportsWarming,
+    TellsRoute,
 )
 from refitkit.protocols.modules import (
     LowersPrecision,
     Offline,
     OpenedModule,
+    OpensStaged,
     ProbesFromState,
     Rebuilds,
 )
 from refitkit.protocols.plans import BindableProgram, Plan
 from refitkit.protocols.sources import (
+    GivesAway,
     GivesPieces,
     HasNamings,
     HoldsProgram,
@@ -65,6 +68,7 @@ __all__ = [
     "Backend",
     "BindableProgram",
     "Engine",
+    "GivesAway",
     "GivesPieces",
     "HasNamings",
     "HoldsPrevious",
@@ -84,6 +88,7 @@ __all__ = [
     "MayChange",
     "Offline",
     "OpenedModule",
+    "OpensStaged",
     "Plan",
     "PlanDraft",
     "PlanKey",
@@ -99,6 +104,7 @@ __all__ = [
     "SupportsReread",
     "SupportsSpareBuffer",
     "SupportsWarming",
+    "TellsRoute",
     "Tools",
     "TransformRequest",
     "Verifier",

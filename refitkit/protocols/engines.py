@@ -274,6 +274,18 @@ class HoldsPrevious(Protocol):
 
 
 @runtime_checkable
+class TellsRoute(Protocol):
+    """An engine that takes new weights in one of several ways."""
+
+    @property
+    def route(self) -> tuple[str, str]:
+        """Name of the way, and why it is not the fastest one; empty if it is.
+
+        Read after a commit, for ``RefitReport.routes``, and by ``inspect``.
+        """
+
+
+@runtime_checkable
 class SupportsWarming(Protocol):
     """An engine whose first refit is slow unless it was prepared."""
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from refitkit.model import SlotKey
-    from refitkit.protocols.engines import Engine
+    from refitkit.protocols.engines import Engine, StagedRefit
     from refitkit.protocols.tools import Tools
 
 
@@ -89,6 +89,34 @@ class OpenedModule(Protocol):
 
         Called for ``refitkit.refit(..., copy=True)`` and for proofs by trial; no refit commits
         meanwhile. A refit of one module must not change the other.
+        """
+
+
+@runtime_checkable
+class OpensStaged(Protocol):
+    """An opened module that serves its old weights until new ones take their place at once.
+
+    A refit of it verifies the staged values before they are live, and no call waits for the commit.
+    A call that runs ends on the weights that it began with. ``Engine.stage_over`` is the exception:
+    it writes over live weights, behind the closed gate.
+    """
+
+    @property
+    def publishes(self) -> bool:
+        """Whether the module can do so now: it has one engine, and no call writes its weights.
+
+        If True, ``StagedRefit.commit`` and ``rollback`` are called while calls run. Each has to
+        take effect by a single assignment.
+        """
+
+    def with_staged(self, staged: Mapping[str, StagedRefit]) -> OpenedModule:
+        """Return a module of the same code that has staged values as its weights.
+
+        Called before the commit, if ``publishes``. The verifier reads it and calls it; calls of
+        other threads use the live weights meanwhile.
+
+        Args:
+            staged: What the engines have staged, by engine name. Empty: the present weights.
         """
 
 

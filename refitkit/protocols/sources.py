@@ -137,6 +137,18 @@ class KeepsMade(Protocol):
         """
 
 
+@runtime_checkable
+class GivesAway(Protocol):
+    """A source whose tensors an engine may keep as its own memory."""
+
+    def gives_away(self, fqn: str) -> bool:
+        """Return whether nobody writes to the tensor of an entry from now on, or reuses its memory.
+
+        Args:
+            fqn: Name of the entry.
+        """
+
+
 # -- detecting changed files ------------------------------------------------------------------
 
 

@@ -28,7 +28,7 @@ from refitkit.model import CallRef, LedgerRow, PinnedRef, PlanData, Slot, SlotSt
 from refitkit.program.ambient import in_plain_state, plain, verb
 from refitkit.program.bits import digest
 from refitkit.program.dtypes import dtype_name, dtype_of
-from refitkit.protocols import SlotValue, WeightSource
+from refitkit.protocols import GivesAway, SlotValue, WeightSource
 from refitkit.recipe import store
 from refitkit.recipe.calls import Calls
 from refitkit.recipe.reads import broken_ties, broken_views
@@ -541,14 +541,21 @@ def _source_value(
 ) -> SlotValue:
     load = partial(_load_from_source, source.get, sources[0], slot)
     pieces = partial(pieces_of, source, sources[0])
-    return SlotValue(slot, STRATEGY, sources, load, identity=True, pieces=pieces)
+    keepable = None
+    if isinstance(source, GivesAway) and source.gives_away(sources[0]):
+        keepable = _always
+    return SlotValue(slot, STRATEGY, sources, load, identity=True, pieces=pieces, keepable=keepable)
+
+
+def _always(_tensor: torch.Tensor) -> bool:
+    return True
 
 
 def _computed_value(
     slot: Slot, sources: tuple[str, ...], value: Value, _source: WeightSource, replay: Replay
 ) -> SlotValue:
     load = partial(_load_computed, replay, value, slot)
-    return SlotValue(slot, STRATEGY, sources, load, pinned=not sources)
+    return SlotValue(slot, STRATEGY, sources, load, pinned=not sources, keepable=replay.is_new)
 
 
 def _load_from_source(get: Callable[[str], torch.Tensor], fqn: str, slot: Slot) -> torch.Tensor:

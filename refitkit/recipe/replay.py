@@ -53,7 +53,9 @@ class Replay:
             pinned: Returns a tensor that the plan keeps, by name.
             steady_results: Results of steady calls of earlier refits.
         """
-        self._schedules, self._leaf, self._pinned = schedules, leaf, pinned
+        self._schedules = schedules
+        self._leaf, self._pinned = self._noting(leaf), self._noting(pinned)
+        self._read: set[int] = set()  # addresses of the memory of all tensors that were read
         self._steady_results = steady_results
         self._expected = tuple(value for value in values if isinstance(value, CallRef))
         self._run: _Run | None = None
@@ -83,6 +85,18 @@ class Replay:
         # readers of raw memory do not see torch's lazy negation and conjugation
         needs_resolving = result.is_neg() or result.is_conj()
         return result.resolve_neg().resolve_conj() if needs_resolving else result
+
+    def is_new(self, result: torch.Tensor) -> bool:
+        """Whether a result was computed: it has no memory of a leaf or of a tensor of the plan."""
+        return result.untyped_storage().data_ptr() not in self._read
+
+    def _noting(self, get: Callable[[str], torch.Tensor]) -> Callable[[str], torch.Tensor]:
+        def noted(name: str) -> torch.Tensor:
+            tensor = get(name)
+            self._read.add(tensor.untyped_storage().data_ptr())
+            return tensor
+
+        return noted
 
     def _compute_alone(self, value: CallRef) -> torch.Tensor:
         run = self._start((value,))

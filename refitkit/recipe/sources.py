@@ -161,6 +161,15 @@ class TensorMap:
         self._tensors = tensors
         self._names = dict.fromkeys(n for n in tensors if n.rpartition(".")[2] != _EXTRA_STATE)
         self._not_persistent = frozenset(not_persistent)
+        self._is_donated = False
+
+    def donate(self) -> None:
+        """Let engines keep the tensors: their owner writes to none of them from now on."""
+        self._is_donated = True
+
+    def gives_away(self, fqn: str) -> bool:  # noqa: ARG002 - the protocol's
+        """Whether the tensors were donated; see ``refitkit.protocols.GivesAway``."""
+        return self._is_donated
 
     def names(self) -> Collection[str]:
         """All names of the source."""
@@ -323,6 +332,10 @@ class _NameSet(TensorMap):
     ) -> None:
         super().__init__(tensors, description, not_persistent=not_persistent)
         self._module = module
+
+    def gives_away(self, fqn: str) -> bool:
+        """Whether the module was donated."""
+        return self._module.gives_away(fqn)
 
     def ties(self) -> Collection[tuple[str, ...]]:
         """Ties of the module, because another source may use the names of the other set."""

@@ -108,6 +108,16 @@ class AOTInductorEngine:
         """Strides of all slots, by name."""
         return {name: tuple(tensor.stride()) for name, tensor in self.live.items()}
 
+    @property
+    def route(self) -> tuple[str, str]:
+        """How weights reach the library, and why so; see ``refitkit.protocols.TellsRoute``."""
+        return ("binding", self.binding) if self.binding else ("c-interface", "")
+
+    @property
+    def publishes(self) -> bool:
+        """Whether calls can go on while new weights become live."""
+        return False
+
     def values(self) -> dict[str, torch.Tensor]:
         """Return the live values of all slots, of one set: aliases."""
         return dict(self.live)

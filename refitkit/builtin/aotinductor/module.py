@@ -208,6 +208,11 @@ class AOTInductorModule:
             engine.write_active(self._engine.values())
         return AOTInductorModule(files, engine, self.attachments)
 
+    @property
+    def publishes(self) -> bool:
+        """Whether calls go on while new weights become live; see ``OpensStaged``."""
+        return self._engine.publishes
+
     def with_staged(self, staged: Mapping[str, Any]) -> AOTInductorModule:
         """Return the module as it will be; see ``refitkit.protocols.OpensStaged``."""
         if ENGINE not in staged:
