@@ -31,12 +31,12 @@ def compile(  # noqa: A001 - the name that users expect, as in torch.compile
     return Pipeline().compile(program, backend, options, prove=prove)
 
 
-def load(target: object, *, warm: bool = False) -> CompiledModule:
+def load(target: object, *, warm: bool = False, num_models: int = 1) -> CompiledModule:
     """Open a compiled or saved module; see :meth:`refitkit.Pipeline.load`.
 
     A saved module holds machine code, and loading it runs that code.
     """
-    return Pipeline().load(target, warm=warm)
+    return Pipeline().load(target, warm=warm, num_models=num_models)
 
 
 def plan(

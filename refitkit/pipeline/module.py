@@ -36,6 +36,11 @@ class Verbs(Protocol):
     def save(self, compiled: CompiledModule, path: str | Path) -> None:
         """Write the module to a path."""
 
+    def with_weights(
+        self, compiled: CompiledModule, weights: object, **options: Any
+    ) -> CompiledModule:
+        """A second module with other weights."""
+
     def restore(
         self,
         compiled: CompiledModule,
@@ -201,6 +206,21 @@ class CompiledModule:
         See :meth:`refitkit.Pipeline.restore`.
         """
         return self._verbs.restore(self, version, inputs=inputs, reference=reference, verify=verify)
+
+    def with_weights(self, weights: object, **options: Any) -> CompiledModule:
+        """A second module with other weights. It shares the compiled code.
+
+        Weights that stay the same are shared, too, as far as the engine can (``partial=True`` and
+        ``delta=True``). The modules are refitted, saved and freed on their own.
+
+        Args:
+            weights: The weights, as for :meth:`refitkit.Pipeline.refit`.
+            **options: Arguments of :meth:`refitkit.Pipeline.refit`, such as ``donate``.
+
+        Raises:
+            RefitError: As :meth:`refitkit.Pipeline.refit` raises it.
+        """
+        return self._verbs.with_weights(self, weights, **options)
 
     @verb("The kept weights cannot be freed")
     def forget(self) -> int:

@@ -123,7 +123,7 @@ class Pipeline:
         return Compiler(self.context, program, options, self).compile(backend, prove=prove)
 
     @verb("The module cannot be loaded")
-    def load(self, target: object, *, warm: bool = False) -> CompiledModule:
+    def load(self, target: object, *, warm: bool = False, num_models: int = 1) -> CompiledModule:
         """Open a module that was compiled or saved before.
 
         A saved module holds machine code, and loading it runs that code. Load only files that you
@@ -133,12 +133,15 @@ class Pipeline:
             target: A path, or an object that a plugin can open.
             warm: Whether to do the work now that would make the first refit slow; see
                 ``CompiledModule.warm``.
+            num_models: How many calls run side by side; further ones wait for their turn. Give each
+                of them cores: ``torch.set_num_threads(1)`` before the model is compiled.
 
         Raises:
+            ConfigError: The module cannot serve so many calls at once; says why.
             UnsupportedTargetError: The target is missing or damaged, or no plugin can open it.
             PlanMismatchError: The plan inside it is damaged.
         """
-        return load_module(self.context, target, self, warm=warm)
+        return load_module(self.context, target, self, warm=warm, num_models=num_models)
 
     @verb("The program cannot be planned")
     def plan(
@@ -324,6 +327,21 @@ class Pipeline:
             RefitError: The backend cannot open the module a second time; says why.
         """
         return copy_of(compiled, self)
+
+    def with_weights(
+        self, compiled: CompiledModule, weights: object, **options: Any
+    ) -> CompiledModule:
+        """A second module with other weights; see :meth:`CompiledModule.with_weights`.
+
+        Args:
+            compiled: The module, which stays as it is.
+            weights: As for ``refit``.
+            **options: Arguments of ``refit``.
+
+        Raises:
+            RefitError: As ``refit`` raises it.
+        """
+        return self.refit(compiled, weights, copy=True, **options).module
 
     @verb("The weights cannot be verified")
     def verify(

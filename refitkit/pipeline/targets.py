@@ -31,7 +31,7 @@ from refitkit.pipeline.needs import describe_need, missing_needs
 from refitkit.pipeline.transform import transformed
 from refitkit.program import KeptProgram
 from refitkit.program.ambient import verb
-from refitkit.protocols import KeepsMade, MadeOf, MayChange, WeightSource
+from refitkit.protocols import KeepsMade, MadeOf, MayChange, ServesSideBySide, WeightSource
 from refitkit.recipe import Archive, ArchiveError, RefitPlan
 from refitkit.recipe.sources import TensorMap, require_reread
 
@@ -45,8 +45,11 @@ if TYPE_CHECKING:
 # -- modules ----------------------------------------------------------------------------------
 
 
-def load_module(context: Context, target: object, verbs: Verbs, *, warm: bool) -> CompiledModule:
+def load_module(
+    context: Context, target: object, verbs: Verbs, *, warm: bool, num_models: int
+) -> CompiledModule:
     """A handle on a target, which remembers where it came from; see ``Pipeline.load``."""
+    _require_count(num_models)
     clock = context.clock("load")
     with clock.stage("open"):
         # taken before the file is read: a change while it is opened must be noticed
@@ -65,10 +68,26 @@ def load_module(context: Context, target: object, verbs: Verbs, *, warm: bool) -
         compiled.origin = origin
         # a path is no identity: each load of it opens another module
         compiled.target = None if isinstance(target, str | Path) else target
+        if num_models > 1:
+            _serve(opened, num_models)
     if warm:
         with clock.stage("warm"):
             compiled.warm(context.tools("load", "warm").progress)
     return compiled
+
+
+_ON_COUNT = "num_models is the number of calls that run side by side; leave it out."
+
+
+def _require_count(num_models: object) -> None:
+    if not isinstance(num_models, int) or isinstance(num_models, bool) or num_models < 1:
+        raise ConfigError(f"num_models is {num_models!r}, not 1 or more.", hint=_ON_COUNT)
+
+
+def _serve(opened: OpenedModule, num_models: int) -> None:
+    if not isinstance(opened, ServesSideBySide):
+        raise ConfigError(f"Modules of {opened.backend!r} take no num_models.", hint=_ON_COUNT)
+    opened.serve(num_models)
 
 
 def open_target(context: Context, target: object, during: str = "load") -> OpenedModule:

@@ -15,7 +15,7 @@ Optional abilities are protocols of their own. refitkit checks for their members
   :class:`SupportsWarming`, :class:`TellsRoute`;
 * staged refits: :class:`ShowsStaged`;
 * opened modules: :class:`Offline`, :class:`LowersPrecision`, :class:`OpensStaged`,
-  :class:`ProbesFromState`, :class:`Rebuilds`;
+  :class:`ProbesFromState`, :class:`Rebuilds`, :class:`ServesSideBySide`;
 * sources: :class:`GivesAway`, :class:`GivesPieces`, :class:`HasNamings`, :class:`HoldsProgram`,
   :class:`KeepsMade`, :class:`KnowsRevisions`, :class:`KnowsTies`, :class:`LeavesOut`,
   :class:`MadeOf`, :class:`MayChange`, :class:`SupportsReread`.
@@ -43,6 +43,7 @@ from refitkit.protocols.modules import (
     OpensStaged,
     ProbesFromState,
     Rebuilds,
+    ServesSideBySide,
 )
 from refitkit.protocols.plans import BindableProgram, Plan
 from refitkit.protocols.sources import (
@@ -95,6 +96,7 @@ __all__ = [
     "ProbesFromState",
     "Rebuilds",
     "RemembersWeights",
+    "ServesSideBySide",
     "ShowsStaged",
     "SlotValue",
     "StagedRefit",

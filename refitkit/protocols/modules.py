@@ -121,6 +121,23 @@ class OpensStaged(Protocol):
 
 
 @runtime_checkable
+class ServesSideBySide(Protocol):
+    """An opened module that can run several calls at once."""
+
+    def serve(self, models: int) -> None:
+        """Run so many calls side by side from now on; the others wait for their turn.
+
+        Called right after loading, for ``refitkit.load(num_models=...)``.
+
+        Args:
+            models: How many; 1 or more.
+
+        Raises:
+            ConfigError: The module cannot; says why.
+        """
+
+
+@runtime_checkable
 class ProbesFromState(Protocol):
     """An opened module that can be probed from another state than its present one."""
 

@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from refitkit.errors import EngineError, NotRefittableError, Problem, WeightMismatchError
+from refitkit.errors import (
+    ConfigError,
+    EngineError,
+    NotRefittableError,
+    Problem,
+    WeightMismatchError,
+)
 from refitkit.model import EngineMemory, Slot
 from refitkit.program.bits import is_dense, same_bits
 from refitkit.program.dtypes import dtype_name
@@ -112,6 +118,18 @@ class AOTInductorEngine:
     def route(self) -> tuple[str, str]:
         """How weights reach the library, and why so; see ``refitkit.protocols.TellsRoute``."""
         return ("binding", self.binding) if self.binding else ("c-interface", "")
+
+    def serve(self, models: int) -> None:
+        """Serve several calls side by side from now on.
+
+        Raises:
+            ConfigError: The engine cannot; says why.
+        """
+        if models > 1:
+            raise ConfigError(
+                f"num_models={models} needs the library's C interface, and {self.binding}.",
+                hint="Leave num_models out: calls of this module run one after another.",
+            )
 
     @property
     def publishes(self) -> bool:

@@ -208,6 +208,10 @@ class AOTInductorModule:
             engine.write_active(self._engine.values())
         return AOTInductorModule(files, engine, self.attachments)
 
+    def serve(self, models: int) -> None:
+        """Run several calls side by side; see ``refitkit.protocols.ServesSideBySide``."""
+        self._engine.serve(models)
+
     @property
     def publishes(self) -> bool:
         """Whether calls go on while new weights become live; see ``OpensStaged``."""
@@ -240,4 +244,4 @@ def engine_on(
         return swapping
     # copies: the container's own memory goes with it
     tensors = {name: like(t).copy_(t) for name, t in swapping.live.items()}
-    return PublishingEngine(found, tensors, mutable, made=tensors)
+    return PublishingEngine.owning(found, tensors, mutable)

@@ -35,7 +35,7 @@ from refitkit.errors import EngineError
 from refitkit.processes import ForkedLock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 T = TypeVar("T")
 Answer: TypeAlias = "tuple[list[torch.Tensor], str]"
@@ -400,14 +400,12 @@ class Container:
 
     Attributes:
         tensors: The weights by FQN, which are used as they are and never change.
-        made: Names of those whose memory the caller allocated for this container.
     """
 
     def __init__(
         self,
         library: Library,
         tensors: Mapping[str, torch.Tensor],
-        made: Collection[str] = (),
         models: int = 1,
     ) -> None:
         """Make a container; nobody calls it yet.
@@ -415,10 +413,9 @@ class Container:
         Args:
             library: The model's library.
             tensors: See ``Library.filled``.
-            made: See the attribute.
             models: How many calls it serves side by side.
         """
-        self.tensors, self.made = tensors, frozenset(made)
+        self.tensors = tensors
         self._library, self._models = library, models
         self._events: dict[int, Any] = {}
         self._handle = library.filled(tensors, models)

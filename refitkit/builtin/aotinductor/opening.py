@@ -148,7 +148,7 @@ def _engine_of(
             )
             for slot in manifest.slots
         }
-        return PublishingEngine(found, tensors, mutable or (), made=tensors)
+        return PublishingEngine.owning(found, tensors, mutable or ())
     runner = container.open_container(library, manifest.device)
     if manifest.weights_beside:
         # The engine needs tensors to write to; the weights of the file follow.

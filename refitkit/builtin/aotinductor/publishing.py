@@ -1,17 +1,18 @@
 """Publish new weights while calls go on: staged into a container that nobody calls yet.
 
-Read ``PublishingEngine`` first. A *set* of weights is one tensor for each slot, and a container
-that serves calls from it. A set that is live never changes, except for slots that calls write. So
-a refit makes another set, and its commit is one assignment. Running calls end on the old set.
+Read ``PublishingEngine`` first. A ``WeightSet`` is one tensor for each slot, and a container serves
+calls from it. A set that is live never changes, except for slots that calls write. So a refit makes
+another set, and its commit is one assignment. Running calls end on the old set.
 
-Where its memory comes from:
+Where the memory of a new set comes from:
 
-- A value that nobody else writes to (``SlotValue.owned``) is taken as it is.
+- A value that nobody else writes to (``SlotValue.keepable``) is taken as it is.
 - Other values are copied into the memory of a set that no call uses any more, or into new memory.
 - A slot that gets no value shares the memory of the live set.
 
-Nothing here waits for a call. At most as many calls run as a container has models, so there are
-never more sets in use than that, the live one and the one before it.
+Nothing here waits for a call. If a running call still uses the set before the live one, the next
+refit allocates another one, and keeps both for later refits. At most as many calls run as a
+container has models, so there are at most two sets more than that.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ import torch
 
 from refitkit.builtin.aotinductor.engine import ENGINE, AOTInductorEngine, checked, write
 from refitkit.builtin.aotinductor.native import ALIGNMENT, Container, Turns
-from refitkit.errors import ConfigError
+from refitkit.errors import ConfigError, EngineError, Problem
 from refitkit.model import EngineMemory
 from refitkit.program.bits import same_bits
 from refitkit.recipe.sources import fill, pieces_for
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from refitkit.builtin.aotinductor.native import Answer, Library
     from refitkit.protocols import SlotValue
@@ -39,17 +40,72 @@ if TYPE_CHECKING:
 _PREFIX = 1024  # elements compared first when looking for a change
 
 
-class Spare(NamedTuple):
-    """The set before the live one.
+class WeightSet(NamedTuple):
+    """One tensor for each slot.
 
     Attributes:
         tensors: The tensors by slot.
         made: Slots whose memory this engine allocated, and no other engine uses.
-        container: Refers to the container as long as a call, or a reader, uses it.
+        taken: Versions (``Tensor._version``) of tensors that were taken as they were, by slot.
     """
 
     tensors: Mapping[str, torch.Tensor]
     made: frozenset[str]
+    taken: Mapping[str, int]
+
+    def shared(self, own: Collection[str]) -> WeightSet:
+        """Return the set once another engine uses it, too.
+
+        Args:
+            own: Slots that stay this engine's own.
+        """
+        return self._replace(made=self.made & frozenset(own))
+
+    def without(self, other: WeightSet) -> WeightSet:
+        """Return the set without the right to write to memory of another one."""
+        same = {name for name in self.made if self.tensors[name] is other.tensors[name]}
+        return self._replace(made=self.made - same)
+
+    def require_untouched(self, names: Collection[str]) -> None:
+        """Check that nobody has written to tensors since they were taken.
+
+        Writes past torch (``.data``, NumPy, other processes) do not move a tensor's version.
+
+        Args:
+            names: Slots to look at.
+
+        Raises:
+            EngineError: Somebody has; lists the slots.
+        """
+        problems = [
+            Problem(name, "written to after it was donated")
+            for name, version in self.taken.items()
+            if name in names and _version_of(self.tensors[name]) != version
+        ]
+        if problems:
+            raise EngineError(
+                "Weights that were donated to the module were written to by their donor.",
+                problems=problems,
+                hint="Refit the module with all of its weights, and do not write to those tensors.",
+            )
+
+
+class Live(NamedTuple):
+    """A set of weights, and the container that serves calls from it."""
+
+    weights: WeightSet
+    container: Container
+
+
+class Spare(NamedTuple):
+    """A set that was live before.
+
+    Attributes:
+        weights: The set.
+        container: Refers to its container as long as a call, or a reader, uses it.
+    """
+
+    weights: WeightSet
     container: weakref.ref[Container]
 
 
@@ -59,38 +115,47 @@ class PublishingEngine(AOTInductorEngine):
     def __init__(
         self,
         library: Library,
-        tensors: Mapping[str, torch.Tensor],
+        weights: WeightSet,
         mutable: Collection[str],
         *,
-        made: Collection[str] = (),
         models: int = 1,
     ) -> None:
-        """Serve from some tensors, as they are.
+        """Serve from a set of weights.
 
         Args:
             library: The model's library.
-            tensors: One for each slot, as the library lays it out and aligned.
+            weights: Tensors as the library lays them out, each aligned to ``ALIGNMENT``.
             mutable: Slots that calls of the model change in place.
-            made: Slots whose tensors nobody else uses.
             models: How many calls are served side by side.
 
         Raises:
             NotRefittableError: A weight has an offset or gaps.
             EngineError: The library refused.
         """
-        super().__init__(tensors, mutable)
+        super().__init__(weights.tensors, mutable)
         self._library, self._models = library, models
         self._turns = Turns(models)
-        self._on_gpu = any(t.device.type == "cuda" for t in tensors.values())
-        self._current = Container(library, tensors, made, models)
+        self._on_gpu = any(t.device.type == "cuda" for t in weights.tensors.values())
+        self._current = self._filled(weights)
         self._spare: Spare | None = None  # the set before the live one
         self._has_previous = False  # whether its values are those from before the last commit
+        self._older: list[Spare] = []  # sets before it, which calls used when they were needed
         self._in_use: list[weakref.ref[Container]] = []
+
+    @classmethod
+    def owning(
+        cls, library: Library, tensors: Mapping[str, torch.Tensor], mutable: Collection[str]
+    ) -> PublishingEngine:
+        """Return an engine on tensors that nobody else uses."""
+        return cls(library, WeightSet(tensors, frozenset(tensors), {}), mutable)
+
+    def _filled(self, weights: WeightSet) -> Live:
+        return Live(weights, Container(self._library, weights.tensors, self._models))
 
     @property
     def live(self) -> Mapping[str, torch.Tensor]:
         """The tensors that calls read, by slot."""
-        return self._current.tensors
+        return self._current.weights.tensors
 
     @property
     def publishes(self) -> bool:
@@ -119,7 +184,7 @@ class PublishingEngine(AOTInductorEngine):
 
     def _call_now(self, tensors: Sequence[torch.Tensor]) -> Answer:
         # Taken in the turn, not before it: a call that waits begins on the newest weights.
-        container = self._current
+        container = self._current.container
         return container.run_on_gpu(tensors) if self._on_gpu else container.run(tensors)
 
     def serve(self, models: int) -> None:
@@ -138,71 +203,82 @@ class PublishingEngine(AOTInductorEngine):
                 hint="Leave num_models out, or export the model without those buffers.",
             )
         self._models = models
-        self._current = self._filled(self._current.tensors, self._current.made)
+        self._current = self._filled(self._current.weights)
         self._turns = Turns(models)
-
-    def _filled(self, tensors: Mapping[str, torch.Tensor], made: Collection[str]) -> Container:
-        return Container(self._library, tensors, made, self._models)
 
     def read(self, slot: str) -> torch.Tensor:
         """Return the live value of a slot: an alias. Its memory stays as it is while it exists."""
-        container = self._current
-        return _holding(container, container.tensors[slot])
+        live = self._current
+        return _holding(live.container, live.weights.tensors[slot])
 
     def values(self) -> dict[str, torch.Tensor]:
-        """Return the live values of all slots, of one set; see ``read``."""
-        container = self._current
-        return {name: _holding(container, t) for name, t in container.tensors.items()}
+        """Return the live values of all slots, of one set; see ``read``.
+
+        Raises:
+            EngineError: A donor has written to some.
+        """
+        live = self._current
+        live.weights.require_untouched(self._slots)
+        return {name: _holding(live.container, t) for name, t in live.weights.tensors.items()}
 
     def held(self) -> dict[str, torch.Tensor]:
         """Return what the container itself has as its weights, by slot."""
-        return self._current.held()
+        return self._current.container.held()
 
     # -- other engines on the same library ----------------------------------------------------
 
     def sibling(self) -> PublishingEngine:
-        """Return an engine of its own, which shares the weights that calls do not write."""
-        live = self._current.tensors
+        """Return an engine of its own, which shares the weights that calls do not write.
+
+        Raises:
+            EngineError: A donor has written to some.
+        """
+        weights, container = self._current
+        weights.require_untouched(self._slots)
         tensors = {
             name: like(tensor).copy_(tensor) if name in self._mutable else tensor
-            for name, tensor in live.items()
+            for name, tensor in weights.tensors.items()
         }
         # from now on two engines use them, so none may write to them
-        self._current.made &= self._mutable
+        self._older = [one._replace(weights=one.weights.without(weights)) for one in self._older]
         if self._spare is not None:
-            spare = self._spare
-            own = {name for name in spare.made if spare.tensors[name] is not live[name]}
-            self._spare = spare._replace(made=frozenset(own))
-        return PublishingEngine(
-            self._library, tensors, self._declared, made=self._mutable, models=self._models
-        )
+            self._spare = self._spare._replace(weights=self._spare.weights.without(weights))
+        self._current = Live(weights.shared(self._mutable), container)
+        second = WeightSet(tensors, self._mutable, weights.taken)
+        return PublishingEngine(self._library, second, self._declared, models=self._models)
 
-    def staged_engine(self, container: Container) -> PublishingEngine:
-        """Return this engine as it would be with another container live, for a verifier."""
+    def staged_engine(self, staged: Live) -> PublishingEngine:
+        """Return this engine as it would be with another set live, for a verifier."""
         engine = copy.copy(self)
-        engine._current = container  # noqa: SLF001 - a copy of this object
+        engine._current = staged  # noqa: SLF001 - a copy of this object
         engine._turns = Turns(1)  # noqa: SLF001
         return engine
 
     # -- staging ------------------------------------------------------------------------------
 
     def _stage(self, values: Sequence[SlotValue]) -> StagedSet:
-        live = self._current.tensors
+        live = self._current.weights
+        names = [value.slot.name for value in values]
+        kept = self._slots.keys() - set(names)
+        live.require_untouched(kept)
         memory = self._reusable()
-        self._has_previous = False
-        tensors, made = dict(live), set(self._current.made)
+        tensors, made = dict(live.tensors), set(live.made)
+        taken = {name: version for name, version in live.taken.items() if name in kept}
         with torch.no_grad():
             for value in values:
                 name = value.slot.name
-                tensors[name], is_made = self._placed(value, live[name], memory.get(name))
+                tensors[name], is_made = self._placed(value, live.tensors[name], memory.get(name))
                 (made.add if is_made else made.discard)(name)
+                if not is_made:
+                    taken[name] = _version_of(tensors[name])
             # calls write them, so each set has its own; the commit copies their values
-            for name in self._mutable - {value.slot.name for value in values}:
-                tensors[name] = _into(memory.get(name), live[name]).copy_(live[name])
+            for name in self._mutable & kept:
+                own = _into(memory.get(name), live.tensors[name])
+                tensors[name] = own.copy_(live.tensors[name])
         # Copies to a GPU may be pending, and their sources belong to the caller.
         self.drain()
-        container = self._filled(tensors, made)
-        return StagedSet(self, container, [value.slot.name for value in values])
+        staged = self._filled(WeightSet(tensors, frozenset(made), taken))
+        return StagedSet(self, staged, names)
 
     def _placed(
         self, value: SlotValue, live: torch.Tensor, memory: torch.Tensor | None
@@ -221,140 +297,145 @@ class PublishingEngine(AOTInductorEngine):
             fill(memory, pieces, name)
             return memory, True
         found = checked(value.slot, value.load())
-        spare = self._spare
-        if spare is not None and is_same(found, spare.tensors[name]):
-            # an undo: the value is where it was
-            return spare.tensors[name], name in spare.made
+        for one in self._spares():
+            if is_same(found, one.tensors[name]):  # an undo: the value is where it was
+                return one.tensors[name], name in one.made
         is_owned = value.keepable is not None and value.keepable(found)
         if is_owned and name not in self._mutable and fits(found, live):
             return found.detach(), False
         return _into(memory, live).copy_(found), True
 
     def _reusable(self) -> dict[str, torch.Tensor]:
-        """Return memory of the spare set that this engine made and nothing uses."""
+        """Return memory of an earlier set that this engine made and nothing uses."""
         self._library.reap()
         self._in_use = [one for one in self._in_use if one() is not None]
-        spare = self._spare
-        if spare is None or spare.container() is not None or self._library.is_busy(spare.tensors):
-            return {}
-        sets = [self._current, *(one() for one in self._in_use)]
-        used = {id(t) for one in sets if one is not None for t in one.tensors.values()}
-        return {n: spare.tensors[n] for n in spare.made if id(spare.tensors[n]) not in used}
+        used = {id(tensor) for tensor in self._current.weights.tensors.values()}
+        for reference in self._in_use:
+            container = reference()
+            used |= {id(t) for t in container.tensors.values()} if container is not None else set()
+        for one in [*self._older, *([self._spare] if self._spare is not None else [])]:
+            tensors = one.weights.tensors
+            if one.container() is not None or self._library.is_busy(tensors):
+                continue
+            if one is self._spare:
+                self._has_previous = False
+            self._older = [other for other in self._older if other is not one]
+            return {n: tensors[n] for n in one.weights.made if id(tensors[n]) not in used}
+        return {}
+
+    def _spares(self) -> Iterator[WeightSet]:
+        if self._spare is not None:
+            yield self._spare.weights
 
     def previous(self) -> Mapping[str, torch.Tensor]:
-        """Return the set before the last commit, unless something was staged since.
+        """Return the set before the last commit, unless its memory was written to since.
 
         Staging one of these values copies nothing: its memory serves again.
         """
-        return self._spare.tensors if self._spare is not None and self._has_previous else {}
+        if self._spare is None or not self._has_previous:
+            return {}
+        weights = self._spare.weights
+        changed = {n for n, v in weights.taken.items() if _version_of(weights.tensors[n]) != v}
+        return {name: t for name, t in weights.tensors.items() if name not in changed}
 
     def _write_over(self, values: Sequence[SlotValue]) -> None:
-        live = self._current.tensors
-        tensors, made = dict(live), set(self._current.made)
+        live = self._current.weights
+        tensors, made, taken = dict(live.tensors), set(live.made), dict(live.taken)
         with torch.no_grad():
             for value in values:
                 name = value.slot.name
                 # memory that others use, too, is not written to
                 if name not in made:
-                    tensors[name] = like(live[name])
+                    tensors[name] = like(live.tensors[name])
                     made.add(name)
+                    taken.pop(name, None)
                 write(tensors[name], value)
         self.drain()
-        if any(tensors[name] is not live[name] for name in live):
-            self._current = self._filled(tensors, made)
+        self._current = self._filled(WeightSet(tensors, frozenset(made), taken))
 
     # -- for ``StagedSet`` --------------------------------------------------------------------
 
     @property
-    def current(self) -> Container:
-        """The container that calls use now."""
+    def current(self) -> Live:
+        """What calls use now."""
         return self._current
 
-    def carry_mutable(self, container: Container, written: Collection[str]) -> None:
-        """Copy to a container what calls have written since it was filled. No call may run.
+    def carry_mutable(self, staged: Live, written: Collection[str]) -> None:
+        """Copy to a set what calls have written since it was staged. No call may run.
 
         Args:
-            container: Container that is not live.
+            staged: A set that is not live.
             written: Slots that keep their new values.
         """
         with torch.no_grad():
             for name in self._mutable - set(written):
-                container.tensors[name].copy_(self._current.tensors[name])
+                staged.weights.tensors[name].copy_(self.live[name])
 
-    def publish(self, container: Container, *, previous: bool) -> None:
-        """Let calls that start from now on use a container.
+    def publish(self, new: Live, *, previous: bool) -> None:
+        """Let calls that start from now on use another set.
 
         Args:
-            container: The container.
+            new: The set.
             previous: Whether the values that are live now are kept for an undo.
         """
         before = self._current
-        if before is not container:
-            old = weakref.ref(before)
+        if before is not new:
+            old = weakref.ref(before.container)
             self._in_use.append(old)
-            self._spare = Spare(before.tensors, before.made, old)
+            spare = self._spare
+            # an interrupt may have come here before, and noted the live set as the spare one
+            is_other = spare is not None and spare.weights is not before.weights
+            if spare is not None and is_other and spare.container() is not None:
+                self._older = [*self._older, spare][-self._models :]
+            self._spare = Spare(before.weights, old)
         self._has_previous = previous
-        self._current = container
+        self._current = new
 
     def free_spare(self) -> int:
-        """Free the set before the live one; return its size in bytes."""
-        if self._spare is None:
-            return 0
-        freed = {id(t): t.nbytes for t in self._spare.tensors.values()}
-        for tensor in self._current.tensors.values():
+        """Free the sets before the live one; return their size in bytes."""
+        spares = [*(one.weights for one in self._older), *self._spares()]
+        freed = {id(t): t.nbytes for one in spares for t in one.tensors.values()}
+        for tensor in self.live.values():
             freed.pop(id(tensor), None)
-        self._spare, self._has_previous = None, False
+        self._spare, self._older, self._has_previous = None, [], False
         return sum(freed.values())
 
 
 class StagedSet:
-    """New values in a container that nobody calls; see ``refitkit.protocols.StagedRefit``.
+    """New values in a container that nobody calls; see ``refitkit.protocols.StagedRefit``."""
 
-    Attributes:
-        container: The container.
-    """
-
-    def __init__(
-        self, engine: PublishingEngine, container: Container, names: Sequence[str]
-    ) -> None:
+    def __init__(self, engine: PublishingEngine, new: Live, names: Sequence[str]) -> None:
         """Create the handle; ``PublishingEngine`` calls this.
 
         Args:
-            engine: Engine that made the container.
-            container: The container.
+            engine: Engine that staged the set.
+            new: The set.
             names: Slots with new values.
         """
-        self.container = container
-        self._engine, self._names = engine, names
+        self._engine, self._new, self._names = engine, new, names
         self._before = engine.current
 
-    @property
-    def publishes(self) -> bool:
-        """Whether calls can go on during the commit; see ``refitkit.protocols.StandsBeside``."""
-        return self._engine.publishes
-
     def commit(self) -> None:
-        """Publish the container: one assignment, independent of the size of the weights."""
-        self._engine.carry_mutable(self.container, self._names)
-        self._engine.publish(self.container, previous=True)
+        """Publish the set: one assignment, independent of the size of the weights."""
+        self._engine.carry_mutable(self._new, self._names)
+        self._engine.publish(self._new, previous=True)
 
     def rollback(self) -> None:
-        """Serve calls from the earlier container, whether or not this one was published."""
+        """Serve calls from the earlier set, whether or not this one was published."""
         self._engine.publish(self._before, previous=False)
 
     @property
     def engine(self) -> PublishingEngine:
         """The engine as it will be after the commit: a verifier can read and call it."""
-        return self._engine.staged_engine(self.container)
+        return self._engine.staged_engine(self._new)
 
     def discard(self) -> None:
         """Do nothing: the memory goes with this object."""
 
     def changed(self) -> bool:
         """Return whether any bit differs from the live values."""
-        new, old = self.container.tensors, self._before.tensors
-        pairs = [(new[name], old[name]) for name in self._names]
-        pairs = [(a, b) for a, b in pairs if a is not b]
+        new, old = self._new.weights.tensors, self._before.weights.tensors
+        pairs = [(new[name], old[name]) for name in self._names if new[name] is not old[name]]
         # Nearly always a change shows in the first elements of a slot.
         return any(not same_bits(a, b, _PREFIX) for a, b in pairs) or any(
             not same_bits(a, b) for a, b in pairs
@@ -362,7 +443,7 @@ class StagedSet:
 
     def staged(self, slot: str) -> torch.Tensor:
         """Return the new value of a slot: an alias."""
-        return self.container.tensors[slot]
+        return self._new.weights.tensors[slot]
 
 
 def fits(found: torch.Tensor, live: torch.Tensor) -> bool:
@@ -399,3 +480,8 @@ def _holding(container: Container, tensor: torch.Tensor) -> torch.Tensor:
     alias = tensor.detach()
     alias._refitkit_container = container  # type: ignore[attr-defined]  # noqa: SLF001 - our own
     return alias
+
+
+def _version_of(tensor: torch.Tensor) -> int:
+    """Return how often torch has written to a tensor; tensors of inference mode do not count."""
+    return -1 if tensor.is_inference() else tensor._version  # noqa: SLF001 - no public name
