@@ -59,7 +59,7 @@ WATCHED: tuple[tuple[Any, str], ...] = (
     (Transaction, "run"),
     (ModuleTransaction, "stage"),
     (ModuleTransaction, "synchronize"),
-    (ModuleTransaction, "judge"),
+    (ModuleTransaction, "conclude"),
     (Staged, "fill"),
     (SnapshotBuilder, "__init__"),
     (PersistentRefitter, "_run"),

@@ -248,8 +248,10 @@ def refitkit_weights_changed(module: OpenedModule, report: RefitReport) -> None:
     """Drop data that was derived from old weights: captured CUDA graphs, KV caches. Kind: all.
 
     Called by a refit inside its transaction, after every commit and after every rollback of a
-    commit. Calls of the module by other threads wait until it returns. Calls of the module by the
-    hook itself go through.
+    commit. New calls of the module by other threads wait until it returns, so the time that it
+    takes is part of ``RefitReport.pause_seconds``. Calls that began before the commit may still
+    run if the module publishes (:class:`~refitkit.protocols.OpensStaged`); they end on the old
+    weights. Calls of the module by the hook itself go through.
 
     Args:
         module: The opened target; its live weights have just changed.

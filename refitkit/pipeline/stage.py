@@ -14,6 +14,7 @@ import torch
 from refitkit.errors import EngineError, PluginError, RefitError, raise_if_resource, raised_as
 from refitkit.model import EngineMemory
 from refitkit.protocols import (
+    OpensStaged,
     RemembersWeights,
     SupportsOverwrite,
     SupportsPartial,
@@ -121,6 +122,11 @@ class Staged:
                 staged.discard()
             except BaseException:  # noqa: BLE001, S112 - the others must be tried, interrupted too
                 continue
+
+
+def publishes(module: OpenedModule) -> bool:
+    """Whether calls of a module can go on while it gets new weights; see ``OpensStaged``."""
+    return isinstance(module, OpensStaged) and module.publishes
 
 
 def live_reader(engine: Engine) -> Callable[[str], torch.Tensor | None] | None:

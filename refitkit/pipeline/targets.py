@@ -28,6 +28,7 @@ from refitkit.pipeline.history import LoadOrigin, WeightState
 from refitkit.pipeline.mapping import decode_overridden, encode_overridden
 from refitkit.pipeline.module import CompiledModule
 from refitkit.pipeline.needs import describe_need, missing_needs
+from refitkit.pipeline.stage import publishes
 from refitkit.pipeline.transform import transformed
 from refitkit.program import KeptProgram
 from refitkit.program.ambient import verb
@@ -144,8 +145,11 @@ def save_module(context: Context, compiled: CompiledModule, path: str | Path) ->
     """Write a module with its plan and program; see ``Pipeline.save``."""
     path = Path(path)
     with context.clock("save").stage("save"), saying_why(path):
-        # no refit may come between what is known of the weights and the weights
-        compiled.gate.hold(lambda: compiled.opened.save(path, _attachments_of(compiled)))
+        # no commit may come between what is known of the weights and the weights; the commit of a
+        # module that publishes does not wait for calls
+        gate, opened = compiled.gate, compiled.opened
+        passage = gate.hold if publishes(opened) else gate.call
+        passage(lambda: opened.save(path, _attachments_of(compiled)))
 
 
 def _attachments_of(compiled: CompiledModule) -> dict[str, bytes]:
@@ -180,7 +184,8 @@ def _handle_on(context: Context, opened: OpenedModule, verbs: Verbs) -> Compiled
 
 def copy_of(compiled: CompiledModule, verbs: Verbs) -> CompiledModule:
     """A handle on a second module with the same weights, plan and program."""
-    opened = compiled.gate.hold(compiled.opened.reopen)
+    gate = compiled.gate
+    opened = gate.refit(lambda: gate.call(compiled.opened.reopen))
     copy = CompiledModule(opened, compiled.plan, compiled.program, verbs)
     copy.state = WeightState.first(compiled.state.overridden)
     return copy

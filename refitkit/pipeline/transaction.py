@@ -26,9 +26,9 @@ from refitkit.pipeline.changes import measured
 from refitkit.pipeline.checks import FiniteCheck
 from refitkit.pipeline.gate import in_lock_order, inside_all, lost_error, restoring
 from refitkit.pipeline.history import NO_ROLLBACK, History, SnapshotBuilder
-from refitkit.pipeline.stage import Staged
+from refitkit.pipeline.stage import Staged, publishes
 from refitkit.pipeline.transform import require_accurate
-from refitkit.pipeline.verify import problems_of, publishes
+from refitkit.pipeline.verify import problems_of
 from refitkit.protocols import OpensStaged, TellsRoute
 
 if TYPE_CHECKING:

@@ -22,12 +22,12 @@ from refitkit.pipeline.checks import check_weights
 from refitkit.pipeline.gate import inside_all
 from refitkit.pipeline.mapping import map_slots, require_all_slots
 from refitkit.pipeline.needs import require_needs
+from refitkit.pipeline.stage import publishes
 from refitkit.pipeline.targets import open_weights, require_unchanged
 from refitkit.pipeline.transform import Transformed, transformed
 from refitkit.protocols import (
     LowersPrecision,
     Offline,
-    OpensStaged,
     SupportsReadback,
     VerifyRequest,
 )
@@ -177,11 +177,6 @@ def verify_live(
         message = f"The module does not hold {source.description}."
         raise VerificationError(message, problems=problems_of(result), report=result)
     return result
-
-
-def publishes(module: OpenedModule) -> bool:
-    """Whether calls of a module can go on while it gets new weights; see ``OpensStaged``."""
-    return isinstance(module, OpensStaged) and module.publishes
 
 
 def choose(

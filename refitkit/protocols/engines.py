@@ -6,7 +6,8 @@ refitkit calls one engine in this order:
 2. the optional views of the staged values (:class:`ShowsStaged`), then
    ``StagedRefit.changed`` and ``Engine.memory``;
 3. ``StagedRefit.commit``, behind the closed gate: no call of the module runs until step 5 is done;
-4. the verifier, which calls or reads the module;
+4. the verifier, which calls or reads the module; of a module that publishes
+   (:class:`~refitkit.protocols.OpensStaged`) it comes before step 3, and calls go on throughout;
 5. nothing if the refit succeeded, else ``StagedRefit.rollback``.
 
 If anything fails before step 3, it calls ``StagedRefit.discard`` instead. A module has at most one

@@ -60,13 +60,15 @@ class Verifier(Protocol):
         """Do all work that does not need the new weights live, and return the check itself.
 
         In a refit, refitkit calls this before anything is staged, while calls of the module run. It
-        calls the returned check once after the commit, behind the closed gate. Keep the check
-        short, since calls of the module wait. Call the module with ``OpenedModule.probe``.
-        ``refitkit.verify`` calls both, one right after the other.
+        calls the returned check once. If the module publishes (:class:`OpensStaged`), it does so
+        before the commit, with another module than ``request.module``: one that has the staged
+        weights. Otherwise it does so after the commit, behind the closed gate; keep the check
+        short, since calls of the module wait. Check the module that you are given, and call it with
+        ``OpenedModule.probe``. ``refitkit.verify`` calls both, one right after the other.
 
         Returns:
-            A callable that gets the module. A result that is not ``ok`` makes refitkit roll back
-            and raise ``VerificationError``.
+            A callable that gets the module with the new weights. A result that is not ``ok`` makes
+            refitkit drop them and raise ``VerificationError``.
 
         Raises:
             RefitError: The verifier cannot check this refit: no inputs, no reference, no readback.
