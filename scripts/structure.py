@@ -40,7 +40,7 @@ class Size(NamedTuple):
 
 
 LIMITS = {
-    "refitkit": Size(185, 1020, 0),
+    "refitkit": Size(185, 1021, 0),
     "refitkit.builtin": Size(68, 131, 0),
     "refitkit.builtin.aotinductor": Size(12, 28, 0),
     "refitkit.builtin.checks": Size(3, 2, 0),

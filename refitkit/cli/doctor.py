@@ -96,6 +96,7 @@ def _findings() -> list[Finding]:
         compiler(),
         openssl(),
         temporary_folder(),
+        calls(),
         package("TensorRT", "tensorrt"),
         package("TensorRT-RTX", "tensorrt_rtx"),
         package("Torch-TensorRT", "torch_tensorrt"),
@@ -297,6 +298,20 @@ def temporary_folder() -> Finding:
     if disk.f_flag & os.ST_NOEXEC:
         return Finding(name, f"{found}, but mounted noexec", ok=False, hint=hint)
     return Finding(name, found)
+
+
+def calls() -> Finding:
+    """Whether modules that AOTInductor compiles here are called without the GIL."""
+    try:
+        from refitkit.builtin.aotinductor.native import lacking_here
+
+        why = lacking_here()
+    except (ImportError, OSError, RuntimeError) as exc:
+        return Finding("AOTInductor calls", f"unknown: {exc}", ok=False)
+    if not why:
+        return Finding("AOTInductor calls", "without the GIL, through the C interface")
+    hint = "Works, but calls hold the GIL, and refits wait for them."
+    return Finding("AOTInductor calls", f"through torch's binding: {why}", ok=False, hint=hint)
 
 
 def package(name: str, module: str) -> Finding:

@@ -12,7 +12,13 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from refitkit.model import RefitReport, StageFinished, TransformRow, VerificationResult
+    from refitkit.model import (
+        EngineRoute,
+        RefitReport,
+        StageFinished,
+        TransformRow,
+        VerificationResult,
+    )
 
 _CHANGED = {
     True: "weights changed",
@@ -52,11 +58,24 @@ def print_report(
                     "verified",
                     "no" if report.verification is None else verdict(report.verification),
                 ),
+                ("calls waited", pause(report)),
+                *(("way", way(route)) for route in report.routes),
                 *(("note", note) for note in report.notes),
                 ("saved to", output),
             ]
         )
     )
+
+
+def pause(report: RefitReport) -> str:
+    """How long calls had to wait for a refit, as text."""
+    seconds = report.pause_seconds
+    return "not at all" if not seconds else f"at most {duration(seconds)}"
+
+
+def way(route: EngineRoute) -> str:
+    """The way in which an engine got its weights, and why, as text."""
+    return f"{route.name} ({route.why})" if route.why else route.name
 
 
 def print_verification(console: Console, result: VerificationResult) -> None:

@@ -47,6 +47,7 @@ ALIGNMENT = 64
 SWITCH = "REFITKIT_AOTI_BINDING"
 """Environment variable: any value makes refitkit use torch's binding everywhere."""
 
+PROXY = "the model has operators that only torch's binding can call"
 _PREFIX = "AOTInductorModelContainer"
 _NEEDED = (
     "CreateWithDevice",
@@ -64,6 +65,8 @@ _NEEDED = (
     "SwapConstantBuffer",
     "FreeInactiveConstantBuffer",
 )
+_ALL_NEEDED = (*(_PREFIX + name for name in _NEEDED), "AOTInductorGetLastError")
+_SWITCHED_OFF = f"the environment variable {SWITCH} is set"
 _IDLE = 2  # containers without weights that a library keeps for the next set
 
 _aoti: Any = torch._C._aoti  # noqa: SLF001 - no public API
@@ -288,8 +291,7 @@ class _Code:
             self._functions = ctypes.CDLL(str(path))
         except OSError as exc:
             raise UnsuitableError(f"the library cannot be loaded: {exc}") from exc
-        wanted = [*(_PREFIX + name for name in _NEEDED), "AOTInductorGetLastError"]
-        missing = [name for name in wanted if not hasattr(self._functions, name)]
+        missing = [name for name in _ALL_NEEDED if not hasattr(self._functions, name)]
         if missing:
             raise UnsuitableError(f"it was compiled by a version of torch without {missing[0]}")
         torch_library = _torch_library()
@@ -370,11 +372,11 @@ def opened(path: Path, device: str) -> Library | str:
         device: Device that it was compiled for.
     """
     if os.environ.get(SWITCH):
-        return f"the environment variable {SWITCH} is set"
+        return _SWITCHED_OFF
     if not hasattr(_aoti, "alloc_tensors_by_stealing_from_void_ptrs"):
         return "this version of torch gives no handles of tensors"
     if _needs_proxy_executor(path):
-        return "the model has operators that only torch's binding can call"
+        return PROXY
     try:
         return Library(path, device)
     except UnsuitableError as exc:
@@ -384,12 +386,35 @@ def opened(path: Path, device: str) -> Library | str:
 
 
 def _needs_proxy_executor(path: Path) -> bool:
-    """Return whether the library calls operators through a proxy executor of the binding.
-
-    Their description lies beside the library (``AOTIModelContainerRunner``, 2.14).
-    """
     described = path.with_suffix(".json")
-    return described.exists() and bool(json.loads(described.read_bytes()).get("nodes"))
+    return described.exists() and has_proxy_nodes(described.read_bytes())
+
+
+def has_proxy_nodes(described: bytes) -> bool:
+    """Return whether a library calls operators through a proxy executor of the binding.
+
+    Args:
+        described: The file of its name and the ending ``.json`` (``AOTIModelContainerRunner``).
+    """
+    return bool(json.loads(described).get("nodes"))
+
+
+def lacking_in(text: bytes) -> str:
+    """Return the first function of the C interface that a text does not name; empty if none.
+
+    Args:
+        text: A library that was not loaded, or torch's header of the interface.
+    """
+    return next((name for name in _ALL_NEEDED if name.encode() not in text), "")
+
+
+def lacking_here() -> str:
+    """Return why libraries that are compiled here need torch's binding; empty if they do not."""
+    if os.environ.get(SWITCH):
+        return _SWITCHED_OFF
+    header = Path(torch.__file__).parent / "include/torch/csrc/inductor/aoti_runtime/interface.h"
+    lacking = lacking_in(header.read_bytes()) if header.exists() else ""
+    return f"this version of torch has no {lacking}" if lacking else ""
 
 
 # -- one set of weights -----------------------------------------------------------------------
@@ -451,9 +476,15 @@ class Turns:
     enters and leaves a lock in C, so an interrupt never leaves one held.
     """
 
-    def __init__(self, models: int) -> None:
-        """Start with all models free."""
-        self._locks = [ForkedLock() for _ in range(models)]
+    def __init__(self, models: int, abandoned: Callable[[], None] = lambda: None) -> None:
+        """Start with all models free.
+
+        Args:
+            models: How many calls are let in.
+            abandoned: Called in a forked child that lacks the thread of a call. That call never
+                ends in the child, so its container lacks a model. Must not refer to this object.
+        """
+        self._locks = [ForkedLock(abandoned) for _ in range(models)]
         self._queues: list[dict[object, None]] = [{} for _ in self._locks]
 
     def take(self, do: Callable[[], T]) -> T:

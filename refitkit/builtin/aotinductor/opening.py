@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 
 _ZIP_MAGIC = b"PK"
+_MOST = 1 << 28  # bytes of a library without weights, or of a description
 
 
 def open_file(path: Path) -> AOTInductorModule | None:
@@ -70,7 +71,10 @@ def describe_file(path: Path) -> Mapping[str, Any] | None:
             if package.is_saved_module(archive):
                 manifest = package.read_manifest(archive, path)
                 described = manifest.model_dump(mode="json")
+                del described["strides"]  # long, and of interest to the engine alone
                 described["bytes"] = sum(slot.nbytes for slot in manifest.slots)
+                why = _binding_of(archive, manifest)
+                described["calls"] = f"binding: {why}" if why else "c-interface"
                 return described
             if package.is_torch_package(archive):
                 members = {name: archive.size(name) for name in archive.names()}
@@ -78,6 +82,18 @@ def describe_file(path: Path) -> Mapping[str, Any] | None:
     except ArchiveError as exc:
         raise package.damaged(path, exc) from exc
     return None
+
+
+def _binding_of(archive: Archive, manifest: package.PackageManifest) -> str:
+    """Return why a saved library will need torch's binding, without loading it; else nothing."""
+    if manifest.call is None:
+        return UNKNOWN_INPUTS
+    library = package.CODE + manifest.library
+    described = f"{library.removesuffix('.so')}.json"
+    if described in archive.names() and native.has_proxy_nodes(archive.read(described, _MOST)):
+        return native.PROXY
+    lacking = native.lacking_in(archive.read(library, _MOST)) if manifest.weights_beside else ""
+    return f"it was compiled by a version of torch without {lacking}" if lacking else ""
 
 
 def attachments_of(path: Path) -> Mapping[str, bytes]:

@@ -32,7 +32,7 @@ from refitkit.program.bits import same_bits
 from refitkit.recipe.sources import fill, pieces_for
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from refitkit.builtin.aotinductor.native import Answer, Library
     from refitkit.protocols import SlotValue
@@ -134,7 +134,7 @@ class PublishingEngine(AOTInductorEngine):
         """
         super().__init__(weights.tensors, mutable)
         self._library, self._models = library, models
-        self._turns = Turns(models)
+        self._turns = Turns(models, self._renewal())
         self._on_gpu = any(t.device.type == "cuda" for t in weights.tensors.values())
         self._current = self._filled(weights)
         self._spare: Spare | None = None  # the set before the live one
@@ -204,7 +204,18 @@ class PublishingEngine(AOTInductorEngine):
             )
         self._models = models
         self._current = self._filled(self._current.weights)
-        self._turns = Turns(models)
+        self._turns = Turns(models, self._renewal())
+
+    def _renewal(self) -> Callable[[], None]:
+        """Return the function that gives a forked child a container without running calls."""
+        me = weakref.ref(self)
+
+        def renew() -> None:
+            engine = me()
+            if engine is not None:
+                engine._current = engine._filled(engine._current.weights)  # noqa: SLF001 - its own
+
+        return renew
 
     def read(self, slot: str) -> torch.Tensor:
         """Return the live value of a slot: an alias. Its memory stays as it is while it exists."""
