@@ -442,22 +442,25 @@ class Container:
         """
         self.tensors = tensors
         self._library, self._models = library, models
+        gpus = (t.device for t in tensors.values() if t.device.type == "cuda")
+        self._gpu = next(gpus, None)
         self._events: dict[int, Any] = {}
         self._handle = library.filled(tensors, models)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> Answer:
-        """Return the outputs of a call, or an error; see ``Library.run``."""
-        return self._library.run(self._handle, inputs, None)
+        """Return the outputs of a call, or an error; see ``Library.run``.
 
-    def run_on_gpu(self, inputs: Sequence[torch.Tensor]) -> Answer:
-        """Launch a call on the current stream; see ``run``."""
-        stream = torch.cuda.current_stream()
-        outputs = self._library.run(self._handle, inputs, stream.cuda_stream)
+        On a GPU, the call is launched on the current stream.
+        """
+        if self._gpu is None:
+            return self._library.run(self._handle, inputs, None)
+        stream = torch.cuda.current_stream(self._gpu)
+        answer = self._library.run(self._handle, inputs, stream.cuda_stream)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
         event.record(stream)
         # the last call of each stream: its event comes after those of all earlier ones
         self._events[stream.cuda_stream] = event
-        return outputs
+        return answer
 
     def held(self) -> dict[str, torch.Tensor]:
         """Return the weights that the container itself has; see ``Library.held``."""

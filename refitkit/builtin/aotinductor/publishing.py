@@ -135,7 +135,6 @@ class PublishingEngine(AOTInductorEngine):
         super().__init__(weights.tensors, mutable)
         self._library, self._models = library, models
         self._turns = Turns(models, self._renewal())
-        self._on_gpu = any(t.device.type == "cuda" for t in weights.tensors.values())
         self._current = self._filled(weights)
         self._spare: Spare | None = None  # the set before the live one
         self._has_previous = False  # whether its values are those from before the last commit
@@ -184,8 +183,7 @@ class PublishingEngine(AOTInductorEngine):
 
     def _call_now(self, tensors: Sequence[torch.Tensor]) -> Answer:
         # Taken in the turn, not before it: a call that waits begins on the newest weights.
-        container = self._current.container
-        return container.run_on_gpu(tensors) if self._on_gpu else container.run(tensors)
+        return self._current.container.run(tensors)
 
     def serve(self, models: int) -> None:
         """Serve several calls side by side from now on.
