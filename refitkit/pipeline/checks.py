@@ -33,7 +33,6 @@ from refitkit.protocols import (
     SupportsReadback,
 )
 from refitkit.recipe.plan import STRATEGY
-from refitkit.recipe.sources import LARGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -159,18 +158,18 @@ class FiniteCheck:
         """The same values. Pieces of large values are checked when the engine reads them."""
         return {
             key: value._replace(pieces=bind(self._pieces, key, value.pieces))
-            if value.pieces is not None
-            and key[0] in self._able
-            and value.slot.nbytes >= LARGE
-            and _is_entry(value)
+            if value.pieces is not None and key[0] in self._able and _is_entry(value)
             else value
             for key, value in values.items()
         }
 
     def _pieces(
-        self, key: SlotKey, pieces: Callable[[], Iterator[torch.Tensor] | None]
+        self,
+        key: SlotKey,
+        pieces: Callable[[torch.Tensor | None], Iterator[torch.Tensor] | None],
+        into: torch.Tensor | None,
     ) -> Iterator[torch.Tensor] | None:
-        found = pieces()
+        found = pieces(into)
         return None if found is None else self._judged_pieces(key, found)
 
     def _judged_pieces(

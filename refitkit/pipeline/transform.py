@@ -116,9 +116,9 @@ class Transformed:
         offer = self.made_by.get(fqn)
         return self.given.get(fqn) if offer is None else self._made(offer).values[fqn]
 
-    def pieces(self, fqn: str) -> Iterator[torch.Tensor] | None:
+    def pieces(self, fqn: str, into: torch.Tensor | None = None) -> Iterator[torch.Tensor] | None:
         """Pieces of an entry that no group makes, else None; see ``GivesPieces``."""
-        return pieces_of(self.given, fqn) if self.made_by.get(fqn) is None else None
+        return pieces_of(self.given, fqn, into) if self.made_by.get(fqn) is None else None
 
     def gives_away(self, fqn: str) -> bool:
         """Whether an engine may keep an entry that no group makes; see ``GivesAway``."""

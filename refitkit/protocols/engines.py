@@ -49,7 +49,8 @@ class SlotValue(NamedTuple):
         identity: Whether the value is a tensor of the source itself, so ``load`` computes nothing.
         pinned: Whether the plan stores the value, and it uses nothing of the source.
         pieces: Returns the same elements as flat tensors, one after another, or None if only
-            ``load`` can give them; see ``GivesPieces``. None: there are no pieces.
+            ``load`` can give them. Takes the memory to read them into, or None; see
+            ``GivesPieces``. None: there are no pieces. ``refitkit.recipe.write_value`` calls it.
         keepable: Tells of a tensor that ``load`` returned whether an engine may keep it as its own
             memory, because nobody writes to it from now on. None: it may not.
     """
@@ -63,7 +64,7 @@ class SlotValue(NamedTuple):
     load: Callable[[], torch.Tensor]
     identity: bool = False
     pinned: bool = False
-    pieces: Callable[[], Iterator[torch.Tensor] | None] | None = None
+    pieces: Callable[[torch.Tensor | None], Iterator[torch.Tensor] | None] | None = None
     keepable: Callable[[torch.Tensor], bool] | None = None
 
 

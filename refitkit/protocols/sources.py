@@ -101,15 +101,22 @@ class KnowsRevisions(Protocol):
 
 @runtime_checkable
 class GivesPieces(Protocol):
-    """A source that reads large entries in pieces, without memory for the whole tensor."""
+    """A source that reads entries in pieces, without memory for the whole tensor.
 
-    def pieces(self, fqn: str) -> Iterator[torch.Tensor] | None:
+    It can also read an entry straight into the memory of an engine.
+    """
+
+    def pieces(self, fqn: str, into: torch.Tensor | None = None) -> Iterator[torch.Tensor] | None:
         """Return the elements of an entry in row-major order, cut into runs.
 
-        Called instead of ``get`` by checks and by engines, for entries of several megabytes.
+        Called instead of ``get``: by engines with ``into``, and without it by checks and verifiers,
+        for entries of several megabytes.
 
         Args:
             fqn: Name of the entry.
+            into: Where the caller wants the elements: a contiguous tensor on the CPU. A source that
+                reads into it returns its parts, and the caller copies nothing. The source ignores
+                it if it has another dtype or number of elements than the entry.
 
         Returns:
             Tensors of one dimension on the CPU, in the dtype of the entry. Each is valid until the

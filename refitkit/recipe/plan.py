@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from refitkit.errors import (
     PlanMismatchError,
@@ -28,12 +28,12 @@ from refitkit.model import CallRef, LedgerRow, PinnedRef, PlanData, Slot, SlotSt
 from refitkit.program.ambient import in_plain_state, plain, verb
 from refitkit.program.bits import digest
 from refitkit.program.dtypes import dtype_name, dtype_of
-from refitkit.protocols import GivesAway, SlotValue, WeightSource
+from refitkit.protocols import GivesAway, GivesPieces, SlotValue, WeightSource
 from refitkit.recipe import store
 from refitkit.recipe.calls import Calls
 from refitkit.recipe.reads import broken_ties, broken_views
 from refitkit.recipe.replay import Replay, ResultCache, Schedules
-from refitkit.recipe.sources import TensorMap, pieces_of
+from refitkit.recipe.sources import TensorMap
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -354,7 +354,22 @@ def _dtype_and_count(slot: Slot) -> str:
 
 # -- slot values ------------------------------------------------------------------------------
 
-_ValueFactory: TypeAlias = "Callable[[WeightSource, Replay], SlotValue | str]"
+
+class _Given(NamedTuple):
+    """What slot values need of a source. It is asked once for its abilities, not for each slot."""
+
+    get: Callable[[str], torch.Tensor]
+    pieces: Callable[[str, torch.Tensor | None], Iterator[torch.Tensor] | None] | None
+    gives_away: Callable[[str], bool]
+
+    @classmethod
+    def of(cls, source: WeightSource) -> _Given:
+        pieces = source.pieces if isinstance(source, GivesPieces) else None
+        gives_away = source.gives_away if isinstance(source, GivesAway) else _never
+        return cls(source.get, pieces, gives_away)
+
+
+_ValueFactory: TypeAlias = "Callable[[_Given, Replay], SlotValue | str]"
 """Returns the value of one slot from a source, or the reason why there is none."""
 
 
@@ -386,14 +401,15 @@ class SlotValues:
         # the usual refit: factories depend on the source's names only, so they can be reused
         if is_complete and rows == self._data.ledger:
             replay = self._replay(self._all_calls, source)
-            return {key: factory(source, replay) for key, factory in self._factories}
+            given = _Given.of(source)
+            return {key: factory(given, replay) for key, factory in self._factories}
         lacking = {row.slot.key: () if is_complete else self._lacking(row, names) for row in rows}
         computed = [
             row.value for row in rows if type(row.value) is CallRef and not lacking[row.slot.key]
         ]
-        replay = self._replay(computed, source)
+        replay, given = self._replay(computed, source), _Given.of(source)
         return {
-            row.slot.key: self._factory(row, names, lacking[row.slot.key])(source, replay)
+            row.slot.key: self._factory(row, names, lacking[row.slot.key])(given, replay)
             for row in rows
         }
 
@@ -528,22 +544,18 @@ class SlotValues:
         return Replay(self._schedules, values, leaf, pinned, self._steady_results)
 
 
-def _no_value(reason: str, _source: WeightSource, _replay: Replay) -> str:
+def _no_value(reason: str, _given: _Given, _replay: Replay) -> str:
     return reason
 
 
-def _pinned_value(value: SlotValue, _source: WeightSource, _replay: Replay) -> SlotValue:
+def _pinned_value(value: SlotValue, _given: _Given, _replay: Replay) -> SlotValue:
     return value
 
 
-def _source_value(
-    slot: Slot, sources: tuple[str], source: WeightSource, _replay: Replay
-) -> SlotValue:
-    load = partial(_load_from_source, source.get, sources[0], slot)
-    pieces = partial(pieces_of, source, sources[0])
-    keepable = None
-    if isinstance(source, GivesAway) and source.gives_away(sources[0]):
-        keepable = _always
+def _source_value(slot: Slot, sources: tuple[str], given: _Given, _replay: Replay) -> SlotValue:
+    load = partial(_load_from_source, given.get, sources[0], slot)
+    pieces = None if given.pieces is None else partial(given.pieces, sources[0])
+    keepable = _always if given.gives_away(sources[0]) else None
     return SlotValue(slot, STRATEGY, sources, load, identity=True, pieces=pieces, keepable=keepable)
 
 
@@ -551,8 +563,12 @@ def _always(_tensor: torch.Tensor) -> bool:
     return True
 
 
+def _never(_fqn: str) -> bool:
+    return False
+
+
 def _computed_value(
-    slot: Slot, sources: tuple[str, ...], value: Value, _source: WeightSource, replay: Replay
+    slot: Slot, sources: tuple[str, ...], value: Value, _given: _Given, replay: Replay
 ) -> SlotValue:
     load = partial(_load_computed, replay, value, slot)
     return SlotValue(slot, STRATEGY, sources, load, pinned=not sources, keepable=replay.is_new)

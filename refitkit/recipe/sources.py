@@ -4,9 +4,9 @@ This module hides which Python values can be weights, and how live modules name 
 
 - ``unusable_reason`` and ``describe_tensor``: what makes a value unusable as a weight;
 - ``TensorMap`` and ``ModuleWeights``: a mapping, and a live module, as a source;
-- ``pieces_of``, ``write_value`` and ``is_value``: large entries that are read in pieces. Reading a
-  whole tensor from a file takes new memory. Pieces reuse a buffer, and are still in the processor's
-  cache when they are compared or copied;
+- ``pieces_of``, ``write_value`` and ``is_value``: entries that are read in pieces. Reading a
+  whole tensor from a file takes new memory. Pieces reuse a buffer or are read into the memory of an
+  engine, and are still in the processor's cache when they are checked, compared or copied;
 - ``require_values`` and ``Overwriting``: parts that engines of all backends share.
 """
 
@@ -38,7 +38,7 @@ _EXTRA_STATE = "_extra_state"
 """Last part of the name of ``torch.nn.Module.get_extra_state`` entries, which hold any object."""
 
 LARGE = 1 << 22
-"""Bytes from which on entries are read in pieces. For smaller ones it saves nothing."""
+"""Bytes from which on entries are compared in pieces. For smaller ones it saves nothing."""
 
 
 # -- usable values ----------------------------------------------------------------------------
@@ -375,16 +375,21 @@ def _memory_key(value: Any) -> Hashable:
 # -- pieces -----------------------------------------------------------------------------------
 
 
-def pieces_of(source: WeightSource, fqn: str) -> Iterator[torch.Tensor] | None:
+def pieces_of(
+    source: WeightSource, fqn: str, into: torch.Tensor | None = None
+) -> Iterator[torch.Tensor] | None:
     """An entry in pieces. None if the source returns it only as a whole.
 
-    See ``refitkit.protocols.GivesPieces`` for dtype, shape and lifetime of pieces.
+    See ``refitkit.protocols.GivesPieces`` for the arguments, and for dtype, shape and lifetime of
+    pieces.
     """
-    return source.pieces(fqn) if isinstance(source, GivesPieces) else None
+    return source.pieces(fqn, into) if isinstance(source, GivesPieces) else None
 
 
 def write_value(into: torch.Tensor, value: SlotValue) -> bool:
-    """Write a value piece by piece, if it comes in pieces and the target is contiguous and large.
+    """Write a value piece by piece, if it comes in pieces and the target is contiguous.
+
+    A file is read straight into a target on the CPU.
 
     Args:
         into: A tensor of the slot's dtype and shape.
@@ -396,26 +401,15 @@ def write_value(into: torch.Tensor, value: SlotValue) -> bool:
     Raises:
         SourceError: The pieces do not fit the slot, or cannot be read.
     """
-    pieces = pieces_for(into, value)
+    if value.pieces is None or not into.is_contiguous():
+        return False
+    pieces = value.pieces(into if into.is_cpu else None)
     if pieces is None:
         return False
-    fill(into, pieces, value.slot.name)
+    for part, piece in _with_pieces(into, pieces, value.slot.name):
+        if piece.data_ptr() != part.data_ptr():  # else it was read there
+            part.copy_(piece)
     return True
-
-
-def fill(into: torch.Tensor, pieces: Iterable[torch.Tensor], name: str) -> None:
-    """Write pieces to a contiguous tensor.
-
-    Args:
-        into: The tensor.
-        pieces: See ``pieces_for``.
-        name: Name of the slot for errors.
-
-    Raises:
-        SourceError: The pieces do not fit the slot, or cannot be read.
-    """
-    for part, piece in _with_pieces(into, pieces, name):
-        part.copy_(piece)
 
 
 def is_value(found: torch.Tensor, value: SlotValue) -> bool:
@@ -430,22 +424,12 @@ def is_value(found: torch.Tensor, value: SlotValue) -> bool:
     Raises:
         SourceError: The pieces do not fit the slot, or cannot be read.
     """
-    pieces = pieces_for(found, value)
+    if value.pieces is None or found.nbytes < LARGE or not found.is_contiguous():
+        return False
+    pieces = value.pieces(None)
     return pieces is not None and all(
         same_bits(part, piece) for part, piece in _with_pieces(found, pieces, value.slot.name)
     )
-
-
-def pieces_for(tensor: torch.Tensor, value: SlotValue) -> Iterator[torch.Tensor] | None:
-    """The pieces of a value, if it comes in pieces and its slot is contiguous and large.
-
-    Args:
-        tensor: A tensor as the engine lays out the slot.
-        value: The value.
-    """
-    if value.pieces is None or tensor.nbytes < LARGE or not tensor.is_contiguous():
-        return None
-    return value.pieces()
 
 
 def _with_pieces(

@@ -29,7 +29,7 @@ from refitkit.builtin.aotinductor.native import ALIGNMENT, Container, Turns
 from refitkit.errors import ConfigError, EngineError, Problem
 from refitkit.model import EngineMemory
 from refitkit.program.bits import same_bits
-from refitkit.recipe.sources import fill, pieces_for
+from refitkit.recipe import write_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -300,11 +300,10 @@ class PublishingEngine(AOTInductorEngine):
             memory: Memory of that layout that can be written to; None if there is none.
         """
         name = value.slot.name
-        pieces = pieces_for(live, value)
-        if pieces is not None:
+        if value.pieces is not None:
             memory = _into(memory, live)
-            fill(memory, pieces, name)
-            return memory, True
+            if write_value(memory, value):
+                return memory, True
         found = checked(value.slot, value.load())
         for one in self._spares():
             if is_same(found, one.tensors[name]):  # an undo: the value is where it was

@@ -97,12 +97,13 @@ class SafetensorsFile:
         raw = self._file.read(start, nbytes)
         return raw.view(dtype_of(info.dtype)).reshape(info.shape)
 
-    def pieces(self, fqn: str) -> Iterator[torch.Tensor] | None:
-        """Return pieces of a large entry; see ``refitkit.protocols.GivesPieces``."""
+    def pieces(self, fqn: str, into: torch.Tensor | None = None) -> Iterator[torch.Tensor] | None:
+        """Return pieces of an entry; see ``refitkit.protocols.GivesPieces``."""
         info, start, nbytes = self._entries[fqn]
-        if nbytes < LARGE or info.unusable:  # ``get`` reads it, or raises
+        # ``get`` reads it, or raises
+        if info.unusable or (into is None and nbytes < LARGE):
             return None
-        return self._file.pieces(start, nbytes, dtype_of(info.dtype))
+        return self._file.pieces(start, nbytes, dtype_of(info.dtype), into)
 
     def require_unchanged(self) -> None:
         """Check that the file was not changed; see ``refitkit.protocols.MayChange``."""

@@ -135,9 +135,9 @@ class ShardedFiles:
         """
         return self._shards[self._file_of[fqn]].get(fqn)
 
-    def pieces(self, fqn: str) -> Iterator[torch.Tensor] | None:
-        """Return pieces of a large entry; see ``refitkit.protocols.GivesPieces``."""
-        return pieces_of(self._shards[self._file_of[fqn]], fqn)
+    def pieces(self, fqn: str, into: torch.Tensor | None = None) -> Iterator[torch.Tensor] | None:
+        """Return pieces of an entry; see ``refitkit.protocols.GivesPieces``."""
+        return pieces_of(self._shards[self._file_of[fqn]], fqn, into)
 
     def require_unchanged(self) -> None:
         """Check the index and all files; see ``refitkit.protocols.MayChange``."""

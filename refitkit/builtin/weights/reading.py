@@ -124,13 +124,17 @@ class OpenFile:
         self._blocks[start, nbytes] = into
         return torch.frombuffer(into, dtype=torch.uint8)
 
-    def pieces(self, start: int, nbytes: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """Yield a range of bytes piece by piece. All pieces use the same memory.
+    def pieces(
+        self, start: int, nbytes: int, dtype: torch.dtype, into: torch.Tensor | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Yield a range of bytes piece by piece.
 
         Args:
             start: Offset of the range.
             nbytes: Size of the range.
             dtype: Dtype of its elements.
+            into: Contiguous tensor on the CPU to read into. If it is None, or has another dtype or
+                size, all pieces use the same memory.
 
         Yields:
             Tensors of that dtype with one dimension, each valid until the next one is requested.
@@ -138,12 +142,17 @@ class OpenFile:
         Raises:
             SourceError: See ``read``.
         """
-        block = self._buffer.take(min(_PIECE, nbytes))
-        flat = torch.frombuffer(block, dtype=dtype)
-        for offset in range(start, start + nbytes, _PIECE):
-            count = min(_PIECE, start + nbytes - offset)
-            self.fill(block.data[:count], offset)
-            yield flat[: count // dtype.itemsize]
+        reads_there = into is not None and into.dtype == dtype and into.nbytes == nbytes
+        if into is not None and reads_there:
+            flat = into.detach().view(-1)
+            memory = flat.view(torch.uint8).numpy().data
+        else:
+            block = self._buffer.take(min(_PIECE, nbytes))
+            flat, memory = torch.frombuffer(block, dtype=dtype), block.data
+        for offset in range(0, nbytes, _PIECE):
+            count, place = min(_PIECE, nbytes - offset), offset if reads_there else 0
+            self.fill(memory[place : place + count], start + offset)
+            yield flat[place // dtype.itemsize : (place + count) // dtype.itemsize]
 
     def read_bytes(self, start: int, nbytes: int) -> bytes:
         """Return a range of bytes as a ``bytes`` object.

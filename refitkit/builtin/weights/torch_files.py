@@ -156,15 +156,17 @@ class TorchFile:
                 classes[(first, value.dtype, value.shape, value.stride(), bits)].append(name)
         return [tuple(names) for names in classes.values() if len(names) > 1]
 
-    def pieces(self, fqn: str) -> Iterator[torch.Tensor] | None:
-        """Return pieces of a large contiguous entry; see ``refitkit.protocols.GivesPieces``."""
+    def pieces(self, fqn: str, into: torch.Tensor | None = None) -> Iterator[torch.Tensor] | None:
+        """Return pieces of a contiguous entry; see ``refitkit.protocols.GivesPieces``."""
         value, offset = self._state[fqn], _offset(self._state[fqn])
-        if offset is None or value.nbytes < LARGE or not value.is_contiguous():
+        if offset is None or not value.is_contiguous():
+            return None
+        if into is None and value.nbytes < LARGE:
             return None
         if value.is_conj() or value.is_neg() or unusable_dtype(dtype_name(value.dtype)):
             return None
         start = offset + value.storage_offset() * value.itemsize
-        return self._file.pieces(start, value.nbytes, value.dtype)
+        return self._file.pieces(start, value.nbytes, value.dtype, into)
 
     def require_unchanged(self) -> None:
         """Check that the file was not changed; see ``refitkit.protocols.MayChange``."""

@@ -210,13 +210,13 @@ def test_pieces_are_judged_on_their_way(bad: float) -> None:
             lambda v=value: v,
             True,
             False,
-            lambda v=value: iter(v.split(999)),
+            lambda _into, v=value: iter(v.split(999)),
         )
         (watched,) = check.watched({slot.key: given}).values()
         assert watched.pieces is not None
-        assert same_bits(torch.cat(list(watched.pieces() or ())), value)
+        assert same_bits(torch.cat(list(watched.pieces(None) or ())), value)
         looked.append(not check._to_judge({slot.key: watched}))
-        next(iter(watched.pieces() or ()))
+        next(iter(watched.pieces(None) or ()))
         assert check._to_judge({slot.key: watched})  # not read to its end this time
     assert looked == [True, False]
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
 from refitkit.errors import SourceError
-from refitkit.protocols import WeightSource
-from refitkit.recipe import TensorMap, describe_tensor, unusable_reason
-from tests.fakes import CountingMapping
+from refitkit.protocols import SlotValue, WeightSource
+from refitkit.recipe import TensorMap, describe_tensor, unusable_reason, write_value
+from tests.fakes import CountingMapping, make_slot
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class Labelled(torch.Tensor):
@@ -156,3 +159,51 @@ def test_names_follow_the_order_of_the_mapping() -> None:
     """Reports and problems come in an order that people know."""
     names = [f"layers.{n}.weight" for n in (3, 1, 2, 0, 10)]
     assert list(TensorMap(dict.fromkeys(names, torch.ones(1))).names()) == names
+
+
+# -- values in pieces -------------------------------------------------------------------------
+
+
+def in_pieces(whole: torch.Tensor, *, in_place: bool = False) -> tuple[SlotValue, list[Any]]:
+    """A value that comes in pieces of 4 elements, and the memory that it is asked to read into."""
+    asked: list[Any] = []
+
+    def pieces(into: torch.Tensor | None) -> Iterator[torch.Tensor]:
+        asked.append(into)
+        flat = whole.reshape(-1)
+        if in_place:
+            assert into is not None
+            flat = into.view(-1).copy_(flat)
+        yield from flat.split(4)
+
+    return SlotValue(make_slot("w", (2, 5)), "recipe", ("w",), lambda: whole, pieces=pieces), asked
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_value_in_pieces_is_written(in_place: bool) -> None:
+    """Whether or not the source reads it into the given memory."""
+    whole, into = torch.rand(2, 5), torch.zeros(2, 5)
+    value, asked = in_pieces(whole, in_place=in_place)
+    assert write_value(into, value)
+    assert into.equal(whole)
+    assert [one is into for one in asked] == [True]
+
+
+def test_only_contiguous_memory_is_read_into() -> None:
+    value, asked = in_pieces(torch.rand(2, 5))
+    assert not write_value(torch.zeros(5, 2).t(), value)
+    assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("whole", "message"),
+    [
+        (torch.zeros(2, 5, dtype=torch.int32), "takes 10 of torch.float32"),
+        (torch.zeros(11), "takes 10 of torch.float32"),
+        (torch.zeros(9), "the source returned 9"),
+    ],
+)
+def test_pieces_that_do_not_fit_are_refused(whole: torch.Tensor, message: str) -> None:
+    value, _ = in_pieces(whole)
+    with pytest.raises(SourceError, match=message):
+        write_value(torch.zeros(2, 5), value)

@@ -275,13 +275,64 @@ def test_large_tensors_come_in_pieces(tmp_path: Path) -> None:
     assert source.get("turned").equal(large.t())
 
 
-def test_a_piece_of_a_file_that_was_changed_is_no_piece(tmp_path: Path) -> None:
+@pytest.mark.parametrize("into", [None, torch.zeros(3 << 20)], ids=["pieces", "in place"])
+def test_a_piece_of_a_file_that_was_changed_is_no_piece(
+    tmp_path: Path, into: torch.Tensor | None
+) -> None:
     save_file({"w": torch.ones(3 << 20)}, tmp_path / "w.safetensors")
-    pieces = opened(tmp_path / "w.safetensors").pieces("w")
+    pieces = opened(tmp_path / "w.safetensors").pieces("w", into)
     next(pieces)
     os.truncate(tmp_path / "w.safetensors", 4096)
     with pytest.raises(SourceError, match="changed since it was opened"):
         next(pieces)
+
+
+def in_files(folder: Path, tensors: dict[str, torch.Tensor]) -> list[Path]:
+    """The tensors as a safetensors file, as one of torch, and as a checkpoint with an index."""
+    save_file(tensors, folder / "w.safetensors")
+    torch.save(tensors, folder / "w.pt")
+    index = folder / "w.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "w.safetensors")}))
+    return [folder / "w.safetensors", folder / "w.pt", index]
+
+
+def test_entries_of_any_size_are_read_straight_into_memory(tmp_path: Path) -> None:
+    large = torch.arange((5 << 18) + 3, dtype=torch.int32)
+    tensors = {**TENSORS, "large": large, "halves": torch.rand(3, 5).half()}
+    for file in in_files(tmp_path, tensors):
+        source = opened(file)
+        for name, tensor in tensors.items():
+            into = torch.zeros_like(tensor)
+            start = into.data_ptr()
+            for piece in source.pieces(name, into):
+                assert piece.dtype == tensor.dtype
+                assert piece.data_ptr() == start
+                start += piece.nbytes
+            assert start == into.data_ptr() + into.nbytes
+            assert bits(into) == bits(tensor)
+
+
+@pytest.mark.parametrize(
+    "into",
+    [torch.zeros(3, 2, dtype=torch.int32), torch.zeros(7), torch.zeros(5), torch.zeros(0)],
+    ids=["dtype", "larger", "smaller", "empty"],
+)
+def test_memory_that_does_not_fit_an_entry_is_not_written_to(
+    tmp_path: Path, into: torch.Tensor
+) -> None:
+    for file in in_files(tmp_path, {"w": TENSORS["a.weight"]}):
+        pieces = [piece.clone() for piece in opened(file).pieces("w", into)]
+        assert torch.cat(pieces).equal(TENSORS["a.weight"].reshape(-1))
+        assert not into.any()
+
+
+def test_what_only_get_can_read_is_not_read_into_memory(tmp_path: Path) -> None:
+    torch.save({"turned": torch.rand(3, 2).t(), "neg": torch.rand(2).neg()}, tmp_path / "w.pt")
+    source = opened(tmp_path / "w.pt")
+    assert source.pieces("turned", torch.zeros(2, 3)) is None
+    assert source.pieces("neg", torch.zeros(2)) is not None  # a value, not torch's lazy bit
+    with pytest.raises(KeyError):
+        source.pieces("no such name", torch.zeros(2))
 
 
 # -- torch.save -------------------------------------------------------------------------------

@@ -210,8 +210,12 @@ def test_pieces_are_the_same_whoever_reads_them(tmp_path: Path, mapped: Any) -> 
     source = opened(tmp_path / "w.safetensors")
     source.get("w")
     assert sum(piece.numel() for piece in source.pieces("w")) == 3 << 20
+    into = torch.zeros(3 << 20)
+    assert sum(piece.numel() for piece in source.pieces("w", into)) == 3 << 20
+    assert into.eq(0.5).all()
     rewrite()
     require_refused(lambda: list(source.pieces("w")), tmp_path / "w.safetensors")
+    require_refused(lambda: list(source.pieces("w", into)), tmp_path / "w.safetensors")
     require_refused(lambda: source.get("w"), tmp_path / "w.safetensors")
 
 
