@@ -123,7 +123,8 @@ def test_inputs_that_the_model_writes_to_are_written_to() -> None:
     x = torch.randn(2, 3)
     compiled = refitkit.compile(torch.export.export(model, (x, torch.ones(2, 3))))
     kept = x.clone()
-    for y in (torch.ones(2, 3), torch.ones(3, 2).t(), torch.ones(4, 6)[::2, ::2]):
+    ys = (torch.ones(2, 3), torch.ones(3, 2).t(), torch.ones(4, 6)[::2, ::2])
+    for y in (*ys, *map(torch.ones_like, ys)):
         with torch.no_grad():
             expected = model(x, y.clone())
         assert torch.equal(compiled(x, y), expected)

@@ -4,8 +4,9 @@ AOTInductor checks nothing: a wrong shape, dtype or stride gives a wrong result 
 call is compared with the description first, and tensors with other strides are copied.
 
 ``spec_of`` reads the description off a program, and a saved module keeps it as JSON: ``CallSpec``.
-``InputChecker`` applies it to the inputs of a call. The end of the module handles sizes that vary:
-``SymbolicSize`` describes one, and ``ShapeMatcher`` compares the shapes of a call.
+``InputChecker`` applies it to the inputs of a call. It remembers the layouts of inputs that passed,
+so most calls cost no check. The end of the module handles sizes that vary: ``SymbolicSize``
+describes one, and ``ShapeMatcher`` compares the shapes of a call.
 """
 
 from __future__ import annotations
@@ -26,13 +27,20 @@ from refitkit.program.dtypes import dtype_name, dtype_of
 from refitkit.program.liveness import mutated_placeholders
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
     from torch.export import ExportedProgram
 
 
 _CHECK_INPUTS = "AOTI_RUNTIME_CHECK_INPUTS"
 _UNBOUNDED = 2**62  # torch.export writes larger numbers for a missing bound
+_REMEMBERED = 256  # layouts that a checker remembers
+
+# no public API
+_dispatch_keys = torch._C._dispatch_keys  # noqa: SLF001
+_dispatch_modes = torch._C._len_torch_dispatch_stack  # noqa: SLF001
+_transform = torch._C._functorch.peek_interpreter_stack  # noqa: SLF001
+
 Primitive = bool | int | float | str | None
 Dim = Annotated[int, Field(ge=0)]
 Range = tuple[int, int | None]
@@ -223,27 +231,36 @@ class CallTensors:
     Attributes:
         tensors: Tensors for the engine.
         copies: ``(caller's tensor, its copy)`` for inputs that the model changes in place.
+        as_given: Whether all tensors are the caller's memory, with the caller's strides.
     """
 
     tensors: list[torch.Tensor]
     copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    as_given: bool = True
 
     def add(self, value: torch.Tensor, spec: TensorInput) -> None:
         """Append a tensor, with the strides that the engine was compiled for."""
-        prepared = _with_strides(value, spec)
+        alias = value.detach()
+        prepared = _with_strides(alias, spec)
         self.tensors.append(prepared)
+        self.as_given = self.as_given and prepared is alias
         if spec.written and prepared.data_ptr() != value.data_ptr():
             self.copies.append((value, prepared))
 
     def write_back(self) -> None:
         """Copy to the caller's tensors what the engine wrote to their copies."""
-        with torch.no_grad():
-            for value, copy in self.copies:
-                value.copy_(copy)
+        if self.copies:
+            with torch.no_grad():
+                for value, copy in self.copies:
+                    value.copy_(copy)
 
 
 class InputChecker:
-    """Checks the inputs of every call, and prepares them for the engine."""
+    """Checks the inputs of every call, and prepares them for the engine.
+
+    A check costs more than a call of a small engine. So the checker remembers the layouts of inputs
+    that passed and that the engine could take as they are. Inputs with such a layout pass at once.
+    """
 
     def __init__(self, spec: CallSpec | None, in_spec: pytree.TreeSpec) -> None:
         """Create a checker for a module.
@@ -255,6 +272,8 @@ class InputChecker:
         """
         self._spec = spec
         self._in_spec = in_spec
+        # Layouts, each with the names of keyword inputs in the order of the engine's structure.
+        self._passed: dict[Hashable, tuple[str, ...]] = {}
 
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CallTensors:
         """Return the tensors of a call as the engine needs them.
@@ -263,6 +282,23 @@ class InputChecker:
             InputMismatchError: The structure or number of inputs, a dtype, a shape, a device or a
                 value is not that of the description. The error lists all problems.
         """
+        try:
+            layout = _layout(args, kwargs)
+            names = self._passed.get(layout)
+        except (RuntimeError, TypeError):  # TypeError: sizes are symbols, which have no hash
+            layout = names = None
+        if names is not None:
+            values = (*args, *[kwargs[name] for name in names]) if names else args
+            return CallTensors([value.detach() for value in values])
+        result = self._checked(args, kwargs)
+        if layout is not None and self._spec is not None and _is_repeatable(result):
+            if len(self._passed) >= _REMEMBERED:
+                self._passed.clear()
+            self._passed[layout] = tuple(self._in_order(kwargs))
+        return result
+
+    def _checked(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CallTensors:
+        """Return the tensors of a call, of any layout; see ``flatten``."""
         flat, found = pytree.tree_flatten((args, self._in_order(kwargs)))
         if found != self._in_spec:
             raise InputMismatchError(
@@ -292,6 +328,35 @@ class InputChecker:
         children = spec.children() if hasattr(spec, "children") else spec.children_specs
         wanted = [name for name in children[1].context or () if name in kwargs]
         return {name: kwargs[name] for name in [*wanted, *(kwargs.keys() - set(wanted))]}
+
+
+def _layout(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Hashable, ...] | None:
+    """Return all that the check of a call depends on; None if that is more than layouts.
+
+    All inputs must be plain tensors: no subclasses, other values or structures. No dispatch mode
+    and no transform of ``torch.func`` may be on, because they change the tensors. The dispatch
+    keys contain the kind of device, the layout, wrappers, and pending conjugations or negations.
+
+    Raises:
+        RuntimeError: A tensor has no sizes or no strides.
+    """
+    if _dispatch_modes() or _transform() is not None:
+        return None
+    found: list[Hashable] = [*kwargs]
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if type(value) is not torch.Tensor:
+            return None
+        found += (_dispatch_keys(value).raw_repr(), value.dtype, value.shape, value.stride())
+    return tuple(found)
+
+
+def _is_repeatable(result: CallTensors) -> bool:
+    """Return whether every call of the same layout gets its tensors as this one does."""
+    # in a trace of torch.jit, sizes are tensors
+    if not result.as_given or torch._C._get_tracing_state() is not None:  # noqa: SLF001
+        return False
+    # A wrapper that outlived its transform may have the same layout, and is refused.
+    return not any(torch._is_functional_tensor(value) for value in result.tensors)  # noqa: SLF001
 
 
 def _problems(flat: list[Any], spec: CallSpec) -> Iterator[Problem]:
@@ -326,7 +391,7 @@ def _tensor_problems(value: torch.Tensor, spec: TensorInput) -> Iterator[Problem
 def _with_strides(value: torch.Tensor, spec: TensorInput) -> torch.Tensor:
     """Return a tensor with the strides that the engine was compiled for; a copy if needed."""
     # The engine reads memory, so a pending conjugation or negation must be carried out.
-    value = value.detach().resolve_conj().resolve_neg()
+    value = value.resolve_conj().resolve_neg()
     strides = spec.strides or dense_strides(value.shape, spec.order)
     if all(
         s == w or n < 2  # noqa: PLR2004 - the stride of a dimension of size 1 means nothing

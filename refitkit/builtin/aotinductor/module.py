@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ from refitkit.files.replacing import replacing
 from refitkit.program import facts_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from torch.export import ExportedProgram
@@ -83,7 +84,7 @@ class AOTInductorModule:
         self.attachments = attachments
         self._engine = engine
         in_spec, out_spec = engine.call_spec
-        self._out_spec = pytree.treespec_loads(out_spec)
+        self._structured = structuring(pytree.treespec_loads(out_spec))
         self._in_spec = pytree.treespec_loads(in_spec)
         self._inputs = InputChecker(files.call, self._in_spec)
 
@@ -114,7 +115,7 @@ class AOTInductorModule:
         for position in self.files.call.numbers if self.files.call else ():
             if isinstance(outputs[position], torch.Tensor):
                 outputs[position] = outputs[position].item()
-        return pytree.tree_unflatten(outputs, self._out_spec)
+        return self._structured(outputs)
 
     def _run(self, tensors: list[torch.Tensor]) -> list[Any]:
         try:
@@ -224,6 +225,27 @@ class AOTInductorModule:
         module = copy.copy(self)
         module._engine = staged[ENGINE].engine  # noqa: SLF001 - a copy of this object
         return module
+
+
+def structuring(spec: pytree.TreeSpec) -> Callable[[list[Any]], Any]:
+    """Return the function that gives a list of outputs the structure of the model's outputs."""
+    count = spec.num_leaves
+    simple: Callable[[list[Any]], Any]
+    if spec == pytree.tree_structure(0):
+        simple = itemgetter(0)
+    elif spec == pytree.tree_structure((0,) * count):
+        simple = tuple
+    elif spec == pytree.tree_structure([0] * count):
+        simple = list
+    else:
+        return lambda outputs: pytree.tree_unflatten(outputs, spec)
+
+    def structured(outputs: list[Any]) -> Any:
+        # torch's function raises the error if their number is wrong
+        is_right = len(outputs) == count
+        return simple(outputs) if is_right else pytree.tree_unflatten(outputs, spec)
+
+    return structured
 
 
 def engine_on(
