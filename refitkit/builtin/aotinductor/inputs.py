@@ -289,7 +289,9 @@ class InputChecker:
             layout = names = None
         if names is not None:
             values = (*args, *[kwargs[name] for name in names]) if names else args
-            return CallTensors([value.detach() for value in values])
+            # a layout does not tell that memory was freed; the full check does
+            if all(map(has_memory, values)):
+                return CallTensors([value.detach() for value in values])
         result = self._checked(args, kwargs)
         if layout is not None and self._spec is not None and _is_repeatable(result):
             if len(self._passed) >= _REMEMBERED:
@@ -350,6 +352,17 @@ def _layout(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Hashable,
     return tuple(found)
 
 
+def has_memory(value: torch.Tensor) -> bool:
+    """Return whether the storage of a strided tensor has all of its elements."""
+    have = value.untyped_storage().nbytes()
+    if have >= value.nbytes and value.is_contiguous() and not value.storage_offset():
+        return True  # the usual case
+    last = value.storage_offset() + sum(
+        (size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True)
+    )
+    return not value.numel() or have >= (last + 1) * value.itemsize
+
+
 def _is_repeatable(result: CallTensors) -> bool:
     """Return whether every call of the same layout gets its tensors as this one does."""
     # in a trace of torch.jit, sizes are tensors
@@ -372,6 +385,8 @@ def _problems(flat: list[Any], spec: CallSpec) -> Iterator[Problem]:
                 yield Problem(wanted.name, "value", repr(value), repr(wanted.value))
         elif not isinstance(value, torch.Tensor):
             yield Problem(wanted.name, "type", type(value).__name__, "Tensor")
+        elif value.is_nested:  # it has no sizes
+            yield Problem(wanted.name, "layout", "nested", "torch.strided")
         else:
             yield from _tensor_problems(value, wanted)
             yield from matcher.problems(wanted.name, value.shape, wanted.shape)
@@ -380,6 +395,8 @@ def _problems(flat: list[Any], spec: CallSpec) -> Iterator[Problem]:
 def _tensor_problems(value: torch.Tensor, spec: TensorInput) -> Iterator[Problem]:
     if not_real := why_not_real(value):
         yield Problem(spec.name, "no data", not_real)
+    elif value.layout is torch.strided and not value.is_meta and not has_memory(value):
+        yield Problem(spec.name, "no data", "its memory was freed, or is smaller than its shape")
     if dtype_name(value.dtype) != spec.dtype:
         yield Problem(spec.name, "dtype", dtype_name(value.dtype), spec.dtype)
     if value.device.type != spec.device:

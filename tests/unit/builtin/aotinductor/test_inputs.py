@@ -461,3 +461,28 @@ def test_an_error_is_the_same_after_a_right_call() -> None:
     used.flatten(*form.right())
     with pytest.raises(InputMismatchError, match=r"x: shape, found \(2, 4\), wanted \(2, 3\)"):
         used.flatten((torch.randn(2, 4),), {})
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["at once", "after a right call"])
+@pytest.mark.parametrize("nbytes", [0, 8])
+def test_a_tensor_without_memory_for_its_elements_is_refused(nbytes: int, *, first: bool) -> None:
+    """The engine would read past the end of the memory."""
+    one = FORMS["one"]
+    checker = one.checker()
+    (right,), _ = one.right()
+    if first:
+        checker.flatten((right,), {})
+    short = right.clone()
+    short.untyped_storage().resize_(nbytes)
+    with pytest.raises(InputMismatchError, match="freed, or is smaller than its shape"):
+        checker.flatten((short,), {})
+
+
+def test_a_nested_tensor_is_refused() -> None:
+    one = FORMS["one"]
+    (right,), _ = one.right()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nested = torch.nested.nested_tensor([right])
+    with pytest.raises(InputMismatchError, match=r"layout, found nested, wanted torch\.strided"):
+        one.checker().flatten((nested,), {})
