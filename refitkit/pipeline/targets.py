@@ -7,6 +7,7 @@ the type of the file.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,7 +32,14 @@ from refitkit.pipeline.needs import describe_need, missing_needs
 from refitkit.pipeline.transform import transformed
 from refitkit.program import KeptProgram
 from refitkit.program.ambient import verb
-from refitkit.protocols import KeepsMade, MadeOf, MayChange, ServesSideBySide, WeightSource
+from refitkit.protocols import (
+    KeepsMade,
+    MadeOf,
+    MayChange,
+    ServesSideBySide,
+    SharesWeights,
+    WeightSource,
+)
 from refitkit.recipe import Archive, ArchiveError, RefitPlan
 from refitkit.recipe.sources import TensorMap, require_reread
 
@@ -46,7 +54,13 @@ if TYPE_CHECKING:
 
 
 def load_module(
-    context: Context, target: object, verbs: Verbs, *, warm: bool, num_models: int
+    context: Context,
+    target: object,
+    verbs: Verbs,
+    *,
+    warm: bool,
+    num_models: int,
+    shared: object = None,
 ) -> CompiledModule:
     """A handle on a target, which remembers where it came from; see ``Pipeline.load``."""
     _require_count(num_models)
@@ -68,6 +82,8 @@ def load_module(
         compiled.origin = origin
         # a path is no identity: each load of it opens another module
         compiled.target = None if isinstance(target, str | Path) else target
+        if shared is not None:
+            _serve_from(compiled, shared)
         if num_models > 1:
             _serve(opened, num_models)
     if warm:
@@ -88,6 +104,16 @@ def _serve(opened: OpenedModule, num_models: int) -> None:
     if not isinstance(opened, ServesSideBySide):
         raise ConfigError(f"Modules of {opened.backend!r} take no num_models.", hint=_ON_COUNT)
     opened.serve(num_models)
+
+
+def _serve_from(compiled: CompiledModule, memory: object) -> None:
+    """Let a module that was just loaded serve from memory of another process."""
+    opened = compiled.opened
+    if not isinstance(opened, SharesWeights):
+        raise ConfigError(f"Modules of {opened.backend!r} cannot share their weights.")
+    opened.serve_from(memory)
+    # The weights of the file are not those that it serves, so no version of it is one of those.
+    compiled.origin, compiled.state = None, replace(compiled.state, version=-1)
 
 
 def open_target(context: Context, target: object, during: str = "load") -> OpenedModule:

@@ -14,6 +14,12 @@ from refitkit.builtin.aotinductor.engine import ENGINE, AOTInductorEngine, Swapp
 from refitkit.builtin.aotinductor.inputs import CallSpec, InputChecker, run_unchecked, spec_of
 from refitkit.builtin.aotinductor.names import NAME
 from refitkit.builtin.aotinductor.publishing import PublishingEngine, like
+from refitkit.builtin.aotinductor.shared import (
+    SharedEngine,
+    SharedWeights,
+    serving_from,
+    sharing,
+)
 from refitkit.errors import (
     EngineError,
     raise_if_resource,
@@ -211,6 +217,21 @@ class AOTInductorModule:
     def serve(self, models: int) -> None:
         """Run several calls side by side; see ``refitkit.protocols.ServesSideBySide``."""
         self._engine.serve(models)
+
+    @property
+    def shared(self) -> SharedWeights | None:
+        """The memory that other processes serve from, too; see ``SharesWeights``."""
+        return self._engine.shared if isinstance(self._engine, SharedEngine) else None
+
+    def share(self, version: int) -> SharedWeights:
+        """Move the weights to memory that processes share; see ``SharesWeights``."""
+        if not isinstance(self._engine, SharedEngine):
+            self._engine = sharing(self._engine, version)
+        return self._engine.shared
+
+    def serve_from(self, memory: object) -> None:
+        """Serve from memory of another process; see ``SharesWeights``."""
+        self._engine = serving_from(self._engine, memory)
 
     @property
     def publishes(self) -> bool:
