@@ -20,14 +20,12 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import errno
 import fcntl
 import json
 import mmap
 import os
 import time
 import weakref
-from contextlib import suppress
 from functools import partial
 from multiprocessing import reduction
 from threading import get_ident
@@ -88,13 +86,20 @@ class _Flock(ctypes.Structure):
     )
 
 
-# With the GIL: it does not wait, and getting the GIL back from other threads can take long.
-_fcntl = ctypes.PyDLL(None, use_errno=True).fcntl
+# With the GIL, which takes long to get back from busy threads: this function never waits.
+_fcntl = ctypes.PyDLL(None).fcntl
 _fcntl.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
 
-_SHARED = [_Flock(fcntl.F_RDLCK, 0, byte, 1) for byte in range(1 + SETS)]
-_EXCLUSIVE = [_Flock(fcntl.F_WRLCK, 0, byte, 1) for byte in range(1 + SETS)]
+
+def _flocks(kind: int) -> list[tuple[_Flock, Any]]:
+    """Return the lock of each byte, and a pointer to it."""
+    locks = [_Flock(kind, 0, byte, 1) for byte in range(1 + SETS)]
+    return [(lock, ctypes.byref(lock)) for lock in locks]
+
+
+_SHARED, _EXCLUSIVE = _flocks(fcntl.F_RDLCK), _flocks(fcntl.F_WRLCK)
 _FREE = _Flock(fcntl.F_UNLCK, 0, 0, 1 + SETS)
+_TO_FREE = ctypes.byref(_FREE)
 
 
 class _Description:
@@ -117,21 +122,36 @@ class _Description:
         """Whether it may hold locks; no longer in a child that was forked meanwhile."""
         return self._fd >= 0
 
+    def require_own(self) -> None:
+        """Check that this process has opened the description.
+
+        Raises:
+            EngineError: It was forked off the process that has.
+        """
+        if not self.is_open:
+            raise EngineError(
+                "The process was forked during a refit of shared weights.",
+                hint="That refit goes on in the parent. Start another one in the child.",
+            )
+
     def lock(self, byte: int, *, exclusive: bool = False) -> bool:
         """Lock a byte if nobody else has a lock against that. Replaces a lock of its own.
 
         Raises:
             ResourceError: The system refused.
         """
-        wanted = (_EXCLUSIVE if exclusive else _SHARED)[byte]
+        wanted, pointer = (_EXCLUSIVE if exclusive else _SHARED)[byte]
         if self._fd < 0:
             self._open()
-        if not _fcntl(self._fd, fcntl.F_OFD_SETLK, ctypes.byref(wanted)):
+        if not _fcntl(self._fd, fcntl.F_OFD_SETLK, pointer):
             return True
-        code = ctypes.get_errno()
-        if code in {errno.EAGAIN, errno.EACCES}:
+        try:  # again, for the reason
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, bytes(wanted))
+        except (BlockingIOError, PermissionError):
             return False
-        raise refused(OSError(code, os.strerror(code)), _LOCKING)
+        except OSError as exc:
+            raise refused(exc, _LOCKING) from exc
+        return True
 
     def wait(self, byte: int) -> None:
         """Lock a byte exclusively, as soon as nobody else has a lock on it.
@@ -141,7 +161,7 @@ class _Description:
         """
         try:
             self._open()
-            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLKW, bytes(_EXCLUSIVE[byte]))
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLKW, bytes(_EXCLUSIVE[byte][0]))
         except OSError as exc:
             raise refused(exc, _LOCKING) from exc
 
@@ -156,8 +176,7 @@ class _Description:
     def release(self) -> None:
         """Release all locks."""
         # Not just closed: a child that is being forked may have the description open, too.
-        if self._fd >= 0 and self._pid == os.getpid():
-            _fcntl(self._fd, fcntl.F_OFD_SETLK, ctypes.byref(_FREE))
+        _fcntl(self._fd, fcntl.F_OFD_SETLK, _TO_FREE)
 
     def forked(self) -> None:
         """Leave the locks to the parent; called in a forked child."""
@@ -169,7 +188,8 @@ class _Description:
             os.close(fd)
 
     def __del__(self) -> None:
-        self.release()
+        if self._pid == os.getpid():  # in a child that ``forked`` has not reached yet
+            self.release()
         self._close()
 
 
@@ -250,7 +270,6 @@ class SharedWeights:
         self._holds = [self._number(_HOLDS + 8 * index) for index in range(SETS)]
         self._has_memory = [self._number(_HAS_MEMORY + 8 * index) for index in range(SETS)]
         self._writer: _Description | None = None
-        self._last_hold: weakref.ref[_Hold] | None = None
 
     @classmethod
     def holding(cls, tensors: Mapping[str, torch.Tensor], version: int) -> SharedWeights:
@@ -347,12 +366,8 @@ class SharedWeights:
 
     def hold(self) -> _Hold:
         """Return a hold on the live set."""
-        last = None if self._last_hold is None else self._last_hold()
-        if last is not None and last.is_open and last.index == self.live:
-            return last
         hold = _Hold(self._fd)
         hold.index = self.enter(hold)
-        self._last_hold = weakref.ref(hold)
         return hold
 
     # -- refits -------------------------------------------------------------------------------
@@ -374,12 +389,16 @@ class SharedWeights:
         try:
             self._writer = writer
             _refitting.add(me)
-            _reading = self.hold()  # so that ``hold`` in the function opens no file
             return do()
         finally:
             _refitting.discard(me)
             self._writer = None
             writer.release()
+
+    @property
+    def is_refitting(self) -> bool:
+        """Whether this thread is inside ``refit``, so that no values that it reads can change."""
+        return (self.key, get_ident()) in _refitting
 
     def _waited(self) -> _Description:
         writer = _Description(self._fd)
@@ -387,8 +406,14 @@ class SharedWeights:
         return writer
 
     def writer(self) -> _Description:
-        """Return the description of the refit that this thread is in, or of a new one."""
-        writer = self._writer if (self.key, get_ident()) in _refitting else None
+        """Return the description of the refit that this thread is in, or of a new one.
+
+        Raises:
+            EngineError: The refit was begun by the parent of this process.
+        """
+        writer = self._writer if self.is_refitting else None
+        if writer is not None:
+            writer.require_own()
         return writer or self._waited()
 
     def take(self, writer: _Description) -> int:
@@ -623,18 +648,16 @@ class SharedEngine(AOTInductorEngine):
     def _call_now(self, tensors: Sequence[torch.Tensor]) -> Answer:
         if self._fixed is not None:
             return self._container(self._fixed).run(tensors)
-        description = self._description()
+        try:
+            description = self._descriptions.pop()
+        except IndexError:  # all are in use
+            description = self.shared.description()
         try:
             return self._container(self.shared.enter(description)).run(tensors)
         finally:
             description.release()
-            # An interrupt before this line leaves it to its last reference to release the lock.
+            # After an interrupt before this line, the lock goes with the last reference to it.
             self._descriptions.append(description)
-
-    def _description(self) -> _Description:
-        with suppress(IndexError):  # all are in use
-            return self._descriptions.pop()
-        return self.shared.description()
 
     def _container(self, index: int) -> Container:
         found = self._containers.get(index)
@@ -664,8 +687,9 @@ class SharedEngine(AOTInductorEngine):
         return self._aliases(self._slots)
 
     def _aliases(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        if self._fixed is not None:
-            return {name: self._sets[self._fixed][name] for name in names}
+        if self._fixed is not None or self.shared.is_refitting:
+            live = self.live
+            return {name: live[name] for name in names}
         hold, found = self.shared.hold(), {}
         for name in names:
             alias = self._sets[hold.index][name].detach()
@@ -746,12 +770,7 @@ class StagedShared:
         Raises:
             EngineError: This process was forked off the one that staged the set.
         """
-        if not self._writer.is_open:
-            raise EngineError(
-                "The process was forked during a refit of shared weights, which goes on in its "
-                "parent.",
-                hint="Let the refit return in the parent, and refit anew in the child.",
-            )
+        self._writer.require_own()
         # from here on calls of all processes may lock it
         self._writer.lock(1 + self._index)
         self._shared.publish(self._index, self._version + 1)
