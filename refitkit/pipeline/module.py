@@ -183,7 +183,8 @@ class CompiledModule:
     @property
     def version(self) -> int:
         """Version of the weights: 0 as compiled or loaded, one more with every committed refit."""
-        return self.state.version
+        shared = self.shared
+        return self._state.version if shared is None else shared.version
 
     @property
     def kept(self) -> tuple[KeptWeights, ...]:

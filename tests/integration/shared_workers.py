@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,10 +88,11 @@ class Worker:
         assert self.process.exitcode == -signal.SIGKILL
 
     def end(self) -> None:
-        if self.process.is_alive():
+        with suppress(OSError):  # it is dead
             self.tell("end")
-        self.process.join(PATIENCE)
-        assert self.process.exitcode is not None, "the worker does not end"
+        self.process.join(5)
+        self.process.kill()  # one that hangs has failed its test already
+        self.process.join()
         self._pipe.close()
 
 

@@ -166,12 +166,13 @@ def stopped_inside_a_call(compiled: refitkit.CompiledModule, worker: Worker) -> 
     """Stop a worker that serves, where it has a lock on the live set."""
     memory, pid = memory_of(compiled), worker.process.pid
     assert pid is not None
-    while True:
+    for _ in range(10_000):
         os.kill(pid, signal.SIGSTOP)
         os.waitpid(pid, os.WUNTRACED)
         if is_locked(memory, 1 + memory.live):
             return
         os.kill(pid, signal.SIGCONT)
+    pytest.fail("calls take no lock")
 
 
 def test_a_call_that_takes_long_stops_nobody_and_ends_on_its_weights(

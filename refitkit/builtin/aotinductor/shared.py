@@ -24,12 +24,13 @@ import fcntl
 import json
 import mmap
 import os
+import sys
 import time
 import weakref
 from functools import partial
 from multiprocessing import reduction
-from threading import get_ident
-from typing import TYPE_CHECKING, Any, TypeVar
+from threading import Lock, get_ident
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
@@ -64,7 +65,7 @@ PATIENCE = 60.0
 
 _POLL = 0.001  # seconds
 _PREFIX = 1024  # elements compared first when looking for a change
-_MAGIC = int.from_bytes(b"refit\0\0\1", "little")
+_MAGIC = int.from_bytes(b"refit\0\0\1", sys.byteorder)
 # places in the header, in bytes; those of 8 bytes for each set leave room
 _LENGTH, _WORD, _HOLDS, _HAS_MEMORY, _LAYOUT = 8, 64, 128, 192, 256
 _NUMBER = 0xFF  # of a set, in the word; the version is above it
@@ -174,9 +175,16 @@ class _Description:
         self._pid = os.getpid()
 
     def release(self) -> None:
-        """Release all locks."""
-        # Not just closed: a child that is being forked may have the description open, too.
+        """Release all locks, and stay open."""
         _fcntl(self._fd, fcntl.F_OFD_SETLK, _TO_FREE)
+
+    def close(self) -> None:
+        """Release all locks."""
+        # Not just closed: a child that is being forked may have the description open, too. And
+        # such a child leaves the locks alone, if ``forked`` has not reached this yet.
+        if self._pid == os.getpid():
+            self.release()
+        self._close()
 
     def forked(self) -> None:
         """Leave the locks to the parent; called in a forked child."""
@@ -187,10 +195,9 @@ class _Description:
         if fd >= 0:
             os.close(fd)
 
-    def __del__(self) -> None:
-        if self._pid == os.getpid():  # in a child that ``forked`` has not reached yet
-            self.release()
-        self._close()
+    def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_exiting():  # then the system closes it
+            self.close()
 
 
 class _Hold(_Description):
@@ -198,8 +205,8 @@ class _Hold(_Description):
 
     index = -1  # number of the set
 
-    def __del__(self) -> None:
-        # Closing it releases the lock, unless a child that is being forked has yet to take its own.
+    def close(self) -> None:
+        """Release the lock, unless a child that is being forked has yet to take its own."""
         self._close()
 
     def forked(self) -> None:
@@ -216,12 +223,29 @@ class _Hold(_Description):
 _LOCKING = "The shared weights cannot be locked"
 _descriptions: weakref.WeakSet[_Description] = weakref.WeakSet()
 _engines: weakref.WeakSet[SharedEngine] = weakref.WeakSet()
-_refitting: set[tuple[int, int]] = set()
-"""Keys of memory, each with the identifier of the thread of this process that refits it."""
+
+
+class _Refit(NamedTuple):
+    """A refit of a thread of this process; it is over once its turn is unlocked."""
+
+    turn: Lock
+    thread: int
+    writer: _Description
+
+
+_refits: dict[int, _Refit] = {}
+"""The last refit of each memory in this process, by ``SharedWeights.key``."""
+
+
+def _let_go(refit: _Refit | None) -> None:
+    """Release the locks of a refit that is over, but was interrupted before it did so."""
+    if refit is not None and not refit.turn.locked():
+        refit.writer.close()
 
 
 def _after_fork_in_child() -> None:
-    _refitting.intersection_update({(key, get_ident()) for key, _ in _refitting})
+    for key in [key for key, refit in _refits.items() if refit.thread != get_ident()]:
+        del _refits[key]
     for description in tuple(_descriptions):
         description.forked()
     for engine in tuple(_engines):
@@ -269,7 +293,6 @@ class SharedWeights:
         # what each set holds: one more than a version, or 0 if its values are not whole
         self._holds = [self._number(_HOLDS + 8 * index) for index in range(SETS)]
         self._has_memory = [self._number(_HAS_MEMORY + 8 * index) for index in range(SETS)]
-        self._writer: _Description | None = None
 
     @classmethod
     def holding(cls, tensors: Mapping[str, torch.Tensor], version: int) -> SharedWeights:
@@ -298,20 +321,28 @@ class SharedWeights:
             fd = os.memfd_create("refitkit", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError as exc:
             raise refused(exc, "Memory cannot be shared") from exc
-        os.ftruncate(fd, start + SETS * size)
-        # A file that somebody cuts would end all processes with SIGBUS.
-        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
-        header = b"".join(number.to_bytes(8, "little") for number in (_MAGIC, len(text)))
-        os.pwrite(fd, header, 0)
-        os.pwrite(fd, text, _LAYOUT)
+        try:
+            os.ftruncate(fd, start + SETS * size)
+            # A file that somebody cuts would end all processes with SIGBUS.
+            seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+            header = b"".join(number.to_bytes(8, sys.byteorder) for number in (_MAGIC, len(text)))
+            os.pwrite(fd, header, 0)
+            os.pwrite(fd, text, _LAYOUT)
+        except BaseException:
+            os.close(fd)
+            raise
         shared = cls(fd)
-        shared._allocate(0)
-        with torch.no_grad():
-            for name, tensor in shared.tensors(0).items():
-                tensor.copy_(tensors[name])
-        shared.publish(0, version)
+        # as a refit, so that a system without such locks is found out now
+        shared.refit(lambda: shared._fill(tensors, version))
         return shared
+
+    def _fill(self, tensors: Mapping[str, torch.Tensor], version: int) -> None:
+        self._allocate(0)
+        with torch.no_grad():
+            for name, tensor in self.tensors(0).items():
+                tensor.copy_(tensors[name])
+        self.publish(0, version)
 
     def _number(self, place: int) -> ctypes.c_uint64:
         return ctypes.c_uint64.from_buffer(self._memory, place)
@@ -323,8 +354,9 @@ class SharedWeights:
     def __repr__(self) -> str:
         return f"<SharedWeights, {len(self.layout)} slots, weights version {self.version}>"
 
-    def __del__(self) -> None:
-        os.close(self._fd)
+    def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_exiting():
+            os.close(self._fd)
 
     @property
     def version(self) -> int:
@@ -379,31 +411,26 @@ class SharedWeights:
             RefitInProgressError: This thread is inside a refit of another module on this memory.
             ResourceError: The system refused.
         """
-        me = (self.key, get_ident())
-        if me in _refitting:
+        if self.is_refitting:
             raise RefitInProgressError(
                 "A refit of shared weights was started from inside a refit of the same weights.",
                 hint="Refit them after the first refit has returned.",
             )
-        writer = self._waited()
-        try:
-            self._writer = writer
-            _refitting.add(me)
-            return do()
-        finally:
-            _refitting.discard(me)
-            self._writer = None
-            writer.release()
+        turn, writer = Lock(), _Description(self._fd)
+        with turn:  # in C, so no interrupt leaves it locked
+            try:
+                _let_go(_refits.get(self.key))
+                writer.wait(_REFITS)
+                _refits[self.key] = _Refit(turn, get_ident(), writer)
+                return do()
+            finally:
+                writer.close()
 
     @property
     def is_refitting(self) -> bool:
         """Whether this thread is inside ``refit``, so that no values that it reads can change."""
-        return (self.key, get_ident()) in _refitting
-
-    def _waited(self) -> _Description:
-        writer = _Description(self._fd)
-        writer.wait(_REFITS)
-        return writer
+        refit = _refits.get(self.key)
+        return refit is not None and refit.thread == get_ident() and refit.turn.locked()
 
     def writer(self) -> _Description:
         """Return the description of the refit that this thread is in, or of a new one.
@@ -411,10 +438,13 @@ class SharedWeights:
         Raises:
             EngineError: The refit was begun by the parent of this process.
         """
-        writer = self._writer if self.is_refitting else None
-        if writer is not None:
+        if self.is_refitting:
+            writer = _refits[self.key].writer
             writer.require_own()
-        return writer or self._waited()
+        else:
+            writer = _Description(self._fd)
+            writer.wait(_REFITS)
+        return writer
 
     def take(self, writer: _Description) -> int:
         """Return the number of a set that nobody uses, to write to. Its values are lost.
