@@ -40,9 +40,9 @@ class Size(NamedTuple):
 
 
 LIMITS = {
-    "refitkit": Size(186, 1029, 0),
-    "refitkit.builtin": Size(69, 135, 0),
-    "refitkit.builtin.aotinductor": Size(13, 32, 0),
+    "refitkit": Size(186, 1030, 0),
+    "refitkit.builtin": Size(69, 136, 0),
+    "refitkit.builtin.aotinductor": Size(13, 33, 0),
     "refitkit.builtin.checks": Size(3, 2, 0),
     "refitkit.builtin.merges": Size(3, 2, 0),
     "refitkit.builtin.rules": Size(5, 5, 0),

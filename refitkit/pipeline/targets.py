@@ -69,7 +69,7 @@ def load_module(
         # taken before the file is read: a change while it is opened must be noticed
         origin = LoadOrigin.of(target)
         try:
-            opened = open_target(context, target)
+            opened = open_target(context, target, shared=shared)
         # a missing plugin is a better reason than the damage that its absence looks like
         except ResourceError:
             raise
@@ -83,7 +83,8 @@ def load_module(
         # a path is no identity: each load of it opens another module
         compiled.target = None if isinstance(target, str | Path) else target
         if shared is not None:
-            _serve_from(compiled, shared)
+            # The weights of the file are others, so no version of them is one of those.
+            compiled.origin, compiled.state = None, replace(compiled.state, version=-1)
         if num_models > 1:
             _serve(opened, num_models)
     if warm:
@@ -93,6 +94,9 @@ def load_module(
 
 
 _ON_COUNT = "num_models is the number of calls that run side by side; leave it out."
+
+
+_ON_SHARE = "Save the module that shares its weights with refitkit, and load that file."
 
 
 def _require_count(num_models: object) -> None:
@@ -106,20 +110,13 @@ def _serve(opened: OpenedModule, num_models: int) -> None:
     opened.serve(num_models)
 
 
-def _serve_from(compiled: CompiledModule, memory: object) -> None:
-    """Let a module that was just loaded serve from memory of another process."""
-    opened = compiled.opened
-    if not isinstance(opened, SharesWeights):
-        raise ConfigError(f"Modules of {opened.backend!r} cannot share their weights.")
-    opened.serve_from(memory)
-    # The weights of the file are not those that it serves, so no version of it is one of those.
-    compiled.origin, compiled.state = None, replace(compiled.state, version=-1)
-
-
-def open_target(context: Context, target: object, during: str = "load") -> OpenedModule:
+def open_target(
+    context: Context, target: object, during: str = "load", shared: object = None
+) -> OpenedModule:
     """The opened module that the first able plugin makes of a target.
 
     Raises:
+        ConfigError: It does not serve from the shared weights.
         UnsupportedTargetError: The target is missing, or no plugin can open it.
     """
     target = _as_path(target)
@@ -127,9 +124,12 @@ def open_target(context: Context, target: object, during: str = "load") -> Opene
         "refitkit_load_module",
         target=target,
         config=context.config,
-        tools=context.tools(during, "open"),
+        tools=context.tools(during, "open", shared),
     )
     if opened is not None:
+        served = opened.shared if isinstance(opened, SharesWeights) else None
+        if shared is not None and served is not shared:
+            raise ConfigError(f"{_shown(target)} cannot serve from shared weights.", hint=_ON_SHARE)
         return opened
     kind = _require_there(target, UnsupportedTargetError)
     if kind and kind.as_module:

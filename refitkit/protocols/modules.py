@@ -163,6 +163,9 @@ class SharesWeights(Protocol):
 
     A commit in one process makes the new weights live in all of them. Gates close in the process
     of the refit only, so ``OpensStaged.publishes`` has to be True while weights are shared.
+
+    If ``Tools.shared`` is set, ``refitkit_load_module`` returns a module that serves from there,
+    or raises ``ConfigError``, or ``WeightMismatchError`` if that memory has other slots.
     """
 
     @property
@@ -180,19 +183,6 @@ class SharesWeights(Protocol):
 
         Raises:
             ConfigError: The module cannot; says why.
-        """
-
-    def serve_from(self, memory: object) -> None:
-        """Serve from memory that another process shares.
-
-        Called right after loading, for ``refitkit.load(shared=...)``.
-
-        Args:
-            memory: The result of ``share`` there, as ``multiprocessing`` has passed it.
-
-        Raises:
-            ConfigError: The module cannot; says why.
-            WeightMismatchError: The memory has other slots.
         """
 
 

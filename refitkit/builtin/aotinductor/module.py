@@ -14,12 +14,7 @@ from refitkit.builtin.aotinductor.engine import ENGINE, AOTInductorEngine, Swapp
 from refitkit.builtin.aotinductor.inputs import CallSpec, InputChecker, run_unchecked, spec_of
 from refitkit.builtin.aotinductor.names import NAME
 from refitkit.builtin.aotinductor.publishing import PublishingEngine, like
-from refitkit.builtin.aotinductor.shared import (
-    SharedEngine,
-    SharedWeights,
-    serving_from,
-    sharing,
-)
+from refitkit.builtin.aotinductor.shared import SharedEngine, SharedWeights, sharing
 from refitkit.errors import (
     EngineError,
     raise_if_resource,
@@ -228,10 +223,6 @@ class AOTInductorModule:
         if not isinstance(self._engine, SharedEngine):
             self._engine = sharing(self._engine, version)
         return self._engine.shared
-
-    def serve_from(self, memory: object) -> None:
-        """Serve from memory of another process; see ``SharesWeights``."""
-        self._engine = serving_from(self._engine, memory)
 
     @property
     def publishes(self) -> bool:
