@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from refitkit.model import DiffReport, VerificationResult
+    from refitkit.protocols import SharedMemory
     from refitkit.recipe import RefitPlan
 
 
@@ -31,12 +32,18 @@ def compile(  # noqa: A001 - the name that users expect, as in torch.compile
     return Pipeline().compile(program, backend, options, prove=prove)
 
 
-def load(target: object, *, warm: bool = False, num_models: int = 1) -> CompiledModule:
+def load(
+    target: object,
+    *,
+    warm: bool = False,
+    num_models: int = 1,
+    shared: SharedMemory | None = None,
+) -> CompiledModule:
     """Open a compiled or saved module; see :meth:`refitkit.Pipeline.load`.
 
     A saved module holds machine code, and loading it runs that code.
     """
-    return Pipeline().load(target, warm=warm, num_models=num_models)
+    return Pipeline().load(target, warm=warm, num_models=num_models, shared=shared)
 
 
 def plan(

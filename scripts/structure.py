@@ -40,9 +40,9 @@ class Size(NamedTuple):
 
 
 LIMITS = {
-    "refitkit": Size(185, 1021, 0),
-    "refitkit.builtin": Size(68, 131, 0),
-    "refitkit.builtin.aotinductor": Size(12, 28, 0),
+    "refitkit": Size(186, 1032, 0),
+    "refitkit.builtin": Size(69, 136, 0),
+    "refitkit.builtin.aotinductor": Size(13, 33, 0),
     "refitkit.builtin.checks": Size(3, 2, 0),
     "refitkit.builtin.merges": Size(3, 2, 0),
     "refitkit.builtin.rules": Size(5, 5, 0),
@@ -53,7 +53,7 @@ LIMITS = {
     "refitkit.cli": Size(23, 66, 0),
     "refitkit.files": Size(7, 3, 0),
     "refitkit.model": Size(6, 10, 0),
-    "refitkit.pipeline": Size(22, 99, 0),
+    "refitkit.pipeline": Size(22, 100, 0),
     "refitkit.program": Size(9, 12, 0),
     "refitkit.protocols": Size(10, 26, 0),
     "refitkit.recipe": Size(17, 36, 0),

@@ -93,8 +93,13 @@ class Context:
             raise ConfigError(f"There is no backend {name!r}.", hint=hint)
         return self.backends[name]
 
-    def tools(self, verb: str, stage: str) -> Tools:
+    def tools(self, verb: str, stage: str, shared: object = None) -> Tools:
         """The objects that the pipeline lends to plugins during one stage of one verb.
+
+        Args:
+            verb: Name of the verb.
+            stage: Name of the stage.
+            shared: See ``Tools.shared``.
 
         Raises:
             PluginError: Two plugins offer a layer type of the same name; names both.
@@ -103,6 +108,7 @@ class Context:
             layer_types=self.host.named("refitkit_layer_types"),
             progress=lambda text: self.host.emit(Step(verb, stage, text)),
             check_finite=self.config.check_finite,
+            shared=shared,
         )
 
     def clock(self, verb: str) -> StageClock:

@@ -49,6 +49,7 @@ FIRST = "as compiled or loaded"
 
 NO_ROLLBACK = "a refit with rollback=False wrote over them"
 NO_COPIES = "Config.keep_base=True would have kept copies of them"
+BY_OTHERS = "another process has refitted the shared weights, and its earlier weights are unknown"
 ELSEWHERE = "no copies were made, as compiled.base or the loaded file had them"
 
 
@@ -75,6 +76,22 @@ class WeightState:
     def first(cls, overridden: frozenset[str]) -> WeightState:
         """The state of a module that was just opened."""
         return cls(overridden=overridden, history=History(overridden=overridden))
+
+    def elsewhere(
+        self, version: int, slots: Iterable[SlotKey], overridden: frozenset[str]
+    ) -> WeightState:
+        """The state once another process has changed the weights: nothing else is known of them.
+
+        Args:
+            version: Version of the weights.
+            slots: All slots; the other process may have written any of them.
+            overridden: All leaves that it may have overridden.
+        """
+        history = History(
+            base_lost=BY_OTHERS, written=frozenset(slots), overridden=self.history.overridden
+        )
+        source = "weights of another process"
+        return WeightState(version=version, source=source, overridden=overridden, history=history)
 
 
 @dataclass(frozen=True)
@@ -222,6 +239,8 @@ class History:
         problems = as_problems(rows)
         if self.base_lost and not any(problem.subject == "version 0" for problem in problems):
             problems.append(Problem("version 0", "not held", hint=self.base_lost))
+        elif self.base_lost == BY_OTHERS:
+            problems.append(Problem(f"version {version}", "not held", hint=self.base_lost))
         return NotRefittableError(
             f"The weights of version {version} are not held.",
             problems=problems,

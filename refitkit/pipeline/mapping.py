@@ -519,7 +519,7 @@ def overridden_by(plan: RefitPlan, source: WeightSource) -> frozenset[str]:
     names, leaves = source.names(), {leaf.fqn: leaf for leaf in plan.data.leaves}
     return frozenset(
         name
-        for name in _combined_with_weights(plan)
+        for name in combined_with_weights(plan)
         if name in names
         and name in plan.data.pinned
         and not same_bits(
@@ -539,7 +539,7 @@ def _own_elements(leaves: Mapping[str, Leaf], name: str, value: torch.Tensor) ->
 
 
 @cached_per_object
-def _combined_with_weights(plan: RefitPlan) -> frozenset[str]:
+def combined_with_weights(plan: RefitPlan) -> frozenset[str]:
     """FQNs of tensors that no state_dict holds and that a slot combines with weights."""
     kept = {leaf.fqn for leaf in plan.data.leaves if not leaf.persistent}
     found: set[str] = set()

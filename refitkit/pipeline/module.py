@@ -8,13 +8,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from refitkit.errors import EngineError, ModuleLostError, raise_if_resource, raised_as
+from refitkit.errors import (
+    ConfigError,
+    EngineError,
+    ModuleLostError,
+    raise_if_resource,
+    raised_as,
+)
 from refitkit.pipeline.gate import Gate
 from refitkit.pipeline.history import WeightState
+from refitkit.pipeline.mapping import combined_with_weights
 from refitkit.program.ambient import require_data, untraced, verb
-from refitkit.protocols import SupportsReadback, SupportsSpareBuffer, SupportsWarming
+from refitkit.protocols import (
+    SharesWeights,
+    SupportsReadback,
+    SupportsSpareBuffer,
+    SupportsWarming,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -26,8 +38,10 @@ if TYPE_CHECKING:
     from refitkit.pipeline.history import LoadOrigin
     from refitkit.pipeline.report import ReportDraft
     from refitkit.program import KeptProgram
-    from refitkit.protocols import Engine, OpenedModule
+    from refitkit.protocols import Engine, OpenedModule, SharedMemory
     from refitkit.recipe import RefitPlan
+
+T = TypeVar("T")
 
 
 class Verbs(Protocol):
@@ -68,7 +82,6 @@ class CompiledModule:
         origin: The file or folder that it was loaded from, which ``restore`` can open again. None
             if it was compiled or copied.
         target: The object that it was loaded from; None if it was loaded from a file, or compiled.
-        state: The facts about the weights that it holds, and the ways back to earlier ones.
         gate: Decides who may use the weights.
     """
 
@@ -85,8 +98,8 @@ class CompiledModule:
         self.base: object = None
         self.origin: LoadOrigin | None = None
         self.target: object = None
-        self.state = WeightState()
         self.gate = Gate()
+        self._state = WeightState()
         self._opened = opened
         self._verbs = verbs
 
@@ -128,9 +141,50 @@ class CompiledModule:
         return self._opened
 
     @property
+    def state(self) -> WeightState:
+        """The facts about the weights that it holds, and the ways back to earlier ones."""
+        shared = self.shared
+        if shared is None or shared.version == self._state.version:
+            return self._state
+        overridden = frozenset() if self.plan is None else combined_with_weights(self.plan)
+        slots = (slot.key for slot in self.slots)
+        return self._state.elsewhere(shared.version, slots, overridden)
+
+    @state.setter
+    def state(self, state: WeightState) -> None:
+        self._state = state
+
+    @property
+    def shared(self) -> SharedMemory | None:
+        """The memory that the module shares with other processes; None if its weights are its own.
+
+        Pass it to another process through ``multiprocessing``, and there to ``refitkit.load``.
+        """
+        return self._opened.shared if isinstance(self._opened, SharesWeights) else None
+
+    @verb("The weights cannot be shared")
+    def share(self) -> SharedMemory:
+        """Move the weights to memory that this process shares with others, and return that.
+
+        Processes that are forked from now on serve from it, and so do those that load the module
+        with ``refitkit.load(path, shared=...)``. A refit in one of them is a refit in all. Others
+        use the new weights from their next call on, and ``version`` says so. Hooks are called in
+        the process of the refit only, and only that process can undo it.
+
+        Raises:
+            ConfigError: Processes cannot share these weights; says why.
+            ResourceError: The system refused the memory.
+        """
+        opened = self._opened
+        if not isinstance(opened, SharesWeights):
+            raise ConfigError(f"Modules of {self.backend!r} cannot share their weights.")
+        return self.gate.refit(lambda: opened.share(self.version))
+
+    @property
     def version(self) -> int:
         """Version of the weights: 0 as compiled or loaded, one more with every committed refit."""
-        return self.state.version
+        shared = self.shared
+        return self._state.version if shared is None else shared.version
 
     @property
     def kept(self) -> tuple[KeptWeights, ...]:
@@ -278,6 +332,13 @@ class CompiledModule:
     def _free_spare(self) -> int:
         engines = self.engines.values()
         return sum(e.free_spare() for e in engines if isinstance(e, SupportsSpareBuffer))
+
+
+def alone(modules: Iterable[CompiledModule]) -> list[Callable[[Callable[[], T]], T]]:
+    """How modules that processes share are entered, so that no other process refits them."""
+    found = {one.shared.key: one.shared.refit for one in modules if one.shared is not None}
+    # one order everywhere, so that two processes never wait for one another
+    return [found[key] for key in sorted(found)]
 
 
 def _copy_of(engine: SupportsReadback, slot: str) -> torch.Tensor:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from refitkit.host import Host
     from refitkit.model import DiffReport, VerificationResult
     from refitkit.pipeline.refit import Task
-    from refitkit.protocols import Backend, WeightSource
+    from refitkit.protocols import Backend, SharedMemory, WeightSource
     from refitkit.recipe import RefitPlan
 
 
@@ -123,7 +123,14 @@ class Pipeline:
         return Compiler(self.context, program, options, self).compile(backend, prove=prove)
 
     @verb("The module cannot be loaded")
-    def load(self, target: object, *, warm: bool = False, num_models: int = 1) -> CompiledModule:
+    def load(
+        self,
+        target: object,
+        *,
+        warm: bool = False,
+        num_models: int = 1,
+        shared: SharedMemory | None = None,
+    ) -> CompiledModule:
         """Open a module that was compiled or saved before.
 
         A saved module holds machine code, and loading it runs that code. Load only files that you
@@ -135,13 +142,19 @@ class Pipeline:
                 ``CompiledModule.warm``.
             num_models: How many calls run side by side; further ones wait for their turn. Give each
                 of them cores: ``torch.set_num_threads(1)`` before the model is compiled.
+            shared: Weights to serve from instead of the target's own: ``compiled.share()`` of
+                another process, which ``multiprocessing`` has passed to this one.
 
         Raises:
-            ConfigError: The module cannot serve so many calls at once; says why.
+            ConfigError: The module cannot serve so many calls at once, or cannot share weights;
+                says why.
+            WeightMismatchError: The shared weights belong to another module.
             UnsupportedTargetError: The target is missing or damaged, or no plugin can open it.
             PlanMismatchError: The plan inside it is damaged.
         """
-        return load_module(self.context, target, self, warm=warm, num_models=num_models)
+        return load_module(
+            self.context, target, self, warm=warm, num_models=num_models, shared=shared
+        )
 
     @verb("The program cannot be planned")
     def plan(

@@ -34,6 +34,7 @@ from refitkit.pipeline.mapping import (
     require_partial_slots,
     still_overridden,
 )
+from refitkit.pipeline.module import alone
 from refitkit.pipeline.needs import require_needs
 from refitkit.pipeline.report import ReportDraft
 from refitkit.pipeline.targets import for_one_refit, require_unchanged
@@ -87,7 +88,8 @@ def run(context: Context, tasks: Sequence[Task]) -> list[ReportDraft]:
     _require_distinct(tasks)
     # one lock order everywhere, so two refits of the same modules never wait for one another
     gates = in_lock_order(task.compiled.gate for task in tasks)
-    return inside_all([gate.refit for gate in gates], lambda: _run(context, tasks))
+    others = alone(task.compiled for task in tasks)
+    return inside_all([*(gate.refit for gate in gates), *others], lambda: _run(context, tasks))
 
 
 def _run(context: Context, tasks: Sequence[Task]) -> list[ReportDraft]:
@@ -126,6 +128,8 @@ def _require_distinct(tasks: Sequence[Task]) -> None:
 
 def _identity(compiled: CompiledModule) -> int:
     """Equal for handles of one module: a handle, and the handle that it was loaded from."""
+    if compiled.shared is not None:
+        return compiled.shared.key
     return id(compiled if compiled.target is None else compiled.target)
 
 

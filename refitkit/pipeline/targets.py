@@ -7,6 +7,7 @@ the type of the file.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,7 +33,14 @@ from refitkit.pipeline.stage import publishes
 from refitkit.pipeline.transform import transformed
 from refitkit.program import KeptProgram
 from refitkit.program.ambient import verb
-from refitkit.protocols import KeepsMade, MadeOf, MayChange, ServesSideBySide, WeightSource
+from refitkit.protocols import (
+    KeepsMade,
+    MadeOf,
+    MayChange,
+    ServesSideBySide,
+    SharesWeights,
+    WeightSource,
+)
 from refitkit.recipe import Archive, ArchiveError, RefitPlan
 from refitkit.recipe.sources import TensorMap, require_reread
 
@@ -47,7 +55,13 @@ if TYPE_CHECKING:
 
 
 def load_module(
-    context: Context, target: object, verbs: Verbs, *, warm: bool, num_models: int
+    context: Context,
+    target: object,
+    verbs: Verbs,
+    *,
+    warm: bool,
+    num_models: int,
+    shared: object = None,
 ) -> CompiledModule:
     """A handle on a target, which remembers where it came from; see ``Pipeline.load``."""
     _require_count(num_models)
@@ -56,7 +70,7 @@ def load_module(
         # taken before the file is read: a change while it is opened must be noticed
         origin = LoadOrigin.of(target)
         try:
-            opened = open_target(context, target)
+            opened = open_target(context, target, shared=shared)
         # a missing plugin is a better reason than the damage that its absence looks like
         except ResourceError:
             raise
@@ -69,6 +83,9 @@ def load_module(
         compiled.origin = origin
         # a path is no identity: each load of it opens another module
         compiled.target = None if isinstance(target, str | Path) else target
+        if shared is not None:
+            # The weights of the file are others, so no version of them is one of those.
+            compiled.origin, compiled.state = None, replace(compiled.state, version=-1)
         if num_models > 1:
             _serve(opened, num_models)
     if warm:
@@ -78,6 +95,9 @@ def load_module(
 
 
 _ON_COUNT = "num_models is the number of calls that run side by side; leave it out."
+
+
+_ON_SHARE = "Save the module that shares its weights with refitkit, and load that file."
 
 
 def _require_count(num_models: object) -> None:
@@ -91,10 +111,13 @@ def _serve(opened: OpenedModule, num_models: int) -> None:
     opened.serve(num_models)
 
 
-def open_target(context: Context, target: object, during: str = "load") -> OpenedModule:
+def open_target(
+    context: Context, target: object, during: str = "load", shared: object = None
+) -> OpenedModule:
     """The opened module that the first able plugin makes of a target.
 
     Raises:
+        ConfigError: It does not serve from the shared weights.
         UnsupportedTargetError: The target is missing, or no plugin can open it.
     """
     target = _as_path(target)
@@ -102,9 +125,12 @@ def open_target(context: Context, target: object, during: str = "load") -> Opene
         "refitkit_load_module",
         target=target,
         config=context.config,
-        tools=context.tools(during, "open"),
+        tools=context.tools(during, "open", shared),
     )
     if opened is not None:
+        served = opened.shared if isinstance(opened, SharesWeights) else None
+        if shared is not None and served is not shared:
+            raise ConfigError(f"{_shown(target)} cannot serve from shared weights.", hint=_ON_SHARE)
         return opened
     kind = _require_there(target, UnsupportedTargetError)
     if kind and kind.as_module:

@@ -21,6 +21,7 @@ from refitkit.errors import (
 from refitkit.pipeline.checks import check_weights
 from refitkit.pipeline.gate import inside_all
 from refitkit.pipeline.mapping import map_slots, require_all_slots
+from refitkit.pipeline.module import alone
 from refitkit.pipeline.needs import require_needs
 from refitkit.pipeline.stage import publishes
 from refitkit.pipeline.targets import open_weights, require_unchanged
@@ -161,7 +162,7 @@ def verify_live(
 
     # No refit may come between, and no call that writes state: a verifier copies state of the
     # module while it prepares, and the module answers from that state.
-    passages = [compiled.gate.refit]
+    passages = [compiled.gate.refit, *alone([compiled])]
     if not publishes(compiled.opened):
         passages.append(compiled.gate.exclusive)
     result = inside_all(passages, verdict)

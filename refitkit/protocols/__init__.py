@@ -15,7 +15,8 @@ Optional abilities are protocols of their own. refitkit checks for their members
   :class:`SupportsWarming`, :class:`TellsRoute`;
 * staged refits: :class:`ShowsStaged`;
 * opened modules: :class:`Offline`, :class:`LowersPrecision`, :class:`OpensStaged`,
-  :class:`ProbesFromState`, :class:`Rebuilds`, :class:`ServesSideBySide`;
+  :class:`ProbesFromState`, :class:`Rebuilds`, :class:`ServesSideBySide`,
+  :class:`SharesWeights`;
 * sources: :class:`GivesAway`, :class:`GivesPieces`, :class:`HasNamings`, :class:`HoldsProgram`,
   :class:`KeepsMade`, :class:`KnowsRevisions`, :class:`KnowsTies`, :class:`LeavesOut`,
   :class:`MadeOf`, :class:`MayChange`, :class:`SupportsReread`.
@@ -44,6 +45,8 @@ from refitkit.protocols.modules import (
     ProbesFromState,
     Rebuilds,
     ServesSideBySide,
+    SharedMemory,
+    SharesWeights,
 )
 from refitkit.protocols.plans import BindableProgram, Plan
 from refitkit.protocols.sources import (
@@ -97,6 +100,8 @@ __all__ = [
     "Rebuilds",
     "RemembersWeights",
     "ServesSideBySide",
+    "SharedMemory",
+    "SharesWeights",
     "ShowsStaged",
     "SlotValue",
     "StagedRefit",

@@ -9,10 +9,10 @@ commit, the verification and a rollback, all other calls wait ("behind the close
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     import torch
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from refitkit.model import SlotKey
     from refitkit.protocols.engines import Engine, StagedRefit
     from refitkit.protocols.tools import Tools
+
+T = TypeVar("T")
 
 
 class OpenedModule(Protocol):
@@ -131,6 +133,53 @@ class ServesSideBySide(Protocol):
 
         Args:
             models: How many; 1 or more.
+
+        Raises:
+            ConfigError: The module cannot; says why.
+        """
+
+
+class SharedMemory(Protocol):
+    """Weights in memory that several processes serve from."""
+
+    @property
+    def version(self) -> int:
+        """Version of the live weights. A commit of any process adds one, a rollback takes it."""
+
+    @property
+    def key(self) -> int:
+        """Number that orders different memory in the same way in all processes."""
+
+    def refit(self, do: Callable[[], T]) -> T:
+        """Return the result of a function, run while no other process refits.
+
+        Called for each refit, inside the gate, with all its stages from the first to the last.
+        """
+
+
+@runtime_checkable
+class SharesWeights(Protocol):
+    """An opened module whose weights several processes can share.
+
+    A commit in one process makes the new weights live in all of them. Gates close in the process
+    of the refit only, so ``OpensStaged.publishes`` has to be True while weights are shared.
+
+    If ``Tools.shared`` is set, ``refitkit_load_module`` returns a module that serves from there,
+    or raises ``ConfigError``, or ``WeightMismatchError`` if that memory has other slots.
+    """
+
+    @property
+    def shared(self) -> SharedMemory | None:
+        """The memory that the module shares; None if its weights are its own."""
+
+    def share(self, version: int) -> SharedMemory:
+        """Move the present weights to memory that other processes can serve from.
+
+        Called for ``compiled.share()``; no refit runs meanwhile, but calls may. Returns the same
+        object if the weights are shared already.
+
+        Args:
+            version: Version of the present weights.
 
         Raises:
             ConfigError: The module cannot; says why.

@@ -20,8 +20,11 @@ class Tools:
         progress: Reports progress. Call it with one line of text for each long step, never for
             each tensor.
         check_finite: Whether each element of a new value must be finite if the present one is.
+        shared: Weights of another process that ``load_module`` has to serve from, instead of those
+            of the target; see ``SharesWeights``. None: those of the target.
     """
 
     layer_types: Mapping[str, LayerType] = field(default_factory=dict)
     progress: Callable[[str], None] = field(default=lambda _: None)
     check_finite: bool = True
+    shared: object = None

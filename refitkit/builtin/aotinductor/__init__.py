@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch.export import ExportedProgram
 
-    from refitkit.protocols import Backend, OpenedModule
+    from refitkit.protocols import Backend, OpenedModule, Tools
 
 
 @hookimpl
@@ -32,13 +32,13 @@ def refitkit_register_backends(register: Callable[[Backend], None]) -> None:
 
 
 @hookimpl
-def refitkit_load_module(target: object) -> OpenedModule | None:
+def refitkit_load_module(target: object, tools: Tools) -> OpenedModule | None:
     """Open a file that refitkit saved, or a package that torch wrote."""
     if not isinstance(target, Path) or not target.is_file():
         return None
     from refitkit.builtin.aotinductor.opening import open_file
 
-    return open_file(target)
+    return open_file(target, tools.shared)
 
 
 @hookimpl

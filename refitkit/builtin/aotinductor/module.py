@@ -15,6 +15,7 @@ from refitkit.builtin.aotinductor.engine import ENGINE, AOTInductorEngine, Swapp
 from refitkit.builtin.aotinductor.inputs import CallSpec, InputChecker, run_unchecked, spec_of
 from refitkit.builtin.aotinductor.names import NAME
 from refitkit.builtin.aotinductor.publishing import PublishingEngine, like
+from refitkit.builtin.aotinductor.shared import SharedEngine, SharedWeights, sharing
 from refitkit.errors import (
     EngineError,
     raise_if_resource,
@@ -212,6 +213,17 @@ class AOTInductorModule:
     def serve(self, models: int) -> None:
         """Run several calls side by side; see ``refitkit.protocols.ServesSideBySide``."""
         self._engine.serve(models)
+
+    @property
+    def shared(self) -> SharedWeights | None:
+        """The memory that other processes serve from, too; see ``SharesWeights``."""
+        return self._engine.shared if isinstance(self._engine, SharedEngine) else None
+
+    def share(self, version: int) -> SharedWeights:
+        """Move the weights to memory that processes share; see ``SharesWeights``."""
+        if not isinstance(self._engine, SharedEngine):
+            self._engine = sharing(self._engine, version)
+        return self._engine.shared
 
     @property
     def publishes(self) -> bool:

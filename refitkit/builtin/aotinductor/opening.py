@@ -15,6 +15,7 @@ from refitkit.builtin.aotinductor import container, native, package
 from refitkit.builtin.aotinductor.engine import AOTInductorEngine, SwappingEngine
 from refitkit.builtin.aotinductor.module import AOTInductorModule, EngineFiles
 from refitkit.builtin.aotinductor.publishing import PublishingEngine
+from refitkit.builtin.aotinductor.shared import serving_from
 from refitkit.errors import NotRefittableError, Problem, UnsupportedTargetError
 from refitkit.files.safetensors_format import ArchivedTensors
 from refitkit.files.temporary import TemporaryFolder
@@ -32,12 +33,18 @@ _ZIP_MAGIC = b"PK"
 _MOST = 1 << 28  # bytes of a library without weights, or of a description
 
 
-def open_file(path: Path) -> AOTInductorModule | None:
+def open_file(path: Path, shared: object = None) -> AOTInductorModule | None:
     """Open a saved module; return None if neither refitkit nor AOTInductor wrote the file.
 
     This loads a shared library from the file, and so runs code of its author.
 
+    Args:
+        path: The file.
+        shared: Weights to serve from instead of those of a saved module; see ``serving_from``.
+
     Raises:
+        ConfigError: The module cannot serve from shared weights.
+        WeightMismatchError: The shared weights belong to another module.
         UnsupportedTargetError: The file is damaged, of another version, or for a device that this
             machine lacks.
         NotRefittableError: The engine cannot be refitted.
@@ -47,7 +54,7 @@ def open_file(path: Path) -> AOTInductorModule | None:
     try:
         with Archive(path) as archive:
             if package.is_saved_module(archive):
-                return _open_saved_module(archive, path)
+                return _open_saved_module(archive, path, shared)
             if package.is_torch_package(archive):
                 return _open_torch_package(archive, path)
     except ArchiveError as exc:
@@ -120,7 +127,7 @@ def _is_zip(path: Path) -> bool:
         return file.read(2) == _ZIP_MAGIC
 
 
-def _open_saved_module(archive: Archive, path: Path) -> AOTInductorModule:
+def _open_saved_module(archive: Archive, path: Path, shared: object) -> AOTInductorModule:
     manifest = package.read_manifest(archive, path)
     # lives as long as the module, because ``save`` packs its files again
     folder = TemporaryFolder()
@@ -132,7 +139,10 @@ def _open_saved_module(archive: Archive, path: Path) -> AOTInductorModule:
     mutable = frozenset(slot.name for slot in manifest.slots if slot.mutable) if known else None
     engine = _engine_of(folder.path / manifest.library, manifest, mutable)
     _check_slots(engine, manifest, path)
-    _write_weights(engine, weights, path)
+    if shared is None:
+        _write_weights(engine, weights, path)
+    else:
+        engine = serving_from(engine, shared)
     files = EngineFiles(
         folder=folder,
         library=manifest.library,

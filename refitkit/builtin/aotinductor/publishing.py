@@ -157,6 +157,16 @@ class PublishingEngine(AOTInductorEngine):
         return self._current.weights.tensors
 
     @property
+    def library(self) -> Library:
+        """The model's library."""
+        return self._library
+
+    @property
+    def models(self) -> int:
+        """How many calls are served side by side."""
+        return self._models
+
+    @property
     def publishes(self) -> bool:
         """Whether calls can go on while new weights become live: none of them writes any."""
         return not self._mutable
