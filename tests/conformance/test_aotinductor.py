@@ -1,4 +1,7 @@
-"""The backend ``aotinductor`` and its engine, compiled once."""
+"""The backend ``aotinductor`` and its engines, through the C interface and torch's binding.
+
+The model is compiled once. All other modules are copies of it, or are opened from its file.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,15 @@ import torch
 import refitkit
 from refitkit.builtin.aotinductor import refitkit_partition
 from refitkit.builtin.aotinductor.backend import AOTInductorBackend
-from refitkit.testing import BackendSuite, EngineSuite
+from refitkit.builtin.aotinductor.engine import SwappingEngine
+from refitkit.builtin.aotinductor.native import SWITCH
+from refitkit.builtin.aotinductor.opening import open_file
+from refitkit.builtin.aotinductor.publishing import PublishingEngine
+from refitkit.testing import BackendSuite, EngineSuite, oracles
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
 
 class Net(torch.nn.Module):
@@ -37,6 +45,9 @@ class Net(torch.nn.Module):
         return {"y": torch.where(self.mask, y, -y) + self.calls.float()}
 
 
+INPUT = torch.arange(12.0).reshape(4, 3)
+
+
 @cache
 def exported() -> torch.export.ExportedProgram:
     torch.manual_seed(0)
@@ -44,18 +55,95 @@ def exported() -> torch.export.ExportedProgram:
 
 
 @cache
-def planned() -> refitkit.CompiledModule:
-    return refitkit.compile(exported(), prove=False)
-
-
 def compiled() -> Any:
-    return planned().opened
+    return refitkit.compile(exported(), prove=False).opened
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("module") / "net.refit"
+    compiled().save(path, {})
+    return path
+
+
+@pytest.fixture
+def binding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on libraries are called through torch's binding."""
+    monkeypatch.setenv(SWITCH, "1")
 
 
 def held(engine: Any) -> dict[str, torch.Tensor]:
     """The constants of the container, which is torch's code and not the engine's."""
-    found: dict[str, torch.Tensor] = engine.runner.extract_constants_map(False)
+    runner = getattr(engine, "runner", None)
+    found: dict[str, torch.Tensor]
+    found = engine.held() if runner is None else runner.extract_constants_map(False)
     return found
+
+
+# -- engines --------------------------------------------------------------------------------------
+
+
+class EngineOfAFile(EngineSuite):
+    """An engine that was opened from a file, so it shares no memory with another one."""
+
+    @pytest.fixture(autouse=True)
+    def _open(self, saved: Path) -> None:
+        self.path = saved
+
+    def make_engine(self) -> Any:
+        opened: Any = open_file(self.path)
+        return opened.engines["model"]
+
+    def held(self, engine: Any) -> Mapping[str, torch.Tensor]:
+        return held(engine)
+
+
+class PublishingSuite(EngineSuite):
+    """What fails in an engine that is called through the C interface."""
+
+    @contextmanager
+    def commit_fault(self, engine: Any) -> Iterator[None]:
+        """New weights become live, and then the commit fails."""
+        publish = engine.publish
+
+        def fail(container: Any, *, previous: bool) -> None:
+            publish(container, previous=previous)
+            if previous:
+                raise RuntimeError("no such luck")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "publish", fail)
+            yield
+
+    @contextmanager
+    def rollback_fault(self, engine: Any) -> Iterator[None]:
+        publish = engine.publish
+
+        def fail(container: Any, *, previous: bool) -> None:
+            if not previous:
+                raise RuntimeError("no such luck")
+            publish(container, previous=previous)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "publish", fail)
+            yield
+
+    def test_the_kind_of_engine(self) -> None:
+        assert type(self.make_engine()) is PublishingEngine
+
+
+class TestPublishingEngine(PublishingSuite, EngineOfAFile):
+    """All memory is the engine's own."""
+
+
+class TestSharingEngine(PublishingSuite):
+    """All memory but that of state is shared with the engine of the compiled module."""
+
+    def make_engine(self) -> Any:
+        return compiled().reopen().engines["model"]
+
+    def held(self, engine: Any) -> Mapping[str, torch.Tensor]:
+        return held(engine)
 
 
 class Runner:
@@ -83,12 +171,9 @@ def failing(engine: Any, name: str) -> Iterator[None]:
         engine.runner = before
 
 
-class TestEngine(EngineSuite):
-    def make_engine(self) -> Any:
-        return compiled().reopen().engines["model"]
-
-    def held(self, engine: Any) -> Mapping[str, torch.Tensor]:
-        return held(engine)
+@pytest.mark.usefixtures("binding")
+class TestSwappingEngine(EngineOfAFile):
+    """The engine behind torch's binding."""
 
     def commit_fault(self, engine: Any) -> Any:
         return failing(engine, "swap_constant_buffer")
@@ -96,8 +181,20 @@ class TestEngine(EngineSuite):
     def rollback_fault(self, engine: Any) -> Any:
         return failing(engine, "extract_constants_map")
 
+    def test_the_kind_of_engine(self) -> None:
+        assert type(self.make_engine()) is SwappingEngine
+
+
+# -- backends -------------------------------------------------------------------------------------
+
 
 class TestBackend(BackendSuite):
+    """Modules are called through the C interface."""
+
+    @pytest.fixture(autouse=True)
+    def _open(self, saved: Path) -> None:
+        self.path = saved
+
     def make_backend(self) -> Any:
         return AOTInductorBackend()
 
@@ -105,10 +202,10 @@ class TestBackend(BackendSuite):
         return copy.deepcopy(exported())
 
     def make_module(self) -> Any:
-        return compiled().reopen()
+        return open_file(self.path)
 
     def inputs(self) -> Any:
-        return (torch.arange(12.0).reshape(4, 3),)
+        return (INPUT,)
 
     def make_parts(self, program: Any, module: Any) -> Any:
         return refitkit_partition(program, module.backend)
@@ -117,15 +214,28 @@ class TestBackend(BackendSuite):
         return held(module.engines["model"])
 
 
-def test_the_oracle_sees_what_calls_see() -> None:
+@pytest.mark.usefixtures("binding")
+class TestBackendBehindTheBinding(TestBackend):
+    """Modules are called through torch's binding."""
+
+
+# -- the oracle -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("through", ["c interface", "binding"])
+def test_the_oracle_sees_what_calls_see(
+    through: str, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Calls use the constants that the container returns."""
-    module = compiled().reopen()
+    if through == "binding":
+        monkeypatch.setenv(SWITCH, "1")
+    module: Any = open_file(saved)
     engine = module.engines["model"]
-    new = TestEngine().make_values(engine, 1)
+    assert bool(engine.binding) is (through == "binding")
+    new = oracles.random_values(engine.slots.values(), 1)
     new["order"] = torch.tensor([0, 1])
-    engine.stage([refitkit.testing.oracles.slot_value(engine.slots[n], v) for n, v in new.items()])
+    engine.stage(oracles.slot_values(engine.slots, new))
     held(engine)["scale"].fill_(0)
-    (x,) = TestBackend().inputs()
     half, calls = held(engine)["small"].float(), held(engine)["calls"].float() + 1
     wanted = torch.where(held(engine)["mask"], half, -half) + calls
-    assert module.run((x,), {})["y"] == pytest.approx(wanted.expand(4, 2))
+    assert module.run((INPUT,), {})["y"] == pytest.approx(wanted.expand(4, 2))

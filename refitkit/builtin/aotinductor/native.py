@@ -265,8 +265,8 @@ class Library:
         copies = [self._code.new_handle(entries[number].handle) for number in range(count.value)]
         return dict(zip(names, _tensors_of(copies), strict=True))
 
-    def __del__(self) -> None:
-        if sys.is_finalizing() or not hasattr(self, "_code"):
+    def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
+        if is_exiting() or not hasattr(self, "_code"):
             return
         idle = [handle for handle, _ in self._idle]
         for handle in [*idle, *(one.handle for one in self._retired)]:
@@ -334,8 +334,8 @@ class _Code:
         self._new(handle, ctypes.byref(found))
         return found.value or 0
 
-    def __del__(self) -> None:
-        if not sys.is_finalizing() and hasattr(self, "_functions"):
+    def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_exiting() and hasattr(self, "_functions"):
             _ctypes.dlclose(self._functions._handle)  # noqa: SLF001 - ctypes has no public one
 
 
@@ -466,8 +466,8 @@ class Container:
         """Return the weights that the container itself has; see ``Library.held``."""
         return self._library.held(self._handle)
 
-    def __del__(self) -> None:
-        if not sys.is_finalizing() and hasattr(self, "_handle"):
+    def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_exiting() and hasattr(self, "_handle"):
             events = list(self._events.values())
             self._library.retire(_Retired(self._handle, self._models, self.tensors, events))
 
