@@ -27,6 +27,7 @@ from shared_workers import (
 )
 
 import refitkit
+from refitkit.builtin.aotinductor import shared
 from tests.forking import Child, forked
 
 if TYPE_CHECKING:
@@ -145,6 +146,25 @@ def test_calls_of_one_process_side_by_side(path: Path, compiled: refitkit.Compil
         thread.join()
     assert all(mine == sorted(mine) and -1.0 not in mine for mine in found)
     assert answer(module) == 20.0
+
+
+def test_a_call_looks_again_once_it_has_its_lock(
+    path: Path, compiled: refitkit.CompiledModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = refitkit.load(path, shared=compiled.shared)
+    lock, late = shared._Description.lock, [True]
+
+    def lock_late(self: Any, byte: int, *, exclusive: bool = False) -> bool:
+        if late and not exclusive:
+            late.clear()
+            refitkit.refit(other, weights(1), inputs=INPUTS)
+            with pytest.raises(refitkit.VerificationError):  # its values are in the first set now
+                refitkit.refit(other, weights(2), inputs=INPUTS, reference=lambda x: x)
+        return lock(self, byte, exclusive=exclusive)
+
+    monkeypatch.setattr(shared._Description, "lock", lock_late)
+    assert answer(compiled) == 1.0
+    assert not late
 
 
 def test_refits_of_two_processes_follow_one_another(
