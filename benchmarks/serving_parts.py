@@ -10,7 +10,6 @@ import ctypes
 import gc
 import multiprocessing
 import os
-import re
 import statistics
 import sys
 import threading
@@ -412,8 +411,8 @@ def donated(bench: Bench) -> Found:
     other = bench.pipeline.copy(module)
     refits = Refits(bench, module, "wide")
     files = [bench.folder / f"{one}.safetensors" for one in (0, 1)]
-    for file, some in zip(files, refits.states, strict=True):
-        save_file(some, file)
+    for file, weights in zip(files, refits.states, strict=True):
+        save_file(weights, file)
     unchecked = refitkit.Pipeline({"check_finite": False})
     target = {fqn: torch.ones_like(tensor) for fqn, tensor in refits.states[0].items()}
     place = memoryview(bytearray(b"\1" * max(file.stat().st_size for file in files)))
@@ -660,19 +659,23 @@ def workers(bench: Bench) -> Found:
     if not hasattr(module, "share"):
         found.notes.append("skipped: this version has no CompiledModule.share()")
         return found
+    own = _anonymous()
     module.share()
     module(inputs("large"))
-    refits, size = Refits(bench, module, "large"), nbytes(state("large", 0))
+    freed, size = own - _anonymous(), nbytes(state("large", 0))
+    refits = Refits(bench, module, "large")
     with Workers(module, 4) as four:
         first = four.shared
         after = [four.after(refits.read_back) for _ in range(bench.of(20, 5))]
-        last = four.shared
+        last, private = four.shared, four.most_private
     most_pause = max(one.pause for one in after) * MS
     stale, mixed = sum(one.stale for one in after), four.outputs["torn"]
     found.rows["four workers and their parent, 67 MB"].append(
         {
             "shared at first, MB": first / MB,
             "after refits, MB": last / MB,
+            "freed by share(), MB": freed / MB,
+            "most private of a worker, MB": private / MB,
             "refit, median, ms": statistics.median(one.seconds for one in after) * MS,
             "most pause, ms": most_pause,
             "last new answer after it, ms": max(one.late for one in after) * MS,
@@ -741,7 +744,12 @@ class Workers:
     @property
     def shared(self) -> int:
         """Bytes in memory files of all processes; a page that several have counts once."""
-        return sum(_shared_pss(one) for one in (os.getpid(), *(p.pid for p in self._processes)))
+        return sum(_memory(one)[0] for one in (os.getpid(), *(p.pid for p in self._processes)))
+
+    @property
+    def most_private(self) -> int:
+        """Bytes that a worker has for itself alone, of the worker with the most."""
+        return max(_memory(process.pid)[1] for process in self._processes)
 
     def after(self, refit: Callable[[], RefitResult]) -> Update:
         """Refit, and wait until every worker has answered with the new weights."""
@@ -776,15 +784,18 @@ def _serve(module: CompiledModule, pipe: Connection) -> None:
     pipe.send(counts)
 
 
-def _shared_pss(process: int) -> int:
-    """Bytes of a process's mappings of memory files, each page divided by its users (proc(5))."""
-    name, total = "", 0
+def _memory(process: int | None) -> tuple[int, int]:
+    """Bytes of a process in memory files, each page divided by its users, and its own; proc(5)."""
+    name, shared, private = "", 0, 0
     for line in Path(f"/proc/{process}/smaps").read_text().splitlines():
-        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            name = line.split(maxsplit=5)[5] if len(line.split(maxsplit=5)) > 5 else ""
-        elif line.startswith("Pss:") and name.startswith("/memfd:"):
-            total += int(line.split()[1]) * 1024
-    return total
+        key, *values = line.split(maxsplit=5)
+        if not key.endswith(":"):  # the first line of a mapping
+            name = values[-1] if len(values) == 5 else ""
+        elif name.startswith("/memfd:"):
+            shared += int(values[0]) * 1024 if key == "Pss:" else 0
+        elif key in {"Private_Clean:", "Private_Dirty:"}:
+            private += int(values[0]) * 1024
+    return shared, private
 
 
 PARTS: dict[str, Callable[[Bench], Found]] = {
