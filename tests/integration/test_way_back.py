@@ -131,18 +131,19 @@ def test_weights_that_are_given_up_need_no_second_set(fresh: Fresh) -> None:
 def test_an_undoing_is_judged_by_what_the_weights_were(
     fresh: Fresh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And not by the buffer that is live then, which would be compared with itself."""
+    """And not by the memory that is staged, which would be compared with itself."""
     compiled = fresh("small")
     result = refitkit.refit(compiled, state("small", 1))
     before = slots_of(compiled)
     engine: Any = compiled.engines["model"]
-    swap = engine.swap
+    stage = engine._stage
 
-    def spoiling() -> None:
-        swap()
-        engine.read("b.bias").add_(1)
+    def spoiling(values: Any) -> Any:
+        staged = stage(values)
+        staged.staged("b.bias").add_(1)
+        return staged
 
-    monkeypatch.setattr(engine, "swap", spoiling)
+    monkeypatch.setattr(engine, "_stage", spoiling)
     with pytest.raises(refitkit.VerificationError, match=r"b\.bias"):
         result.undo()
     assert slots_of(compiled) == before
