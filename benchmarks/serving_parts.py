@@ -337,7 +337,7 @@ def throughput(bench: Bench) -> Found:
     rates: dict[tuple[int, str], list[float]] = defaultdict(list)
     done: dict[tuple[int, str], list[tuple[int, float]]] = defaultdict(list)
     alone: dict[int, list[float]] = defaultdict(list)
-    seconds = 2.0
+    seconds = bench.of(2, 1)
     for turn in range(1 if binding else bench.of(5, 2)):
         for count in (1, 2) if binding else CALLERS:
             with Callers(lambda: module(given), count) as callers:
