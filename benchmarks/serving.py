@@ -128,7 +128,7 @@ def _text(value: object) -> str:
 def main() -> None:
     """Run all parts and print their tables; with ``--part``, run one part in this process."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="few repetitions: about two minutes")
+    parser.add_argument("--quick", action="store_true", help="few repetitions: a few minutes")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART")
     parser.add_argument("--json", type=Path, help="write the numbers to this file, too")
     parser.add_argument("--part", help=argparse.SUPPRESS)
