@@ -264,8 +264,8 @@ class CompiledModule:
     def with_weights(self, weights: object, **options: Any) -> CompiledModule:
         """A second module with other weights. It shares the compiled code.
 
-        Weights that stay the same are shared, too, as far as the engine can (``partial=True`` and
-        ``delta=True``). The modules are refitted, saved and freed on their own.
+        With ``partial=True``, weights that are not given are shared, too, if the engine can. The
+        modules are refitted, saved and freed on their own.
 
         Args:
             weights: The weights, as for :meth:`refitkit.Pipeline.refit`.

@@ -409,10 +409,14 @@ class PublishingEngine(AOTInductorEngine):
         self._has_previous = previous
         self._current = new
 
+    @property
+    def spares(self) -> list[WeightSet]:
+        """The sets before the live one."""
+        return [*(one.weights for one in self._older), *self._spares()]
+
     def free_spare(self) -> int:
         """Free the sets before the live one; return their size in bytes."""
-        spares = [*(one.weights for one in self._older), *self._spares()]
-        freed = {id(t): t.nbytes for one in spares for t in one.tensors.values()}
+        freed = {id(t): t.nbytes for one in self.spares for t in one.tensors.values()}
         for tensor in self.live.values():
             freed.pop(id(tensor), None)
         self._spare, self._older, self._has_previous = None, [], False
@@ -432,6 +436,8 @@ class StagedSet:
         """
         self._engine, self._new, self._names = engine, new, names
         self._before = engine.current
+        # freed with this object: that takes milliseconds, and the commit may have closed the gate
+        self._earlier = engine.spares
 
     def commit(self) -> None:
         """Publish the set: one assignment, independent of the size of the weights."""
