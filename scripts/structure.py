@@ -40,7 +40,7 @@ class Size(NamedTuple):
 
 
 LIMITS = {
-    "refitkit": Size(186, 1032, 0),
+    "refitkit": Size(187, 1040, 0),
     "refitkit.builtin": Size(69, 136, 0),
     "refitkit.builtin.aotinductor": Size(13, 33, 0),
     "refitkit.builtin.checks": Size(3, 2, 0),
@@ -55,7 +55,7 @@ LIMITS = {
     "refitkit.model": Size(6, 10, 0),
     "refitkit.pipeline": Size(22, 100, 0),
     "refitkit.program": Size(9, 12, 0),
-    "refitkit.protocols": Size(10, 26, 0),
+    "refitkit.protocols": Size(11, 34, 0),
     "refitkit.recipe": Size(17, 36, 0),
     "refitkit.testing": Size(15, 40, 0),
 }

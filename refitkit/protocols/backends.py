@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from refitkit.protocols.ability import Ability
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @runtime_checkable
-class Backend(Protocol):
+class Backend(Protocol, metaclass=Ability):
     """A compiler for programs, and the reader of the files that it saves.
 
     One object serves all verbs of a pipeline, so it keeps no state of a single module.
@@ -134,7 +136,7 @@ class PlanDraft:
 
 
 @runtime_checkable
-class HoldsValues(Protocol):
+class HoldsValues(Protocol, metaclass=Ability):
     """A part of a program that knows the values its engine would get, without an engine.
 
     If the first part that ``refitkit_partition`` returns implements this, refitkit can prove a plan
@@ -173,7 +175,7 @@ class PlanKey:
 
 
 @runtime_checkable
-class KnowsPlanKey(Protocol):
+class KnowsPlanKey(Protocol, metaclass=Ability):
     """A backend whose plans may be stored in ``Config.plan_cache``.
 
     Implement it if planning costs more than a look-up in the cache.

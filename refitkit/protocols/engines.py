@@ -24,6 +24,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
+from refitkit.protocols.ability import Ability
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -71,7 +73,7 @@ class SlotValue(NamedTuple):
 # -- what every engine implements -------------------------------------------------------------
 
 
-class Engine(Protocol):
+class Engine(Protocol, metaclass=Ability):
     """One unit of a module whose weights are replaced together."""
 
     @property
@@ -108,7 +110,7 @@ class Engine(Protocol):
         """
 
 
-class StagedRefit(Protocol):
+class StagedRefit(Protocol, metaclass=Ability):
     """New values of one engine that are staged and not live yet.
 
     refitkit calls either ``discard``, or ``commit`` and then, if anything fails later,
@@ -151,7 +153,7 @@ class StagedRefit(Protocol):
 
 
 @runtime_checkable
-class SupportsReadback(Protocol):
+class SupportsReadback(Protocol, metaclass=Ability):
     """An engine that can read its live weights. Its slots have ``Slot.readable`` set."""
 
     def read(self, slot: str) -> torch.Tensor:
@@ -170,7 +172,7 @@ class SupportsReadback(Protocol):
 
 
 @runtime_checkable
-class RemembersWeights(Protocol):
+class RemembersWeights(Protocol, metaclass=Ability):
     """An engine that cannot read its live weights, but keeps the values of the last refit.
 
     refitkit checks that new values are finite only for engines that it can read. An engine of this
@@ -194,7 +196,7 @@ class RemembersWeights(Protocol):
 
 
 @runtime_checkable
-class SupportsPartial(Protocol):
+class SupportsPartial(Protocol, metaclass=Ability):
     """An engine that can write some slots and keep the others.
 
     It is needed for ``partial=True``, for ``delta=True``, and to keep state that calls write.
@@ -217,7 +219,7 @@ class SupportsPartial(Protocol):
 
 
 @runtime_checkable
-class SupportsOverwrite(Protocol):
+class SupportsOverwrite(Protocol, metaclass=Ability):
     """An engine that can write over its live weights, without memory for a second set.
 
     refitkit uses it for ``rollback=False``.
@@ -241,7 +243,7 @@ class SupportsOverwrite(Protocol):
 
 
 @runtime_checkable
-class SupportsSpareBuffer(Protocol):
+class SupportsSpareBuffer(Protocol, metaclass=Ability):
     """An engine with a second set of weights in memory, which serves staging and rollback."""
 
     def free_spare(self) -> int:
@@ -255,7 +257,7 @@ class SupportsSpareBuffer(Protocol):
 
 
 @runtime_checkable
-class HoldsPrevious(Protocol):
+class HoldsPrevious(Protocol, metaclass=Ability):
     """An engine that keeps the values from before the last commit until something is staged.
 
     refitkit then undoes the last refit without copies of its own.
@@ -276,7 +278,7 @@ class HoldsPrevious(Protocol):
 
 
 @runtime_checkable
-class TellsRoute(Protocol):
+class TellsRoute(Protocol, metaclass=Ability):
     """An engine that takes new weights in one of several ways."""
 
     @property
@@ -288,7 +290,7 @@ class TellsRoute(Protocol):
 
 
 @runtime_checkable
-class SupportsWarming(Protocol):
+class SupportsWarming(Protocol, metaclass=Ability):
     """An engine whose first refit is slow unless it was prepared."""
 
     def warm(self, progress: Callable[[str], None]) -> None:
@@ -309,7 +311,7 @@ class SupportsWarming(Protocol):
 
 
 @runtime_checkable
-class ShowsStaged(Protocol):
+class ShowsStaged(Protocol, metaclass=Ability):
     """A staged refit whose new values can be read before the commit.
 
     With it refitkit checks that new values are finite and measures how far slots move.

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
+from refitkit.protocols.ability import Ability
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class OpenedModule(Protocol):
+class OpenedModule(Protocol, metaclass=Ability):
     """A compiled module with one or more engines."""
 
     @property
@@ -95,7 +97,7 @@ class OpenedModule(Protocol):
 
 
 @runtime_checkable
-class OpensStaged(Protocol):
+class OpensStaged(Protocol, metaclass=Ability):
     """An opened module that serves its old weights until new ones take their place at once.
 
     A refit of it verifies the staged values before they are live, and no call waits for the commit.
@@ -123,7 +125,7 @@ class OpensStaged(Protocol):
 
 
 @runtime_checkable
-class ServesSideBySide(Protocol):
+class ServesSideBySide(Protocol, metaclass=Ability):
     """An opened module that can run several calls at once."""
 
     def serve(self, models: int) -> None:
@@ -139,7 +141,7 @@ class ServesSideBySide(Protocol):
         """
 
 
-class SharedMemory(Protocol):
+class SharedMemory(Protocol, metaclass=Ability):
     """Weights in memory that several processes serve from."""
 
     @property
@@ -158,7 +160,7 @@ class SharedMemory(Protocol):
 
 
 @runtime_checkable
-class SharesWeights(Protocol):
+class SharesWeights(Protocol, metaclass=Ability):
     """An opened module whose weights several processes can share.
 
     A commit in one process makes the new weights live in all of them. Gates close in the process
@@ -187,7 +189,7 @@ class SharesWeights(Protocol):
 
 
 @runtime_checkable
-class ProbesFromState(Protocol):
+class ProbesFromState(Protocol, metaclass=Ability):
     """An opened module that can be probed from another state than its present one."""
 
     def probe_from(
@@ -213,7 +215,7 @@ class ProbesFromState(Protocol):
 
 
 @runtime_checkable
-class Rebuilds(Protocol):
+class Rebuilds(Protocol, metaclass=Ability):
     """An opened module whose slot values can be found by converting a program again."""
 
     def rebuilt(
@@ -238,7 +240,7 @@ class Rebuilds(Protocol):
 
 
 @runtime_checkable
-class Offline(Protocol):
+class Offline(Protocol, metaclass=Ability):
     """An opened module that cannot be called on this machine, but can be refitted."""
 
     @property
@@ -251,7 +253,7 @@ class Offline(Protocol):
 
 
 @runtime_checkable
-class LowersPrecision(Protocol):
+class LowersPrecision(Protocol, metaclass=Ability):
     """An opened module that computes some dtypes in a lower precision than their own."""
 
     @property

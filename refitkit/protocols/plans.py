@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from refitkit.protocols.ability import Ability
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @runtime_checkable
-class Plan(Protocol):
+class Plan(Protocol, metaclass=Ability):
     """A plan that strategies, checks, transforms and verifiers read. Plugins never change it."""
 
     @property
@@ -32,7 +34,7 @@ class Plan(Protocol):
         """
 
 
-class BindableProgram(Protocol):
+class BindableProgram(Protocol, metaclass=Ability):
     """A program that was stored without its weights.
 
     Both methods read weights from a source. They call ``pinned`` for a leaf that no state_dict

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from refitkit.protocols.ability import Ability
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Hashable, Iterator, Mapping
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @runtime_checkable
-class WeightSource(Protocol):
+class WeightSource(Protocol, metaclass=Ability):
     """A set of weights, read lazily by FQN."""
 
     @property
@@ -73,7 +75,7 @@ class WeightSource(Protocol):
 
 
 @runtime_checkable
-class KnowsRevisions(Protocol):
+class KnowsRevisions(Protocol, metaclass=Ability):
     """A source that can recognize an entry by a revision, without reading it.
 
     A refit with ``delta=True`` compares revisions with those of the last refit.
@@ -100,7 +102,7 @@ class KnowsRevisions(Protocol):
 
 
 @runtime_checkable
-class GivesPieces(Protocol):
+class GivesPieces(Protocol, metaclass=Ability):
     """A source that reads entries in pieces, without memory for the whole tensor.
 
     It can also read an entry straight into the memory of an engine.
@@ -130,7 +132,7 @@ class GivesPieces(Protocol):
 
 
 @runtime_checkable
-class KeepsMade(Protocol):
+class KeepsMade(Protocol, metaclass=Ability):
     """A source that computes its entries, and can keep the results for repeated reads."""
 
     def keeping(self, limit: int | None) -> WeightSource:
@@ -145,7 +147,7 @@ class KeepsMade(Protocol):
 
 
 @runtime_checkable
-class GivesAway(Protocol):
+class GivesAway(Protocol, metaclass=Ability):
     """A source whose tensors an engine may keep as its own memory."""
 
     def gives_away(self, fqn: str) -> bool:
@@ -160,7 +162,7 @@ class GivesAway(Protocol):
 
 
 @runtime_checkable
-class MayChange(Protocol):
+class MayChange(Protocol, metaclass=Ability):
     """A source of data that others can write to, such as files.
 
     All data that ``get`` and ``pieces`` return must be of one version. They raise SourceError if
@@ -178,7 +180,7 @@ class MayChange(Protocol):
 
 
 @runtime_checkable
-class SupportsReread(Protocol):
+class SupportsReread(Protocol, metaclass=Ability):
     """A source of files that can read them a second time and compare.
 
     With ``Config.reread``, refitkit refuses sources that implement ``MayChange`` and not this.
@@ -198,7 +200,7 @@ class SupportsReread(Protocol):
 
 
 @runtime_checkable
-class MadeOf(Protocol):
+class MadeOf(Protocol, metaclass=Ability):
     """A source whose entries are computed from another source: renamed, packed, cast, quantized."""
 
     @property
@@ -220,7 +222,7 @@ class MadeOf(Protocol):
 
 
 @runtime_checkable
-class LeavesOut(Protocol):
+class LeavesOut(Protocol, metaclass=Ability):
     """A source that has tensors that are not weights, because no state_dict contains them.
 
     The module keeps the values of the plan for them. The report names those that differ.
@@ -232,7 +234,7 @@ class LeavesOut(Protocol):
 
 
 @runtime_checkable
-class KnowsTies(Protocol):
+class KnowsTies(Protocol, metaclass=Ability):
     """A source that knows which of its names are one tensor: tied weights."""
 
     def ties(self) -> Collection[tuple[str, ...]]:
@@ -244,7 +246,7 @@ class KnowsTies(Protocol):
 
 
 @runtime_checkable
-class HasNamings(Protocol):
+class HasNamings(Protocol, metaclass=Ability):
     """A source that knows its weights by several sets of names: a module with state_dict hooks."""
 
     def namings(self) -> Collection[WeightSource]:
@@ -261,7 +263,7 @@ class HasNamings(Protocol):
 
 
 @runtime_checkable
-class HoldsProgram(Protocol):
+class HoldsProgram(Protocol, metaclass=Ability):
     """A source whose weights come with the program that they belong to."""
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from refitkit.protocols.ability import Ability
 from refitkit.protocols.tools import Tools
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Mapped:
 
 
 @runtime_checkable
-class MappingStrategy(Protocol):
+class MappingStrategy(Protocol, metaclass=Ability):
     """A method to find new values for slots."""
 
     @property

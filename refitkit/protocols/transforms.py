@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from refitkit.protocols.ability import Ability
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping
 
@@ -76,7 +78,7 @@ class WeightGroup:
 
 
 @runtime_checkable
-class WeightTransform(Protocol):
+class WeightTransform(Protocol, metaclass=Ability):
     """A method to compute weights of the program from entries of a checkpoint."""
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from refitkit.protocols.ability import Ability
 from refitkit.protocols.tools import Tools
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class VerifyRequest:
 
 
 @runtime_checkable
-class Verifier(Protocol):
+class Verifier(Protocol, metaclass=Ability):
     """A method to check a refitted module."""
 
     @property
