@@ -406,9 +406,10 @@ def write_value(into: torch.Tensor, value: SlotValue) -> bool:
     pieces = value.pieces(into if into.is_cpu else None)
     if pieces is None:
         return False
-    for part, piece in _with_pieces(into, pieces, value.slot.name):
-        if piece.data_ptr() != part.data_ptr():  # else it was read there
-            part.copy_(piece)
+    flat, start, itemsize = into.view(-1), into.data_ptr(), into.itemsize
+    for piece, begin, end in _with_places(pieces, flat, value.slot.name):
+        if piece.data_ptr() != start + begin * itemsize:  # else it was read there
+            flat[begin:end].copy_(piece)
     return True
 
 
@@ -426,27 +427,26 @@ def is_value(found: torch.Tensor, value: SlotValue) -> bool:
     """
     if value.pieces is None or found.nbytes < LARGE or not found.is_contiguous():
         return False
-    pieces = value.pieces(None)
+    pieces, flat = value.pieces(None), found.view(-1)
     return pieces is not None and all(
-        same_bits(part, piece) for part, piece in _with_pieces(found, pieces, value.slot.name)
+        same_bits(flat[begin:end], piece)
+        for piece, begin, end in _with_places(pieces, flat, value.slot.name)
     )
 
 
-def _with_pieces(
-    tensor: torch.Tensor, pieces: Iterable[torch.Tensor], name: str
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Each piece, with the part of the tensor that it belongs to."""
-    flat, start = tensor.view(-1), 0
+def _with_places(
+    pieces: Iterable[torch.Tensor], flat: torch.Tensor, name: str
+) -> Iterator[tuple[torch.Tensor, int, int]]:
+    """Each piece, with the range of elements of a flat tensor that it belongs to."""
+    dtype, count, start = flat.dtype, flat.numel(), 0
     for piece in pieces:
         end = start + piece.numel()
-        if piece.dtype != flat.dtype or end > flat.numel():
-            raise SourceError(
-                f"{name!r} takes {flat.numel()} of {flat.dtype}; the source returned others."
-            )
-        yield flat[start:end], piece
+        if piece.dtype != dtype or end > count:
+            raise SourceError(f"{name!r} takes {count} of {dtype}; the source returned others.")
+        yield piece, start, end
         start = end
-    if start != flat.numel():
-        raise SourceError(f"{name!r} takes {flat.numel()} elements; the source returned {start}.")
+    if start != count:
+        raise SourceError(f"{name!r} takes {count} elements; the source returned {start}.")
 
 
 # -- engines ----------------------------------------------------------------------------------
