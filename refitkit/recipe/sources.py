@@ -6,7 +6,8 @@ This module hides which Python values can be weights, and how live modules name 
 - ``TensorMap`` and ``ModuleWeights``: a mapping, and a live module, as a source;
 - ``pieces_of``, ``write_value`` and ``is_value``: entries that are read in pieces. Reading a
   whole tensor from a file takes new memory. Pieces reuse a buffer or are read into the memory of an
-  engine, and are still in the processor's cache when they are checked, compared or copied;
+  engine, and are still in the processor's cache when they are checked, compared or copied. What was
+  read needs no second read to be compared (``bits_known``);
 - ``require_values`` and ``Overwriting``: parts that engines of all backends share.
 """
 
@@ -25,7 +26,7 @@ from refitkit.model import TensorInfo
 from refitkit.program.ambient import is_transformed, why_not_real
 from refitkit.program.bits import same_bits
 from refitkit.program.dtypes import dtype_name, unusable_dtype
-from refitkit.protocols import GivesPieces, MayChange, SupportsReread
+from refitkit.protocols import GivesPieces, KnowsBits, MayChange, SupportsReread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
@@ -386,6 +387,14 @@ def pieces_of(
     return source.pieces(fqn, into) if isinstance(source, GivesPieces) else None
 
 
+def bits_known(source: WeightSource, fqn: str, tensor: torch.Tensor) -> bool | None:
+    """Whether a tensor has the bits of an entry. None if the entry has to be read to tell.
+
+    See ``refitkit.protocols.KnowsBits``.
+    """
+    return source.has_bits(fqn, tensor) if isinstance(source, KnowsBits) else None
+
+
 def write_value(into: torch.Tensor, value: SlotValue) -> bool:
     """Write a value piece by piece, if it comes in pieces and the target is contiguous.
 
@@ -414,9 +423,9 @@ def write_value(into: torch.Tensor, value: SlotValue) -> bool:
 
 
 def is_value(found: torch.Tensor, value: SlotValue) -> bool:
-    """Whether a tensor has the bits of a value that comes in pieces.
+    """Whether a tensor has the bits of a value that a source recognizes or that comes in pieces.
 
-    False can also mean that the value does not come in pieces, so nothing was compared.
+    False can also mean that it is neither, so nothing was compared.
 
     Args:
         found: A tensor of the slot's dtype and shape.
@@ -425,8 +434,11 @@ def is_value(found: torch.Tensor, value: SlotValue) -> bool:
     Raises:
         SourceError: The pieces do not fit the slot, or cannot be read.
     """
-    if value.pieces is None or found.nbytes < LARGE or not found.is_contiguous():
+    if not found.is_contiguous():
         return False
+    known = None if value.has_bits is None or not found.is_cpu else value.has_bits(found)
+    if known is not None or value.pieces is None or found.nbytes < LARGE:
+        return known is True
     pieces, flat = value.pieces(None), found.view(-1)
     return pieces is not None and all(
         same_bits(flat[begin:end], piece)

@@ -155,6 +155,26 @@ class OpenFile:
                 self._fill(fd, memory[place : place + count], start + offset)
                 yield flat[place // dtype.itemsize : (place + count) // dtype.itemsize]
 
+    def has_bits(self, start: int, tensor: torch.Tensor) -> bool | None:
+        """Return whether a tensor has the bits of a range of the file when it was read.
+
+        Args:
+            start: Offset of the range.
+            tensor: A contiguous tensor on the CPU.
+
+        Returns:
+            None if that range was not read.
+        """
+        memory = tensor.detach().view(-1).view(torch.uint8).numpy().data
+        for offset in range(0, len(memory), _PIECE):
+            piece = memory[offset : offset + _PIECE]
+            recorded = self._digests.get((start + offset, len(piece)))
+            if recorded is None:
+                return None
+            if recorded != xxhash.xxh3_128_digest(piece):
+                return False
+        return True
+
     def read_bytes(self, start: int, nbytes: int) -> bytes:
         """Return a range of bytes as a ``bytes`` object.
 
