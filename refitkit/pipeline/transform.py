@@ -21,7 +21,7 @@ from refitkit.errors import (
 )
 from refitkit.model import TransformRow
 from refitkit.protocols import GivesAway, HasNamings, KnowsRevisions, Made, TransformRequest
-from refitkit.recipe import pieces_of
+from refitkit.recipe import bits_known, pieces_of
 from refitkit.recipe.name_suggestions import ALL_NAMES, WHOLE_SUBTREE
 from refitkit.recipe.reads import reads_of
 from refitkit.recipe.sources import describe_tensor
@@ -119,6 +119,10 @@ class Transformed:
     def pieces(self, fqn: str, into: torch.Tensor | None = None) -> Iterator[torch.Tensor] | None:
         """Pieces of an entry that no group makes, else None; see ``GivesPieces``."""
         return pieces_of(self.given, fqn, into) if self.made_by.get(fqn) is None else None
+
+    def has_bits(self, fqn: str, tensor: torch.Tensor) -> bool | None:
+        """Whether a tensor has the bits of an entry that no group makes; see ``KnowsBits``."""
+        return bits_known(self.given, fqn, tensor) if self.made_by.get(fqn) is None else None
 
     def gives_away(self, fqn: str) -> bool:
         """Whether an engine may keep an entry that no group makes; see ``GivesAway``."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -109,14 +110,30 @@ def all_finite(value: torch.Tensor) -> bool:
     """Return whether no element is NaN or infinite."""
     if not has_floats(value):
         return True
-    if value.is_complex() or value.dtype.itemsize == 1:
-        return bool(finite(value).all())
+    if value.is_complex():
+        return all_finite(torch.view_as_real(value.resolve_conj()))
+    if value.dtype.itemsize == 1:
+        return _all_finite_bytes(value) if value.is_cpu else bool(finite(value).all())
     # A sum costs a third of aminmax, and a finite sum proves that all elements are finite. An
     # infinite sum may just be an overflow. isfinite would allocate a mask of the same shape.
     if has_finite_sum(value):
         return True
     low, high = torch.aminmax(value)
     return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _all_finite_bytes(value: torch.Tensor) -> bool:
+    """Return whether no element of an 8-bit float is NaN or infinite."""
+    # A conversion to float32 takes 70 times as long.
+    raw = value.detach().view(torch.uint8).numpy()
+    return not any((raw == byte).any() for byte in _non_finite_bytes(value.dtype))
+
+
+@cache
+def _non_finite_bytes(dtype: torch.dtype) -> tuple[int, ...]:
+    """Return the bytes that stand for NaN or infinity in an 8-bit float."""
+    every = torch.arange(256, dtype=torch.uint8, device="cpu").view(dtype)
+    return tuple(byte for byte, good in enumerate(finite(every).tolist()) if not good)
 
 
 def has_finite_sum(value: torch.Tensor) -> bool:

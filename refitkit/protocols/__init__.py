@@ -18,8 +18,8 @@ Optional abilities are protocols of their own. refitkit checks for their members
   :class:`ProbesFromState`, :class:`Rebuilds`, :class:`ServesSideBySide`,
   :class:`SharesWeights`;
 * sources: :class:`GivesAway`, :class:`GivesPieces`, :class:`HasNamings`, :class:`HoldsProgram`,
-  :class:`KeepsMade`, :class:`KnowsRevisions`, :class:`KnowsTies`, :class:`LeavesOut`,
-  :class:`MadeOf`, :class:`MayChange`, :class:`SupportsReread`.
+  :class:`KeepsMade`, :class:`KnowsBits`, :class:`KnowsRevisions`, :class:`KnowsTies`,
+  :class:`LeavesOut`, :class:`MadeOf`, :class:`MayChange`, :class:`SupportsReread`.
 """
 
 from refitkit.protocols.backends import Backend, HoldsValues, KnowsPlanKey, PlanDraft, PlanKey
@@ -55,6 +55,7 @@ from refitkit.protocols.sources import (
     HasNamings,
     HoldsProgram,
     KeepsMade,
+    KnowsBits,
     KnowsRevisions,
     KnowsTies,
     LeavesOut,
@@ -79,6 +80,7 @@ __all__ = [
     "HoldsProgram",
     "HoldsValues",
     "KeepsMade",
+    "KnowsBits",
     "KnowsPlanKey",
     "KnowsRevisions",
     "KnowsTies",

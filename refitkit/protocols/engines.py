@@ -53,6 +53,8 @@ class SlotValue(NamedTuple):
         pieces: Returns the same elements as flat tensors, one after another, or None if only
             ``load`` can give them. Takes the memory to read them into, or None; see
             ``GivesPieces``. None: there are no pieces. ``refitkit.recipe.write_value`` calls it.
+        has_bits: Returns whether a contiguous tensor on the CPU has the bits of the value; None if
+            only ``load`` can tell; see ``KnowsBits``. None: only ``load`` can.
         keepable: Tells of a tensor that ``load`` returned whether an engine may keep it as its own
             memory, because nobody writes to it from now on. None: it may not.
     """
@@ -67,6 +69,7 @@ class SlotValue(NamedTuple):
     identity: bool = False
     pinned: bool = False
     pieces: Callable[[torch.Tensor | None], Iterator[torch.Tensor] | None] | None = None
+    has_bits: Callable[[torch.Tensor], bool | None] | None = None
     keepable: Callable[[torch.Tensor], bool] | None = None
 
 

@@ -132,6 +132,27 @@ class GivesPieces(Protocol, metaclass=Ability):
 
 
 @runtime_checkable
+class KnowsBits(Protocol, metaclass=Ability):
+    """A source that recognizes the bits of entries that it has read, without a second read."""
+
+    def has_bits(self, fqn: str, tensor: torch.Tensor) -> bool | None:
+        """Return whether a tensor has the bits that an entry had when it was read.
+
+        Called by verifiers.
+
+        Args:
+            fqn: Name of the entry.
+            tensor: A contiguous tensor on the CPU.
+
+        Returns:
+            None if the entry has to be read to answer.
+
+        Raises:
+            KeyError: There is no entry of this name.
+        """
+
+
+@runtime_checkable
 class KeepsMade(Protocol, metaclass=Ability):
     """A source that computes its entries, and can keep the results for repeated reads."""
 

@@ -11,6 +11,7 @@ from refitkit.recipe.record import Recorded, write
 from refitkit.recipe.sources import (
     Overwriting,
     TensorMap,
+    bits_known,
     describe_tensor,
     is_value,
     pieces_of,
@@ -29,6 +30,7 @@ __all__ = [
     "RefitPlan",
     "Tape",
     "TensorMap",
+    "bits_known",
     "describe_tensor",
     "is_value",
     "pieces_of",

@@ -28,7 +28,7 @@ from refitkit.model import CallRef, LedgerRow, PinnedRef, PlanData, Slot, SlotSt
 from refitkit.program.ambient import in_plain_state, plain, verb
 from refitkit.program.bits import digest
 from refitkit.program.dtypes import dtype_name, dtype_of
-from refitkit.protocols import GivesAway, GivesPieces, SlotValue, WeightSource
+from refitkit.protocols import GivesAway, GivesPieces, KnowsBits, SlotValue, WeightSource
 from refitkit.recipe import store
 from refitkit.recipe.calls import Calls
 from refitkit.recipe.reads import broken_ties, broken_views
@@ -360,13 +360,15 @@ class _Given(NamedTuple):
 
     get: Callable[[str], torch.Tensor]
     pieces: Callable[[str, torch.Tensor | None], Iterator[torch.Tensor] | None] | None
+    has_bits: Callable[[str, torch.Tensor], bool | None] | None
     gives_away: Callable[[str], bool]
 
     @classmethod
     def of(cls, source: WeightSource) -> _Given:
         pieces = source.pieces if isinstance(source, GivesPieces) else None
+        has_bits = source.has_bits if isinstance(source, KnowsBits) else None
         gives_away = source.gives_away if isinstance(source, GivesAway) else _never
-        return cls(source.get, pieces, gives_away)
+        return cls(source.get, pieces, has_bits, gives_away)
 
 
 _ValueFactory: TypeAlias = "Callable[[_Given, Replay], SlotValue | str]"
@@ -555,8 +557,18 @@ def _pinned_value(value: SlotValue, _given: _Given, _replay: Replay) -> SlotValu
 def _source_value(slot: Slot, sources: tuple[str], given: _Given, _replay: Replay) -> SlotValue:
     load = partial(_load_from_source, given.get, sources[0], slot)
     pieces = None if given.pieces is None else partial(given.pieces, sources[0])
+    has_bits = None if given.has_bits is None else partial(given.has_bits, sources[0])
     keepable = _always if given.gives_away(sources[0]) else None
-    return SlotValue(slot, STRATEGY, sources, load, identity=True, pieces=pieces, keepable=keepable)
+    return SlotValue(
+        slot,
+        STRATEGY,
+        sources,
+        load,
+        identity=True,
+        pieces=pieces,
+        has_bits=has_bits,
+        keepable=keepable,
+    )
 
 
 def _always(_tensor: torch.Tensor) -> bool:

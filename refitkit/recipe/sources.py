@@ -6,7 +6,8 @@ This module hides which Python values can be weights, and how live modules name 
 - ``TensorMap`` and ``ModuleWeights``: a mapping, and a live module, as a source;
 - ``pieces_of``, ``write_value`` and ``is_value``: entries that are read in pieces. Reading a
   whole tensor from a file takes new memory. Pieces reuse a buffer or are read into the memory of an
-  engine, and are still in the processor's cache when they are checked, compared or copied;
+  engine, and are still in the processor's cache when they are checked, compared or copied. What was
+  read needs no second read to be compared (``bits_known``);
 - ``require_values`` and ``Overwriting``: parts that engines of all backends share.
 """
 
@@ -25,7 +26,7 @@ from refitkit.model import TensorInfo
 from refitkit.program.ambient import is_transformed, why_not_real
 from refitkit.program.bits import same_bits
 from refitkit.program.dtypes import dtype_name, unusable_dtype
-from refitkit.protocols import GivesPieces, MayChange, SupportsReread
+from refitkit.protocols import GivesPieces, KnowsBits, MayChange, SupportsReread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
@@ -386,6 +387,14 @@ def pieces_of(
     return source.pieces(fqn, into) if isinstance(source, GivesPieces) else None
 
 
+def bits_known(source: WeightSource, fqn: str, tensor: torch.Tensor) -> bool | None:
+    """Whether a tensor has the bits of an entry. None if the entry has to be read to tell.
+
+    See ``refitkit.protocols.KnowsBits``.
+    """
+    return source.has_bits(fqn, tensor) if isinstance(source, KnowsBits) else None
+
+
 def write_value(into: torch.Tensor, value: SlotValue) -> bool:
     """Write a value piece by piece, if it comes in pieces and the target is contiguous.
 
@@ -406,16 +415,17 @@ def write_value(into: torch.Tensor, value: SlotValue) -> bool:
     pieces = value.pieces(into if into.is_cpu else None)
     if pieces is None:
         return False
-    for part, piece in _with_pieces(into, pieces, value.slot.name):
-        if piece.data_ptr() != part.data_ptr():  # else it was read there
-            part.copy_(piece)
+    flat, start, itemsize = into.view(-1), into.data_ptr(), into.itemsize
+    for piece, begin, end in _with_places(pieces, flat, value.slot.name):
+        if piece.data_ptr() != start + begin * itemsize:  # else it was read there
+            flat[begin:end].copy_(piece)
     return True
 
 
 def is_value(found: torch.Tensor, value: SlotValue) -> bool:
-    """Whether a tensor has the bits of a value that comes in pieces.
+    """Whether a tensor has the bits of a value that a source recognizes or that comes in pieces.
 
-    False can also mean that the value does not come in pieces, so nothing was compared.
+    False can also mean that it is neither, so nothing was compared.
 
     Args:
         found: A tensor of the slot's dtype and shape.
@@ -424,29 +434,31 @@ def is_value(found: torch.Tensor, value: SlotValue) -> bool:
     Raises:
         SourceError: The pieces do not fit the slot, or cannot be read.
     """
-    if value.pieces is None or found.nbytes < LARGE or not found.is_contiguous():
+    if not found.is_contiguous():
         return False
-    pieces = value.pieces(None)
+    known = None if value.has_bits is None or not found.is_cpu else value.has_bits(found)
+    if known is not None or value.pieces is None or found.nbytes < LARGE:
+        return known is True
+    pieces, flat = value.pieces(None), found.view(-1)
     return pieces is not None and all(
-        same_bits(part, piece) for part, piece in _with_pieces(found, pieces, value.slot.name)
+        same_bits(flat[begin:end], piece)
+        for piece, begin, end in _with_places(pieces, flat, value.slot.name)
     )
 
 
-def _with_pieces(
-    tensor: torch.Tensor, pieces: Iterable[torch.Tensor], name: str
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Each piece, with the part of the tensor that it belongs to."""
-    flat, start = tensor.view(-1), 0
+def _with_places(
+    pieces: Iterable[torch.Tensor], flat: torch.Tensor, name: str
+) -> Iterator[tuple[torch.Tensor, int, int]]:
+    """Each piece, with the range of elements of a flat tensor that it belongs to."""
+    dtype, count, start = flat.dtype, flat.numel(), 0
     for piece in pieces:
         end = start + piece.numel()
-        if piece.dtype != flat.dtype or end > flat.numel():
-            raise SourceError(
-                f"{name!r} takes {flat.numel()} of {flat.dtype}; the source returned others."
-            )
-        yield flat[start:end], piece
+        if piece.dtype != dtype or end > count:
+            raise SourceError(f"{name!r} takes {count} of {dtype}; the source returned others.")
+        yield piece, start, end
         start = end
-    if start != flat.numel():
-        raise SourceError(f"{name!r} takes {flat.numel()} elements; the source returned {start}.")
+    if start != count:
+        raise SourceError(f"{name!r} takes {count} elements; the source returned {start}.")
 
 
 # -- engines ----------------------------------------------------------------------------------

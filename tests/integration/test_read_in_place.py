@@ -13,11 +13,14 @@ from torch import nn
 
 import refitkit
 from refitkit.builtin.aotinductor.native import SWITCH
-from refitkit.errors import SourceError, WeightMismatchError
+from refitkit.errors import SourceError, VerificationError, WeightMismatchError
+from refitkit.pipeline.checks import FiniteCheck
 from refitkit.program.ambient import WatchingMode
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from refitkit.pipeline.stage import Staged
 
 LARGE_ROWS = 2500
 """Rows of a weight that is read in several pieces, of which the last one is shorter."""
@@ -100,6 +103,43 @@ def test_nothing_is_copied(compiled: Any, tmp_path: Path) -> None:
         refitkit.refit(compiled, paths[2], verify="none")
     assert copies.sizes == [model(3).conv.weight.numel()]  # which lies in another order
     assert_holds(compiled, model(3).state_dict())
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
+def test_a_verified_refit_reads_each_byte_once(
+    compiled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """But for the weight in another order, which only a second read can compare."""
+    path, preadv = file_of(tmp_path, model(1).state_dict(), name), os.preadv
+    size, counts = path.stat().st_size, []
+
+    def counting(fd: int, buffers: Any, offset: int) -> int:
+        counts.append(preadv(fd, buffers, offset))
+        return counts[-1]
+
+    monkeypatch.setattr(os, "preadv", counting)
+    result = refitkit.refit(compiled, path, verify="weights")
+    assert len(result.report.verification.measures) == len(compiled.slots)
+    overhead = 20_000  # headers and pickles are read more than once
+    assert size - overhead < sum(counts) < size + overhead
+
+
+def test_a_slot_that_is_not_as_it_was_read_is_refused(
+    compiled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, require = slots_of(compiled), FiniteCheck.require
+
+    def spoiling(check: FiniteCheck, staged: Staged, values: Any) -> None:
+        require(check, staged, values)
+        ((_, one),) = staged.waiting()
+        one.staged("large.weight").view(-1)[-1] += 1
+        one.staged("head.weight").view(-1)[0] += 1
+
+    monkeypatch.setattr(FiniteCheck, "require", spoiling)
+    with pytest.raises(VerificationError) as info:
+        refitkit.refit(compiled, file_of(tmp_path, model(1).state_dict()), verify="weights")
+    assert {problem.subject for problem in info.value.problems} == {"large.weight", "head.weight"}
+    assert slots_of(compiled) == before
 
 
 class Copies(WatchingMode):

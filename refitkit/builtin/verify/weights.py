@@ -1,4 +1,7 @@
-"""The verifier ``weights``: it reads every written slot back and compares bits."""
+"""The verifier ``weights``: it reads every written slot back and compares bits.
+
+Values of files are compared by the 128-bit digests of what was read from them, others as they are.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,7 @@ def _measure(module: OpenedModule, value: SlotValue) -> OutputMeasure:
     slot = value.slot
     engine = module.engines[slot.engine]
     found = engine.read(slot.name) if isinstance(engine, SupportsReadback) else torch.empty(0)
-    # A large value is compared in pieces, without memory for the whole.
+    # A value of a file is compared by digests or in pieces, without memory for the whole.
     if is_value(found, value):
         return OutputMeasure(name=slot.name, ok=True)
     wanted = value.load().to(found.device)

@@ -105,6 +105,13 @@ class SafetensorsFile:
             return None
         return self._file.pieces(start, nbytes, dtype_of(info.dtype), into)
 
+    def has_bits(self, fqn: str, tensor: torch.Tensor) -> bool | None:
+        """Compare digests; see ``refitkit.protocols.KnowsBits``."""
+        info, start, nbytes = self._entries[fqn]
+        if info.unusable or tensor.dtype != dtype_of(info.dtype) or tensor.nbytes != nbytes:
+            return None
+        return self._file.has_bits(start, tensor)
+
     def require_unchanged(self) -> None:
         """Check that the file was not changed; see ``refitkit.protocols.MayChange``."""
         self._file.require_unchanged()

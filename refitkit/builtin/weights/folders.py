@@ -19,7 +19,7 @@ from refitkit.builtin.weights.files import is_file, open_file
 from refitkit.builtin.weights.reading import Folder, OpenFile
 from refitkit.errors import Problem, SourceError, raise_if_resource
 from refitkit.protocols import MayChange, SupportsReread
-from refitkit.recipe import pieces_of
+from refitkit.recipe import bits_known, pieces_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -138,6 +138,10 @@ class ShardedFiles:
     def pieces(self, fqn: str, into: torch.Tensor | None = None) -> Iterator[torch.Tensor] | None:
         """Return pieces of an entry; see ``refitkit.protocols.GivesPieces``."""
         return pieces_of(self._shards[self._file_of[fqn]], fqn, into)
+
+    def has_bits(self, fqn: str, tensor: torch.Tensor) -> bool | None:
+        """Compare digests; see ``refitkit.protocols.KnowsBits``."""
+        return bits_known(self._shards[self._file_of[fqn]], fqn, tensor)
 
     def require_unchanged(self) -> None:
         """Check the index and all files; see ``refitkit.protocols.MayChange``."""

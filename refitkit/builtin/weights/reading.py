@@ -149,10 +149,31 @@ class OpenFile:
         else:
             block = self._buffer.take(min(_PIECE, nbytes))
             flat, memory = torch.frombuffer(block, dtype=dtype), block.data
-        for offset in range(0, nbytes, _PIECE):
-            count, place = min(_PIECE, nbytes - offset), offset if reads_there else 0
-            self.fill(memory[place : place + count], start + offset)
-            yield flat[place // dtype.itemsize : (place + count) // dtype.itemsize]
+        with self._reading() as fd:
+            for offset in range(0, nbytes, _PIECE):
+                count, place = min(_PIECE, nbytes - offset), offset if reads_there else 0
+                self._fill(fd, memory[place : place + count], start + offset)
+                yield flat[place // dtype.itemsize : (place + count) // dtype.itemsize]
+
+    def has_bits(self, start: int, tensor: torch.Tensor) -> bool | None:
+        """Return whether a tensor has the bits of a range of the file when it was read.
+
+        Args:
+            start: Offset of the range.
+            tensor: A contiguous tensor on the CPU.
+
+        Returns:
+            None if that range was not read.
+        """
+        memory = tensor.detach().view(-1).view(torch.uint8).numpy().data
+        for offset in range(0, len(memory), _PIECE):
+            piece = memory[offset : offset + _PIECE]
+            recorded = self._digests.get((start + offset, len(piece)))
+            if recorded is None:
+                return None
+            if recorded != xxhash.xxh3_128_digest(piece):
+                return False
+        return True
 
     def read_bytes(self, start: int, nbytes: int) -> bytes:
         """Return a range of bytes as a ``bytes`` object.
@@ -170,26 +191,24 @@ class OpenFile:
         Raises:
             SourceError: See ``read``.
         """
-        pieces = [into[offset : offset + _PIECE] for offset in range(0, len(into), _PIECE)]
-        done, digests = 0, list[bytes]()
-        try:
-            with self._descriptor() as fd:
-                for piece in pieces:
-                    done += _read_into(fd, piece, start + done)
-                    # Hashed now, while the piece is in the cache.
-                    digests.append(xxhash.xxh3_128_digest(piece))
-                self._require_state(FileState.of(os.fstat(fd)))
-        except OSError as exc:
-            # A file that was replaced by nothing is reported as changed.
-            if isinstance(exc, FileNotFoundError):
-                self._require_state()
-            raise_if_resource(exc, f"{self._description} cannot be read")
-            raise SourceError(f"{self._description} cannot be read: {exc}.") from exc
+        with self._reading() as fd:
+            self._fill(fd, into, start)
+
+    def _fill(self, fd: int, into: memoryview, start: int) -> None:
+        done, digests = 0, list[tuple[tuple[int, int], bytes]]()
+        for offset in range(0, len(into), _PIECE):
+            piece = into[offset : offset + _PIECE]
+            done += _read_into(fd, piece, start + offset)
+            # Hashed now, while the piece is in the cache.
+            digests.append(((start + offset, len(piece)), xxhash.xxh3_128_digest(piece)))
+        self._require_state(FileState.of(os.fstat(fd)))
         if done < len(into):
             raise SourceError(f"{self._description} ends before its tensors do.", hint=_HINT)
-        for piece, digest in zip(pieces, digests, strict=True):
-            self._require_digest(start, len(piece), digest)
-            start += len(piece)
+        for place, digest in digests:
+            # XXH3 is not cryptographic. It need not be: a process that can write to the file can
+            # write any weights, so it needs no collision.
+            if self._digests.setdefault(place, digest) != digest:
+                raise self._changed(*place)
 
     def require_unchanged(self) -> None:
         """Check that the file was not written to since it was opened.
@@ -213,19 +232,17 @@ class OpenFile:
         for start, nbytes in sorted(self._digests):
             self.fill(block.data[:nbytes], start)
 
-    def _require_digest(self, start: int, nbytes: int, digest: bytes) -> None:
-        """Record the digest of a range, or compare it with the recorded one."""
-        # XXH3 is not cryptographic. It need not be: a process that can write to the file can write
-        # any weights, so it needs no collision.
-        recorded = self._digests.setdefault((start, nbytes), digest)
-        if recorded != digest:
-            found = f"bytes {start} to {start + nbytes} have changed since they were first read"
-            raise _changed(self.path.name, self._description, found, f"{self._state}")
+    def _changed(self, start: int, nbytes: int) -> SourceError:
+        """Return the error of a range whose bytes are not those that were read before."""
+        found = f"bytes {start} to {start + nbytes} have changed since they were first read"
+        return _changed(self.path.name, self._description, found, f"{self._state}")
 
     def _require_state(self, now: FileState | None = None) -> None:
         """Check that the state has not changed; see ``require_same``."""
         if now is None:
             now = self._present_state()
+        if now == self._state:
+            return
         now = require_same(self._state, now, self.path.name, self._description)
         # A new or removed link moves the change time, as a write with a reset modification time
         # does. Only the bytes show which of the two happened.
@@ -240,8 +257,27 @@ class OpenFile:
         except OSError as exc:
             if isinstance(exc, FileNotFoundError):
                 return None
-            raise_if_resource(exc, f"{self._description} cannot be read")
-            raise SourceError(f"{self._description} cannot be read: {exc}.") from exc
+            raise self._unreadable(exc) from exc
+
+    @contextmanager
+    def _reading(self) -> Iterator[int]:
+        """Yield a descriptor, and report errors of the system.
+
+        Raises:
+            SourceError: See ``read``.
+        """
+        try:
+            with self._descriptor() as fd:
+                yield fd
+        except OSError as exc:
+            # A file that was replaced by nothing is reported as changed.
+            if isinstance(exc, FileNotFoundError):
+                self._require_state()
+            raise self._unreadable(exc) from exc
+
+    def _unreadable(self, exc: OSError) -> SourceError:
+        raise_if_resource(exc, f"{self._description} cannot be read")
+        return SourceError(f"{self._description} cannot be read: {exc}.")
 
     @contextmanager
     def _descriptor(self) -> Iterator[int]:

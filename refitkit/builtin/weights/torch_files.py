@@ -158,15 +158,26 @@ class TorchFile:
 
     def pieces(self, fqn: str, into: torch.Tensor | None = None) -> Iterator[torch.Tensor] | None:
         """Return pieces of a contiguous entry; see ``refitkit.protocols.GivesPieces``."""
+        value, start = self._state[fqn], self._start_of(fqn)
+        if start is None or (into is None and value.nbytes < LARGE):
+            return None
+        return self._file.pieces(start, value.nbytes, value.dtype, into)
+
+    def has_bits(self, fqn: str, tensor: torch.Tensor) -> bool | None:
+        """Compare digests; see ``refitkit.protocols.KnowsBits``."""
+        value, start = self._state[fqn], self._start_of(fqn)
+        if start is None or tensor.dtype != value.dtype or tensor.nbytes != value.nbytes:
+            return None
+        return self._file.has_bits(start, tensor)
+
+    def _start_of(self, fqn: str) -> int | None:
+        """Return where the bytes of a contiguous entry begin; None if it lies in another way."""
         value, offset = self._state[fqn], _offset(self._state[fqn])
         if offset is None or not value.is_contiguous():
             return None
-        if into is None and value.nbytes < LARGE:
-            return None
         if value.is_conj() or value.is_neg() or unusable_dtype(dtype_name(value.dtype)):
             return None
-        start = offset + value.storage_offset() * value.itemsize
-        return self._file.pieces(start, value.nbytes, value.dtype, into)
+        return int(offset + value.storage_offset() * value.itemsize)
 
     def require_unchanged(self) -> None:
         """Check that the file was not changed; see ``refitkit.protocols.MayChange``."""

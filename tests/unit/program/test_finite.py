@@ -40,6 +40,23 @@ def test_every_type_of_floats(dtype: torch.dtype) -> None:
     assert all_finite(good[:0])
 
 
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_every_element_of_eight_bits(dtype: torch.dtype) -> None:
+    for byte in range(256):
+        value = torch.zeros(3, 5, dtype=torch.uint8)
+        value[1, 2] = byte
+        good = math.isfinite(value.view(dtype)[1, 2].item())
+        assert all_finite(value.view(dtype)) == good
+        assert all_finite(value.view(dtype).t()[1:]) == good
+
+
+def test_conjugates_and_negatives_are_looked_at_as_they_are() -> None:
+    value = torch.tensor([1 + 2j, complex(0, math.inf)])
+    assert not all_finite(value.conj())
+    assert not all_finite(value.conj().imag)
+    assert all_finite(value[:1].conj())
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool], ids=str)
 def test_integers_and_flags_are_always_finite(dtype: torch.dtype) -> None:
     assert all_finite(torch.ones(2).to(dtype))

@@ -326,6 +326,27 @@ def test_memory_that_does_not_fit_an_entry_is_not_written_to(
         assert not into.any()
 
 
+def test_a_file_knows_the_bits_of_what_was_read(tmp_path: Path) -> None:
+    tensors = {**TENSORS, "large": torch.rand((5 << 18) + 3)}
+    for file in in_files(tmp_path, tensors):
+        source = opened(file)
+        assert source.has_bits("large", tensors["large"]) is None
+        for name, tensor in tensors.items():
+            if name == "large":
+                list(source.pieces(name, torch.zeros_like(tensor)))
+            else:
+                source.get(name)
+            assert source.has_bits(name, tensor) is True
+            assert source.has_bits(name, torch.zeros(1, 1, dtype=torch.complex128)) is None
+            if tensor.numel():
+                other = tensor.clone()
+                other.view(-1).view(torch.uint8)[-1] ^= 1
+                assert source.has_bits(name, other) is False
+        assert source.has_bits("large", tensors["large"].view(torch.int32)) is None
+        with pytest.raises(KeyError):
+            source.has_bits("no such name", tensors["large"])
+
+
 def test_what_only_get_can_read_is_not_read_into_memory(tmp_path: Path) -> None:
     torch.save({"turned": torch.rand(3, 2).t(), "neg": torch.rand(2).neg()}, tmp_path / "w.pt")
     source = opened(tmp_path / "w.pt")
