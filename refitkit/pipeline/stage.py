@@ -117,11 +117,16 @@ class Staged:
 
     def discard(self) -> None:
         """Discard staged values that were not taken. Failures do not matter: no weights changed."""
+        interrupt: BaseException | None = None
         for _, staged in self.take():
             try:
                 staged.discard()
-            except BaseException:  # noqa: BLE001, S112 - the others must be tried, interrupted too
+            except Exception:  # noqa: BLE001, S112 - the others must be tried
                 continue
+            except BaseException as exc:  # noqa: BLE001 - raised below
+                interrupt = exc
+        if interrupt is not None:
+            raise interrupt
 
 
 def publishes(module: OpenedModule) -> bool:

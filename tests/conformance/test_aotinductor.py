@@ -106,10 +106,9 @@ class PublishingSuite(EngineSuite):
         """New weights become live, and then the commit fails."""
         publish = engine.publish
 
-        def fail(container: Any, *, previous: bool) -> None:
-            publish(container, previous=previous)
-            if previous:
-                raise RuntimeError("no such luck")
+        def fail(new: Any) -> None:
+            publish(new)
+            raise RuntimeError("no such luck")
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(engine, "publish", fail)
@@ -117,15 +116,11 @@ class PublishingSuite(EngineSuite):
 
     @contextmanager
     def rollback_fault(self, engine: Any) -> Iterator[None]:
-        publish = engine.publish
-
-        def fail(container: Any, *, previous: bool) -> None:
-            if not previous:
-                raise RuntimeError("no such luck")
-            publish(container, previous=previous)
+        def fail(_: Any) -> None:
+            raise RuntimeError("no such luck")
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine, "publish", fail)
+            patch.setattr(engine, "go_back", fail)
             yield
 
     def test_the_kind_of_engine(self) -> None:

@@ -32,10 +32,13 @@ from refitkit.program.bits import same_bits
 from refitkit.recipe import write_value
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from refitkit.builtin.aotinductor.native import Answer, Library
     from refitkit.protocols import SlotValue
+
+_LENT = "_refitkit_lent"
+"""Attribute of tensors that several engines use."""
 
 _PREFIX = 1024  # elements compared first when looking for a change
 
@@ -45,7 +48,7 @@ class WeightSet(NamedTuple):
 
     Attributes:
         tensors: The tensors by slot.
-        made: Slots whose memory this engine allocated, and no other engine uses.
+        made: Slots whose memory this engine allocated.
         taken: Versions (``Tensor._version``) of tensors that were taken as they were, by slot.
     """
 
@@ -53,18 +56,9 @@ class WeightSet(NamedTuple):
     made: frozenset[str]
     taken: Mapping[str, int]
 
-    def shared(self, own: Collection[str]) -> WeightSet:
-        """Return the set once another engine uses it, too.
-
-        Args:
-            own: Slots that stay this engine's own.
-        """
-        return self._replace(made=self.made & frozenset(own))
-
-    def without(self, other: WeightSet) -> WeightSet:
-        """Return the set without the right to write to memory of another one."""
-        same = {name for name in self.made if self.tensors[name] is other.tensors[name]}
-        return self._replace(made=self.made - same)
+    def own(self, name: str) -> bool:
+        """Return whether the engine may write to the memory of a slot: nobody else uses it."""
+        return name in self.made and not hasattr(self.tensors[name], _LENT)
 
     def require_untouched(self, names: Collection[str]) -> None:
         """Check that nobody has written to tensors since they were taken.
@@ -97,18 +91,6 @@ class Live(NamedTuple):
     container: Container
 
 
-class Spare(NamedTuple):
-    """A set that was live before.
-
-    Attributes:
-        weights: The set.
-        container: Refers to its container as long as a call, or a reader, uses it.
-    """
-
-    weights: WeightSet
-    container: weakref.ref[Container]
-
-
 class PublishingEngine(AOTInductorEngine):
     """An engine that gets new weights while it serves; see ``refitkit.protocols.Engine``."""
 
@@ -134,12 +116,13 @@ class PublishingEngine(AOTInductorEngine):
         """
         super().__init__(weights.tensors, mutable)
         self._library, self._models = library, models
-        self._turns = Turns(models, self._renewal())
+        self._turns = Turns(models)
+        # those that calls, readers or staged refits use, and the live one
+        self._containers: weakref.WeakSet[Container] = weakref.WeakSet()
         self._current = self._filled(weights)
-        self._spare: Spare | None = None  # the set before the live one
+        self._spare: WeightSet | None = None  # the set before the live one
         self._has_previous = False  # whether its values are those from before the last commit
-        self._older: list[Spare] = []  # sets before it, which calls used when they were needed
-        self._in_use: list[weakref.ref[Container]] = []
+        self._older: list[WeightSet] = []  # sets before it, which calls used when they were needed
 
     @classmethod
     def owning(
@@ -149,7 +132,9 @@ class PublishingEngine(AOTInductorEngine):
         return cls(library, WeightSet(tensors, frozenset(tensors), {}), mutable)
 
     def _filled(self, weights: WeightSet) -> Live:
-        return Live(weights, Container(self._library, weights.tensors, self._models))
+        container = Container(self._library, weights.tensors, self._models)
+        self._containers.add(container)
+        return Live(weights, container)
 
     @property
     def live(self) -> Mapping[str, torch.Tensor]:
@@ -212,18 +197,7 @@ class PublishingEngine(AOTInductorEngine):
             )
         self._models = models
         self._current = self._filled(self._current.weights)
-        self._turns = Turns(models, self._renewal())
-
-    def _renewal(self) -> Callable[[], None]:
-        """Return the function that gives a forked child a container without running calls."""
-        me = weakref.ref(self)
-
-        def renew() -> None:
-            engine = me()
-            if engine is not None:
-                engine._current = engine._filled(engine._current.weights)  # noqa: SLF001 - its own
-
-        return renew
+        self._turns = Turns(models)
 
     def read(self, slot: str) -> torch.Tensor:
         """Return the live value of a slot: an alias. Its memory stays as it is while it exists."""
@@ -252,18 +226,14 @@ class PublishingEngine(AOTInductorEngine):
         Raises:
             EngineError: A donor has written to some.
         """
-        weights, container = self._current
+        weights = self._current.weights
         weights.require_untouched(self._slots)
-        tensors = {
-            name: like(tensor).copy_(tensor) if name in self._mutable else tensor
-            for name, tensor in weights.tensors.items()
-        }
-        # from now on two engines use them, so none may write to them
-        self._older = [one._replace(weights=one.weights.without(weights)) for one in self._older]
-        if self._spare is not None:
-            self._spare = self._spare._replace(weights=self._spare.weights.without(weights))
-        self._current = Live(weights.shared(self._mutable), container)
-        second = WeightSet(tensors, self._mutable, weights.taken)
+        # in a turn, so that no call writes meanwhile: such a model has one turn only
+        state = self._turns.take(self.mutable_values) if self._mutable else {}
+        # from now on two engines use the others, so none may write to them
+        for name in weights.tensors.keys() - self._mutable:
+            setattr(weights.tensors[name], _LENT, True)
+        second = WeightSet({**weights.tensors, **state}, self._mutable, weights.taken)
         return PublishingEngine(self._library, second, self._declared, models=self._models)
 
     def staged_engine(self, staged: Live) -> PublishingEngine:
@@ -315,7 +285,7 @@ class PublishingEngine(AOTInductorEngine):
             if write_value(memory, value):
                 return memory, True
         found = checked(value.slot, value.load())
-        for one in self._spares():
+        for one in self.spares:
             if is_same(found, one.tensors[name]):  # an undo: the value is where it was
                 return one.tensors[name], name in one.made
         is_owned = value.keepable is not None and value.keepable(found)
@@ -326,24 +296,21 @@ class PublishingEngine(AOTInductorEngine):
     def _reusable(self) -> dict[str, torch.Tensor]:
         """Return memory of an earlier set that this engine made and nothing uses."""
         self._library.reap()
-        self._in_use = [one for one in self._in_use if one() is not None]
-        used = {id(tensor) for tensor in self._current.weights.tensors.values()}
-        for reference in self._in_use:
-            container = reference()
-            used |= {id(t) for t in container.tensors.values()} if container is not None else set()
-        for one in [*self._older, *([self._spare] if self._spare is not None else [])]:
-            tensors = one.weights.tensors
-            if one.container() is not None or self._library.is_busy(tensors):
+        # in this order: a container that goes meanwhile is in one of the two
+        sets = [*(one.tensors for one in list(self._containers)), *self._library.busy()]
+        used = {id(tensor) for tensors in sets for tensor in tensors.values()}
+        for one in self.spares:
+            if any(one.tensors is tensors for tensors in sets):
                 continue
             if one is self._spare:
                 self._has_previous = False
             self._older = [other for other in self._older if other is not one]
-            return {n: tensors[n] for n in one.weights.made if id(tensors[n]) not in used}
+            return {n: t for n, t in one.tensors.items() if one.own(n) and id(t) not in used}
         return {}
 
-    def _spares(self) -> Iterator[WeightSet]:
-        if self._spare is not None:
-            yield self._spare.weights
+    def _is_used(self, weights: WeightSet) -> bool:
+        """Return whether a call, a reader or a staged refit uses a set."""
+        return any(one.tensors is weights.tensors for one in list(self._containers))
 
     def previous(self) -> Mapping[str, torch.Tensor]:
         """Return the set before the last commit, unless its memory was written to since.
@@ -352,7 +319,7 @@ class PublishingEngine(AOTInductorEngine):
         """
         if self._spare is None or not self._has_previous:
             return {}
-        weights = self._spare.weights
+        weights = self._spare
         changed = {n for n, v in weights.taken.items() if _version_of(weights.tensors[n]) != v}
         return {name: t for name, t in weights.tensors.items() if name not in changed}
 
@@ -362,14 +329,14 @@ class PublishingEngine(AOTInductorEngine):
         with torch.no_grad():
             for value in values:
                 name = value.slot.name
-                # memory that others use, too, is not written to
-                if name not in made:
+                if not live.own(name):
                     tensors[name] = like(live.tensors[name])
                     made.add(name)
                     taken.pop(name, None)
                 write(tensors[name], value)
         self.drain()
-        self._current = self._filled(WeightSet(tensors, frozenset(made), taken))
+        if any(tensors[name] is not live.tensors[name] for name in tensors):
+            self._current = self._filled(WeightSet(tensors, frozenset(made), taken))
 
     # -- for ``StagedSet`` --------------------------------------------------------------------
 
@@ -389,30 +356,27 @@ class PublishingEngine(AOTInductorEngine):
             for name in self._mutable - set(written):
                 staged.weights.tensors[name].copy_(self.live[name])
 
-    def publish(self, new: Live, *, previous: bool) -> None:
-        """Let calls that start from now on use another set.
-
-        Args:
-            new: The set.
-            previous: Whether the values that are live now are kept for an undo.
-        """
-        before = self._current
-        if before is not new:
-            old = weakref.ref(before.container)
-            self._in_use.append(old)
-            spare = self._spare
-            # an interrupt may have come here before, and noted the live set as the spare one
-            is_other = spare is not None and spare.weights is not before.weights
-            if spare is not None and is_other and spare.container() is not None:
-                self._older = [*self._older, spare][-self._models :]
-            self._spare = Spare(before.weights, old)
-        self._has_previous = previous
+    def publish(self, new: Live) -> None:
+        """Let calls that start from now on use another set, and keep the live one for an undo."""
+        before, spare = self._current, self._spare
+        # an interrupt may have come here before, and noted the live set as the spare one
+        is_other = spare is not None and spare.tensors is not before.weights.tensors
+        if spare is not None and is_other and self._is_used(spare):
+            self._older = [*self._older, spare][-self._models :]
+        self._spare, self._has_previous = before.weights, True
         self._current = new
+
+    def go_back(self, before: Live) -> None:
+        """Let calls use a set that was live before, if another one is. Nothing here can fail."""
+        if self._current is not before:
+            self._spare = self._current.weights
+        self._has_previous = False
+        self._current = before
 
     @property
     def spares(self) -> list[WeightSet]:
         """The sets before the live one."""
-        return [*(one.weights for one in self._older), *self._spares()]
+        return [*self._older, *([self._spare] if self._spare is not None else [])]
 
     def free_spare(self) -> int:
         """Free the sets before the live one; return their size in bytes."""
@@ -442,11 +406,11 @@ class StagedSet:
     def commit(self) -> None:
         """Publish the set: one assignment, independent of the size of the weights."""
         self._engine.carry_mutable(self._new, self._names)
-        self._engine.publish(self._new, previous=True)
+        self._engine.publish(self._new)
 
     def rollback(self) -> None:
         """Serve calls from the earlier set, whether or not this one was published."""
-        self._engine.publish(self._before, previous=False)
+        self._engine.go_back(self._before)
 
     @property
     def engine(self) -> PublishingEngine:
