@@ -25,9 +25,12 @@ import ctypes
 import json
 import os
 import sys
+import weakref
+from collections import deque
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 
@@ -105,7 +108,9 @@ class Library:
         """
         self._device, self._folder = device, path.parent
         self._idle: list[tuple[int, int]] = []  # handles, and how many models each has
-        self._retired: list[_Retired] = []
+        self._filled: dict[_Filled, None] = {}  # a set, in which deleting says who was first
+        self._unused: list[int] = []  # handles of tensors, to be deleted
+        self._on_end = _reaper(weakref.ref(self))
         self._code = _Code(path)
         first = self._created(1)
         self._idle.append((first, 1))
@@ -157,21 +162,19 @@ class Library:
         )
         return found.value or 0
 
-    def filled(self, tensors: Mapping[str, torch.Tensor], models: int) -> int:
-        """Return a container that has these tensors as its weights, as they are.
-
-        Args:
-            tensors: All weights by FQN, each as the library lays it out, aligned to ``ALIGNMENT``.
-            models: How many calls it serves side by side.
+    def filled(self, owner: Container) -> int:
+        """Return a container that has the tensors of its owner as its weights, as they are.
 
         Raises:
             EngineError: The library refused.
         """
         self.reap()
-        handle = self._take_idle(models) or self._created(models)
-        given = _handles_of(list(tensors.values()))
+        handle = self._take_idle(owner.models) or self._created(owner.models)
+        aliases = [tensor.detach() for tensor in owner.tensors.values()]
+        given: list[int] = []
         try:
-            pairs = zip(tensors, given, strict=True)
+            given = _handles_of(aliases)
+            pairs = zip(owner.tensors, given, strict=True)
             entries = self._entries(*[_Entry(self.names[fqn], one) for fqn, one in pairs])
             count = ctypes.c_size_t(len(given))
             yes = ctypes.c_bool(True)  # noqa: FBT003 - C
@@ -181,10 +184,19 @@ class Library:
             self._code.call("SwapConstantBuffer", handle)
             # weights that came with the library, and are not used any more
             self._code.call("FreeInactiveConstantBuffer", handle)
+            end = weakref.ref(owner, self._on_end)
+            one = _Filled(handle, end, owner.models, owner.tensors, owner.events, _process)
+            self._filled[one] = None
+        except BaseException:
+            # The container may have handles that nobody can delete now. So their memory is freed.
+            for alias in aliases:
+                alias.set_()  # type: ignore[call-overload]  # as documented
+            self._code.call("Delete", handle)
+            raise
         finally:
             # the container has made handles of its own
-            for one in given:
-                self._code.delete_tensor(one)
+            self._unused += given
+            self._delete_unused()
         return handle
 
     def _take_idle(self, models: int) -> int:
@@ -212,76 +224,122 @@ class Library:
         failed = self._run(handle, inputs, self.inputs, outputs, self.outputs, stream, None)
         return ([], self._code.last_error()) if failed else (_tensors_of(outputs), "")
 
-    def retire(self, one: _Retired) -> None:
-        """Take back a container that nobody calls any more."""
-        self._retired.append(one)
-        self.reap()
-
     def reap(self) -> None:
-        """Empty the containers whose last call has ended on its device."""
-        waiting = []
-        while self._retired:
+        """Empty the containers whose owners are gone, once their last calls have ended.
+
+        This runs when an owner goes. Where an interrupt ends it, the next time does the rest:
+        CPython raises one in a call or behind it, and never between two plain assignments.
+        """
+        for one in list(self._filled):
+            if one.owner() is not None or not all(event.query() for event in one.events.values()):
+                continue
             try:
-                one = self._retired.pop()
-            except IndexError:  # another thread has taken it
-                break
-            if all(event.query() for event in one.events):
-                self._empty(one.handle, one.models)
-            else:
-                waiting.append(one)
-        self._retired.extend(waiting)
+                del self._filled[one]
+                unused = self._pointers_in(one.handle)
+            except KeyError:  # another thread has taken it
+                continue
+            except BaseException:
+                self._filled[one] = None
+                raise
+            self._unused += unused
+            self._put_back(one)
+        self._delete_unused()
 
-    def is_busy(self, tensors: object) -> bool:
-        """Return whether a GPU may still read the weights of a retired container."""
-        return any(one.tensors is tensors for one in list(self._retired))
+    def busy(self) -> list[Mapping[str, torch.Tensor]]:
+        """Return sets of weights without an owner that a GPU may still read."""
+        return [one.tensors for one in list(self._filled) if one.owner() is None]
 
-    def _empty(self, handle: int, models: int) -> None:
-        """Delete a container's handles of its weights, and keep or delete the container."""
+    def _pointers_in(self, handle: int) -> list[int]:
+        """Return a container's handles of its weights, which nothing else deletes.
+
+        The container keeps them and never follows them: it is filled or deleted next.
+        """
+        return [entry.handle for entry in self._entries_of(handle)]
+
+    def _put_back(self, one: _Filled) -> None:
+        """Keep an emptied container for other weights, or delete it."""
+        if one.process is not _process:
+            return  # its locks may be held forever
+        if len(self._idle) < _IDLE:
+            self._idle.append((one.handle, one.models))
+        else:
+            self._code.call("Delete", one.handle)
+
+    def _delete_unused(self) -> None:
+        # All of it runs in C, so no interrupt comes between taking a handle and deleting it.
+        with suppress(IndexError):
+            deque(map(self._code.delete_tensor, iter(self._unused.pop, None)), 0)
+
+    def _entries_of(self, handle: int) -> list[_Entry]:
+        """Return the weights of a container. They are valid until it is asked again."""
         entries, count = ctypes.POINTER(_Entry)(), ctypes.c_size_t()
         no = ctypes.c_bool(False)  # noqa: FBT003 - C
         self._code.call(
             "ExtractConstantsMapEntries", handle, ctypes.byref(entries), ctypes.byref(count), no
         )
-        # The container keeps these pointers and never follows them: it is filled or deleted next.
-        leaked = [entries[number].handle for number in range(count.value)]
-        if len(self._idle) < _IDLE:
-            self._idle.append((handle, models))
-        else:
-            self._code.call("Delete", handle)
-        for one in leaked:
-            self._code.delete_tensor(one)
+        return [entries[number] for number in range(count.value)]
 
     def held(self, handle: int) -> dict[str, torch.Tensor]:
         """Return aliases of the weights that a container has, by FQN: asked of the container."""
-        entries, count = ctypes.POINTER(_Entry)(), ctypes.c_size_t()
-        no = ctypes.c_bool(False)  # noqa: FBT003 - C
-        self._code.call(
-            "ExtractConstantsMapEntries", handle, ctypes.byref(entries), ctypes.byref(count), no
-        )
-        names = [entries[number].name.decode() for number in range(count.value)]
-        copies = [self._code.new_handle(entries[number].handle) for number in range(count.value)]
+        entries = self._entries_of(handle)
+        names = [entry.name.decode() for entry in entries]
+        copies = [self._code.new_handle(entry.handle) for entry in entries]
         return dict(zip(names, _tensors_of(copies), strict=True))
 
     def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
         if is_exiting() or not hasattr(self, "_code"):
             return
-        idle = [handle for handle, _ in self._idle]
-        for handle in [*idle, *(one.handle for one in self._retired)]:
+        # no container has an owner any more: owners keep the library
+        for one in self._filled:
+            for event in one.events.values():
+                event.synchronize()
+        with suppress(EngineError):
+            self.reap()
+        for handle, _ in self._idle:
             with suppress(EngineError):
                 self._code.call("Delete", handle)
 
 
-class _Retired(NamedTuple):
-    """A container that a GPU may still use, with its weights and an event of each stream."""
+@dataclass(frozen=True, eq=False)
+class _Filled:
+    """A container with weights.
+
+    Attributes:
+        handle: The container. It is used again, with other weights and another owner.
+        owner: Refers to the ``Container``, as long as calls can use it.
+        models: How many calls it serves side by side.
+        tensors: The weights.
+        events: The last event of each stream of a GPU that has called it.
+        process: The process that filled it.
+    """
 
     handle: int
+    owner: weakref.ref[Container]
     models: int
-    tensors: object
-    events: Sequence[Any]
+    tensors: Mapping[str, torch.Tensor]
+    events: Mapping[int, Any]
+    process: object
+
+
+def _reaper(
+    library: weakref.ref[Library], is_exiting: Callable[[], bool] = sys.is_finalizing
+) -> Callable[[object], None]:
+    """Return what is called when an owner goes."""
+
+    def reap(_: object) -> None:
+        found = None if is_exiting() else library()
+        if found is not None:
+            found.reap()
+
+    return reap
 
 
 class _Code:
-    """The functions of one loaded library. The library is unloaded with this object."""
+    """The functions of one loaded library. The library is unloaded with this object.
+
+    Attributes:
+        delete_tensor: Deletes a handle of a tensor.
+    """
 
     def __init__(self, path: Path) -> None:
         try:
@@ -293,8 +351,8 @@ class _Code:
         if missing:
             raise UnsuitableError(f"it was compiled by a version of torch without {missing[0]}")
         torch_library = _torch_library()
-        self._delete = torch_library.aoti_torch_delete_tensor_object
-        self._delete.argtypes = [ctypes.c_void_p]
+        self.delete_tensor = torch_library.aoti_torch_delete_tensor_object
+        self.delete_tensor.argtypes = [ctypes.c_void_p]
         self._new = torch_library.aoti_torch_new_tensor_handle
         self._new.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
 
@@ -321,10 +379,6 @@ class _Code:
         text = ctypes.c_char_p()
         self._functions.AOTInductorGetLastError(ctypes.byref(text))
         return (text.value or b"no reason given").decode(errors="replace")
-
-    def delete_tensor(self, handle: int) -> None:
-        """Delete a handle of a tensor."""
-        self._delete(handle)
 
     def new_handle(self, handle: int) -> int:
         """Return another handle of a tensor."""
@@ -401,6 +455,8 @@ class Container:
     Attributes:
         tensors: The weights by FQN, which are used as they are and never change.
         made: Names of those whose memory the caller allocated for this container.
+        models: How many calls it serves side by side.
+        events: The last event of each stream of a GPU that has called it, by the stream.
     """
 
     def __init__(
@@ -414,18 +470,32 @@ class Container:
 
         Args:
             library: The model's library.
-            tensors: See ``Library.filled``.
+            tensors: All weights, each as the library lays it out, aligned to ``ALIGNMENT``.
             made: See the attribute.
-            models: How many calls it serves side by side.
+            models: See the attribute.
+
+        Raises:
+            EngineError: The library refused.
         """
-        self.tensors, self.made = tensors, frozenset(made)
-        self._library, self._models = library, models
-        self._events: dict[int, Any] = {}
-        self._handle = library.filled(tensors, models)
+        self.tensors, self.made, self.models = tensors, frozenset(made), models
+        self.events: dict[int, Any] = {}
+        self._library, self._process = library, _process
+        self._handle = library.filled(self)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> Answer:
         """Return the outputs of a call, or an error; see ``Library.run``."""
+        if self._process is not _process:
+            self._renew()
         return self._library.run(self._handle, inputs, None)
+
+    def _renew(self) -> None:
+        """Use another container of the library in a forked child.
+
+        Another thread of the parent may have been in a call. Here that call never ends, and it
+        keeps a model and a lock of its container. Threads that do this together do no harm.
+        """
+        self._handle = self._library.filled(self)
+        self._process = _process
 
     def run_on_gpu(self, inputs: Sequence[torch.Tensor]) -> Answer:
         """Launch a call on the current stream; see ``run``."""
@@ -434,17 +504,24 @@ class Container:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
         event.record(stream)
         # the last call of each stream: its event comes after those of all earlier ones
-        self._events[stream.cuda_stream] = event
+        self.events[stream.cuda_stream] = event
         return outputs
 
     def held(self) -> dict[str, torch.Tensor]:
         """Return the weights that the container itself has; see ``Library.held``."""
         return self._library.held(self._handle)
 
-    def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
-        if not is_exiting() and hasattr(self, "_handle"):
-            events = list(self._events.values())
-            self._library.retire(_Retired(self._handle, self._models, self.tensors, events))
+
+_process = object()
+"""Stands for this process."""
+
+
+def _after_fork_in_child() -> None:
+    global _process  # noqa: PLW0603 - it is a fact of the process
+    _process = object()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class Turns:
@@ -456,8 +533,9 @@ class Turns:
 
     def __init__(self, models: int) -> None:
         """Start with all models free."""
-        self._locks = [ForkedLock() for _ in range(models)]
-        self._queues: list[dict[object, None]] = [{} for _ in self._locks]
+        self._queues: list[dict[object, None]] = [{} for _ in range(models)]
+        # a forked child lacks the threads that queue for a lock of another thread
+        self._locks = [ForkedLock(queue.clear) for queue in self._queues]
 
     def take(self, do: Callable[[], T]) -> T:
         """Return the result of a function, run in a turn."""

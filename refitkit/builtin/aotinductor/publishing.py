@@ -6,7 +6,7 @@ a refit makes another set, and its commit is one assignment. Running calls end o
 
 Where its memory comes from:
 
-- A value that nobody else writes to (``SlotValue.owned``) is taken as it is.
+- A value that nobody else writes to (``SlotValue.keepable``) is taken as it is.
 - Other values are copied into the memory of a set that no call uses any more, or into new memory.
 - A slot that gets no value shares the memory of the live set.
 
@@ -45,12 +45,10 @@ class Spare(NamedTuple):
     Attributes:
         tensors: The tensors by slot.
         made: Slots whose memory this engine allocated, and no other engine uses.
-        container: Refers to the container as long as a call, or a reader, uses it.
     """
 
     tensors: Mapping[str, torch.Tensor]
     made: frozenset[str]
-    container: weakref.ref[Container]
 
 
 class PublishingEngine(AOTInductorEngine):
@@ -82,10 +80,11 @@ class PublishingEngine(AOTInductorEngine):
         self._library, self._models = library, models
         self._turns = Turns(models)
         self._on_gpu = any(t.device.type == "cuda" for t in tensors.values())
-        self._current = Container(library, tensors, made, models)
+        # those that calls, readers or staged refits use, and the live one
+        self._containers: weakref.WeakSet[Container] = weakref.WeakSet()
+        self._current = self._filled(tensors, made)
         self._spare: Spare | None = None  # the set before the live one
         self._has_previous = False  # whether its values are those from before the last commit
-        self._in_use: list[weakref.ref[Container]] = []
 
     @property
     def live(self) -> Mapping[str, torch.Tensor]:
@@ -142,7 +141,9 @@ class PublishingEngine(AOTInductorEngine):
         self._turns = Turns(models)
 
     def _filled(self, tensors: Mapping[str, torch.Tensor], made: Collection[str]) -> Container:
-        return Container(self._library, tensors, made, self._models)
+        container = Container(self._library, tensors, made, self._models)
+        self._containers.add(container)
+        return container
 
     def read(self, slot: str) -> torch.Tensor:
         """Return the live value of a slot: an alias. Its memory stays as it is while it exists."""
@@ -163,19 +164,23 @@ class PublishingEngine(AOTInductorEngine):
     def sibling(self) -> PublishingEngine:
         """Return an engine of its own, which shares the weights that calls do not write."""
         live = self._current.tensors
-        tensors = {
-            name: like(tensor).copy_(tensor) if name in self._mutable else tensor
-            for name, tensor in live.items()
-        }
-        # from now on two engines use them, so none may write to them
-        self._current.made &= self._mutable
+        # in a turn, so that no call writes meanwhile: such a model has one turn only
+        state = self._turns.take(self.mutable_values) if self._mutable else {}
+        tensors = {**live, **state}
+        # from now on two engines use these tensors, so none may write to them
+        for container in list(self._containers):
+            container.made -= self._shared(container.tensors)
         if self._spare is not None:
-            spare = self._spare
-            own = {name for name in spare.made if spare.tensors[name] is not live[name]}
-            self._spare = spare._replace(made=frozenset(own))
+            made = self._spare.made - self._shared(self._spare.tensors)
+            self._spare = self._spare._replace(made=made)
         return PublishingEngine(
             self._library, tensors, self._declared, made=self._mutable, models=self._models
         )
+
+    def _shared(self, tensors: Mapping[str, torch.Tensor]) -> set[str]:
+        """Return the slots whose tensors are those of the live set."""
+        live = self._current.tensors
+        return {n for n in live if tensors[n] is live[n]} - self._mutable
 
     def staged_engine(self, container: Container) -> PublishingEngine:
         """Return this engine as it would be with another container live, for a verifier."""
@@ -232,13 +237,13 @@ class PublishingEngine(AOTInductorEngine):
 
     def _reusable(self) -> dict[str, torch.Tensor]:
         """Return memory of the spare set that this engine made and nothing uses."""
-        self._library.reap()
-        self._in_use = [one for one in self._in_use if one() is not None]
         spare = self._spare
-        if spare is None or spare.container() is not None or self._library.is_busy(spare.tensors):
+        if spare is None:
             return {}
-        sets = [self._current, *(one() for one in self._in_use)]
-        used = {id(t) for one in sets if one is not None for t in one.tensors.values()}
+        self._library.reap()
+        # in this order: a container that goes meanwhile is in one of the two
+        sets = [container.tensors for container in list(self._containers)] + self._library.busy()
+        used = {id(tensor) for tensors in sets for tensor in tensors.values()}
         return {n: spare.tensors[n] for n in spare.made if id(spare.tensors[n]) not in used}
 
     def previous(self) -> Mapping[str, torch.Tensor]:
@@ -290,9 +295,7 @@ class PublishingEngine(AOTInductorEngine):
         """
         before = self._current
         if before is not container:
-            old = weakref.ref(before)
-            self._in_use.append(old)
-            self._spare = Spare(before.tensors, before.made, old)
+            self._spare = Spare(before.tensors, before.made)
         self._has_previous = previous
         self._current = container
 
