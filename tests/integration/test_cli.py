@@ -294,7 +294,8 @@ def test_showing_a_module_runs_none_of_it(
     def trap(*_: object) -> None:
         raise AssertionError("its library was opened")
 
-    monkeypatch.setattr("refitkit.builtin.aotinductor.container.open_container", trap)
+    for name in ("container.open_container", "native.Library"):
+        monkeypatch.setattr(f"refitkit.builtin.aotinductor.{name}", trap)
     for command in (["inspect"], ["plan", "show"]):
         assert main([*command, str(files.module)]) == 0
     assert main(["verify", str(files.module), str(files.old)]) == 3

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import refitkit
-from refitkit.builtin.aotinductor.engine import AOTInductorEngine
+from refitkit.builtin.aotinductor.engine import SwappingEngine
+from refitkit.builtin.aotinductor.native import SWITCH
 from refitkit.cli.main import main
 from refitkit.model import StageFinished
 from refitkit.protocols import SlotValue
@@ -305,10 +306,13 @@ def test_state_is_not_compared_with_weights(fresh: Fresh) -> None:
         refitkit.verify(compiled, {**same, "cache": torch.zeros(3, 4)})
 
 
-def test_nobody_knows_the_state_of_an_engine_that_was_not_planned(fresh: Fresh) -> None:
+def test_nobody_knows_the_state_of_an_engine_that_was_not_planned(
+    fresh: Fresh, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """So all of what is live is carried over."""
+    monkeypatch.setenv(SWITCH, "1")
     compiled = fresh()
-    engine = AOTInductorEngine(compiled.engines["model"].runner)  # type: ignore[attr-defined]
+    engine = SwappingEngine(compiled.engines["model"].runner)  # type: ignore[attr-defined]
     assert not any(slot.mutable for slot in engine.slots.values())
     value = SlotValue(engine.slots["k.bias"], "given", (), lambda: torch.ones(4))
     staged = engine.stage_partial([value])
