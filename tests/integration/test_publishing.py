@@ -124,10 +124,14 @@ def test_siblings_leave_nothing(
     assert native_calls["CreateWithDevice"] - native_calls["Delete"] <= 4
 
 
-def test_an_open_sibling_costs_no_weights(module: Any, sets: list[list[Storage]]) -> None:
+def test_open_siblings_cost_no_weights(
+    module: Any, sets: list[list[Storage]], native_calls: Counter[str]
+) -> None:
     siblings = [module.reopen() for _ in range(100)]
     assert alive(sets) == len(NAMES)
     assert {answer(one) for one in siblings} == {state(0)}
+    siblings.clear()
+    assert native_calls["CreateWithDevice"] - native_calls["Delete"] <= 2
 
 
 @pytest.mark.usefixtures("no_collector")
@@ -295,33 +299,41 @@ def test_what_the_engine_kept_is_never_written_to(name: str, engine: PublishingE
     assert {one.unique().item() for one in given.values()} == {3}
 
 
-@pytest.mark.parametrize("when", ["live", "overwritten", "staged", "committed"])
+def opened_sibling(when: str, module: Any, engine: PublishingEngine) -> Any:
+    """A sibling that is opened in the middle of other work, which is then ended."""
+    commit(engine, 1)
+    commit(engine, 2)
+    match when:
+        case "overwritten":
+            over(engine, 2)
+        case "staged":
+            staged = engine.stage_partial(values(engine, weights(3, NAMES[:2])))
+        case "committed" | "undone":
+            staged = commit_some(engine, 3, NAMES[:2])
+    sibling = module.reopen()
+    match when:
+        case "staged":
+            staged.commit()
+        case "committed":
+            staged.rollback()
+        case "undone":
+            engine.stage(values(engine, engine.previous())).commit()
+    return sibling
+
+
+@pytest.mark.parametrize("when", ["live", "overwritten", "staged", "committed", "undone"])
 @pytest.mark.parametrize("name", WRITES)
 def test_what_a_sibling_uses_is_never_written_to(
     name: str, when: str, module: Any, engine: PublishingEngine
 ) -> None:
-    """Whichever of the two is refitted, and whenever the sibling was opened."""
-    for changed in ("first", "sibling"):
-        commit(engine, 1)
-        commit(engine, 2)
-        if when == "overwritten":
-            over(engine, 2)
-        elif when == "staged":
-            staged = engine.stage_partial(values(engine, weights(3, NAMES[:2])))
-        elif when == "committed":
-            staged = commit_some(engine, 3, NAMES[:2])
-        sibling, seen = module.reopen(), answer(module)
-        if when == "staged":
-            staged.commit()
-        elif when == "committed":
-            staged.rollback()
-        mine = answer(module)
-        if changed == "first":
-            writes(name, engine)
-            assert answer(sibling) == seen
-        else:
-            writes(name, sibling.engines["model"])
-            assert answer(module) == mine
+    sibling = opened_sibling(when, module, engine)
+    before = answer(sibling)
+    writes(name, engine)
+    assert answer(sibling) == before
+    sibling = opened_sibling(when, module, engine)
+    before = answer(module)
+    writes(name, sibling.engines["model"])
+    assert answer(module) == before
 
 
 def addresses(engine: PublishingEngine) -> dict[str, int]:
@@ -342,7 +354,9 @@ def test_two_sets_take_turns(engine: PublishingEngine) -> None:
 def test_an_undo_copies_nothing(module: Any, engine: PublishingEngine) -> None:
     commit(engine, 1)
     first = addresses(engine)
+    kept = [engine.read("table")]  # so that no memory may be written to
     commit(engine, 2)
+    kept.append(engine.read("table"))
     for number in (1, 2, 1):
         engine.stage(values(engine, engine.previous())).commit()
         assert (addresses(engine) == first) is (number == 1)
@@ -444,6 +458,53 @@ def test_a_gpu_may_use_weights_after_the_call(
     commit(engine, 5)
     assert engine._library.busy() == []
     assert engine.live["parts.0"] is spare["parts.0"]
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_a_library_goes_after_the_last_work_of_a_gpu(
+    parts_path: Path, sets: list[list[Storage]]
+) -> None:
+    class Event:
+        done = False
+
+        def query(self) -> bool:
+            return self.done
+
+        def synchronize(self) -> None:
+            self.done = True
+
+    engine: Any = refitkit.load(parts_path).engines["model"]
+    engine.current.events[0] = event = Event()
+    del engine
+    assert event.done
+    assert alive(sets) == 0
+
+
+def test_a_container_that_is_used_again_is_not_emptied(
+    module: Any, engine: PublishingEngine
+) -> None:
+    """Another thread may empty and fill it while this one looks whether it is in use."""
+    library, again = engine._library, list[Container]()
+
+    class Event:
+        is_asked = False
+
+        def query(self) -> bool:
+            if not self.is_asked:
+                self.is_asked = True
+                library.reap()
+                again.append(Container(library, {**engine.live, **weights(5)}))
+            return True
+
+    commit(engine, 1)
+    engine.current.events[0] = Event()
+    commit(engine, 2)
+    commit(engine, 3)
+    library.reap()
+    commit(engine, 4)
+    (container,) = again
+    assert answered(container.run([AT])[0]) == state(5)  # type: ignore[arg-type]
+    assert {one.unique().item() for one in container.held().values()} == {5}
 
 
 # -- calls beside refits --------------------------------------------------------------------------

@@ -26,6 +26,7 @@ import json
 import os
 import sys
 import weakref
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,7 @@ class Library:
         """
         self._device, self._folder = device, path.parent
         self._idle: list[tuple[int, int]] = []  # handles, and how many models each has
-        self._filled: dict[_Filled, None] = {}  # a set, whose ``pop`` says who was first
+        self._filled: dict[_Filled, None] = {}  # a set, in which deleting says who was first
         self._unused: list[int] = []  # handles of tensors, to be deleted
         self._on_end = _reaper(weakref.ref(self))
         self._code = _Code(path)
@@ -229,31 +230,37 @@ class Library:
     def reap(self) -> None:
         """Empty the containers whose owners are gone, once their last calls have ended.
 
-        This runs when an owner goes. Where an interrupt ends it, the next time does the rest.
+        This runs when an owner goes. Where an interrupt ends it, the next time does the rest:
+        CPython raises one in a call or behind it, and never between two plain assignments.
         """
         for one in list(self._filled):
             if one.owner() is not None or not all(event.query() for event in one.events.values()):
                 continue
             try:
-                self._filled.pop(one)
+                del self._filled[one]
+                unused = self._pointers_in(one.handle)
             except KeyError:  # another thread has taken it
                 continue
-            self._empty(one)
+            except BaseException:
+                self._filled[one] = None
+                raise
+            self._unused += unused
+            self._put_back(one)
         self._delete_unused()
 
     def busy(self) -> list[Mapping[str, torch.Tensor]]:
         """Return sets of weights without an owner that a GPU may still read."""
         return [one.tensors for one in list(self._filled) if one.owner() is None]
 
-    def _empty(self, one: _Filled) -> None:
-        """Take the handles of its weights from a container, and keep or delete the container."""
-        try:
-            # The container keeps these pointers and never follows them: it is filled or deleted.
-            unused = [entry.handle for entry in self._entries_of(one.handle)]
-        except BaseException:
-            self._filled[one] = None
-            raise
-        self._unused += unused
+    def _pointers_in(self, handle: int) -> list[int]:
+        """Return a container's handles of its weights, which nothing else deletes.
+
+        The container keeps them and never follows them: it is filled or deleted next.
+        """
+        return [entry.handle for entry in self._entries_of(handle)]
+
+    def _put_back(self, one: _Filled) -> None:
+        """Keep an emptied container for other weights, or delete it."""
         if one.process is not _process:
             return  # its locks may be held forever
         if len(self._idle) < _IDLE:
@@ -262,12 +269,9 @@ class Library:
             self._code.call("Delete", one.handle)
 
     def _delete_unused(self) -> None:
-        while self._unused:
-            try:
-                handle = self._unused.pop()
-            except IndexError:  # another thread has taken it
-                return
-            self._code.delete_tensor(handle)
+        # All of it runs in C, so no interrupt comes between taking a handle and deleting it.
+        with suppress(IndexError):
+            deque(map(self._code.delete_tensor, iter(self._unused.pop, None)), 0)
 
     def _entries_of(self, handle: int) -> list[_Entry]:
         """Return the weights of a container. They are valid until it is asked again."""
@@ -334,7 +338,11 @@ def _reaper(
 
 
 class _Code:
-    """The functions of one loaded library. The library is unloaded with this object."""
+    """The functions of one loaded library. The library is unloaded with this object.
+
+    Attributes:
+        delete_tensor: Deletes a handle of a tensor.
+    """
 
     def __init__(self, path: Path) -> None:
         try:
@@ -345,8 +353,8 @@ class _Code:
         if missing:
             raise UnsuitableError(f"it was compiled by a version of torch without {missing[0]}")
         torch_library = _torch_library()
-        self._delete = torch_library.aoti_torch_delete_tensor_object
-        self._delete.argtypes = [ctypes.c_void_p]
+        self.delete_tensor = torch_library.aoti_torch_delete_tensor_object
+        self.delete_tensor.argtypes = [ctypes.c_void_p]
         self._new = torch_library.aoti_torch_new_tensor_handle
         self._new.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
 
@@ -373,10 +381,6 @@ class _Code:
         text = ctypes.c_char_p()
         self._functions.AOTInductorGetLastError(ctypes.byref(text))
         return (text.value or b"no reason given").decode(errors="replace")
-
-    def delete_tensor(self, handle: int) -> None:
-        """Delete a handle of a tensor."""
-        self._delete(handle)
 
     def new_handle(self, handle: int) -> int:
         """Return another handle of a tensor."""
