@@ -32,7 +32,7 @@ from torch import nn
 
 import refitkit
 from refitkit.builtin.aotinductor import native
-from refitkit.builtin.aotinductor.native import Library
+from refitkit.builtin.aotinductor.native import Container, Library
 from refitkit.protocols import SlotValue
 from refitkit.testing.oracles import Storage
 
@@ -474,7 +474,7 @@ def test_a_library_goes_after_the_last_work_of_a_gpu(
             self.done = True
 
     engine: Any = refitkit.load(parts_path).engines["model"]
-    engine.current.events[0] = event = Event()
+    engine.current.container.events[0] = event = Event()
     del engine
     assert event.done
     assert alive(sets) == 0
@@ -497,7 +497,7 @@ def test_a_container_that_is_used_again_is_not_emptied(
             return True
 
     commit(engine, 1)
-    engine.current.events[0] = Event()
+    engine.current.container.events[0] = Event()
     commit(engine, 2)
     commit(engine, 3)
     library.reap()
