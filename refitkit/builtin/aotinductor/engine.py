@@ -112,7 +112,8 @@ class AOTInductorEngine:
     @property
     def strides(self) -> dict[str, tuple[int, ...]]:
         """Strides of all slots, by name."""
-        return {name: tuple(tensor.stride()) for name, tensor in self.live.items()}
+        live = self.live
+        return {name: tuple(live[name].stride()) for name in self._slots}
 
     @property
     def route(self) -> tuple[str, str]:
@@ -138,7 +139,8 @@ class AOTInductorEngine:
 
     def values(self) -> dict[str, torch.Tensor]:
         """Return the live values of all slots, of one set: aliases."""
-        return dict(self.live)
+        live = self.live
+        return {name: live[name] for name in self._slots}
 
     def sibling(self) -> AOTInductorEngine | None:
         """Return an engine of its own that shares the library; None if it cannot be shared."""

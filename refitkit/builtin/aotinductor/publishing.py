@@ -212,7 +212,8 @@ class PublishingEngine(AOTInductorEngine):
         """
         live = self._current
         live.weights.require_untouched(self._slots)
-        return {name: _holding(live.container, t) for name, t in live.weights.tensors.items()}
+        tensors = live.weights.tensors
+        return {name: _holding(live.container, tensors[name]) for name in self._slots}
 
     def held(self) -> dict[str, torch.Tensor]:
         """Return what the container itself has as its weights, by slot."""
