@@ -55,8 +55,12 @@ def exported() -> torch.export.ExportedProgram:
 
 
 @cache
+def planned() -> refitkit.CompiledModule:
+    return refitkit.compile(exported(), prove=False)
+
+
 def compiled() -> Any:
-    return refitkit.compile(exported(), prove=False).opened
+    return planned().opened
 
 
 @pytest.fixture(scope="module")

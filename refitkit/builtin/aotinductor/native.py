@@ -60,6 +60,7 @@ _NEEDED = (
     "GetConstantName",
     "GetConstantOriginalFQN",
     "GetConstantFromFolded",
+    "GetConstantDataSize",
     "GetNumInputs",
     "GetNumOutputs",
     "GetCallSpec",
@@ -94,6 +95,7 @@ class Library:
 
     Attributes:
         names: The library's own name of each weight, by FQN.
+        sizes: Bytes of each weight, by FQN.
         in_spec: Structure of the inputs, as torch writes it.
         out_spec: Structure of the outputs.
     """
@@ -117,6 +119,7 @@ class Library:
         self._code = _Code(path)
         first = self._created(1)
         self._idle.append((first, 1))
+        self.sizes: dict[str, int] = {}
         self.names = self._names_of(first)
         self.inputs = self._number("GetNumInputs", first)
         self.outputs = self._number("GetNumOutputs", first)
@@ -140,6 +143,9 @@ class Library:
             if fqn in names:
                 raise UnsuitableError(f"the library has two weights of the name {fqn!r}")
             names[fqn] = self._text("GetConstantName", handle, number)
+            size = ctypes.c_size_t()
+            self._code.call("GetConstantDataSize", handle, place, ctypes.byref(size))
+            self.sizes[fqn] = size.value
         return names
 
     def _number(self, function: str, handle: int) -> int:

@@ -164,7 +164,8 @@ def _engine_of(
 ) -> AOTInductorEngine:
     """Return the engine of a saved library, with memory for its weights."""
     found = UNKNOWN_INPUTS if mutable is None else native.opened(library, manifest.device)
-    if isinstance(found, native.Library) and manifest.strides.keys() == found.names.keys():
+    # a library of another model goes the other way, where its slots are compared one by one
+    if isinstance(found, native.Library) and _has_slots(found, manifest):
         tensors = {
             slot.name: torch.empty_strided(
                 slot.shape or (),
@@ -181,6 +182,11 @@ def _engine_of(
         container.fill_with_zeros(runner)
     binding = found if isinstance(found, str) else "the file does not say how weights are laid out"
     return SwappingEngine(runner, mutable, binding=binding)
+
+
+def _has_slots(library: native.Library, manifest: package.PackageManifest) -> bool:
+    sizes = {slot.name: slot.nbytes for slot in manifest.slots}
+    return library.sizes == sizes and manifest.strides.keys() == sizes.keys()
 
 
 def _check_slots(engine: AOTInductorEngine, manifest: package.PackageManifest, path: Path) -> None:
