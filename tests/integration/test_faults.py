@@ -347,7 +347,7 @@ def test_a_fault_in_a_rollback_makes_the_module_refuse(
 
 
 ROLLBACKS = {
-    C_INTERFACE: ("StagedSet.rollback", {"PublishingEngine.publish"}),
+    C_INTERFACE: ("StagedSet.rollback", {"PublishingEngine.go_back"}),
     BINDING: (
         "StagedSwap.rollback",
         {
