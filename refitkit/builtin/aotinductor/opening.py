@@ -185,8 +185,11 @@ def _engine_of(
 
 
 def _has_slots(library: native.Library, manifest: package.PackageManifest) -> bool:
-    sizes = {slot.name: slot.nbytes for slot in manifest.slots}
-    return library.sizes == sizes and manifest.strides.keys() == sizes.keys()
+    """Return whether a library has weights of the names and about the sizes of the slots."""
+    nbytes = {slot.name: slot.nbytes for slot in manifest.slots}
+    is_named = library.sizes.keys() == nbytes.keys() == manifest.strides.keys()
+    # the library rounds sizes up
+    return is_named and all(0 <= library.sizes[n] - nbytes[n] < native.ALIGNMENT for n in nbytes)
 
 
 def _check_slots(engine: AOTInductorEngine, manifest: package.PackageManifest, path: Path) -> None:
