@@ -38,7 +38,7 @@ from refitkit.errors import EngineError
 from refitkit.processes import ForkedLock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 T = TypeVar("T")
 Answer: TypeAlias = "tuple[list[torch.Tensor], str]"
@@ -410,12 +410,15 @@ def _handles_of(tensors: Sequence[torch.Tensor]) -> list[int]:
     return [_pointer_of(capsule, None) for capsule in capsules]
 
 
-def _tensors_of(handles: Iterable[int]) -> list[torch.Tensor]:
-    """Return the tensors of handles, and delete the handles."""
+def _tensors_of(handles: Any) -> list[Any]:
+    """Return the tensors of handles, and delete the handles. Null is the output None."""
     # the function for a single tensor (2.14) does not delete its handle
-    capsules = [_capsule_of(handle, None, None) for handle in handles]
-    found: list[torch.Tensor] = _aoti.alloc_tensors_by_stealing_from_void_ptrs(capsules)
-    return found
+    capsules = [_capsule_of(handle, None, None) for handle in handles if handle]
+    found: list[Any] = _aoti.alloc_tensors_by_stealing_from_void_ptrs(capsules)
+    if len(found) == len(handles):
+        return found
+    tensors = iter(found)
+    return [next(tensors) if handle else None for handle in handles]
 
 
 class UnsuitableError(Exception):

@@ -198,3 +198,12 @@ def test_nothing_is_freed_at_exit() -> None:
     assert library.reaped == 0
     reap(weakref.ref(library))(None)
     assert library.reaped == 1
+
+
+def test_an_output_that_is_none_has_a_null_handle() -> None:
+    x = torch.arange(3.0)
+    (handle,) = native._handles_of([x])
+    assert native._tensors_of([]) == []
+    found = native._tensors_of([None, handle, None])
+    assert [one is None for one in found] == [True, False, True]
+    assert torch.equal(found[1], x)
