@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from refitkit.builtin.aotinductor import native
 from refitkit.builtin.aotinductor.native import SWITCH, Turns, opened
