@@ -318,11 +318,7 @@ class SwappingEngine(AOTInductorEngine):
     def differs(self, names: Iterable[str]) -> bool:
         """Return whether any bit of some slots differs between the two buffers."""
         inactive = self._ready_inactive()
-        pairs = [(inactive[name], self._active[name]) for name in names]
-        # Nearly always a change shows in the first elements of a slot.
-        return any(not same_bits(a, b, _PREFIX) for a, b in pairs) or any(
-            not same_bits(a, b) for a, b in pairs
-        )
+        return any_differs([(inactive[name], self._active[name]) for name in names])
 
     def carry_mutable(self, written: Collection[str]) -> None:
         """Copy to the inactive buffer what calls have written since staging.
@@ -435,6 +431,14 @@ def checked(slot: Slot, value: torch.Tensor) -> torch.Tensor:
         problem = Problem(slot.name, "value", found, f"{slot.dtype} {slot.shape}")
         raise WeightMismatchError("A value does not fit its slot.", problems=[problem])
     return value
+
+
+def any_differs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+    """Return whether any bit differs between the tensors of any pair."""
+    # Nearly always a change shows in the first elements of a slot.
+    return any(not same_bits(a, b, _PREFIX) for a, b in pairs) or any(
+        not same_bits(a, b) for a, b in pairs
+    )
 
 
 def _internal_names(runner: Any) -> dict[str, str]:

@@ -24,11 +24,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from refitkit.builtin.aotinductor.engine import ENGINE, AOTInductorEngine, checked, write
+from refitkit.builtin.aotinductor.engine import (
+    ENGINE,
+    AOTInductorEngine,
+    any_differs,
+    checked,
+    write,
+)
 from refitkit.builtin.aotinductor.native import ALIGNMENT, Container, Turns
 from refitkit.errors import ConfigError, EngineError, Problem
 from refitkit.model import EngineMemory
-from refitkit.program.bits import same_bits
 from refitkit.recipe import write_value
 
 if TYPE_CHECKING:
@@ -39,8 +44,6 @@ if TYPE_CHECKING:
 
 _LENT = "_refitkit_lent"
 """Attribute of tensors that several engines use."""
-
-_PREFIX = 1024  # elements compared first when looking for a change
 
 
 class WeightSet(NamedTuple):
@@ -424,10 +427,8 @@ class StagedSet:
     def changed(self) -> bool:
         """Return whether any bit differs from the live values."""
         new, old = self._new.weights.tensors, self._before.weights.tensors
-        pairs = [(new[name], old[name]) for name in self._names if new[name] is not old[name]]
-        # Nearly always a change shows in the first elements of a slot.
-        return any(not same_bits(a, b, _PREFIX) for a, b in pairs) or any(
-            not same_bits(a, b) for a, b in pairs
+        return any_differs(
+            [(new[name], old[name]) for name in self._names if new[name] is not old[name]]
         )
 
     def staged(self, slot: str) -> torch.Tensor:

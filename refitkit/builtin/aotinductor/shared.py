@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
-from refitkit.builtin.aotinductor.engine import ENGINE, AOTInductorEngine, write
+from refitkit.builtin.aotinductor.engine import ENGINE, AOTInductorEngine, any_differs, write
 from refitkit.builtin.aotinductor.native import ALIGNMENT, Container, Turns
 from refitkit.builtin.aotinductor.publishing import PublishingEngine, like
 from refitkit.errors import (
@@ -46,7 +46,6 @@ from refitkit.errors import (
     refused,
 )
 from refitkit.model import EngineMemory
-from refitkit.program.bits import same_bits
 from refitkit.program.dtypes import dtype_name, dtype_of
 
 if TYPE_CHECKING:
@@ -64,7 +63,6 @@ PATIENCE = 60.0
 """Seconds that a refit waits for calls that read all sets but the live one."""
 
 _POLL = 0.001  # seconds
-_PREFIX = 1024  # elements compared first when looking for a change
 _MAGIC = int.from_bytes(b"refit\0\0\1", sys.byteorder)
 # places in the header, in bytes; those of 8 bytes for each set leave room
 _LENGTH, _WORD, _HOLDS, _HAS_MEMORY, _LAYOUT = 8, 64, 128, 192, 256
@@ -822,10 +820,7 @@ class StagedShared:
     def changed(self) -> bool:
         """Return whether any bit differs from the live values."""
         new, old = self._engine.tensors_of(self._index), self._engine.tensors_of(self._before)
-        # Nearly always a change shows in the first elements of a slot.
-        return any(not same_bits(new[name], old[name], _PREFIX) for name in self._names) or any(
-            not same_bits(new[name], old[name]) for name in self._names
-        )
+        return any_differs([(new[name], old[name]) for name in self._names])
 
     def staged(self, slot: str) -> torch.Tensor:
         """Return the new value of a slot: an alias."""
