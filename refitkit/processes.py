@@ -1,15 +1,25 @@
-"""Locks that work in forked processes.
+"""What makes refitkit and torch work in forked processes.
 
-A forked child has copies of all objects, but only the thread that forked. A lock that another
-thread of the parent held would never be released in the child. ``ForkedLock`` is renewed there.
+A forked child has copies of all objects, but only the thread that forked.
+
+- A lock that another thread of the parent held would never be released in the child.
+  ``ForkedLock`` is renewed there.
+- GCC's OpenMP, which torch's wheels use, would wait in the child for threads that are not there,
+  in the first parallel computation (https://gcc.gnu.org/bugzilla/show_bug.cgi?id=60035). So the
+  threads of the forking thread are ended before the fork; the next computation starts new ones.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import weakref
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,4 +64,28 @@ def _renew_locks() -> None:
         lock.renew()
 
 
-os.register_at_fork(after_in_child=_renew_locks)
+@cache
+def _gcc_openmp() -> ctypes.CDLL | None:
+    """GCC's OpenMP if torch uses it. LLVM's and Intel's handle forks themselves."""
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    except OSError:
+        return None
+    if not hasattr(library, "omp_pause_resource_all") or hasattr(library, "__kmpc_fork_call"):
+        return None
+    return library
+
+
+def _end_openmp_threads() -> None:
+    """End the forking thread's threads. Those of other threads go on, as no child has them.
+
+    ``omp_pause_resource_all``: OpenMP 5.0, section 3.2.44; ``gomp_pause_host`` in libgomp.
+    """
+    if library := _gcc_openmp():
+        library.omp_pause_resource_all(_HARD)
+
+
+_HARD = 2
+"""``omp_pause_hard``: all threads end."""
+
+os.register_at_fork(before=_end_openmp_threads, after_in_child=_renew_locks)

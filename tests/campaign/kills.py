@@ -262,7 +262,7 @@ def main() -> int:
     parser.add_argument("verbs", nargs="*", default=list(VERBS), help="of " + ", ".join(VERBS))
     given = parser.parse_args()
     failed = 0
-    torch.set_num_threads(1)  # OpenMP's threads are not there in a forked child
+    torch.set_num_threads(1)  # the machine has other work
     with tempfile.TemporaryDirectory() as folder:
         ground = Ground(Path(folder))
         tempfile.tempdir = str(ground.temporary)

@@ -62,7 +62,7 @@ class Tally(nn.Module):
 def save(model: nn.Module, example: torch.Tensor, folder: Path) -> Path:
     """Compile a model, and return the path of the saved module."""
     program = torch.export.export(model.eval(), (example,))
-    # One thread for each call: threads of OpenMP do not survive a fork.
+    # One thread for each call, so that several run at once on few cores.
     compiled = refitkit.compile(program, options={"cpp.threads": 1}, prove=False)
     compiled.save(folder / "module.refit")
     return folder / "module.refit"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import signal
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -186,7 +188,9 @@ def stopped_inside_a_call(compiled: refitkit.CompiledModule, worker: Worker) -> 
     """Stop a worker that serves, where it has a lock on the live set."""
     memory, pid = memory_of(compiled), worker.process.pid
     assert pid is not None
+    chance = random.Random(0)  # noqa: S311 - no secret
     for _ in range(10_000):
+        time.sleep(chance.uniform(0, 1e-3))  # it runs on, to another place each time
         os.kill(pid, signal.SIGSTOP)
         os.waitpid(pid, os.WUNTRACED)
         if is_locked(memory, 1 + memory.live):

@@ -1,7 +1,9 @@
-"""Locks of a process that forks."""
+"""Locks and threads of a process that forks."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 from refitkit.processes import ForkedLock
@@ -73,3 +75,40 @@ def test_the_thread_that_forks_keeps_its_lock() -> None:
 
     with lock.held:
         assert forked(work) == [False, True]
+
+
+COMPUTING = """
+import os, signal, threading
+import torch
+import refitkit.processes
+
+torch.set_num_threads(2)
+ones = torch.ones(1 << 18)  # enough for two threads
+
+def compute():
+    assert (ones + ones).sum() == 2 << 18
+
+stop = threading.Event()
+
+def beside():
+    while not stop.is_set():
+        compute()
+
+thread = threading.Thread(target=beside, daemon=True)
+thread.start()
+for _ in range(20):
+    compute()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # only turns a hang into a failure
+        compute()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+stop.set()
+thread.join()
+"""
+
+
+def test_parent_and_child_compute_with_several_threads() -> None:
+    """torch alone waits for ever in such a child."""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", COMPUTING], check=True, timeout=600)
