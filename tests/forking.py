@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import os
 import pickle
 import signal
 import sys
+import tempfile
 import traceback
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -30,11 +32,13 @@ class Child:
                 otherwise like the children of ``multiprocessing``, with ``os._exit``.
         """
         reading, writing = os.pipe()
+        self._crash = tempfile.TemporaryFile()  # noqa: SIM115 - closed once it was read
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # a fork beside threads is the test
             self.pid = os.fork()
         if self.pid == 0:
             os.close(reading)
+            faulthandler.enable(self._crash)
             _work(do, writing, exits=exits)
         os.close(writing)
         self._reading = reading
@@ -44,7 +48,10 @@ class Child:
         with os.fdopen(self._reading, "rb") as pipe:
             answer = pipe.read()
         _, status = os.waitpid(self.pid, 0)
-        assert not os.WIFSIGNALED(status), f"the child died of signal {os.WTERMSIG(status)}"
+        with self._crash as file:
+            file.seek(0)
+            where = file.read().decode()
+        assert not os.WIFSIGNALED(status), f"signal {os.WTERMSIG(status)}\n{where}"
         kind, value = pickle.loads(answer)  # noqa: S301 - of our own child
         assert kind == "returned", value
         return value

@@ -349,7 +349,8 @@ def test_an_interrupt_in_a_call_loses_no_turn(
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except Interrupt:
                 interrupts += 1
-        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(SECONDS)
         # a turn that is lost would be free for this thread alone
         in_turns = [in_a_thread(lambda: answer(module)) for _ in range(2 * models)]
         commit(engine, 2)
