@@ -169,8 +169,9 @@ class SupportsReadback(Protocol, metaclass=Ability):
             slot: Name of the slot.
 
         Returns:
-            An alias of the live memory, valid until the next commit: the dtype of the slot, and its
-            shape if the engine knows the shape.
+            An alias of the live memory, valid until the next commit, or a copy: the dtype of the
+            slot, and its shape if the engine knows the shape. A copy, made between two calls, of
+            a slot that calls change.
         """
 
 

@@ -120,6 +120,23 @@ def test_a_model_that_writes_serves_one_call(tally: refitkit.CompiledModule) -> 
     assert tally.read("count").unique().tolist() == [calls]
 
 
+@pytest.mark.parametrize("switch", ["", "1"], ids=["c interface", "binding"])
+def test_buffers_are_read_between_two_calls(
+    switch: str, tally_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SWITCH, switch)
+    tally = refitkit.load(tally_path)
+    found: list[torch.Tensor] = []
+    with Callers(lambda: tally(torch.ones(4))) as callers:
+        for step in callers.steps(200):
+            found.append(tally.read("count"))
+            if step % 50 == 0:
+                tally.save(tmp_path / "later.refit")
+                found.append(refitkit.load(tmp_path / "later.refit").read("count"))
+    assert {len(count.unique()) for count in found} == {1}
+    assert found[0].unique() < found[-1].unique()
+
+
 def test_a_model_that_writes_is_not_copied_beside_a_call(
     tally: refitkit.CompiledModule, inside: type[Inside]
 ) -> None:

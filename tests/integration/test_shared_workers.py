@@ -29,7 +29,7 @@ from shared_workers import (
 )
 
 import refitkit
-from refitkit.builtin.aotinductor import shared
+from refitkit.builtin.aotinductor.shared_memory import Description
 from tests.forking import Child, forked
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def test_a_call_looks_again_once_it_has_its_lock(
     path: Path, compiled: refitkit.CompiledModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = refitkit.load(path, shared=compiled.shared)
-    lock, late = shared._Description.lock, [True]
+    lock, late = Description.lock, [True]
 
     def lock_late(self: Any, byte: int, *, exclusive: bool = False) -> bool:
         if late and not exclusive:
@@ -164,7 +164,7 @@ def test_a_call_looks_again_once_it_has_its_lock(
                 refitkit.refit(other, weights(2), inputs=INPUTS, reference=lambda x: x)
         return lock(self, byte, exclusive=exclusive)
 
-    monkeypatch.setattr(shared._Description, "lock", lock_late)
+    monkeypatch.setattr(Description, "lock", lock_late)
     assert answer(compiled) == 1.0
     assert not late
 

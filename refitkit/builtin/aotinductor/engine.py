@@ -1,10 +1,10 @@
 """The engine of a compiled library: its slots, and the two ways to give them new values.
 
-``AOTInductorEngine`` has what both ways share. ``PublishingEngine`` (``publishing.py``) calls the
-library through its C interface, and publishes new weights while calls go on. ``SwappingEngine``
-is for libraries that only torch's binding can call: its container serves calls from its *active*
-buffer, a refit writes the *inactive* buffer through aliases of its tensors, and then swaps the two.
-Swapping back is the rollback.
+``AOTInductorEngine`` has what both ways share. A ``LibraryEngine`` (``publishing.py``,
+``shared.py``) calls the library through its C interface, and publishes new weights while calls go
+on. ``SwappingEngine`` is for libraries that only torch's binding can call: its container serves
+calls from its *active* buffer, a refit writes the *inactive* buffer through aliases of its tensors,
+and then swaps the two. Swapping back is the rollback.
 
 AOTInductor's own update functions check nothing (sizes, strides, offsets, dtypes). So refitkit
 passes them only tensors of the library's own layout. Every other tensor from outside is compared
@@ -15,10 +15,13 @@ Facts about the container are from ``torch/csrc/inductor/aoti_runtime/model_cont
 
 from __future__ import annotations
 
+import ctypes
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from refitkit.builtin.aotinductor.native import Turns
 from refitkit.errors import (
     ConfigError,
     EngineError,
@@ -35,6 +38,7 @@ from refitkit.recipe.sources import require_values
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
+    from refitkit.builtin.aotinductor.native import Answer, Library
     from refitkit.protocols import SlotValue
 
 ENGINE = "model"
@@ -138,9 +142,10 @@ class AOTInductorEngine:
         return False
 
     def values(self) -> dict[str, torch.Tensor]:
-        """Return the live values of all slots, of one set: aliases."""
+        """Return the live values of all slots, of one set; see ``read``."""
         live = self.live
-        return {name: live[name] for name in self._slots}
+        copies = self.mutable_values()
+        return {name: copies.get(name, live[name]) for name in self._slots}
 
     def sibling(self) -> AOTInductorEngine | None:
         """Return an engine of its own that shares the library; None if it cannot be shared."""
@@ -164,12 +169,16 @@ class AOTInductorEngine:
     # -- live values --------------------------------------------------------------------------
 
     def read(self, slot: str) -> torch.Tensor:
-        """Return the live value of a slot: an alias."""
-        return self.live[slot]
+        """Return the live value of a slot: an alias, or a copy if calls may change it."""
+        return self.mutable_values([slot])[slot] if slot in self._mutable else self.live[slot]
 
-    def mutable_values(self) -> dict[str, torch.Tensor]:
-        """Return copies of the slots that calls may change."""
-        return {name: self.live[name].clone() for name in self._mutable}
+    def mutable_values(self, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+        """Return copies of slots that calls may change, each as it is between two calls.
+
+        Args:
+            names: Some of them; all by default.
+        """
+        raise NotImplementedError
 
     def write_active(self, values: Mapping[str, torch.Tensor]) -> None:
         """Overwrite live values in place, to restore state or to fill a newly opened library.
@@ -218,6 +227,70 @@ class AOTInductorEngine:
         raise NotImplementedError
 
 
+class LibraryEngine(AOTInductorEngine):
+    """An engine that calls a library through its C interface, and publishes sets of weights."""
+
+    def __init__(
+        self,
+        library: Library,
+        tensors: Mapping[str, torch.Tensor],
+        mutable: Collection[str],
+        models: int,
+    ) -> None:
+        """Describe the slots.
+
+        Args:
+            library: The model's library.
+            tensors: A set of its weights, by slot.
+            mutable: Slots that calls of the model change in place.
+            models: How many calls are served side by side.
+
+        Raises:
+            NotRefittableError: A weight has an offset or gaps.
+        """
+        super().__init__(tensors, mutable)
+        self._library, self._models = library, models
+        self._turns = Turns(models)
+
+    @property
+    def library(self) -> Library:
+        """The model's library."""
+        return self._library
+
+    @property
+    def models(self) -> int:
+        """How many calls are served side by side."""
+        return self._models
+
+    @property
+    def memory(self) -> EngineMemory:
+        """Memory for the rollback: the set before the live one."""
+        return EngineMemory(engine=ENGINE, kind="second-set", bytes=self.nbytes)
+
+    @property
+    def call_spec(self) -> tuple[str, str]:
+        """See the base class."""
+        return self._library.in_spec, self._library.out_spec
+
+    def call(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """See the base class. Other threads run meanwhile."""
+        outputs, failure = self._turns.take(partial(self._call_now, tensors))
+        # Raised only here: a traceback would keep the frame that refers to the container.
+        if failure:
+            raise RuntimeError(failure)
+        return outputs
+
+    def _call_now(self, tensors: Sequence[torch.Tensor]) -> Answer:
+        """Run the model on the live weights; called in a turn."""
+        raise NotImplementedError
+
+    def mutable_values(self, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+        """See the base class."""
+        wanted = self._mutable if names is None else names
+        # In a turn, so that no call writes meanwhile: such a model has one turn only.
+        return self._turns.take(lambda: {n: self.live[n].clone() for n in wanted}) if wanted else {}
+
+
 class SwappingEngine(AOTInductorEngine):
     """The engine of a container with two buffers, behind torch's binding.
 
@@ -262,6 +335,11 @@ class SwappingEngine(AOTInductorEngine):
         """See the base class."""
         in_spec, out_spec = self.runner.get_call_spec()
         return in_spec, out_spec
+
+    def mutable_values(self, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+        """See the base class."""
+        wanted = self._mutable if names is None else names
+        return {name: _copy_between_calls(self.live[name]) for name in wanted}
 
     def call(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """See the base class. The binding holds the GIL meanwhile."""
@@ -431,6 +509,19 @@ def checked(slot: Slot, value: torch.Tensor) -> torch.Tensor:
         problem = Problem(slot.name, "value", found, f"{slot.dtype} {slot.shape}")
         raise WeightMismatchError("A value does not fit its slot.", problems=[problem])
     return value
+
+
+def _copy_between_calls(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy that is made while nothing else has the GIL, as calls of the binding do."""
+    if tensor.device.type != "cpu":
+        return tensor.clone()
+    copy = torch.empty_like(tensor)  # dense, with the same strides
+    _memmove(copy.data_ptr(), tensor.data_ptr(), tensor.nbytes)
+    return copy
+
+
+_memmove = ctypes.PyDLL(None).memmove
+_memmove.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 
 def any_differs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> bool:

@@ -15,7 +15,7 @@ from refitkit.builtin.aotinductor.engine import ENGINE, AOTInductorEngine, Swapp
 from refitkit.builtin.aotinductor.inputs import CallSpec, InputChecker, run_unchecked, spec_of
 from refitkit.builtin.aotinductor.names import NAME
 from refitkit.builtin.aotinductor.publishing import PublishingEngine, like
-from refitkit.builtin.aotinductor.shared import SharedEngine, SharedWeights, sharing
+from refitkit.builtin.aotinductor.shared import SharedEngine, sharing
 from refitkit.errors import (
     EngineError,
     raise_if_resource,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from torch.export import ExportedProgram
 
+    from refitkit.builtin.aotinductor.shared_memory import SharedWeights
     from refitkit.files.temporary import TemporaryFolder
     from refitkit.model import SlotKey
 

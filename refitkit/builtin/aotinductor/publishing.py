@@ -19,21 +19,13 @@ from __future__ import annotations
 
 import copy
 import weakref
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from refitkit.builtin.aotinductor.engine import (
-    ENGINE,
-    AOTInductorEngine,
-    any_differs,
-    checked,
-    write,
-)
+from refitkit.builtin.aotinductor.engine import LibraryEngine, any_differs, checked, write
 from refitkit.builtin.aotinductor.native import ALIGNMENT, Container, Turns
 from refitkit.errors import ConfigError, EngineError, Problem
-from refitkit.model import EngineMemory
 from refitkit.recipe import write_value
 
 if TYPE_CHECKING:
@@ -94,7 +86,7 @@ class Live(NamedTuple):
     container: Container
 
 
-class PublishingEngine(AOTInductorEngine):
+class PublishingEngine(LibraryEngine):
     """An engine that gets new weights while it serves; see ``refitkit.protocols.Engine``."""
 
     def __init__(
@@ -117,9 +109,7 @@ class PublishingEngine(AOTInductorEngine):
             NotRefittableError: A weight has an offset or gaps.
             EngineError: The library refused.
         """
-        super().__init__(weights.tensors, mutable)
-        self._library, self._models = library, models
-        self._turns = Turns(models)
+        super().__init__(library, weights.tensors, mutable, models)
         # those that calls, readers or staged refits use, and the live one
         self._containers: weakref.WeakSet[Container] = weakref.WeakSet()
         self._current = self._filled(weights)
@@ -145,39 +135,11 @@ class PublishingEngine(AOTInductorEngine):
         return self._current.weights.tensors
 
     @property
-    def library(self) -> Library:
-        """The model's library."""
-        return self._library
-
-    @property
-    def models(self) -> int:
-        """How many calls are served side by side."""
-        return self._models
-
-    @property
     def publishes(self) -> bool:
         """Whether calls can go on while new weights become live: none of them writes any."""
         return not self._mutable
 
-    @property
-    def memory(self) -> EngineMemory:
-        """Memory for the rollback: the set before the live one."""
-        return EngineMemory(engine=ENGINE, kind="second-set", bytes=self.nbytes)
-
-    @property
-    def call_spec(self) -> tuple[str, str]:
-        """See the base class."""
-        return self._library.in_spec, self._library.out_spec
-
     # -- calls --------------------------------------------------------------------------------
-
-    def call(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """See the base class. Other threads run meanwhile."""
-        outputs, failure = self._turns.take(partial(self._call_now, tensors))
-        # Raised only here: a traceback would keep the frame that refers to the container.
-        if failure:
-            raise RuntimeError(failure)
-        return outputs
 
     def _call_now(self, tensors: Sequence[torch.Tensor]) -> Answer:
         # Taken in the turn, not before it: a call that waits begins on the newest weights.
@@ -203,7 +165,9 @@ class PublishingEngine(AOTInductorEngine):
         self._turns = Turns(models)
 
     def read(self, slot: str) -> torch.Tensor:
-        """Return the live value of a slot: an alias. Its memory stays as it is while it exists."""
+        """See the base class. The memory of an alias stays as it is while the alias exists."""
+        if slot in self._mutable:
+            return self.mutable_values([slot])[slot]
         live = self._current
         return _holding(live.container, live.weights.tensors[slot])
 
@@ -215,8 +179,11 @@ class PublishingEngine(AOTInductorEngine):
         """
         live = self._current
         live.weights.require_untouched(self._slots)
-        tensors = live.weights.tensors
-        return {name: _holding(live.container, tensors[name]) for name in self._slots}
+        copies, tensors = self.mutable_values(), live.weights.tensors
+        return {
+            name: copies[name] if name in copies else _holding(live.container, tensors[name])
+            for name in self._slots
+        }
 
     def held(self) -> dict[str, torch.Tensor]:
         """Return what the container itself has as its weights, by slot."""
@@ -232,8 +199,7 @@ class PublishingEngine(AOTInductorEngine):
         """
         weights = self._current.weights
         weights.require_untouched(self._slots)
-        # in a turn, so that no call writes meanwhile: such a model has one turn only
-        state = self._turns.take(self.mutable_values) if self._mutable else {}
+        state = self.mutable_values()
         # from now on two engines use the others, so none may write to them
         for name in weights.tensors.keys() - self._mutable:
             setattr(weights.tensors[name], _LENT, True)
