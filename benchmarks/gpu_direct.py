@@ -1,4 +1,4 @@
-"""Direct refits on a GPU: is the layout of an engine found and proved, and how long does a refit take?
+"""Direct refits on a GPU: is the layout of an engine found and proved, and how fast is a refit?
 
 One model a command, so that a run can be resumed: a file that is there is not made again.
 
@@ -22,11 +22,15 @@ from gpu_raw import many, ready_values
 
 import refitkit
 from refitkit.builtin.torch_tensorrt import upstream
-from refitkit.builtin.torch_tensorrt.direct.engines import KnownEngine, ProbedEngine
+from refitkit.builtin.torch_tensorrt.direct.engines import (
+    KnownEngine,
+    Pieces,
+    ProbedEngine,
+    allocating,
+)
 from refitkit.builtin.torch_tensorrt.direct.learning import UnknownLayoutError, learn
-from refitkit.builtin.torch_tensorrt.direct.memory import Pieces, allocating
 from refitkit.builtin.torch_tensorrt.direct.proving import prove
-from refitkit.builtin.torch_tensorrt.direct.writing import DirectWriter
+from refitkit.builtin.torch_tensorrt.direct.route import DirectWriter
 from refitkit.builtin.torch_tensorrt.refitter import DeserializedEngine
 
 if TYPE_CHECKING:

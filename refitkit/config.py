@@ -52,6 +52,9 @@ class Config(Frozen):
         strategies: Names of the mapping strategies to try, in this order; empty: all strategies,
             by priority.
         check_finite: Whether new values must be finite wherever the present ones are.
+        direct: Whether weights may be written straight into the memory of a TensorRT engine, where
+            refitkit has proved for that engine that the result is that of TensorRT's refitter,
+            bit for bit. NVIDIA does not document this; see the guide to TensorRT.
         reread: Whether a refit reads files of weights twice. The second reading follows when
             everything is staged, and must have the same digests as the first. This finds writers
             that leave no trace in the file's times: see the guide to weights.
@@ -92,6 +95,7 @@ class Config(Frozen):
     no_plugins: frozenset[str] = frozenset()
     strategies: tuple[str, ...] = ()
     check_finite: bool = True
+    direct: bool = True
     reread: bool = False
     rollback_limit: int | None = Field(default=None, ge=0)
     rollback: bool = True

@@ -20,6 +20,10 @@ PATIENCE = 60
 """Seconds after which a child that hangs is ended; only turns a hang into a failure."""
 
 
+class KilledError(AssertionError):
+    """A child was ended by a signal."""
+
+
 class Child:
     """A forked child that does something and ends."""
 
@@ -51,7 +55,8 @@ class Child:
         with self._crash as file:
             file.seek(0)
             where = file.read().decode()
-        assert not os.WIFSIGNALED(status), f"signal {os.WTERMSIG(status)}\n{where}"
+        if os.WIFSIGNALED(status):
+            raise KilledError(f"the child died of signal {os.WTERMSIG(status)}\n{where}")
         kind, value = pickle.loads(answer)  # noqa: S301 - of our own child
         assert kind == "returned", value
         return value

@@ -51,7 +51,7 @@ class EngineRoute(Frozen):
 
     Attributes:
         engine: Name of the engine.
-        name: Name of the way: ``c-interface``, ``binding``.
+        name: Name of the way: ``c-interface``, ``binding``, ``direct``, ``refitter``, ...
         why: Why it is not the fastest one; empty if it is.
     """
 

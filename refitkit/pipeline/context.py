@@ -108,6 +108,7 @@ class Context:
             layer_types=self.host.named("refitkit_layer_types"),
             progress=lambda text: self.host.emit(Step(verb, stage, text)),
             check_finite=self.config.check_finite,
+            direct=self.config.direct,
             shared=shared,
         )
 

@@ -20,6 +20,8 @@ class Tools:
         progress: Reports progress. Call it with one line of text for each long step, never for
             each tensor.
         check_finite: Whether each element of a new value must be finite if the present one is.
+        direct: Whether engines may take weights past their vendor's own way of refitting, where
+            that is proved to give the same.
         shared: Weights of another process that ``load_module`` has to serve from, instead of those
             of the target; see ``SharesWeights``. None: those of the target.
     """
@@ -27,4 +29,5 @@ class Tools:
     layer_types: Mapping[str, LayerType] = field(default_factory=dict)
     progress: Callable[[str], None] = field(default=lambda _: None)
     check_finite: bool = True
+    direct: bool = True
     shared: object = None

@@ -78,6 +78,9 @@ class EngineHandle(Protocol):
             EngineError: The runtime refuses the bytes.
         """
 
+    def cuda_engine_of(self, engine: Any) -> Any:
+        """The ``ICudaEngine`` of a result of ``prepare``; None if the runtime shows none."""
+
     def present(self) -> Any:
         """The installed engine, live and stored, so that ``put`` can restore it later."""
 
@@ -121,6 +124,11 @@ class _StoredEngine:
     def prepare(self, engine_bytes: bytes) -> Any:
         """Create another engine; see :meth:`EngineHandle.prepare`."""
         raise NotImplementedError
+
+    def cuda_engine_of(self, engine: Any) -> Any:
+        """The ``ICudaEngine`` of a result of ``prepare``; see :class:`EngineHandle`."""
+        holder = engine.get("engine") if isinstance(engine, dict) else engine
+        return getattr(holder, "cuda_engine", None if is_cpp_engine(holder) else holder)
 
     def put(self, engine: Any) -> None:
         """Install an engine; see :meth:`EngineHandle.put`."""

@@ -4,7 +4,8 @@
 new weights become live:
 
 - ``InPlaceEngine``, for the Python runtime: the commit refits the live engine. A rollback refits it
-  to the snapshot, or replaces it with the engine bytes from before.
+  to the snapshot, or replaces it with the engine bytes from before. Where it is proved that the
+  engine's memory can be written, the commit is one copy (``direct``); else TensorRT refits.
 - ``ShadowEngine``, for the C++ runtime, which gives no access to its engine: staging refits and
   serializes a second engine, and the commit swaps the result in.
 
@@ -18,11 +19,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from refitkit.builtin.torch_tensorrt import weight_buffers
+from refitkit.builtin.torch_tensorrt.direct.route import OFF, DirectRoute
 from refitkit.builtin.torch_tensorrt.refitter import (
     DeserializedEngine,
     PersistentRefitter,
     current_device,
     serialize_engine,
+    wait_for_calls,
 )
 from refitkit.builtin.torch_tensorrt.weight_buffers import (
     Layout,
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
     import torch
 
     from refitkit.builtin.torch_tensorrt.children import EngineHandle
+    from refitkit.builtin.torch_tensorrt.direct.route import DirectWriter
     from refitkit.builtin.torch_tensorrt.refitter import WeightSpec
     from refitkit.builtin.torch_tensorrt.weight_buffers import SnapshotLocation
     from refitkit.protocols import SlotValue, StagedRefit
@@ -61,12 +65,14 @@ class EngineOptions:
         known: Slots by name, from a plan; see ``PersistentRefitter.specs``.
         snapshot: Memory in which the weights from before a refit are kept.
         check_finite: Whether staging refuses non-finite values where the live ones are finite.
+        direct: Whether weights may be written past TensorRT's refitter.
     """
 
     device: torch.device
     known: Mapping[str, Slot]
     snapshot: SnapshotLocation = "device"
     check_finite: bool = True
+    direct: bool = True
 
 
 def create_engine(handle: EngineHandle, trt: Any, options: EngineOptions) -> RefitterEngine:
@@ -351,10 +357,74 @@ class InPlaceEngine(RefitterEngine):
     _stale = False  # whether the stored bytes hold other weights than the live engine
     _mixed = False  # whether the live engine may hold a mixture of weights
 
+    _direct: DirectRoute | None = None
+    _is_prepared = False  # whether the writer's second piece holds what the staging arena holds
+
     def _engine(self) -> Any:
         return self.handle.cuda_engine()
 
+    # -- past the refitter --------------------------------------------------------------------
+
+    @property
+    def route(self) -> tuple[str, str]:
+        """See ``refitkit.protocols.TellsRoute``."""
+        if not self._options.direct:
+            return "refitter", OFF
+        if self._direct is None:
+            return "refitter", "no refit has been made yet"
+        return ("refitter", self._direct.why) if self._direct.why else ("direct", "")
+
+    def _writer(self) -> DirectWriter | None:
+        """The writer, if it is known that the engine can be written to, and so can these values."""
+        writer = None if self._direct is None else self._direct.writer
+        return writer if writer is not None and writer.takes() else None
+
+    def _find_writer(self) -> DirectWriter | None:
+        """Find out whether the engine can be written directly; the staging arena is filled."""
+        if self._options.direct:
+            if self._direct is None:
+                self._direct = DirectRoute(self.handle, self._trt, self.device)
+            self._direct.find(self.specs, self.buffers.staging.views)
+        return self._writer()
+
+    def _fill(self, values: Sequence[SlotValue]) -> None:
+        self._is_prepared = False
+        super()._fill(values)
+
+    def refit(self, *, idle: bool = False) -> None:
+        """Write the staging arena into the engine: by one copy, or through the refitter."""
+        writer = self._writer()
+        if writer is None:
+            self._ready_refitter()
+            super().refit(idle=idle)
+            if self._direct is not None and self._direct.writer is not None:
+                self._direct.writer.refitted()
+            return
+        if not self._is_prepared:
+            writer.prepare()
+        wait_for_calls(self.device, idle=idle)
+        writer.commit()
+        wait_for_calls(self.device, idle=True)  # only for the copy
+
+    def _install(self) -> None:
+        """Put the engine that can be written in place of the one that Torch-TensorRT opened."""
+        if self._direct is not None and self._writer() is not None:
+            self._direct.install()
+
+    def _ready_refitter(self) -> PersistentRefitter:
+        # that of the engine which was put in place, also if an interrupt came right after that
+        found = self._direct.refitter if self._direct is not None else None
+        if found is not None and found.engine is self._engine():
+            self._refitter = found
+        return super()._ready_refitter()
+
+    # -- staging and commits ------------------------------------------------------------------
+
     def _staged(self) -> StagedInPlace:
+        writer = self._find_writer()
+        if writer is not None:
+            writer.prepare()
+            self._is_prepared = True
         # Without known weights there is no snapshot, so a rollback needs the engine bytes.
         before = None if self.knows_live else self.handle.engine_bytes()
         return StagedInPlace(self, before)
@@ -404,6 +474,7 @@ class InPlaceEngine(RefitterEngine):
         """
         # `_mixed` comes first: bytes that are read while the refit runs must be refused.
         self._mixed = True
+        self._install()
         self.handle.on_stale(self._serialize)
         # a captured CUDA graph could go on computing with the old weights
         self.handle.drop_captured()
@@ -424,6 +495,7 @@ class InPlaceEngine(RefitterEngine):
         self._mixed = True
         self.handle.drop_captured()
         if before is None:
+            self._is_prepared = False
             self.buffers.restore()
             self.refit()  # not idle: a verifier may have called the engine since the commit
             self.buffers.live = "staging"
@@ -443,7 +515,7 @@ class InPlaceEngine(RefitterEngine):
     def reset(self) -> None:
         """Free the refitter and all buffers. The present engine is the one that is stored."""
         super().reset()
-        self._stale = False
+        self._stale, self._direct, self._is_prepared = False, None, False
 
     def _serialize(self) -> bytes:
         """Bytes of the live engine, which the handle stores when other code reads its bytes."""

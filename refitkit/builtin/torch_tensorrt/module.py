@@ -122,7 +122,10 @@ class EngineFactory:
 
 
 def default_engine_factory(
-    known: Mapping[str, Mapping[str, Slot]] | None = None, *, check_finite: bool = True
+    known: Mapping[str, Mapping[str, Slot]] | None = None,
+    *,
+    check_finite: bool = True,
+    direct: bool = True,
 ) -> EngineFactory:
     """Create engines with a persistent refitter, and torch parts that are written in place.
 
@@ -130,13 +133,17 @@ def default_engine_factory(
         known: Slots from a plan, by engine and name. They are needed if this TensorRT does not
             report dtypes and counts.
         check_finite: Whether staging refuses non-finite values where the live ones are finite.
+        direct: Whether weights may be written past TensorRT's refitter.
     """
     known = known or {}
 
     def engine(handle: EngineHandle) -> Engine:
         device = torch.device("cuda", handle.settings.device.gpu_id)
         options = EngineOptions(
-            device=device, known=known.get(handle.name, {}), check_finite=check_finite
+            device=device,
+            known=known.get(handle.name, {}),
+            check_finite=check_finite,
+            direct=direct,
         )
         return create_engine(handle, upstream.tensorrt(), options)
 

@@ -223,14 +223,26 @@ class PersistentRefitter:
     def _run(self, *, idle: bool) -> bool:
         if self._stream is None:
             return bool(self._refitter.refit_cuda_engine())
-        if idle:
-            torch.cuda.current_stream(self._device).synchronize()
-        else:
-            torch.cuda.synchronize(self._device)
+        wait_for_calls(self._device, idle=idle)
         try:
             return bool(self._refitter.refit_cuda_engine_async(self._stream.cuda_stream))
         finally:
             self._stream.synchronize()
+
+
+def wait_for_calls(device: torch.device, *, idle: bool) -> None:
+    """Wait for work on a device.
+
+    Args:
+        device: The device.
+        idle: Whether no call can be pending, so that only the current stream is waited for.
+    """
+    if device.type != "cuda":
+        return
+    if idle:
+        torch.cuda.current_stream(device).synchronize()
+    else:
+        torch.cuda.synchronize(device)
 
 
 def current_device(device: torch.device) -> AbstractContextManager[Any]:

@@ -74,7 +74,7 @@ class Place:
         """Return whether no two elements lie at one place. Strides have to be positive."""
         reach = 0  # of the digits with smaller strides
         for size, stride in sorted(self.digits, key=lambda digit: digit[1]):
-            if stride <= reach or size < 2:
+            if stride <= reach or size <= 1:
                 return False
             reach += (size - 1) * stride
         return True
@@ -107,7 +107,8 @@ class Fold:
     def scale(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return what lies where the weight would be, flat."""
         weight, var, eps = (values[n].reshape(-1) for n in (self.weight, self.var, self.eps))
-        return weight / (var + eps).sqrt()
+        # by float64: a root of float32 is not rounded correctly everywhere
+        return weight / (var + eps).double().sqrt().float()
 
     def shift(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return what lies where the bias would be, flat."""

@@ -60,7 +60,7 @@ class Code:
 
 
 _CODES = {4: Code(torch.int32, 0x2F800000, 1 << 28), 2: Code(torch.int16, 0x1000, 1 << 14)}
-"""By size of an element in bytes. The numbers are finite in float32, and in float16 and bfloat16."""
+"""By size of an element in bytes: finite in float32, and in both float16 and bfloat16."""
 _CODED = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -161,7 +161,8 @@ class _Search:
         at[element] = where
         times.index_add_(0, element, torch.ones_like(element, dtype=torch.int32))
         counts = [self._values[name].numel() for name in names]
-        parts = zip(names, at.split(counts), times.split(counts), strict=True)
+        cut = at.split_with_sizes(counts), times.split_with_sizes(counts)
+        parts = zip(names, *cut, strict=True)
         return {
             name: (piece, place)
             for name, part, often in parts
@@ -169,7 +170,7 @@ class _Search:
         }
 
     def _read(self, *, reverse: bool) -> dict[int, list[torch.Tensor]]:
-        """Return the number in each word of each piece, by size of words; -1 where there is none."""
+        """Return the number in each word of each piece, by size of words; -1: none."""
         found: dict[int, list[torch.Tensor]] = {}
         rounds = max(
             _digits(total, _CODES[size].base) for size, total in self._totals.items() if total

@@ -31,7 +31,8 @@ class Answering(Protocol):
         """Return its outputs for fixed inputs, three for each profile.
 
         Args:
-            late: Whether to make a context for it now, or to use the one that was made first.
+            late: Whether in the second context, which is made when it is first asked for, or in
+                the first one.
         """
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from enum import Enum
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from refitkit.errors import EngineError
 from refitkit.program.dtypes import dtype_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from tests.fakes import Tripwire
 
@@ -185,6 +186,167 @@ class FakeCudaEngine:
         }
 
 
+class TensorIOMode(Enum):
+    """As in TensorRT."""
+
+    INPUT = 1
+    OUTPUT = 2
+
+
+class IGpuAllocator:
+    """Base of all allocators."""
+
+    ready = False
+
+    def __init__(self) -> None:
+        self.ready = True
+
+    def allocate(self, size: int, alignment: int, flags: int) -> int | None:
+        raise NotImplementedError
+
+
+def laid_out(values: Mapping[str, torch.Tensor], piece: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Where a ``PlacedEngine`` keeps each weight: views of its memory in logical order, flat.
+
+    Weights of even length have their halves interleaved, as one digit more; others lie as they are.
+    """
+    found, start = {}, 256
+    for name, value in sorted(values.items()):
+        size, count = value.element_size(), value.numel()
+        words = piece[start : start + count * size].view(value.dtype)
+        if count % 2 == 0 and count > 2:
+            words = words.view(count // 2, 2).T
+        found[name] = words
+        start += -(-count * size // 64) * 64 + 64
+    return found
+
+
+class PlacedEngine(FakeCudaEngine):
+    """An engine that has asked an allocator for memory, and keeps its weights there.
+
+    Attributes:
+        pieces: Its memory: first some that calls write to, then that of the weights.
+    """
+
+    num_optimization_profiles, num_io_tensors = 1, 2
+    shape: tuple[int, ...] = (3,)
+
+    def __init__(self, like: FakeCudaEngine, allocator: IGpuAllocator) -> None:
+        assert allocator.ready
+        super().__init__(like.wire, {}, like.groups, refittable=like.refittable)
+        values = like.values()
+        size = 256 + sum(-(-value.nbytes // 64) * 64 + 64 for value in values.values())
+        self.pieces = [self._memory(allocator, one) for one in (64, size)]
+        self.kinds = {name: kind for name, (kind, _) in like.held.items()}
+        self.places = self.placed(values)
+        self.held = _Held(self)
+        for name, (_, data) in like.held.items():
+            self.write(name, data)
+
+    def placed(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return laid_out(values, self.pieces[1])
+
+    def _memory(self, allocator: IGpuAllocator, size: int) -> torch.Tensor:
+        self.wire("allocate")
+        address = allocator.allocate(size, 256, 0)
+        assert address
+        memory = (ctypes.c_uint8 * size).from_address(address)
+        piece = torch.frombuffer(memory, dtype=torch.uint8)
+        piece.zero_()
+        return piece
+
+    def write(self, name: str, data: bytes) -> None:
+        place = self.places[name]
+        value = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(place.dtype)
+        place.copy_(value.view(place.shape))
+
+    def read(self, name: str) -> bytes:
+        return raw(self.places[name])
+
+    def answer(self, x: torch.Tensor) -> torch.Tensor:
+        """Depends on each element of each weight and its position."""
+        self.pieces[0].add_(1)
+        sums = []
+        for name in sorted(self.places):
+            value = torch.frombuffer(bytearray(self.read(name)), dtype=torch.uint8)
+            value = value.view(self.places[name].dtype).double()
+            sums.append((value * torch.arange(1, value.numel() + 1)).sum())
+        return (torch.stack(sums).sum() + x.double()).float()
+
+    def create_execution_context(self) -> FakeContext:
+        self.wire("context")
+        return FakeContext(self)
+
+    def get_tensor_name(self, number: int) -> str:
+        return "xy"[number]
+
+    def get_tensor_mode(self, name: str) -> TensorIOMode:
+        return TensorIOMode.INPUT if name == "x" else TensorIOMode.OUTPUT
+
+    def get_tensor_dtype(self, _: str) -> DataType:
+        return DataType.FLOAT
+
+    def get_tensor_shape(self, _: str) -> tuple[int, ...]:
+        return self.shape
+
+    def get_tensor_profile_shape(self, _name: str, _profile: int) -> list[tuple[int, ...]]:
+        return [(3,)] * 3
+
+    def is_shape_inference_io(self, _: str) -> bool:
+        return False
+
+
+class _Held(MutableMapping[str, tuple[DataType, bytes]]):
+    """Type and bytes of each weight, in the engine's memory."""
+
+    def __init__(self, engine: PlacedEngine) -> None:
+        self.engine = engine
+
+    def __getitem__(self, name: str) -> tuple[DataType, bytes]:
+        return self.engine.kinds[name], self.engine.read(name)
+
+    def __setitem__(self, name: str, held: tuple[DataType, bytes]) -> None:
+        self.engine.write(name, held[1])
+
+    def __delitem__(self, name: str) -> None:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.engine.kinds)
+
+    def __len__(self) -> int:
+        return len(self.engine.kinds)
+
+
+class FakeContext:
+    """Calls a ``PlacedEngine``."""
+
+    def __init__(self, engine: PlacedEngine) -> None:
+        self.engine, self.addresses = engine, dict[str, int]()
+
+    def set_optimization_profile_async(self, _profile: int, _stream: int) -> None:
+        pass
+
+    def set_input_shape(self, _name: str, shape: tuple[int, ...]) -> None:
+        assert shape == (3,)
+
+    def get_tensor_shape(self, _: str) -> tuple[int, ...]:
+        return (3,)
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        self.addresses[name] = address
+
+    def execute_async_v3(self, _: int) -> bool:
+        x, y = (
+            torch.frombuffer(
+                (ctypes.c_float * 3).from_address(self.addresses[name]), dtype=torch.float32
+            )
+            for name in "xy"
+        )
+        y.copy_(self.engine.answer(x))
+        return True
+
+
 class FakeRefitter(Speaker):
     """Keeps the rules of ``IRefitter``."""
 
@@ -279,14 +441,18 @@ class TellingRefitter(FakeRefitter):
 class FakeRuntime(Speaker):
     """Reads engine bytes."""
 
+    placed = PlacedEngine
+
     def __init__(self, wire: Tripwire, logger: ILogger) -> None:
         self.wire, self.logger = wire, logger
+        self.gpu_allocator: IGpuAllocator | None = None
 
     def deserialize_cuda_engine(self, data: bytes) -> FakeCudaEngine | None:
         if _refused(self.wire, "deserialize"):
             self.say(ILogger.ERROR, "no such engine")
             return None
-        return engine_from(data, self.wire)
+        found = engine_from(data, self.wire)
+        return self.placed(found, self.gpu_allocator) if self.gpu_allocator else found
 
 
 def engine_from(data: bytes, wire: Tripwire) -> FakeCudaEngine:
@@ -296,10 +462,16 @@ def engine_from(data: bytes, wire: Tripwire) -> FakeCudaEngine:
 
 
 def fake_trt(
-    wire: Tripwire, refitter: type[FakeRefitter] = TellingRefitter, flags: Any = Flags
+    wire: Tripwire,
+    refitter: type[FakeRefitter] = TellingRefitter,
+    flags: Any = Flags,
+    runtime: type[FakeRuntime] = FakeRuntime,
 ) -> Any:
     """The package ``tensorrt``."""
     return SimpleNamespace(
+        __version__="1",
+        IGpuAllocator=IGpuAllocator,
+        TensorIOMode=TensorIOMode,
         ILogger=ILogger,
         IErrorRecorder=IErrorRecorder,
         Weights=Weights,
@@ -307,7 +479,7 @@ def fake_trt(
         TensorLocation=TensorLocation,
         SerializationFlag=flags,
         Refitter=type("Refitter", (refitter,), {}),
-        Runtime=lambda logger: FakeRuntime(wire, logger),
+        Runtime=lambda logger: runtime(wire, logger),
     )
 
 
@@ -331,6 +503,9 @@ class FakeHandle:
 
     def __post_init__(self) -> None:
         self.stored = self.engine.stored()
+
+    trt: Any = None
+    """The package that ``prepare`` opens engines with; None: without a runtime."""
 
     input_names: tuple[str, ...] = ()
     output_names: tuple[str, ...] = ()
@@ -360,7 +535,12 @@ class FakeHandle:
     def prepare(self, engine_bytes: bytes) -> tuple[FakeCudaEngine, bytes]:
         if _refused(self.wire, f"{self.name}.prepare"):
             raise EngineError("The runtime refuses the bytes.")
-        return engine_from(engine_bytes, self.wire), engine_bytes
+        if self.trt is None:
+            return engine_from(engine_bytes, self.wire), engine_bytes
+        return self.trt.Runtime(None).deserialize_cuda_engine(engine_bytes), engine_bytes
+
+    def cuda_engine_of(self, engine: tuple[FakeCudaEngine, bytes]) -> FakeCudaEngine:
+        return engine[0]
 
     def present(self) -> tuple[FakeCudaEngine, bytes]:
         self.wire(f"{self.name}.present")

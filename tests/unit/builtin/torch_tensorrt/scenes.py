@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import refitkit
+from refitkit.builtin.torch_tensorrt.direct import route
 from refitkit.builtin.torch_tensorrt.engine import EngineOptions, create_engine
 from refitkit.builtin.torch_tensorrt.torch_part import TorchPartEngine
 from refitkit.pipeline.pipeline import Pipeline
@@ -59,7 +60,7 @@ def slot_values(engine: Any, values: Mapping[str, torch.Tensor]) -> list[SlotVal
 
 def options_for(values: Mapping[str, torch.Tensor], engine: str, **more: Any) -> EngineOptions:
     known: dict[str, Slot] = {name: slot_for(name, v, engine) for name, v in values.items()}
-    return EngineOptions(**{"device": CPU, "known": known, **more})
+    return EngineOptions(**{"device": CPU, "known": known, "direct": False, **more})
 
 
 def engine_of(
@@ -74,9 +75,17 @@ def engine_of(
 ) -> tuple[RefitterEngine, FakeHandle]:
     """An engine on a fake handle."""
     wire = wire or Tripwire()
-    handle = FakeHandle(name, wire, FakeCudaEngine.of(values, wire, *groups), runtime)
     trt = trt or fake_trt(wire, TellingRefitter)
-    return create_engine(handle, trt, options_for(values, name, **more)), handle
+    is_direct = runtime == "direct"
+    handle = FakeHandle(
+        name,
+        wire,
+        FakeCudaEngine.of(values, wire, *groups),
+        "python" if is_direct else runtime,
+        trt=trt if is_direct else None,
+    )
+    options = options_for(values, name, **{"direct": is_direct, **more})
+    return create_engine(handle, trt, options), handle
 
 
 class TrtModule:
@@ -175,12 +184,13 @@ class Scene:
     """A module, prepared in one of several ways, to be refitted from weights 1 to weights 2.
 
     Args:
-        runtimes: ``python`` or ``cpp`` for both engines.
+        runtimes: ``python``, ``direct`` (that runtime, past the refitter) or ``cpp``, of each.
         prepared: ``fresh``: nobody knows the live weights. ``refitted``: they come from a refit.
             ``adopted``: they were told. ``spoilt``: a refit was refused since the last good one.
     """
 
     def __init__(self, runtimes: tuple[str, str], prepared: str, *, verdict: bool = True) -> None:
+        route._known.clear()  # so that each scene makes the same calls
         self.wire = Tripwire()
         self.module = TrtModule(runtimes, self.wire)
         self.pipeline, self.plugin = made_pipeline()

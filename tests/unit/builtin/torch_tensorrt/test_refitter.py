@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -230,7 +231,8 @@ def test_what_is_waited_for(monkeypatch: pytest.MonkeyPatch, idle: bool) -> None
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: pending)
     refitter, _ = made()
     refitter.bind(refitter.specs({}), VALUES)
-    refitter._stream = stream
+    refitter._stream, refitter._device = stream, torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(
         refitter._refitter,
         "refit_cuda_engine_async",

@@ -14,7 +14,7 @@ from tests.unit.builtin.torch_tensorrt.scenes import Scene, expected
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-RUNTIMES = [("python", "python"), ("cpp", "cpp"), ("python", "cpp")]
+RUNTIMES = [("python", "python"), ("direct", "direct"), ("cpp", "cpp"), ("python", "cpp")]
 PREPARED = ["fresh", "refitted", "adopted", "spoilt"]
 NEW = 2
 KINDS = (RuntimeError, KeyboardInterrupt, Refusal)
@@ -84,8 +84,10 @@ def test_a_fault_at_any_call_of_a_good_refit(
             with subtests.test(number=number, label=label, kind=kind.__name__):
                 scene = Scene(runtimes, prepared)
                 raised = attempt(scene, {number: kind("on purpose")})
-                assert raised is not None
-                assert isinstance(raised, RefitError | KeyboardInterrupt)
+                if raised is None:  # while it was learned what can be written: the refitter can
+                    assert "direct" in runtimes
+                else:
+                    assert isinstance(raised, RefitError | KeyboardInterrupt)
                 assert not scene.compiled.gate.lost
                 assert_whole(scene, raised)
 
@@ -108,8 +110,13 @@ def test_a_fault_at_any_call_of_a_refit_that_is_taken_back(
                     assert_lost(scene, raised)
 
 
-@pytest.mark.parametrize("prepared", ["fresh", "refitted"])
-@pytest.mark.parametrize("runtimes", RUNTIMES[1:])
+@pytest.mark.parametrize(
+    ("runtimes", "prepared"),
+    [
+        (("direct", "direct"), "refitted"),
+        *((runtimes, prepared) for runtimes in RUNTIMES[2:] for prepared in ("fresh", "refitted")),
+    ],
+)
 def test_two_faults(runtimes: tuple[str, str], prepared: str, subtests: pytest.Subtests) -> None:
     """After a first fault, whatever is called next fails, too."""
     lost = 0

@@ -1,0 +1,184 @@
+"""The way past the refitter for one engine: learn and prove once, then write directly."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from refitkit.builtin.torch_tensorrt.direct.engines import (
+    KnownEngine,
+    Pieces,
+    ProbedEngine,
+    allocating,
+)
+from refitkit.builtin.torch_tensorrt.direct.learning import UnknownLayoutError, learn
+from refitkit.builtin.torch_tensorrt.direct.proving import prove
+from refitkit.builtin.torch_tensorrt.refitter import PersistentRefitter
+from refitkit.program.bits import all_finite
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from refitkit.builtin.torch_tensorrt.children import EngineHandle
+    from refitkit.builtin.torch_tensorrt.direct.layout import EngineLayout
+    from refitkit.builtin.torch_tensorrt.refitter import WeightSpec
+
+OFF = "direct=False in the config"
+_SETTINGS = {
+    "enable_weight_streaming": "its weights are streamed",
+    "sparse_weights": "its weights may be sparse",
+}
+"""Settings of engines for which nothing was proved yet."""
+
+_known: dict[tuple[str, ...], EngineLayout] = {}
+"""Proved layouts of this process, by the engine's bytes, TensorRT, driver and GPU."""
+
+
+class DirectRoute:
+    """Whether an engine can be written directly, and the writer once that is known.
+
+    Attributes:
+        why: Why it cannot; empty if it can, or if that is not known yet.
+        writer: Writes to the engine, once ``find`` has proved that it can.
+        refitter: A refitter of the engine that ``install`` installs.
+    """
+
+    def __init__(self, handle: EngineHandle, trt: Any, device: torch.device) -> None:
+        """Find out nothing yet.
+
+        Args:
+            handle: The engine in its target.
+            trt: The package ``tensorrt``.
+            device: Its device.
+        """
+        self._handle, self._trt, self._device = handle, trt, device
+        self.why = next(
+            (why for name, why in _SETTINGS.items() if getattr(handle.settings, name, False)), ""
+        )
+        self.writer: DirectWriter | None = None
+        self.refitter: PersistentRefitter | None = None
+        self._prepared: Any = None  # an engine that ``EngineHandle.put`` takes
+
+    def find(self, specs: Mapping[str, WeightSpec], values: Mapping[str, torch.Tensor]) -> None:
+        """Find out whether the engine can be written directly, if that is not known yet.
+
+        It takes as long as a first refit through the refitter, some seconds. Calls go on.
+
+        Args:
+            specs: Dtype and number of elements of each weight, by name.
+            values: Values of all weights, flat, to try it with: memory that stays where it is, and
+                from which the writer will read.
+        """
+        if self.writer is not None or self.why:
+            return
+        if not all(all_finite(value) for value in values.values() if value.is_floating_point()):
+            return  # next time: answers that are not numbers would prove nothing
+        try:
+            self._find(specs, values)
+        except UnknownLayoutError as exc:
+            self.why = str(exc)
+        except Exception as exc:  # noqa: BLE001 - nothing was touched, and the refitter can do it
+            self.why = f"it could not be tried: {exc}"
+
+    def _find(self, specs: Mapping[str, WeightSpec], values: Mapping[str, torch.Tensor]) -> None:
+        data, pieces = self._handle.engine_bytes(), Pieces(self._device)
+        with allocating(self._trt, pieces):
+            prepared = self._handle.prepare(data)
+        engine = self._handle.cuda_engine_of(prepared)
+        if engine is None or not pieces.all():
+            raise UnknownLayoutError("this runtime lets nobody see the memory of its engines")
+        known = KnownEngine(engine, pieces, self._trt, self._device)
+        known.require_static()
+        key = self._key(data)
+        layout = _known.get(key)
+        if layout is None:
+            probed = ProbedEngine(data, specs, self._trt, self._device)
+            layout = learn(probed, values)
+            prove(probed, known, layout, values)
+            _known[key] = layout
+        elif len(known.pieces()[layout.piece]) != layout.nbytes:
+            raise UnknownLayoutError("an engine of the same bytes has other memory")
+        self.refitter = PersistentRefitter(engine, self._trt, self._device)
+        self.refitter.bind(specs, values)
+        self._prepared = prepared
+        self.writer = DirectWriter(layout, known.pieces()[layout.piece], values)
+
+    def _key(self, data: bytes) -> tuple[str, ...]:
+        found = [hashlib.sha256(data).hexdigest(), str(self._trt.__version__)]
+        if self._device.type == "cuda":
+            found += [torch.cuda.get_device_name(self._device), str(torch.version.cuda)]
+        return tuple(found)
+
+    def install(self) -> None:
+        """Put the engine that can be written in place, unless it is there.
+
+        It holds other weights than the one before, until the next commit.
+        """
+        if self._prepared is not None:
+            self._handle.put(self._prepared)
+            self._prepared = None
+
+
+class DirectWriter:
+    """Writes the weights in an arena to the memory of an engine."""
+
+    def __init__(
+        self, layout: EngineLayout, piece: torch.Tensor, values: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Allocate a second piece.
+
+        Args:
+            layout: The engine's layout, proved.
+            piece: The memory of its weights, as ``uint8``: an alias.
+            values: Weights to write, flat: memory that stays where it is.
+        """
+        self._layout, self._live, self._values = layout, piece, values
+        self._fixed = {name: values[name].clone() for name in layout.fixed}
+        self._next = piece.clone()  # with what lies between the weights
+        self._replay: torch.cuda.CUDAGraph | None = None
+
+    def refitted(self) -> None:
+        """Note that TensorRT has refitted the engine to the values."""
+        for name, one in self._fixed.items():
+            one.copy_(self._values[name])
+        self._next.copy_(self._live)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the second piece."""
+        return self._next.numel()
+
+    def takes(self) -> bool:
+        """Return whether weights that cannot be written have the values that the engine holds."""
+        return all(torch.equal(self._values[name], one) for name, one in self._fixed.items())
+
+    def prepare(self) -> None:
+        """Write the values to the second piece, on the current stream, while the engine serves."""
+        if not self._live.is_cuda:
+            self._write()
+            return
+        if self._replay is None:
+            self._replay = self._captured()
+        self._replay.replay()
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        """Return all copies as one graph: a launch of each would take longer than the copies."""
+        stream: Any = torch.cuda.Stream(self._live.device)  # type: ignore[no-untyped-call] # torch's
+        graph = torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream(self._live.device))
+        with torch.cuda.stream(stream):
+            self._write()  # what torch does only once must not happen in a capture
+        torch.cuda.current_stream(self._live.device).wait_stream(stream)
+        with torch.cuda.graph(graph, stream=stream):
+            self._write()
+        return graph
+
+    def _write(self) -> None:
+        self._layout.write(self._next, self._values)
+
+    def commit(self) -> None:
+        """Copy the second piece over the weights, on the current stream. No call may run."""
+        first, last = self._layout.span
+        self._live[first:last].copy_(self._next[first:last])
