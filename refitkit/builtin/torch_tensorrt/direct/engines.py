@@ -257,7 +257,6 @@ class ProbedEngine(KnownEngine):
         with current_device(device), allocating(trt, pieces):
             self._opened = DeserializedEngine(data, trt)  # the engine needs its runtime
         super().__init__(self._opened.engine, pieces, trt, device)
-        self.specs = specs
         self._values = {
             name: torch.zeros(spec.count, dtype=dtype_of(spec.dtype), device=device)
             for name, spec in specs.items()

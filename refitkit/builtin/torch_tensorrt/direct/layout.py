@@ -131,7 +131,7 @@ class EngineLayout:
         places: Place of each weight, by name.
         dtypes: Dtype of each of them, by name.
         folds: Folded batch norms.
-        fixed: Weights that keep their values: integers.
+        fixed: Weights that keep their values. If one of them changes, TensorRT has to refit.
     """
 
     piece: int

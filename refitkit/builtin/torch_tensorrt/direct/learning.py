@@ -23,15 +23,9 @@ from refitkit.builtin.torch_tensorrt.direct.layout import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from refitkit.builtin.torch_tensorrt.refitter import WeightSpec
-
 
 class Refittable(Protocol):
     """An engine that TensorRT can refit, and whose memory is known."""
-
-    @property
-    def specs(self) -> Mapping[str, WeightSpec]:
-        """Dtype and number of elements of each weight, by name."""
 
     def refit(self, values: Mapping[str, torch.Tensor]) -> None:
         """Have TensorRT refit it to values of all weights, flat, and wait for that."""
@@ -71,6 +65,9 @@ def learn(engine: Refittable, values: Mapping[str, torch.Tensor]) -> EngineLayou
         engine: The engine.
         values: Any values of its weights, flat, on its device.
 
+    Returns:
+        The layout. Integers, and single numbers that were not found, are ``fixed``.
+
     Raises:
         UnknownLayoutError: It could not be found out.
     """
@@ -86,7 +83,10 @@ def learn(engine: Refittable, values: Mapping[str, torch.Tensor]) -> EngineLayou
     if not coded:
         raise UnknownLayoutError("it has no weights")
     search = _Search(engine, {**values, **_neutral(folds, values)}, coded)
-    return replace(search.layout(folds), fixed=frozenset(fixed))
+    layout = search.layout(folds)
+    # single numbers that TensorRT has put into its code, such as an eps
+    lost = set(coded) - layout.places.keys()
+    return replace(layout, fixed=frozenset(fixed | lost))
 
 
 def _neutral(folds: Sequence[Fold], values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -120,10 +120,12 @@ class _Search:
 
     def layout(self, folds: Sequence[Fold]) -> EngineLayout:
         found = self._places()
-        missing = [n for names in self._by_size.values() for n in names if n not in found]
-        if missing:
+        coded = [name for names in self._by_size.values() for name in names]
+        missing = [n for n in coded if n not in found and self._values[n].numel() > 1]
+        if missing or not found:
             more = f", and those of {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise UnknownLayoutError(f"the elements of {missing[0]}{more} were not found")
+            first = (missing or coded)[0]
+            raise UnknownLayoutError(f"the elements of {first}{more} were not found")
         pieces = {piece for piece, _ in found.values()}
         if len(pieces) > 1:
             raise UnknownLayoutError("its weights lie in several pieces of memory")

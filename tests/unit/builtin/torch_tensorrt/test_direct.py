@@ -388,6 +388,29 @@ class Remembering(PlacedEngine):
         return context
 
 
+class Built(PlacedEngine):
+    """A single number is built into the code."""
+
+    def placed(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {**super().placed(values), "one": torch.zeros(1)}
+
+
+def test_a_number_in_the_code_stays_as_it_is() -> None:
+    engine, handle = engine_with(Built, PLAIN)
+    new = {n: v for n, v in B.items() if n in PLAIN}
+    refit(engine, {**new, "one": A["one"]})
+    assert engine.route == ("direct", "")
+    assert engine._direct.writer._layout.fixed == {"one", "sizes"}
+    writes: list[str] = []
+    write = handle.engine.write
+    handle.engine.write = lambda name, data: (writes.append(name), write(name, data))
+    refit(engine, {**PLAIN})
+    assert not writes
+    refit(engine, new)  # another number: TensorRT has to do it
+    assert sorted(writes) == sorted(PLAIN)
+    assert same_state(handle.engine.values(), flat(new))
+
+
 PLAIN = {n: v for n, v in A.items() if not n.startswith(NORM)}
 
 
