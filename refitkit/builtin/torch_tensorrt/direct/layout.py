@@ -94,8 +94,9 @@ class Place:
 class Fold:
     """A batch norm that TensorRT folds: names of its weights in the engine.
 
-    In memory, ``weight`` is ``weight / sqrt(var + eps)`` in float32, and ``bias`` is
-    ``bias - mean * scale`` with that scale, computed in float64 and rounded once.
+    In memory, ``weight`` is ``weight / sqrt(var + eps)``, each step rounded to the norm's dtype, and
+    ``bias`` is ``bias - mean * scale`` with that scale, computed in float64 and rounded once.
+    Measured with TensorRT-RTX 1.4, in float32 and float16.
     """
 
     weight: str
@@ -108,12 +109,13 @@ class Fold:
         """Return what lies where the weight would be, flat."""
         weight, var, eps = (values[n].reshape(-1) for n in (self.weight, self.var, self.eps))
         # by float64: a root of float32 is not rounded correctly everywhere
-        return weight / (var + eps).double().sqrt().float()
+        return weight / (var + eps).double().sqrt().to(weight.dtype)
 
     def shift(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return what lies where the bias would be, flat."""
-        bias, mean = (values[n].reshape(-1).double() for n in (self.bias, self.mean))
-        return (bias - mean * self.scale(values).double()).float()
+        bias, mean = (values[n].reshape(-1) for n in (self.bias, self.mean))
+        wide = bias.double() - mean.double() * self.scale(values).double()
+        return wide.to(bias.dtype)
 
     @property
     def unplaced(self) -> tuple[str, str, str]:

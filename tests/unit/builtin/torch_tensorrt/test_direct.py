@@ -189,14 +189,16 @@ def test_a_layout_that_would_write_elsewhere_is_refused(
     assert kind in [problem.kind for problem in info.value.problems]
 
 
-def test_a_norm_is_folded_as_float32_and_float64_give_it() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_norm_is_folded_step_by_step(dtype: torch.dtype) -> None:
     fold = Fold("w", "b", "m", "v", "e")
     g = torch.Generator().manual_seed(0)
     values = {n: torch.rand(64, generator=g) + 0.1 for n in "wbmv"} | {"e": torch.tensor([1e-3])}
+    values = {name: value.to(dtype) for name, value in values.items()}
     scale = values["w"].numpy() / np.sqrt(values["v"].numpy() + values["e"].numpy())
     assert torch.equal(fold.scale(values), torch.from_numpy(scale))
     wide = values["b"].double().numpy() - values["m"].double().numpy() * scale.astype("float64")
-    assert torch.equal(fold.shift(values), torch.from_numpy(wide.astype("float32")))
+    assert torch.equal(fold.shift(values), torch.from_numpy(wide.astype(scale.dtype)))
 
 
 # -- refits ---------------------------------------------------------------------------------------
