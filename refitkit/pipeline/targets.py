@@ -94,6 +94,9 @@ def load_module(
     return compiled
 
 
+MOST_MODELS = 1024
+"""More than machines have cores. Each needs memory of its own."""
+
 _ON_COUNT = "num_models is the number of calls that run side by side; leave it out."
 
 
@@ -101,8 +104,11 @@ _ON_SHARE = "Save the module that shares its weights with refitkit, and load tha
 
 
 def _require_count(num_models: object) -> None:
-    if not isinstance(num_models, int) or isinstance(num_models, bool) or num_models < 1:
-        raise ConfigError(f"num_models is {num_models!r}, not 1 or more.", hint=_ON_COUNT)
+    is_number = isinstance(num_models, int) and not isinstance(num_models, bool)
+    if not is_number or num_models not in range(1, MOST_MODELS + 1):
+        raise ConfigError(
+            f"num_models is {num_models!r}, not a number from 1 to {MOST_MODELS}.", hint=_ON_COUNT
+        )
 
 
 def _serve(opened: OpenedModule, num_models: int) -> None:

@@ -107,6 +107,12 @@ def test_two_calls_run_in_the_library_at_once(
     assert ("in", "in") in itertools.pairwise(events)
 
 
+@pytest.mark.parametrize("number", [0, -1, 1025, 10**9, 1.0, True, "2", None])
+def test_a_number_of_calls_that_cannot_be(number: Any, parts_path: Path) -> None:
+    with pytest.raises(refitkit.ConfigError, match="not a number from 1 to 1024"):
+        refitkit.load(parts_path, num_models=number)
+
+
 def test_a_model_that_writes_serves_one_call(tally: refitkit.CompiledModule) -> None:
     engine: Any = tally.engines["model"]
     with pytest.raises(refitkit.ConfigError, match=r"buffers \(count\)"):
