@@ -384,8 +384,13 @@ class InPlaceEngine(RefitterEngine):
         if self._options.direct:
             if self._direct is None:
                 self._direct = DirectRoute(self.handle, self._trt, self.device)
-            self._direct.find(self.specs, self.buffers.staging.views)
+            self._direct.find(self.specs, self.buffers.staging.views, self._held)
         return self._writer()
+
+    def _held(self, name: str) -> torch.Tensor | None:
+        # while values are staged, the snapshot has what the engine holds
+        found = self.remembered(name)
+        return found.to(self.device) if found is not None else None
 
     def _fill(self, values: Sequence[SlotValue]) -> None:
         self._is_prepared = False
@@ -397,8 +402,8 @@ class InPlaceEngine(RefitterEngine):
         if writer is None:
             self._ready_refitter()
             super().refit(idle=idle)
-            if self._direct is not None and self._direct.writer is not None:
-                self._direct.writer.refitted()
+            if self._direct is not None:
+                self._direct.refitted()
             return
         if not self._is_prepared:
             writer.prepare()
@@ -525,6 +530,8 @@ class InPlaceEngine(RefitterEngine):
                 hint="Load or compile it again.",
             )
         data = serialize_engine(self.handle.cuda_engine(), self._trt)
+        if self._direct is not None:
+            self._direct.note(data)
         self._stale = False
         return data
 

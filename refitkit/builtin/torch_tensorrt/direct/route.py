@@ -6,6 +6,7 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 import torch
+import xxhash
 
 from refitkit.builtin.torch_tensorrt.direct.engines import (
     KnownEngine,
@@ -16,10 +17,10 @@ from refitkit.builtin.torch_tensorrt.direct.engines import (
 from refitkit.builtin.torch_tensorrt.direct.learning import UnknownLayoutError, learn
 from refitkit.builtin.torch_tensorrt.direct.proving import prove
 from refitkit.builtin.torch_tensorrt.refitter import PersistentRefitter
-from refitkit.program.bits import all_finite
+from refitkit.program.bits import all_finite, same_bits
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from refitkit.builtin.torch_tensorrt.children import EngineHandle
     from refitkit.builtin.torch_tensorrt.direct.layout import EngineLayout
@@ -32,8 +33,11 @@ _SETTINGS = {
 }
 """Settings of engines for which nothing was proved yet."""
 
-_known: dict[tuple[str, ...], EngineLayout] = {}
-"""Proved layouts of this process, by the engine's bytes, TensorRT, driver and GPU."""
+_known: dict[tuple[str, ...], tuple[EngineLayout, bytes]] = {}
+"""Proved layouts of this process, and a digest of the weights where they lie.
+
+The key is a digest of the engine's bytes, TensorRT, CUDA and the GPU.
+"""
 
 
 class DirectRoute:
@@ -59,9 +63,15 @@ class DirectRoute:
         )
         self.writer: DirectWriter | None = None
         self.refitter: PersistentRefitter | None = None
+        self._known: KnownEngine | None = None
         self._prepared: Any = None  # an engine that ``EngineHandle.put`` takes
 
-    def find(self, specs: Mapping[str, WeightSpec], values: Mapping[str, torch.Tensor]) -> None:
+    def find(
+        self,
+        specs: Mapping[str, WeightSpec],
+        values: Mapping[str, torch.Tensor],
+        held: Callable[[str], torch.Tensor | None],
+    ) -> None:
         """Find out whether the engine can be written directly, if that is not known yet.
 
         It takes as long as a first refit through the refitter, some seconds. Calls go on.
@@ -70,19 +80,25 @@ class DirectRoute:
             specs: Dtype and number of elements of each weight, by name.
             values: Values of all weights, flat, to try it with: memory that stays where it is, and
                 from which the writer will read.
+            held: What the engine holds of a weight; None if nobody knows.
         """
         if self.writer is not None or self.why:
             return
         if not all(all_finite(value) for value in values.values() if value.is_floating_point()):
             return  # next time: answers that are not numbers would prove nothing
         try:
-            self._find(specs, values)
+            self._find(specs, values, held)
         except UnknownLayoutError as exc:
             self.why = str(exc)
         except Exception as exc:  # noqa: BLE001 - nothing was touched, and the refitter can do it
             self.why = f"it could not be tried: {exc}"
 
-    def _find(self, specs: Mapping[str, WeightSpec], values: Mapping[str, torch.Tensor]) -> None:
+    def _find(
+        self,
+        specs: Mapping[str, WeightSpec],
+        values: Mapping[str, torch.Tensor],
+        held: Callable[[str], torch.Tensor | None],
+    ) -> None:
         data, pieces = self._handle.engine_bytes(), Pieces(self._device)
         with allocating(self._trt, pieces):
             prepared = self._handle.prepare(data)
@@ -92,18 +108,35 @@ class DirectRoute:
         known = KnownEngine(engine, pieces, self._trt, self._device)
         known.require_static()
         key = self._key(data)
-        layout = _known.get(key)
+        layout = _proved(key, known)
         if layout is None:
             probed = ProbedEngine(data, specs, self._trt, self._device)
             layout = learn(probed, values)
-            prove(probed, known, layout, values)
-            _known[key] = layout
-        elif len(known.pieces()[layout.piece]) != layout.nbytes:
-            raise UnknownLayoutError("an engine of the same bytes has other memory")
-        self.refitter = PersistentRefitter(engine, self._trt, self._device)
-        self.refitter.bind(specs, values)
-        self._prepared = prepared
+            digest = _digest(layout, known)
+            prove(probed, known, layout, {**values, **_of(layout.fixed, held)})
+            _known[key] = layout, digest
+        refitter = PersistentRefitter(engine, self._trt, self._device)
+        refitter.bind(specs, values)
+        fixed = _of(layout.fixed, held)
+        if not all(n in fixed and same_bits(fixed[n], values[n]) for n in layout.fixed):
+            refitter.refit(idle=True)  # nobody calls this engine yet
+        self._known, self._prepared, self.refitter = known, prepared, refitter
         self.writer = DirectWriter(layout, known.pieces()[layout.piece], values)
+
+    def refitted(self) -> None:
+        """Note that TensorRT has refitted the engine that is in place to the values."""
+        if self.writer is not None and self._prepared is None:
+            self.writer.refitted()
+
+    def note(self, data: bytes) -> None:
+        """Note that bytes are those of the engine as it is now, for engines made of them.
+
+        Args:
+            data: Engine bytes.
+        """
+        if self.writer is not None and self._known is not None and self._prepared is None:
+            layout = self.writer.layout
+            _known[self._key(data)] = layout, _digest(layout, self._known)
 
     def _key(self, data: bytes) -> tuple[str, ...]:
         found = [hashlib.sha256(data).hexdigest(), str(self._trt.__version__)]
@@ -121,8 +154,38 @@ class DirectRoute:
             self._prepared = None
 
 
+def _proved(key: tuple[str, ...], engine: KnownEngine) -> EngineLayout | None:
+    """Return the layout that was proved for an engine; None if there is none, or it is not its."""
+    layout, digest = _known.get(key, (None, b""))
+    if layout is None:
+        return None
+    pieces = engine.pieces()
+    fits = layout.piece < len(pieces) and len(pieces[layout.piece]) == layout.nbytes
+    return layout if fits and _digest(layout, engine) == digest else None
+
+
+def _digest(layout: EngineLayout, engine: KnownEngine) -> bytes:
+    """Return a digest of the memory from the first weight to the last."""
+    first, last = layout.span
+    words = engine.pieces()[layout.piece][first:last].cpu()
+    raw: Any = words.numpy()
+    return xxhash.xxh3_128_digest(raw)
+
+
+def _of(
+    names: Iterable[str], held: Callable[[str], torch.Tensor | None]
+) -> dict[str, torch.Tensor]:
+    """Return what an engine holds of some weights, flat, as far as it is known."""
+    found = {name: held(name) for name in names}
+    return {name: value.reshape(-1) for name, value in found.items() if value is not None}
+
+
 class DirectWriter:
-    """Writes the weights in an arena to the memory of an engine."""
+    """Writes the weights in an arena to the memory of an engine.
+
+    Attributes:
+        layout: The engine's layout.
+    """
 
     def __init__(
         self, layout: EngineLayout, piece: torch.Tensor, values: Mapping[str, torch.Tensor]
@@ -134,7 +197,7 @@ class DirectWriter:
             piece: The memory of its weights, as ``uint8``: an alias.
             values: Weights to write, flat: memory that stays where it is.
         """
-        self._layout, self._live, self._values = layout, piece, values
+        self.layout, self._live, self._values = layout, piece, values
         self._fixed = {name: values[name].clone() for name in layout.fixed}
         self._next = piece.clone()  # with what lies between the weights
         self._replay: torch.cuda.CUDAGraph | None = None
@@ -176,9 +239,9 @@ class DirectWriter:
         return graph
 
     def _write(self) -> None:
-        self._layout.write(self._next, self._values)
+        self.layout.write(self._next, self._values)
 
     def commit(self) -> None:
         """Copy the second piece over the weights, on the current stream. No call may run."""
-        first, last = self._layout.span
+        first, last = self.layout.span
         self._live[first:last].copy_(self._next[first:last])

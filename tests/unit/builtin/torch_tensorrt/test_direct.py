@@ -16,6 +16,7 @@ from tests.unit.builtin.torch_tensorrt.fake_trt import (
     FakeRuntime,
     PlacedEngine,
     TellingRefitter,
+    engine_from,
     fake_trt,
     laid_out,
 )
@@ -274,6 +275,49 @@ def test_a_change_of_what_stays_fixed_goes_through_the_refitter() -> None:
     assert same_state({"sizes": memory(handle, "sizes")}, {"sizes": B["sizes"]})
 
 
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_first_refit_that_changes_what_stays_fixed(known: bool, cached: bool) -> None:
+    if cached:
+        refit(engine_with(Folding)[0], B)
+    engine, handle = engine_with(Folding)
+    if known:
+        engine.adopt(slot_values(engine, A))
+    other = {**C, "sizes": torch.tensor([4, 4], dtype=torch.int32)}
+    refit(engine, other)
+    found = handle.engine.values()
+    assert torch.equal(found["sizes"], other["sizes"])
+    assert torch.equal(found["linear"], flat(C)["linear"])
+    refit(engine, {**B, "sizes": other["sizes"]})
+    assert torch.equal(handle.engine.values()["sizes"], other["sizes"])
+
+
+def test_what_stays_fixed_is_that_of_the_engine_in_place() -> None:
+    """The first refit is never committed, and the second one is made by TensorRT."""
+    engine, handle = engine_with(Folding)
+    engine.stage(slot_values(engine, B)).discard()
+    other = {**C, "sizes": torch.tensor([4, 4], dtype=torch.int32)}
+    refit(engine, other)
+    refit(engine, {**B, "sizes": other["sizes"]})
+    found = handle.engine.values()
+    assert torch.equal(found["sizes"], other["sizes"])
+    assert torch.equal(found["linear"], flat(B)["linear"])
+
+
+def test_a_layout_of_other_memory_is_not_believed() -> None:
+    engine, handle = engine_with(Folding)
+    refit(engine, B)
+    for key, (layout, digest) in list(route._known.items()):
+        route._known[key] = layout, bytes(len(digest))
+    second, its = engine_with(Folding)
+    made = second._trt.Refitter.made
+    refit(second, C)
+    assert second.route == ("direct", "")
+    assert second._trt.Refitter.made > made + 2  # a third one, to learn it anew
+    assert torch.equal(memory(its, "linear"), flat(C)["linear"])
+    del handle
+
+
 def test_a_failed_first_refit_leaves_the_engine_of_before() -> None:
     engine, handle = engine_with(Folding)
     before = handle.engine.values()
@@ -402,7 +446,7 @@ def test_a_number_in_the_code_stays_as_it_is() -> None:
     new = {n: v for n, v in B.items() if n in PLAIN}
     refit(engine, {**new, "one": A["one"]})
     assert engine.route == ("direct", "")
-    assert engine._direct.writer._layout.fixed == {"one", "sizes"}
+    assert engine._direct.writer.layout.fixed == {"one", "sizes"}
     writes: list[str] = []
     write = handle.engine.write
     handle.engine.write = lambda name, data: (writes.append(name), write(name, data))
@@ -414,6 +458,21 @@ def test_a_number_in_the_code_stays_as_it_is() -> None:
 
 
 PLAIN = {n: v for n, v in A.items() if not n.startswith(NORM)}
+PLAIN_B = {n: v for n, v in B.items() if n in PLAIN}
+
+
+def test_bytes_of_a_refitted_engine_need_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, handle = engine_with(PlacedEngine, PLAIN)
+    refit(engine, PLAIN_B)
+    refit(engine, PLAIN)
+    data = handle.engine_bytes()
+    monkeypatch.setattr(route, "learn", None)
+    second, its = engine_with(PlacedEngine, PLAIN)
+    its.stored = data
+    its.engine = engine_from(data, its.wire)
+    refit(second, PLAIN_B)
+    assert second.route == ("direct", "")
+    assert torch.equal(memory(its, "linear"), flat(B)["linear"])
 
 
 @pytest.mark.parametrize(
