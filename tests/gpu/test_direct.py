@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import refitkit
+from refitkit.builtin.torch_tensorrt.direct import route
 from tests.gpu import trt_models
 from tests.gpu.trt_helpers import compiled_by_us, export, needs_trt, options_for, same
 from tests.gpu.trt_models import inputs_of, randomized
@@ -55,6 +56,18 @@ def test_undo_and_copies_answer_as_before(pair: Any) -> None:
     assert not same(copy(*x), after)
     result.undo()
     assert same(direct(*x), before)
+
+
+def test_a_copy_needs_no_proof(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, direct, other = pair
+    x = inputs_of(kind)
+    DIRECT.refit(direct, randomized(kind, 1).state_dict())
+    monkeypatch.setattr(route, "learn", None)
+    state = randomized(kind, 2).state_dict()
+    result = DIRECT.refit(direct, state, copy=True)
+    assert {(one.name, one.why) for one in result.report.routes} == {("direct", "")}
+    BY_TENSORRT.refit(other, state)
+    assert same(result.module(*x), other(*x))
 
 
 def test_a_layout_is_found_for_a_transformer() -> None:

@@ -110,6 +110,7 @@ class DirectRoute:
         key = self._key(data)
         layout = _proved(key, known)
         if layout is None:
+            _require_memory(len(data), values, self._device)
             probed = ProbedEngine(data, specs, self._trt, self._device)
             layout = learn(probed, values)
             digest = _digest(layout, known)
@@ -152,6 +153,32 @@ class DirectRoute:
         if self._prepared is not None:
             self._handle.put(self._prepared)
             self._prepared = None
+
+
+_PER_ELEMENT = 64
+"""Bytes that the search needs for each element: numbers of 8 bytes, some times."""
+
+
+def _require_memory(nbytes: int, values: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Check that the search leaves half of the free memory to those who serve.
+
+    Args:
+        nbytes: Size of the engine's bytes; there will be two engines more, and their contexts.
+        values: Values of all weights.
+        device: Their device.
+
+    Raises:
+        UnknownLayoutError: It does not.
+    """
+    if device.type != "cuda":
+        return
+    needed = 4 * nbytes + _PER_ELEMENT * sum(value.numel() for value in values.values())
+    free, _ = torch.cuda.mem_get_info(device)
+    if needed > free // 2:
+        raise UnknownLayoutError(
+            f"finding out takes about {needed >> 20} MB, more than half of the {free >> 20} MB of "
+            "free memory"
+        )
 
 
 def _proved(key: tuple[str, ...], engine: KnownEngine) -> EngineLayout | None:

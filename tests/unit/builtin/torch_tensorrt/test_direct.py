@@ -10,6 +10,7 @@ import torch
 
 from refitkit.builtin.torch_tensorrt.direct import route
 from refitkit.builtin.torch_tensorrt.direct.layout import EngineLayout, Fold, Place
+from refitkit.builtin.torch_tensorrt.direct.learning import UnknownLayoutError
 from refitkit.errors import UnsupportedTargetError
 from tests.fakes import Tripwire, same_state
 from tests.unit.builtin.torch_tensorrt.fake_trt import (
@@ -497,6 +498,15 @@ def test_what_is_not_proved_goes_through_the_refitter(kind: type[PlacedEngine], 
     assert why in reason
     assert same_state(handle.engine.values(), flat(new))  # TensorRT's own engine was refitted
     assert type(handle.engine) is not kind
+
+
+def test_the_search_leaves_memory_to_those_who_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 1 << 20
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 8 * free))
+    values, device = {"a": torch.zeros(1000)}, torch.device("cuda")
+    route._require_memory(100_000, values, device)
+    with pytest.raises(UnknownLayoutError, match=r"more than half of the 1 MB of free memory"):
+        route._require_memory(200_000, values, device)
 
 
 @pytest.mark.parametrize("setting", ["enable_weight_streaming", "sparse_weights"])
