@@ -398,12 +398,14 @@ class InPlaceEngine(RefitterEngine):
 
     def refit(self, *, idle: bool = False) -> None:
         """Write the staging arena into the engine: by one copy, or through the refitter."""
-        writer = self._writer()
-        if writer is None:
-            self._ready_refitter()
+        self._ready_refitter()  # forgets the writer if the user has replaced the engine
+        direct, writer = self._direct, self._writer()
+        if direct is None or writer is None or not direct.in_place:
+            if direct is not None:
+                direct.refitting()
             super().refit(idle=idle)
-            if self._direct is not None:
-                self._direct.refitted()
+            if direct is not None:
+                direct.refitted()
             return
         if not self._is_prepared:
             writer.prepare()
@@ -413,6 +415,7 @@ class InPlaceEngine(RefitterEngine):
 
     def _install(self) -> None:
         """Put the engine that can be written in place of the one that Torch-TensorRT opened."""
+        self._ready_refitter()  # forgets that engine if the user has replaced the other one
         if self._direct is not None and self._writer() is not None:
             self._direct.install()
 
@@ -460,6 +463,7 @@ class InPlaceEngine(RefitterEngine):
             return _NOT_WARMED
         # `partial`, because the staging arena has to hold exactly the live values
         self.buffers.begin_staging(partial=True)
+        self._is_prepared = False  # or with what was staged before, and discarded
         staged = StagedInPlace(self, None)
         try:
             self.write(idle=False)
@@ -500,10 +504,14 @@ class InPlaceEngine(RefitterEngine):
         self._mixed = True
         self.handle.drop_captured()
         if before is None:
+            self._ready_refitter()
+            if not self.knows_live:
+                raise EngineError(f"The engine {self.name!r} was replaced since the refit.")
             self._is_prepared = False
             self.buffers.restore()
             self.refit()  # not idle: a verifier may have called the engine since the commit
             self.buffers.live = "staging"
+            stale = stale or (self._direct is not None and self._direct.outdated)
         else:
             self.reset()
             self.handle.on_stale(None)  # the stored bytes are those from before, and stay

@@ -78,6 +78,9 @@ def _others(values: Mapping[str, torch.Tensor], layout: EngineLayout) -> dict[st
         new = (value.float() * factor.to(value.device)).to(value.dtype)
         # zeros, and what is lost in rounding
         found[name] = torch.where(new == value, value + 2.0**-6, new).to(value.dtype)
+    for fold in layout.folds:  # beside its variances, an eps would be lost in rounding
+        eps, var = found[fold.eps], values[fold.var]
+        found[fold.eps] = (eps.float() + var.float().abs().mean()).to(eps.dtype)
     return found
 
 

@@ -32,6 +32,7 @@ _SETTINGS = {
     "sparse_weights": "its weights may be sparse",
 }
 """Settings of engines for which nothing was proved yet."""
+_MOVED = "its weights lie elsewhere after a change of what stays fixed"
 
 _known: dict[tuple[str, ...], tuple[EngineLayout, bytes]] = {}
 """Proved layouts of this process, and a digest of the weights where they lie.
@@ -47,6 +48,7 @@ class DirectRoute:
         why: Why it cannot; empty if it can, or if that is not known yet.
         writer: Writes to the engine, once ``find`` has proved that it can.
         refitter: A refitter of the engine that ``install`` installs.
+        outdated: Whether the bytes that ``install`` stores hold other weights than the engine.
     """
 
     def __init__(self, handle: EngineHandle, trt: Any, device: torch.device) -> None:
@@ -63,6 +65,7 @@ class DirectRoute:
         )
         self.writer: DirectWriter | None = None
         self.refitter: PersistentRefitter | None = None
+        self.outdated = False
         self._known: KnownEngine | None = None
         self._prepared: Any = None  # an engine that ``EngineHandle.put`` takes
 
@@ -119,15 +122,30 @@ class DirectRoute:
         refitter = PersistentRefitter(engine, self._trt, self._device)
         refitter.bind(specs, values)
         fixed = _of(layout.fixed, held)
+        writer = DirectWriter(layout, known.pieces()[layout.piece], values)
         if not all(n in fixed and same_bits(fixed[n], values[n]) for n in layout.fixed):
             refitter.refit(idle=True)  # nobody calls this engine yet
+            if not writer.refitted():
+                raise UnknownLayoutError(_MOVED)
         self._known, self._prepared, self.refitter = known, prepared, refitter
-        self.writer = DirectWriter(layout, known.pieces()[layout.piece], values)
+        self.writer = writer
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the engine that can be written is in place: also if ``install`` was cut short."""
+        return self._known is not None and self._handle.cuda_engine() is self._known.engine
+
+    def refitting(self) -> None:
+        """Note that TensorRT is about to refit the engine in place. It may fail half-way."""
+        if self._prepared is not None:
+            self.outdated = True
+        if self.writer is not None and self.in_place:
+            self.writer.refitting()
 
     def refitted(self) -> None:
         """Note that TensorRT has refitted the engine that is in place to the values."""
-        if self.writer is not None and self._prepared is None:
-            self.writer.refitted()
+        if self.writer is not None and self.in_place and not self.writer.refitted():
+            self.writer, self.why = None, _MOVED
 
     def note(self, data: bytes) -> None:
         """Note that bytes are those of the engine as it is now, for engines made of them.
@@ -138,6 +156,8 @@ class DirectRoute:
         if self.writer is not None and self._known is not None and self._prepared is None:
             layout = self.writer.layout
             _known[self._key(data)] = layout, _digest(layout, self._known)
+        if self._prepared is None:
+            self.outdated = False
 
     def _key(self, data: bytes) -> tuple[str, ...]:
         found = [hashlib.sha256(data).hexdigest(), str(self._trt.__version__)]
@@ -227,13 +247,26 @@ class DirectWriter:
         self.layout, self._live, self._values = layout, piece, values
         self._fixed = {name: values[name].clone() for name in layout.fixed}
         self._next = piece.clone()  # with what lies between the weights
+        self._is_known = True  # whether the engine holds ``_fixed``
         self._replay: torch.cuda.CUDAGraph | None = None
 
-    def refitted(self) -> None:
-        """Note that TensorRT has refitted the engine to the values."""
+    def refitting(self) -> None:
+        """Note that TensorRT is about to refit the engine."""
+        self._is_known = False
+
+    def refitted(self) -> bool:
+        """Note that TensorRT has refitted the engine to the values.
+
+        Returns:
+            Whether its memory is what ``prepare`` writes: the layout was proved only with the
+            values of before of the weights that stay fixed.
+        """
         for name, one in self._fixed.items():
             one.copy_(self._values[name])
         self._next.copy_(self._live)
+        self._write()
+        self._is_known = torch.equal(self._next, self._live)
+        return self._is_known
 
     @property
     def nbytes(self) -> int:
@@ -242,7 +275,8 @@ class DirectWriter:
 
     def takes(self) -> bool:
         """Return whether weights that cannot be written have the values that the engine holds."""
-        return all(torch.equal(self._values[name], one) for name, one in self._fixed.items())
+        fixed = self._fixed.items()
+        return self._is_known and all(same_bits(self._values[name], one) for name, one in fixed)
 
     def prepare(self) -> None:
         """Write the values to the second piece, on the current stream, while the engine serves."""
@@ -261,7 +295,8 @@ class DirectWriter:
         with torch.cuda.stream(stream):
             self._write()  # what torch does only once must not happen in a capture
         torch.cuda.current_stream(self._live.device).wait_stream(stream)
-        with torch.cuda.graph(graph, stream=stream):
+        # by default, calls that other threads make meanwhile would fail, and so would this
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._write()
         return graph
 
