@@ -91,7 +91,7 @@ class RefitterEngine:
     """One TensorRT engine; see ``refitkit.protocols.Engine``.
 
     It takes the values that it was last given for the live weights. So if other code refits the
-    engine, the target has to be opened again before a partial refit.
+    engine, the target has to be opened again before the next refit.
 
     Attributes:
         handle: The engine in its target.

@@ -182,15 +182,30 @@ class EngineLayout:
                 yield Problem(name, "outside the memory of the weights")
 
     def _overlaps(self) -> bool:
+        return bool((self._owners(torch.device("cpu")) > 1).any())
+
+    def gaps(self, device: torch.device) -> list[tuple[int, int]]:
+        """Return the bytes of the piece between weights that are no weight's: starts and ends.
+
+        Args:
+            device: Where to compute them.
+        """
+        first, _ = self.span
+        free = self._owners(device) == 0
+        edges = (free[1:] != free[:-1]).nonzero().flatten() + 1 + first
+        return [(start, end) for start, end in edges.view(-1, 2).tolist()]
+
+    def _owners(self, device: torch.device) -> torch.Tensor:
+        """Return how many weights each byte of the span is of."""
         first, last = self.span
-        taken = torch.zeros(last - first, dtype=torch.uint8)
+        taken = torch.zeros(last - first, dtype=torch.uint8, device=device)
         for name, place in self.places.items():
             size = self.dtypes[name].itemsize
             # the bytes of an element are one more digit, with stride 1
             digits = ((size, 1), *((count, stride * size) for count, stride in place.digits))
             one = Place(place.start * size - first, digits if size > 1 else place.digits)
             one.of_piece(taken).add_(1)
-        return bool((taken > 1).any())
+        return taken
 
     def views(self, piece: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return each placed weight as a view of a piece, by name; see ``Place.of_piece``.

@@ -247,6 +247,8 @@ class DirectWriter:
         self.layout, self._live, self._values = layout, piece, values
         self._fixed = {name: values[name].clone() for name in layout.fixed}
         self._next = piece.clone()  # with what lies between the weights
+        gaps = layout.gaps(piece.device)
+        self._between = tuple([memory[a:b] for a, b in gaps] for memory in (self._next, piece))
         self._is_known = True  # whether the engine holds ``_fixed``
         self._replay: torch.cuda.CUDAGraph | None = None
 
@@ -306,4 +308,8 @@ class DirectWriter:
     def commit(self) -> None:
         """Copy the second piece over the weights, on the current stream. No call may run."""
         first, last = self.layout.span
+        # What lies between the weights stays as it is.
+        staged, live = self._between
+        if staged:
+            torch._foreach_copy_(staged, live)
         self._live[first:last].copy_(self._next[first:last])
