@@ -464,6 +464,7 @@ class InPlaceEngine(RefitterEngine):
         # `partial`, because the staging arena has to hold exactly the live values
         self.buffers.begin_staging(partial=True)
         self._is_prepared = False  # or with what was staged before, and discarded
+        self._find_writer()
         staged = StagedInPlace(self, None)
         try:
             self.write(idle=False)

@@ -270,11 +270,6 @@ class DirectWriter:
         self._is_known = torch.equal(self._next, self._live)
         return self._is_known
 
-    @property
-    def nbytes(self) -> int:
-        """Size of the second piece."""
-        return self._next.numel()
-
     def takes(self) -> bool:
         """Return whether weights that cannot be written have the values that the engine holds."""
         fixed = self._fixed.items()

@@ -462,6 +462,17 @@ PLAIN = {n: v for n, v in A.items() if not n.startswith(NORM)}
 PLAIN_B = {n: v for n, v in B.items() if n in PLAIN}
 
 
+def test_warming_learns_the_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, handle = engine_with(Folding)
+    engine.adopt(slot_values(engine, A))
+    engine.warm(lambda _: None)
+    monkeypatch.setattr(route, "learn", None)
+    assert engine.route == ("direct", "")
+    assert torch.equal(memory(handle, "linear"), flat(A)["linear"])
+    refit(engine, B)
+    assert torch.equal(memory(handle, "linear"), flat(B)["linear"])
+
+
 def test_bytes_of_a_refitted_engine_need_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, handle = engine_with(PlacedEngine, PLAIN)
     refit(engine, PLAIN_B)

@@ -166,8 +166,12 @@ def test_warming(runtimes: tuple[str, str], subtests: pytest.Subtests) -> None:
             with subtests.test(number=number, label=label, kind=kind.__name__):
                 scene = Scene(runtimes, "adopted")
                 scene.wire.arm({number: kind("on purpose")})
-                with pytest.raises((RefitError, KeyboardInterrupt)):
+                try:
                     scene.compiled.warm()
+                except (RefitError, KeyboardInterrupt):
+                    pass
+                else:  # while it was learned what can be written: the refitter can
+                    assert "direct" in runtimes
                 assert_whole(scene, KeyboardInterrupt())
 
 
