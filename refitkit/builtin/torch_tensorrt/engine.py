@@ -344,6 +344,7 @@ class RefitterEngine:
 
 # -- Python runtime: refit the live engine ------------------------------------------------------
 
+_NO_ROUTE = ("refitter", "no refit has been made yet")
 _NOT_WARMED = "its weights are not known, so its first refit still compiles for seconds"
 
 
@@ -358,6 +359,7 @@ class InPlaceEngine(RefitterEngine):
     _mixed = False  # whether the live engine may hold a mixture of weights
 
     _direct: DirectRoute | None = None
+    _route = _NO_ROUTE  # of the last refit
     _is_prepared = False  # whether the writer's second piece holds what the staging arena holds
 
     def _engine(self) -> Any:
@@ -368,11 +370,7 @@ class InPlaceEngine(RefitterEngine):
     @property
     def route(self) -> tuple[str, str]:
         """See ``refitkit.protocols.TellsRoute``."""
-        if not self._options.direct:
-            return "refitter", OFF
-        if self._direct is None:
-            return "refitter", "no refit has been made yet"
-        return ("refitter", self._direct.why) if self._direct.why else ("direct", "")
+        return self._route if self._options.direct else ("refitter", OFF)
 
     def _writer(self) -> DirectWriter | None:
         """The writer, if it is known that the engine can be written to, and so can these values."""
@@ -404,14 +402,17 @@ class InPlaceEngine(RefitterEngine):
             if direct is not None:
                 direct.refitting()
             super().refit(idle=idle)
+            self._route = ("refitter", "it is not known yet whether it can be written")
             if direct is not None:
                 direct.refitted()
+                self._route = ("refitter", direct.reason)
             return
         if not self._is_prepared:
             writer.prepare()
         wait_for_calls(self.device, idle=idle)
         writer.commit()
         wait_for_calls(self.device, idle=True)  # only for the copy
+        self._route = ("direct", "")
 
     def _install(self) -> None:
         """Put the engine that can be written in place of the one that Torch-TensorRT opened."""
@@ -530,6 +531,7 @@ class InPlaceEngine(RefitterEngine):
         """Free the refitter and all buffers. The present engine is the one that is stored."""
         super().reset()
         self._stale, self._direct, self._is_prepared = False, None, False
+        self._route = _NO_ROUTE
 
     def _serialize(self) -> bytes:
         """Bytes of the live engine, which the handle stores when other code reads its bytes."""

@@ -131,6 +131,15 @@ class DirectRoute:
         self.writer = writer
 
     @property
+    def reason(self) -> str:
+        """Why TensorRT had to do a refit."""
+        if self.why:
+            return self.why
+        if self.writer is None:
+            return "weights that are not finite prove nothing: it is tried again"
+        return "weights changed that can only be refitted"
+
+    @property
     def in_place(self) -> bool:
         """Whether the engine that can be written is in place: also if ``install`` was cut short."""
         return self._known is not None and self._handle.cuda_engine() is self._known.engine
@@ -245,7 +254,7 @@ class DirectWriter:
             values: Weights to write, flat: memory that stays where it is.
         """
         self.layout, self._live, self._values = layout, piece, values
-        self._fixed = {name: values[name].clone() for name in layout.fixed}
+        self._fixed = self._bits_of_fixed()
         self._next = piece.clone()  # with what lies between the weights
         gaps = layout.gaps(piece.device)
         self._between = tuple([memory[a:b] for a, b in gaps] for memory in (self._next, piece))
@@ -263,8 +272,7 @@ class DirectWriter:
             Whether its memory is what ``prepare`` writes: the layout was proved only with the
             values of before of the weights that stay fixed.
         """
-        for name, one in self._fixed.items():
-            one.copy_(self._values[name])
+        self._fixed = self._bits_of_fixed()
         self._next.copy_(self._live)
         self._write()
         self._is_known = torch.equal(self._next, self._live)
@@ -272,8 +280,12 @@ class DirectWriter:
 
     def takes(self) -> bool:
         """Return whether weights that cannot be written have the values that the engine holds."""
-        fixed = self._fixed.items()
-        return self._is_known and all(same_bits(self._values[name], one) for name, one in fixed)
+        # one comparison for all of them, as each would wait for the device
+        return self._is_known and torch.equal(self._bits_of_fixed(), self._fixed)
+
+    def _bits_of_fixed(self) -> torch.Tensor:
+        values = [self._values[name].view(torch.uint8) for name in sorted(self.layout.fixed)]
+        return torch.cat([self._live[:0], *values])
 
     def prepare(self) -> None:
         """Write the values to the second piece, on the current stream, while the engine serves."""
