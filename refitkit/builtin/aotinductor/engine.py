@@ -143,9 +143,7 @@ class AOTInductorEngine:
 
     def values(self) -> dict[str, torch.Tensor]:
         """Return the live values of all slots, of one set; see ``read``."""
-        live = self.live
-        copies = self.mutable_values()
-        return {name: copies.get(name, live[name]) for name in self._slots}
+        return {**self._aliases(self._slots), **self.mutable_values()}
 
     def sibling(self) -> AOTInductorEngine | None:
         """Return an engine of its own that shares the library; None if it cannot be shared."""
@@ -170,7 +168,13 @@ class AOTInductorEngine:
 
     def read(self, slot: str) -> torch.Tensor:
         """Return the live value of a slot: an alias, or a copy if calls may change it."""
-        return self.mutable_values([slot])[slot] if slot in self._mutable else self.live[slot]
+        found = self.mutable_values if slot in self._mutable else self._aliases
+        return found([slot])[slot]
+
+    def _aliases(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+        """Return aliases of live values, of one set."""
+        live = self.live
+        return {name: live[name] for name in names}
 
     def mutable_values(self, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
         """Return copies of slots that calls may change, each as it is between two calls.

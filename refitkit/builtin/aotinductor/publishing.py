@@ -164,12 +164,9 @@ class PublishingEngine(LibraryEngine):
         self._current = self._filled(self._current.weights)
         self._turns = Turns(models)
 
-    def read(self, slot: str) -> torch.Tensor:
-        """See the base class. The memory of an alias stays as it is while the alias exists."""
-        if slot in self._mutable:
-            return self.mutable_values([slot])[slot]
-        live = self._current
-        return _holding(live.container, live.weights.tensors[slot])
+    def _aliases(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+        """See the base class. Their memory stays as it is while they exist."""
+        return _aliases_of(self._current, names)
 
     def values(self) -> dict[str, torch.Tensor]:
         """Return the live values of all slots, of one set; see ``read``.
@@ -179,11 +176,7 @@ class PublishingEngine(LibraryEngine):
         """
         live = self._current
         live.weights.require_untouched(self._slots)
-        copies, tensors = self.mutable_values(), live.weights.tensors
-        return {
-            name: copies[name] if name in copies else _holding(live.container, tensors[name])
-            for name in self._slots
-        }
+        return {**_aliases_of(live, self._slots), **self.mutable_values()}
 
     def held(self) -> dict[str, torch.Tensor]:
         """Return what the container itself has as its weights, by slot."""
@@ -431,11 +424,12 @@ def like(tensor: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _holding(container: Container, tensor: torch.Tensor) -> torch.Tensor:
-    """Return an alias of a tensor that keeps its container, so that its memory is not reused."""
-    alias = tensor.detach()
-    alias._refitkit_container = container  # type: ignore[attr-defined]  # noqa: SLF001 - our own
-    return alias
+def _aliases_of(live: Live, names: Collection[str]) -> dict[str, torch.Tensor]:
+    """Return aliases that keep their container, so that their memory is not reused."""
+    found = {name: live.weights.tensors[name].detach() for name in names}
+    for alias in found.values():
+        alias._refitkit_container = live.container  # type: ignore[attr-defined]  # noqa: SLF001 - our own
+    return found
 
 
 def _version_of(tensor: torch.Tensor) -> int:

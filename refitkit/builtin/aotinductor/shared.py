@@ -19,7 +19,7 @@ from refitkit.builtin.aotinductor.shared_memory import SETS, SharedWeights, layo
 from refitkit.errors import ConfigError, Problem, WeightMismatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from refitkit.builtin.aotinductor.native import Answer, Library
     from refitkit.builtin.aotinductor.shared_memory import Description
@@ -174,15 +174,8 @@ class SharedEngine(LibraryEngine):
 
     # -- reading ------------------------------------------------------------------------------
 
-    def read(self, slot: str) -> torch.Tensor:
-        """Return the live value of a slot: an alias. Its memory stays as it is while it exists."""
-        return self._aliases([slot])[slot]
-
-    def values(self) -> dict[str, torch.Tensor]:
-        """Return the live values of all slots, of one set; see ``read``."""
-        return self._aliases(self._slots)
-
-    def _aliases(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    def _aliases(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+        """See the base class. Their memory stays as it is while they exist."""
         if self._fixed is not None or self.shared.is_refitting:
             live = self.live
             return {name: live[name] for name in names}
