@@ -101,7 +101,7 @@ def _engine(engine: Any, a: Any, b: Any, trt: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure one model, and write what was found."""
+    """Measure one model and write the results to a file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", choices=list(MODELS))
     parser.add_argument("dtype", choices=list(DTYPES))

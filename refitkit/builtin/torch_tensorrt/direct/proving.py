@@ -94,12 +94,8 @@ class _Proof:
         layout: EngineLayout,
         values: Sequence[Mapping[str, torch.Tensor]],
     ) -> None:
-        self._engine, self._untouched, self._layout, self._values = (
-            engine,
-            untouched,
-            layout,
-            values,
-        )
+        self._engine, self._untouched = engine, untouched
+        self._layout, self._values = layout, values
         self._answers: list[list[torch.Tensor]] = []
 
     def memory(self) -> None:

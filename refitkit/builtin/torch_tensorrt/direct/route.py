@@ -66,7 +66,7 @@ class DirectRoute:
         self.writer: DirectWriter | None = None
         self.refitter: PersistentRefitter | None = None
         self.outdated = False
-        self._known: KnownEngine | None = None
+        self._engine: KnownEngine | None = None
         self._prepared: Any = None  # an engine that ``EngineHandle.put`` takes
 
     def find(
@@ -127,7 +127,7 @@ class DirectRoute:
             refitter.refit(idle=True)  # nobody calls this engine yet
             if not writer.refitted():
                 raise UnknownLayoutError(_MOVED)
-        self._known, self._prepared, self.refitter = known, prepared, refitter
+        self._engine, self._prepared, self.refitter = known, prepared, refitter
         self.writer = writer
 
     @property
@@ -142,7 +142,7 @@ class DirectRoute:
     @property
     def in_place(self) -> bool:
         """Whether the engine that can be written is in place: also if ``install`` was cut short."""
-        return self._known is not None and self._handle.cuda_engine() is self._known.engine
+        return self._engine is not None and self._handle.cuda_engine() is self._engine.engine
 
     def refitting(self) -> None:
         """Note that TensorRT is about to refit the engine in place. It may fail half-way."""
@@ -162,9 +162,9 @@ class DirectRoute:
         Args:
             data: Engine bytes.
         """
-        if self.writer is not None and self._known is not None and self._prepared is None:
+        if self.writer is not None and self._engine is not None and self._prepared is None:
             layout = self.writer.layout
-            _known[self._key(data)] = layout, _digest(layout, self._known)
+            _known[self._key(data)] = layout, _digest(layout, self._engine)
         if self._prepared is None:
             self.outdated = False
 
