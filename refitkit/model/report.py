@@ -36,7 +36,7 @@ class EngineMemory(Frozen):
 
     Attributes:
         engine: Name of the engine.
-        kind: Where the previous weights are: ``inactive-buffer``, ``device``, ``pinned-host``,
+        kind: Where the previous weights are: ``inactive-buffer``, ``device``,
             ``mapped-file``, ``engine-bytes`` or ``none``.
         bytes: Size of the previous weights in bytes.
     """

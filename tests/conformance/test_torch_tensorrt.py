@@ -75,12 +75,41 @@ class TestPythonAdopted(TestPython):
         return engine
 
 
-class TestPythonOnPinnedHost(TestPython):
-    """The same with the old weights in host memory."""
+class TestDirect(TestPython):
+    """Refits past the refitter. The first one has been made."""
+
+    runtime = "direct"
 
     def make_engine(self) -> Any:
-        engine, _ = engine_of("e", values_of("e", 0), Faults(), snapshot="pinned-host")
+        engine = super().make_engine()
+        engine.stage(slot_values(engine, values_of("e", 0))).commit()
+        assert engine.route == ("direct", "")
         return engine
+
+    def commit_fault(self, engine: Any) -> Any:
+        return _raising(engine, after=0)
+
+    def rollback_fault(self, engine: Any) -> Any:
+        return _raising(engine, after=1)
+
+
+@contextmanager
+def _raising(engine: Any, after: int) -> Iterator[None]:
+    """Copies to the engine's memory fail, but for the first ones."""
+    writer, left = engine._direct.writer, [after]
+    copy = writer.commit
+
+    def commit(arena: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Refusal("commit")
+        copy(arena)
+
+    writer.commit = commit
+    try:
+        yield
+    finally:
+        writer.commit = copy
 
 
 class TestCpp(TestPython):

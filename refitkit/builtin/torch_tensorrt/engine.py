@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from refitkit.builtin.torch_tensorrt import weight_buffers
+from refitkit.builtin.torch_tensorrt.direct.arena import PlacedArena
 from refitkit.builtin.torch_tensorrt.direct.route import OFF, DirectRoute
 from refitkit.builtin.torch_tensorrt.refitter import (
     DeserializedEngine,
@@ -28,10 +29,12 @@ from refitkit.builtin.torch_tensorrt.refitter import (
     wait_for_calls,
 )
 from refitkit.builtin.torch_tensorrt.weight_buffers import (
+    Arena,
     Layout,
     LazyCopies,
     Uploader,
     WeightBuffers,
+    copy_values,
 )
 from refitkit.errors import (
     EngineError,
@@ -52,7 +55,7 @@ if TYPE_CHECKING:
     from refitkit.builtin.torch_tensorrt.children import EngineHandle
     from refitkit.builtin.torch_tensorrt.direct.route import DirectWriter
     from refitkit.builtin.torch_tensorrt.refitter import WeightSpec
-    from refitkit.builtin.torch_tensorrt.weight_buffers import SnapshotLocation
+    from refitkit.builtin.torch_tensorrt.weight_buffers import ValueArena
     from refitkit.protocols import SlotValue, StagedRefit
 
 
@@ -63,14 +66,12 @@ class EngineOptions:
     Attributes:
         device: Device that the engine runs on.
         known: Slots by name, from a plan; see ``PersistentRefitter.specs``.
-        snapshot: Memory in which the weights from before a refit are kept.
         check_finite: Whether staging refuses non-finite values where the live ones are finite.
         direct: Whether weights may be written past TensorRT's refitter.
     """
 
     device: torch.device
     known: Mapping[str, Slot]
-    snapshot: SnapshotLocation = "device"
     check_finite: bool = True
     direct: bool = True
 
@@ -163,8 +164,7 @@ class RefitterEngine:
         if self._buffers is None or not self._buffers.known:
             size = len(self.handle.engine_bytes())
             return EngineMemory(engine=self.name, kind="engine-bytes", bytes=size)
-        kind, size = self._options.snapshot, self._buffers.nbytes
-        return EngineMemory(engine=self.name, kind=kind, bytes=size)
+        return EngineMemory(engine=self.name, kind="device", bytes=self._buffers.nbytes)
 
     @property
     def name_map(self) -> Mapping[str, Any] | None:
@@ -180,17 +180,19 @@ class RefitterEngine:
         return self._buffers is not None and self._buffers.known
 
     def remembered(self, slot: str) -> torch.Tensor | None:
-        """The live value of a slot: an alias of the buffers; None if it is unknown."""
+        """The live value of a slot, as ``ValueArena.value``; None if it is unknown."""
         return self._buffers.live_value(slot) if self._buffers is not None else None
 
     def staged(self, slot: str) -> torch.Tensor:
-        """The staged value of a slot: an alias of the staging arena."""
-        return self.buffers.staging.tensors[slot]
+        """The staged value of a slot, as ``ValueArena.value``."""
+        return self.buffers.staging.value(slot)
 
     def previous(self) -> Mapping[str, torch.Tensor]:
         """The values from before the last refit. Each look-up copies: staging overwrites them."""
-        values = self._buffers.previous() if self._buffers is not None else {}
-        return LazyCopies(values, lambda name: values[name].clone())
+        buffers = self._buffers
+        if buffers is None or not buffers.has_previous:
+            return {}
+        return LazyCopies(self.specs, lambda name: buffers.previous(name).clone())
 
     # -- implemented by subclasses ----------------------------------------------------------
 
@@ -222,11 +224,13 @@ class RefitterEngine:
         """The weight buffers. The refitter reads their staging arena."""
         refitter = self._ready_refitter()
         if self._buffers is None:
-            layout = Layout.of(self.specs.values())
-            buffers = WeightBuffers(layout, self.device, self._options.snapshot)
-            refitter.bind(self.specs, buffers.staging.views)
+            buffers = WeightBuffers(self._new_arena)
+            refitter.bind(self.specs, _views(buffers.staging))
             self._buffers = buffers
         return self._buffers
+
+    def _new_arena(self) -> Arena:
+        return Arena(Layout.of(self.specs.values()), self.device)
 
     def reset(self) -> None:
         """Free the refitter and all buffers. The live weights are unknown from then on."""
@@ -296,7 +300,7 @@ class RefitterEngine:
                 "finite, as the present ones are",
                 "to allow it: check_finite=False in the config",
             )
-            for name, count in buffers.newly_non_finite()
+            for name, count in buffers.newly_non_finite(self.specs)
         ]
         if problems:
             raise WeightMismatchError("New weights are not finite.", problems=problems)
@@ -342,6 +346,13 @@ class RefitterEngine:
         return self._buffers.free_snapshot() if self._buffers is not None else 0
 
 
+def _views(arena: ValueArena) -> Mapping[str, torch.Tensor]:
+    """The buffers that a refitter reads."""
+    if not isinstance(arena, Arena):
+        raise TypeError("a refitter cannot read weights that lie as in the engine")
+    return arena.views
+
+
 # -- Python runtime: refit the live engine ------------------------------------------------------
 
 _NO_ROUTE = ("refitter", "no refit has been made yet")
@@ -360,7 +371,7 @@ class InPlaceEngine(RefitterEngine):
 
     _direct: DirectRoute | None = None
     _route = _NO_ROUTE  # of the last refit
-    _is_prepared = False  # whether the writer's second piece holds what the staging arena holds
+    _plain: Arena | None = None  # for the refitter, while weights lie as in the engine
 
     def _engine(self) -> Any:
         return self.handle.cuda_engine()
@@ -372,47 +383,84 @@ class InPlaceEngine(RefitterEngine):
         """See ``refitkit.protocols.TellsRoute``."""
         return self._route if self._options.direct else ("refitter", OFF)
 
-    def _writer(self) -> DirectWriter | None:
-        """The writer, if it is known that the engine can be written to, and so can these values."""
-        writer = None if self._direct is None else self._direct.writer
-        return writer if writer is not None and writer.takes() else None
+    def _writer(self) -> tuple[DirectWriter, PlacedArena] | None:
+        """The writer, and what it can write; None if it is not known that it can."""
+        # not `self.buffers`: new ones would hold zeros
+        if self._direct is None or self._direct.writer is None or self._buffers is None:
+            return None
+        writer, arena = self._direct.writer, self._buffers.staging
+        if not isinstance(arena, PlacedArena) or not writer.takes(arena):
+            return None
+        return writer, arena
 
-    def _find_writer(self) -> DirectWriter | None:
+    def _find_writer(self) -> None:
         """Find out whether the engine can be written directly; the staging arena is filled."""
-        if self._options.direct:
-            if self._direct is None:
-                self._direct = DirectRoute(self.handle, self._trt, self.device)
-            self._direct.find(self.specs, self.buffers.staging.views, self._held)
-        return self._writer()
+        if not self._options.direct:
+            return
+        if self._direct is None:
+            self._direct = DirectRoute(self.handle, self._trt, self.device)
+        old = self.buffers
+        if isinstance(old.staging, PlacedArena):
+            return
+        self._direct.find(self.specs, _views(old.staging), self._held)
+        writer = self._direct.writer
+        if writer is not None:
+            self._buffers = WeightBuffers.moved(old, writer.arena, self.specs, swaps=True)
+            self._ready_refitter().unbind()
 
     def _held(self, name: str) -> torch.Tensor | None:
         # while values are staged, the snapshot has what the engine holds
-        found = self.remembered(name)
-        return found.to(self.device) if found is not None else None
-
-    def _fill(self, values: Sequence[SlotValue]) -> None:
-        self._is_prepared = False
-        super()._fill(values)
+        return self.remembered(name)
 
     def refit(self, *, idle: bool = False) -> None:
-        """Write the staging arena into the engine: by one copy, or through the refitter."""
+        """Write the staging arena into the engine: by one copy, or through the refitter.
+
+        Args:
+            idle: Whether no call of the engine can be pending, or the current stream waits for all
+                calls. Then a copy is launched on it, and not waited for.
+        """
         self._ready_refitter()  # forgets the writer if the user has replaced the engine
-        direct, writer = self._direct, self._writer()
-        if direct is None or writer is None or not direct.in_place:
-            if direct is not None:
-                direct.refitting()
+        direct, found = self._direct, self._writer()
+        if direct is None or found is None or not direct.in_place:
+            self._refit_by_tensorrt(idle=idle)
+            return
+        writer, arena = found
+        arena.fold()
+        if not idle:
+            wait_for_calls(self.device, idle=False)
+        writer.commit(arena)
+        if not idle:
+            wait_for_calls(self.device, idle=True)  # only for the copy
+        self._route = ("direct", "")
+
+    def _refit_by_tensorrt(self, *, idle: bool) -> None:
+        direct, buffers = self._direct, self._buffers
+        if direct is None or buffers is None:
             super().refit(idle=idle)
             self._route = ("refitter", "it is not known yet whether it can be written")
-            if direct is not None:
-                direct.refitted()
-                self._route = ("refitter", direct.reason)
             return
-        if not self._is_prepared:
-            writer.prepare()
-        wait_for_calls(self.device, idle=idle)
-        writer.commit()
-        wait_for_calls(self.device, idle=True)  # only for the copy
-        self._route = ("direct", "")
+        direct.refitting()
+        arena = buffers.staging
+        plain = self._plain_copy(arena) if isinstance(arena, PlacedArena) else None
+        if plain is None:
+            super().refit(idle=idle)
+        else:
+            with self._ready_refitter().bound(self.specs, plain.views):
+                super().refit(idle=idle)
+        arenas = [one for one in buffers.arenas if isinstance(one, PlacedArena)]
+        direct.refitted(_views(plain or arena), arenas)
+        self._route = ("refitter", direct.reason)
+        if plain is not None and direct.writer is None:  # it cannot be written any more
+            buffers = WeightBuffers.moved(buffers, self._new_arena, self.specs, swaps=False)
+            self._ready_refitter().bind(self.specs, _views(buffers.staging))
+            self._buffers = buffers
+
+    def _plain_copy(self, arena: PlacedArena) -> Arena:
+        """All values as the refitter reads them."""
+        if self._plain is None:
+            self._plain = self._new_arena()
+        copy_values(arena, self._plain, self.specs)
+        return self._plain
 
     def _install(self) -> None:
         """Put the engine that can be written in place of the one that Torch-TensorRT opened."""
@@ -430,10 +478,14 @@ class InPlaceEngine(RefitterEngine):
     # -- staging and commits ------------------------------------------------------------------
 
     def _staged(self) -> StagedInPlace:
-        writer = self._find_writer()
-        if writer is not None:
-            writer.prepare()
-            self._is_prepared = True
+        self._find_writer()
+        found, direct = self._writer(), self._direct
+        if found is not None:
+            found[1].fold()
+        is_direct = found is not None and direct is not None and direct.in_place
+        # a rollback must not run out of memory, so what it may need is allocated now
+        is_plain = isinstance(self.buffers.staging, Arena)
+        self._plain = None if is_direct or is_plain else self._plain or self._new_arena()
         # Without known weights there is no snapshot, so a rollback needs the engine bytes.
         before = None if self.knows_live else self.handle.engine_bytes()
         return StagedInPlace(self, before)
@@ -464,7 +516,6 @@ class InPlaceEngine(RefitterEngine):
             return _NOT_WARMED
         # `partial`, because the staging arena has to hold exactly the live values
         self.buffers.begin_staging(partial=True)
-        self._is_prepared = False  # or with what was staged before, and discarded
         self._find_writer()
         staged = StagedInPlace(self, None)
         try:
@@ -509,7 +560,6 @@ class InPlaceEngine(RefitterEngine):
             self._ready_refitter()
             if not self.knows_live:
                 raise EngineError(f"The engine {self.name!r} was replaced since the refit.")
-            self._is_prepared = False
             self.buffers.restore()
             self.refit()  # not idle: a verifier may have called the engine since the commit
             self.buffers.live = "staging"
@@ -530,7 +580,7 @@ class InPlaceEngine(RefitterEngine):
     def reset(self) -> None:
         """Free the refitter and all buffers. The present engine is the one that is stored."""
         super().reset()
-        self._stale, self._direct, self._is_prepared = False, None, False
+        self._stale, self._direct, self._plain = False, None, None
         self._route = _NO_ROUTE
 
     def _serialize(self) -> bytes:

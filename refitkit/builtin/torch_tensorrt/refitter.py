@@ -190,6 +190,21 @@ class PersistentRefitter:
                 f"TensorRT does not accept the buffers of the weights{reason}.", problems=refused
             )
 
+    @contextmanager
+    def bound(
+        self, specs: Mapping[str, WeightSpec], buffers: Mapping[str, torch.Tensor]
+    ) -> Iterator[None]:
+        """Set each name to a buffer for the refits inside the context; see ``bind``."""
+        try:
+            self.bind(specs, buffers)
+            yield
+        finally:
+            self.unbind()
+
+    def unbind(self) -> None:
+        """Free the buffers. Set others before the next refit: only that reads them."""
+        self._bound = {}
+
     def _set(self, name: str, weights: Any, device_type: str = "cpu") -> bool:
         location = self._trt.TensorLocation
         where = location.DEVICE if device_type == "cuda" else location.HOST

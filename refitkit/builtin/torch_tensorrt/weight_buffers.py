@@ -2,14 +2,15 @@
 
 TensorRT cannot return the weights that an engine holds, so this module keeps a copy of them:
 
-- The *staging* arena holds the values that the next refit reads. The refitter knows its addresses.
-  After a refit it holds the live values.
-- The *snapshot* arena is the rollback copy. The next refit copies the live values into it before
-  it overwrites staging.
+- The *staging* arena holds the values that the next refit reads. After a refit it holds the live
+  values.
+- The *snapshot* arena is the rollback copy. Before the next refit overwrites staging, the live
+  values are copied to it. Or the two arenas change their roles, if no refitter knows the addresses.
 
 Reading order: ``WeightBuffers`` decides which arena holds the live values. ``Layout`` and ``Arena``
-place all weights of an engine in one allocation. ``fill`` checks the caller's values and copies
-them into an arena. ``Uploader`` makes these copies with few kernel launches.
+place all weights of an engine in one allocation; ``direct.arena`` has the other kind, in which
+weights lie as in the engine. ``fill`` checks the caller's values and copies them into an arena.
+``Uploader`` makes these copies with few kernel launches.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -26,36 +27,85 @@ from refitkit.program.bits import all_finite, finite, same_bits
 from refitkit.program.dtypes import dtype_name, dtype_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     from refitkit.builtin.torch_tensorrt.refitter import WeightSpec
     from refitkit.protocols import SlotValue
 
 
-SnapshotLocation = Literal["device", "pinned-host"]
-"""Memory of the snapshot: a copy on the device is fast, one on the host saves device memory."""
+class ValueArena(Protocol):
+    """Memory for one value of each weight.
+
+    Attributes:
+        constants: Constant that a weight was last copied from, by name of the weight.
+        nbytes: Size in bytes.
+    """
+
+    constants: dict[str, Constant]
+    nbytes: int
+
+    def value(self, name: str) -> torch.Tensor:
+        """Return a weight in its shape if that is known, else flat: an alias if it can be one."""
+
+    def copy(self, name: str, value: torch.Tensor, uploader: Uploader) -> None:
+        """Copy a value that fits, now or in ``finish``."""
+
+    def finish(self, uploader: Uploader) -> None:
+        """Make all pending copies, and wait for them; see ``Uploader.finish``."""
+
+    def copy_from(self, other: Any) -> None:
+        """Copy all values of another arena of the same kind, without synchronizing."""
+
+    def same(self, other: Any) -> bool:
+        """Return whether another arena of the same kind holds the same bits."""
+
+    def is_finite(self) -> bool:
+        """Return whether all values are surely finite. False: some may not be."""
 
 
 class WeightBuffers:
     """The staging arena, the snapshot arena, and a record of which one holds the live values.
 
     Attributes:
-        staging: Arena that the refitter reads.
+        staging: Arena that the next refit reads.
     """
 
-    def __init__(self, layout: Layout, device: torch.device, location: SnapshotLocation) -> None:
+    def __init__(self, new: Callable[[], ValueArena], *, swaps: bool = False) -> None:
         """Allocate the staging arena. The snapshot is allocated on first use.
 
         Args:
-            layout: Where each weight lies in both arenas.
-            device: Device of the staging arena.
-            location: Memory of the snapshot.
+            new: Allocates an arena.
+            swaps: Whether the arenas may change their roles: no refitter knows their addresses.
         """
-        self._layout, self._device, self._location = layout, device, location
-        self.staging = Arena(layout, device)
+        self._new, self._swaps = new, swaps
+        self.staging = new()
         self._live: Literal["staging", "snapshot"] | None = None
-        self._snapshot: Arena | None = None
+        self._snapshot: ValueArena | None = None
         self._has_previous = False  # the snapshot holds the values from before the last commit
+
+    @classmethod
+    def moved(
+        cls,
+        old: WeightBuffers,
+        new: Callable[[], ValueArena],
+        names: Collection[str],
+        *,
+        swaps: bool,
+    ) -> WeightBuffers:
+        """Return buffers of another kind that hold what some buffers hold.
+
+        Args:
+            old: The buffers.
+            new: Allocates an arena of the other kind.
+            names: Names of all weights.
+            swaps: As for a new object.
+        """
+        found = cls(new, swaps=swaps)
+        copy_values(old.staging, found.staging, names)
+        if old._snapshot is not None:
+            copy_values(old._snapshot, found._allocated_snapshot(), names)
+        found._live, found._has_previous = old._live, old._has_previous
+        return found
 
     # -- which arena is live ----------------------------------------------------------------
 
@@ -75,7 +125,7 @@ class WeightBuffers:
         return self.live is not None
 
     def begin_staging(self, *, partial: bool) -> None:
-        """Move the live values to the snapshot, so that the staging arena may be overwritten.
+        """Leave the live values in the snapshot, so that the staging arena may be overwritten.
 
         Args:
             partial: Whether the staging arena must also hold the live values: a partial refit
@@ -83,10 +133,16 @@ class WeightBuffers:
         """
         self._has_previous = False
         if self.live == "staging":
-            self._allocated_snapshot().copy_from(self.staging)
-            self.live = "snapshot"
-        elif self.live == "snapshot" and partial:
-            # an earlier refit was staged and never committed: staging holds its values
+            snapshot = self._allocated_snapshot()
+            if self._swaps:
+                # plain attributes, so that no interrupt can come in between
+                self.staging, self._snapshot, self._live = snapshot, self.staging, "snapshot"
+            else:
+                snapshot.copy_from(self.staging)
+                self.live = "snapshot"
+                return
+        if self.live == "snapshot" and partial:
+            # staging holds values of before, or those of a refit that was never committed
             self.restore()
 
     def mark_committed(self) -> None:
@@ -101,40 +157,44 @@ class WeightBuffers:
     # -- reading ----------------------------------------------------------------------------
 
     def live_value(self, name: str) -> torch.Tensor | None:
-        """The live value of a weight: an alias in the weight's shape; None if it is unknown."""
+        """The live value of a weight, as ``ValueArena.value``; None if it is unknown."""
         if self._live is None:
             return None
         arena = self.staging if self._live == "staging" else self._allocated_snapshot()
-        return arena.tensors[name]
+        return arena.value(name)
 
-    def previous(self) -> Mapping[str, torch.Tensor]:
-        """The values from before the last commit, as aliases; empty if they were overwritten."""
-        return self._allocated_snapshot().tensors if self._has_previous else {}
+    @property
+    def has_previous(self) -> bool:
+        """Whether the values from before the last commit are there."""
+        return self._has_previous
+
+    def previous(self, name: str) -> torch.Tensor:
+        """A weight from before the last commit, as ``ValueArena.value``."""
+        return self._allocated_snapshot().value(name)
 
     def changed(self) -> bool | None:
         """Whether any staged bit differs from the live ones; None unless the snapshot has those."""
         if self.live != "snapshot":
             return None
-        return not same_bits(self.staging.memory, self._allocated_snapshot().memory)
+        return not self.staging.same(self._allocated_snapshot())
 
-    def newly_non_finite(self) -> Iterator[tuple[str, int]]:
+    def newly_non_finite(self, names: Iterable[str]) -> Iterator[tuple[str, int]]:
         """Find staged weights with non-finite elements at positions where the live ones are finite.
+
+        Args:
+            names: Names of all weights.
 
         Yields:
             Name of the weight and number of these elements. Nothing if the live values are unknown.
         """
-        if self.live != "snapshot":
+        # one kernel clears all weights of a dtype
+        if self.live != "snapshot" or self.staging.is_finite():
             return
         snapshot = self._allocated_snapshot()
-        for dtype, run in self.staging.runs.items():
-            if all_finite(run):  # one kernel clears all weights of a dtype
-                continue
-            for name, new in self.staging.views.items():
-                if self._layout.specs[name].dtype != dtype or all_finite(new):
-                    continue
-                # the snapshot may be on the host
-                bad = ~finite(new) & finite(snapshot.views[name]).to(new.device)
-                count = int(bad.sum())
+        for name in names:
+            new = self.staging.value(name)
+            if not all_finite(new):
+                count = int((~finite(new) & finite(snapshot.value(name))).sum())
                 if count:
                     yield name, count
 
@@ -143,7 +203,7 @@ class WeightBuffers:
     @property
     def nbytes(self) -> int:
         """Size of one arena in bytes."""
-        return self._layout.nbytes
+        return self.staging.nbytes
 
     @property
     def snapshot_nbytes(self) -> int:
@@ -159,17 +219,30 @@ class WeightBuffers:
         freed, self._snapshot, self._has_previous = self.snapshot_nbytes, None, False
         return freed
 
-    def _allocated_snapshot(self) -> Arena:
+    @property
+    def arenas(self) -> list[ValueArena]:
+        """All arenas that are allocated."""
+        return [one for one in (self.staging, self._snapshot) if one is not None]
+
+    def _allocated_snapshot(self) -> ValueArena:
         if self._snapshot is None:
-            on_host = self._location == "pinned-host"
-            device = torch.device("cpu") if on_host else self._device
-            pinned = on_host and self._device.type == "cuda"
-            self._snapshot = Arena(self._layout, device, pinned=pinned)
+            self._snapshot = self._new()
         return self._snapshot
 
 
+def copy_values(source: ValueArena, target: ValueArena, names: Iterable[str]) -> None:
+    """Copy values of weights from one arena to another, of any kind, and wait for that."""
+    found = [(name, source.value(name)) for name in names]
+    uploader = Uploader(found[0][1].device)
+    try:
+        for name, value in found:
+            target.copy(name, value, uploader)
+    finally:
+        target.finish(uploader)
+
+
 class LazyCopies(Mapping[str, torch.Tensor]):
-    """A mapping that copies a tensor each time the tensor is looked up."""
+    """A mapping that computes a tensor each time the tensor is looked up."""
 
     def __init__(self, names: Iterable[str], copy: Callable[[str], torch.Tensor]) -> None:
         """Copy nothing yet.
@@ -234,7 +307,7 @@ class Layout:
 
 
 class Arena:
-    """All weights of an engine in one allocation.
+    """All weights of an engine in one allocation, each contiguous; see ``ValueArena``.
 
     Attributes:
         memory: The whole arena as ``uint8``. Gaps between weights are zero and stay zero, so that
@@ -242,20 +315,19 @@ class Arena:
         views: Each weight, flat, by name.
         tensors: Each weight by name, in its shape if the shape is known, flat otherwise.
         runs: All weights of a dtype with the gaps between them, flat, by name of the dtype.
-        constants: Constant that a weight was last copied from, by name of the weight.
+        constants: See ``ValueArena``.
+        nbytes: See ``ValueArena``.
     """
 
-    def __init__(self, layout: Layout, device: torch.device, *, pinned: bool = False) -> None:
+    def __init__(self, layout: Layout, device: torch.device) -> None:
         """Allocate an arena of zeros.
 
         Args:
             layout: Where each weight lies.
             device: Device of the memory.
-            pinned: Whether memory of the host is pinned.
         """
-        self.memory = torch.zeros(
-            layout.nbytes, dtype=torch.uint8, device=device, pin_memory=pinned
-        )
+        self.nbytes = layout.nbytes
+        self.memory = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
         self.views = {
             name: self._view(layout.offsets[name], spec.count, spec.dtype)
             for name, spec in layout.specs.items()
@@ -274,10 +346,30 @@ class Arena:
         kind = dtype_of(dtype)
         return self.memory[offset : offset + count * kind.itemsize].view(kind)
 
+    def value(self, name: str) -> torch.Tensor:
+        """Return a weight: an alias; see ``ValueArena``."""
+        return self.tensors[name]
+
+    def copy(self, name: str, value: torch.Tensor, uploader: Uploader) -> None:
+        """Copy a value; see ``ValueArena``."""
+        uploader.copy(self.tensors[name], value)
+
+    def finish(self, uploader: Uploader) -> None:
+        """Make all pending copies; see ``ValueArena``."""
+        uploader.finish()
+
     def copy_from(self, other: Arena) -> None:
         """Copy all values of another arena with the same layout, without synchronizing."""
         self.constants.clear()
         self.memory.copy_(other.memory, non_blocking=True)
+
+    def same(self, other: Arena) -> bool:
+        """Return whether an arena with the same layout holds the same bits."""
+        return same_bits(self.memory, other.memory)
+
+    def is_finite(self) -> bool:
+        """Return whether all values are finite."""
+        return all(map(all_finite, self.runs.values()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -320,7 +412,7 @@ class Constant:
 
 
 def fill(
-    arena: Arena,
+    arena: ValueArena,
     specs: Mapping[str, WeightSpec],
     values: Sequence[SlotValue],
     uploader: Uploader,
@@ -349,19 +441,20 @@ def fill(
                 constant = Constant.of(tensor) if value.pinned else None
                 if constant and constant.is_same_as(arena.constants.get(name)):
                     continue
-                target = arena.tensors[name]
+                spec = specs[name]
                 # the cheap comparison comes first: most values fit
-                if tensor.dtype is not target.dtype or tensor.shape != target.shape:
-                    mismatches = list(_mismatches(specs[name], tensor))
+                if tensor.dtype is not dtype_of(spec.dtype) or tensor.shape != spec.shape:
+                    mismatches = list(_mismatches(spec, tensor))
                     problems += mismatches
                     if mismatches:
                         continue
                 arena.constants.pop(name, None)
-                uploader.copy(target, tensor)
+                arena.copy(name, tensor, uploader)
                 if constant:
                     copied[name] = constant
     finally:
-        uploader.finish()
+        with torch.no_grad():
+            arena.finish(uploader)
     arena.constants |= copied  # only now: a copy that failed must not count as done
     if problems:
         raise WeightMismatchError("Values do not fit the engine.", problems=problems)
@@ -377,6 +470,12 @@ def _mismatches(spec: WeightSpec, tensor: torch.Tensor) -> Iterator[Problem]:
         yield Problem(spec.name, "number of elements", found, str(spec.count))
     elif spec.shape is not None and tuple(tensor.shape) != spec.shape:
         yield Problem(spec.name, "shape", str(tuple(tensor.shape)), str(spec.shape))
+
+
+def stored(value: torch.Tensor) -> torch.Tensor:
+    """Return a tensor whose stored bits are its value: torch negates and conjugates lazily."""
+    lazy = value.is_conj() or value.is_neg()
+    return value.resolve_conj().resolve_neg() if lazy else value
 
 
 # -- upload -------------------------------------------------------------------------------------
@@ -432,9 +531,7 @@ class Uploader:
             value: Tensor of any layout on any device, without gradients. The caller must not change
                 it before ``finish``.
         """
-        # torch negates and conjugates lazily: then the stored bits are not the value
-        if value.is_conj() or value.is_neg():
-            value = value.resolve_conj().resolve_neg()
+        value = stored(value)
         if value.device == target.device:
             self._enqueue(target, value)
         elif value.is_cpu and value.nbytes <= _SMALL_BYTES:
@@ -516,6 +613,11 @@ class Uploader:
             self._chunk_read[self._next_chunk] = event
         self._next_chunk = 1 - self._next_chunk
 
+    def flush(self) -> None:
+        """Launch all pending copies on the current stream."""
+        self._send_pack()
+        self._copy_queue()
+
     def finish(self) -> None:
         """Make all pending copies, wait for them, and free the chunks.
 
@@ -523,8 +625,7 @@ class Uploader:
         next refit must not write values of this one.
         """
         try:
-            self._send_pack()
-            self._copy_queue()
+            self.flush()
             if self._device.type == "cuda":
                 torch.cuda.current_stream(self._device).synchronize()
         finally:

@@ -1,10 +1,7 @@
-"""Where an engine keeps its weights: a few integers for each.
+"""Where all weights of an engine lie, and how they are written there.
 
-TensorRT puts all weights of an engine into one piece of memory. The place of an element is an
-affine function of its index: a start, and a stride for each digit of the index. A linear weight may
-lie transposed, a convolution's kernel with its channels last, two weights side by side.
-
-A batch norm is folded: a scale and a shift for each channel lie where its weight and bias would be.
+TensorRT puts all of them into one piece of memory. A batch norm is folded: a scale and a shift for
+each channel lie where its weight and bias would be; see ``folds``.
 """
 
 from __future__ import annotations
@@ -14,113 +11,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from refitkit.builtin.torch_tensorrt.direct.places import Place, words_of
 from refitkit.errors import Problem, UnsupportedTargetError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
-MAX_DIGITS = 8
+    from refitkit.builtin.torch_tensorrt.direct.folds import Fold
 
-
-@dataclass(frozen=True)
-class Place:
-    """Where the elements of one weight lie, in elements of its dtype from the start of the piece.
-
-    Attributes:
-        start: Where its first element lies.
-        digits: Count and stride of each digit of an element's index, the fastest digit first.
-    """
-
-    start: int
-    digits: tuple[tuple[int, int], ...]
-
-    @classmethod
-    def of(cls, where: torch.Tensor) -> Place | None:
-        """Return the place of a weight whose elements were found; None if it is not affine.
-
-        Args:
-            where: Where each element lies, in the order of their indices; at least one.
-        """
-        digits: list[tuple[int, int]] = []
-        rest = where
-        while rest.numel() > 1:
-            stride = rest[1] - rest[0]
-            breaks = (rest.diff() != stride).nonzero()
-            count = int(breaks[0]) + 1 if len(breaks) else rest.numel()
-            if rest.numel() % count or len(digits) == MAX_DIGITS:
-                return None
-            rows = rest.view(-1, count)
-            if not torch.equal(rows, rows[:, :1] + stride * torch.arange(count).to(rows)):
-                return None
-            digits.append((count, int(stride)))
-            rest = rows[:, 0]
-        found = cls(int(where[0]), tuple(digits))
-        return found if found.is_injective() else None
-
-    @property
-    def count(self) -> int:
-        """Number of elements."""
-        count = 1
-        for size, _ in self.digits:
-            count *= size
-        return count
-
-    @property
-    def end(self) -> int:
-        """Where the last element ends."""
-        return self.start + sum((size - 1) * stride for size, stride in self.digits) + 1
-
-    def is_injective(self) -> bool:
-        """Return whether no two elements lie at one place. Strides have to be positive."""
-        reach = 0  # of the digits with smaller strides
-        for size, stride in sorted(self.digits, key=lambda digit: digit[1]):
-            if stride <= reach or size <= 1:
-                return False
-            reach += (size - 1) * stride
-        return True
-
-    def of_piece(self, words: torch.Tensor) -> torch.Tensor:
-        """Return the elements as a view of the piece, with the slowest digit first.
-
-        Args:
-            words: The whole piece as elements of the weight's dtype.
-        """
-        sizes = [size for size, _ in reversed(self.digits)]
-        strides = [stride for _, stride in reversed(self.digits)]
-        return words.as_strided(sizes, strides, words.storage_offset() + self.start)
-
-
-@dataclass(frozen=True)
-class Fold:
-    """A batch norm that TensorRT folds: names of its weights in the engine.
-
-    In memory, ``weight`` is ``weight / sqrt(var + eps)``, each step rounded to the norm's dtype,
-    and ``bias`` is ``bias - mean * scale`` with that scale, computed in float64 and rounded once.
-    Measured with TensorRT-RTX 1.4, in float32 and float16.
-    """
-
-    weight: str
-    bias: str
-    mean: str
-    var: str
-    eps: str
-
-    def scale(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return what lies where the weight would be, flat."""
-        weight, var, eps = (values[n].reshape(-1) for n in (self.weight, self.var, self.eps))
-        # by float64: a root of float32 is not rounded correctly everywhere
-        return weight / (var + eps).double().sqrt().to(weight.dtype)
-
-    def shift(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return what lies where the bias would be, flat."""
-        bias, mean = (values[n].reshape(-1) for n in (self.bias, self.mean))
-        wide = bias.double() - mean.double() * self.scale(values).double()
-        return wide.to(bias.dtype)
-
-    @property
-    def unplaced(self) -> tuple[str, str, str]:
-        """The weights that have no place of their own."""
-        return self.mean, self.var, self.eps
+_SHORT = 1 << 12
+"""Bytes of a gap whose bytes are copied one by one, with those of all other short gaps."""
 
 
 @dataclass(frozen=True)
@@ -184,16 +84,22 @@ class EngineLayout:
     def _overlaps(self) -> bool:
         return bool((self._owners(torch.device("cpu")) > 1).any())
 
-    def gaps(self, device: torch.device) -> list[tuple[int, int]]:
-        """Return the bytes of the piece between weights that are no weight's: starts and ends.
+    def between(self, device: torch.device) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+        """Return the bytes of the span that are no weight's, in two parts.
 
         Args:
             device: Where to compute them.
+
+        Returns:
+            Indices of the bytes of all short gaps; first byte and end of each long one.
         """
         first, _ = self.span
-        free = self._owners(device) == 0
-        edges = (free[1:] != free[:-1]).nonzero().flatten() + 1 + first
-        return [(start, end) for start, end in edges.view(-1, 2).tolist()]
+        free = torch.nn.functional.pad((self._owners(device) == 0).to(torch.int8), (1, 1))
+        edges = free.diff().nonzero().view(-1, 2) + first
+        is_long = edges[:, 1] - edges[:, 0] > _SHORT
+        short = [torch.arange(a, b) for a, b in edges[~is_long].tolist()]
+        indices = torch.cat([torch.arange(0), *short]).to(device)
+        return indices, [(a, b) for a, b in edges[is_long].tolist()]
 
     def _owners(self, device: torch.device) -> torch.Tensor:
         """Return how many weights each byte of the span is of."""
@@ -213,7 +119,7 @@ class EngineLayout:
         Args:
             piece: The piece, or a copy of it, as ``uint8``.
         """
-        words = {dtype: _as(piece, dtype) for dtype in set(self.dtypes.values())}
+        words = {dtype: words_of(piece, dtype) for dtype in set(self.dtypes.values())}
         return {n: place.of_piece(words[self.dtypes[n]]) for n, place in self.places.items()}
 
     def folded(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -233,27 +139,3 @@ class EngineLayout:
         found = self.folded(values)
         for name, view in self.views(piece).items():
             view.copy_(found[name].reshape(view.shape))
-
-
-def _as(piece: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    size = dtype.itemsize
-    return piece[: piece.numel() // size * size].view(dtype)
-
-
-_ENDS = ("weight", "bias", "running_mean", "running_var", "eps")
-"""What the names of a norm's weights end with, in the order of ``Fold``."""
-
-
-def folds_among(names: Iterable[str]) -> tuple[Fold, ...]:
-    """Return the batch norms that names of weights tell of; a proof shows if they are folded.
-
-    Torch-TensorRT calls the weights of a norm ``..._weight``, ``..._bias``, ``..._running_mean``,
-    ``..._running_var`` and ``..._eps``, each with something behind it.
-    """
-    names, found = sorted(names), []
-    for mean in names:
-        stem, is_mean, _ = mean.partition("_running_mean")
-        alike = {end: [n for n in names if n.startswith(f"{stem}_{end}")] for end in _ENDS}
-        if is_mean and all(len(some) == 1 for some in alike.values()):
-            found.append(Fold(*(alike[end][0] for end in _ENDS)))
-    return tuple(found)

@@ -13,12 +13,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from refitkit.builtin.torch_tensorrt.direct.layout import (
-    EngineLayout,
-    Fold,
-    Place,
-    folds_among,
-)
+from refitkit.builtin.torch_tensorrt.direct.folds import Fold, folds_among
+from refitkit.builtin.torch_tensorrt.direct.layout import EngineLayout
+from refitkit.builtin.torch_tensorrt.direct.places import Place
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

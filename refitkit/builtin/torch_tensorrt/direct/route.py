@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import xxhash
 
+from refitkit.builtin.torch_tensorrt.direct.arena import PlacedArena, fixed_layout
 from refitkit.builtin.torch_tensorrt.direct.engines import (
     KnownEngine,
     Pieces,
@@ -15,8 +16,10 @@ from refitkit.builtin.torch_tensorrt.direct.engines import (
     allocating,
 )
 from refitkit.builtin.torch_tensorrt.direct.learning import UnknownLayoutError, learn
+from refitkit.builtin.torch_tensorrt.direct.moves import Mover
 from refitkit.builtin.torch_tensorrt.direct.proving import prove
 from refitkit.builtin.torch_tensorrt.refitter import PersistentRefitter
+from refitkit.builtin.torch_tensorrt.weight_buffers import Arena
 from refitkit.program.bits import all_finite, same_bits
 
 if TYPE_CHECKING:
@@ -81,8 +84,7 @@ class DirectRoute:
 
         Args:
             specs: Dtype and number of elements of each weight, by name.
-            values: Values of all weights, flat, to try it with: memory that stays where it is, and
-                from which the writer will read.
+            values: Values of all weights, flat, to try it with.
             held: What the engine holds of a weight; None if nobody knows.
         """
         if self.writer is not None or self.why:
@@ -120,12 +122,14 @@ class DirectRoute:
             prove(probed, known, layout, {**values, **_of(layout.fixed, held)})
             _known[key] = layout, digest
         refitter = PersistentRefitter(engine, self._trt, self._device)
-        refitter.bind(specs, values)
         fixed = _of(layout.fixed, held)
-        writer = DirectWriter(layout, known.pieces()[layout.piece], values)
-        if not all(n in fixed and same_bits(fixed[n], values[n]) for n in layout.fixed):
-            refitter.refit(idle=True)  # nobody calls this engine yet
-            if not writer.refitted():
+        writer = DirectWriter(layout, specs, known.pieces()[layout.piece])
+        if all(n in fixed and same_bits(fixed[n], values[n]) for n in layout.fixed):
+            writer.hold(fixed)
+        else:
+            with refitter.bound(specs, values):
+                refitter.refit(idle=True)  # nobody calls this engine yet
+            if not writer.refitted(values, ()):
                 raise UnknownLayoutError(_MOVED)
         self._engine, self._prepared, self.refitter = known, prepared, refitter
         self.writer = writer
@@ -151,9 +155,16 @@ class DirectRoute:
         if self.writer is not None and self.in_place:
             self.writer.refitting()
 
-    def refitted(self) -> None:
-        """Note that TensorRT has refitted the engine that is in place to the values."""
-        if self.writer is not None and self.in_place and not self.writer.refitted():
+    def refitted(self, values: Mapping[str, torch.Tensor], arenas: Iterable[PlacedArena]) -> None:
+        """Note that TensorRT has refitted the engine that is in place.
+
+        Args:
+            values: What it was refitted to, flat.
+            arenas: Memory that ``DirectWriter.arena`` has allocated.
+        """
+        if self.writer is None or not self.in_place:
+            return
+        if not self.writer.refitted(values, arenas):
             self.writer, self.why = None, _MOVED
 
     def note(self, data: bytes) -> None:
@@ -237,86 +248,81 @@ def _of(
 
 
 class DirectWriter:
-    """Writes the weights in an arena to the memory of an engine.
+    """Writes weights to the memory of an engine.
 
     Attributes:
         layout: The engine's layout.
     """
 
     def __init__(
-        self, layout: EngineLayout, piece: torch.Tensor, values: Mapping[str, torch.Tensor]
+        self, layout: EngineLayout, specs: Mapping[str, WeightSpec], piece: torch.Tensor
     ) -> None:
-        """Allocate a second piece.
+        """Write nothing yet.
 
         Args:
             layout: The engine's layout, proved.
+            specs: Dtype and number of elements of each weight, by name.
             piece: The memory of its weights, as ``uint8``: an alias.
-            values: Weights to write, flat: memory that stays where it is.
         """
-        self.layout, self._live, self._values = layout, piece, values
-        self._fixed = self._bits_of_fixed()
-        self._next = piece.clone()  # with what lies between the weights
-        gaps = layout.gaps(piece.device)
-        self._between = tuple([memory[a:b] for a, b in gaps] for memory in (self._next, piece))
-        self._is_known = True  # whether the engine holds ``_fixed``
-        self._replay: torch.cuda.CUDAGraph | None = None
+        self.layout, self._specs, self._live = layout, specs, piece
+        self._mover = Mover(piece.device)
+        self._between, self._gaps = layout.between(piece.device)
+        self._fixed: torch.Tensor | None = None  # bits of fixed weights that the engine holds
+
+    def arena(self) -> PlacedArena:
+        """Allocate memory for values of all weights, as the engine keeps them."""
+        return PlacedArena(self.layout, self._specs, self._live, self._mover)
 
     def refitting(self) -> None:
         """Note that TensorRT is about to refit the engine."""
-        self._is_known = False
+        self._fixed = None
 
-    def refitted(self) -> bool:
-        """Note that TensorRT has refitted the engine to the values.
+    def refitted(self, values: Mapping[str, torch.Tensor], arenas: Iterable[PlacedArena]) -> bool:
+        """Note that TensorRT has refitted the engine.
+
+        Args:
+            values: What it was refitted to, flat.
+            arenas: Memory that ``arena`` has allocated.
 
         Returns:
-            Whether its memory is what ``prepare`` writes: the layout was proved only with the
-            values of before of the weights that stay fixed.
+            Whether the layout still says where they are: it was proved only with the values of
+            before of the weights that stay fixed.
         """
-        self._fixed = self._bits_of_fixed()
-        self._next.copy_(self._live)
-        self._write()
-        self._is_known = torch.equal(self._next, self._live)
-        return self._is_known
+        whole = self._live.clone()
+        self.layout.write(whole, values)
+        if not torch.equal(whole, self._live):
+            return False
+        for arena in arenas:
+            arena.take_between(self._live)
+        self.hold(values)
+        return True
 
-    def takes(self) -> bool:
+    def hold(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Note what the engine holds of the weights that stay fixed.
+
+        Args:
+            values: These weights and perhaps others, flat.
+        """
+        fixed = Arena(fixed_layout(self.layout, self._specs), self._live.device)
+        for name in self.layout.fixed:
+            fixed.views[name].copy_(values[name])
+        self._fixed = fixed.memory
+
+    def takes(self, arena: PlacedArena) -> bool:
         """Return whether weights that cannot be written have the values that the engine holds."""
-        # one comparison for all of them, as each would wait for the device
-        return self._is_known and torch.equal(self._bits_of_fixed(), self._fixed)
+        return self._fixed is not None and torch.equal(arena.fixed.memory, self._fixed)
 
-    def _bits_of_fixed(self) -> torch.Tensor:
-        values = [self._values[name].view(torch.uint8) for name in sorted(self.layout.fixed)]
-        return torch.cat([self._live[:0], *values])
+    def commit(self, arena: PlacedArena) -> None:
+        """Copy values over the weights, on the current stream, after all calls on other streams.
 
-    def prepare(self) -> None:
-        """Write the values to the second piece, on the current stream, while the engine serves."""
-        if not self._live.is_cuda:
-            self._write()
-            return
-        if self._replay is None:
-            self._replay = self._captured()
-        self._replay.replay()
-
-    def _captured(self) -> torch.cuda.CUDAGraph:
-        """Return all copies as one graph: a launch of each would take longer than the copies."""
-        stream: Any = torch.cuda.Stream(self._live.device)  # type: ignore[no-untyped-call] # torch's
-        graph = torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream(self._live.device))
-        with torch.cuda.stream(stream):
-            self._write()  # what torch does only once must not happen in a capture
-        torch.cuda.current_stream(self._live.device).wait_stream(stream)
-        # by default, calls that other threads make meanwhile would fail, and so would this
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            self._write()
-        return graph
-
-    def _write(self) -> None:
-        self.layout.write(self._next, self._values)
-
-    def commit(self) -> None:
-        """Copy the second piece over the weights, on the current stream. No call may run."""
+        Args:
+            arena: The values, with norms folded.
+        """
         first, last = self.layout.span
+        live, staged = self._live, arena.memory
         # What lies between the weights stays as it is.
-        staged, live = self._between
-        if staged:
-            torch._foreach_copy_(staged, live)
-        self._live[first:last].copy_(self._next[first:last])
+        if len(self._between):
+            staged.index_copy_(0, self._between, live[self._between])
+        for start, end in self._gaps:
+            staged[start:end].copy_(live[start:end])
+        live[first:last].copy_(staged[first:last])

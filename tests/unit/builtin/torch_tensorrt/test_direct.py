@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from refitkit.builtin.torch_tensorrt.direct import route
-from refitkit.builtin.torch_tensorrt.direct.layout import EngineLayout, Fold, Place
+from refitkit.builtin.torch_tensorrt.direct.folds import Fold
+from refitkit.builtin.torch_tensorrt.direct.layout import EngineLayout
 from refitkit.builtin.torch_tensorrt.direct.learning import UnknownLayoutError
+from refitkit.builtin.torch_tensorrt.direct.places import Place
 from refitkit.errors import UnsupportedTargetError
 from tests.fakes import Tripwire, same_state
 from tests.unit.builtin.torch_tensorrt.fake_trt import (

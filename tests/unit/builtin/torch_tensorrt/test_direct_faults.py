@@ -124,7 +124,7 @@ def test_an_interrupt_between_a_refit_of_tensorrt_and_its_note() -> None:
     staged = stage(engine, C_OTHER)
     noted = engine._direct.refitted
 
-    def interrupted() -> None:
+    def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
     engine._direct.refitted = interrupted

@@ -186,13 +186,12 @@ def test_infinities_of_eight_bit_floats() -> None:
         engine.stage(slot_values(engine, bad))
 
 
-@pytest.mark.parametrize("location", ["device", "pinned-host"])
-def test_memory_of_the_way_back(location: Any) -> None:
-    engine, handle = engine_of("e", A, snapshot=location)
+def test_memory_of_the_way_back() -> None:
+    engine, handle = engine_of("e", A)
     assert engine.memory.kind == "engine-bytes"
     assert engine.memory.bytes == len(handle.stored)
     refit(engine, A)
-    assert engine.memory.kind == location
+    assert engine.memory.kind == "device"
     weights = sum(value.nbytes for value in A.values())
     assert weights <= engine.memory.bytes <= weights + 256 * len(A)
     assert engine.free_spare() == 0

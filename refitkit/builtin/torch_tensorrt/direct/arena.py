@@ -1,0 +1,200 @@
+"""Values of all weights as an engine keeps them: a second piece of memory in the same layout."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from refitkit.builtin.torch_tensorrt.direct.folds import FoldsAtOnce
+from refitkit.builtin.torch_tensorrt.direct.moves import dense_digits_of, digits_of, is_plain
+from refitkit.builtin.torch_tensorrt.direct.places import words_of
+from refitkit.builtin.torch_tensorrt.weight_buffers import Arena, Layout, stored
+from refitkit.program.bits import all_finite, same_bits
+from refitkit.program.dtypes import dtype_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from refitkit.builtin.torch_tensorrt.direct.layout import EngineLayout
+    from refitkit.builtin.torch_tensorrt.direct.moves import Mover
+    from refitkit.builtin.torch_tensorrt.refitter import WeightSpec
+    from refitkit.builtin.torch_tensorrt.weight_buffers import Constant, Uploader
+
+_ROOM_BYTES = 256 << 20
+"""Values of the host wait in so much memory of the device to be moved."""
+
+
+class PlacedArena:
+    """Memory for one value of each weight; see ``weight_buffers.ValueArena``.
+
+    Most weights lie in ``memory``, which is laid out as the engine's own. So a commit is one copy
+    of it. Weights of norms that are folded, and weights that stay fixed, lie beside it.
+
+    Attributes:
+        memory: As large as the engine's memory, as ``uint8``; what lies between the weights, too.
+        fixed: The weights that stay fixed.
+        constants: See ``ValueArena``.
+        nbytes: See ``ValueArena``.
+    """
+
+    def __init__(
+        self,
+        layout: EngineLayout,
+        specs: Mapping[str, WeightSpec],
+        piece: torch.Tensor,
+        mover: Mover,
+    ) -> None:
+        """Allocate it.
+
+        Args:
+            layout: The layout.
+            specs: All weights by name.
+            piece: The engine's memory. What lies between its weights is copied.
+            mover: Moves values.
+        """
+        self._layout, self._specs, self._mover = layout, specs, mover
+        device = piece.device
+        self.memory = piece.clone()
+        self.constants: dict[str, Constant] = {}
+        self._words = {dtype: words_of(self.memory, dtype) for dtype in set(layout.dtypes.values())}
+        folded = {n for f in layout.folds for n in (f.weight, f.bias, *f.unplaced)}
+        self._folded = Arena(Layout.of(specs[name] for name in sorted(folded)), device)
+        self.fixed = Arena(fixed_layout(layout, specs), device)
+        self._beside = {
+            **dict.fromkeys(folded, self._folded),
+            **dict.fromkeys(layout.fixed, self.fixed),
+        }
+        self.nbytes = self.memory.numel() + self._folded.nbytes + self.fixed.nbytes
+        runs = {dtype_of(name): run for name, run in self._folded.runs.items()}
+        self._folds = FoldsAtOnce(layout.folds, layout.places, self._folded.views, runs)
+        self._is_folded = False
+        self._rooms: list[tuple[str, torch.Tensor]] = []
+        self._screened = self._screen()
+
+    def _screen(self) -> torch.dtype | None:
+        """The dtype by which all memory can be searched for what is not finite, if there is one."""
+        if len(self._words) > 1:
+            return None
+        (dtype,) = self._words
+        first, last = self._layout.span
+        whole = self.memory.clone()
+        for view in self._layout.views(whole).values():
+            view.zero_()
+        return dtype if all_finite(words_of(whole[first:last], dtype)) else None
+
+    # -- reading ----------------------------------------------------------------------------
+
+    def value(self, name: str) -> torch.Tensor:
+        """Return a weight; see ``ValueArena``."""
+        if name in self._beside:
+            return self._beside[name].value(name)
+        view = self._layout.places[name].of_piece(self._words[self._layout.dtypes[name]])
+        shape = self._specs[name].shape
+        return view.reshape(-1 if shape is None else shape)
+
+    def same(self, other: PlacedArena) -> bool:
+        """Return whether an arena of the same layout holds the same bits."""
+        self.fold()
+        other.fold()
+        pairs = [(self._folded, other._folded), (self.fixed, other.fixed)]
+        return same_bits(self.memory, other.memory) and all(a.same(b) for a, b in pairs)
+
+    def is_finite(self) -> bool:
+        """Return whether all values are surely finite."""
+        if self._screened is None:
+            return False
+        first, last = self._layout.span
+        words = words_of(self.memory[first:last], self._screened)
+        return all_finite(words) and self._folded.is_finite() and self.fixed.is_finite()
+
+    # -- writing ----------------------------------------------------------------------------
+
+    def copy(self, name: str, value: torch.Tensor, uploader: Uploader) -> None:
+        """Copy a value; see ``ValueArena``."""
+        arena = self._beside.get(name)
+        if arena is not None:
+            self._is_folded = self._is_folded and arena is not self._folded
+            arena.copy(name, value, uploader)
+            return
+        place, value = self._layout.places[name], stored(value)
+        if value.device != self.memory.device:
+            self._copy_by_room(name, value, uploader)
+            return
+        digits = digits_of(tuple(value.shape), value.stride(), place)
+        if digits is None:
+            value, digits = value.reshape(-1).contiguous(), dense_digits_of(place)
+        if is_plain(digits):
+            uploader.copy(self._flat(name), value.as_strided((place.count,), (1,)))
+        else:
+            self._mover.add(self.memory, place, value, digits)
+
+    def _flat(self, name: str) -> torch.Tensor:
+        """Where a weight lies, if its elements are adjacent there, in any order."""
+        place = self._layout.places[name]
+        words = self._words[self._layout.dtypes[name]]
+        return words[place.start : place.start + place.count]
+
+    def _copy_by_room(self, name: str, value: torch.Tensor, uploader: Uploader) -> None:
+        """Copy a value of the host: to where it lies, or to other memory to be moved there."""
+        place = self._layout.places[name]
+        if is_plain(dense_digits_of(place)):
+            uploader.copy(self._flat(name), value)
+            return
+        room = torch.empty(place.count, dtype=value.dtype, device=self.memory.device)
+        uploader.copy(room, value)
+        self._rooms.append((name, room))
+        if sum(one.nbytes for _, one in self._rooms) > _ROOM_BYTES:
+            self._move_rooms(uploader)
+
+    def _move_rooms(self, uploader: Uploader) -> None:
+        uploader.flush()
+        rooms, self._rooms = self._rooms, []
+        for name, room in rooms:
+            place = self._layout.places[name]
+            self._mover.add(self.memory, place, room, dense_digits_of(place))
+        self._mover.finish()
+
+    def finish(self, uploader: Uploader) -> None:
+        """Make all pending copies, and wait for them; see ``ValueArena``."""
+        try:
+            self._move_rooms(uploader)
+        finally:
+            self._rooms = []
+            self._mover.forget()
+            uploader.finish()
+
+    def copy_from(self, other: PlacedArena) -> None:
+        """Copy all values of an arena of the same layout, without synchronizing."""
+        self.constants.clear()
+        self._is_folded = False  # if it is interrupted
+        self.memory.copy_(other.memory)
+        self._folded.copy_from(other._folded)
+        self.fixed.copy_from(other.fixed)
+        self._is_folded = other._is_folded
+
+    def fold(self) -> None:
+        """Write what lies in the engine's memory instead of norms that are folded."""
+        if not self._is_folded:
+            self._folds.write(self._words)
+            self._is_folded = True
+
+    def take_between(self, piece: torch.Tensor) -> None:
+        """Copy what lies between the weights in the engine's memory, and keep all values.
+
+        Args:
+            piece: The engine's memory.
+        """
+        whole = piece.clone()
+        self._layout.write(whole, {name: self.value(name) for name in self._specs})
+        self.memory.copy_(whole)
+
+
+def fixed_layout(layout: EngineLayout, specs: Mapping[str, WeightSpec]) -> Layout:
+    """Return how the weights that stay fixed lie in an arena.
+
+    Args:
+        layout: Layout of the engine.
+        specs: All weights by name.
+    """
+    return Layout.of(specs[name] for name in layout.fixed)

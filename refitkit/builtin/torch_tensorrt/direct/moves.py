@@ -1,0 +1,310 @@
+"""Move values to the places where an engine keeps them.
+
+A value has strides of its own, and so has its place. ``digits_of`` writes both as digits of one
+index. Where all digits merge into one, the move is a plain copy; the others are made by one launch
+of a kernel for all of them, or, without Triton, by one copy of torch for each.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import defaultdict
+from functools import cache
+from math import gcd, prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from refitkit.builtin.torch_tensorrt.direct.places import words_of
+from refitkit.builtin.torch_tensorrt.refitter import current_device
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from refitkit.builtin.torch_tensorrt.direct.places import Place
+
+_WORDS = {2: torch.int16, 4: torch.int32}
+_MOST = (1 << 31) - 1
+"""Strides and sizes of one weight are integers of 32 bits."""
+
+
+class Digit(NamedTuple):
+    """One digit of the index of an element, and what a step of it is worth in elements.
+
+    Attributes:
+        size: How many values it has.
+        source: Its stride in the value.
+        target: Its stride in the engine's memory.
+    """
+
+    size: int
+    source: int
+    target: int
+
+
+@cache
+def digits_of(
+    shape: tuple[int, ...], strides: tuple[int, ...], place: Place
+) -> tuple[Digit, ...] | None:
+    """Return the digits in which a value and its place agree, the fastest first.
+
+    Args:
+        shape: Shape of the value.
+        strides: Its strides, in elements.
+        place: Where its elements lie, in the order of their indices.
+
+    Returns:
+        As few digits as there can be; None if no digits fit both.
+    """
+    source = [(n, s) for n, s in zip(shape, strides, strict=True) if n != 1]
+    target = list(reversed(place.digits))
+    found: list[Digit] = []
+    while source and target:
+        (n, s), (m, t) = source.pop(), target.pop()
+        count = gcd(n, m)
+        if count == 1:
+            return None
+        found.append(Digit(count, s, t))
+        if n > count:
+            source.append((n // count, s * count))
+        if m > count:
+            target.append((m // count, t * count))
+    if source or target:
+        return None
+    return _merged(found)
+
+
+def dense_digits_of(place: Place) -> tuple[Digit, ...]:
+    """Return the digits in which a contiguous value and its place agree; see ``digits_of``."""
+    step, found = 1, []
+    for count, stride in place.digits:
+        found.append(Digit(count, step, stride))
+        step *= count
+    return _merged(found)
+
+
+def _merged(digits: Iterable[Digit]) -> tuple[Digit, ...]:
+    found: list[Digit] = []
+    for digit in digits:
+        last = found[-1] if found else None
+        if last and digit[1:] == (last.size * last.source, last.size * last.target):
+            found[-1] = last._replace(size=last.size * digit.size)
+        else:
+            found.append(digit)
+    return tuple(found)
+
+
+def is_plain(digits: Sequence[Digit]) -> bool:
+    """Return whether value and place are both without gaps and in the same order."""
+    return not digits or (len(digits) == 1 and digits[0][1:] == (1, 1))
+
+
+class Mover:
+    """Moves many values into one piece of memory."""
+
+    def __init__(self, device: torch.device, *, kernel: bool | None = None) -> None:
+        """Plan nothing yet.
+
+        Args:
+            device: Device of values and memory.
+            kernel: Whether to use the kernel; by default on GPUs, where Triton is installed.
+        """
+        self._device = device
+        self._kernel = _kernel() if (device.type == "cuda" if kernel is None else kernel) else None
+        self._queue: dict[_Kind, list[_Move]] = defaultdict(list)
+        self._tables: dict[tuple[_Key, ...], _Table] = {}
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether the kernel is used."""
+        return self._kernel is not None
+
+    def add(
+        self, piece: torch.Tensor, place: Place, value: torch.Tensor, digits: Sequence[Digit]
+    ) -> None:
+        """Move a value, now or in ``finish``.
+
+        Args:
+            piece: The memory as ``uint8``, the same for all values until ``finish``.
+            place: Where to move it.
+            value: The value, on the device. Nobody may change it before the move is done.
+            digits: As ``digits_of`` returns them.
+        """
+        size = value.element_size()
+        sides = _sides(tuple(digits)) if size in _WORDS and self._kernel is not None else None
+        if sides is None:
+            _copy(piece, place, value)
+        else:
+            self._queue[_Kind.of(size, sides)].append(_Move(place, sides, piece, value))
+
+    def finish(self) -> None:
+        """Launch what is queued, on the current stream."""
+        queue, self._queue = self._queue, defaultdict(list)
+        for kind, moves in queue.items():
+            try:
+                with current_device(self._device):
+                    self._table(kind, moves).launch(moves)
+            except Exception:  # noqa: BLE001 - Triton cannot compile, as without a C compiler
+                self._kernel = None
+                for one in moves:
+                    _copy(one.piece, one.place, one.value)
+
+    def forget(self) -> None:
+        """Drop what is queued."""
+        self._queue.clear()
+
+    def _table(self, kind: _Kind, moves: Sequence[_Move]) -> _Table:
+        keys = tuple((one.place.start, one.sides) for one in moves)
+        found = self._tables.get(keys)
+        if found is None:
+            if len(self._tables) == _TABLES:
+                self._tables.clear()
+            found = self._tables[keys] = _Table(kind, keys, self._kernel, self._device)
+        return found
+
+
+_TABLES = 32
+"""Of which refits differ: whole ones, partial ones, values with other strides."""
+
+
+def _copy(piece: torch.Tensor, place: Place, value: torch.Tensor) -> None:
+    words = words_of(piece, value.dtype)
+    place.of_piece(words).copy_(value.reshape([n for n, _ in reversed(place.digits)]))
+
+
+@cache
+def _kernel() -> Any:
+    """The kernel ``move``; None without Triton."""
+    try:
+        return importlib.import_module("refitkit.builtin.torch_tensorrt.direct.kernel").move
+    except ImportError:
+        return None
+
+
+# -- the kernel's tables --------------------------------------------------------------------------
+
+_TILE = 64
+"""Length of each side of a tile."""
+_WARPS = 4
+_GROUP = 4
+"""Most digits along one side."""
+
+_Sides = tuple[tuple[Digit, ...], tuple[Digit, ...]]
+_Key = tuple[int, _Sides]
+
+
+class _Move(NamedTuple):
+    place: Place
+    sides: _Sides
+    piece: torch.Tensor
+    value: torch.Tensor
+
+
+class _Kind(NamedTuple):
+    """What one launch has in common; see ``kernel.move``. Each digit more costs all of its weights.
+
+    Attributes:
+        size: Of a word, in bytes.
+        read: Number of digits along which is read.
+        written: Number of digits along which is written.
+        read_dense: Whether that is along adjacent words.
+        written_dense: Whether that is along adjacent words.
+    """
+
+    size: int
+    read: int
+    written: int
+    read_dense: bool
+    written_dense: bool
+
+    @classmethod
+    def of(cls, size: int, sides: _Sides) -> _Kind:
+        read, written = sides
+        dense = [
+            [digit[at] for digit in side]
+            == [prod(digit.size for digit in side[:number]) for number in range(len(side))]
+            for at, side in ((1, read), (2, written))
+        ]
+        return cls(size, len(read), max(len(written), 1), *dense)
+
+
+@cache
+def _sides(digits: tuple[Digit, ...]) -> _Sides | None:
+    """Divide digits into those along which a tile is read, and those along which it is written.
+
+    If the fast digit is the same on both sides, a tile is written as it was read.
+
+    Returns:
+        Both groups, the fastest digit of each first; None if the kernel cannot take them.
+    """
+    fast = min(digits, key=lambda digit: digit.target)
+    rest = sorted(digits, key=lambda digit: digit.source)
+    written = [fast] if fast is not rest[0] else []
+    rest = [digit for digit in rest if digit not in written]
+    read: list[Digit] = []
+    while rest and (not read or prod(digit.size for digit in read) < _TILE):
+        read.append(rest.pop(0))
+    written += sorted(rest, key=lambda digit: digit.target)
+    sizes = [prod(digit.size for digit in side) for side in (read, written)]
+    ends = [sum((d.size - 1) * d[at] for d in digits) for at in (1, 2)]
+    if max(len(read), len(written)) > _GROUP or max(sizes + ends) > _MOST - _TILE:
+        return None
+    return tuple(read), tuple(written)
+
+
+def _row(sides: _Sides) -> list[int]:
+    """What the kernel has to know of one weight; see ``kernel.move``."""
+    read, written = sides
+    as_read = not written or read[0].target < written[0].target
+    row = [prod(digit.size for digit in side) for side in sides] + [int(as_read), 4 + 5 * _GROUP]
+    for side in sides:
+        for digit in [*side, *[Digit(1, 0, 0)] * (_GROUP - len(side))]:
+            row += [*digit, *_divider(digit.size)]
+    return row
+
+
+def _divider(divisor: int) -> tuple[int, int]:
+    """Return the numbers with which the kernel divides, the first as a signed integer."""
+    shift = (divisor - 1).bit_length()
+    magic = (((1 << shift) - divisor) << 32) // divisor + 1
+    return magic - (magic >> 31 << 32), shift
+
+
+class _Table:
+    """What the kernel has to know of some weights, on the device. Only addresses change."""
+
+    def __init__(
+        self, kind: _Kind, keys: Sequence[_Key], kernel: Any, device: torch.device
+    ) -> None:
+        self._kind, self._kernel = kind, kernel
+        rows = [_row(sides) for _, sides in keys]
+        counts = [-(-row[0] // _TILE) * -(-row[1] // _TILE) for row in rows]
+        weights = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts))
+        firsts = torch.tensor([0, *counts]).cumsum(0)
+        numbers = torch.arange(len(weights)) - firsts[weights]
+        self._tiles = torch.stack([weights, numbers], 1).to(device, torch.int32)
+        self._rows = torch.tensor(rows, dtype=torch.int32).to(device)
+        self._starts = torch.tensor([start for start, _ in keys]).to(device)
+        on_gpu = device.type == "cuda"
+        self._given = torch.zeros(len(rows), dtype=torch.int64, pin_memory=on_gpu)
+        self._sources = torch.zeros(len(rows), dtype=torch.int64, device=device)
+
+    def launch(self, moves: Sequence[_Move]) -> None:
+        # the copy of the last launch is done: each refit waits for its staging
+        self._given.copy_(torch.tensor([one.value.data_ptr() for one in moves]))
+        self._sources.copy_(self._given, non_blocking=True)
+        kind, piece, word = self._kind, moves[0].piece, _WORDS[self._kind.size]
+        self._kernel[(len(self._tiles),)](
+            words_of(piece, word),
+            self._sources,
+            self._starts,
+            self._rows,
+            self._tiles,
+            COLUMNS=self._rows.shape[1],
+            TILE=_TILE,
+            READ=kind.read,
+            WRITTEN=kind.written,
+            READ_DENSE=kind.read_dense,
+            WRITTEN_DENSE=kind.written_dense,
+            num_warps=_WARPS,
+        )
