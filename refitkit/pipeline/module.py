@@ -22,6 +22,7 @@ from refitkit.pipeline.history import WeightState
 from refitkit.pipeline.mapping import combined_with_weights
 from refitkit.program.ambient import require_data, untraced, verb
 from refitkit.protocols import (
+    OrdersCalls,
     SharesWeights,
     SupportsReadback,
     SupportsSpareBuffer,
@@ -118,6 +119,21 @@ class CompiledModule:
         except MemoryError as exc:
             raise_if_resource(exc, "The module cannot be called")
             raise
+
+    @untraced
+    def run_as_call(self, do: Callable[[], T]) -> T:
+        """The result of a function that uses the weights as a call of the module does.
+
+        Replay a CUDA graph that has captured a call so: ``compiled.run_as_call(graph.replay)``. No
+        refit commits while the function runs, or while what it launched on the current stream does.
+
+        Raises:
+            ModuleLostError: A rollback failed earlier.
+        """
+        opened = self._opened
+        if isinstance(opened, OrdersCalls):
+            return self.gate.call(lambda: opened.ordered(do))
+        return self.gate.call(do)
 
     def __repr__(self) -> str:
         slots = sum(len(engine.slots) for engine in self.engines.values())

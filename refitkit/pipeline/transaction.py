@@ -29,7 +29,7 @@ from refitkit.pipeline.history import NO_ROLLBACK, History, SnapshotBuilder
 from refitkit.pipeline.stage import Staged, publishes
 from refitkit.pipeline.transform import require_accurate
 from refitkit.pipeline.verify import problems_of
-from refitkit.protocols import OpensStaged, TellsRoute
+from refitkit.protocols import OpensStaged, OrdersCalls, TellsRoute
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 Failure = TypeVar("Failure", bound=RefitError)
 
 _CHANGED = "refitkit_weights_changed"
+_FAILED_WORK = "Pending work of the module failed"
 _LAST_ATTEMPT = (False, False, True)
 """An interrupted rollback is tried three times: users often press Ctrl-C twice."""
 
@@ -104,6 +105,8 @@ class Transaction:
             BaseException: A plugin or the keyboard; the old weights are live.
         """
         passages = self._passages()
+        for one in self._modules:
+            one.named(one.drain)
         start = perf_counter()
         try:
             inside_all(passages, self._run)
@@ -111,6 +114,8 @@ class Transaction:
             pause = perf_counter() - start if passages else 0.0
             for one in self._modules:
                 one.draft.pause_seconds = pause
+        for one in self._modules:
+            one.settle()
 
     def _passages(self) -> list[Callable[[Callable[[], None]], None]]:
         """How the gates are entered; none if no call has to wait."""
@@ -148,6 +153,8 @@ class Transaction:
                 one.gate.poison("a commit was interrupted")
         for one in self._modules:
             one.named(one.commit)
+        for one in self._modules:
+            one.named(one.committed)
         for one in self._modules:  # all have their new weights, so plugins can compare them
             one.named(one.conclude)
         for one in self._modules:
@@ -347,12 +354,34 @@ class ModuleTransaction:
 
     # -- from the commit to the verdict: calls wait ----------------------------------------------
 
+    def drain(self) -> None:
+        """Wait for work that calls left pending, if that need not be done behind the gate."""
+        if isinstance(self._module, OrdersCalls) and not self.publishes:
+            with raised_as(EngineError, _FAILED_WORK):
+                self._module.synchronize()
+
+    def settle(self) -> None:
+        """Wait until the commit has ended on the device, while calls go on.
+
+        Raises:
+            ModuleLostError: The device failed, so nobody knows what it holds.
+        """
+        if isinstance(self._module, OrdersCalls):
+            try:
+                self._module.settle()
+            except Exception as exc:
+                self.gate.poison(exc)
+                raise self.naming(lost_error(exc)) from exc
+
     def synchronize(self) -> None:
-        """Wait for the device's pending work, and copy the state that calls have written."""
+        """Let the device's pending work end first, and copy the state that calls have written."""
         if self.publishes:
             return
-        with raised_as(EngineError, "Pending work of the module failed"):
-            self._module.synchronize()
+        with raised_as(EngineError, _FAILED_WORK):
+            if isinstance(self._module, OrdersCalls):
+                self._module.order()
+            else:
+                self._module.synchronize()
         with raised_as(EngineError, "The state that calls have written cannot be copied"):
             if self._snapshot is not None:
                 self._snapshot.copy_mutable()
@@ -366,6 +395,12 @@ class ModuleTransaction:
                 self._touched.append((name, one))
                 with raised_as(EngineError, f"The engine {name!r} failed to commit"):
                     one.commit()
+
+    def committed(self) -> None:
+        """Have the device make later calls wait for the commit."""
+        if isinstance(self._module, OrdersCalls):
+            with raised_as(EngineError, "The commit cannot be put in order"):
+                self._module.committed()
 
     def conclude(self) -> None:
         """Notify plugins, verify what was not verified yet, and store the module's new state.

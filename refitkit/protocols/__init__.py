@@ -15,7 +15,7 @@ Optional abilities are protocols of their own. refitkit checks for their members
   :class:`SupportsWarming`, :class:`TellsRoute`;
 * staged refits: :class:`ShowsStaged`;
 * opened modules: :class:`Offline`, :class:`LowersPrecision`, :class:`OpensStaged`,
-  :class:`ProbesFromState`, :class:`Rebuilds`, :class:`ServesSideBySide`,
+  :class:`OrdersCalls`, :class:`ProbesFromState`, :class:`Rebuilds`, :class:`ServesSideBySide`,
   :class:`SharesWeights`;
 * sources: :class:`GivesAway`, :class:`GivesPieces`, :class:`HasNamings`, :class:`HoldsProgram`,
   :class:`KeepsMade`, :class:`KnowsBits`, :class:`KnowsRevisions`, :class:`KnowsTies`,
@@ -42,6 +42,7 @@ from refitkit.protocols.modules import (
     Offline,
     OpenedModule,
     OpensStaged,
+    OrdersCalls,
     ProbesFromState,
     Rebuilds,
     ServesSideBySide,
@@ -95,6 +96,7 @@ __all__ = [
     "Offline",
     "OpenedModule",
     "OpensStaged",
+    "OrdersCalls",
     "Plan",
     "PlanDraft",
     "PlanKey",

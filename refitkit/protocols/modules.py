@@ -125,6 +125,36 @@ class OpensStaged(Protocol, metaclass=Ability):
 
 
 @runtime_checkable
+class OrdersCalls(Protocol, metaclass=Ability):
+    """An opened module whose calls return before their work is done, on streams of a device.
+
+    The device itself keeps calls and commits in order, so that no thread of the host waits for
+    work. In a refit refitkit calls ``OpenedModule.synchronize`` before the gate closes, for work
+    that was launched past the gate. Behind the closed gate come ``order``, the commits of all
+    engines and ``committed``, then ``settle`` once the gate is open again. So
+    ``StagedRefit.commit`` need not wait for its own work, but ``StagedRefit.rollback`` has to.
+    """
+
+    def ordered(self, do: Callable[[], T]) -> T:
+        """Return the result of a function that launches work as a call of the module does.
+
+        Called inside the open gate, for ``compiled.run_as_call``.
+        """
+
+    def order(self) -> None:
+        """Have what follows on the current streams wait for all calls so far."""
+
+    def committed(self) -> None:
+        """Have all later calls wait for what was launched on the current streams so far."""
+
+    def settle(self) -> None:
+        """Wait until the last commit has ended on the device.
+
+        If it raises, the module is lost: it refuses all further calls.
+        """
+
+
+@runtime_checkable
 class ServesSideBySide(Protocol, metaclass=Ability):
     """An opened module that can run several calls at once."""
 

@@ -17,7 +17,7 @@ import weakref
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.export import ExportedProgram
@@ -31,6 +31,7 @@ from refitkit.builtin.torch_tensorrt.children import (
 )
 from refitkit.builtin.torch_tensorrt.engine import EngineOptions, create_engine
 from refitkit.builtin.torch_tensorrt.names import NAME
+from refitkit.builtin.torch_tensorrt.order import CallOrder
 from refitkit.builtin.torch_tensorrt.parts import check_structures
 from refitkit.builtin.torch_tensorrt.program_file import ProgramFile, extra_files, read_program_file
 from refitkit.builtin.torch_tensorrt.recording import interpret
@@ -40,7 +41,7 @@ from refitkit.errors import EngineError, InputMismatchError, UnsupportedTargetEr
 from refitkit.files.replacing import replacing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from refitkit.builtin.torch_tensorrt.children import EngineHandle
     from refitkit.builtin.torch_tensorrt.parts import Structure
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     from refitkit.model import Slot
     from refitkit.protocols import Engine, Tools
 
+
+T = TypeVar("T")
 
 # -- opening ------------------------------------------------------------------------------------
 
@@ -181,6 +184,15 @@ class TorchTensorRTOpened:
             for name, part in self.target.torch_parts.items()
         }
         self._engines = {**engines, **parts}
+        self._order = CallOrder(self._devices())
+
+    def _devices(self) -> Iterator[torch.device]:
+        for engine in self._engines.values():
+            found = getattr(engine, "device", None)
+            if isinstance(found, torch.device):
+                yield found
+        yield from (tensor.device for tensor in self.target.module.buffers())
+        yield from (tensor.device for tensor in self.target.module.parameters())
 
     @property
     def backend(self) -> str:
@@ -217,7 +229,23 @@ class TorchTensorRTOpened:
         for engine in self.target.engines.values():
             engine.set_up()
         with torch.no_grad(), raised_as(EngineError, "The compiled module failed"):
-            return module(*args, **kwargs)
+            return self._order.call(lambda: module(*args, **kwargs))
+
+    def ordered(self, do: Callable[[], T]) -> T:
+        """Run a function as a call; see :class:`refitkit.protocols.OrdersCalls`."""
+        return self._order.call(do)
+
+    def order(self) -> None:
+        """Let calls so far end first; see :class:`refitkit.protocols.OrdersCalls`."""
+        self._order.order()
+
+    def committed(self) -> None:
+        """Let later calls begin later; see :class:`refitkit.protocols.OrdersCalls`."""
+        self._order.committed()
+
+    def settle(self) -> None:
+        """Wait for the last commit; see :class:`refitkit.protocols.OrdersCalls`."""
+        self._order.settle()
 
     def probe(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call the target, then restore all its buffers."""

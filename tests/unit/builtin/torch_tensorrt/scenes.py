@@ -25,7 +25,7 @@ from tests.unit.builtin.torch_tensorrt.fake_trt import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from refitkit.builtin.torch_tensorrt.engine import RefitterEngine
     from refitkit.model import Slot
@@ -114,6 +114,18 @@ class TrtModule:
     probe = run
 
     def synchronize(self) -> None:
+        self.wire("synchronize")
+
+    def ordered(self, do: Callable[[], Any]) -> Any:
+        return do()
+
+    def order(self) -> None:
+        self.wire("order")
+
+    def committed(self) -> None:
+        self.wire("committed")
+
+    def settle(self) -> None:
         pass
 
     def holds(self) -> Values:

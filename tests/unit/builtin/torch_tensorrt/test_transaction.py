@@ -154,6 +154,15 @@ def test_any_number_of_refits(runtimes: tuple[str, str], prepared: str) -> None:
 
 
 @pytest.mark.parametrize("runtimes", RUNTIMES)
+def test_a_commit_that_fails_on_the_device_loses_the_module(
+    runtimes: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(runtimes, "refitted")
+    monkeypatch.setattr(scene.module, "settle", lambda: 1 / 0)
+    assert_lost(scene, attempt(scene, {}))
+
+
+@pytest.mark.parametrize("runtimes", RUNTIMES)
 def test_warming(runtimes: tuple[str, str], subtests: pytest.Subtests) -> None:
     """A fault at any call leaves all as it was; one on its way back, too, loses the module."""
     scene = Scene(runtimes, "adopted")
