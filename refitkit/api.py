@@ -1,11 +1,14 @@
-"""The verbs as plain functions. Each call creates a pipeline with all installed plugins.
+"""The verbs as plain functions. They share one pipeline with all installed plugins.
 
-If you call verbs often, or need settings or explicit plugins, create one
-:class:`refitkit.Pipeline` and call its methods. They document all arguments, results and errors.
+If you need settings or explicit plugins, create a :class:`refitkit.Pipeline` and call its methods.
+They document all arguments, results and errors.
 """
 
 from __future__ import annotations
 
+import os
+import sys
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from refitkit.pipeline import CompiledModule, Pipeline, RefitResult, RefitResults
@@ -29,7 +32,7 @@ def compile(  # noqa: A001 - the name that users expect, as in torch.compile
     prove: bool = True,
 ) -> CompiledModule:
     """Compile a program into a refittable module; see :meth:`refitkit.Pipeline.compile`."""
-    return Pipeline().compile(program, backend, options, prove=prove)
+    return _pipeline().compile(program, backend, options, prove=prove)
 
 
 def load(
@@ -43,7 +46,7 @@ def load(
 
     A saved module holds machine code, and loading it runs that code.
     """
-    return Pipeline().load(target, warm=warm, num_models=num_models, shared=shared)
+    return _pipeline().load(target, warm=warm, num_models=num_models, shared=shared)
 
 
 def plan(
@@ -55,7 +58,7 @@ def plan(
     prove: bool | None = None,
 ) -> RefitPlan:
     """Make a plan for a program and its module; see :meth:`refitkit.Pipeline.plan`."""
-    return Pipeline().plan(program, target, backend, options, prove=prove)
+    return _pipeline().plan(program, target, backend, options, prove=prove)
 
 
 def refit(  # noqa: PLR0913 - one verb; all but two are given by name
@@ -74,7 +77,7 @@ def refit(  # noqa: PLR0913 - one verb; all but two are given by name
     donate: bool = False,
 ) -> RefitResult:
     """Put new weights into a compiled module; see :meth:`refitkit.Pipeline.refit`."""
-    return Pipeline().refit(
+    return _pipeline().refit(
         target,
         weights,
         plan=plan,
@@ -92,19 +95,38 @@ def refit(  # noqa: PLR0913 - one verb; all but two are given by name
 
 def refit_all(modules: Iterable[Sequence[Any]], **how: Any) -> RefitResults:
     """Refit several modules in one transaction; see :meth:`refitkit.Pipeline.refit_all`."""
-    return Pipeline().refit_all(modules, **how)
+    return _pipeline().refit_all(modules, **how)
 
 
 def verify(target: object, weights: object, **how: Any) -> VerificationResult:
     """Verify that a module holds weights; see :meth:`refitkit.Pipeline.verify`."""
-    return Pipeline().verify(target, weights, **how)
+    return _pipeline().verify(target, weights, **how)
 
 
 def diff(a: object, b: object, **how: Any) -> DiffReport:
     """Compare two sets of weights; see :meth:`refitkit.Pipeline.diff`."""
-    return Pipeline().diff(a, b, **how)
+    return _pipeline().diff(a, b, **how)
 
 
 def inspect(path: str | Path) -> Mapping[str, Any]:
     """Describe a saved module without running its code; see :meth:`refitkit.Pipeline.describe`."""
-    return Pipeline().describe(path)
+    return _pipeline().describe(path)
+
+
+def _pipeline() -> Pipeline:
+    """The pipeline of all functions here, with the plugins that are installed now."""
+    return _pipeline_for(tuple((path, _changed_at(path)) for path in sys.path))
+
+
+@lru_cache(maxsize=1)
+def _pipeline_for(_folders: tuple[tuple[str, int], ...]) -> Pipeline:
+    """Finding and registering all plugins takes longer than a refit of a small model."""
+    return Pipeline()
+
+
+def _changed_at(path: str) -> int:
+    """When something was last installed in a folder or removed, in nanoseconds; 0 if unknown."""
+    try:
+        return os.stat(path or ".").st_mtime_ns  # noqa: PTH116 - a Path takes longer than the call
+    except OSError:
+        return 0

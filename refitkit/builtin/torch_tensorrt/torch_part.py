@@ -164,18 +164,16 @@ class StagedTensors:
         self._saved: list[str] = []
 
     def commit(self) -> None:
-        """Save the live values and write the new ones."""
+        """Save the live values and write the new ones, on the current streams."""
         self._engine.set_previous(())
         with torch.no_grad():
             # only now, not when staging: calls may have changed the live values since
             for name in self._names:
                 self._old[name].copy_(self._live[name])
-            _synchronize(self._old.values())
             # from here on a rollback writes: before, the old values may be incomplete
             self._saved = list(self._names)
             for name in self._names:
                 self._live[name].copy_(self._new[name])
-        _synchronize(self._live.values())
         self._engine.set_previous(self._names)
 
     def rollback(self) -> None:

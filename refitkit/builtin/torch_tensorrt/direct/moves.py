@@ -46,7 +46,7 @@ class Digit(NamedTuple):
 def digits_of(
     shape: tuple[int, ...], strides: tuple[int, ...], place: Place
 ) -> tuple[Digit, ...] | None:
-    """Return the digits in which a value and its place agree, the fastest first.
+    """Return the digits in which a value and its place agree, the fastest of the value first.
 
     Args:
         shape: Shape of the value.
@@ -84,8 +84,9 @@ def dense_digits_of(place: Place) -> tuple[Digit, ...]:
 
 
 def _merged(digits: Iterable[Digit]) -> tuple[Digit, ...]:
+    """Return fewer digits of the same move: in which order elements are counted does not matter."""
     found: list[Digit] = []
-    for digit in digits:
+    for digit in sorted(digits, key=lambda digit: digit.source):
         last = found[-1] if found else None
         if last and digit[1:] == (last.size * last.source, last.size * last.target):
             found[-1] = last._replace(size=last.size * digit.size)

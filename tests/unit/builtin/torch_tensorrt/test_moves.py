@@ -1,0 +1,243 @@
+"""Moves of values to the places where an engine keeps them, by torch and by the kernel."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refitkit.builtin.torch_tensorrt.direct import arena, moves
+from refitkit.builtin.torch_tensorrt.direct.folds import Fold, FoldsAtOnce
+from refitkit.builtin.torch_tensorrt.direct.layout import EngineLayout
+from refitkit.builtin.torch_tensorrt.direct.moves import (
+    Mover,
+    dense_digits_of,
+    digits_of,
+    is_plain,
+)
+from refitkit.builtin.torch_tensorrt.direct.places import Place
+from refitkit.builtin.torch_tensorrt.refitter import spec_of_slot
+from refitkit.builtin.torch_tensorrt.weight_buffers import Uploader
+from refitkit.program.bits import same_bits
+from tests.fakes import slot_for
+from tests.unit.builtin.torch_tensorrt.scenes import CPU
+
+
+def value_and_place(
+    rng: Random, dtype: torch.dtype, start: int, sizes: list[int]
+) -> tuple[torch.Tensor, Place, int]:
+    """A value with some strides, where it lies with others, and the end of that."""
+    dims = list(range(len(sizes)))
+    inner = rng.sample(dims, len(dims))
+    stored = torch.randn([sizes[d] for d in inner]).to(dtype)
+    value = stored.permute([inner.index(d) for d in dims])
+    strides, step = [0] * len(dims), rng.choice([1, 1, 2])
+    for d in rng.sample(dims, len(dims)):
+        strides[d] = step
+        step = step * sizes[d] + rng.choice([0, 0, 1])
+    digits = [(n, s) for n, s in zip(sizes[::-1], strides[::-1], strict=True) if n > 1]
+    return value, Place(start, tuple(digits)), start + step
+
+
+SIZES = st.lists(st.sampled_from([1, 2, 3, 4, 6, 8, 9, 12]), max_size=4)
+
+
+@given(seed=st.integers(0, 10**6), sizes=SIZES)
+@settings(deadline=None, max_examples=200)
+def test_digits_name_the_same_element_on_both_sides(seed: int, sizes: list[int]) -> None:
+    value, place, end = value_and_place(Random(seed), torch.float32, 5, sizes)  # noqa: S311
+    digits = digits_of(tuple(value.shape), value.stride(), place)
+    if digits is None:
+        value, digits = value.contiguous().view(-1), dense_digits_of(place)
+    memory = torch.zeros(end + 8)
+    source = value.as_strided([d.size for d in digits], [d.source for d in digits])
+    memory.as_strided([d.size for d in digits], [d.target for d in digits], place.start).copy_(
+        source
+    )
+    assert same_bits(place.of_piece(memory).reshape(-1), value.reshape(-1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "digits", "plain"),
+    [
+        ((), (), (), True),
+        ((6,), (1,), ((6, 1),), True),
+        ((2, 3), (3, 1), ((6, 1),), True),
+        ((2, 3), (1, 2), ((3, 2), (2, 1)), True),  # transposed on both sides
+        ((2, 3), (3, 1), ((3, 2), (2, 1)), False),
+        ((2, 3, 4), (12, 1, 3), ((4, 3), (3, 1), (2, 12)), True),
+        ((6,), (2,), ((6, 1),), False),
+        ((6,), (0,), ((6, 1),), False),
+    ],
+)
+def test_moves_that_are_plain_copies(shape: Any, strides: Any, digits: Any, plain: bool) -> None:
+    found = digits_of(shape, strides, Place(0, digits))
+    assert found is not None
+    assert is_plain(found) == plain
+
+
+def test_digits_that_do_not_fit_one_another() -> None:
+    place = Place(0, ((4, 1), (3, 10)))
+    assert digits_of((4, 3), (1, 4), place) is None
+    assert digits_of((12,), (1,), place) is not None
+
+
+def test_values_are_divided_as_integers() -> None:
+    """The kernel multiplies instead; see ``kernel._offsets``."""
+    numbers = torch.randint(0, (1 << 31) - 1, (1000,))
+    for divisor in (1, 2, 3, 7, 9, 10, 64, 641, 3072, 65535, (1 << 30) + 1):
+        magic, shift = moves._divider(divisor)
+        assert -(1 << 31) <= magic < 1 << 31
+        high = numbers * (magic % (1 << 32)) >> 32
+        assert torch.equal((high + numbers) >> shift, numbers // divisor)
+
+
+KERNEL = """
+import random, sys, torch
+from refitkit.builtin.torch_tensorrt.direct import moves
+from refitkit.builtin.torch_tensorrt.direct.moves import Mover, dense_digits_of, digits_of
+from tests.unit.builtin.torch_tensorrt.test_moves import value_and_place
+kinds = set()
+for seed in range(25):
+    rng = random.Random(seed)
+    mover = Mover(torch.device("cpu"), kernel=True)
+    found, wanted = (torch.zeros(1 << 18, dtype=torch.uint8) for _ in "ab")
+    kept, start, dtype = [], 3, rng.choice([torch.float32, torch.float16])
+    for _ in range(4):
+        sizes = rng.choices([1, 2, 3, 5, 9, 65, 70], k=rng.randint(1, 2))
+        sizes += rng.choices([1, 2, 3], k=rng.randint(0, 2))
+        value, place, start = value_and_place(rng, dtype, start, sizes)
+        digits = digits_of(tuple(value.shape), value.stride(), place)
+        if digits is None:
+            value, digits = value.contiguous().view(-1), dense_digits_of(place)
+        moves._copy(wanted, place, value)
+        mover.add(found, place, value, digits)
+        kept.append(value)
+    kinds |= set(mover._queue)
+    mover.finish()
+    assert mover.has_kernel and torch.equal(found, wanted), seed
+print(len(kinds))
+"""
+
+
+def test_the_kernel_moves_what_torch_moves() -> None:
+    """Triton's interpreter runs it without a GPU, if that is asked for before it is imported."""
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-c", KERNEL],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > 12  # kinds of launches
+
+
+def test_a_kernel_that_cannot_be_compiled_is_not_needed() -> None:
+    mover = Mover(CPU, kernel=True)
+    mover._kernel = {}  # a launch looks up its grid: KeyError
+    value, place = torch.arange(6.0).view(2, 3), Place(0, ((3, 2), (2, 1)))
+    piece = torch.zeros(24, dtype=torch.uint8)
+    digits = digits_of((2, 3), (3, 1), place)
+    assert digits is not None
+    mover.add(piece, place, value, digits)
+    assert not piece.any()
+    mover.finish()
+    assert piece.view(torch.float32).tolist() == [0, 3, 1, 4, 2, 5]
+    assert not mover.has_kernel
+
+
+# -- values beside the engine ---------------------------------------------------------------------
+
+NORM = Fold("w", "b", "m", "v", "e")
+
+
+def layout_and_values() -> tuple[EngineLayout, dict[str, torch.Tensor], torch.Tensor]:
+    """A weight that lies transposed, a folded norm, an integer; and memory with other bytes."""
+    places = {
+        "a": Place(2, ((3, 4), (4, 1))),
+        "w": Place(20, ((5, 1),)),
+        "b": Place(30, ((5, 2),)),
+    }
+    dtypes = dict.fromkeys(places, torch.float32)
+    g = torch.Generator().manual_seed(0)
+    values = {
+        "a": torch.randn(4, 3, generator=g),
+        **{name: torch.rand(5, generator=g) + 0.5 for name in "wbmv"},
+        "e": torch.tensor([1e-3]),
+        "i": torch.tensor([1, 2], dtype=torch.int32),
+    }
+    layout = EngineLayout(0, 200, places, dtypes, (NORM,), frozenset("i"))
+    return layout, values, torch.arange(200, dtype=torch.uint8)
+
+
+def arena_of(
+    layout: EngineLayout, values: dict[str, torch.Tensor], piece: torch.Tensor
+) -> arena.PlacedArena:
+    specs = {name: spec_of_slot(slot_for(name, value, "e")) for name, value in values.items()}
+    found = arena.PlacedArena(
+        layout, {n: s for n, s in specs.items() if s is not None}, piece, Mover(CPU)
+    )
+    uploader = Uploader(CPU)
+    for name, value in values.items():
+        found.copy(name, value, uploader)
+    found.finish(uploader)
+    return found
+
+
+def test_an_arena_is_laid_out_as_the_engine() -> None:
+    layout, values, piece = layout_and_values()
+    found = arena_of(layout, values, piece)
+    for name, value in values.items():
+        assert same_bits(found.value(name), value), name
+    found.fold()
+    wanted = piece.clone()
+    layout.write(wanted, values)
+    assert torch.equal(found.memory, wanted)
+    other = arena_of(layout, {**values, "m": values["m"] + 1}, piece)
+    assert not found.same(other)
+    other.copy_from(found)
+    assert found.same(other)
+    assert same_bits(other.value("m"), values["m"])
+
+
+@pytest.mark.parametrize("name", ["a", "m", "w"])
+def test_what_is_not_finite_is_seen(name: str) -> None:
+    layout, values, piece = layout_and_values()
+    assert arena_of(layout, values, piece).is_finite()
+    values[name] = torch.full_like(values[name], float("inf"))
+    assert not arena_of(layout, values, piece).is_finite()
+
+
+def test_bytes_between_the_weights_that_are_no_numbers_hide_nothing() -> None:
+    layout, values, piece = layout_and_values()
+    piece[16 * 4 : 17 * 4] = 255  # a NaN
+    assert not arena_of(layout, values, piece).is_finite()  # so each weight is looked at
+
+
+def test_folds_at_once_are_those_one_by_one() -> None:
+    folds = [Fold(*(f"{end}{n}" for end in "wbmve")) for n in range(3)]
+    g = torch.Generator().manual_seed(0)
+    run = torch.rand(200, generator=g) + 0.1
+    values, places, at = {}, {}, 7
+    for number, fold in enumerate(folds):
+        count = 4 + number
+        for name in (fold.weight, fold.bias, fold.mean, fold.var):
+            values[name], at = run[at : at + count], at + count
+        values[fold.eps], at = run[at : at + (count if number else 1)], at + count
+        places[fold.weight] = Place(20 * number, ((count, 2),))
+        places[fold.bias] = Place(20 * number + 1, ((count, 2),))
+    words = torch.zeros(60)
+    folding = FoldsAtOnce(folds, places, values, {torch.float32: run})
+    folding.write({torch.float32: words})
+    for fold in folds:
+        assert same_bits(places[fold.weight].of_piece(words), fold.scale(values))
+        assert same_bits(places[fold.bias].of_piece(words), fold.shift(values))
