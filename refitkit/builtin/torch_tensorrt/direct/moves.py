@@ -132,7 +132,8 @@ class Mover:
             digits: As ``digits_of`` returns them.
         """
         size = value.element_size()
-        sides = _sides(tuple(digits)) if size in _WORDS and self._kernel is not None else None
+        usable = size in _WORDS and digits and self._kernel is not None
+        sides = _sides(tuple(digits)) if usable else None
         if sides is None:
             _copy(piece, place, value)
         else:
