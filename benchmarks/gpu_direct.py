@@ -2,7 +2,7 @@
 
 One model a command, so that a run can be resumed: a file that is there is not made again.
 
-usage: python benchmarks/gpu_direct.py MODEL DTYPE FILE
+usage: python benchmarks/gpu_direct.py MODEL DTYPE FILE [--upstream]
 """
 
 from __future__ import annotations
@@ -17,87 +17,175 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from gpu_models import DTYPES, MODELS, exported
-from gpu_raw import many, ready_values
+from gpu_models import DTYPES, MODELS, exported, state_on
+from gpu_raw import busy, ready_values, upstream_compiled, upstream_refit
 
 import refitkit
 from refitkit.builtin.torch_tensorrt import upstream
-from refitkit.builtin.torch_tensorrt.direct.engines import (
-    KnownEngine,
-    Pieces,
-    ProbedEngine,
-    allocating,
-)
-from refitkit.builtin.torch_tensorrt.direct.learning import UnknownLayoutError, learn
-from refitkit.builtin.torch_tensorrt.direct.proving import prove
-from refitkit.builtin.torch_tensorrt.direct.route import DirectWriter
-from refitkit.builtin.torch_tensorrt.refitter import DeserializedEngine
+from refitkit.builtin.torch_tensorrt.direct.engines import ProbedEngine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 DEVICE = torch.device("cuda", 0)
+RUNS = 40
 
 
-def seconds(do: Callable[[], Any]) -> tuple[Any, float]:
-    """A result, and how long it took with all work on the device."""
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    found = do()
-    torch.cuda.synchronize()
-    return found, time.perf_counter() - start
+def device_ms(do: Callable[[], Any], runs: int = 20) -> float:
+    """Median milliseconds that the device takes, with the gaps between launches."""
+    found = []
+    for _ in range(runs):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
+        start.record()
+        do()
+        end.record()
+        torch.cuda.synchronize()
+        found.append(start.elapsed_time(end))
+    return statistics.median(found)
 
 
-def ms(do: Callable[[], Any], runs: int = 20) -> float:
-    """Median time on the host and the device, in milliseconds."""
+def kernels_ms(do: Callable[[], Any], runs: int = 5) -> float:
+    """Milliseconds of all work on the device together, without the gaps."""
     do()
-    return round(1e3 * statistics.median(seconds(do)[1] for _ in range(runs)), 4)
+    kinds = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profiler:
+        for _ in range(runs):
+            do()
+        torch.cuda.synchronize()
+    total = sum(row.self_device_time_total for row in profiler.key_averages())
+    return total / runs / 1e3
 
 
-def measured(model: str, dtype: str) -> dict[str, Any]:
-    """Learn, prove and time one model."""
-    kind, trt = MODELS[model], upstream.tensorrt()
-    inputs = kind.inputs(DTYPES[dtype])
-    modules = [kind.new(seed, DTYPES[dtype]) for seed in (0, 1)]
-    options = {"min_block_size": 1, "use_python_runtime": True}
-    program = exported(modules[0], inputs)
-    compiled = refitkit.Pipeline().compile(program, "torch_tensorrt", options, prove=False)
-    found: dict[str, Any] = {"engines": {}}
-    values = [ready_values(compiled, module.state_dict()) for module in modules]
-    for name, engine in compiled.engines.items():
-        if hasattr(engine, "handle"):
-            a, b = ({n: v.reshape(-1) for n, v in one[name].items()} for one in values)
-            found["engines"][name] = _engine(engine, a, b, trt)
-    return found
+class Measured:
+    """One model, compiled for direct refits, between two sets of weights."""
 
+    def __init__(self, model: str, dtype: str) -> None:
+        """Compile it and refit it once.
 
-def _engine(engine: Any, a: Any, b: Any, trt: Any) -> dict[str, Any]:
-    data = engine.handle.engine_bytes()
-    found: dict[str, Any] = {"weights": len(a), "MB": sum(v.nbytes for v in a.values()) / 1e6}
-    norms = [n for n in a if "norm" in n][:6]
-    found["names"] = norms or list(a)[:6]
-    try:
-        probed, found["open_s"] = seconds(lambda: ProbedEngine(data, engine.specs, trt, DEVICE))
-        _, found["first_refit_s"] = seconds(lambda: probed.refit(a))
-        layout, found["learn_s"] = seconds(lambda: learn(probed, a))
-        found["places"], found["folds"] = len(layout.places), len(layout.folds)
-        found["digits"] = max(len(place.digits) for place in layout.places.values())
-        pieces = Pieces(DEVICE)
-        with allocating(trt, pieces):
-            opened = DeserializedEngine(data, trt)
-        second = KnownEngine(opened.engine, pieces, trt, DEVICE)
-        _, found["prove_s"] = seconds(lambda: prove(probed, second, layout, a))
-    except UnknownLayoutError as exc:
-        return {**found, "unknown": str(exc)}
-    arena = {name: value.clone() for name, value in b.items()}
-    writer = DirectWriter(layout, second.pieces()[layout.piece], arena)
-    writer.prepare()
-    flat, other = (torch.cat([t.view(torch.uint8) for t in one.values()]) for one in (a, b))
-    found["copy_ms"] = ms(lambda: flat.copy_(other))
-    found["stage_ms"] = ms(writer.prepare)
-    found["commit_ms"] = ms(writer.commit)
-    found["refit_ms"] = 1e3 * statistics.median(many(lambda _: probed.refit(b), 8, 2.0))
-    return found
+        Args:
+            model: Name of the model.
+            dtype: Name of the dtype.
+        """
+        kind = MODELS[model]
+        self.inputs = kind.inputs(DTYPES[dtype])
+        self.modules = [kind.new(seed, DTYPES[dtype]) for seed in (0, 1)]
+        self.states = [state_on(module, "cuda") for module in self.modules]
+        self.pipeline = refitkit.Pipeline()
+        options = {"min_block_size": 1, "use_python_runtime": True}
+        program = exported(self.modules[0], self.inputs)
+        self.compiled = self.pipeline.compile(program, "torch_tensorrt", options, prove=False)
+        self.found: dict[str, Any] = {"model": model, "dtype": dtype}
+        self.stored = {name: engine.handle.engine_bytes() for name, engine in self.engines()}
+        start = time.perf_counter()
+        self.report = self.refit(1)
+        self.found["first_refit_s"] = round(time.perf_counter() - start, 2)
+        self.found["routes"] = [[one.name, one.why] for one in self.report.routes]
+        self.found["slots"] = len(self.compiled.slots)
+        self.found["bytes"] = sum(
+            slot.count * getattr(torch, slot.dtype).itemsize for slot in self.compiled.slots
+        )
+
+    def engines(self) -> Iterator[tuple[str, Any]]:
+        """All engines of TensorRT by name."""
+        for name, engine in self.compiled.engines.items():
+            if hasattr(engine, "handle"):
+                yield name, engine
+
+    def refit(self, number: int) -> refitkit.RefitReport:
+        """Refit to the first or the second weights."""
+        return self.pipeline.refit(self.compiled, self.states[number]).report
+
+    def answer(self) -> torch.Tensor:
+        """The answer to fixed inputs."""
+        found: torch.Tensor = self.compiled(*self.inputs)
+        return found.clone()
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether all engines are written directly."""
+        return all(name == "direct" for name, _ in self.found["routes"])
+
+    def equal_to_tensorrt(self) -> None:
+        """Compare all memory with that of other engines that TensorRT refits to the same."""
+        trt = upstream.tensorrt()
+        values = ready_values(self.compiled, self.states[1])
+        self.refit(0)
+        self.refit(1)
+        same = []
+        for name, engine in self.engines():
+            probed = ProbedEngine(self.stored[name], engine.specs, trt, DEVICE)
+            probed.refit({n: v.reshape(-1) for n, v in values[name].items()})
+            live = engine._direct._engine.pieces()
+            for piece, wanted in zip(live, probed.pieces(), strict=False):
+                same.append(torch.equal(piece, wanted))
+                break  # the first is the weights; others belong to contexts
+        self.found["memory equals TensorRT's"] = all(same)
+
+    def times(self) -> None:
+        """Time refits, all with the right answers."""
+        answers = []
+        for number in (0, 1):
+            self.refit(number)
+            answers.append(self.answer())
+        assert not torch.equal(*answers)
+        nbytes = self.found["bytes"]
+        flat, other = (torch.ones(nbytes, dtype=torch.uint8, device=DEVICE) for _ in "ab")
+        busy()
+        whole, pauses, wrong = [], [], 0
+        for number in range(RUNS):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            report = self.refit(number % 2)
+            torch.cuda.synchronize()
+            whole.append(1e3 * (time.perf_counter() - start))
+            pauses.append(1e3 * report.pause_seconds)
+            wrong += not torch.equal(self.answer(), answers[number % 2])
+        copy = device_ms(lambda: flat.copy_(other))
+        kernels = kernels_ms(lambda: self.refit(0))
+        self.found |= {
+            "copy_ms": copy,
+            "refit_ms": statistics.median(whole),
+            "refit_worst_ms": max(whole),
+            "pause_ms": statistics.median(pauses),
+            "wrong": wrong,
+            "kernels_ms": kernels,
+            "kernels_copies": kernels / copy,
+        }
+        self.found["host_ms"] = self.found["refit_ms"] - kernels
+        stage, commit = 0.0, 0.0
+        for name, engine in self.engines():
+            values = [v for v in self._slot_values(0) if v.slot.engine == name]
+            engine.buffers.begin_staging(partial=False)
+            stage += kernels_ms(lambda e=engine, v=values: (e._fill(v), e.buffers.staging.fold()))
+            writer, arena = engine._writer()
+            commit += device_ms(lambda w=writer, a=arena: w.commit(a))
+        self.found |= {"stage_copies": stage / copy, "commit_copies": commit / copy}
+
+    def _slot_values(self, number: int) -> list[Any]:
+        from refitkit.protocols import SlotValue
+
+        assert self.compiled.plan
+        loaded = self.compiled.plan.materialize(self.states[number], device="cuda")
+        return [
+            SlotValue(
+                engine.slots[slot],
+                "ready",
+                (),
+                lambda v=value, s=engine.slots[slot].shape: v.reshape(s),
+            )
+            for name, engine in self.engines()
+            for slot, value in loaded[name].items()
+        ]
+
+    def upstream(self, dtype: str) -> None:
+        """Upstream's own refit of the same weights."""
+        if dtype != "float32":
+            return
+        theirs = upstream_compiled(exported(self.modules[0], self.inputs), self.inputs)
+        self.found["upstream_s"] = upstream_refit(
+            theirs, self.modules[1], self.inputs, cached=False
+        )
+        self.found["over upstream"] = round(1e3 * self.found["upstream_s"] / self.found["refit_ms"])
 
 
 def main() -> None:
@@ -106,12 +194,19 @@ def main() -> None:
     parser.add_argument("model", choices=list(MODELS))
     parser.add_argument("dtype", choices=list(DTYPES))
     parser.add_argument("file", type=Path)
+    parser.add_argument("--upstream", action="store_true", help="upstream's function, too")
     given = parser.parse_args()
     if given.file.exists():
         return
     found: dict[str, Any] = {"model": given.model, "dtype": given.dtype}
     try:
-        found |= measured(given.model, given.dtype)
+        measured = Measured(given.model, given.dtype)
+        found = measured.found
+        if measured.is_direct:
+            measured.equal_to_tensorrt()
+            measured.times()
+            if given.upstream:
+                measured.upstream(given.dtype)
     except Exception:  # noqa: BLE001 - noted, so that the next model is measured
         found["error"] = traceback.format_exc()[-2000:]
     given.file.write_text(json.dumps(found, indent=1))

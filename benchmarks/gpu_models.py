@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch.export import ExportedProgram
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOKENS = 64
 State = dict[str, torch.Tensor]
 
@@ -66,6 +66,72 @@ def llama() -> nn.Module:
     return Logits(LlamaForCausalLM(config))
 
 
+class UNet(nn.Module):
+    """A small U-Net with group norms, residual blocks, and attention in the middle."""
+
+    def __init__(self, width: int = 128) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(3, width, 3, padding=1)
+        self.down = nn.ModuleList([Residual(width, width), Residual(width, 2 * width)])
+        self.halve = nn.ModuleList(
+            [nn.Conv2d(width, width, 3, 2, 1), nn.Conv2d(2 * width, 2 * width, 3, 2, 1)]
+        )
+        self.middle = nn.ModuleList([Residual(2 * width, 4 * width), Attention(4 * width)])
+        self.up = nn.ModuleList([Residual(6 * width, 2 * width), Residual(3 * width, width)])
+        self.leave = nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """An image of the same size."""
+        x, kept = self.enter(x), []
+        for block, halve in zip(self.down, self.halve, strict=True):
+            x = block(x)
+            kept.append(x)
+            x = halve(x)
+        for block in self.middle:
+            x = block(x)
+        for block in self.up:
+            x = nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
+            x = block(torch.cat([x, kept.pop()], 1))
+        found: torch.Tensor = self.leave(x)
+        return found
+
+
+class Residual(nn.Module):
+    """Two convolutions beside a third one."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.GroupNorm(8, before), nn.GroupNorm(8, after)])
+        self.convolutions = nn.ModuleList(
+            [nn.Conv2d(before, after, 3, padding=1), nn.Conv2d(after, after, 3, padding=1)]
+        )
+        self.beside = nn.Conv2d(before, after, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """An image with other channels."""
+        found = x
+        for norm, convolution in zip(self.norms, self.convolutions, strict=True):
+            found = convolution(nn.functional.silu(norm(found)))
+        return found + self.beside(x)
+
+
+class Attention(nn.Module):
+    """Each pixel attends to all others."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(8, width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """An image of the same size."""
+        batch, width, height, length = x.shape
+        pixels = self.norm(x).reshape(batch, width, height * length).transpose(1, 2)
+        q, k, v = self.qkv(pixels).chunk(3, -1)
+        mixed = torch.softmax(q @ k.transpose(1, 2) / width**0.5, -1) @ v
+        return x + self.out(mixed).transpose(1, 2).reshape(x.shape)
+
+
 @dataclass(frozen=True)
 class Model:
     """A model and its inputs.
@@ -73,17 +139,19 @@ class Model:
     Attributes:
         make: Makes a module with new weights.
         tokens: Whether its input is tokens, instead of an image.
+        size: Height and width of the image.
     """
 
     make: Callable[[], nn.Module]
     tokens: bool = False
+    size: int = 224
 
     def inputs(self, dtype: torch.dtype, device: str = "cuda") -> tuple[torch.Tensor, ...]:
         """Example inputs, batch 1."""
         torch.manual_seed(99)
         if self.tokens:
             return (torch.randint(0, 1000, (1, TOKENS), dtype=torch.int32, device=device),)
-        return (torch.randn(1, 3, 224, 224, dtype=dtype, device=device),)
+        return (torch.randn(1, 3, self.size, self.size, dtype=dtype, device=device),)
 
     def new(self, seed: int, dtype: torch.dtype, device: str = "cuda") -> nn.Module:
         """A module in eval mode, none of whose weights and statistics is all zeros or ones."""
@@ -104,10 +172,14 @@ MODELS = {
     "resnet18": Model(vision("resnet18")),
     "resnet50": Model(vision("resnet50")),
     "mobilenet_v3_small": Model(vision("mobilenet_v3_small")),
+    "efficientnet_b0": Model(vision("efficientnet_b0")),
+    "convnext_tiny": Model(vision("convnext_tiny")),
+    "swin_t": Model(vision("swin_t")),
     "vit_b_16": Model(vision("vit_b_16")),
     "vit_l_16": Model(vision("vit_l_16")),
     "gpt2": Model(gpt2, tokens=True),
     "llama": Model(llama, tokens=True),
+    "unet": Model(UNet, size=64),
 }
 
 
