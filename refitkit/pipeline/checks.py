@@ -25,8 +25,9 @@ from refitkit.errors import (
     raised_as,
 )
 from refitkit.model import CallRef
-from refitkit.program.bits import all_finite, finite, newly_nonfinite, not_finite
+from refitkit.program.bits import all_finite, finite, has_floats, newly_nonfinite, not_finite
 from refitkit.protocols import (
+    RemembersWeights,
     ShowsStaged,
     SupportsOverwrite,
     SupportsPartial,
@@ -41,7 +42,14 @@ if TYPE_CHECKING:
     from refitkit.model import SlotKey
     from refitkit.pipeline.context import Context
     from refitkit.pipeline.stage import Staged
-    from refitkit.protocols import OpenedModule, Plan, SlotValue, StagedRefit, WeightSource
+    from refitkit.protocols import (
+        Engine,
+        OpenedModule,
+        Plan,
+        SlotValue,
+        StagedRefit,
+        WeightSource,
+    )
 
 
 def check_weights(
@@ -121,7 +129,9 @@ def check_abilities(
 def judged_where_staged(
     values: Mapping[SlotKey, SlotValue], module: OpenedModule, *, overwrite: bool
 ) -> frozenset[str]:
-    """Names of source entries that ``FiniteCheck`` checks, so that no plugin has to read them.
+    """Names of source entries that are checked where they are staged: no plugin has to read them.
+
+    ``FiniteCheck`` does that, or an engine that remembers its weights.
 
     Args:
         values: Values that will be staged.
@@ -129,9 +139,25 @@ def judged_where_staged(
         overwrite: Whether engines that can do so write over the live values at the commit.
     """
     able = _readable(module, overwrite=overwrite)
+    remembering = {
+        name: engine
+        for name, engine in _kept_apart(module, overwrite=overwrite)
+        if isinstance(engine, RemembersWeights) and name not in able
+    }
     # an entry that is a slot's value as it is has exactly one source
     return frozenset(
-        value.sources[0] for key, value in values.items() if key[0] in able and _is_entry(value)
+        value.sources[0]
+        for key, value in values.items()
+        if _is_entry(value)
+        and (
+            key[0] in able
+            # its engine compares with what it remembers
+            or (
+                key[0] in remembering
+                and (present := remembering[key[0]].remembered(key[1])) is not None
+                and has_floats(present)
+            )
+        )
     )
 
 
@@ -226,10 +252,16 @@ def _readable(module: OpenedModule, *, overwrite: bool) -> frozenset[str]:
     """Engines whose staged values can be compared with the live ones."""
     return frozenset(
         name
-        for name, engine in module.engines.items()
+        for name, engine in _kept_apart(module, overwrite=overwrite)
         if isinstance(engine, SupportsReadback)
-        and not (overwrite and isinstance(engine, SupportsOverwrite))
     )
+
+
+def _kept_apart(module: OpenedModule, *, overwrite: bool) -> Iterator[tuple[str, Engine]]:
+    """Engines whose new values lie beside the live ones before the commit."""
+    for name, engine in module.engines.items():
+        if not (overwrite and isinstance(engine, SupportsOverwrite)):
+            yield name, engine
 
 
 def _is_entry(value: SlotValue) -> bool:

@@ -361,6 +361,7 @@ class RefitTask:
             partial=request.partial,
             rollback=request.rollback,
             check_finite=self._context.config.check_finite,
+            name_weights=lambda: self._check_weights(plan, source, deferred=frozenset()),
         )
 
     def _bound_plan(self) -> RefitPlan:
@@ -392,15 +393,8 @@ class RefitTask:
 
     def _check(self, plan: RefitPlan, source: WeightSource, mapping: SlotMapping) -> None:
         partial, overwrite = self._request.partial, not self._request.rollback
-        check_weights(
-            self._context,
-            plan,
-            self._module,
-            source,
-            partial=partial,
-            unchanged=self._delta.same if self._delta else frozenset(),
-            deferred=judged_where_staged(mapping.values, self._module, overwrite=overwrite),
-        )
+        deferred = judged_where_staged(mapping.values, self._module, overwrite=overwrite)
+        self._check_weights(plan, source, deferred)
         config = self._context.config
         check_abilities(self._module, partial=partial, overwrite=overwrite, config=config)
         with raised_as(SourceError, f"{source.description} cannot be read"):
@@ -416,6 +410,19 @@ class RefitTask:
             mapping.require_complete(source.names() if partial else None)
         if self._request.reset_state:
             mapping.reset_state()
+
+    def _check_weights(
+        self, plan: RefitPlan, source: WeightSource, deferred: frozenset[str]
+    ) -> None:
+        check_weights(
+            self._context,
+            plan,
+            self._module,
+            source,
+            partial=self._request.partial,
+            unchanged=self._delta.same if self._delta else frozenset(),
+            deferred=deferred,
+        )
 
     def _judge(self, plan: RefitPlan, source: WeightSource, mapping: SlotMapping) -> Judge | None:
         self._draft.unused = why_unused(self._request, self._module)

@@ -19,6 +19,7 @@ from refitkit.errors import (
     NotRefittableError,
     RefitError,
     VerificationError,
+    WeightMismatchError,
     raised_as,
 )
 from refitkit.model import EngineRoute
@@ -67,6 +68,7 @@ class Prepared:
         partial: Whether slots without a value keep theirs.
         rollback: Whether the old weights are kept until the verdict.
         check_finite: Whether new values have to be finite wherever the present ones are.
+        name_weights: Raises if weights do not fit; names them. Called if an engine refuses a slot.
     """
 
     draft: ReportDraft
@@ -78,6 +80,7 @@ class Prepared:
     partial: bool = False
     rollback: bool = True
     check_finite: bool = False
+    name_weights: Callable[[], None] = lambda: None
 
 
 class Transaction:
@@ -257,7 +260,11 @@ class ModuleTransaction:
         """
         draft = self.draft
         with draft.clock.stage("stage"):
-            self._fill_all()
+            try:
+                self._fill_all()
+            except WeightMismatchError:
+                self._prepared.name_weights()  # an engine can name slots only
+                raise
             # after staging, which reads the source: all staged values must be of one version
             self._prepared.require_read()
             written = self._mapping.values

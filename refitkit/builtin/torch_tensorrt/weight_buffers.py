@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 
 from refitkit.errors import Problem, WeightMismatchError
-from refitkit.program.bits import all_finite, finite, same_bits
+from refitkit.program.bits import all_finite, finite, same_memory
 from refitkit.program.dtypes import dtype_name, dtype_of
 
 if TYPE_CHECKING:
@@ -365,7 +365,7 @@ class Arena:
 
     def same(self, other: Arena) -> bool:
         """Return whether an arena with the same layout holds the same bits."""
-        return same_bits(self.memory, other.memory)
+        return same_memory(self.memory, other.memory)
 
     def is_finite(self) -> bool:
         """Return whether all values are finite."""

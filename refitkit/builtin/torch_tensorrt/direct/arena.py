@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from refitkit.builtin.torch_tensorrt.direct.folds import FoldsAtOnce
-from refitkit.builtin.torch_tensorrt.direct.moves import dense_digits_of, digits_of, is_plain
+from refitkit.builtin.torch_tensorrt.direct.moves import dense_digits_of, is_plain
 from refitkit.builtin.torch_tensorrt.direct.places import words_of
 from refitkit.builtin.torch_tensorrt.weight_buffers import Arena, Layout, stored
-from refitkit.program.bits import all_finite, same_bits
+from refitkit.program.bits import all_finite, same_memory
 from refitkit.program.dtypes import dtype_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from refitkit.builtin.torch_tensorrt.direct.layout import EngineLayout
-    from refitkit.builtin.torch_tensorrt.direct.moves import Mover
+    from refitkit.builtin.torch_tensorrt.direct.moves import Mover, Way
     from refitkit.builtin.torch_tensorrt.refitter import WeightSpec
     from refitkit.builtin.torch_tensorrt.weight_buffers import Constant, Uploader
 
@@ -54,7 +54,8 @@ class PlacedArena:
             mover: Moves values.
         """
         self._layout, self._specs, self._mover = layout, specs, mover
-        device = piece.device
+        self._device = device = piece.device
+        self._ways: dict[str, Way] = {}
         self.memory = piece.clone()
         self.constants: dict[str, Constant] = {}
         self._words = {dtype: words_of(self.memory, dtype) for dtype in set(layout.dtypes.values())}
@@ -70,6 +71,8 @@ class PlacedArena:
         self._folds = FoldsAtOnce(layout.folds, layout.places, self._folded.views, runs)
         self._is_folded = False
         self._rooms: list[tuple[str, torch.Tensor]] = []
+        self._room_bytes = 0
+        self._values: dict[str, torch.Tensor] = {}
         self._screened = self._screen()
 
     def _screen(self) -> torch.dtype | None:
@@ -87,18 +90,26 @@ class PlacedArena:
 
     def value(self, name: str) -> torch.Tensor:
         """Return a weight; see ``ValueArena``."""
+        found = self._values.get(name)
+        if found is not None:
+            return found
         if name in self._beside:
-            return self._beside[name].value(name)
-        view = self._layout.places[name].of_piece(self._words[self._layout.dtypes[name]])
-        shape = self._specs[name].shape
-        return view.reshape(-1 if shape is None else shape)
+            found = self._beside[name].value(name)
+        else:
+            view = self._layout.places[name].of_piece(self._words[self._layout.dtypes[name]])
+            shape = self._specs[name].shape
+            found = view.reshape(-1 if shape is None else shape)
+            if found.untyped_storage().data_ptr() != self.memory.data_ptr():
+                return found  # a copy
+        self._values[name] = found
+        return found
 
     def same(self, other: PlacedArena) -> bool:
         """Return whether an arena of the same layout holds the same bits."""
         self.fold()
         other.fold()
         pairs = [(self._folded, other._folded), (self.fixed, other.fixed)]
-        return same_bits(self.memory, other.memory) and all(a.same(b) for a, b in pairs)
+        return same_memory(self.memory, other.memory) and all(a.same(b) for a, b in pairs)
 
     def is_finite(self) -> bool:
         """Return whether all values are surely finite."""
@@ -117,50 +128,51 @@ class PlacedArena:
             self._is_folded = self._is_folded and arena is not self._folded
             arena.copy(name, value, uploader)
             return
-        place, value = self._layout.places[name], stored(value)
-        if value.device != self.memory.device:
-            self._copy_by_room(name, value, uploader)
-            return
-        digits = digits_of(tuple(value.shape), value.stride(), place)
-        if digits is None:
-            value, digits = value.reshape(-1).contiguous(), dense_digits_of(place)
-        if is_plain(digits):
-            uploader.copy(self._flat(name), value.as_strided((place.count,), (1,)))
+        if value.device == self._device:
+            self._move(name, stored(value))
         else:
-            self._mover.add(self.memory, place, value, digits)
+            self._copy_by_room(name, stored(value), uploader)
 
-    def _flat(self, name: str) -> torch.Tensor:
-        """Where a weight lies, if its elements are adjacent there, in any order."""
-        place = self._layout.places[name]
-        words = self._words[self._layout.dtypes[name]]
-        return words[place.start : place.start + place.count]
+    def _move(self, name: str, value: torch.Tensor) -> None:
+        way = self._ways.get(name)
+        if way is None or way.strides != value.stride() or way.shape != value.shape:
+            place = self._layout.places[name]
+            way = self._mover.way(place, value)
+            if way is None:
+                value = value.reshape(-1).contiguous()
+                way = self._mover.way(place, value)
+            if way is None:
+                raise TypeError("a contiguous value has a way to each place")
+            self._ways[name] = way
+        self._mover.add(self.memory, way, value)
 
     def _copy_by_room(self, name: str, value: torch.Tensor, uploader: Uploader) -> None:
         """Copy a value of the host: to where it lies, or to other memory to be moved there."""
         place = self._layout.places[name]
         if is_plain(dense_digits_of(place)):
-            uploader.copy(self._flat(name), value)
+            words = self._words[self._layout.dtypes[name]]
+            uploader.copy(words[place.start : place.start + place.count], value)
             return
-        room = torch.empty(place.count, dtype=value.dtype, device=self.memory.device)
+        room = torch.empty(place.count, dtype=value.dtype, device=self._device)
         uploader.copy(room, value)
         self._rooms.append((name, room))
-        if sum(one.nbytes for _, one in self._rooms) > _ROOM_BYTES:
-            self._move_rooms(uploader)
+        self._room_bytes += room.nbytes
+        if self._room_bytes > _ROOM_BYTES:
+            self._move_all(uploader)
 
-    def _move_rooms(self, uploader: Uploader) -> None:
+    def _move_all(self, uploader: Uploader) -> None:
         uploader.flush()
-        rooms, self._rooms = self._rooms, []
+        rooms, self._rooms, self._room_bytes = self._rooms, [], 0
         for name, room in rooms:
-            place = self._layout.places[name]
-            self._mover.add(self.memory, place, room, dense_digits_of(place))
-        self._mover.finish()
+            self._move(name, room)
+        self._mover.finish(self.memory)
 
     def finish(self, uploader: Uploader) -> None:
         """Make all pending copies, and wait for them; see ``ValueArena``."""
         try:
-            self._move_rooms(uploader)
+            self._move_all(uploader)
         finally:
-            self._rooms = []
+            self._rooms, self._room_bytes = [], 0
             self._mover.forget()
             uploader.finish()
 

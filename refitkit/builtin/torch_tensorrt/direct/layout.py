@@ -7,6 +7,7 @@ each channel lie where its weight and bias would be; see ``folds``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,7 +44,7 @@ class EngineLayout:
     folds: tuple[Fold, ...] = ()
     fixed: frozenset[str] = frozenset()
 
-    @property
+    @cached_property
     def span(self) -> tuple[int, int]:
         """First byte of all weights in the piece, and the end."""
         sizes = {name: dtype.itemsize for name, dtype in self.dtypes.items()}

@@ -1,14 +1,15 @@
 """Move values to the places where an engine keeps them.
 
 A value has strides of its own, and so has its place. ``digits_of`` writes both as digits of one
-index. Where all digits merge into one, the move is a plain copy; the others are made by one launch
-of a kernel for all of them, or, without Triton, by one copy of torch for each.
+index. Where all digits merge into one, the move is a plain copy; else elements change their order.
+A few launches move all weights of an engine. Without Triton, torch makes one copy for each.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections import defaultdict
+from dataclasses import dataclass
 from functools import cache
 from math import gcd, prod
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -100,68 +101,111 @@ def is_plain(digits: Sequence[Digit]) -> bool:
     return not digits or (len(digits) == 1 and digits[0][1:] == (1, 1))
 
 
+@dataclass(frozen=True, eq=False)
+class Way:
+    """How values of one weight with the same strides are moved.
+
+    Attributes:
+        number: Tells ways of one mover apart.
+        place: Where the weight lies.
+        shape: Shape of the values.
+        strides: Their strides, in elements.
+        kind: What the launch needs to be; None if torch moves them.
+        sides: Digits along which the kernel reads and writes.
+    """
+
+    number: int
+    place: Place
+    shape: torch.Size
+    strides: tuple[int, ...]
+    kind: _Kind | None
+    sides: _Sides
+
+
 class Mover:
-    """Moves many values into one piece of memory."""
+    """Moves many values to places in one piece of memory."""
 
     def __init__(self, device: torch.device, *, kernel: bool | None = None) -> None:
         """Plan nothing yet.
 
         Args:
             device: Device of values and memory.
-            kernel: Whether to use the kernel; by default on GPUs, where Triton is installed.
+            kernel: Whether to use the kernels; by default on GPUs, where Triton is installed.
         """
         self._device = device
-        self._kernel = _kernel() if (device.type == "cuda" if kernel is None else kernel) else None
-        self._queue: dict[_Kind, list[_Move]] = defaultdict(list)
-        self._tables: dict[tuple[_Key, ...], _Table] = {}
+        self._kernels = (
+            _kernels() if (device.type == "cuda" if kernel is None else kernel) else None
+        )
+        self._ways = 0
+        self._queue: dict[_Kind, list[tuple[Way, torch.Tensor]]] = defaultdict(list)
+        self._tables: dict[tuple[int, ...], _Table] = {}
 
     @property
     def has_kernel(self) -> bool:
-        """Whether the kernel is used."""
-        return self._kernel is not None
+        """Whether the kernels are used."""
+        return self._kernels is not None
 
-    def add(
-        self, piece: torch.Tensor, place: Place, value: torch.Tensor, digits: Sequence[Digit]
-    ) -> None:
+    def way(self, place: Place, value: torch.Tensor) -> Way | None:
+        """Return how values like one are moved.
+
+        Args:
+            place: Where.
+            value: The value: a tensor on the device.
+
+        Returns:
+            The way; None if its strides and the place fit no digits. A contiguous value has one.
+        """
+        digits = digits_of(tuple(value.shape), value.stride(), place)
+        if digits is None:
+            return None
+        self._ways += 1
+        kind, sides = None, _NO_SIDES
+        if self._kernels is not None and value.element_size() in _WORDS and digits:
+            kind, sides = _kind(value.element_size(), digits)
+        return Way(self._ways, place, value.shape, value.stride(), kind, sides)
+
+    def add(self, piece: torch.Tensor, way: Way, value: torch.Tensor) -> None:
         """Move a value, now or in ``finish``.
 
         Args:
             piece: The memory as ``uint8``, the same for all values until ``finish``.
-            place: Where to move it.
-            value: The value, on the device. Nobody may change it before the move is done.
-            digits: As ``digits_of`` returns them.
+            way: How.
+            value: The value. Nobody may change it before the move is done.
         """
-        size = value.element_size()
-        usable = size in _WORDS and digits and self._kernel is not None
-        sides = _sides(tuple(digits)) if usable else None
-        if sides is None:
-            _copy(piece, place, value)
+        if way.kind is None:
+            _copy(piece, way.place, value)
         else:
-            self._queue[_Kind.of(size, sides)].append(_Move(place, sides, piece, value))
+            self._queue[way.kind].append((way, value))
 
-    def finish(self) -> None:
-        """Launch what is queued, on the current stream."""
+    def finish(self, piece: torch.Tensor) -> None:
+        """Launch what is queued, on the current stream.
+
+        Args:
+            piece: The memory.
+        """
         queue, self._queue = self._queue, defaultdict(list)
         for kind, moves in queue.items():
             try:
                 with current_device(self._device):
-                    self._table(kind, moves).launch(moves)
+                    self._table(kind, [way for way, _ in moves]).launch(
+                        piece, [value for _, value in moves]
+                    )
             except Exception:  # noqa: BLE001 - Triton cannot compile, as without a C compiler
-                self._kernel = None
-                for one in moves:
-                    _copy(one.piece, one.place, one.value)
+                self._kernels = None
+                for way, value in moves:
+                    _copy(piece, way.place, value)
 
     def forget(self) -> None:
         """Drop what is queued."""
         self._queue.clear()
 
-    def _table(self, kind: _Kind, moves: Sequence[_Move]) -> _Table:
-        keys = tuple((one.place.start, one.sides) for one in moves)
-        found = self._tables.get(keys)
+    def _table(self, kind: _Kind, ways: Sequence[Way]) -> _Table:
+        key = tuple([way.number for way in ways])
+        found = self._tables.get(key)
         if found is None:
             if len(self._tables) == _TABLES:
                 self._tables.clear()
-            found = self._tables[keys] = _Table(kind, keys, self._kernel, self._device)
+            found = self._tables[key] = _Table(kind, ways, self._kernels, self._device)
         return found
 
 
@@ -175,38 +219,35 @@ def _copy(piece: torch.Tensor, place: Place, value: torch.Tensor) -> None:
 
 
 @cache
-def _kernel() -> Any:
-    """The kernel ``move``; None without Triton."""
+def _kernels() -> Any:
+    """The module of the kernels; None without Triton."""
     try:
-        return importlib.import_module("refitkit.builtin.torch_tensorrt.direct.kernel").move
+        return importlib.import_module("refitkit.builtin.torch_tensorrt.direct.kernels")
     except ImportError:
         return None
 
 
-# -- the kernel's tables --------------------------------------------------------------------------
+# -- the kernels' tables --------------------------------------------------------------------------
 
 _TILE = 64
 """Length of each side of a tile."""
+_BLOCK = 4096
+"""Words that a program copies, where nothing is turned."""
 _WARPS = 4
 _GROUP = 4
 """Most digits along one side."""
+_ALIGNED = 16  # bytes
 
 _Sides = tuple[tuple[Digit, ...], tuple[Digit, ...]]
-_Key = tuple[int, _Sides]
-
-
-class _Move(NamedTuple):
-    place: Place
-    sides: _Sides
-    piece: torch.Tensor
-    value: torch.Tensor
+_NO_SIDES: _Sides = ((), ())
 
 
 class _Kind(NamedTuple):
-    """What one launch has in common; see ``kernel.move``. Each digit more costs all of its weights.
+    """What one launch has in common. Each digit more costs all of its weights.
 
     Attributes:
         size: Of a word, in bytes.
+        plain: Whether values are copied as they are; else see ``kernels.turn``.
         read: Number of digits along which is read.
         written: Number of digits along which is written.
         read_dense: Whether that is along adjacent words.
@@ -214,20 +255,34 @@ class _Kind(NamedTuple):
     """
 
     size: int
-    read: int
-    written: int
-    read_dense: bool
-    written_dense: bool
+    plain: bool = True
+    read: int = 0
+    written: int = 0
+    read_dense: bool = True
+    written_dense: bool = True
 
-    @classmethod
-    def of(cls, size: int, sides: _Sides) -> _Kind:
-        read, written = sides
-        dense = [
-            [digit[at] for digit in side]
-            == [prod(digit.size for digit in side[:number]) for number in range(len(side))]
-            for at, side in ((1, read), (2, written))
-        ]
-        return cls(size, len(read), max(len(written), 1), *dense)
+
+def _kind(size: int, digits: tuple[Digit, ...]) -> tuple[_Kind | None, _Sides]:
+    """Return the kind of a move, and both sides of its tiles; None if no kernel can make it."""
+    if is_plain(digits):
+        return _Kind(size), ((digits[0],), ())
+    sides = _sides(digits)
+    if sides is None:
+        return None, _NO_SIDES
+    dense = [
+        [digit[at] for digit in side]
+        == [prod(digit.size for digit in side[:number]) for number in range(len(side))]
+        for at, side in ((1, sides[0]), (2, sides[1]))
+    ]
+    kind = _Kind(
+        size,
+        plain=False,
+        read=len(sides[0]),
+        written=max(len(sides[1]), 1),
+        read_dense=dense[0],
+        written_dense=dense[1],
+    )
+    return kind, sides
 
 
 @cache
@@ -255,7 +310,7 @@ def _sides(digits: tuple[Digit, ...]) -> _Sides | None:
 
 
 def _row(sides: _Sides) -> list[int]:
-    """What the kernel has to know of one weight; see ``kernel.move``."""
+    """What the kernel has to know of one weight; see ``kernels.turn``."""
     read, written = sides
     as_read = not written or read[0].target < written[0].target
     row = [prod(digit.size for digit in side) for side in sides] + [int(as_read), 4 + 5 * _GROUP]
@@ -273,40 +328,56 @@ def _divider(divisor: int) -> tuple[int, int]:
 
 
 class _Table:
-    """What the kernel has to know of some weights, on the device. Only addresses change."""
+    """What a kernel has to know of some weights, on the device. Only addresses change."""
 
     def __init__(
-        self, kind: _Kind, keys: Sequence[_Key], kernel: Any, device: torch.device
+        self, kind: _Kind, ways: Sequence[Way], kernels: Any, device: torch.device
     ) -> None:
-        self._kind, self._kernel = kind, kernel
-        rows = [_row(sides) for _, sides in keys]
-        counts = [-(-row[0] // _TILE) * -(-row[1] // _TILE) for row in rows]
+        self._kind, self._kernels = kind, kernels
+        if kind.plain:
+            rows = [[way.sides[0][0].size] for way in ways]
+            counts = [-(-size // _BLOCK) for (size,) in rows]
+        else:
+            rows = [_row(way.sides) for way in ways]
+            counts = [-(-row[0] // _TILE) * -(-row[1] // _TILE) for row in rows]
         weights = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts))
         firsts = torch.tensor([0, *counts]).cumsum(0)
         numbers = torch.arange(len(weights)) - firsts[weights]
+        starts = torch.tensor([way.place.start for way in ways])
+        self._is_aligned = not (starts * kind.size % _ALIGNED).any()
         self._tiles = torch.stack([weights, numbers], 1).to(device, torch.int32)
-        self._rows = torch.tensor(rows, dtype=torch.int32).to(device)
-        self._starts = torch.tensor([start for start, _ in keys]).to(device)
+        self._rows = torch.tensor(rows).to(device, torch.int64 if kind.plain else torch.int32)
+        self._starts = starts.to(device)
         on_gpu = device.type == "cuda"
         self._given = torch.zeros(len(rows), dtype=torch.int64, pin_memory=on_gpu)
         self._sources = torch.zeros(len(rows), dtype=torch.int64, device=device)
 
-    def launch(self, moves: Sequence[_Move]) -> None:
+    def launch(self, piece: torch.Tensor, values: Sequence[torch.Tensor]) -> None:
         # the copy of the last launch is done: each refit waits for its staging
-        self._given.copy_(torch.tensor([one.value.data_ptr() for one in moves]))
+        addresses = torch.tensor([value.data_ptr() for value in values])
+        self._given.copy_(addresses)
         self._sources.copy_(self._given, non_blocking=True)
-        kind, piece, word = self._kind, moves[0].piece, _WORDS[self._kind.size]
-        self._kernel[(len(self._tiles),)](
-            words_of(piece, word),
-            self._sources,
-            self._starts,
-            self._rows,
-            self._tiles,
-            COLUMNS=self._rows.shape[1],
-            TILE=_TILE,
-            READ=kind.read,
-            WRITTEN=kind.written,
-            READ_DENSE=kind.read_dense,
-            WRITTEN_DENSE=kind.written_dense,
-            num_warps=_WARPS,
-        )
+        kind, grid = self._kind, (len(self._tiles),)
+        table = self._sources, self._starts, self._rows, self._tiles
+        words = words_of(piece, _WORDS[kind.size])
+        if kind.plain:
+            is_aligned = self._is_aligned and not bool((addresses % _ALIGNED).any())
+            self._kernels.copy[grid](
+                words,
+                *table,
+                BLOCK=_BLOCK,
+                ALIGNED=_ALIGNED if is_aligned else kind.size,
+                num_warps=_WARPS,
+            )
+        else:
+            self._kernels.turn[grid](
+                words,
+                *table,
+                COLUMNS=self._rows.shape[1],
+                TILE=_TILE,
+                READ=kind.read,
+                WRITTEN=kind.written,
+                READ_DENSE=kind.read_dense,
+                WRITTEN_DENSE=kind.written_dense,
+                num_warps=_WARPS,
+            )

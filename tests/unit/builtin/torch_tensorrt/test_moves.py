@@ -102,7 +102,7 @@ def test_values_are_divided_as_integers() -> None:
 KERNEL = """
 import random, sys, torch
 from refitkit.builtin.torch_tensorrt.direct import moves
-from refitkit.builtin.torch_tensorrt.direct.moves import Mover, dense_digits_of, digits_of
+from refitkit.builtin.torch_tensorrt.direct.moves import Mover
 from tests.unit.builtin.torch_tensorrt.test_moves import value_and_place
 kinds = set()
 for seed in range(25):
@@ -113,15 +113,17 @@ for seed in range(25):
     for _ in range(4):
         sizes = rng.choices([1, 2, 3, 5, 9, 65, 70], k=rng.randint(1, 2))
         sizes += rng.choices([1, 2, 3], k=rng.randint(0, 2))
+        start += -start % rng.choice([1, 8])
         value, place, start = value_and_place(rng, dtype, start, sizes)
-        digits = digits_of(tuple(value.shape), value.stride(), place)
-        if digits is None:
-            value, digits = value.contiguous().view(-1), dense_digits_of(place)
+        way = mover.way(place, value)
+        if way is None:
+            value = value.contiguous().view(-1)
+            way = mover.way(place, value)
         moves._copy(wanted, place, value)
-        mover.add(found, place, value, digits)
+        mover.add(found, way, value)
         kept.append(value)
     kinds |= set(mover._queue)
-    mover.finish()
+    mover.finish(found)
     assert mover.has_kernel and torch.equal(found, wanted), seed
 print(len(kinds))
 """
@@ -143,14 +145,14 @@ def test_the_kernel_moves_what_torch_moves() -> None:
 
 def test_a_kernel_that_cannot_be_compiled_is_not_needed() -> None:
     mover = Mover(CPU, kernel=True)
-    mover._kernel = {}  # a launch looks up its grid: KeyError
+    mover._kernels = object()  # has no kernels
     value, place = torch.arange(6.0).view(2, 3), Place(0, ((3, 2), (2, 1)))
     piece = torch.zeros(24, dtype=torch.uint8)
-    digits = digits_of((2, 3), (3, 1), place)
-    assert digits is not None
-    mover.add(piece, place, value, digits)
+    way = mover.way(place, value)
+    assert way is not None
+    mover.add(piece, way, value)
     assert not piece.any()
-    mover.finish()
+    mover.finish(piece)
     assert piece.view(torch.float32).tolist() == [0, 3, 1, 4, 2, 5]
     assert not mover.has_kernel
 

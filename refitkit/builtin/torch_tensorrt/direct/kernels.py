@@ -1,8 +1,8 @@
-"""The kernel that moves many weights to other strides in one launch. Needs Triton.
+"""Kernels that move many weights in one launch: as they are, or to other strides. Need Triton.
 
-Each weight is moved in tiles. A tile is read along the digits that are fast in the value, and
-written along those that are fast in the engine, so that both are adjacent words. Digits are those
-of ``moves``.
+To change strides, each weight is moved in tiles. A tile is read along the digits that are fast in
+the value, and written along those that are fast in the engine, so that both are adjacent words.
+Digits are those of ``moves``.
 """
 
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def"
@@ -37,7 +37,7 @@ def _offsets(number: tl.tensor, at: tl.tensor, DIGITS: tl.constexpr):  # noqa: A
 
 
 @triton.jit
-def move(  # noqa: ANN201, PLR0913, PLR0917 - Triton reads no annotation here; all is given by name
+def turn(  # noqa: ANN201, PLR0913, PLR0917 - Triton reads no annotation here; all is given by name
     target: tl.tensor,
     sources: tl.tensor,
     starts: tl.tensor,
@@ -92,3 +92,35 @@ def move(  # noqa: ANN201, PLR0913, PLR0917 - Triton reads no annotation here; a
     else:
         turned = y_inside[:, None] & x_inside[None, :]
         tl.store(start + y_target[:, None] + x_target[None, :], tl.trans(value), mask=turned)
+
+
+@triton.jit
+def copy(  # noqa: ANN201 - as above
+    target: tl.tensor,
+    sources: tl.tensor,
+    starts: tl.tensor,
+    rows: tl.tensor,
+    tiles: tl.tensor,
+    BLOCK: tl.constexpr,  # noqa: N803
+    ALIGNED: tl.constexpr,  # noqa: N803
+):
+    """Copy some adjacent words of one weight.
+
+    Args:
+        target: The engine's memory as words.
+        sources: Address of each value.
+        starts: First word of each weight in that memory.
+        rows: Number of words of each weight.
+        tiles: Number of the weight and number of the block in it, for each program.
+        BLOCK: Words of a block.
+        ALIGNED: All addresses are multiples of it, in bytes.
+    """
+    program = tl.program_id(0)
+    weight = tl.load(tiles + 2 * program)
+    at = tl.load(tiles + 2 * program + 1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < tl.load(rows + weight)
+    source = tl.multiple_of(tl.load(sources + weight), ALIGNED).to(target.dtype)
+    start = tl.multiple_of(
+        tl.load(starts + weight), ALIGNED // (target.dtype.element_ty.primitive_bitwidth // 8)
+    )
+    tl.store(target + start + at, tl.load(source + at, mask=inside), mask=inside)
