@@ -25,7 +25,7 @@ from refitkit.errors import (
     raised_as,
 )
 from refitkit.model import CallRef
-from refitkit.program.bits import all_finite, finite, has_floats, newly_nonfinite, not_finite
+from refitkit.program.bits import all_finite, finite, newly_nonfinite, not_finite
 from refitkit.protocols import (
     RemembersWeights,
     ShowsStaged,
@@ -152,11 +152,7 @@ def judged_where_staged(
         and (
             key[0] in able
             # its engine compares with what it remembers
-            or (
-                key[0] in remembering
-                and (present := remembering[key[0]].remembered(key[1])) is not None
-                and has_floats(present)
-            )
+            or (key[0] in remembering and remembering[key[0]].remembered(key[1]) is not None)
         )
     )
 

@@ -41,6 +41,7 @@ from refitkit.pipeline.targets import for_one_refit, require_unchanged
 from refitkit.pipeline.transaction import ModuleTransaction, Prepared, Transaction
 from refitkit.pipeline.transform import Transformed, transformed
 from refitkit.pipeline.verify import VerifyOptions, verification, why_unused
+from refitkit.processes import quick_turns
 from refitkit.recipe import RefitPlan
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ def run(context: Context, tasks: Sequence[Task]) -> list[ReportDraft]:
     # one lock order everywhere, so two refits of the same modules never wait for one another
     gates = in_lock_order(task.compiled.gate for task in tasks)
     others = alone(task.compiled for task in tasks)
-    return inside_all([*(gate.refit for gate in gates), *others], lambda: _run(context, tasks))
+    with quick_turns():
+        return inside_all([*(gate.refit for gate in gates), *others], lambda: _run(context, tasks))
 
 
 def _run(context: Context, tasks: Sequence[Task]) -> list[ReportDraft]:

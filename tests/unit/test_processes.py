@@ -6,6 +6,9 @@ import subprocess
 import sys
 import threading
 
+import pytest
+
+from refitkit import processes
 from refitkit.processes import ForkedLock
 from tests.forking import forked
 
@@ -112,3 +115,30 @@ thread.join()
 def test_parent_and_child_compute_with_several_threads() -> None:
     """torch alone waits for ever in such a child."""
     subprocess.run([sys.executable, "-W", "ignore", "-c", COMPUTING], check=True, timeout=600)
+
+
+# -- threads that wait for Python -----------------------------------------------------------------
+
+
+def test_turns_are_quick_until_the_last_thread_leaves() -> None:
+    before = sys.getswitchinterval()
+    with processes.quick_turns():
+        with processes.quick_turns():
+            assert sys.getswitchinterval() < before
+        assert sys.getswitchinterval() < before
+    assert sys.getswitchinterval() == before
+
+
+@pytest.mark.parametrize("chosen", [0.00001, 0.01])
+def test_an_interval_that_the_user_chose_meanwhile_stays(chosen: float) -> None:
+    before = sys.getswitchinterval()
+    try:
+        with processes.quick_turns():
+            sys.setswitchinterval(chosen)
+        assert sys.getswitchinterval() == pytest.approx(chosen)
+        sys.setswitchinterval(chosen)
+        with processes.quick_turns():
+            assert sys.getswitchinterval() <= chosen
+        assert sys.getswitchinterval() == pytest.approx(chosen)
+    finally:
+        sys.setswitchinterval(before)
