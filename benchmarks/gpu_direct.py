@@ -44,16 +44,21 @@ def device_ms(do: Callable[[], Any], runs: int = 20) -> float:
     return statistics.median(found)
 
 
-def kernels_ms(do: Callable[[], Any], runs: int = 5) -> float:
-    """Milliseconds of all work on the device together, without the gaps."""
+def kernels_of(do: Callable[[], Any], runs: int = 5) -> dict[str, float]:
+    """Milliseconds of work on the device by kernel, without the gaps; the longest first."""
     do()
     kinds = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=kinds) as profiler:
         for _ in range(runs):
             do()
         torch.cuda.synchronize()
-    total = sum(row.self_device_time_total for row in profiler.key_averages())
-    return total / runs / 1e3
+    rows = sorted(profiler.key_averages(), key=lambda row: -row.self_device_time_total)
+    return {row.key[:60]: row.self_device_time_total / runs / 1e3 for row in rows}
+
+
+def kernels_ms(do: Callable[[], Any]) -> float:
+    """Milliseconds of all work on the device together, without the gaps."""
+    return sum(kernels_of(do).values())
 
 
 class Measured:
@@ -141,7 +146,9 @@ class Measured:
             pauses.append(1e3 * report.pause_seconds)
             wrong += not torch.equal(self.answer(), answers[number % 2])
         copy = device_ms(lambda: flat.copy_(other))
-        kernels = kernels_ms(lambda: self.refit(0))
+        each = kernels_of(lambda: self.refit(0))
+        kernels = sum(each.values())
+        self.found["kernels"] = {n: round(each[n] / copy, 2) for n in list(each)[:6]}
         self.found |= {
             "copy_ms": copy,
             "refit_ms": statistics.median(whole),

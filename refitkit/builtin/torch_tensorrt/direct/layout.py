@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
     from refitkit.builtin.torch_tensorrt.direct.folds import Fold
 
-_SHORT = 1 << 12
-"""Bytes of a gap whose bytes are copied one by one, with those of all other short gaps."""
-
 
 @dataclass(frozen=True)
 class EngineLayout:
@@ -85,22 +82,16 @@ class EngineLayout:
     def _overlaps(self) -> bool:
         return bool((self._owners(torch.device("cpu")) > 1).any())
 
-    def between(self, device: torch.device) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-        """Return the bytes of the span that are no weight's, in two parts.
+    def ranges(self, device: torch.device) -> list[tuple[int, int]]:
+        """Return first bytes and ends of the ranges of the piece that are full of weights.
 
         Args:
             device: Where to compute them.
-
-        Returns:
-            Indices of the bytes of all short gaps; first byte and end of each long one.
         """
         first, _ = self.span
-        free = torch.nn.functional.pad((self._owners(device) == 0).to(torch.int8), (1, 1))
-        edges = free.diff().nonzero().view(-1, 2) + first
-        is_long = edges[:, 1] - edges[:, 0] > _SHORT
-        short = [torch.arange(a, b) for a, b in edges[~is_long].tolist()]
-        indices = torch.cat([torch.arange(0), *short]).to(device)
-        return indices, [(a, b) for a, b in edges[is_long].tolist()]
+        taken = torch.nn.functional.pad((self._owners(device) > 0).to(torch.int8), (1, 1))
+        edges = taken.diff().nonzero().view(-1, 2) + first
+        return [(start, end) for start, end in edges.tolist()]
 
     def _owners(self, device: torch.device) -> torch.Tensor:
         """Return how many weights each byte of the span is of."""

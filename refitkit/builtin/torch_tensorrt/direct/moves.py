@@ -340,12 +340,9 @@ class _Table:
         else:
             rows = [_row(way.sides) for way in ways]
             counts = [-(-row[0] // _TILE) * -(-row[1] // _TILE) for row in rows]
-        weights = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts))
-        firsts = torch.tensor([0, *counts]).cumsum(0)
-        numbers = torch.arange(len(weights)) - firsts[weights]
         starts = torch.tensor([way.place.start for way in ways])
         self._is_aligned = not (starts * kind.size % _ALIGNED).any()
-        self._tiles = torch.stack([weights, numbers], 1).to(device, torch.int32)
+        self._tiles = _tiles(counts).to(device)
         self._rows = torch.tensor(rows).to(device, torch.int64 if kind.plain else torch.int32)
         self._starts = starts.to(device)
         on_gpu = device.type == "cuda"
@@ -381,3 +378,89 @@ class _Table:
                 WRITTEN_DENSE=kind.written_dense,
                 num_warps=_WARPS,
             )
+
+
+def _tiles(counts: Sequence[int]) -> torch.Tensor:
+    """Number of the weight and number of the tile in it, for each program of a launch."""
+    weights = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    firsts = torch.tensor([0, *counts]).cumsum(0)
+    return torch.stack([weights, torch.arange(len(weights)) - firsts[weights]], 1).to(torch.int32)
+
+
+class RangeCopy:
+    """Copies some ranges of bytes from one piece of memory to another of the same layout."""
+
+    def __init__(
+        self, ranges: Sequence[tuple[int, int]], device: torch.device, *, kernel: bool | None = None
+    ) -> None:
+        """Copy nothing yet.
+
+        Args:
+            ranges: First byte and end of each.
+            device: Device of the memory.
+            kernel: Whether to use a kernel; see ``Mover``.
+        """
+        self._ranges, self._device = ranges, device
+        edges = torch.tensor(ranges)
+        self._size = next((size for size in (4, 2) if not (edges % size).any()), 0)
+        wanted = device.type == "cuda" if kernel is None else kernel
+        self._kernels: Any = _kernels() if wanted and self._size and len(ranges) > 1 else None
+        self._addresses: dict[int, tuple[torch.Tensor, bool]] = {}
+        if self._kernels is None:
+            return
+        self._starts = edges[:, 0] // self._size
+        counts = edges.diff(dim=1).flatten() // self._size
+        self._table = [
+            some.to(device)
+            for some in (self._starts, counts, _tiles((-(-counts // _BLOCK)).tolist()))
+        ]
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether one launch makes all copies. With a single range none is needed."""
+        return self._kernels is not None
+
+    def __call__(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy, on the current stream.
+
+        Args:
+            source: Memory as ``uint8``.
+            target: Memory of the same size.
+        """
+        if self._kernels is not None:
+            try:
+                with current_device(self._device):
+                    self._launch(source, target)
+            except Exception:  # noqa: BLE001 - Triton cannot compile, as without a C compiler
+                self._kernels = None
+            else:
+                return
+        sources, targets = ([one[a:b] for a, b in self._ranges] for one in (source, target))
+        torch._foreach_copy_(targets, sources)
+
+    def _launch(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        starts, counts, tiles = self._table
+        addresses, is_aligned = self._addresses_in(source)
+        is_aligned = is_aligned and target.data_ptr() % _ALIGNED == 0
+        self._kernels.copy[(len(tiles),)](
+            words_of(target, _WORDS[self._size]),
+            addresses,
+            starts,
+            counts,
+            tiles,
+            BLOCK=_BLOCK,
+            ALIGNED=_ALIGNED if is_aligned else self._size,
+            num_warps=_WARPS,
+        )
+
+    def _addresses_in(self, source: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """Where each range begins, and whether all of them are aligned."""
+        first = source.data_ptr()
+        found = self._addresses.get(first)
+        if found is None:
+            addresses = first + self._starts * self._size
+            is_aligned = not bool((addresses % _ALIGNED).any())
+            if len(self._addresses) == _TABLES:
+                self._addresses.clear()
+            found = self._addresses[first] = addresses.to(self._device), is_aligned
+        return found

@@ -16,7 +16,7 @@ from refitkit.builtin.torch_tensorrt.direct.engines import (
     allocating,
 )
 from refitkit.builtin.torch_tensorrt.direct.learning import UnknownLayoutError, learn
-from refitkit.builtin.torch_tensorrt.direct.moves import Mover
+from refitkit.builtin.torch_tensorrt.direct.moves import Mover, RangeCopy
 from refitkit.builtin.torch_tensorrt.direct.proving import prove
 from refitkit.builtin.torch_tensorrt.refitter import PersistentRefitter
 from refitkit.builtin.torch_tensorrt.weight_buffers import Arena
@@ -266,12 +266,15 @@ class DirectWriter:
         """
         self.layout, self._specs, self._live = layout, specs, piece
         self._mover = Mover(piece.device)
-        self._between, self._gaps = layout.between(piece.device)
+        # What lies between the weights stays as it is.
+        self._copy = RangeCopy(layout.ranges(piece.device), piece.device)
         self._fixed: torch.Tensor | None = None  # bits of fixed weights that the engine holds
 
     def arena(self) -> PlacedArena:
         """Allocate memory for values of all weights, as the engine keeps them."""
-        return PlacedArena(self.layout, self._specs, self._live, self._mover)
+        found = PlacedArena(self.layout, self._specs, self._live, self._mover)
+        self._copy(self._live, found.memory)  # the first copy compiles its kernel
+        return found
 
     def refitting(self) -> None:
         """Note that TensorRT is about to refit the engine."""
@@ -318,11 +321,4 @@ class DirectWriter:
         Args:
             arena: The values, with norms folded.
         """
-        first, last = self.layout.span
-        live, staged = self._live, arena.memory
-        # What lies between the weights stays as it is.
-        if len(self._between):
-            staged.index_copy_(0, self._between, live[self._between])
-        for start, end in self._gaps:
-            staged[start:end].copy_(live[start:end])
-        live[first:last].copy_(staged[first:last])
+        self._copy(arena.memory, self._live)

@@ -125,6 +125,18 @@ for seed in range(25):
     kinds |= set(mover._queue)
     mover.finish(found)
     assert mover.has_kernel and torch.equal(found, wanted), seed
+    size = dtype.itemsize
+    ranges = [(16, 48), (64, 64 + size), (20000, 60000 + 3 * size)]
+    source, target = torch.arange(1 << 18).to(torch.uint8), torch.zeros(1 << 18, dtype=torch.uint8)
+    shift = seed % 3 * size  # of the whole memory
+    source, target = source[shift:], target[shift:]
+    copy = moves.RangeCopy(ranges, torch.device("cpu"), kernel=True)
+    copy(source, target)
+    assert copy.has_kernel
+    for a, b in ranges:
+        assert torch.equal(target[a:b], source[a:b])
+        target[a:b] = 0
+    assert not target.any()
 print(len(kinds))
 """
 
@@ -155,6 +167,15 @@ def test_a_kernel_that_cannot_be_compiled_is_not_needed() -> None:
     mover.finish(piece)
     assert piece.view(torch.float32).tolist() == [0, 3, 1, 4, 2, 5]
     assert not mover.has_kernel
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_ranges_are_copied_without_a_kernel(kernel: bool) -> None:
+    copy = moves.RangeCopy([(1, 3), (5, 8)], CPU, kernel=kernel)  # no words of 2 bytes
+    assert not copy.has_kernel
+    target = torch.zeros(9, dtype=torch.uint8)
+    copy(torch.arange(9).to(torch.uint8), target)
+    assert target.tolist() == [0, 1, 2, 0, 0, 5, 6, 7, 0]
 
 
 # -- values beside the engine ---------------------------------------------------------------------
