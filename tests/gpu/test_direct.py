@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 import refitkit
-from refitkit.builtin.torch_tensorrt.direct import route
+from refitkit.builtin.torch_tensorrt.direct import moves, route
 from tests.gpu import trt_models
 from tests.gpu.trt_helpers import compiled_by_us, export, needs_trt, options_for, same
 from tests.gpu.trt_models import inputs_of, randomized
+from tests.unit.builtin.torch_tensorrt.test_moves import value_and_place
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -100,3 +103,110 @@ def test_streams_and_calls_beside_refits_are_never_torn() -> None:
         torch.cuda.synchronize()
         assert all(any(same(one, other) for other in wanted) for one in answers)
         assert same(answers[-1], wanted[number % 2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_kernels_move_what_torch_moves(dtype: torch.dtype) -> None:
+    device = torch.device("cuda", 0)
+    rng = Random(0)  # noqa: S311
+    for _ in range(20):
+        mover = moves.Mover(device)
+        found, wanted = (torch.zeros(1 << 22, dtype=torch.uint8, device=device) for _ in "ab")
+        kept, start = [], 3
+        for _ in range(5):
+            sizes = rng.choices([1, 2, 3, 9, 64, 65, 130], k=2) + rng.choices([1, 3], k=2)
+            value, place, start = value_and_place(rng, dtype, start, sizes)
+            if start * value.element_size() > 1 << 22:
+                break
+            value = value.to(device)
+            way = mover.way(place, value)
+            if way is None:
+                value = value.contiguous().view(-1)
+                way = mover.way(place, value)
+            assert way is not None
+            moves._copy(wanted, place, value)
+            mover.add(found, way, value)
+            kept.append(value)
+        mover.finish(found)
+        assert mover.has_kernel
+        assert torch.equal(found, wanted)
+
+
+class Refitting:
+    """Refits a module again and again, until the context ends."""
+
+    def __init__(self, module: Any, states: list[Any]) -> None:
+        self._module, self._states = module, states
+        self._stop, self.refits = threading.Event(), 0
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            DIRECT.refit(self._module, self._states[self.refits % 2])
+            self.refits += 1
+
+    def __enter__(self) -> Refitting:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def test_calls_on_several_streams_are_never_torn(pair: Any) -> None:
+    kind, direct, _ = pair
+    x = inputs_of(kind)
+    states = [state_on(randomized(kind, seed)) for seed in (1, 2)]
+    right = []
+    for state in states:
+        DIRECT.refit(direct, state)
+        right.append(direct(*x).clone())
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    answers = []
+    with Refitting(direct, states) as refitting:
+        while len(answers) < 400 or refitting.refits < 10:
+            with torch.cuda.stream(streams[len(answers) % 4]):
+                answers.append(direct(*x).clone())
+    torch.cuda.synchronize()
+    assert all(same(answer, right[0]) or same(answer, right[1]) for answer in answers)
+    assert {same(answer, right[0]) for answer in answers} == {True, False}
+
+
+def test_replays_of_a_graph_are_never_torn(pair: Any) -> None:
+    kind, direct, _ = pair
+    x = inputs_of(kind)
+    states = [state_on(randomized(kind, seed)) for seed in (1, 2)]
+    right = []
+    ((_, engine),) = (one for one in direct.engines.items() if hasattr(one[1], "handle"))
+    DIRECT.refit(direct, states[0])
+    context = engine.handle.cuda_engine().create_execution_context()
+    output, stream, graph = (
+        torch.empty_like(direct(*x)),
+        torch.cuda.Stream(),
+        torch.cuda.CUDAGraph(),
+    )
+    names = [context.engine.get_tensor_name(i) for i in range(context.engine.num_io_tensors)]
+    for name, value in zip(names, (*x, output), strict=True):
+        context.set_tensor_address(name, value.data_ptr())
+    with torch.cuda.stream(stream):
+        assert context.execute_async_v3(stream.cuda_stream)
+        stream.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            assert context.execute_async_v3(stream.cuda_stream)
+    for state in states:
+        DIRECT.refit(direct, state)
+        right.append(direct(*x).clone())
+    answers = []
+    with Refitting(direct, states) as refitting, torch.cuda.stream(stream):
+        while len(answers) < 400 or refitting.refits < 10:
+            direct.run_as_call(graph.replay)
+            answers.append(output.clone())
+    torch.cuda.synchronize()
+    assert all(same(answer, right[0]) or same(answer, right[1]) for answer in answers)
+    assert {same(answer, right[0]) for answer in answers} == {True, False}
+
+
+def state_on(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A state_dict on the device that nobody changes."""
+    return {name: value.detach().clone().cuda() for name, value in module.state_dict().items()}

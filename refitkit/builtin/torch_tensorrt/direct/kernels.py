@@ -102,7 +102,6 @@ def copy(  # noqa: ANN201 - as above
     rows: tl.tensor,
     tiles: tl.tensor,
     BLOCK: tl.constexpr,  # noqa: N803
-    ALIGNED: tl.constexpr,  # noqa: N803
 ):
     """Copy some adjacent words of one weight.
 
@@ -113,14 +112,11 @@ def copy(  # noqa: ANN201 - as above
         rows: Number of words of each weight.
         tiles: Number of the weight and number of the block in it, for each program.
         BLOCK: Words of a block.
-        ALIGNED: All addresses are multiples of it, in bytes.
     """
     program = tl.program_id(0)
     weight = tl.load(tiles + 2 * program)
     at = tl.load(tiles + 2 * program + 1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < tl.load(rows + weight)
-    source = tl.multiple_of(tl.load(sources + weight), ALIGNED).to(target.dtype)
-    start = tl.multiple_of(
-        tl.load(starts + weight), ALIGNED // (target.dtype.element_ty.primitive_bitwidth // 8)
-    )
-    tl.store(target + start + at, tl.load(source + at, mask=inside), mask=inside)
+    source = tl.load(sources + weight).to(target.dtype)
+    start = target + tl.load(starts + weight)
+    tl.store(start + at, tl.load(source + at, mask=inside), mask=inside)

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from refitkit.builtin.torch_tensorrt.direct.places import Place
 
-_WORDS = {2: torch.int16, 4: torch.int32}
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers by size in bytes. Plain copies take the largest that fit: GPUs copy them faster."""
 _MOST = (1 << 31) - 1
 """Strides and sizes of one weight are integers of 32 bits."""
 
@@ -110,6 +111,7 @@ class Way:
         place: Where the weight lies.
         shape: Shape of the values.
         strides: Their strides, in elements.
+        size: Of an element, in bytes.
         kind: What the launch needs to be; None if torch moves them.
         sides: Digits along which the kernel reads and writes.
     """
@@ -118,6 +120,7 @@ class Way:
     place: Place
     shape: torch.Size
     strides: tuple[int, ...]
+    size: int
     kind: _Kind | None
     sides: _Sides
 
@@ -161,8 +164,9 @@ class Mover:
         self._ways += 1
         kind, sides = None, _NO_SIDES
         if self._kernels is not None and value.element_size() in _WORDS and digits:
-            kind, sides = _kind(value.element_size(), digits)
-        return Way(self._ways, place, value.shape, value.stride(), kind, sides)
+            kind, sides = _kind(value.element_size(), place.start, digits)
+        size = value.element_size()
+        return Way(self._ways, place, value.shape, value.stride(), size, kind, sides)
 
     def add(self, piece: torch.Tensor, way: Way, value: torch.Tensor) -> None:
         """Move a value, now or in ``finish``.
@@ -185,28 +189,37 @@ class Mover:
         """
         queue, self._queue = self._queue, defaultdict(list)
         for kind, moves in queue.items():
+            some = moves
+            if kind.plain:  # their words can be larger than their elements
+                some = [move for move in moves if not move[1].data_ptr() % kind.size]
             try:
                 with current_device(self._device):
-                    self._table(kind, [way for way, _ in moves]).launch(
-                        piece, [value for _, value in moves]
-                    )
+                    self._launch(kind, piece, some)
             except Exception:  # noqa: BLE001 - Triton cannot compile, as without a C compiler
-                self._kernels = None
+                self._kernels, some = None, []
+            if len(some) < len(moves):
+                made = {id(way) for way, _ in some}
                 for way, value in moves:
-                    _copy(piece, way.place, value)
+                    if id(way) not in made:
+                        _copy(piece, way.place, value)
 
     def forget(self) -> None:
         """Drop what is queued."""
         self._queue.clear()
 
-    def _table(self, kind: _Kind, ways: Sequence[Way]) -> _Table:
-        key = tuple([way.number for way in ways])
-        found = self._tables.get(key)
-        if found is None:
+    def _launch(
+        self, kind: _Kind, piece: torch.Tensor, moves: Sequence[tuple[Way, torch.Tensor]]
+    ) -> None:
+        if not moves:
+            return
+        key = tuple([way.number for way, _ in moves])
+        table = self._tables.get(key)
+        if table is None:
             if len(self._tables) == _TABLES:
                 self._tables.clear()
-            found = self._tables[key] = _Table(kind, ways, self._kernels, self._device)
-        return found
+            ways = [way for way, _ in moves]
+            table = self._tables[key] = _Table(kind, ways, self._kernels, self._device)
+        table.launch(piece, [value for _, value in moves])
 
 
 _TABLES = 32
@@ -236,7 +249,6 @@ _BLOCK = 4096
 _WARPS = 4
 _GROUP = 4
 """Most digits along one side."""
-_ALIGNED = 16  # bytes
 
 _Sides = tuple[tuple[Digit, ...], tuple[Digit, ...]]
 _NO_SIDES: _Sides = ((), ())
@@ -246,7 +258,7 @@ class _Kind(NamedTuple):
     """What one launch has in common. Each digit more costs all of its weights.
 
     Attributes:
-        size: Of a word, in bytes.
+        size: Of a word, in bytes. It can hold several elements if values are copied as they are.
         plain: Whether values are copied as they are; else see ``kernels.turn``.
         read: Number of digits along which is read.
         written: Number of digits along which is written.
@@ -262,10 +274,10 @@ class _Kind(NamedTuple):
     written_dense: bool = True
 
 
-def _kind(size: int, digits: tuple[Digit, ...]) -> tuple[_Kind | None, _Sides]:
+def _kind(size: int, start: int, digits: tuple[Digit, ...]) -> tuple[_Kind | None, _Sides]:
     """Return the kind of a move, and both sides of its tiles; None if no kernel can make it."""
     if is_plain(digits):
-        return _Kind(size), ((digits[0],), ())
+        return _Kind(_word(size * start, size * digits[0].size)), ((digits[0],), ())
     sides = _sides(digits)
     if sides is None:
         return None, _NO_SIDES
@@ -327,6 +339,11 @@ def _divider(divisor: int) -> tuple[int, int]:
     return magic - (magic >> 31 << 32), shift
 
 
+def _word(*numbers: int) -> int:
+    """Return the size of the largest words that all of these numbers of bytes are a multiple of."""
+    return next((size for size in sorted(_WORDS, reverse=True) if not gcd(*numbers) % size), 0)
+
+
 class _Table:
     """What a kernel has to know of some weights, on the device. Only addresses change."""
 
@@ -334,14 +351,15 @@ class _Table:
         self, kind: _Kind, ways: Sequence[Way], kernels: Any, device: torch.device
     ) -> None:
         self._kind, self._kernels = kind, kernels
+        starts = torch.tensor([way.place.start for way in ways])
         if kind.plain:
-            rows = [[way.sides[0][0].size] for way in ways]
+            sizes = torch.tensor([way.size for way in ways])
+            starts = starts * sizes // kind.size
+            rows = [[way.sides[0][0].size * way.size // kind.size] for way in ways]
             counts = [-(-size // _BLOCK) for (size,) in rows]
         else:
             rows = [_row(way.sides) for way in ways]
             counts = [-(-row[0] // _TILE) * -(-row[1] // _TILE) for row in rows]
-        starts = torch.tensor([way.place.start for way in ways])
-        self._is_aligned = not (starts * kind.size % _ALIGNED).any()
         self._tiles = _tiles(counts).to(device)
         self._rows = torch.tensor(rows).to(device, torch.int64 if kind.plain else torch.int32)
         self._starts = starts.to(device)
@@ -351,21 +369,13 @@ class _Table:
 
     def launch(self, piece: torch.Tensor, values: Sequence[torch.Tensor]) -> None:
         # the copy of the last launch is done: each refit waits for its staging
-        addresses = torch.tensor([value.data_ptr() for value in values])
-        self._given.copy_(addresses)
+        self._given.copy_(torch.tensor([value.data_ptr() for value in values]))
         self._sources.copy_(self._given, non_blocking=True)
         kind, grid = self._kind, (len(self._tiles),)
         table = self._sources, self._starts, self._rows, self._tiles
         words = words_of(piece, _WORDS[kind.size])
         if kind.plain:
-            is_aligned = self._is_aligned and not bool((addresses % _ALIGNED).any())
-            self._kernels.copy[grid](
-                words,
-                *table,
-                BLOCK=_BLOCK,
-                ALIGNED=_ALIGNED if is_aligned else kind.size,
-                num_warps=_WARPS,
-            )
+            self._kernels.copy[grid](words, *table, BLOCK=_BLOCK, num_warps=_WARPS)
         else:
             self._kernels.turn[grid](
                 words,
@@ -401,23 +411,22 @@ class RangeCopy:
             kernel: Whether to use a kernel; see ``Mover``.
         """
         self._ranges, self._device = ranges, device
-        edges = torch.tensor(ranges)
-        self._size = next((size for size in (4, 2) if not (edges % size).any()), 0)
         wanted = device.type == "cuda" if kernel is None else kernel
-        self._kernels: Any = _kernels() if wanted and self._size and len(ranges) > 1 else None
-        self._addresses: dict[int, tuple[torch.Tensor, bool]] = {}
-        if self._kernels is None:
-            return
-        self._starts = edges[:, 0] // self._size
-        counts = edges.diff(dim=1).flatten() // self._size
-        self._table = [
-            some.to(device)
-            for some in (self._starts, counts, _tiles((-(-counts // _BLOCK)).tolist()))
-        ]
+        self._kernels: Any = _kernels() if wanted and len(ranges) > 1 else None
+        by_word: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for start, end in ranges:
+            body = end - end % max(_WORDS)  # most of it is copied in large words
+            for some in ((start, body), (body, end)) if start < body else ((start, end),):
+                if some[0] < some[1]:
+                    by_word[_word(*some)].append(some)
+        if 0 in by_word:
+            self._kernels = None
+        if self._kernels is not None:
+            self._launches = [_RangeLaunch(w, some, device) for w, some in by_word.items()]
 
     @property
     def has_kernel(self) -> bool:
-        """Whether one launch makes all copies. With a single range none is needed."""
+        """Whether few launches make all copies. With a single range none is needed."""
         return self._kernels is not None
 
     def __call__(self, source: torch.Tensor, target: torch.Tensor) -> None:
@@ -430,7 +439,8 @@ class RangeCopy:
         if self._kernels is not None:
             try:
                 with current_device(self._device):
-                    self._launch(source, target)
+                    for launch in self._launches:
+                        launch(self._kernels, source, target)
             except Exception:  # noqa: BLE001 - Triton cannot compile, as without a C compiler
                 self._kernels = None
             else:
@@ -438,29 +448,33 @@ class RangeCopy:
         sources, targets = ([one[a:b] for a, b in self._ranges] for one in (source, target))
         torch._foreach_copy_(targets, sources)
 
-    def _launch(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        starts, counts, tiles = self._table
-        addresses, is_aligned = self._addresses_in(source)
-        is_aligned = is_aligned and target.data_ptr() % _ALIGNED == 0
-        self._kernels.copy[(len(tiles),)](
+
+class _RangeLaunch:
+    """Ranges that are copied in words of one size."""
+
+    def __init__(self, size: int, ranges: Sequence[tuple[int, int]], device: torch.device) -> None:
+        self._size, self._device = size, device
+        edges = torch.tensor(ranges)
+        self._firsts = edges[:, 0]
+        counts = edges.diff(dim=1).flatten() // size
+        blocks = _tiles((-(-counts // _BLOCK)).tolist())
+        self._table = [some.to(device) for some in (self._firsts // size, counts, blocks)]
+        self._addresses: dict[int, torch.Tensor] = {}
+
+    def __call__(self, kernels: Any, source: torch.Tensor, target: torch.Tensor) -> None:
+        first = source.data_ptr()
+        addresses = self._addresses.get(first)
+        if addresses is None:
+            if len(self._addresses) == _TABLES:
+                self._addresses.clear()
+            addresses = self._addresses[first] = (first + self._firsts).to(self._device)
+        starts, counts, blocks = self._table
+        kernels.copy[(len(blocks),)](
             words_of(target, _WORDS[self._size]),
             addresses,
             starts,
             counts,
-            tiles,
+            blocks,
             BLOCK=_BLOCK,
-            ALIGNED=_ALIGNED if is_aligned else self._size,
             num_warps=_WARPS,
         )
-
-    def _addresses_in(self, source: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """Where each range begins, and whether all of them are aligned."""
-        first = source.data_ptr()
-        found = self._addresses.get(first)
-        if found is None:
-            addresses = first + self._starts * self._size
-            is_aligned = not bool((addresses % _ALIGNED).any())
-            if len(self._addresses) == _TABLES:
-                self._addresses.clear()
-            found = self._addresses[first] = addresses.to(self._device), is_aligned
-        return found
