@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 import torch
@@ -145,7 +145,7 @@ class Refitting:
             DIRECT.refit(self._module, self._states[self.refits % 2])
             self.refits += 1
 
-    def __enter__(self) -> Refitting:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
