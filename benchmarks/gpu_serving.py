@@ -108,17 +108,20 @@ class Service:
         torch.cuda.current_stream().synchronize()
         return found
 
-    def run(self, every: float | None) -> dict[str, float]:
+    def run(self, every: float | None, calls: int = 0) -> dict[str, float]:
         """Make all calls.
 
         Args:
             every: Seconds from one refit to the next; None for no refits.
+            calls: Another number of calls.
         """
+        calls = (calls or self._calls) // len(self._callers)
         gaps: list[float] = []
         torn: list[torch.Tensor] = []
         stop = threading.Event()
         threads = [
-            threading.Thread(target=self._caller, args=(some, gaps, torn)) for some in self._callers
+            threading.Thread(target=self._caller, args=(some, calls, gaps, torn))
+            for some in self._callers
         ]
         refits: list[float] = []
         pauses: list[float] = []
@@ -158,13 +161,17 @@ class Service:
         return found
 
     def _caller(
-        self, some: list[Callable[[], torch.Tensor]], gaps: list[float], torn: list[torch.Tensor]
+        self,
+        some: list[Callable[[], torch.Tensor]],
+        calls: int,
+        gaps: list[float],
+        torn: list[torch.Tensor],
     ) -> None:
         a, b = self._right
         wrong = torch.zeros((), dtype=torch.int64, device=DEVICE)
         last = time.perf_counter()
         with torch.cuda.stream(torch.cuda.Stream()):
-            for number in range(self._calls // len(self._callers)):
+            for number in range(calls):
                 answer = some[number % len(some)]()
                 now = time.perf_counter()
                 gaps.append(now - last)
@@ -206,7 +213,7 @@ def main() -> None:
         found["routes"] = measured.found["routes"]
         for way in given.way:
             service = Service(measured, way, given.calls)
-            service.run(None)  # warms up
+            service.run(None, 400)  # warms up
             alone, beside = service.run(None), service.run(given.every / 1e3)
             found[way] = {
                 "alone": alone,
