@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from refitkit.model import CallRef
 from refitkit.program.bits import all_finite, finite, newly_nonfinite, not_finite
-from refitkit.protocols import GivesPieces, SupportsReadback
+from refitkit.protocols import GivesPieces, RemembersWeights, SupportsReadback
 from refitkit.recipe.reads import reads_of
 
 if TYPE_CHECKING:
@@ -117,4 +117,6 @@ class _PresentValues:
 
     def _read(self, row: LedgerRow) -> torch.Tensor | None:
         engine = self.module.engines[row.slot.engine]
-        return engine.read(row.slot.name) if isinstance(engine, SupportsReadback) else None
+        if isinstance(engine, SupportsReadback):
+            return engine.read(row.slot.name)
+        return engine.remembered(row.slot.name) if isinstance(engine, RemembersWeights) else None

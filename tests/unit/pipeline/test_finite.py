@@ -28,6 +28,7 @@ from tests.fakes import (
     recipe_row,
     with_plan,
 )
+from tests.unit.builtin.torch_tensorrt.scenes import engine_of, slot_values
 
 ROOT, W = make_slot("root"), make_slot("w")
 PLAN = make_plan(
@@ -266,3 +267,57 @@ def test_files_are_asked_before_the_commit(settings: Any, expected: list[str]) -
         assert source.asked == expected
         with pytest.raises(SourceError, match="w was changed"):
             ask(compiled, Watching(changed=expected[-1]))
+
+
+# -- engines that remember their weights ----------------------------------------------------------
+
+
+class Counted(TensorMap):
+    """Counts how often an entry is read."""
+
+    reads = 0
+
+    def get(self, fqn: str) -> torch.Tensor:
+        self.reads += 1
+        return super().get(fqn)
+
+
+def remembering() -> tuple[Any, Any]:
+    """A module with an engine of TensorRT, whose slot has another name than its weight."""
+    held = {"w": torch.tensor([-math.inf, 1.0])}
+    engine, _ = engine_of("model", held)
+    plan = make_plan([recipe_row(engine.slots["w"], "a.weight")])
+    pipeline = pipeline_with()
+    compiled = pipeline.load(FakeModule([engine]))
+    compiled.plan = plan
+    return pipeline, compiled
+
+
+def read_by(pipeline: Any, compiled: Any, new: list[float], **how: Any) -> int:
+    source = Counted({"a.weight": torch.tensor(new)}, "weights")
+    pipeline.refit(compiled, source, verify="none", **how)
+    return source.reads
+
+
+def test_what_an_engine_remembers_is_compared_where_it_is_staged() -> None:
+    pipeline, compiled = remembering()
+    first = read_by(pipeline, compiled, [1.0, 2.0])  # nobody knows what it holds
+    assert read_by(pipeline, compiled, [3.0, 4.0]) == first - 1
+    with pytest.raises(WeightMismatchError) as info:
+        read_by(pipeline, compiled, [math.nan, 4.0])
+    assert [problem.subject for problem in info.value.problems] == ["a.weight"]
+    assert compiled.engines["model"].remembered("w").tolist() == [3.0, 4.0]
+    with pytest.raises(WeightMismatchError):  # without a rollback no value is kept to compare with
+        read_by(pipeline, compiled, [math.nan, 4.0], rollback=False)
+
+
+def test_what_an_engine_has_infinite_may_stay_so() -> None:
+    pipeline, compiled = remembering()
+    compiled.engines["model"].adopt(
+        slot_values(compiled.engines["model"], {"w": torch.tensor([-math.inf, 1.0])})
+    )
+    read_by(pipeline, compiled, [-math.inf, 2.0])
+    with pytest.raises(WeightMismatchError) as info:
+        read_by(pipeline, compiled, [-math.inf, math.inf])
+    (problem,) = info.value.problems
+    assert problem.found == "1 of 2 elements, the first at (1,)"

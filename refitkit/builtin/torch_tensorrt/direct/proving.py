@@ -114,7 +114,10 @@ class _Proof:
         """Answers of the engine."""
         for values in self._values:
             self._engine.refit(values)
-            self._answers.append([one.clone() for one in self._engine.answers(late=False)])
+            found = [one.clone() for one in self._engine.answers(late=False)]
+            if not all(map(same_bits, found, self._engine.answers(late=False))):
+                raise UnknownLayoutError("its answers differ from call to call")
+            self._answers.append(found)
         if all(map(same_bits, *self._answers)):
             raise UnknownLayoutError("its answers do not depend on its weights")
         for number in (0, 1, 0):

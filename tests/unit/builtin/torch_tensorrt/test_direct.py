@@ -418,6 +418,14 @@ class Deaf(PlacedEngine):
         return x.clone()
 
 
+class Unsteady(PlacedEngine):
+    """Answers to the same inputs differ."""
+
+    def answer(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().answer(x) + self.calls
+
+
 class Dynamic(PlacedEngine):
     """Takes inputs of several sizes."""
 
@@ -496,6 +504,7 @@ def test_bytes_of_a_refitted_engine_need_no_proof(monkeypatch: pytest.MonkeyPatc
         (Apart, "several pieces"),
         (Scribbling, "calls write between its weights"),
         (Deaf, "do not depend on its weights"),
+        (Unsteady, "differ from call to call"),
         (Dynamic, "its shapes are dynamic"),
         (Remembering, "other answers"),
     ],
