@@ -519,14 +519,15 @@ def test_copying_and_freeing_are_refused_inside_a_refit(pipeline: Pipeline) -> N
 # -- plain functions --------------------------------------------------------------------------
 
 
-def test_the_plain_functions_run_on_a_pipeline_of_their_own(
+def test_the_plain_functions_run_on_one_pipeline(
     monkeypatch: pytest.MonkeyPatch,
     program: torch.export.ExportedProgram,
     other: Net,
     tmp_path: Path,
 ) -> None:
     plugin = FakePlugin()
-    monkeypatch.setattr(api, "Pipeline", lambda: Pipeline(plugins=[plugin]))
+    pipeline = Pipeline(plugins=[plugin])
+    monkeypatch.setattr(api, "_pipeline", lambda: pipeline)
     compiled = refitkit.compile(program, BACKEND, options={"mute": False})
     plan = refitkit.plan(program, target=compiled)
     offline = refitkit.plan(program, backend=BACKEND)
