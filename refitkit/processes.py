@@ -102,14 +102,28 @@ _QUICK = 0.0002
 
 
 class _Quick:
-    """How many threads are in ``quick_turns``, and the intervals before and since."""
+    """The threads in ``quick_turns``, and the intervals before and since."""
 
     def __init__(self) -> None:
-        self.lock, self.inside = ForkedLock(), 0
+        self.lock = ForkedLock()
+        self.threads: list[int] = []  # one entry for each time
         self.before = self.since = 0.0
+
+    def leave(self, thread: int) -> None:
+        """End one turn of a thread."""
+        self.threads.remove(thread)
+        # unless somebody else has set it meanwhile
+        if not self.threads and sys.getswitchinterval() == self.since:
+            sys.setswitchinterval(self.before)
+
+    def after_fork(self) -> None:
+        """End the turns of threads that a child lacks."""
+        for thread in [one for one in self.threads if one != threading.get_ident()]:
+            self.leave(thread)
 
 
 _quick = _Quick()
+os.register_at_fork(after_in_child=_quick.after_fork)
 
 
 @contextmanager
@@ -119,17 +133,15 @@ def quick_turns() -> Iterator[None]:
     A refit computes in Python for some milliseconds. Threads that serve calls would wait for it.
     The interval is one of the process (``sys.setswitchinterval``); a shorter one is left alone.
     """
+    thread = threading.get_ident()
     with _quick.lock.held:
-        if not _quick.inside:
+        if not _quick.threads:
             _quick.before = sys.getswitchinterval()
             sys.setswitchinterval(min(_quick.before, _QUICK))
             _quick.since = sys.getswitchinterval()
-        _quick.inside += 1
+        _quick.threads.append(thread)
     try:
         yield
     finally:
         with _quick.lock.held:
-            _quick.inside -= 1
-            # unless somebody else has set it meanwhile
-            if not _quick.inside and sys.getswitchinterval() == _quick.since:
-                sys.setswitchinterval(_quick.before)
+            _quick.leave(thread)

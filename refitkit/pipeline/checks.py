@@ -27,6 +27,7 @@ from refitkit.errors import (
 from refitkit.model import CallRef
 from refitkit.program.bits import all_finite, finite, newly_nonfinite, not_finite
 from refitkit.protocols import (
+    ChecksFinite,
     RemembersWeights,
     ShowsStaged,
     SupportsOverwrite,
@@ -142,7 +143,10 @@ def judged_where_staged(
     remembering = {
         name: engine
         for name, engine in _kept_apart(module, overwrite=overwrite)
-        if isinstance(engine, RemembersWeights) and name not in able
+        if isinstance(engine, RemembersWeights)
+        and isinstance(engine, ChecksFinite)
+        and engine.checks_finite
+        and name not in able
     }
     # an entry that is a slot's value as it is has exactly one source
     return frozenset(

@@ -50,6 +50,7 @@ Failure = TypeVar("Failure", bound=RefitError)
 
 _CHANGED = "refitkit_weights_changed"
 _FAILED_WORK = "Pending work of the module failed"
+_COMPLETE = "The refit was complete when it was interrupted: the new weights are live."
 _LAST_ATTEMPT = (False, False, True)
 """An interrupted rollback is tried three times: users often press Ctrl-C twice."""
 
@@ -105,7 +106,8 @@ class Transaction:
             EngineError: An engine failed to commit; the old weights are live.
             VerificationError: The verdict was bad; the old weights are live.
             ModuleLostError: Rolling back failed; the modules concerned refuse calls.
-            BaseException: A plugin or the keyboard; the old weights are live.
+            BaseException: A plugin or the keyboard; the old weights are live, unless a note says
+                that the refit was complete.
         """
         passages = self._passages()
         for one in self._modules:
@@ -117,8 +119,25 @@ class Transaction:
             pause = perf_counter() - start if passages else 0.0
             for one in self._modules:
                 one.draft.pause_seconds = pause
+        self._settle()
+
+    def _settle(self) -> None:
+        """Wait until all commits have ended. An interrupt is raised then, and says what is live."""
+        interrupt: BaseException | None = None
         for one in self._modules:
-            one.settle()
+            for last in _LAST_ATTEMPT:
+                try:
+                    one.settle()
+                    break
+                except Exception:
+                    raise
+                except BaseException as exc:
+                    if last:
+                        raise
+                    interrupt = exc
+        if interrupt is not None:
+            interrupt.add_note(_COMPLETE)
+            raise interrupt
 
     def _passages(self) -> list[Callable[[Callable[[], None]], None]]:
         """How the gates are entered; none if no call has to wait."""
@@ -259,6 +278,7 @@ class ModuleTransaction:
                 finite.
         """
         draft = self.draft
+        self.settle()  # an interrupt may have ended the last refit before its commit
         with draft.clock.stage("stage"):
             try:
                 self._fill_all()

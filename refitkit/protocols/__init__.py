@@ -10,7 +10,8 @@ slot. Each engine stages its values, then all engines commit. A :class:`Verifier
 Optional abilities are protocols of their own. refitkit checks for their members:
 
 * backends: :class:`KnowsPlanKey`; parts of a program: :class:`HoldsValues`;
-* engines: :class:`SupportsReadback`, :class:`RemembersWeights`, :class:`SupportsPartial`,
+* engines: :class:`SupportsReadback`, :class:`RemembersWeights`, :class:`ChecksFinite`,
+  :class:`SupportsPartial`,
   :class:`SupportsOverwrite`, :class:`SupportsSpareBuffer`, :class:`HoldsPrevious`,
   :class:`SupportsWarming`, :class:`TellsRoute`;
 * staged refits: :class:`ShowsStaged`;
@@ -24,6 +25,7 @@ Optional abilities are protocols of their own. refitkit checks for their members
 
 from refitkit.protocols.backends import Backend, HoldsValues, KnowsPlanKey, PlanDraft, PlanKey
 from refitkit.protocols.engines import (
+    ChecksFinite,
     Engine,
     HoldsPrevious,
     RemembersWeights,
@@ -73,6 +75,7 @@ from refitkit.protocols.verifiers import Verifier, VerifyRequest
 __all__ = [
     "Backend",
     "BindableProgram",
+    "ChecksFinite",
     "Engine",
     "GivesAway",
     "GivesPieces",

@@ -180,7 +180,8 @@ class RemembersWeights(Protocol, metaclass=Ability):
     """An engine that cannot read its live weights, but keeps the values of the last refit.
 
     refitkit checks that new values are finite only for engines that it can read. An engine of this
-    kind checks them in ``stage`` if ``Tools.check_finite`` is set, and raises WeightMismatchError.
+    kind checks them in ``stage`` if ``Tools.check_finite`` is set, and raises WeightMismatchError;
+    see :class:`ChecksFinite`.
     """
 
     def remembered(self, slot: str) -> torch.Tensor | None:
@@ -196,6 +197,19 @@ class RemembersWeights(Protocol, metaclass=Ability):
             An alias of the kept value, valid until the next refit: the dtype of the slot, and its
             shape if the engine knows the shape. None if the value is unknown, as it is before the
             first refit.
+        """
+
+
+@runtime_checkable
+class ChecksFinite(Protocol, metaclass=Ability):
+    """An engine that remembers its weights, and compares new values with them in ``stage``."""
+
+    @property
+    def checks_finite(self) -> bool:
+        """Whether ``stage`` refuses elements that are not finite where the remembered ones are.
+
+        If True, refitkit does not look for such elements in the source, for slots whose present
+        value the engine knows and whose new value is a weight as it is.
         """
 
 

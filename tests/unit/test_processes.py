@@ -142,3 +142,25 @@ def test_an_interval_that_the_user_chose_meanwhile_stays(chosen: float) -> None:
         assert sys.getswitchinterval() == pytest.approx(chosen)
     finally:
         sys.setswitchinterval(before)
+
+
+def test_a_child_takes_its_turns_as_the_user_chose() -> None:
+    before = sys.getswitchinterval()
+    leave, inside = threading.Event(), threading.Event()
+
+    def refit() -> None:
+        with processes.quick_turns():
+            inside.set()
+            leave.wait()
+
+    thread = threading.Thread(target=refit)
+    thread.start()
+    inside.wait()
+    try:
+        assert forked(sys.getswitchinterval) == before
+    finally:
+        leave.set()
+        thread.join()
+    with processes.quick_turns():
+        assert forked(sys.getswitchinterval) < before
+    assert sys.getswitchinterval() == before

@@ -487,6 +487,9 @@ def _drop_captured_graph(holder: Any) -> None:
     no longer exists (``TorchTRTRuntimeStates`` in ``_PythonTorchTensorRTModule.py`` of 2.11,
     ``_TRTEngine.py`` of 2.14).
     """
+    if getattr(holder, "cudagraph", None) is not None:
+        # a call may still replay it; the current stream waits for all calls
+        torch.cuda.current_stream().synchronize()
     reset = getattr(holder, "reset_captured_graph", None)
     (reset or holder._reset_captured_graph)()  # noqa: SLF001 - its name in 2.11
     # only the Python runtimes have such states

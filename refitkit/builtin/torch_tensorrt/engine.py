@@ -183,6 +183,11 @@ class RefitterEngine:
         """The live value of a slot, as ``ValueArena.value``; None if it is unknown."""
         return self._buffers.live_value(slot) if self._buffers is not None else None
 
+    @property
+    def checks_finite(self) -> bool:
+        """See ``refitkit.protocols.ChecksFinite``."""
+        return self._options.check_finite
+
     def staged(self, slot: str) -> torch.Tensor:
         """The staged value of a slot, as ``ValueArena.value``."""
         return self.buffers.staging.value(slot)
@@ -404,9 +409,15 @@ class InPlaceEngine(RefitterEngine):
             return
         self._direct.find(self.specs, _views(old.staging), self._held)
         writer = self._direct.writer
-        if writer is not None:
-            self._buffers = WeightBuffers.moved(old, writer.arena, self.specs, swaps=True)
-            self._ready_refitter().unbind()
+        if writer is None:
+            return
+        try:
+            buffers = WeightBuffers.moved(old, writer.arena, self.specs, swaps=True)
+        except Exception as exc:  # noqa: BLE001 - nothing was touched, and the refitter can do it
+            self._direct.give_up(f"there is no way to stage for it: {exc}")
+            return
+        self._buffers = buffers
+        self._ready_refitter().unbind()
 
     def _held(self, name: str) -> torch.Tensor | None:
         # while values are staged, the snapshot has what the engine holds
@@ -448,12 +459,11 @@ class InPlaceEngine(RefitterEngine):
             with self._ready_refitter().bound(self.specs, plain.views):
                 super().refit(idle=idle)
         arenas = [one for one in buffers.arenas if isinstance(one, PlacedArena)]
-        direct.refitted(_views(plain or arena), arenas)
+        try:
+            direct.refitted(_views(plain or arena), arenas)
+        except Exception as exc:  # noqa: BLE001 - the engine is refitted, and the refitter goes on
+            direct.give_up(f"what a refit left could not be compared: {exc}")
         self._route = ("refitter", direct.reason)
-        if plain is not None and direct.writer is None:  # it cannot be written any more
-            buffers = WeightBuffers.moved(buffers, self._new_arena, self.specs, swaps=False)
-            self._ready_refitter().bind(self.specs, _views(buffers.staging))
-            self._buffers = buffers
 
     def _plain_copy(self, arena: PlacedArena) -> Arena:
         """All values as the refitter reads them."""

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from refitkit.processes import ForkedLock
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
@@ -39,6 +41,7 @@ class CallOrder:
         self._calls: dict[tuple[torch.device, int], Any] = {}
         """Event after the last call on each stream. None: the call is inside, or was interrupted"""
         self._commits: dict[torch.device, Any] = {}
+        self._lock = ForkedLock()
 
     def call(self, do: Callable[[], T]) -> T:
         """Return the result of a function that launches work on the current streams.
@@ -52,7 +55,7 @@ class CallOrder:
         for device in self._devices:
             stream, commit = self._cuda.current_stream(device), self._commits.get(device)
             keys.append((device, stream))
-            if commit is not None and not commit.query():
+            if commit is not None:
                 stream.wait_event(commit)
             self._calls[device, stream.cuda_stream] = None
         try:
@@ -60,8 +63,10 @@ class CallOrder:
         finally:  # after an error, too: some of the work may be launched
             for device, stream in keys:
                 event = self._cuda.Event()
-                event.record(stream)
-                self._calls[device, stream.cuda_stream] = event
+                # The event that is stored last is recorded last, of all threads on a stream.
+                with self._lock.held:
+                    event.record(stream)
+                    self._calls[device, stream.cuda_stream] = event
 
     def order(self) -> None:
         """Have what follows on the current streams wait for all calls and commits so far."""
@@ -83,6 +88,8 @@ class CallOrder:
             self._commits[device] = event
 
     def settle(self) -> None:
-        """Wait on the host for the last commit."""
-        for event in self._commits.values():
+        """Wait on the host for the last commit. Later calls need not wait for it any more."""
+        for device, event in list(self._commits.items()):
             event.synchronize()
+            if self._commits.get(device) is event:
+                del self._commits[device]

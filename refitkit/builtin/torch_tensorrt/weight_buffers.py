@@ -47,6 +47,9 @@ class ValueArena(Protocol):
     def value(self, name: str) -> torch.Tensor:
         """Return a weight in its shape if that is known, else flat: an alias if it can be one."""
 
+    def begin(self, uploader: Uploader) -> None:
+        """Drop copies that an interrupt has left pending."""
+
     def copy(self, name: str, value: torch.Tensor, uploader: Uploader) -> None:
         """Copy a value that fits, now or in ``finish``."""
 
@@ -234,6 +237,7 @@ def copy_values(source: ValueArena, target: ValueArena, names: Iterable[str]) ->
     """Copy values of weights from one arena to another, of any kind, and wait for that."""
     found = [(name, source.value(name)) for name in names]
     uploader = Uploader(found[0][1].device)
+    target.begin(uploader)
     try:
         for name, value in found:
             target.copy(name, value, uploader)
@@ -350,6 +354,10 @@ class Arena:
         """Return a weight: an alias; see ``ValueArena``."""
         return self.tensors[name]
 
+    def begin(self, uploader: Uploader) -> None:
+        """Drop pending copies; see ``ValueArena``."""
+        uploader.forget()
+
     def copy(self, name: str, value: torch.Tensor, uploader: Uploader) -> None:
         """Copy a value; see ``ValueArena``."""
         uploader.copy(self.tensors[name], value)
@@ -434,6 +442,8 @@ def fill(
     """
     problems: list[Problem] = []
     copied: dict[str, Constant] = {}
+    # first, because an interrupt may have come before the end of an earlier filling
+    arena.begin(uploader)
     try:
         with torch.no_grad():
             for value in values:
@@ -629,8 +639,13 @@ class Uploader:
             if self._device.type == "cuda":
                 torch.cuda.current_stream(self._device).synchronize()
         finally:
-            self._chunks, self._chunk_read = [], [None, None]
-            self._queue, self._queue_bytes = [], 0
+            self.forget()
+
+    def forget(self) -> None:
+        """Drop all pending copies, and free the chunks."""
+        self._chunks, self._chunk_read = [], [None, None]
+        self._queue, self._queue_bytes = [], 0
+        self._pack, self._pack_bytes = {}, 0
 
 
 def _concatenated(values: list[torch.Tensor], *, pinned: bool) -> torch.Tensor:

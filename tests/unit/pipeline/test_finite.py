@@ -282,10 +282,10 @@ class Counted(TensorMap):
         return super().get(fqn)
 
 
-def remembering() -> tuple[Any, Any]:
+def remembering(**options: Any) -> tuple[Any, Any]:
     """A module with an engine of TensorRT, whose slot has another name than its weight."""
     held = {"w": torch.tensor([-math.inf, 1.0])}
-    engine, _ = engine_of("model", held)
+    engine, _ = engine_of("model", held, **options)
     plan = make_plan([recipe_row(engine.slots["w"], "a.weight")])
     pipeline = pipeline_with()
     compiled = pipeline.load(FakeModule([engine]))
@@ -309,6 +309,14 @@ def test_what_an_engine_remembers_is_compared_where_it_is_staged() -> None:
     assert compiled.engines["model"].remembered("w").tolist() == [3.0, 4.0]
     with pytest.raises(WeightMismatchError):  # without a rollback no value is kept to compare with
         read_by(pipeline, compiled, [math.nan, 4.0], rollback=False)
+
+
+def test_an_engine_that_does_not_look_is_not_trusted() -> None:
+    """It was opened by a pipeline that allows such values."""
+    pipeline, compiled = remembering(check_finite=False)
+    read_by(pipeline, compiled, [1.0, 2.0])
+    with pytest.raises(WeightMismatchError):
+        read_by(pipeline, compiled, [math.nan, 2.0])
 
 
 def test_what_an_engine_has_infinite_may_stay_so() -> None:

@@ -10,7 +10,7 @@ from refitkit.builtin.torch_tensorrt.direct.folds import FoldsAtOnce
 from refitkit.builtin.torch_tensorrt.direct.moves import dense_digits_of, is_plain
 from refitkit.builtin.torch_tensorrt.direct.places import words_of
 from refitkit.builtin.torch_tensorrt.weight_buffers import Arena, Layout, stored
-from refitkit.program.bits import all_finite, same_memory
+from refitkit.program.bits import all_finite, same_bits, same_memory
 from refitkit.program.dtypes import dtype_of
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class PlacedArena:
         self.memory = piece.clone()
         self.constants: dict[str, Constant] = {}
         self._words = {dtype: words_of(self.memory, dtype) for dtype in set(layout.dtypes.values())}
-        folded = {n for f in layout.folds for n in (f.weight, f.bias, *f.unplaced)}
+        folded = {name for fold in layout.folds for name in fold.names}
         self._folded = Arena(Layout.of(specs[name] for name in sorted(folded)), device)
         self.fixed = Arena(fixed_layout(layout, specs), device)
         self._beside = {
@@ -108,8 +108,16 @@ class PlacedArena:
         """Return whether an arena of the same layout holds the same bits."""
         self.fold()
         other.fold()
-        pairs = [(self._folded, other._folded), (self.fixed, other.fixed)]
-        return same_memory(self.memory, other.memory) and all(a.same(b) for a, b in pairs)
+        if not all(a.same(b) for a, b in zip(self._apart, other._apart, strict=True)):
+            return False
+        # what lies between the weights may differ, and means nothing
+        return same_memory(self.memory, other.memory) or all(
+            same_bits(self.value(name), other.value(name)) for name in self._layout.places
+        )
+
+    @property
+    def _apart(self) -> tuple[Arena, Arena]:
+        return self._folded, self.fixed
 
     def is_finite(self) -> bool:
         """Return whether all values are surely finite."""
@@ -120,6 +128,12 @@ class PlacedArena:
         return all_finite(words) and self._folded.is_finite() and self.fixed.is_finite()
 
     # -- writing ----------------------------------------------------------------------------
+
+    def begin(self, uploader: Uploader) -> None:
+        """Drop pending copies; see ``ValueArena``."""
+        self._rooms, self._room_bytes = [], 0
+        self._mover.forget()
+        uploader.forget()
 
     def copy(self, name: str, value: torch.Tensor, uploader: Uploader) -> None:
         """Copy a value; see ``ValueArena``."""
@@ -171,10 +185,9 @@ class PlacedArena:
         """Make all pending copies, and wait for them; see ``ValueArena``."""
         try:
             self._move_all(uploader)
-        finally:
-            self._rooms, self._room_bytes = [], 0
-            self._mover.forget()
             uploader.finish()
+        finally:
+            self.begin(uploader)
 
     def copy_from(self, other: PlacedArena) -> None:
         """Copy all values of an arena of the same layout, without synchronizing."""

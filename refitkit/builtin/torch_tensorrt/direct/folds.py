@@ -39,6 +39,11 @@ class Fold:
         return _shift(bias, mean, self.scale(values))
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """All five weights."""
+        return self.weight, self.bias, self.mean, self.var, self.eps
+
+    @property
     def unplaced(self) -> tuple[str, str, str]:
         """The weights that have no place of their own."""
         return self.mean, self.var, self.eps
@@ -88,8 +93,7 @@ class FoldsAtOnce:
         found: list[list[torch.Tensor]] = [[] for _ in _ENDS]
         for fold in folds:
             count = values[fold.weight].numel()
-            names = (fold.weight, fold.bias, fold.mean, fold.var, fold.eps)
-            for name, indices in zip(names, found, strict=True):
+            for name, indices in zip(fold.names, found, strict=True):
                 value = values[name]
                 first = int(value.storage_offset()) - int(run.storage_offset())
                 steps = torch.arange(value.numel(), device=run.device)

@@ -115,7 +115,7 @@ def copy(  # noqa: ANN201 - as above
     """
     program = tl.program_id(0)
     weight = tl.load(tiles + 2 * program)
-    at = tl.load(tiles + 2 * program + 1) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.load(tiles + 2 * program + 1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < tl.load(rows + weight)
     source = tl.load(sources + weight).to(target.dtype)
     start = target + tl.load(starts + weight)

@@ -69,7 +69,8 @@ def learn(engine: Refittable, values: Mapping[str, torch.Tensor]) -> EngineLayou
         UnknownLayoutError: It could not be found out.
     """
     dtypes = {name: value.dtype for name, value in values.items()}
-    folds = folds_among(dtypes)
+    # others were never measured
+    folds = [fold for fold in folds_among(dtypes) if len({dtypes[n] for n in fold.names}) == 1]
     unplaced = {name for fold in folds for name in fold.unplaced}
     # changed integers could make a call read outside of a table
     fixed = {n for n, v in values.items() if not v.is_floating_point() or not v.numel()}

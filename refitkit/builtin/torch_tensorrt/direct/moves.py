@@ -398,7 +398,11 @@ def _tiles(counts: Sequence[int]) -> torch.Tensor:
 
 
 class RangeCopy:
-    """Copies some ranges of bytes from one piece of memory to another of the same layout."""
+    """Copies some ranges of bytes from one piece of memory to another of the same layout.
+
+    Attributes:
+        ranges: First byte and end of each.
+    """
 
     def __init__(
         self, ranges: Sequence[tuple[int, int]], device: torch.device, *, kernel: bool | None = None
@@ -410,7 +414,7 @@ class RangeCopy:
             device: Device of the memory.
             kernel: Whether to use a kernel; see ``Mover``.
         """
-        self._ranges, self._device = ranges, device
+        self.ranges, self._device = ranges, device
         wanted = device.type == "cuda" if kernel is None else kernel
         self._kernels: Any = _kernels() if wanted and len(ranges) > 1 else None
         by_word: dict[int, list[tuple[int, int]]] = defaultdict(list)
@@ -445,7 +449,7 @@ class RangeCopy:
                 self._kernels = None
             else:
                 return
-        sources, targets = ([one[a:b] for a, b in self._ranges] for one in (source, target))
+        sources, targets = ([one[a:b] for a, b in self.ranges] for one in (source, target))
         torch._foreach_copy_(targets, sources)
 
 

@@ -18,7 +18,7 @@ from refitkit.builtin.torch_tensorrt.direct.engines import (
 from refitkit.builtin.torch_tensorrt.direct.learning import UnknownLayoutError, learn
 from refitkit.builtin.torch_tensorrt.direct.moves import Mover, RangeCopy
 from refitkit.builtin.torch_tensorrt.direct.proving import prove
-from refitkit.builtin.torch_tensorrt.refitter import PersistentRefitter
+from refitkit.builtin.torch_tensorrt.refitter import PersistentRefitter, wait_for_calls
 from refitkit.builtin.torch_tensorrt.weight_buffers import Arena
 from refitkit.program.bits import all_finite, same_bits
 
@@ -191,8 +191,20 @@ class DirectRoute:
         It holds other weights than the one before, until the next commit.
         """
         if self._prepared is not None:
+            # calls of the engine that goes end first: the current stream waits for all of them
+            wait_for_calls(self._device, idle=True)
             self._handle.put(self._prepared)
             self._prepared = None
+
+    def give_up(self, why: str) -> None:
+        """Leave the engine to the refitter from now on.
+
+        Args:
+            why: Why.
+        """
+        self.writer, self.why = None, why
+        if not self.in_place:
+            self._engine = self._prepared = self.refitter = None
 
 
 _PER_ELEMENT = 64
@@ -247,6 +259,10 @@ def _of(
     return {name: value.reshape(-1) for name, value in found.items() if value is not None}
 
 
+_MOST_RANGES = 1000
+"""So many ranges torch can copy one by one while calls wait."""
+
+
 class DirectWriter:
     """Writes weights to the memory of an engine.
 
@@ -274,6 +290,8 @@ class DirectWriter:
         """Allocate memory for values of all weights, as the engine keeps them."""
         found = PlacedArena(self.layout, self._specs, self._live, self._mover)
         self._copy(self._live, found.memory)  # the first copy compiles its kernel
+        if not self._copy.has_kernel and len(self._copy.ranges) > _MOST_RANGES:
+            raise UnknownLayoutError("its weights lie in many parts, which only Triton copies fast")
         return found
 
     def refitting(self) -> None:

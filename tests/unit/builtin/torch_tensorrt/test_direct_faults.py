@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from refitkit.builtin.torch_tensorrt.direct import route
+from refitkit.builtin.torch_tensorrt.direct.arena import PlacedArena
+from refitkit.builtin.torch_tensorrt.weight_buffers import WeightBuffers
 from refitkit.errors import EngineError
 from tests.fakes import same_state
 from tests.unit.builtin.torch_tensorrt.fake_trt import PlacedEngine, Refusal, engine_from
@@ -305,3 +307,48 @@ def test_what_an_unusual_call_has_written_between_the_weights() -> None:
     handle.engine.answer(torch.tensor([1000.0, 0.0, 0.0]))
     refit(engine, C)
     assert handle.engine.gap().tolist() == [1] * 8
+
+
+# -- memory that runs out --------------------------------------------------------------------------
+
+
+def test_without_memory_to_stage_in_the_refitter_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, handle = opened()
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(WeightBuffers, "moved", refused)
+    for values in (B, C, A):
+        refit(engine, values)
+        assert engine.route[0] == "refitter"
+        assert "none left" in engine.route[1]
+        assert same_state(holds(handle), flat(values))
+
+
+@pytest.mark.parametrize("what", ["refitted", "take_between"])
+def test_a_rollback_of_tensorrt_needs_no_memory_to_compare(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, handle = opened()
+    refit(engine, B)
+
+    def refused(*_: Any) -> Any:
+        raise MemoryError("none left")
+
+    owner = route.DirectWriter if what == "refitted" else PlacedArena
+    monkeypatch.setattr(owner, what, refused)
+    staged = stage(engine, C_OTHER)
+    staged.commit()
+    assert same_state(holds(handle), flat(C_OTHER))
+    staged.rollback()
+    assert same_state(holds(handle), flat(B))
+    for values in (C, C_OTHER, A):  # by TensorRT, whose values lie as in the engine still
+        refit(engine, values)
+        assert engine.route[0] == "refitter"
+        assert same_state(holds(handle), flat(values))
+    staged = engine.stage_partial(slot_values(engine, {"one": B["one"]}))
+    staged.commit()
+    assert same_state(holds(handle), flat({**A, "one": B["one"]}))
+    staged.rollback()
+    assert same_state(holds(handle), flat(A))

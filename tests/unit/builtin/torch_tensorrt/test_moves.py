@@ -24,8 +24,9 @@ from refitkit.builtin.torch_tensorrt.direct.moves import (
 )
 from refitkit.builtin.torch_tensorrt.direct.places import Place
 from refitkit.builtin.torch_tensorrt.refitter import spec_of_slot
-from refitkit.builtin.torch_tensorrt.weight_buffers import Uploader
+from refitkit.builtin.torch_tensorrt.weight_buffers import Uploader, fill
 from refitkit.program.bits import same_bits
+from refitkit.protocols import SlotValue
 from tests.fakes import slot_for
 from tests.unit.builtin.torch_tensorrt.scenes import CPU
 
@@ -266,3 +267,29 @@ def test_folds_at_once_are_those_one_by_one() -> None:
     for fold in folds:
         assert same_bits(places[fold.weight].of_piece(words), fold.scale(values))
         assert same_bits(places[fold.bias].of_piece(words), fold.shift(values))
+
+
+def test_moves_that_an_interrupt_has_left_are_never_made() -> None:
+    layout, values, piece = layout_and_values()
+    found = arena_of(layout, values, piece)
+    found._mover = Mover(CPU, kernel=True)
+    found._mover._kernels = object()  # queues, and then moves by torch
+    found._ways.clear()
+    specs, uploader = found._specs, Uploader(CPU)
+    left = torch.full((4, 3), 7.0)
+    found.copy("a", left, uploader)
+    found.copy("i", torch.tensor([8, 8], dtype=torch.int32), uploader)  # and no finish
+    slot = slot_for("b", values["b"], "e")
+    fill(found, specs, [SlotValue(slot, "test", (), lambda: torch.zeros(5))], uploader)
+    assert found.value("b").tolist() == [0.0] * 5
+    assert same_bits(found.value("a"), values["a"])
+    assert same_bits(found.value("i"), values["i"])
+
+
+def test_what_lies_between_the_weights_is_no_difference() -> None:
+    layout, values, piece = layout_and_values()
+    found, other = (arena_of(layout, values, piece) for _ in "ab")
+    other.memory[16 * 4] += 1
+    assert found.same(other)
+    other.memory[2 * 4] += 1  # of a weight
+    assert not found.same(other)

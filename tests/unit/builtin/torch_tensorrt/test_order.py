@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -204,3 +205,27 @@ def test_a_machine_without_streams_needs_no_order() -> None:
     order.order()
     order.committed()
     order.settle()
+
+
+def test_the_event_of_the_later_call_is_kept() -> None:
+    """The second thread calls between the moment when the first has recorded and when it stores."""
+    cuda = Cuda.new(0, 1)
+    order = CallOrder([GPU], cuda)
+    made: list[Event] = []
+
+    class Noted(Event):
+        def record(self, stream: Stream) -> None:
+            super().record(stream)
+            made.append(self)
+            if len(made) == 1:
+                second.start()
+                second.join(0.2)
+
+    second = threading.Thread(target=lambda: order.call(lambda: None))
+    cuda.Event = Noted
+    try:
+        order.call(lambda: None)
+    finally:
+        cuda.Event = Event
+    second.join()
+    assert list(order._calls.values()) == [made[1]]

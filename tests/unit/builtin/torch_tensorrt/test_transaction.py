@@ -163,6 +163,28 @@ def test_a_commit_that_fails_on_the_device_loses_the_module(
 
 
 @pytest.mark.parametrize("runtimes", RUNTIMES)
+def test_an_interrupt_after_the_commit_says_what_is_live(
+    runtimes: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(runtimes, "refitted")
+    left = [KeyboardInterrupt(), None, None, None]
+
+    def settle() -> None:
+        # the first time is before anything is staged
+        found = left.pop(0) if scene.compiled.version == 2 else None
+        if found is not None:
+            raise found
+
+    monkeypatch.setattr(scene.module, "settle", settle)
+    raised = attempt(scene, {})
+    assert isinstance(raised, KeyboardInterrupt)
+    assert "the new weights are live" in raised.__notes__[0]
+    assert scene.compiled.version == 2
+    scene.seed = NEW
+    assert_whole(scene, None)
+
+
+@pytest.mark.parametrize("runtimes", RUNTIMES)
 def test_warming(runtimes: tuple[str, str], subtests: pytest.Subtests) -> None:
     """A fault at any call leaves all as it was; one on its way back, too, loses the module."""
     scene = Scene(runtimes, "adopted")
