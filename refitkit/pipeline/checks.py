@@ -28,7 +28,6 @@ from refitkit.model import CallRef
 from refitkit.program.bits import all_finite, finite, newly_nonfinite, not_finite
 from refitkit.protocols import (
     ChecksFinite,
-    RemembersWeights,
     ShowsStaged,
     SupportsOverwrite,
     SupportsPartial,
@@ -139,25 +138,14 @@ def judged_where_staged(
         module: The opened module.
         overwrite: Whether engines that can do so write over the live values at the commit.
     """
-    able = _readable(module, overwrite=overwrite)
-    remembering = {
-        name: engine
+    able = _readable(module, overwrite=overwrite) | {
+        name
         for name, engine in _kept_apart(module, overwrite=overwrite)
-        if isinstance(engine, RemembersWeights)
-        and isinstance(engine, ChecksFinite)
-        and engine.checks_finite
-        and name not in able
+        if isinstance(engine, ChecksFinite) and engine.checks_finite
     }
     # an entry that is a slot's value as it is has exactly one source
     return frozenset(
-        value.sources[0]
-        for key, value in values.items()
-        if _is_entry(value)
-        and (
-            key[0] in able
-            # its engine compares with what it remembers
-            or (key[0] in remembering and remembering[key[0]].remembered(key[1]) is not None)
-        )
+        value.sources[0] for key, value in values.items() if key[0] in able and _is_entry(value)
     )
 
 
@@ -182,6 +170,8 @@ class FiniteCheck:
 
     def watched(self, values: Mapping[SlotKey, SlotValue]) -> Mapping[SlotKey, SlotValue]:
         """The same values. Pieces of large values are checked when the engine reads them."""
+        if not self._able:
+            return values
         return {
             key: value._replace(pieces=bind(self._pieces, key, value.pieces))
             if value.pieces is not None and key[0] in self._able and _is_entry(value)
@@ -238,6 +228,8 @@ class FiniteCheck:
     def _to_judge(self, values: Mapping[SlotKey, SlotValue]) -> Mapping[str, dict[str, SlotValue]]:
         """The values to check in the staged memory, by engine and slot."""
         found: defaultdict[str, dict[str, SlotValue]] = defaultdict(dict)
+        if not self._able:
+            return found
         for row in self._plan.data.ledger:
             key, value = row.slot.key, values.get(row.slot.key)
             if value is None or key[0] not in self._able or key in self._passed:

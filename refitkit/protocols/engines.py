@@ -206,10 +206,10 @@ class ChecksFinite(Protocol, metaclass=Ability):
 
     @property
     def checks_finite(self) -> bool:
-        """Whether ``stage`` refuses elements that are not finite where the remembered ones are.
+        """Whether the next ``stage`` refuses elements that are not finite where present ones are.
 
-        If True, refitkit does not look for such elements in the source, for slots whose present
-        value the engine knows and whose new value is a weight as it is.
+        Read before each ``stage``. If True, the engine knows the present values of all slots, and
+        refitkit does not look for such elements in weights that are the value of a slot.
         """
 
 

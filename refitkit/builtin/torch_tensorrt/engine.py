@@ -186,7 +186,7 @@ class RefitterEngine:
     @property
     def checks_finite(self) -> bool:
         """See ``refitkit.protocols.ChecksFinite``."""
-        return self._options.check_finite
+        return self._options.check_finite and self.knows_live
 
     def staged(self, slot: str) -> torch.Tensor:
         """The staged value of a slot, as ``ValueArena.value``."""

@@ -444,21 +444,24 @@ def fill(
     copied: dict[str, Constant] = {}
     # first, because an interrupt may have come before the end of an earlier filling
     arena.begin(uploader)
+    constants = arena.constants
+    dtypes = {name: dtype_of(name) for name in {spec.dtype for spec in specs.values()}}
     try:
         with torch.no_grad():
             for value in values:
                 name, tensor = value.slot.name, value.load()
                 constant = Constant.of(tensor) if value.pinned else None
-                if constant and constant.is_same_as(arena.constants.get(name)):
+                if constant and constant.is_same_as(constants.get(name)):
                     continue
                 spec = specs[name]
                 # the cheap comparison comes first: most values fit
-                if tensor.dtype is not dtype_of(spec.dtype) or tensor.shape != spec.shape:
+                if tensor.dtype is not dtypes[spec.dtype] or tensor.shape != spec.shape:
                     mismatches = list(_mismatches(spec, tensor))
                     problems += mismatches
                     if mismatches:
                         continue
-                arena.constants.pop(name, None)
+                if name in constants:
+                    del constants[name]
                 arena.copy(name, tensor, uploader)
                 if constant:
                     copied[name] = constant

@@ -55,7 +55,7 @@ class PlacedArena:
         """
         self._layout, self._specs, self._mover = layout, specs, mover
         self._device = device = piece.device
-        self._ways: dict[str, Way] = {}
+        self._ways: dict[tuple[str, tuple[int, ...]], Way] = {}
         self.memory = piece.clone()
         self.constants: dict[str, Constant] = {}
         self._words = {dtype: words_of(self.memory, dtype) for dtype in set(layout.dtypes.values())}
@@ -137,6 +137,16 @@ class PlacedArena:
 
     def copy(self, name: str, value: torch.Tensor, uploader: Uploader) -> None:
         """Copy a value; see ``ValueArena``."""
+        # the usual case: a value like one before
+        way = self._ways.get((name, value.stride()))
+        if (
+            way is not None
+            and value.shape == way.shape
+            and value.device == self._device
+            and not value.is_neg()
+        ):
+            self._mover.add(self.memory, way, value)
+            return
         arena = self._beside.get(name)
         if arena is not None:
             self._is_folded = self._is_folded and arena is not self._folded
@@ -148,17 +158,22 @@ class PlacedArena:
             self._copy_by_room(name, stored(value), uploader)
 
     def _move(self, name: str, value: torch.Tensor) -> None:
-        way = self._ways.get(name)
-        if way is None or way.strides != value.stride() or way.shape != value.shape:
-            place = self._layout.places[name]
-            way = self._mover.way(place, value)
-            if way is None:
-                value = value.reshape(-1).contiguous()
-                way = self._mover.way(place, value)
-            if way is None:
-                raise TypeError("a contiguous value has a way to each place")
-            self._ways[name] = way
+        way = self._way(name, value)
+        if way is None:
+            value = value.reshape(-1).contiguous()
+            way = self._way(name, value)
+        if way is None:
+            raise TypeError("a contiguous value has a way to each place")
         self._mover.add(self.memory, way, value)
+
+    def _way(self, name: str, value: torch.Tensor) -> Way | None:
+        key = name, value.stride()
+        way = self._ways.get(key)
+        if way is None or way.shape != value.shape:
+            way = self._mover.way(self._layout.places[name], value)
+            if way is not None:
+                self._ways[key] = way
+        return way
 
     def _copy_by_room(self, name: str, value: torch.Tensor, uploader: Uploader) -> None:
         """Copy a value of the host: to where it lies, or to other memory to be moved there."""

@@ -44,7 +44,6 @@ class Digit(NamedTuple):
     target: int
 
 
-@cache
 def digits_of(
     shape: tuple[int, ...], strides: tuple[int, ...], place: Place
 ) -> tuple[Digit, ...] | None:
@@ -141,6 +140,7 @@ class Mover:
         )
         self._ways = 0
         self._queue: dict[_Kind, list[tuple[Way, torch.Tensor]]] = defaultdict(list)
+        self._queue_bytes = 0
         self._tables: dict[tuple[int, ...], _Table] = {}
 
     @property
@@ -178,8 +178,11 @@ class Mover:
         """
         if way.kind is None:
             _copy(piece, way.place, value)
-        else:
-            self._queue[way.kind].append((way, value))
+            return
+        self._queue[way.kind].append((way, value))
+        self._queue_bytes += value.nbytes
+        if self._queue_bytes > _QUEUE_BYTES:  # values that were computed take memory
+            self.finish(piece)
 
     def finish(self, piece: torch.Tensor) -> None:
         """Launch what is queued, on the current stream.
@@ -187,7 +190,8 @@ class Mover:
         Args:
             piece: The memory.
         """
-        queue, self._queue = self._queue, defaultdict(list)
+        queue = self._queue
+        self.forget()
         for kind, moves in queue.items():
             some = moves
             if kind.plain:  # their words can be larger than their elements
@@ -205,7 +209,7 @@ class Mover:
 
     def forget(self) -> None:
         """Drop what is queued."""
-        self._queue.clear()
+        self._queue, self._queue_bytes = defaultdict(list), 0
 
     def _launch(
         self, kind: _Kind, piece: torch.Tensor, moves: Sequence[tuple[Way, torch.Tensor]]
@@ -222,8 +226,9 @@ class Mover:
         table.launch(piece, [value for _, value in moves])
 
 
-_TABLES = 32
-"""Of which refits differ: whole ones, partial ones, values with other strides."""
+_QUEUE_BYTES = 512 << 20
+_TABLES = 256
+"""One for each launch of refits that differ: whole ones, partial ones, other strides."""
 
 
 def _copy(piece: torch.Tensor, place: Place, value: torch.Tensor) -> None:
@@ -297,7 +302,6 @@ def _kind(size: int, start: int, digits: tuple[Digit, ...]) -> tuple[_Kind | Non
     return kind, sides
 
 
-@cache
 def _sides(digits: tuple[Digit, ...]) -> _Sides | None:
     """Divide digits into those along which a tile is read, and those along which it is written.
 

@@ -235,6 +235,20 @@ def test_an_arena_is_laid_out_as_the_engine() -> None:
     assert same_bits(other.value("m"), values["m"])
 
 
+def test_values_of_other_strides_go_their_own_way() -> None:
+    layout, values, piece = layout_and_values()
+    found = arena_of(layout, values, piece)
+    uploader = Uploader(CPU)
+    for seed in range(3):
+        new = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)).T
+        for value in (new, new.contiguous(), new[:, :1].expand(4, 3), torch._neg_view(new)):
+            found.begin(uploader)
+            found.copy("a", value, uploader)
+            found.finish(uploader)
+            assert same_bits(found.value("a"), value.contiguous())
+    assert len(found._ways) == 3
+
+
 @pytest.mark.parametrize("name", ["a", "m", "w"])
 def test_what_is_not_finite_is_seen(name: str) -> None:
     layout, values, piece = layout_and_values()
