@@ -82,10 +82,10 @@ class Config(Frozen):
         change_limit: Relative change above which the report's notes name a slot. A slot that moves
             by ten times its own norm has likely a wrong scale or weights of another model. None:
             never.
-        plan_cache: Folder in which plans are cached, so that a program is planned once. None: the
-            folder that the environment variable ``REFITKIT_PLAN_CACHE`` names, if any. A
-            user who can write to the folder decides which weight goes into which slot, so protect
-            it like the engines.
+        plan_cache: Folder in which plans are cached, so that a program is planned once, and where
+            TensorRT engines keep their weights, so that it is found out once. None: the folder that
+            the environment variable ``REFITKIT_PLAN_CACHE`` names, if any. A user who can write to
+            the folder decides which weight goes into which slot, so protect it like the engines.
         rules: Rules for names, packing and dtypes of weights; see
             :class:`~refitkit.model.rules.Rules`.
         plugin_settings: Settings of plugins, by the plugin's name. Each plugin defines its own. A

@@ -109,6 +109,7 @@ class Context:
             progress=lambda text: self.host.emit(Step(verb, stage, text)),
             check_finite=self.config.check_finite,
             direct=self.config.direct,
+            cache=self.config.cache_folder(),
             shared=shared,
         )
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     from refitkit.model import LayerType
 
@@ -22,6 +23,8 @@ class Tools:
         check_finite: Whether each element of a new value must be finite if the present one is.
         direct: Whether engines may take weights past their vendor's own way of refitting, where
             that is proved to give the same.
+        cache: Folder of what takes long to find out and can be found out again; the settings name
+            it. None: keep nothing.
         shared: Weights of another process that ``load_module`` has to serve from, instead of those
             of the target; see ``SharesWeights``. None: those of the target.
     """
@@ -30,4 +33,5 @@ class Tools:
     progress: Callable[[str], None] = field(default=lambda _: None)
     check_finite: bool = True
     direct: bool = True
+    cache: Path | None = None
     shared: object = None

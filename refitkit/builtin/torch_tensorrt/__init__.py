@@ -59,7 +59,7 @@ def refitkit_load_module(target: object, tools: Tools) -> OpenedModule | None:
     """Open modules and programs with engines, saved files of these, and folders of networks."""
     from refitkit.builtin.torch_tensorrt.module import default_engine_factory, open_target
 
-    factory = default_engine_factory(check_finite=tools.check_finite, direct=tools.direct)
+    factory = default_engine_factory(tools=tools)
     if not isinstance(target, Path):
         return open_target(target, factory)
     from refitkit.builtin.torch_tensorrt.network.backend import open_folder

@@ -111,9 +111,7 @@ class TorchTensorRTBackend:
                 hint="Lower min_block_size, or compile with 'aotinductor'.",
             )
         found = interpret(program, target, tools, record=True)
-        factory = default_engine_factory(
-            found.slots, check_finite=tools.check_finite, direct=tools.direct
-        )
+        factory = default_engine_factory(found.slots, tools=tools)
         opened = TorchTensorRTOpened(target, factory, structures=found.structures)
         # the pipeline plans next, with the same program: interpreting takes seconds
         opened.cache_interpreted(program, found)

@@ -49,6 +49,7 @@ from refitkit.recipe.sources import require_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     import torch
 
@@ -68,12 +69,14 @@ class EngineOptions:
         known: Slots by name, from a plan; see ``PersistentRefitter.specs``.
         check_finite: Whether staging refuses non-finite values where the live ones are finite.
         direct: Whether weights may be written past TensorRT's refitter.
+        cache: Folder of what takes long to find out; None: none.
     """
 
     device: torch.device
     known: Mapping[str, Slot]
     check_finite: bool = True
     direct: bool = True
+    cache: Path | None = None
 
 
 def create_engine(handle: EngineHandle, trt: Any, options: EngineOptions) -> RefitterEngine:
@@ -403,7 +406,7 @@ class InPlaceEngine(RefitterEngine):
         if not self._options.direct:
             return
         if self._direct is None:
-            self._direct = DirectRoute(self.handle, self._trt, self.device)
+            self._direct = DirectRoute(self.handle, self._trt, self.device, self._options.cache)
         old = self.buffers
         if isinstance(old.staging, PlacedArena):
             return

@@ -127,18 +127,18 @@ class EngineFactory:
 def default_engine_factory(
     known: Mapping[str, Mapping[str, Slot]] | None = None,
     *,
-    check_finite: bool = True,
-    direct: bool = True,
+    tools: Tools | None = None,
 ) -> EngineFactory:
     """Create engines with a persistent refitter, and torch parts that are written in place.
 
     Args:
         known: Slots from a plan, by engine and name. They are needed if this TensorRT does not
             report dtypes and counts.
-        check_finite: Whether staging refuses non-finite values where the live ones are finite.
-        direct: Whether weights may be written past TensorRT's refitter.
+        tools: Settings of the pipeline; None: those of a pipeline without settings.
     """
     known = known or {}
+    check_finite = tools is None or tools.check_finite
+    direct, cache = tools is None or tools.direct, None if tools is None else tools.cache
 
     def engine(handle: EngineHandle) -> Engine:
         device = torch.device("cuda", handle.settings.device.gpu_id)
@@ -147,6 +147,7 @@ def default_engine_factory(
             known=known.get(handle.name, {}),
             check_finite=check_finite,
             direct=direct,
+            cache=cache,
         )
         return create_engine(handle, upstream.tensorrt(), options)
 

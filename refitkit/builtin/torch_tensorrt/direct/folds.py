@@ -39,7 +39,7 @@ class Fold:
         return _shift(bias, mean, self.scale(values))
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def names(self) -> tuple[str, str, str, str, str]:
         """All five weights."""
         return self.weight, self.bias, self.mean, self.var, self.eps
 

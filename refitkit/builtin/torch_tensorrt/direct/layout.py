@@ -49,17 +49,18 @@ class EngineLayout:
         last = max(place.end * sizes[name] for name, place in self.places.items())
         return first, last
 
-    def check(self, counts: Mapping[str, int]) -> None:
+    def check(self, counts: Mapping[str, int], device: torch.device) -> None:
         """Check that writing by this layout changes nothing but the weights of an engine.
 
         Args:
             counts: Number of elements of each weight of the engine, by name.
+            device: Where to look for overlaps.
 
         Raises:
             UnsupportedTargetError: It would; lists all problems.
         """
         problems = list(self._problems(counts))
-        if not problems and self._overlaps():
+        if not problems and bool((self._owners(device) > 1).any()):
             problems = [Problem("places", "overlap")]
         if problems:
             raise UnsupportedTargetError(
@@ -78,9 +79,6 @@ class EngineLayout:
             end = place.end * self.dtypes[name].itemsize
             if place.start < 0 or end > self.nbytes:
                 yield Problem(name, "outside the memory of the weights")
-
-    def _overlaps(self) -> bool:
-        return bool((self._owners(torch.device("cpu")) > 1).any())
 
     def ranges(self, device: torch.device) -> list[tuple[int, int]]:
         """Return first bytes and ends of the ranges of the piece that are full of weights.

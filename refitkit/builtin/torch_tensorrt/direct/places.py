@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-_MAX_DIGITS = 8
+MAX_DIGITS = 8
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Place:
             stride = rest[1] - rest[0]
             breaks = (rest.diff() != stride).nonzero()
             count = int(breaks[0]) + 1 if len(breaks) else rest.numel()
-            if rest.numel() % count or len(digits) == _MAX_DIGITS:
+            if rest.numel() % count or len(digits) == MAX_DIGITS:
                 return None
             rows = rest.view(-1, count)
             if not torch.equal(rows, rows[:, :1] + stride * torch.arange(count).to(rows)):

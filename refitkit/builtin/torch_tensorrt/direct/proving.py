@@ -58,7 +58,8 @@ def prove(
         UnknownLayoutError: The layout is wrong or does not suffice.
     """
     try:
-        layout.check({name: value.numel() for name, value in values.items()})
+        counts = {name: value.numel() for name, value in values.items()}
+        layout.check(counts, engine.pieces()[layout.piece].device)
     except UnsupportedTargetError as exc:
         raise UnknownLayoutError(str(exc)) from exc
     proof = _Proof(engine, untouched, layout, [values, _others(values, layout)])

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, Any
 
 import torch
-import xxhash
 
 from refitkit.builtin.torch_tensorrt.direct.arena import PlacedArena, fixed_layout
 from refitkit.builtin.torch_tensorrt.direct.engines import (
@@ -15,15 +13,23 @@ from refitkit.builtin.torch_tensorrt.direct.engines import (
     ProbedEngine,
     allocating,
 )
+from refitkit.builtin.torch_tensorrt.direct.known import (
+    Known,
+    KnownLayouts,
+    digest_of,
+    digest_of_fixed,
+    key_of,
+)
 from refitkit.builtin.torch_tensorrt.direct.learning import UnknownLayoutError, learn
 from refitkit.builtin.torch_tensorrt.direct.moves import Mover, RangeCopy
 from refitkit.builtin.torch_tensorrt.direct.proving import prove
 from refitkit.builtin.torch_tensorrt.refitter import PersistentRefitter, wait_for_calls
 from refitkit.builtin.torch_tensorrt.weight_buffers import Arena
-from refitkit.program.bits import all_finite, same_bits
+from refitkit.program.bits import all_finite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
 
     from refitkit.builtin.torch_tensorrt.children import EngineHandle
     from refitkit.builtin.torch_tensorrt.direct.layout import EngineLayout
@@ -37,12 +43,6 @@ _SETTINGS = {
 """Settings of engines for which nothing was proved yet."""
 _MOVED = "its weights lie elsewhere after a change of what stays fixed"
 
-_known: dict[tuple[str, ...], tuple[EngineLayout, bytes]] = {}
-"""Proved layouts of this process, and a digest of the weights where they lie.
-
-The key is a digest of the engine's bytes, TensorRT, CUDA and the GPU.
-"""
-
 
 class DirectRoute:
     """Whether an engine can be written directly, and the writer once that is known.
@@ -54,15 +54,19 @@ class DirectRoute:
         outdated: Whether the bytes that ``install`` stores hold other weights than the engine.
     """
 
-    def __init__(self, handle: EngineHandle, trt: Any, device: torch.device) -> None:
+    def __init__(
+        self, handle: EngineHandle, trt: Any, device: torch.device, folder: Path | None = None
+    ) -> None:
         """Find out nothing yet.
 
         Args:
             handle: The engine in its target.
             trt: The package ``tensorrt``.
             device: Its device.
+            folder: Where layouts are kept for other processes; None: nowhere.
         """
         self._handle, self._trt, self._device = handle, trt, device
+        self._layouts = KnownLayouts(folder)
         self.why = next(
             (why for name, why in _SETTINGS.items() if getattr(handle.settings, name, False)), ""
         )
@@ -112,20 +116,22 @@ class DirectRoute:
             raise UnknownLayoutError("this runtime lets nobody see the memory of its engines")
         known = KnownEngine(engine, pieces, self._trt, self._device)
         known.require_static()
-        key = self._key(data)
-        layout = _proved(key, known)
-        if layout is None:
+        key = key_of(data, self._trt, self._device)
+        found = self._layouts.get(key, known, specs)
+        if found is None:
             _require_memory(len(data), values, self._device)
             probed = ProbedEngine(data, specs, self._trt, self._device)
             layout = learn(probed, values)
-            digest = _digest(layout, known)
-            prove(probed, known, layout, {**values, **_of(layout.fixed, held)})
-            _known[key] = layout, digest
+            fixed = _of(layout.fixed, held)
+            found = Known(layout, digest_of(layout, known), digest_of_fixed(layout, fixed))
+            prove(probed, known, layout, {**values, **fixed})
+            self._layouts.put(key, found)
         refitter = PersistentRefitter(engine, self._trt, self._device)
-        fixed = _of(layout.fixed, held)
+        layout = found.layout
         writer = DirectWriter(layout, specs, known.pieces()[layout.piece])
-        if all(n in fixed and same_bits(fixed[n], values[n]) for n in layout.fixed):
-            writer.hold(fixed)
+        holds = digest_of_fixed(layout, _of(layout.fixed, held)) or found.fixed
+        if holds == digest_of_fixed(layout, values):
+            writer.hold(values)
         else:
             with refitter.bound(specs, values):
                 refitter.refit(idle=True)  # nobody calls this engine yet
@@ -174,16 +180,11 @@ class DirectRoute:
             data: Engine bytes.
         """
         if self.writer is not None and self._engine is not None and self._prepared is None:
-            layout = self.writer.layout
-            _known[self._key(data)] = layout, _digest(layout, self._engine)
+            layout, key = self.writer.layout, key_of(data, self._trt, self._device)
+            known = Known(layout, digest_of(layout, self._engine), self.writer.fixed_digest)
+            self._layouts.put(key, known)
         if self._prepared is None:
             self.outdated = False
-
-    def _key(self, data: bytes) -> tuple[str, ...]:
-        found = [hashlib.sha256(data).hexdigest(), str(self._trt.__version__)]
-        if self._device.type == "cuda":
-            found += [torch.cuda.get_device_name(self._device), str(torch.version.cuda)]
-        return tuple(found)
 
     def install(self) -> None:
         """Put the engine that can be written in place, unless it is there.
@@ -233,24 +234,6 @@ def _require_memory(nbytes: int, values: Mapping[str, torch.Tensor], device: tor
         )
 
 
-def _proved(key: tuple[str, ...], engine: KnownEngine) -> EngineLayout | None:
-    """Return the layout that was proved for an engine; None if there is none, or it is not its."""
-    layout, digest = _known.get(key, (None, b""))
-    if layout is None:
-        return None
-    pieces = engine.pieces()
-    fits = layout.piece < len(pieces) and len(pieces[layout.piece]) == layout.nbytes
-    return layout if fits and _digest(layout, engine) == digest else None
-
-
-def _digest(layout: EngineLayout, engine: KnownEngine) -> bytes:
-    """Return a digest of the memory from the first weight to the last."""
-    first, last = layout.span
-    words = engine.pieces()[layout.piece][first:last].cpu()
-    raw: Any = words.numpy()
-    return xxhash.xxh3_128_digest(raw)
-
-
 def _of(
     names: Iterable[str], held: Callable[[str], torch.Tensor | None]
 ) -> dict[str, torch.Tensor]:
@@ -268,6 +251,7 @@ class DirectWriter:
 
     Attributes:
         layout: The engine's layout.
+        fixed_digest: Of the weights that stay fixed, as the engine holds them; empty: unknown.
     """
 
     def __init__(
@@ -285,6 +269,7 @@ class DirectWriter:
         # What lies between the weights stays as it is.
         self._copy = RangeCopy(layout.ranges(piece.device), piece.device)
         self._fixed: torch.Tensor | None = None  # bits of fixed weights that the engine holds
+        self.fixed_digest = b""
 
     def arena(self) -> PlacedArena:
         """Allocate memory for values of all weights, as the engine keeps them."""
@@ -296,7 +281,7 @@ class DirectWriter:
 
     def refitting(self) -> None:
         """Note that TensorRT is about to refit the engine."""
-        self._fixed = None
+        self._fixed, self.fixed_digest = None, b""
 
     def refitted(self, values: Mapping[str, torch.Tensor], arenas: Iterable[PlacedArena]) -> bool:
         """Note that TensorRT has refitted the engine.
@@ -327,7 +312,7 @@ class DirectWriter:
         fixed = Arena(fixed_layout(self.layout, self._specs), self._live.device)
         for name in self.layout.fixed:
             fixed.views[name].copy_(values[name])
-        self._fixed = fixed.memory
+        self._fixed, self.fixed_digest = fixed.memory, digest_of_fixed(self.layout, values)
 
     def takes(self, arena: PlacedArena) -> bool:
         """Return whether weights that cannot be written have the values that the engine holds."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import refitkit
-from refitkit.builtin.torch_tensorrt.direct import route
+from refitkit.builtin.torch_tensorrt.direct import known
 from refitkit.builtin.torch_tensorrt.engine import EngineOptions, create_engine
 from refitkit.builtin.torch_tensorrt.torch_part import TorchPartEngine
 from refitkit.pipeline.pipeline import Pipeline
@@ -59,8 +59,8 @@ def slot_values(engine: Any, values: Mapping[str, torch.Tensor]) -> list[SlotVal
 
 
 def options_for(values: Mapping[str, torch.Tensor], engine: str, **more: Any) -> EngineOptions:
-    known: dict[str, Slot] = {name: slot_for(name, v, engine) for name, v in values.items()}
-    return EngineOptions(**{"device": CPU, "known": known, "direct": False, **more})
+    slots: dict[str, Slot] = {name: slot_for(name, v, engine) for name, v in values.items()}
+    return EngineOptions(**{"device": CPU, "known": slots, "direct": False, **more})
 
 
 def engine_of(
@@ -202,7 +202,7 @@ class Scene:
     """
 
     def __init__(self, runtimes: tuple[str, str], prepared: str, *, verdict: bool = True) -> None:
-        route._known.clear()  # so that each scene makes the same calls
+        known._of_process.clear()  # so that each scene makes the same calls
         self.wire = Tripwire()
         self.module = TrtModule(runtimes, self.wire)
         self.pipeline, self.plugin = made_pipeline()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from refitkit.builtin.torch_tensorrt.direct import route
+from refitkit.builtin.torch_tensorrt.direct import known, route
 from refitkit.builtin.torch_tensorrt.direct.folds import Fold
 from refitkit.builtin.torch_tensorrt.direct.layout import EngineLayout
 from refitkit.builtin.torch_tensorrt.direct.learning import UnknownLayoutError
@@ -23,7 +23,7 @@ from tests.unit.builtin.torch_tensorrt.fake_trt import (
     fake_trt,
     laid_out,
 )
-from tests.unit.builtin.torch_tensorrt.scenes import engine_of, slot_values
+from tests.unit.builtin.torch_tensorrt.scenes import CPU, engine_of, slot_values
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -37,9 +37,9 @@ NORM = "n/norm"
 @pytest.fixture(autouse=True)
 def forgotten() -> Iterator[None]:
     """Nothing is known of any engine."""
-    route._known.clear()
+    known._of_process.clear()
     yield
-    route._known.clear()
+    known._of_process.clear()
 
 
 def values_of(seed: int) -> Values:
@@ -166,7 +166,7 @@ def layout_of(**more: Any) -> EngineLayout:
 
 
 def test_weights_may_lie_between_one_another() -> None:
-    layout_of().check({"a": 4, "b": 4})
+    layout_of().check({"a": 4, "b": 4}, CPU)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_a_layout_that_would_write_elsewhere_is_refused(
     more: dict[str, Any], counts: dict[str, int], kind: str
 ) -> None:
     with pytest.raises(UnsupportedTargetError) as info:
-        layout_of(**more).check(counts)
+        layout_of(**more).check(counts, CPU)
     assert kind in [problem.kind for problem in info.value.problems]
 
 
@@ -275,13 +275,13 @@ def test_a_change_of_what_stays_fixed_goes_through_the_refitter() -> None:
     assert same_state({"sizes": memory(handle, "sizes")}, {"sizes": B["sizes"]})
 
 
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("adopted", [True, False])
 @pytest.mark.parametrize("cached", [True, False])
-def test_a_first_refit_that_changes_what_stays_fixed(known: bool, cached: bool) -> None:
+def test_a_first_refit_that_changes_what_stays_fixed(adopted: bool, cached: bool) -> None:
     if cached:
         refit(engine_with(Folding)[0], B)
     engine, handle = engine_with(Folding)
-    if known:
+    if adopted:
         engine.adopt(slot_values(engine, A))
     other = {**C, "sizes": torch.tensor([4, 4], dtype=torch.int32)}
     refit(engine, other)
@@ -307,8 +307,8 @@ def test_what_stays_fixed_is_that_of_the_engine_in_place() -> None:
 def test_a_layout_of_other_memory_is_not_believed() -> None:
     engine, handle = engine_with(Folding)
     refit(engine, B)
-    for key, (layout, digest) in list(route._known.items()):
-        route._known[key] = layout, bytes(len(digest))
+    for key, found in list(known._of_process.items()):
+        known._of_process[key] = found._replace(memory=bytes(16))
     second, its = engine_with(Folding)
     made = second._trt.Refitter.made
     refit(second, C)

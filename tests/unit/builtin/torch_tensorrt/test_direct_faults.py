@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from refitkit.builtin.torch_tensorrt.direct import route
+from refitkit.builtin.torch_tensorrt.direct import known, route
 from refitkit.builtin.torch_tensorrt.direct.arena import PlacedArena
 from refitkit.builtin.torch_tensorrt.weight_buffers import WeightBuffers
 from refitkit.errors import EngineError
@@ -25,9 +25,9 @@ Values = dict[str, torch.Tensor]
 @pytest.fixture(autouse=True)
 def forgotten() -> Iterator[None]:
     """Nothing is known of any engine."""
-    route._known.clear()
+    known._of_process.clear()
     yield
-    route._known.clear()
+    known._of_process.clear()
 
 
 def values_of(seed: int, **more: torch.Tensor) -> Values:
