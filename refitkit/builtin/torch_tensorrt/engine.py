@@ -364,6 +364,7 @@ def _views(arena: ValueArena) -> Mapping[str, torch.Tensor]:
 # -- Python runtime: refit the live engine ------------------------------------------------------
 
 _NO_ROUTE = ("refitter", "no refit has been made yet")
+_RECALLED = "it is known where its weights lie, so its first refit compiles nothing"
 _NOT_WARMED = "its weights are not known, so its first refit still compiles for seconds"
 
 
@@ -401,30 +402,28 @@ class InPlaceEngine(RefitterEngine):
             return None
         return writer, arena
 
+    def _ready_route(self) -> DirectRoute | None:
+        if self._options.direct and self._direct is None:
+            self._direct = DirectRoute(self.handle, self._trt, self.device, self._options.cache)
+        return self._direct
+
     def _find_writer(self) -> None:
         """Find out whether the engine can be written directly; the staging arena is filled."""
-        if not self._options.direct:
+        direct, old = self._ready_route(), self.buffers
+        if direct is None or isinstance(old.staging, PlacedArena):
             return
-        if self._direct is None:
-            self._direct = DirectRoute(self.handle, self._trt, self.device, self._options.cache)
-        old = self.buffers
-        if isinstance(old.staging, PlacedArena):
-            return
-        self._direct.find(self.specs, _views(old.staging), self._held)
-        writer = self._direct.writer
+        # while values are staged, the snapshot has what the engine holds
+        direct.find(self.specs, _views(old.staging), self.remembered)
+        writer = direct.writer
         if writer is None:
             return
         try:
             buffers = WeightBuffers.moved(old, writer.arena, self.specs, swaps=True)
         except Exception as exc:  # noqa: BLE001 - nothing was touched, and the refitter can do it
-            self._direct.give_up(f"there is no way to stage for it: {exc}")
+            direct.give_up(f"there is no way to stage for it: {exc}")
             return
         self._buffers = buffers
         self._ready_refitter().unbind()
-
-    def _held(self, name: str) -> torch.Tensor | None:
-        # while values are staged, the snapshot has what the engine holds
-        return self.remembered(name)
 
     def refit(self, *, idle: bool = False) -> None:
         """Write the staging arena into the engine: by one copy, or through the refitter.
@@ -526,7 +525,7 @@ class InPlaceEngine(RefitterEngine):
 
     def _warm_refitter(self) -> str:
         if not self.knows_live:
-            return _NOT_WARMED
+            return self._recalled()
         # `partial`, because the staging arena has to hold exactly the live values
         self.buffers.begin_staging(partial=True)
         self._find_writer()
@@ -537,6 +536,20 @@ class InPlaceEngine(RefitterEngine):
             _rollback_warming(staged, exc)
             raise
         return ""
+
+    def _recalled(self) -> str:
+        """Prepare for a first refit of unknown weights, if it is known where they lie."""
+        direct = self._ready_route()
+        if direct is not None:
+            direct.recall(self.specs)
+        if direct is None or direct.writer is None:
+            return _NOT_WARMED
+        if not isinstance(self.buffers.staging, PlacedArena):
+            self._buffers = WeightBuffers(direct.writer.arena, swaps=True)
+            self._ready_refitter().unbind()
+        wait_for_calls(self.device, idle=False)
+        direct.install()
+        return _RECALLED
 
     def write(self, *, idle: bool) -> None:
         """Refit the live engine to the staging arena.

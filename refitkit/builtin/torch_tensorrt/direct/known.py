@@ -63,6 +63,10 @@ class KnownLayouts:
         """
         self._folder = folder
 
+    def has(self, key: Key) -> bool:
+        """Return whether there may be a layout for a key."""
+        return key in _of_process or (self._folder is not None and self._path(key).is_file())
+
     def get(self, key: Key, engine: Answering, specs: Mapping[str, WeightSpec]) -> Known | None:
         """Return the layout that was proved for an engine; None if there is none that fits it.
 

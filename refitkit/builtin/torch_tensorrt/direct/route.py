@@ -108,14 +108,8 @@ class DirectRoute:
         values: Mapping[str, torch.Tensor],
         held: Callable[[str], torch.Tensor | None],
     ) -> None:
-        data, pieces = self._handle.engine_bytes(), Pieces(self._device)
-        with allocating(self._trt, pieces):
-            prepared = self._handle.prepare(data)
-        engine = self._handle.cuda_engine_of(prepared)
-        if engine is None or not pieces.all():
-            raise UnknownLayoutError("this runtime lets nobody see the memory of its engines")
-        known = KnownEngine(engine, pieces, self._trt, self._device)
-        known.require_static()
+        data = self._handle.engine_bytes()
+        known, prepared = self._opened(data)
         key = key_of(data, self._trt, self._device)
         found = self._layouts.get(key, known, specs)
         if found is None:
@@ -126,7 +120,7 @@ class DirectRoute:
             found = Known(layout, digest_of(layout, known), digest_of_fixed(layout, fixed))
             prove(probed, known, layout, {**values, **fixed})
             self._layouts.put(key, found)
-        refitter = PersistentRefitter(engine, self._trt, self._device)
+        refitter = PersistentRefitter(known.engine, self._trt, self._device)
         layout = found.layout
         writer = DirectWriter(layout, specs, known.pieces()[layout.piece])
         holds = digest_of_fixed(layout, _of(layout.fixed, held)) or found.fixed
@@ -137,6 +131,43 @@ class DirectRoute:
                 refitter.refit(idle=True)  # nobody calls this engine yet
             if not writer.refitted(values, ()):
                 raise UnknownLayoutError(_MOVED)
+        self._engine, self._prepared, self.refitter = known, prepared, refitter
+        self.writer = writer
+
+    def _opened(self, data: bytes) -> tuple[KnownEngine, Any]:
+        """An engine of some bytes whose memory is known, and what ``EngineHandle.put`` takes."""
+        pieces = Pieces(self._device)
+        with allocating(self._trt, pieces):
+            prepared = self._handle.prepare(data)
+        engine = self._handle.cuda_engine_of(prepared)
+        if engine is None or not pieces.all():
+            raise UnknownLayoutError("this runtime lets nobody see the memory of its engines")
+        known = KnownEngine(engine, pieces, self._trt, self._device)
+        known.require_static()
+        return known, prepared
+
+    def recall(self, specs: Mapping[str, WeightSpec]) -> None:
+        """Look for the layout among those that were proved before. No values are needed.
+
+        Args:
+            specs: Dtype and number of elements of each weight, by name.
+        """
+        if self.writer is not None or self.why:
+            return
+        data = self._handle.engine_bytes()
+        key = key_of(data, self._trt, self._device)
+        if not self._layouts.has(key):
+            return
+        try:
+            known, prepared = self._opened(data)
+            found = self._layouts.get(key, known, specs)
+            if found is None:
+                return
+            writer = DirectWriter(found.layout, specs, known.pieces()[found.layout.piece])
+            writer.fixed_digest = found.fixed
+            refitter = PersistentRefitter(known.engine, self._trt, self._device)
+        except Exception:  # noqa: BLE001 - nothing was touched, and the first refit tries again
+            return
         self._engine, self._prepared, self.refitter = known, prepared, refitter
         self.writer = writer
 
@@ -316,6 +347,10 @@ class DirectWriter:
 
     def takes(self, arena: PlacedArena) -> bool:
         """Return whether weights that cannot be written have the values that the engine holds."""
+        if self._fixed is None and self.fixed_digest:
+            values = {name: arena.value(name) for name in self.layout.fixed}
+            if digest_of_fixed(self.layout, values) == self.fixed_digest:
+                self.hold({name: value.reshape(-1) for name, value in values.items()})
         return self._fixed is not None and torch.equal(arena.fixed.memory, self._fixed)
 
     def commit(self, arena: PlacedArena) -> None:

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from refitkit.builtin.torch_tensorrt.direct import known, route
+from refitkit.builtin.torch_tensorrt.refitter import PersistentRefitter
 from tests.fakes import same_state
 from tests.unit.builtin.torch_tensorrt.scenes import slot_values
 from tests.unit.builtin.torch_tensorrt.test_direct import (
@@ -99,6 +100,53 @@ def test_bytes_of_a_refitted_engine_are_known_elsewhere(
     refit(second, PLAIN)
     assert second.route == ("direct", "")
     assert torch.equal(memory(its, "linear"), flat(A)["linear"])
+
+
+@pytest.mark.parametrize("kind", [Folding, PlacedEngine])
+def test_a_loaded_engine_is_warmed_without_its_weights(
+    kind: type[PlacedEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = A if kind is Folding else PLAIN
+    first, _ = engine_with(kind, values, cache=tmp_path)
+    first.adopt(slot_values(first, values))
+    refit(first, {name: B[name] for name in values})
+    known._of_process.clear()
+    engine, handle = engine_with(kind, values, cache=tmp_path)
+    told: list[str] = []
+    engine.warm(told.append)
+    assert "compiles nothing" in told[-1]
+    assert isinstance(handle.engine, kind)
+    assert same_state(handle.engine.values(), flat(values))  # as it was loaded
+    engine.warm(told.append)  # again
+    monkeypatch.setattr(PersistentRefitter, "refit", None)
+    before = handle.engine_bytes()
+    staged = refit(engine, {name: C[name] for name in values})
+    assert engine.route == ("direct", "")
+    assert torch.equal(memory(handle, "linear"), flat(C)["linear"])
+    staged.rollback()
+    assert handle.engine_bytes() == before
+    assert same_state(handle.engine.values(), flat(values))
+    refit(engine, {name: B[name] for name in values})
+    assert torch.equal(handle.engine.values()["linear"], flat(B)["linear"])
+
+
+def test_a_change_of_what_stays_fixed_after_warming(tmp_path: Path) -> None:
+    stored_by(tmp_path)
+    engine, handle = engine_with(Folding, A, cache=tmp_path)
+    engine.warm(lambda _: None)
+    other = {**C, "sizes": torch.tensor([9, 9], dtype=torch.int32)}
+    refit(engine, other)
+    assert engine.route[0] == "refitter"
+    assert torch.equal(handle.engine.values()["sizes"], other["sizes"])
+    assert torch.equal(memory(handle, "linear"), flat(C)["linear"])
+
+
+def test_without_a_layout_nothing_is_opened_to_warm(tmp_path: Path) -> None:
+    engine, handle = engine_with(Folding, A, cache=tmp_path)
+    before, told = handle.engine, list[str]()
+    engine.warm(told.append)
+    assert "still compiles" in told[-1]
+    assert handle.engine is before
 
 
 def rewritten(file: Path, change: Callable[[Any], None]) -> None:
