@@ -487,7 +487,7 @@ def _drop_captured_graph(holder: Any) -> None:
     no longer exists (``TorchTRTRuntimeStates`` in ``_PythonTorchTensorRTModule.py`` of 2.11,
     ``_TRTEngine.py`` of 2.14).
     """
-    if getattr(holder, "cudagraph", None) is not None and torch.cuda.is_initialized():
+    if getattr(holder, "cudagraph", None) is not None and torch.cuda.is_available():
         # a call may still replay it; the current stream waits for all calls
         torch.cuda.current_stream().synchronize()
     reset = getattr(holder, "reset_captured_graph", None)
