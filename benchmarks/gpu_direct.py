@@ -64,12 +64,13 @@ def kernels_ms(do: Callable[[], Any]) -> float:
 class Measured:
     """One model, compiled for direct refits, between two sets of weights."""
 
-    def __init__(self, model: str, dtype: str) -> None:
+    def __init__(self, model: str, dtype: str, found: dict[str, Any]) -> None:
         """Compile it and refit it once.
 
         Args:
             model: Name of the model.
             dtype: Name of the dtype.
+            found: Where results are noted.
         """
         kind = MODELS[model]
         self.inputs = kind.inputs(DTYPES[dtype])
@@ -79,7 +80,7 @@ class Measured:
         options = {"min_block_size": 1, "use_python_runtime": True}
         program = exported(self.modules[0], self.inputs)
         self.compiled = self.pipeline.compile(program, "torch_tensorrt", options, prove=False)
-        self.found: dict[str, Any] = {"model": model, "dtype": dtype}
+        self.found = found
         self.stored = {name: engine.handle.engine_bytes() for name, engine in self.engines()}
         start = time.perf_counter()
         self.report = self.refit(1)
@@ -195,6 +196,22 @@ class Measured:
         self.found["over upstream"] = round(1e3 * self.found["upstream_s"] / self.found["refit_ms"])
 
 
+def noted(file: Path, found: dict[str, Any], measure: Callable[[], None]) -> None:
+    """Measure something, and write what was found, with the error if there is one.
+
+    Args:
+        file: The file to write.
+        found: What is written; ``measure`` adds to it.
+        measure: Measures.
+    """
+    try:
+        measure()
+    except Exception:  # noqa: BLE001 - noted, so that the next model is measured
+        found["error"] = traceback.format_exc()[-2000:]
+    file.write_text(json.dumps(found, indent=1))
+    print(json.dumps(found), file=sys.stdout)
+
+
 def main() -> None:
     """Measure one model and write the results to a file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -206,18 +223,16 @@ def main() -> None:
     if given.file.exists():
         return
     found: dict[str, Any] = {"model": given.model, "dtype": given.dtype}
-    try:
-        measured = Measured(given.model, given.dtype)
-        found = measured.found
+
+    def measure() -> None:
+        measured = Measured(given.model, given.dtype, found)
         if measured.is_direct:
             measured.equal_to_tensorrt()
             measured.times()
             if given.upstream:
                 measured.upstream(given.dtype)
-    except Exception:  # noqa: BLE001 - noted, so that the next model is measured
-        found["error"] = traceback.format_exc()[-2000:]
-    given.file.write_text(json.dumps(found, indent=1))
-    print(json.dumps(found), file=sys.stdout)
+
+    noted(given.file, found, measure)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,13 @@ usage: python benchmarks/gpu_serving.py MODEL DTYPE FILE [--calls N] [--every MS
 from __future__ import annotations
 
 import argparse
-import json
 import threading
 import time
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from gpu_direct import DEVICE, Measured
+from gpu_direct import DEVICE, Measured, noted
 from gpu_models import DTYPES, MODELS
 
 from refitkit.builtin.torch_tensorrt import upstream
@@ -208,9 +206,9 @@ def main() -> None:
     if given.file.exists():
         return
     found: dict[str, Any] = {"model": given.model, "dtype": given.dtype}
-    try:
-        measured = Measured(given.model, given.dtype)
-        found["routes"] = measured.found["routes"]
+
+    def measure() -> None:
+        measured = Measured(given.model, given.dtype, found)
         for way in given.way:
             service = Service(measured, way, given.calls)
             service.run(None, 400)  # warms up
@@ -221,10 +219,8 @@ def main() -> None:
                 "p999_more_ms": beside["p999_ms"] - alone["p999_ms"],
                 "throughput": beside["calls_a_second"] / alone["calls_a_second"],
             }
-    except Exception:  # noqa: BLE001 - noted, so that the next model is measured
-        found["error"] = traceback.format_exc()[-2000:]
-    given.file.write_text(json.dumps(found, indent=1))
-    print(json.dumps(found))
+
+    noted(given.file, found, measure)
 
 
 if __name__ == "__main__":

@@ -222,6 +222,7 @@ class ModuleTransaction:
         self.name, self.draft = name, prepared.draft
         self._host, self._config = context.host, context.config
         self._compiled, self._module, self._prepared = compiled, compiled.opened, prepared
+        self._orders = self._module if isinstance(self._module, OrdersCalls) else None
         self._before = compiled.state
         self._snapshot: SnapshotBuilder | None = None
         self._staged = Staged(self._module)
@@ -383,7 +384,7 @@ class ModuleTransaction:
 
     def drain(self) -> None:
         """Wait for work that calls left pending, if that need not be done behind the gate."""
-        if isinstance(self._module, OrdersCalls) and not self.publishes:
+        if self._orders is not None and not self.publishes:
             with raised_as(EngineError, _FAILED_WORK):
                 self._module.synchronize()
 
@@ -393,9 +394,9 @@ class ModuleTransaction:
         Raises:
             ModuleLostError: The device failed, so nobody knows what it holds.
         """
-        if isinstance(self._module, OrdersCalls):
+        if self._orders is not None:
             try:
-                self._module.settle()
+                self._orders.settle()
             except Exception as exc:
                 self.gate.poison(exc)
                 raise self.naming(lost_error(exc)) from exc
@@ -405,8 +406,8 @@ class ModuleTransaction:
         if self.publishes:
             return
         with raised_as(EngineError, _FAILED_WORK):
-            if isinstance(self._module, OrdersCalls):
-                self._module.order()
+            if self._orders is not None:
+                self._orders.order()
             else:
                 self._module.synchronize()
         with raised_as(EngineError, "The state that calls have written cannot be copied"):
@@ -425,9 +426,9 @@ class ModuleTransaction:
 
     def committed(self) -> None:
         """Have the device make later calls wait for the commit."""
-        if isinstance(self._module, OrdersCalls):
+        if self._orders is not None:
             with raised_as(EngineError, "The commit cannot be put in order"):
-                self._module.committed()
+                self._orders.committed()
 
     def conclude(self) -> None:
         """Notify plugins, verify what was not verified yet, and store the module's new state.

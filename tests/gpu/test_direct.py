@@ -119,10 +119,11 @@ def test_the_kernels_move_what_torch_moves(dtype: torch.dtype) -> None:
             if start * value.element_size() > 1 << 22:
                 break
             value = value.to(device)
-            way = mover.way(place, value)
+            name = str(len(kept))
+            way = mover.way(name, place, value)
             if way is None:
                 value = value.contiguous().view(-1)
-                way = mover.way(place, value)
+                way = mover.way(name, place, value)
             assert way is not None
             moves._copy(wanted, place, value)
             mover.add(found, way, value)

@@ -418,7 +418,7 @@ class InPlaceEngine(RefitterEngine):
         if writer is None:
             return
         try:
-            buffers = WeightBuffers.moved(old, writer.arena, self.specs, swaps=True)
+            buffers = WeightBuffers.moved(old, writer.arena, self.specs)
         except Exception as exc:  # noqa: BLE001 - nothing was touched, and the refitter can do it
             direct.give_up(f"there is no way to stage for it: {exc}")
             return

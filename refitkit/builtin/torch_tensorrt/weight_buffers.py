@@ -92,18 +92,15 @@ class WeightBuffers:
         old: WeightBuffers,
         new: Callable[[], ValueArena],
         names: Collection[str],
-        *,
-        swaps: bool,
     ) -> WeightBuffers:
-        """Return buffers of another kind that hold what some buffers hold.
+        """Return buffers whose arenas change their roles, and that hold what some buffers hold.
 
         Args:
             old: The buffers.
             new: Allocates an arena of the other kind.
             names: Names of all weights.
-            swaps: As for a new object.
         """
-        found = cls(new, swaps=swaps)
+        found = cls(new, swaps=True)
         copy_values(old.staging, found.staging, names)
         if old._snapshot is not None:
             copy_values(old._snapshot, found._allocated_snapshot(), names)
@@ -246,7 +243,7 @@ def copy_values(source: ValueArena, target: ValueArena, names: Iterable[str]) ->
 
 
 class LazyCopies(Mapping[str, torch.Tensor]):
-    """A mapping that computes a tensor each time the tensor is looked up."""
+    """A mapping that copies a tensor each time the tensor is looked up."""
 
     def __init__(self, names: Iterable[str], copy: Callable[[str], torch.Tensor]) -> None:
         """Copy nothing yet.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from refitkit.builtin.torch_tensorrt.direct.layout import EngineLayout
-    from refitkit.builtin.torch_tensorrt.direct.moves import Mover, Way
+    from refitkit.builtin.torch_tensorrt.direct.moves import Mover
     from refitkit.builtin.torch_tensorrt.refitter import WeightSpec
     from refitkit.builtin.torch_tensorrt.weight_buffers import Constant, Uploader
 
@@ -34,6 +34,7 @@ class PlacedArena:
     Attributes:
         memory: As large as the engine's memory, as ``uint8``; what lies between the weights, too.
         fixed: The weights that stay fixed.
+        accepted: What the engine held of them when they were found to be equal; None: not compared.
         constants: See ``ValueArena``.
         nbytes: See ``ValueArena``.
     """
@@ -55,13 +56,13 @@ class PlacedArena:
         """
         self._layout, self._specs, self._mover = layout, specs, mover
         self._device = device = piece.device
-        self._ways: dict[tuple[str, tuple[int, ...]], Way] = {}
         self.memory = piece.clone()
         self.constants: dict[str, Constant] = {}
         self._words = {dtype: words_of(self.memory, dtype) for dtype in set(layout.dtypes.values())}
         folded = {name for fold in layout.folds for name in fold.names}
         self._folded = Arena(Layout.of(specs[name] for name in sorted(folded)), device)
         self.fixed = Arena(fixed_layout(layout, specs), device)
+        self.accepted: torch.Tensor | None = None
         self._beside = {
             **dict.fromkeys(folded, self._folded),
             **dict.fromkeys(layout.fixed, self.fixed),
@@ -76,7 +77,7 @@ class PlacedArena:
         self._screened = self._screen()
 
     def _screen(self) -> torch.dtype | None:
-        """The dtype by which all memory can be searched for what is not finite, if there is one."""
+        """The dtype in which one look at all memory finds NaN and infinity; None if none does."""
         if len(self._words) > 1:
             return None
         (dtype,) = self._words
@@ -138,7 +139,7 @@ class PlacedArena:
     def copy(self, name: str, value: torch.Tensor, uploader: Uploader) -> None:
         """Copy a value; see ``ValueArena``."""
         # the usual case: a value like one before
-        way = self._ways.get((name, value.stride()))
+        way = self._mover.ways.get((name, value.stride()))
         if (
             way is not None
             and value.shape == way.shape
@@ -149,7 +150,10 @@ class PlacedArena:
             return
         arena = self._beside.get(name)
         if arena is not None:
-            self._is_folded = self._is_folded and arena is not self._folded
+            if arena is self._folded:
+                self._is_folded = False
+            else:
+                self.accepted = None
             arena.copy(name, value, uploader)
             return
         if value.device == self._device:
@@ -158,22 +162,14 @@ class PlacedArena:
             self._copy_by_room(name, stored(value), uploader)
 
     def _move(self, name: str, value: torch.Tensor) -> None:
-        way = self._way(name, value)
+        place = self._layout.places[name]
+        way = self._mover.way(name, place, value)
         if way is None:
             value = value.reshape(-1).contiguous()
-            way = self._way(name, value)
+            way = self._mover.way(name, place, value)
         if way is None:
             raise TypeError("a contiguous value has a way to each place")
         self._mover.add(self.memory, way, value)
-
-    def _way(self, name: str, value: torch.Tensor) -> Way | None:
-        key = name, value.stride()
-        way = self._ways.get(key)
-        if way is None or way.shape != value.shape:
-            way = self._mover.way(self._layout.places[name], value)
-            if way is not None:
-                self._ways[key] = way
-        return way
 
     def _copy_by_room(self, name: str, value: torch.Tensor, uploader: Uploader) -> None:
         """Copy a value of the host: to where it lies, or to other memory to be moved there."""
@@ -207,11 +203,11 @@ class PlacedArena:
     def copy_from(self, other: PlacedArena) -> None:
         """Copy all values of an arena of the same layout, without synchronizing."""
         self.constants.clear()
-        self._is_folded = False  # if it is interrupted
+        self._is_folded, self.accepted = False, None  # if it is interrupted
         self.memory.copy_(other.memory)
         self._folded.copy_from(other._folded)
         self.fixed.copy_from(other.fixed)
-        self._is_folded = other._is_folded
+        self._is_folded, self.accepted = other._is_folded, other.accepted
 
     def fold(self) -> None:
         """Write what lies in the engine's memory instead of norms that are folded."""
@@ -225,9 +221,8 @@ class PlacedArena:
         Args:
             piece: The engine's memory.
         """
-        whole = piece.clone()
-        self._layout.write(whole, {name: self.value(name) for name in self._specs})
-        self.memory.copy_(whole)
+        values = {name: self.value(name) for name in self._specs}
+        self.memory.copy_(self._layout.written(piece, values))
 
 
 def fixed_layout(layout: EngineLayout, specs: Mapping[str, WeightSpec]) -> Layout:

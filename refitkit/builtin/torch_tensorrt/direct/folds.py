@@ -68,7 +68,7 @@ class FoldsAtOnce:
         values: Mapping[str, torch.Tensor],
         runs: Mapping[torch.dtype, torch.Tensor],
     ) -> None:
-        """Find out which word of which memory goes where.
+        """Compute the indices of all words to read and to write.
 
         Args:
             folds: The folds.

@@ -129,3 +129,9 @@ class EngineLayout:
         found = self.folded(values)
         for name, view in self.views(piece).items():
             view.copy_(found[name].reshape(view.shape))
+
+    def written(self, piece: torch.Tensor, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return a copy of a piece that holds other values; see ``write``."""
+        whole = piece.clone()
+        self.write(whole, values)
+        return whole

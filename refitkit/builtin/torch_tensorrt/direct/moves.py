@@ -109,7 +109,6 @@ class Way:
         number: Tells ways of one mover apart.
         place: Where the weight lies.
         shape: Shape of the values.
-        strides: Their strides, in elements.
         size: Of an element, in bytes.
         kind: What the launch needs to be; None if torch moves them.
         sides: Digits along which the kernel reads and writes.
@@ -118,14 +117,17 @@ class Way:
     number: int
     place: Place
     shape: torch.Size
-    strides: tuple[int, ...]
     size: int
     kind: _Kind | None
     sides: _Sides
 
 
 class Mover:
-    """Moves many values to places in one piece of memory."""
+    """Moves many values to places in one piece of memory.
+
+    Attributes:
+        ways: Each way so far, by name of the weight and strides of the value.
+    """
 
     def __init__(self, device: torch.device, *, kernel: bool | None = None) -> None:
         """Plan nothing yet.
@@ -138,7 +140,8 @@ class Mover:
         self._kernels = (
             _kernels() if (device.type == "cuda" if kernel is None else kernel) else None
         )
-        self._ways = 0
+        self.ways: dict[tuple[str, tuple[int, ...]], Way] = {}
+        self._made = 0
         self._queue: dict[_Kind, list[tuple[Way, torch.Tensor]]] = defaultdict(list)
         self._queue_bytes = 0
         self._tables: dict[tuple[int, ...], _Table] = {}
@@ -148,25 +151,31 @@ class Mover:
         """Whether the kernels are used."""
         return self._kernels is not None
 
-    def way(self, place: Place, value: torch.Tensor) -> Way | None:
+    def way(self, name: str, place: Place, value: torch.Tensor) -> Way | None:
         """Return how values like one are moved.
 
         Args:
+            name: Name of the weight.
             place: Where.
             value: The value: a tensor on the device.
 
         Returns:
             The way; None if its strides and the place fit no digits. A contiguous value has one.
         """
+        found = self.ways.get((name, value.stride()))
+        if found is not None and found.shape == value.shape:
+            return found
         digits = digits_of(tuple(value.shape), value.stride(), place)
         if digits is None:
             return None
-        self._ways += 1
+        self._made += 1
         kind, sides = None, _NO_SIDES
         if self._kernels is not None and value.element_size() in _WORDS and digits:
             kind, sides = _kind(value.element_size(), place.start, digits)
         size = value.element_size()
-        return Way(self._ways, place, value.shape, value.stride(), size, kind, sides)
+        found = Way(self._made, place, value.shape, size, kind, sides)
+        self.ways[name, value.stride()] = found
+        return found
 
     def add(self, piece: torch.Tensor, way: Way, value: torch.Tensor) -> None:
         """Move a value, now or in ``finish``.

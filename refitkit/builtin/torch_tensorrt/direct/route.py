@@ -325,9 +325,7 @@ class DirectWriter:
             Whether the layout still says where they are: it was proved only with the values of
             before of the weights that stay fixed.
         """
-        whole = self._live.clone()
-        self.layout.write(whole, values)
-        if not torch.equal(whole, self._live):
+        if not torch.equal(self.layout.written(self._live, values), self._live):
             return False
         for arena in arenas:
             arena.take_between(self._live)
@@ -351,7 +349,12 @@ class DirectWriter:
             values = {name: arena.value(name) for name in self.layout.fixed}
             if digest_of_fixed(self.layout, values) == self.fixed_digest:
                 self.hold({name: value.reshape(-1) for name, value in values.items()})
-        return self._fixed is not None and torch.equal(arena.fixed.memory, self._fixed)
+        if self._fixed is None:
+            return False
+        # A comparison waits for the device, so it must not be made again behind the gate.
+        if arena.accepted is not self._fixed and torch.equal(arena.fixed.memory, self._fixed):
+            arena.accepted = self._fixed
+        return arena.accepted is self._fixed
 
     def commit(self, arena: PlacedArena) -> None:
         """Copy values over the weights, on the current stream, after all calls on other streams.

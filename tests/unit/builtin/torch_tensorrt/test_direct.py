@@ -252,6 +252,18 @@ def test_the_live_engine_is_never_refitted_by_tensorrt() -> None:
     assert torch.equal(memory(handle, "linear"), flat(C)["linear"])
 
 
+def test_a_commit_compares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each comparison waits for the device, and calls would wait with it."""
+    engine, handle = engine_with(Folding)
+    for values in (B, C):  # the first puts another engine in place
+        staged = engine.stage(slot_values(engine, values))
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "equal", None)
+            staged.commit()
+        assert engine.route == ("direct", "")
+        assert torch.equal(memory(handle, "linear"), flat(values)["linear"])
+
+
 def test_partial_refits_and_undo() -> None:
     engine, handle = engine_with(Folding)
     refit(engine, B)
