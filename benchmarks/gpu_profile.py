@@ -18,8 +18,9 @@ from gpu_raw import many
 
 from refitkit.builtin.checks import finite, names
 from refitkit.builtin.torch_tensorrt import engine as trt_engine
-from refitkit.builtin.torch_tensorrt import weight_buffers
+from refitkit.builtin.torch_tensorrt import filling
 from refitkit.builtin.torch_tensorrt.engine import RefitterEngine
+from refitkit.builtin.torch_tensorrt.filling import Filler
 from refitkit.builtin.torch_tensorrt.refitter import PersistentRefitter
 from refitkit.builtin.torch_tensorrt.weight_buffers import Uploader, WeightBuffers
 from refitkit.pipeline import refit as refitting
@@ -49,8 +50,8 @@ WATCHED: tuple[tuple[Any, str], ...] = (
     (refitting, "overridden_by"),
     (trt_engine, "require_values"),
     (WeightBuffers, "begin_staging"),
-    (weight_buffers, "fill"),
-    (weight_buffers, "_mismatches"),
+    (Filler, "fill"),
+    (filling, "_mismatches"),
     (Replay, "value"),
     (Uploader, "copy"),
     (Uploader, "finish"),

@@ -40,23 +40,23 @@ class Size(NamedTuple):
 
 
 LIMITS = {
-    "refitkit": Size(201, 1092, 0),
-    "refitkit.builtin": Size(83, 178, 0),
+    "refitkit": Size(204, 1105, 0),
+    "refitkit.builtin": Size(84, 179, 0),
     "refitkit.builtin.aotinductor": Size(14, 37, 0),
     "refitkit.builtin.checks": Size(3, 2, 0),
     "refitkit.builtin.merges": Size(3, 2, 0),
     "refitkit.builtin.rules": Size(5, 5, 0),
     "refitkit.builtin.strategies": Size(2, 1, 0),
-    "refitkit.builtin.torch_tensorrt": Size(45, 117, 0),
+    "refitkit.builtin.torch_tensorrt": Size(46, 118, 0),
     "refitkit.builtin.verify": Size(3, 2, 0),
     "refitkit.builtin.weights": Size(7, 12, 0),
     "refitkit.cli": Size(23, 66, 0),
     "refitkit.files": Size(7, 3, 0),
     "refitkit.model": Size(6, 10, 0),
-    "refitkit.pipeline": Size(22, 100, 0),
+    "refitkit.pipeline": Size(23, 104, 0),
     "refitkit.program": Size(9, 12, 0),
     "refitkit.protocols": Size(11, 34, 0),
-    "refitkit.recipe": Size(17, 36, 0),
+    "refitkit.recipe": Size(18, 37, 0),
     "refitkit.testing": Size(15, 40, 0),
 }
 """The most that each package may have."""

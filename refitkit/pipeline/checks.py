@@ -168,10 +168,14 @@ class FiniteCheck:
         self._able = _readable(module, overwrite=overwrite)
         self._passed: set[SlotKey] = set()
 
-    def watched(self, values: Mapping[SlotKey, SlotValue]) -> Mapping[SlotKey, SlotValue]:
-        """The same values. Pieces of large values are checked when the engine reads them."""
-        if not self._able:
-            return values
+    def watched(self, values: Mapping[SlotKey, SlotValue]) -> Mapping[SlotKey, SlotValue] | None:
+        """The same values, of which pieces are checked when the engine reads them.
+
+        Returns:
+            The values; None if none of them comes in pieces.
+        """
+        if not self._able or all(value.pieces is None for value in values.values()):
+            return None
         return {
             key: value._replace(pieces=bind(self._pieces, key, value.pieces))
             if value.pieces is not None and key[0] in self._able and _is_entry(value)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from refitkit.errors import (
@@ -31,7 +31,7 @@ from refitkit.model import LedgerRow, ReportRow, SlotKey, SlotState, StateRow
 from refitkit.pipeline.needs import require_all_weights_mapped, require_proved_strategies
 from refitkit.program.bits import same_bits
 from refitkit.program.views import derived_value
-from refitkit.protocols import LeavesOut, Mapped, MapRequest, SupportsPartial
+from refitkit.protocols import LeavesOut, Mapped, MapRequest, SteadyValues, SupportsPartial
 from refitkit.recipe import RefitPlan, unusable_reason
 from refitkit.recipe.plan import STRATEGY
 from refitkit.recipe.reads import kept_leaves, reads_of, state_slots
@@ -107,6 +107,7 @@ def map_slots(
     tools = context.tools("refit", "map")
 
     def ask(strategy: MappingStrategy, wanted: tuple[LedgerRow, ...]) -> Mapped:
+        mapping.asked.add(strategy.name)
         request = MapRequest(plan, module, source, wanted, program, tools)
         doing = f"The strategy {strategy.name!r} cannot map slots"
         with raised_as(PluginError, f"The strategy {strategy.name!r} failed", doing=doing):
@@ -225,6 +226,7 @@ class SlotMapping:
         unchanged: Slots that already hold the source's value; no strategy is asked for them.
         kept: State that keeps its live value, with the values that would reset it.
         reset: State whose new value is none of the weights.
+        asked: Names of the strategies that were asked.
     """
 
     plan: Plan
@@ -233,6 +235,7 @@ class SlotMapping:
     unchanged: frozenset[tuple[str, str]] = frozenset()
     kept: dict[tuple[str, str], SlotValue] = field(default_factory=dict)
     reset: frozenset[tuple[str, str]] = frozenset()
+    asked: set[str] = field(default_factory=set)
 
     def rows_without_value(self) -> list[LedgerRow]:
         """Rows of the plan that need a value and have none, in the ledger's order.
@@ -308,8 +311,14 @@ class SlotMapping:
         strategies = {key: value.strategy for key, value in self.values.items()}
         require_proved_strategies(self.plan.data, strategies)
 
+    @cached_property
+    def by_engine(self) -> dict[str, SteadyValues]:
+        """All values by engine, asked for once all are there."""
+        return grouped(self.values)
+
+    @cached_property
     def summary(self) -> MappingSummary:
-        """The facts for the report. They hold no tensors."""
+        """The facts for the report, asked for once all values are there. They hold no tensors."""
         values = self.values.items()
         return MappingSummary(
             self.plan.data.ledger,
@@ -324,6 +333,14 @@ class SlotMapping:
         if key in self.reset:
             return "reset"
         return "set" if key in self.values else "kept"
+
+
+def grouped(values: Mapping[SlotKey, SlotValue]) -> dict[str, SteadyValues]:
+    """Values by engine."""
+    found: dict[str, SteadyValues] = {}
+    for (engine, _), value in values.items():
+        found.setdefault(engine, SteadyValues()).append(value)
+    return found
 
 
 def _is_contained(value: SlotValue, names: Collection[str], source: WeightSource) -> bool:
@@ -356,11 +373,13 @@ class MappingSummary:
     unchanged: frozenset[SlotKey]
     state: tuple[tuple[SlotKey, Literal["kept", "set", "reset"]], ...] = ()
 
-    @property
+    # works in a frozen dataclass: it writes to ``__dict__``, not through ``__setattr__``
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the slots that have a value."""
         return sum(row.slot.nbytes for row in self.ledger if row.slot.key in self.slots)
 
+    @cached_property
     def rows(self) -> tuple[ReportRow, ...]:
         """One row of the report for every slot."""
         kept = {key for key, outcome in self.state if outcome == "kept"}

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from refitkit.model import KeptWeights, RefitReport, Slot
     from refitkit.pipeline.history import LoadOrigin
+    from refitkit.pipeline.repeats import LastMapping
     from refitkit.pipeline.report import ReportDraft
     from refitkit.program import KeptProgram
     from refitkit.protocols import Engine, OpenedModule, SharedMemory
@@ -84,6 +85,7 @@ class CompiledModule:
             if it was compiled or copied.
         target: The object that it was loaded from; None if it was loaded from a file, or compiled.
         gate: Decides who may use the weights.
+        last_mapping: How the last refit gave each slot its value, for the next one like it.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class CompiledModule:
         self.origin: LoadOrigin | None = None
         self.target: object = None
         self.gate = Gate()
+        self.last_mapping: LastMapping | None = None
         self._state = WeightState()
         self._opened = opened
         self._verbs = verbs

@@ -361,7 +361,7 @@ def _report_rows(
     plan: RefitPlan, values: Mapping[SlotKey, SlotValue | str]
 ) -> tuple[ReportRow, ...]:
     slots = {k: (v.strategy, v.sources) for k, v in values.items() if isinstance(v, SlotValue)}
-    return MappingSummary(plan.ledger, slots, {}, frozenset()).rows()
+    return MappingSummary(plan.ledger, slots, {}, frozenset()).rows
 
 
 def _unjudged(

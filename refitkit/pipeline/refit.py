@@ -36,6 +36,7 @@ from refitkit.pipeline.mapping import (
 )
 from refitkit.pipeline.module import alone
 from refitkit.pipeline.needs import require_needs
+from refitkit.pipeline.repeats import LastMapping
 from refitkit.pipeline.report import ReportDraft
 from refitkit.pipeline.targets import for_one_refit, require_unchanged
 from refitkit.pipeline.transaction import ModuleTransaction, Prepared, Transaction
@@ -43,6 +44,7 @@ from refitkit.pipeline.transform import Transformed, transformed
 from refitkit.pipeline.verify import VerifyOptions, verification, why_unused
 from refitkit.processes import quick_turns
 from refitkit.recipe import RefitPlan
+from refitkit.recipe.steady import SteadyTensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -313,6 +315,7 @@ class RefitTask:
         self._context, self._request = context, request
         self.compiled, self._module = compiled, compiled.opened
         self._delta: Delta | None = None
+        self._last: LastMapping | None = None
         self._overridden: frozenset[str] = frozenset()
 
     def prepare(self) -> Prepared:
@@ -341,14 +344,17 @@ class RefitTask:
             if isinstance(source, Transformed):
                 draft.transforms = source.rows
             draft.source = source.description
+            last, source = self._last_mapping(plan, source)
         if request.delta:
             with clock.stage("compare"):
                 self._delta = self._compare(plan, source)
         with clock.stage("map"):
-            mapping = self._map(plan, source, self._delta.unchanged if self._delta else frozenset())
+            mapping = self._map(plan, source) if last is None else last.mapping
             draft.mapping = mapping
         with clock.stage("check"):
-            self._check(plan, source, mapping)
+            self._check(plan, source, mapping, is_known=last is not None)
+        if last is None and self._repeatable and isinstance(source, SteadyTensors):
+            self._last = LastMapping.of(self._context, plan, source, mapping)
         # a verifier that cannot verify this refit refuses here, before anything is staged
         with clock.stage("prepare"):
             judge = self._judge(plan, source, mapping)
@@ -364,7 +370,37 @@ class RefitTask:
             rollback=request.rollback,
             check_finite=self._context.config.check_finite,
             name_weights=lambda: self._check_weights(plan, source, deferred=frozenset()),
+            done=self._keep_mapping,
         )
+
+    @property
+    def _repeatable(self) -> bool:
+        """Whether the request is of the usual kind: other weights for all slots."""
+        one = self._request
+        return not (one.partial or one.delta or one.reset_state)
+
+    def _last_mapping(
+        self, plan: RefitPlan, source: WeightSource
+    ) -> tuple[LastMapping | None, WeightSource]:
+        """The mapping of the last refit if it serves this one, and the source to read.
+
+        The module has none meanwhile, so that it keeps no tensor alive if this refit is refused.
+        """
+        last, self.compiled.last_mapping = self.compiled.last_mapping, None
+        steady = SteadyTensors.of(source) if self._repeatable else None
+        if steady is None:
+            return None, source
+        if last is None or not last.serves(self._context, plan, steady):
+            return None, steady
+        last.source.take(steady)
+        self._last = last
+        return last, last.source
+
+    def _keep_mapping(self) -> None:
+        """Keep the mapping for the next refit, and none of its tensors."""
+        if self._last is not None:
+            self._last.source.drop()
+            self.compiled.last_mapping = self._last
 
     def _bound_plan(self) -> RefitPlan:
         """The plan, checked against the plugins and the module's slots."""
@@ -389,16 +425,23 @@ class RefitTask:
         with raised_as(SourceError, f"{source.description} cannot be compared"):
             return Delta(plan, self._module, source, state.live, state.version)
 
-    def _map(self, plan: Plan, source: WeightSource, unchanged: frozenset[SlotKey]) -> SlotMapping:
+    def _map(self, plan: Plan, source: WeightSource, *, whole: bool = False) -> SlotMapping:
         program = self.compiled.program
+        delta = None if whole else self._delta
+        unchanged: frozenset[SlotKey] = delta.unchanged if delta else frozenset()
         return map_slots(self._context, plan, self._module, source, program, unchanged=unchanged)
 
-    def _check(self, plan: RefitPlan, source: WeightSource, mapping: SlotMapping) -> None:
+    def _check(
+        self, plan: RefitPlan, source: WeightSource, mapping: SlotMapping, *, is_known: bool
+    ) -> None:
+        """Check weights and mapping. A mapping that is known has passed its checks before."""
         partial, overwrite = self._request.partial, not self._request.rollback
         deferred = judged_where_staged(mapping.values, self._module, overwrite=overwrite)
         self._check_weights(plan, source, deferred)
         config = self._context.config
         check_abilities(self._module, partial=partial, overwrite=overwrite, config=config)
+        if is_known:
+            return
         with raised_as(SourceError, f"{source.description} cannot be read"):
             # the live value may come from an earlier refit; the plan's value must not replace it
             if partial:
@@ -442,7 +485,7 @@ class RefitTask:
         """The mapping, with values of the unchanged slots too."""
         if not mapping.unchanged:
             return mapping
-        whole = self._map(mapping.plan, source, frozenset())
+        whole = self._map(mapping.plan, source, whole=True)
         if self._request.partial:
             whole.drop_plan_values()
         if self._request.reset_state:

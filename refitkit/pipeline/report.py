@@ -124,7 +124,7 @@ class ReportDraft:
             stages=self.clock.stages,
             memory=self.memory,
             kept=self.kept,
-            ledger=summary.rows(),
+            ledger=summary.rows,
             state=summary.state_rows(),
             transforms=transforms,
             verification=self.verification,
@@ -136,7 +136,7 @@ class ReportDraft:
     def _summary(self) -> MappingSummary:
         if self.summary is not None:
             return self.summary
-        return _NO_SLOTS if self.mapping is None else self.mapping.summary()
+        return _NO_SLOTS if self.mapping is None else self.mapping.summary
 
     def _notes(
         self, summary: MappingSummary, transforms: tuple[TransformRow, ...]

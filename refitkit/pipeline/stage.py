@@ -6,7 +6,6 @@ engine that cannot stage; ``_attribute_failure`` finds out which of the two is a
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,9 +21,8 @@ from refitkit.protocols import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from refitkit.model import SlotKey
     from refitkit.protocols import Engine, OpenedModule, SlotValue, StagedRefit
 
 
@@ -41,12 +39,13 @@ class Staged:
         self._overwritten: set[str] = set()  # engines that cannot go back
 
     def fill(
-        self, values: Mapping[SlotKey, SlotValue], *, partial: bool, overwrite: bool = False
+        self, name: str, values: Sequence[SlotValue], *, partial: bool, overwrite: bool = False
     ) -> None:
-        """Stage all engines that there are values for.
+        """Stage values in one engine.
 
         Args:
-            values: New values of slots.
+            name: Name of the engine.
+            values: New values of its slots.
             partial: Whether slots without a value keep theirs.
             overwrite: Whether engines that can do so write over the live values at the commit,
                 and cannot go back.
@@ -55,21 +54,17 @@ class Staged:
             EngineError: An engine failed; names it.
             PluginError: A strategy's value failed; names the strategy and the slot.
         """
-        by_engine: dict[str, list[SlotValue]] = defaultdict(list)
-        for (engine, _), value in values.items():
-            by_engine[engine].append(value)
-        for name, some in by_engine.items():
-            with raised_as(EngineError, f"The engine {name!r} failed to stage"):
-                try:
-                    staged = self._stage(name, some, partial=partial, overwrite=overwrite)
-                except Exception as exc:
-                    # this raises if a strategy is at fault; otherwise the engine's error is raised
-                    _attribute_failure(some, exc)
-                    raise
-            self._waiting.append((name, staged))
+        with raised_as(EngineError, f"The engine {name!r} failed to stage"):
+            try:
+                staged = self._stage(name, values, partial=partial, overwrite=overwrite)
+            except Exception as exc:
+                # this raises if a strategy is at fault; otherwise the engine's error is raised
+                _attribute_failure(values, exc)
+                raise
+        self._waiting.append((name, staged))
 
     def _stage(
-        self, name: str, values: list[SlotValue], *, partial: bool, overwrite: bool
+        self, name: str, values: Sequence[SlotValue], *, partial: bool, overwrite: bool
     ) -> StagedRefit:
         engine = self._module.engines[name]
         if overwrite and isinstance(engine, SupportsOverwrite):

@@ -27,6 +27,7 @@ from refitkit.pipeline.changes import measured
 from refitkit.pipeline.checks import FiniteCheck
 from refitkit.pipeline.gate import in_lock_order, inside_all, lost_error, restoring
 from refitkit.pipeline.history import NO_ROLLBACK, History, SnapshotBuilder
+from refitkit.pipeline.mapping import grouped
 from refitkit.pipeline.stage import Staged, publishes
 from refitkit.pipeline.transform import require_accurate
 from refitkit.pipeline.verify import problems_of
@@ -35,7 +36,7 @@ from refitkit.protocols import OpensStaged, OrdersCalls, TellsRoute
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
-    from refitkit.model import KeptWeights, SlotKey
+    from refitkit.model import KeptWeights
     from refitkit.pipeline.context import Context
     from refitkit.pipeline.gate import Gate
     from refitkit.pipeline.history import WeightState
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from refitkit.pipeline.module import CompiledModule
     from refitkit.pipeline.report import Outcome, ReportDraft
     from refitkit.pipeline.verify import Judge
-    from refitkit.protocols import OpenedModule, SlotValue, StagedRefit
+    from refitkit.protocols import OpenedModule, StagedRefit
     from refitkit.recipe import RefitPlan
 
 Failure = TypeVar("Failure", bound=RefitError)
@@ -70,6 +71,7 @@ class Prepared:
         rollback: Whether the old weights are kept until the verdict.
         check_finite: Whether new values have to be finite wherever the present ones are.
         name_weights: Raises if weights do not fit; names them. Called if an engine refuses a slot.
+        done: Called once, after the commit or the failure. Nothing is read after it.
     """
 
     draft: ReportDraft
@@ -82,6 +84,7 @@ class Prepared:
     rollback: bool = True
     check_finite: bool = False
     name_weights: Callable[[], None] = lambda: None
+    done: Callable[[], None] = lambda: None
 
 
 class Transaction:
@@ -331,15 +334,16 @@ class ModuleTransaction:
 
     def _fill_keeping(self, keeping: Collection[str]) -> None:
         """Stage all values. Engines of these names keep the slots that have no value."""
-        values = self._mapping.values
-        some = {key: value for key, value in values.items() if key[0] in keeping}
-        rest = {key: value for key, value in values.items() if key[0] not in keeping}
-        self._fill(rest, partial=self._prepared.partial)
-        self._fill(some, partial=True)
-
-    def _fill(self, values: dict[SlotKey, SlotValue], *, partial: bool) -> None:
-        watched = values if self._finite is None else self._finite.watched(values)
-        self._staged.fill(watched, partial=partial, overwrite=not self._prepared.rollback)
+        mapping, partial = self._mapping, self._prepared.partial
+        watched = None if self._finite is None else self._finite.watched(mapping.values)
+        by_engine = mapping.by_engine if watched is None else grouped(watched)
+        for name, values in by_engine.items():
+            self._staged.fill(
+                name,
+                values,
+                partial=partial or name in keeping,
+                overwrite=not self._prepared.rollback,
+            )
 
     @property
     def _wants_base(self) -> bool:
@@ -377,8 +381,9 @@ class ModuleTransaction:
                 )
 
     def discard(self) -> None:
-        """Drop the values that are staged and were not committed."""
+        """Drop the values that are staged and were not committed, and the source."""
         self._staged.discard()
+        self._prepared.done()
 
     # -- from the commit to the verdict: calls wait ----------------------------------------------
 

@@ -73,6 +73,14 @@ class SlotValue(NamedTuple):
     keepable: Callable[[torch.Tensor], bool] | None = None
 
 
+class SteadyValues(list[SlotValue]):
+    """Values of one engine, for one refit after another.
+
+    If an engine gets the same object again, its values are for the same slots, and load tensors
+    that are in memory, with the same headers. An engine may keep a weak reference to find that out.
+    """
+
+
 # -- what every engine implements -------------------------------------------------------------
 
 

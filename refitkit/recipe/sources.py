@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections import Counter, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from refitkit.protocols import SlotValue, WeightSource
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+"""Types of tensors that run no code of their own."""
 _EXTRA_STATE = "_extra_state"
 """Last part of the name of ``torch.nn.Module.get_extra_state`` entries, which hold any object."""
 
@@ -54,7 +55,7 @@ def unusable_reason(value: Any) -> str:
         return f"a {type(value).__name__}, not a tensor"
     if is_distributed(value):
         return unusable_dtype(dtype_name(value.dtype))
-    if value.is_nested or type(value) not in _PLAIN:
+    if value.is_nested or type(value) not in PLAIN:
         return (
             why_not_real(value)
             or f"a tensor of the kind {type(value).__name__}; pass plain tensors"
@@ -142,6 +143,7 @@ class TensorMap:
 
     Attributes:
         description: Label of the source in reports and error messages.
+        is_donated: Whether ``donate`` was called.
     """
 
     def __init__(
@@ -160,17 +162,30 @@ class TensorMap:
         """
         self.description = description
         self._tensors = tensors
-        self._names = dict.fromkeys(n for n in tensors if n.rpartition(".")[2] != _EXTRA_STATE)
+        # the cheap comparison comes first: a state_dict has hundreds of names
+        self._names = dict.fromkeys(
+            n
+            for n in tensors
+            if not n.endswith(_EXTRA_STATE) or n.rpartition(".")[2] != _EXTRA_STATE
+        )
         self._not_persistent = frozenset(not_persistent)
-        self._is_donated = False
+        self.is_donated = False
 
     def donate(self) -> None:
         """Let engines keep the tensors: their owner writes to none of them from now on."""
-        self._is_donated = True
+        self.is_donated = True
 
     def gives_away(self, fqn: str) -> bool:  # noqa: ARG002 - the protocol's
         """Whether the tensors were donated; see ``refitkit.protocols.GivesAway``."""
-        return self._is_donated
+        return self.is_donated
+
+    @property
+    def in_memory(self) -> Mapping[str, Any] | None:
+        """All entries, if looking them up has no effect and takes no time; else None."""
+        if type(self._tensors) not in {dict, OrderedDict} or self._not_persistent:
+            return None
+        tensors = self._tensors
+        return {name: tensors[name] for name in self._names}
 
     def names(self) -> Collection[str]:
         """All names of the source."""
@@ -194,7 +209,7 @@ class TensorMap:
         for name in names:
             value, (dtype, shape) = self._tensors[name], wanted.get(name, (None, ()))
             if not (
-                type(value) in _PLAIN
+                type(value) in PLAIN
                 and not is_transformed(value)
                 and value.dtype is dtype
                 and value.shape == shape
@@ -211,7 +226,7 @@ class TensorMap:
         for name in self._names:
             value = self._tensors[name]
             # tensors without elements all have the address 0, and are not tied
-            if type(value) in _PLAIN and not unusable_reason(value) and value.data_ptr():
+            if type(value) in PLAIN and not unusable_reason(value) and value.data_ptr():
                 place = value.device, value.data_ptr()
                 classes[(*place, value.dtype, value.shape, value.stride())].append(name)
         return [tuple(names) for names in classes.values() if len(names) > 1]
@@ -228,7 +243,7 @@ class TensorMap:
             return value
         if not isinstance(value, torch.Tensor):
             raise SourceError(f"{self.description}: {fqn!r} is {unusable_reason(value)}.")
-        if type(value) not in _PLAIN and is_distributed(value):
+        if type(value) not in PLAIN and is_distributed(value):
             full: torch.Tensor = value.detach().full_tensor()  # type: ignore[attr-defined]
             return full
         return value.detach()
@@ -268,6 +283,11 @@ class ModuleWeights(TensorMap):
         is_same = own.keys() == self.names() and all(v is state[n] for n, v in own.items())
         # empty for nearly all modules: few have hooks that change the state_dict
         self._own_if_different = {} if is_same else own
+
+    @property
+    def in_memory(self) -> Mapping[str, Any] | None:
+        """All entries; None if the module has two sets of names."""
+        return None if self._own_if_different else super().in_memory
 
     def namings(self) -> Collection[WeightSource]:
         """The source by FQN, then by state_dict. See ``refitkit.protocols.HasNamings``."""

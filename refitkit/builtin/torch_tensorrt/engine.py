@@ -18,9 +18,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from refitkit.builtin.torch_tensorrt import weight_buffers
 from refitkit.builtin.torch_tensorrt.direct.arena import PlacedArena
 from refitkit.builtin.torch_tensorrt.direct.route import OFF, DirectRoute
+from refitkit.builtin.torch_tensorrt.filling import Filler
 from refitkit.builtin.torch_tensorrt.refitter import (
     DeserializedEngine,
     PersistentRefitter,
@@ -112,7 +112,7 @@ class RefitterEngine:
         self.handle = handle
         self._trt = trt
         self._options = options
-        self._uploader = Uploader(options.device)
+        self._filler = Filler(Uploader(options.device))
         self._refitter: PersistentRefitter | None = None
         self._specs: dict[str, WeightSpec] | None = None
         self._slots: dict[str, Slot] | None = None
@@ -243,6 +243,7 @@ class RefitterEngine:
     def reset(self) -> None:
         """Free the refitter and all buffers. The live weights are unknown from then on."""
         self._refitter = self._specs = self._slots = self._buffers = None
+        self._filler.forget()
 
     def refit(self, *, idle: bool = False) -> None:
         """Write the staging arena into the engine.
@@ -280,7 +281,9 @@ class RefitterEngine:
         return self._stage(values, partial=True)
 
     def _stage(self, values: Sequence[SlotValue], *, partial: bool) -> StagedRefit:
-        require_values(self.specs, values, partial=partial)
+        specs = self.specs  # first: if the engine was replaced, no values are known any more
+        if partial or not self._filler.knows(values):
+            require_values(specs, values, partial=partial)
         buffers = self.buffers
         buffers.begin_staging(partial=partial)
         self._fill(values)
@@ -290,7 +293,7 @@ class RefitterEngine:
 
     def _fill(self, values: Sequence[SlotValue]) -> None:
         """Copy values into the staging arena."""
-        weight_buffers.fill(self.buffers.staging, self.specs, values, self._uploader)
+        self._filler.fill(self.buffers.staging, self.specs, values)
 
     def _unknown_weights_error(self) -> NotRefittableError:
         return NotRefittableError(

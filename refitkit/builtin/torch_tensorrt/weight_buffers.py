@@ -9,8 +9,8 @@ TensorRT cannot return the weights that an engine holds, so this module keeps a 
 
 Reading order: ``WeightBuffers`` decides which arena holds the live values. ``Layout`` and ``Arena``
 place all weights of an engine in one allocation; ``direct.arena`` has the other kind, in which
-weights lie as in the engine. ``fill`` checks the caller's values and copies them into an arena.
-``Uploader`` makes these copies with few kernel launches.
+weights lie as in the engine. ``Uploader`` copies values into it with few kernel launches; what it
+copies is decided in ``filling``.
 """
 
 from __future__ import annotations
@@ -22,15 +22,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
-from refitkit.errors import Problem, WeightMismatchError
 from refitkit.program.bits import all_finite, finite, same_memory
-from refitkit.program.dtypes import dtype_name, dtype_of
+from refitkit.program.dtypes import dtype_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     from refitkit.builtin.torch_tensorrt.refitter import WeightSpec
-    from refitkit.protocols import SlotValue
 
 
 class ValueArena(Protocol):
@@ -52,6 +50,11 @@ class ValueArena(Protocol):
 
     def copy(self, name: str, value: torch.Tensor, uploader: Uploader) -> None:
         """Copy a value that fits, now or in ``finish``."""
+
+    def copy_alike(
+        self, names: tuple[str, ...], values: Sequence[torch.Tensor], uploader: Uploader
+    ) -> None:
+        """Copy values that fit. The same object ``names`` again: their headers are as before."""
 
     def finish(self, uploader: Uploader) -> None:
         """Make all pending copies, and wait for them; see ``Uploader.finish``."""
@@ -359,6 +362,13 @@ class Arena:
         """Copy a value; see ``ValueArena``."""
         uploader.copy(self.tensors[name], value)
 
+    def copy_alike(
+        self, names: tuple[str, ...], values: Sequence[torch.Tensor], uploader: Uploader
+    ) -> None:
+        """Copy values; see ``ValueArena``."""
+        for name, value in zip(names, values, strict=True):
+            uploader.copy(self.tensors[name], value)
+
     def finish(self, uploader: Uploader) -> None:
         """Make all pending copies; see ``ValueArena``."""
         uploader.finish()
@@ -411,75 +421,6 @@ class Constant:
             and mine.shape == theirs.shape
             and mine.stride() == theirs.stride()
         )
-
-
-# -- filling an arena ---------------------------------------------------------------------------
-
-
-def fill(
-    arena: ValueArena,
-    specs: Mapping[str, WeightSpec],
-    values: Sequence[SlotValue],
-    uploader: Uploader,
-) -> None:
-    """Copy values into an arena. The caller may change its tensors once this returns or raises.
-
-    A constant of the plan that the arena already holds is not copied again: some networks have
-    more constants than weights.
-
-    Args:
-        arena: Destination of the copies.
-        specs: Dtype, count and shape that the engine requires of each weight, by name.
-        values: Values of all or some weights.
-        uploader: Makes the copies.
-
-    Raises:
-        WeightMismatchError: Some values have the wrong dtype, count or shape; lists all of them.
-            The values that fit were copied.
-    """
-    problems: list[Problem] = []
-    copied: dict[str, Constant] = {}
-    # first, because an interrupt may have come before the end of an earlier filling
-    arena.begin(uploader)
-    constants = arena.constants
-    dtypes = {name: dtype_of(name) for name in {spec.dtype for spec in specs.values()}}
-    try:
-        with torch.no_grad():
-            for value in values:
-                name, tensor = value.slot.name, value.load()
-                constant = Constant.of(tensor) if value.pinned else None
-                if constant and constant.is_same_as(constants.get(name)):
-                    continue
-                spec = specs[name]
-                # the cheap comparison comes first: most values fit
-                if tensor.dtype is not dtypes[spec.dtype] or tensor.shape != spec.shape:
-                    mismatches = list(_mismatches(spec, tensor))
-                    problems += mismatches
-                    if mismatches:
-                        continue
-                if name in constants:
-                    del constants[name]
-                arena.copy(name, tensor, uploader)
-                if constant:
-                    copied[name] = constant
-    finally:
-        with torch.no_grad():
-            arena.finish(uploader)
-    arena.constants |= copied  # only now: a copy that failed must not count as done
-    if problems:
-        raise WeightMismatchError("Values do not fit the engine.", problems=problems)
-
-
-def _mismatches(spec: WeightSpec, tensor: torch.Tensor) -> Iterator[Problem]:
-    """Problems of a tensor as a value of a weight. Any shape fits if the spec has none."""
-    kind = dtype_name(tensor.dtype)
-    if kind != spec.dtype:
-        yield Problem(spec.name, "dtype", kind, spec.dtype)
-    if tensor.numel() != spec.count:
-        found = f"{tensor.numel()} {tuple(tensor.shape)}"
-        yield Problem(spec.name, "number of elements", found, str(spec.count))
-    elif spec.shape is not None and tuple(tensor.shape) != spec.shape:
-        yield Problem(spec.name, "shape", str(tuple(tensor.shape)), str(spec.shape))
 
 
 def stored(value: torch.Tensor) -> torch.Tensor:

@@ -55,7 +55,7 @@ def measure(engine: OpenEngine, values: State) -> Any:
     written = {
         ("e", n): SlotValue(engine.slots[n], "t", (), lambda v=v: v) for n, v in values.items()
     }
-    staged.fill(written, partial=False)
+    staged.fill("e", list(written.values()), partial=False)
     return measured(Config(changes="sampled"), opened, staged, written).rows
 
 

@@ -82,7 +82,7 @@ def mapped(*plugins: object, source: Any = None, plan: Any = PLAN, **settings: A
 
 
 def served(mapping: Any) -> dict[str, str]:
-    return {row.slot: row.strategy for row in mapping.summary().rows()}
+    return {row.slot: row.strategy for row in mapping.summary.rows}
 
 
 def test_strategies_are_tried_by_priority_for_what_is_left() -> None:
@@ -185,7 +185,7 @@ def test_built_in_strategies_have_an_order() -> None:
 def test_reasons_of_all_that_declined_are_told() -> None:
     shy, choosy = Strategy("shy", "", declines=True), Strategy("choosy", "b", declines=True)
     mapping = mapped(Strategies(shy, choosy))
-    rows = {row.slot: row for row in mapping.summary().rows()}
+    rows = {row.slot: row for row in mapping.summary.rows}
     assert "shy: not mine" in rows["a"].reason
     assert "choosy: not mine" in rows["a"].reason
     assert "recipe: the source has no 'a'" in rows["a"].reason
@@ -297,7 +297,7 @@ def test_with_a_broken_guard_another_strategy_serves_all_slots() -> None:
     assert served(mapping) == dict.fromkeys("abc", "rebuilds")
     require_all_slots(mapping, TensorMap(BREAKS))
     assert all(
-        "recipe: " in row.reason and "bool() of a" in row.reason for row in mapping.summary().rows()
+        "recipe: " in row.reason and "bool() of a" in row.reason for row in mapping.summary.rows
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -10,17 +11,19 @@ from refitkit.builtin.torch_tensorrt.direct.folds import FoldsAtOnce
 from refitkit.builtin.torch_tensorrt.direct.moves import dense_digits_of, is_plain
 from refitkit.builtin.torch_tensorrt.direct.places import words_of
 from refitkit.builtin.torch_tensorrt.weight_buffers import Arena, Layout, stored
-from refitkit.program.bits import all_finite, same_bits, same_memory
+from refitkit.program.bits import all_finite, all_finite_at_once, same_bits, same_memory
 from refitkit.program.dtypes import dtype_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from refitkit.builtin.torch_tensorrt.direct.layout import EngineLayout
-    from refitkit.builtin.torch_tensorrt.direct.moves import Mover
+    from refitkit.builtin.torch_tensorrt.direct.moves import Mover, Way
     from refitkit.builtin.torch_tensorrt.refitter import WeightSpec
     from refitkit.builtin.torch_tensorrt.weight_buffers import Constant, Uploader
 
+_SAMPLE = 1 << 16
+"""Elements that are compared before all others."""
 _ROOM_BYTES = 256 << 20
 """Values of the host wait in so much memory of the device to be moved."""
 
@@ -75,6 +78,7 @@ class PlacedArena:
         self._room_bytes = 0
         self._values: dict[str, torch.Tensor] = {}
         self._screened = self._screen()
+        self._alike: _Alike | None = None
 
     def _screen(self) -> torch.dtype | None:
         """The dtype in which one look at all memory finds NaN and infinity; None if none does."""
@@ -109,6 +113,10 @@ class PlacedArena:
         """Return whether an arena of the same layout holds the same bits."""
         self.fold()
         other.fold()
+        # the usual answer, from the first weight: each question to a GPU takes a while
+        for name in islice(self._layout.places, 1):
+            if not same_bits(self.value(name), other.value(name), first=_SAMPLE):
+                return False
         if not all(a.same(b) for a, b in zip(self._apart, other._apart, strict=True)):
             return False
         # what lies between the weights may differ, and means nothing
@@ -126,7 +134,9 @@ class PlacedArena:
             return False
         first, last = self._layout.span
         words = words_of(self.memory[first:last], self._screened)
-        return all_finite(words) and self._folded.is_finite() and self.fixed.is_finite()
+        # fixed weights that the engine takes are those that it holds
+        fixed = () if self.accepted is not None else self.fixed.runs.values()
+        return all_finite_at_once([words, *self._folded.runs.values(), *fixed])
 
     # -- writing ----------------------------------------------------------------------------
 
@@ -139,13 +149,8 @@ class PlacedArena:
     def copy(self, name: str, value: torch.Tensor, uploader: Uploader) -> None:
         """Copy a value; see ``ValueArena``."""
         # the usual case: a value like one before
-        way = self._mover.ways.get((name, value.stride()))
-        if (
-            way is not None
-            and value.shape == way.shape
-            and value.device == self._device
-            and not value.is_neg()
-        ):
+        way = self._way(name, value)
+        if way is not None:
             self._mover.add(self.memory, way, value)
             return
         arena = self._beside.get(name)
@@ -160,6 +165,46 @@ class PlacedArena:
             self._move(name, stored(value))
         else:
             self._copy_by_room(name, stored(value), uploader)
+
+    def copy_alike(
+        self, names: tuple[str, ...], values: Sequence[torch.Tensor], uploader: Uploader
+    ) -> None:
+        """Copy values; see ``ValueArena``."""
+        if self._alike is None or self._alike.names is not names:
+            for name, value in zip(names, values, strict=True):
+                self.copy(name, value, uploader)
+            self._alike = self._noted(names, values)
+            return
+        for kind, ways, places in self._alike.moves:
+            self._mover.move(kind, self.memory, ways, [values[place] for place in places])
+        for place in self._alike.rest:
+            self.copy(names[place], values[place], uploader)
+
+    def _noted(self, names: tuple[str, ...], values: Sequence[torch.Tensor]) -> _Alike:
+        """How values were copied."""
+        moves: dict[Any, tuple[list[Way], list[int]]] = {}
+        rest = []
+        for place, (name, value) in enumerate(zip(names, values, strict=True)):
+            way = self._way(name, value)
+            if way is None or way.kind is None:
+                rest.append(place)
+            else:
+                ways, places = moves.setdefault(way.kind, ([], []))
+                ways.append(way)
+                places.append(place)
+        return _Alike(names, [(kind, *some) for kind, some in moves.items()], rest)
+
+    def _way(self, name: str, value: torch.Tensor) -> Way | None:
+        """The way in which a value like this one was moved; None if there was none."""
+        way = self._mover.ways.get((name, value.stride()))
+        if (
+            way is not None
+            and value.shape == way.shape
+            and value.device == self._device
+            and not value.is_neg()
+        ):
+            return way
+        return None
 
     def _move(self, name: str, value: torch.Tensor) -> None:
         place = self._layout.places[name]
@@ -223,6 +268,20 @@ class PlacedArena:
         """
         values = {name: self.value(name) for name in self._specs}
         self.memory.copy_(self._layout.written(piece, values))
+
+
+class _Alike(NamedTuple):
+    """How values were copied, for values with the same headers.
+
+    Attributes:
+        names: Their names: this very object.
+        moves: Kind, ways and places among the names of those that one launch moves.
+        rest: Places of the others.
+    """
+
+    names: tuple[str, ...]
+    moves: list[tuple[Any, list[Way], list[int]]]
+    rest: list[int]
 
 
 def fixed_layout(layout: EngineLayout, specs: Mapping[str, WeightSpec]) -> Layout:

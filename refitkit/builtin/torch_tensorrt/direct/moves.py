@@ -118,7 +118,7 @@ class Way:
     place: Place
     shape: torch.Size
     size: int
-    kind: _Kind | None
+    kind: Kind | None
     sides: _Sides
 
 
@@ -142,7 +142,7 @@ class Mover:
         )
         self.ways: dict[tuple[str, tuple[int, ...]], Way] = {}
         self._made = 0
-        self._queue: dict[_Kind, list[tuple[Way, torch.Tensor]]] = defaultdict(list)
+        self._queue: dict[Kind, tuple[list[Way], list[torch.Tensor]]] = {}
         self._queue_bytes = 0
         self._tables: dict[tuple[int, ...], _Table] = {}
 
@@ -188,7 +188,9 @@ class Mover:
         if way.kind is None:
             _copy(piece, way.place, value)
             return
-        self._queue[way.kind].append((way, value))
+        ways, values = self._queue.setdefault(way.kind, ([], []))
+        ways.append(way)
+        values.append(value)
         self._queue_bytes += value.nbytes
         if self._queue_bytes > _QUEUE_BYTES:  # values that were computed take memory
             self.finish(piece)
@@ -201,38 +203,52 @@ class Mover:
         """
         queue = self._queue
         self.forget()
-        for kind, moves in queue.items():
-            some = moves
-            if kind.plain:  # their words can be larger than their elements
-                some = [move for move in moves if not move[1].data_ptr() % kind.size]
-            try:
-                with current_device(self._device):
-                    self._launch(kind, piece, some)
-            except Exception:  # noqa: BLE001 - Triton cannot compile, as without a C compiler
-                self._kernels, some = None, []
-            if len(some) < len(moves):
-                made = {id(way) for way, _ in some}
-                for way, value in moves:
-                    if id(way) not in made:
-                        _copy(piece, way.place, value)
+        for kind, (ways, values) in queue.items():
+            self.move(kind, piece, ways, values)
+
+    def move(
+        self, kind: Kind, piece: torch.Tensor, ways: Sequence[Way], values: Sequence[torch.Tensor]
+    ) -> None:
+        """Move values in one launch, on the current stream.
+
+        Args:
+            kind: That of all ways.
+            piece: The memory.
+            ways: How each is moved.
+            values: The values. Nobody may change them before the move is done.
+        """
+        sources = list(map(torch.Tensor.data_ptr, values))
+        apart: list[int] = []
+        if kind.plain:  # their words can be larger than their elements
+            apart = [place for place, source in enumerate(sources) if source % kind.size]
+        if apart:
+            left = [place for place in range(len(ways)) if place not in apart]
+            for place in apart:
+                _copy(piece, ways[place].place, values[place])
+            ways, values = [ways[place] for place in left], [values[place] for place in left]
+            sources = [sources[place] for place in left]
+        if not ways:
+            return
+        try:
+            with current_device(self._device):
+                self._table(kind, ways).launch(piece, sources)
+        except Exception:  # noqa: BLE001 - Triton cannot compile, as without a C compiler
+            self._kernels = None  # nor any other kernel
+            for way, value in zip(ways, values, strict=True):
+                _copy(piece, way.place, value)
 
     def forget(self) -> None:
         """Drop what is queued."""
-        self._queue, self._queue_bytes = defaultdict(list), 0
+        self._queue, self._queue_bytes = {}, 0
 
-    def _launch(
-        self, kind: _Kind, piece: torch.Tensor, moves: Sequence[tuple[Way, torch.Tensor]]
-    ) -> None:
-        if not moves:
-            return
-        key = tuple([way.number for way, _ in moves])
+    def _table(self, kind: Kind, ways: Sequence[Way]) -> _Table:
+        key = tuple([way.number for way in ways])
         table = self._tables.get(key)
         if table is None:
             if len(self._tables) == _TABLES:
                 self._tables.clear()
-            ways = [way for way, _ in moves]
             table = self._tables[key] = _Table(kind, ways, self._kernels, self._device)
-        table.launch(piece, [value for _, value in moves])
+        return table
 
 
 _QUEUE_BYTES = 512 << 20
@@ -268,7 +284,7 @@ _Sides = tuple[tuple[Digit, ...], tuple[Digit, ...]]
 _NO_SIDES: _Sides = ((), ())
 
 
-class _Kind(NamedTuple):
+class Kind(NamedTuple):
     """What one launch has in common. Each digit more costs all of its weights.
 
     Attributes:
@@ -288,10 +304,10 @@ class _Kind(NamedTuple):
     written_dense: bool = True
 
 
-def _kind(size: int, start: int, digits: tuple[Digit, ...]) -> tuple[_Kind | None, _Sides]:
+def _kind(size: int, start: int, digits: tuple[Digit, ...]) -> tuple[Kind | None, _Sides]:
     """Return the kind of a move, and both sides of its tiles; None if no kernel can make it."""
     if is_plain(digits):
-        return _Kind(_word(size * start, size * digits[0].size)), ((digits[0],), ())
+        return Kind(_word(size * start, size * digits[0].size)), ((digits[0],), ())
     sides = _sides(digits)
     if sides is None:
         return None, _NO_SIDES
@@ -300,7 +316,7 @@ def _kind(size: int, start: int, digits: tuple[Digit, ...]) -> tuple[_Kind | Non
         == [prod(digit.size for digit in side[:number]) for number in range(len(side))]
         for at, side in ((1, sides[0]), (2, sides[1]))
     ]
-    kind = _Kind(
+    kind = Kind(
         size,
         plain=False,
         read=len(sides[0]),
@@ -360,9 +376,7 @@ def _word(*numbers: int) -> int:
 class _Table:
     """What a kernel has to know of some weights, on the device. Only addresses change."""
 
-    def __init__(
-        self, kind: _Kind, ways: Sequence[Way], kernels: Any, device: torch.device
-    ) -> None:
+    def __init__(self, kind: Kind, ways: Sequence[Way], kernels: Any, device: torch.device) -> None:
         self._kind, self._kernels = kind, kernels
         starts = torch.tensor([way.place.start for way in ways])
         if kind.plain:
@@ -378,11 +392,12 @@ class _Table:
         self._starts = starts.to(device)
         on_gpu = device.type == "cuda"
         self._given = torch.zeros(len(rows), dtype=torch.int64, pin_memory=on_gpu)
+        self._numbers = self._given.numpy()
         self._sources = torch.zeros(len(rows), dtype=torch.int64, device=device)
 
-    def launch(self, piece: torch.Tensor, values: Sequence[torch.Tensor]) -> None:
+    def launch(self, piece: torch.Tensor, sources: list[int]) -> None:
         # the copy of the last launch is done: each refit waits for its staging
-        self._given.copy_(torch.tensor([value.data_ptr() for value in values]))
+        self._numbers[:] = sources
         self._sources.copy_(self._given, non_blocking=True)
         kind, grid = self._kind, (len(self._tiles),)
         table = self._sources, self._starts, self._rows, self._tiles

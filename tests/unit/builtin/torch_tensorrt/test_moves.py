@@ -23,8 +23,9 @@ from refitkit.builtin.torch_tensorrt.direct.moves import (
     is_plain,
 )
 from refitkit.builtin.torch_tensorrt.direct.places import Place
+from refitkit.builtin.torch_tensorrt.filling import Filler
 from refitkit.builtin.torch_tensorrt.refitter import spec_of_slot
-from refitkit.builtin.torch_tensorrt.weight_buffers import Uploader, fill
+from refitkit.builtin.torch_tensorrt.weight_buffers import Uploader
 from refitkit.program.bits import same_bits
 from refitkit.protocols import SlotValue
 from tests.fakes import slot_for
@@ -294,7 +295,7 @@ def test_moves_that_an_interrupt_has_left_are_never_made() -> None:
     found.copy("a", left, uploader)
     found.copy("i", torch.tensor([8, 8], dtype=torch.int32), uploader)  # and no finish
     slot = slot_for("b", values["b"], "e")
-    fill(found, specs, [SlotValue(slot, "test", (), lambda: torch.zeros(5))], uploader)
+    Filler(uploader).fill(found, specs, [SlotValue(slot, "test", (), lambda: torch.zeros(5))])
     assert found.value("b").tolist() == [0.0] * 5
     assert same_bits(found.value("a"), values["a"])
     assert same_bits(found.value("i"), values["i"])

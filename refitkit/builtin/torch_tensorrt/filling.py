@@ -1,0 +1,148 @@
+"""Fill an arena with the values of a refit, and do it faster if the last refit was alike.
+
+``Filler`` checks the caller's values and copies them. The values of a service's refits are alike
+(``SteadyValues``): the same slots, read in the same way from tensors with the same headers. Then
+nothing is checked or looked up for each value again, and the arena copies all values as before.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+
+from refitkit.builtin.torch_tensorrt.weight_buffers import Constant
+from refitkit.errors import Problem, WeightMismatchError
+from refitkit.program.dtypes import dtype_name, dtype_of
+from refitkit.protocols import SteadyValues
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from refitkit.builtin.torch_tensorrt.refitter import WeightSpec
+    from refitkit.builtin.torch_tensorrt.weight_buffers import Uploader, ValueArena
+    from refitkit.protocols import SlotValue
+
+
+class Filler:
+    """Copies values into the arenas of one engine."""
+
+    def __init__(self, uploader: Uploader) -> None:
+        """Know no values yet.
+
+        Args:
+            uploader: Makes the copies.
+        """
+        self._uploader = uploader
+        self._last: weakref.ref[SteadyValues] | None = None
+        self._names: tuple[str, ...] = ()  # of values that are moved
+        self._moved: list[int] = []
+        self._pinned: list[int] = []
+
+    def knows(self, values: Sequence[SlotValue]) -> bool:
+        """Whether these values were the last that filled an arena, so that their names fit."""
+        return self._last is not None and self._last() is values
+
+    def forget(self) -> None:
+        """Know no values: the next ones are checked."""
+        self._last = None
+
+    def fill(
+        self, arena: ValueArena, specs: Mapping[str, WeightSpec], values: Sequence[SlotValue]
+    ) -> None:
+        """Copy values into an arena. The caller may change its tensors once this has ended.
+
+        A constant of the plan that the arena already holds is not copied again: some networks have
+        more constants than weights.
+
+        Args:
+            arena: Destination of the copies.
+            specs: Dtype, count and shape that the engine requires of each weight, by name.
+            values: Values of all or some weights.
+
+        Raises:
+            WeightMismatchError: Some values have the wrong dtype, count or shape; lists all of
+                them. The values that fit were copied.
+        """
+        # first, because an interrupt may have come before the end of an earlier filling
+        arena.begin(self._uploader)
+        known = self.knows(values)
+        problems: list[Problem] = []
+        copied: dict[str, Constant] = {}
+        try:
+            with torch.no_grad():
+                if not known or not self._copy_alike(arena, values):
+                    copied = self._copy(arena, specs, values, problems)
+        finally:
+            with torch.no_grad():
+                arena.finish(self._uploader)
+        arena.constants |= copied  # only now: a copy that failed must not count as done
+        if problems:
+            raise WeightMismatchError("Values do not fit the engine.", problems=problems)
+        if isinstance(values, SteadyValues) and not known:
+            self._note(values)
+
+    def _note(self, values: SteadyValues) -> None:
+        """Note which values are moved each time, and which the plan keeps."""
+        self._last = weakref.ref(values)
+        places = range(len(values))
+        self._pinned = [place for place in places if values[place].pinned]
+        self._moved = [place for place in places if not values[place].pinned]
+        self._names = tuple(values[place].slot.name for place in self._moved)
+
+    def _copy_alike(self, arena: ValueArena, values: Sequence[SlotValue]) -> bool:
+        """Copy values as before. False if the arena lacks a constant."""
+        constants = arena.constants
+        for place in self._pinned:
+            held = constants.get(values[place].slot.name)
+            if held is None or not held.is_same_as(Constant.of(values[place].load())):
+                return False
+        if not constants.keys().isdisjoint(self._names):
+            return False
+        # they are tensors in memory, so loading all at once takes none
+        moved = [values[place].load() for place in self._moved]
+        arena.copy_alike(self._names, moved, self._uploader)
+        return True
+
+    def _copy(
+        self,
+        arena: ValueArena,
+        specs: Mapping[str, WeightSpec],
+        values: Sequence[SlotValue],
+        problems: list[Problem],
+    ) -> dict[str, Constant]:
+        """Copy values one by one, and note those that do not fit. Return the constants."""
+        copied: dict[str, Constant] = {}
+        constants = arena.constants
+        dtypes = {name: dtype_of(name) for name in {spec.dtype for spec in specs.values()}}
+        for value in values:
+            name, tensor = value.slot.name, value.load()
+            constant = Constant.of(tensor) if value.pinned else None
+            if constant and constant.is_same_as(constants.get(name)):
+                continue
+            spec = specs[name]
+            # the cheap comparison comes first: most values fit
+            if tensor.dtype is not dtypes[spec.dtype] or tensor.shape != spec.shape:
+                mismatches = list(_mismatches(spec, tensor))
+                problems += mismatches
+                if mismatches:
+                    continue
+            if name in constants:
+                del constants[name]
+            arena.copy(name, tensor, self._uploader)
+            if constant:
+                copied[name] = constant
+        return copied
+
+
+def _mismatches(spec: WeightSpec, tensor: torch.Tensor) -> Iterator[Problem]:
+    """Problems of a tensor as a value of a weight. Any shape fits if the spec has none."""
+    kind = dtype_name(tensor.dtype)
+    if kind != spec.dtype:
+        yield Problem(spec.name, "dtype", kind, spec.dtype)
+    if tensor.numel() != spec.count:
+        found = f"{tensor.numel()} {tuple(tensor.shape)}"
+        yield Problem(spec.name, "number of elements", found, str(spec.count))
+    elif spec.shape is not None and tuple(tensor.shape) != spec.shape:
+        yield Problem(spec.name, "shape", str(tuple(tensor.shape)), str(spec.shape))

@@ -1,0 +1,383 @@
+"""Refits like the last one: mapped once, and right with all that can differ."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import refitkit
+from refitkit.builtin.strategies.recipe import RecipeStrategy
+from refitkit.model import SourceRef
+from refitkit.program.bits import same_bits
+from refitkit.protocols import Mapped
+from refitkit.recipe import TensorMap
+from refitkit.recipe.steady import SteadyTensors
+from tests.fakes import (
+    FakeModule,
+    OpenEngine,
+    call_row,
+    guard_of,
+    leaf_for,
+    make_module,
+    make_plan,
+    make_slot,
+    op_call,
+    pipeline_with,
+    recipe_row,
+    weights_for,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class World:
+    """A loaded fake, and how often a strategy was asked.
+
+    Attributes:
+        asked: Number of times.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, *plugins: object, **settings: Any) -> None:
+        self.module = make_module(2)
+        self.pipeline = pipeline_with(*plugins, **settings)
+        self.compiled = self.pipeline.load(self.module)
+        self.asked = 0
+        real = RecipeStrategy.map
+
+        def counted(strategy: RecipeStrategy, request: Any) -> Mapped:
+            self.asked += 1
+            return real(strategy, request)
+
+        patch.setattr(RecipeStrategy, "map", counted)
+
+    def weights(self, fill: float) -> dict[str, torch.Tensor]:
+        return weights_for(self.module, fill)
+
+    def refit(self, weights: Any, **options: Any) -> Any:
+        return self.pipeline.refit(self.compiled, weights, **options)
+
+    def holds(self, weights: dict[str, torch.Tensor]) -> bool:
+        found = self.module.by_slot()
+        return all(same_bits(found[name], value) for name, value in weights.items())
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(monkeypatch)
+
+
+def test_refits_to_other_tensors_are_mapped_once(world: World) -> None:
+    reports = []
+    for fill in (10.0, 20.0, 30.0):
+        weights = world.weights(fill)
+        reports.append(world.refit(weights).report)
+        assert world.holds(weights)
+    assert world.asked == 1
+    assert reports[0].ledger == reports[2].ledger
+    assert reports[0].bytes_written == reports[2].bytes_written
+
+
+def test_a_module_may_follow_a_state_dict(world: World) -> None:
+    holder = torch.nn.Module()
+    for name, value in world.weights(7.0).items():
+        child = holder
+        *path, last = name.split(".")
+        for part in path:
+            if not hasattr(child, part):
+                child.add_module(part, torch.nn.Module())
+            child = getattr(child, part)
+        child.register_parameter(last, torch.nn.Parameter(value))
+    world.refit(holder)
+    world.refit({name: value.detach() + 1 for name, value in holder.state_dict().items()})
+    with torch.no_grad():
+        for value in holder.parameters():
+            value.add_(2)
+    report = world.refit(holder).report
+    assert world.holds(dict(holder.state_dict()))
+    assert "Module" in report.source
+
+
+def test_no_tensor_is_kept_alive(world: World) -> None:
+    world.refit(world.weights(1.0))
+    weights = world.weights(2.0)
+    seen = [weakref.ref(value) for value in weights.values()]
+    world.refit(weights)
+    del weights
+    gc.collect()
+    assert [one() for one in seen] == [None] * len(seen)
+
+
+def test_no_tensor_is_kept_alive_by_a_refit_that_was_refused(world: World) -> None:
+    world.refit(world.weights(1.0))
+    weights = world.weights(2.0)
+    weights["e1.bias"][0] = float("nan")
+    seen = [weakref.ref(value) for value in weights.values()]
+    with pytest.raises(refitkit.WeightMismatchError, match="finite"):
+        world.refit(weights)
+    del weights
+    gc.collect()
+    assert [one() for one in seen] == [None] * len(seen)
+    good = world.weights(3.0)
+    world.refit(good)
+    assert world.holds(good)
+
+
+CHANGES: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
+    "dtype": lambda w: w.update({"e0.bias": w["e0.bias"].double()}),
+    "shape": lambda w: w.update({"e0.weight": w["e0.weight"].T.contiguous()}),
+    "missing": lambda w: w.pop("e1.bias"),
+    "unexpected": lambda w: w.update(more=torch.ones(2)),
+    "no tensor": lambda w: w.update({"e0.bias": [1.0, 2.0]}),
+    "without data": lambda w: w["e0.weight"].untyped_storage().resize_(0),
+    "meta": lambda w: w.update({"e0.bias": w["e0.bias"].to("meta")}),
+    "not finite": lambda w: w["e1.weight"].fill_(float("inf")),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_refused_at_first_is_refused_later(
+    change: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = World(monkeypatch)
+    problems = []
+    for one in (first, world):
+        if one is world:
+            one.refit(one.weights(1.0))
+            one.refit(one.weights(2.0))
+        before = one.module.by_slot()
+        weights = one.weights(3.0)
+        CHANGES[change](weights)
+        with pytest.raises(refitkit.RefitError) as info:
+            one.refit(weights)
+        assert one.holds(before)
+        problems.append((type(info.value), info.value.problems))
+    assert problems[0] == problems[1]
+    good = world.weights(4.0)
+    world.refit(good)
+    assert world.holds(good)
+
+
+LIKE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "other strides": lambda value: value.T.contiguous().T if value.dim() > 1 else value,
+    "negative bits": torch._neg_view,
+    "parameters": torch.nn.Parameter,
+    "views": lambda value: torch.stack([value, value])[1],
+    "expanded": lambda value: value[..., :1].expand(value.shape),
+}
+
+
+@pytest.mark.parametrize("kind", LIKE)
+def test_tensors_of_every_kind_may_follow(kind: str, world: World) -> None:
+    for fill in (1.0, 2.0):
+        world.refit(world.weights(fill))
+    for fill in (3.0, 4.0, 5.0):
+        weights = {name: LIKE[kind](value) for name, value in world.weights(fill).items()}
+        world.refit(weights)
+        assert world.holds({name: value.detach().clone() for name, value in weights.items()})
+    world.refit(world.weights(6.0))
+    assert world.holds(world.weights(6.0))
+
+
+def test_partial_and_delta_refits_come_in_between(world: World) -> None:
+    world.refit(world.weights(1.0))
+    world.refit({"e0.bias": torch.full((2,), 50.0)}, partial=True)
+    assert world.holds({**world.weights(1.0), "e0.bias": torch.full((2,), 50.0)})
+    world.refit(world.weights(2.0), delta=True)
+    assert world.holds(world.weights(2.0))
+    result = world.refit(world.weights(3.0))
+    assert world.holds(world.weights(3.0))
+    result.undo()
+    assert world.holds(world.weights(2.0))
+    world.refit(world.weights(4.0))
+    assert world.holds(world.weights(4.0))
+
+
+def test_another_pipeline_maps_by_itself(world: World) -> None:
+    world.refit(world.weights(1.0))
+    other = pipeline_with(check_finite=False)
+    weights = world.weights(2.0)
+    weights["e0.bias"][0] = float("nan")
+    other.refit(world.compiled, weights)
+    assert world.holds(weights)
+    assert world.asked == 2
+
+
+def test_another_plan_is_followed(world: World) -> None:
+    world.refit(world.weights(1.0))
+    plan = world.compiled.plan
+    assert plan is not None
+    swapped = {"e0.bias": "e1.bias", "e1.bias": "e0.bias"}
+    rows = [
+        recipe_row(row.slot, swapped.get(row.slot.name, row.slot.name)) for row in plan.data.ledger
+    ]
+    weights = world.weights(2.0)
+    weights["e0.bias"] = weights["e0.bias"] + 5
+    world.refit(weights, plan=make_plan(rows))
+    exchanged = {name: weights[swapped.get(name, name)] for name in weights}
+    assert world.holds(exchanged)
+    world.refit(weights)
+    assert world.holds(weights)
+
+
+class Picky:
+    """A strategy of a plugin, which gives a value where a weight is negative."""
+
+    name, priority = "picky", 1
+
+    def map(self, request: Any) -> Mapped:
+        self.asked = getattr(self, "asked", 0) + 1
+        return Mapped({}, {})
+
+
+class PickyPlugin:
+    name = "picky"
+
+    def __init__(self) -> None:
+        self.strategy = Picky()
+
+    @refitkit.hookimpl
+    def refitkit_mapping_strategies(self) -> list[Picky]:
+        return [self.strategy]
+
+
+class Checks:
+    """A plugin that checks all weights, of each refit."""
+
+    name = "seeing"
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    @refitkit.hookimpl
+    def refitkit_check(self, source: Any) -> list[Any]:
+        self.seen.append(float(source.get("e0.bias")[0]))
+        return []
+
+
+def test_strategies_and_checks_of_plugins_are_asked_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    picky, checks = PickyPlugin(), Checks()
+    world = World(monkeypatch, picky, checks)
+    for fill in (1.0, 2.0, 3.0):
+        world.refit(world.weights(fill))
+    assert picky.strategy.asked == 3
+    assert checks.seen == [float(world.weights(fill)["e0.bias"][0]) for fill in (1.0, 2.0, 3.0)]
+
+
+def test_a_check_sees_the_new_weights_of_a_refit_that_is_not_mapped_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checks = Checks()
+    world = World(monkeypatch, checks)
+    for fill in (1.0, 2.0, 3.0):
+        world.refit(world.weights(fill))
+    assert world.asked == 1
+    assert checks.seen == [float(world.weights(fill)["e0.bias"][0]) for fill in (1.0, 2.0, 3.0)]
+
+
+# -- mappings that depend on more than plan and headers -------------------------------------------
+
+ROOT, W = make_slot("root"), make_slot("w")
+LEAVES = [leaf_for(ROOT, fqn="var"), leaf_for(W)]
+SQRT = [op_call("sqrt.default", "@var")]
+PLANS = {
+    "taken": make_plan([recipe_row(ROOT, "var"), recipe_row(W)], leaves=LEAVES),
+    "computed": make_plan([call_row(ROOT, 0, "var"), recipe_row(W)], leaves=LEAVES, calls=SQRT),
+    "guarded": make_plan(
+        [recipe_row(ROOT, "var"), recipe_row(W)],
+        leaves=LEAVES,
+        guards=(guard_of(SourceRef(fqn="w"), torch.ones(2)),),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PLANS)
+def test_only_what_follows_from_headers_is_kept(kind: str) -> None:
+    pipeline = pipeline_with()
+    module = FakeModule([OpenEngine("model", {"root": torch.ones(2), "w": torch.ones(2)})])
+    compiled = pipeline.load(module)
+    for number in (4.0, 9.0, 16.0):
+        weights = {"var": torch.full((2,), number), "w": torch.ones(2)}
+        pipeline.refit(compiled, weights, plan=PLANS[kind], verify="none")
+        wanted = number**0.5 if kind == "computed" else number
+        assert module.by_slot()["root"].tolist() == [wanted] * 2
+        assert (compiled.last_mapping is not None) == (kind == "taken")
+    if kind == "guarded":
+        other = {"var": torch.ones(2), "w": torch.zeros(2)}
+        with pytest.raises(refitkit.UnmappedSlotError):
+            pipeline.refit(compiled, other, plan=PLANS[kind], verify="none")
+
+
+@pytest.mark.parametrize("option", ["partial", "delta", "reset_state"])
+def test_the_mapping_of_an_unusual_refit_is_not_kept(option: str, world: World) -> None:
+    world.refit(world.weights(1.0))
+    assert world.compiled.last_mapping is not None
+    world.refit(world.weights(2.0), **{option: True})
+    assert world.compiled.last_mapping is None
+    assert world.holds(world.weights(2.0))
+
+
+# -- tensors whose headers say all that matters ---------------------------------------------------
+
+
+class Subclass(torch.Tensor):
+    """Runs code of its own when it is asked for an attribute."""
+
+
+ODD: dict[str, Callable[[], Any]] = {
+    "strided": lambda: torch.ones(3, 2).T,
+    "negated": lambda: torch._neg_view(torch.ones(2, 3)),
+    "conjugated": lambda: torch.ones(2, 3, dtype=torch.complex64).conj(),
+    "sparse": lambda: torch.ones(2, 3).to_sparse(),
+    "meta": lambda: torch.ones(2, 3, device="meta"),
+    "a subclass": lambda: torch.ones(2, 3).as_subclass(Subclass),
+    "a list": lambda: [1.0],
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_sources_with_odd_entries_are_not_steady(kind: str) -> None:
+    plain = {"a": torch.ones(2, 3), "b": torch.nn.Parameter(torch.ones(2))}
+    assert SteadyTensors.of(TensorMap(plain)) is not None
+    assert SteadyTensors.of(TensorMap({**plain, "c": ODD[kind]()})) is None
+
+
+def test_memory_that_was_freed_is_no_steady_tensor() -> None:
+    value = torch.ones(2, 3)
+    value.untyped_storage().resize_(8)
+    assert SteadyTensors.of(TensorMap({"a": value})) is None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"a": torch.ones(2, 3).double(), "b": torch.ones(2)},
+        {"a": torch.ones(3, 2), "b": torch.ones(2)},
+        {"a": torch.nn.Parameter(torch.ones(2, 3)), "b": torch.ones(2)},
+        {"a": torch.ones(2, 3)},
+        {"a": torch.ones(2, 3), "c": torch.ones(2)},
+    ],
+)
+def test_tensors_with_other_headers_are_not_alike(other: dict[str, torch.Tensor]) -> None:
+    first = SteadyTensors.of(TensorMap({"a": torch.ones(2, 3), "b": torch.ones(2)}))
+    second = SteadyTensors.of(TensorMap(other))
+    assert first is not None
+    assert second is not None
+    assert not first.is_like(second)
+    assert not second.is_like(first)
+
+
+def test_tensors_that_were_given_away_are_not_like_others() -> None:
+    given, kept = (TensorMap({"a": torch.ones(2)}) for _ in "ab")
+    given.donate()
+    first, second = SteadyTensors.of(given), SteadyTensors.of(kept)
+    assert first is not None
+    assert second is not None
+    assert not first.is_like(second)
+    assert first.gives_away("a")
