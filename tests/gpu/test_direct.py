@@ -11,6 +11,7 @@ import torch
 
 import refitkit
 from refitkit.builtin.torch_tensorrt.direct import moves, route
+from tests.device_faults import DeviceFaults
 from tests.gpu import trt_models
 from tests.gpu.trt_helpers import compiled_by_us, export, needs_trt, options_for, same
 from tests.gpu.trt_models import inputs_of, randomized
@@ -206,6 +207,45 @@ def test_replays_of_a_graph_are_never_torn(pair: Any) -> None:
     torch.cuda.synchronize()
     assert all(same(answer, right[0]) or same(answer, right[1]) for answer in answers)
     assert {same(answer, right[0]) for answer in answers} == {True, False}
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_refit_with_a_fault_is_done_or_was_never_there(pair: Any, *, after: bool) -> None:
+    """Each call of torch, Triton and TensorRT fails in turn; 250 of them, if there are more."""
+    kind, direct, _ = pair
+    x = inputs_of(kind)
+    states = [state_on(randomized(kind, seed)) for seed in (1, 2)]
+    right = []
+    for number in (0, 1, 0, 1):
+        DIRECT.refit(direct, states[number])
+        right.append(direct(*x).clone())
+    with DeviceFaults(after=after) as counted:
+        DIRECT.refit(direct, states[1])
+    calls, refused, lost = counted.calls, 0, 0
+    for at in range(0, calls, max(1, calls // 250)):
+        before = direct.version
+        with DeviceFaults(at, after=after) as faults:
+            try:
+                DIRECT.refit(direct, states[0])
+            except refitkit.ModuleLostError:
+                # a failed wait for the commit: nobody knows what the device holds
+                lost += 1
+                with pytest.raises(refitkit.ModuleLostError):
+                    direct(*x)
+                direct.gate.heal()  # this device is well
+            except (refitkit.RefitError, RuntimeError):
+                refused += 1
+                assert direct.version == before, faults.failed
+        assert faults.failed
+        answer = direct(*x)
+        assert any(same(answer, one) for one in right), faults.failed
+        if not lost:
+            assert same(answer, right[0 if direct.version > before else 1]), faults.failed
+        lost = 0
+        for number in (0, 1):
+            DIRECT.refit(direct, states[number])
+            assert same(direct(*x), right[number]), faults.failed
+    assert refused > calls // 4 if calls < 250 else refused > 60
 
 
 def state_on(module: torch.nn.Module) -> dict[str, torch.Tensor]:
