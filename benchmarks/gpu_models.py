@@ -191,9 +191,11 @@ def exported(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
 
 
 def state_on(module: nn.Module, device: str, *, pinned: bool = False) -> State:
-    """A copy of a state_dict that shares no memory with the module."""
-    found = {}
+    """A copy of a state_dict that shares no memory with the module. Tied weights stay tied."""
+    found, copies = {}, dict[int, torch.Tensor]()
     for name, value in module.state_dict().items():
-        copy = value.detach().to(device, copy=True)
-        found[name] = copy.pin_memory() if pinned else copy
+        if value.data_ptr() not in copies:
+            copy = value.detach().to(device, copy=True)
+            copies[value.data_ptr()] = copy.pin_memory() if pinned else copy
+        found[name] = copies[value.data_ptr()]
     return found

@@ -205,6 +205,7 @@ def refitkit_check(
     partial: bool,  # noqa: FBT001 - hook arguments have no defaults and are passed by name
     unchanged: Collection[str],
     deferred: Collection[str],
+    same_headers: bool,  # noqa: FBT001 - as above
     config: Config,
 ) -> Iterable[Problem]:
     """Find problems that forbid a refit. Kind: all.
@@ -224,6 +225,9 @@ def refitkit_check(
         deferred: Names of entries that the refit checks for finiteness when it stages them, before
             the commit. So a file is read once, and the checked bytes are the written ones. A check
             of finiteness skips these entries, unless the refit is refused anyway.
+        same_headers: Whether the entries have the names, dtypes, shapes and strides of this
+            module's last refit with this plan, which passed all checks. Checks of these alone can
+            be skipped.
         config: Settings of the pipeline.
 
     Returns:

@@ -61,6 +61,7 @@ def check_weights(
     partial: bool,
     unchanged: Collection[str] = (),
     deferred: Collection[str] = (),
+    same_headers: bool = False,
 ) -> None:
     """Run the checks of all plugins; see the hook ``refitkit_check``.
 
@@ -76,6 +77,7 @@ def check_weights(
         partial=partial,
         unchanged=unchanged,
         deferred=deferred,
+        same_headers=same_headers,
         config=context.config,
     )
     problems = [_as_problem(plugin, item) for plugin, item in found]

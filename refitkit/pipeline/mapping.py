@@ -107,7 +107,6 @@ def map_slots(
     tools = context.tools("refit", "map")
 
     def ask(strategy: MappingStrategy, wanted: tuple[LedgerRow, ...]) -> Mapped:
-        mapping.asked.add(strategy.name)
         request = MapRequest(plan, module, source, wanted, program, tools)
         doing = f"The strategy {strategy.name!r} cannot map slots"
         with raised_as(PluginError, f"The strategy {strategy.name!r} failed", doing=doing):
@@ -164,6 +163,7 @@ def _ask_rank(
         wanted = (*mapping.rows_without_value(), *of_others)
         if not wanted:
             continue
+        mapping.asked.add((offer.plugin, strategy.name))
         answer = ask(strategy, wanted)
         clashes += [_clash(*taken[key], offer) for key in answer.values if key in taken]
         if offer is not rank[-1]:  # nothing can clash with the last one
@@ -226,7 +226,7 @@ class SlotMapping:
         unchanged: Slots that already hold the source's value; no strategy is asked for them.
         kept: State that keeps its live value, with the values that would reset it.
         reset: State whose new value is none of the weights.
-        asked: Names of the strategies that were asked.
+        asked: Plugin and name of each strategy that was asked.
     """
 
     plan: Plan
@@ -235,7 +235,7 @@ class SlotMapping:
     unchanged: frozenset[tuple[str, str]] = frozenset()
     kept: dict[tuple[str, str], SlotValue] = field(default_factory=dict)
     reset: frozenset[tuple[str, str]] = frozenset()
-    asked: set[str] = field(default_factory=set)
+    asked: set[tuple[str, str]] = field(default_factory=set)
 
     def rows_without_value(self) -> list[LedgerRow]:
         """Rows of the plan that need a value and have none, in the ledger's order.
@@ -337,10 +337,10 @@ class SlotMapping:
 
 def grouped(values: Mapping[SlotKey, SlotValue]) -> dict[str, SteadyValues]:
     """Values by engine."""
-    found: dict[str, SteadyValues] = {}
+    found: dict[str, list[SlotValue]] = {}
     for (engine, _), value in values.items():
-        found.setdefault(engine, SteadyValues()).append(value)
-    return found
+        found.setdefault(engine, []).append(value)
+    return {engine: SteadyValues(some) for engine, some in found.items()}
 
 
 def _is_contained(value: SlotValue, names: Collection[str], source: WeightSource) -> bool:

@@ -48,7 +48,7 @@ def layer_type_needs(host: Host, names: Iterable[str]) -> tuple[Need, ...]:
     offers = host.offers(LAYER_TYPES)
     known = sorted(offers.keys() & set(names))
     needs = (_need(host, "layer type", name, offers[name]) for name in known)
-    return tuple(need for need in needs if not _is_built_in(host, need.plugin))
+    return tuple(need for need in needs if not is_built_in(host, need.plugin))
 
 
 def strategy_needs(host: Host, rows: Iterable[ReportRow]) -> tuple[Need, ...]:
@@ -97,7 +97,8 @@ def _need(host: Host, kind: str, name: str, offer: PluginOffer, slots: Iterable[
     )
 
 
-def _is_built_in(host: Host, plugin: str) -> bool:
+def is_built_in(host: Host, plugin: str) -> bool:
+    """Whether a plugin is one of refitkit's own."""
     return host.candidate(plugin).origin == _BUILT_IN
 
 

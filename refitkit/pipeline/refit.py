@@ -44,7 +44,6 @@ from refitkit.pipeline.transform import Transformed, transformed
 from refitkit.pipeline.verify import VerifyOptions, verification, why_unused
 from refitkit.processes import quick_turns
 from refitkit.recipe import RefitPlan
-from refitkit.recipe.steady import SteadyTensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -344,7 +343,7 @@ class RefitTask:
             if isinstance(source, Transformed):
                 draft.transforms = source.rows
             draft.source = source.description
-            last, source = self._last_mapping(plan, source)
+            last = self._last_mapping(plan, source)
         if request.delta:
             with clock.stage("compare"):
                 self._delta = self._compare(plan, source)
@@ -353,7 +352,7 @@ class RefitTask:
             draft.mapping = mapping
         with clock.stage("check"):
             self._check(plan, source, mapping, is_known=last is not None)
-        if last is None and self._repeatable and isinstance(source, SteadyTensors):
+        if last is None and self._repeatable:
             self._last = LastMapping.of(self._context, plan, source, mapping)
         # a verifier that cannot verify this refit refuses here, before anything is staged
         with clock.stage("prepare"):
@@ -379,28 +378,24 @@ class RefitTask:
         one = self._request
         return not (one.partial or one.delta or one.reset_state)
 
-    def _last_mapping(
-        self, plan: RefitPlan, source: WeightSource
-    ) -> tuple[LastMapping | None, WeightSource]:
-        """The mapping of the last refit if it serves this one, and the source to read.
+    def _last_mapping(self, plan: RefitPlan, source: WeightSource) -> LastMapping | None:
+        """The mapping of the last refit, if it serves this one.
 
         The module has none meanwhile, so that it keeps no tensor alive if this refit is refused.
         """
         last, self.compiled.last_mapping = self.compiled.last_mapping, None
-        steady = SteadyTensors.of(source) if self._repeatable else None
-        if steady is None:
-            return None, source
-        if last is None or not last.serves(self._context, plan, steady):
-            return None, steady
-        last.source.take(steady)
+        if last is None or not self._repeatable or not last.serves(self._context, plan, source):
+            return None
         self._last = last
-        return last, last.source
+        return last
 
     def _keep_mapping(self) -> None:
         """Keep the mapping for the next refit, and none of its tensors."""
         if self._last is not None:
             self._last.source.drop()
-            self.compiled.last_mapping = self._last
+            # an engine may have been interrupted while it noted how it copies these values
+            if self._draft.summary is not None:
+                self.compiled.last_mapping = self._last
 
     def _bound_plan(self) -> RefitPlan:
         """The plan, checked against the plugins and the module's slots."""
@@ -437,7 +432,7 @@ class RefitTask:
         """Check weights and mapping. A mapping that is known has passed its checks before."""
         partial, overwrite = self._request.partial, not self._request.rollback
         deferred = judged_where_staged(mapping.values, self._module, overwrite=overwrite)
-        self._check_weights(plan, source, deferred)
+        self._check_weights(plan, source, deferred, same_headers=is_known)
         config = self._context.config
         check_abilities(self._module, partial=partial, overwrite=overwrite, config=config)
         if is_known:
@@ -457,7 +452,12 @@ class RefitTask:
             mapping.reset_state()
 
     def _check_weights(
-        self, plan: RefitPlan, source: WeightSource, deferred: frozenset[str]
+        self,
+        plan: RefitPlan,
+        source: WeightSource,
+        deferred: frozenset[str],
+        *,
+        same_headers: bool = False,
     ) -> None:
         check_weights(
             self._context,
@@ -467,6 +467,7 @@ class RefitTask:
             partial=self._request.partial,
             unchanged=self._delta.same if self._delta else frozenset(),
             deferred=deferred,
+            same_headers=same_headers,
         )
 
     def _judge(self, plan: RefitPlan, source: WeightSource, mapping: SlotMapping) -> Judge | None:

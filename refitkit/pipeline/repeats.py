@@ -2,8 +2,9 @@
 
 A service refits a module again and again, to weights of the same names, dtypes and shapes. Then
 each slot takes its value from the same entry as before. So the mapping is made once, of a source
-whose tensors are exchanged (``SteadyTensors``). What depends on the content of weights is not
-repeated: guards, state, values that are computed, and strategies of plugins.
+whose tensors are exchanged (``SteadyTensors``). Nobody else sees that source: checks and verifiers
+get the user's. What depends on the content of weights is not repeated: guards, state, values that
+are computed, and strategies of plugins.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from refitkit.pipeline.mapping import combined_with_weights
+from refitkit.pipeline.mapping import SlotMapping, combined_with_weights
+from refitkit.pipeline.needs import is_built_in
+from refitkit.protocols import SlotValue
 from refitkit.recipe.plan import STRATEGY
 from refitkit.recipe.reads import state_slots
+from refitkit.recipe.steady import SteadyTensors
 
 if TYPE_CHECKING:
     from refitkit.pipeline.context import Context
-    from refitkit.pipeline.mapping import SlotMapping
+    from refitkit.protocols import WeightSource
     from refitkit.recipe import RefitPlan
-    from refitkit.recipe.steady import SteadyTensors
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class LastMapping:
     Attributes:
         context: Plugins and settings with which it was made.
         plan: Plan that was followed.
-        source: The source that its values read.
+        source: The source that its values read; between refits it has no tensors.
         mapping: The mapping. Nobody changes it any more.
     """
 
@@ -40,7 +43,7 @@ class LastMapping:
 
     @classmethod
     def of(
-        cls, context: Context, plan: RefitPlan, source: SteadyTensors, mapping: SlotMapping
+        cls, context: Context, plan: RefitPlan, source: WeightSource, mapping: SlotMapping
     ) -> LastMapping | None:
         """A mapping for later refits; None if it depends on more than plan and headers.
 
@@ -50,15 +53,38 @@ class LastMapping:
             source: The source of the mapping.
             mapping: The mapping of a full refit, once it has passed all checks.
         """
-        follows_from_headers = (
-            mapping.asked == {STRATEGY}
-            and not plan.data.guards
-            and not state_slots(plan)
-            and combined_with_weights(plan).isdisjoint(source.names())
-            and all(value.identity or value.pinned for value in mapping.values.values())
-        )
-        return cls(context, plan, source, mapping) if follows_from_headers else None
+        if (
+            plan.data.guards
+            or state_slots(plan)
+            or not combined_with_weights(plan).isdisjoint(source.names())
+            or not _is_by_recipes(context, mapping)
+        ):
+            return None
+        steady = SteadyTensors.of(source)
+        if steady is None:
+            return None
+        found = plan.values_of(plan.ledger, steady)
+        values = {key: value for key, value in found.items() if isinstance(value, SlotValue)}
+        steady.drop()
+        again = SlotMapping(plan, values, mapping.reasons)
+        return cls(context, plan, steady, again) if again.summary == mapping.summary else None
 
-    def serves(self, context: Context, plan: RefitPlan, source: SteadyTensors) -> bool:
-        """Whether the mapping of a full refit to this source would be the same."""
-        return self.context is context and self.plan is plan and self.source.is_like(source)
+    def serves(self, context: Context, plan: RefitPlan, source: WeightSource) -> bool:
+        """Take the tensors of a source, if its mapping for a full refit is this one.
+
+        Args:
+            context: Plugins and settings.
+            plan: The plan.
+            source: The source.
+
+        Returns:
+            Whether it is.
+        """
+        return self.context is context and self.plan is plan and self.source.take(source)
+
+
+def _is_by_recipes(context: Context, mapping: SlotMapping) -> bool:
+    """Whether only the built-in recipes were asked, and each value is a tensor as it is."""
+    return all(
+        name == STRATEGY and is_built_in(context.host, plugin) for plugin, name in mapping.asked
+    ) and all(value.identity or value.pinned for value in mapping.values.values())

@@ -337,7 +337,8 @@ class ModuleTransaction:
         mapping, partial = self._mapping, self._prepared.partial
         watched = None if self._finite is None else self._finite.watched(mapping.values)
         by_engine = mapping.by_engine if watched is None else grouped(watched)
-        for name, values in by_engine.items():
+        # those that keep some of their values come last, as they may refuse
+        for name, values in sorted(by_engine.items(), key=lambda item: item[0] in keeping):
             self._staged.fill(
                 name,
                 values,

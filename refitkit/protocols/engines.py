@@ -22,12 +22,13 @@ own. refitkit checks for its members, so no base class is inherited.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol, overload, runtime_checkable
 
 from refitkit.protocols.ability import Ability
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     import torch
 
@@ -73,12 +74,38 @@ class SlotValue(NamedTuple):
     keepable: Callable[[torch.Tensor], bool] | None = None
 
 
-class SteadyValues(list[SlotValue]):
-    """Values of one engine, for one refit after another.
+class SteadyValues(Sequence[SlotValue]):
+    """Values of one engine, for one refit after another. Nobody can change them.
 
     If an engine gets the same object again, its values are for the same slots, and load tensors
     that are in memory, with the same headers. An engine may keep a weak reference to find that out.
     """
+
+    def __init__(self, values: Iterable[SlotValue]) -> None:
+        """Hold values.
+
+        Args:
+            values: The values.
+        """
+        self._values = tuple(values)
+
+    @overload
+    def __getitem__(self, place: int) -> SlotValue: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[SlotValue]: ...
+
+    def __getitem__(self, place: int | slice) -> SlotValue | Sequence[SlotValue]:
+        """Return one value, or some."""
+        return self._values[place]
+
+    def __len__(self) -> int:
+        """Return the number of values."""
+        return len(self._values)
+
+    def __iter__(self) -> Iterator[SlotValue]:
+        """Iterate over the values."""
+        return iter(self._values)
 
 
 # -- what every engine implements -------------------------------------------------------------

@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections import Counter, OrderedDict, defaultdict
+from operator import ge
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,13 +30,22 @@ from refitkit.program.dtypes import dtype_name, unusable_dtype
 from refitkit.protocols import GivesPieces, KnowsBits, MayChange, SupportsReread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+    from collections.abc import (
+        Callable,
+        Collection,
+        Hashable,
+        Iterable,
+        Iterator,
+        Mapping,
+        Sequence,
+    )
 
     from refitkit.protocols import SlotValue, WeightSource
 
 
-PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 """Types of tensors that run no code of their own."""
+_PLAIN_TYPES = frozenset(_PLAIN)
 _EXTRA_STATE = "_extra_state"
 """Last part of the name of ``torch.nn.Module.get_extra_state`` entries, which hold any object."""
 
@@ -55,7 +65,7 @@ def unusable_reason(value: Any) -> str:
         return f"a {type(value).__name__}, not a tensor"
     if is_distributed(value):
         return unusable_dtype(dtype_name(value.dtype))
-    if value.is_nested or type(value) not in PLAIN:
+    if value.is_nested or type(value) not in _PLAIN:
         return (
             why_not_real(value)
             or f"a tensor of the kind {type(value).__name__}; pass plain tensors"
@@ -66,6 +76,28 @@ def unusable_reason(value: Any) -> str:
         return "a quantized tensor; pass value.dequantize() or use a plugin that maps it"
     dtype_reason = unusable_dtype(dtype_name(value.dtype))
     return why_not_real(value) or dtype_reason or _no_data_reason(value)
+
+
+def are_plain(values: Sequence[Any]) -> bool:
+    """Whether all values are contiguous tensors with data, whose bits are their values.
+
+    It takes much less time than asking each of them.
+    """
+    # subclasses run code of their own when they are asked for an attribute
+    if not _PLAIN_TYPES.issuperset(map(type, values)):
+        return False
+    kind, is_wrapped = torch.Tensor, torch._C._functorch.is_functorch_wrapped_tensor  # noqa: SLF001
+    if any(value.layout is not torch.strided for value in values):
+        return False
+    held = [storage.nbytes() for storage in map(kind.untyped_storage, values)]
+    return (
+        all(map(ge, held, [value.nbytes for value in values]))
+        and all(map(kind.is_contiguous, values))
+        and not any(map(kind.is_neg, values))
+        and not any(map(kind.is_conj, values))
+        and not any(map(is_wrapped, values))
+        and not any(value.is_meta for value in values)
+    )
 
 
 def is_distributed(value: Any) -> bool:
@@ -185,7 +217,10 @@ class TensorMap:
         if type(self._tensors) not in {dict, OrderedDict} or self._not_persistent:
             return None
         tensors = self._tensors
-        return {name: tensors[name] for name in self._names}
+        # its owner may have removed some since
+        return (
+            {n: tensors[n] for n in self._names} if self._names.keys() <= tensors.keys() else None
+        )
 
     def names(self) -> Collection[str]:
         """All names of the source."""
@@ -206,10 +241,18 @@ class TensorMap:
             names: Names of the source.
             wanted: Expected dtype and shape, by name.
         """
-        for name in names:
-            value, (dtype, shape) = self._tensors[name], wanted.get(name, (None, ()))
+        values = [self._tensors[name] for name in names]
+        unknown = None, ()
+        if are_plain(values):
+            for name, value in zip(names, values, strict=True):
+                dtype, shape = wanted.get(name, unknown)
+                if value.dtype is not dtype or value.shape != shape:
+                    yield name
+            return
+        for name, value in zip(names, values, strict=True):
+            dtype, shape = wanted.get(name, unknown)
             if not (
-                type(value) in PLAIN
+                type(value) in _PLAIN
                 and not is_transformed(value)
                 and value.dtype is dtype
                 and value.shape == shape
@@ -226,7 +269,7 @@ class TensorMap:
         for name in self._names:
             value = self._tensors[name]
             # tensors without elements all have the address 0, and are not tied
-            if type(value) in PLAIN and not unusable_reason(value) and value.data_ptr():
+            if type(value) in _PLAIN and not unusable_reason(value) and value.data_ptr():
                 place = value.device, value.data_ptr()
                 classes[(*place, value.dtype, value.shape, value.stride())].append(name)
         return [tuple(names) for names in classes.values() if len(names) > 1]
@@ -243,7 +286,7 @@ class TensorMap:
             return value
         if not isinstance(value, torch.Tensor):
             raise SourceError(f"{self.description}: {fqn!r} is {unusable_reason(value)}.")
-        if type(value) not in PLAIN and is_distributed(value):
+        if type(value) not in _PLAIN and is_distributed(value):
             full: torch.Tensor = value.detach().full_tensor()  # type: ignore[attr-defined]
             return full
         return value.detach()

@@ -171,7 +171,8 @@ class OfferSuite:
         module = _module()
         arguments = {"plan": plan_for(module), "module": module, "source": TensorMap(_weights())}
         none = frozenset[str]()
-        more = {"partial": False, "unchanged": none, "deferred": none, "config": Config()}
+        more = {"partial": False, "unchanged": none, "deferred": none}
+        more |= {"same_headers": False, "config": Config()}
         for problems in self._call_hook("refitkit_check", **arguments, **more):
             wrong = [problem for problem in problems if not isinstance(problem, Problem)]
             if wrong:

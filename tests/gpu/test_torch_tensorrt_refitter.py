@@ -135,7 +135,7 @@ def test_big_weights_of_the_host_come_in_chunks(
     trt: Any, data: bytes, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, handle = engine_on(data, trt)
-    monkeypatch.setattr(engine._uploader, "_chunk_bytes", 1000)
+    monkeypatch.setattr(engine._filler._uploader, "_chunk_bytes", 1000)
     refit(engine, B)
     assert right(handle(x), B, x)
     refit(engine, {**B, "dense CONSTANT": B["dense CONSTANT"].T.contiguous().T})

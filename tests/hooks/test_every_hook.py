@@ -285,9 +285,10 @@ def test_refitkit_check() -> None:
             partial: bool,
             unchanged: Collection[str],
             deferred: Collection[str],
+            same_headers: bool,
             config: Config,
         ) -> Iterable[Problem]:
-            called(plan, module, source, partial, unchanged, deferred, config)
+            called(plan, module, source, partial, unchanged, deferred, same_headers, config)
             yield Problem("e0.bias", "not to my taste")
 
     called = Called()
@@ -296,7 +297,8 @@ def test_refitkit_check() -> None:
     weights = new_weights(compiled)
     with pytest.raises(WeightMismatchError, match=r"e0\.bias: not to my taste"):
         pipeline.refit(compiled, weights)
-    plan, module, source, partial, unchanged, deferred, config = called.once
+    plan, module, source, partial, unchanged, deferred, same_headers, config = called.once
+    assert not same_headers
     assert plan.data == compiled.plan.data
     assert module is compiled.opened
     assert set(source.names()) == set(weights)

@@ -178,7 +178,16 @@ def test_collect_tells_whose_result_is_whose() -> None:
 
     plugins = [Checks("a", [1]), Checks("b", None), Checks("c", [3])]
     host = make_host(Config(no_plugins=frozenset({"checks"})), plugins)
-    names = ("plan", "module", "source", "partial", "unchanged", "deferred", "config")
+    names = (
+        "plan",
+        "module",
+        "source",
+        "partial",
+        "unchanged",
+        "deferred",
+        "same_headers",
+        "config",
+    )
     arguments = dict.fromkeys(names)
     assert list(host.collect("refitkit_check", **arguments)) == [("a", [1]), ("c", [3])]
 

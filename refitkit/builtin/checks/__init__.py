@@ -25,6 +25,7 @@ def refitkit_check(
     partial: bool,  # noqa: FBT001 - the hook passes it by name
     unchanged: Collection[str],
     deferred: Collection[str],
+    same_headers: bool,  # noqa: FBT001 - as above
     config: Config,
 ) -> Iterable[Problem]:
     """Return problems of names, ties, dtypes, shapes and layouts, and non-finite entries.
@@ -34,7 +35,7 @@ def refitkit_check(
     # Imported here because every start of refitkit imports this module.
     from refitkit.builtin.checks import finite, names
 
-    check = names.NameCheck(plan, source)
+    check = names.NameCheck(plan, source, same_headers=same_headers)
     problems = list(check.problems(partial=partial))
     if config.check_finite:
         # Deferred entries are checked when they are staged. If the refit is refused now, nothing is

@@ -33,12 +33,13 @@ _MAX_HEADERS = 1000
 class NameCheck:
     """Compares the names and headers of a source with those that a plan's program reads."""
 
-    def __init__(self, plan: Plan, source: WeightSource) -> None:
+    def __init__(self, plan: Plan, source: WeightSource, *, same_headers: bool = False) -> None:
         """Read the headers of the source.
 
         Args:
             plan: Plan whose program reads the weights.
             source: New weights, after all transforms.
+            same_headers: Whether its headers are known to fit.
         """
         self._reads, self._source = reads_of(plan), source
         self._names = source.names()
@@ -46,7 +47,8 @@ class NameCheck:
         # Nearly always all names are known. Then a warm refit skips building a list of them.
         all_known = known.issuperset(self._names)
         self._known = self._names if all_known else [name for name in self._names if name in known]
-        self._infos = {name: source.info(name) for name in self._names_to_check()}
+        doubtful = () if same_headers else self._names_to_check()
+        self._infos = {name: source.info(name) for name in doubtful}
         self._misfits = list(self._find_misfits())
         self._bad = {p.subject for p in self._misfits}
 

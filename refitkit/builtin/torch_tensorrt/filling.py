@@ -8,7 +8,7 @@ nothing is checked or looked up for each value again, and the arena copies all v
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -35,14 +35,11 @@ class Filler:
             uploader: Makes the copies.
         """
         self._uploader = uploader
-        self._last: weakref.ref[SteadyValues] | None = None
-        self._names: tuple[str, ...] = ()  # of values that are moved
-        self._moved: list[int] = []
-        self._pinned: list[int] = []
+        self._last: _Noted | None = None
 
     def knows(self, values: Sequence[SlotValue]) -> bool:
         """Whether these values were the last that filled an arena, so that their names fit."""
-        return self._last is not None and self._last() is values
+        return self._last is not None and self._last.values() is values
 
     def forget(self) -> None:
         """Know no values: the next ones are checked."""
@@ -67,12 +64,12 @@ class Filler:
         """
         # first, because an interrupt may have come before the end of an earlier filling
         arena.begin(self._uploader)
-        known = self.knows(values)
+        last = self._last if self.knows(values) else None
         problems: list[Problem] = []
         copied: dict[str, Constant] = {}
         try:
             with torch.no_grad():
-                if not known or not self._copy_alike(arena, values):
+                if last is None or not self._copy_alike(arena, values, last):
                     copied = self._copy(arena, specs, values, problems)
         finally:
             with torch.no_grad():
@@ -80,29 +77,21 @@ class Filler:
         arena.constants |= copied  # only now: a copy that failed must not count as done
         if problems:
             raise WeightMismatchError("Values do not fit the engine.", problems=problems)
-        if isinstance(values, SteadyValues) and not known:
-            self._note(values)
+        if isinstance(values, SteadyValues) and last is None:
+            self._last = _Noted.of(values)  # at once: an interrupt comes before or after it
 
-    def _note(self, values: SteadyValues) -> None:
-        """Note which values are moved each time, and which the plan keeps."""
-        self._last = weakref.ref(values)
-        places = range(len(values))
-        self._pinned = [place for place in places if values[place].pinned]
-        self._moved = [place for place in places if not values[place].pinned]
-        self._names = tuple(values[place].slot.name for place in self._moved)
-
-    def _copy_alike(self, arena: ValueArena, values: Sequence[SlotValue]) -> bool:
+    def _copy_alike(self, arena: ValueArena, values: Sequence[SlotValue], last: _Noted) -> bool:
         """Copy values as before. False if the arena lacks a constant."""
         constants = arena.constants
-        for place in self._pinned:
+        for place in last.pinned:
             held = constants.get(values[place].slot.name)
             if held is None or not held.is_same_as(Constant.of(values[place].load())):
                 return False
-        if not constants.keys().isdisjoint(self._names):
+        if not constants.keys().isdisjoint(last.names):
             return False
         # they are tensors in memory, so loading all at once takes none
-        moved = [values[place].load() for place in self._moved]
-        arena.copy_alike(self._names, moved, self._uploader)
+        moved = [values[place].load() for place in last.moved]
+        arena.copy_alike(last.names, moved, self._uploader)
         return True
 
     def _copy(
@@ -134,6 +123,29 @@ class Filler:
             if constant:
                 copied[name] = constant
         return copied
+
+
+class _Noted(NamedTuple):
+    """What is known of values that filled an arena.
+
+    Attributes:
+        values: The values.
+        pinned: Places of those that the plan keeps.
+        moved: Places of the others, which are copied each time.
+        names: Names of their slots.
+    """
+
+    values: weakref.ref[SteadyValues]
+    pinned: list[int]
+    moved: list[int]
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, values: SteadyValues) -> _Noted:
+        pinned = [place for place, value in enumerate(values) if value.pinned]
+        moved = [place for place, value in enumerate(values) if not value.pinned]
+        names = tuple(values[place].slot.name for place in moved)
+        return cls(weakref.ref(values), pinned, moved, names)
 
 
 def _mismatches(spec: WeightSpec, tensor: torch.Tensor) -> Iterator[Problem]:

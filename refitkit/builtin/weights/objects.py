@@ -77,6 +77,7 @@ class ProgramWeights(TensorMap):
 # (``flatten_state_dict``): keys, joined with dots. Lists, and mappings whose keys are not strings,
 # such as an optimizer's state, get no names: they hold no weights of a module.
 
+_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 _MAX_DEPTH = 16
 _MAX_LETTERS = 1 << 27
 """Most letters of all names. A few bytes of a pickle may refer to one mapping a billion times."""
@@ -97,10 +98,11 @@ def flattened(state: Any, label: str) -> Any:
         SourceError: Two tensors have one name, the nesting is too deep, or there are too many
             names.
     """
-    if not isinstance(state, Mapping) or not all(issubclass(k, str) for k in set(map(type, state))):
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         return state
     # Nearly always it is a flat state_dict. The rest takes time for each name.
-    if not any(issubclass(kind, Mapping) for kind in set(map(type, state.values()))):
+    values = [value for value in state.values() if type(value) not in _TENSORS]
+    if not any(isinstance(value, Mapping) for value in values):
         return state
     found = list(_tensors(state, label))
     if not any(depth for depth, _, _ in found):

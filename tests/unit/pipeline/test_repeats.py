@@ -13,7 +13,7 @@ import refitkit
 from refitkit.builtin.strategies.recipe import RecipeStrategy
 from refitkit.model import SourceRef
 from refitkit.program.bits import same_bits
-from refitkit.protocols import Mapped
+from refitkit.protocols import Mapped, SlotValue, SteadyValues
 from refitkit.recipe import TensorMap
 from refitkit.recipe.steady import SteadyTensors
 from tests.fakes import (
@@ -82,9 +82,10 @@ def test_refits_to_other_tensors_are_mapped_once(world: World) -> None:
     assert reports[0].bytes_written == reports[2].bytes_written
 
 
-def test_a_module_may_follow_a_state_dict(world: World) -> None:
+def as_module(weights: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """A module with parameters of these names."""
     holder = torch.nn.Module()
-    for name, value in world.weights(7.0).items():
+    for name, value in weights.items():
         child = holder
         *path, last = name.split(".")
         for part in path:
@@ -92,6 +93,11 @@ def test_a_module_may_follow_a_state_dict(world: World) -> None:
                 child.add_module(part, torch.nn.Module())
             child = getattr(child, part)
         child.register_parameter(last, torch.nn.Parameter(value))
+    return holder
+
+
+def test_a_module_may_follow_a_state_dict(world: World) -> None:
+    holder = as_module(world.weights(7.0))
     world.refit(holder)
     world.refit({name: value.detach() + 1 for name, value in holder.state_dict().items()})
     with torch.no_grad():
@@ -252,10 +258,14 @@ class Checks:
 
     def __init__(self) -> None:
         self.seen: list[float] = []
+        self.sources: list[Any] = []
+        self.same: list[bool] = []
 
     @refitkit.hookimpl
-    def refitkit_check(self, source: Any) -> list[Any]:
+    def refitkit_check(self, source: Any, same_headers: bool) -> list[Any]:
         self.seen.append(float(source.get("e0.bias")[0]))
+        self.sources.append(source)
+        self.same.append(same_headers)
         return []
 
 
@@ -270,15 +280,105 @@ def test_strategies_and_checks_of_plugins_are_asked_each_time(
     assert checks.seen == [float(world.weights(fill)["e0.bias"][0]) for fill in (1.0, 2.0, 3.0)]
 
 
-def test_a_check_sees_the_new_weights_of_a_refit_that_is_not_mapped_again(
+def test_a_check_gets_the_weights_that_the_user_gave(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = Checks()
+    world = World(monkeypatch, checks)
+    fills = (1.0, 2.0, 3.0)
+    for fill in fills:
+        world.refit(world.weights(fill))
+    assert world.asked == 1
+    assert checks.seen == [float(world.weights(fill)["e0.bias"][0]) for fill in fills]
+    # a plugin may keep a source, and each refit has its own
+    kept = [float(source.get("e0.bias")[0]) for source in checks.sources]
+    assert kept == checks.seen
+    assert checks.same == [False, True, True]
+
+
+def test_a_check_of_a_live_module_sees_what_no_state_dict_holds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     checks = Checks()
     world = World(monkeypatch, checks)
     for fill in (1.0, 2.0, 3.0):
+        holder = as_module(world.weights(fill))
+        holder.register_buffer("mask", torch.ones(1), persistent=False)
+        world.refit(holder)
+    assert [list(source.left_out) for source in checks.sources] == [["mask"]] * 3
+
+
+class OwnRecipe:
+    """A strategy of another plugin that is called as the built-in one, and reads at once."""
+
+    name, priority = "recipe", 10
+
+    def map(self, request: Any) -> Mapped:
+        values = {}
+        for row in request.wanted:
+            tensor = request.source.get(row.slot.name)
+            values[row.slot.key] = SlotValue(
+                row.slot, "recipe", (row.slot.name,), lambda t=tensor: t, identity=True
+            )
+        return Mapped(values, {})
+
+
+class OwnPlugin:
+    name = "own"
+
+    @refitkit.hookimpl
+    def refitkit_mapping_strategies(self) -> list[OwnRecipe]:
+        return [OwnRecipe()]
+
+
+def test_a_strategy_of_the_same_name_is_asked_each_time() -> None:
+    module = make_module(2)
+    pipeline = pipeline_with(OwnPlugin(), no_plugins={"strategies"})
+    compiled = pipeline.load(module)
+    for fill in (1.0, 2.0, 3.0):
+        weights = weights_for(module, fill)
+        pipeline.refit(compiled, weights)
+        assert same_bits(module.by_slot()["e0.bias"], weights["e0.bias"])
+
+
+def test_a_source_that_lost_an_entry_is_refused_as_at_first(world: World) -> None:
+    weights = world.weights(1.0)
+    source = TensorMap(weights)
+    world.refit(source)
+    del weights["e0.bias"]
+    before = world.module.by_slot()
+    with pytest.raises(refitkit.RefitError):
+        world.refit(source)
+    assert world.holds(before)
+
+
+def test_nobody_can_change_the_values_that_come_again(world: World) -> None:
+    seen: list[Any] = []
+    engine = world.module.engines["e0"]
+    real = engine.stage
+    engine.stage = lambda values: (seen.append(values), real(values))[1]  # type: ignore[method-assign]
+    for fill in (1.0, 2.0, 3.0):
         world.refit(world.weights(fill))
-    assert world.asked == 1
-    assert checks.seen == [float(world.weights(fill)["e0.bias"][0]) for fill in (1.0, 2.0, 3.0)]
+    assert seen[1] is seen[2]
+    assert isinstance(seen[1], SteadyValues)
+    with pytest.raises(AttributeError):
+        seen[1].clear()
+    assert list(seen[1]) == [seen[1][0], seen[1][1]] == [*seen[1][:2]]
+
+
+def test_an_interrupted_refit_is_not_repeated(world: World) -> None:
+    world.refit(world.weights(1.0))
+    engine = world.module.engines["e1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "stage", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            world.refit(world.weights(2.0))
+    assert world.compiled.last_mapping is None
+    assert world.holds(world.weights(1.0))
+    world.refit(world.weights(3.0))
+    assert world.holds(world.weights(3.0))
+
+
+def interrupted(_values: Any) -> Any:
+    raise KeyboardInterrupt
 
 
 # -- mappings that depend on more than plan and headers -------------------------------------------
@@ -369,8 +469,9 @@ def test_tensors_with_other_headers_are_not_alike(other: dict[str, torch.Tensor]
     second = SteadyTensors.of(TensorMap(other))
     assert first is not None
     assert second is not None
-    assert not first.is_like(second)
-    assert not second.is_like(first)
+    assert not first.take(TensorMap(other))
+    assert not second.take(TensorMap({"a": torch.ones(2, 3), "b": torch.ones(2)}))
+    assert second.get("a").data_ptr() == other["a"].data_ptr()
 
 
 def test_tensors_that_were_given_away_are_not_like_others() -> None:
@@ -379,5 +480,6 @@ def test_tensors_that_were_given_away_are_not_like_others() -> None:
     first, second = SteadyTensors.of(given), SteadyTensors.of(kept)
     assert first is not None
     assert second is not None
-    assert not first.is_like(second)
+    assert not first.take(kept)
+    assert not second.take(given)
     assert first.gives_away("a")

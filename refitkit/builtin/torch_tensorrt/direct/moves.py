@@ -142,7 +142,7 @@ class Mover:
         )
         self.ways: dict[tuple[str, tuple[int, ...]], Way] = {}
         self._made = 0
-        self._queue: dict[Kind, tuple[list[Way], list[torch.Tensor]]] = {}
+        self._queue: dict[Kind, list[tuple[Way, torch.Tensor]]] = defaultdict(list)
         self._queue_bytes = 0
         self._tables: dict[tuple[int, ...], _Table] = {}
 
@@ -188,9 +188,7 @@ class Mover:
         if way.kind is None:
             _copy(piece, way.place, value)
             return
-        ways, values = self._queue.setdefault(way.kind, ([], []))
-        ways.append(way)
-        values.append(value)
+        self._queue[way.kind].append((way, value))
         self._queue_bytes += value.nbytes
         if self._queue_bytes > _QUEUE_BYTES:  # values that were computed take memory
             self.finish(piece)
@@ -203,8 +201,8 @@ class Mover:
         """
         queue = self._queue
         self.forget()
-        for kind, (ways, values) in queue.items():
-            self.move(kind, piece, ways, values)
+        for kind, moves in queue.items():
+            self.move(kind, piece, [way for way, _ in moves], [value for _, value in moves])
 
     def move(
         self, kind: Kind, piece: torch.Tensor, ways: Sequence[Way], values: Sequence[torch.Tensor]
@@ -239,7 +237,7 @@ class Mover:
 
     def forget(self) -> None:
         """Drop what is queued."""
-        self._queue, self._queue_bytes = {}, 0
+        self._queue, self._queue_bytes = defaultdict(list), 0
 
     def _table(self, kind: Kind, ways: Sequence[Way]) -> _Table:
         key = tuple([way.number for way in ways])

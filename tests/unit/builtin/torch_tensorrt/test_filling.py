@@ -15,6 +15,7 @@ from refitkit.errors import WeightMismatchError
 from refitkit.program.bits import same_bits
 from refitkit.protocols import SlotValue, SteadyValues
 from tests.fakes import slot_for
+from tests.interrupting import Interrupt, Points
 from tests.unit.builtin.torch_tensorrt.scenes import CPU
 from tests.unit.builtin.torch_tensorrt.test_moves import arena_of, layout_and_values
 
@@ -161,3 +162,30 @@ def test_values_that_did_not_fit_are_checked_again(kind: str) -> None:
         assert [problem.subject for problem in info.value.problems] == ["a"]
         assert not filling.filler.knows(filling.values)
     filling.fill(0, good)
+
+
+@pytest.mark.parametrize("pinned", ["", "w"])
+@pytest.mark.parametrize("before", [0, 2, 3], ids=lambda n: f"after {n}")
+def test_a_filling_after_an_interrupted_one_is_right(kind: str, pinned: str, before: int) -> None:
+    """Interrupt each line of one filling, and look at the two after it."""
+
+    def others(filling: Filling, seed: int) -> dict[str, torch.Tensor]:
+        return {n: v for n, v in filling.others(seed).items() if n != pinned}
+
+    at, interrupted = 0, True
+    while interrupted:
+        filling = Filling(kind, pinned=pinned)
+        for number in range(before):
+            filling.fill(number, others(filling, number))
+        filling.now = {**filling.now, **others(filling, 7)}
+        interrupted = False
+        try:
+            with Points(
+                at, lambda name: "/torch_tensorrt/" in name and "/tests/" not in name, lines=True
+            ):
+                filling.filler.fill(filling.arenas[before % 2], filling.specs, filling.values)
+        except Interrupt:
+            interrupted = True
+        for number in (before, before + 1):
+            filling.fill(number, others(filling, 20 + number))
+        at += 2
