@@ -71,6 +71,9 @@ class Verbs(Protocol):
     def restore_all(self, modules: Iterable[tuple[CompiledModule, int]]) -> RefitResults:
         """Restore earlier weights of several modules in one transaction."""
 
+    def get_ready(self) -> None:
+        """Import what a refit needs."""
+
 
 class CompiledModule:
     """A compiled model: callable like the model, and refittable.
@@ -323,6 +326,7 @@ class CompiledModule:
             EngineError: An engine failed; the module answers as before.
             ModuleLostError: An engine failed and could not recover; the module refuses calls.
         """
+        self._verbs.get_ready()
         # calls wait, too: some engines warm up by a refit of the live weights
         self.gate.refit(lambda: self.gate.exclusive(lambda: self._warm_all(progress)))
 

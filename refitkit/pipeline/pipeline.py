@@ -13,7 +13,7 @@ from refitkit.pipeline.context import Context
 from refitkit.pipeline.diff import Differ
 from refitkit.pipeline.module import CompiledModule, RefitResult, RefitResults
 from refitkit.pipeline.planning import Compiler
-from refitkit.pipeline.refit import refit_task, refit_tasks, run
+from refitkit.pipeline.refit import get_ready, refit_task, refit_tasks, run
 from refitkit.pipeline.restore import RestoreRequest, as_versions, restore_task
 from refitkit.pipeline.targets import (
     copy_of,
@@ -477,6 +477,15 @@ class Pipeline:
         )
 
     @verb("The module cannot be saved")
+    def get_ready(self) -> None:
+        """Ask plugins for what they give to each refit. Many import it when they are first asked.
+
+        Raises:
+            PluginError: A plugin failed; names it.
+        """
+        open_weights(self.context, {})
+        get_ready(self.context)
+
     def save(self, compiled: CompiledModule, path: str | Path) -> None:
         """Write a module with its present weights, plan and program; see ``CompiledModule.save``.
 

@@ -184,6 +184,13 @@ def _as_one(refused: Sequence[tuple[str, RefitError]], of: int) -> RefitError:
     return one
 
 
+def get_ready(context: Context) -> None:
+    """Have plugins import what they give to each refit; see ``Pipeline.get_ready``."""
+    context.host.offers("refitkit_mapping_strategies")
+    context.host.named("refitkit_verifiers")
+    list(context.host.named_items("refitkit_weight_transforms", config=context.config))
+
+
 # -- requests of users ----------------------------------------------------------------------------
 
 

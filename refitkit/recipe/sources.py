@@ -87,7 +87,8 @@ def are_plain(values: Sequence[Any]) -> bool:
     if not _PLAIN_TYPES.issuperset(map(type, values)):
         return False
     kind, is_wrapped = torch.Tensor, torch._C._functorch.is_functorch_wrapped_tensor  # noqa: SLF001
-    if any(value.layout is not torch.strided for value in values):
+    # sparse tensors and wrappers have no storage
+    if any(value.layout is not torch.strided for value in values) or any(map(is_wrapped, values)):
         return False
     held = [storage.nbytes() for storage in map(kind.untyped_storage, values)]
     return (
@@ -95,7 +96,6 @@ def are_plain(values: Sequence[Any]) -> bool:
         and all(map(kind.is_contiguous, values))
         and not any(map(kind.is_neg, values))
         and not any(map(kind.is_conj, values))
-        and not any(map(is_wrapped, values))
         and not any(value.is_meta for value in values)
     )
 

@@ -550,6 +550,9 @@ class InPlaceEngine(RefitterEngine):
         if not isinstance(self.buffers.staging, PlacedArena):
             self._buffers = WeightBuffers(direct.writer.arena, swaps=True)
             self._ready_refitter().unbind()
+        staging = self.buffers.staging
+        if isinstance(staging, PlacedArena):  # nobody knows what the engine holds, nor has it
+            staging.rehearse(Uploader(self.device))
         wait_for_calls(self.device, idle=False)
         direct.install()
         return _RECALLED

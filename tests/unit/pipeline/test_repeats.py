@@ -483,3 +483,35 @@ def test_tensors_that_were_given_away_are_not_like_others() -> None:
     assert not first.take(kept)
     assert not second.take(given)
     assert first.gives_away("a")
+
+
+class Offering:
+    """A plugin that notes what it is asked for."""
+
+    name = "offering"
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    @refitkit.hookimpl
+    def refitkit_mapping_strategies(self) -> list[Any]:
+        self.asked.append("strategies")
+        return []
+
+    @refitkit.hookimpl
+    def refitkit_verifiers(self) -> list[Any]:
+        self.asked.append("verifiers")
+        return []
+
+    @refitkit.hookimpl
+    def refitkit_weight_transforms(self) -> list[Any]:
+        self.asked.append("transforms")
+        return []
+
+
+def test_warming_asks_plugins_for_what_a_refit_needs() -> None:
+    offering = Offering()
+    compiled = pipeline_with(offering).load(make_module())
+    assert offering.asked == []
+    compiled.warm()
+    assert sorted(offering.asked) == ["strategies", "transforms", "verifiers"]

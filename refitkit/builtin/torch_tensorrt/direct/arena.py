@@ -245,6 +245,24 @@ class PlacedArena:
         finally:
             self.begin(uploader)
 
+    def rehearse(self, uploader: Uploader) -> None:
+        """Fill it with zeros as with any values, so that all kernels are compiled and loaded.
+
+        Args:
+            uploader: Makes the copies.
+        """
+        self.begin(uploader)
+        try:
+            for name, spec in self._specs.items():
+                shape = (spec.count,) if spec.shape is None else spec.shape
+                zeros = torch.zeros(shape, dtype=dtype_of(spec.dtype), device=self._device)
+                self.copy(name, zeros, uploader)
+        finally:
+            self.finish(uploader)
+        self.fold()
+        self.is_finite()
+        self.same(self)
+
     def copy_from(self, other: PlacedArena) -> None:
         """Copy all values of an arena of the same layout, without synchronizing."""
         self.constants.clear()

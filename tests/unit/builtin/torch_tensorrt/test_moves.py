@@ -301,6 +301,20 @@ def test_moves_that_an_interrupt_has_left_are_never_made() -> None:
     assert same_bits(found.value("i"), values["i"])
 
 
+def test_a_rehearsal_takes_the_usual_way_and_leaves_nothing() -> None:
+    layout, values, piece = layout_and_values()
+    found, other = (arena_of(layout, values, piece) for _ in "ab")
+    found._mover = Mover(CPU)
+    found.rehearse(Uploader(CPU))
+    assert found.value("a").count_nonzero() == 0
+    assert ("a", (3, 1)) in found._mover.ways
+    for name, value in values.items():
+        found.copy(name, value, Uploader(CPU))
+    found.finish(Uploader(CPU))
+    found.fold()
+    assert found.same(other)
+
+
 def test_what_lies_between_the_weights_is_no_difference() -> None:
     layout, values, piece = layout_and_values()
     found, other = (arena_of(layout, values, piece) for _ in "ab")
