@@ -10,6 +10,8 @@ from __future__ import annotations
 import sys
 from typing import Any, Self
 
+import torch
+
 _PACKAGES = ("torch", "triton", "tensorrt")
 _REFUSED = "CUDA error: refused by a test"
 
@@ -29,11 +31,14 @@ class DeviceFaults:
         self.calls, self.failed = 0, ""
 
     def __enter__(self) -> Self:
+        self._with_gradients = torch.is_grad_enabled()
         sys.setprofile(self._profile)
         return self
 
     def __exit__(self, *_: object) -> None:
         sys.setprofile(None)
+        # the call that restores this may be the one that failed
+        torch.set_grad_enabled(self._with_gradients)
 
     def _profile(self, _frame: Any, event: str, call: Any) -> None:
         if event != ("c_return" if self.after else "c_call") or not _is_of_device(call):

@@ -308,10 +308,10 @@ def test_a_rehearsal_takes_the_usual_way_and_leaves_nothing() -> None:
     found.rehearse(Uploader(CPU))
     assert found.value("a").count_nonzero() == 0
     assert ("a", (3, 1)) in found._mover.ways
+    uploader = Uploader(CPU)
     for name, value in values.items():
-        found.copy(name, value, Uploader(CPU))
-    found.finish(Uploader(CPU))
-    found.fold()
+        found.copy(name, value, uploader)
+    found.finish(uploader)
     assert found.same(other)
 
 
