@@ -241,6 +241,7 @@ class TensorMap:
             names: Names of the source.
             wanted: Expected dtype and shape, by name.
         """
+        names = list(names)
         values = [self._tensors[name] for name in names]
         unknown = None, ()
         if are_plain(values):

@@ -6,7 +6,7 @@ What reads this source can be used again: it then reads the tensors that the sou
 from __future__ import annotations
 
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -17,26 +17,25 @@ if TYPE_CHECKING:
 
     from refitkit.protocols import WeightSource
 
-_Headers: TypeAlias = tuple[list[str], list[type], list[tuple[int, ...]], list[Any]]
 _HEADER = attrgetter("dtype", "shape", "device")
 
 
 class SteadyTensors(TensorMap):
     """The tensors of a state_dict or module, and later of others with the same headers."""
 
-    def __init__(self, source: TensorMap, tensors: Mapping[str, Any], headers: _Headers) -> None:
+    def __init__(self, source: TensorMap, found: _Found) -> None:
         """Called by ``of``."""
-        super().__init__(tensors, source.description)
+        super().__init__(found.tensors, source.description)
         self.is_donated = source.is_donated
-        self._headers = headers
+        self._headers = found.headers
 
     @classmethod
     def of(cls, source: WeightSource) -> SteadyTensors | None:
         """The tensors of a source; None if it gives anything but plain tensors in memory."""
-        found = _tensors_of(source)
-        if found is None or not isinstance(source, TensorMap):
+        if not isinstance(source, TensorMap):
             return None
-        return cls(source, *found)
+        found = _Found.of(source)
+        return None if found is None else cls(source, found)
 
     def take(self, source: WeightSource) -> bool:
         """Give the tensors of a source from now on, if they have the same headers.
@@ -47,13 +46,12 @@ class SteadyTensors(TensorMap):
         Returns:
             Whether they have.
         """
-        found = _tensors_of(source)
-        if found is None or not isinstance(source, TensorMap):
+        if not isinstance(source, TensorMap) or source.is_donated != self.is_donated:
             return False
-        tensors, headers = found
-        if source.is_donated != self.is_donated or headers != self._headers:
+        found = _Found.of(source)
+        if found is None or found.headers != self._headers:
             return False
-        self._tensors, self.description = tensors, source.description
+        self._tensors, self.description = found.tensors, source.description
         return True
 
     def drop(self) -> None:
@@ -61,13 +59,24 @@ class SteadyTensors(TensorMap):
         self._tensors = {}
 
 
-def _tensors_of(source: WeightSource) -> tuple[Mapping[str, Any], _Headers] | None:
-    """All entries with their headers: names, types, strides, and the rest."""
-    if type(source) is not TensorMap and type(source) is not ModuleWeights:
-        return None
-    tensors = source.in_memory
-    values = [] if tensors is None else list(tensors.values())
-    if tensors is None or not are_plain(values):
-        return None
-    strides = list(map(torch.Tensor.stride, values))
-    return tensors, (list(tensors), list(map(type, values)), strides, list(map(_HEADER, values)))
+class _Found(NamedTuple):
+    """Plain tensors in memory.
+
+    Attributes:
+        tensors: All entries, by name.
+        headers: Names, types, strides, and dtypes, shapes and devices.
+    """
+
+    tensors: Mapping[str, Any]
+    headers: tuple[list[str], list[type], list[tuple[int, ...]], list[Any]]
+
+    @classmethod
+    def of(cls, source: TensorMap) -> _Found | None:
+        """All entries of a source; None if it is of another type, or some are not plain."""
+        known = type(source) is TensorMap or type(source) is ModuleWeights
+        tensors = source.in_memory if known else None
+        values = [] if tensors is None else list(tensors.values())
+        if tensors is None or not are_plain(values):
+            return None
+        strides, rest = map(torch.Tensor.stride, values), map(_HEADER, values)
+        return cls(tensors, (list(tensors), list(map(type, values)), list(strides), list(rest)))
