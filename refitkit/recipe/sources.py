@@ -84,19 +84,29 @@ def are_plain(values: Sequence[Any]) -> bool:
     It takes much less time than asking each of them.
     """
     # subclasses run code of their own when they are asked for an attribute
-    if not _PLAIN_TYPES.issuperset(map(type, values)):
-        return False
+    return (
+        _PLAIN_TYPES.issuperset(map(type, values))
+        and all(value.layout is torch.strided for value in values)
+        and not any(value.is_meta for value in values)
+        and have_own_bits(values)
+        and all(map(torch.Tensor.is_contiguous, values))
+    )
+
+
+def have_own_bits(values: Sequence[torch.Tensor]) -> bool:
+    """Whether the memory of strided tensors holds their values, and was not freed.
+
+    Args:
+        values: Tensors that are not on the device ``meta``.
+    """
     kind, is_wrapped = torch.Tensor, torch._C._functorch.is_functorch_wrapped_tensor  # noqa: SLF001
-    # sparse tensors and wrappers have no storage
-    if any(value.layout is not torch.strided for value in values) or any(map(is_wrapped, values)):
+    if any(map(is_wrapped, values)):  # these have no storage
         return False
     held = [storage.nbytes() for storage in map(kind.untyped_storage, values)]
     return (
         all(map(ge, held, [value.nbytes for value in values]))
-        and all(map(kind.is_contiguous, values))
         and not any(map(kind.is_neg, values))
         and not any(map(kind.is_conj, values))
-        and not any(value.is_meta for value in values)
     )
 
 

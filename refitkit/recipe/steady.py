@@ -6,36 +6,41 @@ What reads this source can be used again: it then reads the tensors that the sou
 from __future__ import annotations
 
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 
-from refitkit.recipe.sources import ModuleWeights, TensorMap, are_plain
+from refitkit.recipe.sources import ModuleWeights, TensorMap, are_plain, have_own_bits
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from refitkit.protocols import WeightSource
 
-_HEADER = attrgetter("dtype", "shape", "device")
+_HEADER = attrgetter("dtype", "shape", "device", "layout")
 
 
 class SteadyTensors(TensorMap):
     """The tensors of a state_dict or module, and later of others with the same headers."""
 
-    def __init__(self, source: TensorMap, found: _Found) -> None:
+    def __init__(self, source: TensorMap, tensors: Mapping[str, torch.Tensor]) -> None:
         """Called by ``of``."""
-        super().__init__(found.tensors, source.description)
+        super().__init__(tensors, source.description)
         self.is_donated = source.is_donated
-        self._headers = found.headers
+        values = list(tensors.values())
+        self._kinds = list(map(type, values))
+        self._headers = list(map(_HEADER, values))
+        self._strides = list(map(torch.Tensor.stride, values))
 
     @classmethod
     def of(cls, source: WeightSource) -> SteadyTensors | None:
         """The tensors of a source; None if it gives anything but plain tensors in memory."""
-        if not isinstance(source, TensorMap):
+        if not _may_be_steady(source):
             return None
-        found = _Found.of(source)
-        return None if found is None else cls(source, found)
+        tensors = source.in_memory
+        if tensors is None or not are_plain(list(tensors.values())):
+            return None
+        return cls(source, tensors)
 
     def take(self, source: WeightSource) -> bool:
         """Give the tensors of a source from now on, if they have the same headers.
@@ -46,12 +51,21 @@ class SteadyTensors(TensorMap):
         Returns:
             Whether they have.
         """
-        if not isinstance(source, TensorMap) or source.is_donated != self.is_donated:
+        if not _may_be_steady(source) or source.is_donated != self.is_donated:
             return False
-        found = _Found.of(source)
-        if found is None or found.headers != self._headers:
+        tensors = source.in_memory
+        if tensors is None or list(tensors) != list(self._names):
             return False
-        self._tensors, self.description = found.tensors, source.description
+        # in this order: only of plain types all of this can be asked
+        values = list(tensors.values())
+        if (
+            list(map(type, values)) != self._kinds
+            or list(map(_HEADER, values)) != self._headers
+            or list(map(torch.Tensor.stride, values)) != self._strides
+            or not have_own_bits(values)
+        ):
+            return False
+        self._tensors, self.description = tensors, source.description
         return True
 
     def drop(self) -> None:
@@ -59,24 +73,6 @@ class SteadyTensors(TensorMap):
         self._tensors = {}
 
 
-class _Found(NamedTuple):
-    """Plain tensors in memory.
-
-    Attributes:
-        tensors: All entries, by name.
-        headers: Names, types, strides, and dtypes, shapes and devices.
-    """
-
-    tensors: Mapping[str, Any]
-    headers: tuple[list[str], list[type], list[tuple[int, ...]], list[Any]]
-
-    @classmethod
-    def of(cls, source: TensorMap) -> _Found | None:
-        """All entries of a source; None if it is of another type, or some are not plain."""
-        known = type(source) is TensorMap or type(source) is ModuleWeights
-        tensors = source.in_memory if known else None
-        values = [] if tensors is None else list(tensors.values())
-        if tensors is None or not are_plain(values):
-            return None
-        strides, rest = map(torch.Tensor.stride, values), map(_HEADER, values)
-        return cls(tensors, (list(tensors), list(map(type, values)), list(strides), list(rest)))
+def _may_be_steady(source: WeightSource) -> TypeGuard[TensorMap]:
+    # other sources may read what they give, or compute it
+    return type(source) is TensorMap or type(source) is ModuleWeights
