@@ -476,16 +476,14 @@ class Pipeline:
             for task, draft in zip(tasks, drafts, strict=True)
         )
 
-    @verb("The module cannot be saved")
     def get_ready(self) -> None:
         """Ask plugins for what they give to each refit. Many import it when they are first asked.
 
-        Raises:
-            PluginError: A plugin failed; names it.
+        A plugin that fails is passed over: refits will say so.
         """
-        open_weights(self.context, {})
         get_ready(self.context)
 
+    @verb("The module cannot be saved")
     def save(self, compiled: CompiledModule, path: str | Path) -> None:
         """Write a module with its present weights, plan and program; see ``CompiledModule.save``.
 

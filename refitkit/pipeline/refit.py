@@ -8,6 +8,7 @@ task is in ``restore.py``. The rest is in ``transaction.py``.
 from __future__ import annotations
 
 from collections import abc
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,7 @@ from refitkit.pipeline.mapping import (
     still_overridden,
 )
 from refitkit.pipeline.module import alone
-from refitkit.pipeline.needs import require_needs
+from refitkit.pipeline.needs import is_built_in, require_needs
 from refitkit.pipeline.repeats import LastMapping
 from refitkit.pipeline.report import ReportDraft
 from refitkit.pipeline.targets import for_one_refit, require_unchanged
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _WITH_OPTIONS = 3
+_LOADS = "refitkit_load_weights"
 _ON_JOBS = 'Pass [(module, weights), ...], or (module, weights, {"inputs": (x,)}) for some of them.'
 
 
@@ -186,9 +188,20 @@ def _as_one(refused: Sequence[tuple[str, RefitError]], of: int) -> RefitError:
 
 def get_ready(context: Context) -> None:
     """Have plugins import what they give to each refit; see ``Pipeline.get_ready``."""
-    context.host.offers("refitkit_mapping_strategies")
-    context.host.named("refitkit_verifiers")
-    list(context.host.named_items("refitkit_weight_transforms", config=context.config))
+    host, config = context.host, context.config
+    questions: list[Callable[[], object]] = [
+        lambda: host.offers("refitkit_mapping_strategies"),
+        lambda: host.named("refitkit_verifiers"),
+        lambda: list(host.named_items("refitkit_weight_transforms", config=config)),
+    ]
+    for info in host.plugins():
+        # others may refuse weights without entries
+        if _LOADS in info.hooks and is_built_in(host, info.name):
+            given = {"source": {}, "config": config, "open_weights": None}
+            questions.append(partial(host.call_one, info.name, _LOADS, **given))
+    for question in questions:
+        with suppress(RefitError):
+            question()
 
 
 # -- requests of users ----------------------------------------------------------------------------
@@ -359,6 +372,11 @@ class RefitTask:
             draft.mapping = mapping
         with clock.stage("check"):
             self._check(plan, source, mapping, is_known=last is not None)
+            if last is not None and not last.source.still_gives(source):
+                # a check or another thread has replaced entries meanwhile
+                last = self._last = None
+                draft.mapping = mapping = self._map(plan, source)
+                self._check(plan, source, mapping, is_known=False)
         if last is None and self._repeatable:
             self._last = LastMapping.of(self._context, plan, source, mapping)
         # a verifier that cannot verify this refit refuses here, before anything is staged

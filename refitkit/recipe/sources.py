@@ -87,7 +87,7 @@ def are_plain(values: Sequence[Any]) -> bool:
     return (
         _PLAIN_TYPES.issuperset(map(type, values))
         and all(value.layout is torch.strided for value in values)
-        and not any(value.is_meta for value in values)
+        and not any(value.is_meta or value.is_nested for value in values)
         and have_own_bits(values)
         and all(map(torch.Tensor.is_contiguous, values))
     )
@@ -103,8 +103,10 @@ def have_own_bits(values: Sequence[torch.Tensor]) -> bool:
     if any(map(is_wrapped, values)):  # these have no storage
         return False
     held = [storage.nbytes() for storage in map(kind.untyped_storage, values)]
+    offsets = map(kind.storage_offset, values)
+    ends = [v.nbytes + n * v.itemsize for v, n in zip(values, offsets, strict=True)]
     return (
-        all(map(ge, held, [value.nbytes for value in values]))
+        all(map(ge, held, ends))
         and not any(map(kind.is_neg, values))
         and not any(map(kind.is_conj, values))
     )
@@ -264,13 +266,14 @@ class TensorMap:
             dtype, shape = wanted.get(name, unknown)
             if not (
                 type(value) in _PLAIN
+                and not value.is_nested
                 and not is_transformed(value)
                 and value.dtype is dtype
                 and value.shape == shape
                 and value.layout is torch.strided
                 and not value.is_meta
                 and value.is_contiguous()
-                and value.untyped_storage().nbytes() >= value.nbytes
+                and value.untyped_storage().nbytes() >= _extent(value)
             ):
                 yield name
 

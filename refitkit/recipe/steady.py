@@ -5,11 +5,12 @@ What reads this source can be used again: it then reads the tensors that the sou
 
 from __future__ import annotations
 
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 
+from refitkit.errors import SourceError
 from refitkit.recipe.sources import ModuleWeights, TensorMap, are_plain, have_own_bits
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class SteadyTensors(TensorMap):
         values = list(tensors.values())
         if (
             list(map(type, values)) != self._kinds
+            or any(value.is_nested for value in values)
             or list(map(_HEADER, values)) != self._headers
             or list(map(torch.Tensor.stride, values)) != self._strides
             or not have_own_bits(values)
@@ -68,9 +70,25 @@ class SteadyTensors(TensorMap):
         self._tensors, self.description = tensors, source.description
         return True
 
+    def still_gives(self, source: WeightSource) -> bool:
+        """Whether the tensors are those that a source has now: the same objects."""
+        now = source.in_memory if _may_be_steady(source) else None
+        mine = self._tensors
+        return now is not None and all(map(is_, now.values(), map(mine.__getitem__, now)))
+
     def drop(self) -> None:
         """Keep no tensor alive. Nothing can be read until ``take`` takes others."""
-        self._tensors = {}
+        self._tensors = _Ended()
+
+
+class _Ended(dict[str, torch.Tensor]):
+    """No entries: the refit has ended."""
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        raise SourceError(
+            f"{name!r} cannot be read any more: its refit has ended.",
+            hint="Values can be loaded until Engine.stage returns; stage_over until the commit.",
+        )
 
 
 def _may_be_steady(source: WeightSource) -> TypeGuard[TensorMap]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 from contextlib import suppress
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ import torch
 
 from refitkit.errors import ModuleLostError, RefitError
 from refitkit.model import EngineMemory, Slot
-from refitkit.protocols import SlotValue, SupportsPartial
+from refitkit.protocols import SlotValue, SteadyValues, SupportsPartial
 from refitkit.testing import oracles
 from refitkit.testing.breach import Breach, SuiteError, refusal, skip
 from refitkit.testing.oracles import LAYOUTS, Storage, other_dtypes, other_shapes
@@ -271,6 +272,20 @@ class StagingChecks(EngineBase):
         advice = "Leave nothing of an earlier refit in the slots."
         self.require_bits(engine, wanted, _COMMIT, "after refits to B and back to A", advice)
 
+    def test_the_same_values_load_other_tensors_later(self) -> None:
+        """The same ``SteadyValues`` again: the engine loads the tensors of that refit."""
+        engine, now = self.ready(), dict[str, torch.Tensor]()
+        values = SteadyValues(
+            SlotValue(slot, "conformance", (name,), partial(now.__getitem__, name))
+            for name, slot in engine.slots.items()
+        )
+        for seed in (B, C, B):
+            now.update(self.make_values(engine, seed))
+            wanted = oracles.snapshot({name: now[name].clone() for name in engine.slots})
+            engine.stage(values).commit()
+            when = "after a refit with the values of an earlier one"
+            self.require_bits(engine, wanted, _STAGE, when, "Load all values in each refit.")
+
     def test_any_layout_is_copied_exactly(self) -> None:
         """Views, strides, offsets, gradients and lazy negations: the elements arrive unchanged."""
         engine = self.ready()
@@ -448,7 +463,7 @@ class RefusalChecks(EngineBase):
             what = f"a refit with two values for {slot.name!r}"
             self._require_refused(engine, [*values, second], what, "Refuse repeated names.")
 
-    def _one_by_one(self, engine: Any) -> Iterator[tuple[Slot, torch.Tensor, list[SlotValue]]]:
+    def _one_by_one(self, engine: Any) -> Iterator[tuple[Slot, torch.Tensor, SteadyValues]]:
         """Each slot with its value, and the values of all other slots."""
         values = self.make_values(engine, B)
         # A copy of the mapping: the caller stages between two items.

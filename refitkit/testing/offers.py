@@ -172,8 +172,14 @@ class OfferSuite:
         arguments = {"plan": plan_for(module), "module": module, "source": TensorMap(_weights())}
         none = frozenset[str]()
         more = {"partial": False, "unchanged": none, "deferred": none}
-        more |= {"same_headers": False, "config": Config()}
-        for problems in self._call_hook("refitkit_check", **arguments, **more):
+        more |= {"config": Config()}
+        for problems in [
+            problems
+            for same in (False, True)
+            for problems in self._call_hook(
+                "refitkit_check", **arguments, **more, same_headers=same
+            )
+        ]:
             wrong = [problem for problem in problems if not isinstance(problem, Problem)]
             if wrong:
                 found = f"it returned {wrong[0]!r}."

@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 from refitkit.program.ambient import WatchingMode
-from refitkit.protocols import HoldsProgram, SlotValue
+from refitkit.protocols import HoldsProgram, SlotValue, SteadyValues
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -91,9 +91,9 @@ def _random(slot: Slot, seed: int, generator: torch.Generator) -> torch.Tensor:
     return ((drawn + seed) % _INTEGER_LIMIT).to(dtype)
 
 
-def slot_values(slots: Mapping[str, Slot], values: Mapping[str, torch.Tensor]) -> list[SlotValue]:
-    """Values as a strategy returns them: each loads its tensor on demand."""
-    return [slot_value(slots[name], value) for name, value in values.items()]
+def slot_values(slots: Mapping[str, Slot], values: Mapping[str, torch.Tensor]) -> SteadyValues:
+    """Values as an engine gets them: each loads its tensor on demand."""
+    return SteadyValues(slot_value(slots[name], value) for name, value in values.items())
 
 
 def slot_value(slot: Slot, value: torch.Tensor) -> SlotValue:

@@ -235,6 +235,19 @@ class NeedsNumpy(Open):
         return super().copied(slot, tensor)
 
 
+@breaks("the_same_values_load_other_tensors_later", "of an earlier one, 4 of 4 slots are wrong")
+class KnowsThem(Open):
+    """Takes what the same object has loaded before."""
+
+    loaded: Any = (None, {})
+
+    def _stage(self, values: Any) -> Any:
+        if self.loaded[0] is not values:
+            self.loaded = values, {v.slot.name: v.load().clone() for v in values}
+        slots = [v._replace(load=lambda n=v.slot.name: self.loaded[1][n]) for v in values]
+        return super()._stage(slots)
+
+
 @breaks("values_are_free_once_staged", "overwrote its tensors between stage and commit, 4 of 4")
 class Aliases(Open):
     def copied(self, slot: Any, tensor: torch.Tensor) -> torch.Tensor:

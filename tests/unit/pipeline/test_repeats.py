@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -377,6 +378,34 @@ def test_an_interrupted_refit_is_not_repeated(world: World) -> None:
     assert world.holds(world.weights(3.0))
 
 
+def test_a_check_may_replace_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Replacing:
+        name = "replacing"
+
+        @refitkit.hookimpl
+        def refitkit_check(self, source: Any) -> list[Any]:
+            given["e0.bias"] = source.get("e0.bias") + 100
+            return []
+
+    world = World(monkeypatch, Replacing())
+    for fill in (1.0, 2.0, 3.0):
+        given = world.weights(fill)
+        world.refit(given)
+        assert world.holds(given)
+        assert given["e0.bias"][0] > 100
+
+
+def test_values_cannot_be_loaded_after_their_refit(world: World) -> None:
+    kept: list[Any] = []
+    engine = world.module.engines["e0"]
+    real = engine.stage
+    engine.stage = lambda values: (kept.append(values), real(values))[1]  # type: ignore[method-assign]
+    for fill in (1.0, 2.0):
+        world.refit(world.weights(fill))
+    with pytest.raises(refitkit.SourceError, match="its refit has ended"):
+        kept[-1][0].load()
+
+
 def interrupted(_values: Any) -> Any:
     raise KeyboardInterrupt
 
@@ -430,7 +459,21 @@ class Subclass(torch.Tensor):
     """Runs code of its own when it is asked for an attribute."""
 
 
+def nested() -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nested tensors are a prototype
+        return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+
+def cut_off() -> torch.Tensor:
+    value = torch.ones(4)[2:]
+    value.untyped_storage().resize_(12)
+    return value
+
+
 ODD: dict[str, Callable[[], Any]] = {
+    "nested": nested,
+    "cut off": cut_off,
     "strided": lambda: torch.ones(3, 2).T,
     "negated": lambda: torch._neg_view(torch.ones(2, 3)),
     "conjugated": lambda: torch.ones(2, 3, dtype=torch.complex64).conj(),
@@ -439,6 +482,16 @@ ODD: dict[str, Callable[[], Any]] = {
     "a subclass": lambda: torch.ones(2, 3).as_subclass(Subclass),
     "a list": lambda: [1.0],
 }
+
+
+@pytest.mark.parametrize("kind", ["nested", "cut off"])
+def test_odd_tensors_are_refused_as_at_first(kind: str, world: World) -> None:
+    for refits in (0, 2):
+        for fill in range(refits):
+            world.refit(world.weights(float(fill)))
+        weights = {**world.weights(5.0), "e0.bias": ODD[kind]()}
+        with pytest.raises(refitkit.WeightMismatchError, match="does not fit"):
+            world.refit(weights)
 
 
 @pytest.mark.parametrize("kind", ODD)
@@ -507,6 +560,31 @@ class Offering:
     def refitkit_weight_transforms(self) -> list[Any]:
         self.asked.append("transforms")
         return []
+
+
+class Fussy:
+    """A plugin whose weights have entries, and whose verifiers cannot be had."""
+
+    name = "fussy"
+
+    @refitkit.hookimpl
+    def refitkit_load_weights(self, source: Any) -> None:
+        if isinstance(source, dict):
+            next(iter(source))
+
+    @refitkit.hookimpl
+    def refitkit_verifiers(self) -> list[Any]:
+        raise RuntimeError("no verifiers here")
+
+
+def test_warming_passes_over_plugins_that_fail() -> None:
+    compiled = pipeline_with(Fussy()).load(make_module(), warm=True)
+    compiled.warm()
+
+
+@pytest.mark.parametrize("name", ["save", "load", "refit", "verify", "compile", "restore"])
+def test_verbs_say_what_cannot_be_done(name: str) -> None:
+    assert hasattr(getattr(refitkit.Pipeline, name), "__wrapped__")
 
 
 def test_warming_asks_plugins_for_what_a_refit_needs() -> None:

@@ -251,6 +251,7 @@ class PlacedArena:
         Args:
             uploader: Makes the copies.
         """
+        self.constants.clear()
         self.begin(uploader)
         try:
             for name, spec in self._specs.items():

@@ -25,7 +25,7 @@ from refitkit.builtin.torch_tensorrt.direct.moves import (
 from refitkit.builtin.torch_tensorrt.direct.places import Place
 from refitkit.builtin.torch_tensorrt.filling import Filler
 from refitkit.builtin.torch_tensorrt.refitter import spec_of_slot
-from refitkit.builtin.torch_tensorrt.weight_buffers import Uploader
+from refitkit.builtin.torch_tensorrt.weight_buffers import Constant, Uploader
 from refitkit.program.bits import same_bits
 from refitkit.protocols import SlotValue
 from tests.fakes import slot_for
@@ -305,7 +305,9 @@ def test_a_rehearsal_takes_the_usual_way_and_leaves_nothing() -> None:
     layout, values, piece = layout_and_values()
     found, other = (arena_of(layout, values, piece) for _ in "ab")
     found._mover = Mover(CPU)
+    found.constants["i"] = Constant(values["i"], 0)
     found.rehearse(Uploader(CPU))
+    assert not found.constants  # else a filling would believe that it is there
     assert found.value("a").count_nonzero() == 0
     assert ("a", (3, 1)) in found._mover.ways
     uploader = Uploader(CPU)
