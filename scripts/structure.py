@@ -56,7 +56,7 @@ LIMITS = {
     "refitkit.pipeline": Size(23, 105, 0),
     "refitkit.program": Size(9, 12, 0),
     "refitkit.protocols": Size(11, 34, 0),
-    "refitkit.recipe": Size(18, 38, 0),
+    "refitkit.recipe": Size(18, 37, 0),
     "refitkit.testing": Size(15, 40, 0),
 }
 """The most that each package may have."""
