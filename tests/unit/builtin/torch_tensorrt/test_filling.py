@@ -186,6 +186,7 @@ def test_a_filling_after_an_interrupted_one_is_right(kind: str, pinned: str, bef
                 filling.filler.fill(filling.arenas[before % 2], filling.specs, filling.values)
         except Interrupt:
             interrupted = True
+            torch.set_grad_enabled(True)  # it may have come before the end of ``no_grad``
         for number in (before, before + 1):
             filling.fill(number, others(filling, 20 + number))
         at += 2
