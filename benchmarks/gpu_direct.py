@@ -198,7 +198,7 @@ class Measured:
 
 
 def noted(file: Path, found: dict[str, Any], measure: Callable[[], None]) -> None:
-    """Measure something, and write what was found, with the error if there is one.
+    """Measure, and write the results to a file. An error is written too.
 
     Args:
         file: The file to write.

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from gpu_models import MODELS, exported, state_on
+from gpu_raw import seconds
 
 import refitkit
 from refitkit.builtin.torch_tensorrt import upstream
@@ -103,15 +103,11 @@ class Stored:
 
 
 def _ms(do: Callable[[], Any]) -> float:
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    do()
-    torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start)
+    return 1e3 * seconds(do)
 
 
 def main() -> None:
-    """Do one step, and print what was found."""
+    """Do one step and print the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", choices=list(MODELS))
     parser.add_argument("folder", type=Path)

@@ -171,10 +171,10 @@ class FiniteCheck:
         self._passed: set[SlotKey] = set()
 
     def watched(self, values: Mapping[SlotKey, SlotValue]) -> Mapping[SlotKey, SlotValue] | None:
-        """The same values, of which pieces are checked when the engine reads them.
+        """The same values. Pieces of large values are checked when the engine reads them.
 
         Returns:
-            The values; None if none of them comes in pieces.
+            The values; None if no value comes in pieces.
         """
         if not self._able or all(value.pieces is None for value in values.values()):
             return None

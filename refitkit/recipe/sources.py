@@ -43,9 +43,8 @@ if TYPE_CHECKING:
     from refitkit.protocols import SlotValue, WeightSource
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
 """Types of tensors that run no code of their own."""
-_PLAIN_TYPES = frozenset(_PLAIN)
 _EXTRA_STATE = "_extra_state"
 """Last part of the name of ``torch.nn.Module.get_extra_state`` entries, which hold any object."""
 
@@ -65,7 +64,7 @@ def unusable_reason(value: Any) -> str:
         return f"a {type(value).__name__}, not a tensor"
     if is_distributed(value):
         return unusable_dtype(dtype_name(value.dtype))
-    if value.is_nested or type(value) not in _PLAIN:
+    if value.is_nested or type(value) not in PLAIN:
         return (
             why_not_real(value)
             or f"a tensor of the kind {type(value).__name__}; pass plain tensors"
@@ -85,7 +84,7 @@ def are_plain(values: Sequence[Any]) -> bool:
     """
     # subclasses run code of their own when they are asked for an attribute
     return (
-        _PLAIN_TYPES.issuperset(map(type, values))
+        PLAIN.issuperset(map(type, values))
         and all(value.layout is torch.strided for value in values)
         and not any(value.is_meta or value.is_nested for value in values)
         and have_own_bits(values)
@@ -206,12 +205,8 @@ class TensorMap:
         """
         self.description = description
         self._tensors = tensors
-        # the cheap comparison comes first: a state_dict has hundreds of names
-        self._names = dict.fromkeys(
-            n
-            for n in tensors
-            if not n.endswith(_EXTRA_STATE) or n.rpartition(".")[2] != _EXTRA_STATE
-        )
+        end = f".{_EXTRA_STATE}"
+        self._names = dict.fromkeys(n for n in tensors if n != _EXTRA_STATE and not n.endswith(end))
         self._not_persistent = frozenset(not_persistent)
         self.is_donated = False
 
@@ -253,19 +248,10 @@ class TensorMap:
             names: Names of the source.
             wanted: Expected dtype and shape, by name.
         """
-        names = list(names)
-        values = [self._tensors[name] for name in names]
-        unknown = None, ()
-        if are_plain(values):
-            for name, value in zip(names, values, strict=True):
-                dtype, shape = wanted.get(name, unknown)
-                if value.dtype is not dtype or value.shape != shape:
-                    yield name
-            return
-        for name, value in zip(names, values, strict=True):
-            dtype, shape = wanted.get(name, unknown)
+        for name in names:
+            value, (dtype, shape) = self._tensors[name], wanted.get(name, (None, ()))
             if not (
-                type(value) in _PLAIN
+                type(value) in PLAIN
                 and not value.is_nested
                 and not is_transformed(value)
                 and value.dtype is dtype
@@ -283,7 +269,7 @@ class TensorMap:
         for name in self._names:
             value = self._tensors[name]
             # tensors without elements all have the address 0, and are not tied
-            if type(value) in _PLAIN and not unusable_reason(value) and value.data_ptr():
+            if type(value) in PLAIN and not unusable_reason(value) and value.data_ptr():
                 place = value.device, value.data_ptr()
                 classes[(*place, value.dtype, value.shape, value.stride())].append(name)
         return [tuple(names) for names in classes.values() if len(names) > 1]
@@ -300,7 +286,7 @@ class TensorMap:
             return value
         if not isinstance(value, torch.Tensor):
             raise SourceError(f"{self.description}: {fqn!r} is {unusable_reason(value)}.")
-        if type(value) not in _PLAIN and is_distributed(value):
+        if type(value) not in PLAIN and is_distributed(value):
             full: torch.Tensor = value.detach().full_tensor()  # type: ignore[attr-defined]
             return full
         return value.detach()
@@ -443,7 +429,7 @@ def _parameters_and_buffers(module: torch.nn.Module) -> Iterator[tuple[str, torc
 
 def _memory_key(value: Any) -> Hashable:
     """A key that is equal for values that are one tensor: memory and layout, or the object."""
-    is_plain = type(value) in {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
+    is_plain = type(value) in PLAIN
     # others have the address 0, or raise if they are asked for it
     if not is_plain or value.layout is not torch.strided or value.is_meta or not value.data_ptr():
         return id(value)

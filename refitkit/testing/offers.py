@@ -171,19 +171,14 @@ class OfferSuite:
         module = _module()
         arguments = {"plan": plan_for(module), "module": module, "source": TensorMap(_weights())}
         none = frozenset[str]()
-        more = {"partial": False, "unchanged": none, "deferred": none}
-        more |= {"config": Config()}
-        for problems in [
-            problems
-            for same in (False, True)
-            for problems in self._call_hook(
-                "refitkit_check", **arguments, **more, same_headers=same
-            )
-        ]:
-            wrong = [problem for problem in problems if not isinstance(problem, Problem)]
-            if wrong:
-                found = f"it returned {wrong[0]!r}."
-                raise Breach("refitkit_check", found, "Return refitkit.errors.Problem objects.")
+        more = {"partial": False, "unchanged": none, "deferred": none, "config": Config()}
+        for same in (False, True):
+            given = {**arguments, **more, "same_headers": same}
+            for problems in self._call_hook("refitkit_check", **given):
+                wrong = [problem for problem in problems if not isinstance(problem, Problem)]
+                if wrong:
+                    found = f"it returned {wrong[0]!r}."
+                    raise Breach("refitkit_check", found, "Return refitkit.errors.Problem objects.")
 
     # -- notifications -------------------------------------------------------------------------
 

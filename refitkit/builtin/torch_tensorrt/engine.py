@@ -551,7 +551,7 @@ class InPlaceEngine(RefitterEngine):
             self._buffers = WeightBuffers(direct.writer.arena, swaps=True)
             self._ready_refitter().unbind()
         staging = self.buffers.staging
-        if isinstance(staging, PlacedArena):  # nobody knows what the engine holds, nor has it
+        if isinstance(staging, PlacedArena):  # it holds no weights yet
             staging.rehearse(Uploader(self.device))
         wait_for_calls(self.device, idle=False)
         direct.install()

@@ -18,7 +18,7 @@ from refitkit.program.ambient import plain, why_not_real
 from refitkit.program.dtypes import dtype_name, unusable_dtype
 from refitkit.program.facts import tensors_of
 from refitkit.recipe import TensorMap
-from refitkit.recipe.sources import ModuleWeights
+from refitkit.recipe.sources import PLAIN, ModuleWeights
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -77,7 +77,6 @@ class ProgramWeights(TensorMap):
 # (``flatten_state_dict``): keys, joined with dots. Lists, and mappings whose keys are not strings,
 # such as an optimizer's state, get no names: they hold no weights of a module.
 
-_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 _MAX_DEPTH = 16
 _MAX_LETTERS = 1 << 27
 """Most letters of all names. A few bytes of a pickle may refer to one mapping a billion times."""
@@ -101,8 +100,7 @@ def flattened(state: Any, label: str) -> Any:
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         return state
     # Nearly always it is a flat state_dict. The rest takes time for each name.
-    values = [value for value in state.values() if type(value) not in _TENSORS]
-    if not any(isinstance(value, Mapping) for value in values):
+    if not any(isinstance(v, Mapping) for v in state.values() if type(v) not in PLAIN):
         return state
     found = list(_tensors(state, label))
     if not any(depth for depth, _, _ in found):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from refitkit.builtin.torch_tensorrt.direct.layout import EngineLayout
-    from refitkit.builtin.torch_tensorrt.direct.moves import Mover, Way
+    from refitkit.builtin.torch_tensorrt.direct.moves import Kind, Mover, Way
     from refitkit.builtin.torch_tensorrt.refitter import WeightSpec
     from refitkit.builtin.torch_tensorrt.weight_buffers import Constant, Uploader
 
@@ -182,7 +182,7 @@ class PlacedArena:
 
     def _noted(self, names: tuple[str, ...], values: Sequence[torch.Tensor]) -> _Alike:
         """How values were copied."""
-        moves: dict[Any, tuple[list[Way], list[int]]] = {}
+        moves: dict[Kind, tuple[list[Way], list[int]]] = {}
         rest = []
         for place, (name, value) in enumerate(zip(names, values, strict=True)):
             way = self._way(name, value)
@@ -299,7 +299,7 @@ class _Alike(NamedTuple):
     """
 
     names: tuple[str, ...]
-    moves: list[tuple[Any, list[Way], list[int]]]
+    moves: list[tuple[Kind, list[Way], list[int]]]
     rest: list[int]
 
 
