@@ -165,8 +165,8 @@ class Measured:
             values = [v for v in self._slot_values(0) if v.slot.engine == name]
             engine.buffers.begin_staging(partial=False)
             stage += kernels_ms(lambda e=engine, v=values: (e._fill(v), e.buffers.staging.fold()))
-            writer, arena = engine._writer()
-            commit += device_ms(lambda w=writer, a=arena: w.commit(a))
+            _, arena = engine._writer()
+            commit += device_ms(arena.commit)
         self.found |= {"stage_copies": stage / copy, "commit_copies": commit / copy}
 
     def _slot_values(self, number: int) -> list[Any]:

@@ -25,6 +25,7 @@ from refitkit.errors import (
     raised_as,
 )
 from refitkit.model import CallRef
+from refitkit.pipeline.mapping import is_entry
 from refitkit.program.bits import all_finite, finite, newly_nonfinite, not_finite
 from refitkit.protocols import (
     ChecksFinite,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from refitkit.config import Config
     from refitkit.model import SlotKey
     from refitkit.pipeline.context import Context
+    from refitkit.pipeline.mapping import SlotMapping
     from refitkit.pipeline.stage import Staged
     from refitkit.protocols import (
         Engine,
@@ -129,14 +131,14 @@ def check_abilities(
 
 
 def judged_where_staged(
-    values: Mapping[SlotKey, SlotValue], module: OpenedModule, *, overwrite: bool
+    mapping: SlotMapping, module: OpenedModule, *, overwrite: bool
 ) -> frozenset[str]:
     """Names of source entries that are checked where they are staged: no plugin has to read them.
 
     ``FiniteCheck`` does that, or an engine that remembers its weights.
 
     Args:
-        values: Values that will be staged.
+        mapping: Values that will be staged.
         module: The opened module.
         overwrite: Whether engines that can do so write over the live values at the commit.
     """
@@ -145,10 +147,7 @@ def judged_where_staged(
         for name, engine in _kept_apart(module, overwrite=overwrite)
         if isinstance(engine, ChecksFinite) and engine.checks_finite
     }
-    # an entry that is a slot's value as it is has exactly one source
-    return frozenset(
-        value.sources[0] for key, value in values.items() if key[0] in able and _is_entry(value)
-    )
+    return mapping.entries_of(able)
 
 
 class FiniteCheck:
@@ -180,7 +179,7 @@ class FiniteCheck:
             return None
         return {
             key: value._replace(pieces=bind(self._pieces, key, value.pieces))
-            if value.pieces is not None and key[0] in self._able and _is_entry(value)
+            if value.pieces is not None and key[0] in self._able and is_entry(value)
             else value
             for key, value in values.items()
         }
@@ -241,7 +240,7 @@ class FiniteCheck:
             if value is None or key[0] not in self._able or key in self._passed:
                 continue
             computed = value.strategy != STRATEGY or isinstance(row.value, CallRef)
-            if computed or _is_entry(value):
+            if computed or is_entry(value):
                 found[key[0]][key[1]] = value
         return found
 
@@ -262,11 +261,6 @@ def _kept_apart(module: OpenedModule, *, overwrite: bool) -> Iterator[tuple[str,
             yield name, engine
 
 
-def _is_entry(value: SlotValue) -> bool:
-    """Whether a value is an unchanged entry of the source."""
-    return value.identity and not value.pinned and value.strategy == STRATEGY
-
-
 def _newly_nonfinite(
     engine: SupportsReadback, staged: StagedRefit, values: Mapping[str, SlotValue]
 ) -> Iterator[Problem]:
@@ -278,14 +272,14 @@ def _newly_nonfinite(
 
     # if the engine does not show staged values, each is loaded again: only entries are, because a
     # computed value would be computed twice
-    some = [slot for slot, value in values.items() if shows or _is_entry(value)]
+    some = [slot for slot, value in values.items() if shows or is_entry(value)]
     for slot in not_finite((slot, new(slot)) for slot in some):
         value = new(slot)
         present = engine.read(slot)
         bad = ~finite(value.reshape(present.shape)) & finite(present).to(value.device)
         if not bad.any():
             continue
-        if _is_entry(values[slot]):
+        if is_entry(values[slot]):
             yield newly_nonfinite(values[slot].sources[0], bad)
         else:
             names = ", ".join(map(repr, values[slot].sources))

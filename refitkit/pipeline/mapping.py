@@ -14,6 +14,7 @@ Mapping computes no tensors: a ``SlotValue`` computes its tensor when an engine 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -317,6 +318,19 @@ class SlotMapping:
         return grouped(self.values)
 
     @cached_property
+    def _entries(self) -> dict[str, frozenset[str]]:
+        """Names of source entries that are values of slots as they are, by engine."""
+        found: defaultdict[str, set[str]] = defaultdict(set)
+        for (engine, _), value in self.values.items():
+            if is_entry(value):
+                found[engine].add(value.sources[0])  # such a value has exactly one
+        return {engine: frozenset(names) for engine, names in found.items()}
+
+    def entries_of(self, engines: abc.Set[str]) -> frozenset[str]:
+        """Names of source entries that are values of these engines' slots, as first mapped."""
+        return frozenset[str]().union(*(self._entries.get(name, ()) for name in engines))
+
+    @cached_property
     def summary(self) -> MappingSummary:
         """The facts for the report, asked for once all values are there. They hold no tensors."""
         values = self.values.items()
@@ -333,6 +347,11 @@ class SlotMapping:
         if key in self.reset:
             return "reset"
         return "set" if key in self.values else "kept"
+
+
+def is_entry(value: SlotValue) -> bool:
+    """Whether a value is an unchanged entry of the source."""
+    return value.identity and not value.pinned and value.strategy == STRATEGY
 
 
 def grouped(values: Mapping[SlotKey, SlotValue]) -> dict[str, SteadyValues]:

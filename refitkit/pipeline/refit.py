@@ -417,7 +417,7 @@ class RefitTask:
     def _keep_mapping(self) -> None:
         """Keep the mapping for the next refit, and none of its tensors."""
         if self._last is not None:
-            self._last.source.drop()
+            self._last.end()
             # an engine may have been interrupted while it noted how it copies these values
             if self._draft.summary is not None:
                 self.compiled.last_mapping = self._last
@@ -456,7 +456,7 @@ class RefitTask:
     ) -> None:
         """Check weights and mapping. A mapping that is known has passed its checks before."""
         partial, overwrite = self._request.partial, not self._request.rollback
-        deferred = judged_where_staged(mapping.values, self._module, overwrite=overwrite)
+        deferred = judged_where_staged(mapping, self._module, overwrite=overwrite)
         self._check_weights(plan, source, deferred, same_headers=is_known)
         config = self._context.config
         check_abilities(self._module, partial=partial, overwrite=overwrite, config=config)

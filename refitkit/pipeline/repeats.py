@@ -3,13 +3,14 @@
 A service refits a module again and again, to weights of the same names, dtypes and shapes. Then
 each slot takes its value from the same entry as before. So the mapping is made once, of a source
 whose tensors are exchanged (``SteadyTensors``). Nobody else sees that source: checks and verifiers
-get the user's. What depends on the content of weights is not repeated: guards, state, values that
-are computed, and strategies of plugins.
+get the user's. Values that are computed are computed anew. What else depends on the content of
+weights is not repeated: guards, state, and strategies of plugins.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from refitkit.pipeline.mapping import SlotMapping, combined_with_weights
@@ -20,6 +21,8 @@ from refitkit.recipe.reads import state_slots
 from refitkit.recipe.steady import SteadyTensors
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from refitkit.pipeline.context import Context
     from refitkit.protocols import WeightSource
     from refitkit.recipe import RefitPlan
@@ -34,12 +37,14 @@ class LastMapping:
         plan: Plan that was followed.
         source: The source that its values read; between refits it has no tensors.
         mapping: The mapping. Nobody changes it any more.
+        restart: Forgets what was computed of the tensors.
     """
 
     context: Context
     plan: RefitPlan
     source: SteadyTensors
     mapping: SlotMapping
+    restart: Callable[[], None]
 
     @classmethod
     def of(
@@ -63,11 +68,17 @@ class LastMapping:
         steady = SteadyTensors.of(source)
         if steady is None:
             return None
-        found = plan.values_of(plan.ledger, steady)
-        values = {key: value for key, value in found.items() if isinstance(value, SlotValue)}
+        found, restart = plan.repeatable_values(steady)
+        values = {
+            key: _constant(value) if value.pinned else _quick(value, steady)
+            for key, value in found.items()
+            if isinstance(value, SlotValue)
+        }
         steady.drop()
         again = SlotMapping(plan, values, mapping.reasons)
-        return cls(context, plan, steady, again) if again.summary == mapping.summary else None
+        if again.summary != mapping.summary:
+            return None
+        return cls(context, plan, steady, again, restart)
 
     def serves(self, context: Context, plan: RefitPlan, source: WeightSource) -> bool:
         """Take the tensors of a source, if its mapping for a full refit is this one.
@@ -82,9 +93,28 @@ class LastMapping:
         """
         return self.context is context and self.plan is plan and self.source.take(source)
 
+    def end(self) -> None:
+        """Keep nothing of the tensors that were taken."""
+        self.source.drop()
+        self.restart()
+
 
 def _is_by_recipes(context: Context, mapping: SlotMapping) -> bool:
-    """Whether only the built-in recipes were asked, and each value is a tensor as it is."""
+    """Whether only the built-in recipes were asked."""
     return all(
         name == STRATEGY and is_built_in(context.host, plugin) for plugin, name in mapping.asked
-    ) and all(value.identity or value.pinned for value in mapping.values.values())
+    )
+
+
+def _constant(value: SlotValue) -> SlotValue:
+    """A value of which nothing comes from the source, computed once at most."""
+    return value if value.identity else value._replace(load=cache(value.load))
+
+
+def _quick(value: SlotValue, source: SteadyTensors) -> SlotValue:
+    """A value that loads faster, if it is an entry of the source as it is."""
+    if value.identity and len(value.sources) == 1:
+        load = source.loader(value.sources[0])
+        if value.load() is load():  # not in another shape
+            return value._replace(load=load)
+    return value

@@ -149,16 +149,14 @@ def _all_finite_bytes(value: torch.Tensor) -> bool:
     return not any((raw == byte).any() for byte in _non_finite_bytes(value.dtype))
 
 
-def all_finite_at_once(values: Sequence[torch.Tensor]) -> bool:
-    """Return whether no element of some tensors is NaN or infinite, with one question to a GPU.
+def sum_of_floats(values: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Return a sum that is finite only if all elements are: one of float32. None of no elements.
 
     Args:
         values: Tensors of floating point dtypes of at least 16 bits, or without elements.
     """
-    some = [value for value in values if has_floats(value)]
-    if not some or has_finite_sum(torch.stack([value.sum(dtype=torch.float32) for value in some])):
-        return True
-    return all(map(all_finite, some))
+    sums = [value.sum(dtype=torch.float32) for value in values if has_floats(value)]
+    return torch.stack(sums).sum() if sums else None
 
 
 @cache

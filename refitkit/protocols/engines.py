@@ -78,8 +78,9 @@ class SteadyValues(Sequence[SlotValue]):
     """Values of one engine, for one refit after another. Nobody can change them.
 
     If an engine gets the same object again, its values are for the same slots, and load tensors
-    that are in memory, with the same headers, and are other tensors as a rule. An engine may keep a
-    weak reference to find that out. It loads values anew in each refit, and never after it.
+    with the same headers, other ones as a rule. Values with ``identity`` are in memory; the others
+    are computed when they are loaded. An engine may keep a weak reference to find that out. It
+    loads values anew in each refit, and never after it.
     """
 
     def __init__(self, values: Iterable[SlotValue]) -> None:

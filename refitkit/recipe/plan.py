@@ -122,6 +122,12 @@ class RefitPlan:
         """
         return self._values.of(rows, source)
 
+    def repeatable_values(
+        self, source: WeightSource
+    ) -> tuple[dict[SlotKey, SlotValue | str], Callable[[], None]]:
+        """As ``values_of`` for all rows, and what to call once the source has other tensors."""
+        return self._values.repeatable(source)
+
     def value_of(self, row: LedgerRow, source: WeightSource) -> SlotValue | str:
         """The value of one row, computed on demand, or the reason why there is none."""
         return self._values.of((row,), source)[row.slot.key]
@@ -402,9 +408,7 @@ class SlotValues:
         is_complete = all(fqn in names for fqn in self._all_sources)
         # the usual refit: factories depend on the source's names only, so they can be reused
         if is_complete and rows == self._data.ledger:
-            replay = self._replay(self._all_calls, source)
-            given = _Given.of(source)
-            return {key: factory(given, replay) for key, factory in self._factories}
+            return self._complete(source, self._replay(self._all_calls, source))
         lacking = {row.slot.key: () if is_complete else self._lacking(row, names) for row in rows}
         computed = [
             row.value for row in rows if type(row.value) is CallRef and not lacking[row.slot.key]
@@ -414,6 +418,20 @@ class SlotValues:
             row.slot.key: self._factory(row, names, lacking[row.slot.key])(given, replay)
             for row in rows
         }
+
+    def repeatable(
+        self, source: WeightSource
+    ) -> tuple[dict[SlotKey, SlotValue | str], Callable[[], None]]:
+        """A value for each slot, and what to call once the source has other tensors."""
+        if not all(fqn in source.names() for fqn in self._all_sources):
+            return self.of(self._data.ledger, source), lambda: None
+        replay = self._replay(self._all_calls, source)
+        return self._complete(source, replay), replay.restart
+
+    def _complete(self, source: WeightSource, replay: Replay) -> dict[SlotKey, SlotValue | str]:
+        """A value for each slot from a source with all names."""
+        given = _Given.of(source)
+        return {key: factory(given, replay) for key, factory in self._factories}
 
     @cached_property
     def _all_calls(self) -> tuple[CallRef, ...]:

@@ -86,6 +86,12 @@ class Replay:
         needs_resolving = result.is_neg() or result.is_conj()
         return result.resolve_neg().resolve_conj() if needs_resolving else result
 
+    def restart(self) -> None:
+        """Forget all that was read and computed: the leaves are others from now on."""
+        with self._lock:
+            self._run = None
+            self._read.clear()
+
     def is_new(self, result: torch.Tensor) -> bool:
         """Whether a result was computed: it has no memory of a leaf or of a tensor of the plan."""
         return result.untyped_storage().data_ptr() not in self._read

@@ -87,23 +87,28 @@ def are_plain(values: Sequence[Any]) -> bool:
         PLAIN.issuperset(map(type, values))
         and all(value.layout is torch.strided for value in values)
         and not any(value.is_meta or value.is_nested for value in values)
-        and have_own_bits(values)
+        and have_own_bits(values, ends_of(values))
         and all(map(torch.Tensor.is_contiguous, values))
     )
 
 
-def have_own_bits(values: Sequence[torch.Tensor]) -> bool:
+def ends_of(values: Sequence[torch.Tensor]) -> list[int]:
+    """Return how many bytes the storage of each contiguous tensor has at least."""
+    offsets = map(torch.Tensor.storage_offset, values)
+    return [int(v.nbytes + n * v.itemsize) for v, n in zip(values, offsets, strict=True)]
+
+
+def have_own_bits(values: Sequence[torch.Tensor], ends: Sequence[int]) -> bool:
     """Whether the memory of strided tensors holds their values, and was not freed.
 
     Args:
         values: Tensors that are not on the device ``meta``.
+        ends: See ``ends_of``.
     """
     kind, is_wrapped = torch.Tensor, torch._C._functorch.is_functorch_wrapped_tensor  # noqa: SLF001
     if any(map(is_wrapped, values)):  # these have no storage
         return False
-    held = [storage.nbytes() for storage in map(kind.untyped_storage, values)]
-    offsets = map(kind.storage_offset, values)
-    ends = [v.nbytes + n * v.itemsize for v, n in zip(values, offsets, strict=True)]
+    held = map(torch.UntypedStorage.nbytes, map(kind.untyped_storage, values))
     return (
         all(map(ge, held, ends))
         and not any(map(kind.is_neg, values))

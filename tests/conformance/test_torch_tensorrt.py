@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
+from unittest.mock import patch
 
 import torch
 
+from refitkit.builtin.torch_tensorrt.direct.arena import PlacedArena
 from refitkit.builtin.torch_tensorrt.torch_part import TorchPartEngine
 from refitkit.program.ambient import WatchingMode
 from refitkit.testing import EngineSuite
@@ -86,30 +88,26 @@ class TestDirect(TestPython):
         assert engine.route == ("direct", "")
         return engine
 
-    def commit_fault(self, engine: Any) -> Any:
-        return _raising(engine, after=0)
+    def commit_fault(self, _engine: Any) -> Any:
+        return _raising(after=0)
 
-    def rollback_fault(self, engine: Any) -> Any:
-        return _raising(engine, after=1)
+    def rollback_fault(self, _engine: Any) -> Any:
+        return _raising(after=1)
 
 
 @contextmanager
-def _raising(engine: Any, after: int) -> Iterator[None]:
+def _raising(after: int) -> Iterator[None]:
     """Copies to the engine's memory fail, but for the first ones."""
-    writer, left = engine._direct.writer, [after]
-    copy = writer.commit
+    left, commit = [after], PlacedArena.commit
 
-    def commit(arena: Any) -> None:
+    def failing(arena: PlacedArena) -> None:
         left[0] -= 1
         if left[0] < 0:
             raise Refusal("commit")
-        copy(arena)
+        commit(arena)
 
-    writer.commit = commit
-    try:
+    with patch.object(PlacedArena, "commit", failing):
         yield
-    finally:
-        writer.commit = copy
 
 
 class TestCpp(TestPython):

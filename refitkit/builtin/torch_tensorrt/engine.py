@@ -54,7 +54,6 @@ if TYPE_CHECKING:
     import torch
 
     from refitkit.builtin.torch_tensorrt.children import EngineHandle
-    from refitkit.builtin.torch_tensorrt.direct.route import DirectWriter
     from refitkit.builtin.torch_tensorrt.refitter import WeightSpec
     from refitkit.builtin.torch_tensorrt.weight_buffers import ValueArena
     from refitkit.protocols import SlotValue, StagedRefit
@@ -293,7 +292,8 @@ class RefitterEngine:
 
     def _fill(self, values: Sequence[SlotValue]) -> None:
         """Copy values into the staging arena."""
-        self._filler.fill(self.buffers.staging, self.specs, values)
+        buffers = self.buffers
+        self._filler.fill(buffers.staging, self.specs, values, buffers.before)
 
     def _unknown_weights_error(self) -> NotRefittableError:
         return NotRefittableError(
@@ -395,15 +395,15 @@ class InPlaceEngine(RefitterEngine):
         """See ``refitkit.protocols.TellsRoute``."""
         return self._route if self._options.direct else ("refitter", OFF)
 
-    def _writer(self) -> tuple[DirectWriter, PlacedArena] | None:
-        """The writer, and what it can write; None if it is not known that it can."""
+    def _writable(self) -> PlacedArena | None:
+        """The staging arena, if it is known that it can be written; else None."""
         # not `self.buffers`: new ones would hold zeros
         if self._direct is None or self._direct.writer is None or self._buffers is None:
             return None
-        writer, arena = self._direct.writer, self._buffers.staging
-        if not isinstance(arena, PlacedArena) or not writer.takes(arena):
+        arena = self._buffers.staging
+        if not isinstance(arena, PlacedArena) or not self._direct.writer.takes(arena):
             return None
-        return writer, arena
+        return arena
 
     def _ready_route(self) -> DirectRoute | None:
         if self._options.direct and self._direct is None:
@@ -436,15 +436,14 @@ class InPlaceEngine(RefitterEngine):
                 calls. Then a copy is launched on it, and not waited for.
         """
         self._ready_refitter()  # forgets the writer if the user has replaced the engine
-        direct, found = self._direct, self._writer()
-        if direct is None or found is None or not direct.in_place:
+        direct, arena = self._direct, self._writable()
+        if direct is None or arena is None or not direct.in_place:
             self._refit_by_tensorrt(idle=idle)
             return
-        writer, arena = found
         arena.fold()
         if not idle:
             wait_for_calls(self.device, idle=False)
-        writer.commit(arena)
+        arena.commit()
         if not idle:
             wait_for_calls(self.device, idle=True)  # only for the copy
         self._route = ("direct", "")
@@ -480,7 +479,7 @@ class InPlaceEngine(RefitterEngine):
     def _install(self) -> None:
         """Put the engine that can be written in place of the one that Torch-TensorRT opened."""
         self._ready_refitter()  # forgets that engine if the user has replaced the other one
-        if self._direct is not None and self._writer() is not None:
+        if self._direct is not None and self._writable() is not None:
             self._direct.install()
 
     def _ready_refitter(self) -> PersistentRefitter:
@@ -494,10 +493,10 @@ class InPlaceEngine(RefitterEngine):
 
     def _staged(self) -> StagedInPlace:
         self._find_writer()
-        found, direct = self._writer(), self._direct
-        if found is not None:
-            found[1].fold()
-        is_direct = found is not None and direct is not None and direct.in_place
+        arena, direct = self._writable(), self._direct
+        if arena is not None:
+            arena.fold()
+        is_direct = arena is not None and direct is not None and direct.in_place
         # a rollback must not run out of memory, so what it may need is allocated now
         is_plain = isinstance(self.buffers.staging, Arena)
         self._plain = None if is_direct or is_plain else self._plain or self._new_arena()

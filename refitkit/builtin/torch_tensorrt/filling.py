@@ -18,7 +18,7 @@ from refitkit.program.dtypes import dtype_name, dtype_of
 from refitkit.protocols import SteadyValues
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from refitkit.builtin.torch_tensorrt.refitter import WeightSpec
     from refitkit.builtin.torch_tensorrt.weight_buffers import Uploader, ValueArena
@@ -46,7 +46,11 @@ class Filler:
         self._last = None
 
     def fill(
-        self, arena: ValueArena, specs: Mapping[str, WeightSpec], values: Sequence[SlotValue]
+        self,
+        arena: ValueArena,
+        specs: Mapping[str, WeightSpec],
+        values: Sequence[SlotValue],
+        live: ValueArena | None = None,
     ) -> None:
         """Copy values into an arena. The caller may change its tensors once this has ended.
 
@@ -57,6 +61,7 @@ class Filler:
             arena: Destination of the copies.
             specs: Dtype, count and shape that the engine requires of each weight, by name.
             values: Values of all or some weights.
+            live: Arena that holds the live values, if one does.
 
         Raises:
             WeightMismatchError: Some values have the wrong dtype, count or shape; lists all of
@@ -69,8 +74,14 @@ class Filler:
         copied: dict[str, Constant] = {}
         try:
             with torch.no_grad():
-                if last is None or not self._copy_alike(arena, values, last):
+                if last is None or not self._holds(arena, values, last):
                     copied = self._copy(arena, specs, values, problems)
+                else:
+                    computed = [values[place] for place in last.computed]
+                    self._copy(arena, specs, computed, problems)
+                    # they are tensors in memory, so loading all at once takes none
+                    moved = [load() for load in last.loads]
+                    arena.copy_alike(last.names, moved, self._uploader, live)
         finally:
             with torch.no_grad():
                 arena.finish(self._uploader)
@@ -80,19 +91,15 @@ class Filler:
         if isinstance(values, SteadyValues) and last is None:
             self._last = _Noted.of(values)  # at once: an interrupt comes before or after it
 
-    def _copy_alike(self, arena: ValueArena, values: Sequence[SlotValue], last: _Noted) -> bool:
-        """Copy values as before. False if the arena lacks a constant."""
+    @staticmethod
+    def _holds(arena: ValueArena, values: Sequence[SlotValue], last: _Noted) -> bool:
+        """Whether an arena holds all constants, and nothing else is one."""
         constants = arena.constants
         for place in last.pinned:
             held = constants.get(values[place].slot.name)
             if held is None or not held.is_same_as(Constant.of(values[place].load())):
                 return False
-        if not constants.keys().isdisjoint(last.names):
-            return False
-        # they are tensors in memory, so loading all at once takes none
-        moved = [values[place].load() for place in last.moved]
-        arena.copy_alike(last.names, moved, self._uploader)
-        return True
+        return constants.keys().isdisjoint(last.names)
 
     def _copy(
         self,
@@ -131,21 +138,25 @@ class _Noted(NamedTuple):
     Attributes:
         values: The values.
         pinned: Places of those that the plan keeps.
-        moved: Places of the others, which are copied each time.
-        names: Names of their slots.
+        computed: Places of those that are computed each time.
+        loads: Load the others, which are tensors of the source.
+        names: Names of the slots of those.
     """
 
     values: weakref.ref[SteadyValues]
     pinned: list[int]
-    moved: list[int]
+    computed: list[int]
+    loads: list[Callable[[], torch.Tensor]]
     names: tuple[str, ...]
 
     @classmethod
     def of(cls, values: SteadyValues) -> _Noted:
-        pinned = [place for place, value in enumerate(values) if value.pinned]
-        moved = [place for place, value in enumerate(values) if not value.pinned]
+        pinned, computed, moved = list[int](), list[int](), list[int]()
+        for place, value in enumerate(values):
+            (pinned if value.pinned else moved if value.identity else computed).append(place)
         names = tuple(values[place].slot.name for place in moved)
-        return cls(weakref.ref(values), pinned, moved, names)
+        loads = [values[place].load for place in moved]
+        return cls(weakref.ref(values), pinned, computed, loads, names)
 
 
 def _mismatches(spec: WeightSpec, tensor: torch.Tensor) -> Iterator[Problem]:

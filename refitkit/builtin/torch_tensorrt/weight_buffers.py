@@ -52,9 +52,20 @@ class ValueArena(Protocol):
         """Copy a value that fits, now or in ``finish``."""
 
     def copy_alike(
-        self, names: tuple[str, ...], values: Sequence[torch.Tensor], uploader: Uploader
+        self,
+        names: tuple[str, ...],
+        values: Sequence[torch.Tensor],
+        uploader: Uploader,
+        live: ValueArena | None,
     ) -> None:
-        """Copy values that fit. The same object ``names`` again: their headers are as before."""
+        """Copy values that fit, after all others.
+
+        Args:
+            names: Names of the weights. The same object again: headers of values are as before.
+            values: Their values.
+            uploader: Makes the copies.
+            live: Arena that holds the live values, if one does: ``same`` will be asked of it.
+        """
 
     def finish(self, uploader: Uploader) -> None:
         """Make all pending copies, and wait for them; see ``Uploader.finish``."""
@@ -165,6 +176,11 @@ class WeightBuffers:
             return None
         arena = self.staging if self._live == "staging" else self._allocated_snapshot()
         return arena.value(name)
+
+    @property
+    def before(self) -> ValueArena | None:
+        """The arena with the live values while others are staged; None if they are unknown."""
+        return self._snapshot if self._live == "snapshot" else None
 
     @property
     def has_previous(self) -> bool:
@@ -363,7 +379,11 @@ class Arena:
         uploader.copy(self.tensors[name], value)
 
     def copy_alike(
-        self, names: tuple[str, ...], values: Sequence[torch.Tensor], uploader: Uploader
+        self,
+        names: tuple[str, ...],
+        values: Sequence[torch.Tensor],
+        uploader: Uploader,
+        live: ValueArena | None,  # noqa: ARG002 - compared later
     ) -> None:
         """Copy values; see ``ValueArena``."""
         for name, value in zip(names, values, strict=True):

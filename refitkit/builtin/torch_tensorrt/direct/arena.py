@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import math
+import weakref
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from refitkit.builtin.torch_tensorrt.direct.capturing import Captured
 from refitkit.builtin.torch_tensorrt.direct.folds import FoldsAtOnce
-from refitkit.builtin.torch_tensorrt.direct.moves import dense_digits_of, is_plain
-from refitkit.builtin.torch_tensorrt.direct.places import words_of
+from refitkit.builtin.torch_tensorrt.direct.moves import PieceCopy, dense_digits_of, is_plain
+from refitkit.builtin.torch_tensorrt.direct.places import Place, words_of
+from refitkit.builtin.torch_tensorrt.direct.screening import Screen
 from refitkit.builtin.torch_tensorrt.weight_buffers import Arena, Layout, stored
-from refitkit.program.bits import all_finite, all_finite_at_once, same_bits, same_memory
+from refitkit.program.bits import same_bits, same_memory
 from refitkit.program.dtypes import dtype_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from refitkit.builtin.torch_tensorrt.direct.layout import EngineLayout
-    from refitkit.builtin.torch_tensorrt.direct.moves import Kind, Mover, Way
+    from refitkit.builtin.torch_tensorrt.direct.layout import EngineLayout, Parts
+    from refitkit.builtin.torch_tensorrt.direct.moves import Kind, Mover, MoveTable, Way
     from refitkit.builtin.torch_tensorrt.refitter import WeightSpec
-    from refitkit.builtin.torch_tensorrt.weight_buffers import Constant, Uploader
+    from refitkit.builtin.torch_tensorrt.weight_buffers import Constant, Uploader, ValueArena
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SAMPLE = 1 << 16
 """Elements that are compared before all others."""
 _ROOM_BYTES = 256 << 20
@@ -40,6 +46,7 @@ class PlacedArena:
         accepted: What the engine held of them when they were found to be equal; None: not compared.
         constants: See ``ValueArena``.
         nbytes: See ``ValueArena``.
+        writes: How often values were written.
     """
 
     def __init__(
@@ -47,6 +54,7 @@ class PlacedArena:
         layout: EngineLayout,
         specs: Mapping[str, WeightSpec],
         piece: torch.Tensor,
+        parts: Parts,
         mover: Mover,
     ) -> None:
         """Allocate it.
@@ -55,6 +63,7 @@ class PlacedArena:
             layout: The layout.
             specs: All weights by name.
             piece: The engine's memory. What lies between its weights is copied.
+            parts: What of the memory a commit copies.
             mover: Moves values.
         """
         self._layout, self._specs, self._mover = layout, specs, mover
@@ -74,22 +83,36 @@ class PlacedArena:
         runs = {dtype_of(name): run for name, run in self._folded.runs.items()}
         self._folds = FoldsAtOnce(layout.folds, layout.places, self._folded.views, runs)
         self._is_folded = False
+        self._screen = Screen(self._looked_at(), mover.kernels)
         self._rooms: list[tuple[str, torch.Tensor]] = []
         self._room_bytes = 0
         self._values: dict[str, torch.Tensor] = {}
-        self._screened = self._screen()
         self._alike: _Alike | None = None
+        self._asked: PlacedArena | None = None  # what pending answers compare with
+        self._seen = torch.zeros(2, pin_memory=device.type == "cuda")
+        self._answers: _Answers | None = None
+        self.writes = 0
+        self._over, self._commit = PieceCopy(parts, self.memory, piece), Captured(device)
+        PieceCopy(parts, piece, self.memory)()  # compiles the kernels, and changes nothing
+        self._commit.get_ready(self._over)
 
-    def _screen(self) -> torch.dtype | None:
-        """The dtype in which one look at all memory finds NaN and infinity; None if none does."""
-        if len(self._words) > 1:
-            return None
-        (dtype,) = self._words
-        first, last = self._layout.span
-        whole = self.memory.clone()
-        for view in self._layout.views(whole).values():
-            view.zero_()
-        return dtype if all_finite(words_of(whole[first:last], dtype)) else None
+    @property
+    def commits_fast(self) -> bool:
+        """Whether few launches make a commit."""
+        return self._over.is_fast
+
+    def commit(self) -> None:
+        """Copy the weights over those of the engine, on the current stream. Norms are folded."""
+        self._commit.do(self._over)
+
+    def _looked_at(self) -> list[torch.Tensor]:
+        """Everything that may not be finite, flat where nothing lies in between."""
+        found = [*self._folded.runs.values(), *self.fixed.runs.values()]
+        for name, place in self._layout.places.items():
+            words = self._words[self._layout.dtypes[name]]
+            is_dense = place.end - place.start == place.count
+            found.append(words[place.start : place.end] if is_dense else place.of_piece(words))
+        return found
 
     # -- reading ----------------------------------------------------------------------------
 
@@ -111,12 +134,14 @@ class PlacedArena:
 
     def same(self, other: PlacedArena) -> bool:
         """Return whether an arena of the same layout holds the same bits."""
+        answers = self._answers
+        if answers is not None and answers.differ_from(other):
+            return False
         self.fold()
         other.fold()
         # the usual answer, from the first weight: each question to a GPU takes a while
-        for name in islice(self._layout.places, 1):
-            if not same_bits(self.value(name), other.value(name), first=_SAMPLE):
-                return False
+        if bool(self._differs(other)):
+            return False
         if not all(a.same(b) for a, b in zip(self._apart, other._apart, strict=True)):
             return False
         # what lies between the weights may differ, and means nothing
@@ -124,30 +149,42 @@ class PlacedArena:
             same_bits(self.value(name), other.value(name)) for name in self._layout.places
         )
 
+    def _differs(self, other: PlacedArena) -> torch.Tensor:
+        """Whether some elements of the first weight differ: one element of bool."""
+        some = []
+        for name in islice(self._layout.places, 1):
+            place, size = self._layout.places[name], self._layout.dtypes[name].itemsize
+            for memory in (self.memory, other.memory):
+                view = place.of_piece(words_of(memory, _BITS[size]))
+                rows = max(1, _SAMPLE * len(view) // view.numel()) if view.dim() else 0
+                some.append(view[:rows] if rows else view)
+        return (some[0] != some[1]).any()
+
     @property
     def _apart(self) -> tuple[Arena, Arena]:
         return self._folded, self.fixed
 
     def is_finite(self) -> bool:
         """Return whether all values are surely finite."""
-        if self._screened is None:
-            return False
-        first, last = self._layout.span
-        words = words_of(self.memory[first:last], self._screened)
-        # fixed weights that the engine takes are those that it holds
-        fixed = () if self.accepted is not None else self.fixed.runs.values()
-        return all_finite_at_once([words, *self._folded.runs.values(), *fixed])
+        if self._answers is not None:
+            return self._answers.is_finite
+        return math.isfinite(self._screen.total().item())
+
+    def _forget_answers(self) -> None:
+        self._answers = None
+        self.writes += 1
 
     # -- writing ----------------------------------------------------------------------------
 
     def begin(self, uploader: Uploader) -> None:
         """Drop pending copies; see ``ValueArena``."""
-        self._rooms, self._room_bytes = [], 0
+        self._rooms, self._room_bytes, self._asked = [], 0, None
         self._mover.forget()
         uploader.forget()
 
     def copy(self, name: str, value: torch.Tensor, uploader: Uploader) -> None:
         """Copy a value; see ``ValueArena``."""
+        self._forget_answers()
         # the usual case: a value like one before
         way = self._way(name, value)
         if way is not None:
@@ -167,32 +204,89 @@ class PlacedArena:
             self._copy_by_room(name, stored(value), uploader)
 
     def copy_alike(
-        self, names: tuple[str, ...], values: Sequence[torch.Tensor], uploader: Uploader
+        self,
+        names: tuple[str, ...],
+        values: Sequence[torch.Tensor],
+        uploader: Uploader,
+        live: ValueArena | None,
     ) -> None:
-        """Copy values; see ``ValueArena``."""
-        if self._alike is None or self._alike.names is not names:
+        """Copy values; see ``ValueArena``.
+
+        On a GPU, all of them are moved, norms are folded, and sums and samples are taken, by one
+        launch. So the questions whether values are finite and new need not wait for the device.
+        """
+        alike = self._alike
+        if alike is None or alike.names is not names:
             for name, value in zip(names, values, strict=True):
                 self.copy(name, value, uploader)
             self._alike = self._noted(names, values)
             return
-        for kind, ways, places in self._alike.moves:
-            self._mover.move(kind, self.memory, ways, [values[place] for place in places])
-        for place in self._alike.rest:
+        self._forget_answers()
+        self._is_folded = False
+        if alike.moves_fixed:
+            self.accepted = None
+        for place in alike.rest:
             self.copy(names[place], values[place], uploader)
+        # all values are looked at, so what was queued comes first
+        self._move_all(uploader)
+        uploader.flush()
+        if isinstance(live, PlacedArena) and self._is_written(alike, values, live):
+            self._asked = live
+            return
+        for _, _, places in alike.moves:
+            for place in places:
+                self.copy(names[place], values[place], uploader)
+
+    def _is_written(self, alike: _Alike, values: Sequence[torch.Tensor], live: PlacedArena) -> bool:
+        """Whether one launch has written all values that it can."""
+        try:
+            if not alike.give(values):
+                return False
+            alike.compare_with(live, self._device)
+            alike.captured.do(partial(self._write, alike, live))
+        except Exception:  # noqa: BLE001 - the usual way does without kernels if it must
+            self._alike = None
+            return False
+        return True
+
+    def _write(self, alike: _Alike, live: PlacedArena) -> None:
+        """Move values that are alike; then fold norms, and look at all values."""
+        for table, target, _ in alike.moves:
+            table.launch(target)
+        self._folds.write(self._words)
+        total = self._screen.total()
+        seen = torch.stack([total, self._differs(live).to(total.dtype)])
+        self._seen.copy_(seen, non_blocking=True)
 
     def _noted(self, names: tuple[str, ...], values: Sequence[torch.Tensor]) -> _Alike:
         """How values were copied."""
-        moves: dict[Kind, tuple[list[Way], list[int]]] = {}
+        groups: dict[tuple[int, Kind], tuple[torch.Tensor, list[Way], list[int]]] = {}
         rest = []
         for place, (name, value) in enumerate(zip(names, values, strict=True)):
-            way = self._way(name, value)
-            if way is None or way.kind is None:
+            beside = self._beside.get(name)
+            if beside is None:
+                target, way = self.memory, self._way(name, value)
+            else:
+                target, way = beside.memory, self._way_beside(beside.views[name], value)
+            if way is None or way.kind is None or self._mover.kernels is None:
                 rest.append(place)
             else:
-                ways, places = moves.setdefault(way.kind, ([], []))
+                _, ways, places = groups.setdefault((id(target), way.kind), (target, [], []))
                 ways.append(way)
                 places.append(place)
-        return _Alike(names, [(kind, *some) for kind, some in moves.items()], rest)
+        moves = [
+            (self._mover.table(kind, ways), target, places)
+            for (_, kind), (target, ways, places) in groups.items()
+        ]
+        fixed = any(self._beside.get(name) is self.fixed for name in names)
+        return _Alike(names, moves, rest, moves_fixed=fixed)
+
+    def _way_beside(self, target: torch.Tensor, value: torch.Tensor) -> Way | None:
+        """The way of a value to a weight that lies beside the engine's layout."""
+        if value.device != self._device or not value.is_contiguous() or value.is_neg():
+            return None
+        digits = ((target.numel(), 1),) if target.numel() > 1 else ()
+        return self._mover.way_to(Place(int(target.storage_offset()), digits), value.reshape(-1))
 
     def _way(self, name: str, value: torch.Tensor) -> Way | None:
         """The way in which a value like this one was moved; None if there was none."""
@@ -242,6 +336,13 @@ class PlacedArena:
         try:
             self._move_all(uploader)
             uploader.finish()
+            if self._asked is not None:
+                total, differs = self._seen.tolist()
+                live = self._asked
+                self._answers = _Answers(
+                    weakref.ref(live), live.writes, math.isfinite(total), bool(differs)
+                )
+                self._is_folded = True
         finally:
             self.begin(uploader)
 
@@ -267,7 +368,9 @@ class PlacedArena:
     def copy_from(self, other: PlacedArena) -> None:
         """Copy all values of an arena of the same layout, without synchronizing."""
         self.constants.clear()
-        self._is_folded, self.accepted = False, None  # if it is interrupted
+        # if it is interrupted
+        self._is_folded, self.accepted = False, None
+        self._forget_answers()
         self.memory.copy_(other.memory)
         self._folded.copy_from(other._folded)
         self.fixed.copy_from(other.fixed)
@@ -285,22 +388,67 @@ class PlacedArena:
         Args:
             piece: The engine's memory.
         """
+        self._forget_answers()
         values = {name: self.value(name) for name in self._specs}
         self.memory.copy_(self._layout.written(piece, values))
 
 
-class _Alike(NamedTuple):
+class _Alike:
     """How values were copied, for values with the same headers.
 
     Attributes:
         names: Their names: this very object.
-        moves: Kind, ways and places among the names of those that one launch moves.
+        moves: Each launch, the memory that it writes to, and places of its values among the names.
         rest: Places of the others.
+        moves_fixed: Whether some of them are weights that stay fixed.
+        captured: Writes all of ``moves`` and compares them with an arena.
     """
 
-    names: tuple[str, ...]
-    moves: list[tuple[Kind, list[Way], list[int]]]
-    rest: list[int]
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        moves: list[tuple[MoveTable, torch.Tensor, list[int]]],
+        rest: list[int],
+        *,
+        moves_fixed: bool,
+    ) -> None:
+        self.names, self.moves, self.rest, self.moves_fixed = names, moves, rest, moves_fixed
+        self._live: weakref.ref[PlacedArena] | None = None
+
+    def give(self, values: Sequence[torch.Tensor]) -> bool:
+        """Tell all launches where the values lie. Return whether their kernels can read them."""
+        found = True
+        for table, _, places in self.moves:
+            found = table.give([values[place].data_ptr() for place in places]) and found
+        return found
+
+    def compare_with(self, live: PlacedArena, device: torch.device) -> None:
+        """Capture another comparison, unless it is with this arena already.
+
+        The arena is not kept alive: it may be freed to save memory.
+        """
+        if self._live is None or self._live() is not live:
+            self._live, self.captured = weakref.ref(live), Captured(device)
+
+
+class _Answers(NamedTuple):
+    """What is known of all values.
+
+    Attributes:
+        live: The arena that they were compared with.
+        writes: How often it had been written to.
+        is_finite: Whether they are surely finite.
+        differs: Whether they surely differ from those.
+    """
+
+    live: weakref.ref[PlacedArena]
+    writes: int
+    is_finite: bool
+    differs: bool
+
+    def differ_from(self, other: PlacedArena) -> bool:
+        """Whether they surely differ from the values of an arena."""
+        return self.differs and self.live() is other and other.writes == self.writes
 
 
 def fixed_layout(layout: EngineLayout, specs: Mapping[str, WeightSpec]) -> Layout:

@@ -120,3 +120,34 @@ def copy(  # noqa: ANN201 - as above
     source = tl.load(sources + weight).to(target.dtype)
     start = target + tl.load(starts + weight)
     tl.store(start + at, tl.load(source + at, mask=inside), mask=inside)
+
+
+@triton.jit
+def screen(  # noqa: ANN201 - as above
+    found: tl.tensor,
+    words: tl.tensor,
+    sources: tl.tensor,
+    counts: tl.tensor,
+    masks: tl.tensor,
+    tiles: tl.tensor,
+    BLOCK: tl.constexpr,  # noqa: N803
+):
+    """Look for NaN and infinity in some adjacent words of one value.
+
+    Args:
+        found: Becomes 1 if there is any.
+        words: A pointer to integers as large as the words.
+        sources: Address of each value.
+        counts: Number of words of each value.
+        masks: For each value, the bits that are all set in NaN and infinity.
+        tiles: Number of the value and number of the block in it, for each program.
+        BLOCK: Words of a block.
+    """
+    program = tl.program_id(0)
+    value = tl.load(tiles + 2 * program)
+    at = tl.load(tiles + 2 * program + 1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    source = tl.load(sources + value).to(words.dtype)
+    mask = tl.load(masks + value)
+    word = tl.load(source + at, mask=at < tl.load(counts + value), other=0)
+    bad = tl.max(((word & mask) == mask).to(tl.int32), 0)
+    tl.store(found, bad, mask=bad > 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -16,9 +16,28 @@ from refitkit.builtin.torch_tensorrt.direct.places import Place, words_of
 from refitkit.errors import Problem, UnsupportedTargetError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from refitkit.builtin.torch_tensorrt.direct.folds import Fold
+
+
+class Parts(NamedTuple):
+    """All bytes of weights in a piece: what a commit copies.
+
+    Attributes:
+        ranges: First byte and end of ranges that are full of weights.
+        scattered: Place and dtype of weights with gaps between their elements, as where channels
+            are padded. Such a weight can have 100,000 ranges of a few bytes.
+    """
+
+    ranges: list[tuple[int, int]]
+    scattered: list[tuple[Place, torch.dtype]]
+
+
+_FEW = 256
+"""So many ranges are copied as fast as one."""
+_SHORT = 1 << 10
+"""Bytes of a range below which the gaps cost more than the copy."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +79,7 @@ class EngineLayout:
             UnsupportedTargetError: It would; lists all problems.
         """
         problems = list(self._problems(counts))
-        if not problems and bool((self._owners(device) > 1).any()):
+        if not problems and bool((self._owners(self.places, device) > 1).any()):
             problems = [Problem("places", "overlap")]
         if problems:
             raise UnsupportedTargetError(
@@ -80,28 +99,58 @@ class EngineLayout:
             if place.start < 0 or end > self.nbytes:
                 yield Problem(name, "outside the memory of the weights")
 
-    def ranges(self, device: torch.device) -> list[tuple[int, int]]:
-        """Return first bytes and ends of the ranges of the piece that are full of weights.
+    def parts(self, device: torch.device) -> Parts:
+        """Return what there is to copy of a piece.
 
         Args:
-            device: Where to compute them.
+            device: Where to compute it.
         """
-        first, _ = self.span
-        taken = torch.nn.functional.pad((self._owners(device) > 0).to(torch.int8), (1, 1))
-        edges = taken.diff().nonzero().view(-1, 2) + first
-        return [(start, end) for start, end in edges.tolist()]
+        ranges = self._ranges(self.places, device)
+        scattered = self._scattered(ranges) if len(ranges) > _FEW else set()
+        if scattered:
+            ranges = self._ranges(self.places.keys() - scattered, device)
+        return Parts(
+            [(start, end) for start, end in ranges.tolist()],
+            [(self.places[name], self.dtypes[name]) for name in sorted(scattered)],
+        )
 
-    def _owners(self, device: torch.device) -> torch.Tensor:
-        """Return how many weights each byte of the span is of."""
+    def _scattered(self, ranges: torch.Tensor) -> set[str]:
+        """Names of weights with bytes in short ranges, and gaps inside.
+
+        Neighbours that fill each other's gaps have none.
+        """
+        short = ranges[(ranges.diff(dim=1) < _SHORT).flatten()] - self.span[0]
+        steps = torch.zeros(self.span[1] - self.span[0] + 1, dtype=torch.int8, device=ranges.device)
+        steps[short[:, 0]] = 1
+        steps[short[:, 1]] = -1  # no range begins where another one ends
+        is_short = steps.cumsum(0, dtype=torch.int8)
+        return {
+            name
+            for name, place in self.places.items()
+            if place.run * self.dtypes[name].itemsize < _SHORT < place.count
+            and bool(self._bytes_of(name, is_short).any())
+        }
+
+    def _ranges(self, names: Collection[str], device: torch.device) -> torch.Tensor:
+        """First byte and end, as rows, of the ranges of the piece that are full of weights."""
+        taken = torch.nn.functional.pad((self._owners(names, device) > 0).to(torch.int8), (1, 1))
+        return taken.diff().nonzero().view(-1, 2) + self.span[0]
+
+    def _owners(self, names: Collection[str], device: torch.device) -> torch.Tensor:
+        """Return how many of these weights each byte of the span is of."""
         first, last = self.span
         taken = torch.zeros(last - first, dtype=torch.uint8, device=device)
-        for name, place in self.places.items():
-            size = self.dtypes[name].itemsize
-            # the bytes of an element are one more digit, with stride 1
-            digits = ((size, 1), *((count, stride * size) for count, stride in place.digits))
-            one = Place(place.start * size - first, digits if size > 1 else place.digits)
-            one.of_piece(taken).add_(1)
+        for name in names:
+            self._bytes_of(name, taken).add_(1)
         return taken
+
+    def _bytes_of(self, name: str, span: torch.Tensor) -> torch.Tensor:
+        """The bytes of a weight as a view of those of the span."""
+        place, size = self.places[name], self.dtypes[name].itemsize
+        # the bytes of an element are one more digit, with stride 1
+        digits = ((size, 1), *((count, stride * size) for count, stride in place.digits))
+        one = Place(place.start * size - self.span[0], digits if size > 1 else place.digits)
+        return one.of_piece(span)
 
     def views(self, piece: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return each placed weight as a view of a piece, by name; see ``Place.of_piece``.

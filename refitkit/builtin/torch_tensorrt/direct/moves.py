@@ -3,6 +3,8 @@
 A value has strides of its own, and so has its place. ``digits_of`` writes both as digits of one
 index. Where all digits merge into one, the move is a plain copy; else elements change their order.
 A few launches move all weights of an engine. Without Triton, torch makes one copy for each.
+``Mover`` moves values of any refit, and ``MoveTable`` is one of its launches. ``PieceCopy`` copies
+what is laid out already.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import importlib
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from math import gcd, prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,8 +22,9 @@ from refitkit.builtin.torch_tensorrt.direct.places import words_of
 from refitkit.builtin.torch_tensorrt.refitter import current_device
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from refitkit.builtin.torch_tensorrt.direct.layout import Parts
     from refitkit.builtin.torch_tensorrt.direct.places import Place
 
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -144,12 +147,12 @@ class Mover:
         self._made = 0
         self._queue: dict[Kind, list[tuple[Way, torch.Tensor]]] = defaultdict(list)
         self._queue_bytes = 0
-        self._tables: dict[tuple[int, ...], _Table] = {}
+        self._tables: dict[tuple[int, ...], MoveTable] = {}
 
     @property
-    def has_kernel(self) -> bool:
-        """Whether the kernels are used."""
-        return self._kernels is not None
+    def kernels(self) -> Any:
+        """The module of the kernels; None if they are not used."""
+        return self._kernels
 
     def way(self, name: str, place: Place, value: torch.Tensor) -> Way | None:
         """Return how values like one are moved.
@@ -165,6 +168,13 @@ class Mover:
         found = self.ways.get((name, value.stride()))
         if found is not None and found.shape == value.shape:
             return found
+        found = self.way_to(place, value)
+        if found is not None:
+            self.ways[name, value.stride()] = found
+        return found
+
+    def way_to(self, place: Place, value: torch.Tensor) -> Way | None:
+        """Return how values like one are moved, as ``way`` does, and do not remember it."""
         digits = digits_of(tuple(value.shape), value.stride(), place)
         if digits is None:
             return None
@@ -172,10 +182,7 @@ class Mover:
         kind, sides = None, _NO_SIDES
         if self._kernels is not None and value.element_size() in _WORDS and digits:
             kind, sides = _kind(value.element_size(), place.start, digits)
-        size = value.element_size()
-        found = Way(self._made, place, value.shape, size, kind, sides)
-        self.ways[name, value.stride()] = found
-        return found
+        return Way(self._made, place, value.shape, value.element_size(), kind, sides)
 
     def add(self, piece: torch.Tensor, way: Way, value: torch.Tensor) -> None:
         """Move a value, now or in ``finish``.
@@ -229,7 +236,9 @@ class Mover:
             return
         try:
             with current_device(self._device):
-                self._table(kind, ways).launch(piece, sources)
+                table = self._table(kind, ways)
+                table.give(sources)
+                table.launch(piece)
         except Exception:  # noqa: BLE001 - Triton cannot compile, as without a C compiler
             self._kernels = None  # nor any other kernel
             for way, value in zip(ways, values, strict=True):
@@ -239,13 +248,17 @@ class Mover:
         """Drop what is queued."""
         self._queue, self._queue_bytes = defaultdict(list), 0
 
-    def _table(self, kind: Kind, ways: Sequence[Way]) -> _Table:
+    def table(self, kind: Kind, ways: Sequence[Way]) -> MoveTable:
+        """Return a launch of its own for ways of one kind. Kernels must be used."""
+        return MoveTable(kind, ways, self._kernels, self._device)
+
+    def _table(self, kind: Kind, ways: Sequence[Way]) -> MoveTable:
         key = tuple([way.number for way in ways])
         table = self._tables.get(key)
         if table is None:
             if len(self._tables) == _TABLES:
                 self._tables.clear()
-            table = self._tables[key] = _Table(kind, ways, self._kernels, self._device)
+            table = self._tables[key] = self.table(kind, ways)
         return table
 
 
@@ -272,9 +285,9 @@ def _kernels() -> Any:
 
 _TILE = 64
 """Length of each side of a tile."""
-_BLOCK = 4096
+BLOCK = 4096
 """Words that a program copies, where nothing is turned."""
-_WARPS = 4
+WARPS = 4
 _GROUP = 4
 """Most digits along one side."""
 
@@ -371,21 +384,29 @@ def _word(*numbers: int) -> int:
     return next((size for size in sorted(_WORDS, reverse=True) if not gcd(*numbers) % size), 0)
 
 
-class _Table:
+class MoveTable:
     """What a kernel has to know of some weights, on the device. Only addresses change."""
 
     def __init__(self, kind: Kind, ways: Sequence[Way], kernels: Any, device: torch.device) -> None:
+        """Copy it to the device.
+
+        Args:
+            kind: That of all ways.
+            ways: How each value is moved.
+            kernels: The module of the kernels.
+            device: Device of values and memory.
+        """
         self._kind, self._kernels = kind, kernels
         starts = torch.tensor([way.place.start for way in ways])
         if kind.plain:
             sizes = torch.tensor([way.size for way in ways])
             starts = starts * sizes // kind.size
             rows = [[way.sides[0][0].size * way.size // kind.size] for way in ways]
-            counts = [-(-size // _BLOCK) for (size,) in rows]
+            counts = [-(-size // BLOCK) for (size,) in rows]
         else:
             rows = [_row(way.sides) for way in ways]
             counts = [-(-row[0] // _TILE) * -(-row[1] // _TILE) for row in rows]
-        self._tiles = _tiles(counts).to(device)
+        self._tiles = tiles_of(counts).to(device)
         self._rows = torch.tensor(rows).to(device, torch.int64 if kind.plain else torch.int32)
         self._starts = starts.to(device)
         on_gpu = device.type == "cuda"
@@ -393,15 +414,30 @@ class _Table:
         self._numbers = self._given.numpy()
         self._sources = torch.zeros(len(rows), dtype=torch.int64, device=device)
 
-    def launch(self, piece: torch.Tensor, sources: list[int]) -> None:
-        # the copy of the last launch is done: each refit waits for its staging
+    def give(self, sources: list[int]) -> bool:
+        """Note where the values lie, for all launches until the next time.
+
+        Args:
+            sources: Address of each value. The last launch has to be done.
+
+        Returns:
+            Whether the kernel can read them: words can be larger than elements.
+        """
         self._numbers[:] = sources
+        return not self._kind.plain or not (self._numbers % self._kind.size).any()
+
+    def launch(self, piece: torch.Tensor) -> None:
+        """Move the values, on the current stream.
+
+        Args:
+            piece: The memory as ``uint8``.
+        """
         self._sources.copy_(self._given, non_blocking=True)
         kind, grid = self._kind, (len(self._tiles),)
         table = self._sources, self._starts, self._rows, self._tiles
         words = words_of(piece, _WORDS[kind.size])
         if kind.plain:
-            self._kernels.copy[grid](words, *table, BLOCK=_BLOCK, num_warps=_WARPS)
+            self._kernels.copy[grid](words, *table, BLOCK=BLOCK, num_warps=WARPS)
         else:
             self._kernels.turn[grid](
                 words,
@@ -412,99 +448,121 @@ class _Table:
                 WRITTEN=kind.written,
                 READ_DENSE=kind.read_dense,
                 WRITTEN_DENSE=kind.written_dense,
-                num_warps=_WARPS,
+                num_warps=WARPS,
             )
 
 
-def _tiles(counts: Sequence[int]) -> torch.Tensor:
+def tiles_of(counts: Sequence[int]) -> torch.Tensor:
     """Number of the weight and number of the tile in it, for each program of a launch."""
     weights = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     firsts = torch.tensor([0, *counts]).cumsum(0)
     return torch.stack([weights, torch.arange(len(weights)) - firsts[weights]], 1).to(torch.int32)
 
 
-class RangeCopy:
-    """Copies some ranges of bytes from one piece of memory to another of the same layout.
-
-    Attributes:
-        ranges: First byte and end of each.
-    """
+class PieceCopy:
+    """Copies weights from one piece of memory to another of the same layout."""
 
     def __init__(
-        self, ranges: Sequence[tuple[int, int]], device: torch.device, *, kernel: bool | None = None
+        self,
+        parts: Parts,
+        source: torch.Tensor,
+        target: torch.Tensor,
+        *,
+        kernel: bool | None = None,
     ) -> None:
         """Copy nothing yet.
 
         Args:
-            ranges: First byte and end of each.
-            device: Device of the memory.
-            kernel: Whether to use a kernel; see ``Mover``.
+            parts: What to copy.
+            source: Memory as ``uint8``.
+            target: Memory of the same size.
+            kernel: Whether to use kernels; see ``Mover``.
         """
-        self.ranges, self._device = ranges, device
-        wanted = device.type == "cuda" if kernel is None else kernel
-        self._kernels: Any = _kernels() if wanted and len(ranges) > 1 else None
+        self._parts, self._source, self._target = parts, source, target
+        mover = Mover(source.device, kernel=kernel)
+        is_one = len(parts.ranges) == 1 and not parts.scattered
+        self._launches = [] if is_one or not mover.kernels else self._planned(mover)
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether few launches make all copies."""
+        return bool(self._launches) or len(self._parts.ranges) < _MOST_RANGES
+
+    def _planned(self, mover: Mover) -> list[Callable[[], object]]:
+        """Launches that make all copies; none if kernels cannot."""
         by_word: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for start, end in ranges:
+        for start, end in self._parts.ranges:
             body = end - end % max(_WORDS)  # most of it is copied in large words
             for some in ((start, body), (body, end)) if start < body else ((start, end),):
                 if some[0] < some[1]:
                     by_word[_word(*some)].append(some)
         if 0 in by_word:
-            self._kernels = None
-        if self._kernels is not None:
-            self._launches = [_RangeLaunch(w, some, device) for w, some in by_word.items()]
+            return []
+        ranges = [
+            _RangeLaunch(size, some, self._source, self._target) for size, some in by_word.items()
+        ]
+        return [*ranges, *self._moves(mover)]
 
-    @property
-    def has_kernel(self) -> bool:
-        """Whether few launches make all copies. With a single range none is needed."""
-        return self._kernels is not None
+    def _moves(self, mover: Mover) -> Iterator[Callable[[], object]]:
+        """Launches that copy weights with gaps."""
+        by_kind: dict[Kind | None, list[tuple[Way, torch.Tensor]]] = defaultdict(list)
+        for place, dtype in self._parts.scattered:
+            view = place.of_piece(words_of(self._source, dtype))
+            way = mover.way_to(place, view)
+            if way is None:
+                raise TypeError("a place has a way to itself")
+            by_kind[way.kind].append((way, view))
+        for kind, moves in by_kind.items():
+            if kind is None:
+                for way, view in moves:
+                    yield partial(_copy, self._target, way.place, view)
+            else:
+                table = mover.table(kind, [way for way, _ in moves])
+                table.give([view.data_ptr() for _, view in moves])
+                yield partial(table.launch, self._target)
 
-    def __call__(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy, on the current stream.
-
-        Args:
-            source: Memory as ``uint8``.
-            target: Memory of the same size.
-        """
-        if self._kernels is not None:
+    def __call__(self) -> None:
+        """Copy, on the current stream."""
+        if self._launches:
             try:
-                with current_device(self._device):
+                with current_device(self._source.device):
                     for launch in self._launches:
-                        launch(self._kernels, source, target)
+                        launch()
             except Exception:  # noqa: BLE001 - Triton cannot compile, as without a C compiler
-                self._kernels = None
+                self._launches = []
             else:
                 return
-        sources, targets = ([one[a:b] for a, b in self.ranges] for one in (source, target))
+        targets, sources = (
+            [
+                *[piece[start:end] for start, end in self._parts.ranges],
+                *[place.of_piece(words_of(piece, kind)) for place, kind in self._parts.scattered],
+            ]
+            for piece in (self._target, self._source)
+        )
         torch._foreach_copy_(targets, sources)
+
+
+_MOST_RANGES = 1000
+"""So many ranges torch can copy one by one while calls wait."""
 
 
 class _RangeLaunch:
     """Ranges that are copied in words of one size."""
 
-    def __init__(self, size: int, ranges: Sequence[tuple[int, int]], device: torch.device) -> None:
-        self._size, self._device = size, device
+    def __init__(
+        self,
+        size: int,
+        ranges: Sequence[tuple[int, int]],
+        source: torch.Tensor,
+        target: torch.Tensor,
+    ) -> None:
         edges = torch.tensor(ranges)
-        self._firsts = edges[:, 0]
-        counts = edges.diff(dim=1).flatten() // size
-        blocks = _tiles((-(-counts // _BLOCK)).tolist())
-        self._table = [some.to(device) for some in (self._firsts // size, counts, blocks)]
-        self._addresses: dict[int, torch.Tensor] = {}
+        firsts, counts = edges[:, 0], edges.diff(dim=1).flatten() // size
+        blocks = tiles_of((-(-counts // BLOCK)).tolist())
+        self._words = words_of(target, _WORDS[size])
+        table = source.data_ptr() + firsts, firsts // size, counts, blocks
+        self._table = [some.to(source.device) for some in table]
 
-    def __call__(self, kernels: Any, source: torch.Tensor, target: torch.Tensor) -> None:
-        first = source.data_ptr()
-        addresses = self._addresses.get(first)
-        if addresses is None:
-            if len(self._addresses) == _TABLES:
-                self._addresses.clear()
-            addresses = self._addresses[first] = (first + self._firsts).to(self._device)
-        starts, counts, blocks = self._table
-        kernels.copy[(len(blocks),)](
-            words_of(target, _WORDS[self._size]),
-            addresses,
-            starts,
-            counts,
-            blocks,
-            BLOCK=_BLOCK,
-            num_warps=_WARPS,
-        )
+    def __call__(self) -> None:
+        kernels, grid = _kernels(), (len(self._table[-1]),)
+        kernels.copy[grid](self._words, *self._table, BLOCK=BLOCK, num_warps=WARPS)

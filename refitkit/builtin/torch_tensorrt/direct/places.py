@@ -62,6 +62,16 @@ class Place:
         """Where the last element ends."""
         return self.start + sum((size - 1) * stride for size, stride in self.digits) + 1
 
+    @property
+    def run(self) -> int:
+        """How many elements are adjacent, in any order, before the first gap."""
+        found = 1
+        for size, stride in sorted(self.digits, key=lambda digit: digit[1]):
+            if stride != found:
+                break
+            found *= size
+        return found
+
     def is_injective(self) -> bool:
         """Return whether no two elements lie at one place. Strides have to be positive."""
         reach = 0  # of the digits with smaller strides

@@ -21,7 +21,7 @@ from refitkit.builtin.torch_tensorrt.direct.known import (
     key_of,
 )
 from refitkit.builtin.torch_tensorrt.direct.learning import UnknownLayoutError, learn
-from refitkit.builtin.torch_tensorrt.direct.moves import Mover, RangeCopy
+from refitkit.builtin.torch_tensorrt.direct.moves import Mover
 from refitkit.builtin.torch_tensorrt.direct.proving import prove
 from refitkit.builtin.torch_tensorrt.refitter import PersistentRefitter, wait_for_calls
 from refitkit.builtin.torch_tensorrt.weight_buffers import Arena
@@ -273,10 +273,6 @@ def _of(
     return {name: value.reshape(-1) for name, value in found.items() if value is not None}
 
 
-_MOST_RANGES = 1000
-"""So many ranges torch can copy one by one while calls wait."""
-
-
 class DirectWriter:
     """Writes weights to the memory of an engine.
 
@@ -297,16 +293,14 @@ class DirectWriter:
         """
         self.layout, self._specs, self._live = layout, specs, piece
         self._mover = Mover(piece.device)
-        # What lies between the weights stays as it is.
-        self._copy = RangeCopy(layout.ranges(piece.device), piece.device)
+        self._parts = layout.parts(piece.device)  # what lies between the weights stays as it is
         self._fixed: torch.Tensor | None = None  # bits of fixed weights that the engine holds
         self.fixed_digest = b""
 
     def arena(self) -> PlacedArena:
         """Allocate memory for values of all weights, as the engine keeps them."""
-        found = PlacedArena(self.layout, self._specs, self._live, self._mover)
-        self._copy(self._live, found.memory)  # the first copy compiles its kernel
-        if not self._copy.has_kernel and len(self._copy.ranges) > _MOST_RANGES:
+        found = PlacedArena(self.layout, self._specs, self._live, self._parts, self._mover)
+        if not found.commits_fast:
             raise UnknownLayoutError("its weights lie in many parts, which only Triton copies fast")
         return found
 
@@ -355,11 +349,3 @@ class DirectWriter:
         if arena.accepted is not self._fixed and torch.equal(arena.fixed.memory, self._fixed):
             arena.accepted = self._fixed
         return arena.accepted is self._fixed
-
-    def commit(self, arena: PlacedArena) -> None:
-        """Copy values over the weights, on the current stream, after all calls on other streams.
-
-        Args:
-            arena: The values, with norms folded.
-        """
-        self._copy(arena.memory, self._live)

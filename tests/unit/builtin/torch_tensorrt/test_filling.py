@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
+from refitkit.builtin.torch_tensorrt.direct.capturing import Captured
 from refitkit.builtin.torch_tensorrt.direct.moves import Mover
+from refitkit.builtin.torch_tensorrt.direct.places import Place
 from refitkit.builtin.torch_tensorrt.filling import Filler
 from refitkit.builtin.torch_tensorrt.refitter import spec_of_slot
 from refitkit.builtin.torch_tensorrt.weight_buffers import Arena, Layout, Uploader
@@ -16,6 +21,7 @@ from refitkit.program.bits import same_bits
 from refitkit.protocols import SlotValue, SteadyValues
 from tests.fakes import slot_for
 from tests.interrupting import Interrupt, Points
+from tests.unit.builtin.torch_tensorrt.fake_kernels import FakeKernels, Graphs
 from tests.unit.builtin.torch_tensorrt.scenes import CPU
 from tests.unit.builtin.torch_tensorrt.test_moves import arena_of, layout_and_values
 
@@ -31,13 +37,15 @@ class Filling:
         copied: Names of values that were copied one by one.
     """
 
-    def __init__(self, kind: str, *, pinned: str = "") -> None:
-        layout, values, piece = layout_and_values()
+    def __init__(
+        self, kind: str, *, pinned: str = "", computed: str = "", given: Any = None
+    ) -> None:
+        layout, values, piece = given or layout_and_values()
         self.specs = {n: spec_of_slot(slot_for(n, v, "e")) for n, v in values.items()}
         if kind == "placed":
             self.arenas: list[Any] = [arena_of(layout, values, piece) for _ in "ab"]
             mover = Mover(CPU, kernel=True)
-            mover._kernels = object()  # queues, and then moves by torch
+            mover._kernels = FakeKernels
             for one in self.arenas:
                 one._mover = mover
         else:
@@ -50,6 +58,7 @@ class Filling:
                 "test",
                 (),
                 lambda name=name: self.now[name],
+                identity=name != computed,
                 pinned=name == pinned,
             )
             for name, value in values.items()
@@ -73,7 +82,7 @@ class Filling:
         self.now = {**self.now, **(values or {})}
         arena = self.arenas[number % 2]
         self.copied.clear()
-        self.filler.fill(arena, self.specs, self.values)
+        self.filler.fill(arena, self.specs, self.values, self.arenas[1 - number % 2])
         for name, value in self.now.items():
             assert same_bits(arena.value(name), value), name
         return arena
@@ -190,3 +199,160 @@ def test_a_filling_after_an_interrupted_one_is_right(kind: str, pinned: str, bef
         for number in (before, before + 1):
             filling.fill(number, others(filling, 20 + number))
         at += 2
+
+
+# -- one launch for all values -------------------------------------------------------------------
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
+    """Arenas capture their work."""
+    found, real = Graphs(), Captured.__init__
+    monkeypatch.setattr(
+        Captured, "__init__", lambda self, device: real(self, device, capture=found)
+    )
+    return found
+
+
+def settled(graphs: Graphs) -> Filling:
+    """A filling of which both arenas have captured how values are copied."""
+    filling = Filling("placed")
+    commits = graphs.captured
+    for number in range(7):
+        filling.fill(number, filling.others(number))
+    assert graphs.captured == commits + 2
+    assert graphs.replayed == 2
+    return filling
+
+
+def folded(arena: Any) -> torch.Tensor:
+    """What a commit would copy."""
+    found: torch.Tensor = arena.memory.clone()
+    arena._layout.write(found, {name: arena.value(name) for name in arena._specs})
+    return found
+
+
+def test_alike_values_are_moved_and_folded_by_one_launch(graphs: Graphs) -> None:
+    filling = settled(graphs)
+    for number in range(4):
+        arena = filling.fill(number, filling.others(30 + number))
+        assert filling.copied == ["e"]  # a single element
+        assert arena._is_folded
+        assert torch.equal(arena.memory, folded(arena))
+    assert graphs.replayed == 6
+
+
+@pytest.mark.parametrize("name", ["a", "m", "w", "e"])
+def test_values_that_are_not_finite_are_seen_by_the_launch(graphs: Graphs, name: str) -> None:
+    filling = settled(graphs)
+    good = filling.others(40)
+    assert filling.fill(0, good).is_finite()
+    bad = {**good, name: torch.full_like(good[name], float("nan"))}
+    assert not filling.fill(1, bad).is_finite()
+    assert filling.fill(0, good).is_finite()
+
+
+@pytest.mark.parametrize("name", ["a", "b", "v", "i"])
+def test_the_same_values_are_told_from_others(graphs: Graphs, name: str) -> None:
+    filling = settled(graphs)
+    values = filling.others(50)
+    first = filling.fill(0, values)
+    second = filling.fill(1, {n: v.clone() for n, v in values.items()})
+    assert second.same(first)
+    assert first.same(second)
+    third = filling.fill(0, {name: values[name] + 1})
+    assert not third.same(second)
+
+
+def test_answers_are_those_of_the_present_values(graphs: Graphs) -> None:
+    filling = settled(graphs)
+    first, second = filling.fill(0, filling.others(1)), filling.fill(1, filling.others(2))
+    assert not second.same(first)
+    second.copy_from(first)
+    assert second.same(first)
+    second = filling.fill(1, filling.others(3))
+    assert second.is_finite()
+    uploader = Uploader(CPU)
+    second.copy("m", torch.full((5,), float("inf")), uploader)
+    second.finish(uploader)
+    assert not second.is_finite()
+
+
+def test_a_launch_that_fails_is_made_call_by_call(graphs: Graphs) -> None:
+    filling = settled(graphs)
+    graphs.fail = True
+    for number in range(8):
+        arena = filling.fill(number, filling.others(60 + number))
+        assert torch.equal(arena.memory, folded(arena))
+    graphs.fail, before = False, graphs.replayed
+    for number in range(8):
+        filling.fill(number, filling.others(70 + number))
+    assert graphs.replayed == before  # it has failed too often
+
+
+def test_kernels_that_fail_are_not_needed(graphs: Graphs) -> None:
+    filling = settled(graphs)
+    graphs.fail = True
+    for arena in filling.arenas:
+        arena._mover._kernels = None
+        for table, _, _ in arena._alike.moves:
+            table._kernels = None
+    for number in range(6):
+        filling.fill(number, filling.others(80 + number))
+    assert filling.arenas[0]._alike.rest == list(range(7))
+
+
+def test_a_launch_compares_with_the_arena_that_holds_the_live_values(graphs: Graphs) -> None:
+    filling = settled(graphs)
+    first = filling.arenas[0]
+    filling.arenas[1] = new = Filling("placed").arenas[1]
+    new._mover = first._mover
+    values = filling.others(90)
+    filling.fill(1, values)
+    assert filling.fill(0, {n: v.clone() for n, v in values.items()}).same(new)
+    assert not filling.fill(0, filling.others(91)).same(new)
+
+
+def test_an_arena_keeps_no_other_one_alive() -> None:
+    filling = Filling("placed")
+    for number in range(6):
+        filling.fill(number, filling.others(number))
+    alive = weakref.ref(filling.arenas.pop())
+    gc.collect()
+    assert alive() is None
+
+
+def test_values_at_odd_addresses_are_copied_one_by_one(graphs: Graphs) -> None:
+    layout, values, piece = layout_and_values()
+    places = {**layout.places, "a": Place(2, ((12, 1),))}  # copied in words of 8 bytes
+    filling = Filling("placed", given=(replace(layout, places=places), values, piece))
+    for number in range(8):
+        memory = torch.rand(13, generator=torch.Generator().manual_seed(number))
+        at = int(number > 5)  # 4 bytes behind such a word
+        assert bool(memory[at:].data_ptr() % 8) == bool(at)
+        filling.fill(number, {**filling.others(number), "a": memory[at : at + 12].view(4, 3)})
+        assert ("a" in filling.copied) == (number < 3 or at == 1)
+    assert graphs.replayed == 1
+
+
+def test_computed_values_come_before_the_launch(graphs: Graphs) -> None:
+    filling = Filling("placed", computed="m")
+    for number in range(8):
+        arena = filling.fill(number, filling.others(number))
+        arena.fold()
+        assert torch.equal(arena.memory, folded(arena))
+        assert "m" in filling.copied
+    assert graphs.replayed
+    bad = torch.full((5,), float("nan"))
+    assert not filling.fill(0, {"m": bad}).is_finite()
+
+
+def test_a_computed_value_that_does_not_fit_is_named(graphs: Graphs) -> None:
+    filling = Filling("placed", computed="m")
+    for number in range(6):
+        filling.fill(number, filling.others(number))
+    with pytest.raises(WeightMismatchError, match="do not fit") as info:
+        filling.fill(0, {"m": torch.zeros(4)})
+    assert [problem.subject for problem in info.value.problems] == ["m"]
+    filling.fill(1, {"m": torch.rand(5)})
+    assert graphs.replayed

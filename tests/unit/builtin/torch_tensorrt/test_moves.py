@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from refitkit.builtin.torch_tensorrt.direct import arena, moves
 from refitkit.builtin.torch_tensorrt.direct.folds import Fold, FoldsAtOnce
-from refitkit.builtin.torch_tensorrt.direct.layout import EngineLayout
+from refitkit.builtin.torch_tensorrt.direct.layout import EngineLayout, Parts
 from refitkit.builtin.torch_tensorrt.direct.moves import (
     Mover,
     dense_digits_of,
@@ -23,12 +23,14 @@ from refitkit.builtin.torch_tensorrt.direct.moves import (
     is_plain,
 )
 from refitkit.builtin.torch_tensorrt.direct.places import Place
+from refitkit.builtin.torch_tensorrt.direct.screening import Screen
 from refitkit.builtin.torch_tensorrt.filling import Filler
 from refitkit.builtin.torch_tensorrt.refitter import spec_of_slot
 from refitkit.builtin.torch_tensorrt.weight_buffers import Constant, Uploader
 from refitkit.program.bits import same_bits
 from refitkit.protocols import SlotValue
 from tests.fakes import slot_for
+from tests.unit.builtin.torch_tensorrt.fake_kernels import FakeKernels
 from tests.unit.builtin.torch_tensorrt.scenes import CPU
 
 
@@ -104,7 +106,11 @@ def test_values_are_divided_as_integers() -> None:
 KERNEL = """
 import random, sys, torch
 from refitkit.builtin.torch_tensorrt.direct import moves
+from refitkit.builtin.torch_tensorrt.direct.layout import Parts
 from refitkit.builtin.torch_tensorrt.direct.moves import Mover
+from refitkit.builtin.torch_tensorrt.direct.places import Place, words_of
+from refitkit.builtin.torch_tensorrt.direct.screening import Screen
+from refitkit.program.bits import same_bits
 from tests.unit.builtin.torch_tensorrt.test_moves import value_and_place
 kinds = set()
 for seed in range(25):
@@ -131,17 +137,27 @@ for seed in range(25):
         kept.append(value)
     kinds |= set(mover._queue)
     mover.finish(found)
-    assert mover.has_kernel and torch.equal(found, wanted), seed
+    assert mover.kernels and torch.equal(found, wanted), seed
     size = dtype.itemsize
     ranges = [(16, 48), (64, 64 + size), (20000, 60000 + 3 * size)]
     source, target = torch.arange(1 << 18).to(torch.uint8), torch.zeros(1 << 18, dtype=torch.uint8)
-    copy = moves.RangeCopy(ranges, torch.device("cpu"), kernel=True)
-    copy(source, target)
-    assert copy.has_kernel
+    padded = Place(100000 // size, ((3, 1), (5, 4), (7, 40)))
+    parts = Parts(ranges, [(padded, dtype)])
+    copy = moves.PieceCopy(parts, source, target, kernel=True)
+    copy()
+    assert copy._launches
     for a, b in ranges:
         assert torch.equal(target[a:b], source[a:b])
         target[a:b] = 0
+    found, wanted = (padded.of_piece(words_of(m, dtype)) for m in (target, source))
+    assert same_bits(found, wanted)
+    found.zero_()
     assert not target.any()
+    values = [torch.randn(n).to(dtype) for n in (1, 70, 5000)]
+    screen = Screen(values, moves._kernels())
+    assert screen.total().isfinite()
+    values[seed % 3][-1] = float("-inf")
+    assert not screen.total().isfinite() and screen._launches
 print(len(kinds))
 """
 
@@ -171,15 +187,14 @@ def test_a_kernel_that_cannot_be_compiled_is_not_needed() -> None:
     assert not piece.any()
     mover.finish(piece)
     assert piece.view(torch.float32).tolist() == [0, 3, 1, 4, 2, 5]
-    assert not mover.has_kernel
+    assert not mover.kernels
 
 
 @pytest.mark.parametrize("kernel", [True, False])
 def test_ranges_are_copied_without_a_kernel(kernel: bool) -> None:
-    copy = moves.RangeCopy([(1, 3), (5, 8)], CPU, kernel=kernel)  # no words of 2 bytes
-    assert not copy.has_kernel
     target = torch.zeros(9, dtype=torch.uint8)
-    copy(torch.arange(9).to(torch.uint8), target)
+    parts = Parts([(1, 3), (5, 8)], [])  # no words of 2 bytes
+    moves.PieceCopy(parts, torch.arange(9).to(torch.uint8), target, kernel=kernel)()
     assert target.tolist() == [0, 1, 2, 0, 0, 5, 6, 7, 0]
 
 
@@ -211,8 +226,9 @@ def arena_of(
     layout: EngineLayout, values: dict[str, torch.Tensor], piece: torch.Tensor
 ) -> arena.PlacedArena:
     specs = {name: spec_of_slot(slot_for(name, value, "e")) for name, value in values.items()}
+    parts = layout.parts(CPU)
     found = arena.PlacedArena(
-        layout, {n: s for n, s in specs.items() if s is not None}, piece, Mover(CPU)
+        layout, {n: s for n, s in specs.items() if s is not None}, piece, parts, Mover(CPU)
     )
     uploader = Uploader(CPU)
     for name, value in values.items():
@@ -259,10 +275,86 @@ def test_what_is_not_finite_is_seen(name: str) -> None:
     assert not arena_of(layout, values, piece).is_finite()
 
 
-def test_bytes_between_the_weights_that_are_no_numbers_hide_nothing() -> None:
+def test_bytes_between_the_weights_that_are_no_numbers_mean_nothing() -> None:
     layout, values, piece = layout_and_values()
     piece[16 * 4 : 17 * 4] = 255  # a NaN
-    assert not arena_of(layout, values, piece).is_finite()  # so each weight is looked at
+    assert arena_of(layout, values, piece).is_finite()
+    values["b"][3] = float("nan")  # lies with gaps
+    assert not arena_of(layout, values, piece).is_finite()
+
+
+WORDS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("kernels", [None, FakeKernels])
+@pytest.mark.parametrize("dtype", WORDS, ids=str)
+def test_a_screen_finds_what_is_not_finite(dtype: torch.dtype, kernels: Any) -> None:
+    g = torch.Generator().manual_seed(0)
+    values = [torch.randn(n, generator=g).to(dtype) for n in (1, 7, 5000)]
+    values += [torch.ones(4, 6, dtype=dtype)[:, ::2], torch.arange(9)]
+    screen = Screen(values, kernels)
+    assert screen.total().isfinite()
+    for value in values[:-1]:
+        for bad in (float("nan"), float("inf"), -float("inf")):
+            at = value.view(-1)[-1:] if value.is_contiguous() else value[-1, -1:]
+            kept = at.clone()
+            at.fill_(bad)
+            assert not screen.total().isfinite()
+            at.copy_(kept)
+    values[2].fill_(torch.finfo(dtype).max)
+    assert bool(screen.total().isfinite()) == (kernels is not None or dtype == torch.float16)
+
+
+def test_a_screen_finds_nothing_out_about_bytes() -> None:
+    assert not Screen([torch.ones(3).to(torch.float8_e4m3fn)], FakeKernels).total().isfinite()
+
+
+def test_a_screen_goes_on_without_kernels() -> None:
+    values = [torch.ones(3), torch.ones(3)]
+    screen = Screen(values, object())
+    assert screen.total().isfinite()
+    values[0][1] = float("nan")
+    assert not screen.total().isfinite()
+
+
+# -- what a commit copies -------------------------------------------------------------------------
+
+
+def padded_layout(count: int) -> tuple[EngineLayout, int]:
+    """Rows of three elements in four; two weights that fill each other's gaps; a plain one."""
+    places = {
+        "padded": Place(8, ((3, 1), (count, 4))),
+        "even": Place(8 + 4 * count, ((2 * count, 2),)),
+        "odd": Place(9 + 4 * count, ((2 * count, 2),)),
+        "plain": Place(8 + 8 * count, ((999, 1),)),
+    }
+    layout = EngineLayout(0, 2 * (9000 + 8 * count), places, dict.fromkeys(places, torch.float16))
+    return layout, count
+
+
+@pytest.mark.parametrize(("count", "scattered"), [(100, False), (3000, True)])
+@pytest.mark.parametrize("kernel", [False, True])
+def test_a_commit_copies_the_weights_and_nothing_else(
+    count: int, scattered: bool, kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moves, "_kernels", lambda: FakeKernels)
+    layout, _ = padded_layout(count)
+    parts = layout.parts(CPU)
+    assert parts.scattered == ([(layout.places["padded"], torch.float16)] if scattered else [])
+    assert len(parts.ranges) == (1 if scattered else count + 1)
+    g = torch.Generator().manual_seed(0)
+    source, target = (
+        torch.randint(0, 256, (layout.nbytes,), generator=g).to(torch.uint8) for _ in "ab"
+    )
+    wanted = target.clone()
+    views, kept = layout.views(wanted), layout.views(source)
+    for name, view in views.items():
+        view.view(torch.int16).copy_(kept[name].view(torch.int16))
+    copy = moves.PieceCopy(parts, source, target, kernel=kernel)
+    copy()
+    assert torch.equal(target, wanted)
+    assert copy.is_fast
+    assert bool(copy._launches) == kernel
 
 
 def test_folds_at_once_are_those_one_by_one() -> None:

@@ -1,0 +1,88 @@
+"""The kernels of direct refits as plain Python, for memory of the CPU, and graphs that replay."""
+
+from __future__ import annotations
+
+import ctypes
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Launcher:
+    """``kernel[grid](...)``."""
+
+    def __init__(self, run: Callable[..., None]) -> None:
+        self.run = run
+
+    def __getitem__(self, _grid: Any) -> Callable[..., None]:
+        return self.run
+
+
+def _copy(target: Any, sources: Any, starts: Any, rows: Any, _tiles: Any, **_: Any) -> None:
+    size = target.element_size()
+    each = zip(sources.tolist(), starts.tolist(), rows.flatten().tolist(), strict=True)
+    for source, start, count in each:
+        ctypes.memmove(target.data_ptr() + start * size, source, count * size)
+
+
+def _turn(target: Any, sources: Any, starts: Any, rows: Any, _tiles: Any, **_: Any) -> None:
+    size = target.element_size()
+    for source, start, row in zip(sources.tolist(), starts.tolist(), rows.tolist(), strict=True):
+        digits = [row[at : at + 3] for at in range(4, len(row), 5)]
+        for index in product(*(range(count) for count, _, _ in digits)):
+            steps = list(zip(index, digits, strict=True))
+            read = source + size * sum(i * digit[1] for i, digit in steps)
+            written = start + sum(i * digit[2] for i, digit in steps)
+            ctypes.memmove(target.data_ptr() + written * size, read, size)
+
+
+def _screen(
+    found: Any, words: Any, sources: Any, counts: Any, masks: Any, _tiles: Any, **_: Any
+) -> None:
+    each = zip(sources.tolist(), counts.tolist(), masks.tolist(), strict=True)
+    for source, count, mask in each:
+        raw = ctypes.string_at(source, count * words.element_size())
+        values = torch.frombuffer(bytearray(raw), dtype=words.dtype)
+        if bool(((values & mask) == mask).any()):
+            found.fill_(1)
+
+
+class FakeKernels:
+    """The module of the kernels."""
+
+    copy, turn, screen = Launcher(_copy), Launcher(_turn), Launcher(_screen)
+
+
+class Graphs:
+    """Captures work by noting it; each replay does it.
+
+    Attributes:
+        captured: Number of captures.
+        replayed: Number of replays.
+        fail: Whether each capture and replay fails from now on.
+    """
+
+    def __init__(self) -> None:
+        self.captured = self.replayed = 0
+        self.fail = False
+
+    def __call__(self, work: Callable[[], None]) -> Graph:
+        if self.fail:
+            raise RuntimeError("capture")
+        self.captured += 1
+        return Graph(self, work)
+
+
+class Graph:
+    def __init__(self, graphs: Graphs, work: Callable[[], None]) -> None:
+        self.graphs, self.work = graphs, work
+
+    def replay(self) -> None:
+        if self.graphs.fail:
+            raise RuntimeError("replay")
+        self.graphs.replayed += 1
+        self.work()
