@@ -165,7 +165,7 @@ class Measured:
             values = [v for v in self._slot_values(0) if v.slot.engine == name]
             engine.buffers.begin_staging(partial=False)
             stage += kernels_ms(lambda e=engine, v=values: (e._fill(v), e.buffers.staging.fold()))
-            _, arena = engine._writer()
+            arena = engine._writable()
             commit += device_ms(arena.commit)
         self.found |= {"stage_copies": stage / copy, "commit_copies": commit / copy}
 

@@ -15,14 +15,13 @@ import torch
 from refitkit.builtin.torch_tensorrt.weight_buffers import Constant
 from refitkit.errors import Problem, WeightMismatchError
 from refitkit.program.dtypes import dtype_name, dtype_of
-from refitkit.protocols import SteadyValues
+from refitkit.protocols import SlotValue, SteadyValues
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from refitkit.builtin.torch_tensorrt.refitter import WeightSpec
     from refitkit.builtin.torch_tensorrt.weight_buffers import Uploader, ValueArena
-    from refitkit.protocols import SlotValue
 
 
 class Filler:
@@ -74,7 +73,7 @@ class Filler:
         copied: dict[str, Constant] = {}
         try:
             with torch.no_grad():
-                if last is None or not self._holds(arena, values, last):
+                if last is None or not self._holds(arena, last):
                     copied = self._copy(arena, specs, values, problems)
                 else:
                     computed = [values[place] for place in last.computed]
@@ -92,12 +91,12 @@ class Filler:
             self._last = _Noted.of(values)  # at once: an interrupt comes before or after it
 
     @staticmethod
-    def _holds(arena: ValueArena, values: Sequence[SlotValue], last: _Noted) -> bool:
+    def _holds(arena: ValueArena, last: _Noted) -> bool:
         """Whether an arena holds all constants, and nothing else is one."""
         constants = arena.constants
-        for place in last.pinned:
-            held = constants.get(values[place].slot.name)
-            if held is None or not held.is_same_as(Constant.of(values[place].load())):
+        for name, load in last.pinned:
+            held, tensor = constants.get(name), load()
+            if held is None or not held.still_is(tensor):
                 return False
         return constants.keys().isdisjoint(last.names)
 
@@ -137,26 +136,29 @@ class _Noted(NamedTuple):
 
     Attributes:
         values: The values.
-        pinned: Places of those that the plan keeps.
+        pinned: Names and loaders of those that the plan keeps.
         computed: Places of those that are computed each time.
         loads: Load the others, which are tensors of the source.
         names: Names of the slots of those.
     """
 
     values: weakref.ref[SteadyValues]
-    pinned: list[int]
+    pinned: list[tuple[str, Callable[[], torch.Tensor]]]
     computed: list[int]
     loads: list[Callable[[], torch.Tensor]]
     names: tuple[str, ...]
 
     @classmethod
     def of(cls, values: SteadyValues) -> _Noted:
-        pinned, computed, moved = list[int](), list[int](), list[int]()
+        pinned = [(value.slot.name, value.load) for value in values if value.pinned]
+        computed, moved = list[int](), list[SlotValue]()
         for place, value in enumerate(values):
-            (pinned if value.pinned else moved if value.identity else computed).append(place)
-        names = tuple(values[place].slot.name for place in moved)
-        loads = [values[place].load for place in moved]
-        return cls(weakref.ref(values), pinned, computed, loads, names)
+            if not value.pinned and not value.identity:
+                computed.append(place)
+            elif not value.pinned:
+                moved.append(value)
+        names = tuple(value.slot.name for value in moved)
+        return cls(weakref.ref(values), pinned, computed, [value.load for value in moved], names)
 
 
 def _mismatches(spec: WeightSpec, tensor: torch.Tensor) -> Iterator[Problem]:

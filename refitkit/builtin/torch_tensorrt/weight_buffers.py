@@ -429,6 +429,12 @@ class Constant:
         uncertain = tensor.is_inference() or tensor.is_neg() or tensor.is_conj()
         return None if uncertain else cls(tensor, tensor._version)  # noqa: SLF001
 
+    def still_is(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is this constant, unchanged."""
+        if self.tensor is tensor:  # the usual case
+            return self.version == tensor._version  # noqa: SLF001
+        return self.is_same_as(Constant.of(tensor))
+
     def is_same_as(self, other: Constant | None) -> bool:
         """Whether both are the same elements of the same memory, unchanged in between."""
         if other is None or self.version != other.version:

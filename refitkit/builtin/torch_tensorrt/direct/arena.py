@@ -8,6 +8,7 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
 from refitkit.builtin.torch_tensorrt.direct.capturing import Captured
@@ -413,13 +414,17 @@ class _Alike:
         moves_fixed: bool,
     ) -> None:
         self.names, self.moves, self.rest, self.moves_fixed = names, moves, rest, moves_fixed
+        self._moved = [place for _, _, places in moves for place in places]
         self._live: weakref.ref[PlacedArena] | None = None
 
     def give(self, values: Sequence[torch.Tensor]) -> bool:
         """Tell all launches where the values lie. Return whether their kernels can read them."""
-        found = True
+        addresses = np.array([values[place].data_ptr() for place in self._moved])
+        found, first = True, 0
         for table, _, places in self.moves:
-            found = table.give([values[place].data_ptr() for place in places]) and found
+            last = first + len(places)
+            found = table.give(addresses[first:last]) and found
+            first = last
         return found
 
     def compare_with(self, live: PlacedArena, device: torch.device) -> None:

@@ -24,6 +24,8 @@ from refitkit.builtin.torch_tensorrt.refitter import current_device
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from numpy.typing import ArrayLike
+
     from refitkit.builtin.torch_tensorrt.direct.layout import Parts
     from refitkit.builtin.torch_tensorrt.direct.places import Place
 
@@ -414,7 +416,7 @@ class MoveTable:
         self._numbers = self._given.numpy()
         self._sources = torch.zeros(len(rows), dtype=torch.int64, device=device)
 
-    def give(self, sources: list[int]) -> bool:
+    def give(self, sources: ArrayLike) -> bool:
         """Note where the values lie, for all launches until the next time.
 
         Args:
