@@ -37,6 +37,7 @@ class LastMapping:
         plan: Plan that was followed.
         source: The source that its values read; between refits it has no tensors.
         mapping: The mapping. Nobody changes it any more.
+        pinned: How often tensors that the plan keeps had changed.
         restart: Forgets what was computed of the tensors.
     """
 
@@ -44,6 +45,7 @@ class LastMapping:
     plan: RefitPlan
     source: SteadyTensors
     mapping: SlotMapping
+    pinned: tuple[int, ...]
     restart: Callable[[], None]
 
     @classmethod
@@ -78,7 +80,7 @@ class LastMapping:
         again = SlotMapping(plan, values, mapping.reasons)
         if again.summary != mapping.summary:
             return None
-        return cls(context, plan, steady, again, restart)
+        return cls(context, plan, steady, again, plan.pinned_versions(), restart)
 
     def serves(self, context: Context, plan: RefitPlan, source: WeightSource) -> bool:
         """Take the tensors of a source, if its mapping for a full refit is this one.
@@ -91,7 +93,12 @@ class LastMapping:
         Returns:
             Whether it is.
         """
-        return self.context is context and self.plan is plan and self.source.take(source)
+        return (
+            self.context is context
+            and self.plan is plan
+            and plan.pinned_versions() == self.pinned
+            and self.source.take(source)
+        )
 
     def end(self) -> None:
         """Keep nothing of the tensors that were taken."""
@@ -108,7 +115,10 @@ def _is_by_recipes(context: Context, mapping: SlotMapping) -> bool:
 
 def _constant(value: SlotValue) -> SlotValue:
     """A value of which nothing comes from the source, computed once at most."""
-    return value if value.identity else value._replace(load=cache(value.load))
+    if value.identity:
+        return value
+    # not to be kept by engines: it may lie in memory of the plan
+    return value._replace(load=cache(value.load), keepable=None)
 
 
 def _quick(value: SlotValue, source: SteadyTensors) -> SlotValue:

@@ -99,6 +99,11 @@ class RefitPlan:
         """
         return self._pinned[name]
 
+    def pinned_versions(self) -> tuple[int, ...]:
+        """How often each tensor that the plan keeps was written to, as far as torch counts it."""
+        kept = self._pinned.values()
+        return tuple([0 if one.is_inference() else one._version for one in kept])  # noqa: SLF001
+
     def noting(self, **fields: Any) -> RefitPlan:
         """A copy of this plan with some fields of ``data`` replaced. The copy shares the tensors.
 
@@ -126,7 +131,7 @@ class RefitPlan:
         self, source: WeightSource
     ) -> tuple[dict[SlotKey, SlotValue | str], Callable[[], None]]:
         """As ``values_of`` for all rows, and what to call once the source has other tensors."""
-        return self._values.repeatable(source)
+        return self._values.repeatable(self.ledger, source)
 
     def value_of(self, row: LedgerRow, source: WeightSource) -> SlotValue | str:
         """The value of one row, computed on demand, or the reason why there is none."""
@@ -404,34 +409,29 @@ class SlotValues:
 
         A result that several values share is computed once if the caller loads each value once.
         """
-        names = source.names()
+        return self.repeatable(rows, source)[0]
+
+    def repeatable(
+        self, rows: Sequence[LedgerRow], source: WeightSource
+    ) -> tuple[dict[SlotKey, SlotValue | str], Callable[[], None]]:
+        """A value for each slot, and what to call once the source has other tensors."""
+        names, given = source.names(), _Given.of(source)
         is_complete = all(fqn in names for fqn in self._all_sources)
         # the usual refit: factories depend on the source's names only, so they can be reused
         if is_complete and rows == self._data.ledger:
-            return self._complete(source, self._replay(self._all_calls, source))
+            replay = self._replay(self._all_calls, source)
+            found = {key: factory(given, replay) for key, factory in self._factories}
+            return found, replay.restart
         lacking = {row.slot.key: () if is_complete else self._lacking(row, names) for row in rows}
         computed = [
             row.value for row in rows if type(row.value) is CallRef and not lacking[row.slot.key]
         ]
-        replay, given = self._replay(computed, source), _Given.of(source)
-        return {
+        replay = self._replay(computed, source)
+        found = {
             row.slot.key: self._factory(row, names, lacking[row.slot.key])(given, replay)
             for row in rows
         }
-
-    def repeatable(
-        self, source: WeightSource
-    ) -> tuple[dict[SlotKey, SlotValue | str], Callable[[], None]]:
-        """A value for each slot, and what to call once the source has other tensors."""
-        if not all(fqn in source.names() for fqn in self._all_sources):
-            return self.of(self._data.ledger, source), lambda: None
-        replay = self._replay(self._all_calls, source)
-        return self._complete(source, replay), replay.restart
-
-    def _complete(self, source: WeightSource, replay: Replay) -> dict[SlotKey, SlotValue | str]:
-        """A value for each slot from a source with all names."""
-        given = _Given.of(source)
-        return {key: factory(given, replay) for key, factory in self._factories}
+        return found, replay.restart
 
     @cached_property
     def _all_calls(self) -> tuple[CallRef, ...]:

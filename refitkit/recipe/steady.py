@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from refitkit.protocols import WeightSource
 
-_HEADER = attrgetter("dtype", "shape", "device", "layout")
+_HEADER = attrgetter("dtype", "shape", "device", "layout", "requires_grad")
 
 
 class SteadyTensors(TensorMap):

@@ -82,13 +82,21 @@ class Filler:
                     moved = [load() for load in last.loads]
                     arena.copy_alike(last.names, moved, self._uploader, live)
         finally:
-            with torch.no_grad():
-                arena.finish(self._uploader)
+            self._finish(arena)
         arena.constants |= copied  # only now: a copy that failed must not count as done
         if problems:
             raise WeightMismatchError("Values do not fit the engine.", problems=problems)
         if isinstance(values, SteadyValues) and last is None:
             self._last = _Noted.of(values)  # at once: an interrupt comes before or after it
+
+    def _finish(self, arena: ValueArena) -> None:
+        """Make all pending copies. Nothing reads the caller's tensors once this has ended."""
+        try:
+            with torch.no_grad():
+                arena.finish(self._uploader)
+        except BaseException:
+            self._uploader.wait()
+            raise
 
     @staticmethod
     def _holds(arena: ValueArena, last: _Noted) -> bool:

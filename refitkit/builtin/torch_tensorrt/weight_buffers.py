@@ -603,10 +603,14 @@ class Uploader:
         """
         try:
             self.flush()
-            if self._device.type == "cuda":
-                torch.cuda.current_stream(self._device).synchronize()
+            self.wait()
         finally:
             self.forget()
+
+    def wait(self) -> None:
+        """Wait for all copies that were launched."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
 
     def forget(self) -> None:
         """Drop all pending copies, and free the chunks."""

@@ -12,10 +12,11 @@ import torch
 
 import refitkit
 from refitkit.builtin.strategies.recipe import RecipeStrategy
-from refitkit.model import SourceRef
+from refitkit.model import CallRef, OpCall, PinnedRef, SourceRef, Tensor
 from refitkit.program.bits import same_bits
 from refitkit.protocols import Mapped, SlotValue, SteadyValues
 from refitkit.recipe import TensorMap
+from refitkit.recipe.replay import BatchStep, CallStep, _Run
 from refitkit.recipe.steady import SteadyTensors
 from tests.fakes import (
     FakeModule,
@@ -593,3 +594,140 @@ def test_warming_asks_plugins_for_what_a_refit_needs() -> None:
     assert offering.asked == []
     compiled.warm()
     assert sorted(offering.asked) == ["strategies", "transforms", "verifiers"]
+
+
+# -- values that are computed ---------------------------------------------------------------------
+
+A, B = make_slot("a"), make_slot("b")
+TIED = [leaf_for(A, fqn="x"), leaf_for(A, fqn="x2")]
+
+
+class Computing:
+    """A module with one engine, refitted by a plan.
+
+    Attributes:
+        given: What the engine was given in the last refit, by slot.
+        runs: Number of calls of the plan in the last refit.
+    """
+
+    def __init__(self, plan: refitkit.RefitPlan, patch: pytest.MonkeyPatch) -> None:
+        self.plan, self.runs = plan, 0
+        self.given: dict[str, SlotValue] = {}
+        live = {row.slot.name: torch.ones(2) for row in plan.ledger}
+        self.engine = OpenEngine("model", live)
+        self.module = FakeModule([self.engine])
+        self.pipeline = pipeline_with()
+        self.compiled = self.pipeline.load(self.module)
+        self.stage = self.engine.stage
+        do = _Run._do
+        patch.setattr(_Run, "_do", lambda run, step: self._counted(do, run, step))
+        patch.setattr(self.engine, "stage", self._stage)
+
+    def _counted(self, do: Any, run: Any, step: Any) -> None:
+        self.runs += isinstance(step, CallStep | BatchStep)
+        do(run, step)
+
+    def _stage(self, values: Any) -> Any:
+        self.given = {value.slot.name: value for value in values}
+        return self.stage(values)
+
+    def refit(self, weights: dict[str, torch.Tensor]) -> dict[str, list[float]]:
+        self.runs = 0
+        self.pipeline.refit(self.compiled, weights, plan=self.plan, verify="none")
+        return {name: value.tolist() for name, value in self.module.by_slot().items()}
+
+
+def a_chain(length: int, ties: Any) -> refitkit.RefitPlan:
+    """Each slot is the negation of the one before; the first one of ``x``."""
+    names = [f"s{number:02}" for number in range(length)]
+    result = (Tensor(dtype="float32", shape=(2,)),)
+    calls = [op_call("neg.default", "@x")]
+    calls += [
+        OpCall(op="aten.neg.default", args=(CallRef(call=at),), kwargs={}, results=result)
+        for at in range(length - 1)
+    ]
+    sources = ("x", "x2") if ties else ("x",)
+    rows = [call_row(make_slot(name), at, *sources) for at, name in enumerate(names)]
+    return make_plan(rows, leaves=TIED if ties else TIED[:1], calls=calls, ties=ties)
+
+
+@pytest.mark.parametrize("ties", [(), (("x", "x2"),)], ids=["alone", "tied"])
+def test_each_call_runs_once_in_each_refit(ties: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Computing(a_chain(6, ties), monkeypatch)
+    for number in (1.0, 2.0, 3.0, 4.0):
+        found = one.refit({"x": torch.full((2,), number)})
+        assert found == {f"s{at:02}": [number if at % 2 else -number] * 2 for at in range(6)}
+        assert one.runs == 6
+        assert one.compiled.last_mapping is not None
+
+
+@pytest.mark.parametrize("ties", [(), (("x", "x2"),)], ids=["alone", "tied"])
+def test_no_value_of_a_former_refit_is_left(ties: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Computing(a_chain(2, ties), monkeypatch)
+    one.refit({"x": torch.ones(2)})
+    all_of_them = one.stage
+
+    def lazy(values: Any) -> Any:
+        """Load one of the values only."""
+        kept = [
+            v if v.slot.name == "s01" else v._replace(load=lambda: torch.ones(2)) for v in values
+        ]
+        return all_of_them(kept)
+
+    one.stage = lazy
+    weights = {"x": torch.full((2,), 2.0)}
+    one.refit(weights)
+    seen = weakref.ref(weights["x"])
+    del weights
+    gc.collect()
+    assert seen() is None
+    one.stage = all_of_them
+    assert one.refit({"x": torch.full((2,), 3.0)}) == {"s00": [-3.0] * 2, "s01": [3.0] * 2}
+
+
+def of_a_constant(op: str) -> refitkit.RefitPlan:
+    result = (Tensor(dtype="float32", shape=(2,)),)
+    call = OpCall(op=f"aten.{op}", args=(PinnedRef(name="k"),), kwargs={}, results=result)
+    return make_plan(
+        [recipe_row(W), call_row(A, 0)],
+        leaves=[leaf_for(W)],
+        calls=[call],
+        pinned={"k": torch.tensor([5.0, 6.0])},
+    )
+
+
+def test_no_engine_may_keep_memory_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Computing(of_a_constant("alias.default"), monkeypatch)
+    for number in range(4):
+        assert one.refit({"w": torch.full((2,), float(number))})["a"] == [5.0, 6.0]
+        value = one.given["a"]
+        assert value.keepable is None or not value.keepable(one.plan.pinned("k"))
+
+
+def test_a_constant_is_computed_once_until_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Computing(of_a_constant("neg.default"), monkeypatch)
+    found = []
+    for number in range(4):
+        assert one.refit({"w": torch.full((2,), float(number))})["a"] == [-5.0, -6.0]
+        found.append((one.runs, one.given["a"].load()))
+    assert [runs for runs, _ in found] == [1, 0, 0, 0]
+    assert found[3][1] is found[1][1]  # so that engines need not copy it again
+    one.plan.pinned("k").add_(1)
+    assert one.refit({"w": torch.ones(2)})["a"] == [-6.0, -7.0]
+
+
+def test_no_engine_gets_tensors_with_a_history(world: World) -> None:
+    seen: list[bool] = []
+    engine = world.module.engines["e0"]
+    real = engine.stage
+
+    def stage(values: Any) -> Any:
+        seen.extend(value.load().requires_grad for value in values)
+        return real(values)
+
+    engine.stage = stage  # type: ignore[method-assign]
+    grad = torch.ones((), requires_grad=True)
+    for factor in (torch.ones(()), torch.ones(()), grad, grad):
+        world.refit({name: value * factor for name, value in world.weights(2.0).items()})
+    assert seen
+    assert not any(seen)

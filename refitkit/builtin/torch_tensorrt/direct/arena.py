@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import weakref
-from functools import partial
+from collections import defaultdict
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 
-from refitkit.builtin.torch_tensorrt.direct.capturing import Captured
 from refitkit.builtin.torch_tensorrt.direct.folds import FoldsAtOnce
-from refitkit.builtin.torch_tensorrt.direct.moves import PieceCopy, dense_digits_of, is_plain
+from refitkit.builtin.torch_tensorrt.direct.moves import Moves, PieceCopy, dense_digits_of, is_plain
 from refitkit.builtin.torch_tensorrt.direct.places import Place, words_of
 from refitkit.builtin.torch_tensorrt.direct.screening import Screen
+from refitkit.builtin.torch_tensorrt.refitter import current_device
 from refitkit.builtin.torch_tensorrt.weight_buffers import Arena, Layout, stored
 from refitkit.program.bits import same_bits, same_memory
 from refitkit.program.dtypes import dtype_of
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from refitkit.builtin.torch_tensorrt.direct.layout import EngineLayout, Parts
-    from refitkit.builtin.torch_tensorrt.direct.moves import Kind, Mover, MoveTable, Way
+    from refitkit.builtin.torch_tensorrt.direct.moves import Kind, Mover, Way
     from refitkit.builtin.torch_tensorrt.refitter import WeightSpec
     from refitkit.builtin.torch_tensorrt.weight_buffers import Constant, Uploader, ValueArena
 
@@ -93,9 +92,8 @@ class PlacedArena:
         self._seen = torch.zeros(2, pin_memory=device.type == "cuda")
         self._answers: _Answers | None = None
         self.writes = 0
-        self._over, self._commit = PieceCopy(parts, self.memory, piece), Captured(device)
-        PieceCopy(parts, piece, self.memory)()  # compiles the kernels, and changes nothing
-        self._commit.get_ready(self._over)
+        self._over = PieceCopy(parts, self.memory, piece, mover)
+        PieceCopy(parts, piece, self.memory, mover)()  # compiles the kernels, and changes nothing
 
     @property
     def commits_fast(self) -> bool:
@@ -104,7 +102,7 @@ class PlacedArena:
 
     def commit(self) -> None:
         """Copy the weights over those of the engine, on the current stream. Norms are folded."""
-        self._commit.do(self._over)
+        self._over()
 
     def _looked_at(self) -> list[torch.Tensor]:
         """Everything that may not be finite, flat where nothing lies in between."""
@@ -213,8 +211,8 @@ class PlacedArena:
     ) -> None:
         """Copy values; see ``ValueArena``.
 
-        On a GPU, all of them are moved, norms are folded, and sums and samples are taken, by one
-        launch. So the questions whether values are finite and new need not wait for the device.
+        With kernels, all of them are moved, norms are folded, and sums and samples are taken
+        together. So the questions whether values are finite and new need not wait for the device.
         """
         alike = self._alike
         if alike is None or alike.names is not names:
@@ -231,63 +229,62 @@ class PlacedArena:
         # all values are looked at, so what was queued comes first
         self._move_all(uploader)
         uploader.flush()
-        if isinstance(live, PlacedArena) and self._is_written(alike, values, live):
+        moved = [values[place] for place in alike.moved]
+        if isinstance(live, PlacedArena) and self._is_written(alike, moved, live):
             self._asked = live
             return
-        for _, _, places in alike.moves:
-            for place in places:
-                self.copy(names[place], values[place], uploader)
+        for place, value in zip(alike.moved, moved, strict=True):
+            self.copy(names[place], value, uploader)
 
     def _is_written(self, alike: _Alike, values: Sequence[torch.Tensor], live: PlacedArena) -> bool:
-        """Whether one launch has written all values that it can."""
+        """Whether values could be moved together, and all have been looked at."""
         try:
-            if not alike.give(values):
-                return False
-            alike.compare_with(live, self._device)
-            alike.captured.do(partial(self._write, alike, live))
+            with current_device(self._device):
+                if alike.moves is not None:
+                    if not alike.moves.give(list(map(torch.Tensor.data_ptr, values))):
+                        return False
+                    alike.moves.launch(self.memory)
+                self._folds.write(self._words)
+                live.fold()
+                total = self._screen.total()
+                seen = torch.stack([total, self._differs(live).to(total.dtype)])
+                self._seen.copy_(seen, non_blocking=True)
         except Exception:  # noqa: BLE001 - the usual way does without kernels if it must
             self._alike = None
             return False
         return True
 
-    def _write(self, alike: _Alike, live: PlacedArena) -> None:
-        """Move values that are alike; then fold norms, and look at all values."""
-        for table, target, _ in alike.moves:
-            table.launch(target)
-        self._folds.write(self._words)
-        total = self._screen.total()
-        seen = torch.stack([total, self._differs(live).to(total.dtype)])
-        self._seen.copy_(seen, non_blocking=True)
-
     def _noted(self, names: tuple[str, ...], values: Sequence[torch.Tensor]) -> _Alike:
         """How values were copied."""
-        groups: dict[tuple[int, Kind], tuple[torch.Tensor, list[Way], list[int]]] = {}
+        groups: dict[Kind, list[tuple[Way, int]]] = defaultdict(list)
         rest = []
         for place, (name, value) in enumerate(zip(names, values, strict=True)):
             beside = self._beside.get(name)
             if beside is None:
-                target, way = self.memory, self._way(name, value)
+                way = self._way(name, value)
             else:
-                target, way = beside.memory, self._way_beside(beside.views[name], value)
+                way = self._way_beside(beside.views[name], value)
             if way is None or way.kind is None or self._mover.kernels is None:
                 rest.append(place)
             else:
-                _, ways, places = groups.setdefault((id(target), way.kind), (target, [], []))
-                ways.append(way)
-                places.append(place)
-        moves = [
-            (self._mover.table(kind, ways), target, places)
-            for (_, kind), (target, ways, places) in groups.items()
-        ]
-        fixed = any(self._beside.get(name) is self.fixed for name in names)
-        return _Alike(names, moves, rest, moves_fixed=fixed)
+                groups[way.kind].append((way, place))
+        ways = {kind: [way for way, _ in some] for kind, some in groups.items()}
+        return _Alike(
+            names,
+            Moves(ways, self._mover.kernels, self._device) if ways else None,
+            [place for some in groups.values() for _, place in some],
+            rest,
+            any(self._beside.get(name) is self.fixed for name in names),
+        )
 
     def _way_beside(self, target: torch.Tensor, value: torch.Tensor) -> Way | None:
         """The way of a value to a weight that lies beside the engine's layout."""
         if value.device != self._device or not value.is_contiguous() or value.is_neg():
             return None
+        # a place of the engine's memory that lies outside of it
+        start = (target.data_ptr() - self.memory.data_ptr()) // target.itemsize
         digits = ((target.numel(), 1),) if target.numel() > 1 else ()
-        return self._mover.way_to(Place(int(target.storage_offset()), digits), value.reshape(-1))
+        return self._mover.way_to(Place(start, digits), value.reshape(-1))
 
     def _way(self, name: str, value: torch.Tensor) -> Way | None:
         """The way in which a value like this one was moved; None if there was none."""
@@ -394,46 +391,22 @@ class PlacedArena:
         self.memory.copy_(self._layout.written(piece, values))
 
 
-class _Alike:
+class _Alike(NamedTuple):
     """How values were copied, for values with the same headers.
 
     Attributes:
         names: Their names: this very object.
-        moves: Each launch, the memory that it writes to, and places of its values among the names.
+        moves: Moves some of them; None if there are none.
+        moved: Places of those among the names.
         rest: Places of the others.
-        moves_fixed: Whether some of them are weights that stay fixed.
-        captured: Writes all of ``moves`` and compares them with an arena.
+        moves_fixed: Whether some of all are weights that stay fixed.
     """
 
-    def __init__(
-        self,
-        names: tuple[str, ...],
-        moves: list[tuple[MoveTable, torch.Tensor, list[int]]],
-        rest: list[int],
-        *,
-        moves_fixed: bool,
-    ) -> None:
-        self.names, self.moves, self.rest, self.moves_fixed = names, moves, rest, moves_fixed
-        self._moved = [place for _, _, places in moves for place in places]
-        self._live: weakref.ref[PlacedArena] | None = None
-
-    def give(self, values: Sequence[torch.Tensor]) -> bool:
-        """Tell all launches where the values lie. Return whether their kernels can read them."""
-        addresses = np.array([values[place].data_ptr() for place in self._moved])
-        found, first = True, 0
-        for table, _, places in self.moves:
-            last = first + len(places)
-            found = table.give(addresses[first:last]) and found
-            first = last
-        return found
-
-    def compare_with(self, live: PlacedArena, device: torch.device) -> None:
-        """Capture another comparison, unless it is with this arena already.
-
-        The arena is not kept alive: it may be freed to save memory.
-        """
-        if self._live is None or self._live() is not live:
-            self._live, self.captured = weakref.ref(live), Captured(device)
+    names: tuple[str, ...]
+    moves: Moves | None
+    moved: list[int]
+    rest: list[int]
+    moves_fixed: bool
 
 
 class _Answers(NamedTuple):

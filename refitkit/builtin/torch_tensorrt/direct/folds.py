@@ -88,7 +88,7 @@ class FoldsAtOnce:
     @staticmethod
     def _sources(
         folds: Iterable[Fold], values: Mapping[str, torch.Tensor], run: torch.Tensor
-    ) -> list[torch.Tensor]:
+    ) -> torch.Tensor:
         """Indices into a run of all weights, biases, means, variances and eps, one per channel."""
         found: list[list[torch.Tensor]] = [[] for _ in _ENDS]
         for fold in folds:
@@ -98,7 +98,7 @@ class FoldsAtOnce:
                 first = int(value.storage_offset()) - int(run.storage_offset())
                 steps = torch.arange(value.numel(), device=run.device)
                 indices.append((first + steps).expand(count))
-        return [torch.cat(indices) for indices in found]
+        return torch.cat([one for indices in found for one in indices])
 
     @staticmethod
     def _targets(
@@ -118,7 +118,8 @@ class FoldsAtOnce:
             words: The engine's memory as words of each dtype.
         """
         for dtype, (sources, targets) in self._parts.items():
-            weight, bias, mean, var, eps = (self._runs[dtype][indices] for indices in sources)
+            found = self._runs[dtype].index_select(0, sources)
+            weight, bias, mean, var, eps = found.view(len(_ENDS), -1)
             scale = _scale(weight, var, eps)
             shift = _shift(bias, mean, scale)
             for where, value in zip(targets, (scale, shift), strict=True):

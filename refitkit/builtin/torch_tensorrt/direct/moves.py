@@ -3,7 +3,7 @@
 A value has strides of its own, and so has its place. ``digits_of`` writes both as digits of one
 index. Where all digits merge into one, the move is a plain copy; else elements change their order.
 A few launches move all weights of an engine. Without Triton, torch makes one copy for each.
-``Mover`` moves values of any refit, and ``MoveTable`` is one of its launches. ``PieceCopy`` copies
+``Mover`` moves values of any refit, ``Moves`` those of refits that are alike. ``PieceCopy`` copies
 what is laid out already.
 """
 
@@ -22,9 +22,7 @@ from refitkit.builtin.torch_tensorrt.direct.places import words_of
 from refitkit.builtin.torch_tensorrt.refitter import current_device
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-
-    from numpy.typing import ArrayLike
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from refitkit.builtin.torch_tensorrt.direct.layout import Parts
     from refitkit.builtin.torch_tensorrt.direct.places import Place
@@ -149,7 +147,7 @@ class Mover:
         self._made = 0
         self._queue: dict[Kind, list[tuple[Way, torch.Tensor]]] = defaultdict(list)
         self._queue_bytes = 0
-        self._tables: dict[tuple[int, ...], MoveTable] = {}
+        self._moves: dict[tuple[int, ...], Moves] = {}
 
     @property
     def kernels(self) -> Any:
@@ -238,9 +236,9 @@ class Mover:
             return
         try:
             with current_device(self._device):
-                table = self._table(kind, ways)
-                table.give(sources)
-                table.launch(piece)
+                moves = self._moves_of(kind, ways)
+                moves.give(sources)
+                moves.launch(piece)
         except Exception:  # noqa: BLE001 - Triton cannot compile, as without a C compiler
             self._kernels = None  # nor any other kernel
             for way, value in zip(ways, values, strict=True):
@@ -250,18 +248,14 @@ class Mover:
         """Drop what is queued."""
         self._queue, self._queue_bytes = defaultdict(list), 0
 
-    def table(self, kind: Kind, ways: Sequence[Way]) -> MoveTable:
-        """Return a launch of its own for ways of one kind. Kernels must be used."""
-        return MoveTable(kind, ways, self._kernels, self._device)
-
-    def _table(self, kind: Kind, ways: Sequence[Way]) -> MoveTable:
+    def _moves_of(self, kind: Kind, ways: Sequence[Way]) -> Moves:
         key = tuple([way.number for way in ways])
-        table = self._tables.get(key)
-        if table is None:
-            if len(self._tables) == _TABLES:
-                self._tables.clear()
-            table = self._tables[key] = self.table(kind, ways)
-        return table
+        moves = self._moves.get(key)
+        if moves is None:
+            if len(self._moves) == _TABLES:
+                self._moves.clear()
+            moves = self._moves[key] = Moves({kind: ways}, self._kernels, self._device)
+        return moves
 
 
 _QUEUE_BYTES = 512 << 20
@@ -386,19 +380,65 @@ def _word(*numbers: int) -> int:
     return next((size for size in sorted(_WORDS, reverse=True) if not gcd(*numbers) % size), 0)
 
 
-class MoveTable:
-    """What a kernel has to know of some weights, on the device. Only addresses change."""
+class Moves:
+    """Moves of the same weights, made again and again: one launch for each kind."""
 
-    def __init__(self, kind: Kind, ways: Sequence[Way], kernels: Any, device: torch.device) -> None:
-        """Copy it to the device.
+    def __init__(
+        self, ways: Mapping[Kind, Sequence[Way]], kernels: Any, device: torch.device
+    ) -> None:
+        """Copy to the device what the kernels have to know.
 
         Args:
-            kind: That of all ways.
-            ways: How each value is moved.
+            ways: How each value is moved, by kind.
             kernels: The module of the kernels.
             device: Device of values and memory.
         """
-        self._kind, self._kernels = kind, kernels
+        counts = [len(some) for some in ways.values()]
+        on_gpu = device.type == "cuda"
+        self._given = torch.zeros(sum(counts), dtype=torch.int64, pin_memory=on_gpu)
+        self._numbers = self._given.numpy()
+        self._sources = torch.zeros(sum(counts), dtype=torch.int64, device=device)
+        # words can be larger than elements
+        words = [kind.size if kind.plain else 1 for kind in ways]
+        self._words = torch.tensor(words).repeat_interleave(torch.tensor(counts)).numpy()
+        views = self._sources.split(counts)  # type: ignore[no-untyped-call] # torch's
+        self._tables = [
+            _Table(kind, some, kernels, sources)
+            for (kind, some), sources in zip(ways.items(), views, strict=True)
+        ]
+
+    def give(self, sources: Sequence[int]) -> bool:
+        """Note where the values lie, for all launches until the next time.
+
+        Args:
+            sources: Address of each value, in the order of their ways. The last launch has to be
+                done.
+
+        Returns:
+            Whether the kernels can read them.
+        """
+        self._numbers[:] = sources
+        return not (self._numbers % self._words).any()
+
+    def launch(self, piece: torch.Tensor) -> None:
+        """Move the values, on the current stream.
+
+        Args:
+            piece: The memory as ``uint8``.
+        """
+        self._sources.copy_(self._given, non_blocking=True)
+        for table in self._tables:
+            table.launch(piece)
+
+
+class _Table:
+    """What one kernel has to know of some weights, on the device. Only addresses change."""
+
+    def __init__(
+        self, kind: Kind, ways: Sequence[Way], kernels: Any, sources: torch.Tensor
+    ) -> None:
+        device = sources.device
+        self._kind, self._kernels, self._sources = kind, kernels, sources
         starts = torch.tensor([way.place.start for way in ways])
         if kind.plain:
             sizes = torch.tensor([way.size for way in ways])
@@ -411,30 +451,8 @@ class MoveTable:
         self._tiles = tiles_of(counts).to(device)
         self._rows = torch.tensor(rows).to(device, torch.int64 if kind.plain else torch.int32)
         self._starts = starts.to(device)
-        on_gpu = device.type == "cuda"
-        self._given = torch.zeros(len(rows), dtype=torch.int64, pin_memory=on_gpu)
-        self._numbers = self._given.numpy()
-        self._sources = torch.zeros(len(rows), dtype=torch.int64, device=device)
-
-    def give(self, sources: ArrayLike) -> bool:
-        """Note where the values lie, for all launches until the next time.
-
-        Args:
-            sources: Address of each value. The last launch has to be done.
-
-        Returns:
-            Whether the kernel can read them: words can be larger than elements.
-        """
-        self._numbers[:] = sources
-        return not self._kind.plain or not (self._numbers % self._kind.size).any()
 
     def launch(self, piece: torch.Tensor) -> None:
-        """Move the values, on the current stream.
-
-        Args:
-            piece: The memory as ``uint8``.
-        """
-        self._sources.copy_(self._given, non_blocking=True)
         kind, grid = self._kind, (len(self._tiles),)
         table = self._sources, self._starts, self._rows, self._tiles
         words = words_of(piece, _WORDS[kind.size])
@@ -469,8 +487,7 @@ class PieceCopy:
         parts: Parts,
         source: torch.Tensor,
         target: torch.Tensor,
-        *,
-        kernel: bool | None = None,
+        mover: Mover,
     ) -> None:
         """Copy nothing yet.
 
@@ -478,12 +495,11 @@ class PieceCopy:
             parts: What to copy.
             source: Memory as ``uint8``.
             target: Memory of the same size.
-            kernel: Whether to use kernels; see ``Mover``.
+            mover: Uses kernels or not.
         """
         self._parts, self._source, self._target = parts, source, target
-        mover = Mover(source.device, kernel=kernel)
         is_one = len(parts.ranges) == 1 and not parts.scattered
-        self._launches = [] if is_one or not mover.kernels else self._planned(mover)
+        self._launches = [] if is_one or mover.kernels is None else self._planned(mover)
 
     @property
     def is_fast(self) -> bool:
@@ -501,27 +517,30 @@ class PieceCopy:
         if 0 in by_word:
             return []
         ranges = [
-            _RangeLaunch(size, some, self._source, self._target) for size, some in by_word.items()
+            _RangeLaunch(mover.kernels, size, some, self._source, self._target)
+            for size, some in by_word.items()
         ]
         return [*ranges, *self._moves(mover)]
 
     def _moves(self, mover: Mover) -> Iterator[Callable[[], object]]:
         """Launches that copy weights with gaps."""
-        by_kind: dict[Kind | None, list[tuple[Way, torch.Tensor]]] = defaultdict(list)
+        ways: dict[Kind, list[Way]] = defaultdict(list)
         for place, dtype in self._parts.scattered:
             view = place.of_piece(words_of(self._source, dtype))
             way = mover.way_to(place, view)
             if way is None:
                 raise TypeError("a place has a way to itself")
-            by_kind[way.kind].append((way, view))
-        for kind, moves in by_kind.items():
-            if kind is None:
-                for way, view in moves:
-                    yield partial(_copy, self._target, way.place, view)
+            if way.kind is None:
+                yield partial(_copy, self._target, place, view)
             else:
-                table = mover.table(kind, [way for way, _ in moves])
-                table.give([view.data_ptr() for _, view in moves])
-                yield partial(table.launch, self._target)
+                ways[way.kind].append(way)
+        if ways:
+            moves = Moves(ways, mover.kernels, self._source.device)
+            first = self._source.data_ptr()
+            moves.give(
+                [first + way.size * way.place.start for some in ways.values() for way in some]
+            )
+            yield partial(moves.launch, self._target)
 
     def __call__(self) -> None:
         """Copy, on the current stream."""
@@ -553,6 +572,7 @@ class _RangeLaunch:
 
     def __init__(
         self,
+        kernels: Any,
         size: int,
         ranges: Sequence[tuple[int, int]],
         source: torch.Tensor,
@@ -561,10 +581,10 @@ class _RangeLaunch:
         edges = torch.tensor(ranges)
         firsts, counts = edges[:, 0], edges.diff(dim=1).flatten() // size
         blocks = tiles_of((-(-counts // BLOCK)).tolist())
-        self._words = words_of(target, _WORDS[size])
+        self._kernels, self._words = kernels, words_of(target, _WORDS[size])
         table = source.data_ptr() + firsts, firsts // size, counts, blocks
         self._table = [some.to(source.device) for some in table]
 
     def __call__(self) -> None:
-        kernels, grid = _kernels(), (len(self._table[-1]),)
-        kernels.copy[grid](self._words, *self._table, BLOCK=BLOCK, num_warps=WARPS)
+        grid = (len(self._table[-1]),)
+        self._kernels.copy[grid](self._words, *self._table, BLOCK=BLOCK, num_warps=WARPS)

@@ -1,4 +1,4 @@
-"""The kernels of direct refits as plain Python, for memory of the CPU, and graphs that replay."""
+"""The kernels of direct refits as plain Python, for memory of the CPU."""
 
 from __future__ import annotations
 
@@ -55,34 +55,3 @@ class FakeKernels:
     """The module of the kernels."""
 
     copy, turn, screen = Launcher(_copy), Launcher(_turn), Launcher(_screen)
-
-
-class Graphs:
-    """Captures work by noting it; each replay does it.
-
-    Attributes:
-        captured: Number of captures.
-        replayed: Number of replays.
-        fail: Whether each capture and replay fails from now on.
-    """
-
-    def __init__(self) -> None:
-        self.captured = self.replayed = 0
-        self.fail = False
-
-    def __call__(self, work: Callable[[], None]) -> Graph:
-        if self.fail:
-            raise RuntimeError("capture")
-        self.captured += 1
-        return Graph(self, work)
-
-
-class Graph:
-    def __init__(self, graphs: Graphs, work: Callable[[], None]) -> None:
-        self.graphs, self.work = graphs, work
-
-    def replay(self) -> None:
-        if self.graphs.fail:
-            raise RuntimeError("replay")
-        self.graphs.replayed += 1
-        self.work()

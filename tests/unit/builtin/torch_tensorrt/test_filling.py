@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from refitkit.builtin.torch_tensorrt.direct.capturing import Captured
 from refitkit.builtin.torch_tensorrt.direct.moves import Mover
 from refitkit.builtin.torch_tensorrt.direct.places import Place
 from refitkit.builtin.torch_tensorrt.filling import Filler
@@ -21,7 +20,7 @@ from refitkit.program.bits import same_bits
 from refitkit.protocols import SlotValue, SteadyValues
 from tests.fakes import slot_for
 from tests.interrupting import Interrupt, Points
-from tests.unit.builtin.torch_tensorrt.fake_kernels import FakeKernels, Graphs
+from tests.unit.builtin.torch_tensorrt.fake_kernels import FakeKernels
 from tests.unit.builtin.torch_tensorrt.scenes import CPU
 from tests.unit.builtin.torch_tensorrt.test_moves import arena_of, layout_and_values
 
@@ -201,27 +200,14 @@ def test_a_filling_after_an_interrupted_one_is_right(kind: str, pinned: str, bef
         at += 2
 
 
-# -- one launch for all values -------------------------------------------------------------------
+# -- all values together --------------------------------------------------------------------------
 
 
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
-    """Arenas capture their work."""
-    found, real = Graphs(), Captured.__init__
-    monkeypatch.setattr(
-        Captured, "__init__", lambda self, device: real(self, device, capture=found)
-    )
-    return found
-
-
-def settled(graphs: Graphs) -> Filling:
-    """A filling of which both arenas have captured how values are copied."""
+def settled() -> Filling:
+    """A filling of which both arenas have noted how values are copied."""
     filling = Filling("placed")
-    commits = graphs.captured
-    for number in range(7):
+    for number in range(4):
         filling.fill(number, filling.others(number))
-    assert graphs.captured == commits + 2
-    assert graphs.replayed == 2
     return filling
 
 
@@ -232,19 +218,18 @@ def folded(arena: Any) -> torch.Tensor:
     return found
 
 
-def test_alike_values_are_moved_and_folded_by_one_launch(graphs: Graphs) -> None:
-    filling = settled(graphs)
+def test_alike_values_are_moved_and_folded_together() -> None:
+    filling = settled()
     for number in range(4):
         arena = filling.fill(number, filling.others(30 + number))
         assert filling.copied == ["e"]  # a single element
         assert arena._is_folded
         assert torch.equal(arena.memory, folded(arena))
-    assert graphs.replayed == 6
 
 
 @pytest.mark.parametrize("name", ["a", "m", "w", "e"])
-def test_values_that_are_not_finite_are_seen_by_the_launch(graphs: Graphs, name: str) -> None:
-    filling = settled(graphs)
+def test_values_that_are_not_finite_are_seen_at_once(name: str) -> None:
+    filling = settled()
     good = filling.others(40)
     assert filling.fill(0, good).is_finite()
     bad = {**good, name: torch.full_like(good[name], float("nan"))}
@@ -253,8 +238,8 @@ def test_values_that_are_not_finite_are_seen_by_the_launch(graphs: Graphs, name:
 
 
 @pytest.mark.parametrize("name", ["a", "b", "v", "i"])
-def test_the_same_values_are_told_from_others(graphs: Graphs, name: str) -> None:
-    filling = settled(graphs)
+def test_the_same_values_are_told_from_others(name: str) -> None:
+    filling = settled()
     values = filling.others(50)
     first = filling.fill(0, values)
     second = filling.fill(1, {n: v.clone() for n, v in values.items()})
@@ -264,8 +249,29 @@ def test_the_same_values_are_told_from_others(graphs: Graphs, name: str) -> None
     assert not third.same(second)
 
 
-def test_answers_are_those_of_the_present_values(graphs: Graphs) -> None:
-    filling = settled(graphs)
+def test_values_are_compared_as_the_engine_would_hold_them() -> None:
+    layout, values, piece = layout_and_values()
+    places = {"w": layout.places["w"], **layout.places}  # a norm that is folded comes first
+    filling = Filling("placed", given=(replace(layout, places=places), values, piece))
+    for number in range(4):
+        filling.fill(number, filling.others(number))
+    others = filling.others(5)
+    filling.now = {**filling.now, **others}
+    filling.filler.fill(filling.arenas[1], filling.specs, filling.values)  # folds no norm
+    assert not filling.arenas[1]._is_folded
+    again = filling.fill(0, {name: value.clone() for name, value in others.items()})
+    assert again.same(filling.arenas[1])
+
+
+def test_a_weight_that_stays_fixed_is_compared_again_once_it_was_moved() -> None:
+    filling = settled()
+    arena = filling.fill(0, filling.others(60))
+    arena.accepted = arena.fixed.memory  # as a writer does that has compared it
+    assert filling.fill(0, filling.others(61)).accepted is None
+
+
+def test_answers_are_those_of_the_present_values() -> None:
+    filling = settled()
     first, second = filling.fill(0, filling.others(1)), filling.fill(1, filling.others(2))
     assert not second.same(first)
     second.copy_from(first)
@@ -278,32 +284,19 @@ def test_answers_are_those_of_the_present_values(graphs: Graphs) -> None:
     assert not second.is_finite()
 
 
-def test_a_launch_that_fails_is_made_call_by_call(graphs: Graphs) -> None:
-    filling = settled(graphs)
-    graphs.fail = True
-    for number in range(8):
-        arena = filling.fill(number, filling.others(60 + number))
-        assert torch.equal(arena.memory, folded(arena))
-    graphs.fail, before = False, graphs.replayed
-    for number in range(8):
-        filling.fill(number, filling.others(70 + number))
-    assert graphs.replayed == before  # it has failed too often
-
-
-def test_kernels_that_fail_are_not_needed(graphs: Graphs) -> None:
-    filling = settled(graphs)
-    graphs.fail = True
+def test_kernels_that_fail_are_not_needed() -> None:
+    filling = settled()
     for arena in filling.arenas:
         arena._mover._kernels = None
-        for table, _, _ in arena._alike.moves:
+        for table in arena._alike.moves._tables:
             table._kernels = None
     for number in range(6):
         filling.fill(number, filling.others(80 + number))
     assert filling.arenas[0]._alike.rest == list(range(7))
 
 
-def test_a_launch_compares_with_the_arena_that_holds_the_live_values(graphs: Graphs) -> None:
-    filling = settled(graphs)
+def test_values_are_compared_with_the_arena_that_holds_the_live_values() -> None:
+    filling = settled()
     first = filling.arenas[0]
     filling.arenas[1] = new = Filling("placed").arenas[1]
     new._mover = first._mover
@@ -322,7 +315,7 @@ def test_an_arena_keeps_no_other_one_alive() -> None:
     assert alive() is None
 
 
-def test_values_at_odd_addresses_are_copied_one_by_one(graphs: Graphs) -> None:
+def test_values_at_odd_addresses_are_copied_one_by_one() -> None:
     layout, values, piece = layout_and_values()
     places = {**layout.places, "a": Place(2, ((12, 1),))}  # copied in words of 8 bytes
     filling = Filling("placed", given=(replace(layout, places=places), values, piece))
@@ -332,22 +325,20 @@ def test_values_at_odd_addresses_are_copied_one_by_one(graphs: Graphs) -> None:
         assert bool(memory[at:].data_ptr() % 8) == bool(at)
         filling.fill(number, {**filling.others(number), "a": memory[at : at + 12].view(4, 3)})
         assert ("a" in filling.copied) == (number < 3 or at == 1)
-    assert graphs.replayed == 1
 
 
-def test_computed_values_come_before_the_launch(graphs: Graphs) -> None:
+def test_computed_values_come_before_all_others() -> None:
     filling = Filling("placed", computed="m")
     for number in range(8):
         arena = filling.fill(number, filling.others(number))
         arena.fold()
         assert torch.equal(arena.memory, folded(arena))
         assert "m" in filling.copied
-    assert graphs.replayed
     bad = torch.full((5,), float("nan"))
     assert not filling.fill(0, {"m": bad}).is_finite()
 
 
-def test_a_computed_value_that_does_not_fit_is_named(graphs: Graphs) -> None:
+def test_a_computed_value_that_does_not_fit_is_named() -> None:
     filling = Filling("placed", computed="m")
     for number in range(6):
         filling.fill(number, filling.others(number))
@@ -355,4 +346,3 @@ def test_a_computed_value_that_does_not_fit_is_named(graphs: Graphs) -> None:
         filling.fill(0, {"m": torch.zeros(4)})
     assert [problem.subject for problem in info.value.problems] == ["m"]
     filling.fill(1, {"m": torch.rand(5)})
-    assert graphs.replayed

@@ -143,7 +143,7 @@ for seed in range(25):
     source, target = torch.arange(1 << 18).to(torch.uint8), torch.zeros(1 << 18, dtype=torch.uint8)
     padded = Place(100000 // size, ((3, 1), (5, 4), (7, 40)))
     parts = Parts(ranges, [(padded, dtype)])
-    copy = moves.PieceCopy(parts, source, target, kernel=True)
+    copy = moves.PieceCopy(parts, source, target, mover)
     copy()
     assert copy._launches
     for a, b in ranges:
@@ -194,7 +194,8 @@ def test_a_kernel_that_cannot_be_compiled_is_not_needed() -> None:
 def test_ranges_are_copied_without_a_kernel(kernel: bool) -> None:
     target = torch.zeros(9, dtype=torch.uint8)
     parts = Parts([(1, 3), (5, 8)], [])  # no words of 2 bytes
-    moves.PieceCopy(parts, torch.arange(9).to(torch.uint8), target, kernel=kernel)()
+    mover = Mover(CPU, kernel=kernel)
+    moves.PieceCopy(parts, torch.arange(9).to(torch.uint8), target, mover)()
     assert target.tolist() == [0, 1, 2, 0, 0, 5, 6, 7, 0]
 
 
@@ -350,7 +351,7 @@ def test_a_commit_copies_the_weights_and_nothing_else(
     views, kept = layout.views(wanted), layout.views(source)
     for name, view in views.items():
         view.view(torch.int16).copy_(kept[name].view(torch.int16))
-    copy = moves.PieceCopy(parts, source, target, kernel=kernel)
+    copy = moves.PieceCopy(parts, source, target, Mover(CPU, kernel=kernel))
     copy()
     assert torch.equal(target, wanted)
     assert copy.is_fast
