@@ -25,7 +25,6 @@ from refitkit.errors import (
     raised_as,
 )
 from refitkit.model import CallRef
-from refitkit.pipeline.mapping import is_entry
 from refitkit.program.bits import all_finite, finite, newly_nonfinite, not_finite
 from refitkit.protocols import (
     ChecksFinite,
@@ -34,7 +33,7 @@ from refitkit.protocols import (
     SupportsPartial,
     SupportsReadback,
 )
-from refitkit.recipe.plan import STRATEGY
+from refitkit.recipe.plan import STRATEGY, is_entry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
     from refitkit.config import Config
     from refitkit.model import SlotKey
     from refitkit.pipeline.context import Context
-    from refitkit.pipeline.mapping import SlotMapping
     from refitkit.pipeline.stage import Staged
     from refitkit.protocols import (
         Engine,
@@ -130,24 +128,20 @@ def check_abilities(
         )
 
 
-def judged_where_staged(
-    mapping: SlotMapping, module: OpenedModule, *, overwrite: bool
-) -> frozenset[str]:
-    """Names of source entries that are checked where they are staged: no plugin has to read them.
+def judging_engines(module: OpenedModule, *, overwrite: bool) -> frozenset[str]:
+    """Engines whose values are checked where they are staged: no plugin has to read their entries.
 
     ``FiniteCheck`` does that, or an engine that remembers its weights.
 
     Args:
-        mapping: Values that will be staged.
         module: The opened module.
         overwrite: Whether engines that can do so write over the live values at the commit.
     """
-    able = _readable(module, overwrite=overwrite) | {
+    return _readable(module, overwrite=overwrite) | {
         name
         for name, engine in _kept_apart(module, overwrite=overwrite)
         if isinstance(engine, ChecksFinite) and engine.checks_finite
     }
-    return mapping.entries_of(able)
 
 
 class FiniteCheck:

@@ -34,7 +34,7 @@ from refitkit.program.bits import same_bits
 from refitkit.program.views import derived_value
 from refitkit.protocols import LeavesOut, Mapped, MapRequest, SteadyValues, SupportsPartial
 from refitkit.recipe import RefitPlan, unusable_reason
-from refitkit.recipe.plan import STRATEGY
+from refitkit.recipe.plan import STRATEGY, is_entry
 from refitkit.recipe.reads import kept_leaves, reads_of, state_slots
 from refitkit.recipe.weak_cache import cached_per_object
 
@@ -347,11 +347,6 @@ class SlotMapping:
         if key in self.reset:
             return "reset"
         return "set" if key in self.values else "kept"
-
-
-def is_entry(value: SlotValue) -> bool:
-    """Whether a value is an unchanged entry of the source."""
-    return value.identity and not value.pinned and value.strategy == STRATEGY
 
 
 def grouped(values: Mapping[SlotKey, SlotValue]) -> dict[str, SteadyValues]:

@@ -23,7 +23,7 @@ from refitkit.errors import (
     VerificationError,
     raised_as,
 )
-from refitkit.pipeline.checks import check_abilities, check_weights, judged_where_staged
+from refitkit.pipeline.checks import check_abilities, check_weights, judging_engines
 from refitkit.pipeline.delta import Delta
 from refitkit.pipeline.gate import in_lock_order, inside_all
 from refitkit.pipeline.history import WeightState
@@ -456,7 +456,7 @@ class RefitTask:
     ) -> None:
         """Check weights and mapping. A mapping that is known has passed its checks before."""
         partial, overwrite = self._request.partial, not self._request.rollback
-        deferred = judged_where_staged(mapping, self._module, overwrite=overwrite)
+        deferred = mapping.entries_of(judging_engines(self._module, overwrite=overwrite))
         self._check_weights(plan, source, deferred, same_headers=is_known)
         config = self._context.config
         check_abilities(self._module, partial=partial, overwrite=overwrite, config=config)

@@ -10,7 +10,6 @@ weights is not repeated: guards, state, and strategies of plugins.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING
 
 from refitkit.pipeline.mapping import SlotMapping, combined_with_weights
@@ -37,7 +36,6 @@ class LastMapping:
         plan: Plan that was followed.
         source: The source that its values read; between refits it has no tensors.
         mapping: The mapping. Nobody changes it any more.
-        pinned: How often tensors that the plan keeps had changed.
         restart: Forgets what was computed of the tensors.
     """
 
@@ -45,7 +43,6 @@ class LastMapping:
     plan: RefitPlan
     source: SteadyTensors
     mapping: SlotMapping
-    pinned: tuple[int, ...]
     restart: Callable[[], None]
 
     @classmethod
@@ -72,7 +69,7 @@ class LastMapping:
             return None
         found, restart = plan.repeatable_values(steady)
         values = {
-            key: _constant(value) if value.pinned else _quick(value, steady)
+            key: _quick(value, steady)
             for key, value in found.items()
             if isinstance(value, SlotValue)
         }
@@ -80,7 +77,7 @@ class LastMapping:
         again = SlotMapping(plan, values, mapping.reasons)
         if again.summary != mapping.summary:
             return None
-        return cls(context, plan, steady, again, plan.pinned_versions(), restart)
+        return cls(context, plan, steady, again, restart)
 
     def serves(self, context: Context, plan: RefitPlan, source: WeightSource) -> bool:
         """Take the tensors of a source, if its mapping for a full refit is this one.
@@ -93,12 +90,7 @@ class LastMapping:
         Returns:
             Whether it is.
         """
-        return (
-            self.context is context
-            and self.plan is plan
-            and plan.pinned_versions() == self.pinned
-            and self.source.take(source)
-        )
+        return self.context is context and self.plan is plan and self.source.take(source)
 
     def end(self) -> None:
         """Keep nothing of the tensors that were taken."""
@@ -111,14 +103,6 @@ def _is_by_recipes(context: Context, mapping: SlotMapping) -> bool:
     return all(
         name == STRATEGY and is_built_in(context.host, plugin) for plugin, name in mapping.asked
     )
-
-
-def _constant(value: SlotValue) -> SlotValue:
-    """A value of which nothing comes from the source, computed once at most."""
-    if value.identity:
-        return value
-    # not to be kept by engines: it may lie in memory of the plan
-    return value._replace(load=cache(value.load), keepable=None)
 
 
 def _quick(value: SlotValue, source: SteadyTensors) -> SlotValue:

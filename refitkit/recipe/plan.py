@@ -49,6 +49,12 @@ Opener: TypeAlias = Callable[[Any, "RefitPlan"], WeightSource]
 STRATEGY = "recipe"
 """Name of the strategy that fills slots from a plan."""
 
+
+def is_entry(value: SlotValue) -> bool:
+    """Whether a value is an entry of the source as it is, by a recipe."""
+    return value.identity and not value.pinned and value.strategy == STRATEGY
+
+
 _DEVICES = frozenset({"cpu", "cuda"})
 """Device kinds that can be the last word of ``Fingerprint.platform``."""
 
@@ -98,11 +104,6 @@ class RefitPlan:
             KeyError: The plan keeps no tensor of this name.
         """
         return self._pinned[name]
-
-    def pinned_versions(self) -> tuple[int, ...]:
-        """How often each tensor that the plan keeps was written to, as far as torch counts it."""
-        kept = self._pinned.values()
-        return tuple([0 if one.is_inference() else one._version for one in kept])  # noqa: SLF001
 
     def noting(self, **fields: Any) -> RefitPlan:
         """A copy of this plan with some fields of ``data`` replaced. The copy shares the tensors.

@@ -93,7 +93,7 @@ class Replay:
             self._read.clear()
 
     def is_new(self, result: torch.Tensor) -> bool:
-        """Whether a result was computed: it has no memory of a leaf or of a tensor of the plan."""
+        """Whether a result was computed now: it has no memory of a leaf, the plan or the cache."""
         return result.untyped_storage().data_ptr() not in self._read
 
     def _noting(self, get: Callable[[str], torch.Tensor]) -> Callable[[str], torch.Tensor]:
@@ -127,6 +127,7 @@ class Replay:
             run = _Run(schedule, leaves.__getitem__, self._pinned, self._results_of_steady)
             results = run.results()
             self._steady_results.store(number, leaves, results)
+        self._read |= {one.untyped_storage().data_ptr() for one in results}  # the cache has them
         return results
 
 
