@@ -21,6 +21,7 @@ import pluggy
 from refitkit import hookspecs
 from refitkit.config import Config
 from refitkit.errors import PluginError, raise_if_resource, raised_as, resources
+from refitkit.offered import received, require_offer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -115,6 +116,10 @@ class PluginOffer:
     item: Any
 
 
+NOBODY = ("", None)
+"""No plugin, and no result."""
+
+
 class Host:
     """All plugins of one pipeline. :func:`make_host` creates it."""
 
@@ -174,6 +179,39 @@ class Host:
             KeyError: No plugin has this name.
         """
         return self._registered[name]
+
+    def first(self, hook: str, kind: Any, **arguments: Any) -> tuple[str, Any]:
+        """Call a hook of kind *first*.
+
+        Args:
+            hook: Name of the hook.
+            kind: Type or protocol of what plugins have to return.
+            arguments: Arguments of the hook.
+
+        Returns:
+            Name of the first plugin with a result that is not None, and the result. Where hooks
+            are wrapped, the name is that of all plugins with this hook. ``("", None)`` if there is
+            no result.
+
+        Raises:
+            RefitError: An implementation raised it.
+            PluginError: An implementation raised any other exception, or returned something else;
+                names the plugin.
+        """
+        found = getattr(self._manager.hook, hook).get_hookimpls()
+        if any(one.wrapper or one.hookwrapper for one in found):
+            result = self.call(hook, **arguments)
+            plugin = " or ".join(dict.fromkeys(one.plugin_name for one in found))
+            return NOBODY if result is None else (plugin, self._given(result, kind, plugin, hook))
+        for one in reversed(found):
+            result = self.call_one(one.plugin_name, hook, **arguments)
+            if result is not None:
+                return one.plugin_name, self._given(result, kind, one.plugin_name, hook)
+        return NOBODY
+
+    @staticmethod
+    def _given(value: object, kind: Any, plugin: str, hook: str) -> Any:
+        return received(value, kind, f"The plugin {plugin!r} ({hook})")
 
     def call(self, hook: str, **arguments: Any) -> Any:
         """Call a hook.
@@ -289,6 +327,7 @@ class Host:
         name = getattr(item, "name", None)
         if not isinstance(name, str):
             raise PluginError(f"The plugin {plugin!r} offers {item!r} in {hook}, without a name.")
+        require_offer(item, plugin, hook)
         if name in owners:
             raise PluginError(
                 f"The plugins {owners[name]!r} and {plugin!r} both offer {name!r} in {hook}.",

@@ -17,6 +17,7 @@ from refitkit.config import Config
 from refitkit.errors import ConfigError, Problem
 from refitkit.host import Host, make_host
 from refitkit.model import StageFinished, StageStarted, StageTime, Step
+from refitkit.offered import owned
 from refitkit.protocols import Tools
 
 if TYPE_CHECKING:
@@ -62,14 +63,27 @@ class Context:
         _require_plugins(settings, host)
         return cls(host, settings)
 
-    # works in a frozen dataclass: it writes to ``__dict__``, not through ``__setattr__``
-    @cached_property
+    @property
     def backends(self) -> Mapping[str, Backend]:
         """All backends by name, registered when they are first asked for.
 
         Raises:
             PluginError: A plugin failed, or two plugins register one name; names them.
         """
+        return self._registered[0]
+
+    def who_made(self, backend: str) -> str:
+        """Subject of a message: a backend, its plugin and the hook.
+
+        Args:
+            backend: Name of the backend.
+        """
+        return owned(_REGISTER, backend, self._registered[1][backend])
+
+    # works in a frozen dataclass: it writes to ``__dict__``, not through ``__setattr__``
+    @cached_property
+    def _registered(self) -> tuple[Mapping[str, Backend], Mapping[str, str]]:
+        """Backends, and the plugins that registered them, by name."""
         owners: dict[str, str] = {}
         backends: dict[str, Backend] = {}
         for info in self.host.plugins():
@@ -80,7 +94,7 @@ class Context:
             for backend in given:
                 self.host.claim(owners, backend, info.name, _REGISTER)
                 backends[backend.name] = backend
-        return backends
+        return backends, owners
 
     def backend(self, name: str) -> Backend:
         """The backend of a name.

@@ -15,9 +15,12 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 from refitkit.errors import (
     ConfigError,
@@ -29,10 +32,23 @@ from refitkit.errors import (
     raised_as,
 )
 from refitkit.model import LedgerRow, ReportRow, SlotKey, SlotState, StateRow
-from refitkit.pipeline.needs import require_all_weights_mapped, require_proved_strategies
+from refitkit.offered import owned, received, shown
+from refitkit.pipeline.needs import (
+    is_built_in,
+    require_all_weights_mapped,
+    require_proved_strategies,
+)
 from refitkit.program.bits import same_bits
+from refitkit.program.dtypes import dtype_name
 from refitkit.program.views import derived_value
-from refitkit.protocols import LeavesOut, Mapped, MapRequest, SteadyValues, SupportsPartial
+from refitkit.protocols import (
+    LeavesOut,
+    Mapped,
+    MapRequest,
+    SlotValue,
+    SteadyValues,
+    SupportsPartial,
+)
 from refitkit.recipe import RefitPlan, unusable_reason
 from refitkit.recipe.plan import STRATEGY, is_entry
 from refitkit.recipe.reads import kept_leaves, reads_of, state_slots
@@ -40,9 +56,8 @@ from refitkit.recipe.weak_cache import cached_per_object
 
 if TYPE_CHECKING:
     from collections import abc
-    from collections.abc import Callable, Collection, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable
 
-    import torch
     from torch.export import ExportedProgram
 
     from refitkit.host import PluginOffer
@@ -53,12 +68,12 @@ if TYPE_CHECKING:
         MappingStrategy,
         OpenedModule,
         Plan,
-        SlotValue,
         Tools,
         WeightSource,
     )
 
 
+_HOOK = "refitkit_mapping_strategies"
 _UNCHANGED = "unchanged: the slot already holds the value of its weights"
 _KEPT = "kept: calls of the module write it, and the weights do not contain it"
 _HINT_NO_VALUE = (
@@ -107,15 +122,18 @@ def map_slots(
     mapping = SlotMapping(plan, unchanged=unchanged)
     tools = context.tools("refit", "map")
 
-    def ask(strategy: MappingStrategy, wanted: tuple[LedgerRow, ...]) -> Mapped:
+    def ask(offer: PluginOffer, wanted: tuple[LedgerRow, ...]) -> Mapped:
+        strategy: MappingStrategy = offer.item
         request = MapRequest(plan, module, source, wanted, program, tools)
         doing = f"The strategy {strategy.name!r} cannot map slots"
-        with raised_as(PluginError, f"The strategy {strategy.name!r} failed", doing=doing):
+        who = owned(_HOOK, strategy.name, offer.plugin)
+        with raised_as(PluginError, f"{who} failed", doing=doing):
             answer = strategy.map(request)
-        what = f"The strategy {strategy.name!r} returned an invalid result"
-        with raised_as(PluginError, what, doing=doing):
-            _check_answer(strategy, answer, wanted)
-        return answer
+        with raised_as(PluginError, f"{who} returned an invalid result", doing=doing):
+            _check_answer(who, received(answer, Mapped, who), wanted)
+            if is_built_in(context.host, offer.plugin):
+                return answer
+            return replace(answer, values=_watched(who, answer.values))
 
     for rank in _ranked_strategies(context):
         _ask_rank(mapping, rank, ask)
@@ -128,7 +146,7 @@ def map_slots(
 
 def _ranked_strategies(context: Context) -> list[list[PluginOffer]]:
     """Strategies by rank, in the order in which they are asked. A rank has one priority."""
-    offered, wanted = context.host.offers("refitkit_mapping_strategies"), context.config.strategies
+    offered, wanted = context.host.offers(_HOOK), context.config.strategies
     if not wanted:
         ranks: dict[int, list[PluginOffer]] = {}
         for offer in offered.values():
@@ -147,7 +165,7 @@ def _ranked_strategies(context: Context) -> list[list[PluginOffer]]:
 def _ask_rank(
     mapping: SlotMapping,
     rank: list[PluginOffer],
-    ask: Callable[[MappingStrategy, tuple[LedgerRow, ...]], Mapped],
+    ask: Callable[[PluginOffer, tuple[LedgerRow, ...]], Mapped],
 ) -> None:
     """Ask the strategies of one priority.
 
@@ -165,7 +183,7 @@ def _ask_rank(
         if not wanted:
             continue
         mapping.asked.add((offer.plugin, strategy.name))
-        answer = ask(strategy, wanted)
+        answer = ask(offer, wanted)
         clashes += [_clash(*taken[key], offer) for key in answer.values if key in taken]
         if offer is not rank[-1]:  # nothing can clash with the last one
             taken |= {row.slot.key: (row, offer) for row in wanted if row.slot.key in answer.values}
@@ -187,13 +205,14 @@ def _clash(row: LedgerRow, first: PluginOffer, second: PluginOffer) -> Problem:
     return Problem(f"{row.slot.engine}/{row.slot.name}", "claimed twice", offers)
 
 
-def _check_answer(strategy: MappingStrategy, answer: object, wanted: tuple[LedgerRow, ...]) -> None:
-    """Raise PluginError if a result is not a Mapped, or has wrong types or slots."""
-    if not isinstance(answer, Mapped):
-        raise PluginError(
-            f"The strategy {strategy.name!r} returned a {type(answer).__name__}.",
-            hint="Return Mapped(values, declined): SlotValues and reasons by (engine, slot).",
-        )
+def _check_answer(who: str, answer: Mapped, wanted: tuple[LedgerRow, ...]) -> None:
+    """Raise PluginError if a result has wrong types or slots."""
+    for value in answer.values.values():
+        received(value, SlotValue, who)
+        if not callable(value.load):
+            raise PluginError(f"{who} gave a value whose load is {shown(value.load)}, no function.")
+    if not isinstance(answer.declined, Mapping):
+        raise PluginError(f"{who} declined slots by {shown(answer.declined)}, not by a dict.")
     keys = {row.slot.key: row.slot for row in wanted}
     odd = {key: value for key, value in answer.values.items() if value.slot is not keys.get(key)}
     # Reports use these names after the commit, where a wrong type could not be refused any more.
@@ -201,8 +220,7 @@ def _check_answer(strategy: MappingStrategy, answer: object, wanted: tuple[Ledge
     kinds |= {type(value.strategy) for value in answer.values.values()}
     if not all(issubclass(kind, str) for kind in kinds):
         raise PluginError(
-            f"The strategy {strategy.name!r} returned values whose strategy or sources are not "
-            "strings.",
+            f"{who} returned values whose strategy or sources are not strings.",
             hint="SlotValue(slot, strategy, sources, load): a string, and a tuple of strings.",
         )
     foreign = {key for key in odd if key not in keys}
@@ -210,7 +228,27 @@ def _check_answer(strategy: MappingStrategy, answer: object, wanted: tuple[Ledge
     if foreign or mixed:
         names = ", ".join("/".join(key) for key in sorted(foreign | mixed))
         what = "for slots that were not requested" if foreign else "under keys of other slots"
-        raise PluginError(f"The strategy {strategy.name!r} returned values {what}: {names}.")
+        raise PluginError(f"{who} returned values {what}: {names}.")
+
+
+def _watched(who: str, values: Mapping[SlotKey, SlotValue]) -> dict[SlotKey, SlotValue]:
+    """Values of a plugin that say whose fault it is if they cannot be loaded, or do not fit."""
+    return {key: value._replace(load=partial(_loaded, who, value)) for key, value in values.items()}
+
+
+def _loaded(who: str, value: SlotValue) -> torch.Tensor:
+    """The tensor of a plugin's value."""
+    slot = value.slot
+    where = f"for the slot {slot.engine}/{slot.name}"
+    with raised_as(PluginError, f"{who} failed {where}", doing="New values cannot be staged"):
+        found = received(value.load(), torch.Tensor, f"{who} {where}")
+    kind = dtype_name(found.dtype)
+    if kind != slot.dtype or found.numel() != slot.count:
+        raise PluginError(
+            f"{who} gave a tensor of {found.numel()} elements of {kind} {where}, which has "
+            f"{slot.count} of {slot.dtype}."
+        )
+    return found
 
 
 # -- the result ---------------------------------------------------------------------------------
@@ -683,8 +721,10 @@ def partition(
         PlanMismatchError: The parts do not match the module's engines; lists the differences.
         PluginError: No plugin can cut programs for this backend.
     """
-    parts: Mapping[str, Any] | None = context.host.call(
+    parts: Mapping[str, Any] | None
+    _, parts = context.host.first(
         "refitkit_partition",
+        Mapping,
         program=program,
         module=module,
         backend=backend,

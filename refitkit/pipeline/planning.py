@@ -29,6 +29,7 @@ from refitkit.errors import (
     UnsupportedTargetError,
 )
 from refitkit.model import FORMAT, Fingerprint, PlanData, Step, fingerprint_of_slots
+from refitkit.offered import received, received_module
 from refitkit.pipeline.mapping import map_slots, partition
 from refitkit.pipeline.module import CompiledModule
 from refitkit.pipeline.needs import (
@@ -43,7 +44,7 @@ from refitkit.pipeline.targets import weight_opener
 from refitkit.program import KeptProgram, facts_of
 from refitkit.program.facts import tensors_of
 from refitkit.program.views import lost_views
-from refitkit.protocols import KnowsPlanKey
+from refitkit.protocols import KnowsPlanKey, PlanDraft
 from refitkit.recipe import RefitPlan, TensorMap
 from refitkit.recipe.store import index_of
 
@@ -99,7 +100,8 @@ class Compiler:
         require_followable(self._program)
         with clock.stage("compile"):
             tools = self._context.tools("compile", "compile")
-            opened = backend.compile(self._program, self._options, tools)
+            found = backend.compile(self._program, self._options, tools)
+            opened = received_module(found, self._context.who_made(name))
         with clock.stage("plan"):
             # No options: they are for planning offline, and a module knows its own.
             plan = self._cached_plan(opened, backend, {})
@@ -240,7 +242,8 @@ def make_plan(
     facts = require_followable(program)
     tools = context.tools("plan", "plan")
     parts = partition(context, program, module, backend.name, options, tools)
-    draft = backend.draft(parts, module, tools)
+    who = context.who_made(backend.name)
+    draft = received(backend.draft(parts, module, tools), PlanDraft, who)
     data = PlanData(
         backend=backend.name,
         leaves=facts.leaves,

@@ -25,6 +25,8 @@ from refitkit.errors import (
 )
 from refitkit.files.archive import saying_why
 from refitkit.files.file_state import stat_of
+from refitkit.offered import received_module
+from refitkit.pipeline.foreign import unwatched, watched
 from refitkit.pipeline.history import LoadOrigin, WeightState
 from refitkit.pipeline.mapping import decode_overridden, encode_overridden
 from refitkit.pipeline.module import CompiledModule
@@ -37,6 +39,7 @@ from refitkit.protocols import (
     KeepsMade,
     MadeOf,
     MayChange,
+    OpenedModule,
     ServesSideBySide,
     SharesWeights,
     WeightSource,
@@ -47,7 +50,7 @@ from refitkit.recipe.sources import TensorMap, require_reread
 if TYPE_CHECKING:
     from refitkit.pipeline.context import Context
     from refitkit.pipeline.module import Verbs
-    from refitkit.protocols import Backend, OpenedModule
+    from refitkit.protocols import Backend
     from refitkit.recipe.plan import Opener
 
 
@@ -127,13 +130,15 @@ def open_target(
         UnsupportedTargetError: The target is missing, or no plugin can open it.
     """
     target = _as_path(target)
-    opened: OpenedModule | None = context.host.call(
+    plugin, found = context.host.first(
         "refitkit_load_module",
+        OpenedModule,
         target=target,
         config=context.config,
         tools=context.tools(during, "open", shared),
     )
-    if opened is not None:
+    if found is not None:
+        opened = received_module(found, f"The plugin {plugin!r} (refitkit_load_module)")
         served = opened.shared if isinstance(opened, SharesWeights) else None
         if shared is not None and served is not shared:
             raise ConfigError(f"{_shown(target)} cannot serve from shared weights.", hint=_ON_SHARE)
@@ -267,17 +272,21 @@ def open_weights(context: Context, weights: object) -> WeightSource:
         SourceError: The weights are missing, or no plugin can read them.
     """
     if isinstance(weights, WeightSource):
-        return weights
+        return watched(weights)
     weights = _as_path(weights)
 
     def opener(others: object) -> WeightSource:
-        return open_weights(context, others)
+        return unwatched(open_weights(context, others))
 
-    source: WeightSource | None = context.host.call(
-        "refitkit_load_weights", source=weights, config=context.config, open_weights=opener
+    plugin, source = context.host.first(
+        "refitkit_load_weights",
+        WeightSource,
+        source=weights,
+        config=context.config,
+        open_weights=opener,
     )
     if source is not None:
-        return source
+        return watched(source, plugin)
     kind = _require_there(weights, SourceError)
     if kind and kind.as_weights:
         message = f"{_shown(weights)} is {kind.what}, not weights."
@@ -307,13 +316,14 @@ def for_one_refit(
     """
     source = open_weights(context, weights)
     if donate:
-        if not isinstance(source, TensorMap):
+        given = unwatched(source)
+        if not isinstance(given, TensorMap):
             raise ConfigError(
                 f"donate=True is for tensors in memory, and {source.description} is not one.",
                 hint="Pass a state_dict or a module, or leave donate out: files are read straight "
                 "into memory that serves.",
             )
-        source.donate()
+        given.donate()
     if rollback and isinstance(source, KeepsMade):
         return source.keeping(context.config.keep_limit)
     return source

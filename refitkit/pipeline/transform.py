@@ -7,9 +7,10 @@ computes a group when one of its entries is first read. ``require_accurate`` che
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from refitkit.errors import (
     PluginError,
@@ -19,21 +20,28 @@ from refitkit.errors import (
     WeightMismatchError,
     raised_as,
 )
-from refitkit.model import TransformRow
-from refitkit.protocols import GivesAway, HasNamings, KnowsRevisions, Made, TransformRequest
+from refitkit.model import TensorInfo, TransformRow
+from refitkit.offered import owned, received
+from refitkit.protocols import (
+    GivesAway,
+    HasNamings,
+    KnowsRevisions,
+    Made,
+    TransformRequest,
+    WeightGroup,
+)
 from refitkit.recipe import bits_known, pieces_of
 from refitkit.recipe.name_suggestions import ALL_NAMES, WHOLE_SUBTREE
 from refitkit.recipe.reads import reads_of
 from refitkit.recipe.sources import describe_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     import torch
 
-    from refitkit.model import TensorInfo
     from refitkit.pipeline.context import Context
-    from refitkit.protocols import Plan, WeightGroup, WeightSource, WeightTransform
+    from refitkit.protocols import Plan, WeightSource, WeightTransform
 
 _HOOK = "refitkit_weight_transforms"
 _Ordered: TypeAlias = "Sequence[tuple[str, WeightTransform]]"
@@ -54,7 +62,7 @@ class TransformOffer:
     group: WeightGroup
 
     def __str__(self) -> str:
-        return f"{self.transform!r} of the plugin {self.plugin!r}"
+        return f"{self.transform!r} of the plugin {self.plugin!r} ({_HOOK})"
 
 
 class Transformed:
@@ -165,8 +173,8 @@ class Transformed:
             self._last = None  # frees the last group first, so that memory holds one at a time
             doing = f"Weights cannot be transformed by {offer}"
             with raised_as(PluginError, f"The transform {offer} failed", doing=doing):
-                made = offer.group.make()
-            _check_results(offer, made)
+                made = received(offer.group.make(), Made, f"The transform {offer}")
+                _check_results(offer, made)
             self._last = offer, made
             self._measured[offer] = Made({}, made.measures)  # without values, to free their memory
         return self._last[1]
@@ -220,29 +228,14 @@ def transformed(
         SourceError: The source's names or metadata cannot be read.
     """
     # sorted is stable, so transforms of one priority stay in the order of their plugins.
-    ordered = sorted(_transforms(context), key=_priority)
+    offered = context.host.named_items(_HOOK, config=context.config)
+    ordered = sorted(offered, key=_priority)
     with raised_as(SourceError, f"{source.description} cannot be read"):
         namings = source.namings() if isinstance(source, HasNamings) else ()
         if not namings:
             return _apply_all(ordered, TransformRequest(plan, source, partial))
         requests = [TransformRequest(plan, one, partial) for one in namings]
         return _best_match(plan, ordered, requests)
-
-
-def _transforms(context: Context) -> Iterator[tuple[str, WeightTransform]]:
-    """All transforms with the names of their plugins.
-
-    Raises:
-        PluginError: Two transforms have one name, or one has no priority.
-    """
-    for plugin, transform in context.host.named_items(_HOOK, config=context.config):
-        if not isinstance(getattr(transform, "priority", None), int):
-            raise PluginError(
-                f"The plugin {plugin!r} offers the transform {transform.name!r} without a "
-                "priority.",
-                hint="Give it an int: see refitkit.protocols.WeightTransform.",
-            )
-        yield plugin, transform
 
 
 def _best_match(
@@ -312,11 +305,30 @@ def _apply_rank(
 def _offers(
     plugin: str, transform: WeightTransform, request: TransformRequest
 ) -> list[TransformOffer]:
-    what = f"The transform {transform.name!r} of the plugin {plugin!r} failed"
-    with raised_as(PluginError, what, doing=f"Weights cannot be transformed by {transform.name!r}"):
-        return [
-            TransformOffer(plugin, transform.name, group) for group in transform.groups(request)
-        ]
+    who = owned(_HOOK, transform.name, plugin)
+    doing = f"Weights cannot be transformed by {transform.name!r}"
+    with raised_as(PluginError, f"{who} failed", doing=doing):
+        groups = [received(group, WeightGroup, who) for group in transform.groups(request)]
+    for group in groups:
+        _check_group(who, group)
+    return [TransformOffer(plugin, transform.name, group) for group in groups]
+
+
+def _check_group(who: str, group: Any) -> None:
+    """Raise PluginError if a field of a ``WeightGroup`` has another type than it should."""
+    takes, gives, wrong = group.takes, group.gives, ""
+    if not isinstance(takes, tuple | list) or not all(isinstance(name, str) for name in takes):
+        wrong = "takes must be a tuple of names"
+    elif not isinstance(gives, Mapping) or not all(
+        isinstance(name, str) and isinstance(info, TensorInfo) for name, info in gives.items()
+    ):
+        wrong = "gives must have a TensorInfo for each name"
+    elif not callable(group.make):
+        wrong = "make must be a function"
+    elif not isinstance(group.formula, Hashable):
+        wrong = "formula must be hashable"
+    if wrong:
+        raise PluginError(f"{who} gave a WeightGroup that is wrong: {wrong}.")
 
 
 def _consumed(offers: Iterable[TransformOffer]) -> set[str]:

@@ -18,6 +18,8 @@ from refitkit.errors import (
     VerificationError,
     raised_as,
 )
+from refitkit.model import VerificationResult
+from refitkit.offered import owned, received, shown
 from refitkit.pipeline.checks import check_weights
 from refitkit.pipeline.gate import inside_all
 from refitkit.pipeline.mapping import map_slots, require_all_slots
@@ -36,7 +38,7 @@ from refitkit.protocols import (
 if TYPE_CHECKING:
     from refitkit.config import Config
     from refitkit.host import Host
-    from refitkit.model import SlotKey, VerificationResult
+    from refitkit.model import SlotKey
     from refitkit.pipeline.context import Context
     from refitkit.pipeline.module import CompiledModule
     from refitkit.protocols import OpenedModule, SlotValue, Verifier, WeightSource
@@ -48,6 +50,7 @@ Judge: TypeAlias = "Callable[[OpenedModule], VerificationResult]"
 """Checks a module with its new weights; made before anything is written."""
 
 NONE = "none"
+_HOOK = "refitkit_verifiers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,14 +119,19 @@ def verification(
         tolerances=tolerances_for(context.config, module),
         tools=context.tools(verb, "verify"),
     )
-    failed = f"The verifier {verifier.name!r} failed"
+    who = owned(_HOOK, verifier.name, context.host.offers(_HOOK)[verifier.name].plugin)
     doing = f"The weights cannot be verified by {verifier.name!r}"
-    with raised_as(PluginError, f"{failed} to prepare", doing=doing):
+    with raised_as(PluginError, f"{who} failed to prepare", doing=doing):
         judge = verifier.prepare(request)
+    if not callable(judge):
+        raise PluginError(
+            f"{who} prepared {shown(judge)}, which cannot be called.",
+            hint="See refitkit.protocols.Verifier.",
+        )
 
     def judging(module: OpenedModule) -> VerificationResult:
-        with raised_as(PluginError, failed, doing=doing):
-            return judge(module)
+        with raised_as(PluginError, f"{who} failed", doing=doing):
+            return received(judge(module), VerificationResult, who)
 
     return judging
 
@@ -194,7 +202,7 @@ def choose(
     """
     if wanted == NONE:
         return None
-    offered: dict[str, Verifier] = host.named("refitkit_verifiers")
+    offered: dict[str, Verifier] = host.named(_HOOK)
     if wanted is not None and wanted not in offered:
         names = ", ".join([*sorted(offered), NONE])
         raise ConfigError(f"There is no verifier {wanted!r}.", hint=f"There are: {names}.")

@@ -20,6 +20,15 @@ class Ability(type(Protocol)):  # type: ignore[misc]  # typing does not name the
         )
 
 
+def missing_members(protocol: type, instance: object) -> list[str]:
+    """Names of the members that an object lacks, as ``isinstance`` looks for them."""
+    return [
+        name
+        for name, is_method in _members(protocol)
+        if (getattr(instance, name, None) is None if is_method else not hasattr(instance, name))
+    ]
+
+
 @cache
 def _members(protocol: type) -> tuple[tuple[str, bool], ...]:
     """Return the members of a protocol, and whether each is a method."""

@@ -479,6 +479,9 @@ class Offer:
 
     name: Any
 
+    def prepare(self, _request: Any) -> Any:
+        raise NotImplementedError
+
 
 class Offering:
     """A plugin that offers verifiers."""

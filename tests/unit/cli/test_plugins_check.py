@@ -128,7 +128,7 @@ def test_offers_without_a_name_of_their_own_fail(
 
 @pytest.mark.usefixtures("found")
 def test_another_plugins_bad_offer_is_not_held_against_it(run: Callable[..., Outcome]) -> None:
-    good = Offering(SimpleNamespace(name="mine"))
+    good = Offering(SimpleNamespace(name="mine", prepare=print))
     good.name = "good"
     outcome = run("plugins", "check", "good", "--json", plugins=[good, Offering(object())])
     assert checks_of(outcome)["names_of_offers"]["outcome"] == "passed"
@@ -136,7 +136,12 @@ def test_another_plugins_bad_offer_is_not_held_against_it(run: Callable[..., Out
 
 @pytest.mark.usefixtures("found")
 @pytest.mark.parametrize(
-    ("transform", "outcome"), [(SimpleNamespace(name="mine"), "passed"), (object(), "failed")]
+    ("transform", "outcome"),
+    [
+        (SimpleNamespace(name="mine", priority=1, groups=print), "passed"),
+        (SimpleNamespace(name="mine", priority=1), "failed"),
+        (object(), "failed"),
+    ],
 )
 def test_names_of_transforms_are_checked(
     run: Callable[..., Outcome], transform: object, outcome: str

@@ -377,7 +377,7 @@ BROKEN = {
         grouped(gives=("w.scale",), make=lambda: Made({"w.scale": 1.0})),  # type: ignore[dict-item]
         "did not make the announced entries: 'w.scale'",
     ),
-    "fails": (grouped(make=lambda: 1 / 0), "'some' of the plugin 'quant' failed: ZeroDivision"),
+    "fails": (grouped(make=lambda: 1 / 0), "'some' of the plugin 'quant' .* failed: ZeroDivision"),
 }
 
 
@@ -399,7 +399,7 @@ def test_a_broken_transform_is_named(case: str) -> None:
 def test_a_transform_without_a_priority_is_named(priority: Any) -> None:
     transform = Quantizer()
     transform.priority = priority
-    with pytest.raises(PluginError, match="'quant' offers the transform 'quantizer' without a pri"):
+    with pytest.raises(PluginError, match=r"'quantizer' of the plugin 'quant' .* has the priority "):
         pipeline_with(transform).open_weights(OTHER, plan_for(module_of(FLOATS["w"])))
 
 
@@ -409,7 +409,7 @@ def test_a_transform_that_fails_while_it_looks_is_named() -> None:
             raise ZeroDivisionError
 
     pipeline = pipeline_with(Failing())
-    with pytest.raises(PluginError, match="'quantizer' of the plugin 'quant' failed: ZeroDiv"):
+    with pytest.raises(PluginError, match=r"'quantizer' of the plugin 'quant' .* failed: ZeroDiv"):
         pipeline.refit(compiled_by(pipeline, module_of(FLOATS["w"])), OTHER)
 
 

@@ -113,6 +113,12 @@ class TrtModule:
 
     probe = run
 
+    def save(self, _path: Any, _attachments: Any) -> None:
+        raise NotImplementedError
+
+    def reopen(self) -> TrtModule:
+        raise NotImplementedError
+
     def synchronize(self) -> None:
         self.wire("synchronize")
 

@@ -1,0 +1,143 @@
+"""What plugins have to give, and whose fault it is if they give something else.
+
+Each value of a plugin is checked where it enters, so that the error names the plugin and the hook,
+and nothing has changed yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from refitkit.errors import PluginError
+from refitkit.model import LayerType
+from refitkit.protocols import (
+    Backend,
+    Engine,
+    MappingStrategy,
+    OpenedModule,
+    Verifier,
+    WeightTransform,
+)
+from refitkit.protocols.ability import Ability, missing_members
+
+T = TypeVar("T")
+
+_OFFERS: Mapping[str, tuple[str, type]] = {
+    "refitkit_register_backends": ("backend", Backend),
+    "refitkit_mapping_strategies": ("strategy", MappingStrategy),
+    "refitkit_layer_types": ("layer type", LayerType),
+    "refitkit_weight_transforms": ("transform", WeightTransform),
+    "refitkit_verifiers": ("verifier", Verifier),
+}
+"""What plugins offer by name: what it is called, and its type or protocol."""
+_SHORT = 40
+"""Letters of a value that a message shows."""
+
+
+def owned(hook: str, name: str, plugin: str) -> str:
+    """Return the subject of a message: an object that a plugin offers.
+
+    Args:
+        hook: Name of the hook.
+        name: Name of the object.
+        plugin: Name of the plugin.
+    """
+    return f"The {_OFFERS[hook][0]} {name!r} of the plugin {plugin!r} ({hook})"
+
+
+def require_offer(item: Any, plugin: str, hook: str) -> None:
+    """Check an object that a plugin offers by name.
+
+    Args:
+        item: The object; it has a name.
+        plugin: Name of the plugin.
+        hook: Name of the hook.
+
+    Raises:
+        PluginError: It lacks members, or its priority is no number.
+    """
+    if hook not in _OFFERS:
+        return
+    _, kind = _OFFERS[hook]
+    who = owned(hook, item.name, plugin)
+    lacks = _lacks(kind, item)
+    if lacks or not isinstance(item, kind):
+        what = f"has no {' and no '.join(lacks)}" if lacks else f"is {shown(item)}"
+        raise PluginError(f"{who} {what}.", hint=_see(kind))
+    priority = getattr(item, "priority", 0)
+    if not isinstance(priority, int):
+        raise PluginError(
+            f"{who} has the priority {shown(priority)}.",
+            hint="It must be an int: objects with lower ones come first.",
+        )
+
+
+def received(value: object, kind: type[T], who: str) -> T:
+    """Return a value that a plugin gave, if it is of the right type.
+
+    Args:
+        value: The value.
+        kind: Type or protocol that it has to have.
+        who: Subject of the message, with plugin and hook.
+
+    Raises:
+        PluginError: It is something else, or lacks members.
+    """
+    if isinstance(value, kind):
+        return value
+    lacks = _lacks(kind, value)
+    without = f", which has no {' and no '.join(lacks)}" if lacks else ""
+    raise PluginError(
+        f"{who} gave {shown(value)}, not {_article(kind.__name__)}{without}.", hint=_see(kind)
+    )
+
+
+def received_module(value: object, who: str) -> OpenedModule:
+    """Return an opened module that a plugin gave, if it is one and its engines are engines.
+
+    Args:
+        value: The module.
+        who: Subject of the message, with plugin and hook.
+
+    Raises:
+        PluginError: It is something else.
+    """
+    found: OpenedModule = received(value, OpenedModule, who)  # type: ignore[type-abstract]
+    inside: list[tuple[str, Any, type]] = [
+        ("backend", found.backend, str),
+        ("engines", found.engines, Mapping),
+    ]
+    if isinstance(found.engines, Mapping):
+        inside += [(f"engines[{n!r}]", engine, Engine) for n, engine in found.engines.items()]
+    for name, one, kind in inside:
+        lacks = _lacks(kind, one)
+        if not isinstance(one, kind):
+            without = f", which has no {' and no '.join(lacks)}" if lacks else ""
+            raise PluginError(
+                f"{who} gave a module whose {name} is {shown(one)}, not "
+                f"{_article(kind.__name__)}{without}.",
+                hint=_see(OpenedModule),
+            )
+    return found
+
+
+def shown(value: object) -> str:
+    """Return a value, or what kind of object it is, as one short phrase."""
+    text = repr(value)
+    if value is None or (isinstance(value, bool | int | float | str) and len(text) < _SHORT):
+        return text
+    return _article(type(value).__name__)
+
+
+def _lacks(kind: type, value: object) -> list[str]:
+    return missing_members(kind, value) if isinstance(kind, Ability) else []
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
+
+
+def _see(kind: type) -> str:
+    home = kind.__module__.split(".")[1] if kind.__module__.startswith("refitkit.") else ""
+    return f"See refitkit.{home}.{kind.__name__}." if home else ""

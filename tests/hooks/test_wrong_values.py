@@ -1,0 +1,334 @@
+"""Wrong values from plugins: each is blamed on its plugin, by name, and changes nothing.
+
+The error has to be a ``PluginError`` that names the plugin and the hook. The module holds its old
+weights, bit for bit, and a refit without the plugin works.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+import refitkit
+from refitkit.model import TensorInfo, VerificationResult
+from refitkit.protocols import Made, Mapped, SlotValue, WeightGroup
+from refitkit.recipe import TensorMap
+from tests.fakes import (
+    BACKEND,
+    FakeBackend,
+    FakePlugin,
+    make_module,
+    parts_of,
+    pipeline_with,
+    weights_for,
+)
+from tests.hooks.test_every_hook import program
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from refitkit.pipeline import Pipeline
+
+NAME = "acme"
+
+
+class Acme:
+    """A plugin that gives one value from one hook."""
+
+    name = NAME
+
+    def __init__(self, hook: str, give: Callable[..., Any]) -> None:
+        def implementation() -> Any:
+            return give()
+
+        setattr(self, hook, refitkit.hookimpl(implementation))
+
+
+def items(hook: str, *offered: Any) -> Acme:
+    return Acme(hook, lambda: list(offered))
+
+
+# -- where values enter ---------------------------------------------------------------------------
+
+
+class Source(TensorMap):
+    """A source of which one answer is wrong."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], **wrong: Any) -> None:
+        super().__init__(tensors, "weights of acme")
+        for name, answer in wrong.items():
+            setattr(self, name, answer)
+
+
+def source(**wrong: Any) -> Acme:
+    return Acme("refitkit_load_weights", lambda: Source(weights_for(make_module(), 3.0), **wrong))
+
+
+SOURCES = {
+    "a dict": lambda: Acme("refitkit_load_weights", lambda: {"e0.weight": torch.ones(1)}),
+    "True": lambda: Acme("refitkit_load_weights", lambda: True),
+    "half a source": lambda: Acme(
+        "refitkit_load_weights", lambda: SimpleNamespace(names=lambda: ["e0.weight"])
+    ),
+    "names: None": lambda: source(names=lambda: None),
+    "names: numbers": lambda: source(names=lambda: [1, 2]),
+    "info: a dict": lambda: source(info=lambda _: {"dtype": "float32", "shape": (1,)}),
+    "info: None": lambda: source(info=lambda _: None),
+    "get: an array": lambda: source(get=lambda _: np.ones(1)),
+    "get: None": lambda: source(get=lambda _: None),
+    "description: None": lambda: source(description=None),
+}
+
+
+class Strategy:
+    name, priority = "acme's", 1
+
+    def __init__(self, mapped: Callable[[Any], Any] = lambda _: Mapped({}), **wrong: Any) -> None:
+        self.map = mapped
+        for name, value in wrong.items():
+            setattr(self, name, value)
+
+
+def valued(make: Callable[[Any], Any]) -> Any:
+    """A strategy that gives each slot what is made of it."""
+    return Strategy(
+        lambda request: Mapped({row.slot.key: make(row.slot) for row in request.wanted})
+    )
+
+
+def slot_value(slot: Any, **wrong: Any) -> SlotValue:
+    value = SlotValue(slot, "acme's", (), lambda: torch.ones(slot.shape))
+    return value._replace(**wrong)
+
+
+HOOK = "refitkit_mapping_strategies"
+STRATEGIES = {
+    "no list": lambda: Acme(HOOK, lambda: 5),
+    "no name": lambda: items(HOOK, object()),
+    "name: a number": lambda: items(HOOK, Strategy(name=5)),
+    "priority: None": lambda: items(HOOK, Strategy(priority=None)),
+    "priority: a word": lambda: items(HOOK, Strategy(priority="high")),
+    "no map": lambda: items(HOOK, Strategy(map=None)),
+    "map: a dict": lambda: items(HOOK, Strategy(lambda _: {})),
+    "map: None": lambda: items(HOOK, Strategy(lambda _: None)),
+    "values: None": lambda: items(HOOK, Strategy(lambda _: Mapped(None))),  # type: ignore[arg-type]
+    "values: of no slot": lambda: items(
+        HOOK, Strategy(lambda _: Mapped({("e9", "w"): slot_value(SimpleNamespace(shape=(1,)))}))
+    ),
+    "a value: a tensor": lambda: items(HOOK, valued(lambda slot: torch.ones(slot.shape))),
+    "a value: of another slot": lambda: items(
+        HOOK, valued(lambda slot: slot_value(slot)._replace(slot=SimpleNamespace(key=("a", "b"))))
+    ),
+    "sources: None": lambda: items(HOOK, valued(lambda slot: slot_value(slot, sources=None))),
+    "load: None": lambda: items(HOOK, valued(lambda slot: slot_value(slot, load=lambda: None))),
+    "load: a list": lambda: items(HOOK, valued(lambda slot: slot_value(slot, load=lambda: [1.0]))),
+    "load: no function": lambda: items(HOOK, valued(lambda slot: slot_value(slot, load=None))),
+    "load: another shape": lambda: items(
+        HOOK, valued(lambda slot: slot_value(slot, load=lambda: torch.ones(97)))
+    ),
+    "load: another dtype": lambda: items(
+        HOOK, valued(lambda s: slot_value(s, load=lambda: torch.ones(s.shape, dtype=torch.int8)))
+    ),
+    "reasons: a list": lambda: items(HOOK, Strategy(lambda _: Mapped({}, ["why"]))),  # type: ignore[arg-type]
+}
+
+
+class Transform:
+    name, priority = "acme's", 1
+
+    def __init__(self, groups: Callable[[Any], Any], **wrong: Any) -> None:
+        self.groups = groups
+        for name, value in wrong.items():
+            setattr(self, name, value)
+
+
+FIRST, VALUE = next(iter(weights_for(make_module(), 1.0).items()))
+INFO = TensorInfo(dtype="float32", shape=tuple(VALUE.shape))
+
+
+def group(**wrong: Any) -> WeightGroup:
+    made = Made({FIRST: torch.ones(INFO.shape)})
+    return replace(WeightGroup((FIRST,), {FIRST: INFO}, lambda: made), **wrong)
+
+
+def transform(*groups: Any) -> Acme:
+    return items("refitkit_weight_transforms", Transform(lambda _: list(groups)))
+
+
+TRANSFORMS = {
+    "priority: None": lambda: items(
+        "refitkit_weight_transforms", Transform(lambda _: [], priority=None)
+    ),
+    "no groups": lambda: items("refitkit_weight_transforms", Transform(None)),  # type: ignore[arg-type]
+    "groups: None": lambda: items("refitkit_weight_transforms", Transform(lambda _: None)),
+    "a group: a dict": lambda: transform({}),
+    "takes: a string": lambda: transform(group(takes=FIRST)),
+    "takes: None": lambda: transform(group(takes=None)),
+    "takes: unknown": lambda: transform(group(takes=("nobody",))),
+    "gives: a list": lambda: transform(group(gives=[FIRST])),
+    "gives: a tuple": lambda: transform(group(gives={FIRST: (2,)})),
+    "make: a dict": lambda: transform(group(make=lambda: {FIRST: torch.ones(INFO.shape)})),
+    "make: None": lambda: transform(group(make=lambda: None)),
+    "make: less": lambda: transform(group(make=lambda: Made({}))),
+    "make: a list": lambda: transform(group(make=lambda: Made({FIRST: [1.0]}))),
+    "make: another shape": lambda: transform(group(make=lambda: Made({FIRST: torch.ones(97)}))),
+    "make: no function": lambda: transform(group(make=5)),
+    "formula: unhashable": lambda: transform(group(formula=[1])),
+}
+
+CHECKS = {
+    "no list": lambda: Acme("refitkit_check", lambda: 5),
+    "a string": lambda: Acme("refitkit_check", lambda: "bad"),
+    "strings": lambda: Acme("refitkit_check", lambda: ["bad"]),
+    "an error": lambda: Acme("refitkit_check", lambda: [ValueError("bad")]),
+}
+
+
+class Verifier:
+    name = "acme's"
+
+    def __init__(self, prepare: Callable[[Any], Any]) -> None:
+        self.prepare = prepare
+
+
+def verifier(verdict: Any) -> Acme:
+    return items("refitkit_verifiers", Verifier(lambda _: lambda _: verdict))
+
+
+GOOD = VerificationResult(verifier="acme's", ok=True)
+VERIFIERS = {
+    "True": lambda: verifier(True),
+    "None": lambda: verifier(None),
+    "a dict": lambda: verifier({"ok": True}),
+    "of another": lambda: verifier(SimpleNamespace(ok=True, measures=(), note="", verifier="x")),
+    "no prepare": lambda: items("refitkit_verifiers", Verifier(None)),  # type: ignore[arg-type]
+    "prepare: None": lambda: items("refitkit_verifiers", Verifier(lambda _: None)),
+    "prepare: a verdict": lambda: items("refitkit_verifiers", Verifier(lambda _: GOOD)),
+    "no name": lambda: items("refitkit_verifiers", object()),
+}
+
+KINDS = {
+    "refitkit_load_weights": SOURCES,
+    HOOK: STRATEGIES,
+    "refitkit_weight_transforms": TRANSFORMS,
+    "refitkit_check": CHECKS,
+    "refitkit_verifiers": VERIFIERS,
+}
+CASES = [
+    pytest.param(hook, give, id=f"{hook.removeprefix('refitkit_')}-{name}")
+    for hook, kinds in KINDS.items()
+    for name, give in kinds.items()
+]
+
+
+@pytest.mark.parametrize(("hook", "give"), CASES)
+def test_a_wrong_value_in_a_refit(hook: str, give: Callable[[], Acme]) -> None:
+    pipeline = pipeline_with(give())
+    module = make_module()
+    compiled = pipeline_with().load(module)
+    before = {name: value.clone() for name, value in module.by_slot().items()}
+    weights: Any = "acme://weights" if hook == "refitkit_load_weights" else weights_for(module, 3.0)
+    options = {"verify": "acme's"} if hook == "refitkit_verifiers" else {}
+    with pytest.raises(refitkit.PluginError) as info:
+        pipeline.refit(compiled, weights, **options)
+    text = str(info.value)
+    assert f"plugin {NAME!r}" in text
+    assert hook in text
+    held = module.by_slot()
+    assert all(torch.equal(held[name], value) for name, value in before.items())
+    good = weights_for(module, 4.0)
+    pipeline_with().refit(compiled, good)
+    assert compiled.version == 1
+
+
+# -- outside of refits ----------------------------------------------------------------------------
+
+
+class Backend:
+    name = BACKEND
+
+    def __init__(self, **wrong: Any) -> None:
+        real = FakeBackend()
+        for member in ("compile", "draft", "describe", "attachments"):
+            setattr(self, member, wrong.get(member, getattr(real, member)))
+
+
+def backend(whole: Any = None, **wrong: Any) -> Acme:
+    plugin = Acme("refitkit_event", lambda: None)
+
+    def implementation(register: Callable[[Any], None]) -> None:
+        register(Backend(**wrong) if whole is None else whole)
+
+    plugin.refitkit_register_backends = refitkit.hookimpl(implementation)  # type: ignore[attr-defined]
+    return plugin
+
+
+def opened(**wrong: Any) -> Acme:
+    def give() -> Any:
+        module = make_module()
+        for name, value in wrong.items():
+            setattr(module, name, value)
+        return module
+
+    return Acme("refitkit_load_module", give)
+
+
+def load(pipeline: Pipeline) -> None:
+    pipeline.load("acme://module")
+
+
+def plan(pipeline: Pipeline) -> None:
+    pipeline.plan(program(), backend=BACKEND)
+
+
+def compiled(pipeline: Pipeline) -> None:
+    pipeline.compile(program(), BACKEND)
+
+
+LOADS, CUTS, LAYERS = "refitkit_load_module", "refitkit_partition", "refitkit_layer_types"
+BACKENDS = "refitkit_register_backends"
+OUTSIDE: dict[str, tuple[str, Callable[[Pipeline], None], Callable[[], Acme]]] = {
+    "module: a dict": (LOADS, load, lambda: Acme(LOADS, lambda: {"a": 1})),
+    "module: True": (LOADS, load, lambda: Acme(LOADS, lambda: True)),
+    "module: without run": (LOADS, load, lambda: opened(run=None)),
+    "module: engines a list": (LOADS, load, lambda: opened(engines=["e0", "e1"])),
+    "module: engines of strings": (LOADS, load, lambda: opened(engines={"e0": "engine"})),
+    "module: backend a number": (LOADS, load, lambda: opened(backend=5)),
+    "parts: a list": (CUTS, plan, lambda: Acme(CUTS, lambda: ["e0"])),
+    "parts: True": (CUTS, plan, lambda: Acme(CUTS, lambda: True)),
+    "layer type: a string": (LAYERS, plan, lambda: items(LAYERS, "POOL")),
+    "layer type: a dict": (LAYERS, plan, lambda: items(LAYERS, {"name": "POOL"})),
+    "layer type: alike": (LAYERS, plan, lambda: items(LAYERS, SimpleNamespace(name="POOL"))),
+    "backend: a string": (BACKENDS, plan, lambda: backend("acme's backend")),
+    "backend: without compile": (BACKENDS, compiled, lambda: backend(compile=None)),
+    "compile: a dict": (BACKENDS, compiled, lambda: backend(compile=lambda *_: {"a": 1})),
+    "compile: None": (BACKENDS, compiled, lambda: backend(compile=lambda *_: None)),
+    "draft: None": (BACKENDS, plan, lambda: backend(draft=lambda *_: None)),
+    "draft: a dict": (BACKENDS, plan, lambda: backend(draft=lambda *_: {})),
+}
+
+
+@pytest.mark.parametrize("case", OUTSIDE)
+def test_a_wrong_value_outside_of_refits(case: str) -> None:
+    hook, do, give = OUTSIDE[case]
+    others: list[object] = [FakePlugin()] if hook != BACKENDS else [Cutter()]
+    with pytest.raises(refitkit.PluginError) as info:
+        do(refitkit.Pipeline(plugins=[*others, give()]))
+    text = str(info.value)
+    assert f"plugin {NAME!r}" in text
+    assert hook in text
+
+
+class Cutter:
+    """Cuts programs for the backend of a plugin."""
+
+    name = "cutter"
+
+    @refitkit.hookimpl
+    def refitkit_partition(self, program: Any, backend: str) -> Any:
+        return parts_of(program) if backend == BACKEND else None
