@@ -272,7 +272,7 @@ def refitkit_event(event: Event) -> None:
     """Receive a progress event. Kind: all.
 
     Called by every verb when a stage starts, advances and ends. Use it for progress bars, logs and
-    metrics.
+    metrics. An exception is logged once (logger ``refitkit``), and changes nothing else.
 
     Args:
         event: An instance of one of the classes in :mod:`refitkit.model.report`.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import logging
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -46,6 +47,8 @@ BUILTINS = (
 """Built-in plugins, by the name of their module in ``refitkit.builtin``."""
 
 _BUILT_IN, _EXPLICIT = "built-in", "explicit"
+_EVENT = "refitkit_event"
+_log = logging.getLogger("refitkit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,7 @@ class Host:
         self._registered = registered
         self._callers: dict[tuple[str, str], pluggy.HookCaller] = {}
         self._offers: dict[str, Mapping[str, PluginOffer]] = {}
+        self._deaf: set[str] = set()  # listeners that have failed
 
     def plugins(self) -> tuple[PluginInfo, ...]:
         """All registered plugins, in the order of registration."""
@@ -227,8 +231,23 @@ class Host:
         return getattr(self._manager.hook, hook)(**arguments)
 
     def emit(self, event: Event) -> None:
-        """Send a progress event to all listeners."""
-        self.call("refitkit_event", event=event)
+        """Send a progress event to all listeners. One that fails is logged, and the work goes on.
+
+        Args:
+            event: The event.
+        """
+        for name in self._listeners:
+            try:
+                self.call_one(name, _EVENT, event=event)
+            except Exception as exc:  # noqa: BLE001 - it is logged
+                if name not in self._deaf:  # each event would say the same
+                    self._deaf.add(name)
+                    text = "A listener of the plugin %r failed, and the work goes on: %s"
+                    _log.warning(text, name, exc, exc_info=exc)
+
+    @functools.cached_property
+    def _listeners(self) -> tuple[str, ...]:
+        return tuple(info.name for info in self.plugins() if _EVENT in info.hooks)
 
     def collect(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
         """Call a hook of kind *all*, one plugin after another.

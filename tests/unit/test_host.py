@@ -404,13 +404,19 @@ def test_a_built_in_that_is_switched_off_is_not_imported(monkeypatch: pytest.Mon
 # -- failing hooks ----------------------------------------------------------------------------
 
 
+def told(host: host_module.Host) -> list[Any]:
+    """Call the hook of all listeners, as other hooks are called."""
+    found: list[Any] = host.call("refitkit_event", event=EVENT)
+    return found
+
+
 def test_a_failing_hook_names_plugin_hook_and_error() -> None:
     cause = ValueError("the reason")
     host = make_host(plugins=[Listener("fine"), Listener("broken", cause), Listener("also-fine")])
     with pytest.raises(
         PluginError, match=r"'broken'.*refitkit_event.*ValueError: the reason"
     ) as info:
-        host.emit(EVENT)
+        told(host)
     assert info.value.__cause__ is cause
     assert "--no-plugin broken" in info.value.hint
 
@@ -419,7 +425,7 @@ def test_the_right_one_of_two_plugins_of_one_class_is_named() -> None:
     for order in (["good", "bad"], ["bad", "good"]):
         plugins = [Listener(n, ValueError("x") if n == "bad" else None) for n in order]
         with pytest.raises(PluginError, match="'bad'"):
-            make_host(plugins=plugins).emit(EVENT)
+            told(make_host(plugins=plugins))
 
 
 def test_the_plugin_is_named_when_what_it_calls_fails() -> None:
@@ -434,7 +440,7 @@ def test_the_plugin_is_named_when_what_it_calls_fails() -> None:
             helper()
 
     with pytest.raises(PluginError, match=r"'deep'.*refitkit_event"):
-        make_host(plugins=[Deep(), Listener("other")]).emit(EVENT)
+        told(make_host(plugins=[Deep(), Listener("other")]))
 
 
 def test_a_failing_hook_of_one_plugin_is_named_too() -> None:
@@ -453,14 +459,29 @@ def test_a_failing_wrapper_is_named() -> None:
             raise ValueError("after")
 
     with pytest.raises(PluginError, match=r"'wrapper'.*refitkit_event"):
-        make_host(plugins=[Wrapper()]).emit(EVENT)
+        told(make_host(plugins=[Wrapper()]))
 
 
 def test_errors_of_refitkit_pass_through_as_they_are() -> None:
     error = ConfigError("as it is")
     with pytest.raises(ConfigError) as info:
-        make_host(plugins=[Listener("x", error)]).emit(EVENT)
+        told(make_host(plugins=[Listener("x", error)]))
     assert info.value is error
+
+
+@pytest.mark.parametrize("error", [ValueError("the reason"), ConfigError("the reason")])
+def test_a_listener_that_fails_is_logged_once_and_the_others_hear(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    listeners = [Listener("first"), Listener("broken", error), Listener("last")]
+    host = make_host(plugins=listeners)
+    for _ in range(3):
+        host.emit(EVENT)
+    assert [len(one.heard) for one in listeners] == [3, 3, 3]
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("refitkit", "WARNING")
+    assert "the reason" in record.getMessage()
+    assert "'broken'" in record.getMessage()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)])

@@ -104,6 +104,11 @@ def is_way_back(label: str) -> bool:
     return ".rollback" in label or label == "refitkit_weights_changed rolled-back"
 
 
+def is_unheard(label: str, error: object) -> bool:
+    """Whether a failure here is nobody's business: a listener fails."""
+    return label.startswith("refitkit_event") and error is not KeyboardInterrupt
+
+
 def causes(error: BaseException | None) -> list[BaseException]:
     """An error and what it was raised from."""
     return [error, *causes(error.__cause__)] if error is not None else []
@@ -172,9 +177,18 @@ def test_a_fault_anywhere(
 ) -> None:
     scene = Scene.of(engines, verdict=verdict)
     before, error = scene.module.holds(), kind("on purpose")
-    with pytest.raises(BaseException) as info:  # noqa: PT011 - judged below
+    raised: BaseException | None = None
+    try:
         scene.refit({number: error})
-    raised, label = info.value, scene.wire.calls[number]
+    except BaseException as exc:  # noqa: BLE001 - judged below
+        raised = exc
+    label = scene.wire.calls[number]
+    if is_unheard(label, kind):
+        assert scene.wire.calls == calls_of(engines, verdict=verdict, faults={})
+        assert type(raised) is (type(None) if verdict else VerificationError)
+        assert scene.compiled.version == verdict
+        return
+    assert raised is not None
     assert error in causes(raised) or label.endswith("discard")
     if is_way_back(label) and isinstance(error, Exception):
         assert_lost(scene, raised, tmp_path)
@@ -198,6 +212,8 @@ def test_a_second_fault_on_the_way_back(
     first = RuntimeError("the first")
     labels = calls_of(3, verdict=True, faults={})
     for number in range(labels.index("synchronize"), labels.index("verifier.judge") + 1):
+        if is_unheard(labels[number], RuntimeError):
+            continue
         after = calls_of(3, verdict=True, faults={number: first})
         for again in range(number + 1, len(after)):
             with subtests.test(first=labels[number], second=after[again]):

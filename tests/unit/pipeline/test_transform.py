@@ -399,7 +399,9 @@ def test_a_broken_transform_is_named(case: str) -> None:
 def test_a_transform_without_a_priority_is_named(priority: Any) -> None:
     transform = Quantizer()
     transform.priority = priority
-    with pytest.raises(PluginError, match=r"'quantizer' of the plugin 'quant' .* has the priority "):
+    with pytest.raises(
+        PluginError, match=r"'quantizer' of the plugin 'quant' .* has the priority "
+    ):
         pipeline_with(transform).open_weights(OTHER, plan_for(module_of(FLOATS["w"])))
 
 
