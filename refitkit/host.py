@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -121,6 +122,8 @@ class PluginOffer:
 
 NOBODY = ("", None)
 """No plugin, and no result."""
+_last = threading.local()
+"""Of each thread: ``given`` is the last result of a hook that is not None, with its plugin."""
 
 
 class Host:
@@ -193,29 +196,26 @@ class Host:
             arguments: Arguments of the hook.
 
         Returns:
-            Name of the first plugin with a result that is not None, and the result. Where hooks
-            are wrapped, the name is that of all plugins with this hook. ``("", None)`` if there is
-            no result.
+            Name of the plugin with the first result that is not None, and the result. If there is
+            none, ``("", None)``.
 
         Raises:
             RefitError: An implementation raised it.
             PluginError: An implementation raised any other exception, or returned something else;
                 names the plugin.
         """
-        found = getattr(self._manager.hook, hook).get_hookimpls()
-        if any(one.wrapper or one.hookwrapper for one in found):
+        _last.given = NOBODY
+        try:
             result = self.call(hook, **arguments)
-            plugin = " or ".join(dict.fromkeys(one.plugin_name for one in found))
-            return NOBODY if result is None else (plugin, self._given(result, kind, plugin, hook))
-        for one in reversed(found):
-            result = self.call_one(one.plugin_name, hook, **arguments)
-            if result is not None:
-                return one.plugin_name, self._given(result, kind, one.plugin_name, hook)
-        return NOBODY
-
-    @staticmethod
-    def _given(value: object, kind: Any, plugin: str, hook: str) -> Any:
-        return received(value, kind, f"The plugin {plugin!r} ({hook})")
+            plugin, given = _last.given
+        finally:
+            _last.given = NOBODY  # it may hold weights
+        if result is None:
+            return NOBODY
+        if given is not result:  # one that wraps the others has replaced it
+            found = getattr(self._manager.hook, hook).get_hookimpls()
+            plugin = " or ".join(p.plugin_name for p in found if p.wrapper or p.hookwrapper)
+        return plugin, received(result, kind, f"The plugin {plugin!r} ({hook})")
 
     def call(self, hook: str, **arguments: Any) -> Any:
         """Call a hook.
@@ -236,18 +236,23 @@ class Host:
         Args:
             event: The event.
         """
-        for name in self._listeners:
+        for name, tell in self._listeners:
             try:
-                self.call_one(name, _EVENT, event=event)
+                tell(event=event)
             except Exception as exc:  # noqa: BLE001 - it is logged
                 if name not in self._deaf:  # each event would say the same
                     self._deaf.add(name)
-                    text = "A listener of the plugin %r failed, and the work goes on: %s"
+                    text = "A listener of the plugin %s failed, and the work goes on: %s"
                     _log.warning(text, name, exc, exc_info=exc)
 
     @functools.cached_property
-    def _listeners(self) -> tuple[str, ...]:
-        return tuple(info.name for info in self.plugins() if _EVENT in info.hooks)
+    def _listeners(self) -> tuple[tuple[str, Callable[..., Any]], ...]:
+        """All listeners by plugin, in the order of calls; one call where some wrap others."""
+        found = getattr(self._manager.hook, _EVENT).get_hookimpls()
+        names = [one.plugin_name for one in reversed(found)]
+        if any(one.wrapper or one.hookwrapper for one in found):
+            return ((" or ".join(map(repr, names)), functools.partial(self.call, _EVENT)),)
+        return tuple((repr(name), functools.partial(self.call_one, name, _EVENT)) for name in names)
 
     def collect(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
         """Call a hook of kind *all*, one plugin after another.
@@ -590,7 +595,7 @@ def _finish(manager: Manager, name: str, plugin: object, hint: str) -> None:
         for implementation in caller.get_hookimpls():
             if implementation.plugin is plugin:
                 _warn_of_deprecated(manager, name, implementation, caller.name)
-                _name_failures(name, implementation, caller.name)
+                _name_failures(name, implementation, caller)
 
 
 def _warn_of_deprecated(
@@ -604,25 +609,34 @@ def _warn_of_deprecated(
             warnings.warn_explicit(message, type(warning), code.co_filename, code.co_firstlineno)
 
 
-def _name_failures(name: str, implementation: pluggy.HookImpl, hook: str) -> None:
+def _name_failures(name: str, implementation: pluggy.HookImpl, caller: pluggy.HookCaller) -> None:
     """Replace a plugin's hook by one whose errors name the plugin; pluggy's do not."""
     around = implementation.wrapper or implementation.hookwrapper
-    wrapped = _with_named_failures(name, hook, implementation.function, around=around)
+    is_first = bool(caller.spec and caller.spec.opts["firstresult"])
+    wrapped = _with_named_failures(
+        name, caller.name, implementation.function, around=around, is_first=is_first
+    )
     setattr(implementation, "function", wrapped)  # noqa: B010 - typed as final, but a slot
 
 
 def _with_named_failures(
-    plugin: str, hook: str, function: Callable[..., Any], *, around: bool
+    plugin: str, hook: str, function: Callable[..., Any], *, around: bool, is_first: bool
 ) -> Callable[..., Any]:
-    """The same function; its failures are ``PluginError`` and name the plugin."""
+    """The same function; its failures are ``PluginError`` and name the plugin.
+
+    Of a hook of kind *first*, the result is noted for ``Host.first``.
+    """
 
     @functools.wraps(function)
     def hook_function(*arguments: Any) -> Any:
         try:
-            return function(*arguments)
+            result = function(*arguments)
         except Exception:  # entering a context on each call would cost more than many hooks do
             with named_failures(plugin, hook):
                 raise
+        if is_first and result is not None:
+            _last.given = plugin, result
+        return result
 
     @functools.wraps(function)
     def hook_wrapper(*arguments: Any) -> Any:

@@ -7,9 +7,10 @@ and nothing has changed yet.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, TypeVar
 
-from refitkit.errors import PluginError
+from refitkit.errors import PluginError, raised_as
 from refitkit.model import LayerType
 from refitkit.protocols import (
     Backend,
@@ -19,7 +20,7 @@ from refitkit.protocols import (
     Verifier,
     WeightTransform,
 )
-from refitkit.protocols.ability import Ability, missing_members
+from refitkit.protocols.ability import Ability, missing_methods
 
 T = TypeVar("T")
 
@@ -31,6 +32,7 @@ _OFFERS: Mapping[str, tuple[str, type]] = {
     "refitkit_verifiers": ("verifier", Verifier),
 }
 """What plugins offer by name: what it is called, and its type or protocol."""
+_RANKED = {MappingStrategy, WeightTransform}
 _SHORT = 40
 """Letters of a value that a message shows."""
 
@@ -55,21 +57,20 @@ def require_offer(item: Any, plugin: str, hook: str) -> None:
         hook: Name of the hook.
 
     Raises:
-        PluginError: It lacks members, or its priority is no number.
+        PluginError: It lacks methods, or its priority is no number.
     """
     if hook not in _OFFERS:
         return
     _, kind = _OFFERS[hook]
     who = owned(hook, item.name, plugin)
     lacks = _lacks(kind, item)
-    if lacks or not isinstance(item, kind):
+    if lacks or not _is(kind, item):
         what = f"has no {' and no '.join(lacks)}" if lacks else f"is {shown(item)}"
         raise PluginError(f"{who} {what}.", hint=_see(kind))
-    priority = getattr(item, "priority", 0)
-    if not isinstance(priority, int):
+    if kind in _RANKED and not isinstance(getattr(item, "priority", None), Real):
         raise PluginError(
-            f"{who} has the priority {shown(priority)}.",
-            hint="It must be an int: objects with lower ones come first.",
+            f"{who} has the priority {shown(getattr(item, 'priority', None))}.",
+            hint="It must be a number: objects with lower ones come first.",
         )
 
 
@@ -82,10 +83,10 @@ def received(value: object, kind: type[T], who: str) -> T:
         who: Subject of the message, with plugin and hook.
 
     Raises:
-        PluginError: It is something else, or lacks members.
+        PluginError: It is something else, or lacks methods.
     """
-    if isinstance(value, kind):
-        return value
+    if _is(kind, value):
+        return value  # type: ignore[return-value]
     lacks = _lacks(kind, value)
     without = f", which has no {' and no '.join(lacks)}" if lacks else ""
     raise PluginError(
@@ -104,19 +105,15 @@ def received_module(value: object, who: str) -> OpenedModule:
         PluginError: It is something else.
     """
     found: OpenedModule = received(value, OpenedModule, who)  # type: ignore[type-abstract]
-    inside: list[tuple[str, Any, type]] = [
-        ("backend", found.backend, str),
-        ("engines", found.engines, Mapping),
-    ]
-    if isinstance(found.engines, Mapping):
-        inside += [(f"engines[{n!r}]", engine, Engine) for n, engine in found.engines.items()]
+    with raised_as(PluginError, f"{who} gave a module that cannot be asked"):
+        backend, engines = found.backend, found.engines
+    inside: list[tuple[str, Any, type]] = [("backend", backend, str), ("engines", engines, Mapping)]
+    if isinstance(engines, Mapping):
+        inside += [(f"engines[{name!r}]", engine, Engine) for name, engine in engines.items()]
     for name, one, kind in inside:
-        lacks = _lacks(kind, one)
-        if not isinstance(one, kind):
-            without = f", which has no {' and no '.join(lacks)}" if lacks else ""
+        if not _is(kind, one):
             raise PluginError(
-                f"{who} gave a module whose {name} is {shown(one)}, not "
-                f"{_article(kind.__name__)}{without}.",
+                f"{who} gave a module whose {name} is {shown(one)}, not {_article(kind.__name__)}.",
                 hint=_see(OpenedModule),
             )
     return found
@@ -130,8 +127,13 @@ def shown(value: object) -> str:
     return _article(type(value).__name__)
 
 
+def _is(kind: type, value: object) -> bool:
+    """Whether a value is of a type, or has all methods of a protocol."""
+    return not _lacks(kind, value) if isinstance(kind, Ability) else isinstance(value, kind)
+
+
 def _lacks(kind: type, value: object) -> list[str]:
-    return missing_members(kind, value) if isinstance(kind, Ability) else []
+    return missing_methods(kind, value) if isinstance(kind, Ability) else []
 
 
 def _article(noun: str) -> str:

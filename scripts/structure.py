@@ -40,7 +40,7 @@ class Size(NamedTuple):
 
 
 LIMITS = {
-    "refitkit": Size(207, 1130, 0),
+    "refitkit": Size(207, 1140, 0),
     "refitkit.builtin": Size(85, 183, 0),
     "refitkit.builtin.aotinductor": Size(14, 37, 0),
     "refitkit.builtin.checks": Size(3, 2, 0),
@@ -53,10 +53,10 @@ LIMITS = {
     "refitkit.cli": Size(23, 66, 0),
     "refitkit.files": Size(7, 3, 0),
     "refitkit.model": Size(6, 10, 0),
-    "refitkit.pipeline": Size(24, 107, 0),
+    "refitkit.pipeline": Size(23, 105, 0),
     "refitkit.program": Size(9, 12, 0),
     "refitkit.protocols": Size(11, 34, 0),
-    "refitkit.recipe": Size(18, 37, 0),
+    "refitkit.recipe": Size(19, 39, 0),
     "refitkit.testing": Size(15, 40, 0),
 }
 """The most that each package may have."""

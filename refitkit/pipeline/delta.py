@@ -15,6 +15,7 @@ import torch
 import xxhash
 
 from refitkit.protocols import KnowsRevisions, SupportsPartial
+from refitkit.recipe.foreign import info_of
 from refitkit.recipe.plan import STRATEGY
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def digest_of(name: str, source: WeightSource) -> str:
     Raises:
         SourceError: The entry cannot be read.
     """
-    info = source.info(name)
+    info = info_of(source, name)
     if info.unusable:
         return f"unusable: {info.unusable}"
     # Two views with equal elements must have equal digests for all layouts and lazy bits.

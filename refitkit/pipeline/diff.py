@@ -40,6 +40,7 @@ from refitkit.program.distance import Distance, chunks, distance, is_whole
 from refitkit.program.dtypes import dtype_of
 from refitkit.protocols import SupportsReadback, WeightSource
 from refitkit.recipe import RefitPlan
+from refitkit.recipe.foreign import info_of
 from refitkit.recipe.reads import name_in, twins_of
 
 if TYPE_CHECKING:
@@ -338,9 +339,9 @@ def _row(
 ) -> DiffRow:
     in_a, in_b = name_in(a.names(), name, twins), name_in(b.names(), name, twins)
     if in_b is None:
-        return _make_row(name, "only in A", a.info(name))
+        return _make_row(name, "only in A", info_of(a, name))
     if in_a is None:
-        return _make_row(name, "only in B", b.info(name))
+        return _make_row(name, "only in B", info_of(b, name))
     row = _row_of_both(name, (a, in_a), (b, in_b))
     tied = [f"{which} has it as {n!r}" for which, n in (("A", in_a), ("B", in_b)) if n != name]
     return row.model_copy(update={"note": "; ".join(filter(None, (*tied, row.note)))})
@@ -348,7 +349,7 @@ def _row(
 
 def _row_of_both(name: str, a: _Entry, b: _Entry) -> DiffRow:
     """A row of an entry that both sources have."""
-    one, other = (source.info(there) for source, there in (a, b))
+    one, other = (info_of(source, there) for source, there in (a, b))
     unusable = [f"{which}: {i.unusable}" for which, i in (("A", one), ("B", other)) if i.unusable]
     if unusable:
         return _make_row(name, "not usable", one, other, note="; ".join(unusable))

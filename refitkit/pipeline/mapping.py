@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -50,6 +50,7 @@ from refitkit.protocols import (
     SupportsPartial,
 )
 from refitkit.recipe import RefitPlan, unusable_reason
+from refitkit.recipe.foreign import info_of
 from refitkit.recipe.plan import STRATEGY, is_entry
 from refitkit.recipe.reads import kept_leaves, reads_of, state_slots
 from refitkit.recipe.weak_cache import cached_per_object
@@ -133,7 +134,7 @@ def map_slots(
             _check_answer(who, received(answer, Mapped, who), wanted)
             if is_built_in(context.host, offer.plugin):
                 return answer
-            return replace(answer, values=_watched(who, answer.values))
+            return Mapped(_watched(who, answer.values), answer.declined)
 
     for rank in _ranked_strategies(context):
         _ask_rank(mapping, rank, ask)
@@ -399,7 +400,7 @@ def _is_contained(value: SlotValue, names: Collection[str], source: WeightSource
     """Whether a value is one of the weights: a state_dict of the source would hold it."""
     if not value.sources:
         return not _is_from_plan(value)
-    return any(name not in names or source.info(name).persistent for name in value.sources)
+    return any(name not in names or info_of(source, name).persistent for name in value.sources)
 
 
 def _is_from_plan(value: SlotValue) -> bool:

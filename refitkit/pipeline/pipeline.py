@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from refitkit.errors import resources
 from refitkit.pipeline.context import Context
 from refitkit.pipeline.diff import Differ
-from refitkit.pipeline.foreign import unwatched
 from refitkit.pipeline.module import CompiledModule, RefitResult, RefitResults
 from refitkit.pipeline.planning import Compiler
 from refitkit.pipeline.refit import get_ready, refit_task, refit_tasks, run
@@ -442,7 +441,7 @@ class Pipeline:
             WeightMismatchError: A transform cannot use entries that belong to it.
         """
         source = open_weights(self.context, weights)
-        return unwatched(source) if plan is None else transformed(self.context, plan, source)
+        return source if plan is None else transformed(self.context, plan, source)
 
     @verb("The module cannot be described")
     def describe(self, path: str | Path) -> Mapping[str, Any]:

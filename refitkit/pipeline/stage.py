@@ -12,18 +12,21 @@ import torch
 
 from refitkit.errors import EngineError, PluginError, RefitError, raise_if_resource, raised_as
 from refitkit.model import EngineMemory
+from refitkit.offered import shown
 from refitkit.protocols import (
     OpensStaged,
     RemembersWeights,
+    StagedRefit,
     SupportsOverwrite,
     SupportsPartial,
     SupportsReadback,
 )
+from refitkit.protocols.ability import missing_methods
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from refitkit.protocols import Engine, OpenedModule, SlotValue, StagedRefit
+    from refitkit.protocols import Engine, OpenedModule, SlotValue
 
 
 class Staged:
@@ -61,6 +64,13 @@ class Staged:
                 # this raises if a strategy is at fault; otherwise the engine's error is raised
                 _attribute_failure(values, exc)
                 raise
+        lacks = missing_methods(StagedRefit, staged)
+        if lacks:  # nothing could be committed or go back
+            raise EngineError(
+                f"The engine {name!r} staged {shown(staged)}, which has no "
+                f"{' and no '.join(lacks)}.",
+                hint="See refitkit.protocols.StagedRefit.",
+            )
         self._waiting.append((name, staged))
 
     def _stage(

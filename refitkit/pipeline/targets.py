@@ -26,7 +26,6 @@ from refitkit.errors import (
 from refitkit.files.archive import saying_why
 from refitkit.files.file_state import stat_of
 from refitkit.offered import received_module
-from refitkit.pipeline.foreign import unwatched, watched
 from refitkit.pipeline.history import LoadOrigin, WeightState
 from refitkit.pipeline.mapping import decode_overridden, encode_overridden
 from refitkit.pipeline.module import CompiledModule
@@ -45,6 +44,7 @@ from refitkit.protocols import (
     WeightSource,
 )
 from refitkit.recipe import Archive, ArchiveError, RefitPlan
+from refitkit.recipe.foreign import require_source
 from refitkit.recipe.sources import TensorMap, require_reread
 
 if TYPE_CHECKING:
@@ -272,11 +272,12 @@ def open_weights(context: Context, weights: object) -> WeightSource:
         SourceError: The weights are missing, or no plugin can read them.
     """
     if isinstance(weights, WeightSource):
-        return watched(weights)
+        require_source(weights)
+        return weights
     weights = _as_path(weights)
 
     def opener(others: object) -> WeightSource:
-        return unwatched(open_weights(context, others))
+        return open_weights(context, others)
 
     plugin, source = context.host.first(
         "refitkit_load_weights",
@@ -286,7 +287,9 @@ def open_weights(context: Context, weights: object) -> WeightSource:
         open_weights=opener,
     )
     if source is not None:
-        return watched(source, plugin)
+        opened: WeightSource = source
+        require_source(opened, plugin)
+        return opened
     kind = _require_there(weights, SourceError)
     if kind and kind.as_weights:
         message = f"{_shown(weights)} is {kind.what}, not weights."
@@ -316,14 +319,13 @@ def for_one_refit(
     """
     source = open_weights(context, weights)
     if donate:
-        given = unwatched(source)
-        if not isinstance(given, TensorMap):
+        if not isinstance(source, TensorMap):
             raise ConfigError(
                 f"donate=True is for tensors in memory, and {source.description} is not one.",
                 hint="Pass a state_dict or a module, or leave donate out: files are read straight "
                 "into memory that serves.",
             )
-        given.donate()
+        source.donate()
     if rollback and isinstance(source, KeepsMade):
         return source.keeping(context.config.keep_limit)
     return source

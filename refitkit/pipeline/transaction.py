@@ -8,7 +8,7 @@ verified; or it raises, and all modules have their old weights again. The one ex
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, TypeVar
@@ -549,9 +549,12 @@ class ModuleTransaction:
 
 
 def routes_of(module: OpenedModule) -> tuple[EngineRoute, ...]:
-    """The ways in which engines get their weights, of those that have several."""
-    return tuple(
-        EngineRoute(engine=name, name=engine.route[0], why=engine.route[1])
-        for name, engine in module.engines.items()
-        if isinstance(engine, TellsRoute)
-    )
+    """The ways in which engines get their weights, of those that have several and can tell."""
+    found = []
+    for name, engine in module.engines.items():
+        # what a report says must not fail a refit
+        with suppress(Exception):
+            if isinstance(engine, TellsRoute):
+                way, why = engine.route
+                found.append(EngineRoute(engine=name, name=way, why=why))
+    return tuple(found)

@@ -7,7 +7,7 @@ computes a group when one of its entries is first read. ``require_accurate`` che
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -20,7 +20,7 @@ from refitkit.errors import (
     WeightMismatchError,
     raised_as,
 )
-from refitkit.model import TensorInfo, TransformRow
+from refitkit.model import OutputMeasure, TensorInfo, TransformRow
 from refitkit.offered import owned, received
 from refitkit.protocols import (
     GivesAway,
@@ -36,7 +36,7 @@ from refitkit.recipe.reads import reads_of
 from refitkit.recipe.sources import describe_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     import torch
 
@@ -317,8 +317,10 @@ def _offers(
 def _check_group(who: str, group: Any) -> None:
     """Raise PluginError if a field of a ``WeightGroup`` has another type than it should."""
     takes, gives, wrong = group.takes, group.gives, ""
-    if not isinstance(takes, tuple | list) or not all(isinstance(name, str) for name in takes):
+    if not isinstance(takes, Collection) or not all(isinstance(name, str) for name in takes):
         wrong = "takes must be a tuple of names"
+    elif isinstance(takes, str):
+        wrong = "takes is one name, and must be a tuple of names"
     elif not isinstance(gives, Mapping) or not all(
         isinstance(name, str) and isinstance(info, TensorInfo) for name, info in gives.items()
     ):
@@ -386,6 +388,10 @@ def _check_results(offer: TransformOffer, made: Made) -> None:
     if wrong:
         shown = ", ".join(map(repr, wrong))
         raise PluginError(f"The transform {offer} did not make the announced entries: {shown}.")
+    measures: Any = made.measures
+    with raised_as(PluginError, f"The transform {offer} gave measures that are none"):
+        for measure in measures:
+            received(measure, OutputMeasure, f"The transform {offer}")
 
 
 def _signature(info: TensorInfo) -> tuple[str, tuple[int, ...], str]:

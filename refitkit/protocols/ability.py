@@ -20,13 +20,10 @@ class Ability(type(Protocol)):  # type: ignore[misc]  # typing does not name the
         )
 
 
-def missing_members(protocol: type, instance: object) -> list[str]:
-    """Names of the members that an object lacks, as ``isinstance`` looks for them."""
-    return [
-        name
-        for name, is_method in _members(protocol)
-        if (getattr(instance, name, None) is None if is_method else not hasattr(instance, name))
-    ]
+def missing_methods(protocol: type, instance: object) -> list[str]:
+    """Names of the methods that an object lacks. No property is evaluated."""
+    methods = (name for name, is_method in _members(protocol) if is_method)
+    return [name for name in methods if not callable(getattr(instance, name, None))]
 
 
 @cache

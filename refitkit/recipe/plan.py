@@ -31,6 +31,7 @@ from refitkit.program.dtypes import dtype_name, dtype_of
 from refitkit.protocols import GivesAway, GivesPieces, KnowsBits, SlotValue, WeightSource
 from refitkit.recipe import store
 from refitkit.recipe.calls import Calls
+from refitkit.recipe.foreign import getter_of, info_of
 from refitkit.recipe.reads import broken_ties, broken_views
 from refitkit.recipe.replay import Replay, ResultCache, Schedules
 from refitkit.recipe.sources import TensorMap
@@ -221,7 +222,7 @@ class RefitPlan:
         if isinstance(source, TensorMap):
             names = source.doubtful(names, self._expected_types)
         for fqn in names:
-            info, leaf = source.info(fqn), self._leaves.get(fqn)
+            info, leaf = info_of(source, fqn), self._leaves.get(fqn)
             found = f"{info.dtype} {info.shape}"
             if info.unusable:
                 yield Problem(fqn, "unusable", info.unusable)
@@ -380,7 +381,7 @@ class _Given(NamedTuple):
         pieces = source.pieces if isinstance(source, GivesPieces) else None
         has_bits = source.has_bits if isinstance(source, KnowsBits) else None
         gives_away = source.gives_away if isinstance(source, GivesAway) else _never
-        return cls(source.get, pieces, has_bits, gives_away)
+        return cls(getter_of(source), pieces, has_bits, gives_away)
 
 
 _ValueFactory: TypeAlias = "Callable[[_Given, Replay], SlotValue | str]"
@@ -552,7 +553,7 @@ class SlotValues:
     # -- computing --------------------------------------------------------------------------
 
     def _replay(self, values: Sequence[Value], source: WeightSource) -> Replay:
-        names, get = source.names(), source.get
+        names, get = source.names(), getter_of(source)
 
         def leaf(fqn: str) -> torch.Tensor:
             if fqn in names:

@@ -19,6 +19,7 @@ from refitkit.program.bits import same_bits
 from refitkit.program.dtypes import are_alike, dtype_of
 from refitkit.program.views import derived_value
 from refitkit.protocols import KnowsTies
+from refitkit.recipe.foreign import info_of
 from refitkit.recipe.weak_cache import cached_per_object
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class Reads:
         """
         given, fit, similar = source.names(), 0, 0
         for names in self.demands.values():
-            infos = [(name, source.info(name)) for name in names if name in given]
+            infos = [(name, info_of(source, name)) for name in names if name in given]
             dtypes = [
                 (info.dtype, self.leaves[name].dtype)
                 for name, info in infos

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import refitkit
-from refitkit.model import TensorInfo, VerificationResult
+from refitkit.model import StageStarted, TensorInfo, VerificationResult
 from refitkit.protocols import Made, Mapped, SlotValue, WeightGroup
 from refitkit.recipe import TensorMap
 from tests.fakes import (
@@ -56,11 +56,15 @@ def items(hook: str, *offered: Any) -> Acme:
 # -- where values enter ---------------------------------------------------------------------------
 
 
-class Source(TensorMap):
+class Source:
     """A source of which one answer is wrong."""
 
+    description = "weights of acme"
+
     def __init__(self, tensors: dict[str, torch.Tensor], **wrong: Any) -> None:
-        super().__init__(tensors, "weights of acme")
+        right = TensorMap(tensors)
+        for name in ("names", "info", "get"):
+            setattr(self, name, getattr(right, name))
         for name, answer in wrong.items():
             setattr(self, name, answer)
 
@@ -244,6 +248,143 @@ def test_a_wrong_value_in_a_refit(hook: str, give: Callable[[], Acme]) -> None:
     good = weights_for(module, 4.0)
     pipeline_with().refit(compiled, good)
     assert compiled.version == 1
+
+
+class Own(Source):
+    """A source that its plugin knows again."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __len__(self) -> int:
+        return 0
+
+
+def test_plugins_get_their_own_sources() -> None:
+    seen: list[Any] = []
+
+    class Knowing:
+        name = "knowing"
+
+        @refitkit.hookimpl
+        def refitkit_load_weights(self, source: object) -> Any:
+            return own if source == "acme://weights" else None
+
+        @refitkit.hookimpl
+        def refitkit_check(self, source: Any) -> list[Any]:
+            seen.append(source)
+            return []
+
+    own: Any = Own(weights_for(make_module(), 3.0))
+    pipeline = pipeline_with(Knowing())
+    compiled = pipeline.load(make_module())
+    pipeline.refit(compiled, "acme://weights")
+    pipeline.refit(compiled, own)
+    assert all(one is own for one in seen)
+    assert len(seen) == 2
+
+
+def test_properties_of_engines_are_not_asked_before_their_time() -> None:
+    module, asked = make_module(), []
+    engine: Any = module.engines["e0"]
+    real = type(engine)
+
+    def memory(one: Any) -> Any:
+        asked.append(one)
+        return real.memory.fget(one)
+
+    engine.__class__ = type("Late", (real,), {"memory": property(memory)})
+    pipeline = pipeline_with(Acme("refitkit_load_module", lambda: module))
+    compiled = pipeline.load("acme://module")
+    assert asked == []
+    pipeline.refit(compiled, weights_for(module, 5.0))
+    assert compiled.version == 1
+
+
+def test_an_engine_that_stages_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = make_module()
+    compiled = pipeline_with().load(module)
+    before = {name: value.clone() for name, value in module.by_slot().items()}
+    last = list(module.engines.values())[-1]
+    with monkeypatch.context() as patched:
+        patched.setattr(last, "stage", lambda _values: None)
+        with pytest.raises(refitkit.EngineError, match=r"staged None, which has no .*commit"):
+            pipeline_with().refit(compiled, weights_for(module, 3.0))
+    assert all(torch.equal(module.by_slot()[name], value) for name, value in before.items())
+    pipeline_with().refit(compiled, weights_for(module, 4.0))
+    assert compiled.version == 1
+
+
+@pytest.mark.parametrize("route", [None, 5, ("a",), (1, 2), "no property"])
+def test_a_route_that_is_none_fails_no_refit(route: Any) -> None:
+    module = make_module()
+    engine: Any = module.engines["e0"]
+
+    def told(_engine: Any) -> Any:
+        if route == "no property":
+            raise ZeroDivisionError
+        return route
+
+    engine.__class__ = type("Routed", (type(engine),), {"route": property(told)})
+    compiled = pipeline_with().load(module)
+    report = pipeline_with().refit(compiled, weights_for(module, 5.0)).report
+    assert report.routes == ()
+    assert compiled.version == 1
+
+
+class Wrapping:
+    """Wraps the hooks of others, and changes nothing."""
+
+    name = "wrapping"
+
+    @refitkit.hookimpl(wrapper=True)
+    def refitkit_load_weights(self) -> Any:
+        return (yield)
+
+    @refitkit.hookimpl(wrapper=True)
+    def refitkit_event(self) -> Any:
+        return (yield)
+
+
+def test_a_wrapper_is_not_blamed_for_what_it_wraps() -> None:
+    pipeline = pipeline_with(Wrapping(), Acme("refitkit_load_weights", lambda: {"a": 1}))
+    with pytest.raises(refitkit.PluginError, match=r"plugin 'acme' \(refitkit_load_weights\) gave"):
+        pipeline.open_weights("acme://weights")
+
+
+def test_a_wrapper_that_changes_the_result_is() -> None:
+    class Replacing:
+        name = "replacing"
+
+        @refitkit.hookimpl(wrapper=True)
+        def refitkit_load_weights(self) -> Any:
+            yield
+            return 5
+
+    pipeline = pipeline_with(Replacing(), source())
+    with pytest.raises(refitkit.PluginError, match=r"plugin 'replacing' .* gave 5, not a WeightS"):
+        pipeline.open_weights("acme://weights")
+
+
+def test_listeners_are_told_in_the_order_of_pluggy() -> None:
+    told: list[str] = []
+
+    def listener(name: str, **options: Any) -> Any:
+        def hear(event: Any) -> None:
+            if isinstance(event, StageStarted) and event.stage == "load":
+                told.append(name)
+
+        found = Acme("refitkit_event", lambda: None)
+        found.name = name
+        found.refitkit_event = refitkit.hookimpl(hear, **options)  # type: ignore[attr-defined]
+        return found
+
+    plugins = [listener("a"), listener("first", tryfirst=True), listener("b")]
+    for more in ([], [Wrapping()]):
+        told.clear()
+        pipeline = pipeline_with(*plugins, *more)
+        compiled = pipeline.load(make_module())
+        pipeline.refit(compiled, weights_for(make_module(), 3.0))
+        assert told == ["first", "b", "a"]
 
 
 # -- outside of refits ----------------------------------------------------------------------------

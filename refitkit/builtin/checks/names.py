@@ -13,6 +13,7 @@ from refitkit.errors import Problem
 from refitkit.model.rules import FAMILIES
 from refitkit.program.dtypes import are_alike, dtype_of, is_lossless
 from refitkit.protocols import MadeOf
+from refitkit.recipe.foreign import info_of
 from refitkit.recipe.name_suggestions import WHOLE_SUBTREE, ignoring, names_under, unexpected
 from refitkit.recipe.reads import broken_ties, broken_views, reads_of
 from refitkit.recipe.sources import TensorMap
@@ -48,7 +49,7 @@ class NameCheck:
         all_known = known.issuperset(self._names)
         self._known = self._names if all_known else [name for name in self._names if name in known]
         doubtful = () if same_headers else self._names_to_check()
-        self._infos = {name: source.info(name) for name in doubtful}
+        self._infos = {name: info_of(source, name) for name in doubtful}
         self._misfits = list(self._find_misfits())
         self._bad = {p.subject for p in self._misfits}
 
@@ -113,7 +114,7 @@ class NameCheck:
         unknown = [name for name in self._names if name not in known]
         # A live module has a few non-persistent buffers, which no state_dict holds.
         if len(unknown) <= _MAX_HEADERS:
-            unknown = [name for name in unknown if self._source.info(name).persistent]
+            unknown = [name for name in unknown if info_of(self._source, name).persistent]
         complete = not partial and not self._reads.lacking(self._names)
         yield from unexpected(
             unknown,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from refitkit.program.bits import same_bits
 from refitkit.program.dtypes import are_alike, dtype_of, is_lossless
 from refitkit.protocols import Made, WeightGroup
+from refitkit.recipe.foreign import info_of
 from refitkit.recipe.reads import kept_leaves, reads_of
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class CastTransform:
         kept = kept_leaves(request.plan)
         for name in request.source.names():
             leaf = leaves.get(name)
-            info = request.source.info(name)
+            info = info_of(request.source, name)
             if leaf is None or info.unusable or info.dtype == leaf.dtype:
                 continue
             before, after = dtype_of(info.dtype), dtype_of(leaf.dtype)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from refitkit.builtin.rules.packs import PackConversion, PackIndex
 from refitkit.errors import Problem, WeightMismatchError
+from refitkit.recipe.foreign import info_of
 from refitkit.recipe.name_suggestions import ALL_NAMES, WHOLE_SUBTREE, ignoring, names_under
 
 if TYPE_CHECKING:
@@ -309,7 +310,7 @@ class NameMatcher:
         """Return the header of an entry; each is read once."""
         found = self._infos.get(name)
         if found is None:
-            found = self._infos[name] = self.source.info(name)
+            found = self._infos[name] = info_of(self.source, name)
         return found
 
     def _candidates(self, plain: NameMatch, others: Iterable[NameMatch]) -> list[NameMatch]:

@@ -16,6 +16,7 @@ from refitkit.builtin.rules.name_matching import NameMatcher
 from refitkit.errors import Problem, WeightMismatchError
 from refitkit.model.rules import FAMILIES
 from refitkit.protocols import Made, WeightGroup
+from refitkit.recipe.foreign import info_of
 from refitkit.recipe.reads import reads_of
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def _leave_out(names: tuple[str, ...], note: str = "") -> WeightGroup:
 
 def _renaming(source: WeightSource, name: str, new: str, note: str = "") -> WeightGroup:
     make = partial(_read_as, source, name, new)
-    return WeightGroup((name,), {new: source.info(name)}, make, formula="as it is", note=note)
+    return WeightGroup((name,), {new: info_of(source, name)}, make, formula="as it is", note=note)
 
 
 def _read_as(source: WeightSource, name: str, new: str) -> Made:

@@ -1,0 +1,87 @@
+"""What sources of plugins answer, checked where it is read.
+
+A source is handed to plugins as it is, because they may know its class. So it is not wrapped, and
+refitkit's own code reads through this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from refitkit.errors import PluginError, SourceError, raised_as
+from refitkit.model import TensorInfo
+from refitkit.offered import received, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from refitkit.protocols import WeightSource
+
+_makers: dict[type, str] = {}
+"""Plugins by the class of sources that they gave last."""
+
+
+def require_source(source: WeightSource, plugin: str = "") -> None:
+    """Check the names and the description of a source, and note whose it is.
+
+    Args:
+        source: The source.
+        plugin: Name of the plugin that gave it; empty if a user did.
+
+    Raises:
+        PluginError: They are no texts; names plugin and hook.
+        SourceError: The source failed to give them.
+    """
+    if _is_own(source):
+        return
+    _makers[type(source)] = plugin
+    who = _who(source, "description")
+    with raised_as(SourceError, f"{who} failed"):
+        received(source.description, str, who)
+    who = _who(source, "names()")
+    with raised_as(SourceError, f"{who} failed"):
+        names: Any = received(source.names(), Iterable, who)  # type: ignore[type-abstract]
+    odd = next((name for name in names if not isinstance(name, str)), None)
+    if odd is not None:
+        raise PluginError(f"{who} gave {shown(odd)} as a name.")
+
+
+def info_of(source: WeightSource, name: str) -> TensorInfo:
+    """Return the metadata of an entry.
+
+    Args:
+        source: The source.
+        name: Name of the entry.
+
+    Raises:
+        PluginError: The source gave something else; names plugin and hook.
+    """
+    found = source.info(name)
+    return found if type(found) is TensorInfo else _received_info(source, name, found)
+
+
+def _received_info(source: WeightSource, name: str, found: object) -> TensorInfo:
+    return received(found, TensorInfo, _who(source, f"info({name!r})"))
+
+
+def getter_of(source: WeightSource) -> Callable[[str], torch.Tensor]:
+    """Return ``get`` of a source, which raises ``PluginError`` for anything but a tensor."""
+    return source.get if _is_own(source) else partial(_received_tensor, source)
+
+
+def _received_tensor(source: WeightSource, name: str) -> torch.Tensor:
+    return received(source.get(name), torch.Tensor, _who(source, f"get({name!r})"))
+
+
+def _is_own(source: WeightSource) -> bool:
+    return type(source).__module__.startswith("refitkit.")
+
+
+def _who(source: WeightSource, method: str) -> str:
+    plugin, kind = _makers.get(type(source), ""), type(source).__name__
+    of = f" of the plugin {plugin!r} (refitkit_load_weights)" if plugin else ""
+    return f"The weight source {kind}{of}: {method}"
