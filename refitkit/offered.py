@@ -121,10 +121,8 @@ def received_module(value: object, who: str) -> OpenedModule:
 
 def shown(value: object) -> str:
     """Return a value, or what kind of object it is, as one short phrase."""
-    text = repr(value)
-    if value is None or (isinstance(value, bool | int | float | str) and len(text) < _SHORT):
-        return text
-    return _article(type(value).__name__)
+    is_short = isinstance(value, bool | int | float | str) and len(str(value)) < _SHORT
+    return repr(value) if value is None or is_short else _article(type(value).__name__)
 
 
 def _is(kind: type, value: object) -> bool:

@@ -84,6 +84,7 @@ class PlacedArena:
         self._folds = FoldsAtOnce(layout.folds, layout.places, self._folded.views, runs)
         self._is_folded = False
         self._screen = Screen(self._looked_at(), mover.kernels)
+        self._screen_of_fixed = Screen([self.memory, *self.fixed.runs.values()], mover.kernels)
         self._rooms: list[tuple[str, torch.Tensor]] = []
         self._room_bytes = 0
         self._values: dict[str, torch.Tensor] = {}
@@ -105,8 +106,8 @@ class PlacedArena:
         self._over()
 
     def _looked_at(self) -> list[torch.Tensor]:
-        """Everything that may not be finite, flat where nothing lies in between."""
-        found = [*self._folded.runs.values(), *self.fixed.runs.values()]
+        """All values but those of fixed weights, flat where nothing lies in between."""
+        found = list(self._folded.runs.values())
         for name, place in self._layout.places.items():
             words = self._words[self._layout.dtypes[name]]
             is_dense = place.end - place.start == place.count
@@ -167,7 +168,13 @@ class PlacedArena:
         """Return whether all values are surely finite."""
         if self._answers is not None:
             return self._answers.is_finite
-        return math.isfinite(self._screen.total().item())
+        return math.isfinite(self._total().item())
+
+    def _total(self) -> torch.Tensor:
+        """One element that is finite only if all values are; see ``Screen.total``."""
+        total = self._screen.total()
+        # fixed weights that the engine takes are those that it holds
+        return total if self.accepted is not None else total + self._screen_of_fixed.total()
 
     def _forget_answers(self) -> None:
         self._answers = None
@@ -246,7 +253,7 @@ class PlacedArena:
                     alike.moves.launch(self.memory)
                 self._folds.write(self._words)
                 live.fold()
-                total = self._screen.total()
+                total = self._total()
                 seen = torch.stack([total, self._differs(live).to(total.dtype)])
                 self._seen.copy_(seen, non_blocking=True)
         except Exception:  # noqa: BLE001 - the usual way does without kernels if it must

@@ -284,6 +284,15 @@ def test_bytes_between_the_weights_that_are_no_numbers_mean_nothing() -> None:
     assert not arena_of(layout, values, piece).is_finite()
 
 
+def test_a_fixed_weight_that_the_engine_holds_may_be_infinite() -> None:
+    layout, values, piece = layout_and_values()
+    values["i"] = torch.tensor([1.0, -float("inf")])  # as a mask has it
+    found = arena_of(layout, values, piece)
+    assert not found.is_finite()
+    found.accepted = found.fixed.memory
+    assert found.is_finite()
+
+
 WORDS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
