@@ -19,12 +19,12 @@ import torch
 from refitkit.errors import (
     EngineError,
     NotRefittableError,
-    PluginError,
     Problem,
     WeightMismatchError,
     raised_as,
 )
 from refitkit.model import CallRef
+from refitkit.offered import received
 from refitkit.program.bits import all_finite, finite, newly_nonfinite, not_finite
 from refitkit.protocols import (
     ChecksFinite,
@@ -80,18 +80,13 @@ def check_weights(
         same_headers=same_headers,
         config=context.config,
     )
-    problems = [_as_problem(plugin, item) for plugin, item in found]
+    problems = [
+        received(item, Problem, f"The plugin {plugin!r} (refitkit_check)") for plugin, item in found
+    ]
     if problems:
         raise WeightMismatchError(
             f"{source.description} does not fit the module.", problems=problems
         )
-
-
-def _as_problem(plugin: str, item: object) -> Problem:
-    if not isinstance(item, Problem):
-        kind = type(item).__name__
-        raise PluginError(f"The plugin {plugin!r} lists a {kind} in refitkit_check, no Problem.")
-    return item
 
 
 def check_abilities(
