@@ -1,7 +1,7 @@
-"""What plugins have to give, and whose fault it is if they give something else.
+"""Check values that plugins return.
 
-Each value of a plugin is checked where it enters, so that the error names the plugin and the hook,
-and nothing has changed yet.
+refitkit checks a value where it receives it. So the error names the plugin and the hook, and no
+weights have changed.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from refitkit.protocols.ability import Ability, missing_methods
 
 T = TypeVar("T")
 
-_OFFERS: Mapping[str, tuple[str, type]] = {
-    "refitkit_register_backends": ("backend", Backend),
+OFFERS: Mapping[str, tuple[str, type]] = {
     "refitkit_mapping_strategies": ("strategy", MappingStrategy),
-    "refitkit_layer_types": ("layer type", LayerType),
-    "refitkit_weight_transforms": ("transform", WeightTransform),
     "refitkit_verifiers": ("verifier", Verifier),
+    "refitkit_weight_transforms": ("transform", WeightTransform),
+    "refitkit_layer_types": ("layer type", LayerType),
+    "refitkit_register_backends": ("backend", Backend),
 }
-"""What plugins offer by name: what it is called, and its type or protocol."""
+"""For each hook with which plugins offer named objects: the noun for an object, and its type."""
 _RANKED = {MappingStrategy, WeightTransform}
 _SHORT = 40
-"""Letters of a value that a message shows."""
+"""Messages show shorter values as they are."""
 
 
 def owned(hook: str, name: str, plugin: str) -> str:
@@ -45,7 +45,7 @@ def owned(hook: str, name: str, plugin: str) -> str:
         name: Name of the object.
         plugin: Name of the plugin.
     """
-    return f"The {_OFFERS[hook][0]} {name!r} of the plugin {plugin!r} ({hook})"
+    return f"The {OFFERS[hook][0]} {name!r} of the plugin {plugin!r} ({hook})"
 
 
 def require_offer(item: Any, plugin: str, hook: str) -> None:
@@ -59,9 +59,9 @@ def require_offer(item: Any, plugin: str, hook: str) -> None:
     Raises:
         PluginError: It lacks methods, or its priority is no number.
     """
-    if hook not in _OFFERS:
+    if hook not in OFFERS:
         return
-    _, kind = _OFFERS[hook]
+    _, kind = OFFERS[hook]
     who = owned(hook, item.name, plugin)
     lacks = _lacks(kind, item)
     if lacks or not _is(kind, item):

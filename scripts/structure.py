@@ -40,7 +40,7 @@ class Size(NamedTuple):
 
 
 LIMITS = {
-    "refitkit": Size(207, 1141, 0),
+    "refitkit": Size(207, 1142, 0),
     "refitkit.builtin": Size(85, 183, 0),
     "refitkit.builtin.aotinductor": Size(14, 37, 0),
     "refitkit.builtin.checks": Size(3, 2, 0),

@@ -362,7 +362,7 @@ class SlotMapping:
         found: defaultdict[str, set[str]] = defaultdict(set)
         for (engine, _), value in self.values.items():
             if is_entry(value):
-                found[engine].add(value.sources[0])  # such a value has exactly one
+                found[engine].add(value.sources[0])  # an entry has exactly one source
         return {engine: frozenset(names) for engine, names in found.items()}
 
     def entries_of(self, engines: abc.Set[str]) -> frozenset[str]:

@@ -36,7 +36,7 @@ class LastMapping:
         plan: Plan that was followed.
         source: The source that its values read; between refits it has no tensors.
         mapping: The mapping. Nobody changes it any more.
-        restart: Forgets what was computed of the tensors.
+        restart: Drops the results that were computed from the tensors.
     """
 
     context: Context
@@ -93,7 +93,7 @@ class LastMapping:
         return self.context is context and self.plan is plan and self.source.take(source)
 
     def end(self) -> None:
-        """Keep nothing of the tensors that were taken."""
+        """Drop the tensors of this refit, and all results that were computed from them."""
         self.source.drop()
         self.restart()
 

@@ -389,7 +389,7 @@ def _check_results(offer: TransformOffer, made: Made) -> None:
         shown = ", ".join(map(repr, wrong))
         raise PluginError(f"The transform {offer} did not make the announced entries: {shown}.")
     measures: Any = made.measures
-    with raised_as(PluginError, f"The transform {offer} gave measures that are none"):
+    with raised_as(PluginError, f"The transform {offer} returned unusable measures"):
         for measure in measures:
             received(measure, OutputMeasure, f"The transform {offer}")
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integer dtypes by size in bytes, to look at values of other dtypes as bits."""
 _WIDEST = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from refitkit.program.bits import flat_pair
+from refitkit.program.bits import INTEGERS, flat_pair
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,8 +29,6 @@ ROW = 4096
 
 CHUNK = 1 << 20
 """Number of elements that are compared at once: their copies and masks take less than 64 MB."""
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -193,5 +191,5 @@ def _unlike(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     if x.dtype is torch.complex128:
         a, b = (torch.view_as_real(t).view(torch.int64) for t in (x, y))
         return (a != b).any(dim=-1)
-    kind = _BITS[x.dtype.itemsize]
+    kind = INTEGERS[x.dtype.itemsize]
     return x.view(kind) != y.view(kind)

@@ -1,4 +1,4 @@
-"""What sources of plugins answer, checked where it is read.
+"""Read weight sources of plugins, and check their answers.
 
 A source is handed to plugins as it is, because they may know its class. So it is not wrapped, and
 refitkit's own code reads through this module.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from refitkit.protocols import WeightSource
 
 _makers: dict[type, str] = {}
-"""Plugins by the class of sources that they gave last."""
+"""Name of the plugin that returned a source of this class last."""
 
 
 def require_source(source: WeightSource, plugin: str = "") -> None:

@@ -132,7 +132,7 @@ class RefitPlan:
     def repeatable_values(
         self, source: WeightSource
     ) -> tuple[dict[SlotKey, SlotValue | str], Callable[[], None]]:
-        """As ``values_of`` for all rows, and what to call once the source has other tensors."""
+        """Return ``values_of`` all rows, and a function that drops results of the old tensors."""
         return self._values.repeatable(self.ledger, source)
 
     def value_of(self, row: LedgerRow, source: WeightSource) -> SlotValue | str:
@@ -416,7 +416,7 @@ class SlotValues:
     def repeatable(
         self, rows: Sequence[LedgerRow], source: WeightSource
     ) -> tuple[dict[SlotKey, SlotValue | str], Callable[[], None]]:
-        """A value for each slot, and what to call once the source has other tensors."""
+        """A value for each slot, and a function that drops results of the old tensors."""
         names, given = source.names(), _Given.of(source)
         is_complete = all(fqn in names for fqn in self._all_sources)
         # the usual refit: factories depend on the source's names only, so they can be reused

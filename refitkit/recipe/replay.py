@@ -87,7 +87,7 @@ class Replay:
         return result.resolve_neg().resolve_conj() if needs_resolving else result
 
     def restart(self) -> None:
-        """Forget all that was read and computed: the leaves are others from now on."""
+        """Drop all results, because the leaves have changed."""
         with self._lock:
             self._run = None
             self._read.clear()

@@ -13,16 +13,13 @@ import torch
 
 from refitkit.config import Config
 from refitkit.errors import PluginError, Problem, RefitError, SourceError
-from refitkit.model import LayerType, LedgerRow, RefitReport, SlotState, Step, VerificationResult
+from refitkit.model import LedgerRow, RefitReport, SlotState, Step, VerificationResult
+from refitkit.offered import OFFERS
 from refitkit.protocols import (
-    Backend,
-    MappingStrategy,
     MapRequest,
     Tools,
     TransformRequest,
-    Verifier,
     VerifyRequest,
-    WeightTransform,
 )
 from refitkit.recipe import TensorMap
 from refitkit.testing.breach import Breach, skip
@@ -34,14 +31,6 @@ if TYPE_CHECKING:
 
     from refitkit.host import Host
     from refitkit.protocols import WeightSource
-
-_OFFERS: dict[str, tuple[str, type]] = {
-    "refitkit_mapping_strategies": ("strategy", MappingStrategy),
-    "refitkit_verifiers": ("verifier", Verifier),
-    "refitkit_weight_transforms": ("transform", WeightTransform),
-    "refitkit_layer_types": ("layer type", LayerType),
-    "refitkit_register_backends": ("backend", Backend),
-}
 
 
 class OfferSuite:
@@ -57,7 +46,7 @@ class OfferSuite:
 
     def test_offers_keep_their_protocols(self) -> None:
         """Each offered object has a name and all members of its protocol."""
-        for hook, (kind, protocol) in _OFFERS.items():
+        for hook, (kind, protocol) in OFFERS.items():
             for offer in self._offers(hook):
                 name = getattr(offer, "name", None)
                 if not isinstance(name, str) or not name:
@@ -68,7 +57,7 @@ class OfferSuite:
 
     def test_offers_are_the_same_each_time(self) -> None:
         """Two calls of a hook return the same names in the same order."""
-        for hook in _OFFERS:
+        for hook in OFFERS:
             # Two calls in a row: a hook that returns an iterator or counts calls shows here.
             first, second = ([offer.name for offer in self._offers(hook)] for _ in range(2))
             if first != second:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
-from refitkit.program.bits import all_finite, finite, same_memory
+from refitkit.program.bits import INTEGERS, all_finite, finite, same_memory
 from refitkit.program.dtypes import dtype_of
 
 if TYPE_CHECKING:
@@ -465,8 +465,6 @@ _FOREACH_DTYPES = frozenset(
     {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32}
 )
 """Dtypes for which ``torch._foreach_copy_`` copies many tensors in one launch."""
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integer dtypes by size in bytes: values of any dtype are concatenated as bits."""
 
 
 class Uploader:
@@ -623,6 +621,6 @@ def _concatenated(values: list[torch.Tensor], *, pinned: bool) -> torch.Tensor:
     """Flat values of one dtype, one after another in new memory of the host."""
     kind = values[0].dtype
     whole = torch.empty(sum(v.numel() for v in values), dtype=kind, pin_memory=pinned)
-    bits = _BITS.get(kind.itemsize, kind)
+    bits = INTEGERS.get(kind.itemsize, kind)
     torch.cat([value.view(bits) for value in values], out=whole.view(bits))
     return whole

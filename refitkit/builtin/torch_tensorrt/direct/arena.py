@@ -16,7 +16,7 @@ from refitkit.builtin.torch_tensorrt.direct.places import Place, words_of
 from refitkit.builtin.torch_tensorrt.direct.screening import Screen
 from refitkit.builtin.torch_tensorrt.refitter import current_device
 from refitkit.builtin.torch_tensorrt.weight_buffers import Arena, Layout, stored
-from refitkit.program.bits import same_bits, same_memory
+from refitkit.program.bits import INTEGERS, same_bits, same_memory
 from refitkit.program.dtypes import dtype_of
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from refitkit.builtin.torch_tensorrt.refitter import WeightSpec
     from refitkit.builtin.torch_tensorrt.weight_buffers import Constant, Uploader, ValueArena
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SAMPLE = 1 << 16
 """Elements that are compared before all others."""
 _ROOM_BYTES = 256 << 20
@@ -89,7 +88,7 @@ class PlacedArena:
         self._room_bytes = 0
         self._values: dict[str, torch.Tensor] = {}
         self._alike: _Alike | None = None
-        self._asked: PlacedArena | None = None  # what pending answers compare with
+        self._asked: PlacedArena | None = None  # the arena that the pending checks compare with
         self._seen = torch.zeros(2, pin_memory=device.type == "cuda")
         self._answers: _Answers | None = None
         self.writes = 0
@@ -155,7 +154,7 @@ class PlacedArena:
         for name in islice(self._layout.places, 1):
             place, size = self._layout.places[name], self._layout.dtypes[name].itemsize
             for memory in (self.memory, other.memory):
-                view = place.of_piece(words_of(memory, _BITS[size]))
+                view = place.of_piece(words_of(memory, INTEGERS[size]))
                 rows = max(1, _SAMPLE * len(view) // view.numel()) if view.dim() else 0
                 some.append(view[:rows] if rows else view)
         return (some[0] != some[1]).any()
@@ -233,7 +232,7 @@ class PlacedArena:
             self.accepted = None
         for place in alike.rest:
             self.copy(names[place], values[place], uploader)
-        # all values are looked at, so what was queued comes first
+        # launch queued copies first, because the checks below read all values
         self._move_all(uploader)
         uploader.flush()
         moved = [values[place] for place in alike.moved]
@@ -244,7 +243,7 @@ class PlacedArena:
             self.copy(names[place], value, uploader)
 
     def _is_written(self, alike: _Alike, values: Sequence[torch.Tensor], live: PlacedArena) -> bool:
-        """Whether values could be moved together, and all have been looked at."""
+        """Launch all moves and checks. Return False if the kernels cannot read some values."""
         try:
             with current_device(self._device):
                 if alike.moves is not None:
@@ -288,7 +287,7 @@ class PlacedArena:
         """The way of a value to a weight that lies beside the engine's layout."""
         if value.device != self._device or not value.is_contiguous() or value.is_neg():
             return None
-        # a place of the engine's memory that lies outside of it
+        # relative to the engine's layout, so that one launch can write to both
         start = (target.data_ptr() - self.memory.data_ptr()) // target.itemsize
         digits = ((target.numel(), 1),) if target.numel() > 1 else ()
         return self._mover.way_to(Place(start, digits), value.reshape(-1))
@@ -373,7 +372,7 @@ class PlacedArena:
     def copy_from(self, other: PlacedArena) -> None:
         """Copy all values of an arena of the same layout, without synchronizing."""
         self.constants.clear()
-        # if it is interrupted
+        # first, because an interrupt may follow
         self._is_folded, self.accepted = False, None
         self._forget_answers()
         self.memory.copy_(other.memory)
@@ -403,7 +402,7 @@ class _Alike(NamedTuple):
 
     Attributes:
         names: Their names: this very object.
-        moves: Moves some of them; None if there are none.
+        moves: Launches for the values that kernels can move; None if there are none.
         moved: Places of those among the names.
         rest: Places of the others.
         moves_fixed: Whether some of all are weights that stay fixed.

@@ -444,11 +444,11 @@ class _Table:
             sizes = torch.tensor([way.size for way in ways])
             starts = starts * sizes // kind.size
             rows = [[way.sides[0][0].size * way.size // kind.size] for way in ways]
-            counts = [-(-size // BLOCK) for (size,) in rows]
+            tiles = blocks_of([size for (size,) in rows])
         else:
             rows = [_row(way.sides) for way in ways]
-            counts = [-(-row[0] // _TILE) * -(-row[1] // _TILE) for row in rows]
-        self._tiles = tiles_of(counts).to(device)
+            tiles = _tiles([-(-row[0] // _TILE) * -(-row[1] // _TILE) for row in rows])
+        self._tiles = tiles.to(device)
         self._rows = torch.tensor(rows).to(device, torch.int64 if kind.plain else torch.int32)
         self._starts = starts.to(device)
 
@@ -472,7 +472,19 @@ class _Table:
             )
 
 
-def tiles_of(counts: Sequence[int]) -> torch.Tensor:
+def blocks_of(sizes: Sequence[int]) -> torch.Tensor:
+    """Return the values and blocks that the programs of a launch read, one row for each program.
+
+    Args:
+        sizes: Number of words of each value.
+
+    Returns:
+        Number of the value, and number of the block of ``BLOCK`` words in it, as int32.
+    """
+    return _tiles([-(-size // BLOCK) for size in sizes])
+
+
+def _tiles(counts: Sequence[int]) -> torch.Tensor:
     """Number of the weight and number of the tile in it, for each program of a launch."""
     weights = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     firsts = torch.tensor([0, *counts]).cumsum(0)
@@ -580,7 +592,7 @@ class _RangeLaunch:
     ) -> None:
         edges = torch.tensor(ranges)
         firsts, counts = edges[:, 0], edges.diff(dim=1).flatten() // size
-        blocks = tiles_of((-(-counts // BLOCK)).tolist())
+        blocks = blocks_of(counts.tolist())
         self._kernels, self._words = kernels, words_of(target, _WORDS[size])
         table = source.data_ptr() + firsts, firsts // size, counts, blocks
         self._table = [some.to(source.device) for some in table]

@@ -1,4 +1,4 @@
-"""Find out with one question to the device whether many values are finite."""
+"""Check many values for NaN and infinity with one wait for the device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from refitkit.builtin.torch_tensorrt.direct.moves import BLOCK, WARPS, tiles_of
+from refitkit.builtin.torch_tensorrt.direct.moves import BLOCK, WARPS, blocks_of
 from refitkit.builtin.torch_tensorrt.refitter import current_device
 from refitkit.program.bits import sum_of_floats
 
@@ -24,10 +24,10 @@ _EXPONENTS = {
 
 
 class Screen:
-    """Looks at the same values again and again."""
+    """Checks the same values in each refit."""
 
     def __init__(self, values: Sequence[torch.Tensor], kernels: Any) -> None:
-        """Look at nothing yet.
+        """Prepare the launches.
 
         Args:
             values: Views of memory of one device, at least one. Integers are always finite.
@@ -52,7 +52,8 @@ class Screen:
     def total(self) -> torch.Tensor:
         """Return one element of float32 that is finite only if all values are.
 
-        It need not be finite then: a sum may overflow, and of some dtypes nothing is found out.
+        It can be NaN or infinite although all values are finite: a sum may overflow, and some
+        dtypes cannot be checked.
         """
         if not self._is_able:
             return torch.full((), torch.nan, device=self._device)
@@ -86,7 +87,7 @@ class _Launch:
         device = found.device
         self._kernels, self._found = kernels, found
         counts = [value.numel() for value in values]
-        tiles = tiles_of([-(-count // BLOCK) for count in counts])
+        tiles = blocks_of(counts)
         self._grid = (len(tiles),)
         self._table = (
             torch.zeros(1, dtype=word, device=device),  # the kernel needs the type alone
