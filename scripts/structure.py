@@ -40,14 +40,14 @@ class Size(NamedTuple):
 
 
 LIMITS = {
-    "refitkit": Size(207, 1142, 0),
-    "refitkit.builtin": Size(85, 183, 0),
+    "refitkit": Size(208, 1146, 0),
+    "refitkit.builtin": Size(86, 187, 0),
     "refitkit.builtin.aotinductor": Size(14, 37, 0),
     "refitkit.builtin.checks": Size(3, 2, 0),
     "refitkit.builtin.merges": Size(3, 2, 0),
     "refitkit.builtin.rules": Size(5, 5, 0),
     "refitkit.builtin.strategies": Size(2, 1, 0),
-    "refitkit.builtin.torch_tensorrt": Size(47, 122, 0),
+    "refitkit.builtin.torch_tensorrt": Size(48, 126, 0),
     "refitkit.builtin.verify": Size(3, 2, 0),
     "refitkit.builtin.weights": Size(7, 12, 0),
     "refitkit.cli": Size(23, 66, 0),

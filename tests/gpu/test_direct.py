@@ -11,6 +11,8 @@ import torch
 
 import refitkit
 from refitkit.builtin.torch_tensorrt.direct import moves, route
+from refitkit.builtin.torch_tensorrt.direct.folds import Fold, FoldsAtOnce
+from refitkit.builtin.torch_tensorrt.direct.places import Place
 from tests.device_faults import DeviceFaults
 from tests.gpu import trt_models
 from tests.gpu.trt_helpers import compiled_by_us, export, needs_trt, options_for, same
@@ -132,6 +134,28 @@ def test_the_kernels_move_what_torch_moves(dtype: torch.dtype) -> None:
         mover.finish(found)
         assert mover.kernels
         assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_kernel_folds_as_torch_does(dtype: torch.dtype) -> None:
+    device, count = torch.device("cuda", 0), 100_000
+    g = torch.Generator(device).manual_seed(0)
+    powers = torch.randint(-12, 13, (5, count), generator=g, device=device)
+    run = (torch.rand(5, count, generator=g, device=device) + 0.5) * 2.0**powers
+    run[[1, 2], ::2] *= -1
+    run = run.to(dtype).flatten()
+    fold = Fold("w", "b", "m", "v", "e")
+    values = dict(zip(fold.names, run.split(count), strict=True))
+    places = {"w": Place(0, ((count, 2),)), "b": Place(1, ((count, 2),))}
+    found, wanted = (torch.zeros(2 * count, dtype=dtype, device=device) for _ in "ab")
+    folding = FoldsAtOnce([fold], places, values, {dtype: run}, moves._kernels())
+    for _ in range(2):  # the second launch is another one
+        found.zero_()
+        folding.write({dtype: found})
+        assert folding._launches[dtype]._kernel is not None
+        FoldsAtOnce([fold], places, values, {dtype: run}).write({dtype: wanted})
+        assert same(found, wanted)
+    assert wanted.isfinite().float().mean() > 0.9
 
 
 class Refitting:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections import defaultdict
-from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -13,10 +11,9 @@ import torch
 from refitkit.builtin.torch_tensorrt.direct.folds import FoldsAtOnce
 from refitkit.builtin.torch_tensorrt.direct.moves import Moves, PieceCopy, dense_digits_of, is_plain
 from refitkit.builtin.torch_tensorrt.direct.places import Place, words_of
-from refitkit.builtin.torch_tensorrt.direct.screening import Screen
-from refitkit.builtin.torch_tensorrt.refitter import current_device
+from refitkit.builtin.torch_tensorrt.direct.screening import Sample, Screen
 from refitkit.builtin.torch_tensorrt.weight_buffers import Arena, Layout, stored
-from refitkit.program.bits import INTEGERS, same_bits, same_memory
+from refitkit.program.bits import same_bits, same_memory
 from refitkit.program.dtypes import dtype_of
 
 if TYPE_CHECKING:
@@ -27,8 +24,6 @@ if TYPE_CHECKING:
     from refitkit.builtin.torch_tensorrt.refitter import WeightSpec
     from refitkit.builtin.torch_tensorrt.weight_buffers import Constant, Uploader, ValueArena
 
-_SAMPLE = 1 << 16
-"""Elements that are compared before all others."""
 _ROOM_BYTES = 256 << 20
 """Values of the host wait in so much memory of the device to be moved."""
 
@@ -80,16 +75,21 @@ class PlacedArena:
         }
         self.nbytes = self.memory.numel() + self._folded.nbytes + self.fixed.nbytes
         runs = {dtype_of(name): run for name, run in self._folded.runs.items()}
-        self._folds = FoldsAtOnce(layout.folds, layout.places, self._folded.views, runs)
+        self._folds = FoldsAtOnce(
+            layout.folds, layout.places, self._folded.views, runs, mover.kernels
+        )
         self._is_folded = False
-        self._screen = Screen(self._looked_at(), mover.kernels)
-        self._screen_of_fixed = Screen([self.memory, *self.fixed.runs.values()], mover.kernels)
+        self._answers_due = torch.zeros(2, dtype=torch.int32, device=device)
+        doubt, differs = self._answers_due.split(1)  # type: ignore[no-untyped-call] # torch's
+        self._screen = Screen(self._looked_at(), doubt, mover.kernels)
+        self._screen_of_fixed = Screen(list(self.fixed.runs.values()), doubt, mover.kernels)
+        self._sample = Sample(layout, self.memory, differs, mover.kernels)
         self._rooms: list[tuple[str, torch.Tensor]] = []
         self._room_bytes = 0
         self._values: dict[str, torch.Tensor] = {}
         self._alike: _Alike | None = None
         self._asked: PlacedArena | None = None  # the arena that the pending checks compare with
-        self._seen = torch.zeros(2, pin_memory=device.type == "cuda")
+        self._seen = torch.zeros(2, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._answers: _Answers | None = None
         self.writes = 0
         self._over = PieceCopy(parts, self.memory, piece, mover)
@@ -109,8 +109,8 @@ class PlacedArena:
         found = list(self._folded.runs.values())
         for name, place in self._layout.places.items():
             words = self._words[self._layout.dtypes[name]]
-            is_dense = place.end - place.start == place.count
-            found.append(words[place.start : place.end] if is_dense else place.of_piece(words))
+            dense = place.is_dense
+            found.append(words[place.start : place.end] if dense else place.of_piece(words))
         return found
 
     # -- reading ----------------------------------------------------------------------------
@@ -138,8 +138,10 @@ class PlacedArena:
             return False
         self.fold()
         other.fold()
-        # the usual answer, from the first weight: each question to a GPU takes a while
-        if bool(self._differs(other)):
+        # the usual answer: each question to a GPU takes a while
+        self._answers_due.zero_()
+        self._sample.ask(other.memory)
+        if self._answers_due[1].item():
             return False
         if not all(a.same(b) for a, b in zip(self._apart, other._apart, strict=True)):
             return False
@@ -147,17 +149,6 @@ class PlacedArena:
         return same_memory(self.memory, other.memory) or all(
             same_bits(self.value(name), other.value(name)) for name in self._layout.places
         )
-
-    def _differs(self, other: PlacedArena) -> torch.Tensor:
-        """Whether some elements of the first weight differ: one element of bool."""
-        some = []
-        for name in islice(self._layout.places, 1):
-            place, size = self._layout.places[name], self._layout.dtypes[name].itemsize
-            for memory in (self.memory, other.memory):
-                view = place.of_piece(words_of(memory, INTEGERS[size]))
-                rows = max(1, _SAMPLE * len(view) // view.numel()) if view.dim() else 0
-                some.append(view[:rows] if rows else view)
-        return (some[0] != some[1]).any()
 
     @property
     def _apart(self) -> tuple[Arena, Arena]:
@@ -167,13 +158,15 @@ class PlacedArena:
         """Return whether all values are surely finite."""
         if self._answers is not None:
             return self._answers.is_finite
-        return math.isfinite(self._total().item())
+        self._answers_due.zero_()
+        self._ask_if_finite()
+        return not self._answers_due[0].item()
 
-    def _total(self) -> torch.Tensor:
-        """One element that is finite only if all values are; see ``Screen.total``."""
-        total = self._screen.total()
+    def _ask_if_finite(self) -> None:
+        self._screen.ask()
         # fixed weights that the engine takes are those that it holds
-        return total if self.accepted is not None else total + self._screen_of_fixed.total()
+        if self.accepted is None:
+            self._screen_of_fixed.ask()
 
     def _forget_answers(self) -> None:
         self._answers = None
@@ -244,20 +237,19 @@ class PlacedArena:
 
     def _is_written(self, alike: _Alike, values: Sequence[torch.Tensor], live: PlacedArena) -> bool:
         """Launch all moves and checks. Return False if the kernels cannot read some values."""
-        try:
-            with current_device(self._device):
-                if alike.moves is not None:
-                    if not alike.moves.give(list(map(torch.Tensor.data_ptr, values))):
-                        return False
-                    alike.moves.launch(self.memory)
-                self._folds.write(self._words)
-                live.fold()
-                total = self._total()
-                seen = torch.stack([total, self._differs(live).to(total.dtype)])
-                self._seen.copy_(seen, non_blocking=True)
-        except Exception:  # noqa: BLE001 - the usual way does without kernels if it must
-            self._alike = None
-            return False
+        moves = alike.moves
+        if moves is not None:
+            if not moves.give(list(map(torch.Tensor.data_ptr, values))):
+                return False
+            if not moves.launch(self.memory):
+                self._alike = None
+                return False
+        self._folds.write(self._words)
+        live.fold()
+        self._answers_due.zero_()
+        self._ask_if_finite()
+        self._sample.ask(live.memory)
+        self._seen.copy_(self._answers_due, non_blocking=True)
         return True
 
     def _noted(self, names: tuple[str, ...], values: Sequence[torch.Tensor]) -> _Alike:
@@ -341,10 +333,10 @@ class PlacedArena:
             self._move_all(uploader)
             uploader.finish()
             if self._asked is not None:
-                total, differs = self._seen.tolist()
+                doubt, differs = self._seen.tolist()
                 live = self._asked
                 self._answers = _Answers(
-                    weakref.ref(live), live.writes, math.isfinite(total), bool(differs)
+                    weakref.ref(live), live.writes, is_finite=not doubt, differs=bool(differs)
                 )
                 self._is_folded = True
         finally:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from refitkit.builtin.torch_tensorrt.direct.launching import Launch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -67,6 +69,7 @@ class FoldsAtOnce:
         places: Mapping[str, Place],
         values: Mapping[str, torch.Tensor],
         runs: Mapping[torch.dtype, torch.Tensor],
+        kernels: Any = None,
     ) -> None:
         """Compute the indices of all words to read and to write.
 
@@ -75,6 +78,7 @@ class FoldsAtOnce:
             places: Places of their weights and biases.
             values: Memory for all weights of the norms, flat, by name; parts of ``runs``.
             runs: Memory for all weights of a dtype, flat.
+            kernels: The module of the kernels; None without Triton.
         """
         self._runs = runs
         by_dtype: dict[torch.dtype, list[Fold]] = defaultdict(list)
@@ -83,6 +87,11 @@ class FoldsAtOnce:
         self._parts = {
             dtype: (self._sources(some, values, runs[dtype]), self._targets(some, places, values))
             for dtype, some in by_dtype.items()
+        }
+        self._launches = {
+            dtype: _folding(kernels, runs[dtype], sources.view(len(_ENDS), -1), targets)
+            for dtype, (sources, targets) in self._parts.items()
+            if kernels is not None and dtype.itemsize <= torch.float32.itemsize
         }
 
     @staticmethod
@@ -118,6 +127,9 @@ class FoldsAtOnce:
             words: The engine's memory as words of each dtype.
         """
         for dtype, (sources, targets) in self._parts.items():
+            launch = self._launches.get(dtype)
+            if launch is not None and launch(words[dtype]):
+                continue
             found = self._runs[dtype].index_select(0, sources)
             weight, bias, mean, var, eps = found.view(len(_ENDS), -1)
             scale = _scale(weight, var, eps)
@@ -126,6 +138,23 @@ class FoldsAtOnce:
                 words[dtype].index_copy_(0, where, value)
 
 
+def _folding(
+    kernels: Any, run: torch.Tensor, sources: torch.Tensor, targets: list[torch.Tensor]
+) -> Launch:
+    """The launch that computes all scales and shifts of a dtype.
+
+    Each program has rows of its own: five of sources, and two of targets. The last channels are
+    computed several times, so that all rows have the same length.
+    """
+    table = torch.stack([*sources, *targets])
+    more = -table.shape[1] % _CHANNELS
+    table = torch.cat([table, table[:, -1:].expand(-1, more)], 1)
+    rows = table.view(len(table), -1, _CHANNELS).transpose(0, 1).contiguous()
+    return Launch(kernels.fold, len(rows), run, rows, BLOCK=_CHANNELS)
+
+
+_CHANNELS = 256
+"""Channels that one program folds."""
 _ENDS = ("weight", "bias", "running_mean", "running_var", "eps")
 """What the names of a norm's weights end with, in the order of ``Fold``."""
 

@@ -151,3 +151,60 @@ def screen(  # noqa: ANN201 - as above
     word = tl.load(source + at, mask=at < tl.load(counts + value), other=0)
     bad = tl.max(((word & mask) == mask).to(tl.int32), 0)
     tl.store(found, bad, mask=bad > 0)
+
+
+@triton.jit
+def differ(  # noqa: ANN201 - as above
+    other: tl.tensor,
+    words: tl.tensor,
+    end: tl.tensor,
+    found: tl.tensor,
+    BLOCK: tl.constexpr,  # noqa: N803
+):
+    """Compare some adjacent words with others.
+
+    Args:
+        other: The others.
+        words: The words.
+        end: How many there are.
+        found: Becomes 1 if any differ.
+        BLOCK: Words that a program compares.
+    """
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < tl.load(end)
+    mine = tl.load(words + at, mask=inside, other=0)
+    bad = tl.max((mine != tl.load(other + at, mask=inside, other=0)).to(tl.int32), 0)
+    tl.store(found, bad, mask=bad > 0)
+
+
+@triton.jit
+def fold(  # noqa: ANN201 - as above
+    target: tl.tensor,
+    values: tl.tensor,
+    rows: tl.tensor,
+    BLOCK: tl.constexpr,  # noqa: N803
+):
+    """Compute scales and shifts of some channels of folded norms; see ``folds.Fold``.
+
+    Args:
+        target: The engine's memory as words of the norms' dtype: float32 or smaller.
+        values: All weights of norms of that dtype.
+        rows: For each program, where to read weights, biases, means, variances and eps, and where
+            to write scales and shifts, in rows of ``BLOCK``.
+        BLOCK: Channels of a program.
+    """
+    at = rows + tl.program_id(0).to(tl.int64) * 7 * BLOCK + tl.arange(0, BLOCK)
+    kind = target.dtype.element_ty
+    weight = tl.load(values + tl.load(at)).to(tl.float64)
+    bias = tl.load(values + tl.load(at + BLOCK)).to(tl.float64)
+    mean = tl.load(values + tl.load(at + 2 * BLOCK)).to(tl.float64)
+    var = tl.load(values + tl.load(at + 3 * BLOCK)).to(tl.float32)
+    eps = tl.load(values + tl.load(at + 4 * BLOCK)).to(tl.float32)
+    # each step is rounded to the norm's dtype, by way of float32 as torch does it. A quotient of
+    # float32 that was computed in float64 is rounded to the nearest number, too
+    spread = (var + eps).to(kind).to(tl.float64)
+    root = tl.sqrt(spread).to(tl.float32).to(kind).to(tl.float64)
+    scale = (weight / root).to(tl.float32).to(kind)
+    shift = (bias - mean * scale.to(tl.float64)).to(tl.float32).to(kind)
+    tl.store(target + tl.load(at + 5 * BLOCK), scale)
+    tl.store(target + tl.load(at + 6 * BLOCK), shift)

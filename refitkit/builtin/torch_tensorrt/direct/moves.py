@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from refitkit.builtin.torch_tensorrt.direct.launching import Launch
 from refitkit.builtin.torch_tensorrt.direct.places import words_of
-from refitkit.builtin.torch_tensorrt.refitter import current_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -234,13 +234,10 @@ class Mover:
             sources = [sources[place] for place in left]
         if not ways:
             return
-        try:
-            with current_device(self._device):
-                moves = self._moves_of(kind, ways)
-                moves.give(sources)
-                moves.launch(piece)
-        except Exception:  # noqa: BLE001 - Triton cannot compile, as without a C compiler
-            self._kernels = None  # nor any other kernel
+        moves = self._moves_of(kind, ways)
+        moves.give(sources)
+        if not moves.launch(piece):
+            self._kernels = None  # Triton can compile no other kernel, either
             for way, value in zip(ways, values, strict=True):
                 _copy(piece, way.place, value)
 
@@ -268,6 +265,11 @@ def _copy(piece: torch.Tensor, place: Place, value: torch.Tensor) -> None:
     place.of_piece(words).copy_(value.reshape([n for n, _ in reversed(place.digits)]))
 
 
+def _copied(piece: torch.Tensor, place: Place, value: torch.Tensor) -> bool:
+    _copy(piece, place, value)
+    return True
+
+
 @cache
 def _kernels() -> Any:
     """The module of the kernels; None without Triton."""
@@ -283,7 +285,6 @@ _TILE = 64
 """Length of each side of a tile."""
 BLOCK = 4096
 """Words that a program copies, where nothing is turned."""
-WARPS = 4
 _GROUP = 4
 """Most digits along one side."""
 
@@ -393,19 +394,24 @@ class Moves:
             kernels: The module of the kernels.
             device: Device of values and memory.
         """
-        counts = [len(some) for some in ways.values()]
+        # an even number of addresses for each kind, so that all tables are aligned alike
+        rooms = [len(some) + len(some) % 2 for some in ways.values()]
         on_gpu = device.type == "cuda"
-        self._given = torch.zeros(sum(counts), dtype=torch.int64, pin_memory=on_gpu)
+        self._given = torch.zeros(sum(rooms), dtype=torch.int64, pin_memory=on_gpu)
         self._numbers = self._given.numpy()
-        self._sources = torch.zeros(sum(counts), dtype=torch.int64, device=device)
-        # words can be larger than elements
-        words = [kind.size if kind.plain else 1 for kind in ways]
-        self._words = torch.tensor(words).repeat_interleave(torch.tensor(counts)).numpy()
-        views = self._sources.split(counts)  # type: ignore[no-untyped-call] # torch's
-        self._tables = [
-            _Table(kind, some, kernels, sources)
-            for (kind, some), sources in zip(ways.items(), views, strict=True)
-        ]
+        self._sources = torch.zeros(sum(rooms), dtype=torch.int64, device=device)
+        places: list[int] = []
+        words: list[int] = []  # words can be larger than elements
+        self._tables: list[_Table] = []
+        start = 0
+        for (kind, some), room in zip(ways.items(), rooms, strict=True):
+            places += range(start, start + len(some))
+            words += [kind.size if kind.plain else 1] * len(some)
+            self._tables.append(
+                _Table(kind, some, kernels, self._sources[start : start + len(some)])
+            )
+            start += room
+        self._places, self._words = torch.tensor([places, words]).numpy()
 
     def give(self, sources: Sequence[int]) -> bool:
         """Note where the values lie, for all launches until the next time.
@@ -417,18 +423,20 @@ class Moves:
         Returns:
             Whether the kernels can read them.
         """
-        self._numbers[:] = sources
-        return not (self._numbers % self._words).any()
+        self._numbers[self._places] = sources
+        return not (self._numbers[self._places] % self._words).any()
 
-    def launch(self, piece: torch.Tensor) -> None:
+    def launch(self, piece: torch.Tensor) -> bool:
         """Move the values, on the current stream.
 
         Args:
             piece: The memory as ``uint8``.
+
+        Returns:
+            False if kernels cannot be compiled.
         """
         self._sources.copy_(self._given, non_blocking=True)
-        for table in self._tables:
-            table.launch(piece)
+        return all(table.launch(piece) for table in self._tables)
 
 
 class _Table:
@@ -437,39 +445,32 @@ class _Table:
     def __init__(
         self, kind: Kind, ways: Sequence[Way], kernels: Any, sources: torch.Tensor
     ) -> None:
-        device = sources.device
-        self._kind, self._kernels, self._sources = kind, kernels, sources
+        self._word = _WORDS[kind.size]
         starts = torch.tensor([way.place.start for way in ways])
         if kind.plain:
             sizes = torch.tensor([way.size for way in ways])
             starts = starts * sizes // kind.size
             rows = [[way.sides[0][0].size * way.size // kind.size] for way in ways]
             tiles = blocks_of([size for (size,) in rows])
+            kernel, constants = kernels.copy, {"BLOCK": BLOCK}
         else:
             rows = [_row(way.sides) for way in ways]
             tiles = _tiles([-(-row[0] // _TILE) * -(-row[1] // _TILE) for row in rows])
-        self._tiles = tiles.to(device)
-        self._rows = torch.tensor(rows).to(device, torch.int64 if kind.plain else torch.int32)
-        self._starts = starts.to(device)
+            kernel = kernels.turn
+            constants = {
+                "COLUMNS": len(rows[0]),
+                "TILE": _TILE,
+                "READ": kind.read,
+                "WRITTEN": kind.written,
+                "READ_DENSE": kind.read_dense,
+                "WRITTEN_DENSE": kind.written_dense,
+            }
+        table = starts, torch.tensor(rows, dtype=torch.int64 if kind.plain else torch.int32), tiles
+        moved = [some.to(sources.device) for some in table]
+        self._launch = Launch(kernel, len(tiles), sources, *moved, **constants)
 
-    def launch(self, piece: torch.Tensor) -> None:
-        kind, grid = self._kind, (len(self._tiles),)
-        table = self._sources, self._starts, self._rows, self._tiles
-        words = words_of(piece, _WORDS[kind.size])
-        if kind.plain:
-            self._kernels.copy[grid](words, *table, BLOCK=BLOCK, num_warps=WARPS)
-        else:
-            self._kernels.turn[grid](
-                words,
-                *table,
-                COLUMNS=self._rows.shape[1],
-                TILE=_TILE,
-                READ=kind.read,
-                WRITTEN=kind.written,
-                READ_DENSE=kind.read_dense,
-                WRITTEN_DENSE=kind.written_dense,
-                num_warps=WARPS,
-            )
+    def launch(self, piece: torch.Tensor) -> bool:
+        return self._launch(words_of(piece, self._word))
 
 
 def blocks_of(sizes: Sequence[int]) -> torch.Tensor:
@@ -518,7 +519,7 @@ class PieceCopy:
         """Whether few launches make all copies."""
         return bool(self._launches) or len(self._parts.ranges) < _MOST_RANGES
 
-    def _planned(self, mover: Mover) -> list[Callable[[], object]]:
+    def _planned(self, mover: Mover) -> list[Callable[[], bool]]:
         """Launches that make all copies; none if kernels cannot."""
         by_word: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for start, end in self._parts.ranges:
@@ -534,7 +535,7 @@ class PieceCopy:
         ]
         return [*ranges, *self._moves(mover)]
 
-    def _moves(self, mover: Mover) -> Iterator[Callable[[], object]]:
+    def _moves(self, mover: Mover) -> Iterator[Callable[[], bool]]:
         """Launches that copy weights with gaps."""
         ways: dict[Kind, list[Way]] = defaultdict(list)
         for place, dtype in self._parts.scattered:
@@ -543,7 +544,7 @@ class PieceCopy:
             if way is None:
                 raise TypeError("a place has a way to itself")
             if way.kind is None:
-                yield partial(_copy, self._target, place, view)
+                yield partial(_copied, self._target, place, view)
             else:
                 ways[way.kind].append(way)
         if ways:
@@ -557,14 +558,9 @@ class PieceCopy:
     def __call__(self) -> None:
         """Copy, on the current stream."""
         if self._launches:
-            try:
-                with current_device(self._source.device):
-                    for launch in self._launches:
-                        launch()
-            except Exception:  # noqa: BLE001 - Triton cannot compile, as without a C compiler
-                self._launches = []
-            else:
+            if all(launch() for launch in self._launches):
                 return
+            self._launches = []
         targets, sources = (
             [
                 *[piece[start:end] for start, end in self._parts.ranges],
@@ -593,10 +589,10 @@ class _RangeLaunch:
         edges = torch.tensor(ranges)
         firsts, counts = edges[:, 0], edges.diff(dim=1).flatten() // size
         blocks = blocks_of(counts.tolist())
-        self._kernels, self._words = kernels, words_of(target, _WORDS[size])
+        self._words = words_of(target, _WORDS[size])
         table = source.data_ptr() + firsts, firsts // size, counts, blocks
-        self._table = [some.to(source.device) for some in table]
+        moved = [some.to(source.device) for some in table]
+        self._launch = Launch(kernels.copy, len(blocks), *moved, BLOCK=BLOCK)
 
-    def __call__(self) -> None:
-        grid = (len(self._table[-1]),)
-        self._kernels.copy[grid](self._words, *self._table, BLOCK=BLOCK, num_warps=WARPS)
+    def __call__(self) -> bool:
+        return self._launch(self._words)

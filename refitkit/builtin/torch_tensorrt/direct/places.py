@@ -72,6 +72,11 @@ class Place:
             found *= size
         return found
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether no other elements lie between the first and the last one."""
+        return self.end - self.start == self.count
+
     def is_injective(self) -> bool:
         """Return whether no two elements lie at one place. Strides have to be positive."""
         reach = 0  # of the digits with smaller strides

@@ -51,7 +51,32 @@ def _screen(
             found.fill_(1)
 
 
+def _differ(other: Any, words: Any, end: Any, found: Any, **_: Any) -> None:
+    count = int(end)
+    if not torch.equal(other[:count], words[:count]):
+        found.fill_(1)
+
+
+def _fold(target: Any, values: Any, rows: Any, **_: Any) -> None:
+    for row in rows:
+        weight, bias, mean, var, eps = (values[at] for at in row[:5])
+        scale = weight / (var + eps).double().sqrt().to(weight.dtype)
+        target[row[5]] = scale
+        target[row[6]] = (bias.double() - mean.double() * scale.double()).to(weight.dtype)
+
+
+def _fails(*_: Any, **__: Any) -> None:
+    raise RuntimeError("there is no C compiler")
+
+
+class NoKernels:
+    """Kernels that cannot be compiled."""
+
+    copy = turn = screen = differ = fold = Launcher(_fails)
+
+
 class FakeKernels:
     """The module of the kernels."""
 
     copy, turn, screen = Launcher(_copy), Launcher(_turn), Launcher(_screen)
+    differ, fold = Launcher(_differ), Launcher(_fold)

@@ -289,7 +289,7 @@ def test_kernels_that_fail_are_not_needed() -> None:
     for arena in filling.arenas:
         arena._mover._kernels = None
         for table in arena._alike.moves._tables:
-            table._kernels = None
+            table._launch._kernel = None
     for number in range(6):
         filling.fill(number, filling.others(80 + number))
     assert filling.arenas[0]._alike.rest == list(range(7))

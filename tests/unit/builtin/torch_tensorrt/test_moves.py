@@ -30,7 +30,7 @@ from refitkit.builtin.torch_tensorrt.weight_buffers import Constant, Uploader
 from refitkit.program.bits import same_bits
 from refitkit.protocols import SlotValue
 from tests.fakes import slot_for
-from tests.unit.builtin.torch_tensorrt.fake_kernels import FakeKernels
+from tests.unit.builtin.torch_tensorrt.fake_kernels import FakeKernels, NoKernels
 from tests.unit.builtin.torch_tensorrt.scenes import CPU
 
 
@@ -106,10 +106,11 @@ def test_values_are_divided_as_integers() -> None:
 KERNEL = """
 import random, sys, torch
 from refitkit.builtin.torch_tensorrt.direct import moves
-from refitkit.builtin.torch_tensorrt.direct.layout import Parts
+from refitkit.builtin.torch_tensorrt.direct.folds import Fold, FoldsAtOnce
+from refitkit.builtin.torch_tensorrt.direct.layout import EngineLayout, Parts
 from refitkit.builtin.torch_tensorrt.direct.moves import Mover
 from refitkit.builtin.torch_tensorrt.direct.places import Place, words_of
-from refitkit.builtin.torch_tensorrt.direct.screening import Screen
+from refitkit.builtin.torch_tensorrt.direct.screening import Sample, Screen
 from refitkit.program.bits import same_bits
 from tests.unit.builtin.torch_tensorrt.test_moves import value_and_place
 kinds = set()
@@ -154,10 +155,43 @@ for seed in range(25):
     found.zero_()
     assert not target.any()
     values = [torch.randn(n).to(dtype) for n in (1, 70, 5000)]
-    screen = Screen(values, moves._kernels())
-    assert screen.total().isfinite()
+    answer = torch.zeros(1, dtype=torch.int32)
+    screen = Screen(values, answer, moves._kernels())
+    screen.ask()
+    assert not answer
     values[seed % 3][-1] = float("-inf")
-    assert not screen.total().isfinite() and screen._launches
+    screen.ask()
+    assert answer and screen._launches
+    answer.zero_()
+    place = Place(3, ((70, 80), (80, 1)) if seed % 3 else ((9, 1),))
+    layout = EngineLayout(0, 1 << 18, {"w": place}, {"w": dtype})
+    mine, other = source, source.clone()
+    sample = Sample(layout, mine, answer, moves._kernels())
+    end = 3 + place.count
+    other[: 3 * size] += 1
+    other[end * size :] += 1
+    sample.ask(other)
+    assert not answer
+    other[rng.randrange(3 * size, end * size)] += 1
+    sample.ask(other)
+    assert answer and sample._launch._kernel
+    folds = [Fold(*(f"{end}{n}" for end in "wbmve")) for n in range(2)]
+    run, places, start = torch.rand(2200).add(0.01).to(dtype), {}, 0
+    values = {}
+    for n, count in enumerate((5, 400)):
+        for end in "wbmv":
+            values[f"{end}{n}"] = run[start : start + count]
+            start += count
+        values[f"e{n}"] = run[start : start + 1]
+        start += 1
+        places[f"w{n}"] = Place(900 * n, ((count, 2),))
+        places[f"b{n}"] = Place(900 * n + 1, ((count, 2),))
+    found, wanted = torch.zeros(2000, dtype=dtype), torch.zeros(2000, dtype=dtype)
+    folding = FoldsAtOnce(folds, places, values, {dtype: run}, moves._kernels())
+    folding.write({dtype: found})
+    assert folding._launches[dtype]._kernel
+    FoldsAtOnce(folds, places, values, {dtype: run}).write({dtype: wanted})
+    assert same_bits(found, wanted) and wanted.count_nonzero() == 4 * 405 // 2
 print(len(kinds))
 """
 
@@ -178,7 +212,7 @@ def test_the_kernel_moves_what_torch_moves() -> None:
 
 def test_a_kernel_that_cannot_be_compiled_is_not_needed() -> None:
     mover = Mover(CPU, kernel=True)
-    mover._kernels = object()  # has no kernels
+    mover._kernels = NoKernels
     value, place = torch.arange(6.0).view(2, 3), Place(0, ((3, 2), (2, 1)))
     piece = torch.zeros(24, dtype=torch.uint8)
     way = mover.way("w", place, value)
@@ -293,6 +327,12 @@ def test_a_fixed_weight_that_the_engine_holds_may_be_infinite() -> None:
     assert found.is_finite()
 
 
+def asked(screen: Screen, answer: torch.Tensor) -> bool:
+    answer.zero_()
+    screen.ask()
+    return bool(answer)
+
+
 WORDS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
@@ -302,29 +342,32 @@ def test_a_screen_finds_what_is_not_finite(dtype: torch.dtype, kernels: Any) -> 
     g = torch.Generator().manual_seed(0)
     values = [torch.randn(n, generator=g).to(dtype) for n in (1, 7, 5000)]
     values += [torch.ones(4, 6, dtype=dtype)[:, ::2], torch.arange(9)]
-    screen = Screen(values, kernels)
-    assert screen.total().isfinite()
+    answer = torch.zeros(1, dtype=torch.int32)
+    screen = Screen(values, answer, kernels)
+    assert not asked(screen, answer)
     for value in values[:-1]:
         for bad in (float("nan"), float("inf"), -float("inf")):
             at = value.view(-1)[-1:] if value.is_contiguous() else value[-1, -1:]
             kept = at.clone()
             at.fill_(bad)
-            assert not screen.total().isfinite()
+            assert asked(screen, answer)
             at.copy_(kept)
     values[2].fill_(torch.finfo(dtype).max)
-    assert bool(screen.total().isfinite()) == (kernels is not None or dtype == torch.float16)
+    assert asked(screen, answer) == (kernels is None and dtype != torch.float16)
 
 
 def test_a_screen_finds_nothing_out_about_bytes() -> None:
-    assert not Screen([torch.ones(3).to(torch.float8_e4m3fn)], FakeKernels).total().isfinite()
+    answer = torch.zeros(1, dtype=torch.int32)
+    assert asked(Screen([torch.ones(3).to(torch.float8_e4m3fn)], answer, FakeKernels), answer)
 
 
 def test_a_screen_goes_on_without_kernels() -> None:
     values = [torch.ones(3), torch.ones(3)]
-    screen = Screen(values, object())
-    assert screen.total().isfinite()
+    answer = torch.zeros(1, dtype=torch.int32)
+    screen = Screen(values, answer, NoKernels)
+    assert not asked(screen, answer)
     values[0][1] = float("nan")
-    assert not screen.total().isfinite()
+    assert asked(screen, answer)
 
 
 # -- what a commit copies -------------------------------------------------------------------------
@@ -367,7 +410,8 @@ def test_a_commit_copies_the_weights_and_nothing_else(
     assert bool(copy._launches) == kernel
 
 
-def test_folds_at_once_are_those_one_by_one() -> None:
+@pytest.mark.parametrize("kernels", [None, FakeKernels, NoKernels])
+def test_folds_at_once_are_those_one_by_one(kernels: Any) -> None:
     folds = [Fold(*(f"{end}{n}" for end in "wbmve")) for n in range(3)]
     g = torch.Generator().manual_seed(0)
     run = torch.rand(200, generator=g) + 0.1
@@ -380,7 +424,7 @@ def test_folds_at_once_are_those_one_by_one() -> None:
         places[fold.weight] = Place(20 * number, ((count, 2),))
         places[fold.bias] = Place(20 * number + 1, ((count, 2),))
     words = torch.zeros(60)
-    folding = FoldsAtOnce(folds, places, values, {torch.float32: run})
+    folding = FoldsAtOnce(folds, places, values, {torch.float32: run}, kernels)
     folding.write({torch.float32: words})
     for fold in folds:
         assert same_bits(places[fold.weight].of_piece(words), fold.scale(values))
@@ -391,7 +435,7 @@ def test_moves_that_an_interrupt_has_left_are_never_made() -> None:
     layout, values, piece = layout_and_values()
     found = arena_of(layout, values, piece)
     found._mover = Mover(CPU, kernel=True)
-    found._mover._kernels = object()  # queues, and then moves by torch
+    found._mover._kernels = NoKernels  # queues, and then moves by torch
     specs, uploader = found._specs, Uploader(CPU)
     left = torch.full((4, 3), 7.0)
     found.copy("a", left, uploader)
