@@ -348,11 +348,12 @@ class SnapshotBuilder:
 
     def _will_be_in_engines(self, keys: Collection[SlotKey]) -> bool:
         """Whether the engines keep these slots' present values through the refit."""
-        engines = {name: self._module.engines[name] for name in {name for name, _ in keys}}
-        if not all(isinstance(engine, HoldsPrevious) for engine in engines.values()):
-            return False
-        readers = {name: live_reader(engine) for name, engine in engines.items()}
-        return all((read := readers[name]) and read(slot) is not None for name, slot in keys)
+        for name, slot in dict(keys).items():  # an engine knows the values of all slots or of none
+            engine = self._module.engines[name]
+            read = live_reader(engine)
+            if not isinstance(engine, HoldsPrevious) or read is None or read(slot) is None:
+                return False
+        return True
 
     @property
     def _kept(self) -> dict[SlotKey, torch.Tensor]:

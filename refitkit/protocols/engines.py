@@ -232,8 +232,8 @@ class RemembersWeights(Protocol, metaclass=Ability):
 
         Returns:
             An alias of the kept value, valid until the next refit: the dtype of the slot, and its
-            shape if the engine knows the shape. None if the value is unknown, as it is before the
-            first refit.
+            shape if the engine knows the shape. None if the values are unknown, as they are before
+            the first refit. An engine knows those of all slots or of none.
         """
 
 

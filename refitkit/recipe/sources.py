@@ -87,7 +87,11 @@ def are_plain(values: Sequence[Any]) -> bool:
         PLAIN.issuperset(map(type, values))
         and all(value.layout is torch.strided for value in values)
         and not any(value.is_meta or value.is_nested for value in values)
-        and have_own_bits(values, ends_of(values))
+        # these have no storage
+        and not any(map(torch._C._functorch.is_functorch_wrapped_tensor, values))  # noqa: SLF001
+        and not any(map(torch.Tensor.is_neg, values))
+        and not any(map(torch.Tensor.is_conj, values))
+        and have_memory(values, ends_of(values))
         and all(map(torch.Tensor.is_contiguous, values))
     )
 
@@ -98,22 +102,15 @@ def ends_of(values: Sequence[torch.Tensor]) -> list[int]:
     return [int(v.nbytes + n * v.itemsize) for v, n in zip(values, offsets, strict=True)]
 
 
-def have_own_bits(values: Sequence[torch.Tensor], ends: Sequence[int]) -> bool:
-    """Whether the memory of strided tensors holds their values, and was not freed.
+def have_memory(values: Sequence[torch.Tensor], ends: Sequence[int]) -> bool:
+    """Whether the memory of no tensor was freed.
 
     Args:
-        values: Tensors that are not on the device ``meta``.
+        values: Tensors with storages.
         ends: See ``ends_of``.
     """
-    kind, is_wrapped = torch.Tensor, torch._C._functorch.is_functorch_wrapped_tensor  # noqa: SLF001
-    if any(map(is_wrapped, values)):  # these have no storage
-        return False
-    held = map(torch.UntypedStorage.nbytes, map(kind.untyped_storage, values))
-    return (
-        all(map(ge, held, ends))
-        and not any(map(kind.is_neg, values))
-        and not any(map(kind.is_conj, values))
-    )
+    storages = map(torch.Tensor.untyped_storage, values)
+    return all(map(ge, map(torch.UntypedStorage.nbytes, storages), ends))
 
 
 def is_distributed(value: Any) -> bool:
@@ -210,8 +207,11 @@ class TensorMap:
         """
         self.description = description
         self._tensors = tensors
-        end = f".{_EXTRA_STATE}"
-        self._names = dict.fromkeys(n for n in tensors if n != _EXTRA_STATE and not n.endswith(end))
+        extra = {n for n in tensors if n.endswith(_EXTRA_STATE)}
+        self._names = dict.fromkeys(tensors)
+        for name in extra:
+            if name.rpartition(".")[2] == _EXTRA_STATE:
+                del self._names[name]
         self._not_persistent = frozenset(not_persistent)
         self.is_donated = False
 

@@ -5,41 +5,66 @@ What reads this source can be used again: it then reads the tensors that the sou
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable, Sequence
 from functools import partial
 from operator import attrgetter, is_
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 
 from refitkit.errors import SourceError
 from refitkit.recipe.sources import (
+    PLAIN,
     ModuleWeights,
     TensorMap,
     are_plain,
     ends_of,
-    have_own_bits,
+    have_memory,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from refitkit.protocols import WeightSource
 
-_HEADER = attrgetter("dtype", "shape", "device", "layout", "requires_grad")
+_Alike = Callable[..., bool]
+
+
+def _comparison_with(values: Sequence[torch.Tensor]) -> _Alike | None:
+    """Return what tells whether other tensors have the same headers; None if torch has changed.
+
+    It is the comparison that torch.compile makes of the inputs of a function. In Python it takes 25
+    times as long.
+
+    Args:
+        values: Plain tensors, each once.
+    """
+    try:
+        guards: Any = importlib.import_module("torch._C._dynamo.guards")
+        one = guards.TensorGuards(
+            *values,
+            dynamic_dims_sizes=[list(value.shape) for value in values],
+            dynamic_dims_strides=[list(value.stride()) for value in values],
+        )
+    except (ImportError, AttributeError, TypeError):
+        return None
+    alike: _Alike = one.check
+    return alike
 
 
 class SteadyTensors(TensorMap):
     """The tensors of a state_dict or module, and later of others with the same headers."""
 
-    def __init__(self, source: TensorMap, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, source: TensorMap, tensors: Mapping[str, torch.Tensor], are_alike: _Alike
+    ) -> None:
         """Called by ``of``."""
         self._now = _Tensors(tensors)
         super().__init__(self._now, source.description)
         self.is_donated = source.is_donated
         values = list(tensors.values())
-        self._kinds = list(map(type, values))
-        self._headers = list(map(_HEADER, values))
-        self._strides = list(map(torch.Tensor.stride, values))
+        self._firsts, self._are_alike = _firsts(values), are_alike
         self._offsets = list(map(torch.Tensor.storage_offset, values))
         self._ends = ends_of(values)
 
@@ -49,13 +74,18 @@ class SteadyTensors(TensorMap):
 
     @classmethod
     def of(cls, source: WeightSource) -> SteadyTensors | None:
-        """The tensors of a source; None if it gives anything but plain tensors in memory."""
+        """The tensors of a source; None if it gives anything but plain tensors in memory.
+
+        None, too, with a torch that cannot compare headers.
+        """
         if not _may_be_steady(source):
             return None
         tensors = source.in_memory
         if tensors is None or not are_plain(list(tensors.values())):
             return None
-        return cls(source, tensors)
+        values = list(tensors.values())
+        are_alike = _comparison_with(_at(_firsts(values), values))
+        return None if are_alike is None else cls(source, tensors, are_alike)
 
     def take(self, source: WeightSource) -> bool:
         """Give the tensors of a source from now on, if they have the same headers.
@@ -71,20 +101,27 @@ class SteadyTensors(TensorMap):
         tensors = source.in_memory
         if tensors is None or list(tensors) != list(self._names):
             return False
-        # in this order: only of plain types all of this can be asked
         values = list(tensors.values())
-        if (
-            list(map(type, values)) != self._kinds
-            or any(value.is_nested for value in values)
-            or list(map(_HEADER, values)) != self._headers
-            or list(map(torch.Tensor.stride, values)) != self._strides
-            or not have_own_bits(values, self._ends_of(values))
-        ):
+        if not self._are_like(values) or not have_memory(values, self._ends_of(values)):
             return False
         self._now.clear()
         self._now.update(tensors)
         self.description = source.description
         return True
+
+    def _are_like(self, values: list[Any]) -> bool:
+        """Whether tensors have the headers of those before. Then they hold their own bits, too."""
+        return (
+            # in this order: subclasses run code of their own when they are asked, and the last
+            # comparison ends the process at a nested tensor
+            PLAIN.issuperset(map(type, values))
+            and set(map(_LAYOUT, values)) <= {torch.strided}
+            and not any(map(_IS_NESTED, values))
+            and _firsts(values) == self._firsts
+            # types, dtypes, devices, shapes, strides, requires_grad and dispatch keys. Those tell
+            # lazily negated or conjugated tensors, and the ones of function transforms
+            and self._are_alike(*_at(self._firsts, values))
+        )
 
     def _ends_of(self, values: list[torch.Tensor]) -> list[int]:
         """See ``ends_of``: usually the same as those of the tensors before."""
@@ -100,6 +137,24 @@ class SteadyTensors(TensorMap):
     def drop(self) -> None:
         """Keep no tensor alive. Nothing can be read until ``take`` takes others."""
         self._now.clear()
+
+
+_LAYOUT, _IS_NESTED = attrgetter("layout"), attrgetter("is_nested")
+
+
+def _firsts(values: Sequence[object]) -> list[int] | None:
+    """Return where each object comes first; None if none comes twice. Tied weights do."""
+    if len(set(map(id, values))) == len(values):
+        return None
+    found: dict[int, int] = {}
+    return [found.setdefault(id(value), place) for place, value in enumerate(values)]
+
+
+def _at(firsts: list[int] | None, values: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The values without those that came before."""
+    if firsts is None:
+        return values
+    return [values[place] for place in dict.fromkeys(firsts)]
 
 
 class _Tensors(dict[str, torch.Tensor]):

@@ -18,7 +18,7 @@ from refitkit.program.ambient import plain, why_not_real
 from refitkit.program.dtypes import dtype_name, unusable_dtype
 from refitkit.program.facts import tensors_of
 from refitkit.recipe import TensorMap
-from refitkit.recipe.sources import PLAIN, ModuleWeights
+from refitkit.recipe.sources import ModuleWeights
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -36,13 +36,16 @@ def from_mapping(state: Mapping[Any, Any]) -> WeightSource:
     """
     if isinstance(state, dict):  # iterating another mapping may read its values
         state = flattened(state, "This dictionary")
-    # types are few, and asking each key takes longer
-    kinds = set(map(type, state))
-    invalid = [] if kinds <= {str} else [key for key in state if not isinstance(key, str)]
-    if invalid:
+    if not all(issubclass(kind, str) for kind in _kinds(state)):
+        invalid = [key for key in state if not isinstance(key, str)]
         problems = [Problem(repr(key), "key", type(key).__name__, "str") for key in invalid]
         raise SourceError("A state_dict maps names to tensors.", problems=problems)
     return TensorMap(state, f"a state_dict of {len(state)} entries")
+
+
+def _kinds(values: Iterable[object]) -> set[type]:
+    """The types of values. They are few, and asking each value takes longer."""
+    return set(map(type, values))
 
 
 def from_object(thing: object) -> WeightSource | None:
@@ -97,10 +100,10 @@ def flattened(state: Any, label: str) -> Any:
         SourceError: Two tensors have one name, the nesting is too deep, or there are too many
             names.
     """
-    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+    if not isinstance(state, Mapping) or not all(issubclass(kind, str) for kind in _kinds(state)):
         return state
     # Nearly always it is a flat state_dict. The rest takes time for each name.
-    if not any(isinstance(v, Mapping) for v in state.values() if type(v) not in PLAIN):
+    if not any(issubclass(kind, Mapping) for kind in _kinds(state.values())):
         return state
     found = list(_tensors(state, label))
     if not any(depth for depth, _, _ in found):

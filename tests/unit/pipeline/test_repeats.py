@@ -502,6 +502,59 @@ def test_sources_with_odd_entries_are_not_steady(kind: str) -> None:
     assert SteadyTensors.of(TensorMap({**plain, "c": ODD[kind]()})) is None
 
 
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_tensors_are_not_taken(kind: str) -> None:
+    dtype = torch.complex64 if kind == "conjugated" else torch.float32
+    shape = {"strided": (2, 3), "cut off": (2,)}.get(kind, (2, 3))
+    steady = SteadyTensors.of(TensorMap({"a": torch.ones(shape, dtype=dtype)}))
+    assert steady is not None
+    assert steady.take(TensorMap({"a": torch.zeros(shape, dtype=dtype)}))
+    assert not steady.take(TensorMap({"a": ODD[kind]()}))
+
+
+def test_tied_tensors_are_taken_if_the_others_were_tied() -> None:
+    one, two, three = (torch.full((2, 3), float(n)) for n in range(3))
+    tied = SteadyTensors.of(TensorMap({"a": one, "b": two, "c": one}))
+    apart = SteadyTensors.of(TensorMap({"a": one, "b": two, "c": three}))
+    assert tied is not None
+    assert apart is not None
+    for taken, steady in ((True, tied), (False, apart)):
+        assert steady.take(TensorMap({"a": two, "b": one, "c": two})) == taken
+        assert steady.take(TensorMap({"a": two, "b": one, "c": three})) != taken
+        assert not steady.take(TensorMap({"a": two, "b": one, "c": one})) or not taken
+
+
+def test_tensors_of_a_function_transform_are_not_taken() -> None:
+    steady = SteadyTensors.of(TensorMap({"a": torch.ones(2, 3)}))
+    assert steady is not None
+    taken = []
+
+    def note(value: torch.Tensor) -> torch.Tensor:
+        taken.append(steady.take(TensorMap({"a": value})))
+        return value
+
+    torch.func.vmap(note)(torch.ones(4, 2, 3))
+    assert taken == [False]
+
+
+def test_a_torch_without_that_comparison_repeats_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = TensorMap({"a": torch.ones(2)})
+    assert SteadyTensors.of(source) is not None
+    monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
+    assert SteadyTensors.of(source) is None
+
+
+def test_steady_tensors_keep_none_alive() -> None:
+    value = torch.ones(2, 3)
+    steady = SteadyTensors.of(TensorMap({"a": value}))
+    assert steady is not None
+    steady.drop()
+    kept = weakref.ref(value)
+    del value
+    gc.collect()
+    assert kept() is None
+
+
 def test_memory_that_was_freed_is_no_steady_tensor() -> None:
     value = torch.ones(2, 3)
     value.untyped_storage().resize_(8)
