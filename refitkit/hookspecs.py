@@ -259,7 +259,8 @@ def refitkit_weights_changed(module: OpenedModule, report: RefitReport) -> None:
 
     Args:
         module: The opened target; its live weights have just changed.
-        report: The report so far; ``outcome`` says whether this is a commit or a rollback.
+        report: The report so far; ``outcome`` says whether this is a commit or a rollback. With
+            ``trial``, the weights are not the user's: refitkit proves a plan with them.
 
     Raises:
         Exception: After a commit, any exception rolls it back. After a rollback, an exception makes
@@ -271,11 +272,14 @@ def refitkit_weights_changed(module: OpenedModule, report: RefitReport) -> None:
 def refitkit_event(event: Event) -> None:
     """Receive a progress event. Kind: all.
 
-    Called by every verb when a stage starts, advances and ends. Use it for progress bars, logs and
-    metrics. An exception is logged once (logger ``refitkit``), and changes nothing else.
+    Called by every verb when it starts and ends, and when a stage of it starts, advances and ends;
+    :mod:`refitkit.model.events` lists the events and their order. Each ``Started`` has exactly one
+    end: ``Finished``, ``Failed`` or ``Aborted``, with the same ``id``. Use the hook for progress
+    bars, logs and metrics, and leave out events with ``trial``: they are not about the user's
+    weights. An exception is logged once (logger ``refitkit``), and changes nothing else.
 
     Args:
-        event: An instance of one of the classes in :mod:`refitkit.model.report`.
+        event: An instance of one of the classes in :mod:`refitkit.model.events`.
     """
 
 

@@ -230,6 +230,11 @@ class Host:
         """
         return getattr(self._manager.hook, hook)(**arguments)
 
+    @property
+    def has_listeners(self) -> bool:
+        """Whether any plugin gets events."""
+        return bool(self._listeners)
+
     def emit(self, event: Event) -> None:
         """Send a progress event to all listeners. One that fails is logged, and the work goes on.
 

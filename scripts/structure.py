@@ -40,7 +40,7 @@ class Size(NamedTuple):
 
 
 LIMITS = {
-    "refitkit": Size(208, 1146, 0),
+    "refitkit": Size(209, 1147, 0),
     "refitkit.builtin": Size(86, 187, 0),
     "refitkit.builtin.aotinductor": Size(14, 37, 0),
     "refitkit.builtin.checks": Size(3, 2, 0),
@@ -52,7 +52,7 @@ LIMITS = {
     "refitkit.builtin.weights": Size(7, 12, 0),
     "refitkit.cli": Size(23, 66, 0),
     "refitkit.files": Size(7, 3, 0),
-    "refitkit.model": Size(6, 10, 0),
+    "refitkit.model": Size(7, 11, 0),
     "refitkit.pipeline": Size(23, 105, 0),
     "refitkit.program": Size(9, 12, 0),
     "refitkit.protocols": Size(11, 34, 0),

@@ -17,8 +17,11 @@ import torch
 import refitkit
 from refitkit.config import Config
 from refitkit.model import (
+    Aborted,
     CallRef,
     Event,
+    Failed,
+    Finished,
     Guard,
     LedgerRow,
     OpCall,
@@ -27,8 +30,10 @@ from refitkit.model import (
     Slot,
     SlotState,
     SourceRef,
+    StageFailed,
     StageFinished,
     StageStarted,
+    Started,
     Tensor,
     TensorInfo,
     VerificationResult,
@@ -477,9 +482,22 @@ class TrippingPlugin:
     @refitkit.hookimpl
     def refitkit_event(self, event: Event) -> None:
         stage = getattr(event, "stage", "")
-        kind = {StageStarted: "start", StageFinished: "finish"}.get(type(event), "step")
+        kind = _KINDS.get(type(event), "step")
         self.wire(f"refitkit_event {kind} {stage}")
         self.events.append(event)
+
+
+_KINDS = {
+    Started: "begin",
+    StageStarted: "start",
+    StageFinished: "finish",
+    StageFailed: "fail",
+    Finished: "end ",
+    Failed: "end ",
+    Aborted: "end ",
+}
+END = "refitkit_event end  "
+"""Label of the last event: what was interrupted there was complete."""
 
 
 # -- memory -----------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from refitkit.cli.tables import duration, shown
 from refitkit.config import Config
 from refitkit.errors import RefitError, raise_if_resource, resources
 from refitkit.hookspecs import hookimpl
-from refitkit.model import StageFinished, StageStarted, Step
+from refitkit.model import StageFailed, StageFinished, StageStarted, Step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -260,6 +260,8 @@ class Progress:
         elif isinstance(event, StageFinished):
             self.finished.append(event)
             self._log(f"{event.verb}: {event.stage} took {duration(event.seconds)}")
+        elif isinstance(event, StageFailed):
+            self._log(f"{event.verb}: {event.stage} failed after {duration(event.seconds)}")
 
     def show(self, text: str) -> None:
         """Show a text beside a spinner, until the next text or ``stop``."""

@@ -1,9 +1,21 @@
 """Frozen values that carry data between packages. None of them imports torch.
 
 Values that are stored in files or shown to users are pydantic models: slots (``slot.py``), plans
-(``plan.py``), rules for names (``rules.py``) and reports (``report.py``).
+(``plan.py``), rules for names (``rules.py``) and reports (``report.py``). Events (``events.py``)
+are dataclasses: they are never stored, and are created often.
 """
 
+from refitkit.model.events import (
+    Aborted,
+    Event,
+    Failed,
+    Finished,
+    StageFailed,
+    StageFinished,
+    StageStarted,
+    Started,
+    Step,
+)
 from refitkit.model.plan import (
     FORMAT,
     Argument,
@@ -33,16 +45,12 @@ from refitkit.model.report import (
     DiffRow,
     EngineMemory,
     EngineRoute,
-    Event,
     KeptWeights,
     OutputMeasure,
     RefitReport,
     ReportRow,
-    StageFinished,
-    StageStarted,
     StageTime,
     StateRow,
-    Step,
     TransformRow,
     VerificationResult,
 )
@@ -52,6 +60,7 @@ from refitkit.model.slot import ITEM_BYTES, LayerType, Slot, SlotKey, TensorInfo
 __all__ = [
     "FORMAT",
     "ITEM_BYTES",
+    "Aborted",
     "Argument",
     "CallRef",
     "ChangeRow",
@@ -60,7 +69,9 @@ __all__ = [
     "EngineMemory",
     "EngineRoute",
     "Event",
+    "Failed",
     "Fingerprint",
+    "Finished",
     "Guard",
     "KeptWeights",
     "LayerType",
@@ -84,9 +95,11 @@ __all__ = [
     "SlotKey",
     "SlotState",
     "SourceRef",
+    "StageFailed",
     "StageFinished",
     "StageStarted",
     "StageTime",
+    "Started",
     "StateRow",
     "Step",
     "Tensor",

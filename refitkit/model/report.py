@@ -1,14 +1,12 @@
-"""Reports of refits, verifications and diffs, and the events that are emitted meanwhile.
+"""Reports of refits, verifications and diffs.
 
 :class:`RefitReport` and :class:`DiffReport` are the results that users get; the models before them
-are their rows. Events go to plugins through the hook ``refitkit_event``, for progress bars, logs
-and metrics.
+are their rows.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from pydantic import Field
@@ -230,6 +228,7 @@ class RefitReport(Frozen):
             verifier if it runs behind the gate. 0 if the gate was not closed; None while it is.
         routes: The way in which each engine got its weights, for engines that have several.
         notes: Remarks for the user (only staging was checked, nothing changed, ...).
+        trial: Whether refitkit made this refit itself, to prove a plan. The user's weights follow.
     """
 
     outcome: Literal["committed", "rolled-back"]
@@ -253,6 +252,7 @@ class RefitReport(Frozen):
     pause_seconds: float | None = None
     routes: tuple[EngineRoute, ...] = ()
     notes: tuple[str, ...] = Field(default_factory=tuple)
+    trial: bool = False
 
     @property
     def most_changed(self) -> ChangeRow | None:
@@ -351,56 +351,3 @@ class DiffReport(Frozen):
         if self.differs:
             return counted
         return f"nothing changed: {counted}" if counted else "nothing changed: both are empty"
-
-
-# -- events -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """The base class of events.
-
-    Attributes:
-        verb: Operation that the user started: ``compile``, ``load``, ``plan``, ``refit``, ``save``.
-    """
-
-    verb: str
-
-
-@dataclass(frozen=True, slots=True)
-class StageStarted(Event):
-    """A stage has started.
-
-    Attributes:
-        stage: Name of the stage.
-        total: Number of steps to come; None if unknown.
-    """
-
-    stage: str
-    total: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Step(Event):
-    """A step of a stage has ended. Emitted for long steps, never for each tensor.
-
-    Attributes:
-        stage: Name of the stage.
-        text: Description of the step.
-    """
-
-    stage: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class StageFinished(Event):
-    """A stage has ended without an error.
-
-    Attributes:
-        stage: Name of the stage.
-        seconds: Wall-clock time in seconds.
-    """
-
-    stage: str
-    seconds: float

@@ -7,25 +7,82 @@ and called in a test, without one.
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from refitkit.config import Config
 from refitkit.errors import ConfigError, Problem
 from refitkit.host import Host, make_host
-from refitkit.model import StageFinished, StageStarted, StageTime, Step
+from refitkit.model import (
+    Aborted,
+    Failed,
+    Finished,
+    StageFailed,
+    StageFinished,
+    StageStarted,
+    StageTime,
+    Started,
+    Step,
+)
 from refitkit.offered import owned
 from refitkit.protocols import Tools
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
+    from refitkit.model import Event
     from refitkit.protocols import Backend
 
 _REGISTER = "refitkit_register_backends"
+
+
+@dataclass
+class Operation:
+    """One call of a verb; see ``refitkit.model.events``.
+
+    Attributes:
+        verb: Name of the verb.
+        module: Name of the module; empty if there is none or there are several.
+        parent: ``id`` of the operation that runs this one.
+        trial: Whether it proves a plan, with weights that are not the user's.
+        id: Identifies it.
+        result: What it returns, once it has succeeded.
+    """
+
+    verb: str = ""
+    module: str = ""
+    parent: str = ""
+    trial: bool = False
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    result: object = None
+
+    def event(self, kind: type[Event], verb: str, *facts: object, module: str = "") -> Event:
+        """An event of the operation.
+
+        Args:
+            kind: Its class.
+            verb: Name of the verb, where the operation runs a part of another one.
+            facts: What the class takes beside the verb.
+            module: Name of the module, where the operation has several.
+        """
+        given: Callable[..., Event] = kind
+        return given(
+            verb,
+            *facts,
+            id=self.id,
+            parent=self.parent,
+            module=module or self.module,
+            trial=self.trial,
+        )
+
+
+_NO_OPERATION = Operation(id="")
+_operation: ContextVar[Operation] = ContextVar("refitkit_operation", default=_NO_OPERATION)
 
 
 @dataclass(frozen=True)
@@ -120,16 +177,84 @@ class Context:
         """
         return Tools(
             layer_types=self.host.named("refitkit_layer_types"),
-            progress=lambda text: self.host.emit(Step(verb, stage, text)),
+            # now, because plugins may report progress from threads of their own
+            progress=partial(self.step, verb, stage, during=self.operation),
             check_finite=self.config.check_finite,
             direct=self.config.direct,
             cache=self.config.cache_folder(),
             shared=shared,
         )
 
-    def clock(self, verb: str) -> StageClock:
-        """A clock for the stages of one verb."""
-        return StageClock(self.host, verb)
+    @property
+    def operation(self) -> Operation:
+        """The operation that this thread runs; one without an ``id`` if it runs none."""
+        return _operation.get()
+
+    @contextmanager
+    def operating(self, verb: str, module: str = "", *, trial: bool = False) -> Iterator[Operation]:
+        """Run an operation: emit an event at its start, and exactly one at its end.
+
+        Args:
+            verb: Name of the verb.
+            module: Name of the module, if it is about one.
+            trial: Whether it proves a plan. Operations that it runs do, too.
+        """
+        outer = self.operation
+        one = Operation(verb, module, outer.id, trial or outer.trial)
+        end, facts = Aborted, ()  # type: tuple[type[Event], tuple[object, ...]]
+        token = _operation.set(one)
+        try:
+            self.emit(Started, verb)
+            yield one
+            end, facts = Finished, (one.result,)
+        except Exception as exc:
+            end, facts = Failed, (exc,)
+            raise
+        finally:
+            self._end(one, token, end, facts)
+
+    def _end(
+        self,
+        operation: Operation,
+        token: Token[Operation],
+        end: type[Event],
+        facts: tuple[object, ...],
+    ) -> None:
+        """Emit the last event of an operation."""
+        try:
+            self.emit(end, operation.verb, *facts)
+        except BaseException as exc:  # a listener was interrupted
+            if end is Finished:
+                exc.add_note(f"The {operation.verb} was complete when it was interrupted.")
+            raise
+        finally:
+            _operation.reset(token)
+
+    def emit(self, kind: type[Event], verb: str, *facts: object, module: str = "") -> None:
+        """Send an event of this thread's operation to all listeners; see ``Operation.event``."""
+        if self.host.has_listeners:
+            self.host.emit(self.operation.event(kind, verb, *facts, module=module))
+
+    def step(self, verb: str, stage: str, text: str, *, during: Operation | None = None) -> None:
+        """Report progress.
+
+        Args:
+            verb: Name of the verb.
+            stage: Name of the stage.
+            text: Description of the step that has ended.
+            during: The operation; None for that of this thread.
+        """
+        if self.host.has_listeners:
+            self.host.emit((during or self.operation).event(Step, verb, stage, text))
+
+    def clock(self, verb: str, module: str = "") -> StageClock:
+        """A clock for the stages of one verb.
+
+        Args:
+            verb: Name of the verb.
+            module: Name of the module.
+        """
+        return StageClock(self, verb, module)
 
     def with_settings(self, **changes: object) -> Context:
         """The same plugins with other settings, which are not validated again."""
@@ -141,12 +266,14 @@ class StageClock:
 
     Attributes:
         stages: The stages that have ended so far, in order, with their seconds.
+        trial: Whether the operation proves a plan; see ``Event.trial``.
     """
 
-    def __init__(self, host: Host, verb: str) -> None:
+    def __init__(self, context: Context, verb: str, module: str) -> None:
         """Start with no stages."""
-        self._host, self._verb = host, verb
+        self._context, self._verb, self._module = context, verb, module
         self._stages: list[StageTime] = []
+        self.trial = context.operation.trial
 
     @property
     def stages(self) -> tuple[StageTime, ...]:
@@ -155,15 +282,19 @@ class StageClock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time one stage. A stage that raises is timed and emits no ``StageFinished``."""
-        self._host.emit(StageStarted(self._verb, name))
+        """Time one stage, and emit an event at its start and at its end."""
+        self._emit(StageStarted, name)
         # after the event, so that the time of listeners does not count
-        start = time.perf_counter()
+        start, end = time.perf_counter(), StageFailed  # type: tuple[float, type[Event]]
         try:
             yield
+            end = StageFinished
         finally:
             self._stages.append(StageTime(stage=name, seconds=time.perf_counter() - start))
-        self._host.emit(StageFinished(self._verb, name, self._stages[-1].seconds))
+            self._emit(end, name, self._stages[-1].seconds)
+
+    def _emit(self, kind: type[Event], *facts: object) -> None:
+        self._context.emit(kind, self._verb, *facts, module=self._module)
 
 
 def _require_plugins(config: Config, host: Host) -> None:

@@ -79,6 +79,8 @@ class CompiledModule:
     """A compiled model: callable like the model, and refittable.
 
     Attributes:
+        name: Label for events and metrics. It can be set; by default it is the name of the file
+            that the module was loaded from, or that of the backend.
         plan: How its slots follow from the model's parameters and buffers; None if it has no plan.
         program: The program that was compiled, without its weights; None if it was not kept.
         base: Weights for ``restore`` to read, in any form that ``refit`` takes. If it is set,
@@ -99,6 +101,7 @@ class CompiledModule:
         verbs: Verbs,
     ) -> None:
         """Called by ``refitkit.compile`` and ``refitkit.load``, not by users."""
+        self.name = opened.backend
         self.plan = plan
         self.program = program
         self.base: object = None

@@ -6,7 +6,8 @@ Each verb is one call into the stages: ``refit.py`` and ``transaction.py`` for r
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from refitkit.errors import resources
 from refitkit.pipeline.context import Context
@@ -28,7 +29,7 @@ from refitkit.pipeline.verify import VerifyOptions, verify_live
 from refitkit.program.ambient import verb
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from torch.export import ExportedProgram
@@ -39,6 +40,37 @@ if TYPE_CHECKING:
     from refitkit.pipeline.refit import Task
     from refitkit.protocols import Backend, SharedMemory, WeightSource
     from refitkit.recipe import RefitPlan
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _operation(failure: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Return the decorator of a verb that users call: ``verb``, with events at start and end.
+
+    Args:
+        failure: See ``verb``.
+    """
+
+    def decorate(method: Callable[P, T]) -> Callable[P, T]:
+        name = method.__name__.removesuffix("_all")
+        # here as well, so that the event has the error that the caller gets
+        body = resources(failure)(method)
+
+        @wraps(method)
+        def run(*args: P.args, **kwargs: P.kwargs) -> T:
+            pipeline: Any = args[0]
+            target = args[1] if len(args) > 1 else None
+            module = target.name if isinstance(target, CompiledModule) else ""
+            with pipeline.context.operating(name, module) as operation:
+                result = body(*args, **kwargs)
+                operation.result = result
+                return result
+
+        return verb(failure)(run)
+
+    return decorate
 
 
 class Pipeline:
@@ -93,7 +125,7 @@ class Pipeline:
         """
         return self.context.backend(name)
 
-    @verb("The program cannot be compiled")
+    @_operation("The program cannot be compiled")
     def compile(
         self,
         program: ExportedProgram,
@@ -122,7 +154,7 @@ class Pipeline:
         """
         return Compiler(self.context, program, options, self).compile(backend, prove=prove)
 
-    @verb("The module cannot be loaded")
+    @_operation("The module cannot be loaded")
     def load(
         self,
         target: object,
@@ -156,7 +188,7 @@ class Pipeline:
             self.context, target, self, warm=warm, num_models=num_models, shared=shared
         )
 
-    @verb("The program cannot be planned")
+    @_operation("The program cannot be planned")
     def plan(
         self,
         program: ExportedProgram,
@@ -191,7 +223,7 @@ class Pipeline:
         compiled = self._compiled(target) if target is not None else None
         return compiler.plan(compiled, backend, prove=prove)
 
-    @verb("The module cannot be refitted")
+    @_operation("The module cannot be refitted")
     def refit(  # noqa: PLR0913 - one verb; all but two are given by name
         self,
         target: object,
@@ -262,7 +294,7 @@ class Pipeline:
         }
         return self._run([refit_task(self.context, compiled, weights, options)])[0]
 
-    @verb("The modules cannot be refitted")
+    @_operation("The modules cannot be refitted")
     def refit_all(self, modules: Iterable[Sequence[Any]], **options: Any) -> RefitResults:
         """Refit several modules in one transaction: all of them, or none.
 
@@ -281,7 +313,7 @@ class Pipeline:
         """
         return self._run(refit_tasks(self.context, modules, options, self._compiled))
 
-    @verb("The weights cannot be restored")
+    @_operation("The weights cannot be restored")
     def restore(
         self,
         compiled: CompiledModule,
@@ -315,7 +347,7 @@ class Pipeline:
         request = RestoreRequest(version=version, inputs=inputs, reference=reference, verify=verify)
         return self._run([restore_task(self.context, compiled, request)])[0]
 
-    @verb("The weights cannot be restored")
+    @_operation("The weights cannot be restored")
     def restore_all(self, modules: Iterable[tuple[CompiledModule, int]]) -> RefitResults:
         """Restore earlier weights of several modules in one transaction.
 
@@ -332,7 +364,7 @@ class Pipeline:
             ]
         )
 
-    @verb("The module cannot be copied")
+    @_operation("The module cannot be copied")
     def copy(self, compiled: CompiledModule) -> CompiledModule:
         """A second module with the same weights, plan and program, to be refitted on its own.
 
@@ -356,7 +388,7 @@ class Pipeline:
         """
         return self.refit(compiled, weights, copy=True, **options).module
 
-    @verb("The weights cannot be verified")
+    @_operation("The weights cannot be verified")
     def verify(
         self,
         target: object,
@@ -385,7 +417,7 @@ class Pipeline:
         options = VerifyOptions(inputs=inputs, reference=reference, verify=with_)
         return verify_live(self.context, self._compiled(target), weights, plan, options)
 
-    @verb("The weights cannot be compared")
+    @_operation("The weights cannot be compared")
     def diff(
         self,
         a: object,
@@ -427,7 +459,7 @@ class Pipeline:
         rules = rules_a or {}, rules_b or {}
         return Differ(self.context, self.load, plan, rules).diff(a, b)
 
-    @verb("The weights cannot be opened")
+    @_operation("The weights cannot be opened")
     def open_weights(self, weights: object, plan: RefitPlan | None = None) -> WeightSource:
         """A weight source for weights.
 
@@ -443,7 +475,7 @@ class Pipeline:
         source = open_weights(self.context, weights)
         return source if plan is None else transformed(self.context, plan, source)
 
-    @verb("The module cannot be described")
+    @_operation("The module cannot be described")
     def describe(self, path: str | Path) -> Mapping[str, Any]:
         """The facts about a saved module, without running any of its code.
 
@@ -455,7 +487,7 @@ class Pipeline:
         """
         return describe(self.context, path)
 
-    @verb("The plan cannot be read")
+    @_operation("The plan cannot be read")
     def read_plan(self, path: str | Path) -> RefitPlan:
         """The plan in a plan file or in a saved module, without running any code of either.
 
@@ -483,7 +515,7 @@ class Pipeline:
         """
         get_ready(self.context)
 
-    @verb("The module cannot be saved")
+    @_operation("The module cannot be saved")
     def save(self, compiled: CompiledModule, path: str | Path) -> None:
         """Write a module with its present weights, plan and program; see ``CompiledModule.save``.
 

@@ -28,7 +28,7 @@ from refitkit.errors import (
     RefitError,
     UnsupportedTargetError,
 )
-from refitkit.model import FORMAT, Fingerprint, PlanData, Step, fingerprint_of_slots
+from refitkit.model import FORMAT, Fingerprint, PlanData, fingerprint_of_slots
 from refitkit.offered import received, received_module
 from refitkit.pipeline.mapping import map_slots, partition
 from refitkit.pipeline.module import CompiledModule
@@ -166,7 +166,7 @@ class Compiler:
         kept = KeptProgram.of(self._program)
         if kept is None:
             text = "the program cannot be kept: no proof, and verify='outputs' needs reference="
-            self._context.host.emit(Step("plan", "plan", text))
+            self._context.step("plan", "plan", text)
         return kept
 
     def _adopt(self, compiled: CompiledModule, plan: RefitPlan, *, prove: bool) -> RefitPlan:
@@ -198,7 +198,7 @@ class Compiler:
     def _emit_missing(self, verb: str, missing: str) -> None:
         """Emit an event with the reason if there is no proof."""
         if missing:
-            self._context.host.emit(Step(verb, "prove", f"there is no proof by trial: {missing}"))
+            self._context.step(verb, "prove", f"there is no proof by trial: {missing}")
 
 
 def _require_program(program: object) -> None:

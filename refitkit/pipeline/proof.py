@@ -85,7 +85,8 @@ def prove(context: Context, compiled: CompiledModule, program: ExportedProgram) 
         return Proof("the program has no example inputs")
     try:
         # with its own weights first: if those give wrong outputs, other weights prove nothing
-        verify_live(context, compiled, program, None, options)
+        with context.operating("verify", compiled.name, trial=True) as trial:
+            trial.result = verify_live(context, compiled, program, None, options)
     except VerificationError as exc:
         return Proof(f"the module is not the program with its own weights either: {exc.problems}")
     # Where a variance is 0 a folded scale may be infinite, and with moved weights it is finite.
@@ -116,7 +117,10 @@ def _refit(
 ) -> RefitReport:
     """Refit all slots, with rollback, so that a failed verification keeps the module."""
     request = RefitRequest(weights=weights, inputs=options.inputs, verify=options.verify)
-    return run(context, [RefitTask(context, compiled, request)])[0].committed
+    with context.operating("refit", compiled.name, trial=True) as trial:
+        report = run(context, [RefitTask(context, compiled, request)])[0].committed
+        trial.result = report
+    return report
 
 
 def _trials(

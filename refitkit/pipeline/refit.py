@@ -343,7 +343,7 @@ class RefitTask:
         Raises:
             RefitError: Refused or failed.
         """
-        request, clock = self._request, self._context.clock("refit")
+        request, clock = self._request, self._context.clock("refit", self.compiled.name)
         self._draft = draft = ReportDraft(
             backend=self.compiled.backend,
             before=self.compiled.version,

@@ -131,6 +131,7 @@ class ReportDraft:
             pause_seconds=self.pause_seconds,
             routes=self.routes,
             notes=tuple(self._notes(summary, transforms)),
+            trial=self.clock.trial,
         )
 
     def _summary(self) -> MappingSummary:

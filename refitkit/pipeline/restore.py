@@ -126,7 +126,7 @@ class RestoreTask:
             NotRefittableError: The weights are not held any more.
             RefitError: The verifier cannot check these weights.
         """
-        state, clock = self.compiled.state, self._context.clock("restore")
+        state, clock = self.compiled.state, self._context.clock("restore", self.compiled.name)
         draft = ReportDraft(backend=self.compiled.backend, before=state.version, clock=clock)
         with clock.stage("load"):
             point = self._restore_point(state)

@@ -68,7 +68,8 @@ def load_module(
 ) -> CompiledModule:
     """A handle on a target, which remembers where it came from; see ``Pipeline.load``."""
     _require_count(num_models)
-    clock = context.clock("load")
+    name = Path(target).name if isinstance(target, str | Path) else ""
+    clock = context.clock("load", name)
     with clock.stage("open"):
         # taken before the file is read: a change while it is opened must be noticed
         origin = LoadOrigin.of(target)
@@ -83,6 +84,7 @@ def load_module(
                 raise
             raise named from exc
         compiled = _handle_on(context, opened, verbs)
+        compiled.name = name or compiled.name
         compiled.origin = origin
         # a path is no identity: each load of it opens another module
         compiled.target = None if isinstance(target, str | Path) else target
@@ -181,7 +183,7 @@ OVERRIDDEN_MEMBER = "overridden.json"
 def save_module(context: Context, compiled: CompiledModule, path: str | Path) -> None:
     """Write a module with its plan and program; see ``Pipeline.save``."""
     path = Path(path)
-    with context.clock("save").stage("save"), saying_why(path):
+    with context.clock("save", compiled.name).stage("save"), saying_why(path):
         # no commit may come between what is known of the weights and the weights; the commit of a
         # module that publishes does not wait for calls
         gate, opened = compiled.gate, compiled.opened
@@ -224,6 +226,7 @@ def copy_of(compiled: CompiledModule, verbs: Verbs) -> CompiledModule:
     gate = compiled.gate
     opened = gate.refit(lambda: gate.call(compiled.opened.reopen))
     copy = CompiledModule(opened, compiled.plan, compiled.program, verbs)
+    copy.name = compiled.name
     copy.state = WeightState.first(compiled.state.overridden)
     return copy
 

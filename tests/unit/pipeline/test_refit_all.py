@@ -21,6 +21,7 @@ from refitkit.errors import (
 )
 from refitkit.pipeline import CompiledModule, Pipeline
 from tests.fakes import (
+    END,
     FakeEngine,
     FakeModule,
     FakePlugin,
@@ -126,6 +127,10 @@ def test_a_fault_anywhere(verdict: bool, number: int, kind: type[BaseException])
         assert same(scene.holds(), scene.all_new())
         return
     assert raised is not None
+    if label == END and verdict:
+        assert raised.__notes__ == ["The refit was complete when it was interrupted."]
+        assert same(scene.holds(), scene.all_new())
+        return
     lost = [one.gate.lost for one in scene.compiled]
     way_back = ".rollback" in label or label == "refitkit_weights_changed rolled-back"
     if way_back and kind is RuntimeError:
@@ -364,7 +369,8 @@ def test_errors_name_the_module(where: str) -> None:
     number = found[len(found) // 3 * 2 - 1]
     faults = {number: RuntimeError("on purpose")}
     if where == "rollback":
-        faults[number + 1] = RuntimeError("again")  # the first thing that is taken back
+        # the first thing that is taken back, after the event that the stage has failed
+        faults[number + 2] = RuntimeError("again")
     with pytest.raises(RefitError) as info:
         scene.refit(faults)
     assert info.value.message.startswith("Module 2 (fake): ")

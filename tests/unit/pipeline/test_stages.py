@@ -20,9 +20,16 @@ from refitkit.errors import (
     WeightMismatchError,
 )
 from refitkit.host import make_host
-from refitkit.model import Event, OutputMeasure, StageFinished, StageStarted, VerificationResult
+from refitkit.model import (
+    Event,
+    OutputMeasure,
+    StageFailed,
+    StageFinished,
+    StageStarted,
+    VerificationResult,
+)
 from refitkit.pipeline.checks import check_weights
-from refitkit.pipeline.context import Context, StageClock
+from refitkit.pipeline.context import Context
 from refitkit.pipeline.mapping import partition
 from refitkit.pipeline.targets import open_target, open_weights
 from refitkit.pipeline.verify import as_inputs, choose, problems_of
@@ -329,17 +336,17 @@ class Ear:
 
 def test_a_stage_is_told_and_timed() -> None:
     ear = Ear()
-    clock = StageClock(make_host(plugins=[ear]), "refit")
+    clock = Context.of(None, [ear]).clock("refit")
     with clock.stage("one"):
         assert ear.heard == [StageStarted("refit", "one")]
     assert [s.stage for s in clock.stages] == ["one"]
     assert ear.heard[1:] == [StageFinished("refit", "one", clock.stages[0].seconds)]
 
 
-def test_a_stage_that_raises_is_timed_and_does_not_finish() -> None:
+def test_a_stage_that_raises_is_timed_and_fails() -> None:
     ear = Ear()
-    clock = StageClock(make_host(plugins=[ear, FakePlugin()]), "refit")
+    clock = Context.of(None, [ear, FakePlugin()]).clock("refit")
     with pytest.raises(ValueError, match="no"), clock.stage("one"):
         raise ValueError("no")
     assert [s.stage for s in clock.stages] == ["one"]
-    assert [type(e) for e in ear.heard] == [StageStarted]
+    assert ear.heard[1:] == [StageFailed("refit", "one", clock.stages[0].seconds)]
