@@ -152,15 +152,21 @@ def refitkit_partition(
 
 
 @hookspec
-def refitkit_mapping_strategies() -> Iterable[MappingStrategy]:
+def refitkit_mapping_strategies(config: Config) -> Iterable[MappingStrategy]:
     """Return mapping strategies. Kind: all.
 
     Called once for each pipeline, when slots are first mapped. A refit tries the strategies in the
     order of ``Config.strategies``, or by priority if that is empty. Two strategies of one name
     raise a ``PluginError`` that names both plugins.
 
+    Args:
+        config: Settings of the pipeline; a plugin finds its own in ``config.plugin_settings``.
+
     Returns:
         The strategies.
+
+    Raises:
+        ConfigError: The plugin's settings cannot be used.
     """
 
 
@@ -236,14 +242,20 @@ def refitkit_check(
 
 
 @hookspec
-def refitkit_verifiers() -> Iterable[Verifier]:
+def refitkit_verifiers(config: Config) -> Iterable[Verifier]:
     """Return verifiers of refitted modules. Kind: all.
 
     Called once for each pipeline, when a result is first verified. The user chooses one by name
     with ``verify=``. Two verifiers of one name raise a ``PluginError`` that names both plugins.
 
+    Args:
+        config: Settings of the pipeline; a plugin finds its own in ``config.plugin_settings``.
+
     Returns:
         The verifiers.
+
+    Raises:
+        ConfigError: The plugin's settings cannot be used.
     """
 
 

@@ -129,14 +129,18 @@ _last = threading.local()
 class Host:
     """All plugins of one pipeline. :func:`make_host` creates it."""
 
-    def __init__(self, manager: Manager, registered: Mapping[str, Candidate]) -> None:
+    def __init__(
+        self, manager: Manager, registered: Mapping[str, Candidate], config: Config
+    ) -> None:
         """Create a host; call ``make_host`` instead.
 
         Args:
             manager: Manager with all plugins registered.
             registered: Candidates that were registered, by name.
+            config: Settings of the plugins.
         """
         self._manager = manager
+        self._config = config
         self._registered = registered
         self._callers: dict[tuple[str, str], pluggy.HookCaller] = {}
         self._offers: dict[str, Mapping[str, PluginOffer]] = {}
@@ -325,16 +329,19 @@ class Host:
         return {name: offer.item for name, offer in self.offers(hook).items()}
 
     def offers(self, hook: str) -> Mapping[str, PluginOffer]:
-        """Objects that plugins offer through a hook without arguments, by their name.
+        """Objects that plugins offer through a hook, by their name.
 
-        The hook is called once; every refit needs its answer several times.
+        The hook takes the settings, or nothing. It is called once, because every refit needs its
+        answer several times.
 
         Raises:
             PluginError: Two plugins offer objects of the same name, or an object has no name.
         """
         offers = self._offers.get(hook)
         if offers is None:
-            named = self.named_items(hook)
+            spec = getattr(self._manager.hook, hook).spec
+            given = {"config": self._config} if "config" in spec.argnames else {}
+            named = self.named_items(hook, **given)
             offers = {item.name: PluginOffer(plugin, item) for plugin, item in named}
             # only if all of them are valid, so that an error is raised again by the next call
             self._offers[hook] = offers
@@ -383,7 +390,7 @@ def make_host(
     a ``name`` it is registered under the name of the installed one.
 
     Args:
-        config: Names the plugins that are switched off.
+        config: Names the plugins that are switched off, and has settings of the others.
         plugins: Explicit plugins: objects or modules with hook implementations.
         on_broken: Called with each plugin that cannot be imported or registered. The host is then
             created without that plugin.
@@ -392,7 +399,8 @@ def make_host(
         PluginError: A plugin cannot be imported or registered, and ``on_broken`` is None. The
             message names the plugin.
     """
-    off = (config or Config()).switched_off()
+    config = config or Config()
+    off = config.switched_off()
     # A plugin that is switched off must not replace an installed one.
     explicit = [plugin for plugin in plugins if name_of(plugin) not in off]
     # values: the names of the installed plugins that they replace, once those are found
@@ -409,7 +417,7 @@ def make_host(
             if on_broken is None:
                 raise
             on_broken(BrokenPlugin(candidate, exc))
-    return Host(manager, registered)
+    return Host(manager, registered, config)
 
 
 def _register_candidate(

@@ -210,7 +210,7 @@ class OfferSuite:
             registered: list[Any] = []
             self._call_hook(hook, register=registered.append)
             return registered
-        arguments = {"config": Config()} if hook == "refitkit_weight_transforms" else {}
+        arguments = {} if hook == "refitkit_layer_types" else {"config": Config()}
         # The host returns one list for each implementation of the hook.
         return [offer for listed in self._call_hook(hook, **arguments) for offer in listed]
 

@@ -197,7 +197,8 @@ def test_refitkit_mapping_strategies() -> None:
         name = "plugin"
 
         @refitkit.hookimpl
-        def refitkit_mapping_strategies(self) -> list[Any]:
+        def refitkit_mapping_strategies(self, config: refitkit.Config) -> list[Any]:
+            assert isinstance(config, refitkit.Config)
             return [Ones()]
 
     def ones(slot: Any) -> torch.Tensor:
@@ -318,7 +319,8 @@ def test_refitkit_verifiers() -> None:
         name = "plugin"
 
         @refitkit.hookimpl
-        def refitkit_verifiers(self) -> list[Any]:
+        def refitkit_verifiers(self, config: refitkit.Config) -> list[Any]:
+            assert isinstance(config, refitkit.Config)
             return [Never()]
 
     called = Called()
@@ -422,3 +424,24 @@ def test_the_host_knows_the_same_hooks() -> None:
     for name in HOOKS:
         setattr(everything, name, refitkit.hookimpl(specname=name)(lambda: None))
     assert set(make_host(plugins=[everything]).plugins()[-1].hooks) == HOOKS.keys()
+
+
+def test_offers_are_made_with_the_settings() -> None:
+    seen: dict[str, Any] = {}
+
+    class Configured:
+        name = "configured"
+
+        @refitkit.hookimpl
+        def refitkit_verifiers(self, config: refitkit.Config) -> list[Any]:
+            seen["verifiers"] = config.plugin_settings["configured"]
+            return []
+
+        @refitkit.hookimpl
+        def refitkit_mapping_strategies(self, config: refitkit.Config) -> list[Any]:
+            seen["strategies"] = config.plugin_settings["configured"]
+            return []
+
+    settings = {"plugin_settings": {"configured": {"limit": 3}}}
+    refitkit.Pipeline(settings, plugins=[Configured()]).get_ready()
+    assert seen == {"verifiers": {"limit": 3}, "strategies": {"limit": 3}}
