@@ -11,7 +11,7 @@ from numbers import Real
 from typing import Any, TypeVar
 
 from refitkit.errors import PluginError, raised_as
-from refitkit.model import LayerType
+from refitkit.model import LayerType, VerificationResult
 from refitkit.protocols import (
     Backend,
     Engine,
@@ -117,6 +117,39 @@ def received_module(value: object, who: str) -> OpenedModule:
                 hint=_see(OpenedModule),
             )
     return found
+
+
+def received_bytes(value: object, who: str) -> Mapping[str, bytes]:
+    """Return data by name that a plugin gave, if it is.
+
+    Args:
+        value: The data.
+        who: Subject of the message, with plugin and hook.
+
+    Raises:
+        PluginError: It is something else.
+    """
+    found: Mapping[str, bytes] = received(value, Mapping, who)  # type: ignore[type-abstract]
+    for name, data in found.items():
+        if not isinstance(name, str) or not isinstance(data, bytes):
+            raise PluginError(f"{who} gave {shown(data)} for {name!r}, not bytes by name.")
+    return found
+
+
+def received_verdict(value: object, who: str) -> VerificationResult:
+    """Return a verifier's result, if its fields have the right types.
+
+    Args:
+        value: The result.
+        who: Subject of the message, with plugin and hook.
+
+    Raises:
+        PluginError: It is something else.
+    """
+    found = received(value, VerificationResult, who)
+    # ``model_construct`` makes one without validation
+    with raised_as(PluginError, f"{who} gave a {VerificationResult.__name__} with wrong fields"):
+        return type(found).model_validate(vars(found))
 
 
 def shown(value: object) -> str:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from refitkit.model import Event
-    from refitkit.protocols import Backend
+    from refitkit.protocols import Backend, OpenedModule
 
 _REGISTER = "refitkit_register_backends"
 
@@ -136,6 +136,12 @@ class Context:
             backend: Name of the backend.
         """
         return owned(_REGISTER, backend, self._registered[1][backend])
+
+    def whose(self, module: OpenedModule) -> str:
+        """Subject of a message: an opened module, and the plugin of its backend if it has one."""
+        name = module.backend
+        of = self.who_made(name) if name in self._registered[1] else f"the backend {name!r}"
+        return f"A module of {of[0].lower()}{of[1:]}"
 
     # works in a frozen dataclass: it writes to ``__dict__``, not through ``__setattr__``
     @cached_property

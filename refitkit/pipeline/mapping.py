@@ -707,8 +707,8 @@ def partition(
     backend: str,
     options: Mapping[str, Any],
     tools: Tools,
-) -> Mapping[str, Any]:
-    """Parts of a program by engine name, as the backend's ``draft`` expects them.
+) -> tuple[str, Mapping[str, Any]]:
+    """The plugin that cuts a program, and parts by engine name, as ``Backend.draft`` expects them.
 
     Args:
         context: Plugins and settings.
@@ -723,7 +723,7 @@ def partition(
         PluginError: No plugin can cut programs for this backend.
     """
     parts: Mapping[str, Any] | None
-    _, parts = context.host.first(
+    plugin, parts = context.host.first(
         "refitkit_partition",
         Mapping,
         program=program,
@@ -743,4 +743,4 @@ def partition(
         raise PlanMismatchError(
             "The program is cut into other parts than those that were compiled.", problems=problems
         )
-    return parts
+    return f"the plugin {plugin!r} (refitkit_partition)", parts

@@ -371,7 +371,7 @@ class Pipeline:
         Raises:
             RefitError: The backend cannot open the module a second time; says why.
         """
-        return copy_of(compiled, self)
+        return copy_of(self.context, compiled, self)
 
     def with_weights(
         self, compiled: CompiledModule, weights: object, **options: Any

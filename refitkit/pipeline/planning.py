@@ -24,9 +24,11 @@ from refitkit.errors import (
     ConfigError,
     NotRefittableError,
     PlanMismatchError,
+    PluginError,
     Problem,
     RefitError,
     UnsupportedTargetError,
+    raised_as,
 )
 from refitkit.model import FORMAT, Fingerprint, PlanData, fingerprint_of_slots
 from refitkit.offered import received, received_module
@@ -40,7 +42,7 @@ from refitkit.pipeline.needs import (
 )
 from refitkit.pipeline.proof import prove as prove_refit
 from refitkit.pipeline.proof import prove_plan
-from refitkit.pipeline.targets import weight_opener
+from refitkit.pipeline.targets import reopened, weight_opener
 from refitkit.program import KeptProgram, facts_of
 from refitkit.program.facts import tensors_of
 from refitkit.program.views import lost_views
@@ -100,8 +102,10 @@ class Compiler:
         require_followable(self._program)
         with clock.stage("compile"):
             tools = self._context.tools("compile", "compile")
-            found = backend.compile(self._program, self._options, tools)
-            opened = received_module(found, self._context.who_made(name))
+            who = self._context.who_made(name)
+            with raised_as(PluginError, f"{who} failed to compile"):
+                found = backend.compile(self._program, self._options, tools)
+            opened = received_module(found, who)
         with clock.stage("plan"):
             # No options: they are for planning offline, and a module knows its own.
             plan = self._cached_plan(opened, backend, {})
@@ -175,7 +179,8 @@ class Compiler:
         if prove:
             # A proof refits to arbitrary weights. It uses a copy, because the module may be serving
             # calls and its present weights need not be the program's.
-            copy = CompiledModule(compiled.opened.reopen(), plan, kept, self._verbs)
+            second = reopened(self._context, compiled.opened)
+            copy = CompiledModule(second, plan, kept, self._verbs)
             plan = self._prove(copy, plan)
         # only after the proof: the module must not keep a plan that failed it
         compiled.plan, compiled.program = plan, kept
@@ -241,26 +246,28 @@ def make_plan(
     """
     facts = require_followable(program)
     tools = context.tools("plan", "plan")
-    parts = partition(context, program, module, backend.name, options, tools)
+    cutter, parts = partition(context, program, module, backend.name, options, tools)
     who = context.who_made(backend.name)
-    draft = received(backend.draft(parts, module, tools), PlanDraft, who)
-    data = PlanData(
-        backend=backend.name,
-        leaves=facts.leaves,
-        ties=facts.ties,
-        ledger=draft.rows,
-        calls=draft.calls,
-        guards=draft.guards,
-        pinned=index_of(draft.pinned),
-        fingerprint=Fingerprint(
-            graph=facts.graph,
-            slots=fingerprint_of_slots(row.slot for row in draft.rows),
-            settings=dict(draft.settings),
-            versions=dict(draft.versions),
-            platform=draft.platform,
-        ),
-        needs=layer_type_needs(context.host, draft.layer_types),
-    )
+    with raised_as(PluginError, f"{who} failed to draft a plan from the parts of {cutter}"):
+        draft = received(backend.draft(parts, module, tools), PlanDraft, who)
+    with raised_as(PluginError, f"{who} gave a draft with wrong fields"):
+        data = PlanData(
+            backend=backend.name,
+            leaves=facts.leaves,
+            ties=facts.ties,
+            ledger=draft.rows,
+            calls=draft.calls,
+            guards=draft.guards,
+            pinned=index_of(draft.pinned),
+            fingerprint=Fingerprint(
+                graph=facts.graph,
+                slots=fingerprint_of_slots(row.slot for row in draft.rows),
+                settings=dict(draft.settings),
+                versions=dict(draft.versions),
+                platform=draft.platform,
+            ),
+            needs=layer_type_needs(context.host, draft.layer_types),
+        )
     # In a second step, because the reasons follow from the rest of the plan.
     data = data.model_copy(update={"unreached": explain_unreached(data)})
     plan = RefitPlan(data, draft.pinned, weight_opener(context))

@@ -325,7 +325,7 @@ def prove_plan(
     for seed in _PLAN_SEEDS:
         weights = moved_weights(program, seed)
         other = kept.restore(TensorMap(weights), plan.pinned)
-        parts = partition(context, other, module, plan.backend, options, tools)
+        _, parts = partition(context, other, module, plan.backend, options, tools)
         # the first part has the values of all engines; see ``HoldsValues``
         held = next(iter(parts.values()))
         if not isinstance(held, HoldsValues):

@@ -12,7 +12,7 @@ import torch
 
 from refitkit.errors import EngineError, PluginError, RefitError, raise_if_resource, raised_as
 from refitkit.model import EngineMemory
-from refitkit.offered import shown
+from refitkit.offered import received, shown
 from refitkit.protocols import (
     OpensStaged,
     RemembersWeights,
@@ -21,7 +21,6 @@ from refitkit.protocols import (
     SupportsPartial,
     SupportsReadback,
 )
-from refitkit.protocols.ability import missing_methods
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,9 +34,14 @@ class Staged:
     ``take`` hands each of them out, to be committed; ``discard`` drops those that are left.
     """
 
-    def __init__(self, module: OpenedModule) -> None:
-        """Start with nothing staged."""
-        self._module = module
+    def __init__(self, module: OpenedModule, who: str) -> None:
+        """Start with nothing staged.
+
+        Args:
+            module: The module.
+            who: Subject of messages about wrong values of its engines; see ``Context.whose``.
+        """
+        self._module, self._who = module, who
         self._waiting: list[tuple[str, StagedRefit]] = []
         self._overwritten: set[str] = set()  # engines that cannot go back
 
@@ -55,7 +59,8 @@ class Staged:
 
         Raises:
             EngineError: An engine failed; names it.
-            PluginError: A strategy's value failed; names the strategy and the slot.
+            PluginError: A strategy's value failed, or the engine staged nothing; names strategy and
+                slot, or the plugin.
         """
         with raised_as(EngineError, f"The engine {name!r} failed to stage"):
             try:
@@ -64,14 +69,12 @@ class Staged:
                 # this raises if a strategy is at fault; otherwise the engine's error is raised
                 _attribute_failure(values, exc)
                 raise
-        lacks = missing_methods(StagedRefit, staged)
-        if lacks:  # nothing could be committed or go back
-            raise EngineError(
-                f"The engine {name!r} staged {shown(staged)}, which has no "
-                f"{' and no '.join(lacks)}.",
-                hint="See refitkit.protocols.StagedRefit.",
-            )
-        self._waiting.append((name, staged))
+        # else nothing could be committed or go back
+        what: StagedRefit = received(staged, StagedRefit, self._of(name, "stage()"))  # type: ignore[type-abstract]
+        self._waiting.append((name, what))
+
+    def _of(self, engine: str, member: str) -> str:
+        return f"{self._who}: engines[{engine!r}].{member}"
 
     def _stage(
         self, name: str, values: Sequence[SlotValue], *, partial: bool, overwrite: bool
@@ -94,7 +97,12 @@ class Staged:
         answers: list[bool | None] = []
         for name, staged in self._waiting:
             with raised_as(EngineError, f"The engine {name!r} failed to compare"):
-                answers.append(staged.changed())
+                answer: object = staged.changed()
+            if answer is not None and not isinstance(answer, bool):
+                raise PluginError(
+                    f"{self._of(name, 'changed()')} gave {shown(answer)}, not a bool."
+                )
+            answers.append(answer)
             # one change is enough: comparing the other engines would read all of their weights
             if answers[-1]:
                 return True
@@ -110,7 +118,7 @@ class Staged:
             return tuple(
                 EngineMemory(engine=name, kind="none", bytes=0)
                 if name in self._overwritten
-                else engine.memory
+                else received(engine.memory, EngineMemory, self._of(name, "memory"))
                 for name, engine in self._module.engines.items()
             )
 

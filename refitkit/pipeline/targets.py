@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 
 from refitkit.errors import (
     ConfigError,
+    PluginError,
     RefitError,
     ResourceError,
     SourceError,
@@ -25,7 +26,7 @@ from refitkit.errors import (
 )
 from refitkit.files.archive import saying_why
 from refitkit.files.file_state import stat_of
-from refitkit.offered import received_module
+from refitkit.offered import received, received_bytes, received_module
 from refitkit.pipeline.history import LoadOrigin, WeightState
 from refitkit.pipeline.mapping import decode_overridden, encode_overridden
 from refitkit.pipeline.module import CompiledModule
@@ -208,7 +209,7 @@ def _handle_on(context: Context, opened: OpenedModule, verbs: Verbs) -> Compiled
     Raises:
         PlanMismatchError: An attachment is damaged.
     """
-    attached = opened.attachments
+    attached = received_bytes(opened.attachments, f"{context.whose(opened)}: attachments")
     if PLAN_MEMBER not in attached:
         return CompiledModule(opened, None, None, verbs)
     opener = weight_opener(context)
@@ -221,10 +222,22 @@ def _handle_on(context: Context, opened: OpenedModule, verbs: Verbs) -> Compiled
     return compiled
 
 
-def copy_of(compiled: CompiledModule, verbs: Verbs) -> CompiledModule:
+def reopened(context: Context, opened: OpenedModule) -> OpenedModule:
+    """A second module with the same weights.
+
+    Raises:
+        RefitError: The backend cannot open it a second time; says why.
+        PluginError: The backend failed, or gave something else; names its plugin.
+    """
+    who = f"{context.whose(opened)}: reopen()"
+    with raised_as(PluginError, f"{who} failed"):
+        return received_module(opened.reopen(), who)
+
+
+def copy_of(context: Context, compiled: CompiledModule, verbs: Verbs) -> CompiledModule:
     """A handle on a second module with the same weights, plan and program."""
     gate = compiled.gate
-    opened = gate.refit(lambda: gate.call(compiled.opened.reopen))
+    opened = gate.refit(lambda: gate.call(lambda: reopened(context, compiled.opened)))
     copy = CompiledModule(opened, compiled.plan, compiled.program, verbs)
     copy.name = compiled.name
     copy.state = WeightState.first(compiled.state.overridden)
@@ -236,16 +249,26 @@ def describe(context: Context, path: str | Path) -> Mapping[str, Any]:
     path = Path(path)
     if not path.exists():
         raise UnsupportedTargetError(f"There is no file {str(path)!r}.")
-    for backend in context.backends.values():
-        found = backend.describe(path)
+    for name, backend in context.backends.items():
+        who = f"{context.who_made(name)}: describe()"
+        with raised_as(PluginError, f"{who} failed"):
+            found = backend.describe(path)
         if found is not None:
-            return {**found, **_described_plan(backend, path)}
+            facts: Mapping[str, Any] = received(found, Mapping, who)  # type: ignore[type-abstract]
+            return {**facts, **_described_plan(context, backend, path)}
     raise UnsupportedTargetError(f"{str(path)!r} is not a saved module of any backend.")
 
 
-def _described_plan(backend: Backend, path: Path) -> Mapping[str, Any]:
+def _attached(context: Context, backend: Backend, path: Path) -> Mapping[str, bytes]:
+    """The data that a backend finds beside saved engines."""
+    who = f"{context.who_made(backend.name)}: attachments()"
+    with raised_as(PluginError, f"{who} failed"):
+        return received_bytes(backend.attachments(path), who)
+
+
+def _described_plan(context: Context, backend: Backend, path: Path) -> Mapping[str, Any]:
     """The plugins that the plan of a saved module needs, and its weights without a slot."""
-    attached = backend.attachments(path)
+    attached = _attached(context, backend, path)
     if PLAN_MEMBER not in attached:
         return {}
     data = RefitPlan.from_bytes(attached[PLAN_MEMBER], f"the plan of {str(path)!r}").data
@@ -258,7 +281,7 @@ def plan_in(context: Context, path: str | Path) -> RefitPlan:
     """The plan in a plan file or in a saved module; see ``Pipeline.read_plan``."""
     path = Path(path)
     for backend in context.backends.values() if path.exists() else ():
-        attached = backend.attachments(path)
+        attached = _attached(context, backend, path)
         if PLAN_MEMBER in attached:
             opener = weight_opener(context)
             return RefitPlan.from_bytes(attached[PLAN_MEMBER], f"the plan of {str(path)!r}", opener)

@@ -228,7 +228,7 @@ class ModuleTransaction:
         self._orders = self._module if isinstance(self._module, OrdersCalls) else None
         self._before = compiled.state
         self._snapshot: SnapshotBuilder | None = None
-        self._staged = Staged(self._module)
+        self._staged = Staged(self._module, context.whose(self._module))
         self._touched: list[tuple[str, StagedRefit]] = []  # engines that may have new weights
         self._begun = False
         self._failure: BaseException | None = None

@@ -18,8 +18,7 @@ from refitkit.errors import (
     VerificationError,
     raised_as,
 )
-from refitkit.model import VerificationResult
-from refitkit.offered import owned, received, shown
+from refitkit.offered import owned, received_verdict, shown
 from refitkit.pipeline.checks import check_weights
 from refitkit.pipeline.gate import inside_all
 from refitkit.pipeline.mapping import map_slots, require_all_slots
@@ -38,7 +37,7 @@ from refitkit.protocols import (
 if TYPE_CHECKING:
     from refitkit.config import Config
     from refitkit.host import Host
-    from refitkit.model import SlotKey
+    from refitkit.model import SlotKey, VerificationResult
     from refitkit.pipeline.context import Context
     from refitkit.pipeline.module import CompiledModule
     from refitkit.protocols import OpenedModule, SlotValue, Verifier, WeightSource
@@ -131,7 +130,7 @@ def verification(
 
     def judging(module: OpenedModule) -> VerificationResult:
         with raised_as(PluginError, f"{who} failed", doing=doing):
-            return received(judge(module), VerificationResult, who)
+            return received_verdict(judge(module), who)
 
     return judging
 

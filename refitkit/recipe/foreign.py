@@ -15,6 +15,7 @@ import torch
 from refitkit.errors import PluginError, SourceError, raised_as
 from refitkit.model import TensorInfo
 from refitkit.offered import received, shown
+from refitkit.program.dtypes import dtype_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,12 +70,26 @@ def _received_info(source: WeightSource, name: str, found: object) -> TensorInfo
 
 
 def getter_of(source: WeightSource) -> Callable[[str], torch.Tensor]:
-    """Return ``get`` of a source, which raises ``PluginError`` for anything but a tensor."""
+    """Return ``get`` of a source.
+
+    It raises ``SourceError`` if the source fails, and ``PluginError`` if what the source gives is
+    no tensor, or not of the dtype and shape of ``info``.
+    """
     return source.get if _is_own(source) else partial(_received_tensor, source)
 
 
 def _received_tensor(source: WeightSource, name: str) -> torch.Tensor:
-    return received(source.get(name), torch.Tensor, _who(source, f"get({name!r})"))
+    who = _who(source, f"get({name!r})")
+    with raised_as(SourceError, f"{who} failed"):
+        found: object = source.get(name)
+    value, info = received(found, torch.Tensor, who), info_of(source, name)
+    if not info.unusable and (info.dtype, info.shape) != (dtype_name(value.dtype), value.shape):
+        raise PluginError(
+            f"{who} gave {dtype_name(value.dtype)} {tuple(value.shape)}, and info({name!r}) "
+            f"{info.dtype} {tuple(info.shape)}.",
+            hint="Both have to be of the same tensor.",
+        )
+    return value
 
 
 def _is_own(source: WeightSource) -> bool:

@@ -16,7 +16,7 @@ import torch
 
 import refitkit
 from refitkit.model import StageStarted, TensorInfo, VerificationResult
-from refitkit.protocols import Made, Mapped, SlotValue, WeightGroup
+from refitkit.protocols import Made, Mapped, PlanDraft, SlotValue, WeightGroup
 from refitkit.recipe import TensorMap
 from tests.fakes import (
     BACKEND,
@@ -73,6 +73,7 @@ def source(**wrong: Any) -> Acme:
     return Acme("refitkit_load_weights", lambda: Source(weights_for(make_module(), 3.0), **wrong))
 
 
+ALL = weights_for(make_module(), 3.0)
 SOURCES = {
     "a dict": lambda: Acme("refitkit_load_weights", lambda: {"e0.weight": torch.ones(1)}),
     "True": lambda: Acme("refitkit_load_weights", lambda: True),
@@ -85,6 +86,8 @@ SOURCES = {
     "info: None": lambda: source(info=lambda _: None),
     "get: an array": lambda: source(get=lambda _: np.ones(1)),
     "get: None": lambda: source(get=lambda _: None),
+    "get: another shape": lambda: source(get=lambda _: torch.ones(97)),
+    "get: another dtype": lambda: source(get=lambda name: ALL[name].double()),
     "description: None": lambda: source(description=None),
 }
 
@@ -209,6 +212,8 @@ VERIFIERS = {
     "True": lambda: verifier(True),
     "None": lambda: verifier(None),
     "a dict": lambda: verifier({"ok": True}),
+    "unchecked": lambda: verifier(VerificationResult.model_construct(ok=True, measures=5)),
+    "half": lambda: verifier(VerificationResult.model_construct(ok=True)),
     "of another": lambda: verifier(SimpleNamespace(ok=True, measures=(), note="", verifier="x")),
     "no prepare": lambda: items("refitkit_verifiers", Verifier(None)),  # type: ignore[arg-type]
     "prepare: None": lambda: items("refitkit_verifiers", Verifier(lambda _: None)),
@@ -307,7 +312,7 @@ def test_an_engine_that_stages_nothing_is_refused(monkeypatch: pytest.MonkeyPatc
     last = list(module.engines.values())[-1]
     with monkeypatch.context() as patched:
         patched.setattr(last, "stage", lambda _values: None)
-        with pytest.raises(refitkit.EngineError, match=r"staged None, which has no .*commit"):
+        with pytest.raises(refitkit.PluginError, match=r"stage\(\) gave None.* no .*commit"):
             pipeline_with().refit(compiled, weights_for(module, 3.0))
     assert all(torch.equal(module.by_slot()[name], value) for name, value in before.items())
     pipeline_with().refit(compiled, weights_for(module, 4.0))
@@ -431,6 +436,78 @@ def compiled(pipeline: Pipeline) -> None:
     pipeline.compile(program(), BACKEND)
 
 
+def described(pipeline: Pipeline) -> None:
+    pipeline.describe(__file__)
+
+
+def plan_read(pipeline: Pipeline) -> None:
+    pipeline.read_plan(__file__)
+
+
+def plan_offline(pipeline: Pipeline) -> None:
+    pipeline.plan(program(), backend="fake")
+
+
+def copied(pipeline: Pipeline) -> None:
+    pipeline.copy(pipeline.load("acme://module"))
+
+
+def fails(*_: Any) -> Any:
+    raise ZeroDivisionError("on purpose")
+
+
+def own(**wrong: Any) -> Acme:
+    """A plugin with a backend, which opens a module of it."""
+    plugin = backend()
+    plugin.refitkit_load_module = refitkit.hookimpl(lambda target: made)  # type: ignore[attr-defined]
+    made = make_module()
+    made.backend = BACKEND
+    for name, value in wrong.items():
+        setattr(made, name, value)
+    return plugin
+
+
+ENGINES: dict[str, Callable[[Any, Any], None]] = {
+    "memory": lambda engine, _: setattr(
+        engine, "__class__", type("Odd", (type(engine),), {"memory": {"bytes": 5}})
+    ),
+    "stage()": lambda engine, patch: patch.setattr(engine, "stage", lambda _: {"staged": True}),
+    "changed()": lambda engine, patch: patch.setattr(
+        engine, "stage", lambda _: SimpleNamespace(**dict.fromkeys(STAGED, lambda: "maybe"))
+    ),
+}
+STAGED = ("changed", "commit", "rollback", "discard")
+
+
+@pytest.mark.parametrize("member", ENGINES)
+def test_a_wrong_value_of_an_engine(member: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = refitkit.Pipeline(plugins=[own()])
+    compiled = pipeline.load("acme://module")
+    module: Any = compiled.opened
+    before = {name: value.clone() for name, value in module.by_slot().items()}
+    engine = list(module.engines.values())[-1]
+    kind = type(engine)
+    with monkeypatch.context() as patch:
+        ENGINES[member](engine, patch)
+        with pytest.raises(refitkit.PluginError) as info:
+            pipeline.refit(compiled, weights_for(module, 3.0))
+    text = str(info.value)
+    assert f"plugin {NAME!r} ({BACKENDS})" in text
+    assert f"engines['e0'].{member}" in text
+    assert all(torch.equal(module.by_slot()[name], value) for name, value in before.items())
+    engine.__class__ = kind
+    pipeline.refit(compiled, weights_for(module, 4.0))
+    assert compiled.version == 1
+
+
+def test_a_source_that_fails_is_named() -> None:
+    module = make_module()
+    compiled = pipeline_with().load(module)
+    with pytest.raises(refitkit.SourceError, match=rf"plugin '{NAME}'.*get\('e0.*failed: ZeroDiv"):
+        pipeline_with(source(get=fails)).refit(compiled, "acme://weights")
+    assert compiled.version == 0
+
+
 LOADS, CUTS, LAYERS = "refitkit_load_module", "refitkit_partition", "refitkit_layer_types"
 BACKENDS = "refitkit_register_backends"
 OUTSIDE: dict[str, tuple[str, Callable[[Pipeline], None], Callable[[], Acme]]] = {
@@ -451,6 +528,19 @@ OUTSIDE: dict[str, tuple[str, Callable[[Pipeline], None], Callable[[], Acme]]] =
     "compile: None": (BACKENDS, compiled, lambda: backend(compile=lambda *_: None)),
     "draft: None": (BACKENDS, plan, lambda: backend(draft=lambda *_: None)),
     "draft: a dict": (BACKENDS, plan, lambda: backend(draft=lambda *_: {})),
+    "draft: numbers as rows": (BACKENDS, plan, lambda: backend(draft=lambda *_: PlanDraft((1,)))),  # type: ignore[arg-type]
+    "draft: no rows": (BACKENDS, plan, lambda: backend(draft=lambda *_: PlanDraft(None))),  # type: ignore[arg-type]
+    "draft: fails": (BACKENDS, plan, lambda: backend(draft=fails)),
+    "compile: fails": (BACKENDS, compiled, lambda: backend(compile=fails)),
+    "parts: numbers": (CUTS, plan_offline, lambda: Acme(CUTS, lambda: {"e0": 5})),
+    "describe: a list": (BACKENDS, described, lambda: backend(describe=lambda _: ["a"])),
+    "describe: fails": (BACKENDS, described, lambda: backend(describe=fails)),
+    "attachments: None": (BACKENDS, plan_read, lambda: backend(attachments=lambda _: None)),
+    "attachments: texts": (BACKENDS, plan_read, lambda: backend(attachments=lambda _: {"a": "b"})),
+    "attachments: fail": (BACKENDS, plan_read, lambda: backend(attachments=fails)),
+    "module: attachments": (BACKENDS, load, lambda: own(attachments={"a": 1})),
+    "reopen: None": (BACKENDS, copied, lambda: own(reopen=lambda: None)),
+    "reopen: fails": (BACKENDS, copied, lambda: own(reopen=fails)),
 }
 
 

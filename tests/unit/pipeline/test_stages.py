@@ -154,7 +154,9 @@ class Cutter:
 def cut(parts: tuple[str, ...], engines: int | None, backend: str = "mine") -> Any:
     module = make_module(engines) if engines is not None else None
     host = make_host(plugins=[Cutter(*parts)])
-    return partition(Context(host, CONFIG), None, module, backend, {}, TOOLS)  # type: ignore[arg-type]
+    who, parts_found = partition(Context(host, CONFIG), None, module, backend, {}, TOOLS)  # type: ignore[arg-type]
+    assert "(refitkit_partition)" in who
+    return parts_found
 
 
 def test_parts_that_match_the_engines() -> None:
