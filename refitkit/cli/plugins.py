@@ -70,9 +70,15 @@ def print_plugins(console: Console, plugins: list[KnownPlugin]) -> None:
     """Print a table of plugins."""
     columns = ("name", "state", "origin", "module", "hooks")
     rows = [
-        (one.name, one.state, one.origin, one.module, "\n".join(_short(one))) for one in plugins
+        (one.name, _state(one), one.origin, one.module, "\n".join(_short(one))) for one in plugins
     ]
     console.print(table(columns, rows))
+
+
+def _state(plugin: KnownPlugin) -> str:
+    """The state; below it, the version that a plugin in use needs. Broken ones have a warning."""
+    is_misfit = plugin.problem and plugin.state == IN_USE
+    return f"{plugin.state}\n{plugin.problem}" if is_misfit else plugin.state
 
 
 def _short(plugin: KnownPlugin) -> list[str]:
@@ -198,13 +204,16 @@ def static_checks(session: Session, plugin: KnownPlugin) -> Iterator[Check]:
 
     Args:
         session: The run of the command line.
-        plugin: The plugin. If it is broken, the only result is a failure with the reason.
+        plugin: The plugin. If it is broken, the only results are failures with the reasons.
     """
     if plugin.state == BROKEN:
-        yield Check(SUITE, "hooks_and_arguments", "failed", plugin.problem)
+        # several if two distributions have a plugin of this name
+        errors = [one.error for one in session.broken if one.candidate.name == plugin.name]
+        yield from (Check(SUITE, "hooks_and_arguments", "failed", str(exc)) for exc in errors)
         return
     # The host has checked these when it registered the plugin.
     yield Check(SUITE, "hooks_and_arguments", "passed")
+    yield _versions(session, plugin)
     yield _deprecated(session, plugin)
     yield _timed("names_of_offers", lambda: _naming_error(session, plugin))
     if plugin.origin == "explicit":
@@ -219,6 +228,18 @@ def _timed(name: str, find_failure: Callable[[], str]) -> Check:
     failure = find_failure()
     seconds = time.perf_counter() - began
     return Check(SUITE, name, "failed" if failure else "passed", failure, seconds)
+
+
+def _versions(session: Session, plugin: KnownPlugin) -> Check:
+    """Whether the plugin is for this version of refitkit, and which of its hooks are not."""
+    if plugin.problem:
+        return Check(SUITE, "versions", "failed", f"The plugin {plugin.problem}.")
+    infos = (info for info in session.host.plugins() if info.name == plugin.name)
+    ignored = [hook for info in infos for hook in info.ignored]
+    if not ignored:
+        return Check(SUITE, "versions", "passed")
+    reason = f"this refitkit does not have the optional hooks {', '.join(ignored)}"
+    return Check(SUITE, "versions", "skipped", reason)
 
 
 def _deprecated(session: Session, plugin: KnownPlugin) -> Check:
