@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from refitkit.version import __version__
+
 if TYPE_CHECKING:
     from refitkit.api import compile, diff, inspect, load, plan, refit, refit_all, verify  # noqa: A004
     from refitkit.builtin.merges.descriptions import TaskVectors, WeightedAverage
@@ -37,8 +39,6 @@ if TYPE_CHECKING:
     from refitkit.model import DiffReport, RefitReport, VerificationResult
     from refitkit.pipeline import CompiledModule, Pipeline, RefitResult, RefitResults
     from refitkit.recipe import RefitPlan
-
-__version__ = "0.1.0"
 
 # ``import refitkit`` stays fast for the command line and for plugins, which seldom need every name.
 # The table repeats the imports above because type checkers cannot follow it.

@@ -14,6 +14,10 @@ Two kinds of hooks:
 
 No hook is called once per tensor.
 
+A plugin that implements a hook of another version of refitkit marks it with
+``@refitkit.hookimpl(optionalhook=True)``. A refitkit that does not have the hook ignores it. An
+unknown hook without the mark is refused, because its name may be misspelt.
+
 Any release may add arguments to a hook, because an implementation names only those that it needs.
 An argument is removed only after a release in which it was deprecated. Its specification then names
 the replacement and the release that removes it (``@hookspec(warn_on_impl_args={"old":

@@ -11,9 +11,11 @@ import functools
 import importlib
 import inspect
 import logging
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,7 @@ from refitkit import hookspecs
 from refitkit.config import Config
 from refitkit.errors import PluginError, raise_if_resource, raised_as, resources
 from refitkit.offered import received, require_offer
+from refitkit.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -49,7 +52,11 @@ BUILTINS = (
 
 _BUILT_IN, _EXPLICIT = "built-in", "explicit"
 _EVENT = "refitkit_event"
+_ON_REFITKIT = re.compile(r"\s*refitkit\s*([^\w.\s-]|$)", re.IGNORECASE)
+"""The start of a requirement on refitkit, not on a package whose name begins with it."""
 _log = logging.getLogger("refitkit")
+_logged: set[tuple[str, str]] = set()
+"""Plugins, and what was logged about the versions that they need."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +70,7 @@ class Candidate:
         load: Returns the plugin, and imports it first if necessary.
         distribution: Name of the plugin's distribution; empty if it has none.
         version: Version of that distribution.
+        requires: Returns the requirements of that distribution, as its metadata has them.
     """
 
     name: str
@@ -71,6 +79,11 @@ class Candidate:
     load: Callable[[], object]
     distribution: str = ""
     version: str = ""
+    requires: Callable[[], Iterable[str]] = tuple
+
+    def misfit(self) -> str:
+        """The versions of refitkit that the distribution needs, if this is another one; or ''."""
+        return misfit(self.requires())
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +110,9 @@ class PluginInfo:
         module: Module that is the plugin or contains it.
         distribution: Name of the plugin's distribution; empty if it has none.
         version: Version of that distribution.
+        ignored: Names of hooks with ``optionalhook=True`` that this refitkit does not have, sorted.
+        misfit: ``needs refitkit>=2, this is refitkit 1.0``, if the distribution requires another
+            version of refitkit; else empty.
     """
 
     name: str
@@ -105,6 +121,8 @@ class PluginInfo:
     module: str = ""
     distribution: str = ""
     version: str = ""
+    ignored: tuple[str, ...] = ()
+    misfit: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,14 +179,17 @@ class Host:
 
     def _info_of(self, name: str, plugin: object) -> PluginInfo:
         found = self._registered[name]
-        hooks = self._hooks_of(plugin)
-        return PluginInfo(
-            name, found.origin, hooks, found.module, found.distribution, found.version
-        )
-
-    def _hooks_of(self, plugin: object) -> tuple[str, ...]:
         callers = self._manager.get_hookcallers(plugin) or ()
-        return tuple(sorted(caller.name for caller in callers))
+        return PluginInfo(
+            name,
+            found.origin,
+            tuple(sorted(caller.name for caller in callers if caller.has_spec())),
+            found.module,
+            found.distribution,
+            found.version,
+            tuple(sorted(caller.name for caller in callers if not caller.has_spec())),
+            found.misfit(),
+        )
 
     def has(self, hook: str) -> bool:
         """Whether any plugin implements a hook."""
@@ -407,17 +428,32 @@ def make_host(
     replaced = dict.fromkeys(map(_identity, explicit), "")
     manager = Manager()
     registered: dict[str, Candidate] = {}
-    for candidate in candidates(explicit):
-        # before it is loaded: a plugin that is switched off is not even imported
-        if candidate.name in off:
-            continue
+    # before they are loaded: a plugin that is switched off is not even imported
+    found = [candidate for candidate in candidates(explicit) if candidate.name not in off]
+    firsts = {one.name: one for one in reversed(found) if _is_installed(one)}
+    if on_broken is None:
+        # before any is imported, because the import of the first may fail
+        for candidate in found:
+            _require_first(candidate, firsts)
+    for candidate in found:
         try:
+            _require_first(candidate, firsts)
             _register_candidate(manager, registered, candidate, replaced)
         except PluginError as exc:
             if on_broken is None:
                 raise
             on_broken(BrokenPlugin(candidate, exc))
     return Host(manager, registered, config)
+
+
+def _is_installed(candidate: Candidate) -> bool:
+    return candidate.origin not in {_BUILT_IN, _EXPLICIT}
+
+
+def _require_first(candidate: Candidate, firsts: Mapping[str, Candidate]) -> None:
+    """Raise a ``PluginError`` for an installed plugin whose name another installed one has."""
+    if _is_installed(candidate) and firsts[candidate.name] is not candidate:
+        raise _same_name(firsts[candidate.name], candidate)
 
 
 def _register_candidate(
@@ -439,7 +475,8 @@ def _register_candidate(
         PluginError: The plugin cannot be imported or registered, or its name is taken.
     """
     _require_free_name(candidate, registered)
-    plugin = candidate.load()
+    with _misfit_first(candidate):
+        plugin = candidate.load()
     # A built-in is never replaced quietly: users switch it off by name.
     if _identity(plugin) in replaced and candidate.origin != _BUILT_IN:
         if candidate.origin != _EXPLICIT:
@@ -450,23 +487,82 @@ def _register_candidate(
             candidate = replace(candidate, name=replaced[_identity(plugin)])
             _require_free_name(candidate, registered)
     try:
-        register_plugin(manager, candidate.name, plugin)
+        with _misfit_first(candidate):
+            register_plugin(manager, candidate.name, plugin)
     except PluginError:
         # pluggy registers a plugin before it finds that a hook does not exist
         if manager.has_plugin(candidate.name):
             manager.unregister(name=candidate.name)
         raise
     registered[candidate.name] = candidate
+    _log_misfit(candidate)
 
 
 def _require_free_name(candidate: Candidate, registered: Mapping[str, Candidate]) -> None:
-    name = candidate.name
-    if name in registered:
+    if candidate.name in registered:
+        raise _same_name(registered[candidate.name], candidate)
+
+
+def _same_name(one: Candidate, other: Candidate) -> PluginError:
+    installed = [two.distribution for two in (one, other) if two.distribution]
+    hint = f"Uninstall one: pip uninstall {installed[-1]}." if installed else "Rename one."
+    return PluginError(
+        f"Two plugins are called {one.name!r}: one is {one.origin}, the other {other.origin}.",
+        hint=hint,
+    )
+
+
+# -- plugins for other versions of refitkit -------------------------------------------------------
+
+
+def misfit(requirements: Iterable[str]) -> str:
+    """The requirements on refitkit that this version does not meet; empty if there are none.
+
+    Args:
+        requirements: Lines ``Requires-Dist`` of a distribution, such as ``refitkit>=0.2``.
+    """
+    # a regular expression first: most requirements are on other packages, and parsing takes time
+    named = [line for line in requirements if _ON_REFITKIT.match(line)]
+    if not named:
+        return ""
+    from packaging.requirements import InvalidRequirement, Requirement  # noqa: PLC0415
+
+    unmet = []
+    for line in named:
+        try:
+            required = Requirement(line)
+        except InvalidRequirement:  # pip would have refused it, so others can report it
+            continue
+        applies = required.marker is None or required.marker.evaluate({"extra": ""})
+        if applies and not required.specifier.contains(__version__, prereleases=True):
+            unmet.append(f"refitkit{required.specifier}")
+    if not unmet:
+        return ""
+    return f"needs {' and '.join(unmet)}, this is refitkit {__version__}"
+
+
+@contextmanager
+def _misfit_first(candidate: Candidate) -> Iterator[None]:
+    """Name another required version of refitkit first, if the plugin cannot be loaded."""
+    try:
+        yield
+    except PluginError as exc:
+        wrong = candidate.misfit()
+        if not wrong:
+            raise
         raise PluginError(
-            f"Two plugins are called {name!r}: one is {registered[name].origin}, the other "
-            f"{candidate.origin}.",
-            hint="Rename one, or uninstall it.",
-        )
+            f"The plugin {candidate.name!r} of {candidate.origin} {wrong}. {exc.message}",
+            hint=f"Install versions that fit: pip install --upgrade {candidate.distribution} "
+            f"refitkit. Or switch it off: --no-plugin {candidate.name}.",
+        ) from exc.__cause__
+
+
+def _log_misfit(candidate: Candidate) -> None:
+    """Log once that a plugin requires another version of refitkit, though it could be loaded."""
+    wrong = candidate.misfit()
+    if wrong and (candidate.name, wrong) not in _logged:
+        _logged.add((candidate.name, wrong))
+        _log.warning("The plugin %r of %s %s.", candidate.name, candidate.origin, wrong)
 
 
 def _identity(plugin: object) -> tuple[object, str]:
@@ -485,10 +581,13 @@ def candidates(plugins: Iterable[object] = ()) -> Iterator[Candidate]:
     for name in BUILTINS:
         yield _built_in(name)
     # Sorted, because entry points have no defined order.
-    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
-        yield _installed(entry)
+    yield from sorted(map(_installed, entry_points(group=GROUP)), key=_by_name)
     for plugin in plugins:
         yield _explicit(plugin)
+
+
+def _by_name(candidate: Candidate) -> tuple[str, str]:
+    return candidate.name, candidate.origin
 
 
 def _built_in(name: str) -> Candidate:
@@ -506,6 +605,7 @@ def _installed(entry: EntryPoint) -> Candidate:
         load=lambda: _imported(entry, origin),
         distribution=dist.name if dist else "",
         version=dist.version if dist else "",
+        requires=lambda: getattr(dist, "requires", None) or (),
     )
 
 
@@ -603,12 +703,19 @@ def _finish(manager: Manager, name: str, plugin: object, hint: str) -> None:
     for caller in manager.get_hookcallers(plugin) or ():
         # pluggy registers hooks of any name and waits for a specification.
         if not caller.has_spec():
+            if _is_optional(caller, plugin):
+                continue
             message = f"The plugin {name!r} implements {caller.name}, which is not a hook."
             raise PluginError(message, hint=hint)
         for implementation in caller.get_hookimpls():
             if implementation.plugin is plugin:
                 _warn_of_deprecated(manager, name, implementation, caller.name)
                 _name_failures(name, implementation, caller)
+
+
+def _is_optional(caller: pluggy.HookCaller, plugin: object) -> bool:
+    """Whether a plugin marks its implementation of a hook with ``optionalhook=True``."""
+    return all(one.optionalhook for one in caller.get_hookimpls() if one.plugin is plugin)
 
 
 def _warn_of_deprecated(

@@ -1,15 +1,17 @@
 """Install each plugin under plugins/ as a third party's would be, use it, and take it away again.
 
-usage: python scripts/plugin_wheels.py [FOLDER ...]
+usage: python scripts/plugin_wheels.py [--kind KIND ...] [--only-new] [FOLDER ...]
 
 In a fresh environment that sees the packages of the one that runs this, torch for one, and not the
 source tree: refitkit's own wheel; then the wheel of each plugin, which has to be found and listed,
-to pass refitkit's checks and its own tests, and to be gone once it is uninstalled. Then the same
-for a plugin that ``refitkit plugins new`` makes, and the commands of its README.
+to pass refitkit's checks and its own tests, and to be gone once it is uninstalled. Then
+``refitkit plugins new`` makes a plugin of each kind. All of them are built and installed together,
+their tests run in one process, and then all commands and code of their READMEs.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -20,14 +22,17 @@ import sysconfig
 import tempfile
 import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-FRESH = "fresh-plugin"
+KINDS = ("source", "transform", "strategy", "verifier", "backend", "listener", "command")
 _TESTS = "test"  # name of the extra with what tests need
-_COMMANDS = re.compile(r"```console\n(.*?)```", re.DOTALL)
+_BLOCKS = re.compile(r"```(console|python)\n(.*?)```", re.DOTALL)
+_INSTALL = "python -m pip install"
+_ADVICE = re.compile(r"^# (.*)$", re.MULTILINE)
 
 
 class WrongError(Exception):
@@ -75,19 +80,19 @@ class Environment:
         (site,) = self.folder.glob("lib/python*/site-packages")
         return site
 
-    def install(self, wheel: Path) -> None:
-        """Install a wheel; all that it depends on is there."""
+    def install(self, *wheels: Path) -> None:
+        """Install wheels; all that they depend on is there."""
         options = ("--quiet", "--no-deps", "--no-index", "--ignore-installed")
-        self._pip("install", *options, str(wheel))
+        self._pip("install", *options, *map(str, wheels))
 
     def install_extra(self, wheel: Path, extra: str) -> None:
         """Install what an extra of a wheel asks for beside what is there, as a user would."""
         constraints = str(ROOT / "constraints.txt")
         self._pip("install", "--quiet", "-c", constraints, f"{wheel}[{extra}]")
 
-    def uninstall(self, distribution: str) -> None:
-        """Take a distribution away."""
-        self._pip("uninstall", "--quiet", "--yes", distribution)
+    def uninstall(self, *distributions: str) -> None:
+        """Take distributions away."""
+        self._pip("uninstall", "--quiet", "--yes", *distributions)
 
     def _pip(self, *args: str) -> None:
         python = str(self.folder / "bin" / "python")
@@ -134,11 +139,17 @@ def run(*command: str, cwd: Path | None = None, env: dict[str, str] | None = Non
 
 def wheel_of(folder: Path, wheels: Path) -> Path:
     """Build the wheel of a project."""
+    (wheel,) = wheels_of([folder], wheels)
+    return wheel
+
+
+def wheels_of(folders: list[Path], wheels: Path) -> list[Path]:
+    """Build the wheels of some projects."""
     into = Path(tempfile.mkdtemp(dir=wheels))
     options = ("--quiet", "--no-deps", "--wheel-dir", str(into))
-    run(sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", *options, str(folder))
-    (wheel,) = into.glob("*.whl")
-    return wheel
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    run(*pip, "wheel", *options, *map(str, folders))
+    return sorted(into.glob("*.whl"))
 
 
 def try_plugin(plugin: Plugin, environment: Environment, scratch: Path) -> None:
@@ -153,14 +164,23 @@ def try_plugin(plugin: Plugin, environment: Environment, scratch: Path) -> None:
     environment.install(wheel)
     if plugin.tested_with:
         environment.install_extra(wheel, plugin.tested_with)
-    found = environment.listed(scratch).get(plugin.name)
-    if not found or (found["state"], found["distribution"]) != ("in use", plugin.distribution):
-        raise WrongError(f"{plugin.name} is not listed as installed: {found}.")
+    check_listed(plugin, environment.listed(scratch))
     environment.run("refitkit", "plugins", "check", plugin.name, cwd=scratch)
     try_tests(plugin, environment, scratch)
     environment.uninstall(plugin.distribution)
     if plugin.name in environment.listed(scratch):
         raise WrongError(f"{plugin.name} is still there after it was uninstalled.")
+
+
+def check_listed(plugin: Plugin, listed: dict[str, dict[str, Any]]) -> None:
+    """Check that a plugin is listed as installed.
+
+    Raises:
+        WrongError: It is not.
+    """
+    found = listed.get(plugin.name)
+    if not found or (found["state"], found["distribution"]) != ("in use", plugin.distribution):
+        raise WrongError(f"{plugin.name} is not listed as installed: {found}.")
 
 
 def try_tests(plugin: Plugin, environment: Environment, scratch: Path) -> None:
@@ -176,28 +196,77 @@ def try_tests(plugin: Plugin, environment: Environment, scratch: Path) -> None:
     print(f"  {said.strip().splitlines()[-1]}")
 
 
+def blocks_of(folder: Path) -> list[tuple[str, str]]:
+    """The steps of a README, in order: ``console`` with one command, or ``python`` with code."""
+    steps = []
+    for language, text in _BLOCKS.findall((folder / "README.md").read_text()):
+        whole = language == "python"
+        steps += [(language, one) for one in ([text] if whole else text.splitlines())]
+    return steps
+
+
 def try_readme(folder: Path, environment: Environment) -> None:
-    """Run all commands that a README tells its reader to."""
-    (block,) = _COMMANDS.findall((folder / "README.md").read_text())
-    for line in block.splitlines():
-        print(f"  {line}")
-        environment.run("bash", "-c", line.removeprefix("$ "), cwd=folder)
+    """Run what a README shows, but for the installation.
+
+    Raises:
+        WrongError: A step fails, or code does not print what the comments after it say.
+    """
+    for language, text in blocks_of(folder):
+        if language == "console":
+            command = text.removeprefix("$ ")
+            if not command.startswith(_INSTALL):
+                environment.run("bash", "-c", command, cwd=folder)
+            continue
+        said = environment.run("python", "-c", text, cwd=folder)
+        told = _ADVICE.findall(text.rpartition("print(")[2])
+        if said.splitlines() != told:
+            raise WrongError(f"{folder.name}: the README says {told}, but the code prints {said}")
+    print(f"  {folder.name}: all of its README")
 
 
-def try_fresh(environment: Environment, scratch: Path) -> None:
-    """Make a new plugin, and do the same with it; then what its README says."""
-    folder = scratch / FRESH
-    environment.run("refitkit", "plugins", "new", FRESH, "--path", str(folder), cwd=scratch)
-    plugin = Plugin.of(folder)
-    try_plugin(plugin, environment, scratch)
-    try_readme(folder, environment)
-    environment.uninstall(plugin.distribution)
+def try_fresh(kinds: list[str], environment: Environment, scratch: Path) -> None:
+    """Make a plugin of each kind, install all, run their tests, then what their READMEs show.
+
+    Raises:
+        WrongError: Something is not as it has to be.
+    """
+    folders = [scratch / f"fresh-{kind}" for kind in kinds]
+    for kind, folder in zip(kinds, folders, strict=True):
+        made = ("plugins", "new", folder.name, "--kind", kind, "--path", str(folder))
+        environment.run("refitkit", *made, cwd=scratch)
+    plugins = [Plugin.of(folder) for folder in folders]
+    environment.install(*wheels_of(folders, scratch))
+    listed = environment.listed(scratch)
+    for plugin in plugins:
+        check_listed(plugin, listed)
+        environment.check_origin(plugin.package, scratch)
+    tests = scratch / "tests-of-fresh"
+    for folder in folders:  # beside which there is no source
+        shutil.copytree(folder / "tests", tests / folder.name)
+    options = ("-q", "-p", "no:cacheprovider", "--import-mode=importlib", "-c", os.devnull)
+    said = environment.run("python", "-m", "pytest", *options, str(tests), cwd=tests)
+    print(f"  {said.strip().splitlines()[-1]}", flush=True)
+    for folder in folders:  # one after another: they write to one environment
+        ((_, install),) = (step for step in blocks_of(folder) if _INSTALL in step[1])
+        environment.run("bash", "-c", install.removeprefix("$ "), cwd=folder)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda folder: try_readme(folder, environment), folders))
+    environment.uninstall(*(plugin.distribution for plugin in plugins))
+    left = environment.listed(scratch).keys() & {plugin.name for plugin in plugins}
+    if left:
+        raise WrongError(f"{sorted(left)} are still there after they were uninstalled.")
 
 
 def main() -> int:
-    """Try the plugins in the given folders, or all; then a new one."""
-    given = [Path(name) for name in sys.argv[1:]]
-    folders = given or [path.parent for path in sorted(ROOT.glob("plugins/*/pyproject.toml"))]
+    """Try the plugins in the given folders, or all; then new ones."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="[plugins/*]")
+    parser.add_argument("--kind", action="append", choices=KINDS, help="of new plugins  [all]")
+    parser.add_argument("--only-new", action="store_true", help="leave out all folders")
+    given = parser.parse_args()
+    found = [path.parent for path in sorted(ROOT.glob("plugins/*/pyproject.toml"))]
+    folders = [] if given.only_new else given.folders or found
+    kinds = given.kind or list(KINDS)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="refitkit-wheels-") as name:
         scratch = Path(name)
@@ -206,8 +275,8 @@ def main() -> int:
         for plugin in map(Plugin.of, folders):
             print(f"{plugin.distribution}: built, installed, used, uninstalled", flush=True)
             try_plugin(plugin, environment, scratch)
-        print(f"{FRESH}: made, built, installed, used, uninstalled", flush=True)
-        try_fresh(environment, scratch)
+        print(f"new {', '.join(kinds)}: made, built, installed, used, uninstalled", flush=True)
+        try_fresh(kinds, environment, scratch)
     print(f"all of it in {time.monotonic() - began:.0f} s")
     return 0
 

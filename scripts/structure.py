@@ -40,7 +40,7 @@ class Size(NamedTuple):
 
 
 LIMITS = {
-    "refitkit": Size(209, 1147, 0),
+    "refitkit": Size(210, 1150, 0),
     "refitkit.builtin": Size(86, 187, 0),
     "refitkit.builtin.aotinductor": Size(14, 37, 0),
     "refitkit.builtin.checks": Size(3, 2, 0),

@@ -32,6 +32,8 @@ from refitkit.files.temporary import TemporaryFolder
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from refitkit.cli.known import KnownPlugin
+
 
 _AOTINDUCTOR, _TORCH_TENSORRT, _NETWORK = "aotinductor", "torch_tensorrt", "tensorrt_network"
 _ABILITIES = ("compile", "load", "refit")
@@ -77,13 +79,19 @@ def doctor_command(ctx: click.Context) -> None:
         "machine": [asdict(one) for one in findings],
         "backends": [asdict(one) for one in backends],
         "plugins": [
-            {"name": one.name, "origin": one.origin, "state": one.state} for one in plugins
+            {"name": one.name, "origin": one.origin, "state": one.state, "problem": one.problem}
+            for one in plugins
         ],
     }
-    names = [f"{one.name} ({one.origin if one.state == IN_USE else one.state})" for one in plugins]
+    names = [f"{one.name} ({_state_of(one)})" for one in plugins]
     session.result(data, lambda console: _print(console, findings, backends, names))
     # Not an error: the result is complete, and stderr stays empty.
     ctx.exit(0 if possible else 1)
+
+
+def _state_of(plugin: KnownPlugin) -> str:
+    state = plugin.origin if plugin.state == IN_USE else plugin.state
+    return f"{state}, {plugin.problem}" if plugin.problem else state
 
 
 def _findings() -> list[Finding]:

@@ -32,7 +32,8 @@ class KnownPlugin:
         version: Version of that distribution.
         module: Module that is the plugin or contains it.
         hooks: Kinds of the hooks that the plugin implements, ``first`` or ``all``, by hook.
-        problem: Reason why the plugin is broken, with a hint; empty if it is not.
+        problem: Reason why the plugin is broken, with a hint; of a plugin in use, the version of
+            refitkit that it needs, if this is another one; else empty.
     """
 
     name: str
@@ -60,7 +61,8 @@ def all_plugins(session: Session) -> list[KnownPlugin]:
     """All plugins: those in use in the host's order, then broken ones, then switched-off ones."""
     off = session.config().switched_off()
     existing = candidates(session.registered)
-    switched_off = {one.name: one for one in existing if one.name in off}
+    # two distributions may have a plugin of one name
+    switched_off = {(one.name, one.distribution): one for one in existing if one.name in off}
     # A plugin that fails while it adds commands is registered, and broken all the same.
     broken = [one.candidate for one in session.broken]
     in_use = [i for i in session.host.plugins() if session.host.candidate(i.name) not in broken]
@@ -80,6 +82,7 @@ def _in_use(session: Session, info: PluginInfo) -> KnownPlugin:
         info.version,
         info.module,
         {hook: session.host.kind_of(hook) for hook in info.hooks},
+        info.misfit,
     )
 
 

@@ -70,9 +70,15 @@ def print_plugins(console: Console, plugins: list[KnownPlugin]) -> None:
     """Print a table of plugins."""
     columns = ("name", "state", "origin", "module", "hooks")
     rows = [
-        (one.name, one.state, one.origin, one.module, "\n".join(_short(one))) for one in plugins
+        (one.name, _state(one), one.origin, one.module, "\n".join(_short(one))) for one in plugins
     ]
     console.print(table(columns, rows))
+
+
+def _state(plugin: KnownPlugin) -> str:
+    """The state; below it, the version that a plugin in use needs. Broken ones have a warning."""
+    is_misfit = plugin.problem and plugin.state == IN_USE
+    return f"{plugin.state}\n{plugin.problem}" if is_misfit else plugin.state
 
 
 def _short(plugin: KnownPlugin) -> list[str]:
@@ -198,13 +204,16 @@ def static_checks(session: Session, plugin: KnownPlugin) -> Iterator[Check]:
 
     Args:
         session: The run of the command line.
-        plugin: The plugin. If it is broken, the only result is a failure with the reason.
+        plugin: The plugin. If it is broken, the only results are failures with the reasons.
     """
     if plugin.state == BROKEN:
-        yield Check(SUITE, "hooks_and_arguments", "failed", plugin.problem)
+        # several if two distributions have a plugin of this name
+        errors = [one.error for one in session.broken if one.candidate.name == plugin.name]
+        yield from (Check(SUITE, "hooks_and_arguments", "failed", str(exc)) for exc in errors)
         return
     # The host has checked these when it registered the plugin.
     yield Check(SUITE, "hooks_and_arguments", "passed")
+    yield _versions(session, plugin)
     yield _deprecated(session, plugin)
     yield _timed("names_of_offers", lambda: _naming_error(session, plugin))
     if plugin.origin == "explicit":
@@ -219,6 +228,18 @@ def _timed(name: str, find_failure: Callable[[], str]) -> Check:
     failure = find_failure()
     seconds = time.perf_counter() - began
     return Check(SUITE, name, "failed" if failure else "passed", failure, seconds)
+
+
+def _versions(session: Session, plugin: KnownPlugin) -> Check:
+    """Whether the plugin is for this version of refitkit, and which of its hooks are not."""
+    if plugin.problem:
+        return Check(SUITE, "versions", "failed", f"The plugin {plugin.problem}.")
+    infos = (info for info in session.host.plugins() if info.name == plugin.name)
+    ignored = [hook for info in infos for hook in info.ignored]
+    if not ignored:
+        return Check(SUITE, "versions", "passed")
+    reason = f"this refitkit does not have the optional hooks {', '.join(ignored)}"
+    return Check(SUITE, "versions", "skipped", reason)
 
 
 def _deprecated(session: Session, plugin: KnownPlugin) -> Check:
@@ -281,18 +302,90 @@ _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _SUFFIX = ".tmpl"
 _PACKAGE = "package"
 """Name of the template's folder that is renamed to the new package."""
+_USAGE = "usage.md"
+"""The part of a README that depends on the kind; it has no file of its own in the project."""
+_SUITES = """
+# `refitkit plugins check {name}` finds the conformance suites here.
+[project.entry-points."refitkit.conformance"]
+{name} = "{package}.conformance:SUITES"
+"""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of plugin that ``plugins new`` can create.
+
+    Attributes:
+        summary: What the plugin does, after "it".
+        dependencies: Packages that it imports, in addition to refitkit.
+        files: Its modules and what is in them.
+        has_suites: Whether the conformance kit has a suite for what it offers.
+    """
+
+    summary: str
+    dependencies: tuple[str, ...]
+    files: Mapping[str, str]
+    has_suites: bool = True
+
+
+_KINDS: Mapping[str, _Kind] = {
+    "source": _Kind(
+        "reads weights from `.npz` files of NumPy",
+        ("numpy", "torch"),
+        {"source.py": "the weight source"},
+    ),
+    "transform": _Kind(
+        "computes float weights from an int8 checkpoint with scales",
+        ("numpy", "torch"),
+        {"transform.py": "the weight transform"},
+    ),
+    "strategy": _Kind(
+        "computes the table of a custom layer from its new weight",
+        ("torch",),
+        {"strategy.py": "the layer and the mapping strategy"},
+    ),
+    "verifier": _Kind(
+        "verifies refits by the cosine similarity of outputs",
+        ("torch",),
+        {"verifier.py": "the verifier"},
+    ),
+    "backend": _Kind(
+        "adds a backend that runs programs with torch",
+        ("torch",),
+        {"backend.py": "the backend and its modules", "engine.py": "their engine"},
+    ),
+    "listener": _Kind(
+        "logs the counts and durations of refits",
+        (),
+        {"listener.py": "the totals and the log"},
+        has_suites=False,
+    ),
+    "command": _Kind(
+        "adds a command that prints the norm of each weight",
+        ("click",),
+        {"command.py": "the command"},
+        has_suites=False,
+    ),
+}
 
 
 @click.command("new", short_help="Create a project for a new plugin.")
 @click.argument("name")
+@click.option(
+    "--kind",
+    type=click.Choice(list(_KINDS)),
+    default="source",
+    show_default=True,
+    help="What the plugin adds to refitkit.",
+)
 @file_option("--path", metavar="DIR", help="Folder of the project.  [default: NAME]")
 @common_options
 @click.pass_obj
-def new_command(session: Session, name: str, path: Path | None) -> None:
+def new_command(session: Session, name: str, kind: str, path: Path | None) -> None:
     """Create a project for a new plugin NAME, in a new folder.
 
-    The project has a working weight source, check and mapping strategy, tests, and refitkit's
-    conformance suites. It can be built and installed unchanged.
+    The project has a small working plugin of one kind, tests, and refitkit's conformance suites. It
+    can be built and installed unchanged.
     """
     package = _package_for(session, name)
     folder = path or Path(name)
@@ -300,16 +393,45 @@ def new_command(session: Session, name: str, path: Path | None) -> None:
         raise ConfigError(
             f"{str(folder)!r} exists, and is not an empty folder.", hint="Use --path."
         )
-    values = {"name": name, "package": package, "version": __version__}
     written = []
-    for place, text in _template():
-        target = folder / place.replace(f"/{_PACKAGE}/", f"/{package}/")
+    for place, text in _project(kind, name, package):
+        target = folder / place
         target.parent.mkdir(parents=True, exist_ok=True)
-        # ``substitute`` raises for a misspelt name in a template; ``safe_substitute`` would not
-        target.write_text(Template(text).substitute(values), encoding="utf-8")
-        written.append(target.relative_to(folder).as_posix())
-    data = {"plugin": name, "package": package, "path": str(folder), "files": sorted(written)}
+        target.write_text(text, encoding="utf-8")
+        written.append(place)
+    data = {
+        "plugin": name,
+        "kind": kind,
+        "package": package,
+        "path": str(folder),
+        "files": sorted(written),
+    }
     session.result(data, lambda console: _print_next_steps(console, name, folder))
+
+
+def _project(kind: str, name: str, package: str) -> Iterator[tuple[str, str]]:
+    """Relative paths and texts of all files of a new project."""
+    of_kind = dict(_template(f"kinds/{kind}"))
+    values = {"name": name, "package": package}
+    values |= _shared_values(_KINDS[kind], values)
+    # ``substitute`` raises for a misspelt name in a template; ``safe_substitute`` would not
+    values["usage"] = Template(of_kind.pop(_USAGE)).substitute(values).strip()
+    for place, text in (*_template("common"), *of_kind.items()):
+        yield place.replace(f"/{_PACKAGE}/", f"/{package}/"), Template(text).substitute(values)
+
+
+def _shared_values(kind: _Kind, named: Mapping[str, str]) -> dict[str, str]:
+    """Values of the common files that depend on the kind."""
+    dependencies = [*kind.dependencies, f"refitkit>={__version__}"]
+    files = {**kind.files, "conformance.py": "refitkit's conformance suites"}
+    if not kind.has_suites:
+        del files["conformance.py"]
+    return {
+        "summary": kind.summary,
+        "dependencies": ", ".join(f'"{one}"' for one in sorted(dependencies)),
+        "suites": _SUITES.format(**named) if kind.has_suites else "",
+        "files": "".join(f"; `{file}` has {what}" for file, what in files.items()),
+    }
 
 
 def _package_for(session: Session, name: str) -> str:
@@ -333,9 +455,9 @@ def _package_for(session: Session, name: str) -> str:
     return package
 
 
-def _template() -> Iterator[tuple[str, str]]:
-    """Relative paths and texts of all files of the template."""
-    yield from _files_in(files("refitkit.cli") / "templates" / "plugin", "")
+def _template(folder: str) -> Iterator[tuple[str, str]]:
+    """Relative paths and texts of all files in a folder of templates."""
+    yield from _files_in(files("refitkit.cli").joinpath("templates", *folder.split("/")), "")
 
 
 def _files_in(folder: Traversable, before: str) -> Iterator[tuple[str, str]]:

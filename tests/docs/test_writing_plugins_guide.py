@@ -76,6 +76,35 @@ def test_names_and_links_exist() -> None:
         assert setting in refitkit.Config.model_fields
 
 
+WALKS = re.findall(
+    r"### (\w+)\n\n```console\n(.*?)```", PAGE.partition("## A walk for each kind")[2], re.DOTALL
+)
+KINDS = ["source", "transform", "strategy", "verifier", "backend", "listener", "command"]
+
+
+def test_there_is_a_walk_for_each_kind() -> None:
+    assert [title.lower() for title, _ in WALKS] == KINDS
+
+
+@pytest.mark.parametrize(("title", "block"), WALKS)
+def test_a_walk_has_the_commands_of_the_project_that_it_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, title: str, block: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, *others = block.splitlines()
+    assert first.startswith("$ refitkit plugins new ")
+    assert main(first.removeprefix("$ refitkit ").split()) == 0
+    readme = (tmp_path / f"my-{title.lower()}" / "README.md").read_text()
+    commands = "".join(re.findall(r"```console\n(.*?)```", readme, re.DOTALL)).splitlines()
+    start = PAGE.partition("## A walk for each kind")[2].partition("```console\n")[2]
+    shared = start.partition("```")[0].replace("my-source", f"my-{title.lower()}").splitlines()
+    assert [*shared, *others] == commands
+    paragraph = PAGE.partition(block)[2].partition("\n### ")[0].partition("\n## ")[0]
+    code = "".join(path.read_text() for path in (tmp_path / f"my-{title.lower()}").rglob("*.py"))
+    for name in re.findall(r"`(\w+)`", paragraph):
+        assert name in code or name == "verify", name
+
+
 @pytest.fixture
 def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The example as if it was installed."""

@@ -37,7 +37,7 @@ def test_a_machine_that_can_all(run: Callable[..., Outcome]) -> None:
     assert found["refitkit"]["found"] == refitkit.__version__
     backend = aotinductor_in(outcome)
     assert (backend["load"], backend["refit"]) == (True, True)
-    expected = {"name": "checks", "origin": "built-in", "state": "in use"}
+    expected = {"name": "checks", "origin": "built-in", "state": "in use", "problem": ""}
     assert expected in outcome.data["plugins"]
 
 
