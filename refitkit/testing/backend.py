@@ -9,7 +9,15 @@ from torch.utils import _pytree as pytree
 
 from refitkit.errors import ConfigError, InputMismatchError, RefitError
 from refitkit.files.temporary import TemporaryFolder
-from refitkit.protocols import Backend, Offline, PlanDraft, ProbesFromState, SteadyValues, Tools
+from refitkit.protocols import (
+    Backend,
+    HoldsValues,
+    Offline,
+    PlanDraft,
+    ProbesFromState,
+    SteadyValues,
+    Tools,
+)
 from refitkit.testing import oracles
 from refitkit.testing.breach import Breach, skip
 from refitkit.testing.scenes import drafted_values, open_with_plugins
@@ -279,6 +287,28 @@ class BackendSuite:
             found += "program with the same weights."
             advice = "Give each slot the weight that the compiled code reads there: slots of equal "
             advice += "shape may be crossed, here or in the engine."
+            raise Breach(_DRAFT, found, advice)
+
+    def test_drafted_values_are_those_of_the_parts(self) -> None:
+        """Drafted rows give the values that parts of a program with other weights hold."""
+        module, program = self.make_module(), self.make_program()
+        _change_weights(program)
+        part = next(iter(self.make_parts(program, module).values()))
+        if not isinstance(part, HoldsValues):
+            skip("the parts hold no values")
+        values = drafted_values(self._drafted(self.make_program(), module), program.state_dict)
+        if isinstance(values, str):
+            skip(f"the drafted rows alone do not give every value: {values}")
+        held = {
+            (of, slot): one for of, slots in part.values().items() for slot, one in slots.items()
+        }
+        drafted = {"/".join(key): oracles.bits(value.load()) for key, value in values.items()}
+        wanted = {"/".join(key): oracles.bits(value) for key, value in held.items()}
+        wrong = oracles.differing(drafted, wanted)
+        if wrong:
+            found = "with other weights, its rows and HoldsValues.values of the parts give other "
+            found += f"bits for {oracles.quoted(wrong)}."
+            advice = "Give each slot the weight that its engine would get: slots may be crossed."
             raise Breach(_DRAFT, found, advice)
 
     def _drafted(self, program: ExportedProgram, module: OpenedModule) -> PlanDraft:
