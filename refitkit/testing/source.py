@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from refitkit.testing.breach import Breach, SuiteError, skip
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from types import FrameType
 
     import torch
 
@@ -24,7 +26,6 @@ _GET = "WeightSource.get"
 _NAMES = "WeightSource.names"
 _REVISION = "KnowsRevisions.revision"
 _CHANGE = "MayChange.require_unchanged"
-_ROUNDS = 3  # in which two threads read all tensors
 
 
 class SourceSuite:
@@ -176,12 +177,14 @@ class SourceSuite:
 
         def wrong_in(names: Sequence[str]) -> list[str]:
             start.wait()
-            reads = [(name, source.get(name)) for _ in range(_ROUNDS) for name in names]
+            before = sys.gettrace()  # of a debugger
+            sys.settrace(_take_turns)
+            try:
+                reads = [(name, source.get(name)) for name in names]
+            finally:
+                sys.settrace(before)
             return [name for name, tensor in reads if oracles.bits(tensor) != truth[name]]
 
-        # Threads that switch often meet inside get, which may take less than a usual turn.
-        interval = sys.getswitchinterval()
-        sys.setswitchinterval(1e-6)
         try:
             with ThreadPoolExecutor(2) as pool:
                 # Opposite orders, so that the threads read different tensors.
@@ -192,8 +195,6 @@ class SourceSuite:
         except Exception as exc:
             found = f"it raised {type(exc).__name__} when two threads read at once: {exc}."
             raise Breach(_GET, found, "Keep no state between the steps of a read.") from exc
-        finally:
-            sys.setswitchinterval(interval)
         if wrong:
             found = f"two threads that read at once got wrong tensors for {oracles.quoted(wrong)}."
             advice = "Share no position, buffer or current name between calls, or take a lock."
@@ -346,3 +347,10 @@ class SourceSuite:
         except Exception as exc:
             found = f"{name!r} raised {type(exc).__name__}: {exc}."
             raise Breach(_GET, found, "Raise SourceError.") from exc
+
+
+def _take_turns(frame: FrameType, event: str, arg: object) -> Any:  # noqa: ARG001 - see sys.settrace
+    """A trace function that lets another thread run before each opcode, so that races show."""
+    frame.f_trace_opcodes = True
+    time.sleep(0)
+    return _take_turns
