@@ -177,12 +177,14 @@ class SourceSuite:
 
         def wrong_in(names: Sequence[str]) -> list[str]:
             start.wait()
-            before = sys.gettrace()  # of a debugger
+            before = sys.gettrace(), sys.getprofile()  # of a debugger
             sys.settrace(_take_turns)
+            sys.setprofile(_take_turns)
             try:
                 reads = [(name, source.get(name)) for name in names]
             finally:
-                sys.settrace(before)
+                sys.settrace(before[0])
+                sys.setprofile(before[1])
             return [name for name, tensor in reads if oracles.bits(tensor) != truth[name]]
 
         try:
@@ -350,7 +352,9 @@ class SourceSuite:
 
 
 def _take_turns(frame: FrameType, event: str, arg: object) -> Any:  # noqa: ARG001 - see sys.settrace
-    """A trace function that lets another thread run before each opcode, so that races show."""
-    frame.f_trace_opcodes = True
+    """Let another thread run before each line and around each call, so that races show.
+
+    It is both a trace and a profile function. Between other opcodes, CPython switches no threads.
+    """
     time.sleep(0)
     return _take_turns
