@@ -57,7 +57,7 @@ LIMITS = {
     "refitkit.program": Size(9, 12, 0),
     "refitkit.protocols": Size(11, 34, 0),
     "refitkit.recipe": Size(19, 39, 0),
-    "refitkit.testing": Size(15, 40, 0),
+    "refitkit.testing": Size(15, 41, 0),
 }
 """The most that each package may have."""
 

@@ -46,7 +46,8 @@ class SlotValue(NamedTuple):
     Attributes:
         slot: Slot that the value is for.
         strategy: Name of the strategy that created the value.
-        sources: FQNs of the weights that the value is computed from.
+        sources: FQNs of the weights that the value is computed from. Empty, unless ``pinned``: it
+            is computed from the program as a whole, and counts as one that all weights reach.
         load: Returns the tensor, in the dtype and shape of the slot, with any strides, on any
             device. The tensor may be a view of the caller's weights: copy it, never write to it.
         identity: Whether the value is a tensor of the source itself, so ``load`` computes nothing.

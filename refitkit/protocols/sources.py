@@ -56,8 +56,8 @@ class WeightSource(Protocol, metaclass=Ability):
     def get(self, fqn: str) -> torch.Tensor:
         """Return the tensor of an entry.
 
-        Called when a value is needed, possibly several times for one entry. The caller does not
-        write to the tensor, and copies it to keep it.
+        Called when a value is needed, possibly several times for one entry, and from any thread.
+        The caller does not write to the tensor, and copies it to keep it.
 
         Args:
             fqn: Name of the entry.

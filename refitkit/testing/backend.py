@@ -7,15 +7,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
-from refitkit.errors import ConfigError, InputMismatchError
+from refitkit.errors import ConfigError, InputMismatchError, RefitError
 from refitkit.files.temporary import TemporaryFolder
-from refitkit.program.dtypes import dtype_of
-from refitkit.protocols import Backend, Offline, ProbesFromState, Tools
+from refitkit.protocols import (
+    Backend,
+    HoldsValues,
+    Offline,
+    PlanDraft,
+    ProbesFromState,
+    SteadyValues,
+    Tools,
+)
 from refitkit.testing import oracles
 from refitkit.testing.breach import Breach, skip
+from refitkit.testing.scenes import drafted_values, open_with_plugins
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
     from torch.export import ExportedProgram
 
@@ -23,6 +32,7 @@ if TYPE_CHECKING:
 
 _COMPILE = "Backend.compile"
 _DRAFT = "Backend.draft"
+_SAVE = "OpenedModule.save"
 _ATTACHMENTS = {"note.txt": b"conformance"}
 
 
@@ -66,6 +76,14 @@ class BackendSuite:
     def make_module(self) -> OpenedModule:
         """A new module that is compiled from ``make_program()``."""
         return self.make_backend().compile(self.make_program(), self.options, self.tools)
+
+    def open_saved(self, path: Path) -> OpenedModule | None:
+        """The module that ``refitkit_load_module`` of the plugin returns for a saved file.
+
+        By default all installed plugins are asked. Write it if yours has no entry point; None skips
+        the check.
+        """
+        return open_with_plugins(path)
 
     # -- compiling --------------------------------------------------------------------------
 
@@ -132,32 +150,48 @@ class BackendSuite:
                 advice = "Return the outputs of the program, in the same structure."
                 raise Breach(f"OpenedModule.{call}", text, advice)
 
-    def _is_close(self, found: Any, wanted: Any) -> bool:
+    def _is_close(self, found: Any, wanted: Any, *, scaled: bool = False) -> bool:
+        """Whether outputs are equal; ``scaled``: within a tolerance relative to the largest."""
         found_leaves, found_structure = pytree.tree_flatten(found)
         wanted_leaves, wanted_structure = pytree.tree_flatten(wanted)
         return found_structure == wanted_structure and all(
-            a.shape == b.shape
-            and a.dtype == b.dtype
-            and bool(((a.double() - b.double()).abs() <= self.tolerance).all())
+            a.shape == b.shape and a.dtype == b.dtype and self._is_near(a, b, scaled=scaled)
             for a, b in zip(found_leaves, wanted_leaves, strict=True)
         )
 
+    def _is_near(self, found: torch.Tensor, wanted: torch.Tensor, *, scaled: bool) -> bool:
+        a, b = found.cpu().double(), wanted.cpu().double()
+        size = float(b.abs().nan_to_num(0.0, 0.0).max()) if scaled and b.numel() else 1.0
+        limit = self.tolerance * max(size, 1.0)
+        return torch.allclose(a, b, rtol=0.0, atol=limit, equal_nan=scaled)
+
     def test_wrong_inputs_are_refused(self) -> None:
-        """Inputs of another shape raise ``InputMismatchError``."""
+        """Inputs of another shape, and of another dtype, raise ``InputMismatchError``."""
         module = self._callable_module()
+        for what, wrong, why in self._wrong_inputs():
+            try:
+                module.run(wrong, {})
+            except InputMismatchError:
+                continue
+            except Exception as exc:
+                found = f"{what} raised {type(exc).__name__}: {exc}."
+                raise Breach("OpenedModule.run", found, "Raise InputMismatchError.") from exc
+            raise Breach("OpenedModule.run", f"{what} were accepted.", f"Check inputs: {why}.")
+
+    def _wrong_inputs(self) -> Iterator[tuple[str, Any, str]]:
+        """Inputs to refuse: a description, the inputs, and the reason."""
         # Change both the rank and the size, so that no broadcasting can hide it.
         wrong = pytree.tree_map_only(
             torch.Tensor, lambda t: torch.cat([t, t]).unsqueeze(0), self.inputs()
         )
-        try:
-            module.run(wrong, {})
-        except InputMismatchError:
-            return
-        except Exception as exc:
-            found = f"inputs of another shape raised {type(exc).__name__}: {exc}."
-            raise Breach("OpenedModule.run", found, "Raise InputMismatchError.") from exc
-        found = "inputs of another shape were accepted."
-        raise Breach("OpenedModule.run", found, "Check inputs: engines may read past their end.")
+        yield "inputs of another shape", wrong, "engines may read past their end"
+        leaves, structure = pytree.tree_flatten(self.inputs())
+        for number, leaf in enumerate(leaves):
+            for other in oracles.other_dtypes(leaf) if isinstance(leaf, torch.Tensor) else ():
+                one = [*leaves[:number], other, *leaves[number + 1 :]]
+                what = f"inputs of another dtype ({other.dtype} for {leaf.dtype})"
+                why = "engines take the bytes for those of their own dtype"
+                yield what, pytree.tree_unflatten(one, structure), why
 
     def test_probing_changes_nothing(self) -> None:
         """``probe`` and ``probe_from`` leave every weight and buffer as it was."""
@@ -168,7 +202,9 @@ class BackendSuite:
         if isinstance(module, ProbesFromState):
             slots = [slot for engine in module.engines.values() for slot in engine.slots.values()]
             # Integers may be indices, for which only the current value is known to be valid.
-            written = [s for s in slots if s.mutable and dtype_of(s.dtype).is_floating_point]
+            written = [
+                s for s in slots if s.mutable and oracles.dtype_of(s.dtype).is_floating_point
+            ]
             values = oracles.random_values(written, 1)
             state = {slot.key: values[slot.name] for slot in written}
             module.probe_from(state, self.inputs(), {})
@@ -190,9 +226,7 @@ class BackendSuite:
             found = f"the second module has other weights: {oracles.quoted(wrong)}."
             raise Breach("OpenedModule.reopen", found, "Copy the live weights.")
         # Commit in every engine of the second module, then look at the first.
-        for engine in second.engines.values():
-            values = oracles.random_values(engine.slots.values(), 1)
-            engine.stage(oracles.slot_values(engine.slots, values)).commit()
+        _refit_with_random_values(second)
         wrong = oracles.differing(oracles.snapshot(self.held(module)), before)
         if wrong:
             found = f"a refit of the second module changed the first: {oracles.quoted(wrong)}."
@@ -203,7 +237,7 @@ class BackendSuite:
     def test_every_slot_is_planned_once(self) -> None:
         """``draft`` returns exactly one row for each slot of each engine."""
         module, program = self.make_module(), self.make_program()
-        draft = self.make_backend().draft(self.make_parts(program, module), module, self.tools)
+        draft = self._drafted(program, module)
         rows = [row.slot.key for row in draft.rows]
         slots = {slot.key: slot for e in module.engines.values() for slot in e.slots.values()}
         wrong = sorted("/".join(key) for key in {*rows, *slots} if rows.count(key) != 1)
@@ -216,13 +250,108 @@ class BackendSuite:
         """``draft`` does not change the tensors of the program."""
         module, program = self.make_module(), self.make_program()
         before = oracles.snapshot(program.state_dict)
-        self.make_backend().draft(self.make_parts(program, module), module, self.tools)
+        self._drafted(program, module)
         wrong = oracles.differing(oracles.snapshot(program.state_dict), before)
         if wrong:
             found = f"it changed the program: {oracles.quoted(wrong)}."
             raise Breach(_DRAFT, found, "Plan on a copy: the program belongs to the caller.")
 
+    def test_rows_name_weights_of_the_program(self) -> None:
+        """Rows of ``draft`` name sources by the FQNs of the program's weights and buffers."""
+        module, program = self.make_module(), self.make_program()
+        draft = self._drafted(program, module)
+        names = {*program.state_dict, *program.constants, *draft.pinned}
+        for row in draft.rows:
+            unknown = [name for name in row.sources if name not in names]
+            if unknown:
+                found = f"the row of {'/'.join(row.slot.key)!r} names {oracles.quoted(unknown)}, "
+                found += "which the program does not have."
+                advice = "Use the FQNs of program.state_dict: sources have weights by these names."
+                raise Breach(_DRAFT, found, advice)
+
+    def test_a_refit_by_the_plan_answers_like_the_program(self) -> None:
+        """A refit with the values of the drafted rows answers like the program with new weights."""
+        module = self._callable_module()
+        draft, program = self._drafted(self.make_program(), module), self.make_program()
+        _change_weights(program)
+        values = drafted_values(draft, program.state_dict)
+        if isinstance(values, str):
+            skip(f"the drafted rows alone do not give every value: {values}")
+        for name, engine in module.engines.items():
+            mine = SteadyValues(value for (of, _), value in values.items() if of == name)
+            engine.stage(mine).commit()
+        with torch.no_grad():
+            wanted = program.module()(*self.inputs())
+        if not self._is_close(module.probe(self.inputs(), {}), wanted, scaled=True):
+            found = "after a refit with the values of its rows, outputs differ from those of the "
+            found += "program with the same weights."
+            advice = "Give each slot the weight that the compiled code reads there: slots of equal "
+            advice += "shape may be crossed, here or in the engine."
+            raise Breach(_DRAFT, found, advice)
+
+    def test_drafted_values_are_those_of_the_parts(self) -> None:
+        """Drafted rows give the values that parts of a program with other weights hold."""
+        module, program = self.make_module(), self.make_program()
+        _change_weights(program)
+        part = next(iter(self.make_parts(program, module).values()))
+        if not isinstance(part, HoldsValues):
+            skip("the parts hold no values")
+        values = drafted_values(self._drafted(self.make_program(), module), program.state_dict)
+        if isinstance(values, str):
+            skip(f"the drafted rows alone do not give every value: {values}")
+        held = {
+            (of, slot): one for of, slots in part.values().items() for slot, one in slots.items()
+        }
+        drafted = {"/".join(key): oracles.bits(value.load()) for key, value in values.items()}
+        wanted = {"/".join(key): oracles.bits(value) for key, value in held.items()}
+        wrong = oracles.differing(drafted, wanted)
+        if wrong:
+            found = "with other weights, its rows and HoldsValues.values of the parts give other "
+            found += f"bits for {oracles.quoted(wrong)}."
+            advice = "Give each slot the weight that its engine would get: slots may be crossed."
+            raise Breach(_DRAFT, found, advice)
+
+    def _drafted(self, program: ExportedProgram, module: OpenedModule) -> PlanDraft:
+        return self.make_backend().draft(self.make_parts(program, module), module, self.tools)
+
     # -- saving -----------------------------------------------------------------------------
+
+    def test_a_saved_module_is_opened_as_it_was(self) -> None:
+        """A saved module that is opened again has the same weights, answers and attachments."""
+        module = self.make_module()
+        self._require_saved(module, "a new module", answers=True)
+        _refit_with_random_values(module)
+        slots = [slot for engine in module.engines.values() for slot in engine.slots.values()]
+        # Random integers may not be valid indices, so the model may not accept them.
+        answers = all(oracles.dtype_of(slot.dtype).is_floating_point for slot in slots)
+        self._require_saved(module, "a refitted module", answers=answers)
+
+    def _require_saved(self, module: OpenedModule, which: str, *, answers: bool) -> None:
+        with TemporaryFolder() as folder:
+            path = folder.path / "saved"
+            module.save(path, _ATTACHMENTS)
+            try:
+                opened = self.open_saved(path)
+            except RefitError as exc:
+                found = f"the file of {which} cannot be opened: {exc.message}"
+                raise Breach(_SAVE, found, "Write what refitkit_load_module opens.") from exc
+            if opened is None:
+                skip("open_saved() returned None: no installed plugin opens the saved file")
+            wrong = oracles.differing(
+                oracles.snapshot(self.held(opened)), oracles.snapshot(self.held(module))
+            )
+            if wrong:
+                found = f"{which} was saved with other weights: {oracles.quoted(wrong)}."
+                raise Breach(_SAVE, found, "Save the live weights, not those of the compilation.")
+            if dict(opened.attachments) != _ATTACHMENTS:
+                found = f"a file saved with {sorted(_ATTACHMENTS)} opened with "
+                found += f"{sorted(opened.attachments)}, or other contents."
+                raise Breach("OpenedModule.attachments", found, "Read what save has written.")
+            if answers and not isinstance(opened, Offline):
+                found_, wanted = (one.probe(self.inputs(), {}) for one in (opened, module))
+                if not self._is_close(found_, wanted, scaled=True):
+                    found = f"the file of {which} was opened, and answers otherwise."
+                    raise Breach(_SAVE, found, "Save all that answers depend on.")
 
     def test_what_is_saved_is_told(self) -> None:
         """``describe`` knows a saved file, and ``attachments`` returns its attachments."""
@@ -256,3 +385,22 @@ class BackendSuite:
         if isinstance(module, Offline):
             skip(f"the module cannot be called on this machine: {module.offline}")
         return module
+
+
+def _refit_with_random_values(module: OpenedModule) -> None:
+    for engine in module.engines.values():
+        values = oracles.random_values(engine.slots.values(), 1)
+        engine.stage(oracles.slot_values(engine.slots, values)).commit()
+
+
+def _change_weights(program: ExportedProgram) -> None:
+    """Write other floats into a program, the same into tied tensors; integers may be indices."""
+    generator = torch.Generator().manual_seed(1)
+    done: set[int] = set()
+    with torch.no_grad():
+        for tensor in program.state_dict.values():
+            if tensor.is_floating_point() and tensor.data_ptr() not in done:
+                done.add(tensor.data_ptr())
+                # Positive values stay positive, because a variance has to. No zero stays one.
+                factor, offset = torch.rand((2, *tensor.shape), generator=generator) / 2 + 0.25
+                tensor.copy_(tensor.cpu() * (factor + 0.5) + offset)

@@ -7,11 +7,12 @@ It checks what hooks return, and that the plugin ignores targets, weights and mo
 from __future__ import annotations
 
 from contextlib import contextmanager, suppress
+from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from refitkit.config import Config
+from refitkit.config import TOLERANCES, Config
 from refitkit.errors import PluginError, Problem, RefitError, SourceError
 from refitkit.model import LedgerRow, RefitReport, SlotState, Step, VerificationResult
 from refitkit.offered import OFFERS
@@ -116,10 +117,13 @@ class OfferSuite:
                 raise Breach("MappingStrategy.map", found, "Decline such rows instead of guessing.")
 
     def test_transforms_leave_plain_weights_alone(self) -> None:
-        """Transforms return no groups for a source that has all leaves of the program."""
-        module = _module()
-        request = TransformRequest(plan_for(module), TensorMap(_weights()))
-        for transform in self._offered("refitkit_weight_transforms"):
+        """Transforms return no groups for a source that has leaves of the program, all or some."""
+        plan = plan_for(_module())
+        requests = [TransformRequest(plan, TensorMap(_weights()))]
+        for name, value in _weights().items():
+            requests.append(TransformRequest(plan, TensorMap({name: value}), partial=True))
+        offered = self._offered("refitkit_weight_transforms")
+        for transform, request in product(offered, requests):
             with _no_exception(f"{transform.name}.groups"):
                 groups = list(transform.groups(request))
             if groups:
@@ -131,27 +135,43 @@ class OfferSuite:
     def test_verifiers_refuse_or_judge(self) -> None:
         """Verifiers refuse a module in memory in ``prepare``, or return the right verdict.
 
-        The request has no inputs.
+        Once without inputs, and once with inputs and a torch module as the reference. The old
+        weights are the new ones with the wrong sign. The module and the reference stay unchanged.
         """
         for verifier in self._offered("refitkit_verifiers"):
-            module, source = _module(), TensorMap(_weights())
-            plan = plan_for(module)
-            values: Any = plan.values_of(plan.ledger, source)
-            request = VerifyRequest(plan, module, source, values, None, None, None, {})
-            # A refusal is right. _no_exception has turned all other exceptions into breaches.
-            with suppress(RefitError):
-                with _no_exception(f"{verifier.name}.prepare"):
-                    judge = verifier.prepare(request)
-                self._require_verdict(verifier.name, judge(module), ok=False)
-                module.engines["e"].stage(list(values.values())).commit()
-                self._require_verdict(verifier.name, judge(module), ok=True)
+            self._require_verdicts(verifier, None)
+            self._require_verdicts(verifier, ((torch.tensor(2.0),), {}))
+
+    def _require_verdicts(self, verifier: Any, inputs: Any) -> None:
+        module = _module({name: -value for name, value in _weights().items()})
+        source, plan = TensorMap(_weights()), plan_for(module)
+        values: Any = plan.values_of(plan.ledger, source)
+        reference = None if inputs is None else _Reference()
+        more = (inputs, reference, None, TOLERANCES)
+        request = VerifyRequest(plan, module, source, values, *more)
+        # A refusal is right. _no_exception has turned all other exceptions into breaches.
+        with suppress(RefitError):
+            for ok in (False, True):
+                if ok:
+                    module.engines["e"].stage(list(values.values())).commit()
+                before = module.holds()
+                if not ok:
+                    with _no_exception(f"{verifier.name}.prepare"):
+                        judge = verifier.prepare(request)
+                self._require_verdict(verifier.name, judge(module), ok=ok)
+                changed = [n for n, value in module.holds().items() if not value.equal(before[n])]
+                if reference is not None and not reference.training:
+                    changed.append("reference.training")
+                if changed:
+                    found = f"the verifier {verifier.name!r} changed {changed}."
+                    raise Breach("Verifier.prepare", found, "Only read: the module is in use.")
 
     @staticmethod
     def _require_verdict(name: str, result: VerificationResult, *, ok: bool) -> None:
         if result.ok is not ok:
             weights = "the new weights" if ok else "other weights"
             found = f"{name!r} returned ok={result.ok} for a module with {weights}."
-            advice = "Refuse in prepare if the verdict would be unreliable."
+            advice = "Compare values with their signs. Refuse in prepare if it cannot be decided."
             raise Breach("Verifier.prepare", found, advice)
 
     def test_checks_give_problems(self) -> None:
@@ -232,9 +252,17 @@ def _refuse_to_open(weights: object) -> WeightSource:
     raise SourceError(f"No plugin can read weights from a {type(weights).__name__}.")
 
 
-def _module() -> FakeModule:
-    return FakeModule([OpenEngine("e", {"w": torch.zeros(2, 3), "b": torch.zeros(2)})])
+def _module(weights: Mapping[str, torch.Tensor] | None = None) -> FakeModule:
+    zeros = {name: torch.zeros_like(value) for name, value in _weights().items()}
+    return FakeModule([OpenEngine("e", zeros if weights is None else weights)])
 
 
 def _weights() -> dict[str, torch.Tensor]:
     return {"w": torch.arange(1.0, 7.0).reshape(2, 3), "b": torch.ones(2)}
+
+
+class _Reference(torch.nn.Module):
+    """The outputs of ``_module`` with the new weights."""
+
+    def forward(self, factor: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {f"e/{name}": value * factor for name, value in _weights().items()}

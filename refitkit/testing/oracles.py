@@ -6,7 +6,7 @@ Nothing here calls the code under test. In reading order:
 * layouts: the same elements as views that a raw copy of memory gets wrong;
 * memory: which storages torch allocates, counted one by one, so results do not depend on the
   operating system or on other processes;
-* a source that records which tensors are read.
+* sources that record which tensors are read, and that mix the tensors of two others.
 """
 
 from __future__ import annotations
@@ -300,6 +300,31 @@ class ReadRecorder:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
+
+
+class MixedSource:
+    """A source with some tensors of one source, and all others of another one of equal names."""
+
+    def __init__(self, first: WeightSource, other: WeightSource, names: Collection[str]) -> None:
+        """Mix two sources; the tensors of ``names`` are those of the first one."""
+        self._first, self._other, self._of_first = first, other, names
+
+    @property
+    def description(self) -> str:
+        """Description of the first source."""
+        return self._first.description
+
+    def names(self) -> Collection[str]:
+        """Names of the first source."""
+        return self._first.names()
+
+    def info(self, fqn: str) -> TensorInfo:
+        """Metadata of the first source."""
+        return self._first.info(fqn)
+
+    def get(self, fqn: str) -> torch.Tensor:
+        """The tensor of the source that the name belongs to."""
+        return (self._first if fqn in self._of_first else self._other).get(fqn)
 
 
 def state_of_program(source: WeightSource) -> dict[str, Bits]:

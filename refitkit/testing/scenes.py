@@ -31,16 +31,19 @@ from refitkit.model import (
 )
 from refitkit.pipeline.pipeline import Pipeline
 from refitkit.pipeline.targets import PLAN_MEMBER
-from refitkit.recipe import RefitPlan
+from refitkit.protocols import OpenedModule
+from refitkit.recipe import RefitPlan, TensorMap
 from refitkit.recipe.store import index_of
 from refitkit.testing.fakes import BACKEND, FakeModule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     import torch
 
-    from refitkit.protocols import Engine, OpenedModule, VerifyRequest
+    from refitkit.model import SlotKey
+    from refitkit.protocols import Engine, PlanDraft, SlotValue, VerifyRequest
 
 
 VERDICT = "conformance-verdict"
@@ -125,6 +128,28 @@ def plan_for(module: OpenedModule, **more: Any) -> RefitPlan:
     """
     slots = [slot for engine in module.engines.values() for slot in engine.slots.values()]
     return make_plan([recipe_row(slot) for slot in slots], **more)
+
+
+def drafted_values(
+    draft: PlanDraft, weights: Mapping[str, torch.Tensor]
+) -> dict[SlotKey, SlotValue] | str:
+    """The value of each drafted row for some weights; or the reason why there are not all.
+
+    Args:
+        draft: Rows, calls and pinned tensors of a backend.
+        weights: Weights by the names of the program.
+    """
+    plan = make_plan(
+        draft.rows, leaves=(), calls=draft.calls, guards=draft.guards, pinned=draft.pinned
+    )
+    source = TensorMap(weights)
+    values: dict[SlotKey, SlotValue] = {}
+    for key, value in plan.values_of(plan.ledger, source).items():
+        if isinstance(value, str):
+            return f"{'/'.join(key)!r}: {value}"
+        values[key] = value
+    broken = plan.broken_guards(source)
+    return str(broken[0]) if broken else values
 
 
 # -- engines in a module, and their plugin --------------------------------------------------------
@@ -214,6 +239,19 @@ class EngineScene:
         """
         self._plugin.verdict = verdict
         self._pipeline.refit(self.compiled, dict(values), verify=VERDICT)
+
+
+def open_with_plugins(path: Path) -> OpenedModule | None:
+    """The module that the first able plugin, built in or installed, opens from a file; or None."""
+    pipeline = Pipeline()
+    arguments = {
+        "target": path,
+        "config": pipeline.config,
+        "tools": pipeline.context.tools("load", "open"),
+    }
+    _, opened = pipeline.host.first("refitkit_load_module", OpenedModule, **arguments)
+    found: OpenedModule | None = opened
+    return found
 
 
 # -- settings -----------------------------------------------------------------------------------

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import TYPE_CHECKING, Any
 
 from refitkit.errors import RefitError
 from refitkit.model import TensorInfo
-from refitkit.protocols import KnowsRevisions, WeightSource
+from refitkit.protocols import KnowsRevisions, MayChange, WeightSource
 from refitkit.testing import oracles
-from refitkit.testing.breach import Breach, skip
+from refitkit.testing.breach import Breach, SuiteError, skip
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
+    from types import FrameType
 
     import torch
 
@@ -19,12 +24,15 @@ _UNKNOWN = "no.such.name"
 _INFO = "WeightSource.info"
 _GET = "WeightSource.get"
 _NAMES = "WeightSource.names"
+_REVISION = "KnowsRevisions.revision"
+_CHANGE = "MayChange.require_unchanged"
 
 
 class SourceSuite:
     """Every contract of :class:`refitkit.protocols.WeightSource`.
 
-    Write ``make_source`` and ``truth``; also ``reads`` and ``make_unusable`` if possible.
+    Write ``make_source`` and ``truth``; if possible also ``reads``, ``make_unusable`` and
+    ``make_rewritable``.
     """
 
     def make_source(self) -> WeightSource:
@@ -46,6 +54,15 @@ class SourceSuite:
         """A source, and the name of an entry in it that cannot be a weight, such as a text.
 
         None if all entries of a source of this kind are weights.
+        """
+        return None
+
+    def make_rewritable(self) -> tuple[WeightSource, Callable[[], WeightSource]] | None:
+        """A source of ``truth``, and a function that writes other tensors where the source reads.
+
+        The function keeps names, dtypes and shapes. It goes past the source, as another process
+        would: it writes a file in place, for example. It returns a new source of the new data.
+        None if nobody can write to what a source of this kind reads.
         """
         return None
 
@@ -92,17 +109,23 @@ class SourceSuite:
 
     def test_unknown_names_are_key_errors(self) -> None:
         """``info`` and ``get`` raise ``KeyError`` for unknown names, as callers expect."""
-        source = self.make_source()
-        for member in ("info", "get"):
-            try:
-                getattr(source, member)(_UNKNOWN)
-            except KeyError:
-                continue
-            except Exception as exc:
-                found = f"an unknown name raised {type(exc).__name__}: {exc}."
-                raise Breach(f"WeightSource.{member}", found, "Raise KeyError.") from exc
-            found = "an unknown name returned a value."
-            raise Breach(f"WeightSource.{member}", found, "Raise KeyError.")
+        source, truth = self.make_source(), self.truth()
+        unknown = {_UNKNOWN: "an unknown name"}
+        for name in truth:
+            other = name.swapcase()
+            if other not in truth:
+                unknown[other] = f"{other!r}, which differs from {name!r} in upper and lower case,"
+        for name, what in unknown.items():
+            for member in ("info", "get"):
+                try:
+                    getattr(source, member)(name)
+                except KeyError:
+                    continue
+                except Exception as exc:
+                    found = f"{what} raised {type(exc).__name__}: {exc}."
+                    raise Breach(f"WeightSource.{member}", found, "Raise KeyError.") from exc
+                found = f"{what} returned a value."
+                raise Breach(f"WeightSource.{member}", found, "Raise KeyError.")
 
     # -- tensors ----------------------------------------------------------------------------
 
@@ -147,6 +170,92 @@ class SourceSuite:
             text = f"reads of another source changed {oracles.quoted(wrong)}."
             raise Breach(_GET, text, "Share no state that reading uses up.")
 
+    def test_two_threads_read_at_once(self) -> None:
+        """``get`` returns the right tensors to two threads that call it at the same time."""
+        source, truth = self.make_source(), oracles.snapshot(self.truth())
+        start = Barrier(2)
+
+        def wrong_in(names: Sequence[str]) -> list[str]:
+            start.wait()
+            before = sys.gettrace(), sys.getprofile()  # of a debugger
+            sys.settrace(_take_turns)
+            sys.setprofile(_take_turns)
+            try:
+                reads = [(name, source.get(name)) for name in names]
+            finally:
+                sys.settrace(before[0])
+                sys.setprofile(before[1])
+            return [name for name, tensor in reads if oracles.bits(tensor) != truth[name]]
+
+        try:
+            with ThreadPoolExecutor(2) as pool:
+                # Opposite orders, so that the threads read different tensors.
+                readers = [
+                    pool.submit(wrong_in, names) for names in (list(truth), list(truth)[::-1])
+                ]
+                wrong = sorted({name for reader in readers for name in reader.result()})
+        except Exception as exc:
+            found = f"it raised {type(exc).__name__} when two threads read at once: {exc}."
+            raise Breach(_GET, found, "Keep no state between the steps of a read.") from exc
+        if wrong:
+            found = f"two threads that read at once got wrong tensors for {oracles.quoted(wrong)}."
+            advice = "Share no position, buffer or current name between calls, or take a lock."
+            raise Breach(_GET, found, advice)
+
+    def test_changed_data_is_noticed(self) -> None:
+        """If data is rewritten between two reads, ``get`` or ``require_unchanged`` raises.
+
+        A source that goes on returning the old tensors is fine, too.
+        """
+        made = self.make_rewritable()
+        if made is None:
+            reason = "make_rewritable() returned None, so no data can be rewritten"
+            if isinstance(self.make_source(), MayChange):
+                reason += "; write it, because the source has require_unchanged"
+            skip(reason)
+        source, rewrite = made
+        truth = oracles.snapshot(self.truth())
+        first = oracles.bits(source.get(next(iter(truth))))
+        self._require_unchanged(source)
+        changed = self._rewritten(rewrite, truth)
+        try:
+            found = {name: oracles.bits(source.get(name)) for name in truth}
+            if isinstance(source, MayChange):
+                source.require_unchanged()
+        except RefitError:
+            return
+        except Exception as exc:
+            text = f"data that was rewritten raised {type(exc).__name__}: {exc}."
+            raise Breach(_CHANGE, text, "Raise SourceError that names the data.") from exc
+        wrong = oracles.differing(found, truth)
+        if wrong or first != truth[next(iter(truth))]:
+            text = f"{changed} were rewritten after the first was read. Later reads returned new "
+            text += f"data for {oracles.quoted(wrong)}, and neither get nor require_unchanged "
+            advice = (
+                "Compare a sign of the data (inode, size, time of change) with its first value."
+            )
+            raise Breach(_CHANGE, f"{text}raised.", advice)
+
+    @staticmethod
+    def _require_unchanged(source: WeightSource) -> None:
+        if not isinstance(source, MayChange):
+            return
+        try:
+            source.require_unchanged()
+        except Exception as exc:
+            found = f"it raised {type(exc).__name__}, although nothing was changed: {exc}."
+            raise Breach(_CHANGE, found, "Raise only if data was rewritten.") from exc
+
+    @staticmethod
+    def _rewritten(rewrite: Callable[[], WeightSource], truth: Mapping[str, oracles.Bits]) -> str:
+        """Rewrite the data, and return the names that have other bits, for messages."""
+        other = rewrite()
+        new = {name: oracles.bits(other.get(name)) for name in truth}
+        changed = oracles.differing(new, truth)
+        if not changed:
+            raise SuiteError("The function that make_rewritable() returned changed no tensor.")
+        return oracles.quoted(changed)
+
     def test_names_and_infos_read_no_data(self) -> None:
         """Opening a source, ``names`` and ``info`` read no data: many calls need nothing more."""
         source = self.make_source()
@@ -171,25 +280,53 @@ class SourceSuite:
         if not isinstance(source, KnowsRevisions):
             skip("the source has no revision")
         known = {name: source.revision(name) for name in source.names()}
-        contract = "KnowsRevisions.revision"
         if self.reads(source):
             advice = "Return None if only the data can decide: callers then read it themselves."
-            raise Breach(contract, "it read data.", advice)
+            raise Breach(_REVISION, "it read data.", advice)
         try:
             first: dict[Any, str] = {}
             # Pairs of names with equal revisions.
             twins = [(first.setdefault(one, n), n) for n, one in known.items() if one is not None]
         except TypeError as exc:
             found = f"a revision is not hashable: {exc}."
-            raise Breach(contract, found, "Return a tuple of text, for example.") from exc
-        if known != {name: source.revision(name) for name in source.names()}:
-            advice = "Build revisions only from facts that cannot change."
-            raise Breach(contract, "a second call returned other revisions.", advice)
+            raise Breach(_REVISION, found, "Return a tuple of text, for example.") from exc
         truth = self.truth()
         for one, other in twins:
             if oracles.bits(truth[one]) != oracles.bits(truth[other]):
                 found = f"{one!r} and {other!r} have equal revisions but different bits."
-                raise Breach(contract, found, "Include everything that the bits depend on.")
+                raise Breach(_REVISION, found, "Include everything that the bits depend on.")
+        self._require_constant(source, known)
+
+    @staticmethod
+    def _require_constant(source: Any, known: Mapping[str, Any]) -> None:
+        advice = "Build revisions only from facts that cannot change."
+        if known != {name: source.revision(name) for name in source.names()}:
+            raise Breach(_REVISION, "a second call returned other revisions.", advice)
+        for name in known:
+            source.get(name)
+        # A source may know a revision only after it has read the entry, so None may become one.
+        again = {name: source.revision(name) for name, one in known.items() if one is not None}
+        wrong = sorted(name for name, one in again.items() if one != known[name])
+        if wrong:
+            found = f"reading changed the revisions of {oracles.quoted(wrong)}."
+            raise Breach(_REVISION, found, advice)
+
+    def test_revisions_change_with_the_data(self) -> None:
+        """Entries of other bits, in any source and at any time, have other revisions, or None."""
+        made: Any = self.make_rewritable()
+        if made is None or not isinstance(made[0], KnowsRevisions):
+            skip("make_rewritable() returned None, or its source has no revision")
+        source, rewrite = made
+        truth = self.truth()
+        before: dict[str, Any] = {name: source.revision(name) for name in truth}
+        other = rewrite()
+        for name, tensor in truth.items():
+            after = other.revision(name)
+            is_same = after is not None and after == before[name]
+            if is_same and oracles.bits(other.get(name)) != oracles.bits(tensor):
+                found = f"{name!r} has equal revisions before and after its data was rewritten."
+                advice = "Include a digest or a sign of the data, or return None."
+                raise Breach(_REVISION, found, advice)
 
     def test_what_cannot_be_a_weight_is_told(self) -> None:
         """``info`` says why an entry cannot be a weight; ``get`` returns a tensor or refuses."""
@@ -212,3 +349,12 @@ class SourceSuite:
         except Exception as exc:
             found = f"{name!r} raised {type(exc).__name__}: {exc}."
             raise Breach(_GET, found, "Raise SourceError.") from exc
+
+
+def _take_turns(frame: FrameType, event: str, arg: object) -> Any:  # noqa: ARG001 - see sys.settrace
+    """Let another thread run before each line and around each call, so that races show.
+
+    It is both a trace and a profile function. Between other opcodes, CPython switches no threads.
+    """
+    time.sleep(0)
+    return _take_turns

@@ -5,17 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from refitkit.protocols import Mapped, MappingStrategy, MapRequest, SlotValue
+from refitkit.protocols import HoldsProgram, Mapped, MappingStrategy, MapRequest, SlotValue
 from refitkit.testing import oracles
 from refitkit.testing.breach import Breach, skip
-from refitkit.testing.oracles import ReadRecorder, state_of_program
+from refitkit.testing.oracles import MixedSource, ReadRecorder, state_of_program
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch
 
 _MAP = "MappingStrategy.map"
+_MOST_SETS = 8  # of sources, and rows without any, that are checked one by one
+_ON_SOURCES = (
+    "Name every tensor that load reads. A value without sources counts as one that is computed "
+    "from all weights, so refitkit does not notice a weight that reaches no slot."
+)
 Key = tuple[str, str]
 
 
@@ -110,6 +115,59 @@ class StrategySuite:
                 found += f"{value.sources}."
                 advice = "Name the strategy, and the tensors that load reads from the source."
                 raise Breach("SlotValue", found, advice)
+
+    def test_values_depend_on_their_sources_only(self) -> None:
+        """A value stays the same if all tensors that its ``sources`` do not name are replaced.
+
+        Without ``sources`` it is pinned, or it is computed from all weights together.
+        """
+        request, other = self.make_request(1), self.make_request(2)
+        if isinstance(request.source, HoldsProgram):
+            skip("the weights are in a program, so single tensors cannot be replaced")
+        values = self._mapped(request).values
+        wanted = self._loaded(Mapped(values))
+        named = {key: value for key, value in values.items() if value.sources or value.pinned}
+        # Values of equal sources are checked together, because mapping may take long.
+        for sources in sorted({value.sources for value in named.values()})[:_MOST_SETS]:
+            mixed = MixedSource(request.source, other.source, sources)
+            mapped = self._mapped(replace(request, source=mixed)).values
+            for key, value in named.items():
+                is_checked = value.sources == sources and key in mapped
+                if is_checked and oracles.bits(mapped[key].load()) != wanted["/".join(key)]:
+                    found = f"the value of {'/'.join(key)!r} names the sources {sources}, but "
+                    found += "depends on other tensors."
+                    raise Breach("SlotValue.sources", found, _ON_SOURCES)
+        self._require_named(request, [row for row in request.wanted if row.slot.key not in named])
+
+    def _require_named(self, request: MapRequest, rows: Sequence[Any]) -> None:
+        """Rows whose values name no sources must all read the same tensors: those of a program."""
+        reads: dict[str, set[str]] = {}
+        for row in rows[:_MOST_SETS]:
+            source = ReadRecorder(request.source)
+            # Mapped anew for each row: a strategy may compute all values when the first is loaded.
+            mapped = self._mapped(replace(request, source=source, wanted=(row,)))
+            self._loaded(mapped)
+            reads["/".join(row.slot.key)] = set(source.read)
+        every = set[str]().union(*reads.values())
+        for name, read in reads.items():
+            if read and read != every:
+                found = f"the value of {name!r} names no sources, but reads "
+                raise Breach(
+                    "SlotValue.sources", f"{found}{oracles.quoted(sorted(read))}.", _ON_SOURCES
+                )
+
+    def test_identity_is_said_of_tensors_of_the_source(self) -> None:
+        """A value with ``identity`` has the elements of a tensor that its ``sources`` name."""
+        request = self.make_request(1)
+        for key, value in self._mapped(request).values.items():
+            if not value.identity or value.pinned:
+                continue
+            elements = oracles.bits(value.load())
+            if elements not in [oracles.bits(request.source.get(name)) for name in value.sources]:
+                found = f"the value of {'/'.join(key)!r} has identity, but is no tensor of "
+                found += f"{value.sources}."
+                advice = "Leave identity False for values that load computes."
+                raise Breach("SlotValue.identity", found, advice)
 
     def test_rows_that_were_not_asked_for_are_not_answered(self) -> None:
         """A request for any one row returns no value of another row."""

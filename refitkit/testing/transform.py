@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from refitkit.errors import WeightMismatchError
+from refitkit.errors import RefitError, WeightMismatchError
 from refitkit.protocols import Made, WeightTransform
 from refitkit.recipe.sources import TensorMap
 from refitkit.testing import oracles
@@ -13,15 +13,16 @@ from refitkit.testing.breach import Breach, SuiteError, skip
 from refitkit.testing.oracles import ReadRecorder
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     import torch
 
-    from refitkit.protocols import TransformRequest, WeightGroup
+    from refitkit.protocols import Plan, TransformRequest, WeightGroup
 
 _GROUPS = "WeightTransform.groups"
 _MAKE = "WeightGroup.make"
 _MEASURES = "Made.measures"
+_PREFIX = "second."  # of the copies of all weights
 
 
 class TransformSuite:
@@ -94,6 +95,39 @@ class TransformSuite:
                 found = f"tensors differ from the expected ones in bits: {oracles.quoted(wrong)}."
                 raise Breach(_MAKE, found, "Compute what the program's own conversion computes.")
 
+    def test_weights_of_other_layers_are_made_too(self) -> None:
+        """A copy of all entries, under the prefix ``second.``, is converted beside the first.
+
+        A transform that knows full names only needs two groups in ``make_request``.
+        """
+        first, other = self.make_request(1), self.make_request(2)
+        plan = _CopiedPlan(first.plan)
+        copy = {_PREFIX + name: other.source.get(name) for name in other.source.names()}
+        wanted = {_PREFIX + name: value for name, value in self.expected(2).items()}
+        # With the copy alone, to find out whether the transform knows weights by their full names.
+        alone = replace(first, plan=plan.copies_only(), source=TensorMap(copy))
+        try:
+            given = {
+                name for group in self._groups(self.make_transform(), alone) for name in group.gives
+            }
+        except RefitError:
+            given = set()
+        if given != wanted.keys():
+            # The request of the author is the scene for such transforms.
+            if len(self._groups(self.make_transform(), first)) > 1:
+                return
+            skip("the transform knows full names only: have make_request() return two groups")
+        source = {name: first.source.get(name) for name in first.source.names()}
+        both = replace(first, plan=plan, source=TensorMap({**source, **copy}))
+        made = oracles.snapshot(self._made(self.make_transform(), both))
+        wrong = oracles.differing(made, oracles.snapshot({**self.expected(1), **wanted}))
+        if wrong:
+            found = (
+                f"with two copies of the weights, {oracles.quoted(wrong)} are missing or wrong; "
+            )
+            found += "with either copy alone they are right."
+            raise Breach(_GROUPS, found, "Return a group for every match, not only for the first.")
+
     def test_groups_are_made_of_what_is_there(self) -> None:
         """Groups take names of the source and give leaves of the plan; no two give the same."""
         request = self.make_request(1)
@@ -129,6 +163,65 @@ class TransformSuite:
                     advice = "Announce the dtype and shape of the made tensor."
                     raise Breach("WeightGroup.gives", found, advice)
 
+    def test_formulas_are_hashable(self) -> None:
+        """``formula`` can be hashed, because revisions contain it; None is fine."""
+        for group in self._groups(self.make_transform(), self.make_request(1)):
+            try:
+                hash(group.formula)
+            except TypeError as exc:
+                found = f"the formula of the group that gives {oracles.quoted(list(group.gives))} "
+                found += f"is not hashable: {exc}."
+                advice = "Return a tuple of texts and numbers, for example, without lists in it."
+                raise Breach("WeightGroup.formula", found, advice) from exc
+
+    def test_lone_entries_are_refused_or_left_alone(self) -> None:
+        """Without one of the entries of a group, or with one result alone, nothing crashes.
+
+        In full and in partial refits. The transform refuses, or leaves the entries to the checks.
+        """
+        request = self.make_request(1)
+        for what, weights in self._incomplete(request):
+            for partial in (False, True):
+                some = replace(request, source=TensorMap(weights), partial=partial)
+                refit = f"{what}, in a {'partial' if partial else 'full'} refit,"
+                self._require_no_crash(some, refit)
+
+    def _incomplete(
+        self, request: TransformRequest
+    ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """Sets of weights that lack a part of a group, each with a description."""
+        source = {name: request.source.get(name) for name in request.source.names()}
+        results = self.expected(1)
+        for group in self._groups(self.make_transform(), request):
+            for name in group.takes if len(group.takes) > 1 else ():
+                rest = {other: value for other, value in source.items() if other != name}
+                yield f"a checkpoint without {name!r}", rest
+            others = {name: value for name, value in source.items() if name not in group.takes}
+            for name in group.gives if len(group.gives) > 1 else ():
+                if name in results:
+                    yield f"a lone {name!r}", {**others, name: results[name]}
+
+    def _require_no_crash(self, request: TransformRequest, what: str) -> None:
+        advice = "Raise WeightMismatchError that names the entries, or return no group for them."
+        groups: list[WeightGroup] = []
+        try:
+            groups = self._groups(self.make_transform(), request)
+            if all(name in request.source.names() for group in groups for name in group.takes):
+                for group in groups:
+                    self._make(group)
+        except RefitError as exc:
+            if not exc.message.strip():
+                text = f"{what} raised {type(exc).__name__} without a message."
+                raise Breach(_GROUPS, text, "Explain which entries are missing.") from exc
+        except Exception as exc:
+            text = f"{what} raised {type(exc).__name__}: {exc}."
+            raise Breach(_GROUPS, text, advice) from exc
+        names = set(request.source.names())
+        unknown = sorted({name for group in groups for name in group.takes} - names)
+        if unknown:
+            found = f"{what} gave a group that takes {oracles.quoted(unknown)}, which the source "
+            raise Breach(_GROUPS, f"{found}does not have.", advice)
+
     def test_a_part_of_a_group_is_refused(self) -> None:
         """An incomplete group raises a ``WeightMismatchError`` that names its entries."""
         request = self.make_alone()
@@ -138,8 +231,10 @@ class TransformSuite:
             list(self.make_transform().groups(request))
         except WeightMismatchError as exc:
             subjects = {problem.subject for problem in exc.problems}
-            if not subjects & set(request.source.names()):
-                found = f"the problems name {sorted(subjects)}, but no entry of the source."
+            # The entry that is there, or the one that is missing.
+            entries = {*request.source.names(), *self.make_request(1).source.names()}
+            if not subjects & entries:
+                found = f"the problems name {sorted(subjects)}, but no entry of the checkpoint."
                 raise Breach(_GROUPS, found, "Add a Problem for each entry.") from exc
             return
         except Exception as exc:
@@ -260,3 +355,42 @@ class TransformSuite:
             found = f"it returned a {type(made).__name__}."
             raise Breach(_MAKE, found, "Return a refitkit.protocols.Made.")
         return made
+
+
+class _CopiedPlan:
+    """A plan with a copy of every leaf and row under a prefix.
+
+    Attributes:
+        data: Data of the plan with both copies.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan, one = plan, plan.data
+        leaves = [leaf.model_copy(update={"fqn": _PREFIX + leaf.fqn}) for leaf in one.leaves]
+        ties = [tuple(_PREFIX + name for name in tie) for tie in one.ties]
+        self._copies = {
+            "leaves": tuple(leaves),
+            "ties": tuple(ties),
+            "ledger": tuple(map(_copied, one.ledger)),
+        }
+        both = {name: getattr(one, name) + copies for name, copies in self._copies.items()}
+        self.data: Any = one.model_copy(update=both)
+
+    def copies_only(self) -> _CopiedPlan:
+        """A plan with the copies, and without the leaves and rows that they were made from."""
+        found = type(self)(self._plan)
+        found.data = found.data.model_copy(update=self._copies)
+        return found
+
+    def pinned(self, name: str) -> torch.Tensor:
+        """The tensor of the first plan."""
+        return self._plan.pinned(name)
+
+
+def _copied(row: Any) -> Any:
+    slot = row.slot.model_copy(update={"name": _PREFIX + row.slot.name})
+    sources = tuple(_PREFIX + name for name in row.sources)
+    fqn = getattr(row.value, "fqn", None)
+    # Only the value of a plain weight has a name in it.
+    value = row.value if fqn is None else row.value.model_copy(update={"fqn": _PREFIX + fqn})
+    return row.model_copy(update={"slot": slot, "sources": sources, "value": value})

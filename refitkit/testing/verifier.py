@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,13 +15,14 @@ from refitkit.testing import oracles
 from refitkit.testing.breach import Breach, SuiteError, refusal, skip
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from refitkit.protocols import OpenedModule, VerifyRequest
 
 _PREPARE = "Verifier.prepare"
 _JUDGE = "what Verifier.prepare returns"  # the function that checks a module; it has no name
 Key = tuple[str, str]
+_LEAST = 0.1  # of the largest output whose sign a verifier has to see, far above all tolerances
 
 
 class VerifierSuite:
@@ -102,6 +104,30 @@ class VerifierSuite:
                 found = f"it accepted a module with a wrong value in {'/'.join(key)!r}."
                 raise Breach(_JUDGE, found, "Check results that depend on every slot, or refuse.")
 
+    def test_signs_matter(self) -> None:
+        """Right weights with negated outputs are rejected; or negated weights, if it reads those.
+
+        Whether the verifier calls the module or reads its weights, shows in the check itself.
+        """
+        request = self.make_request()
+        judge = self.make_verifier().prepare(request)
+        self.write(request, self._values(request))
+        with _negated_outputs(request.module) as sizes:
+            is_accepted = self._judged(judge, request.module).ok
+        what = "a module that returns all outputs with the wrong sign"
+        if not sizes:
+            request = self.make_request()
+            judge = self.make_verifier().prepare(request)
+            self.write(request, {key: _negated(v) for key, v in self._values(request).items()})
+            is_accepted = self._judged(judge, request.module).ok
+            what = "a module that has all weights with the wrong sign"
+            sizes = [_size(value) for value in self._values(request).values()]
+        if max(sizes, default=0.0) < _LEAST:
+            skip(f"no output, or weight, is as large as {_LEAST}, so signs may not matter")
+        if is_accepted:
+            advice = "Compare values with their signs: (a - b).abs(), not a.abs() - b.abs()."
+            raise Breach(_JUDGE, f"it accepted {what}.", advice)
+
     def test_old_weights_are_rejected(self) -> None:
         """A module that still has its old weights is rejected."""
         request = self.make_request()
@@ -154,11 +180,17 @@ class VerifierSuite:
     # -- side effects -----------------------------------------------------------------------
 
     def test_nothing_is_changed(self) -> None:
-        """Neither ``prepare`` nor the check changes the module, the values or the inputs."""
+        """Neither ``prepare`` nor the check changes the module, the values or the inputs.
+
+        That includes the training flags of torch modules, and a reference that the user passed.
+        """
         request = self.make_request()
         before = self._state(request)
         judge = self.make_verifier().prepare(request)
         self._require_unchanged(request, before, _PREPARE)
+        # A rejected module, too: it has its old weights.
+        self._judged(judge, request.module)
+        self._require_unchanged(request, before, _JUDGE)
         # Take the state again: the refit itself changes the module.
         self.write(request, self._values(request))
         before = self._state(request)
@@ -184,6 +216,8 @@ class VerifierSuite:
         found.update({f"input {n}": oracles.bits(leaf) for n, leaf in enumerate(tensors)})
         values = self._values(request)
         found.update({f"value {key}": oracles.bits(value) for key, value in values.items()})
+        found.update(_torch_state("module", request.module))
+        found.update(_torch_state("reference", request.reference))
         return found
 
     def _require_unchanged(
@@ -213,3 +247,68 @@ class VerifierSuite:
             found = f"it returned a {type(result).__name__}."
             raise Breach(_JUDGE, found, "Return a refitkit.model.VerificationResult.")
         return result
+
+
+def _torch_state(name: str, owner: object) -> dict[str, oracles.Bits]:
+    """Training flags and weights of an object and its attributes, as far as they are modules."""
+    attributes = {
+        name: owner,
+        **{f"{name}.{n}": v for n, v in getattr(owner, "__dict__", {}).items()},
+    }
+    found: dict[str, oracles.Bits] = {}
+    if isinstance(flag := getattr(owner, "training", None), bool):
+        found[f"{name}.training"] = oracles.bits(torch.tensor(flag))
+    for label, module in attributes.items():
+        if isinstance(module, torch.nn.Module):
+            for path, part in module.named_modules(prefix=label):
+                found[f"{path}.training"] = oracles.bits(torch.tensor(part.training))
+            for path, tensor in module.state_dict(prefix=f"{label}.").items():
+                found[path] = oracles.bits(tensor)
+    return found
+
+
+@contextmanager
+def _negated_outputs(module: Any) -> Iterator[list[float]]:
+    """Have calls of a module return negated outputs; yields the largest output of each call."""
+    sizes: list[float] = []
+    depth = [0]
+
+    def negating(call: Callable[..., Any]) -> Callable[..., Any]:
+        def negated(*args: Any, **kwargs: Any) -> Any:
+            depth[0] += 1
+            try:
+                found = call(*args, **kwargs)
+            finally:
+                depth[0] -= 1
+            if depth[0]:  # run, which probe calls: negate once
+                return found
+            tensors = [t for t in pytree.tree_leaves(found) if isinstance(t, torch.Tensor)]
+            sizes.append(max(map(_size, tensors), default=0.0))
+            return pytree.tree_map_only(torch.Tensor, _negated, found)
+
+        return negated
+
+    attributes: dict[str, Any] | None = getattr(module, "__dict__", None)
+    if attributes is None:
+        skip("the module has fixed attributes, so its outputs cannot be replaced")
+    before = dict(attributes)
+    calls = [name for name in ("run", "probe", "probe_from") if hasattr(module, name)]
+    # Past __setattr__, which a module may refuse.
+    attributes.update({name: negating(getattr(module, name)) for name in calls})
+    try:
+        yield sizes
+    finally:
+        for name in calls:
+            attributes.pop(name, None)
+            attributes.update({name: before[name]} if name in before else {})
+
+
+def _negated(tensor: torch.Tensor) -> torch.Tensor:
+    return -tensor if tensor.is_floating_point() or tensor.is_complex() else tensor
+
+
+def _size(tensor: torch.Tensor) -> float:
+    """The largest absolute value that ``_negated`` changes."""
+    if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
+        return 0.0
+    return float(tensor.detach().abs().float().nan_to_num(0.0).max())

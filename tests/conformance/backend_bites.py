@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from refitkit.errors import ConfigError, InputMismatchError
+from refitkit.errors import ConfigError, InputMismatchError, UnsupportedTargetError
 from refitkit.protocols import PlanDraft
 from refitkit.testing import BackendSuite
 from refitkit.testing.fakes import FakeModule, OpenEngine
@@ -25,10 +25,11 @@ class Net(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = torch.nn.Linear(3, 2)
+        self.shift = torch.nn.Parameter(torch.randn(2))
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"y": torch.relu(self.linear(x))}
+        return {"y": torch.relu(self.linear(x)) - self.shift}
 
 
 @cache
@@ -43,8 +44,8 @@ class Module(FakeModule):
     backend = "plain"
 
     def run(self, args: Any, kwargs: Any) -> Any:
-        if [tuple(arg.shape) for arg in args] != [(4, 3)]:
-            raise InputMismatchError("It takes one input of 4 x 3.")
+        if [(tuple(arg.shape), arg.dtype) for arg in args] != [((4, 3), torch.float32)]:
+            raise InputMismatchError("It takes one input of 4 x 3, float32.")
         with torch.no_grad():
             return torch.func.functional_call(exported().module(), self.weights(), args)
 
@@ -52,14 +53,26 @@ class Module(FakeModule):
         return dict(self.engines["all"].live)
 
     def save(self, path: Path, attachments: Mapping[str, bytes]) -> None:
-        path.write_text(json.dumps({"of": "plain", **{k: v.hex() for k, v in attachments.items()}}))
+        notes = {name: content.hex() for name, content in attachments.items()}
+        values = {name: value.tolist() for name, value in self.saved().items()}
+        path.write_text(json.dumps({"of": "plain", "notes": notes, "values": values}))
+
+    def saved(self) -> dict[str, torch.Tensor]:
+        return self.weights()
+
+    @classmethod
+    def load(cls, path: Path) -> Any:
+        found = json.loads(path.read_text())
+        values = {name: torch.tensor(value) for name, value in found["values"].items()}
+        notes = {name: bytes.fromhex(text) for name, text in found["notes"].items()}
+        return cls([OpenEngine("all", values)], notes)
 
 
 class Plain:
     """A correct backend."""
 
     name: Any = "plain"
-    module = Module
+    module: Any = Module
 
     def compile(self, program: Any, options: Any, tools: Any) -> Any:
         if options:
@@ -81,7 +94,18 @@ class Plain:
         return None if found is None else {"backend": "plain"}
 
     def attachments(self, path: Path) -> Any:
-        return {name: bytes.fromhex(text) for name, text in (self._read(path) or {}).items()}
+        notes = (self._read(path) or {"notes": {}})["notes"]
+        return {name: bytes.fromhex(text) for name, text in notes.items()}
+
+
+class Part:
+    """A part that knows the values of its engine."""
+
+    def __init__(self, program: Any) -> None:
+        self.state_dict = program.state_dict
+
+    def values(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {"all": {name: value.reshape(-1) for name, value in self.state_dict.items()}}
 
 
 class Good(BackendSuite):
@@ -97,10 +121,13 @@ class Good(BackendSuite):
         return (torch.arange(12.0).reshape(4, 3),)
 
     def make_parts(self, program: Any, module: Any) -> Any:
-        return {"all": program}
+        return {"all": Part(program)}
 
     def held(self, module: Any) -> Any:
         return dict(module.engines["all"].live)
+
+    def open_saved(self, path: Path) -> Any:
+        return self.backend.module.load(path)
 
 
 BITES: list[Bite] = []
@@ -183,6 +210,20 @@ class TakesAny(Module):
         return super().run((args[0].reshape(-1)[:12].reshape(4, 3),), kwargs)
 
 
+@breaks(
+    "wrong_inputs_are_refused", "inputs of another dtype .torch.float16 for torch.float32. were"
+)
+class CastsInputs(Module):
+    def run(self, args: Any, kwargs: Any) -> Any:
+        return super().run((args[0].float(),), kwargs)
+
+
+@breaks("wrong_inputs_are_refused", "inputs of another dtype .* raised RuntimeError")
+class LetsTorchSayDtypes(Module):
+    def run(self, args: Any, kwargs: Any) -> Any:
+        return {"y": super().run((args[0].float(),), kwargs)["y"] - 0 * (args[0] @ torch.ones(3))}
+
+
 @breaks("wrong_inputs_are_refused", "inputs of another shape raised RuntimeError")
 class LetsTorchSay(Module):
     def run(self, args: Any, kwargs: Any) -> Any:
@@ -228,7 +269,7 @@ class LeavesOut(Plain):
 
 @breaks(
     "every_slot_is_planned_once",
-    "it did not plan 'all/calls', 'all/linear.bias', 'all/linear.weight' exactly",
+    "it did not plan 'all/calls', 'all/linear.bias', 'all/linear.weight' and 1 more exactly",
 )
 class PlansTwice(Plain):
     def draft(self, parts: Any, module: Any, tools: Any) -> Any:
@@ -241,6 +282,82 @@ class Zeroes(Plain):
         bias = parts["all"].state_dict["linear.bias"]
         bias.data = bias.data * 1.5
         return super().draft(parts, module, tools)
+
+
+class _Crossed(Plain):
+    """Gives two slots of equal shape each other's weights."""
+
+    def draft(self, parts: Any, module: Any, tools: Any) -> Any:
+        other = {"shift": "linear.bias", "linear.bias": "shift"}
+        slots = module.engines["all"].slots.values()
+        return PlanDraft(tuple(recipe_row(slot, other.get(slot.name, slot.name)) for slot in slots))
+
+
+breaks("a_refit_by_the_plan_answers_like_the_program", "outputs differ from those of the program")(
+    _Crossed
+)
+
+
+breaks(
+    "drafted_values_are_those_of_the_parts", "give other bits for 'all/linear.bias', 'all/shift'"
+)(_Crossed)
+
+
+@breaks("a_refit_by_the_plan_answers_like_the_program", "outputs differ from those of the program")
+class ReadsCrossed(Module):
+    """Knows its slots under each other's names since it was compiled."""
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        live = super().weights()
+        if live["shift"].equal(exported().state_dict["shift"]):
+            return live
+        return {**live, "shift": live["linear.bias"], "linear.bias": live["shift"]}
+
+
+@breaks(
+    "rows_name_weights_of_the_program",
+    "the row of 'all/linear.weight' names 'p_linear_weight', which the program does not have",
+)
+class NamesPlaceholders(Plain):
+    def draft(self, parts: Any, module: Any, tools: Any) -> Any:
+        slots = module.engines["all"].slots.values()
+        names = {"linear.weight": "p_linear_weight"}
+        return PlanDraft(tuple(recipe_row(slot, names.get(slot.name, slot.name)) for slot in slots))
+
+
+@breaks(
+    "a_saved_module_is_opened_as_it_was",
+    "a refitted module was saved with other weights: 'calls', 'linear.bias', 'linear.weight' and 1",
+)
+class SavesCompiled(Module):
+    def saved(self) -> dict[str, torch.Tensor]:
+        return dict(exported().state_dict)
+
+
+@breaks("a_saved_module_is_opened_as_it_was", "the file of a new module was opened, and answers")
+class SavesHalf(Module):
+    """Saves its weights, but not that answers are scaled."""
+
+    def __init__(self, engines: Any, attachments: Any = None, *more: Any) -> None:
+        super().__init__(engines, attachments, *more)
+        self.scale = 1 if attachments is None else 2
+
+    def run(self, args: Any, kwargs: Any) -> Any:
+        return {"y": super().run(args, kwargs)["y"] * self.scale}
+
+
+@breaks("a_saved_module_is_opened_as_it_was", r"saved with \['note.txt'\] opened with \[\]")
+class OpensWithoutNotes(Module):
+    @classmethod
+    def load(cls, path: Path) -> Any:
+        return cls(list(super().load(path).engines.values()))
+
+
+@breaks("a_saved_module_is_opened_as_it_was", "the file of a new module cannot be opened: No")
+class CannotOpen(Module):
+    @classmethod
+    def load(cls, path: Path) -> Any:
+        raise UnsupportedTargetError("No.")
 
 
 @breaks("what_is_saved_is_told", "it returned None for a file of this backend")

@@ -190,6 +190,40 @@ class WithHaste(Plain):
             return len(request.inputs)
 
 
+@breaks("transforms_leave_plain_weights_alone", "plain.groups: it raised KeyError")
+class WithWholeSources(Plain):
+    class Transform(PlainTransform):
+        def groups(self, request: Any) -> Any:
+            for leaf in request.plan.data.leaves:
+                request.source.info(leaf.fqn)
+            return super().groups(request)
+
+
+@breaks("verifiers_refuse_or_judge", "'plain' returned ok=True for a module with other weights")
+class WithSizes(Plain):
+    class Verifier(PlainVerifier):
+        def measure(self, name: str, found: Any, wanted: Any) -> Any:
+            return super().measure(name, found.abs(), wanted.abs())
+
+
+@breaks("verifiers_refuse_or_judge", "the verifier 'plain' changed .'reference.training'.")
+class WithEvaluation(Plain):
+    class Verifier(PlainVerifier):
+        def prepare(self, request: Any) -> Any:
+            judge = super().prepare(request)
+            request.reference.eval()
+            return judge
+
+
+@breaks("verifiers_refuse_or_judge", "the verifier 'plain' changed .'e/w'.")
+class WithWrites(Plain):
+    class Verifier(PlainVerifier):
+        def prepare(self, request: Any) -> Any:
+            judge = super().prepare(request)
+            request.module.engines["e"].live["w"].zero_()
+            return judge
+
+
 @breaks("checks_give_problems", "refitkit_check: it returned 'bad weights'")
 class Texts(Plain):
     @refitkit.hookimpl

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from threading import Barrier, BrokenBarrierError
 from typing import Any, ClassVar
 
 import torch
@@ -208,6 +210,46 @@ class Crashes(Plain):
         return super().get(fqn)
 
 
+@breaks("unknown_names_are_key_errors", "WeightSource.info: 'A', which differs from 'a' in upper")
+class IgnoresCase(Plain):
+    def info(self, fqn: str) -> Any:
+        return super().info(fqn.lower())
+
+    def get(self, fqn: str) -> torch.Tensor:
+        return super().get(fqn.lower())
+
+
+@breaks("two_threads_read_at_once", "two threads that read at once got wrong tensors for 'a'|'c'")
+class OneCursor(Plain):
+    """Looks a name up in one step, and reads the current one in the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meeting = Barrier(2)
+
+    def get(self, fqn: str) -> torch.Tensor:
+        self.cursor = fqn
+        with suppress(BrokenBarrierError):
+            self.meeting.wait(10)  # for the other thread, so that the fault is certain
+        return super().get(self.cursor)
+
+
+@breaks("two_threads_read_at_once", "it raised ValueError when two threads read at once: busy")
+class OneReader(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.meeting, self.readers = Barrier(2), 0
+
+    def get(self, fqn: str) -> torch.Tensor:
+        self.readers += 1
+        with suppress(BrokenBarrierError):
+            self.meeting.wait(10)
+        if self.readers > 1:
+            self.meeting.abort()
+            raise ValueError("busy")
+        return super().get(fqn)
+
+
 class Revised(Plain):
     """A correct source with revisions."""
 
@@ -217,6 +259,23 @@ class Revised(Plain):
 
 class GoodRevised(Good):
     source = Revised
+
+    def make_rewritable(self) -> Any:
+        return self.source(), lambda: Rewritten(self.source())
+
+
+class Rewritten:
+    """A source whose tensors are other ones."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def get(self, fqn: str) -> torch.Tensor:
+        return torch.ones_like(self.source.get(fqn))
+
+    def revision(self, fqn: str) -> Any:
+        found = self.source.revision(fqn)
+        return found if isinstance(self.source, RevisedByName) else (found, "rewritten")
 
 
 @breaks("revisions_stand_for_bits", "a revision is not hashable", GoodRevised)
@@ -242,3 +301,74 @@ class RevisedByTheClock(Revised):
     def revision(self, fqn: str) -> Any:
         self.asked = getattr(self, "asked", 0) + 1
         return fqn, self.asked
+
+
+@breaks("revisions_stand_for_bits", "reading changed the revisions of 'a', 'b', 'c'", GoodRevised)
+class RevisedByReads(Revised):
+    def revision(self, fqn: str) -> Any:
+        return fqn, self.store.reads
+
+
+@breaks(
+    "revisions_change_with_the_data",
+    "'a' has equal revisions before and after its data was rewritten",
+    GoodRevised,
+)
+class RevisedByName(Revised):
+    pass
+
+
+class Shared(Plain):
+    """A correct source of tensors that others can write to."""
+
+    changed = False  # by others
+
+    def get(self, fqn: str) -> torch.Tensor:
+        found = super().get(fqn)
+        return found + 1 if self.changed else found
+
+    def require_unchanged(self) -> None:
+        if self.changed:
+            raise SourceError("The tensors were rewritten.")
+
+
+class GoodShared(Good):
+    source = Shared
+
+    def make_rewritable(self) -> Any:
+        source: Any = self.source()
+
+        def rewrite() -> Any:
+            source.changed = True
+            return Rewritten(Plain())
+
+        return source, rewrite
+
+
+@breaks(
+    "changed_data_is_noticed",
+    "'a', 'b' were rewritten .* new data for 'a', 'b', and neither get nor require_unchanged",
+    GoodShared,
+)
+class NeverLooks(Shared):
+    def require_unchanged(self) -> None:
+        pass
+
+
+@breaks("changed_data_is_noticed", "neither get nor require_unchanged raised", GoodShared)
+class CannotLook(Shared):
+    require_unchanged = None  # type: ignore[assignment]
+
+
+@breaks("changed_data_is_noticed", "although nothing was changed: The tensors were", GoodShared)
+class AlwaysChanged(Shared):
+    def require_unchanged(self) -> None:
+        raise SourceError("The tensors were rewritten.")
+
+
+@breaks("changed_data_is_noticed", "data that was rewritten raised ValueError: short", GoodShared)
+class Breaks(Shared):
+    def get(self, fqn: str) -> torch.Tensor:
+        if self.changed:
+            raise ValueError("short")
+        return super().get(fqn)

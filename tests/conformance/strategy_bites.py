@@ -230,3 +230,41 @@ class Dicts(Plain):
 class Tensors(Plain):
     def value(self, slot: Any, request: MapRequest) -> Any:
         return request.source.get(slot.name)
+
+
+@breaks(
+    "values_depend_on_their_sources_only",
+    "the value of 'e/a' names no sources, but reads 'a'",
+)
+class NamesNone(Plain):
+    def value(self, slot: Any, request: MapRequest) -> Any:
+        return super().value(slot, request)._replace(sources=())
+
+
+@breaks(
+    "values_depend_on_their_sources_only",
+    r"the value of 'e/b' names the sources \('b',\), but depends on other tensors",
+)
+class NamesOneOfTwo(Plain):
+    def load(self, slot: Any, request: MapRequest) -> Any:
+        get, more = request.source.get, float(slot.name == "b")
+        return lambda: get(slot.name) + more * get("c")
+
+
+@breaks(
+    "values_depend_on_their_sources_only",
+    r"the value of 'e/a' names the sources \(\), but depends on other tensors",
+)
+class PinsNothing(Plain):
+    def value(self, slot: Any, request: MapRequest) -> Any:
+        return super().value(slot, request)._replace(sources=(), pinned=True)
+
+
+@breaks(
+    "identity_is_said_of_tensors_of_the_source",
+    r"the value of 'e/a' has identity, but is no tensor of \('a',\)",
+)
+class ComputesIdentity(Plain):
+    def value(self, slot: Any, request: MapRequest) -> Any:
+        load = self.load(slot, request)
+        return SlotValue(slot, self.name, (slot.name,), lambda: -load(), identity=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -116,11 +117,32 @@ class TestSafetensors(SourceSuite):
     def truth(self) -> Mapping[str, torch.Tensor]:
         return copies()
 
+    def make_rewritable(self) -> Any:
+        return rewritable(folder() / "rewritten.safetensors", save_file)
+
     def reads(self, source: Any) -> int:
         """The number of data reads of the file."""
         if not isinstance(source._file, Counted):
             source._file = Counted(source._file)
         return source._file.reads
+
+
+def rewritable(path: Path, save: Any) -> Any:
+    """A source of a file with the weights, and a function that writes others into the same file."""
+    weights = {name: value.contiguous() for name, value in copies().items()}
+    save(weights, path)
+    source, before = opened(path), path.stat()
+
+    def rewrite() -> Any:
+        other = folder() / "other"
+        save({name: torch.ones_like(value) for name, value in weights.items()}, other)
+        with path.open("r+b") as file:
+            file.write(other.read_bytes())
+        # The clock of the file system may not have ticked.
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+        return opened(path)
+
+    return source, rewrite
 
 
 class Counted:
@@ -147,6 +169,9 @@ class TestTorchFile(SourceSuite):
 
     def truth(self) -> Mapping[str, torch.Tensor]:
         return copies()
+
+    def make_rewritable(self) -> Any:
+        return rewritable(folder() / "rewritten.pt", torch.save)
 
 
 class TestTensorMap(TestStateDict):
@@ -241,3 +266,13 @@ class TestAverageOfRevisions(TestAverage):
 
     def reads(self, source: Any) -> int | None:
         return None
+
+    def make_rewritable(self) -> Any:
+        """Another average, of other tensors under the same names."""
+
+        def rewrite() -> Any:
+            tensors = {name: torch.ones_like(value) for name, value in self.truth().items()}
+            parts = [(Revised(tensors), 1), (Revised(tensors), 3)]
+            return Pipeline().open_weights(refitkit.WeightedAverage(parts))
+
+        return self.make_source(), rewrite

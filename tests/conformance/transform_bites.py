@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from refitkit.testing.fakes import FakeModule, OpenEngine
 from refitkit.testing.scenes import plan_for
 from tests.conformance.bites import Bite
 
-GIVES = {
-    "w.q": TensorInfo(dtype="int8", shape=(2, 3)),
-    "w.scale": TensorInfo(dtype="float32", shape=(2, 1)),
+INFOS = {
+    "q": TensorInfo(dtype="int8", shape=(2, 3)),
+    "scale": TensorInfo(dtype="float32", shape=(2, 1)),
 }
+GIVES = {f"w.{name}": info for name, info in INFOS.items()}
 LIMIT = 0.5
 
 
@@ -65,6 +67,24 @@ class Plain:
         return OutputMeasure(name="w.q", ok=error <= LIMIT, max_abs_error=error, limit=LIMIT)
 
 
+class OfAllLayers(Plain):
+    """A correct transform that makes ``<name>.q`` and ``<name>.scale`` from each ``<name>``."""
+
+    def groups(self, request: TransformRequest) -> Any:
+        leaves = [leaf.fqn for leaf in request.plan.data.leaves]
+        names = [leaf.removesuffix(".q") for leaf in leaves if leaf.endswith(".q")]
+        return [self.of(name, request) for name in names if name in request.source.names()]
+
+    def of(self, name: str, request: TransformRequest) -> WeightGroup:
+        gives = {f"{name}.{end}": info for end, info in INFOS.items()}
+
+        def make() -> Made:
+            found = quantized(request.source.get(name))
+            return Made({f"{name}.{end}": found[f"w.{end}"] for end in INFOS})
+
+        return WeightGroup((name,), gives, make)
+
+
 class Good(TransformSuite):
     transform: type[Plain] = Plain
 
@@ -89,13 +109,50 @@ class Good(TransformSuite):
         return self.request(**{"w.scale": torch.ones(2, 1)})
 
 
+class GoodOfAllLayers(Good):
+    transform = OfAllLayers
+
+
+class Unpacks(Plain):
+    """A correct transform that makes ``u`` from ``u.packed`` and ``u.scale``."""
+
+    def groups(self, request: TransformRequest) -> Any:
+        takes = ("u.packed", "u.scale")
+        have = [name for name in takes if name in request.source.names()]
+        if len(have) == 1:
+            raise WeightMismatchError(
+                "Its partner is missing.", problems=[Problem(have[0], "alone")]
+            )
+        return [self.unpack(request, *takes)] if have else []
+
+    def unpack(self, request: TransformRequest, *takes: str) -> WeightGroup:
+        get, gives = request.source.get, {"u": TensorInfo(dtype="float32", shape=(2, 3))}
+        return WeightGroup(takes, gives, lambda: Made({"u": get("u.packed") * get("u.scale")}))
+
+
+class GoodUnpacks(Good):
+    transform = Unpacks
+
+    def request(self, **weights: torch.Tensor) -> TransformRequest:
+        module = FakeModule([OpenEngine("e", {"u": torch.zeros(2, 3)})])
+        return TransformRequest(plan_for(module), TensorMap(weights))
+
+    def make_request(self, seed: int) -> TransformRequest:
+        found = quantized(floats(seed))
+        return self.request(**{"u.packed": found["w.q"], "u.scale": found["w.scale"]})
+
+    def expected(self, seed: int) -> dict[str, torch.Tensor]:
+        found = quantized(floats(seed))
+        return {"u": found["w.q"] * found["w.scale"]}
+
+
 BITES: list[Bite] = []
 
 
-def breaks(check: str, says: str) -> Any:
+def breaks(check: str, says: str, good: type[Good] = Good) -> Any:
     def note(transform: type) -> type:
-        suite = type(transform.__name__, (Good,), {"transform": transform})
-        BITES.append(Bite(f"test_{check}", suite, says, Good))
+        suite = type(transform.__name__, (good,), {"transform": transform})
+        BITES.append(Bite(f"test_{check}", suite, says, good))
         return transform
 
     return note
@@ -252,3 +309,86 @@ class MeasuresSources(Plain):
 class Flatters(Plain):
     def measure(self, value: torch.Tensor) -> OutputMeasure:
         return super().measure(value).model_copy(update={"max_abs_error": 0.0})
+
+
+@breaks(
+    "weights_of_other_layers_are_made_too",
+    "with two copies of the weights, 'second.w.q', 'second.w.scale' are missing or wrong",
+    GoodOfAllLayers,
+)
+class OnlyTheFirst(OfAllLayers):
+    def groups(self, request: TransformRequest) -> Any:
+        return super().groups(request)[:1]
+
+
+@breaks(
+    "weights_of_other_layers_are_made_too",
+    "with two copies of the weights, 'w.q', 'w.scale' are missing or wrong",
+    GoodOfAllLayers,
+)
+class OneForAll(OfAllLayers):
+    """Every group reads the weight of the last one."""
+
+    def of(self, name: str, request: TransformRequest) -> WeightGroup:
+        self.name_to_read = name
+        found = super().of(name, request)
+
+        def make() -> Made:
+            values = quantized(request.source.get(self.name_to_read))
+            return Made({fqn: values[f"w.{fqn.rpartition('.')[2]}"] for fqn in found.gives})
+
+        return replace(found, make=make)
+
+
+@breaks("formulas_are_hashable", "the formula of the group that gives 'w.q', 'w.scale' is not hash")
+class FormulaOfLists(Plain):
+    def group(self, request: TransformRequest) -> WeightGroup:
+        return replace(super().group(request), formula=("int8", [2, 3]))
+
+
+@breaks(
+    "lone_entries_are_refused_or_left_alone",
+    "a checkpoint without 'u.packed', in a full refit, raised KeyError",
+    GoodUnpacks,
+)
+class UnpacksBlindly(Unpacks):
+    def groups(self, request: TransformRequest) -> Any:
+        for name in ("u.packed", "u.scale"):
+            request.source.info(name)
+        return super().groups(request)
+
+
+@breaks(
+    "lone_entries_are_refused_or_left_alone",
+    "a checkpoint without 'u.packed', in a partial refit, gave a group that takes 'u.packed'",
+    GoodUnpacks,
+)
+class UnpacksInPart(Unpacks):
+    def groups(self, request: TransformRequest) -> Any:
+        if request.partial:
+            return [self.unpack(request, "u.packed", "u.scale")]
+        return super().groups(request)
+
+
+@breaks(
+    "lone_entries_are_refused_or_left_alone",
+    "a lone 'w.scale', in a full refit, raised KeyError",
+)
+class TakesScalesForWeights(Plain):
+    def groups(self, request: TransformRequest) -> Any:
+        if "w.scale" in request.source.names():
+            request.source.info("w.q")
+        return super().groups(request)
+
+
+@breaks(
+    "lone_entries_are_refused_or_left_alone",
+    "a checkpoint without 'u.packed', in a full refit, raised WeightMismatchError without a mess",
+    GoodUnpacks,
+)
+class RefusesWithoutWords(Unpacks):
+    def groups(self, request: TransformRequest) -> Any:
+        try:
+            return super().groups(request)
+        except WeightMismatchError:
+            raise WeightMismatchError("") from None

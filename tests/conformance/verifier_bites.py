@@ -48,11 +48,15 @@ class Good(VerifierSuite):
         return self.verifier()
 
     def make_request(self) -> VerifyRequest:
-        module = FakeModule([OpenEngine("e", {n: torch.zeros_like(v) for n, v in NEW.items()})])
+        module: Any = FakeModule(
+            [OpenEngine("e", {n: torch.zeros_like(v) for n, v in NEW.items()})]
+        )
+        module.training = True
         plan, source = plan_for(module), TensorMap({n: v.clone() for n, v in NEW.items()})
         values: Any = plan.values_of(plan.ledger, source)
         inputs = ((torch.tensor(2.0),), {})
-        return VerifyRequest(plan, module, source, values, inputs, None, None, {})
+        reference = torch.nn.Sequential(torch.nn.Dropout())
+        return VerifyRequest(plan, module, source, values, inputs, reference, None, {})
 
     def held(self, module: Any) -> dict[str, torch.Tensor]:
         return dict(module.engines["e"].live)
@@ -178,3 +182,52 @@ class Bools(Plain):
 class RaisesNo(Plain):
     def judge(self, found: Any, wanted: Any) -> Any:
         raise NotRefittableError("No.")
+
+
+@breaks("signs_matter", "it accepted a module that returns all outputs with the wrong sign")
+class ComparesSizes(Plain):
+    def measure(self, name: str, found: torch.Tensor, wanted: torch.Tensor) -> Any:
+        return super().measure(name, found.abs(), wanted.abs())
+
+
+@breaks("signs_matter", "it accepted a module that has all weights with the wrong sign")
+class ReadsSizes(Plain):
+    def prepare(self, request: VerifyRequest) -> Any:
+        wanted = {f"e/{name}": v.load().abs() for (_, name), v in request.values.items()}
+        return lambda module: self.judge(
+            {name: value.abs() for name, value in module.holds().items()}, wanted
+        )
+
+
+@breaks("nothing_is_changed", "Verifier.prepare: it changed 'reference.0.training', 'reference.tr")
+class EvaluatesReferences(Plain):
+    def prepare(self, request: VerifyRequest) -> Any:
+        request.reference.eval()
+        return super().prepare(request)
+
+
+@breaks("nothing_is_changed", "what Verifier.prepare returns: it changed 'b', 'w'")
+class ZeroesRejected(Plain):
+    def prepare(self, request: VerifyRequest) -> Any:
+        judge = super().prepare(request)
+
+        def judged(module: Any) -> Any:
+            result = judge(module)
+            if not result.ok:
+                for value in module.engines["e"].live.values():
+                    value.fill_(1)
+            return result
+
+        return judged
+
+
+@breaks("nothing_is_changed", "what Verifier.prepare returns: it changed 'module.training'")
+class SetsTheFlag(Plain):
+    def prepare(self, request: VerifyRequest) -> Any:
+        judge = super().prepare(request)
+
+        def judged(module: Any) -> Any:
+            module.training = False
+            return judge(module)
+
+        return judged

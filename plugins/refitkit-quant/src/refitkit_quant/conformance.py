@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from refitkit.protocols import WeightTransform
 
 _SHAPE = (24, 32)
+_LAYERS = ("l", "m")
+"""Two layers, because schemes have full names: one is converted as well as the other."""
 
 
 class _Quantizing(TransformSuite):
@@ -52,7 +54,8 @@ class _Quantizing(TransformSuite):
 
     def given(self, seed: int) -> dict[str, torch.Tensor]:
         """The entries of a checkpoint."""
-        return {"l.weight": _weight(seed), "l.bias": torch.ones(24)}
+        weights = {f"{layer}.weight": _weight(seed, layer) for layer in _LAYERS}
+        return {**weights, "l.bias": torch.ones(24)}
 
 
 class TorchaoSuite(_Quantizing):
@@ -73,24 +76,33 @@ class TorchaoSuite(_Quantizing):
     def _module(self, seed: int) -> torch.nn.Module:
         from torchao.quantization import quantize_
 
-        module = torch.nn.ModuleDict({"l": torch.nn.Linear(_SHAPE[1], _SHAPE[0])})
-        module["l"].weight = torch.nn.Parameter(_weight(seed), requires_grad=False)
+        module = torch.nn.ModuleDict({n: torch.nn.Linear(_SHAPE[1], _SHAPE[0]) for n in _LAYERS})
+        for layer in _LAYERS:
+            weight = torch.nn.Parameter(_weight(seed, layer), requires_grad=False)
+            module[layer].weight = weight
         quantize_(module, self.config)
         return module
 
-    def _quantized(self, seed: int) -> Any:
-        return self._module(seed)["l"].weight  # type: ignore[index]
+    def _quantized(self, seed: int) -> dict[str, Any]:
+        module: Any = self._module(seed)
+        return {layer: module[layer].weight for layer in _LAYERS}
 
     def expected(self, seed: int) -> Mapping[str, torch.Tensor]:
-        tensor = self._quantized(seed)
-        # Written out instead of calling parts_of: an oracle must not use the plugin's code.
-        names, _ = tensor.__tensor_flatten__()
-        lead = "l.parametrizations.weight.original"
-        return {f"{lead}{i}": getattr(tensor, name) for i, name in enumerate(names)}
+        found: dict[str, torch.Tensor] = {}
+        for layer, tensor in self._quantized(seed).items():
+            # Written out instead of calling parts_of: an oracle must not use the plugin's code.
+            names, _ = tensor.__tensor_flatten__()
+            lead = f"{layer}.parametrizations.weight.original"
+            found |= {f"{lead}{i}": getattr(tensor, name) for i, name in enumerate(names)}
+        return found
 
     def expected_errors(self, seed: int) -> Mapping[str, float]:
-        error = (self._quantized(seed).dequantize() - _weight(seed)).abs().max()
-        return {"l.parametrizations.weight.original0": float(error)}
+        return {
+            f"{layer}.parametrizations.weight.original0": float(
+                (tensor.dequantize() - _weight(seed, layer)).abs().max()
+            )
+            for layer, tensor in self._quantized(seed).items()
+        }
 
     def make_alone(self) -> TransformRequest:
         scale = "l.parametrizations.weight.original1"
@@ -100,13 +112,14 @@ class TorchaoSuite(_Quantizing):
 
 class _ModeloptSuite(_Quantizing):
     scheme = Scheme(
-        weights=(
+        weights=tuple(
             ModeloptWeight(
-                weight=TensorSpec(name="l.weight", dtype="float32", shape=_SHAPE),
+                weight=TensorSpec(name=f"{n}.weight", dtype="float32", shape=_SHAPE),
                 format="fp8",
-                amax=TensorSpec(name="l.weight_quantizer._amax", dtype="float32", shape=()),
-                input_amax=TensorSpec(name="l.input_quantizer._amax", dtype="float32", shape=()),
-            ),
+                amax=TensorSpec(name=f"{n}.weight_quantizer._amax", dtype="float32", shape=()),
+                input_amax=TensorSpec(name=f"{n}.input_quantizer._amax", dtype="float32", shape=()),
+            )
+            for n in _LAYERS
         )
     )
 
@@ -120,8 +133,8 @@ class ModeloptSuite(_ModeloptSuite):
     """Float weights, from which the transform computes FP8 scales."""
 
     def expected(self, seed: int) -> Mapping[str, torch.Tensor]:
-        weight = _weight(seed)
-        return {"l.weight": weight, "l.weight_quantizer._amax": weight.abs().amax()}
+        weights = {f"{layer}.weight": _weight(seed, layer) for layer in _LAYERS}
+        return weights | {f"{n}_quantizer._amax": w.abs().amax() for n, w in weights.items()}
 
     def make_alone(self) -> TransformRequest:
         lone = {"l.weight_quantizer._amax": torch.tensor(1.0)}
@@ -133,26 +146,31 @@ class ExportedSuite(_ModeloptSuite):
     """FP8 weights and scales as ModelOpt exports them."""
 
     def given(self, seed: int) -> dict[str, torch.Tensor]:
-        scale = _weight(seed).abs().amax() / 448
-        values = (_weight(seed) / scale).to(torch.float8_e4m3fn)
-        inputs = torch.tensor(float(seed)) / 448
-        return {"l.weight": values, "l.weight_scale": scale, "l.input_scale": inputs}
+        given: dict[str, torch.Tensor] = {}
+        for layer in _LAYERS:
+            scale = _weight(seed, layer).abs().amax() / 448
+            values = (_weight(seed, layer) / scale).to(torch.float8_e4m3fn)
+            given |= {f"{layer}.weight": values, f"{layer}.weight_scale": scale}
+            given[f"{layer}.input_scale"] = torch.tensor(float(seed)) / 448
+        return given
 
     def expected(self, seed: int) -> Mapping[str, torch.Tensor]:
-        given = self.given(seed)
-        return {
-            "l.weight": given["l.weight"].float() * given["l.weight_scale"],
-            "l.weight_quantizer._amax": _weight(seed).abs().amax(),
-            "l.input_quantizer._amax": torch.tensor(float(seed)),
-        }
+        given, found = self.given(seed), {}
+        for layer in _LAYERS:
+            scale = given[f"{layer}.weight_scale"]
+            found[f"{layer}.weight"] = given[f"{layer}.weight"].float() * scale
+            found[f"{layer}.weight_quantizer._amax"] = _weight(seed, layer).abs().amax()
+            found[f"{layer}.input_quantizer._amax"] = torch.tensor(float(seed))
+        return found
 
     def make_alone(self) -> TransformRequest:
         request: TransformRequest = self.request({"l.input_scale": torch.ones(())}, partial=True)
         return request
 
 
-def _weight(seed: int) -> torch.Tensor:
-    return torch.randn(_SHAPE, generator=torch.Generator().manual_seed(seed))
+def _weight(seed: int, layer: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(10 * seed + _LAYERS.index(layer))
+    return torch.randn(_SHAPE, generator=generator)
 
 
 def suites() -> list[type[TransformSuite]]:
