@@ -162,8 +162,8 @@ _HEAVY = ("torch", "numpy", "tensorrt", "torch_tensorrt", "transformers")
 
 _NAMED: Mapping[str, tuple[str, ...]] = {
     "refitkit_layer_types": (),
-    "refitkit_mapping_strategies": (),
-    "refitkit_verifiers": (),
+    "refitkit_mapping_strategies": ("config",),
+    "refitkit_verifiers": ("config",),
     "refitkit_weight_transforms": ("config",),
 }
 """Hooks that return objects with unique names, and the arguments that they need."""
