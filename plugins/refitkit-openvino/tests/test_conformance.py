@@ -6,6 +6,10 @@ import pytest
 
 pytest.importorskip("openvino")
 
-from refitkit_openvino.conformance import TestOpenVINOBackend, TestOpenVINOEngine
+from refitkit_openvino.conformance import (
+    TestEngineWithInputs,
+    TestOpenVINOBackend,
+    TestOpenVINOEngine,
+)
 
-__all__ = ["TestOpenVINOBackend", "TestOpenVINOEngine"]
+__all__ = ["TestEngineWithInputs", "TestOpenVINOBackend", "TestOpenVINOEngine"]

@@ -25,14 +25,16 @@ def same(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> bool:
     return len(found) == len(wanted) and all(map(torch.equal, found, wanted))
 
 
-def test_a_refit_answers_like_a_fresh_module(case: Any) -> None:
+@pytest.mark.parametrize("weights", ["constants", "inputs"])
+def test_a_refit_answers_like_a_fresh_module(case: Any, weights: str) -> None:
     old, new = case.program(0), case.program(1)
-    compiled = refitkit.compile(old, BACKEND)
+    options = {"weights": weights}
+    compiled = refitkit.compile(old, BACKEND, options)
     before = case.answers(compiled)
     for found, wanted in zip(before, case.answers(old.module()), strict=True):
         torch.testing.assert_close(found, wanted)
     refitkit.refit(compiled, new.state_dict)
-    fresh = case.answers(refitkit.compile(new, BACKEND, prove=False))
+    fresh = case.answers(refitkit.compile(new, BACKEND, options, prove=False))
     assert same(case.answers(compiled), fresh)
     assert not same(fresh, before)
     refitkit.refit(compiled, old)
@@ -147,8 +149,8 @@ def test_a_damaged_file_is_refused(mlp: Any, tmp_path: Path) -> None:
 
 
 def test_a_wrong_option_is_refused(mlp: Any) -> None:
-    options = {"thread": 1, "precision": "int8", "threads": 0}
-    with pytest.raises(refitkit.ConfigError, match="Options are: threads, precision") as info:
+    options = {"thread": 1, "precision": "int8", "threads": 0, "weights": "none"}
+    with pytest.raises(refitkit.ConfigError, match="Options are: weights, threads") as info:
         refitkit.compile(mlp.program(0), BACKEND, options)
     assert {problem.subject for problem in info.value.problems} == options.keys()
 
@@ -256,10 +258,13 @@ def test_wrong_inputs_are_refused(mlp: Any) -> None:
 # -- threads ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("hint", ["latency", "throughput"])
-def test_calls_during_refits_are_old_or_new(case: Any, hint: str) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"weights": "inputs"}, {"weights": "inputs", "hint": "throughput", "threads": 2}],
+    ids=["constants", "inputs", "throughput"],
+)
+def test_calls_during_refits_are_old_or_new(case: Any, options: dict[str, Any]) -> None:
     programs = [case.program(seed) for seed in (0, 1)]
-    options = {"hint": hint, "threads": 2}
     compiled = refitkit.compile(programs[0], BACKEND, options, prove=False)
     right = []
     for program in reversed(programs):

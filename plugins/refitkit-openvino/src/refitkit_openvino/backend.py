@@ -6,7 +6,8 @@ import platform
 from typing import TYPE_CHECKING, Any
 
 import torch
-from refitkit import PlanMismatchError, UnsupportedTargetError
+from refitkit import CompileError, PlanMismatchError, UnsupportedTargetError
+from refitkit.errors import raised_as
 from refitkit.model import LedgerRow, PinnedRef, SlotState, SourceRef
 from refitkit.program import facts_of
 from refitkit.protocols import PlanDraft
@@ -49,7 +50,8 @@ class OpenVINOBackend:
         graph = convert(program, Options.of(options))
         tensors = _tensors_of(program)
         weights = {slot.name: _copy(tensors[slot.name]) for slot in graph.manifest.slots}
-        return OpenVINOModule.compiled(graph, weights, {})
+        with raised_as(CompileError, "OpenVINO cannot compile the program"):
+            return OpenVINOModule.compiled(graph, weights, {})
 
     def draft(
         self,

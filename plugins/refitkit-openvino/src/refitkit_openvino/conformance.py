@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Net(torch.nn.Module):
-    """Weights of several dtypes and a scalar, all of which are outputs, too."""
+    """Weights of several dtypes and a scalar. All of them are outputs, too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,9 +59,9 @@ def program() -> ExportedProgram:
 
 
 @cache
-def compiled() -> OpenVINOModule:
+def compiled(weights: str = "constants") -> OpenVINOModule:
     """The module; it is compiled once, and suites get copies."""
-    return OpenVINOBackend().compile(program(), {}, Tools())
+    return OpenVINOBackend().compile(program(), {"weights": weights}, Tools())
 
 
 def held(engine: OpenVINOEngine) -> dict[str, torch.Tensor]:
@@ -102,9 +102,11 @@ class TestOpenVINOBackend(BackendSuite):
 class TestOpenVINOEngine(EngineSuite):
     """The contracts of engines."""
 
+    weights = "constants"
+
     def make_engine(self) -> OpenVINOEngine:
         """A new engine."""
-        return compiled().reopen().engines[ENGINE]
+        return compiled(self.weights).reopen().engines[ENGINE]
 
     def held(self, engine: OpenVINOEngine) -> Mapping[str, torch.Tensor]:
         """The live weights."""
@@ -115,4 +117,10 @@ class TestOpenVINOEngine(EngineSuite):
         return mock.patch("refitkit_openvino.engine.State", side_effect=MemoryError)
 
 
-SUITES = (TestOpenVINOBackend, TestOpenVINOEngine)
+class TestEngineWithInputs(TestOpenVINOEngine):
+    """The contracts of engines, for weights that stay inputs."""
+
+    weights = "inputs"
+
+
+SUITES = (TestOpenVINOBackend, TestOpenVINOEngine, TestEngineWithInputs)

@@ -1,7 +1,8 @@
 """The engine: one set of weights that calls use, and new ones beside it.
 
-A ``WeightSet`` never changes. A refit makes another set, and its commit is one assignment. A call
-takes the live set once, at its beginning, and ends on it.
+A ``WeightSet`` never changes, and OpenVINO compiles the model for it. A refit makes another set
+while calls go on, and its commit is one assignment. A call takes the live set once, at its
+beginning, and ends on it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections import Counter, deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from refitkit import EngineError, Problem, WeightMismatchError
+from refitkit import EngineError, Problem, UnsupportedTargetError, WeightMismatchError
 from refitkit.errors import raised_as
 from refitkit.model import EngineMemory, Slot
 
@@ -21,79 +22,100 @@ if TYPE_CHECKING:
 
     from refitkit.protocols import SlotValue
 
-    from refitkit_openvino.graph import Manifest
+    from refitkit_openvino.graph import Graph
 
 ENGINE = "model"
 """Name of the only engine of a module."""
 
 
+class Runner:
+    """A model whose inputs are the weights and the inputs of a call."""
+
+    def __init__(self, graph: Graph) -> None:
+        """Read a model.
+
+        Raises:
+            UnsupportedTargetError: The model and its description are of different programs.
+        """
+        self.manifest = graph.manifest
+        self.slots = {slot.name: slot for slot in graph.manifest.slots}
+        self._core = load_openvino().Core()
+        self._model = self._core.read_model(graph.xml, graph.constants)
+        found = {one.get_friendly_name() for one in self._model.get_parameters()}
+        if missing := sorted(self.slots.keys() - found):
+            problems = [Problem(name, "no input of the model") for name in missing]
+            raise UnsupportedTargetError("The model lacks weights.", problems=problems)
+        self._shared = None if graph.manifest.options.weights == "constants" else self._compile({})
+
+    def compiled(self, weights: Mapping[str, torch.Tensor]) -> Any:
+        """Return a compiled model for some weights, which are its constants or still inputs."""
+        return self._shared or self._compile(weights)
+
+    def _compile(self, constants: Mapping[str, torch.Tensor]) -> Any:
+        ov, model = load_openvino(), self._model.clone()
+        for parameter in model.get_parameters():
+            name, kind = parameter.get_friendly_name(), parameter.get_element_type()
+            if name in constants:
+                constant = ov.op.Constant(lent(constants[name], kind))
+                parameter.output(0).replace(constant.output(0))
+                model.remove_parameter(parameter)
+        return self._core.compile_model(model, "CPU", self.manifest.options.properties())
+
+
 class WeightSet:
-    """Weights that never change, and the requests of OpenVINO that read them."""
+    """Weights that never change, and what runs on them."""
 
     def __init__(self, runner: Runner, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Bind weights to a model.
+        """Compile a model for weights.
 
         Args:
-            runner: The compiled model.
+            runner: The model.
             tensors: One contiguous tensor for each slot, which nobody writes to.
+
+        Raises:
+            EngineError: OpenVINO refused them.
         """
         self.tensors = tensors
-        self._runner = runner
+        self._manifest = runner.manifest
+        with raised_as(EngineError, "OpenVINO cannot compile the model"):
+            self._compiled = runner.compiled(tensors)
+        self._ports = {one.get_node().get_friendly_name(): one for one in self._compiled.inputs}
         self._idle: deque[Any] = deque()
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the outputs for some inputs. Several threads may call it."""
-        # A request serves one call at a time, so calls that run at once have one each.
-        try:
-            request = self._idle.pop()
-        except IndexError:
-            request = self._runner.request(self.tensors)
-        outputs = self._runner.run(request, inputs)
-        self._idle.append(request)
-        return outputs
-
-
-class Runner:
-    """A compiled model, whose inputs are the weights and the inputs of a call."""
-
-    def __init__(self, compiled: Any, manifest: Manifest) -> None:
-        """Hold a compiled model.
-
-        Args:
-            compiled: The ``openvino.CompiledModel``.
-            manifest: Description of its inputs and outputs.
-        """
-        self.slots = {slot.name: slot for slot in manifest.slots}
-        self._compiled, self._manifest = compiled, manifest
-        self.ports = {port.get_node().get_friendly_name(): port for port in compiled.inputs}
-
-    def request(self, weights: Mapping[str, torch.Tensor]) -> Any:
-        """Return a new request that reads some weights."""
-        request = self._compiled.create_infer_request()
-        for name, weight in weights.items():
-            self._bind(request, name, weight)
-        return request
-
-    def run(self, request: Any, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the outputs of a request for some inputs.
+        """Return the outputs for some inputs. Several threads may call it.
 
         Raises:
             EngineError: OpenVINO failed. The module is unharmed.
         """
         hint = "Are values of the inputs in range, such as indices? The module is unharmed."
         with raised_as(EngineError, "OpenVINO failed", hint=hint):
-            for spec, value in zip(self._manifest.inputs, inputs, strict=True):
-                if spec.name in self.ports:  # else the model does not read it
-                    self._bind(request, spec.name, value)
+            # A request serves one call at a time, so calls that run at once have one each.
+            try:
+                request = self._idle.pop()
+            except IndexError:
+                request = self._compiled.create_infer_request()
+                self._bind(request, self.tensors)
+            self._bind(
+                request, {s.name: v for s, v in zip(self._manifest.inputs, inputs, strict=True)}
+            )
             request.infer()
             outputs = enumerate(self._manifest.outputs)
-            return [_copied(request.get_output_tensor(n).data, one.dtype) for n, one in outputs]
+            answer = [_copied(request.get_output_tensor(n).data, one.dtype) for n, one in outputs]
+        self._idle.append(request)
+        return answer
 
-    def _bind(self, request: Any, name: str, value: torch.Tensor) -> None:
-        """Have a request read the memory of a contiguous tensor."""
-        ov, port = load_openvino(), self.ports[name]
-        shape, kind = ov.Shape(list(value.shape)), port.get_element_type()
-        request.set_tensor(port, ov.Tensor(as_bytes(value).numpy(), shape, kind))
+    def _bind(self, request: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Have a request read tensors. Those that are no inputs are constants, or unused."""
+        for name in tensors.keys() & self._ports.keys():
+            port = self._ports[name]
+            request.set_tensor(port, lent(tensors[name], port.get_element_type()))
+
+
+def lent(value: torch.Tensor, kind: Any) -> Any:
+    """Return a tensor of OpenVINO on the memory of a contiguous tensor."""
+    ov = load_openvino()
+    return ov.Tensor(as_bytes(value).numpy(), ov.Shape(list(value.shape)), kind)
 
 
 def _copied(array: Any, dtype: str) -> torch.Tensor:
@@ -123,7 +145,7 @@ class OpenVINOEngine:
         """Serve from a set of weights.
 
         Args:
-            runner: The compiled model.
+            runner: The model.
             live: The weights.
         """
         self.runner = runner

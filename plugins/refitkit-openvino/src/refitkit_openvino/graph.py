@@ -24,11 +24,14 @@ class Options(Data):
     """Options of the backend.
 
     Attributes:
+        weights: ``constants``: a refit compiles the model for the new weights, and calls are fast.
+            ``inputs``: a refit copies the weights, and calls are slower.
         threads: Number of threads of a call. None: OpenVINO chooses.
         precision: Precision of the arithmetic. ``bf16`` is faster where the processor has it.
         hint: Whether OpenVINO optimizes the time of one call, or calls per second.
     """
 
+    weights: Literal["constants", "inputs"] = "constants"
     threads: PositiveInt | None = None
     precision: Literal["f32", "bf16"] = "f32"
     hint: Literal["latency", "throughput"] = "latency"

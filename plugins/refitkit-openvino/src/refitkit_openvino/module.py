@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from refitkit import InputMismatchError, Problem, UnsupportedTargetError
-from refitkit.errors import CompileError, raised_as
+from refitkit import InputMismatchError, Problem
 from torch.utils import _pytree as pytree
 
 from refitkit_openvino import NAME, files
 from refitkit_openvino.engine import ENGINE, OpenVINOEngine, Runner, WeightSet
-from refitkit_openvino.graph import load_openvino
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -58,20 +56,11 @@ class OpenVINOModule:
             attachments: Data that a saved file keeps beside the model.
 
         Raises:
-            CompileError: OpenVINO refused the model.
+            EngineError: OpenVINO refused the model.
             UnsupportedTargetError: The model and its description are of different programs.
             ToolchainError: OpenVINO is not installed.
         """
-        ov, properties = load_openvino(), graph.manifest.options.properties()
-        with raised_as(CompileError, "OpenVINO cannot compile the model"):
-            core = ov.Core()
-            model = core.compile_model(
-                core.read_model(graph.xml, graph.constants), "CPU", properties
-            )
-        runner = Runner(model, graph.manifest)
-        if missing := sorted(runner.slots.keys() - runner.ports.keys()):
-            problems = [Problem(name, "no input of the model") for name in missing]
-            raise UnsupportedTargetError("The model lacks weights.", problems=problems)
+        runner = Runner(graph)
         return cls(graph, OpenVINOEngine(runner, WeightSet(runner, weights)), attachments)
 
     # -- calls --------------------------------------------------------------------------------
