@@ -62,6 +62,18 @@ def test_an_undo_brings_the_old_answers_back(case: Any) -> None:
     assert same(case.answers(compiled), before)
 
 
+@pytest.mark.parametrize("weights", ["constants", "inputs"])
+def test_an_answer_outlives_later_calls_and_refits(mlp: Any, weights: str) -> None:
+    compiled = refitkit.compile(mlp.program(0), BACKEND, {"weights": weights}, prove=False)
+    (x,) = mlp.args
+    answer = compiled(x)
+    kept = answer.clone()
+    assert not torch.equal(compiled(x + 1), kept)
+    refitkit.refit(compiled, mlp.program(1).state_dict)
+    assert not torch.equal(compiled(x), kept)
+    assert torch.equal(answer, kept)
+
+
 def test_a_part_of_the_weights(mlp: Any) -> None:
     compiled = refitkit.compile(mlp.program(0), BACKEND, prove=False)
     new = mlp.program(1).state_dict
@@ -229,6 +241,30 @@ def test_sizes_that_vary_are_refused(mlp: Any) -> None:
         refitkit.compile(program, BACKEND)
 
 
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda model, x: model(x)[x.sum(1).nonzero()[:, 0]], "size that varies"),
+        (lambda model, x: (model(x), 3), "output 1: USER_OUTPUT"),
+        (lambda model, x: model(x.add_(1)), "written by calls"),
+        (lambda model, x: torch.nn.functional.dropout(model(x), 0.5), "another shape"),
+    ],
+    ids=["sizes", "numbers", "writes", "shapes"],
+)
+def test_a_program_that_openvino_cannot_call_is_refused(mlp: Any, call: Any, match: str) -> None:
+    class Calls(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = mlp.model()
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return call(self.model, x)
+
+    program = torch.export.export(Calls().eval(), (mlp.args[0].clone(),))
+    with pytest.raises(refitkit.CompileError, match=match):
+        refitkit.compile(program, BACKEND)
+
+
 def test_numbers_that_openvino_would_cut_are_refused() -> None:
     class Shifts(torch.nn.Module):
         def __init__(self) -> None:
@@ -238,17 +274,23 @@ def test_numbers_that_openvino_would_cut_are_refused() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + self.by
 
-    program = torch.export.export(Shifts(), (torch.tensor([1, 2]),))
+    model = Shifts()
+    program = torch.export.export(model, (torch.tensor([1, 2]),))
     compiled = refitkit.compile(program, BACKEND)
     with pytest.raises(refitkit.WeightMismatchError, match="32 bits"):
         refitkit.refit(compiled, {"by": torch.tensor([1, 1 << 40])})
+    model.by.fill_(1 << 40)
+    with pytest.raises(refitkit.CompileError, match="32 bits"):
+        refitkit.compile(torch.export.export(model, (torch.tensor([1, 2]),)), BACKEND)
     assert compiled(torch.tensor([1, 2])).tolist() == [2, 4]
 
 
 def test_wrong_inputs_are_refused(mlp: Any) -> None:
     compiled = refitkit.compile(mlp.program(0), BACKEND, prove=False)
     (x,) = mlp.args
-    for wrong in ((), (x, x), (x.double(),), (x[:2],), (x.tolist(),)):
+    freed = x.clone()
+    freed.untyped_storage().resize_(0)
+    for wrong in ((), (x, x), (x.double(),), (x[:2],), (x.tolist(),), (freed,)):
         with pytest.raises(refitkit.InputMismatchError):
             compiled(*wrong)
     with pytest.raises(refitkit.InputMismatchError):

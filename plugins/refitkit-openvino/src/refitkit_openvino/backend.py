@@ -15,7 +15,7 @@ from refitkit.recipe import Draft
 
 from refitkit_openvino import NAME, files
 from refitkit_openvino.compiling import convert
-from refitkit_openvino.engine import ENGINE
+from refitkit_openvino.engine import ENGINE, misfits
 from refitkit_openvino.graph import Options
 from refitkit_openvino.module import OpenVINOModule
 
@@ -50,6 +50,10 @@ class OpenVINOBackend:
         graph = convert(program, Options.of(options))
         tensors = _tensors_of(program)
         weights = {slot.name: _copy(tensors[slot.name]) for slot in graph.manifest.slots}
+        problems = [p for slot in graph.manifest.slots for p in misfits(slot, weights[slot.name])]
+        if problems:
+            message = "OpenVINO cannot hold weights of the program."
+            raise CompileError(message, problems=problems)
         with raised_as(CompileError, "OpenVINO cannot compile the program"):
             return OpenVINOModule.compiled(graph, weights, {})
 

@@ -67,8 +67,13 @@ def convert(program: ExportedProgram, options: Options) -> Graph:
     names = [spec.arg.name for spec in opened.graph_signature.input_specs]
     # A weight that the model does not read has no slot. refitkit refuses that if answers need it.
     read = match(model, dict(zip(names, tensors, strict=True)))
-    for tensor, parameter in zip(outputs, model.outputs, strict=True):
-        _check_type(tensor, parameter, CompileError)
+    for tensor, port in zip(outputs, model.outputs, strict=True):
+        _check_type(tensor, port, CompileError)
+        if port.get_partial_shape() != ov.PartialShape(list(tensor.shape)):
+            problems = [
+                Problem(tensor.name, "shape", str(port.get_partial_shape()), str(tensor.shape))
+            ]
+            raise CompileError("OpenVINO gave an output another shape.", problems=problems)
     weights = [spec for spec in tensors if not spec.name.startswith(INPUT)]
     manifest = Manifest(
         slots=tuple(_slot(spec) for spec in weights if spec.name in read),
@@ -153,8 +158,10 @@ def _inputs_of(program: ExportedProgram) -> list[TensorSpec]:
         if not isinstance(value, torch.Tensor):
             problems.append(Problem(name, "not a tensor"))
         elif node.name in written:
-            problems.append(Problem(name, "written by calls", hint="export the model in eval mode"))
-        elif not all(isinstance(size, int) for size in value.shape):
+            problems.append(
+                Problem(name, "written by calls", hint="export in eval mode, and return new values")
+            )
+        elif _varies(value):
             problems.append(Problem(name, "size that varies", str(tuple(value.shape))))
         elif value.device.type != "cpu":
             problems.append(Problem(name, "device", str(value.device), "cpu"))
@@ -177,11 +184,19 @@ def _outputs_of(program: ExportedProgram) -> list[TensorSpec]:
         value = values.get(getattr(spec.arg, "name", ""))
         if spec.kind is not OutputKind.USER_OUTPUT or not isinstance(value, torch.Tensor):
             problems.append(Problem(f"output {number}", spec.kind.name, hint="return tensors"))
+        elif _varies(value):
+            problems.append(
+                Problem(f"output {number}", "size that varies", str(tuple(value.shape)))
+            )
         else:
             specs.append(_spec(f"output {number}", value))
     if problems:
         raise CompileError("OpenVINO cannot return the program's outputs.", problems=problems)
     return specs
+
+
+def _varies(value: torch.Tensor) -> bool:
+    return not all(isinstance(size, int) for size in value.shape)
 
 
 def _spec(name: str, value: torch.Tensor) -> TensorSpec:

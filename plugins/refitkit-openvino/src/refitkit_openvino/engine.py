@@ -193,7 +193,7 @@ class OpenVINOEngine:
         new: dict[str, torch.Tensor] = {}
         for value in values:
             slot, tensor = self.slots[value.slot.name], value.load().detach()
-            problems += _misfits(slot, tensor)
+            problems += misfits(slot, tensor)
             if not problems:
                 new[slot.name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
         if problems:
@@ -213,7 +213,7 @@ class OpenVINOEngine:
         return dict(self.state.previous.tensors) if self.state.previous else {}
 
 
-def _misfits(slot: Slot, value: torch.Tensor) -> Iterator[Problem]:
+def misfits(slot: Slot, value: torch.Tensor) -> Iterator[Problem]:
     """Yield what keeps a value from being a slot's."""
     found = str(value.dtype).removeprefix("torch."), tuple(value.shape)
     if found != (slot.dtype, slot.shape):

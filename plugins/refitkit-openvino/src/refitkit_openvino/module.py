@@ -84,15 +84,17 @@ class OpenVINOModule:
         """Do nothing: a call returns when its work is done."""
 
     def _flat(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-        names = self._in_spec.child(1).context
+        # torch 2.14 deprecates children_specs for children()
+        spec: Any = self._in_spec
+        names = (spec.children() if hasattr(spec, "children") else spec.children_specs)[1].context
         # torch compares the order of keywords, too
         ordered = {n: kwargs[n] for n in names} if kwargs.keys() == set(names) else dict(kwargs)
-        flat, spec = pytree.tree_flatten((args, ordered))
-        if spec != self._in_spec:
-            problems = [Problem("inputs", "structure", str(spec), str(self._in_spec))]
+        flat, found = pytree.tree_flatten((args, ordered))
+        if found != spec:
+            problems = [Problem("inputs", "structure", str(found), str(spec))]
         else:
             pairs = zip(self.graph.manifest.inputs, flat, strict=True)
-            problems = [problem for spec, value in pairs for problem in _misfits(spec, value)]
+            problems = [problem for one, value in pairs for problem in _misfits(one, value)]
         if problems:
             message = "The module was compiled for other inputs."
             raise InputMismatchError(message, problems=problems)
@@ -136,3 +138,5 @@ def _misfits(spec: TensorSpec, value: Any) -> Iterator[Problem]:
     if found != (spec.dtype, spec.shape, "cpu"):
         wanted = f"{spec.dtype} {spec.shape} cpu"
         yield Problem(spec.name, "input", " ".join(map(str, found)), wanted)
+    elif value.untyped_storage().nbytes() < value.nbytes and value.is_contiguous():
+        yield Problem(spec.name, "input", "freed memory", "a tensor with data")
