@@ -290,7 +290,7 @@ def test_wrong_inputs_are_refused(mlp: Any) -> None:
     (x,) = mlp.args
     freed = x.clone()
     freed.untyped_storage().resize_(0)
-    for wrong in ((), (x, x), (x.double(),), (x[:2],), (x.tolist(),), (freed,)):
+    for wrong in ((), (x, x), (x.double(),), (x[:2],), (x.tolist(),), (freed,), (x.to_sparse(),)):
         with pytest.raises(refitkit.InputMismatchError):
             compiled(*wrong)
     with pytest.raises(refitkit.InputMismatchError):
