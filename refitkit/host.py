@@ -266,6 +266,7 @@ class Host:
         Args:
             event: The event.
         """
+        interrupt: BaseException | None = None
         for name, tell in self._listeners:
             try:
                 tell(event=event)
@@ -274,6 +275,10 @@ class Host:
                     self._deaf.add(name)
                     text = "A listener of the plugin %s failed, and the work goes on: %s"
                     _log.warning(text, name, exc, exc_info=exc)
+            except BaseException as exc:  # noqa: BLE001 - raised once all have the event
+                interrupt = interrupt or exc
+        if interrupt is not None:
+            raise interrupt
 
     @functools.cached_property
     def _listeners(self) -> tuple[tuple[str, Callable[..., Any]], ...]:

@@ -130,8 +130,9 @@ def received_bytes(value: object, who: str) -> Mapping[str, bytes]:
         PluginError: It is something else.
     """
     found: Mapping[str, bytes] = received(value, Mapping, who)  # type: ignore[type-abstract]
-    for name, data in found.items():
-        if not isinstance(name, str) or not isinstance(data, bytes):
+    # another mapping may read each value from a file
+    for name, data in found.items() if isinstance(found, dict) else ():
+        if not isinstance(name, str) or not isinstance(data, bytes | bytearray | memoryview):
             raise PluginError(f"{who} gave {shown(data)} for {name!r}, not bytes by name.")
     return found
 
@@ -149,7 +150,9 @@ def received_verdict(value: object, who: str) -> VerificationResult:
     found = received(value, VerificationResult, who)
     # ``model_construct`` makes one without validation
     with raised_as(PluginError, f"{who} gave a {VerificationResult.__name__} with wrong fields"):
-        return type(found).model_validate(vars(found))
+        facts = {name: getattr(found, name) for name in VerificationResult.model_fields}
+        VerificationResult.model_validate(facts)
+    return found
 
 
 def shown(value: object) -> str:

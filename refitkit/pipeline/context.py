@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Iterable
 from contextlib import contextmanager
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
@@ -51,7 +51,8 @@ class Operation:
         parent: ``id`` of the operation that runs this one.
         trial: Whether it proves a plan, with weights that are not the user's.
         id: Identifies it.
-        result: What it returns, once it has succeeded.
+        result: What it returns. Nothing once it has ended: plugins may keep their ``Tools``.
+        has_ended: Whether its last event was emitted.
     """
 
     verb: str = ""
@@ -60,6 +61,7 @@ class Operation:
     trial: bool = False
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     result: object = None
+    has_ended: bool = False
 
     def event(self, kind: type[Event], verb: str, *facts: object, module: str = "") -> Event:
         """An event of the operation.
@@ -138,10 +140,10 @@ class Context:
         return owned(_REGISTER, backend, self._registered[1][backend])
 
     def whose(self, module: OpenedModule) -> str:
-        """Subject of a message: an opened module, and the plugin of its backend if it has one."""
+        """Subject of a message: the backend of a module, and its plugin if it is registered."""
         name = module.backend
-        of = self.who_made(name) if name in self._registered[1] else f"the backend {name!r}"
-        return f"A module of {of[0].lower()}{of[1:]}"
+        is_known = name in self._registered[1]
+        return self.who_made(name) if is_known else f"The backend {name!r}"
 
     # works in a frozen dataclass: it writes to ``__dict__``, not through ``__setattr__``
     @cached_property
@@ -206,35 +208,34 @@ class Context:
             trial: Whether it proves a plan. Operations that it runs do, too.
         """
         outer = self.operation
-        one = Operation(verb, module, outer.id, trial or outer.trial)
-        end, facts = Aborted, ()  # type: tuple[type[Event], tuple[object, ...]]
-        token = _operation.set(one)
+        parent = "" if outer.has_ended else outer.id
+        one = Operation(verb, module, parent, trial or outer.trial)
+        end, error = Aborted, None  # type: tuple[type[Event], Exception | None]
         try:
+            _operation.set(one)
             self.emit(Started, verb)
             yield one
-            end, facts = Finished, (one.result,)
+            end = Finished
         except Exception as exc:
-            end, facts = Failed, (exc,)
+            end, error = Failed, exc
             raise
         finally:
-            self._end(one, token, end, facts)
+            _operation.set(outer)  # first: an interrupt may follow
+            self._end(one, end, error)
+            error = None  # else this frame, which the traceback refers to, would refer to it
 
-    def _end(
-        self,
-        operation: Operation,
-        token: Token[Operation],
-        end: type[Event],
-        facts: tuple[object, ...],
-    ) -> None:
+    def _end(self, operation: Operation, end: type[Event], error: Exception | None) -> None:
         """Emit the last event of an operation."""
+        facts = {Finished: (operation.result,), Failed: (error,)}.get(end, ())
+        operation.result, operation.has_ended = None, True
+        if not self.host.has_listeners:
+            return
         try:
-            self.emit(end, operation.verb, *facts)
+            self.host.emit(operation.event(end, operation.verb, *facts))
         except BaseException as exc:  # a listener was interrupted
             if end is Finished:
                 exc.add_note(f"The {operation.verb} was complete when it was interrupted.")
             raise
-        finally:
-            _operation.reset(token)
 
     def emit(self, kind: type[Event], verb: str, *facts: object, module: str = "") -> None:
         """Send an event of this thread's operation to all listeners; see ``Operation.event``."""
@@ -248,10 +249,11 @@ class Context:
             verb: Name of the verb.
             stage: Name of the stage.
             text: Description of the step that has ended.
-            during: The operation; None for that of this thread.
+            during: The operation of a thread that runs none. Nothing is reported after its end.
         """
-        if self.host.has_listeners:
-            self.host.emit((during or self.operation).event(Step, verb, stage, text))
+        one = self.operation if self.operation.id or during is None else during
+        if self.host.has_listeners and not one.has_ended:
+            self.host.emit(one.event(Step, verb, stage, text))
 
     def clock(self, verb: str, module: str = "") -> StageClock:
         """A clock for the stages of one verb.

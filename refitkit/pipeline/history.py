@@ -13,6 +13,7 @@ There are three ways back:
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -30,7 +31,7 @@ from refitkit.errors import (
 from refitkit.files.file_state import FileState
 from refitkit.model import KeptWeights, SlotKey
 from refitkit.pipeline.stage import live_reader
-from refitkit.protocols import HoldsPrevious
+from refitkit.protocols import HoldsPrevious, SupportsReadback
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -348,10 +349,17 @@ class SnapshotBuilder:
 
     def _will_be_in_engines(self, keys: Collection[SlotKey]) -> bool:
         """Whether the engines keep these slots' present values through the refit."""
-        for name, slot in dict(keys).items():  # an engine knows the values of all slots or of none
+        by_engine: dict[str, list[str]] = defaultdict(list)
+        for name, slot in keys:
+            by_engine[name].append(slot)
+        for name, slots in by_engine.items():
             engine = self._module.engines[name]
             read = live_reader(engine)
-            if not isinstance(engine, HoldsPrevious) or read is None or read(slot) is None:
+            if read is None or not isinstance(engine, HoldsPrevious):
+                return False
+            # an engine that is not read knows the values of all slots or of none
+            asked = slots if isinstance(engine, SupportsReadback) else slots[:1]
+            if any(read(slot) is None for slot in asked):
                 return False
         return True
 

@@ -46,7 +46,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _operation(failure: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+def _as_operation(failure: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Return the decorator of a verb that users call: ``verb``, with events at start and end.
 
     Args:
@@ -61,9 +61,7 @@ def _operation(failure: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
         @wraps(method)
         def run(*args: P.args, **kwargs: P.kwargs) -> T:
             pipeline: Any = args[0]
-            target = args[1] if len(args) > 1 else None
-            module = target.name if isinstance(target, CompiledModule) else ""
-            with pipeline.context.operating(name, module) as operation:
+            with pipeline.context.operating(name, _label(*args[1:2], **kwargs)) as operation:
                 result = body(*args, **kwargs)
                 operation.result = result
                 return result
@@ -71,6 +69,12 @@ def _operation(failure: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
         return verb(failure)(run)
 
     return decorate
+
+
+def _label(first: object = None, **named: object) -> str:
+    """Name of the module that a verb is given; empty if it is given none, or several."""
+    target = named.get("target", named.get("compiled", first))
+    return str(target.name) if isinstance(target, CompiledModule) else ""
 
 
 class Pipeline:
@@ -125,7 +129,7 @@ class Pipeline:
         """
         return self.context.backend(name)
 
-    @_operation("The program cannot be compiled")
+    @_as_operation("The program cannot be compiled")
     def compile(
         self,
         program: ExportedProgram,
@@ -154,7 +158,7 @@ class Pipeline:
         """
         return Compiler(self.context, program, options, self).compile(backend, prove=prove)
 
-    @_operation("The module cannot be loaded")
+    @_as_operation("The module cannot be loaded")
     def load(
         self,
         target: object,
@@ -188,7 +192,7 @@ class Pipeline:
             self.context, target, self, warm=warm, num_models=num_models, shared=shared
         )
 
-    @_operation("The program cannot be planned")
+    @_as_operation("The program cannot be planned")
     def plan(
         self,
         program: ExportedProgram,
@@ -223,7 +227,7 @@ class Pipeline:
         compiled = self._compiled(target) if target is not None else None
         return compiler.plan(compiled, backend, prove=prove)
 
-    @_operation("The module cannot be refitted")
+    @_as_operation("The module cannot be refitted")
     def refit(  # noqa: PLR0913 - one verb; all but two are given by name
         self,
         target: object,
@@ -294,7 +298,7 @@ class Pipeline:
         }
         return self._run([refit_task(self.context, compiled, weights, options)])[0]
 
-    @_operation("The modules cannot be refitted")
+    @_as_operation("The modules cannot be refitted")
     def refit_all(self, modules: Iterable[Sequence[Any]], **options: Any) -> RefitResults:
         """Refit several modules in one transaction: all of them, or none.
 
@@ -313,7 +317,7 @@ class Pipeline:
         """
         return self._run(refit_tasks(self.context, modules, options, self._compiled))
 
-    @_operation("The weights cannot be restored")
+    @_as_operation("The weights cannot be restored")
     def restore(
         self,
         compiled: CompiledModule,
@@ -347,7 +351,7 @@ class Pipeline:
         request = RestoreRequest(version=version, inputs=inputs, reference=reference, verify=verify)
         return self._run([restore_task(self.context, compiled, request)])[0]
 
-    @_operation("The weights cannot be restored")
+    @_as_operation("The weights cannot be restored")
     def restore_all(self, modules: Iterable[tuple[CompiledModule, int]]) -> RefitResults:
         """Restore earlier weights of several modules in one transaction.
 
@@ -364,7 +368,7 @@ class Pipeline:
             ]
         )
 
-    @_operation("The module cannot be copied")
+    @_as_operation("The module cannot be copied")
     def copy(self, compiled: CompiledModule) -> CompiledModule:
         """A second module with the same weights, plan and program, to be refitted on its own.
 
@@ -388,7 +392,7 @@ class Pipeline:
         """
         return self.refit(compiled, weights, copy=True, **options).module
 
-    @_operation("The weights cannot be verified")
+    @_as_operation("The weights cannot be verified")
     def verify(
         self,
         target: object,
@@ -417,7 +421,7 @@ class Pipeline:
         options = VerifyOptions(inputs=inputs, reference=reference, verify=with_)
         return verify_live(self.context, self._compiled(target), weights, plan, options)
 
-    @_operation("The weights cannot be compared")
+    @_as_operation("The weights cannot be compared")
     def diff(
         self,
         a: object,
@@ -459,7 +463,7 @@ class Pipeline:
         rules = rules_a or {}, rules_b or {}
         return Differ(self.context, self.load, plan, rules).diff(a, b)
 
-    @_operation("The weights cannot be opened")
+    @_as_operation("The weights cannot be opened")
     def open_weights(self, weights: object, plan: RefitPlan | None = None) -> WeightSource:
         """A weight source for weights.
 
@@ -475,7 +479,7 @@ class Pipeline:
         source = open_weights(self.context, weights)
         return source if plan is None else transformed(self.context, plan, source)
 
-    @_operation("The module cannot be described")
+    @_as_operation("The module cannot be described")
     def describe(self, path: str | Path) -> Mapping[str, Any]:
         """The facts about a saved module, without running any of its code.
 
@@ -487,7 +491,7 @@ class Pipeline:
         """
         return describe(self.context, path)
 
-    @_operation("The plan cannot be read")
+    @_as_operation("The plan cannot be read")
     def read_plan(self, path: str | Path) -> RefitPlan:
         """The plan in a plan file or in a saved module, without running any code of either.
 
@@ -515,7 +519,7 @@ class Pipeline:
         """
         get_ready(self.context)
 
-    @_operation("The module cannot be saved")
+    @_as_operation("The module cannot be saved")
     def save(self, compiled: CompiledModule, path: str | Path) -> None:
         """Write a module with its present weights, plan and program; see ``CompiledModule.save``.
 

@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from refitkit.errors import (
+    CompileError,
     ConfigError,
     NotRefittableError,
     PlanMismatchError,
@@ -103,7 +104,7 @@ class Compiler:
         with clock.stage("compile"):
             tools = self._context.tools("compile", "compile")
             who = self._context.who_made(name)
-            with raised_as(PluginError, f"{who} failed to compile"):
+            with raised_as(CompileError, f"{who} failed to compile"):
                 found = backend.compile(self._program, self._options, tools)
             opened = received_module(found, who)
         with clock.stage("plan"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from refitkit.errors import EngineError, PluginError, RefitError, raise_if_resource, raised_as
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from refitkit.protocols import Engine, OpenedModule, SlotValue
+
+
+_BOOLEANS = (bool, int, np.bool_, torch.Tensor)
+"""Types that engines compare with: Python's, NumPy's and torch's."""
 
 
 class Staged:
@@ -69,7 +74,7 @@ class Staged:
                 # this raises if a strategy is at fault; otherwise the engine's error is raised
                 _attribute_failure(values, exc)
                 raise
-        # else nothing could be committed or go back
+        # checked now: something else could be neither committed nor rolled back
         what: StagedRefit = received(staged, StagedRefit, self._of(name, "stage()"))  # type: ignore[type-abstract]
         self._waiting.append((name, what))
 
@@ -98,11 +103,10 @@ class Staged:
         for name, staged in self._waiting:
             with raised_as(EngineError, f"The engine {name!r} failed to compare"):
                 answer: object = staged.changed()
-            if answer is not None and not isinstance(answer, bool):
-                raise PluginError(
-                    f"{self._of(name, 'changed()')} gave {shown(answer)}, not a bool."
-                )
-            answers.append(answer)
+            if answer is not None and not isinstance(answer, _BOOLEANS):
+                what = f"{shown(answer)}, not a bool"
+                raise PluginError(f"{self._of(name, 'changed()')} gave {what}.")
+            answers.append(None if answer is None else bool(answer))
             # one change is enough: comparing the other engines would read all of their weights
             if answers[-1]:
                 return True

@@ -251,7 +251,7 @@ def describe(context: Context, path: str | Path) -> Mapping[str, Any]:
         raise UnsupportedTargetError(f"There is no file {str(path)!r}.")
     for name, backend in context.backends.items():
         who = f"{context.who_made(name)}: describe()"
-        with raised_as(PluginError, f"{who} failed"):
+        with raised_as(UnsupportedTargetError, f"{who} failed"):
             found = backend.describe(path)
         if found is not None:
             facts: Mapping[str, Any] = received(found, Mapping, who)  # type: ignore[type-abstract]
@@ -262,7 +262,7 @@ def describe(context: Context, path: str | Path) -> Mapping[str, Any]:
 def _attached(context: Context, backend: Backend, path: Path) -> Mapping[str, bytes]:
     """The data that a backend finds beside saved engines."""
     who = f"{context.who_made(backend.name)}: attachments()"
-    with raised_as(PluginError, f"{who} failed"):
+    with raised_as(UnsupportedTargetError, f"{who} failed"):
         return received_bytes(backend.attachments(path), who)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -60,13 +61,28 @@ def info_of(source: WeightSource, name: str) -> TensorInfo:
 
     Raises:
         PluginError: The source gave something else; names plugin and hook.
+        SourceError: The source failed.
     """
-    found = source.info(name)
-    return found if type(found) is TensorInfo else _received_info(source, name, found)
+    if _is_own(source):
+        return source.info(name)
+    known = _known_infos(source)
+    if name not in known:
+        who = _who(source, f"info({name!r})")
+        with raised_as(SourceError, f"{who} failed"):
+            found: object = source.info(name)
+        known[name] = received(found, TensorInfo, who)
+    return known[name]
 
 
-def _received_info(source: WeightSource, name: str, found: object) -> TensorInfo:
-    return received(found, TensorInfo, _who(source, f"info({name!r})"))
+_infos: WeakKeyDictionary[Any, dict[str, TensorInfo]] = WeakKeyDictionary()
+
+
+def _known_infos(source: WeightSource) -> dict[str, TensorInfo]:
+    """Metadata of entries that a source has given; none if it cannot be a key."""
+    try:
+        return _infos.setdefault(source, {})
+    except TypeError:
+        return {}
 
 
 def getter_of(source: WeightSource) -> Callable[[str], torch.Tensor]:

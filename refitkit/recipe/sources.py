@@ -86,7 +86,7 @@ def are_plain(values: Sequence[Any]) -> bool:
     return (
         PLAIN.issuperset(map(type, values))
         and all(value.layout is torch.strided for value in values)
-        and not any(value.is_meta or value.is_nested for value in values)
+        and not any(value.is_meta or value.is_nested or value.is_quantized for value in values)
         # these have no storage
         and not any(map(torch._C._functorch.is_functorch_wrapped_tensor, values))  # noqa: SLF001
         and not any(map(torch.Tensor.is_neg, values))

@@ -32,7 +32,7 @@ _Alike = Callable[..., bool]
 
 
 def _comparison_with(values: Sequence[torch.Tensor]) -> _Alike | None:
-    """Return what tells whether other tensors have the same headers; None if torch has changed.
+    """Return a function that compares headers with those of tensors; None if torch has changed.
 
     It is the comparison that torch.compile makes of the inputs of a function. In Python it takes 25
     times as long.
@@ -118,8 +118,8 @@ class SteadyTensors(TensorMap):
             and set(map(_LAYOUT, values)) <= {torch.strided}
             and not any(map(_IS_NESTED, values))
             and _firsts(values) == self._firsts
-            # types, dtypes, devices, shapes, strides, requires_grad and dispatch keys. Those tell
-            # lazily negated or conjugated tensors, and the ones of function transforms
+            # types, dtypes, devices, shapes, strides, requires_grad and dispatch keys. Lazily
+            # negated or conjugated tensors have other keys, and so have those of transforms
             and self._are_alike(*_at(self._firsts, values))
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -185,6 +186,40 @@ def test_an_operation_names_the_one_that_runs_it() -> None:
     assert (outer.verb, inner.verb) == ("refit", "load")
     assert inner.parent == outer.id
     assert not outer.parent
+
+
+def test_what_a_plugin_keeps_keeps_no_result_alive() -> None:
+    listener = Listener()
+    context = Context.of(None, [listener])
+
+    class Result:
+        pass
+
+    with context.operating("compile") as operation:
+        tools = context.tools("compile", "compile")
+        operation.result = Result()
+        kept = weakref.ref(operation.result)
+    del operation
+    listener.require_whole()
+    listener.events.clear()
+    assert kept() is None
+    tools.progress("late")
+    assert listener.events == []
+    with context.operating("copy"):
+        tools.progress("in another operation")
+    assert [type(event) for event in listener.events] == [Started, Step, Finished]
+    listener.require_whole()
+
+
+def test_each_listener_gets_the_end() -> None:
+    for plugins in ([Listener(), EndingListener()], [EndingListener(), Listener()]):
+        pipeline = refitkit.Pipeline(plugins=[FakePlugin(), *plugins])
+        compiled = pipeline.load(make_module(2))
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.refit(target=compiled, weights=weights(compiled))
+        (listener,) = (one for one in plugins if isinstance(one, Listener))
+        listener.require_whole()
+        assert listener.of("refit")[0].module == "fake"
 
 
 class EndingListener:

@@ -500,6 +500,44 @@ def test_a_wrong_value_of_an_engine(member: str, monkeypatch: pytest.MonkeyPatch
     assert compiled.version == 1
 
 
+@pytest.mark.parametrize("answer", [np.bool_(True), torch.tensor(True), 1])
+def test_an_engine_may_compare_as_numpy_and_torch_do(
+    answer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make_module()
+    compiled = pipeline_with().load(module)
+    engine: Any = next(iter(module.engines.values()))
+    real = engine.stage
+
+    def stage(values: Any) -> Any:
+        staged = real(values)
+        monkeypatch.setattr(staged, "changed", lambda: answer)
+        return staged
+
+    monkeypatch.setattr(engine, "stage", stage)
+    assert pipeline_with().refit(compiled, weights_for(module, 3.0)).report.changed is True
+
+
+def test_a_source_whose_infos_fail_late_is_named() -> None:
+    module, asked = make_module(), []
+    right = TensorMap(weights_for(module, 3.0))
+
+    def info(name: str) -> Any:
+        asked.append(name)
+        if len(asked) > 1:
+            raise KeyError(name)
+        return right.info(name)
+
+    compiled = pipeline_with().load(module)
+    with pytest.raises(refitkit.SourceError, match=rf"plugin '{NAME}'.*info\('e0.*failed: KeyEr"):
+        pipeline_with(source(info=info)).refit(compiled, "acme://weights")
+    asked.clear()
+    pipeline_with(source(info=lambda n: asked.append(n) or right.info(n))).refit(
+        compiled, "acme://weights"
+    )
+    assert sorted(asked) == sorted(right.names())
+
+
 def test_a_source_that_fails_is_named() -> None:
     module = make_module()
     compiled = pipeline_with().load(module)
@@ -544,11 +582,20 @@ OUTSIDE: dict[str, tuple[str, Callable[[Pipeline], None], Callable[[], Acme]]] =
 }
 
 
+FAILURES = {
+    # programs and files may be at fault, too
+    "compile: fails": refitkit.CompileError,
+    "describe: fails": refitkit.UnsupportedTargetError,
+    "attachments: fail": refitkit.UnsupportedTargetError,
+}
+
+
 @pytest.mark.parametrize("case", OUTSIDE)
 def test_a_wrong_value_outside_of_refits(case: str) -> None:
     hook, do, give = OUTSIDE[case]
     others: list[object] = [FakePlugin()] if hook != BACKENDS else [Cutter()]
-    with pytest.raises(refitkit.PluginError) as info:
+    kind = FAILURES.get(case, refitkit.PluginError)
+    with pytest.raises(kind) as info:
         do(refitkit.Pipeline(plugins=[*others, give()]))
     text = str(info.value)
     assert f"plugin {NAME!r}" in text

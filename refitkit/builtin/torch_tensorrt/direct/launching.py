@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from refitkit.builtin.torch_tensorrt.refitter import current_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import torch
-
+_log = logging.getLogger("refitkit")
 _WARPS = 4
 _ALIGNED = 16
 """Triton compiles another kernel for addresses that are no multiples of this."""
@@ -52,7 +54,10 @@ class Launch:
         try:
             with current_device(first.device):
                 self._launch(first)
-        except Exception:  # noqa: BLE001 - Triton raises whatever the compilers tell it
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as exc:  # noqa: BLE001 - whatever compilers raise
+            _log.info("Triton cannot launch a kernel, and torch copies the weights: %s", exc)
             self._kernel = None
         return self._kernel is not None
 
