@@ -2,6 +2,7 @@
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
+SLOW_PLUGINS := plugins/refitkit-openvino
 
 .PHONY: setup demo test test-more test-plugins test-matrix zoo zoo-aoti check bench clean
 
@@ -25,10 +26,10 @@ check: setup
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=30
-	$(BIN)/python scripts/plugin_wheels.py
+	$(BIN)/python scripts/plugin_wheels.py --kind source $(filter-out $(SLOW_PLUGINS),$(wildcard plugins/*))
 
-# What make test leaves out: longer slices of the campaigns, and tests that need diffusers. The
-# modules of tests/campaign say how to run all of them.
+# What make test leaves out: longer slices of the campaigns, tests that need diffusers or openvino,
+# and new plugins of all kinds. The modules of tests/campaign say how to run all of them.
 test-more: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,more]'
 	$(BIN)/python -m pytest tests/unit/builtin/test_families.py
@@ -36,6 +37,7 @@ test-more: setup
 	PYTHONPATH=plugins/refitkit-peft/src $(BIN)/python -m tests.campaign.kills --count 20
 	PYTHONPATH=plugins/refitkit-peft/src $(BIN)/python -m tests.campaign.io_faults --count 60 --allocations 10
 	$(BIN)/python -m tests.campaign.ambient
+	$(BIN)/python scripts/plugin_wheels.py $(SLOW_PLUGINS)
 
 # Each plugin's wheel in a fresh environment: installed, used, tested, uninstalled; and a new one.
 test-plugins: setup
