@@ -6,9 +6,9 @@ weights have changed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from refitkit.errors import PluginError, raised_as
 from refitkit.model import LayerType, VerificationResult
@@ -74,7 +74,11 @@ def require_offer(item: Any, plugin: str, hook: str) -> None:
         )
 
 
-def received(value: object, kind: type[T], who: str) -> T:
+Subject: TypeAlias = "str | Callable[[], str]"
+"""Subject of a message, or a function that makes it, which may import all backends."""
+
+
+def received(value: object, kind: type[T], who: Subject) -> T:
     """Return a value that a plugin gave, if it is of the right type.
 
     Args:
@@ -90,11 +94,16 @@ def received(value: object, kind: type[T], who: str) -> T:
     lacks = _lacks(kind, value)
     without = f", which has no {' and no '.join(lacks)}" if lacks else ""
     raise PluginError(
-        f"{who} gave {shown(value)}, not {_article(kind.__name__)}{without}.", hint=_see(kind)
+        f"{_text(who)} gave {shown(value)}, not {_article(kind.__name__)}{without}.",
+        hint=_see(kind),
     )
 
 
-def received_module(value: object, who: str) -> OpenedModule:
+def _text(who: Subject) -> str:
+    return who if isinstance(who, str) else who()
+
+
+def received_module(value: object, who: Subject) -> OpenedModule:
     """Return an opened module that a plugin gave, if it is one and its engines are engines.
 
     Args:
@@ -105,21 +114,22 @@ def received_module(value: object, who: str) -> OpenedModule:
         PluginError: It is something else.
     """
     found: OpenedModule = received(value, OpenedModule, who)  # type: ignore[type-abstract]
-    with raised_as(PluginError, f"{who} gave a module that cannot be asked"):
+    try:
         backend, engines = found.backend, found.engines
+    except Exception:
+        with raised_as(PluginError, f"{_text(who)} gave a module that cannot be asked"):
+            raise
     inside: list[tuple[str, Any, type]] = [("backend", backend, str), ("engines", engines, Mapping)]
     if isinstance(engines, Mapping):
         inside += [(f"engines[{name!r}]", engine, Engine) for name, engine in engines.items()]
     for name, one, kind in inside:
         if not _is(kind, one):
-            raise PluginError(
-                f"{who} gave a module whose {name} is {shown(one)}, not {_article(kind.__name__)}.",
-                hint=_see(OpenedModule),
-            )
+            what = f"gave a module whose {name} is {shown(one)}, not {_article(kind.__name__)}"
+            raise PluginError(f"{_text(who)} {what}.", hint=_see(OpenedModule))
     return found
 
 
-def received_bytes(value: object, who: str) -> Mapping[str, bytes]:
+def received_bytes(value: object, who: Subject) -> Mapping[str, bytes]:
     """Return data by name that a plugin gave, if it is.
 
     Args:
@@ -133,7 +143,8 @@ def received_bytes(value: object, who: str) -> Mapping[str, bytes]:
     # another mapping may read each value from a file
     for name, data in found.items() if isinstance(found, dict) else ():
         if not isinstance(name, str) or not isinstance(data, bytes | bytearray | memoryview):
-            raise PluginError(f"{who} gave {shown(data)} for {name!r}, not bytes by name.")
+            what = f"gave {shown(data)} for {name!r}, not bytes by name"
+            raise PluginError(f"{_text(who)} {what}.")
     return found
 
 

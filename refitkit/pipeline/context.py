@@ -140,7 +140,10 @@ class Context:
         return owned(_REGISTER, backend, self._registered[1][backend])
 
     def whose(self, module: OpenedModule) -> str:
-        """Subject of a message: the backend of a module, and its plugin if it is registered."""
+        """Subject of a message: the backend of a module, and its plugin if it is registered.
+
+        It registers all backends, which imports them: call it only once something is wrong.
+        """
         name = module.backend
         is_known = name in self._registered[1]
         return self.who_made(name) if is_known else f"The backend {name!r}"

@@ -6,6 +6,7 @@ engine that cannot stage; ``_attribute_failure`` finds out which of the two is a
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,12 +40,12 @@ class Staged:
     ``take`` hands each of them out, to be committed; ``discard`` drops those that are left.
     """
 
-    def __init__(self, module: OpenedModule, who: str) -> None:
+    def __init__(self, module: OpenedModule, who: Callable[[], str]) -> None:
         """Start with nothing staged.
 
         Args:
             module: The module.
-            who: Subject of messages about wrong values of its engines; see ``Context.whose``.
+            who: Returns the subject of messages about its engines; see ``Context.whose``.
         """
         self._module, self._who = module, who
         self._waiting: list[tuple[str, StagedRefit]] = []
@@ -75,11 +76,11 @@ class Staged:
                 _attribute_failure(values, exc)
                 raise
         # checked now: something else could be neither committed nor rolled back
-        what: StagedRefit = received(staged, StagedRefit, self._of(name, "stage()"))  # type: ignore[type-abstract]
+        what: StagedRefit = received(staged, StagedRefit, lambda: self._of(name, "stage()"))  # type: ignore[type-abstract]
         self._waiting.append((name, what))
 
     def _of(self, engine: str, member: str) -> str:
-        return f"{self._who}: engines[{engine!r}].{member}"
+        return f"{self._who()}: engines[{engine!r}].{member}"
 
     def _stage(
         self, name: str, values: Sequence[SlotValue], *, partial: bool, overwrite: bool
@@ -122,7 +123,7 @@ class Staged:
             return tuple(
                 EngineMemory(engine=name, kind="none", bytes=0)
                 if name in self._overwritten
-                else received(engine.memory, EngineMemory, self._of(name, "memory"))
+                else received(engine.memory, EngineMemory, partial(self._of, name, "memory"))
                 for name, engine in self._module.engines.items()
             )
 

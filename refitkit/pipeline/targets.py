@@ -209,7 +209,7 @@ def _handle_on(context: Context, opened: OpenedModule, verbs: Verbs) -> Compiled
     Raises:
         PlanMismatchError: An attachment is damaged.
     """
-    attached = received_bytes(opened.attachments, f"{context.whose(opened)}: attachments")
+    attached = received_bytes(opened.attachments, lambda: f"{context.whose(opened)}: attachments")
     if PLAN_MEMBER not in attached:
         return CompiledModule(opened, None, None, verbs)
     opener = weight_opener(context)
@@ -229,9 +229,16 @@ def reopened(context: Context, opened: OpenedModule) -> OpenedModule:
         RefitError: The backend cannot open it a second time; says why.
         PluginError: The backend failed, or gave something else; names its plugin.
     """
-    who = f"{context.whose(opened)}: reopen()"
-    with raised_as(PluginError, f"{who} failed"):
-        return received_module(opened.reopen(), who)
+
+    def who() -> str:
+        return f"{context.whose(opened)}: reopen()"
+
+    try:
+        found = opened.reopen()
+    except Exception:
+        with raised_as(PluginError, f"{who()} failed", doing="The module cannot be copied"):
+            raise
+    return received_module(found, who)
 
 
 def copy_of(context: Context, compiled: CompiledModule, verbs: Verbs) -> CompiledModule:
@@ -251,7 +258,8 @@ def describe(context: Context, path: str | Path) -> Mapping[str, Any]:
         raise UnsupportedTargetError(f"There is no file {str(path)!r}.")
     for name, backend in context.backends.items():
         who = f"{context.who_made(name)}: describe()"
-        with raised_as(UnsupportedTargetError, f"{who} failed"):
+        doing = "The module cannot be described"
+        with raised_as(UnsupportedTargetError, f"{who} failed", doing=doing):
             found = backend.describe(path)
         if found is not None:
             facts: Mapping[str, Any] = received(found, Mapping, who)  # type: ignore[type-abstract]
@@ -262,7 +270,8 @@ def describe(context: Context, path: str | Path) -> Mapping[str, Any]:
 def _attached(context: Context, backend: Backend, path: Path) -> Mapping[str, bytes]:
     """The data that a backend finds beside saved engines."""
     who = f"{context.who_made(backend.name)}: attachments()"
-    with raised_as(UnsupportedTargetError, f"{who} failed"):
+    doing = "The plan cannot be read"
+    with raised_as(UnsupportedTargetError, f"{who} failed", doing=doing):
         return received_bytes(backend.attachments(path), who)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, TypeVar
 
@@ -228,7 +229,7 @@ class ModuleTransaction:
         self._orders = self._module if isinstance(self._module, OrdersCalls) else None
         self._before = compiled.state
         self._snapshot: SnapshotBuilder | None = None
-        self._staged = Staged(self._module, context.whose(self._module))
+        self._staged = Staged(self._module, partial(context.whose, self._module))
         self._touched: list[tuple[str, StagedRefit]] = []  # engines that may have new weights
         self._begun = False
         self._failure: BaseException | None = None

@@ -51,7 +51,7 @@ def refit(state: State, new: State, *, kind: type[FakeEngine] = OpenEngine, **co
 def measure(engine: OpenEngine, values: State) -> Any:
     """Rows for values that are staged, without a whole refit."""
     opened = FakeModule([engine])
-    staged = Staged(opened, "A module")
+    staged = Staged(opened, lambda: "A module")
     written = {
         ("e", n): SlotValue(engine.slots[n], "t", (), lambda v=v: v) for n, v in values.items()
     }
