@@ -117,7 +117,8 @@ def received_module(value: object, who: Subject) -> OpenedModule:
     try:
         backend, engines = found.backend, found.engines
     except Exception:
-        with raised_as(PluginError, f"{_text(who)} gave a module that cannot be asked"):
+        wrong = f"{_text(who)} gave a module that cannot be asked"
+        with raised_as(PluginError, wrong, doing="The module cannot be opened"):
             raise
     inside: list[tuple[str, Any, type]] = [("backend", backend, str), ("engines", engines, Mapping)]
     if isinstance(engines, Mapping):
@@ -160,7 +161,8 @@ def received_verdict(value: object, who: str) -> VerificationResult:
     """
     found = received(value, VerificationResult, who)
     # ``model_construct`` makes one without validation
-    with raised_as(PluginError, f"{who} gave a {VerificationResult.__name__} with wrong fields"):
+    wrong = f"{who} gave a {VerificationResult.__name__} with wrong fields"
+    with raised_as(PluginError, wrong, doing="The weights cannot be verified"):
         facts = {name: getattr(found, name) for name in VerificationResult.model_fields}
         VerificationResult.model_validate(facts)
     return found

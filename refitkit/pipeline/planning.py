@@ -104,7 +104,8 @@ class Compiler:
         with clock.stage("compile"):
             tools = self._context.tools("compile", "compile")
             who = self._context.who_made(name)
-            with raised_as(CompileError, f"{who} failed to compile"):
+            doing = "The program cannot be compiled"
+            with raised_as(CompileError, f"{who} failed to compile", doing=doing):
                 found = backend.compile(self._program, self._options, tools)
             opened = received_module(found, who)
         with clock.stage("plan"):
@@ -249,9 +250,11 @@ def make_plan(
     tools = context.tools("plan", "plan")
     cutter, parts = partition(context, program, module, backend.name, options, tools)
     who = context.who_made(backend.name)
-    with raised_as(PluginError, f"{who} failed to draft a plan from the parts of {cutter}"):
+    doing = "The program cannot be planned"
+    failed = f"{who} failed to draft a plan from the parts of {cutter}"
+    with raised_as(PluginError, failed, doing=doing):
         draft = received(backend.draft(parts, module, tools), PlanDraft, who)
-    with raised_as(PluginError, f"{who} gave a draft with wrong fields"):
+    with raised_as(PluginError, f"{who} gave a draft with wrong fields", doing=doing):
         data = PlanData(
             backend=backend.name,
             leaves=facts.leaves,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from refitkit.protocols import WeightSource
 
+_DOING = "The weights cannot be read"
 _makers: dict[type, str] = {}
 """Name of the plugin that returned a source of this class last."""
 
@@ -42,10 +43,10 @@ def require_source(source: WeightSource, plugin: str = "") -> None:
         return
     _makers[type(source)] = plugin
     who = _who(source, "description")
-    with raised_as(SourceError, f"{who} failed"):
+    with raised_as(SourceError, f"{who} failed", doing=_DOING):
         received(source.description, str, who)
     who = _who(source, "names()")
-    with raised_as(SourceError, f"{who} failed"):
+    with raised_as(SourceError, f"{who} failed", doing=_DOING):
         names: Any = received(source.names(), Iterable, who)  # type: ignore[type-abstract]
     odd = next((name for name in names if not isinstance(name, str)), None)
     if odd is not None:
@@ -68,7 +69,7 @@ def info_of(source: WeightSource, name: str) -> TensorInfo:
     known = _known_infos(source)
     if name not in known:
         who = _who(source, f"info({name!r})")
-        with raised_as(SourceError, f"{who} failed"):
+        with raised_as(SourceError, f"{who} failed", doing=_DOING):
             found: object = source.info(name)
         known[name] = received(found, TensorInfo, who)
     return known[name]
@@ -96,7 +97,7 @@ def getter_of(source: WeightSource) -> Callable[[str], torch.Tensor]:
 
 def _received_tensor(source: WeightSource, name: str) -> torch.Tensor:
     who = _who(source, f"get({name!r})")
-    with raised_as(SourceError, f"{who} failed"):
+    with raised_as(SourceError, f"{who} failed", doing=_DOING):
         found: object = source.get(name)
     value, info = received(found, torch.Tensor, who), info_of(source, name)
     if not info.unusable and (info.dtype, info.shape) != (dtype_name(value.dtype), value.shape):
