@@ -40,7 +40,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 # Models have thousands of weights, and a message with all of them would hide the hint.
 SHOWN_PROBLEMS = 40
@@ -344,9 +344,13 @@ def resources(what: str) -> Iterator[None]:
         raise
 
 
+def _made(text: str | Callable[[], str]) -> str:
+    return text if isinstance(text, str) else text()
+
+
 @contextmanager
 def raised_as(
-    kind: type[RefitError], what: str, *, hint: str = "", doing: str = ""
+    kind: type[RefitError], what: str | Callable[[], str], *, hint: str = "", doing: str = ""
 ) -> Iterator[None]:
     """Raise a typed error for any unexpected exception of the body.
 
@@ -355,6 +359,7 @@ def raised_as(
     Args:
         kind: Class of the error.
         what: Text that says what failed, and who is responsible; the exception's text is appended.
+            A function returns the text, if making it takes time.
         hint: Next step for the user.
         doing: Text for a ``ResourceError``, which is no code's fault; empty: ``what``.
 
@@ -367,5 +372,5 @@ def raised_as(
     except RefitError:
         raise
     except Exception as exc:
-        raise_if_resource(exc, doing or what)
-        raise kind(f"{what}: {type(exc).__name__}: {exc}", hint=hint) from exc
+        raise_if_resource(exc, doing or _made(what))
+        raise kind(f"{_made(what)}: {type(exc).__name__}: {exc}", hint=hint) from exc

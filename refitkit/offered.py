@@ -114,12 +114,11 @@ def received_module(value: object, who: Subject) -> OpenedModule:
         PluginError: It is something else.
     """
     found: OpenedModule = received(value, OpenedModule, who)  # type: ignore[type-abstract]
-    try:
+    doing = "The module cannot be opened"
+    with raised_as(
+        PluginError, lambda: f"{_text(who)} gave a module that cannot be asked", doing=doing
+    ):
         backend, engines = found.backend, found.engines
-    except Exception:
-        wrong = f"{_text(who)} gave a module that cannot be asked"
-        with raised_as(PluginError, wrong, doing="The module cannot be opened"):
-            raise
     inside: list[tuple[str, Any, type]] = [("backend", backend, str), ("engines", engines, Mapping)]
     if isinstance(engines, Mapping):
         inside += [(f"engines[{name!r}]", engine, Engine) for name, engine in engines.items()]

@@ -233,11 +233,9 @@ def reopened(context: Context, opened: OpenedModule) -> OpenedModule:
     def who() -> str:
         return f"{context.whose(opened)}: reopen()"
 
-    try:
+    doing = "The module cannot be copied"
+    with raised_as(PluginError, lambda: f"{who()} failed", doing=doing):
         found = opened.reopen()
-    except Exception:
-        with raised_as(PluginError, f"{who()} failed", doing="The module cannot be copied"):
-            raise
     return received_module(found, who)
 
 
