@@ -70,7 +70,7 @@ class WeightSet:
 
         Args:
             runner: The model.
-            tensors: One contiguous tensor for each slot, which nobody writes to.
+            tensors: One contiguous tensor for each slot, read-only.
 
         Raises:
             EngineError: OpenVINO refused them.

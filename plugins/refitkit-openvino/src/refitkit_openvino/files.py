@@ -5,7 +5,7 @@ It is an uncompressed zip archive:
 ===========================  ==========================================
 ``openvino/manifest.json``   :class:`~refitkit_openvino.graph.Manifest`
 ``openvino/model.xml``       the model in OpenVINO's IR format
-``openvino/model.bin``       its constants, none of which is a weight
+``openvino/model.bin``       its constants, without weights
 ``weights.safetensors``      the weights by FQN
 ``attachments/NAME``         data of refitkit, such as the plan
 ===========================  ==========================================
@@ -67,7 +67,7 @@ def _reading(path: Path) -> Iterator[Archive | None]:
     try:
         archive = Archive(path) if path.is_file() else None
     except ArchiveError:
-        archive = None  # no archive: another backend's, or nobody's
+        archive = None  # another backend wrote it, or it is no module
     if archive is None:
         yield None
         return

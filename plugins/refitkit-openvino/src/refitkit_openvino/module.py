@@ -52,7 +52,7 @@ class OpenVINOModule:
 
         Args:
             graph: The model without its weights.
-            weights: One contiguous tensor for each slot, which nobody writes to.
+            weights: One contiguous tensor for each slot, read-only.
             attachments: Data that a saved file keeps beside the model.
 
         Raises:
