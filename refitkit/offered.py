@@ -149,7 +149,7 @@ def received_bytes(value: object, who: Subject) -> Mapping[str, bytes]:
 
 
 def received_verdict(value: object, who: str) -> VerificationResult:
-    """Return a verifier's result, if its fields have the right types.
+    """Return a verifier's result, if its fields have the right types and agree.
 
     Args:
         value: The result.
@@ -164,6 +164,10 @@ def received_verdict(value: object, who: str) -> VerificationResult:
     with raised_as(PluginError, wrong, doing="The weights cannot be verified"):
         facts = {name: getattr(found, name) for name in VerificationResult.model_fields}
         VerificationResult.model_validate(facts)
+    failed = [repr(measure.name) for measure in found.measures if not measure.ok]
+    if found.ok and failed:
+        what = f"ok is True, but measures are not: {', '.join(failed)}"
+        raise PluginError(f"{who} gave a verdict that contradicts itself: {what}.")
     return found
 
 

@@ -40,7 +40,7 @@ class Size(NamedTuple):
 
 
 LIMITS = {
-    "refitkit": Size(210, 1150, 0),
+    "refitkit": Size(210, 1153, 0),
     "refitkit.builtin": Size(86, 187, 0),
     "refitkit.builtin.aotinductor": Size(14, 37, 0),
     "refitkit.builtin.checks": Size(3, 2, 0),
@@ -53,9 +53,9 @@ LIMITS = {
     "refitkit.cli": Size(23, 66, 0),
     "refitkit.files": Size(7, 3, 0),
     "refitkit.model": Size(7, 11, 0),
-    "refitkit.pipeline": Size(23, 105, 0),
+    "refitkit.pipeline": Size(23, 108, 0),
     "refitkit.program": Size(9, 12, 0),
-    "refitkit.protocols": Size(11, 34, 0),
+    "refitkit.protocols": Size(11, 35, 0),
     "refitkit.recipe": Size(19, 39, 0),
     "refitkit.testing": Size(15, 41, 0),
 }

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 from refitkit.cli.tables import count, duration, facts, shown, size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from rich.console import Console
 
     from refitkit.model import (
         EngineRoute,
+        Metric,
+        OutputMeasure,
         RefitReport,
         StageFinished,
         TransformRow,
@@ -100,9 +102,11 @@ def _transform_line(transform: str, rows: list[TransformRow]) -> str:
     left = sum(len(row.takes) for row in rows if not row.gives)
     if left:
         text += f", {left} left out"
+    measures = [measure for row in rows for measure in row.measures]
+    text = ", ".join([text, *_worst_metrics(measures)])
     # Relative to their limits, because errors of different entries are not comparable.
     worst = max(
-        (measure for row in rows for measure in row.measures),
+        (measure for measure in measures if _has_error(measure)),
         key=lambda measure: measure.max_abs_error / (measure.limit or 1),
         default=None,
     )
@@ -128,9 +132,33 @@ def most_changed(report: RefitReport) -> list[str]:
 
 def verdict(result: VerificationResult) -> str:
     """The result of a verifier, in a line."""
-    limits = [measure.limit for measure in result.measures if measure.limit]
-    measured = f"largest error {result.max_abs_error:.3g}" if result.measures else ""
+    compared = [measure for measure in result.measures if _has_error(measure)]
+    limits = [measure.limit for measure in compared if measure.limit]
+    measured = f"largest error {result.max_abs_error:.3g}" if compared else ""
     # Outputs of several dtypes have several limits; the smallest one is the strictest.
     allowed = f"limit {min(limits):.3g}" if limits else ""
-    parts = [f"{result.verifier}: {result.note}", measured, allowed]
+    metrics = _worst_metrics(result.measures)
+    parts = [f"{result.verifier}: {result.note}", measured, allowed, *metrics]
     return ", ".join(part for part in parts if part)
+
+
+def _has_error(measure: OutputMeasure) -> bool:
+    """Whether the largest error says something: a measure with metrics need not have one."""
+    return not measure.metrics or bool(measure.max_abs_error or measure.limit)
+
+
+def _worst_metrics(measures: Sequence[OutputMeasure]) -> list[str]:
+    """For each metric by name the worst of all measures, with its limit."""
+    found: dict[str, list[Metric]] = {}
+    for measure in measures:
+        for metric in measure.metrics:
+            found.setdefault(metric.name, []).append(metric)
+    return [str(_worst(metrics)) for metrics in found.values()]
+
+
+def _worst(metrics: list[Metric]) -> Metric:
+    def distance(metric: Metric) -> tuple[bool, bool, float]:
+        value = -metric.value if metric.at_least else metric.value
+        return not metric.ok, math.isnan(value), value
+
+    return max(metrics, key=distance)

@@ -15,7 +15,7 @@ import json
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from refitkit.model.base import Frozen
 from refitkit.model.slot import Dim, DtypeName, Slot
@@ -179,8 +179,8 @@ class Need(Frozen):
 
     Attributes:
         kind: ``layer type``: layers of this type have weights of the engines. ``strategy``: it
-            returned values in the proof by trial.
-        name: Name of the layer type or strategy.
+            returned values in the proof by trial. ``transform``: it attached data to the plan.
+        name: Name of the layer type, strategy or transform.
         plugin: Name of the plugin that offers it.
         distribution: Distribution of the plugin, as ``pip install`` takes it; empty if there is
             none.
@@ -189,7 +189,7 @@ class Need(Frozen):
             value for them.
     """
 
-    kind: Literal["layer type", "strategy"]
+    kind: Literal["layer type", "strategy", "transform"]
     name: str
     plugin: str
     distribution: str = ""
@@ -213,6 +213,7 @@ class PlanData(Frozen):
         unreached: Reasons by FQN, for weights that the program uses and that reach no slot: why a
             refit does not have to change anything for them.
         needs: Objects of plugins that the plan depends on.
+        attached: Data of transforms, by the transform's name.
     """
 
     format: Literal["refitplan/1", "refitplan/2"] = FORMAT
@@ -226,6 +227,7 @@ class PlanData(Frozen):
     fingerprint: Fingerprint
     unreached: dict[str, str] = Field(default_factory=dict)
     needs: tuple[Need, ...] = ()
+    attached: dict[str, JsonValue] = Field(default_factory=dict)
 
 
 def fingerprint_of_slots(slots: Iterable[Slot]) -> str:

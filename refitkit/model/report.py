@@ -7,9 +7,9 @@ are their rows.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Literal, TypeAlias
+from typing import Literal, Self, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from refitkit.model.base import Frozen
 from refitkit.model.plan import SlotState
@@ -135,6 +135,36 @@ class ChangeRow(Frozen):
     sampled: bool = False
 
 
+class Metric(Frozen):
+    """One number beside the largest error: a cosine similarity, a signal-to-noise ratio, ...
+
+    Attributes:
+        name: Name of the number, with its unit if it has one: ``SQNR in dB``.
+        value: The number.
+        limit: Limit of the number; None if it does not decide.
+        at_least: Whether the limit is the smallest value that passes. False: the largest.
+    """
+
+    name: str
+    value: float
+    limit: float | None = None
+    at_least: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Whether the number is within its limit. NaN is not."""
+        if self.limit is None:
+            return True
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+    def __str__(self) -> str:
+        """The number and its limit: ``cosine similarity 0.98, at least 0.99``."""
+        text = f"{self.name} {self.value:.6g}"
+        if self.limit is None:
+            return text
+        return f"{text}, at {'least' if self.at_least else 'most'} {self.limit:.6g}"
+
+
 class OutputMeasure(Frozen):
     """The result of one comparison: of an output with a reference, or of a slot with its value.
 
@@ -145,6 +175,7 @@ class OutputMeasure(Frozen):
         limit: Largest absolute difference that passes; 0 if bits are compared.
         scale: Largest absolute value of the reference.
         note: Description of the failure; empty if it passes.
+        metrics: Other numbers, for verifiers and transforms that judge by them.
     """
 
     name: str
@@ -153,6 +184,24 @@ class OutputMeasure(Frozen):
     limit: float = 0.0
     scale: float = 0.0
     note: str = ""
+    metrics: tuple[Metric, ...] = ()
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.ok and self.failed:
+            text = "; ".join(map(str, self.failed))
+            raise ValueError(f"ok is True, but a metric is outside its limit: {text}")
+        return self
+
+    @property
+    def failed(self) -> tuple[Metric, ...]:
+        """The metrics that are outside their limits."""
+        return tuple(metric for metric in self.metrics if not metric.ok)
+
+    @property
+    def why(self) -> str:
+        """Why the comparison fails: the note and the metrics outside their limits."""
+        return "; ".join(filter(None, [self.note, *map(str, self.failed)]))
 
 
 class VerificationResult(Frozen):
@@ -161,7 +210,7 @@ class VerificationResult(Frozen):
     Attributes:
         verifier: Name of the verifier.
         ok: Whether the module passes.
-        measures: One entry for each comparison.
+        measures: One entry for each comparison. If one is not ``ok``, the result is not.
         note: Description of what was checked and what was not.
         notes: How the names of the weights were changed to fit the program. Set by
             ``refitkit.verify`` only; a refit has this in ``RefitReport.notes``.

@@ -25,6 +25,7 @@ from refitkit.errors import (
 )
 from refitkit.model import CallRef
 from refitkit.offered import received
+from refitkit.pipeline.transform import explained
 from refitkit.program.bits import all_finite, finite, newly_nonfinite, not_finite
 from refitkit.protocols import (
     ChecksFinite,
@@ -85,7 +86,8 @@ def check_weights(
     ]
     if problems:
         raise WeightMismatchError(
-            f"{source.description} does not fit the module.", problems=problems
+            f"{source.description} does not fit the module.",
+            problems=explained(context, plan, module, source, problems, partial=partial),
         )
 
 

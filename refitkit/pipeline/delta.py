@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from refitkit.recipe import RefitPlan
 
 SourceDigests: TypeAlias = frozenset[tuple[str, Hashable]]
-"""Names of the tensors that a value was computed from, each with its digest or revision."""
+"""Names of the tensors that a value was computed from, each with its digest or revision.
+
+If a strategy gave a formula, it is there, too, under an empty name.
+"""
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ class Delta:
     """A new source, compared with the live weights.
 
     Attributes:
-        unchanged: Slots that already hold the source's value, in engines that support partial
-            refits. Empty if a guard of the plan is broken.
+        unchanged: Slots that already hold the source's value by the plan's recipes, in engines that
+            support partial refits. Empty if a guard of the plan is broken.
         same: Names of the source's entries with the same bits as in all live slots that follow
             from them.
     """
@@ -82,10 +85,12 @@ class Delta:
         # Digests of another plan or version say nothing about the present values.
         known = live is not None and live.holds_for(plan, version)
         self._before = dict(live.digests) if live is not None and known else {}
-        digests = _Digests(plan, source)
+        self._digests = digests = _Digests(plan, source)
+        self._by_formula: dict[SlotKey, SourceDigests] = {}
         self._now = {row.slot.key: digests.of_row(row) for row in _comparable_rows(plan)}
         # An engine without partial refits needs all its values anyway.
         whole = {n for n, e in module.engines.items() if not isinstance(e, SupportsPartial)}
+        self._whole = whole
         broken = bool(plan.data.guards) and bool(plan.broken_guards(source))
         self.unchanged = frozenset(
             key
@@ -101,6 +106,34 @@ class Delta:
             same -= digests.of_row(row) - self._before.get(row.slot.key, frozenset())
         return same
 
+    def settled(self, values: Iterable[SlotValue]) -> frozenset[SlotKey]:
+        """Slots that already hold their values by formulas of strategies.
+
+        Args:
+            values: Values of all strategies. Entries that values with a formula follow from are
+                read once, unless they have a revision.
+
+        Raises:
+            SourceError: An entry cannot be read.
+        """
+        found = {value.slot.key: self._of_formula(value) for value in values}
+        self._by_formula = {key: now for key, now in found.items() if now is not None}
+        return frozenset(
+            key
+            for key, now in self._by_formula.items()
+            if key[0] not in self._whole and self._before.get(key) == now
+        )
+
+    def _of_formula(self, value: SlotValue) -> SourceDigests | None:
+        """Digests of what a strategy computes a value from; None if they say not enough."""
+        # a value without sources may follow from all weights
+        if value.strategy == STRATEGY or value.formula is None or not value.sources:
+            return None
+        if value.slot.mutable or not _mutated(self._plan).isdisjoint(value.sources):
+            return None
+        digests = self._digests.of_names(value.sources)
+        return None if digests is None else digests | {("", (value.strategy, value.formula))}
+
     def after(self, values: Mapping[SlotKey, SlotValue], version: int) -> LiveSources:
         """The sources of the live slots once a refit is committed.
 
@@ -109,14 +142,19 @@ class Delta:
             version: Version of the weights after the refit.
         """
         kept = {key: digests for key, digests in self._before.items() if key not in values}
-        # Only the plan's recipes compute a value from exactly the sources of its row. Slots of
-        # other strategies are written again by the next refit.
+        # The plan's recipes compute a value from exactly the sources of its row, and formulas from
+        # those of the value. Slots of other strategies are written again by the next refit.
         new = {
-            key: self._now[key]
+            key: known[key]
             for key, value in values.items()
-            if value.strategy == STRATEGY and key in self._now
+            if key in (known := self._now if value.strategy == STRATEGY else self._by_formula)
         }
         return LiveSources(self._plan, version, {**kept, **new})
+
+
+def _mutated(plan: RefitPlan) -> set[str]:
+    """FQNs of leaves that calls of the module write."""
+    return {leaf.fqn for leaf in plan.data.leaves if leaf.mutated}
 
 
 def _comparable_rows(plan: RefitPlan) -> Iterator[LedgerRow]:
@@ -124,7 +162,7 @@ def _comparable_rows(plan: RefitPlan) -> Iterator[LedgerRow]:
 
     A slot that calls write no longer holds the value that the last refit wrote.
     """
-    mutated = {leaf.fqn for leaf in plan.data.leaves if leaf.mutated}
+    mutated = _mutated(plan)
     for row in plan.data.ledger:
         if row.value is not None and not row.slot.mutable and mutated.isdisjoint(row.sources):
             yield row
@@ -136,15 +174,11 @@ class _Digests:
     def __init__(self, plan: RefitPlan, source: WeightSource) -> None:
         """Read the entries."""
         self._twins = {name: tie for tie in plan.data.ties for name in tie}
-        names = source.names()
+        self._source, self._names = source, source.names()
         firsts = dict.fromkeys(
             self._first(name) for row in _comparable_rows(plan) for name in row.sources
         )
-        # A source may have a tied weight under any of its names.
-        given = {
-            first: next((n for n in self._twins.get(first, (first,)) if n in names), None)
-            for first in firsts
-        }
+        given = {first: self._named(first) for first in firsts}
         self._given = {first: name for first, name in given.items() if name is not None}
         self._digests = {
             first: revision_or_digest(name, source) for first, name in self._given.items()
@@ -154,10 +188,27 @@ class _Digests:
         """The first of all names of a tensor."""
         return self._twins.get(name, (name,))[0]
 
+    def _named(self, first: str) -> str | None:
+        """The name that the source has for a tensor; None if it lacks it."""
+        # A source may have a tied weight under any of its names.
+        return next((n for n in self._twins.get(first, (first,)) if n in self._names), None)
+
     def of_row(self, row: LedgerRow) -> SourceDigests:
         """Digests of the sources of a row, as far as the source has them."""
         firsts = {self._first(name) for name in row.sources}
         return frozenset((n, self._digests[n]) for n in firsts if n in self._digests)
+
+    def of_names(self, names: Iterable[str]) -> SourceDigests | None:
+        """Digests of entries, read now if they were not; None if the source lacks one."""
+        firsts = {self._first(name) for name in names}
+        for first in firsts:
+            if first not in self._digests:
+                given = self._named(first)
+                if given is None:
+                    return None
+                self._given[first] = given
+                self._digests[first] = revision_or_digest(given, self._source)
+        return frozenset((first, self._digests[first]) for first in firsts)
 
     def names_of(self, digests: Iterable[tuple[str, Hashable]]) -> Iterator[str]:
         """The names of these tensors in the source."""

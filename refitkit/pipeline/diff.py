@@ -245,8 +245,8 @@ class Differ:
             )
         plan.check_engines(compiled.backend, compiled.slots)
         context = context.with_settings(check_finite=False)  # NaN can be compared
-        source = transformed(context, plan, source)
         opened = compiled.opened
+        source = transformed(context, plan, source, opened)
         mapping = map_slots(context, plan, opened, source, compiled.program)
         # Weights that do not fit may be why slots have no value, so they are reported first.
         check_weights(context, plan, opened, source, partial=False)

@@ -224,12 +224,23 @@ def _check_answer(who: str, answer: Mapped, wanted: tuple[LedgerRow, ...]) -> No
             f"{who} returned values whose strategy or sources are not strings.",
             hint="SlotValue(slot, strategy, sources, load): a string, and a tuple of strings.",
         )
+    for value in answer.values.values():
+        _check_formula(who, value.formula)
     foreign = {key for key in odd if key not in keys}
     mixed = {key for key, value in odd.items() if value.slot.key != key}
     if foreign or mixed:
         names = ", ".join("/".join(key) for key in sorted(foreign | mixed))
         what = "for slots that were not requested" if foreign else "under keys of other slots"
         raise PluginError(f"{who} returned values {what}: {names}.")
+
+
+def _check_formula(who: str, formula: Any) -> None:
+    """Raise PluginError if a formula cannot be compared."""
+    try:
+        hash(formula)
+    except TypeError as exc:
+        hint = "Use a tuple of numbers and strings."
+        raise PluginError(f"{who} gave a formula that is not hashable: {exc}.", hint=hint) from exc
 
 
 def _watched(who: str, values: Mapping[SlotKey, SlotValue]) -> dict[SlotKey, SlotValue]:
@@ -321,6 +332,11 @@ class SlotMapping:
         self.reset |= self.kept.keys()
         self.values.update(self.kept)
         self.kept = {}
+
+    def settle(self, keys: frozenset[SlotKey]) -> None:
+        """Write these slots no more: they already hold their values."""
+        self.values = {key: value for key, value in self.values.items() if key not in keys}
+        self.unchanged |= keys
 
     def drop_plan_values(self) -> None:
         """Drop values that come from the plan and not from the source.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
     from refitkit.config import Config
-    from refitkit.host import Host, PluginOffer
+    from refitkit.host import Host
     from refitkit.model import Leaf, PlanData, ReportRow
     from refitkit.pipeline.context import Context
     from refitkit.protocols import Plan, SlotValue
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 LAYER_TYPES = "refitkit_layer_types"
 STRATEGIES = "refitkit_mapping_strategies"
+TRANSFORMS = "refitkit_weight_transforms"
+_HOOKS = {"layer type": LAYER_TYPES, "strategy": STRATEGIES}
 _BUILT_IN = "built-in"
 
 
@@ -47,7 +49,7 @@ def layer_type_needs(host: Host, names: Iterable[str]) -> tuple[Need, ...]:
     """
     offers = host.offers(LAYER_TYPES)
     known = sorted(offers.keys() & set(names))
-    needs = (_need(host, "layer type", name, offers[name]) for name in known)
+    needs = (_need(host, "layer type", name, offers[name].plugin) for name in known)
     return tuple(need for need in needs if not is_built_in(host, need.plugin))
 
 
@@ -70,8 +72,19 @@ def strategy_needs(host: Host, rows: Iterable[ReportRow]) -> tuple[Need, ...]:
             if row.state in {"frozen", "pinned"} and row.strategy != STRATEGY:
                 slots.append(f"{row.engine}/{row.slot}")
     return tuple(
-        _need(host, "strategy", name, offers[name], slots) for name, slots in sorted(kept.items())
+        _need(host, "strategy", name, offers[name].plugin, slots)
+        for name, slots in sorted(kept.items())
     )
+
+
+def transform_needs(host: Host, plugins: Mapping[str, str]) -> tuple[Need, ...]:
+    """Needs for the transforms that attached data to a plan, sorted by name.
+
+    Args:
+        host: All plugins.
+        plugins: Names of the plugins, by the name of the transform.
+    """
+    return tuple(_need(host, "transform", name, plugin) for name, plugin in sorted(plugins.items()))
 
 
 def with_needs(plan: RefitPlan, needs: Iterable[Need]) -> RefitPlan:
@@ -83,13 +96,13 @@ def with_needs(plan: RefitPlan, needs: Iterable[Need]) -> RefitPlan:
     return plan.noting(needs=tuple(found.values()))
 
 
-def _need(host: Host, kind: str, name: str, offer: PluginOffer, slots: Iterable[str] = ()) -> Need:
-    plugin = host.candidate(offer.plugin)
+def _need(host: Host, kind: str, name: str, owner: str, slots: Iterable[str] = ()) -> Need:
+    plugin = host.candidate(owner)
     return Need.model_validate(
         {
             "kind": kind,
             "name": name,
-            "plugin": offer.plugin,
+            "plugin": owner,
             "distribution": plugin.distribution,
             "version": plugin.version,
             "slots": tuple(slots),
@@ -126,13 +139,20 @@ def require_needs(context: Context, plan: RefitPlan) -> None:
 def missing_needs(context: Context, data: PlanData) -> Iterator[Problem]:
     """A problem for each need of a plan that is missing or that the settings leave out."""
     for need in data.needs:
-        hook = STRATEGIES if need.kind == "strategy" else LAYER_TYPES
         subject, wanted = f"{need.kind} {need.name!r}", describe_need(need)
-        if need.name not in context.host.offers(hook):
+        if need.name not in _offered(context, need.kind):
             yield Problem(subject, "missing", wanted=wanted, hint=_install_hint(need))
         elif need.kind == "strategy" and _is_disabled(need, context.config):
             hint = f"add {need.name!r} to Config.strategies, or leave that empty"
             yield Problem(subject, "left out", wanted=wanted, hint=hint)
+
+
+def _offered(context: Context, kind: str) -> Collection[str]:
+    """Names of the objects of a kind that plugins offer."""
+    if kind == "transform":  # the settings decide which ones a plugin offers
+        found = context.host.named_items(TRANSFORMS, config=context.config)
+        return [transform.name for _, transform in found]
+    return context.host.offers(_HOOKS[kind])
 
 
 def describe_need(need: Need) -> str:

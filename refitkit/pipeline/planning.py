@@ -44,6 +44,7 @@ from refitkit.pipeline.needs import (
 from refitkit.pipeline.proof import prove as prove_refit
 from refitkit.pipeline.proof import prove_plan
 from refitkit.pipeline.targets import reopened, weight_opener
+from refitkit.pipeline.transform import with_attached_data
 from refitkit.program import KeptProgram, facts_of
 from refitkit.program.facts import tensors_of
 from refitkit.program.views import lost_views
@@ -110,7 +111,7 @@ class Compiler:
             opened = received_module(found, who)
         with clock.stage("plan"):
             # No options: they are for planning offline, and a module knows its own.
-            plan = self._cached_plan(opened, backend, {})
+            plan = self._plan(opened, backend, {})
             kept = self._keep_program()
         compiled = CompiledModule(opened, plan, kept, self._verbs)
         if prove:
@@ -139,7 +140,7 @@ class Compiler:
             )
         opened, clock = compiled.opened if compiled else None, self._context.clock("plan")
         with clock.stage("plan"):
-            plan = self._cached_plan(opened, self._context.backend(name), self._options)
+            plan = self._plan(opened, self._context.backend(name), self._options)
         if prove:
             with clock.stage("prove"):
                 plan = self._prove_plan(plan, opened)
@@ -149,6 +150,14 @@ class Compiler:
         elif compiled is not None and compiled.plan is not None:
             plan = _with_proved_needs(plan, compiled.plan)
         return plan
+
+    def _plan(
+        self, opened: OpenedModule | None, backend: Backend, options: Mapping[str, Any]
+    ) -> RefitPlan:
+        """The plan, new or from the cache, with the data that transforms attach."""
+        # the cache keeps no such data: it depends on settings of plugins
+        plan = self._cached_plan(opened, backend, options)
+        return with_attached_data(self._context, plan, self._program)
 
     def _cached_plan(
         self, opened: OpenedModule | None, backend: Backend, options: Mapping[str, Any]

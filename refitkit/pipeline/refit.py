@@ -359,7 +359,7 @@ class RefitTask:
             # asked of the given source: a transformed one does not list the entries it leaves out
             draft.left_out = find_left_out(plan, source, self._context.config.rules.wrappers)
             # transforms make an entry when it is read, not now
-            source = transformed(self._context, plan, source, partial=request.partial)
+            source = transformed(self._context, plan, source, self._module, partial=request.partial)
             if isinstance(source, Transformed):
                 draft.transforms = source.rows
             draft.source = source.description
@@ -475,6 +475,9 @@ class RefitTask:
             mapping.require_complete(source.names() if partial else None)
         if self._request.reset_state:
             mapping.reset_state()
+        if self._delta is not None:
+            with raised_as(SourceError, f"{source.description} cannot be compared"):
+                mapping.settle(self._delta.settled(mapping.values.values()))
 
     def _check_weights(
         self,

@@ -3,14 +3,18 @@
 The module hides which transform makes which entry. ``transformed`` asks the transforms, rank by
 rank, for the groups of entries that they take and give, and returns a ``Transformed`` source. It
 computes a group when one of its entries is first read. ``require_accurate`` checks the result.
+``with_attached_data`` and ``explained`` ask transforms for what they keep in a plan and for hints.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from pydantic import JsonValue, TypeAdapter
 
 from refitkit.errors import (
     PluginError,
@@ -21,12 +25,16 @@ from refitkit.errors import (
     raised_as,
 )
 from refitkit.model import OutputMeasure, TensorInfo, TransformRow
-from refitkit.offered import owned, received
+from refitkit.offered import owned, received, shown
+from refitkit.pipeline.needs import transform_needs, with_needs
 from refitkit.protocols import (
+    AttachesData,
+    ExplainsMissing,
     GivesAway,
     HasNamings,
     KnowsRevisions,
     Made,
+    MadeOf,
     TransformRequest,
     WeightGroup,
 )
@@ -39,12 +47,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     import torch
+    from torch.export import ExportedProgram
 
     from refitkit.pipeline.context import Context
-    from refitkit.protocols import Plan, WeightSource, WeightTransform
+    from refitkit.protocols import OpenedModule, Plan, WeightSource, WeightTransform
+    from refitkit.recipe import RefitPlan
 
 _HOOK = "refitkit_weight_transforms"
 _Ordered: TypeAlias = "Sequence[tuple[str, WeightTransform]]"
+_MISSING = "missing"
+_MAX_ATTACHED = 1 << 24
+"""Largest size of the data of one transform, as JSON, in bytes."""
 
 
 @dataclass(frozen=True, eq=False)  # a dictionary key by identity: groups hold functions
@@ -208,7 +221,12 @@ class Transformed:
 
 
 def transformed(
-    context: Context, plan: Plan, source: WeightSource, *, partial: bool = False
+    context: Context,
+    plan: Plan,
+    source: WeightSource,
+    module: OpenedModule | None = None,
+    *,
+    partial: bool = False,
 ) -> WeightSource:
     """A source with the entries that the program reads; the source itself if no transform applies.
 
@@ -219,6 +237,7 @@ def transformed(
         context: Plugins and settings. Transforms read theirs in ``plugin_settings``.
         plan: The plan, whose leaves are the tensors that the program reads.
         source: The weights as the user gave them.
+        module: The opened target; None if there is none.
         partial: Whether slots without a new value keep their values.
 
     Raises:
@@ -227,15 +246,19 @@ def transformed(
             plugins.
         SourceError: The source's names or metadata cannot be read.
     """
-    # sorted is stable, so transforms of one priority stay in the order of their plugins.
-    offered = context.host.named_items(_HOOK, config=context.config)
-    ordered = sorted(offered, key=_priority)
+    ordered = _transforms(context)
     with raised_as(SourceError, f"{source.description} cannot be read"):
         namings = source.namings() if isinstance(source, HasNamings) else ()
         if not namings:
-            return _apply_all(ordered, TransformRequest(plan, source, partial))
-        requests = [TransformRequest(plan, one, partial) for one in namings]
+            return _apply_all(ordered, TransformRequest(plan, source, partial, module))
+        requests = [TransformRequest(plan, one, partial, module) for one in namings]
         return _best_match(plan, ordered, requests)
+
+
+def _transforms(context: Context) -> list[tuple[str, WeightTransform]]:
+    """All transforms with their plugins, those of lower priority first."""
+    # sorted is stable, so transforms of one priority stay in the order of their plugins.
+    return sorted(context.host.named_items(_HOOK, config=context.config), key=_priority)
 
 
 def _best_match(
@@ -308,10 +331,16 @@ def _offers(
     who = owned(_HOOK, transform.name, plugin)
     doing = f"Weights cannot be transformed by {transform.name!r}"
     with raised_as(PluginError, f"{who} failed", doing=doing):
+        request = _own(transform, request)
         groups = [received(group, WeightGroup, who) for group in transform.groups(request)]
     for group in groups:
         _check_group(who, group)
     return [TransformOffer(plugin, transform.name, group) for group in groups]
+
+
+def _own(transform: WeightTransform, request: TransformRequest) -> TransformRequest:
+    """The request with what the transform attached to the plan."""
+    return replace(request, attached=request.plan.data.attached.get(transform.name))
 
 
 def _check_group(who: str, group: Any) -> None:
@@ -398,6 +427,104 @@ def _signature(info: TensorInfo) -> tuple[str, tuple[int, ...], str]:
     return info.dtype, info.shape, info.unusable
 
 
+# -- data that travels with the plan --------------------------------------------------------------
+
+
+def with_attached_data(context: Context, plan: RefitPlan, program: ExportedProgram) -> RefitPlan:
+    """A plan with the data that transforms attach to it, and with the need for these transforms.
+
+    Args:
+        context: Plugins and settings.
+        plan: The plan, without data.
+        program: The program that the plan was made from.
+
+    Raises:
+        PluginError: A transform failed, or returned something else than JSON; names it.
+        RefitError: A transform refused the program.
+    """
+    attached: dict[str, JsonValue] = {}
+    plugins: dict[str, str] = {}
+    for plugin, transform in _transforms(context):
+        if not isinstance(transform, AttachesData):
+            continue
+        who = f"{owned(_HOOK, transform.name, plugin)}: attach()"
+        with raised_as(PluginError, f"{who} failed", doing="The program cannot be planned"):
+            value = _as_json(transform.attach(program, plan), who)
+        if value is not None:
+            attached[transform.name], plugins[transform.name] = value, plugin
+    if not attached:
+        return plan
+    return with_needs(plan.noting(attached=attached), transform_needs(context.host, plugins))
+
+
+def _as_json(value: object, who: str) -> JsonValue:
+    """A copy of the value, as a plan file gives it back."""
+    try:
+        checked = TypeAdapter(JsonValue).validate_python(value)
+        text = json.dumps(checked, allow_nan=False)
+    except (ValueError, RecursionError) as exc:
+        hint = "Return dicts with text as keys, lists, text, finite numbers, booleans or None."
+        raise PluginError(f"{who} returned {shown(value)}, which is no JSON.", hint=hint) from exc
+    if len(text) > _MAX_ATTACHED:
+        raise PluginError(
+            f"{who} returned {len(text)} bytes of JSON; a plan keeps at most {_MAX_ATTACHED}.",
+            hint="Keep tensors in buffers of the program.",
+        )
+    found: JsonValue = json.loads(text)
+    return found
+
+
+# -- hints for missing entries --------------------------------------------------------------------
+
+
+def explained(
+    context: Context,
+    plan: Plan,
+    module: OpenedModule,
+    source: WeightSource,
+    problems: Iterable[Problem],
+    *,
+    partial: bool,
+) -> list[Problem]:
+    """Problems in which transforms say what to pass instead of missing entries.
+
+    Args:
+        context: Plugins and settings.
+        plan: The plan.
+        module: The opened target.
+        source: The weights after all transforms.
+        problems: Problems of the checks.
+        partial: Whether slots without a new value keep their values.
+
+    Raises:
+        PluginError: A transform failed, or returned something else than texts; names it.
+    """
+    problems = list(problems)
+    leaves = {leaf.fqn for leaf in plan.data.leaves}
+    missing = [one.subject for one in problems if one.kind == _MISSING and one.subject in leaves]
+    if not missing:
+        return problems
+    while isinstance(source, MadeOf):
+        source = source.given
+    texts: dict[str, list[str]] = {}
+    for plugin, transform in _transforms(context):
+        if isinstance(transform, ExplainsMissing):
+            who = f"{owned(_HOOK, transform.name, plugin)}: explain_missing()"
+            request = _own(transform, TransformRequest(plan, source, partial, module))
+            with raised_as(PluginError, f"{who} failed", doing="Weights are missing"):
+                answer: object = transform.explain_missing(request, missing)
+                found = received(answer, dict, who)
+                given = {name: found[name] for name in missing if name in found}
+            for name, text in given.items():
+                texts.setdefault(name, []).append(received(text, str, f"{who}: the entry {name!r}"))
+    return [
+        replace(one, hint="; or ".join([*texts[one.subject], one.hint]))
+        if one.kind == _MISSING and one.subject in texts
+        else one
+        for one in problems
+    ]
+
+
 # -- accuracy of the result -----------------------------------------------------------------------
 
 
@@ -414,8 +541,7 @@ def require_accurate(rows: Iterable[TransformRow]) -> None:
         Problem(
             measure.name,
             "too far from the given weights",
-            f"an error of {measure.max_abs_error:.4g}",
-            f"at most {measure.limit:.4g}",
+            *_findings(measure),
             measure.note,
         )
         for row in rows
@@ -428,3 +554,10 @@ def require_accurate(rows: Iterable[TransformRow]) -> None:
             problems=problems,
             hint="Use other weights, or raise the limit in the settings of the plugin.",
         )
+
+
+def _findings(measure: OutputMeasure) -> tuple[str, str]:
+    """What a measure found, and what passes."""
+    if measure.failed:
+        return "; ".join(map(str, measure.failed)), ""
+    return f"an error of {measure.max_abs_error:.4g}", f"at most {measure.limit:.4g}"

@@ -149,7 +149,7 @@ def verify_live(
         raise ConfigError("The module has no plan: pass plan=.")
     require_needs(context, plan)
     plan.check_engines(compiled.backend, compiled.slots)
-    source = transformed(context, plan, open_weights(context, weights))
+    source = transformed(context, plan, open_weights(context, weights), compiled.opened)
     mapping = map_slots(context, plan, compiled.opened, source, compiled.program)
     check_weights(context, plan, compiled.opened, source, partial=False)
     require_all_slots(mapping, source)
@@ -269,7 +269,7 @@ def why_unused(options: VerifyOptions, module: OpenedModule) -> str:
 
 def problems_of(result: VerificationResult) -> list[Problem]:
     """The findings that made a verdict bad."""
-    wrong = [Problem(m.name, m.note or "differs") for m in result.measures if not m.ok]
+    wrong = [Problem(m.name, m.why or "differs") for m in result.measures if not m.ok]
     return wrong or [Problem(result.verifier, result.note or "failed")]
 
 

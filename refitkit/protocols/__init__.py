@@ -18,6 +18,7 @@ Optional abilities are protocols of their own. refitkit checks for their members
 * opened modules: :class:`Offline`, :class:`LowersPrecision`, :class:`OpensStaged`,
   :class:`OrdersCalls`, :class:`ProbesFromState`, :class:`Rebuilds`, :class:`ServesSideBySide`,
   :class:`SharesWeights`;
+* transforms: :class:`AttachesData`, :class:`ExplainsMissing`;
 * sources: :class:`GivesAway`, :class:`GivesPieces`, :class:`HasNamings`, :class:`HoldsProgram`,
   :class:`KeepsMade`, :class:`KnowsBits`, :class:`KnowsRevisions`, :class:`KnowsTies`,
   :class:`LeavesOut`, :class:`MadeOf`, :class:`MayChange`, :class:`SupportsReread`.
@@ -70,14 +71,23 @@ from refitkit.protocols.sources import (
 )
 from refitkit.protocols.strategies import Mapped, MappingStrategy, MapRequest
 from refitkit.protocols.tools import Tools
-from refitkit.protocols.transforms import Made, TransformRequest, WeightGroup, WeightTransform
+from refitkit.protocols.transforms import (
+    AttachesData,
+    ExplainsMissing,
+    Made,
+    TransformRequest,
+    WeightGroup,
+    WeightTransform,
+)
 from refitkit.protocols.verifiers import Verifier, VerifyRequest
 
 __all__ = [
+    "AttachesData",
     "Backend",
     "BindableProgram",
     "ChecksFinite",
     "Engine",
+    "ExplainsMissing",
     "GivesAway",
     "GivesPieces",
     "HasNamings",

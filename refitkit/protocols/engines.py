@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, overload, runtime_checka
 from refitkit.protocols.ability import Ability
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 
     import torch
 
@@ -59,6 +59,10 @@ class SlotValue(NamedTuple):
             only ``load`` can tell; see ``KnowsBits``. None: only ``load`` can.
         keepable: Tells of a tensor that ``load`` returned whether an engine may keep it as its own
             memory, because nobody writes to it from now on. None: it may not.
+        formula: Stands for ``load`` within this process: values of one slot and strategy with equal
+            formulas, from ``sources`` with equal bits, have equal bits. A refit with ``delta`` then
+            skips the slot if its sources did not change. None: it is written in each refit. The
+            built-in recipes need none.
     """
 
     # A refit creates one for each slot, and a named tuple takes a third of a frozen dataclass's
@@ -73,6 +77,7 @@ class SlotValue(NamedTuple):
     pieces: Callable[[torch.Tensor | None], Iterator[torch.Tensor] | None] | None = None
     has_bits: Callable[[torch.Tensor], bool | None] | None = None
     keepable: Callable[[torch.Tensor], bool] | None = None
+    formula: Hashable | None = None
 
 
 class SteadyValues(Sequence[SlotValue]):

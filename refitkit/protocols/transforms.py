@@ -2,6 +2,7 @@
 
 A transform quantizes, packs, casts or renames. A plugin offers transforms with the hook
 ``refitkit_weight_transforms``. Read :class:`WeightTransform` first, then :class:`WeightGroup`.
+The optional abilities are :class:`AttachesData` and :class:`ExplainsMissing`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from refitkit.protocols.ability import Ability
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Mapping
+    from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
     import torch
+    from pydantic import JsonValue
 
     from refitkit.model import OutputMeasure, TensorInfo
+    from refitkit.protocols.modules import OpenedModule
     from refitkit.protocols.plans import Plan
     from refitkit.protocols.sources import WeightSource
 
@@ -30,11 +33,17 @@ class TransformRequest:
         source: Weights as the user passed them, or as transforms of lower priority returned them.
             In ``groups`` read names and infos only; read data in ``WeightGroup.make``.
         partial: Whether slots that the source has no weights for keep their present values.
+        module: The opened target, with its present weights. None if there is none, as in a
+            comparison of two sources. Do not call it and do not write to it.
+        attached: What this transform attached to the plan (:class:`AttachesData`), else None. A
+            file may contain any JSON: check it. Do not change it.
     """
 
     plan: Plan
     source: WeightSource
     partial: bool = False
+    module: OpenedModule | None = None
+    attached: JsonValue = None
 
 
 @dataclass(frozen=True)
@@ -107,4 +116,56 @@ class WeightTransform(Protocol, metaclass=Ability):
         Raises:
             WeightMismatchError: Some entries are meant for this transform and cannot be used, such
                 as a scale without its weight. It lists all of them.
+        """
+
+
+# -- optional abilities -----------------------------------------------------------------------
+
+
+@runtime_checkable
+class AttachesData(Protocol, metaclass=Ability):
+    """A transform that keeps data in the plan, such as the scheme of a quantization.
+
+    The data travels with the plan: in plan files and in saved modules. The transform gets it back
+    in :attr:`TransformRequest.attached`, in any process. A plan with data of a transform needs that
+    transform: refitkit refuses a refit without it.
+    """
+
+    def attach(self, program: torch.export.ExportedProgram, plan: Plan) -> JsonValue:
+        """Return what the plan keeps for this transform; None for nothing.
+
+        Called each time a plan is made or read from the plan cache, before it is proved.
+
+        Args:
+            program: The program that is compiled or planned; do not change it.
+            plan: Its plan, without attached data.
+
+        Returns:
+            A value of JSON: dicts with text as keys, lists, text, finite numbers, booleans, None.
+            As text it may have 16 MiB.
+
+        Raises:
+            RefitError: The program cannot be planned with this transform. Any other exception
+                becomes a ``PluginError`` that names the transform.
+        """
+
+
+@runtime_checkable
+class ExplainsMissing(Protocol, metaclass=Ability):
+    """A transform that says which entries of a checkpoint replace a missing entry."""
+
+    def explain_missing(
+        self, request: TransformRequest, missing: Sequence[str]
+    ) -> Mapping[str, str]:
+        """Return what to pass instead of missing entries, for the hints of the error.
+
+        Called when a refit is refused because entries are missing.
+
+        Args:
+            request: The request of the refit. Its source has the weights as the user passed them.
+            missing: FQNs that the program reads and the source lacks, after all transforms.
+
+        Returns:
+            A text for those entries that this transform could make, by FQN: ``pass '0.weight'``. A
+            comma and "from which ..." may follow. No text for the others.
         """

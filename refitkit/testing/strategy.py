@@ -169,6 +169,25 @@ class StrategySuite:
                 advice = "Leave identity False for values that load computes."
                 raise Breach("SlotValue.identity", found, advice)
 
+    def test_formulas_can_be_compared(self) -> None:
+        """``formula`` is hashable, and the same each time for the same weights; None is fine."""
+        first, second = (self._mapped(self.make_request(1)).values for _ in range(2))
+        for key, value in first.items():
+            name = "/".join(key)
+            try:
+                hash(value.formula)
+            except TypeError as exc:
+                found = f"the formula of {name!r} cannot be hashed: {exc}."
+                raise Breach(
+                    "SlotValue.formula", found, "Use a tuple of numbers and text."
+                ) from exc
+            if key in second and value.formula != second[key].formula:
+                found = (
+                    f"the formula of {name!r} is another one each time: {value.formula!r}, then "
+                )
+                found += f"{second[key].formula!r}. A refit with delta never skips the slot."
+                raise Breach("SlotValue.formula", found, "Use a tuple of numbers and text.")
+
     def test_rows_that_were_not_asked_for_are_not_answered(self) -> None:
         """A request for any one row returns no value of another row."""
         request = self.make_request(1)

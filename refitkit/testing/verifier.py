@@ -148,9 +148,11 @@ class VerifierSuite:
             found = "it rejected the module without a reason."
             raise Breach(_JUDGE, found, "Add a measure for each difference.")
         for measure in failed:
-            if not measure.name or not (measure.note or measure.max_abs_error):
+            if not measure.name or not (measure.why or measure.max_abs_error):
                 found = f"a failed measure does not say what differs: {measure!r}."
-                raise Breach("OutputMeasure", found, "Set its name, and a note or an error.")
+                raise Breach(
+                    "OutputMeasure", found, "Set its name, and a note, an error or a metric."
+                )
 
     def test_the_verdict_is_its_name_and_measures(self) -> None:
         """The result has the verifier's name, and is ok only if all measures are."""

@@ -268,3 +268,15 @@ class ComputesIdentity(Plain):
     def value(self, slot: Any, request: MapRequest) -> Any:
         load = self.load(slot, request)
         return SlotValue(slot, self.name, (slot.name,), lambda: -load(), identity=True)
+
+
+@breaks("formulas_can_be_compared", "cannot be hashed")
+class ListsItsFormula(Plain):
+    def value(self, slot: Any, request: MapRequest) -> Any:
+        return super().value(slot, request)._replace(formula=["as", "it", "is"])
+
+
+@breaks("formulas_can_be_compared", "another one each time")
+class NewFormulaEachTime(Plain):
+    def value(self, slot: Any, request: MapRequest) -> Any:
+        return super().value(slot, request)._replace(formula=object())

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import refitkit
-from refitkit.model import StageStarted, TensorInfo, VerificationResult
+from refitkit.model import OutputMeasure, StageStarted, TensorInfo, VerificationResult
 from refitkit.protocols import Made, Mapped, PlanDraft, SlotValue, WeightGroup
 from refitkit.recipe import TensorMap
 from tests.fakes import (
@@ -213,6 +213,11 @@ VERIFIERS = {
     "None": lambda: verifier(None),
     "a dict": lambda: verifier({"ok": True}),
     "unchecked": lambda: verifier(VerificationResult.model_construct(ok=True, measures=5)),
+    "contradicts itself": lambda: verifier(
+        VerificationResult(
+            verifier="acme's", ok=True, measures=(OutputMeasure(name="y", ok=False),)
+        )
+    ),
     "half": lambda: verifier(VerificationResult.model_construct(ok=True)),
     "of another": lambda: verifier(SimpleNamespace(ok=True, measures=(), note="", verifier="x")),
     "no prepare": lambda: items("refitkit_verifiers", Verifier(None)),  # type: ignore[arg-type]

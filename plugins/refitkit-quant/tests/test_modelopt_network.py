@@ -143,8 +143,9 @@ def test_a_scale_without_its_weight(network, with_scheme, partial, scheme, name)
 
 def test_a_weight_without_its_scale_and_without_a_scheme(network, with_scheme):
     weights = {"a.weight": network.modelopt.floats(1).a.weight}
+    plan = network.compiled.plan.noting(attached={})
     with pytest.raises(WeightMismatchError) as info:
-        with_scheme(None).refit(network.compiled, weights, partial=True)
+        with_scheme(None).refit(network.compiled, weights, plan=plan, partial=True)
     (problem,) = (p for p in info.value.problems if p.kind == "weight without scale")
     assert (problem.subject, problem.wanted) == ("a.weight", AMAX)
 

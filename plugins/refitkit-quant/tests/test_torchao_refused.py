@@ -137,8 +137,24 @@ def test_another_torchao_may_round_otherwise(int8, same, monkeypatch, version, r
 
 
 def test_without_a_scheme_float_names_are_strange(int8, with_scheme, same):
-    before = int8.slots()
+    before, plan = int8.slots(), int8.compiled.plan.noting(attached={})
     with pytest.raises(WeightMismatchError) as info:
-        with_scheme(None).refit(int8.compiled, int8.floats(1).state_dict())
+        with_scheme(None).refit(int8.compiled, int8.floats(1).state_dict(), plan=plan)
     assert same(int8.slots(), before)
     assert (FLOAT, "unexpected") in {(p.subject, p.kind) for p in info.value.problems}
+
+
+def test_a_plan_with_a_wrong_scheme(int8, with_scheme, same):
+    before = int8.slots()
+    plan = int8.compiled.plan.noting(attached={"quant": {"weights": [{"tool": "mine"}]}})
+    with pytest.raises(ConfigError, match="scheme that the plan keeps is invalid") as info:
+        with_scheme(None).refit(int8.compiled, int8.floats(1).state_dict(), plan=plan)
+    assert same(int8.slots(), before)
+    assert info.value.problems[0].subject == "weights.0"
+
+
+def test_the_error_names_the_float_weight(int8, same):
+    weights = int8.floats(1).state_dict()
+    del weights[FLOAT]
+    found = problems_with(int8, weights, same)
+    assert found[VALUES, "missing"].hint.startswith(f"pass {FLOAT!r} in float32: it is quantized;")

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import math
 
-from refitkit.cli.report import most_changed, transform_lines
-from refitkit.model import ChangeRow, OutputMeasure, RefitReport, TransformRow
+from refitkit.cli.report import most_changed, transform_lines, verdict
+from refitkit.model import (
+    ChangeRow,
+    Metric,
+    OutputMeasure,
+    RefitReport,
+    TransformRow,
+    VerificationResult,
+)
 
 
 def row(transform: str, *errors: tuple[str, float], gives: int = 2) -> TransformRow:
@@ -38,6 +45,25 @@ def test_an_error_without_a_limit_is_told_too() -> None:
     measure = OutputMeasure(name="a", ok=True, max_abs_error=0.1)
     found = report(row("int8").model_copy(update={"measures": (measure,)}))
     assert transform_lines(found) == ["2 weights by int8, largest error 0.1 in a"]
+
+
+def test_the_worst_of_each_metric_is_told() -> None:
+    def measure(name: str, cosine: float, noise: float) -> OutputMeasure:
+        metrics = (
+            Metric(name="cosine", value=cosine, limit=0.9, at_least=True),
+            Metric(name="noise", value=noise),
+        )
+        return OutputMeasure(name=name, ok=all(m.ok for m in metrics), metrics=metrics)
+
+    measures = (measure("a", 0.95, 2.0), measure("b", 0.8, 1.0), measure("c", 0.99, 3.0))
+    found = report(row("int8").model_copy(update={"measures": measures}))
+    told = "cosine 0.8, at least 0.9, noise 3"
+    assert transform_lines(found) == [f"2 weights by int8, {told}"]
+    result = VerificationResult(verifier="cosine", ok=False, measures=measures, note="3 outputs")
+    assert verdict(result) == f"cosine: 3 outputs, {told}"
+    mixed = (*measures, OutputMeasure(name="d", ok=True, max_abs_error=0.5, limit=1.0))
+    result = VerificationResult(verifier="cosine", ok=False, measures=mixed, note="4 outputs")
+    assert verdict(result) == f"cosine: 4 outputs, largest error 0.5, limit 1, {told}"
 
 
 def moved(*rows: tuple[str, float, float], sampled: bool = False) -> list[str]:

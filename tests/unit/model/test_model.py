@@ -15,6 +15,7 @@ from refitkit.model import (
     EngineMemory,
     Leaf,
     LeafKind,
+    Metric,
     OutputMeasure,
     PlanData,
     RefitReport,
@@ -178,6 +179,39 @@ def test_the_largest_error_of_a_result() -> None:
     errors = [OutputMeasure(name="x", ok=True, max_abs_error=e) for e in (1.0, 3.0, 2.0)]
     assert VerificationResult(verifier="v", ok=True, measures=tuple(errors)).max_abs_error == 3.0
     assert VerificationResult(verifier="v", ok=True).max_abs_error == 0.0
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "at_least", "passes", "text"),
+    [
+        (0.98, 0.99, True, False, "cosine 0.98, at least 0.99"),
+        (0.99, 0.99, True, True, "cosine 0.99, at least 0.99"),
+        (0.98, 0.99, False, True, "cosine 0.98, at most 0.99"),
+        (1.5, 1, False, False, "cosine 1.5, at most 1"),
+        (float("nan"), 0, True, False, "cosine nan, at least 0"),
+        (float("nan"), 0, False, False, "cosine nan, at most 0"),
+        (float("nan"), None, False, True, "cosine nan"),
+    ],
+)
+def test_a_metric_is_held_against_its_limit(
+    value: float, limit: float | None, at_least: bool, passes: bool, text: str
+) -> None:
+    metric = Metric(name="cosine", value=value, limit=limit, at_least=at_least)
+    assert (metric.ok, str(metric)) == (passes, text)
+    measure = OutputMeasure(name="y", ok=passes, metrics=(metric,))
+    again = OutputMeasure.model_validate_json(measure.model_dump_json())
+    assert repr(again) == repr(measure)
+    assert measure.why == ("" if passes else text)
+    if not passes:
+        with pytest.raises(ValueError, match="outside its limit: cosine"):
+            OutputMeasure(name="y", ok=True, metrics=(metric,))
+
+
+def test_a_failure_has_its_note_and_its_metrics() -> None:
+    metrics = (Metric(name="a", value=1, limit=0), Metric(name="b", value=1, limit=2))
+    measure = OutputMeasure(name="y", ok=False, note="too far", metrics=metrics)
+    assert measure.failed == metrics[:1]
+    assert measure.why == "too far; a 1, at most 0"
 
 
 def test_events_are_values() -> None:

@@ -14,6 +14,7 @@ import torch
 from refitkit.errors import (
     EngineError,
     NotRefittableError,
+    PluginError,
     RefitError,
     SourceError,
     UnmappedSlotError,
@@ -488,6 +489,92 @@ def test_values_of_other_strategies_are_always_written() -> None:
     strategy.serves = set()
     assert scene.refit(weights(1.0, 1)) == {"e0.bias"}
     assert scene.refit(weights(1.0, 1)) == set()
+
+
+class WithFormula(Strategy):
+    """Serves ``e0.bias`` as the double of ``b``, with a formula."""
+
+    def __init__(self, formula: Any = "double") -> None:
+        super().__init__("mine", {"e0.bias"}, priority=1)
+        self.formula, self.sources = formula, ("b",)
+        self.answer = lambda request: Mapped(
+            {
+                row.slot.key: SlotValue(
+                    row.slot,
+                    "mine",
+                    self.sources,
+                    lambda: 2 * request.source.get("b"),
+                    formula=self.formula,
+                )
+                for row in request.wanted
+                if row.slot.name == "e0.bias"
+            }
+        )
+
+
+def doubled(strategy: Strategy, **facts: Any) -> Scene:
+    """A scene in which the plan does not know of ``e0.bias``, and the strategy does."""
+    module = make_module(1)
+    plan = plan_for(module)
+    unknown = LedgerRow(slot=plan.ledger[1].slot, state=SlotState.UNMAPPED, reason="nobody knows")
+    leaves = [plan.data.leaves[0], leaf_for(make_slot("b"))]
+    leaves[1] = leaves[1].model_copy(update=facts)
+    return Scene(module, make_plan([plan.ledger[0], unknown], leaves=leaves), Strategies(strategy))
+
+
+OF_FORMULA = {"e0.weight": torch.ones(2, 3), "b": torch.ones(2)}
+
+
+def test_a_value_with_a_formula_is_written_only_if_its_sources_changed() -> None:
+    strategy = WithFormula()
+    scene = doubled(strategy)
+    assert scene.refit(OF_FORMULA) == {"e0.weight", "e0.bias"}
+    assert scene.refit(OF_FORMULA) == set()
+    assert scene.report is not None
+    rows = {row.slot: row.reason for row in scene.report.ledger}
+    assert rows["e0.bias"].startswith("unchanged")
+    assert scene.refit({**OF_FORMULA, "e0.weight": torch.zeros(2, 3)}) == {"e0.weight"}
+    assert scene.refit({**OF_FORMULA, "b": 3 * torch.ones(2)}) == {"e0.weight", "e0.bias"}
+    assert scene.holds()["e0.bias"].tolist() == [6.0, 6.0]
+    # a verdict reads the values of unchanged slots, too
+    assert scene.refit({**OF_FORMULA, "b": 3 * torch.ones(2)}, verify="weights") == set()
+    strategy.formula = "another one"
+    assert scene.refit({**OF_FORMULA, "b": 3 * torch.ones(2)}) == {"e0.bias"}
+    assert scene.refit({**OF_FORMULA, "b": 3 * torch.ones(2)}) == set()
+
+
+def test_a_formula_is_forgotten_where_something_else_wrote() -> None:
+    scene = doubled(WithFormula())
+    scene.refit(OF_FORMULA)
+    scene.refit({**OF_FORMULA, "b": torch.zeros(2)}, delta=False)
+    assert scene.refit(OF_FORMULA) == {"e0.weight", "e0.bias"}
+    with suppress(RefitError):
+        scene.refit({**OF_FORMULA, "b": torch.zeros(2)}, **WRONG)
+    assert scene.refit(OF_FORMULA) == set()
+    assert scene.holds()["e0.bias"].tolist() == [2.0, 2.0]
+
+
+def test_formulas_that_say_not_enough() -> None:
+    """Without sources a value may follow from all weights; calls may write a buffer."""
+    strategy = WithFormula()
+    strategy.sources = ()
+    scene = doubled(strategy)
+    scene.refit(OF_FORMULA)
+    assert scene.refit(OF_FORMULA) == {"e0.bias"}
+    scene = doubled(WithFormula(), mutated=True)
+    scene.refit(OF_FORMULA)
+    assert scene.refit(OF_FORMULA) == {"e0.bias"}
+    scene = doubled(WithFormula(None))
+    scene.refit(OF_FORMULA)
+    assert scene.refit(OF_FORMULA) == {"e0.bias"}
+
+
+def test_a_formula_that_cannot_be_compared_is_refused() -> None:
+    scene = doubled(WithFormula(["double"]))
+    before = scene.holds()
+    with pytest.raises(PluginError, match=r"'mine' of the plugin.*formula that is not hashable"):
+        scene.refit(OF_FORMULA)
+    assert same_state(scene.holds(), before)
 
 
 def guarded() -> tuple[FakeModule, RefitPlan]:

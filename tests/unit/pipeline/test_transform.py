@@ -15,7 +15,7 @@ from refitkit.errors import (
     VerificationError,
     WeightMismatchError,
 )
-from refitkit.model import OutputMeasure, TensorInfo
+from refitkit.model import Metric, OutputMeasure, TensorInfo
 from refitkit.pipeline import Pipeline, transform
 from refitkit.protocols import Made, MadeOf, TransformRequest, WeightGroup
 from refitkit.recipe import TensorMap
@@ -180,6 +180,21 @@ def test_in_part_and_by_delta() -> None:
     third = pipeline.refit(compiled, {**OTHER, "w": FLOATS["w"]}, delta=True).report
     assert third.slots_written == 3
     assert same_state(holds(module), {**quantized(FLOATS["w"]), "b": OTHER["b"]})
+
+
+def test_a_metric_outside_its_limit_fails_the_refit() -> None:
+    class Noisy(Quantizer):
+        def make(self, value: torch.Tensor) -> Made:
+            metric = Metric(name="SQNR in dB", value=12.5, limit=20.0, at_least=True)
+            measure = OutputMeasure(name="w.q", ok=metric.ok, metrics=(metric,))
+            return Made(quantized(value), (measure,))
+
+    module = module_of(FLOATS["w"])
+    pipeline = pipeline_with(Noisy())
+    compiled, before = compiled_by(pipeline, module), holds(module)
+    with pytest.raises(VerificationError, match=r"SQNR in dB 12\.5, at least 20"):
+        pipeline.refit(compiled, OTHER)
+    assert same_state(holds(module), before)
 
 
 def test_a_transform_is_told_what_is_asked() -> None:

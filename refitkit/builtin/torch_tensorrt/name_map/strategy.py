@@ -135,12 +135,19 @@ def value_of(slot: Slot, proof: SlotProof, request: MapRequest) -> SlotValue | s
             return mismatch
         names[role] = name
     sources = tuple(dict.fromkeys(names.values()))
+    role = proof.operand.use.role
     # only folded batch norms are computed; every other proved slot is the tensor itself
-    if proof.operand.use.role not in {"scale", "shift"}:
-        return SlotValue(
-            slot, NAME, sources, _UnchangedTensor(slot, request.source, *sources), identity=True
-        )
-    return SlotValue(slot, NAME, sources, _FoldedBatchNorm(slot, request.source, names, proof))
+    if role not in {"scale", "shift"}:
+        load = _UnchangedTensor(slot, request.source, *sources)
+        return SlotValue(slot, NAME, sources, load, identity=True, formula=role)
+    leaves = tuple(sorted((role, leaf.fqn) for role, leaf in proof.leaves.items()))
+    return SlotValue(
+        slot,
+        NAME,
+        sources,
+        _FoldedBatchNorm(slot, request.source, names, proof),
+        formula=(role, proof.operand.eps, leaves),
+    )
 
 
 def _name_in(source: WeightSource, leaf: Leaf, plan: PlanData) -> str | None:
