@@ -26,7 +26,4 @@ class GateStrategy:
 
 
 def _value(slot: Slot, source: WeightSource, fqn: str) -> SlotValue:
-    # the formula lets a refit with ``delta`` skip a gate whose weight did not change
-    return SlotValue(
-        slot, GateStrategy.name, (fqn,), lambda: gates(source.get(fqn)), formula="gates"
-    )
+    return SlotValue(slot, GateStrategy.name, (fqn,), lambda: gates(source.get(fqn)))
