@@ -13,7 +13,7 @@ Optional abilities are protocols of their own. refitkit checks for their members
 * engines: :class:`SupportsReadback`, :class:`RemembersWeights`, :class:`ChecksFinite`,
   :class:`SupportsPartial`,
   :class:`SupportsOverwrite`, :class:`SupportsSpareBuffer`, :class:`HoldsPrevious`,
-  :class:`SupportsWarming`, :class:`TellsRoute`;
+  :class:`StagesGradually` (with :class:`Filling`), :class:`SupportsWarming`, :class:`TellsRoute`;
 * staged refits: :class:`ShowsStaged`;
 * opened modules: :class:`Offline`, :class:`LowersPrecision`, :class:`OpensStaged`,
   :class:`OrdersCalls`, :class:`ProbesFromState`, :class:`Rebuilds`, :class:`ServesSideBySide`,
@@ -28,11 +28,13 @@ from refitkit.protocols.backends import Backend, HoldsValues, KnowsPlanKey, Plan
 from refitkit.protocols.engines import (
     ChecksFinite,
     Engine,
+    Filling,
     HoldsPrevious,
     RemembersWeights,
     ShowsStaged,
     SlotValue,
     StagedRefit,
+    StagesGradually,
     SteadyValues,
     SupportsOverwrite,
     SupportsPartial,
@@ -88,6 +90,7 @@ __all__ = [
     "ChecksFinite",
     "Engine",
     "ExplainsMissing",
+    "Filling",
     "GivesAway",
     "GivesPieces",
     "HasNamings",
@@ -123,6 +126,7 @@ __all__ = [
     "ShowsStaged",
     "SlotValue",
     "StagedRefit",
+    "StagesGradually",
     "SteadyValues",
     "SupportsOverwrite",
     "SupportsPartial",

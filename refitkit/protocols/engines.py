@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, overload, runtime_checka
 from refitkit.protocols.ability import Ability
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 
     import torch
 
@@ -277,6 +277,54 @@ class SupportsPartial(Protocol, metaclass=Ability):
             NotRefittableError: The engine cannot keep the values of the other slots. A refit with
                 ``delta=True`` then stages all slots.
         """
+
+
+@runtime_checkable
+class StagesGradually(Protocol, metaclass=Ability):
+    """An engine that can stage values as they arrive, while calls of the module go on.
+
+    A receiver of live updates needs it: the memory of each bucket is then free again at once. For
+    other engines it keeps all buckets until the last one has arrived.
+    """
+
+    def begin_staging(self, slots: Collection[str]) -> Filling:
+        """Prepare to stage values for some slots, in any order.
+
+        Called instead of ``Engine.stage``. What was staged before is committed or discarded by
+        then. If it raises, the live weights are unchanged.
+
+        Args:
+            slots: Names of the slots that will get a value, each once. All other slots keep their
+                live values, as in ``SupportsPartial.stage_partial``.
+
+        Raises:
+            NotRefittableError: The engine cannot keep the values of the other slots.
+        """
+
+
+class Filling(Protocol, metaclass=Ability):
+    """Values of one engine that are being staged.
+
+    refitkit calls ``add`` until all slots have a value, and then ``finish``; or ``discard`` at any
+    time. All calls come from one thread.
+    """
+
+    def add(self, values: Sequence[SlotValue]) -> None:
+        """Load and copy values, like ``Engine.stage``: the caller frees them afterwards.
+
+        Args:
+            values: Values of slots that have none yet.
+
+        Raises:
+            WeightMismatchError: A value has another dtype or shape than its slot. It lists all.
+            Exception: Any exception of ``SlotValue.load``.
+        """
+
+    def finish(self) -> StagedRefit:
+        """Return the staged refit. All slots have their values."""
+
+    def discard(self) -> None:
+        """Drop all values. The live values stay. Its errors are ignored."""
 
 
 @runtime_checkable

@@ -209,30 +209,32 @@ class PublishingEngine(LibraryEngine):
     # -- staging ------------------------------------------------------------------------------
 
     def _stage(self, values: Sequence[SlotValue]) -> StagedSet:
+        filling = self.begin_staging([value.slot.name for value in values])
+        filling.add(values)
+        return filling.finish()
+
+    def begin_staging(self, slots: Collection[str]) -> FillingSet:
+        """Prepare to stage some slots; see ``refitkit.protocols.StagesGradually``.
+
+        Raises:
+            EngineError: A donor has written to a slot that keeps its value.
+        """
         live = self._current.weights
-        names = [value.slot.name for value in values]
-        kept = self._slots.keys() - set(names)
+        kept = self._slots.keys() - set(slots)
         live.require_untouched(kept)
-        memory = self._reusable()
-        tensors, made = dict(live.tensors), set(live.made)
-        taken = {name: version for name, version in live.taken.items() if name in kept}
+        filling = FillingSet(self, live, slots, self._reusable())
+        # calls write them, so each set has its own; the commit copies their values
         with torch.no_grad():
-            for value in values:
-                name = value.slot.name
-                tensors[name], is_made = self._placed(value, live.tensors[name], memory.get(name))
-                (made.add if is_made else made.discard)(name)
-                if not is_made:
-                    taken[name] = _version_of(tensors[name])
-            # calls write them, so each set has its own; the commit copies their values
-            for name in self._mutable & kept:
-                own = _into(memory.get(name), live.tensors[name])
-                tensors[name] = own.copy_(live.tensors[name])
+            filling.copy_live(self._mutable & kept)
+        return filling
+
+    def seal(self, weights: WeightSet) -> Live:
+        """Return a container for a new set, once all copies to it have ended."""
         # Copies to a GPU may be pending, and their sources belong to the caller.
         self.drain()
-        staged = self._filled(WeightSet(tensors, frozenset(made), taken))
-        return StagedSet(self, staged, names)
+        return self._filled(weights)
 
-    def _placed(
+    def placed(
         self, value: SlotValue, live: torch.Tensor, memory: torch.Tensor | None
     ) -> tuple[torch.Tensor, bool]:
         """Return a value where it will serve, and whether this engine made that memory.
@@ -348,6 +350,56 @@ class PublishingEngine(LibraryEngine):
             freed.pop(id(tensor), None)
         self._spare, self._older, self._has_previous = None, [], False
         return sum(freed.values())
+
+
+class FillingSet:
+    """A set that gets its values one after another; see ``refitkit.protocols.Filling``."""
+
+    def __init__(
+        self,
+        engine: PublishingEngine,
+        live: WeightSet,
+        slots: Collection[str],
+        memory: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Create the handle; ``PublishingEngine`` calls this.
+
+        Args:
+            engine: Engine that stages.
+            live: The live set.
+            slots: Slots that will get a value.
+            memory: Memory that can be written to, by slot.
+        """
+        self._engine, self._live, self._memory = engine, live, memory
+        self._slots = tuple(slots)
+        self._tensors, self._made = dict(live.tensors), set(live.made)
+        self._taken = {n: version for n, version in live.taken.items() if n not in slots}
+
+    def copy_live(self, names: Collection[str]) -> None:
+        """Copy live values, so that the set has memory of its own for these slots."""
+        for name in names:
+            own = _into(self._memory.get(name), self._live.tensors[name])
+            self._tensors[name] = own.copy_(self._live.tensors[name])
+
+    def add(self, values: Sequence[SlotValue]) -> None:
+        """Place values where they will serve."""
+        with torch.no_grad():
+            for value in values:
+                name = value.slot.name
+                self._tensors[name], is_made = self._engine.placed(
+                    value, self._live.tensors[name], self._memory.get(name)
+                )
+                (self._made.add if is_made else self._made.discard)(name)
+                if not is_made:
+                    self._taken[name] = _version_of(self._tensors[name])
+
+    def finish(self) -> StagedSet:
+        """Return the set in a container."""
+        weights = WeightSet(self._tensors, frozenset(self._made), self._taken)
+        return StagedSet(self._engine, self._engine.seal(weights), self._slots)
+
+    def discard(self) -> None:
+        """Do nothing: the memory goes with this object."""
 
 
 class StagedSet:
