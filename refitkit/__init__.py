@@ -32,11 +32,13 @@ if TYPE_CHECKING:
         ToolchainError,
         UnmappedSlotError,
         UnsupportedTargetError,
+        UpdateStateError,
         VerificationError,
         WeightMismatchError,
     )
     from refitkit.hookspecs import hookimpl
-    from refitkit.model import DiffReport, RefitReport, VerificationResult
+    from refitkit.live import WeightReceiver
+    from refitkit.model import DiffReport, RefitReport, UpdateManifest, VerificationResult
     from refitkit.pipeline import CompiledModule, Pipeline, RefitResult, RefitResults
     from refitkit.recipe import RefitPlan
 
@@ -64,11 +66,13 @@ _HOMES = {
         "ToolchainError",
         "UnmappedSlotError",
         "UnsupportedTargetError",
+        "UpdateStateError",
         "VerificationError",
         "WeightMismatchError",
     ),
     "refitkit.hookspecs": ("hookimpl",),
-    "refitkit.model": ("DiffReport", "RefitReport", "VerificationResult"),
+    "refitkit.live": ("WeightReceiver",),
+    "refitkit.model": ("DiffReport", "RefitReport", "UpdateManifest", "VerificationResult"),
     "refitkit.pipeline": ("CompiledModule", "Pipeline", "RefitResult", "RefitResults"),
     "refitkit.recipe": ("RefitPlan",),
 }
@@ -101,9 +105,12 @@ __all__ = [
     "ToolchainError",
     "UnmappedSlotError",
     "UnsupportedTargetError",
+    "UpdateManifest",
+    "UpdateStateError",
     "VerificationError",
     "VerificationResult",
     "WeightMismatchError",
+    "WeightReceiver",
     "WeightedAverage",
     "__version__",
     "compile",

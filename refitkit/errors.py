@@ -183,6 +183,10 @@ class RefitInProgressError(RefitError):
     """A refit was started from inside a refit of the same module."""
 
 
+class UpdateStateError(RefitError):
+    """A receiver of live updates cannot do this in its present state. Nothing was changed."""
+
+
 class DeadlockError(RefitError):
     """Threads would wait for one another's modules forever, so this thread does not wait.
 

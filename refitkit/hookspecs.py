@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         Verifier,
         WeightSource,
         WeightTransform,
+        WeightTransport,
     )
 
 PROJECT = "refitkit"
@@ -201,6 +202,24 @@ def refitkit_weight_transforms(config: Config) -> Iterable[WeightTransform]:
 
     Returns:
         The transforms.
+
+    Raises:
+        ConfigError: The plugin's settings cannot be used.
+    """
+
+
+@hookspec
+def refitkit_weight_transports(config: Config) -> Iterable[WeightTransport]:
+    """Return transports, by which the weights of live updates reach this process. Kind: all.
+
+    Called once for each pipeline, when a receiver opens a transport. ``init_info`` names one. Two
+    transports of one name raise a ``PluginError`` that names both plugins.
+
+    Args:
+        config: Settings of the pipeline; a plugin finds its own in ``config.plugin_settings``.
+
+    Returns:
+        The transports.
 
     Raises:
         ConfigError: The plugin's settings cannot be used.

@@ -44,6 +44,7 @@ BUILTINS = (
     "checks",
     "rules",
     "strategies",
+    "transports",
     "verify",
     "aotinductor",
     "torch_tensorrt",

@@ -19,6 +19,7 @@ from refitkit.protocols import (
     OpenedModule,
     Verifier,
     WeightTransform,
+    WeightTransport,
 )
 from refitkit.protocols.ability import Ability, missing_methods
 
@@ -28,6 +29,7 @@ OFFERS: Mapping[str, tuple[str, type]] = {
     "refitkit_mapping_strategies": ("strategy", MappingStrategy),
     "refitkit_verifiers": ("verifier", Verifier),
     "refitkit_weight_transforms": ("transform", WeightTransform),
+    "refitkit_weight_transports": ("transport", WeightTransport),
     "refitkit_layer_types": ("layer type", LayerType),
     "refitkit_register_backends": ("backend", Backend),
 }

@@ -57,6 +57,7 @@ from refitkit.model.report import (
 )
 from refitkit.model.rules import Pack, Rename, Rules
 from refitkit.model.slot import ITEM_BYTES, LayerType, Slot, SlotKey, TensorInfo
+from refitkit.model.update import UpdateEntry, UpdateManifest
 
 __all__ = [
     "FORMAT",
@@ -108,6 +109,8 @@ __all__ = [
     "TensorInfo",
     "TorchName",
     "TransformRow",
+    "UpdateEntry",
+    "UpdateManifest",
     "Value",
     "VerificationResult",
     "fingerprint_of_slots",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 import xxhash
 
+from refitkit.program.dtypes import dtype_name
 from refitkit.protocols import KnowsRevisions, SupportsPartial
 from refitkit.recipe.foreign import info_of
 from refitkit.recipe.plan import STRATEGY
@@ -239,7 +240,13 @@ def digest_of(name: str, source: WeightSource) -> str:
     info = info_of(source, name)
     if info.unusable:
         return f"unusable: {info.unusable}"
+    return digest_of_tensor(source.get(name))
+
+
+def digest_of_tensor(tensor: torch.Tensor) -> str:
+    """Dtype, shape and a 128-bit hash of a tensor's bytes in logical order, as one text."""
     # Two views with equal elements must have equal digests for all layouts and lazy bits.
-    value = source.get(name).detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    value = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     raw = value.view(torch.uint8).numpy().data if value.numel() else b""
-    return f"{info.dtype} {info.shape} {xxhash.xxh3_128_hexdigest(raw)}"
+    kind, shape = dtype_name(tensor.dtype), tuple(tensor.shape)
+    return f"{kind} {shape} {xxhash.xxh3_128_hexdigest(raw)}"

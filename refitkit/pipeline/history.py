@@ -60,6 +60,7 @@ class WeightState:
 
     Attributes:
         version: 0 as compiled or loaded, one more with every committed refit.
+        label: The caller's name of the weights; empty if nobody has given them one.
         source: Description of the weights.
         live: The sources of each slot's value, if the last refit was one with ``delta``.
         overridden: Leaves that no state_dict holds and that a refit gave another value than the
@@ -68,15 +69,17 @@ class WeightState:
     """
 
     version: int = 0
+    label: str = ""
     source: str = FIRST
     live: LiveSources | None = None
     overridden: frozenset[str] = frozenset()
     history: History = field(default_factory=lambda: History())  # noqa: PLW0108 - defined below
 
     @classmethod
-    def first(cls, overridden: frozenset[str]) -> WeightState:
+    def first(cls, overridden: frozenset[str], label: str = "") -> WeightState:
         """The state of a module that was just opened."""
-        return cls(overridden=overridden, history=History(overridden=overridden))
+        history = History(overridden=overridden, label=label)
+        return cls(label=label, overridden=overridden, history=history)
 
     def elsewhere(
         self, version: int, slots: Iterable[SlotKey], overridden: frozenset[str]
@@ -88,8 +91,12 @@ class WeightState:
             slots: All slots; the other process may have written any of them.
             overridden: All leaves that it may have overridden.
         """
+        first = self.history.first
         history = History(
-            base_lost=BY_OTHERS, written=frozenset(slots), overridden=self.history.overridden
+            base_lost=BY_OTHERS,
+            written=frozenset(slots),
+            overridden=first.overridden,
+            label=first.label,
         )
         source = "weights of another process"
         return WeightState(version=version, source=source, overridden=overridden, history=history)
@@ -148,6 +155,7 @@ class History:
         written: All slots that were ever written.
         plan: The plan of the newest refit.
         overridden: ``WeightState.overridden`` of version 0.
+        label: ``WeightState.label`` of version 0.
     """
 
     records: tuple[Record, ...] = ()
@@ -156,6 +164,12 @@ class History:
     written: frozenset[SlotKey] = frozenset()
     plan: RefitPlan | None = None
     overridden: frozenset[str] = frozenset()
+    label: str = ""
+
+    @property
+    def first(self) -> WeightState:
+        """The state of version 0, without its history."""
+        return WeightState(label=self.label, overridden=self.overridden)
 
     @property
     def nbytes(self) -> int:
@@ -227,7 +241,7 @@ class History:
             aliases = frozenset(key for key, v in values.items() if id(v) not in copies)
             return RestorePoint(values, later[0].before, aliases)
         if version == 0 and not self.base_lost:
-            return RestorePoint(self.base, WeightState(overridden=self.overridden))
+            return RestorePoint(self.base, self.first)
         return None
 
     def not_restorable(self, version: int, rows: Iterable[KeptWeights]) -> NotRefittableError:

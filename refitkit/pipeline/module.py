@@ -212,6 +212,20 @@ class CompiledModule:
         return self._state.version if shared is None else shared.version
 
     @property
+    def pipeline(self) -> Verbs:
+        """The pipeline that opened the module."""
+        return self._verbs
+
+    @property
+    def label(self) -> str:
+        """The caller's name of the weights that are live; empty if they have none.
+
+        A receiver of updates gives it, saved modules keep it, and ``undo`` and ``restore`` bring
+        the label of then back. Other refits clear it.
+        """
+        return self.state.label
+
+    @property
     def kept(self) -> tuple[KeptWeights, ...]:
         """Earlier weights that ``restore`` can restore, and the bytes that keeping them costs."""
         origin = self.origin if self._is_read_from_origin else None

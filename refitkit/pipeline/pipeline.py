@@ -14,6 +14,7 @@ from refitkit.pipeline.context import Context
 from refitkit.pipeline.diff import Differ
 from refitkit.pipeline.module import CompiledModule, RefitResult, RefitResults
 from refitkit.pipeline.planning import Compiler
+from refitkit.pipeline.receive import receive
 from refitkit.pipeline.refit import get_ready, refit_task, refit_tasks, run
 from refitkit.pipeline.restore import RestoreRequest, as_versions, restore_task
 from refitkit.pipeline.targets import (
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from refitkit.config import Config
     from refitkit.host import Host
     from refitkit.model import DiffReport, VerificationResult
+    from refitkit.pipeline.receive import Delivery, Part
     from refitkit.pipeline.refit import Task
     from refitkit.protocols import Backend, SharedMemory, WeightSource
     from refitkit.recipe import RefitPlan
@@ -297,6 +299,34 @@ class Pipeline:
             "donate": donate,
         }
         return self._run([refit_task(self.context, compiled, weights, options)])[0]
+
+    @_as_operation("The update failed")
+    def receive(
+        self,
+        parts: Sequence[Part],
+        delivery: Delivery,
+        *,
+        inputs: Any = None,
+        reference: Any = None,
+        verify: str | None = None,
+    ) -> RefitResults:
+        """Refit modules to weights that arrive in buckets, for :class:`refitkit.WeightReceiver`.
+
+        Args:
+            parts: The modules.
+            delivery: How the weights come.
+            inputs: As for ``refit``.
+            reference: As for ``refit``.
+            verify: As for ``refit``.
+
+        Raises:
+            RefitError: As for ``refit``.
+        """
+        drafts = receive(
+            self.context, parts, delivery, inputs=inputs, reference=reference, verify=verify
+        )
+        pairs = zip(parts, drafts, strict=True)
+        return RefitResults(RefitResult(part.compiled, draft, self) for part, draft in pairs)
 
     @_as_operation("The modules cannot be refitted")
     def refit_all(self, modules: Iterable[Sequence[Any]], **options: Any) -> RefitResults:

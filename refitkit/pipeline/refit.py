@@ -212,6 +212,7 @@ class RefitRequest(VerifyOptions):
     """A user's request for one refit; see :func:`refitkit.refit` for the meanings."""
 
     weights: object
+    label: str = ""
     plan: RefitPlan | None = None
     partial: bool = False
     delta: bool = False
@@ -220,7 +221,7 @@ class RefitRequest(VerifyOptions):
     donate: bool = False
 
 
-_OPTIONS = frozenset(field.name for field in fields(RefitRequest)) - {"weights"}
+_OPTIONS = frozenset(field.name for field in fields(RefitRequest)) - {"weights", "label"}
 
 
 def refit_task(
@@ -352,9 +353,7 @@ class RefitTask:
             delta=request.delta,
         )
         with clock.stage("load"):
-            source = for_one_refit(
-                self._context, request.weights, rollback=request.rollback, donate=request.donate
-            )
+            source = self._open()
             plan = self._bound_plan()
             # asked of the given source: a transformed one does not list the entries it leaves out
             draft.left_out = find_left_out(plan, source, self._context.config.rules.wrappers)
@@ -363,6 +362,7 @@ class RefitTask:
             if isinstance(source, Transformed):
                 draft.transforms = source.rows
             draft.source = source.description
+            self._source = source
             last = self._last_mapping(plan, source)
         if request.delta:
             with clock.stage("compare"):
@@ -396,6 +396,11 @@ class RefitTask:
             name_weights=lambda: self._check_weights(plan, source, deferred=frozenset()),
             done=self._keep_mapping,
         )
+
+    def _open(self) -> WeightSource:
+        """The weights as the user gave them."""
+        one = self._request
+        return for_one_refit(self._context, one.weights, rollback=one.rollback, donate=one.donate)
 
     @property
     def _repeatable(self) -> bool:
@@ -456,8 +461,7 @@ class RefitTask:
     ) -> None:
         """Check weights and mapping. A mapping that is known has passed its checks before."""
         partial, overwrite = self._request.partial, not self._request.rollback
-        deferred = mapping.entries_of(judging_engines(self._module, overwrite=overwrite))
-        self._check_weights(plan, source, deferred, same_headers=is_known)
+        self._check_weights(plan, source, self._deferred(mapping), same_headers=is_known)
         config = self._context.config
         check_abilities(self._module, partial=partial, overwrite=overwrite, config=config)
         if is_known:
@@ -478,6 +482,11 @@ class RefitTask:
         if self._delta is not None:
             with raised_as(SourceError, f"{source.description} cannot be compared"):
                 mapping.settle(self._delta.settled(mapping.values.values()))
+
+    def _deferred(self, mapping: SlotMapping) -> frozenset[str]:
+        """Names of the entries that are checked for finiteness where they are staged."""
+        overwrite = not self._request.rollback
+        return mapping.entries_of(judging_engines(self._module, overwrite=overwrite))
 
     def _check_weights(
         self,
@@ -528,4 +537,9 @@ class RefitTask:
         if self._delta is not None:
             # known by digest from now on, so the next delta can skip the slots that did not change
             live = self._delta.after(mapping.values, self._draft.version)
-        return WeightState(version=self._draft.version, live=live, overridden=self._overridden)
+        return WeightState(
+            version=self._draft.version,
+            label=self._request.label,
+            live=live,
+            overridden=self._overridden,
+        )

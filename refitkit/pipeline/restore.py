@@ -186,7 +186,7 @@ class RestoreTask:
                 hint="compiled.base names weights that restore() reads instead.",
             )
         self._second = second  # the values are aliases of its memory
-        return RestorePoint(values, WeightState(overridden=state.history.overridden))
+        return RestorePoint(values, state.history.first)
 
     def _mapping(self, plan: RefitPlan, point: RestorePoint) -> SlotMapping:
         """Values of the slots that changed since; the others of their engines are unchanged."""
@@ -250,4 +250,5 @@ def _copied(value: SlotValue) -> SlotValue:
 def _state_at(point: RestorePoint, version: int) -> WeightState:
     """The state of then, under a new version."""
     live = None if point.state.live is None else replace(point.state.live, version=version)
-    return WeightState(version=version, live=live, overridden=point.state.overridden)
+    then = point.state
+    return WeightState(version=version, label=then.label, live=live, overridden=then.overridden)

@@ -79,6 +79,15 @@ class Staged:
         what: StagedRefit = received(staged, StagedRefit, lambda: self._of(name, "stage()"))  # type: ignore[type-abstract]
         self._waiting.append((name, what))
 
+    def adopt(self, name: str, staged: StagedRefit) -> None:
+        """Take over values that were staged as they arrived.
+
+        Args:
+            name: Name of the engine.
+            staged: What it staged.
+        """
+        self._waiting.append((name, staged))
+
     def _of(self, engine: str, member: str) -> str:
         return f"{self._who()}: engines[{engine!r}].{member}"
 

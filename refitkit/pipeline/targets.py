@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 
 from refitkit.errors import (
     ConfigError,
+    PlanMismatchError,
     PluginError,
     RefitError,
     ResourceError,
@@ -179,6 +180,9 @@ def _with_missing_plugins(context: Context, target: object, exc: RefitError) -> 
 PLAN_MEMBER = "plan.refitplan"
 PROGRAM_MEMBER = "program.json"
 OVERRIDDEN_MEMBER = "overridden.json"
+LABEL_MEMBER = "label.txt"
+MAX_LABEL = 256
+"""Largest number of characters of a label."""
 
 
 def save_module(context: Context, compiled: CompiledModule, path: str | Path) -> None:
@@ -200,7 +204,33 @@ def _attachments_of(compiled: CompiledModule) -> dict[str, bytes]:
         attachments[PROGRAM_MEMBER] = compiled.program.to_bytes()
     if compiled.state.overridden:
         attachments[OVERRIDDEN_MEMBER] = encode_overridden(compiled.state.overridden)
+    if compiled.label:
+        attachments[LABEL_MEMBER] = compiled.label.encode()
     return attachments
+
+
+def _label_in(attached: Mapping[str, bytes]) -> str:
+    """The label of the weights of a saved module.
+
+    Raises:
+        PlanMismatchError: It is no line of text, or too long.
+    """
+    try:
+        label = bytes(attached.get(LABEL_MEMBER, b"")).decode()
+    except UnicodeDecodeError:
+        label = "\n"
+    if problem := wrong_label(label):
+        raise PlanMismatchError(f"The label of the module's weights cannot be read: {problem}.")
+    return label
+
+
+def wrong_label(label: object) -> str:
+    """What is wrong with a label; empty if nothing is."""
+    if not isinstance(label, str):
+        return f"it is a {type(label).__name__}, no text"
+    if len(label) > MAX_LABEL:
+        return f"it has {len(label)} characters, and may have {MAX_LABEL}"
+    return "" if label.isprintable() else "it is not one line of printable text"
 
 
 def _handle_on(context: Context, opened: OpenedModule, verbs: Verbs) -> CompiledModule:
@@ -211,14 +241,17 @@ def _handle_on(context: Context, opened: OpenedModule, verbs: Verbs) -> Compiled
     """
     attached = received_bytes(opened.attachments, lambda: f"{context.whose(opened)}: attachments")
     if PLAN_MEMBER not in attached:
-        return CompiledModule(opened, None, None, verbs)
+        compiled = CompiledModule(opened, None, None, verbs)
+        compiled.state = WeightState.first(frozenset(), _label_in(attached))
+        return compiled
     opener = weight_opener(context)
     plan = RefitPlan.from_bytes(attached[PLAN_MEMBER], "the plan of this module", opener)
     program = None
     if PROGRAM_MEMBER in attached:
         program = KeptProgram(attached[PROGRAM_MEMBER], plan.data.leaves, plan.data.ties)
     compiled = CompiledModule(opened, plan, program, verbs)
-    compiled.state = WeightState.first(decode_overridden(attached.get(OVERRIDDEN_MEMBER, b"[]")))
+    overridden = decode_overridden(attached.get(OVERRIDDEN_MEMBER, b"[]"))
+    compiled.state = WeightState.first(overridden, _label_in(attached))
     return compiled
 
 
@@ -245,7 +278,7 @@ def copy_of(context: Context, compiled: CompiledModule, verbs: Verbs) -> Compile
     opened = gate.refit(lambda: gate.call(lambda: reopened(context, compiled.opened)))
     copy = CompiledModule(opened, compiled.plan, compiled.program, verbs)
     copy.name = compiled.name
-    copy.state = WeightState.first(compiled.state.overridden)
+    copy.state = WeightState.first(compiled.state.overridden, compiled.label)
     return copy
 
 
@@ -274,14 +307,15 @@ def _attached(context: Context, backend: Backend, path: Path) -> Mapping[str, by
 
 
 def _described_plan(context: Context, backend: Backend, path: Path) -> Mapping[str, Any]:
-    """The plugins that the plan of a saved module needs, and its weights without a slot."""
+    """The label of a saved module's weights, and what its plan needs and does not reach."""
     attached = _attached(context, backend, path)
+    label = {"label": _label_in(attached)} if LABEL_MEMBER in attached else {}
     if PLAN_MEMBER not in attached:
-        return {}
+        return label
     data = RefitPlan.from_bytes(attached[PLAN_MEMBER], f"the plan of {str(path)!r}").data
     needs = [f"{need.kind} {need.name} of {describe_need(need)}" for need in data.needs]
     facts = {"needs": needs, "without_slot": dict(data.unreached)}
-    return {name: value for name, value in facts.items() if value}
+    return {**label, **{name: value for name, value in facts.items() if value}}
 
 
 def plan_in(context: Context, path: str | Path) -> RefitPlan:

@@ -35,7 +35,7 @@ from refitkit.pipeline.verify import problems_of
 from refitkit.protocols import OpensStaged, OrdersCalls, TellsRoute
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from refitkit.model import KeptWeights
     from refitkit.pipeline.context import Context
@@ -73,6 +73,7 @@ class Prepared:
         check_finite: Whether new values have to be finite wherever the present ones are.
         name_weights: Raises if weights do not fit; names them. Called if an engine refuses a slot.
         done: Called once, after the commit or the failure. Nothing is read after it.
+        received: Gives what engines staged as values arrived, by their names.
     """
 
     draft: ReportDraft
@@ -86,6 +87,7 @@ class Prepared:
     check_finite: bool = False
     name_weights: Callable[[], None] = lambda: None
     done: Callable[[], None] = lambda: None
+    received: Callable[[], Mapping[str, StagedRefit]] = dict
 
 
 class Transaction:
@@ -336,10 +338,15 @@ class ModuleTransaction:
     def _fill_keeping(self, keeping: Collection[str]) -> None:
         """Stage all values. Engines of these names keep the slots that have no value."""
         mapping, partial = self._mapping, self._prepared.partial
+        staged = self._prepared.received()
+        for name, one in staged.items():
+            self._staged.adopt(name, one)
         watched = None if self._finite is None else self._finite.watched(mapping.values)
         by_engine = mapping.by_engine if watched is None else grouped(watched)
         # those that keep some of their values come last, as they may refuse
         for name, values in sorted(by_engine.items(), key=lambda item: item[0] in keeping):
+            if name in staged:
+                continue
             self._staged.fill(
                 name,
                 values,
@@ -477,6 +484,7 @@ class ModuleTransaction:
             written=before.written | self._mapping.values.keys(),
             plan=self._prepared.plan,
             overridden=before.overridden,
+            label=before.label,
         )
 
     # -- rollback ----------------------------------------------------------------------------

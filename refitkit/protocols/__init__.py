@@ -5,6 +5,8 @@ objects. A refit opens a :class:`WeightSource`. :class:`WeightTransform` objects
 into weights of the program. :class:`MappingStrategy` objects return a :class:`SlotValue` for each
 slot. Each engine stages its values, then all engines commit. A :class:`Verifier` checks the result.
 
+A :class:`WeightTransport` brings the weights of live updates.
+
 :class:`Plan`, :class:`BindableProgram` and :class:`Tools` are what refitkit passes to plugins.
 
 Optional abilities are protocols of their own. refitkit checks for their members:
@@ -81,6 +83,7 @@ from refitkit.protocols.transforms import (
     WeightGroup,
     WeightTransform,
 )
+from refitkit.protocols.transports import TransportConnection, WeightTransport
 from refitkit.protocols.verifiers import Verifier, VerifyRequest
 
 __all__ = [
@@ -137,9 +140,11 @@ __all__ = [
     "TellsRoute",
     "Tools",
     "TransformRequest",
+    "TransportConnection",
     "Verifier",
     "VerifyRequest",
     "WeightGroup",
     "WeightSource",
     "WeightTransform",
+    "WeightTransport",
 ]

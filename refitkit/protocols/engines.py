@@ -321,7 +321,7 @@ class Filling(Protocol, metaclass=Ability):
         """
 
     def finish(self) -> StagedRefit:
-        """Return the staged refit. All slots have their values."""
+        """Return the staged refit, which shows its values (``ShowsStaged``). All slots have one."""
 
     def discard(self) -> None:
         """Drop all values. The live values stay. Its errors are ignored."""

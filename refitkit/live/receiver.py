@@ -1,0 +1,669 @@
+"""The receiver of live updates: its calls are those of vLLM's weight transfer, and two more.
+
+Read ``WeightReceiver`` first. Each update is one refit (``pipeline/receive.py``), which runs in a
+thread of its own from ``start_weight_update`` to the commit. The receiver's calls hand it buckets,
+and wait until each is staged. So an update holds the module as any refit does: another refit of the
+module waits for its end, and calls go on.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+
+import torch
+import xxhash
+from pydantic import ValidationError
+
+from refitkit.errors import (
+    ConfigError,
+    PluginError,
+    Problem,
+    RefitError,
+    UpdateStateError,
+    WeightMismatchError,
+    raised_as,
+)
+from refitkit.model import TensorInfo, UpdateManifest
+from refitkit.offered import owned, received
+from refitkit.pipeline.module import CompiledModule
+from refitkit.pipeline.receive import Delivery, Part
+from refitkit.pipeline.targets import wrong_label
+from refitkit.protocols import TransportConnection
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from refitkit.pipeline import Pipeline, RefitResults
+    from refitkit.protocols import WeightTransport
+
+_HOOK = "refitkit_weight_transports"
+_POLL = 0.05  # seconds between two looks at whether the thread of an update has ended
+
+State: TypeAlias = Literal["idle", "staging", "committing", "lost"]
+Modules: TypeAlias = "CompiledModule | Mapping[str, CompiledModule]"
+
+
+class _Abort(BaseException):
+    """Raised in the thread of an update to give it up. Its operation then ends as ``Aborted``."""
+
+
+@dataclass(frozen=True)
+class ReceiverStatus:
+    """What a receiver does, as plain facts.
+
+    Attributes:
+        state: ``idle``; ``staging``: an update has begun; ``committing``: it can no longer be
+            aborted; ``lost``: a module refuses calls.
+        live: Label of the live weights of each module, by the module's label.
+        revisions: Version number of the live weights of each module.
+        update: Identifier of the update that runs; empty if none does.
+        version: Label that this update will bring.
+        transport: Name of the open transport; empty if there is none.
+        entries: Number of entries that have arrived.
+        bytes: Their size in bytes.
+        held_bytes: Bytes of entries that are kept now, because they are not staged yet, or are
+            still needed.
+        peak_held_bytes: Largest value of that in this update, or in the last one.
+        last_failure: Text of the last error that ended an update; empty if none did.
+    """
+
+    state: State
+    live: Mapping[str, str]
+    revisions: Mapping[str, int]
+    update: str = ""
+    version: str = ""
+    transport: str = ""
+    entries: int = 0
+    bytes: int = 0
+    held_bytes: int = 0
+    peak_held_bytes: int = 0
+    last_failure: str = ""
+
+
+class WeightReceiver:
+    """Receives new weights for modules that serve.
+
+    One update is ``start_weight_update``, any number of ``update_weights``, and
+    ``finish_weight_update``. Each bucket is checked and staged at once, while calls go on. Nothing
+    becomes live before ``finish_weight_update``: that refuses an incomplete set, verifies, and
+    commits. If anything fails, the update is over and the old weights are live.
+
+    The names of the four methods and the forms of their arguments are those of vLLM
+    (``vllm/distributed/weight_transfer``), so a trainer that speaks to it can speak to this.
+
+    Methods may be called from any thread. A call that does not fit the state is refused with an
+    ``UpdateStateError``, and changes nothing.
+    """
+
+    def __init__(
+        self,
+        modules: Modules,
+        *,
+        inputs: Any = None,
+        reference: Any = None,
+        verify: str | None = None,
+        transport: str = "stream",
+        timeout: float = 600.0,
+    ) -> None:
+        """Receive for one module, or for several as one.
+
+        Args:
+            modules: A compiled module; or several by label. The names of the weights of a labelled
+                module begin with its label and a dot in updates: ``decoder.layers.0.weight``.
+            inputs: Inputs for the verifier ``outputs``, as for :func:`refitkit.refit`.
+            reference: What to compare outputs with, as for :func:`refitkit.refit`.
+            verify: Name of the verifier, as for :func:`refitkit.refit`.
+            transport: Name of the transport if ``init_info`` names none.
+            timeout: An update ends if nothing arrives for so long, in seconds: the trainer may have
+                died.
+
+        Raises:
+            ConfigError: An argument is wrong.
+        """
+        self._modules = _labelled(modules)
+        if not timeout > 0:
+            raise ConfigError(f"timeout={timeout!r} is not a positive number of seconds.")
+        self._pipeline = cast("Pipeline", next(iter(self._modules.values())).pipeline)
+        self._options = {"inputs": inputs, "reference": reference, "verify": verify}
+        self._transport, self._timeout = transport, timeout
+        self._lock = threading.RLock()  # guards the fields below
+        self._sending = threading.Lock()  # one call of update_weights or finish at a time
+        self._connection: tuple[str, TransportConnection] | None = None
+        self._update: _Update | None = None
+        self._last_failure = ""
+        self._peak = 0
+
+    # -- the four calls of the protocol ------------------------------------------------------
+
+    def init_weight_transfer_engine(self, request: object = None) -> None:
+        """Open a transport. It stays open for all updates, until another one is opened.
+
+        Args:
+            request: ``{"init_info": {...}}``, or an object with that attribute. ``backend`` names
+                the transport: ``stream``, ``disk``, or one of a plugin. The other fields are the
+                transport's.
+
+        Raises:
+            UpdateStateError: An update is running.
+            ConfigError: There is no such transport, or it refuses a field.
+        """
+        info = dict(_field(request, "init_info", {}))
+        name = info.pop("backend", self._transport)
+        with self._lock:
+            self._require_idle("init_weight_transfer_engine")
+            transport, who = self._find(name)
+            doing = f"The transport {name!r} cannot be opened"
+            with raised_as(PluginError, f"{who} failed", doing=doing):
+                opened: Any = transport.open(info, self._pipeline.open_weights)
+            connection: TransportConnection = received(opened, TransportConnection, who)  # type: ignore[type-abstract]
+            self._close()
+            self._connection = (name, connection)
+
+    def start_weight_update(
+        self,
+        version: str = "",
+        *,
+        manifest: UpdateManifest | Mapping[str, Any] | None = None,
+        supersede: bool = False,
+    ) -> str:
+        """Begin an update.
+
+        Args:
+            version: Label of the weights that will arrive: ``step-42``. It becomes
+                ``CompiledModule.label`` with the commit.
+            manifest: What will arrive. It is needed if the names are not those that the programs
+                read, because transforms rename them. None: all weights of the modules, by the names
+                that their programs read.
+            supersede: Whether to abort an update that is running. Otherwise this call is refused.
+
+        Returns:
+            Identifier of the update.
+
+        Raises:
+            UpdateStateError: An update is running, or a module is lost.
+            ConfigError: The label or the manifest is wrong.
+            WeightMismatchError: The manifest is for other models, or for other live weights.
+        """
+        if problem := wrong_label(version):
+            raise ConfigError(f"The version of an update is wrong: {problem}.")
+        plan = _as_manifest(manifest)
+        with self._lock:
+            if self._update is not None and supersede:
+                self.abort_weight_update()
+            self._require_idle("start_weight_update")
+            self._require_not_lost()
+            if self._connection is None:
+                self.init_weight_transfer_engine({})
+            label = version or (plan.version if plan else "")
+            if plan is not None:
+                self._require_fitting(plan)
+            parts = self._parts(plan)
+            update = _Update(self._pipeline, parts, label, plan, self._options, self._timeout)
+            self._update = update
+            self._peak = 0
+        update.start()
+        return update.id
+
+    def update_weights(self, request: object = None, /, **fields: Any) -> None:
+        """Receive one bucket, or all buckets of one announcement, and stage them.
+
+        Args:
+            request: ``{"update_info": {...}}``, or an object with that attribute; the fields are
+                the transport's.
+            **fields: The fields of ``update_info`` instead.
+
+        Raises:
+            UpdateStateError: No update has begun.
+            ConfigError: The transport refuses a field.
+            WeightMismatchError: A tensor does not fit.
+            RefitError: The update failed. Whatever the error is, the update is over, and the old
+                weights are live.
+        """
+        info = dict(_field(request, "update_info", fields))
+        with self._sending:
+            update, connection = self._running("update_weights")
+            name, opened = connection
+            try:
+                for bucket in self._received(name, opened, info):
+                    update.send(bucket)
+            except BaseException as exc:
+                self._give_up(update, exc)
+                raise
+
+    def finish_weight_update(self) -> RefitResults:
+        """Verify what has arrived, and make it live: in all modules, or in none.
+
+        Returns:
+            One result for each module, in their order: reports with the pause, and ``undo``.
+
+        Raises:
+            UpdateStateError: No update has begun.
+            WeightMismatchError: The update is incomplete; lists what is missing.
+            VerificationError: The verdict is bad.
+            RefitError: The update failed. Unless it is a ``ModuleLostError``, the old weights are
+                live.
+        """
+        with self._sending:
+            update, _ = self._running("finish_weight_update")
+            try:
+                result = update.finish()
+            except BaseException as exc:
+                self._give_up(update, exc)
+                raise
+            with self._lock:
+                self._end(update)
+            return result
+
+    # -- beside the protocol -----------------------------------------------------------------
+
+    def abort_weight_update(self) -> bool:
+        """Give the running update up. Nothing that arrived becomes live.
+
+        If the commit has begun, this waits for its end.
+
+        Returns:
+            Whether an update was given up: False if none was running, or it was too late.
+        """
+        with self._lock:
+            update = self._update
+        if update is None:
+            return False
+        was_aborted = update.abort()
+        with self._lock:
+            self._end(update)
+        return was_aborted
+
+    def status(self) -> ReceiverStatus:
+        """What the receiver does now. It waits for nothing."""
+        update = self._update
+        facts: dict[str, Any] = {} if update is None else update.facts()
+        state: State = "idle" if update is None else update.state
+        if any(one.gate.lost for one in self._modules.values()):
+            state = "lost"
+        self._peak = max(self._peak, facts.get("peak_held_bytes", 0))
+        connection = self._connection
+        return ReceiverStatus(
+            state=state,
+            live={label: one.label for label, one in self._modules.items()},
+            revisions={label: one.version for label, one in self._modules.items()},
+            transport="" if connection is None else connection[0],
+            last_failure=self._last_failure,
+            **{**facts, "peak_held_bytes": self._peak},
+        )
+
+    def close(self) -> None:
+        """Abort a running update and close the transport. The receiver can be used again."""
+        self.abort_weight_update()
+        with self._lock:
+            self._close()
+
+    def _close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            try:
+                connection[1].close()
+            except Exception:  # noqa: BLE001 - what it did is over; nothing depends on it
+                return
+
+    # -- states ------------------------------------------------------------------------------
+
+    def _running(self, call: str) -> tuple[_Update, tuple[str, TransportConnection]]:
+        with self._lock:
+            if self._update is None or self._connection is None:
+                raise UpdateStateError(
+                    f"{call}() was called, and no update has begun.",
+                    hint=self._on_idle(),
+                )
+            return self._update, self._connection
+
+    def _on_idle(self) -> str:
+        last = f" The last update failed: {self._last_failure}" if self._last_failure else ""
+        return f"Call start_weight_update() first.{last}"
+
+    def _require_idle(self, call: str) -> None:
+        if self._update is not None:
+            raise UpdateStateError(
+                f"{call}() was called while an update is {self._update.state}.",
+                hint="Finish it with finish_weight_update(), give it up with "
+                "abort_weight_update(), or begin with start_weight_update(supersede=True).",
+            )
+
+    def _require_not_lost(self) -> None:
+        for compiled in self._modules.values():
+            compiled.gate.check()
+
+    def _give_up(self, update: _Update, exc: BaseException) -> None:
+        """End an update that failed in one of the receiver's calls."""
+        update.abort()
+        with self._lock:
+            if self._update is update:
+                self._last_failure = str(exc) or type(exc).__name__
+            self._end(update)
+
+    def _end(self, update: _Update) -> None:
+        self._peak = max(self._peak, update.facts()["peak_held_bytes"])
+        if self._update is update:
+            self._update = None
+
+    # -- what comes from outside -------------------------------------------------------------
+
+    def _find(self, name: object) -> tuple[WeightTransport, str]:
+        offers = self._pipeline.host.offers(_HOOK)
+        if not isinstance(name, str) or name not in offers:
+            hint = f"There are: {', '.join(sorted(offers))}."
+            raise ConfigError(f"There is no weight transport {name!r}.", hint=hint)
+        return offers[name].item, owned(_HOOK, name, offers[name].plugin)
+
+    def _received(
+        self, name: str, connection: TransportConnection, info: Mapping[str, Any]
+    ) -> Iterator[Mapping[str, torch.Tensor]]:
+        """The buckets of a transport, checked."""
+        who = self._find(name)[1]
+        doing = "The weights cannot be received"
+        with raised_as(PluginError, f"{who} failed", doing=doing):
+            buckets: Any = connection.receive(info)
+            iterator = iter(received(buckets, Iterable, who))  # type: ignore[type-abstract]
+        while True:
+            with raised_as(PluginError, f"{who} failed", doing=doing):
+                bucket = next(iterator, None)
+            if bucket is None:
+                return
+            yield _checked_bucket(bucket, who)
+
+    def _require_fitting(self, manifest: UpdateManifest) -> None:
+        """Raise WeightMismatchError if a manifest is for other models or other live weights."""
+        problems = []
+        for label, wanted in manifest.models.items():
+            shown, compiled = label or "the module", self._modules.get(label)
+            if compiled is None:
+                problems.append(Problem(shown, "no such module", hint=_labels(self._modules)))
+            elif compiled.plan is None or compiled.plan.data.fingerprint.graph != wanted:
+                problems.append(Problem(shown, "another model", hint="its program differs"))
+        base = manifest.base_version
+        for label, compiled in self._modules.items():
+            if base is not None and compiled.label != base:
+                found = compiled.label or "without a label"
+                problems.append(Problem(label or "the module", "another base", found, base))
+        if problems:
+            message = "The update is not for these modules, as they are now."
+            raise WeightMismatchError(message, problems=problems)
+
+    def _parts(self, manifest: UpdateManifest | None) -> list[Part]:
+        prefixes = {label: f"{label}." if label else "" for label in self._modules}
+        announced: dict[str, dict[str, TensorInfo]] | None = None
+        if manifest is not None and manifest.entries:
+            announced = {label: {} for label in self._modules}
+            problems = []
+            for entry in manifest.entries:
+                label = _label_of(entry.name, prefixes)
+                if label is None:
+                    problems.append(Problem(entry.name, "no such module"))
+                    continue
+                name = entry.name.removeprefix(prefixes[label])
+                if name in announced[label]:
+                    problems.append(Problem(entry.name, "announced twice"))
+                announced[label][name] = TensorInfo(dtype=entry.dtype, shape=entry.shape)
+            if problems:
+                raise ConfigError("The manifest cannot be used.", problems=problems)
+        return [
+            Part(compiled, prefixes[label], None if announced is None else announced[label])
+            for label, compiled in self._modules.items()
+        ]
+
+
+# -- one update -----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Message:
+    """One bucket on its way to the thread of an update.
+
+    Attributes:
+        bucket: Tensors by name; None: nothing more comes.
+        taken: Set once it is staged or kept.
+    """
+
+    bucket: Mapping[str, torch.Tensor] | None
+    taken: threading.Event = field(default_factory=threading.Event)
+
+
+class _Update:
+    """One update, and the thread that carries it out.
+
+    Attributes:
+        id: Identifier of the update.
+        state: See ``ReceiverStatus``.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        parts: list[Part],
+        label: str,
+        manifest: UpdateManifest | None,
+        options: Mapping[str, Any],
+        timeout: float,
+    ) -> None:
+        self.id = uuid.uuid4().hex
+        self.state: State = "staging"
+        self._pipeline, self._parts, self._options = pipeline, parts, options
+        self._label, self._timeout = label, timeout
+        self._entries = {one.name: one for one in manifest.entries} if manifest else {}
+        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+        self._is_over, self._is_aborted = threading.Event(), False
+        self._deciding = threading.Lock()  # between abort and commit
+        self._result: RefitResults | None = None
+        self._failure: BaseException | None = None
+        self._count = self._bytes = self._held = self._peak = 0
+        self._thread = threading.Thread(target=self._run, name="refitkit-update", daemon=True)
+
+    def start(self) -> None:
+        """Begin. The thread waits for buckets from now on."""
+        self._thread.start()
+
+    def facts(self) -> dict[str, Any]:
+        """Fields of ``ReceiverStatus``."""
+        return {
+            "update": self.id,
+            "version": self._label,
+            "entries": self._count,
+            "bytes": self._bytes,
+            "held_bytes": self._held,
+            "peak_held_bytes": self._peak,
+        }
+
+    # -- in the threads of callers -----------------------------------------------------------
+
+    def send(self, bucket: Mapping[str, torch.Tensor]) -> None:
+        """Hand a bucket over, and wait until it is staged or kept.
+
+        Raises:
+            WeightMismatchError: A digest differs from the manifest's.
+            UpdateStateError: The update was aborted.
+            RefitError: The update failed.
+        """
+        self._require_digests(bucket)
+        self._hand_over(_Message(bucket))
+        self._count += len(bucket)
+        self._bytes += sum(tensor.nbytes for tensor in bucket.values())
+
+    def finish(self) -> RefitResults:
+        """Say that all has arrived, and wait for the commit.
+
+        Raises:
+            UpdateStateError: The update was aborted.
+            RefitError: The update failed.
+        """
+        self._inbox.put(_Message(None))
+        self._wait_for_end()
+        if self._result is None:
+            raise self._error()
+        return self._result
+
+    def abort(self) -> bool:
+        """Give up, and wait for the end; return False if it was too late."""
+        with self._deciding:
+            self._is_aborted = True
+        self._inbox.put(_Message(None))
+        self._wait_for_end()
+        return self._result is None
+
+    def _wait_for_end(self) -> None:
+        # a forked child does not have the thread
+        while not self._is_over.wait(_POLL) and self._thread.is_alive():
+            pass
+
+    def _hand_over(self, message: _Message) -> None:
+        self._inbox.put(message)
+        while not message.taken.wait(_POLL):
+            if self._is_over.is_set() or not self._thread.is_alive():
+                break
+        # a bucket that made the update fail is never taken
+        if not message.taken.is_set():
+            raise self._error()
+
+    def _error(self) -> BaseException:
+        failure = self._failure
+        if isinstance(failure, _Abort) or failure is None:
+            return UpdateStateError(
+                "The update was aborted.", hint="Begin another one with start_weight_update()."
+            )
+        return failure
+
+    def _require_digests(self, bucket: Mapping[str, torch.Tensor]) -> None:
+        problems = []
+        for name, tensor in bucket.items():
+            entry = self._entries.get(name)
+            if entry is not None and entry.digest and digest_of_bytes(tensor) != entry.digest:
+                hint = "its bytes differ from those that the manifest announced"
+                problems.append(Problem(name, "digest", hint=hint))
+        if problems:
+            raise WeightMismatchError("A bucket is damaged.", problems=problems)
+
+    # -- in the thread of the update ---------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            delivery = Delivery(
+                buckets=self._buckets(),
+                description=f"the update {self._label or self.id}",
+                label=self._label,
+                before_commit=self._decide,
+                on_held=self._note_held,
+            )
+            self._result = self._pipeline.receive(self._parts, delivery, **self._options)
+        except BaseException as exc:  # noqa: BLE001 - raised in the thread of the caller
+            self._failure = exc
+        finally:
+            self._parts = []
+            self._is_over.set()
+
+    def _buckets(self) -> Iterator[Mapping[str, torch.Tensor]]:
+        last = monotonic()
+        while True:
+            self._require_not_aborted()
+            try:
+                message = self._inbox.get(timeout=self._timeout)
+            except queue.Empty:
+                waited = monotonic() - last
+                raise RefitError(
+                    f"Nothing has arrived for {waited:.0f} s, so the update was given up.",
+                    hint="Begin again, or raise the receiver's timeout=.",
+                ) from None
+            last = monotonic()
+            self._require_not_aborted()
+            if message.bucket is None:
+                return
+            yield message.bucket
+            message.bucket = None  # the caller may use the memory again
+            message.taken.set()
+
+    def _note_held(self, nbytes: int) -> None:
+        self._held, self._peak = nbytes, max(self._peak, nbytes)
+
+    def _require_not_aborted(self) -> None:
+        if self._is_aborted:
+            raise _Abort
+
+    def _decide(self) -> None:
+        """Commit from here on, unless the update was aborted before."""
+        with self._deciding:
+            self._require_not_aborted()
+            self.state = "committing"
+
+
+def digest_of_bytes(tensor: torch.Tensor) -> str:
+    """XXH3 hash of a tensor's bytes, contiguous, in 32 hexadecimal digits."""
+    value = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    raw = value.view(torch.uint8).numpy().data if value.numel() else b""
+    return xxhash.xxh3_128_hexdigest(raw)
+
+
+def _checked_bucket(bucket: object, who: str) -> Mapping[str, torch.Tensor]:
+    found: Mapping[str, torch.Tensor] = received(bucket, Mapping, who)  # type: ignore[type-abstract]
+    for name, tensor in found.items():
+        received(name, str, f"{who}: the name of a tensor")
+        received(tensor, torch.Tensor, f"{who}: the tensor {name!r}")
+    return found
+
+
+def _field(request: object, name: str, default: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A field of a request of vLLM's protocol, from a dict or an object."""
+    found: Any = default
+    if isinstance(request, Mapping):
+        found = request.get(name, default)
+    elif request is not None:
+        found = getattr(request, name, default)
+    if not isinstance(found, Mapping):
+        kind = type(found).__name__
+        raise ConfigError(f"{name} is a {kind}.", hint=f'Pass {{"{name}": {{...}}}}.')
+    return found
+
+
+def _as_manifest(manifest: UpdateManifest | Mapping[str, Any] | None) -> UpdateManifest | None:
+    if manifest is None or isinstance(manifest, UpdateManifest):
+        return manifest
+    try:
+        return UpdateManifest.model_validate(manifest)
+    except ValidationError as exc:
+        problems = [
+            Problem(".".join(map(str, one["loc"])) or "manifest", one["type"], hint=one["msg"])
+            for one in exc.errors()
+        ]
+        raise ConfigError("The manifest cannot be used.", problems=problems) from exc
+
+
+def _labelled(modules: Modules) -> dict[str, CompiledModule]:
+    found = dict(modules) if isinstance(modules, Mapping) else {"": modules}
+    wrong = [
+        Problem(repr(label), "not a module", type(one).__name__)
+        for label, one in found.items()
+        if not isinstance(one, CompiledModule)
+    ]
+    wrong += [
+        Problem(repr(label), "no label", hint="a label is text, not empty")
+        for label in found
+        if isinstance(modules, Mapping) and (not isinstance(label, str) or not label)
+    ]
+    if wrong or not found:
+        hint = 'Pass a compiled module, or several by label: {"decoder": compiled}.'
+        raise ConfigError("A receiver needs compiled modules.", problems=wrong, hint=hint)
+    if len({id(one) for one in found.values()}) < len(found):
+        raise ConfigError("A module is in the receiver twice.")
+    return found
+
+
+def _label_of(name: str, prefixes: Mapping[str, str]) -> str | None:
+    """The label of the module that a name belongs to: the longest that fits."""
+    fitting = [label for label, prefix in prefixes.items() if name.startswith(prefix)]
+    return max(fitting, key=len, default=None)
+
+
+def _labels(modules: Mapping[str, CompiledModule]) -> str:
+    return f"there are: {', '.join(map(repr, modules))}"
