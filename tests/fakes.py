@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,6 +99,42 @@ class FakeEngine(_Recording, fakes.FakeEngine):
 
 class OpenEngine(_Recording, fakes.OpenEngine):
     """The kit's, recording."""
+
+
+class GradualEngine(OpenEngine):
+    """An open engine that stages values as they arrive."""
+
+    def begin_staging(self, slots: Collection[str]) -> GradualFilling:
+        self.wire(f"{self.name}.begin")
+        assert set(slots) <= self.slots.keys()
+        return GradualFilling(self, slots)
+
+
+class GradualFilling:
+    """What has arrived for a ``GradualEngine``."""
+
+    def __init__(self, engine: GradualEngine, slots: Collection[str]) -> None:
+        self.engine, self.slots = engine, set(slots)
+        self.values: dict[str, SlotValue] = {}
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def add(self, values: Sequence[SlotValue]) -> None:
+        self.engine.wire(f"{self.engine.name}.add")
+        for value in values:
+            assert value.slot.name in self.slots
+            assert value.slot.name not in self.tensors
+            self.tensors[value.slot.name] = value.load().clone()
+
+    def finish(self) -> FakeStaged:
+        self.engine.wire(f"{self.engine.name}.finish")
+        assert self.tensors.keys() == self.slots
+        staged = FakeStaged(self.engine, self.tensors)
+        self.engine.staged.append(staged)
+        return staged
+
+    def discard(self) -> None:
+        self.engine.wire(f"{self.engine.name}.drop")
+        self.tensors.clear()
 
 
 class FakeModule(fakes.FakeModule):

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from refitkit.protocols import WeightTransport
 
 _HOOK = "refitkit_weight_transports"
+_END = object()
 _POLL = 0.05  # seconds between two looks at whether the thread of an update has ended
 
 State: TypeAlias = Literal["idle", "staging", "committing", "lost"]
@@ -284,7 +285,8 @@ class WeightReceiver:
         update = self._update
         facts: dict[str, Any] = {} if update is None else update.facts()
         state: State = "idle" if update is None else update.state
-        if any(one.gate.lost for one in self._modules.values()):
+        # a gate counts as lost from the first commit to the verdict
+        if state != "committing" and any(one.gate.lost for one in self._modules.values()):
             state = "lost"
         self._peak = max(self._peak, facts.get("peak_held_bytes", 0))
         connection = self._connection
@@ -371,8 +373,8 @@ class WeightReceiver:
             iterator = iter(received(buckets, Iterable, who))  # type: ignore[type-abstract]
         while True:
             with raised_as(PluginError, f"{who} failed", doing=doing):
-                bucket = next(iterator, None)
-            if bucket is None:
+                bucket = next(iterator, _END)
+            if bucket is _END:
                 return
             yield _checked_bucket(bucket, who)
 

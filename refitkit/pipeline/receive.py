@@ -300,10 +300,10 @@ class Arrivals:
 
     def _again(self, name: str, tensor: torch.Tensor, shown: str) -> list[Problem]:
         """What is wrong with a tensor that has arrived before, perhaps under a tied name."""
-        if self._digests.get(name) == digest_of_tensor(tensor):
-            return []
         if not self._is_tied(name):
             return [Problem(shown, "given twice")]
+        if self._digests[name] == digest_of_tensor(tensor):
+            return []
         return [Problem(shown, "tied", hint=f"it is one tensor with {name!r}, of other values")]
 
     def _is_tied(self, name: str) -> bool:
@@ -405,6 +405,7 @@ class ReceivingTask(RefitTask):
         self._fillings: dict[str, Filling] = {}
         self._staged_refits: dict[str, StagedRefit] = {}
         self._progress = _Progress()
+        self._is_complete = False
         self._recoverable: dict[str, SlotValue] = {}
         request = RefitRequest(weights=None, label=delivery.label, **options)  # type: ignore[arg-type]
         super().__init__(context, part.compiled, request)
@@ -433,6 +434,13 @@ class ReceivingTask(RefitTask):
             with_inputs=as_inputs(request.inputs) is not None,
         )
         return NONE if verifier is None else verifier.name
+
+    @property
+    def _for_checks(self) -> Context:
+        # before the weights have arrived, only names and headers can be checked
+        if self._is_complete:
+            return self._context
+        return self._context.with_settings(check_finite=False)
 
     def _deferred(self, _mapping: SlotMapping) -> frozenset[str]:
         """All entries, as nothing has arrived yet; see ``require_complete``."""
@@ -580,6 +588,7 @@ class ReceivingTask(RefitTask):
             hint = "send it before finish_weight_update()"
             problems = [Problem(f"{self.part.prefix}{n}", "missing", hint=hint) for n in missing]
             raise WeightMismatchError(message, problems=problems)
+        self._is_complete = True
         judging = self._judging
         others = {key: v for key, v in self._mapping.values.items() if key[0] not in judging}
         if others:

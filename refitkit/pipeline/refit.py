@@ -483,6 +483,11 @@ class RefitTask:
             with raised_as(SourceError, f"{source.description} cannot be compared"):
                 mapping.settle(self._delta.settled(mapping.values.values()))
 
+    @property
+    def _for_checks(self) -> Context:
+        """The context that checks of plugins get."""
+        return self._context
+
     def _deferred(self, mapping: SlotMapping) -> frozenset[str]:
         """Names of the entries that are checked for finiteness where they are staged."""
         overwrite = not self._request.rollback
@@ -497,7 +502,7 @@ class RefitTask:
         same_headers: bool = False,
     ) -> None:
         check_weights(
-            self._context,
+            self._for_checks,
             plan,
             self._module,
             source,

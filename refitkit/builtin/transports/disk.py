@@ -98,7 +98,7 @@ class DiskConnection:
             raise ConfigError(f"The path {str(path)!r} is not absolute.")
         try:
             resolved = path.resolve(strict=True)
-        except (OSError, RuntimeError) as exc:
+        except (OSError, RuntimeError, ValueError) as exc:  # ValueError: a null character
             raise SourceError(f"There is no file or folder {str(path)!r}.") from exc
         if self._roots is not None and not any(map(resolved.is_relative_to, self._roots)):
             hint = f"Add its folder to plugin_settings.{_PLUGIN}.roots."
