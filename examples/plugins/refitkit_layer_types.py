@@ -3,7 +3,7 @@ from refitkit.model import LayerType
 
 
 class OldLayers:
-    """The layer of TensorRT 8 that later versions do not have."""
+    """A type of layer that TensorRT had before version 10."""
 
     name = "old-layers"
 
