@@ -44,7 +44,8 @@ def fenced(language: str, text: str) -> str:
 
 def prose(docstring: str) -> str:
     """The docstring of a module as Markdown: a role of Sphinx becomes the name that it shows."""
-    return re.sub(r":\w+:`~?([^`]+)`", r"``\1``", inspect.cleandoc(docstring))
+    text = re.sub(r":\w+:`~[\w.]+\.(\w+)`", r"``\1``", inspect.cleandoc(docstring))
+    return re.sub(r":\w+:`([^`]+)`", r"``\1``", text)
 
 
 def example(name: str) -> str:
@@ -104,6 +105,14 @@ FILES = {
     "tools": "Tools of the pipeline",
 }
 """Files of refitkit/protocols, in the order of the page, and their headings."""
+
+OBJECTS = {
+    "backends": "Backends, and parts of a program",
+    "modules": "Opened modules",
+    "engines": "Engines, and what they stage",
+    "sources": "Weight sources",
+}
+"""Headings of the tables of optional abilities, by file."""
 
 CONSTRUCTED = {
     "Problem": "returned by `refitkit_check`; part of errors",
@@ -221,7 +230,7 @@ def ability_parts() -> list[str]:
             for node in nodes
             for asked, gain in [ability_facts(node) or ("", "")]
         ]
-        title = f"**{FILES[file]}** (`refitkit/protocols/{file}.py`)"
+        title = f"**{OBJECTS[file]}** (`refitkit/protocols/{file}.py`)"
         parts += [title, table(("ability", "who asks", "gain"), rows)]
     for nodes in abilities().values():
         for node in nodes:
@@ -266,7 +275,8 @@ def value_parts() -> list[str]:
     for group, name, text in value_map():
         named = re.search(r"\(``(\w+\.py)``\)", group)
         assert named, f"the group {group!r} names no file"  # noqa: S101 - a fault of the map
-        shown = link(name) if name in CONSTRUCTED else f"`{name}`"
+        has_entry = name in CONSTRUCTED or named[1] == "events.py"
+        shown = link(name) if has_entry else f"`{name}`"
         rows.append(f"| {shown} | {text} | [{named[1]}](../../refitkit/model/{named[1]}) |")
     parts.append(table(("value", "what it is", "fields"), rows))
     for name in CONSTRUCTED:

@@ -17,6 +17,8 @@ operations inside it. Their weights are made up.
 
 An error ends the stage with :class:`StageFailed` and the operation with :class:`Failed`. Ctrl-C and
 other interrupts end the stage with :class:`StageFailed` and the operation with :class:`Aborted`.
+A refit whose verifier rejects the weights finishes ``verify``, and then fails; its
+rollback is no stage.
 
 Stages of each verb, in order; those in brackets occur only in some cases:
 

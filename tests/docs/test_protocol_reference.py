@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import ast
 import inspect
+import pydoc
 import re
 import runpy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 import refitkit
 from refitkit import model, protocols
-from refitkit.model import Event, StageStarted, Started, events
+from refitkit.model import Event, Failed, StageFinished, StageStarted, Started, events
 from refitkit.pipeline import Pipeline
+from refitkit.testing.fakes import OpenEngine
+from refitkit.testing.scenes import VERDICT, ScenePlugin, planned_module
 from tests.fakes import FakePlugin, make_module, weights_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    import torch
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "reference" / "protocols.md").read_text()
@@ -89,6 +91,13 @@ def test_headings_are_unique_and_links_exist() -> None:
 def test_the_docstring_is_a_map_of_all_public_names(module: Any) -> None:
     """``help(module)`` prints it before the long list of classes."""
     assert sorted(MAP.findall(module.__doc__)) == sorted(module.__all__)
+
+
+@pytest.mark.parametrize("module", [model, protocols])
+def test_help_begins_with_the_map(module: Any) -> None:
+    before, _, after = pydoc.plaintext.document(module).partition("\nCLASSES\n")
+    assert after
+    assert sorted(re.findall(r"^ +\* ``(\w+)``: ", before, re.MULTILINE)) == sorted(module.__all__)
 
 
 def test_values_are_in_the_table_with_their_file() -> None:
@@ -190,3 +199,23 @@ def test_the_stages_of_planning_are_those_in_the_code() -> None:
     stages = re.findall(r'clock\.stage\("(\w+)"\)', written)
     said = [*STAGES["compile"], *STAGES["plan"]]
     assert stages == [stage.strip("[]") for stage in said]
+
+
+def test_rejected_weights_finish_the_stage_and_fail_the_refit() -> None:
+    found: list[Event] = []
+
+    class Collector:
+        name = "collector"
+
+        @refitkit.hookimpl
+        def refitkit_event(self, event: Event) -> None:
+            found.append(event)
+
+    plugin = ScenePlugin()
+    plugin.verdict = False
+    pipeline = Pipeline(plugins=[plugin, Collector()])
+    compiled = pipeline.load(planned_module([OpenEngine("model", {"weight": torch.zeros(2)})]))
+    with pytest.raises(refitkit.VerificationError):
+        pipeline.refit(compiled, {"weight": torch.ones(2)}, verify=VERDICT)
+    last = [(type(event), getattr(event, "stage", "")) for event in found[-2:]]
+    assert last == [(StageFinished, "verify"), (Failed, "")]
