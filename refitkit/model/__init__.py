@@ -1,8 +1,9 @@
 """Frozen values that carry data between packages. None of them imports torch.
 
 Values that are stored in files or shown to users are pydantic models. Events are dataclasses: they
-are never stored, and are created often. ``docs/reference/protocols.md`` has the fields of all
-values. ``help`` of one class shows them too, above the members that pydantic adds to each model.
+are never stored, and are created often. ``docs/reference/protocols.md`` has the fields of events
+and of the values that plugins construct. ``help`` of one class begins with its fields; the members
+that pydantic adds to each model come after them.
 
 Slots and tensors (``slot.py``):
 
