@@ -150,6 +150,7 @@ def refitkit_partition(
     Returns:
         One part for each engine, by the engine's name, in the form that the backend's ``draft``
         understands; None when the backend does not belong to this plugin.
+        ``docs/reference/parts.md`` has the form of built-in backends.
 
     Raises:
         PlanMismatchError: The parts do not match the engines. The message says what differs.

@@ -9,7 +9,30 @@ An operation is one call of a verb: of ``Pipeline.refit``, for example. Its even
 
 An operation may run others in between: ``refit`` of a path also loads the module, and ``compile``
 refits it on trial. Events of those have ids of their own, and name the outer operation as their
-``parent``.
+``parent``. An inner operation starts after its outer one and ends before it. Operations of several
+threads are interleaved: tell them apart by ``id``.
+
+``trial`` is set in all events of an operation that refitkit runs to prove a plan, and of the
+operations inside it. Their weights are made up.
+
+An error ends the stage with :class:`StageFailed` and the operation with :class:`Failed`. Ctrl-C and
+other interrupts end the stage with :class:`StageFailed` and the operation with :class:`Aborted`.
+A refit whose verifier rejects the weights finishes ``verify``, and then fails; its
+rollback is no stage.
+
+Stages of each verb, in order; those in brackets occur only in some cases:
+
+* ``compile``: compile, plan, [prove]
+* ``load``: open, [warm]
+* ``plan``: plan, [prove], [adopt]
+* ``refit``: load, [compare], map, check, prepare, stage, commit, verify
+* ``restore``: load, map, check, prepare, stage, commit, verify
+* ``diff``: open, compare
+* ``save``: save
+* ``copy``, ``verify``, ``open_weights``, ``describe``, ``read_plan``: none
+
+A refit of a module that publishes (:class:`~refitkit.protocols.OpensStaged`) has ``verify`` before
+``commit``. Without a verifier there is no ``verify``.
 """
 
 from __future__ import annotations

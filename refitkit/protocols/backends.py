@@ -141,6 +141,10 @@ class HoldsValues(Protocol, metaclass=Ability):
 
     If the first part that ``refitkit_partition`` returns implements this, refitkit can prove a plan
     by trial offline. Without it, the report of ``refitkit.plan`` says that there is no proof.
+
+    Asked by: the proof by trial of ``refitkit.plan``.
+    Gain: ``refitkit.plan`` proves the plan without an engine, and names the strategies that it
+        needs.
     """
 
     def values(self) -> Mapping[str, Mapping[str, torch.Tensor]]:
@@ -179,6 +183,9 @@ class KnowsPlanKey(Protocol, metaclass=Ability):
     """A backend whose plans may be stored in ``Config.plan_cache``.
 
     Implement it if planning costs more than a look-up in the cache.
+
+    Asked by: planning, if ``Config.plan_cache`` is set.
+    Gain: a plan is read from the cache instead of made again.
     """
 
     def plan_key(

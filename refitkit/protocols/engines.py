@@ -200,7 +200,12 @@ class StagedRefit(Protocol, metaclass=Ability):
 
 @runtime_checkable
 class SupportsReadback(Protocol, metaclass=Ability):
-    """An engine that can read its live weights. Its slots have ``Slot.readable`` set."""
+    """An engine that can read its live weights. Its slots have ``Slot.readable`` set.
+
+    Asked by: the verifier ``weights``, ``diff``, ``compiled.read``, checks of finite values, undo.
+    Gain: the module can be verified without inputs, compared and read; the report says how far
+        slots move.
+    """
 
     def read(self, slot: str) -> torch.Tensor:
         """Return the live value of a slot.
@@ -225,6 +230,9 @@ class RemembersWeights(Protocol, metaclass=Ability):
     refitkit checks that new values are finite only for engines that it can read. An engine of this
     kind checks them in ``stage`` if ``Tools.check_finite`` is set, and raises WeightMismatchError;
     see :class:`ChecksFinite`.
+
+    Asked by: checks of finite values, undo, the report's ``changes``.
+    Gain: undo and ``changes`` after the first refit, although the engine cannot be read.
     """
 
     def remembered(self, slot: str) -> torch.Tensor | None:
@@ -245,7 +253,11 @@ class RemembersWeights(Protocol, metaclass=Ability):
 
 @runtime_checkable
 class ChecksFinite(Protocol, metaclass=Ability):
-    """An engine that remembers its weights, and compares new values with them in ``stage``."""
+    """An engine that remembers its weights, and compares new values with them in ``stage``.
+
+    Asked by: the check of new values, before each ``stage``.
+    Gain: the weights are read once: the check of finite values needs no read of its own.
+    """
 
     @property
     def checks_finite(self) -> bool:
@@ -261,6 +273,9 @@ class SupportsPartial(Protocol, metaclass=Ability):
     """An engine that can write some slots and keep the others.
 
     It is needed for ``partial=True``, for ``delta=True``, and to keep state that calls write.
+
+    Asked by: ``partial=True``, ``delta=True``, and refits of modules whose calls write slots.
+    Gain: a refit writes some slots, and the others keep their values.
     """
 
     def stage_partial(self, values: Sequence[SlotValue]) -> StagedRefit:
@@ -283,8 +298,9 @@ class SupportsPartial(Protocol, metaclass=Ability):
 class StagesGradually(Protocol, metaclass=Ability):
     """An engine that can stage values as they arrive, while calls of the module go on.
 
-    A receiver of live updates needs it: the memory of each bucket is then free again at once. For
-    other engines it keeps all buckets until the last one has arrived.
+    Asked by: ``WeightReceiver``.
+    Gain: the memory of each bucket of an update is free again at once. For other engines all
+        buckets are kept until the last one has arrived.
     """
 
     def begin_staging(self, slots: Collection[str]) -> Filling:
@@ -332,6 +348,9 @@ class SupportsOverwrite(Protocol, metaclass=Ability):
     """An engine that can write over its live weights, without memory for a second set.
 
     refitkit uses it for ``rollback=False``.
+
+    Asked by: ``rollback=False``.
+    Gain: a refit needs no memory for a second set of weights.
     """
 
     def stage_over(self, values: Sequence[SlotValue]) -> StagedRefit:
@@ -353,7 +372,11 @@ class SupportsOverwrite(Protocol, metaclass=Ability):
 
 @runtime_checkable
 class SupportsSpareBuffer(Protocol, metaclass=Ability):
-    """An engine with a second set of weights in memory, which serves staging and rollback."""
+    """An engine with a second set of weights in memory, which serves staging and rollback.
+
+    Asked by: ``compiled.free_spare()``.
+    Gain: users can free the second set of weights between refits.
+    """
 
     def free_spare(self) -> int:
         """Free the second set of weights. The next refit allocates it again.
@@ -370,6 +393,9 @@ class HoldsPrevious(Protocol, metaclass=Ability):
     """An engine that keeps the values from before the last commit until something is staged.
 
     refitkit then undoes the last refit without copies of its own.
+
+    Asked by: undo, and the list of earlier weights.
+    Gain: the last refit is undone without copies in host memory.
     """
 
     def previous(self) -> Mapping[str, torch.Tensor]:
@@ -388,7 +414,11 @@ class HoldsPrevious(Protocol, metaclass=Ability):
 
 @runtime_checkable
 class TellsRoute(Protocol, metaclass=Ability):
-    """An engine that takes new weights in one of several ways."""
+    """An engine that takes new weights in one of several ways.
+
+    Asked by: the report (``RefitReport.routes``) and ``refitkit inspect``.
+    Gain: users see which way the weights took, and why it was not the fastest one.
+    """
 
     @property
     def route(self) -> tuple[str, str]:
@@ -400,7 +430,11 @@ class TellsRoute(Protocol, metaclass=Ability):
 
 @runtime_checkable
 class SupportsWarming(Protocol, metaclass=Ability):
-    """An engine whose first refit is slow unless it was prepared."""
+    """An engine whose first refit is slow unless it was prepared.
+
+    Asked by: ``compiled.warm()`` and ``refitkit.load(warm=True)``.
+    Gain: the first refit is as fast as later ones.
+    """
 
     def warm(self, progress: Callable[[str], None]) -> None:
         """Do the work that would make the first refit slow. Weights and outputs do not change.
@@ -424,6 +458,10 @@ class ShowsStaged(Protocol, metaclass=Ability):
     """A staged refit whose new values can be read before the commit.
 
     With it refitkit checks that new values are finite and measures how far slots move.
+
+    Asked by: checks of finite values and the report's ``changes``.
+    Gain: bad values are refused before the commit; with a readable engine the report says how far
+        slots move.
     """
 
     def staged(self, slot: str) -> torch.Tensor:

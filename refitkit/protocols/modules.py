@@ -103,6 +103,9 @@ class OpensStaged(Protocol, metaclass=Ability):
     A refit of it verifies the staged values before they are live, and no call waits for the commit.
     A call that runs ends on the weights that it began with. ``Engine.stage_over`` is the exception:
     it writes over live weights, behind the closed gate.
+
+    Asked by: each refit, before it stages.
+    Gain: calls never wait for a refit, and weights that fail the verification never become live.
     """
 
     @property
@@ -133,6 +136,9 @@ class OrdersCalls(Protocol, metaclass=Ability):
     that was launched past the gate. Behind the closed gate come ``order``, the commits of all
     engines and ``committed``, then ``settle`` once the gate is open again. So
     ``StagedRefit.commit`` need not wait for its own work, but ``StagedRefit.rollback`` has to.
+
+    Asked by: each call and each commit.
+    Gain: no thread of the host waits for the device while the gate is closed.
     """
 
     def ordered(self, do: Callable[[], T]) -> T:
@@ -156,7 +162,11 @@ class OrdersCalls(Protocol, metaclass=Ability):
 
 @runtime_checkable
 class ServesSideBySide(Protocol, metaclass=Ability):
-    """An opened module that can run several calls at once."""
+    """An opened module that can run several calls at once.
+
+    Asked by: ``refitkit.load(num_models=...)``.
+    Gain: several calls run at once.
+    """
 
     def serve(self, models: int) -> None:
         """Run so many calls side by side from now on; the others wait for their turn.
@@ -198,6 +208,9 @@ class SharesWeights(Protocol, metaclass=Ability):
 
     If ``Tools.shared`` is set, ``refitkit_load_module`` returns a module that serves from there,
     or raises ``ConfigError``, or ``WeightMismatchError`` if that memory has other slots.
+
+    Asked by: ``compiled.share()`` and ``refitkit.load(shared=...)``.
+    Gain: processes share one set of weights, and a commit in one is a commit in all.
     """
 
     @property
@@ -220,7 +233,11 @@ class SharesWeights(Protocol, metaclass=Ability):
 
 @runtime_checkable
 class ProbesFromState(Protocol, metaclass=Ability):
-    """An opened module that can be probed from another state than its present one."""
+    """An opened module that can be probed from another state than its present one.
+
+    Asked by: the verifier ``outputs``, for modules whose calls write slots.
+    Gain: the outputs are compared from the same state, although calls have written it since.
+    """
 
     def probe_from(
         self,
@@ -246,7 +263,11 @@ class ProbesFromState(Protocol, metaclass=Ability):
 
 @runtime_checkable
 class Rebuilds(Protocol, metaclass=Ability):
-    """An opened module whose slot values can be found by converting a program again."""
+    """An opened module whose slot values can be found by converting a program again.
+
+    Asked by: the strategy ``rebuild``, and a failed proof by trial.
+    Gain: slots that no recipe knows are refitted; an error names the slots that are wrong.
+    """
 
     def rebuilt(
         self, program: torch.export.ExportedProgram, tools: Tools
@@ -271,7 +292,11 @@ class Rebuilds(Protocol, metaclass=Ability):
 
 @runtime_checkable
 class Offline(Protocol, metaclass=Ability):
-    """An opened module that cannot be called on this machine, but can be refitted."""
+    """An opened module that cannot be called on this machine, but can be refitted.
+
+    Asked by: verification, and the proof by trial of ``compile``.
+    Gain: the proof uses ``verifier``, and errors say why the module cannot be called.
+    """
 
     @property
     def offline(self) -> str:
@@ -284,7 +309,11 @@ class Offline(Protocol, metaclass=Ability):
 
 @runtime_checkable
 class LowersPrecision(Protocol, metaclass=Ability):
-    """An opened module that computes some dtypes in a lower precision than their own."""
+    """An opened module that computes some dtypes in a lower precision than their own.
+
+    Asked by: verification, for the default tolerances.
+    Gain: outputs are judged by the precision in which they were computed.
+    """
 
     @property
     def precision(self) -> Mapping[str, str]:

@@ -79,6 +79,9 @@ class KnowsRevisions(Protocol, metaclass=Ability):
     """A source that can recognize an entry by a revision, without reading it.
 
     A refit with ``delta=True`` compares revisions with those of the last refit.
+
+    Asked by: ``delta=True``.
+    Gain: entries that did not change are recognized without reading them.
     """
 
     def revision(self, fqn: str) -> Hashable | None:
@@ -106,6 +109,9 @@ class GivesPieces(Protocol, metaclass=Ability):
     """A source that reads entries in pieces, without memory for the whole tensor.
 
     It can also read an entry straight into the memory of an engine.
+
+    Asked by: engines that stage a value, and checks of finite values.
+    Gain: an entry is read straight into the engine's memory, or without memory for the whole.
     """
 
     def pieces(self, fqn: str, into: torch.Tensor | None = None) -> Iterator[torch.Tensor] | None:
@@ -133,7 +139,11 @@ class GivesPieces(Protocol, metaclass=Ability):
 
 @runtime_checkable
 class KnowsBits(Protocol, metaclass=Ability):
-    """A source that recognizes the bits of entries that it has read, without a second read."""
+    """A source that recognizes the bits of entries that it has read, without a second read.
+
+    Asked by: the verifier ``weights``.
+    Gain: a verification reads no file a second time.
+    """
 
     def has_bits(self, fqn: str, tensor: torch.Tensor) -> bool | None:
         """Return whether a tensor has the bits that an entry had when it was read.
@@ -154,7 +164,11 @@ class KnowsBits(Protocol, metaclass=Ability):
 
 @runtime_checkable
 class KeepsMade(Protocol, metaclass=Ability):
-    """A source that computes its entries, and can keep the results for repeated reads."""
+    """A source that computes its entries, and can keep the results for repeated reads.
+
+    Asked by: each refit with rollback.
+    Gain: a computed entry that is needed twice is computed once.
+    """
 
     def keeping(self, limit: int | None) -> WeightSource:
         """Return a source of the same entries that keeps computed results during one refit.
@@ -169,7 +183,11 @@ class KeepsMade(Protocol, metaclass=Ability):
 
 @runtime_checkable
 class GivesAway(Protocol, metaclass=Ability):
-    """A source whose tensors an engine may keep as its own memory."""
+    """A source whose tensors an engine may keep as its own memory.
+
+    Asked by: engines that stage a value.
+    Gain: the engine takes the tensor as its memory, without a copy.
+    """
 
     def gives_away(self, fqn: str) -> bool:
         """Return whether nobody writes to the tensor of an entry from now on, or reuses its memory.
@@ -188,6 +206,9 @@ class MayChange(Protocol, metaclass=Ability):
 
     All data that ``get`` and ``pieces`` return must be of one version. They raise SourceError if
     they notice that the data was replaced.
+
+    Asked by: each refit, before the commit.
+    Gain: a file that is replaced during a refit is noticed, and nothing is committed.
     """
 
     def require_unchanged(self) -> None:
@@ -205,6 +226,9 @@ class SupportsReread(Protocol, metaclass=Ability):
     """A source of files that can read them a second time and compare.
 
     With ``Config.reread``, refitkit refuses sources that implement ``MayChange`` and not this.
+
+    Asked by: ``Config.reread``.
+    Gain: the source can be used with that setting.
     """
 
     def reread(self) -> None:
@@ -222,7 +246,11 @@ class SupportsReread(Protocol, metaclass=Ability):
 
 @runtime_checkable
 class MadeOf(Protocol, metaclass=Ability):
-    """A source whose entries are computed from another source: renamed, packed, cast, quantized."""
+    """A source whose entries are computed from another source: renamed, packed, cast, quantized.
+
+    Asked by: checks of names, and the checks before the commit.
+    Gain: errors name the entries that the user has; files behind the source are checked too.
+    """
 
     @property
     def given(self) -> WeightSource:
@@ -247,6 +275,9 @@ class LeavesOut(Protocol, metaclass=Ability):
     """A source that has tensors that are not weights, because no state_dict contains them.
 
     The module keeps the values of the plan for them. The report names those that differ.
+
+    Asked by: each refit, for its report.
+    Gain: the report names tensors that are no weights and differ from those of the plan.
     """
 
     @property
@@ -256,7 +287,11 @@ class LeavesOut(Protocol, metaclass=Ability):
 
 @runtime_checkable
 class KnowsTies(Protocol, metaclass=Ability):
-    """A source that knows which of its names are one tensor: tied weights."""
+    """A source that knows which of its names are one tensor: tied weights.
+
+    Asked by: each refit and diff.
+    Gain: tied weights fit, whichever of their names the source has.
+    """
 
     def ties(self) -> Collection[tuple[str, ...]]:
         """Return classes of two or more names that are one tensor, without reading data.
@@ -268,7 +303,11 @@ class KnowsTies(Protocol, metaclass=Ability):
 
 @runtime_checkable
 class HasNamings(Protocol, metaclass=Ability):
-    """A source that knows its weights by several sets of names: a module with state_dict hooks."""
+    """A source that knows its weights by several sets of names: a module with state_dict hooks.
+
+    Asked by: each verb that applies weights to a plan.
+    Gain: the set of names that fits the program best is used.
+    """
 
     def namings(self) -> Collection[WeightSource]:
         """Return one source for each set of names, the preferred one first.
@@ -285,7 +324,11 @@ class HasNamings(Protocol, metaclass=Ability):
 
 @runtime_checkable
 class HoldsProgram(Protocol, metaclass=Ability):
-    """A source whose weights come with the program that they belong to."""
+    """A source whose weights come with the program that they belong to.
+
+    Asked by: the strategies ``recipe``, ``name-map`` and ``rebuild``.
+    Gain: a strategy that converts the program again needs no stored one.
+    """
 
     @property
     def program(self) -> torch.export.ExportedProgram:

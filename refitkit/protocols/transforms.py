@@ -129,6 +129,9 @@ class AttachesData(Protocol, metaclass=Ability):
     The data travels with the plan: in plan files and in saved modules. The transform gets it back
     in :attr:`TransformRequest.attached`, in any process. A plan with data of a transform needs that
     transform: refitkit refuses a refit without it.
+
+    Asked by: ``compile`` and ``plan``.
+    Gain: users give the scheme once, where they compile; refits need no settings.
     """
 
     def attach(self, program: torch.export.ExportedProgram, plan: Plan) -> JsonValue:
@@ -152,7 +155,11 @@ class AttachesData(Protocol, metaclass=Ability):
 
 @runtime_checkable
 class ExplainsMissing(Protocol, metaclass=Ability):
-    """A transform that says which entries of a checkpoint replace a missing entry."""
+    """A transform that says which entries of a checkpoint replace a missing entry.
+
+    Asked by: refits and ``verify``, when they are refused because entries are missing.
+    Gain: the error says what to pass, and not only what the program reads.
+    """
 
     def explain_missing(
         self, request: TransformRequest, missing: Sequence[str]

@@ -15,9 +15,12 @@ from refitkit import hookspecs
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "reference" / "hooks.md").read_text()
 SECTION = re.compile(
-    r"^## (refitkit_\w+)\n\n```python\n(.*?)\n```\n\n```text\n(.*?)\n```$", re.MULTILINE | re.DOTALL
+    r"^## (refitkit_\w+)\n\n```python\n(.*?)\n```\n\n```text\n(.*?)\n```\n\n"
+    r"Example \(`([\w./]+)`\):\n\n```python\n(.*?)```$",
+    re.MULTILINE | re.DOTALL,
 )
-SECTIONS = {name: (code, text) for name, code, text in SECTION.findall(PAGE)}
+SECTIONS = {name: (code, text) for name, code, text, _, _ in SECTION.findall(PAGE)}
+EXAMPLES = {name: (path, code) for name, _, _, path, code in SECTION.findall(PAGE)}
 
 
 def written() -> dict[str, ast.FunctionDef]:
@@ -28,11 +31,11 @@ def written() -> dict[str, ast.FunctionDef]:
 
 
 def script() -> dict[str, Any]:
-    return runpy.run_path(str(ROOT / "scripts" / "hook_reference.py"))
+    return runpy.run_path(str(ROOT / "scripts" / "reference_pages.py"))
 
 
 def test_the_page_is_up_to_date() -> None:
-    assert script()["page"]() == PAGE, "run python scripts/hook_reference.py"
+    assert script()["hook_page"]() == PAGE, "run python scripts/reference_pages.py"
 
 
 def test_every_hook_has_a_section_and_every_section_a_hook() -> None:
@@ -56,11 +59,19 @@ def test_a_section_has_the_whole_docstring(hook: str) -> None:
     assert SECTIONS[hook][1] == ast.get_docstring(written()[hook])
 
 
+@pytest.mark.parametrize("hook", written())
+def test_a_section_has_the_example_that_is_run(hook: str) -> None:
+    """tests/docs/test_plugin_examples.py runs the files."""
+    path, code = EXAMPLES[hook]
+    assert path == f"examples/plugins/{hook}.py"
+    assert code == (ROOT / path).read_text()
+
+
 def test_a_deprecated_argument_is_told() -> None:
     @hookspecs.hookspec(warn_on_impl_args={"old": DeprecationWarning("Take 'new'; gone in 0.4.")})
     def refitkit_some(old: object, new: object) -> None:
         """Do something. Kind: all."""
 
-    page = script()["page"]({"refitkit_some": refitkit_some})
+    page = script()["hook_page"]({"refitkit_some": refitkit_some})
     assert "**Deprecated:** the argument `old`. Take 'new'; gone in 0.4." in page
     assert "**Deprecated:**" not in PAGE

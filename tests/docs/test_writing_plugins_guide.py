@@ -70,8 +70,11 @@ def test_the_entry_points_are_those_of_the_example() -> None:
 def test_names_and_links_exist() -> None:
     for name in re.findall(r"`(\w+Error)`", PAGE):
         assert issubclass(getattr(refitkit, name), refitkit.RefitError)
-    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", PAGE):
-        assert (ROOT / "docs" / "guides" / link).exists(), link
+    for link, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", PAGE):
+        page = ROOT / "docs" / "guides" / (link or "writing-plugins.md")
+        assert page.exists(), link
+        headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [one.lower().replace(" ", "-") for one in headings], anchor
     for setting in re.findall(r"Config[.(](\w+)", PAGE):
         assert setting in refitkit.Config.model_fields
 
