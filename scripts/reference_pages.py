@@ -101,6 +101,7 @@ FILES = {
     "transforms": "Weight transforms",
     "strategies": "Mapping strategies",
     "verifiers": "Verifiers",
+    "transports": "Weight transports",
     "plans": "Plans and stored programs",
     "tools": "Tools of the pipeline",
 }
@@ -111,6 +112,7 @@ OBJECTS = {
     "modules": "Opened modules",
     "engines": "Engines, and what they stage",
     "sources": "Weight sources",
+    "transforms": "Weight transforms",
 }
 """Headings of the tables of optional abilities, by file."""
 
@@ -118,6 +120,7 @@ CONSTRUCTED = {
     "Problem": "returned by `refitkit_check`; part of errors",
     "LayerType": "returned by `refitkit_layer_types`",
     "Slot": "in `Engine.slots`",
+    "Metric": "in `OutputMeasure.metrics`",
     "TensorInfo": "returned by `WeightSource.info`; in `WeightGroup.gives`",
     "EngineMemory": "returned by `Engine.memory`",
     "LedgerRow": "in `PlanDraft.rows`",
