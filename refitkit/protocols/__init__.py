@@ -16,6 +16,7 @@ What plugins implement, and the values that go in and out:
 * ``SharedMemory``: weights that several processes serve from
 * ``Engine``: one unit of a module whose weights are replaced together
 * ``StagedRefit``: new values of one engine that are not live yet
+* ``Filling``: values of one engine that are staged as they arrive
 * ``SlotValue``: a new value for one slot, computed when it is loaded
 * ``SteadyValues``: values of one engine, for one refit after another
 * ``WeightSource``: a set of weights, read lazily by name
@@ -54,7 +55,6 @@ Abilities of engines:
 * ``SupportsSpareBuffer``: has a second set of weights that can be freed
 * ``HoldsPrevious``: keeps the values from before the last commit
 * ``StagesGradually``: stages values as they arrive
-* ``Filling``: values that are being staged gradually
 * ``SupportsWarming``: prepares for its first refit
 * ``TellsRoute``: takes new weights in one of several ways
 

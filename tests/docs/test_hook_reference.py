@@ -40,7 +40,7 @@ def test_the_page_is_up_to_date() -> None:
 
 def test_every_hook_has_a_section_and_every_section_a_hook() -> None:
     assert list(SECTIONS) == list(written())
-    assert len(SECTIONS) == PAGE.count("\n## refitkit_") == 12
+    assert len(SECTIONS) == PAGE.count("\n## refitkit_") == 13
 
 
 @pytest.mark.parametrize("hook", written())

@@ -214,6 +214,41 @@ def test_refitkit_mapping_strategies() -> None:
     assert len(called.once[0].wanted) == len(report.ledger) == 2
 
 
+def test_refitkit_weight_transports() -> None:
+    class Mine:
+        name = "mine"
+
+        def open(self, init_info: Any, open_weights: Any) -> Mine:
+            called(init_info, open_weights)
+            return self
+
+        def receive(self, update_info: Any) -> list[Any]:
+            return [update_info["weights"]]
+
+        def close(self) -> None: ...
+
+    class Plugin:
+        name = "plugin"
+
+        @refitkit.hookimpl
+        def refitkit_weight_transports(self, config: Config) -> list[Any]:
+            assert config is pipeline.config
+            return [Mine()]
+
+    called = Called()
+    pipeline = Pipeline(plugins=[FakePlugin(), Plugin()])
+    compiled = opened(pipeline)
+    receiver = refitkit.WeightReceiver(compiled)
+    receiver.init_weight_transfer_engine({"init_info": {"backend": "mine", "port": 3}})
+    receiver.start_weight_update()
+    receiver.update_weights(weights=new_weights(compiled))
+    receiver.finish_weight_update()
+    assert compiled.version == 1
+    info, open_weights = called.once
+    assert info == {"port": 3}
+    assert open_weights({"a": torch.ones(1)}).names() == {"a"}
+
+
 def test_refitkit_layer_types() -> None:
     pool = LayerType(name="POOL", interface="IPoolLayer", weights=(("values", "VALUES"),))
 
