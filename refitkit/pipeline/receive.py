@@ -324,6 +324,10 @@ class Arrivals:
         if tensor is not None:
             self.nbytes -= tensor.nbytes
 
+    def forget(self) -> None:
+        """Drop all tensors. Else a circle of references would keep them for the collector."""
+        self._held, self._readers, self.nbytes = {}, {}, 0
+
     def read_back(self, readers: Mapping[str, Callable[[], torch.Tensor]]) -> None:
         """Read entries that are not kept from where they are staged.
 
@@ -623,3 +627,6 @@ class ReceivingTask(RefitTask):
                 one.discard()
             except Exception:  # noqa: BLE001, S112 - the others must be tried; no weights changed
                 continue
+        self._progress, self._recoverable = _Progress(), {}
+        if self._arrivals is not None:
+            self._arrivals.forget()
