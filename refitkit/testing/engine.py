@@ -16,6 +16,7 @@ from refitkit.protocols import (
     HoldsPrevious,
     RemembersWeights,
     ShowsStaged,
+    StagesGradually,
     SupportsOverwrite,
     SupportsPartial,
     SupportsReadback,
@@ -48,6 +49,7 @@ _READ = "SupportsReadback.read"
 _REMEMBERED = "RemembersWeights.remembered"
 _STAGED = "ShowsStaged.staged"
 _PARTIAL = "SupportsPartial.stage_partial"
+_GRADUAL = "StagesGradually.begin_staging"
 _SPARE = "SupportsSpareBuffer.free_spare"
 _WARM = "SupportsWarming.warm"
 _MEMORY = "Engine.memory"
@@ -230,6 +232,69 @@ class AbilityChecks(EngineBase):
                     self.stage_partial(engine, values).commit()
                 advice = "Check all values before writing any."
                 self.require_bits(engine, before, _PARTIAL, f"after {what} was refused", advice)
+
+    # -- values that arrive -----------------------------------------------------------------
+
+    def test_values_that_arrive_one_by_one_are_those_of_one_refit(self) -> None:
+        """Values that are added in any order, and overwritten afterwards, are staged exactly."""
+        engine = self.ready_with(StagesGradually, "begin_staging")
+        for seed in (C, B):
+            before, values = self.snapshot(engine), self.make_values(engine, seed)
+            wanted = oracles.snapshot(values)
+            filling = engine.begin_staging(list(engine.slots))
+            for name in reversed(list(engine.slots)):
+                filling.add([oracles.slot_value(engine.slots[name], values[name])])
+                values[name].copy_(values[name].clone().zero_())
+            advice = "Keep new values in memory of their own until commit."
+            self.require_bits(engine, before, _GRADUAL, "before the commit", advice)
+            staged: Any = filling.finish()
+            commit, rollback = staged.commit, staged.rollback
+            if not isinstance(staged, ShowsStaged):
+                found = "what finish returns has no staged()."
+                raise Breach(_GRADUAL, found, "Let it show its values: verifiers read them.")
+            shown = staged.staged
+            wrong = [n for n in engine.slots if oracles.bits(shown(n)) != wanted[n]]
+            if wrong:
+                found = f"staged() returns other values for {oracles.quoted(wrong)}."
+                raise Breach(_GRADUAL, found, "Copy each value in add: its memory is used again.")
+            commit()
+            self.require_bits(engine, wanted, _GRADUAL, "after a gradual refit", advice)
+            rollback()
+            advice = "Save the old values of all slots."
+            self.require_bits(engine, before, "StagedRefit.rollback", "after a rollback", advice)
+            self.commit(engine, self.make_values(engine, A))
+
+    def test_some_values_that_arrive_leave_the_other_slots(self) -> None:
+        """Slots that ``begin_staging`` does not name keep their live values."""
+        engine = self.ready_with(StagesGradually, "begin_staging")
+        for name, slot in engine.slots.items():
+            before, value = self.snapshot(engine), self.make_values(engine, C)[name]
+            filling = engine.begin_staging([name])
+            filling.add([oracles.slot_value(slot, value)])
+            filling.finish().commit()
+            wanted = {**before, name: oracles.bits(value)}
+            advice = "Copy the slots that are not named from the live values."
+            when = f"after a gradual refit of {name!r} alone"
+            self.require_bits(engine, wanted, _GRADUAL, when, advice)
+            self.commit(engine, self.make_values(engine, B))
+
+    def test_values_that_stopped_arriving_leave_nothing(self) -> None:
+        """After ``discard`` the live values are as before, and the next refit is exact."""
+        engine = self.ready_with(StagesGradually, "begin_staging")
+        before, values = self.snapshot(engine), self.make_values(engine, C)
+        for count in range(len(engine.slots) + 1):
+            filling = engine.begin_staging(list(engine.slots))
+            for name in list(engine.slots)[:count]:
+                filling.add([oracles.slot_value(engine.slots[name], values[name])])
+            filling.discard()
+            advice = "Keep new values in memory of their own until commit."
+            when = f"after {count} of {len(engine.slots)} values and discard"
+            self.require_bits(engine, before, _GRADUAL, when, advice)
+        after = self.make_values(engine, B)
+        wanted = oracles.snapshot(after)
+        self.commit(engine, after)
+        advice = "Drop what has arrived."
+        self.require_bits(engine, wanted, _GRADUAL, "after the next refit", advice)
 
     # -- the spare buffer -------------------------------------------------------------------
 

@@ -48,12 +48,33 @@ class Open(OpenEngine):
         plain = tensor.detach().resolve_conj().resolve_neg()
         return plain.clone(memory_format=torch.contiguous_format)
 
+    def begin_staging(self, slots: Any) -> Filling:
+        return Filling(self, slots)
+
     def _stage(self, values: Sequence[SlotValue]) -> FakeStaged:
         copies: dict[str, torch.Tensor] = {}
         for value in values:
             self.require_new(value.slot.name, copies)
             copies[value.slot.name] = self.copied(self.slots[value.slot.name], value.load())
         return self.Staged(self, copies)
+
+
+class Filling:
+    """What has arrived for an ``Open`` engine."""
+
+    def __init__(self, engine: Open, slots: Any) -> None:
+        self.engine, self.slots = engine, set(slots)
+        self.copies: dict[str, torch.Tensor] = {}
+
+    def add(self, values: Sequence[SlotValue]) -> None:
+        for value in values:
+            self.copies[value.slot.name] = self.engine.copied(value.slot, value.load())
+
+    def finish(self) -> Any:
+        return self.engine.Staged(self.engine, self.copies)
+
+    def discard(self) -> None:
+        self.copies.clear()
 
 
 class Good(TestOpenEngine):
@@ -802,3 +823,72 @@ class TakesAway(FakeStaged):
         gone = getattr(self, "gone", {})
         self.values = {name: v for name, v in self.values.items() if name not in gone}
         super().commit()
+
+
+# -- values that arrive -----------------------------------------------------------------------
+
+
+class _Arriving(Open):
+    filling: type[Filling] = Filling
+
+    def begin_staging(self, slots: Any) -> Filling:
+        return self.filling(self, slots)
+
+
+def fills(check: str, says: str) -> Any:
+    """Add a bite for a check; decorates a broken filling."""
+
+    def note(filling: type) -> type:
+        breaks(check, says)(type(filling.__name__, (_Arriving,), {"filling": filling}))
+        return filling
+
+    return note
+
+
+@fills("values_that_arrive_one_by_one_are_those_of_one_refit", "returns other values for")
+class KeepsTensors(Filling):
+    def add(self, values: Any) -> None:
+        self.copies |= {value.slot.name: value.load() for value in values}
+
+
+@fills("values_that_arrive_one_by_one_are_those_of_one_refit", "returns other values for")
+class TakesThemInOrder(Filling):
+    def add(self, values: Any) -> None:
+        name = list(self.engine.slots)[len(self.copies)]
+        found = self.engine.live[name].clone()
+        self.copies[name] = found
+        if values[0].slot.name == name:
+            super().add(values)
+
+
+@fills("values_that_arrive_one_by_one_are_those_of_one_refit", "before the commit")
+class WritesLive(Filling):
+    def add(self, values: Any) -> None:
+        super().add(values)
+        self.engine.live |= self.copies
+
+
+@fills("values_that_arrive_one_by_one_are_those_of_one_refit", "has no staged")
+class ShowsNothing(Filling):
+    def finish(self) -> Any:
+        staged = super().finish()
+
+        class Blind:
+            commit, rollback = staged.commit, staged.rollback
+            discard, changed = staged.discard, staged.changed
+
+        return Blind()
+
+
+@fills("some_values_that_arrive_leave_the_other_slots", "gradual refit of 'matrix' alone")
+class ZeroesTheRest(Filling):
+    def finish(self) -> Any:
+        rest = {n: torch.zeros_like(t) for n, t in self.engine.live.items()}
+        self.copies = {**rest, **self.copies}
+        return super().finish()
+
+
+@fills("values_that_stopped_arriving_leave_nothing", "of 4 values and discard")
+class CommitsOnDiscard(Filling):
+    def discard(self) -> None:
+        self.engine.live |= self.copies

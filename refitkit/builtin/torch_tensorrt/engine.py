@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from refitkit.builtin.torch_tensorrt.direct.arena import PlacedArena
 from refitkit.builtin.torch_tensorrt.direct.route import OFF, DirectRoute
-from refitkit.builtin.torch_tensorrt.filling import Filler
+from refitkit.builtin.torch_tensorrt.filling import ArrivingValues, Filler
 from refitkit.builtin.torch_tensorrt.refitter import (
     DeserializedEngine,
     PersistentRefitter,
@@ -48,7 +48,7 @@ from refitkit.recipe import Overwriting
 from refitkit.recipe.sources import require_values
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -283,11 +283,32 @@ class RefitterEngine:
         specs = self.specs  # first: if the engine was replaced, no values are known any more
         if partial or not self._filler.knows(values):
             require_values(specs, values, partial=partial)
-        buffers = self.buffers
-        buffers.begin_staging(partial=partial)
+        self.buffers.begin_staging(partial=partial)
         self._fill(values)
+        return self._checked_staged()
+
+    def begin_staging(self, slots: Collection[str]) -> ArrivingValues:
+        """Stage values for some slots as they arrive; see ``refitkit.protocols.StagesGradually``.
+
+        Raises:
+            NotRefittableError: The values of the other slots are unknown.
+        """
+        self._ready_refitter()
+        partial = len(slots) < len(self.specs)
+        if partial and not self.knows_live:
+            raise self._unknown_weights_error()
+        self._filler.forget()
+        self.buffers.begin_staging(partial=partial)
+        return ArrivingValues(self._fill, self._checked_staged)
+
+    def _checked_staged(self) -> StagedRefit:
+        """What the staging arena holds, as a staged refit.
+
+        Raises:
+            WeightMismatchError: New values are not finite where the present ones are.
+        """
         if self._options.check_finite:
-            self._check_finite(buffers)
+            self._check_finite(self.buffers)
         return self._staged()
 
     def _fill(self, values: Sequence[SlotValue]) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from refitkit.builtin.torch_tensorrt.refitter import WeightSpec
     from refitkit.builtin.torch_tensorrt.weight_buffers import Uploader, ValueArena
+    from refitkit.protocols import StagedRefit
 
 
 class Filler:
@@ -137,6 +138,24 @@ class Filler:
             if constant:
                 copied[name] = constant
         return copied
+
+
+class ArrivingValues:
+    """Values of one engine that are staged as they arrive; see ``refitkit.protocols.Filling``."""
+
+    def __init__(
+        self, add: Callable[[Sequence[SlotValue]], None], finish: Callable[[], StagedRefit]
+    ) -> None:
+        """Create the handle; an engine calls this once its staging arena is ready.
+
+        Args:
+            add: Copies values into the staging arena.
+            finish: Checks the arena, and makes it a staged refit.
+        """
+        self.add, self.finish = add, finish
+
+    def discard(self) -> None:
+        """Do nothing: the next refit overwrites the staging arena."""
 
 
 class _Noted(NamedTuple):
