@@ -13,6 +13,7 @@ from refitkit.version import __version__
 if TYPE_CHECKING:
     from refitkit.api import compile, diff, inspect, load, plan, refit, refit_all, verify  # noqa: A004
     from refitkit.builtin.merges.descriptions import TaskVectors, WeightedAverage
+    from refitkit.builtin.torch_tensorrt.upstream import tensorrt_converter
     from refitkit.config import Config
     from refitkit.errors import (
         CompileError,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "refitkit.api": ("compile", "diff", "inspect", "load", "plan", "refit", "refit_all", "verify"),
     "refitkit.builtin.merges.descriptions": ("TaskVectors", "WeightedAverage"),
+    "refitkit.builtin.torch_tensorrt.upstream": ("tensorrt_converter",),
     "refitkit.config": ("Config",),
     "refitkit.errors": (
         "CompileError",
@@ -114,6 +116,7 @@ __all__ = [
     "plan",
     "refit",
     "refit_all",
+    "tensorrt_converter",
     "verify",
 ]
 

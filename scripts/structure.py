@@ -40,14 +40,14 @@ class Size(NamedTuple):
 
 
 LIMITS = {
-    "refitkit": Size(210, 1150, 0),
-    "refitkit.builtin": Size(86, 187, 0),
+    "refitkit": Size(211, 1152, 0),
+    "refitkit.builtin": Size(86, 188, 0),
     "refitkit.builtin.aotinductor": Size(14, 37, 0),
     "refitkit.builtin.checks": Size(3, 2, 0),
     "refitkit.builtin.merges": Size(3, 2, 0),
     "refitkit.builtin.rules": Size(5, 5, 0),
     "refitkit.builtin.strategies": Size(2, 1, 0),
-    "refitkit.builtin.torch_tensorrt": Size(48, 126, 0),
+    "refitkit.builtin.torch_tensorrt": Size(48, 127, 0),
     "refitkit.builtin.verify": Size(3, 2, 0),
     "refitkit.builtin.weights": Size(7, 12, 0),
     "refitkit.cli": Size(23, 66, 0),

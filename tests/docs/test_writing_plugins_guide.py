@@ -50,8 +50,8 @@ def test_all_of_the_plugin_is_quoted() -> None:
     assert {file for kind, file, _ in BLOCKS if kind == "file"} == set(QUOTED)
 
 
-def test_the_plugin_has_fewer_than_100_lines() -> None:
-    assert sum(len((SOURCE / name).read_text().splitlines()) for name in QUOTED) < 100
+def test_the_plugin_has_at_most_100_lines() -> None:
+    assert sum(len((SOURCE / name).read_text().splitlines()) for name in QUOTED) <= 100
 
 
 def test_every_hook_is_in_the_table() -> None:

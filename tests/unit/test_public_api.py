@@ -54,6 +54,7 @@ PUBLIC = [
     "plan",
     "refit",
     "refit_all",
+    "tensorrt_converter",
     "verify",
 ]
 PACKAGE = Path(refitkit.__file__).parent

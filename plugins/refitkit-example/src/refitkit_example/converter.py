@@ -1,17 +1,18 @@
-"""The op as layers of TensorRT. Importing this registers it, and needs torch_tensorrt."""
+"""The op as layers of TensorRT. Importing this registers the converter."""
 
 from typing import Any
 
-import tensorrt as trt
 import torch
-from torch_tensorrt.dynamo.conversion import dynamo_tensorrt_converter
 
+from refitkit import tensorrt_converter
 from refitkit_example.op import LAYER, gates
 
 
-@dynamo_tensorrt_converter(torch.ops.refitkit_example.gate.default)
+@tensorrt_converter(torch.ops.refitkit_example.gate.default)
 def convert_gate(ctx: Any, target: Any, args: Any, kwargs: Any, name: str) -> Any:
     """Add the gates as a constant, and a product."""
+    import tensorrt as trt  # here, because the module is imported where this fails
+
     x, weight, fqn = args
     values = gates(weight)
     ctx.cpu_weights_reference_holder.append(values)
