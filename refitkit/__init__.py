@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from refitkit.model import DiffReport, RefitReport, VerificationResult
     from refitkit.pipeline import CompiledModule, Pipeline, RefitResult, RefitResults
     from refitkit.recipe import RefitPlan
+    from refitkit.recipe.declarations import made_of
 
 # ``import refitkit`` stays fast for the command line and for plugins, which seldom need every name.
 # The table repeats the imports above because type checkers cannot follow it.
@@ -73,6 +74,7 @@ _HOMES = {
     "refitkit.model": ("DiffReport", "RefitReport", "VerificationResult"),
     "refitkit.pipeline": ("CompiledModule", "Pipeline", "RefitResult", "RefitResults"),
     "refitkit.recipe": ("RefitPlan",),
+    "refitkit.recipe.declarations": ("made_of",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -113,6 +115,7 @@ __all__ = [
     "hookimpl",
     "inspect",
     "load",
+    "made_of",
     "plan",
     "refit",
     "refit_all",

@@ -40,7 +40,7 @@ class Size(NamedTuple):
 
 
 LIMITS = {
-    "refitkit": Size(211, 1152, 0),
+    "refitkit": Size(212, 1159, 0),
     "refitkit.builtin": Size(86, 188, 0),
     "refitkit.builtin.aotinductor": Size(14, 37, 0),
     "refitkit.builtin.checks": Size(3, 2, 0),
@@ -56,7 +56,7 @@ LIMITS = {
     "refitkit.pipeline": Size(23, 105, 0),
     "refitkit.program": Size(9, 12, 0),
     "refitkit.protocols": Size(11, 34, 0),
-    "refitkit.recipe": Size(19, 39, 0),
+    "refitkit.recipe": Size(20, 41, 0),
     "refitkit.testing": Size(15, 41, 0),
 }
 """The most that each package may have."""

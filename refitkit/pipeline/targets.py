@@ -274,13 +274,13 @@ def _attached(context: Context, backend: Backend, path: Path) -> Mapping[str, by
 
 
 def _described_plan(context: Context, backend: Backend, path: Path) -> Mapping[str, Any]:
-    """The plugins that the plan of a saved module needs, and its weights without a slot."""
+    """Plugins that the plan of a saved module needs, weights without slots, unseen values."""
     attached = _attached(context, backend, path)
     if PLAN_MEMBER not in attached:
         return {}
     data = RefitPlan.from_bytes(attached[PLAN_MEMBER], f"the plan of {str(path)!r}").data
     needs = [f"{need.kind} {need.name} of {describe_need(need)}" for need in data.needs]
-    facts = {"needs": needs, "without_slot": dict(data.unreached)}
+    facts = {"needs": needs, "without_slot": dict(data.unreached), "unseen": data.unseen}
     return {name: value for name, value in facts.items() if value}
 
 

@@ -51,6 +51,7 @@ PUBLIC = [
     "hookimpl",
     "inspect",
     "load",
+    "made_of",
     "plan",
     "refit",
     "refit_all",
