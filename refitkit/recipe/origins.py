@@ -49,7 +49,8 @@ class Literal:
     Attributes:
         value: A copy of the tensor.
         exports: NumPy arrays on tensors' memory that the numbers may have been read from.
-        seen: Whether the recording saw which numbers the tensor was built from.
+        seen: Whether the numbers are no values of a weight: a random op made them, or a formula
+            that a converter declares has them. Of others nobody knows where they were before.
     """
 
     value: torch.Tensor

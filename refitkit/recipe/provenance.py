@@ -199,7 +199,7 @@ class Provenance:
     def _node_of_numbers(self, value: torch.Tensor, *, known: bool) -> Literal | Unknown:
         """Return a node for a tensor of numbers; unknown if they may be values of a weight."""
         if known or self.trusts_numbers or not value.numel():
-            return Literal(value, seen=True)
+            return Literal(value, seen=self.trusts_numbers)
         if self.exposed.doubt:
             return Unknown(self.exposed.doubt)
         with self._scope.pause():

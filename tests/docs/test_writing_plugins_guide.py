@@ -34,7 +34,16 @@ def lines(text: str) -> list[str]:
 
 def test_every_python_block_is_looked_at() -> None:
     assert PAGE.count("```python") == len(BLOCKS)
-    assert list(RUN) == ["object", "without", "with", "clash", "errors", "settings", "command"]
+    assert list(RUN) == [
+        "object",
+        "without",
+        "formula",
+        "with",
+        "clash",
+        "errors",
+        "settings",
+        "command",
+    ]
 
 
 @pytest.mark.parametrize("name", QUOTED)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from refitkit import tensorrt_converter
+from refitkit import made_of, tensorrt_converter
 from refitkit_example.op import LAYER, gates
 
 
@@ -14,7 +14,7 @@ def convert_gate(ctx: Any, target: Any, args: Any, kwargs: Any, name: str) -> An
     import tensorrt as trt  # here, because the module is imported where this fails
 
     x, weight, fqn = args
-    values = gates(weight)
+    values = made_of(gates(weight), weight)
     ctx.cpu_weights_reference_holder.append(values)
     held = trt.Weights(trt.float32, values.data_ptr(), values.numel())
     constant = ctx.net.add_constant([1] * (len(x.shape) - 1) + [values.numel()], held)
