@@ -13,6 +13,7 @@ from refitkit.version import __version__
 if TYPE_CHECKING:
     from refitkit.api import compile, diff, inspect, load, plan, refit, refit_all, verify  # noqa: A004
     from refitkit.builtin.merges.descriptions import TaskVectors, WeightedAverage
+    from refitkit.builtin.torch_tensorrt.upstream import tensorrt_converter
     from refitkit.config import Config
     from refitkit.errors import (
         CompileError,
@@ -41,12 +42,14 @@ if TYPE_CHECKING:
     from refitkit.model import DiffReport, RefitReport, UpdateManifest, VerificationResult
     from refitkit.pipeline import CompiledModule, Pipeline, RefitResult, RefitResults
     from refitkit.recipe import RefitPlan
+    from refitkit.recipe.declarations import made_of
 
 # ``import refitkit`` stays fast for the command line and for plugins, which seldom need every name.
 # The table repeats the imports above because type checkers cannot follow it.
 _HOMES = {
     "refitkit.api": ("compile", "diff", "inspect", "load", "plan", "refit", "refit_all", "verify"),
     "refitkit.builtin.merges.descriptions": ("TaskVectors", "WeightedAverage"),
+    "refitkit.builtin.torch_tensorrt.upstream": ("tensorrt_converter",),
     "refitkit.config": ("Config",),
     "refitkit.errors": (
         "CompileError",
@@ -75,6 +78,7 @@ _HOMES = {
     "refitkit.model": ("DiffReport", "RefitReport", "UpdateManifest", "VerificationResult"),
     "refitkit.pipeline": ("CompiledModule", "Pipeline", "RefitResult", "RefitResults"),
     "refitkit.recipe": ("RefitPlan",),
+    "refitkit.recipe.declarations": ("made_of",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -118,9 +122,11 @@ __all__ = [
     "hookimpl",
     "inspect",
     "load",
+    "made_of",
     "plan",
     "refit",
     "refit_all",
+    "tensorrt_converter",
     "verify",
 ]
 

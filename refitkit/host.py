@@ -24,6 +24,7 @@ import pluggy
 
 from refitkit import hookspecs
 from refitkit.config import Config
+from refitkit.distributions import contains_module
 from refitkit.errors import PluginError, raise_if_resource, raised_as, resources
 from refitkit.offered import received, require_offer
 from refitkit.version import __version__
@@ -72,6 +73,8 @@ class Candidate:
         distribution: Name of the plugin's distribution; empty if it has none.
         version: Version of that distribution.
         requires: Returns the requirements of that distribution, as its metadata has them.
+        contains: Returns whether a module, given by name, is of that distribution and in the
+            plugin's top-level package. The plugin must have been loaded.
     """
 
     name: str
@@ -81,6 +84,7 @@ class Candidate:
     distribution: str = ""
     version: str = ""
     requires: Callable[[], Iterable[str]] = tuple
+    contains: Callable[[str], bool] = lambda _: False
 
     def misfit(self) -> str:
         """The versions of refitkit that the distribution needs, if this is another one; or ''."""
@@ -149,7 +153,11 @@ class Host:
     """All plugins of one pipeline. :func:`make_host` creates it."""
 
     def __init__(
-        self, manager: Manager, registered: Mapping[str, Candidate], config: Config
+        self,
+        manager: Manager,
+        registered: Mapping[str, Candidate],
+        config: Config,
+        installed: tuple[Candidate, ...],
     ) -> None:
         """Create a host; call ``make_host`` instead.
 
@@ -157,7 +165,9 @@ class Host:
             manager: Manager with all plugins registered.
             registered: Candidates that were registered, by name.
             config: Settings of the plugins.
+            installed: Installed plugins that were loaded, also if explicit ones replace them.
         """
+        self._installed = installed
         self._manager = manager
         self._config = config
         self._registered = registered
@@ -212,6 +222,14 @@ class Host:
             KeyError: No plugin has this name.
         """
         return self._registered[name]
+
+    def may_import(self, module: str) -> bool:
+        """Whether a file may name a module to import: it is of an installed plugin that is in use.
+
+        Args:
+            module: Name of the module, with all dots. It is not imported.
+        """
+        return any(one.contains(module) for one in self._installed)
 
     def first(self, hook: str, kind: Any, **arguments: Any) -> tuple[str, Any]:
         """Call a hook of kind *first*.
@@ -434,6 +452,7 @@ def make_host(
     replaced = dict.fromkeys(map(_identity, explicit), "")
     manager = Manager()
     registered: dict[str, Candidate] = {}
+    installed: list[Candidate] = []
     # before they are loaded: a plugin that is switched off is not even imported
     found = [candidate for candidate in candidates(explicit) if candidate.name not in off]
     firsts = {one.name: one for one in reversed(found) if _is_installed(one)}
@@ -449,7 +468,9 @@ def make_host(
             if on_broken is None:
                 raise
             on_broken(BrokenPlugin(candidate, exc))
-    return Host(manager, registered, config)
+        else:
+            installed += [candidate] if _is_installed(candidate) else []
+    return Host(manager, registered, config, tuple(installed))
 
 
 def _is_installed(candidate: Candidate) -> bool:
@@ -604,14 +625,16 @@ def _built_in(name: str) -> Candidate:
 def _installed(entry: EntryPoint) -> Candidate:
     dist = entry.dist
     origin = f"{dist.name} {dist.version}" if dist else "an unknown distribution"
+    module = entry.value.partition(":")[0].strip()
     return Candidate(
         name=entry.name,
         origin=origin,
-        module=entry.value.partition(":")[0],
+        module=module,
         load=lambda: _imported(entry, origin),
         distribution=dist.name if dist else "",
         version=dist.version if dist else "",
         requires=lambda: getattr(dist, "requires", None) or (),
+        contains=lambda name: contains_module(dist, module, name),
     )
 
 

@@ -40,14 +40,14 @@ class Size(NamedTuple):
 
 
 LIMITS = {
-    "refitkit": Size(219, 1203, 0),
-    "refitkit.builtin": Size(90, 191, 0),
+    "refitkit": Size(221, 1213, 0),
+    "refitkit.builtin": Size(90, 192, 0),
     "refitkit.builtin.aotinductor": Size(14, 37, 0),
     "refitkit.builtin.checks": Size(3, 2, 0),
     "refitkit.builtin.merges": Size(3, 2, 0),
     "refitkit.builtin.rules": Size(5, 5, 0),
     "refitkit.builtin.strategies": Size(2, 1, 0),
-    "refitkit.builtin.torch_tensorrt": Size(48, 126, 0),
+    "refitkit.builtin.torch_tensorrt": Size(48, 127, 0),
     "refitkit.builtin.transports": Size(4, 4, 0),
     "refitkit.builtin.verify": Size(3, 2, 0),
     "refitkit.builtin.weights": Size(7, 12, 0),
@@ -58,7 +58,7 @@ LIMITS = {
     "refitkit.pipeline": Size(24, 119, 0),
     "refitkit.program": Size(9, 12, 0),
     "refitkit.protocols": Size(12, 38, 0),
-    "refitkit.recipe": Size(19, 39, 0),
+    "refitkit.recipe": Size(20, 41, 0),
     "refitkit.testing": Size(15, 41, 0),
 }
 """The most that each package may have."""

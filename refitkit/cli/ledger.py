@@ -44,6 +44,7 @@ def print_plan(console: Console, plan: RefitPlan) -> None:
                 *([("ops", f"{calls}, shared by all slots")] if calls else []),
                 *(("tied names", " = ".join(tie)) for tie in plan.data.ties),
                 *(("needs", _need(need)) for need in plan.data.needs),
+                *([("unseen", _unseen(plan.data))] if plan.data.unseen else []),
                 *(("without slot", f"{n}: {why}") for n, why in plan.data.unreached.items()),
             ]
         )
@@ -54,6 +55,14 @@ def print_plan(console: Console, plan: RefitPlan) -> None:
         title = f"engine {engine}, {count(len(rows), 'slot')}"
         console.print(table(_COLUMNS, rows, title))
     print_guards(console, plan.data)
+
+
+def _unseen(data: PlanData) -> str:
+    """Text on slots with numbers that were made outside of torch and that no proof has cleared."""
+    return (
+        f"{', '.join(data.unseen)}: made outside of torch, and refitkit did not see of what. A "
+        "proof by trial clears these slots or names them: refitkit plan make --prove"
+    )
 
 
 def _need(need: Need) -> str:

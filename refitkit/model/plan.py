@@ -133,6 +133,8 @@ class LedgerRow(Frozen):
             no refit needs the value.
         sources: FQNs that the value follows from, with all names of tied weights.
         reason: Why the slot is frozen, pinned or unmapped.
+        unseen: Whether the value has numbers that were made outside of torch, so that they may be
+            values of a weight, and no proof by trial has shown that they are not.
     """
 
     slot: Slot
@@ -140,6 +142,7 @@ class LedgerRow(Frozen):
     value: Value | None = None
     sources: tuple[str, ...] = ()
     reason: str = ""
+    unseen: bool = False
 
 
 class PinnedTensor(Frozen):
@@ -228,6 +231,11 @@ class PlanData(Frozen):
     unreached: dict[str, str] = Field(default_factory=dict)
     needs: tuple[Need, ...] = ()
     attached: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @property
+    def unseen(self) -> list[str]:
+        """``engine/slot`` of the slots with ``LedgerRow.unseen``."""
+        return ["/".join(row.slot.key) for row in self.ledger if row.unseen]
 
 
 def fingerprint_of_slots(slots: Iterable[Slot]) -> str:

@@ -194,6 +194,7 @@ class Context:
             direct=self.config.direct,
             cache=self.config.cache_folder(),
             shared=shared,
+            may_import=self.host.may_import,
         )
 
     @property

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from refitkit.host import Host
-    from refitkit.model import PinnedTensor, Slot
+    from refitkit.model import LedgerRow, PinnedTensor, Slot
     from refitkit.pipeline.context import Context
     from refitkit.pipeline.module import Verbs
     from refitkit.program import ProgramFacts
@@ -116,7 +116,9 @@ class Compiler:
         compiled = CompiledModule(opened, plan, kept, self._verbs)
         if prove:
             with clock.stage("prove"):
-                compiled.plan = self._prove(compiled, plan)
+                plan = self._prove(compiled, plan)
+                compiled.plan = plan
+        self._emit_unseen("compile", plan)
         return compiled
 
     def plan(
@@ -148,7 +150,8 @@ class Compiler:
             with clock.stage("adopt"):
                 plan = self._adopt(compiled, plan, prove=prove is not False)
         elif compiled is not None and compiled.plan is not None:
-            plan = _with_proved_needs(plan, compiled.plan)
+            plan = _with_earlier_proof(plan, compiled.plan)
+        self._emit_unseen("plan", plan)
         return plan
 
     def _plan(
@@ -198,23 +201,29 @@ class Compiler:
         return plan
 
     def _prove(self, compiled: CompiledModule, plan: RefitPlan) -> RefitPlan:
-        """The plan with the needs of its proof by a refit of a module."""
+        """The plan with the results of its proof by a refit of a module."""
         if not compiled.program:
             return plan
         proof = prove_refit(self._context, compiled, self._program)
         self._emit_missing("compile", proof.missing)
-        return with_needs(plan, proof.needs)
+        return proof.noted_in(plan)
 
     def _prove_plan(self, plan: RefitPlan, opened: OpenedModule | None) -> RefitPlan:
-        """The plan with the needs of its proof by engines with other weights."""
+        """The plan with the results of its proof by engines with other weights."""
         proof = prove_plan(self._context, plan, self._program, opened, self._options)
         self._emit_missing("plan", proof.missing)
-        return with_needs(plan, proof.needs)
+        return proof.noted_in(plan)
 
     def _emit_missing(self, verb: str, missing: str) -> None:
         """Emit an event with the reason if there is no proof."""
         if missing:
             self._context.step(verb, "prove", f"there is no proof by trial: {missing}")
+
+    def _emit_unseen(self, verb: str, plan: RefitPlan) -> None:
+        """Emit an event with the slots whose values may hold a weight that nobody saw, if any."""
+        if plan.data.unseen:
+            text = "made outside of torch, and no proof shows that no weight is in them"
+            self._context.step(verb, "plan", f"{text}: {', '.join(plan.data.unseen)}")
 
 
 def _require_program(program: object) -> None:
@@ -225,9 +234,18 @@ def _require_program(program: object) -> None:
         )
 
 
-def _with_proved_needs(plan: RefitPlan, before: RefitPlan) -> RefitPlan:
-    """A plan with the needs of an earlier plan, if both have the same ledger."""
-    return with_needs(plan, before.data.needs) if plan.ledger == before.ledger else plan
+def _with_earlier_proof(plan: RefitPlan, before: RefitPlan) -> RefitPlan:
+    """A plan with the results of an earlier plan's proof, if both have the same ledger."""
+    if list(map(_unproved, plan.ledger)) != list(map(_unproved, before.ledger)):
+        return plan
+    pairs = zip(plan.ledger, before.ledger, strict=True)
+    ledger = tuple(old if new.unseen else new for new, old in pairs)
+    return with_needs(plan.noting(ledger=ledger), before.data.needs)
+
+
+def _unproved(row: LedgerRow) -> LedgerRow:
+    """A row without what a proof changes."""
+    return row.model_copy(update={"unseen": False, "reason": ""})
 
 
 # -- making a plan --------------------------------------------------------------------------------

@@ -20,13 +20,14 @@ from refitkit.errors import NotRefittableError, Problem, RefitError, Verificatio
 from refitkit.model import SlotState
 from refitkit.pipeline.history import WeightState
 from refitkit.pipeline.mapping import MappingSummary, map_slots, partition
-from refitkit.pipeline.needs import strategy_needs
+from refitkit.pipeline.needs import strategy_needs, with_needs
 from refitkit.pipeline.refit import RefitRequest, RefitTask, run
 from refitkit.pipeline.stage import live_reader
 from refitkit.pipeline.targets import open_weights
 from refitkit.pipeline.verify import VerifyOptions, verify_live
 from refitkit.program import KeptProgram, facts_of
 from refitkit.program.bits import same_bits
+from refitkit.program.dtypes import dtype_of
 from refitkit.program.views import derived_value
 from refitkit.protocols import HoldsValues, Offline, Rebuilds, SlotValue
 from refitkit.recipe import TensorMap
@@ -36,13 +37,16 @@ if TYPE_CHECKING:
 
     from torch.export import ExportedProgram
 
-    from refitkit.model import LedgerRow, Need, RefitReport, ReportRow, SlotKey
+    from refitkit.model import Leaf, LedgerRow, Need, RefitReport, ReportRow, SlotKey
     from refitkit.pipeline.context import Context
     from refitkit.pipeline.module import CompiledModule
     from refitkit.protocols import OpenedModule
     from refitkit.recipe import RefitPlan
 
 KEPT = "kept its old value"
+_CLEARED = (
+    "its numbers were made outside of torch, and a proof by trial with other weights found it right"
+)
 
 # The second seed is used only if weights of the first one show nothing.
 _SEEDS = (0, 1)
@@ -63,6 +67,27 @@ class Proof:
 
     missing: str = ""
     needs: tuple[Need, ...] = ()
+
+    def noted_in(self, plan: RefitPlan) -> RefitPlan:
+        """The plan with the needs of this proof, and without marks of values that it cleared."""
+        plan = with_needs(plan, self.needs)
+        # a value that is made of a weight that no proof moves is not proved
+        if self.missing or not all(map(_is_moved, plan.data.leaves)):
+            return plan
+        if not plan.data.unseen:
+            return plan
+        rows = (_cleared(row) if row.unseen else row for row in plan.ledger)
+        return plan.noting(ledger=tuple(rows))
+
+
+def _is_moved(leaf: Leaf) -> bool:
+    """Whether a proof changes the values of a leaf, or need not: no state_dict has it."""
+    dtype = dtype_of(leaf.dtype)
+    return not (leaf.used and leaf.persistent) or (dtype.is_floating_point and dtype.itemsize > 1)
+
+
+def _cleared(row: LedgerRow) -> LedgerRow:
+    return row.model_copy(update={"unseen": False, "reason": _CLEARED})
 
 
 # -- of a module ----------------------------------------------------------------------------------
@@ -152,6 +177,8 @@ def _failed(
 ) -> NotRefittableError:
     """The error of a failed proof, with the slots that caused it as far as that shows."""
     slots = list(_wrong_slots(context, compiled, weights))
+    unseen = compiled.plan.data.unseen if compiled.plan else []
+    slots.sort(key=lambda problem: problem.subject not in unseen)  # the most likely causes first
     if any(problem.kind == KEPT for problem in slots):
         why = "some slots kept their old value"
     elif slots:
@@ -216,6 +243,7 @@ def _moved(value: torch.Tensor, seed: int) -> torch.Tensor:
     return torch.where(torch.isfinite(wide), new, wide).to(value.dtype)
 
 
+_SUSPECT = "may hold a weight"
 _UNREADABLE = "the engine cannot be read, so it does not show which slots kept their old value"
 
 
@@ -246,6 +274,9 @@ def _wrong_slots(
     for name, engine in compiled.engines.items():
         if engine.slots and name not in known:
             yield Problem(name, _UNREADABLE)
+            for row in compiled.plan.ledger if compiled.plan else ():
+                if row.unseen and row.slot.engine == name:
+                    yield Problem(_name(row), _SUSPECT, str(row.state), hint=row.reason)
 
 
 def _judged(
@@ -255,7 +286,7 @@ def _judged(
     wanted: torch.Tensor | None,
     moved: frozenset[str],
 ) -> Iterator[Problem]:
-    name, kept = f"{row.slot.engine}/{row.slot.name}", same_bits(before, after)
+    name, kept = _name(row), same_bits(before, after)
     if wanted is not None:
         if not same_bits(after, wanted):
             kind = KEPT if kept else "got another value than the program gives it"
@@ -409,7 +440,7 @@ def _differences(
     for row in plan.ledger:
         if row.slot.key not in values:
             continue
-        name, value = f"{row.slot.engine}/{row.slot.name}", values[row.slot.key]
+        name, value = _name(row), values[row.slot.key]
         if isinstance(value, str):
             yield Problem(name, "no value", hint=value)
             continue
@@ -421,7 +452,11 @@ def _differences(
         if not same_bits(found, _flat(right)):
             kind = KEPT if _is_old(plan, row, found, own) else "differs"
             text = str(row.state) if kind == KEPT else ""
-            yield Problem(name, kind, text, "the value that the backend gives")
+            yield Problem(name, kind, text, "the value that the backend gives", row.reason)
+
+
+def _name(row: LedgerRow) -> str:
+    return "/".join(row.slot.key)
 
 
 def _is_old(plan: RefitPlan, row: LedgerRow, found: torch.Tensor, own: TensorMap) -> bool:

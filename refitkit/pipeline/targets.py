@@ -307,14 +307,14 @@ def _attached(context: Context, backend: Backend, path: Path) -> Mapping[str, by
 
 
 def _described_plan(context: Context, backend: Backend, path: Path) -> Mapping[str, Any]:
-    """The label of a saved module's weights, and what its plan needs and does not reach."""
+    """The label of a saved module, and what its plan needs, does not reach and has not seen."""
     attached = _attached(context, backend, path)
     label = {"label": _label_in(attached)} if LABEL_MEMBER in attached else {}
     if PLAN_MEMBER not in attached:
         return label
     data = RefitPlan.from_bytes(attached[PLAN_MEMBER], f"the plan of {str(path)!r}").data
     needs = [f"{need.kind} {need.name} of {describe_need(need)}" for need in data.needs]
-    facts = {"needs": needs, "without_slot": dict(data.unreached)}
+    facts = {"needs": needs, "without_slot": dict(data.unreached), "unseen": data.unseen}
     return {**label, **{name: value for name, value in facts.items() if value}}
 
 

@@ -27,6 +27,8 @@ class Tools:
             it. None: keep nothing.
         shared: Weights of another process that ``load_module`` has to serve from, instead of those
             of the target; see ``SharesWeights``. None: those of the target.
+        may_import: Whether a file may name a module, by its full name, to be imported: it is of an
+            installed plugin that is in use. A file must not choose other code to run.
     """
 
     layer_types: Mapping[str, LayerType] = field(default_factory=dict)
@@ -35,3 +37,4 @@ class Tools:
     direct: bool = True
     cache: Path | None = None
     shared: object = None
+    may_import: Callable[[str], bool] = field(default=lambda _: False)

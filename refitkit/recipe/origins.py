@@ -49,10 +49,25 @@ class Literal:
     Attributes:
         value: A copy of the tensor.
         exports: NumPy arrays on tensors' memory that the numbers may have been read from.
+        seen: Whether the numbers are no values of a weight: a random op made them, or a formula
+            that a converter declares has them. Of others nobody knows where they were before.
     """
 
     value: torch.Tensor
     exports: tuple[ArrayExport, ...] = ()
+    seen: bool = False
+
+    @property
+    def may_hold_weights(self) -> bool:
+        """Whether the numbers may be values of a weight that code read unseen.
+
+        One distinct number is an epsilon or a mask, and integers are indices, in almost all models.
+        """
+        value = self.value
+        if self.seen or not value.is_floating_point() or value.numel() < _FEW:
+            return False
+        flat = value.reshape(-1).double()
+        return bool((flat[0] != flat).any())
 
 
 @dataclass(eq=False)
@@ -61,9 +76,11 @@ class Unknown:
 
     Attributes:
         reason: Why the origin is unknown, as a clause for error messages.
+        declared: FQNs of the leaves that a converter declares the value to be made of.
     """
 
     reason: str
+    declared: frozenset[str] = frozenset()
 
 
 @dataclass(eq=False)
@@ -104,6 +121,10 @@ class Origin(NamedTuple):
     output: int
     contiguous: bool
     order: tuple[int, ...] | None = None
+
+
+_FEW = 2
+"""Smallest number of elements of a literal that may hold a weight."""
 
 
 # -- values that left the recording -----------------------------------------------------------
@@ -167,7 +188,7 @@ def leaves_below(origin: Origin) -> frozenset[str | None]:
         if isinstance(node, LeafOrigin):
             names.add(node.fqn)
         elif isinstance(node, Unknown):
-            names.add(None)
+            names |= node.declared or {None}
         elif isinstance(node, Call) and id(node) not in seen:  # operands are often shared
             seen.add(id(node))
             stack += [below.node for below in node.inputs]
@@ -274,7 +295,8 @@ class Lineage:
     def _find(self, origin: Origin) -> frozenset[str]:
         node = origin.node
         if isinstance(node, Unknown):
-            raise UnwritableError(f"its source weights are unknown: {node.reason}")
+            what = "" if node.declared else "its source weights are unknown: "
+            raise UnwritableError(what + node.reason)
         if isinstance(node, LeafOrigin):
             return frozenset({node.fqn})
         if isinstance(node, Literal):
@@ -286,6 +308,20 @@ class Lineage:
             names = frozenset[str]().union(*map(self._find, _value_operands(node)))
             self._leaves[node] = names
         return names
+
+
+def unseen_literals(origin: Origin) -> Iterator[Literal]:
+    """Yield the literals that a value is computed from and that may hold values of a weight."""
+    stack, seen = [origin.node], set[int]()
+    while stack:
+        node = stack.pop()
+        if id(node) in seen:  # operands are often shared
+            continue
+        seen.add(id(node))
+        if isinstance(node, Literal) and node.may_hold_weights:
+            yield node
+        elif isinstance(node, Call):
+            stack += [below.node for below in _value_operands(node)]
 
 
 def reads_first_operand(call: Call) -> bool:

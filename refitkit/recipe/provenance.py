@@ -52,6 +52,8 @@ class Provenance:
 
     Attributes:
         exposed: Weights that code received in a form that cannot be tracked.
+        leaf_names: FQNs of all leaves.
+        trusts_numbers: Whether numbers that appear now are no values of a weight.
     """
 
     def __init__(
@@ -68,6 +70,9 @@ class Provenance:
         self._scope = scope
         self._exports = exports
         self._address_reads: dict[int, Origin] = {}
+        self._declared: list[torch.Tensor] = []  # kept alive: their memory is their identity
+        self.trusts_numbers = False
+        self.leaf_names = frozenset(leaves)
         self.exposed = ExposedMemory()
         for fqn, tensor in leaves.items():
             if is_tracked(tensor):
@@ -163,7 +168,9 @@ class Provenance:
         memory, geometry = self.location(tensor)
         memory.values[geometry] = origin_with_geometry(node, output, geometry)
 
-    def record_write(self, location: Location, node: Call | Literal | Unknown, output: int) -> None:
+    def record_write(
+        self, location: Location, node: LeafOrigin | Literal | Unknown | Call, output: int
+    ) -> None:
         """Record that a node wrote to a location, which also changes the values around it."""
         memory, geometry = location
         store_value(memory, geometry, origin_with_geometry(node, output, geometry))
@@ -191,8 +198,8 @@ class Provenance:
 
     def _node_of_numbers(self, value: torch.Tensor, *, known: bool) -> Literal | Unknown:
         """Return a node for a tensor of numbers; unknown if they may be values of a weight."""
-        if known or not value.numel():
-            return Literal(value)
+        if known or self.trusts_numbers or not value.numel():
+            return Literal(value, seen=self.trusts_numbers)
         if self.exposed.doubt:
             return Unknown(self.exposed.doubt)
         with self._scope.pause():
@@ -200,6 +207,28 @@ class Provenance:
             floats = value.is_floating_point() and value.dtype.itemsize > 1
             numbers = value.double().cpu().numpy() if floats else None
         return Literal(value, () if numbers is None else self._exports.possible_sources(numbers))
+
+    def declare(
+        self, tensor: torch.Tensor, node: LeafOrigin | Literal | Unknown | Call, output: int
+    ) -> None:
+        """Record a declared origin of a tensor's value. The recording keeps the tensor.
+
+        Args:
+            tensor: Constant of a converter.
+            node: Node that gives its value.
+            output: Index of the value among the node's results.
+        """
+        self._declared.append(tensor)
+        self.record_write(self.location(tensor), node, output)
+
+    @contextmanager
+    def trusting_numbers(self) -> Iterator[None]:
+        """Treat numbers as literals until the end of the block: a declared formula has them."""
+        before, self.trusts_numbers = self.trusts_numbers, True
+        try:
+            yield
+        finally:
+            self.trusts_numbers = before
 
     def _changed_by_numpy(self, memory: MemoryRecord, tensor: torch.Tensor) -> bool:
         """Return whether NumPy wrote to an array after a tensor was created from it."""

@@ -32,7 +32,7 @@ from refitkit.model import (
 from refitkit.program.bits import same_bits
 from refitkit.program.dtypes import dtype_name, dtype_of
 from refitkit.recipe.ops import calls_below, operands_of
-from refitkit.recipe.origins import Lineage, Literal, UnwritableError
+from refitkit.recipe.origins import Lineage, UnwritableError, unseen_literals
 from refitkit.recipe.plan import RefitPlan
 from refitkit.recipe.sources import TensorMap
 from refitkit.recipe.writer import Draft, Writer
@@ -42,10 +42,18 @@ if TYPE_CHECKING:
 
     from refitkit.model import Leaf, OpCall, Slot, Value
     from refitkit.protocols import SlotValue
-    from refitkit.recipe.origins import HostRead, Origin
+    from refitkit.recipe.origins import HostRead, Literal, Origin
     from refitkit.recipe.tape import Tape
 
 
+_SEEN = "it depends on no parameter or buffer"
+_UNSEEN = (
+    "it was made outside of torch, and refitkit did not see of what: if a weight is in it, a refit "
+    "leaves it as it is"
+)
+_UNSEEN_PART = (
+    "its recipe has numbers that were made outside of torch, and refitkit did not see of what"
+)
 _CHANGED = (
     "its recipe returns another value than the slot holds: the value was changed without an op"
 )
@@ -145,11 +153,11 @@ class _LedgerWriter:
             return LedgerRow(slot=slot, state=SlotState.UNMAPPED, reason=failure)
         try:
             if not self._lineage.leaves_of(origin):
-                return self._frozen_row(slot, value, seen=not isinstance(origin.node, Literal))
+                return self._frozen_row(slot, origin, value)
             computed = self._slot_value(self._writer.value(origin), slot)
         except UnwritableError as exc:
             return LedgerRow(slot=slot, state=SlotState.UNMAPPED, reason=str(exc))
-        return self._computed_row(slot, computed)
+        return self._computed_row(slot, origin, computed)
 
     def _slot_value(self, value: Value, slot: Slot) -> Value:
         """Return a value that fits a slot, without reshapes at its end: engines read flat memory.
@@ -166,7 +174,7 @@ class _LedgerWriter:
             )
         return self._draft.before_reshapes(value)
 
-    def _computed_row(self, slot: Slot, value: Value) -> LedgerRow:
+    def _computed_row(self, slot: Slot, origin: Origin, value: Value) -> LedgerRow:
         sources = self._draft.sources(value)
         if isinstance(value, SourceRef) and not self._leaves[value.fqn].persistent:
             return LedgerRow(
@@ -176,29 +184,50 @@ class _LedgerWriter:
                 sources=sources,
                 reason="no state_dict contains it, so the plan stores its value",
             )
-        return LedgerRow(slot=slot, state=SlotState.RECIPE, value=value, sources=sources)
+        unseen = bool(self._unseen(origin))
+        return LedgerRow(
+            slot=slot,
+            state=SlotState.RECIPE,
+            value=value,
+            sources=sources,
+            reason=_UNSEEN_PART if unseen else "",
+            unseen=unseen,
+        )
 
-    def _frozen_row(self, slot: Slot, value: torch.Tensor, *, seen: bool) -> LedgerRow:
+    def _unseen(self, origin: Origin) -> list[Literal]:
+        """Return the literals that a value is computed from and that may hold an unseen weight."""
+        # If a weight is guarded, the recording saw how it was read, and the guard checks that.
+        return [
+            literal
+            for literal in unseen_literals(origin)
+            if self._weights.match(literal.value) not in self._guarded
+        ]
+
+    def _frozen_row(self, slot: Slot, origin: Origin, value: torch.Tensor) -> LedgerRow:
         """Return the row of a slot that depends on no leaf.
 
         Args:
             slot: Slot.
+            origin: Origin of the value.
             value: Value of the slot.
-            seen: Whether the recording saw how the value was computed. If not, the value may be a
-                weight that code read where the recording could not see it.
 
         Raises:
             UnwritableError: The value was not seen and contains the values of a weight.
         """
-        fqn = "" if seen else self._weights.match(value)
-        # If the weight is guarded, the recording saw how it was read, and the guard checks that.
-        if fqn and fqn not in self._guarded:
-            raise UnwritableError(
-                f"the slot contains the values of {fqn!r}, but no recorded op connects them"
-            )
+        unseen = self._unseen(origin)
+        for literal in unseen:
+            if fqn := self._weights.match(literal.value):
+                raise UnwritableError(
+                    f"the slot contains the values of {fqn!r}, but no recorded op connects them"
+                )
         kept = self._draft.pin(value if slot.shape is None else value.reshape(slot.shape))
-        reason = "it depends on no parameter or buffer"
-        return LedgerRow(slot=slot, state=SlotState.FROZEN, value=kept, reason=reason)
+        return LedgerRow(
+            slot=slot,
+            state=SlotState.FROZEN,
+            value=kept,
+            reason=_UNSEEN if unseen else _SEEN,
+            unseen=bool(unseen),
+        )
 
     def recorded(self, rows: Iterable[LedgerRow], guards: Iterable[Guard]) -> Recorded:
         """Return rows and guards with all calls and literals that were written."""

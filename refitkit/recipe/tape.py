@@ -57,6 +57,15 @@ _SHOWN = 4
 _RANDOM = "a random op computes it from other values"
 
 
+_entered: list[Tape] = []
+"""Tapes whose contexts were entered, of all threads."""
+
+
+def active_tape() -> Tape | None:
+    """Return the tape that records the current thread now; None if there is none."""
+    return next((tape for tape in reversed(_entered) if tape.is_on), None)
+
+
 class Tape(WatchingMode):
     """A recording of ops, as a context manager.
 
@@ -86,6 +95,8 @@ class Tape(WatchingMode):
             stack.enter_context(same_settings())
             stack.enter_context(lowest_mode(self))
             stack.enter_context(watch_host_reads(self))
+            stack.callback(_entered.remove, self)
+            _entered.append(self)
             self._patches = stack.pop_all()
         self._scope.bind_to_thread()
         return self
@@ -287,7 +298,9 @@ class Tape(WatchingMode):
         """Return the node for a call of an op; ``results`` are its outputs or written operands."""
         if is_random(func):
             literal = not known or ignores_operands(func)
-            return Literal(self.provenance.snapshot(results[0])) if literal else Unknown(_RANDOM)
+            if not literal:
+                return Unknown(_RANDOM)
+            return Literal(self.provenance.snapshot(results[0]), seen=True)
         numbers = self._number_origins(value_numbers(func, args, kwargs))
         if isinstance(numbers, Unknown):
             return numbers
@@ -305,7 +318,7 @@ class Tape(WatchingMode):
         Returns :class:`Unknown` if they may have been read where no recording can track reads.
         """
         exports: list[Any] = []
-        for number in numbers:
+        for number in () if self.provenance.trusts_numbers else numbers:
             if self.provenance.exposed.doubt:
                 return Unknown(self.provenance.exposed.doubt)
             exports += self.exports.possible_sources(number)

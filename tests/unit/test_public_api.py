@@ -51,9 +51,11 @@ PUBLIC = [
     "hookimpl",
     "inspect",
     "load",
+    "made_of",
     "plan",
     "refit",
     "refit_all",
+    "tensorrt_converter",
     "verify",
 ]
 PACKAGE = Path(refitkit.__file__).parent

@@ -40,7 +40,7 @@ from refitkit.errors import (
 from refitkit.protocols import PlanKey
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 
 _RETIRED = frozenset(
@@ -341,31 +341,38 @@ def _plain_value(value: Any) -> Any:
     raise TypeError(value)
 
 
-def options_from_file(options: Mapping[str, Any], file: str) -> dict[str, Any]:
+def options_from_file(
+    options: Mapping[str, Any], file: str, may_import: Callable[[str], bool]
+) -> dict[str, Any]:
     """Options of a file, without those that a file must not set.
 
-    Paths of another machine are removed. Modules in ``imports`` are allowed only if this process
-    has already imported them, so that the author of a file cannot choose code to run.
+    Paths of another machine are removed. Modules in ``imports`` are allowed only if an installed
+    plugin contains them or this process has already imported them, so that the author of a file
+    cannot choose code to run.
 
     Args:
         options: Options as the file stores them.
         file: Name of the file, for error messages.
+        may_import: ``Tools.may_import``.
 
     Raises:
-        UnsupportedTargetError: The options name modules that are not imported. Lists them.
+        UnsupportedTargetError: The options name other modules. Lists them.
     """
     names = options.get(IMPORTS, [])
     listed = names if isinstance(names, list) else [names]
     problems = [
-        Problem(str(name), "module is not imported")
+        Problem(str(name), "neither of an installed plugin nor imported")
+        if isinstance(name, str)
+        else Problem(repr(name), "no name of a module")
         for name in listed
-        if not isinstance(name, str) or name not in sys.modules
+        if not isinstance(name, str) or not (name in sys.modules or may_import(name))
     ]
     if problems:
         raise UnsupportedTargetError(
             f"{file!r} needs modules that register ops or converters.",
             problems=problems,
-            hint="A file cannot import modules. If you trust these modules, import them first.",
+            hint="Install the plugins that contain them; a plugin that is switched off does not "
+            "count. A file cannot import other modules: if you trust these, import them first.",
         )
     return {name: value for name, value in options.items() if name not in _PATH_OPTIONS}
 

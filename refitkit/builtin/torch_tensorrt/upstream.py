@@ -13,7 +13,7 @@ import logging
 import sys
 import warnings
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from unittest import mock
 
 import torch
@@ -21,7 +21,7 @@ import torch
 from refitkit.errors import ToolchainError, raise_if_resource
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 _INSTALL = "Install it: pip install 'refitkit[rtx]' (TensorRT-RTX) or 'refitkit[tensorrt]'."
 _ASSUMED_CAPABILITY = (8, 6)
@@ -35,7 +35,7 @@ def is_installed() -> bool:
 
 def is_imported() -> bool:
     """Whether ``torch_tensorrt`` was imported. Before that, none of its objects can exist."""
-    return "torch_tensorrt" in sys.modules
+    return sys.modules.get("torch_tensorrt") is not None
 
 
 def has_gpu() -> bool:
@@ -89,6 +89,76 @@ def import_headless() -> Any:
             ):
                 stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, a=answer: a))
         return _import()
+
+
+def import_for_ops(names: Iterable[str]) -> dict[str, str]:
+    """Import modules into this process, because the programs that it reads may have their ops.
+
+    A module of converters may need ``torch_tensorrt``. It can still be imported where refitkit
+    plans, so an error is no failure here.
+
+    Args:
+        names: Names of modules that may be imported.
+
+    Returns:
+        Errors of modules that cannot be imported, as text, by name.
+    """
+    failures: dict[str, str] = {}
+    for name in names:
+        try:
+            with _failing_import_avoided():
+                importlib.import_module(name)
+        except Exception as exc:  # noqa: BLE001 - modules raise any error
+            raise_if_resource(exc, f"{name!r} cannot be imported")
+            failures[name] = f"{type(exc).__name__}: {exc}"
+    return failures
+
+
+@contextmanager
+def _failing_import_avoided() -> Iterator[None]:
+    """Make imports of ``torch_tensorrt`` fail at once where they would fail after seconds."""
+    if is_imported() or not is_installed() or has_gpu():
+        yield
+        return
+    sys.modules["torch_tensorrt"] = None  # type: ignore[assignment]  # as importlib documents
+    try:
+        yield
+    finally:
+        sys.modules.pop("torch_tensorrt", None)
+
+
+Converter = TypeVar("Converter", bound="Callable[..., Any]")
+
+
+def tensorrt_converter(
+    op: Any, *, priority: str = "STANDARD", **options: Any
+) -> Callable[[Converter], Converter]:
+    """Register a converter with Torch-TensorRT, in each process that can convert.
+
+    This is ``torch_tensorrt.dynamo.conversion.dynamo_tensorrt_converter`` for modules that have to
+    be importable everywhere. Without a GPU, ``torch_tensorrt`` can be imported only into the
+    processes in which refitkit plans and builds. In any other process the decorator returns the
+    function and registers nothing. Import ``tensorrt`` inside the converter.
+
+    Args:
+        op: The op, such as ``torch.ops.aten.add.Tensor``.
+        priority: Name of a ``ConverterPriority``: ``STANDARD`` or ``HIGH``.
+        options: Further options of ``dynamo_tensorrt_converter``, such as
+            ``supports_dynamic_shapes=True``.
+
+    Raises:
+        ToolchainError: The machine has a GPU, and ``torch_tensorrt`` cannot be imported.
+    """
+
+    def register(converter: Converter) -> Converter:
+        if is_imported() or (is_installed() and has_gpu()):
+            torch_tensorrt()
+            conversion = importlib.import_module("torch_tensorrt.dynamo.conversion")
+            chosen = conversion.ConverterPriority[priority]
+            conversion.dynamo_tensorrt_converter(op, priority=chosen, **options)(converter)
+        return converter
+
+    return register
 
 
 def _import() -> Any:

@@ -1,19 +1,20 @@
-"""The op as layers of TensorRT. Importing this registers it, and needs torch_tensorrt."""
+"""The op as layers of TensorRT. Importing this registers the converter."""
 
 from typing import Any
 
-import tensorrt as trt
 import torch
-from torch_tensorrt.dynamo.conversion import dynamo_tensorrt_converter
 
+from refitkit import made_of, tensorrt_converter
 from refitkit_example.op import LAYER, gates
 
 
-@dynamo_tensorrt_converter(torch.ops.refitkit_example.gate.default)
+@tensorrt_converter(torch.ops.refitkit_example.gate.default)
 def convert_gate(ctx: Any, target: Any, args: Any, kwargs: Any, name: str) -> Any:
     """Add the gates as a constant, and a product."""
+    import tensorrt as trt  # here, because the module is imported where this fails
+
     x, weight, fqn = args
-    values = gates(weight)
+    values = made_of(gates(weight), weight)
     ctx.cpu_weights_reference_holder.append(values)
     held = trt.Weights(trt.float32, values.data_ptr(), values.numel())
     constant = ctx.net.add_constant([1] * (len(x.shape) - 1) + [values.numel()], held)

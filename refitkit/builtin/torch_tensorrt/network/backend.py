@@ -17,11 +17,13 @@ from refitkit.builtin.torch_tensorrt.parts import check_slots, check_structures
 from refitkit.builtin.torch_tensorrt.rebuild import program_with
 from refitkit.builtin.torch_tensorrt.recording import draft_of, slots_of
 from refitkit.builtin.torch_tensorrt.settings import (
+    IMPORTS,
     key_of_options,
     options_from_file,
     plain_options,
 )
-from refitkit.errors import NotRefittableError, RefitError, UnsupportedTargetError
+from refitkit.builtin.torch_tensorrt.upstream import import_for_ops
+from refitkit.errors import NotRefittableError, Problem, RefitError, UnsupportedTargetError
 from refitkit.model import OutputMeasure, VerificationResult
 from refitkit.program.bits import same_bits
 
@@ -129,16 +131,29 @@ def open_folder(path: Path, tools: Tools) -> NetworkModule | None:
     A new session creates the networks again, and the engines get the saved values.
 
     Raises:
-        UnsupportedTargetError: The folder is damaged or of another version, or the installed
-            versions create other networks.
+        UnsupportedTargetError: The folder is damaged or of another version, it needs modules of
+            plugins that are not installed, or the installed versions create other networks.
     """
     if not saving.is_network_folder(path):
         return None
     manifest = saving.read_manifest(path)
     template = saving.read_template(path)
     attachments = saving.read_attachments(path)
-    options = options_from_file(manifest.options, str(path))
-    planned = plan_program(saving.program_of(template, path), options, tools)
+    options = options_from_file(manifest.options, str(path), tools.may_import)
+    # the template may have ops that only these modules register
+    failures = import_for_ops(options.get(IMPORTS, []))
+    try:
+        program = saving.program_of(template, path)
+    except UnsupportedTargetError as exc:
+        problems = [Problem(name, "cannot be imported", why) for name, why in failures.items()]
+        raise (
+            exc
+            if not problems
+            else UnsupportedTargetError(
+                exc.message, problems=[*exc.problems, *problems], hint=exc.hint
+            )
+        ) from exc
+    planned = plan_program(program, options, tools)
     # saved values belong to slot names, and names depend on the versions of torch_tensorrt
     _check_same_networks(planned, manifest, path)
     module = NetworkModule(planned, options, template, tools, attachments)

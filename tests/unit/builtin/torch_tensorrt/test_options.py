@@ -44,15 +44,26 @@ def test_what_cannot_be_written_is_told_at_once() -> None:
     }
 
 
+def nothing(_: str) -> bool:
+    """``Tools.may_import`` without installed plugins."""
+    return False
+
+
 def test_a_file_may_name_modules_that_are_imported_already() -> None:
     options = {"imports": ["json", "refitkit.errors"], "min_block_size": 1}
-    assert options_from_file(options, "file") == options
+    assert options_from_file(options, "file", nothing) == options
+
+
+def test_a_file_may_name_modules_of_installed_plugins() -> None:
+    options = {"imports": ["antigravity"]}
+    assert options_from_file(options, "file", "antigravity".__eq__) == options
+    assert "antigravity" not in sys.modules
 
 
 @pytest.mark.parametrize("names", [["json", "antigravity"], "antigravity", [["json"]], {"x": 1}, 7])
 def test_a_file_cannot_have_others_imported(names: object) -> None:
     with pytest.raises(UnsupportedTargetError, match="'file'") as info:
-        options_from_file({"imports": names}, "file")
+        options_from_file({"imports": names}, "file", nothing)
     assert info.value.problems
     assert "json" not in {p.subject for p in info.value.problems}
     assert "antigravity" not in sys.modules
@@ -60,4 +71,4 @@ def test_a_file_cannot_have_others_imported(names: object) -> None:
 
 def test_a_file_cannot_name_files() -> None:
     options = {"timing_cache_path": "/etc/passwd", "engine_cache_dir": "/", "min_block_size": 1}
-    assert options_from_file(options, "file") == {"min_block_size": 1}
+    assert options_from_file(options, "file", nothing) == {"min_block_size": 1}
