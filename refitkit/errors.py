@@ -18,6 +18,7 @@ The error classes form one tree:
     ├── VerificationError        the refitted module is wrong; ``.report`` has the measurements
     ├── EngineError              an engine failed: in a call, staging, or committing weights
     ├── RefitInProgressError     a refit was started from inside a refit of the same module
+    ├── UpdateStateError         a receiver of live updates cannot do this in its present state
     ├── DeadlockError            threads would wait for one another's modules forever
     ├── ModuleLostError          a rollback failed: the module refuses calls
     ├── ResourceError            the system refused: no space, memory, descriptors or permission

@@ -45,6 +45,7 @@ def test_these_are_the_hooks() -> None:
         "refitkit_register_commands",
         "refitkit_verifiers",
         "refitkit_weight_transforms",
+        "refitkit_weight_transports",
         "refitkit_weights_changed",
     }
 
@@ -86,6 +87,6 @@ def test_a_hook_is_annotated_and_without_defaults(name: str) -> None:
 def test_a_hook_is_implemented_in_some_test(name: str) -> None:
     """Implemented as a plugin would: with the decorator, right above."""
     written = "\n".join(
-        path.read_text() for path in [*TESTS.rglob("test_*.py"), TESTS.parent / "fakes.py"]
+        path.read_text() for path in [*TESTS.parent.rglob("test_*.py"), TESTS.parent / "fakes.py"]
     )
     assert re.search(rf"@(refitkit\.)?hookimpl.*\n\s*def {name}\(", written)
