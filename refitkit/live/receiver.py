@@ -37,7 +37,7 @@ from refitkit.pipeline.targets import wrong_label
 from refitkit.protocols import TransportConnection
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from refitkit.pipeline import Pipeline, RefitResults
     from refitkit.protocols import WeightTransport
@@ -128,13 +128,14 @@ class WeightReceiver:
             ConfigError: An argument is wrong.
         """
         self._modules = _labelled(modules)
-        if not timeout > 0:
-            raise ConfigError(f"timeout={timeout!r} is not a positive number of seconds.")
+        is_number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+        if not is_number or not 0 < timeout <= threading.TIMEOUT_MAX:
+            hint = f"It must be from 0 to {threading.TIMEOUT_MAX:.0f}."
+            raise ConfigError(f"timeout={timeout!r} is no number of seconds.", hint=hint)
         self._pipeline = cast("Pipeline", next(iter(self._modules.values())).pipeline)
         self._options = {"inputs": inputs, "reference": reference, "verify": verify}
         self._transport, self._timeout = transport, timeout
         self._lock = threading.RLock()  # guards the fields below
-        self._sending = threading.Lock()  # one call of update_weights or finish at a time
         self._connection: tuple[str, TransportConnection] | None = None
         self._update: _Update | None = None
         self._last_failure = ""
@@ -156,6 +157,7 @@ class WeightReceiver:
         """
         info = dict(_field(request, "init_info", {}))
         name = info.pop("backend", self._transport)
+        self._require_outside("init_weight_transfer_engine")
         with self._lock:
             self._require_idle("init_weight_transfer_engine")
             transport, who = self._find(name)
@@ -172,8 +174,9 @@ class WeightReceiver:
         *,
         manifest: UpdateManifest | Mapping[str, Any] | None = None,
         supersede: bool = False,
+        is_checkpoint_format: bool = True,
     ) -> str:
-        """Begin an update.
+        """Begin an update. Returns once it may receive: other refits of the modules have ended.
 
         Args:
             version: Label of the weights that will arrive: ``step-42``. It becomes
@@ -182,6 +185,8 @@ class WeightReceiver:
                 read, because transforms rename them. None: all weights of the modules, by the names
                 that their programs read.
             supersede: Whether to abort an update that is running. Otherwise this call is refused.
+            is_checkpoint_format: An argument of vLLM's. False, weights in the form of its kernels,
+                is refused.
 
         Returns:
             Identifier of the update.
@@ -191,9 +196,13 @@ class WeightReceiver:
             ConfigError: The label or the manifest is wrong.
             WeightMismatchError: The manifest is for other models, or for other live weights.
         """
-        if problem := wrong_label(version):
-            raise ConfigError(f"The version of an update is wrong: {problem}.")
         plan = _as_manifest(manifest)
+        if not is_checkpoint_format:
+            raise ConfigError("is_checkpoint_format=False: weights must be as in a checkpoint.")
+        label = version or (plan.version if plan else "")
+        if problem := wrong_label(label):
+            raise ConfigError(f"The version of an update is wrong: {problem}.")
+        self._require_outside("start_weight_update")
         with self._lock:
             if self._update is not None and supersede:
                 self.abort_weight_update()
@@ -201,14 +210,22 @@ class WeightReceiver:
             self._require_not_lost()
             if self._connection is None:
                 self.init_weight_transfer_engine({})
-            label = version or (plan.version if plan else "")
-            if plan is not None:
-                self._require_fitting(plan)
             parts = self._parts(plan)
-            update = _Update(self._pipeline, parts, label, plan, self._options, self._timeout)
+
+            def fits() -> None:
+                if plan is not None:
+                    self._require_fitting(plan)
+
+            fits()  # and again once no other refit of the modules runs
+            update = _Update(self._pipeline, parts, label, plan, self._options, self._timeout, fits)
             self._update = update
             self._peak = 0
-        update.start()
+            update.start()
+        try:
+            update.wait_until_ready()
+        except BaseException as exc:
+            self._give_up(update, exc)
+            raise
         return update.id
 
     def update_weights(self, request: object = None, /, **fields: Any) -> None:
@@ -227,9 +244,8 @@ class WeightReceiver:
                 weights are live.
         """
         info = dict(_field(request, "update_info", fields))
-        with self._sending:
-            update, connection = self._running("update_weights")
-            name, opened = connection
+        update, (name, opened) = self._running("update_weights")
+        with update.sending:
             try:
                 for bucket in self._received(name, opened, info):
                     update.send(bucket)
@@ -250,8 +266,8 @@ class WeightReceiver:
             RefitError: The update failed. Unless it is a ``ModuleLostError``, the old weights are
                 live.
         """
-        with self._sending:
-            update, _ = self._running("finish_weight_update")
+        update, _ = self._running("finish_weight_update")
+        with update.sending:
             try:
                 result = update.finish()
             except BaseException as exc:
@@ -271,6 +287,7 @@ class WeightReceiver:
         Returns:
             Whether an update was given up: False if none was running, or it was too late.
         """
+        self._require_outside("abort_weight_update")
         with self._lock:
             update = self._update
         if update is None:
@@ -284,7 +301,11 @@ class WeightReceiver:
         """What the receiver does now. It waits for nothing."""
         update = self._update
         facts: dict[str, Any] = {} if update is None else update.facts()
-        state: State = "idle" if update is None else update.state
+        # an update that has ended by itself, because its trainer died, is over
+        state: State = "idle" if update is None or update.is_over else update.state
+        last_failure = self._last_failure
+        if update is not None and update.is_over and not update.has_succeeded:
+            last_failure = _text_of(update.error())
         # a gate counts as lost from the first commit to the verdict
         if state != "committing" and any(one.gate.lost for one in self._modules.values()):
             state = "lost"
@@ -295,7 +316,7 @@ class WeightReceiver:
             live={label: one.label for label, one in self._modules.items()},
             revisions={label: one.version for label, one in self._modules.items()},
             transport="" if connection is None else connection[0],
-            last_failure=self._last_failure,
+            last_failure=last_failure,
             **{**facts, "peak_held_bytes": self._peak},
         )
 
@@ -315,9 +336,17 @@ class WeightReceiver:
 
     # -- states ------------------------------------------------------------------------------
 
+    def _require_outside(self, call: str) -> None:
+        """Raise if a hook or verifier calls the receiver from inside an update: it would hang."""
+        update = self._update
+        if update is not None and update.is_this_thread:
+            raise UpdateStateError(f"{call}() was called from inside of the update itself.")
+
     def _running(self, call: str) -> tuple[_Update, tuple[str, TransportConnection]]:
+        self._require_outside(call)
         with self._lock:
-            if self._update is None or self._connection is None:
+            is_done = self._update is not None and self._update.has_succeeded
+            if self._update is None or is_done or self._connection is None:
                 raise UpdateStateError(
                     f"{call}() was called, and no update has begun.",
                     hint=self._on_idle(),
@@ -329,6 +358,10 @@ class WeightReceiver:
         return f"Call start_weight_update() first.{last}"
 
     def _require_idle(self, call: str) -> None:
+        update = self._update
+        if update is not None and update.is_over:
+            self._note_failure(update, update.error())
+            self._end(update)
         if self._update is not None:
             raise UpdateStateError(
                 f"{call}() was called while an update is {self._update.state}.",
@@ -343,10 +376,15 @@ class WeightReceiver:
     def _give_up(self, update: _Update, exc: BaseException) -> None:
         """End an update that failed in one of the receiver's calls."""
         update.abort()
+        if update.has_succeeded:
+            exc.add_note("The update was complete: its weights are live.")
         with self._lock:
             if self._update is update:
-                self._last_failure = str(exc) or type(exc).__name__
+                self._note_failure(update, exc)
             self._end(update)
+
+    def _note_failure(self, update: _Update, exc: BaseException) -> None:
+        self._last_failure = "" if update.has_succeeded else _text_of(exc)
 
     def _end(self, update: _Update) -> None:
         self._peak = max(self._peak, update.facts()["peak_held_bytes"])
@@ -414,7 +452,7 @@ class WeightReceiver:
             if problems:
                 raise ConfigError("The manifest cannot be used.", problems=problems)
         return [
-            Part(compiled, prefixes[label], None if announced is None else announced[label])
+            Part(compiled, label, None if announced is None else announced[label])
             for label, compiled in self._modules.items()
         ]
 
@@ -451,6 +489,7 @@ class _Update:
         manifest: UpdateManifest | None,
         options: Mapping[str, Any],
         timeout: float,
+        at_start: Callable[[], None],
     ) -> None:
         self.id = uuid.uuid4().hex
         self.state: State = "staging"
@@ -458,7 +497,9 @@ class _Update:
         self._label, self._timeout = label, timeout
         self._entries = {one.name: one for one in manifest.entries} if manifest else {}
         self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
-        self._is_over, self._is_aborted = threading.Event(), False
+        self.sending = threading.RLock()  # one call that sends or finishes at a time
+        self._at_start = at_start
+        self._is_ready, self._over, self._is_aborted = threading.Event(), threading.Event(), False
         self._deciding = threading.Lock()  # between abort and commit
         self._result: RefitResults | None = None
         self._failure: BaseException | None = None
@@ -466,8 +507,36 @@ class _Update:
         self._thread = threading.Thread(target=self._run, name="refitkit-update", daemon=True)
 
     def start(self) -> None:
-        """Begin. The thread waits for buckets from now on."""
+        """Begin."""
         self._thread.start()
+
+    @property
+    def is_this_thread(self) -> bool:
+        """Whether the caller is the thread of the update."""
+        return threading.current_thread() is self._thread
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended. A forked child does not have the thread."""
+        return self._over.is_set() or not self._thread.is_alive()
+
+    @property
+    def has_succeeded(self) -> bool:
+        """Whether the weights of the update are live."""
+        return self._result is not None
+
+    def wait_until_ready(self) -> None:
+        """Wait until buckets are taken.
+
+        Raises:
+            UpdateStateError: The update was aborted.
+            RefitError: The update failed.
+        """
+        while not self._is_ready.wait(_POLL):
+            if self.is_over:
+                break
+        if not self._is_ready.is_set():
+            raise self.error()
 
     def facts(self) -> dict[str, Any]:
         """Fields of ``ReceiverStatus``."""
@@ -490,6 +559,9 @@ class _Update:
             UpdateStateError: The update was aborted.
             RefitError: The update failed.
         """
+        for device in {tensor.device for tensor in bucket.values()}:
+            if device.type == "cuda":  # the update reads the tensors on a stream of its own
+                torch.cuda.current_stream(device).synchronize()
         self._require_digests(bucket)
         self._hand_over(_Message(bucket))
         self._count += len(bucket)
@@ -505,7 +577,7 @@ class _Update:
         self._inbox.put(_Message(None))
         self._wait_for_end()
         if self._result is None:
-            raise self._error()
+            raise self.error()
         return self._result
 
     def abort(self) -> bool:
@@ -518,19 +590,20 @@ class _Update:
 
     def _wait_for_end(self) -> None:
         # a forked child does not have the thread
-        while not self._is_over.wait(_POLL) and self._thread.is_alive():
+        while not self._over.wait(_POLL) and self._thread.is_alive():
             pass
 
     def _hand_over(self, message: _Message) -> None:
         self._inbox.put(message)
         while not message.taken.wait(_POLL):
-            if self._is_over.is_set() or not self._thread.is_alive():
+            if self.is_over:
                 break
         # a bucket that made the update fail is never taken
         if not message.taken.is_set():
-            raise self._error()
+            raise self.error()
 
-    def _error(self) -> BaseException:
+    def error(self) -> BaseException:
+        """Why the update has ended."""
         failure = self._failure
         if isinstance(failure, _Abort) or failure is None:
             return UpdateStateError(
@@ -556,6 +629,7 @@ class _Update:
                 buckets=self._buckets(),
                 description=f"the update {self._label or self.id}",
                 label=self._label,
+                at_start=self._at_start,
                 before_commit=self._decide,
                 on_held=self._note_held,
             )
@@ -564,10 +638,11 @@ class _Update:
             self._failure = exc
         finally:
             self._parts = []
-            self._is_over.set()
+            self._over.set()
 
     def _buckets(self) -> Iterator[Mapping[str, torch.Tensor]]:
         last = monotonic()
+        self._is_ready.set()
         while True:
             self._require_not_aborted()
             try:
@@ -598,6 +673,10 @@ class _Update:
         with self._deciding:
             self._require_not_aborted()
             self.state = "committing"
+
+
+def _text_of(exc: BaseException) -> str:
+    return str(exc) or type(exc).__name__
 
 
 def digest_of_bytes(tensor: torch.Tensor) -> str:

@@ -133,7 +133,9 @@ class Delta:
         if value.slot.mutable or not _mutated(self._plan).isdisjoint(value.sources):
             return None
         digests = self._digests.of_names(value.sources)
-        return None if digests is None else digests | {("", (value.strategy, value.formula))}
+        # with the text, because 1 == True and 0.0 == -0.0
+        formula = (value.strategy, value.formula, repr(value.formula))
+        return None if digests is None else digests | {("", formula)}
 
     def after(self, values: Mapping[SlotKey, SlotValue], version: int) -> LiveSources:
         """The sources of the live slots once a refit is committed.

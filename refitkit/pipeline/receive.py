@@ -20,6 +20,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from refitkit.errors import EngineError, Problem, SourceError, WeightMismatchError, raised_as
 from refitkit.model import TensorInfo
 from refitkit.offered import received
@@ -46,8 +48,6 @@ from refitkit.recipe.sources import describe_tensor
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
-    import torch
-
     from refitkit.model import SlotKey
     from refitkit.pipeline.context import Context
     from refitkit.pipeline.mapping import SlotMapping
@@ -65,14 +65,19 @@ class Part:
 
     Attributes:
         compiled: The module.
-        prefix: What the names of its weights begin with in the update; empty for a single module.
+        label: Name of the module in the update; empty for a single module.
         announced: Headers of its entries by name without the prefix; None if nobody has announced
             them: they are those that the module's program reads.
     """
 
     compiled: CompiledModule
-    prefix: str = ""
+    label: str = ""
     announced: Mapping[str, TensorInfo] | None = None
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its weights begin with in the update."""
+        return f"{self.label}." if self.label else ""
 
 
 @dataclass(frozen=True)
@@ -81,16 +86,19 @@ class Delivery:
 
     Attributes:
         buckets: Gives the buckets: tensors by name. It ends when all have arrived, and raises if
-            the update is given up. A bucket is staged, or kept, when the next one is asked for.
+            the update is given up. When the next bucket is asked for, each tensor was staged or
+            copied, and its memory may be used again.
         description: Description of the weights, for reports and errors.
         label: The caller's name of these weights.
-        before_commit: Called once all is verified that can be. It may raise to give the update up.
+        at_start: Called once no other refit of the modules runs. It may raise to give up.
+        before_commit: Called once all is verified that can be. It may raise to give up.
         on_held: Called with the number of bytes that are kept, each time it changes.
     """
 
     buckets: Iterator[Mapping[str, torch.Tensor]]
     description: str
     label: str = ""
+    at_start: Callable[[], None] = lambda: None
     before_commit: Callable[[], None] = lambda: None
     on_held: Callable[[int], None] = lambda _: None
 
@@ -126,9 +134,12 @@ def receive(
 def _receive(
     context: Context, tasks: Sequence[ReceivingTask], router: _Router, delivery: Delivery
 ) -> list[ReportDraft]:
-    names = [task.part.prefix or task.compiled.name for task in tasks]
+    names = [task.part.label or task.compiled.name for task in tasks]
     modules: list[ModuleTransaction] = []
     try:
+        delivery.at_start()
+        # of all modules first: a bucket may have weights of any of them
+        each(names, [task.expect for task in tasks])
         prepared = each(names, [task.prepare for task in tasks])
         modules += [
             ModuleTransaction(context, task.compiled, one, name if len(tasks) > 1 else "")
@@ -171,6 +182,8 @@ class _Router:
 
     def pump(self) -> bool:
         """Wait for the next bucket, and hand it out; return whether there was one."""
+        for _, arrivals in self._arrivals:
+            arrivals.copy_borrowed()
         self.tell_held()
         bucket = next(self._buckets, None)
         if bucket is None:
@@ -234,6 +247,7 @@ class Arrivals:
         self._digests: dict[str, str] = {}
         self._readers: dict[str, Callable[[], torch.Tensor]] = {}
         self._new: list[str] = []
+        self._borrowed: set[str] = set()  # held, in memory of the sender
         self._tied = frozenset(first for first in also.values() if first)
 
     def names(self) -> Collection[str]:
@@ -291,6 +305,7 @@ class Arrivals:
         if name in self.arrived:
             return self._again(name, tensor, shown)
         self._held[name] = tensor
+        self._borrowed.add(name)
         self.nbytes += tensor.nbytes
         self.arrived.add(name)
         self._new.append(name)
@@ -323,6 +338,16 @@ class Arrivals:
         tensor = self._held.pop(fqn, None)
         if tensor is not None:
             self.nbytes -= tensor.nbytes
+
+    def copy_borrowed(self) -> None:
+        """Copy the entries that stay: their memory belongs to the sender, who may use it again."""
+        stay = self._borrowed & self._held.keys()
+        for name in stay:
+            self._held[name] = self._held[name].detach().clone()
+        for device in {self._held[name].device for name in stay}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        self._borrowed = set()
 
     def forget(self) -> None:
         """Drop all tensors. Else a circle of references would keep them for the collector."""
@@ -373,12 +398,14 @@ class _Progress:
         waits: Entries that have not arrived, by slot.
         users: Slots that follow from an entry, by its name.
         unstaged: Number of slots of an entry that are not staged yet, by its name.
+        added: Slots whose values were staged.
     """
 
     values: dict[SlotKey, SlotValue] = field(default_factory=dict)
     waits: dict[SlotKey, set[str]] = field(default_factory=dict)
     users: defaultdict[str, list[SlotKey]] = field(default_factory=lambda: defaultdict(list))
     unstaged: dict[str, int] = field(default_factory=dict)
+    added: set[SlotKey] = field(default_factory=set)
 
 
 class ReceivingTask(RefitTask):
@@ -396,12 +423,7 @@ class ReceivingTask(RefitTask):
         delivery: Delivery,
         options: Mapping[str, object],
     ) -> None:
-        """Expect the part's entries, and touch nothing yet.
-
-        Raises:
-            PlanMismatchError: The module has no plan.
-            ConfigError: The result cannot be verified in this way.
-        """
+        """Touch nothing yet."""
         self.part = part
         self._options = options
         self._arrivals: Arrivals | None = None
@@ -409,26 +431,34 @@ class ReceivingTask(RefitTask):
         self._fillings: dict[str, Filling] = {}
         self._staged_refits: dict[str, StagedRefit] = {}
         self._progress = _Progress()
-        self._is_complete = False
+        self._is_complete, self._verifier = False, NONE
         self._recoverable: dict[str, SlotValue] = {}
         request = RefitRequest(weights=None, label=delivery.label, **options)  # type: ignore[arg-type]
         super().__init__(context, part.compiled, request)
 
-    def _open(self) -> WeightSource:
-        plan = self._bound_plan()
+    def expect(self) -> None:
+        """Take entries from now on.
+
+        Raises:
+            PlanMismatchError: The module has no plan.
+            ConfigError: The result cannot be verified in this way.
+        """
+        plan, self._verifier = self._bound_plan(), self._chosen()
         infos, also = _expected(self.part, plan)
         self._arrivals = Arrivals(
             self._delivery.description,
             infos,
             also,
             self._router.pump,
-            with_digests=self._verifier == "weights",
+            # other verifiers than ``outputs`` may compare entries with what is staged
+            with_digests=self._verifier not in {NONE, "outputs"},
         )
         self._router.add(self.part.prefix, self._arrivals)
-        return self._arrivals
 
-    @property
-    def _verifier(self) -> str:
+    def _open(self) -> WeightSource:
+        return self._own()
+
+    def _chosen(self) -> str:
         """Name of the verifier; ``none`` if nothing is verified."""
         request = self._request
         verifier = choose(
@@ -554,7 +584,9 @@ class ReceivingTask(RefitTask):
 
     def _add(self, keys: Iterable[SlotKey]) -> None:
         progress, by_engine = self._progress, defaultdict[str, list[SlotValue]](list)
-        done = list(dict.fromkeys(keys))
+        # what arrived before ``begin`` is complete there, and is new to ``take``
+        done = [key for key in dict.fromkeys(keys) if key not in progress.added]
+        progress.added.update(done)
         for key in done:
             by_engine[key[0]].append(progress.values[key])
         for name, values in by_engine.items():
@@ -570,7 +602,7 @@ class ReceivingTask(RefitTask):
     @property
     def _is_read_later(self) -> bool:
         """Whether a verifier may read entries."""
-        return self._request.verify != NONE
+        return self._verifier != NONE
 
     def _may_free(self, name: str) -> bool:
         return not self._is_read_later or name in self._recoverable

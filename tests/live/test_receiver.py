@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from refitkit.model import (
     Aborted,
     Failed,
     Finished,
+    SourceRef,
     Started,
     TensorInfo,
     UpdateManifest,
@@ -41,6 +43,7 @@ from tests.fakes import (
     Loaded,
     OpenEngine,
     call_row,
+    guard_of,
     leaf_for,
     make_module,
     make_plan,
@@ -140,6 +143,49 @@ def test_engines_that_take_all_at_once_are_told_of() -> None:
     scene.receiver.finish_weight_update()
     assert scene.receiver.status().held_bytes == 0
     assert scene.receiver.status().peak_held_bytes == whole
+
+
+@pytest.mark.parametrize("kind", [GradualEngine, OpenEngine, FakeEngine])
+@pytest.mark.parametrize("verify", ["none", None])
+def test_the_sender_may_use_its_memory_again(kind: Any, verify: str | None) -> None:
+    scene = Scene(kind=kind, how={"verify": verify})
+    new = {n: torch.randn_like(value) for n, value in scene.weights().items()}
+    buffers = {value.shape: torch.empty_like(value) for value in new.values()}
+    scene.receiver.start_weight_update()
+    for name, value in new.items():
+        scene.send({name: buffers[value.shape].copy_(value)})
+    scene.receiver.finish_weight_update()
+    assert same_state(scene.holds(), new)
+
+
+def guarded(*names: str) -> list[Loaded]:
+    """Modules whose plans have a guard on a weight, which is read before anything is staged."""
+    pipeline = Loaded(make_module(1)).pipeline
+    found = []
+    for _ in names:
+        scene = Loaded(make_module(1, kind=GradualEngine))
+        scene.pipeline = pipeline
+        scene.compiled = pipeline.load(scene.module)
+        assert scene.compiled.plan is not None
+        now = scene.module.engines["e0"].live["e0.bias"].clone()
+        guard = guard_of(SourceRef(fqn="e0.bias"), now)
+        scene.compiled.plan = scene.compiled.plan.noting(guards=(guard,))
+        found.append(scene)
+    return found
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_what_a_plan_reads_early_is_waited_for(order: str, reverse: bool) -> None:
+    scenes = dict(zip("ab", guarded("a", "b"), strict=True))
+    receiver = WeightReceiver({label: one.compiled for label, one in scenes.items()})
+    receiver.start_weight_update()
+    new = {"e0.weight": torch.ones(2, 3), "e0.bias": torch.tensor([-0.0, 0.0])}
+    for label in order:
+        for name in sorted(new, reverse=reverse):
+            receiver.update_weights(weights={f"{label}.{name}": new[name]})
+    receiver.finish_weight_update()
+    assert all(same_state(one.holds(), new) for one in scenes.values())
 
 
 def computed() -> tuple[FakeModule, Any]:
@@ -278,6 +324,77 @@ def test_a_newer_update_may_supersede() -> None:
     scene.send(scene.weights())
     scene.receiver.finish_weight_update()
     assert (scene.compiled.label, scene.compiled.version) == ("new", 1)
+    assert same_state(scene.holds(), scene.weights())
+
+
+@pytest.mark.parametrize("call", [*CALLS, "abort", "close"], ids=lambda name: name)
+def test_calls_from_inside_an_update_are_refused(call: str) -> None:
+    """A hook that called its receiver would wait for itself."""
+    errors: list[BaseException] = []
+
+    class Hook:
+        name = "hook"
+        receiver: Any = None
+
+        @refitkit.hookimpl
+        def refitkit_weights_changed(self) -> None:
+            calls = {
+                **CALLS,
+                "abort": lambda one: one.abort_weight_update(),
+                "close": lambda one: one.close(),
+            }
+            if self.receiver is not None:
+                try:
+                    calls[call](self.receiver)
+                except UpdateStateError as exc:
+                    errors.append(exc)
+
+    hook = Hook()
+    scene = Scene(hook)
+    hook.receiver = scene.receiver
+    scene.receiver.start_weight_update("fine")
+    scene.send(scene.weights())
+    scene.receiver.finish_weight_update()
+    assert "from inside of the update" in str(errors[0])
+    assert scene.compiled.label == "fine"
+
+
+def test_a_trainer_that_hangs_does_not_stop_the_next_one() -> None:
+    scene = Scene()
+    sent, goes_on = threading.Event(), threading.Event()
+
+    def hanging() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "e0.bias", torch.ones(2)
+        sent.set()
+        goes_on.wait()
+
+    def send() -> None:
+        with suppress(UpdateStateError):
+            scene.send(hanging())
+
+    scene.receiver.start_weight_update("old")
+    thread = threading.Thread(target=send)
+    thread.start()
+    sent.wait()
+    scene.receiver.start_weight_update("new", supersede=True)
+    scene.send(scene.weights())
+    scene.receiver.finish_weight_update()
+    goes_on.set()
+    thread.join()
+    assert scene.compiled.label == "new"
+
+
+def test_an_iterable_may_send_by_itself() -> None:
+    scene = Scene()
+    scene.receiver.start_weight_update()
+
+    def nested() -> Iterator[tuple[str, torch.Tensor]]:
+        names = iter(scene.weights().items())
+        yield next(names)
+        scene.send(dict(names))
+
+    scene.send(nested())
+    scene.receiver.finish_weight_update()
     assert same_state(scene.holds(), scene.weights())
 
 
@@ -468,8 +585,8 @@ def test_a_fault_at_each_step_leaves_the_old_weights(step: int) -> None:
     scene = Scene()
     wire = scene.module.engines["e0"].wire
     wire.arm({step: RuntimeError("broken")})
-    scene.receiver.start_weight_update("faulty")
     try:
+        scene.receiver.start_weight_update("faulty")
         for name, value in scene.weights().items():
             scene.send({name: value})
         scene.receiver.finish_weight_update()
@@ -624,10 +741,17 @@ def test_disk_reads_only_below_its_roots(tmp_path: Path) -> None:
         torch.save(scene.weights(), folder / "w.pt")
     (inside / "link.pt").symlink_to(outside / "w.pt")
     scene.receiver.init_weight_transfer_engine({"init_info": {"backend": "disk"}})
-    for path in (outside / "w.pt", inside / "link.pt", inside / ".." / "out" / "w.pt"):
+    (inside / "folder").mkdir()
+    (inside / "folder" / "model.safetensors").symlink_to(outside / "w.pt")
+    os.mkfifo(inside / "fifo.pt")
+    paths = [outside / "w.pt", inside / "link.pt", inside / ".." / "out" / "w.pt"]
+    for path in (*paths, inside / "folder"):
         scene.receiver.start_weight_update()
         with pytest.raises(ConfigError, match="outside of the allowed folders"):
             scene.receiver.update_weights({"update_info": {"path": str(path)}})
+    scene.receiver.start_weight_update()
+    with pytest.raises(ConfigError, match="neither a file nor a folder"):
+        scene.receiver.update_weights({"update_info": {"path": str(inside / "fifo.pt")}})
     scene.receiver.start_weight_update()
     scene.receiver.update_weights({"update_info": {"path": str(inside / "w.pt")}})
     scene.receiver.finish_weight_update()
@@ -641,6 +765,16 @@ def test_a_trainer_that_dies_ends_its_update() -> None:
     time.sleep(0.5)
     with pytest.raises(RefitError, match=r"Nothing has arrived for .* given up"):
         scene.send({"e1.bias": torch.ones(2)})
+    assert scene.is_as_before()
+
+
+def test_an_update_that_ended_by_itself_is_over() -> None:
+    scene = Scene(how={"timeout": 0.1})
+    scene.receiver.start_weight_update()
+    time.sleep(0.3)
+    status = scene.receiver.status()
+    assert status.state == "idle"
+    assert "given up" in status.last_failure
     assert scene.is_as_before()
 
 
@@ -718,7 +852,32 @@ def test_wrong_manifests_are_refused_before_anything_begins() -> None:
     for version in (3, "two\nlines", "x" * 300):
         with pytest.raises(ConfigError, match="version"):
             scene.receiver.start_weight_update(version)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="version"):
+            scene.receiver.start_weight_update(manifest={"version": version})
     assert scene.is_as_before()
+
+
+def test_the_base_is_that_of_the_commit() -> None:
+    """Another receiver may change the weights while this one waits for its turn."""
+    scene = Scene()
+    first, second = scene.receiver, WeightReceiver(scene.compiled)
+    first.start_weight_update("step-1")
+    errors: list[BaseException] = []
+
+    def start() -> None:
+        try:
+            second.start_weight_update(manifest={"base_version": "", "version": "step-2"})
+        except WeightMismatchError as exc:
+            errors.append(exc)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    scene.send(scene.weights())
+    time.sleep(0.1)
+    first.finish_weight_update()
+    thread.join()
+    assert "another base" in str(errors[0])
+    assert scene.compiled.label == "step-1"
 
 
 def test_damaged_bytes_are_refused() -> None:
@@ -818,10 +977,18 @@ def test_wrong_arguments_are_refused() -> None:
     for timeout in (0, -1, NAN):
         with pytest.raises(ConfigError, match="timeout"):
             WeightReceiver(scene.compiled, timeout=timeout)
-    receiver = WeightReceiver(scene.compiled, verify="nobody's")
-    receiver.start_weight_update()
-    with pytest.raises(ConfigError, match="nobody's"):
-        receiver.finish_weight_update()
+    for timeout in (float("inf"), 1e12, "x", None, True):
+        with pytest.raises(ConfigError, match="timeout"):
+            WeightReceiver(scene.compiled, timeout=timeout)  # type: ignore[arg-type]
+    for how, says in (({"verify": "nobody's"}, "nobody's"), ({"inputs": 3}, "inputs")):
+        receiver = WeightReceiver(scene.compiled, **how)
+        with pytest.raises(ConfigError, match=says):
+            receiver.start_weight_update()
+        assert receiver.status().state == "idle"
+    with pytest.raises(ConfigError, match="is_checkpoint_format"):
+        scene.receiver.start_weight_update(is_checkpoint_format=False)
+    scene.receiver.start_weight_update(is_checkpoint_format=True)
+    scene.receiver.abort_weight_update()
 
 
 def test_a_lost_module_takes_no_update() -> None:

@@ -392,6 +392,7 @@ class FillingSet:
                 (self._made.add if is_made else self._made.discard)(name)
                 if not is_made:
                     self._taken[name] = _version_of(self._tensors[name])
+        self._engine.drain()  # the caller's tensors are free now
 
     def finish(self) -> StagedSet:
         """Return the set in a container."""

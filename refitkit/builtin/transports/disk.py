@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from refitkit.protocols import WeightSource
 
 _PLUGIN = "transports"
+_MAX_FILES = 100_000
 _BUCKET = 1 << 26  # bytes that are read before they are staged
 
 
@@ -100,10 +102,19 @@ class DiskConnection:
             resolved = path.resolve(strict=True)
         except (OSError, RuntimeError, ValueError) as exc:  # ValueError: a null character
             raise SourceError(f"There is no file or folder {str(path)!r}.") from exc
+        if self._roots is not None:
+            # files in a folder may be links, too
+            for file in [resolved, *islice(resolved.rglob("*"), _MAX_FILES)]:
+                self._require_allowed(file)
+        return resolved
+
+    def _require_allowed(self, path: Path) -> None:
+        resolved = path.resolve()
         if self._roots is not None and not any(map(resolved.is_relative_to, self._roots)):
             hint = f"Add its folder to plugin_settings.{_PLUGIN}.roots."
             raise ConfigError(f"{str(path)!r} lies outside of the allowed folders.", hint=hint)
-        return resolved
+        if not resolved.is_file() and not resolved.is_dir():
+            raise ConfigError(f"{str(path)!r} is neither a file nor a folder.")
 
     def close(self) -> None:
         """Do nothing: no file stays open."""

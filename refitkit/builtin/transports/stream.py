@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from refitkit.builtin.transports.fields import require_fields
-from refitkit.errors import ConfigError
+from refitkit.errors import ConfigError, SourceError, raised_as
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -42,8 +42,7 @@ class StreamTransport:
             ConfigError: It has other fields, or gives something else.
         """
         require_fields("update_info of 'stream'", update_info, {"weights": Iterable})
-        weights = update_info["weights"]
-        for pair in weights.items() if isinstance(weights, Mapping) else weights:
+        for pair in _pairs(update_info["weights"]):
             if not isinstance(pair, tuple) or len(pair) != 2:  # noqa: PLR2004 - a pair
                 raise ConfigError(f"'weights' gave a {type(pair).__name__}.", hint=_HINT)
             name, tensor = pair
@@ -54,6 +53,12 @@ class StreamTransport:
 
     def close(self) -> None:
         """Do nothing."""
+
+
+def _pairs(weights: Any) -> Iterator[Any]:
+    # the iterable is the caller's: what it raises is no fault of the plugin
+    with raised_as(SourceError, "'weights' failed"):
+        yield from weights.items() if isinstance(weights, Mapping) else weights
 
 
 _HINT = f"It must give {_EXPECTED}."
