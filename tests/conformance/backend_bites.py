@@ -244,7 +244,7 @@ class KnowsPrograms(Plain):
         self.known: dict[Any, Any] = {}
 
     def compile(self, program: Any, options: Any, tools: Any) -> Any:
-        key = str([t.reshape(-1)[:-1].tolist() for t in program.state_dict.values()])
+        key = str([t.view(-1)[:-1].tolist() for t in program.state_dict.values()])
         compiled = super().compile(program, options, tools)
         return self.known.setdefault(key, compiled)
 
