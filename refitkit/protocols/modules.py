@@ -45,7 +45,8 @@ class OpenedModule(Protocol, metaclass=Ability):
         """Return the outputs for some inputs, in the structure that the program returns.
 
         Called for each call of the user, from any thread, while the gate is open. Also called from
-        the hook ``refitkit_weights_changed``, behind the closed gate.
+        the hook ``refitkit_weights_changed``, behind the closed gate. The outputs belong to the
+        caller: later calls and refits do not change them.
 
         Args:
             args: Positional inputs.

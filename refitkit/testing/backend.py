@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack, contextmanager
+from itertools import combinations, product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 _COMPILE = "Backend.compile"
 _DRAFT = "Backend.draft"
 _SAVE = "OpenedModule.save"
-_ATTACHMENTS = {"note.txt": b"conformance"}
+_ATTACHMENTS = {"note.txt": bytes(range(256)), "empty": b""}
 
 
 class BackendSuite:
@@ -112,15 +114,48 @@ class BackendSuite:
         raise Breach(_COMPILE, "an unknown option was accepted.", "Raise ConfigError.")
 
     def test_compiling_leaves_the_program_alone(self) -> None:
-        """``compile`` changes neither the tensors nor the graph of the program."""
+        """``compile`` changes neither the tensors nor the graph, and the module shares no memory.
+
+        So a refit does not change the program, and writes to the program do not change the module.
+        """
         # Compilers may fold constants or rewrite the graph in place.
         program = self.make_program()
-        before, code = oracles.snapshot(program.state_dict), program.graph_module.code
-        self.make_backend().compile(program, self.options, self.tools)
-        wrong = oracles.differing(oracles.snapshot(program.state_dict), before)
-        if wrong or program.graph_module.code != code:
-            found = f"it changed the program: {oracles.quoted(wrong) or 'the graph'}."
-            raise Breach(_COMPILE, found, "Compile a copy: the program belongs to the caller.")
+        before = oracles.parts_of_program(program)
+        module = self.make_backend().compile(program, self.options, self.tools)
+        advice = "Compile a copy: the program belongs to the caller."
+        self._require_same_program(program, before, _COMPILE, "it changed the program", advice)
+        live = oracles.snapshot(self.held(module))
+        with _other_weights(program):
+            wrong = oracles.differing(oracles.snapshot(self.held(module)), live)
+        if wrong:
+            found = f"writes to the program changed the module: {oracles.quoted(wrong)}."
+            raise Breach(_COMPILE, found, "Copy all weights: users train on with theirs.")
+        _refit_with_random_values(module)
+        what = "a refit of the module changed the program"
+        self._require_same_program(program, before, _COMPILE, what, advice)
+
+    @staticmethod
+    def _require_same_program(
+        program: ExportedProgram, before: Any, contract: str, what: str, advice: str
+    ) -> None:
+        wrong = oracles.differing(oracles.parts_of_program(program), before)
+        if wrong:
+            raise Breach(contract, f"{what}: {oracles.quoted(wrong)}.", advice)
+
+    def test_each_program_is_compiled_with_its_own_weights(self) -> None:
+        """A program whose weights differ in their last elements alone is another program."""
+        backend, program = self.make_backend(), self.make_program()
+        module = backend.compile(program, self.options, self.tools)
+        _require_callable(module)
+        with _other_weights(program, last=True):
+            module = backend.compile(program, self.options, self.tools)
+            with torch.no_grad():
+                wanted = program.module()(*self.inputs())
+            if not self._is_close(module.probe(self.inputs(), {}), wanted, scaled=True):
+                found = "a program that is compiled after one with other weights answers otherwise."
+                advice = "Compile anew, or compare all bits of the weights: a backend keeps no "
+                advice += "state of a single module."
+                raise Breach(_COMPILE, found, advice)
 
     # -- the compiled module ----------------------------------------------------------------
 
@@ -138,7 +173,10 @@ class BackendSuite:
             raise Breach("OpenedModule.engines", found, "Return engines by their own names.")
 
     def test_it_answers_like_the_program(self) -> None:
-        """``run`` and ``probe`` return the program's outputs, within the tolerance."""
+        """``run`` and ``probe`` return the program's outputs, within the tolerance.
+
+        Outputs of different calls share no memory.
+        """
         module = self._callable_module()
         # A program of its own: calls may change the program's buffers.
         with torch.no_grad():
@@ -149,6 +187,21 @@ class BackendSuite:
                 text = "outputs differ from the program's."
                 advice = "Return the outputs of the program, in the same structure."
                 raise Breach(f"OpenedModule.{call}", text, advice)
+            self._require_own_outputs(module, call)
+
+    def _require_own_outputs(self, module: OpenedModule, call: str) -> None:
+        # Keep all inputs and outputs alive, so that no memory is used again. Inputs are copied,
+        # because a program may return them.
+        inputs = [pytree.tree_map_only(torch.Tensor, torch.clone, self.inputs()) for _ in range(3)]
+        answers = [pytree.tree_leaves(getattr(module, call)(args, {})) for args in inputs]
+        for one, other in combinations(answers, 2):
+            if any(oracles.overlap(a, b) for a, b in product(one, other)):
+                found = "outputs of two calls share memory: a later call changes earlier outputs."
+                advice = "Copy the outputs, or allocate them in each call."
+                raise Breach(f"OpenedModule.{call}", found, advice)
+        if any(isinstance(a, torch.Tensor) and a.is_inference() for a in answers[0]):
+            found = "outputs are inference tensors, which callers cannot write to."
+            raise Breach(f"OpenedModule.{call}", found, "Use torch.no_grad instead.")
 
     def _is_close(self, found: Any, wanted: Any, *, scaled: bool = False) -> bool:
         """Whether outputs are equal; ``scaled``: within a tolerance relative to the largest."""
@@ -247,14 +300,14 @@ class BackendSuite:
             raise Breach(_DRAFT, found, "Return one row for every slot, also for unmapped ones.")
 
     def test_planning_leaves_the_program_alone(self) -> None:
-        """``draft`` does not change the tensors of the program."""
+        """``refitkit_partition`` and ``draft`` change neither tensors nor the graph."""
         module, program = self.make_module(), self.make_program()
-        before = oracles.snapshot(program.state_dict)
-        self._drafted(program, module)
-        wrong = oracles.differing(oracles.snapshot(program.state_dict), before)
-        if wrong:
-            found = f"it changed the program: {oracles.quoted(wrong)}."
-            raise Breach(_DRAFT, found, "Plan on a copy: the program belongs to the caller.")
+        before = oracles.parts_of_program(program)
+        parts, what = self.make_parts(program, module), "it changed the program"
+        advice = "Plan on a copy: the program belongs to the caller."
+        self._require_same_program(program, before, "refitkit_partition", what, advice)
+        self.make_backend().draft(parts, module, self.tools)
+        self._require_same_program(program, before, _DRAFT, what, advice)
 
     def test_rows_name_weights_of_the_program(self) -> None:
         """Rows of ``draft`` name sources by the FQNs of the program's weights and buffers."""
@@ -273,7 +326,12 @@ class BackendSuite:
         """A refit with the values of the drafted rows answers like the program with new weights."""
         module = self._callable_module()
         draft, program = self._drafted(self.make_program(), module), self.make_program()
-        _change_weights(program)
+        with _other_weights(program):
+            self._require_refit_like(module, draft, program)
+
+    def _require_refit_like(
+        self, module: OpenedModule, draft: PlanDraft, program: ExportedProgram
+    ) -> None:
         values = drafted_values(draft, program.state_dict)
         if isinstance(values, str):
             skip(f"the drafted rows alone do not give every value: {values}")
@@ -292,11 +350,15 @@ class BackendSuite:
     def test_drafted_values_are_those_of_the_parts(self) -> None:
         """Drafted rows give the values that parts of a program with other weights hold."""
         module, program = self.make_module(), self.make_program()
-        _change_weights(program)
+        with _other_weights(program):
+            self._require_values_of_parts(module, program)
+
+    def _require_values_of_parts(self, module: OpenedModule, program: ExportedProgram) -> None:
+        draft = self._drafted(program, module)
         part = next(iter(self.make_parts(program, module).values()))
         if not isinstance(part, HoldsValues):
             skip("the parts hold no values")
-        values = drafted_values(self._drafted(self.make_program(), module), program.state_dict)
+        values = drafted_values(draft, program.state_dict)
         if isinstance(values, str):
             skip(f"the drafted rows alone do not give every value: {values}")
         held = {
@@ -317,41 +379,70 @@ class BackendSuite:
     # -- saving -----------------------------------------------------------------------------
 
     def test_a_saved_module_is_opened_as_it_was(self) -> None:
-        """A saved module that is opened again has the same weights, answers and attachments."""
-        module = self.make_module()
-        self._require_saved(module, "a new module", answers=True)
-        _refit_with_random_values(module)
-        slots = [slot for engine in module.engines.values() for slot in engine.slots.values()]
-        # Random integers may not be valid indices, so the model may not accept them.
-        answers = all(oracles.dtype_of(slot.dtype).is_floating_point for slot in slots)
-        self._require_saved(module, "a refitted module", answers=answers)
+        """A saved module that is opened again has the same weights, answers and attachments.
 
-    def _require_saved(self, module: OpenedModule, which: str, *, answers: bool) -> None:
+        Also if a refitted module is saved over the file that was opened before.
+        """
+        module = self.make_module()
         with TemporaryFolder() as folder:
             path = folder.path / "saved"
+            self._require_saved(module, path, "a new module", answers=True)
+            _refit_with_random_values(module)
+            slots = [slot for engine in module.engines.values() for slot in engine.slots.values()]
+            # Random integers may not be valid indices, so the model may not accept them.
+            answers = all(oracles.dtype_of(slot.dtype).is_floating_point for slot in slots)
+            self._require_saved(module, path, "a refitted module", answers=answers)
+
+    def _require_saved(
+        self, module: OpenedModule, path: Path, which: str, *, answers: bool
+    ) -> None:
+        module.save(path, _ATTACHMENTS)
+        try:
+            opened = self.open_saved(path)
+        except RefitError as exc:
+            found = f"the file of {which} cannot be opened: {exc.message}"
+            raise Breach(_SAVE, found, "Write what refitkit_load_module opens.") from exc
+        if opened is None:
+            skip("open_saved() returned None: no installed plugin opens the saved file")
+        wrong = oracles.differing(
+            oracles.snapshot(self.held(opened)), oracles.snapshot(self.held(module))
+        )
+        if wrong:
+            found = f"{which} was saved, and opened with other weights: {oracles.quoted(wrong)}."
+            advice = "Save the live weights, not those of the compilation, and read the file anew "
+            advice += "each time."
+            raise Breach(_SAVE, found, advice)
+        if dict(opened.attachments) != _ATTACHMENTS:
+            found = f"a file saved with {sorted(_ATTACHMENTS)} opened with "
+            found += f"{sorted(opened.attachments)}, or other contents."
+            raise Breach("OpenedModule.attachments", found, "Read what save has written.")
+        if answers and not isinstance(opened, Offline):
+            found_, wanted = (one.probe(self.inputs(), {}) for one in (opened, module))
+            if not self._is_close(found_, wanted, scaled=True):
+                found = f"the file of {which} was opened, and answers otherwise."
+                raise Breach(_SAVE, found, "Save all that answers depend on.")
+
+    def test_saving_leaves_the_old_file_whole(self) -> None:
+        """``save`` over a file replaces it: whoever has the old file open reads its old bytes.
+
+        A save that fails or is killed half-way then leaves the old file.
+        """
+        module = self.make_module()
+        with TemporaryFolder() as folder, ExitStack() as stack:
+            path = folder.path / "saved"
             module.save(path, _ATTACHMENTS)
-            try:
-                opened = self.open_saved(path)
-            except RefitError as exc:
-                found = f"the file of {which} cannot be opened: {exc.message}"
-                raise Breach(_SAVE, found, "Write what refitkit_load_module opens.") from exc
-            if opened is None:
-                skip("open_saved() returned None: no installed plugin opens the saved file")
-            wrong = oracles.differing(
-                oracles.snapshot(self.held(opened)), oracles.snapshot(self.held(module))
-            )
+            files = [file for file in (path, *sorted(path.rglob("*"))) if file.is_file()]
+            handles = {file: stack.enter_context(file.open("rb")) for file in files}
+            before = {file: file.read_bytes() for file in files}
+            # Other weights and attachments: equal bytes would hide the writes.
+            _refit_with_random_values(module)
+            module.save(path, {})
+            wrong = [file.name for file in files if handles[file].read() != before[file]]
             if wrong:
-                found = f"{which} was saved with other weights: {oracles.quoted(wrong)}."
-                raise Breach(_SAVE, found, "Save the live weights, not those of the compilation.")
-            if dict(opened.attachments) != _ATTACHMENTS:
-                found = f"a file saved with {sorted(_ATTACHMENTS)} opened with "
-                found += f"{sorted(opened.attachments)}, or other contents."
-                raise Breach("OpenedModule.attachments", found, "Read what save has written.")
-            if answers and not isinstance(opened, Offline):
-                found_, wanted = (one.probe(self.inputs(), {}) for one in (opened, module))
-                if not self._is_close(found_, wanted, scaled=True):
-                    found = f"the file of {which} was opened, and answers otherwise."
-                    raise Breach(_SAVE, found, "Save all that answers depend on.")
+                found = f"it wrote into the old file that it replaces: {oracles.quoted(wrong)}."
+                advice = "Write to a temporary name beside it, and rename it when it is complete "
+                advice += "(refitkit.files.replacing)."
+                raise Breach(_SAVE, found, advice)
 
     def test_what_is_saved_is_told(self) -> None:
         """``describe`` knows a saved file, and ``attachments`` returns its attachments."""
@@ -382,9 +473,13 @@ class BackendSuite:
 
     def _callable_module(self) -> OpenedModule:
         module = self.make_module()
-        if isinstance(module, Offline):
-            skip(f"the module cannot be called on this machine: {module.offline}")
+        _require_callable(module)
         return module
+
+
+def _require_callable(module: OpenedModule) -> None:
+    if isinstance(module, Offline):
+        skip(f"the module cannot be called on this machine: {module.offline}")
 
 
 def _refit_with_random_values(module: OpenedModule) -> None:
@@ -393,14 +488,31 @@ def _refit_with_random_values(module: OpenedModule) -> None:
         engine.stage(oracles.slot_values(engine.slots, values)).commit()
 
 
-def _change_weights(program: ExportedProgram) -> None:
-    """Write other floats into a program, the same into tied tensors; integers may be indices."""
+@contextmanager
+def _other_weights(program: ExportedProgram, *, last: bool = False) -> Iterator[None]:
+    """Other floats in a program, the same in tied tensors; integers may be indices.
+
+    The old values return at the end, because the author's program may be the same object each time.
+
+    Args:
+        program: Program to write to.
+        last: Whether only the last element of each tensor is another one.
+    """
     generator = torch.Generator().manual_seed(1)
-    done: set[int] = set()
+    floats = {t.data_ptr(): t for t in program.state_dict.values() if t.is_floating_point()}
+    before = {key: tensor.detach().clone() for key, tensor in floats.items()}
     with torch.no_grad():
-        for tensor in program.state_dict.values():
-            if tensor.is_floating_point() and tensor.data_ptr() not in done:
-                done.add(tensor.data_ptr())
-                # Positive values stay positive, because a variance has to. No zero stays one.
-                factor, offset = torch.rand((2, *tensor.shape), generator=generator) / 2 + 0.25
-                tensor.copy_(tensor.cpu() * (factor + 0.5) + offset)
+        for tensor in floats.values():
+            # Positive values stay positive, because a variance has to. No zero stays one.
+            factor, offset = torch.rand((2, *tensor.shape), generator=generator) / 2 + 0.25
+            other = tensor.cpu() * (factor + 0.5) + offset
+            if last and tensor.numel():
+                kept = tensor.cpu().reshape(-1)[:-1]
+                other.view(-1)[:-1] = kept
+            tensor.copy_(other)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for key, tensor in floats.items():
+                tensor.copy_(before[key])

@@ -97,7 +97,7 @@ def run(plugin: str | object, host: Host) -> list[CheckResult]:
     named = {_unique_name(suite, number, suites): suite for number, suite in enumerate(suites)}
     return [
         *run_suites({OFFERS: _offer_suite(info.name, host), **named}),
-        *_missing_suites(info, suites),
+        *_missing_suites(info, suites, host.plugin(info.name)),
     ]
 
 
@@ -153,11 +153,14 @@ def _unique_name(suite: type, number: int, suites: tuple[type, ...]) -> str:
     return suite.__name__ if len(same) == 1 else f"{suite.__name__}_{number}"
 
 
-def _missing_suites(info: PluginInfo, brought: tuple[type, ...]) -> list[CheckResult]:
+def _missing_suites(
+    info: PluginInfo, brought: tuple[type, ...], plugin: object
+) -> list[CheckResult]:
     found: list[CheckResult] = []
+    implemented = [hook for hook in info.hooks if not _returns_none(getattr(plugin, hook, None))]
     for suite in _kit_suites():
         name = suite.__name__
-        hooks = [hook for hook in _HOOKS_BY_SUITE[name] if hook in info.hooks]
+        hooks = [hook for hook in _HOOKS_BY_SUITE[name] if hook in implemented]
         # A subclass counts under any name: authors name suites after their classes.
         if hooks and not any(issubclass(one, suite) for one in brought):
             message = (
@@ -165,8 +168,17 @@ def _missing_suites(info: PluginInfo, brought: tuple[type, ...]) -> list[CheckRe
                 "checks the contracts of its offers. Write one (docs/guides/testing-plugins.md), "
                 f"and name it in the entry-point group {GROUP!r} under {info.name!r}."
             )
+            if hooks == ["refitkit_load_module"]:
+                message += " If the hook opens no modules, annotate it with '-> None'."
             found.append(CheckResult(suite=name, check="", outcome="missing", message=message))
     return found
+
+
+def _returns_none(hook: Any) -> bool:
+    """Whether a hook that asks for a result is annotated to return none, so it offers nothing."""
+    if getattr(hook, "__name__", "") == "refitkit_register_backends":  # it calls back instead
+        return False
+    return getattr(hook, "__annotations__", {}).get("return", "") in {None, "None"}
 
 
 def _kit_suites() -> tuple[type, ...]:

@@ -6,7 +6,12 @@ It checks what hooks return, and that the plugin ignores targets, weights and mo
 
 from __future__ import annotations
 
+import copy
+import gc
+import time
+import weakref
 from contextlib import contextmanager, suppress
+from functools import cache
 from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,7 +19,17 @@ import torch
 
 from refitkit.config import TOLERANCES, Config
 from refitkit.errors import PluginError, Problem, RefitError, SourceError
-from refitkit.model import LedgerRow, RefitReport, SlotState, Step, VerificationResult
+from refitkit.model import (
+    Finished,
+    LedgerRow,
+    RefitReport,
+    SlotState,
+    StageFinished,
+    StageStarted,
+    Started,
+    Step,
+    VerificationResult,
+)
 from refitkit.offered import OFFERS
 from refitkit.protocols import (
     MapRequest,
@@ -23,15 +38,20 @@ from refitkit.protocols import (
     VerifyRequest,
 )
 from refitkit.recipe import TensorMap
+from refitkit.testing import oracles
 from refitkit.testing.breach import Breach, skip
 from refitkit.testing.fakes import FakeModule, OpenEngine
-from refitkit.testing.scenes import make_plan, plan_for
+from refitkit.testing.scenes import EngineScene, make_plan, plan_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from torch.export import ExportedProgram
+
     from refitkit.host import Host
     from refitkit.protocols import WeightSource
+
+_LOOKS, _BETWEEN_LOOKS = 20, 0.05  # seconds
 
 
 class OfferSuite:
@@ -82,21 +102,51 @@ class OfferSuite:
 
     def test_parts_for_other_backends_are_left_to_others(self) -> None:
         """``refitkit_partition`` returns None for a backend of another plugin."""
-        arguments = {"program": None, "module": None, "backend": "no such backend"}
-        more = {"options": {}, "config": Config(), "tools": Tools()}
-        self._require_none("refitkit_partition", **arguments, **more)
+        self._require_hook("refitkit_partition")
+        arguments = _to_partition(_program(), "no such backend")
+        self._require_none("refitkit_partition", "a backend of another plugin", **arguments)
 
-    def _require_none(self, hook: str, **arguments: Any) -> None:
+    def _require_none(
+        self, hook: str, what: str = "an argument of unknown type", **arguments: Any
+    ) -> None:
         self._require_hook(hook)
         advice = "Return None: the host then asks the next plugin."
         try:
             result = self.host.call_one(self.plugin, hook, **arguments)
         except Exception as exc:
-            found = f"it raised {type(exc).__name__} for an argument of unknown type: {exc}"
+            found = f"it raised {type(exc).__name__} for {what}: {exc}"
             raise Breach(hook, found, advice) from exc
         if result is not None:
-            found = f"it returned a {type(result).__name__} for an argument of unknown type."
+            found = f"it returned a {type(result).__name__} for {what}."
             raise Breach(hook, found, advice)
+
+    def test_partitioning_leaves_the_program_alone(self) -> None:
+        """``refitkit_partition`` changes neither tensors nor the graph, whichever the backend."""
+        self._require_hook("refitkit_partition")
+        for backend in self._backends():
+            program = _program()
+            before = oracles.parts_of_program(program)
+            # It may need a module. Only the program matters here.
+            with suppress(RefitError):
+                self.host.call_one(
+                    self.plugin, "refitkit_partition", **_to_partition(program, backend)
+                )
+            wrong = oracles.differing(oracles.parts_of_program(program), before)
+            if wrong:
+                found = f"for the backend {backend!r} it changed the program: "
+                found += f"{oracles.quoted(wrong)}."
+                advice = "Cut a copy: the program belongs to the caller."
+                raise Breach("refitkit_partition", found, advice)
+
+    def _backends(self) -> list[str]:
+        """Names of the backends of all plugins: one may make parts for the backend of another."""
+        found: list[Any] = []
+        for info in self.host.plugins():
+            hook = "refitkit_register_backends"
+            if hook in info.hooks:
+                with suppress(RefitError):
+                    self.host.call_one(info.name, hook, register=found.append)
+        return [backend.name for backend in found]
 
     # -- offers with modules and weights of others ---------------------------------------------
 
@@ -175,10 +225,14 @@ class OfferSuite:
             raise Breach("Verifier.prepare", found, advice)
 
     def test_checks_give_problems(self) -> None:
-        """``refitkit_check`` returns only ``Problem`` objects."""
+        """``refitkit_check`` returns only ``Problem`` objects, and writes to no weights."""
         self._require_hook("refitkit_check")
-        module = _module()
-        arguments = {"plan": plan_for(module), "module": module, "source": TensorMap(_weights())}
+        # Negative weights and a NaN, because a check may correct what it finds.
+        module, new = _module(), {name: -value for name, value in _weights().items()}
+        new["w"][0, 0] = float("nan")
+        tensors = {"new weights": new, "the module": dict(module.engines["e"].live)}
+        before = {of: oracles.snapshot(held) for of, held in tensors.items()}
+        arguments = {"plan": plan_for(module), "module": module, "source": TensorMap(new)}
         none = frozenset[str]()
         more = {"partial": False, "unchanged": none, "deferred": none, "config": Config()}
         for same in (False, True):
@@ -188,6 +242,13 @@ class OfferSuite:
                 if wrong:
                     found = f"it returned {wrong[0]!r}."
                     raise Breach("refitkit_check", found, "Return refitkit.errors.Problem objects.")
+        for of, held in tensors.items():
+            wrong = oracles.differing(oracles.snapshot(held), before[of])
+            if wrong:
+                found = f"it changed {of}: {oracles.quoted(wrong)}."
+                raise Breach(
+                    "refitkit_check", found, "Only read: the user's tensors are not copied."
+                )
 
     # -- notifications -------------------------------------------------------------------------
 
@@ -204,6 +265,32 @@ class OfferSuite:
             if self._has(hook):
                 with _no_exception(hook):
                     self._call_hook(hook, **arguments)
+
+    def test_listeners_keep_no_modules(self) -> None:
+        """After the events of an operation, the plugin does not keep its module alive."""
+        self._require_hook("refitkit_event")
+        gone = self._tell_of_a_load()
+        for _ in range(_LOOKS):
+            # Events may wait in a queue of the plugin for a moment.
+            gc.collect()
+            if gone() is None:
+                return
+            time.sleep(_BETWEEN_LOOKS)
+        found = "the module of Finished.result is still alive after the operation."
+        raise Breach("refitkit_event", found, "Copy what you need: keep no event and no module.")
+
+    def _tell_of_a_load(self) -> weakref.ref[Any]:
+        compiled = EngineScene(OpenEngine("e", _weights())).compiled
+        of: Any = {"id": "conformance", "module": "conformance"}
+        for event in (
+            Started("load", **of),
+            StageStarted("load", "open", **of),
+            StageFinished("load", "open", 0.5, **of),
+            Finished("load", compiled, **of),
+        ):
+            with _no_exception("refitkit_event"):
+                self._call_hook("refitkit_event", event=event)
+        return weakref.ref(compiled)
 
     # -- calling hooks -------------------------------------------------------------------------
 
@@ -250,6 +337,23 @@ def _no_exception(contract: str) -> Iterator[None]:
 
 def _refuse_to_open(weights: object) -> WeightSource:
     raise SourceError(f"No plugin can read weights from a {type(weights).__name__}.")
+
+
+def _to_partition(program: ExportedProgram, backend: str) -> dict[str, Any]:
+    """Arguments of ``refitkit_partition``, as for a plan without a module."""
+    arguments = {"program": program, "module": None, "backend": backend}
+    return {**arguments, "options": {}, "config": Config(), "tools": Tools()}
+
+
+@cache
+def _exported() -> ExportedProgram:
+    net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU())
+    return torch.export.export(net.eval(), (torch.ones(4, 3),))
+
+
+def _program() -> ExportedProgram:
+    """A program of its own, whose parameters require grad."""
+    return copy.deepcopy(_exported())
 
 
 def _module(weights: Mapping[str, torch.Tensor] | None = None) -> FakeModule:

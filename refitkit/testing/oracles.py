@@ -24,6 +24,8 @@ from refitkit.protocols import HoldsProgram, SlotValue, SteadyValues
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
+    from torch.export import ExportedProgram
+
     from refitkit.model import Slot, TensorInfo
     from refitkit.protocols import WeightSource
 
@@ -212,6 +214,22 @@ class Storage:
         return bool(self._reference.expired())  # type: ignore[no-untyped-call]
 
 
+def overlap(one: object, other: object) -> bool:
+    """Whether two objects are tensors whose elements lie in overlapping stretches of memory."""
+    if not (_has_storage(one) and _has_storage(other)):
+        return False
+    (device, start, end), (other_device, other_start, other_end) = map(_stretch, (one, other))
+    return device == other_device and max(start, other_start) < min(end, other_end)
+
+
+def _stretch(tensor: Any) -> tuple[torch.device, int, int]:
+    if not tensor.numel():
+        return tensor.device, 0, 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    length = 1 + sum((size - 1) * stride for size, stride in steps)
+    return tensor.device, tensor.data_ptr(), tensor.data_ptr() + length * tensor.itemsize
+
+
 class NewMemory(WatchingMode):
     """A dispatch mode that records all storages that torch allocates in this thread.
 
@@ -333,3 +351,18 @@ def state_of_program(source: WeightSource) -> dict[str, Bits]:
         return {}
     state = source.program.state_dict
     return {f"program {name}": bits(tensor) for name, tensor in state.items()}
+
+
+def parts_of_program(program: ExportedProgram) -> dict[str, Bits]:
+    """Everything of a program that belongs to its user, as bits by a description.
+
+    That is each tensor, whether it requires grad, and the graph.
+    """
+    constants = {n: t for n, t in program.constants.items() if isinstance(t, torch.Tensor)}
+    tensors = {**constants, **program.state_dict}
+    flags = {f"{name}.requires_grad": t.requires_grad for name, t in tensors.items()}
+    return {
+        **snapshot(tensors),
+        **{name: ("bool", bytes([flag])) for name, flag in flags.items()},
+        "the graph": ("text", str(program.graph).encode()),
+    }

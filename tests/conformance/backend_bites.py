@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -55,7 +55,12 @@ class Module(FakeModule):
     def save(self, path: Path, attachments: Mapping[str, bytes]) -> None:
         notes = {name: content.hex() for name, content in attachments.items()}
         values = {name: value.tolist() for name, value in self.saved().items()}
-        path.write_text(json.dumps({"of": "plain", "notes": notes, "values": values}))
+        self.write(path, json.dumps({"of": "plain", "notes": notes, "values": values}))
+
+    def write(self, path: Path, text: str) -> None:
+        part = path.with_suffix(".part")
+        part.write_text(text)
+        part.replace(path)
 
     def saved(self) -> dict[str, torch.Tensor]:
         return self.weights()
@@ -178,6 +183,72 @@ class Counts(Plain):
         return super().compile(program, options, tools)
 
 
+@breaks("compiling_leaves_the_program_alone", "it changed the program: 'linear.bias.requires_grad'")
+class Freezes(Plain):
+    def compile(self, program: Any, options: Any, tools: Any) -> Any:
+        program.state_dict["linear.bias"].requires_grad_(False)
+        return super().compile(program, options, tools)
+
+
+@breaks("compiling_leaves_the_program_alone", "it changed the program: 'the graph'")
+class CutsGraph(Plain):
+    def compile(self, program: Any, options: Any, tools: Any) -> Any:
+        next(iter(program.graph.nodes)).name = "renamed"
+        return super().compile(program, options, tools)
+
+
+class _Sharing(OpenEngine):
+    """An engine on the memory that it is given."""
+
+    def __init__(self, name: str, values: Any, wire: Any = None) -> None:
+        super().__init__(name, values, wire)
+        self.live = dict(values)
+
+
+@breaks(
+    "compiling_leaves_the_program_alone", "writes to the program changed the module: 'calls'|'l"
+)
+class Shares(Plain):
+    def compile(self, program: Any, options: Any, tools: Any) -> Any:
+        super().compile(program, options, tools)
+        return self.module([_Sharing("all", program.state_dict)])
+
+
+class _WritesBack(OpenEngine):
+    """An engine whose refits write to the tensors that it was made from."""
+
+    def __init__(self, name: str, values: Any, wire: Any = None) -> None:
+        super().__init__(name, values, wire)
+        self.given = values
+
+    def stage(self, values: Any) -> Any:
+        for value in values:
+            self.given[value.slot.name].data.copy_(value.load())
+        return super().stage(values)
+
+
+@breaks("compiling_leaves_the_program_alone", "a refit of the module changed the program: 'calls'")
+class WritesBack(Plain):
+    def compile(self, program: Any, options: Any, tools: Any) -> Any:
+        super().compile(program, options, tools)
+        return self.module([_WritesBack("all", program.state_dict)])
+
+
+@breaks(
+    "each_program_is_compiled_with_its_own_weights", "after one with other weights answers other"
+)
+class KnowsPrograms(Plain):
+    """Caches modules by the beginnings of their weights."""
+
+    def __init__(self) -> None:
+        self.known: dict[Any, Any] = {}
+
+    def compile(self, program: Any, options: Any, tools: Any) -> Any:
+        key = str([t.view(-1)[:-1].tolist() for t in program.state_dict.values()])
+        compiled = super().compile(program, options, tools)
+        return self.known.setdefault(key, compiled)
+
+
 @breaks("the_module_is_of_the_backend", "it is 'other', but the backend is 'plain'")
 class OfOther(Module):
     backend = "other"
@@ -202,6 +273,26 @@ class Negates(Module):
 class Unwraps(Module):
     def probe(self, args: Any, kwargs: Any) -> Any:
         return self.run(args, kwargs)["y"]
+
+
+@breaks("it_answers_like_the_program", "OpenedModule.probe: outputs of two calls share memory")
+class LendsMemory(Module):
+    """Returns its own memory, of which it has two pieces that it uses in turn."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.room = [torch.empty(4, 2), torch.empty(4, 2)]
+
+    def run(self, args: Any, kwargs: Any) -> Any:
+        self.room.reverse()
+        return {"y": self.room[0].copy_(super().run(args, kwargs)["y"])}
+
+
+@breaks("it_answers_like_the_program", "OpenedModule.probe: outputs are inference tensors")
+class Infers(Module):
+    def run(self, args: Any, kwargs: Any) -> Any:
+        with torch.inference_mode():
+            return super().run(args, kwargs)
 
 
 @breaks("wrong_inputs_are_refused", "inputs of another shape were accepted")
@@ -284,6 +375,22 @@ class Zeroes(Plain):
         return super().draft(parts, module, tools)
 
 
+class _FreezingSuite(Good):
+    def make_parts(self, program: Any, module: Any) -> Any:
+        program.state_dict["linear.bias"].requires_grad_(False)
+        return super().make_parts(program, module)
+
+
+BITES.append(
+    Bite(
+        "test_planning_leaves_the_program_alone",
+        _FreezingSuite,
+        "refitkit_partition: it changed the program: 'linear.bias.requires_grad'",
+        Good,
+    )
+)
+
+
 class _Crossed(Plain):
     """Gives two slots of equal shape each other's weights."""
 
@@ -327,11 +434,43 @@ class NamesPlaceholders(Plain):
 
 @breaks(
     "a_saved_module_is_opened_as_it_was",
-    "a refitted module was saved with other weights: 'calls', 'linear.bias', 'linear.weight' and 1",
+    "a refitted module was saved, and opened with other weights: 'calls', 'linear.bias', 'linear.w",
 )
 class SavesCompiled(Module):
     def saved(self) -> dict[str, torch.Tensor]:
         return dict(exported().state_dict)
+
+
+@breaks("a_saved_module_is_opened_as_it_was", "a refitted module was saved, and opened with other")
+class KnowsFiles(Module):
+    """Opens a file of a known name and size from memory."""
+
+    known: ClassVar[dict[Any, str]] = {}
+
+    @classmethod
+    def load(cls, path: Path) -> Any:
+        text = cls.known.setdefault(path, path.read_text())
+        again = path.with_name("again")
+        again.write_text(text)
+        return super().load(again)
+
+
+@breaks("a_saved_module_is_opened_as_it_was", "or other contents")
+class TextNotes(Module):
+    """Stores attachments as text."""
+
+    @classmethod
+    def load(cls, path: Path) -> Any:
+        module = super().load(path)
+        notes = module.attachments.items()
+        module.attachments = {name: v.decode("utf-8", "replace").encode() for name, v in notes}
+        return module
+
+
+@breaks("saving_leaves_the_old_file_whole", "it wrote into the old file that it replaces: 'saved'")
+class WritesInPlace(Module):
+    def write(self, path: Path, text: str) -> None:
+        path.write_text(text)
 
 
 @breaks("a_saved_module_is_opened_as_it_was", "the file of a new module was opened, and answers")
@@ -346,7 +485,9 @@ class SavesHalf(Module):
         return {"y": super().run(args, kwargs)["y"] * self.scale}
 
 
-@breaks("a_saved_module_is_opened_as_it_was", r"saved with \['note.txt'\] opened with \[\]")
+@breaks(
+    "a_saved_module_is_opened_as_it_was", r"saved with \['empty', 'note.txt'\] opened with \[\]"
+)
 class OpensWithoutNotes(Module):
     @classmethod
     def load(cls, path: Path) -> Any:
@@ -366,7 +507,7 @@ class Forgets(Plain):
         return None
 
 
-@breaks("what_is_saved_is_told", r"saved with \['note.txt'\] returned \[\]")
+@breaks("what_is_saved_is_told", r"saved with \['empty', 'note.txt'\] returned \[\]")
 class LosesNotes(Module):
     def save(self, path: Path, attachments: Mapping[str, bytes]) -> None:
         super().save(path, {})

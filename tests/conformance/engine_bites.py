@@ -11,6 +11,7 @@ import torch
 from refitkit.errors import WeightMismatchError
 from refitkit.model import EngineMemory
 from refitkit.testing.fakes import FakeStaged, OpenEngine, Tripwire
+from refitkit.testing.oracles import bits
 from tests.conformance.bites import Bite
 from tests.conformance.test_fakes import TestOpenEngine
 
@@ -195,6 +196,15 @@ class Skips(FakeStaged):
     def commit(self) -> None:
         del self.values["whole"]  # type: ignore[attr-defined]
         super().commit()
+
+
+@breaks("every_slot_is_written", "changes only the last element of 'matrix', 1 of 4 slots are wr")
+class KnowsBeginnings(Open):
+    """Keeps a live value whose first bytes are those of the new one."""
+
+    def copied(self, slot: Any, tensor: torch.Tensor) -> torch.Tensor:
+        copy, live = super().copied(slot, tensor), self.live[slot.name]
+        return live if bits(live)[1][:4] == bits(copy)[1][:4] else copy
 
 
 @breaks("staging_changes_nothing_live", "after stage and before commit, 4 of 4 slots are wrong")
@@ -398,6 +408,24 @@ class Forgets(FakeStaged):
     def rollback(self) -> None:
         self._before.pop("half", None)
         super().rollback()
+
+
+@breaks(
+    "a_rollback_brings_the_old_values_back", "refit after a rollback, after stage, 4 of 4 slots are"
+)
+class StagesIntoTheSpare(Open):
+    """Has two sets of memory, and forgets which one is live after a rollback."""
+
+    class Staged(FakeStaged):  # type: ignore[assignment]
+        def commit(self) -> None:
+            super().commit()
+            self.engine.free = dict(self._before)  # type: ignore[attr-defined]
+
+    free: ClassVar[dict[str, torch.Tensor]] = {}
+
+    def copied(self, slot: Any, tensor: torch.Tensor) -> torch.Tensor:
+        copy = super().copied(slot, tensor)
+        return self.free[slot.name].copy_(copy) if slot.name in self.free else copy
 
 
 @breaks("a_rollback_can_be_repeated", "after a second rollback, 4 of 4")
@@ -644,12 +672,28 @@ class Triples(Open):
         return staged
 
 
-@breaks("refits_do_not_pile_up", "6 refits kept .* bytes; the limit is")
+@breaks("refits_do_not_pile_up", "the last 4 of 6 refits kept .* bytes more; one set of weights")
 class PilesUp(Triples):
     def _stage(self, values: Any) -> Any:
         staged = Open._stage(self, values)
         self.all = [*getattr(self, "all", []), staged.values]
         return staged
+
+
+@breaks("refits_do_not_pile_up", "6 refits kept .* bytes; the limit is")
+class HoardsAtOnce(Open):
+    def _stage(self, values: Any) -> Any:
+        self.hoard = torch.zeros(1_000_000)
+        return super()._stage(values)
+
+
+@breaks("refits_do_not_pile_up", "the last 4 of 6 refits kept .* bytes more; one set of weights")
+class KeepsHistory(Open):
+    """Keeps every set of weights: few bytes, but more with each refit."""
+
+    def _stage(self, values: Any) -> Any:
+        self.history = [*getattr(self, "history", []), dict(self.live)]
+        return super()._stage(values)
 
 
 # -- earlier values, and no way back ----------------------------------------------------------

@@ -134,11 +134,37 @@ class ReadsAll(Plain):
         return {}
 
 
-@breaks("parts_for_other_backends_are_left_to_others", "refitkit_partition: it returned a dict")
+@breaks(
+    "parts_for_other_backends_are_left_to_others", "it returned a dict for a backend of another"
+)
 class CutsAll(Plain):
     @refitkit.hookimpl
     def refitkit_partition(self, program: Any) -> Any:
         return {"all": program}
+
+
+@breaks(
+    "partitioning_leaves_the_program_alone",
+    "for the backend 'plain' it changed the program: '0.bias.requires_grad', '0.weight.requires_gr",
+)
+class Freezes(Plain):
+    @refitkit.hookimpl
+    def refitkit_partition(self, program: Any, backend: str) -> Any:
+        if backend != "plain":
+            return None
+        for tensor in program.state_dict.values():
+            tensor.requires_grad_(False)
+        return {"all": program}
+
+
+@breaks("partitioning_leaves_the_program_alone", "for the backend 'plain' .* program: 'the graph'")
+class CutsGraphs(Plain):
+    @refitkit.hookimpl
+    def refitkit_partition(self, program: Any, backend: str) -> Any:
+        if backend == "plain":
+            output = program.graph.output_node()
+            with program.graph.inserting_before(output):
+                program.graph.call_function(len, (output.args[0],))
 
 
 @breaks("strategies_decline_what_they_do_not_know", "'eager' returned values from an empty source")
@@ -229,6 +255,28 @@ class Texts(Plain):
     @refitkit.hookimpl
     def refitkit_check(self) -> Any:
         return ["bad weights"]
+
+
+@breaks("checks_give_problems", "refitkit_check: it changed new weights: 'b', 'w'")
+class Corrects(Plain):
+    @refitkit.hookimpl
+    def refitkit_check(self, source: Any) -> Any:
+        return [name for name in source.names() if not source.get(name).abs_().numel()]
+
+
+@breaks("checks_give_problems", "refitkit_check: it changed the module: 'w'")
+class ChecksByWriting(Plain):
+    @refitkit.hookimpl
+    def refitkit_check(self, module: Any) -> Any:
+        module.engines["e"].live["w"].fill_(1)
+        return []
+
+
+@breaks("listeners_keep_no_modules", "the module of Finished.result is still alive")
+class KeepsEvents(Plain):
+    @refitkit.hookimpl
+    def refitkit_event(self, event: Any) -> None:
+        self.seen = [*getattr(self, "seen", []), event]
 
 
 @breaks("news_of_other_modules_do_no_harm", "refitkit_weights_changed: ")

@@ -163,6 +163,29 @@ def test_a_plugin_may_be_given_itself(refitkit_host: Hosts) -> None:
     }
 
 
+class Opener:
+    name = "opener"
+
+    @refitkit.hookimpl
+    def refitkit_load_module(self, target: object) -> Any:
+        return None
+
+
+class Preparer:
+    name = "preparer"
+
+    @refitkit.hookimpl
+    def refitkit_load_module(self, target: object) -> None:
+        """Prepare the process for modules that others open."""
+
+
+def test_who_opens_no_modules_needs_no_suite_for_engines(refitkit_host: Hosts) -> None:
+    assert not [r for r in run("preparer", refitkit_host(Preparer())) if r.outcome == "missing"]
+    (missing,) = [r for r in run("opener", refitkit_host(Opener())) if r.outcome == "missing"]
+    assert missing.suite == "EngineSuite"
+    assert missing.message.endswith("If the hook opens no modules, annotate it with '-> None'.")
+
+
 def test_two_suites_of_one_name_are_both_run(refitkit_host: Hosts) -> None:
     other = type("Some", (Some,), {})
     results = run("mine", refitkit_host(Plugin([Some, other])))
