@@ -129,7 +129,7 @@ def throughput(
             length = arrived - start
             time.sleep(0.1)
             idle = time.perf_counter()
-            time.sleep(length)
+            time.sleep(length + 0.5)  # calls that cross the end have ended then
             both = caller.calls(start, arrived), caller.calls(idle, idle + length)
             ratios.append(both[0] / both[1])
             pauses.append(pause)

@@ -49,7 +49,8 @@ class SlotValue(NamedTuple):
         sources: FQNs of the weights that the value is computed from. Empty, unless ``pinned``: it
             is computed from the program as a whole, and counts as one that all weights reach.
         load: Returns the tensor, in the dtype and shape of the slot, with any strides, on any
-            device. The tensor may be a view of the caller's weights: copy it, never write to it.
+            device. The tensor may be a view of the caller's weights: copy it, never write to it. It
+            stays as it is until the engine has staged all values: other loads do not change it.
         identity: Whether the value is a tensor of the source itself, so ``load`` computes nothing.
         pinned: Whether the plan stores the value, and it uses nothing of the source.
         pieces: Returns the same elements as flat tensors, one after another, or None if only

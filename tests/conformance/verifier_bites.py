@@ -231,3 +231,92 @@ class SetsTheFlag(Plain):
             return judge(module)
 
         return judged
+
+
+class WithReference(Plain):
+    """Compares by a limit, which NaN must not pass."""
+
+    def measure(self, name: str, found: torch.Tensor, wanted: torch.Tensor) -> Any:
+        ok = found.shape == wanted.shape and not bool(((found - wanted).abs() > 0).any())
+        return OutputMeasure(name=name, ok=ok, note="" if ok else "differs")
+
+
+@breaks("not_a_number_is_rejected", "an element that is NaN")
+class PassesNan(WithReference):
+    pass
+
+
+@breaks("the_shape_of_outputs_matters", "returns another shape")
+class Flattens(Plain):
+    def measure(self, name: str, found: torch.Tensor, wanted: torch.Tensor) -> Any:
+        return super().measure(name, found.flatten(), wanted.flatten())
+
+
+@breaks("the_shape_of_outputs_matters", "returns fewer outputs")
+class Zips(Plain):
+    def judge(self, found: Any, wanted: Any) -> Any:
+        outputs = found.values() if isinstance(found, dict) else found
+        pairs = zip(outputs, wanted.items(), strict=False)
+        measures = tuple(self.measure(name, one, two) for one, (name, two) in pairs)
+        ok = all(measure.ok for measure in measures)
+        return VerificationResult(verifier=self.name, ok=ok, measures=measures)
+
+
+@breaks("two_refits_do_not_know_one_another", "judged the module of the request")
+class JudgesItsOwnModule(Plain):
+    def prepare(self, request: VerifyRequest) -> Any:
+        check = super().prepare(request)
+        return lambda _: check(request.module)
+
+
+@breaks("two_refits_do_not_know_one_another", "once another")
+class KeepsItOnItself(Plain):
+    module: Any = None
+
+    def prepare(self, request: VerifyRequest) -> Any:
+        check = super().prepare(request)
+        self.module = request.module
+        return lambda _: check(self.module)
+
+
+@breaks("the_process_is_as_before", "random state or gradient mode")
+class Seeds(Plain):
+    def prepare(self, request: VerifyRequest) -> Any:
+        torch.manual_seed(0)
+        return super().prepare(request)
+
+
+@breaks("the_process_is_as_before", "random state or gradient mode")
+class SwitchesGradientsOff(Plain):
+    def prepare(self, request: VerifyRequest) -> Any:
+        torch.set_grad_enabled(False)
+        return super().prepare(request)
+
+
+@breaks("nothing_is_changed", "it changed 'input 1'")
+class WritesToTheReference(Plain):
+    """Outputs that the user passed are the user's."""
+
+    def judge(self, found: Any, wanted: Any) -> Any:
+        self.given.zero_()
+        return super().judge(found, wanted)
+
+    def prepare(self, request: VerifyRequest) -> Any:
+        self.given: Any = request.reference
+        if not isinstance(self.given, torch.Tensor):
+            self.given = torch.ones(1)
+        return super().prepare(request)
+
+
+class GoodWithOutputs(Good):
+    """The suite, with outputs as the reference."""
+
+    def make_request(self) -> VerifyRequest:
+        return replace(super().make_request(), reference=torch.ones(2))
+
+
+BITES[-1] = replace(
+    BITES[-1],
+    broken=type("WritesToTheReference", (GoodWithOutputs,), {"verifier": WritesToTheReference}),
+    good=GoodWithOutputs,
+)
