@@ -12,7 +12,6 @@ Nothing here calls the code under test. In reading order:
 from __future__ import annotations
 
 import gc
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +20,6 @@ from torch.utils import _pytree as pytree
 
 from refitkit.program.ambient import WatchingMode
 from refitkit.protocols import HoldsProgram, SlotValue, SteadyValues
-from refitkit.testing.breach import Breach
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -368,15 +366,3 @@ def parts_of_program(program: ExportedProgram) -> dict[str, Bits]:
         **{name: ("bool", bytes([flag])) for name, flag in flags.items()},
         "the graph": ("text", str(program.graph).encode()),
     }
-
-
-@contextmanager
-def unwritten(source: WeightSource, contract: str) -> Iterator[None]:
-    """Raise Breach if tensors of a source are written to in the block, even with equal values."""
-    tensors = {name: source.get(name) for name in source.names()}
-    versions = {name: tensor._version for name, tensor in tensors.items()}  # noqa: SLF001
-    yield
-    written = [name for name, one in tensors.items() if one._version != versions[name]]  # noqa: SLF001
-    if written:
-        found = f"it wrote to tensors of the source: {quoted(written)}."
-        raise Breach(contract, found, "Copy before writing: tensors belong to the caller.")

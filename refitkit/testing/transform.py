@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from refitkit.protocols import Plan, TransformRequest, WeightGroup
 
 _GROUPS = "WeightTransform.groups"
-_MANY_REQUESTS = 10
 _MAKE = "WeightGroup.make"
 _MEASURES = "Made.measures"
 _PREFIX = "second."  # of the copies of all weights
@@ -225,14 +224,9 @@ class TransformSuite:
 
     def test_a_part_of_a_group_is_refused(self) -> None:
         """An incomplete group raises a ``WeightMismatchError`` that names its entries."""
-        alone = self.make_alone()
-        if alone is None:
+        request = self.make_alone()
+        if request is None:
             skip("make_alone() returned None, so no group can be incomplete")
-        # In a partial refit old members would stay beside new ones.
-        self._require_refused(alone)
-        self._require_refused(replace(alone, partial=True))
-
-    def _require_refused(self, request: TransformRequest) -> None:
         try:
             list(self.make_transform().groups(request))
         except WeightMismatchError as exc:
@@ -247,8 +241,7 @@ class TransformSuite:
             found = f"an incomplete group raised {type(exc).__name__}: {exc}."
             raise Breach(_GROUPS, found, "Raise WeightMismatchError.") from exc
         advice = "Raise WeightMismatchError: otherwise old and new members would be mixed."
-        refit = "partial" if request.partial else "full"
-        raise Breach(_GROUPS, f"an incomplete group was accepted in a {refit} refit.", advice)
+        raise Breach(_GROUPS, "an incomplete group was accepted.", advice)
 
     def test_what_needs_nothing_is_left_alone(self) -> None:
         """The transform returns no groups for weights that the program reads unchanged."""
@@ -297,7 +290,6 @@ class TransformSuite:
             if wrong:
                 found = f"{when} after other weights were made: {oracles.quoted(wrong)}."
                 raise Breach(_MAKE, found, advice)
-        self._require_nothing_kept(transform)
         # The pipeline may call make several times in one refit.
         for group in self._groups(transform, self.make_request(1)):
             one, other = (oracles.snapshot(self._make(group).values) for _ in range(2))
@@ -306,36 +298,12 @@ class TransformSuite:
                 found = f"two calls for one group gave different bits: {oracles.quoted(wrong)}."
                 raise Breach(_MAKE, found, advice)
 
-    def _require_nothing_kept(self, transform: WeightTransform) -> None:
-        """Raise unless requests that are gone leave nothing behind, whatever their addresses."""
-        wanted = {seed: oracles.snapshot(self.expected(seed)) for seed in (1, 2)}
-        for seed in (1, 2) * _MANY_REQUESTS:
-            # A new source may have the address of one that is gone.
-            made = oracles.snapshot(self._made(transform, self.make_request(seed)))
-            wrong = oracles.differing(made, wanted[seed])
-            if wrong:
-                found = f"after many refits {oracles.quoted(wrong)} are those of other weights."
-                advice = "Keep no state, and key nothing by id(): addresses are used again."
-                raise Breach(_MAKE, found, advice)
-
-    def test_any_layout_is_read_exactly(self) -> None:
-        """Tensors of the source may have any strides: views, transposed ones."""
-        request = self.make_request(1)
-        wanted = oracles.snapshot(self.expected(1))
-        source = {name: _strided(request.source.get(name)) for name in request.source.names()}
-        made = self._made(self.make_transform(), replace(request, source=TensorMap(source)))
-        wrong = oracles.differing(oracles.snapshot(made), wanted)
-        if wrong:
-            found = f"of tensors with other strides it makes other values: {oracles.quoted(wrong)}."
-            raise Breach(_MAKE, found, "Read elements in logical order, not in that of the memory.")
-
     def test_the_source_is_not_changed(self) -> None:
         """``make`` does not write to tensors of the source."""
         request = self.make_request(1)
         names = list(request.source.names())
         before = oracles.snapshot({name: request.source.get(name) for name in names})
-        with oracles.unwritten(request.source, _MAKE):
-            self._made(self.make_transform(), request)
+        self._made(self.make_transform(), request)
         after = oracles.snapshot({name: request.source.get(name) for name in names})
         wrong = oracles.differing(after, before)
         if wrong:
@@ -427,9 +395,3 @@ def _copied(row: Any) -> Any:
     # Only the value of a plain weight has a name in it.
     value = row.value if fqn is None else row.value.model_copy(update={"fqn": _PREFIX + fqn})
     return row.model_copy(update={"slot": slot, "sources": sources, "value": value})
-
-
-def _strided(tensor: torch.Tensor) -> torch.Tensor:
-    """The same elements, with the strides of a transposed tensor."""
-    order = tuple(reversed(range(tensor.dim())))
-    return tensor.permute(order).contiguous().permute(order)

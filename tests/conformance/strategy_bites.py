@@ -206,7 +206,7 @@ class TakesOut(Plain):
         return Mapped(values, {key: "given before" for key in found.values if key not in values})
 
 
-@breaks("nothing_is_changed", "it wrote to tensors of the source: 'a', 'b', 'c'")
+@breaks("nothing_is_changed", "it changed the source or its program: 'a', 'b', 'c'")
 class InPlace(Plain):
     def load(self, slot: Any, request: MapRequest) -> Any:
         return lambda: request.source.get(slot.name).add_(1)
@@ -280,45 +280,3 @@ class ListsItsFormula(Plain):
 class NewFormulaEachTime(Plain):
     def value(self, slot: Any, request: MapRequest) -> Any:
         return super().value(slot, request)._replace(formula=object())
-
-
-@breaks("values_are_bit_equal", "once other values were loaded")
-class LoadsIntoOneBuffer(Plain):
-    buffer = torch.zeros(6)
-
-    def load(self, slot: Any, request: MapRequest) -> Any:
-        def load() -> torch.Tensor:
-            value = request.source.get(slot.name)
-            return self.buffer[: value.numel()].view(value.shape).copy_(value)
-
-        return load
-
-
-@breaks("values_are_bit_equal", "differs from the right one in its bits")
-class KeepsItsFirstSource(Plain):
-    source: Any = None
-
-    def load(self, slot: Any, request: MapRequest) -> Any:
-        self.source = self.source or request.source
-        return super().load(slot, MapRequest(request.plan, request.module, self.source, ()))
-
-
-@breaks("it_does_not_guess", "from which 'e/b' follows, but it has a value")
-class ZeroesOneMissing(Plain):
-    """It declines one row, and fills in zeros for another."""
-
-    def map(self, request: MapRequest) -> Any:
-        mapped = super().map(request)
-        slots = {row.slot.name: row.slot for row in request.wanted}
-        if "b" in request.source.names() or "b" not in slots:
-            return mapped
-        values = {key: value for key, value in mapped.values.items() if key[1] != "c"}
-        shape = SHAPES["b"]
-        values[("e", "b")] = SlotValue(slots["b"], self.name, ("a",), lambda: torch.zeros(shape))
-        return Mapped(values, {("e", "c"): "it is not here"})
-
-
-@breaks("nothing_is_changed", "it wrote to tensors of the source")
-class WritesWhatIsThere(Plain):
-    def load(self, slot: Any, request: MapRequest) -> Any:
-        return lambda: request.source.get(slot.name).mul_(1.0)

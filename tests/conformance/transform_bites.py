@@ -285,7 +285,7 @@ class OneBuffer(Plain):
         return {**found, "w.scale": self.scale.copy_(found["w.scale"])}
 
 
-@breaks("the_source_is_not_changed", "it wrote to tensors of the source: 'w'")
+@breaks("the_source_is_not_changed", "it changed tensors of the source: 'w'")
 class InPlace(Plain):
     def values(self, value: torch.Tensor) -> Any:
         found = quantized(value)
@@ -392,32 +392,3 @@ class RefusesWithoutWords(Unpacks):
             return super().groups(request)
         except WeightMismatchError:
             raise WeightMismatchError("") from None
-
-
-@breaks("the_source_is_not_changed", "it wrote to tensors of the source: 'w'")
-class WritesWhatIsThere(Plain):
-    def values(self, value: torch.Tensor) -> dict[str, torch.Tensor]:
-        return quantized(value.nan_to_num_(nan=0.0))
-
-
-@breaks("any_layout_is_read_exactly", "other strides it makes other values: 'w.q'")
-class ReadsMemory(Plain):
-    def values(self, value: torch.Tensor) -> dict[str, torch.Tensor]:
-        return quantized(value.as_strided(value.shape, (value.shape[1], 1)))
-
-
-@breaks("the_same_each_time", "after many refits .* are those of other weights")
-class KeysByAddress(Plain):
-    """Source objects come and go, and so do their addresses."""
-
-    def __init__(self) -> None:
-        self.known: dict[int, Any] = {}
-
-    def make(self, source: Any) -> Any:
-        return self.known.setdefault(id(source) % 7, super().make(source))
-
-
-@breaks("a_part_of_a_group_is_refused", "accepted in a partial refit")
-class TrustsPartialRefits(Plain):
-    def groups(self, request: TransformRequest) -> Any:
-        return [] if request.partial else super().groups(request)
