@@ -6,12 +6,14 @@ Nothing here calls the code under test. In reading order:
 * layouts: the same elements as views that a raw copy of memory gets wrong;
 * memory: which storages torch allocates, counted one by one, so results do not depend on the
   operating system or on other processes;
-* sources that record which tensors are read, and that mix the tensors of two others.
+* sources that record which tensors are read, written to and kept, that mix the tensors of two
+  others, that have odd values, and that live where another one lived.
 """
 
 from __future__ import annotations
 
 import gc
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -300,6 +302,96 @@ class ReadRecorder:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
+
+
+class WatchedSource(ReadRecorder):
+    """A recorder whose ``get`` returns copies, to find those that are written to or kept."""
+
+    def __init__(self, source: WeightSource) -> None:
+        """Wrap a source."""
+        super().__init__(source)
+        self._copies: list[tuple[str, torch.Tensor, int, Bits]] = []
+        self._storages: list[tuple[str, Storage]] = []
+
+    def get(self, fqn: str) -> torch.Tensor:
+        """A copy of the tensor of the wrapped source."""
+        copy = super().get(fqn).detach().clone()
+        self._copies.append((fqn, copy, _version(copy), bits(copy)))
+        self._storages.append((fqn, Storage(copy)))
+        return copy
+
+    def written(self) -> list[str]:
+        """Sorted names of tensors that were written to, even if no bit changed."""
+        found = (
+            fqn
+            for fqn, copy, version, before in self._copies
+            if _version(copy) != version or bits(copy) != before
+        )
+        return sorted(set(found))
+
+    def kept(self) -> list[str]:
+        """Sorted names of tensors that somebody else still holds. Afterwards call nothing else."""
+        self._copies.clear()
+        gc.collect()
+        return sorted({fqn for fqn, storage in self._storages if not storage.expired()})
+
+
+def _version(tensor: torch.Tensor) -> int:
+    # Torch counts the writes to a tensor, except in inference mode.
+    return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001 - torch has no other name
+
+
+def with_odd_values(value: torch.Tensor) -> torch.Tensor:
+    """A copy whose first elements are NaN, infinite, tiny and -0: code may want to repair them.
+
+    Other dtypes than floating-point numbers are copied as they are.
+    """
+    copy = value.detach().clone(memory_format=torch.contiguous_format)
+    if copy.dtype in {torch.float16, torch.bfloat16, torch.float32, torch.float64}:
+        tiny = torch.finfo(copy.dtype).smallest_normal / 2
+        odd = torch.tensor([float("nan"), float("inf"), tiny, -0.0], dtype=copy.dtype)
+        copy.view(-1)[: odd.numel()] = odd[: copy.numel()].to(copy.device)
+    return copy
+
+
+def reversed_dimensions(value: torch.Tensor) -> torch.Tensor | None:
+    """The tensor as programs with the other order of dimensions save it; None if it looks equal."""
+    found = value.permute(tuple(reversed(range(value.dim())))).contiguous()
+    return None if found.shape == value.shape else found
+
+
+def at_the_place_of_a_deleted(
+    first: WeightSource, other: WeightSource, use: Callable[[ReadRecorder], object]
+) -> ReadRecorder | None:
+    """A recorder of ``other`` with the ``id`` of one of ``first`` that was used and deleted.
+
+    Python soon uses the memory of deleted objects again, so an ``id`` is no key for a source.
+
+    Args:
+        first: Source of the deleted recorder.
+        other: Source of the result.
+        use: Is called with the recorder of ``first``.
+
+    Returns:
+        None if somebody keeps what ``use`` got, or if the memory was not used again.
+    """
+    # One round is enough, unless something else takes the memory.
+    for _ in range(20):
+        source = ReadRecorder(first)
+        address, reference = id(source), weakref.ref(source)
+        use(source)
+        del source
+        if reference() is not None:
+            gc.collect()
+        if reference() is not None:
+            return None
+        others = []  # alive, so that each of them is elsewhere
+        for _ in range(100):
+            found = ReadRecorder(other)
+            if id(found) == address:
+                return found
+            others.append(found)
+    return None
 
 
 class MixedSource:
