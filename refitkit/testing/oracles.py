@@ -7,7 +7,8 @@ Nothing here calls the code under test. In reading order:
 * memory: which storages torch allocates, counted one by one, so results do not depend on the
   operating system or on other processes;
 * sources that record which tensors are read, written to and kept, that mix the tensors of two
-  others, that have odd values, and that live where another one lived.
+  others, that have odd values, and that live where another one lived;
+* plans with a copy of all leaves and rows.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from refitkit.model import Slot, TensorInfo
-    from refitkit.protocols import WeightSource
+    from refitkit.protocols import Plan, WeightSource
 
 
 Bits = tuple[str, bytes]
@@ -305,19 +306,23 @@ class ReadRecorder:
 
 
 class WatchedSource(ReadRecorder):
-    """A recorder whose ``get`` returns copies, to find those that are written to or kept."""
+    """A recorder whose ``get`` returns copies, to find those that are written to or kept.
+
+    Attributes:
+        storages: The storage of each copy, with the name of the entry.
+    """
 
     def __init__(self, source: WeightSource) -> None:
         """Wrap a source."""
         super().__init__(source)
+        self.storages: list[tuple[str, Storage]] = []
         self._copies: list[tuple[str, torch.Tensor, int, Bits]] = []
-        self._storages: list[tuple[str, Storage]] = []
 
     def get(self, fqn: str) -> torch.Tensor:
         """A copy of the tensor of the wrapped source."""
         copy = super().get(fqn).detach().clone()
         self._copies.append((fqn, copy, _version(copy), bits(copy)))
-        self._storages.append((fqn, Storage(copy)))
+        self.storages.append((fqn, Storage(copy)))
         return copy
 
     def written(self) -> list[str]:
@@ -329,11 +334,16 @@ class WatchedSource(ReadRecorder):
         )
         return sorted(set(found))
 
-    def kept(self) -> list[str]:
-        """Sorted names of tensors that somebody else still holds. Afterwards call nothing else."""
-        self._copies.clear()
-        gc.collect()
-        return sorted({fqn for fqn, storage in self._storages if not storage.expired()})
+
+def kept_of(source: WeightSource, use: Callable[[WatchedSource], object]) -> list[str]:
+    """Sorted names of tensors that are alive after a use of their source; all if the source is."""
+    watched = WatchedSource(source)
+    reference, storages = weakref.ref(watched), watched.storages
+    use(watched)
+    del watched
+    gc.collect()
+    alive = reference() is not None
+    return sorted({fqn for fqn, storage in storages if alive or not storage.expired()})
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -358,6 +368,13 @@ def reversed_dimensions(value: torch.Tensor) -> torch.Tensor | None:
     """The tensor as programs with the other order of dimensions save it; None if it looks equal."""
     found = value.permute(tuple(reversed(range(value.dim())))).contiguous()
     return None if found.shape == value.shape else found
+
+
+def with_more_digits(value: torch.Tensor) -> torch.Tensor | None:
+    """Numbers in float64 that no cast to the value's dtype keeps; None: there are none."""
+    if value.dtype in {torch.float64, torch.bool} or value.is_complex():
+        return None
+    return value.detach().double() + (2.0**-60 if value.is_floating_point() else 0.25)
 
 
 def at_the_place_of_a_deleted(
@@ -425,3 +442,48 @@ def state_of_program(source: WeightSource) -> dict[str, Bits]:
         return {}
     state = source.program.state_dict
     return {f"program {name}": bits(tensor) for name, tensor in state.items()}
+
+
+# -- plans of two copies --------------------------------------------------------------------------
+
+PREFIX = "second."
+"""Prefix of the copies in a ``CopiedPlan``."""
+
+
+class CopiedPlan:
+    """A plan with a copy of every leaf and row under a prefix.
+
+    Attributes:
+        data: Data of the plan with both copies.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan, one = plan, plan.data
+        leaves = [leaf.model_copy(update={"fqn": PREFIX + leaf.fqn}) for leaf in one.leaves]
+        ties = [tuple(PREFIX + name for name in tie) for tie in one.ties]
+        self._copies = {
+            "leaves": tuple(leaves),
+            "ties": tuple(ties),
+            "ledger": tuple(map(_copied, one.ledger)),
+        }
+        both = {name: getattr(one, name) + copies for name, copies in self._copies.items()}
+        self.data: Any = one.model_copy(update=both)
+
+    def copies_only(self) -> CopiedPlan:
+        """A plan with the copies, and without the leaves and rows that they were made from."""
+        found = type(self)(self._plan)
+        found.data = found.data.model_copy(update=self._copies)
+        return found
+
+    def pinned(self, name: str) -> torch.Tensor:
+        """The tensor of the first plan."""
+        return self._plan.pinned(name)
+
+
+def _copied(row: Any) -> Any:
+    slot = row.slot.model_copy(update={"name": PREFIX + row.slot.name})
+    sources = tuple(PREFIX + name for name in row.sources)
+    fqn = getattr(row.value, "fqn", None)
+    # Only the value of a plain weight has a name in it.
+    value = row.value if fqn is None else row.value.model_copy(update={"fqn": PREFIX + fqn})
+    return row.model_copy(update={"slot": slot, "sources": sources, "value": value})

@@ -43,11 +43,8 @@ if TYPE_CHECKING:
     import torch
 
     from refitkit.model import SlotKey
-    from refitkit.protocols import Engine, Plan, PlanDraft, SlotValue, VerifyRequest
+    from refitkit.protocols import Engine, PlanDraft, SlotValue, VerifyRequest
 
-
-PREFIX = "second."
-"""Prefix of the copies in a ``CopiedPlan``."""
 
 VERDICT = "conformance-verdict"
 """Name of the verifier that returns a preset verdict."""
@@ -131,45 +128,6 @@ def plan_for(module: OpenedModule, **more: Any) -> RefitPlan:
     """
     slots = [slot for engine in module.engines.values() for slot in engine.slots.values()]
     return make_plan([recipe_row(slot) for slot in slots], **more)
-
-
-class CopiedPlan:
-    """A plan with a copy of every leaf and row under a prefix.
-
-    Attributes:
-        data: Data of the plan with both copies.
-    """
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan, one = plan, plan.data
-        leaves = [leaf.model_copy(update={"fqn": PREFIX + leaf.fqn}) for leaf in one.leaves]
-        ties = [tuple(PREFIX + name for name in tie) for tie in one.ties]
-        self._copies = {
-            "leaves": tuple(leaves),
-            "ties": tuple(ties),
-            "ledger": tuple(map(_copied, one.ledger)),
-        }
-        both = {name: getattr(one, name) + copies for name, copies in self._copies.items()}
-        self.data: Any = one.model_copy(update=both)
-
-    def copies_only(self) -> CopiedPlan:
-        """A plan with the copies, and without the leaves and rows that they were made from."""
-        found = type(self)(self._plan)
-        found.data = found.data.model_copy(update=self._copies)
-        return found
-
-    def pinned(self, name: str) -> torch.Tensor:
-        """The tensor of the first plan."""
-        return self._plan.pinned(name)
-
-
-def _copied(row: Any) -> Any:
-    slot = row.slot.model_copy(update={"name": PREFIX + row.slot.name})
-    sources = tuple(PREFIX + name for name in row.sources)
-    fqn = getattr(row.value, "fqn", None)
-    # Only the value of a plain weight has a name in it.
-    value = row.value if fqn is None else row.value.model_copy(update={"fqn": PREFIX + fqn})
-    return row.model_copy(update={"slot": slot, "sources": sources, "value": value})
 
 
 def drafted_values(

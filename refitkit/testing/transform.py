@@ -11,8 +11,7 @@ from refitkit.protocols import Made, WeightTransform
 from refitkit.recipe.sources import TensorMap
 from refitkit.testing import oracles
 from refitkit.testing.breach import Breach, SuiteError, skip
-from refitkit.testing.oracles import ReadRecorder, WatchedSource
-from refitkit.testing.scenes import PREFIX, CopiedPlan
+from refitkit.testing.oracles import PREFIX, CopiedPlan, ReadRecorder, WatchedSource
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
