@@ -6,12 +6,15 @@ Nothing here calls the code under test. In reading order:
 * layouts: the same elements as views that a raw copy of memory gets wrong;
 * memory: which storages torch allocates, counted one by one, so results do not depend on the
   operating system or on other processes;
-* sources that record which tensors are read, and that mix the tensors of two others.
+* sources that record which tensors are read, written to and kept, that mix the tensors of two
+  others, that have odd values, and that live where another one lived;
+* plans with a copy of all leaves and rows.
 """
 
 from __future__ import annotations
 
 import gc
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from refitkit.model import Slot, TensorInfo
-    from refitkit.protocols import WeightSource
+    from refitkit.protocols import Plan, WeightSource
 
 
 Bits = tuple[str, bytes]
@@ -320,6 +323,112 @@ class ReadRecorder:
         return getattr(self._source, name)
 
 
+class WatchedSource(ReadRecorder):
+    """A recorder whose ``get`` returns copies, to find those that are written to or kept.
+
+    Attributes:
+        storages: The storage of each copy, with the name of the entry.
+    """
+
+    def __init__(self, source: WeightSource) -> None:
+        """Wrap a source."""
+        super().__init__(source)
+        self.storages: list[tuple[str, Storage]] = []
+        self._copies: list[tuple[str, torch.Tensor, int, Bits]] = []
+
+    def get(self, fqn: str) -> torch.Tensor:
+        """A copy of the tensor of the wrapped source."""
+        copy = super().get(fqn).detach().clone()
+        self._copies.append((fqn, copy, _version(copy), bits(copy)))
+        self.storages.append((fqn, Storage(copy)))
+        return copy
+
+    def written(self) -> list[str]:
+        """Sorted names of tensors that were written to, even if no bit changed."""
+        found = (
+            fqn
+            for fqn, copy, version, before in self._copies
+            if _version(copy) != version or bits(copy) != before
+        )
+        return sorted(set(found))
+
+
+def kept_of(source: WeightSource, use: Callable[[WatchedSource], object]) -> list[str]:
+    """Sorted names of tensors that are alive after a use of their source; all if the source is."""
+    watched = WatchedSource(source)
+    reference, storages = weakref.ref(watched), watched.storages
+    use(watched)
+    del watched
+    gc.collect()
+    alive = reference() is not None
+    return sorted({fqn for fqn, storage in storages if alive or not storage.expired()})
+
+
+def _version(tensor: torch.Tensor) -> int:
+    # Torch counts the writes to a tensor, except in inference mode.
+    return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001 - torch has no other name
+
+
+def with_odd_values(value: torch.Tensor) -> torch.Tensor:
+    """A copy whose first elements are NaN, infinite, tiny and -0: code may want to repair them.
+
+    Other dtypes than floating-point numbers are copied as they are.
+    """
+    copy = value.detach().clone(memory_format=torch.contiguous_format)
+    if copy.dtype in {torch.float16, torch.bfloat16, torch.float32, torch.float64}:
+        tiny = torch.finfo(copy.dtype).smallest_normal / 2
+        odd = torch.tensor([float("nan"), float("inf"), tiny, -0.0], dtype=copy.dtype)
+        copy.view(-1)[: odd.numel()] = odd[: copy.numel()].to(copy.device)
+    return copy
+
+
+def reversed_dimensions(value: torch.Tensor) -> torch.Tensor | None:
+    """The tensor as programs with the other order of dimensions save it; None if it looks equal."""
+    found = value.permute(tuple(reversed(range(value.dim())))).contiguous()
+    return None if found.shape == value.shape else found
+
+
+def with_more_digits(value: torch.Tensor) -> torch.Tensor | None:
+    """Numbers in float64 that no cast to the value's dtype keeps; None: there are none."""
+    if value.dtype in {torch.float64, torch.bool} or value.is_complex():
+        return None
+    return value.detach().double() + (2.0**-60 if value.is_floating_point() else 0.25)
+
+
+def at_the_place_of_a_deleted(
+    first: WeightSource, other: WeightSource, use: Callable[[ReadRecorder], object]
+) -> ReadRecorder | None:
+    """A recorder of ``other`` with the ``id`` of one of ``first`` that was used and deleted.
+
+    Python soon uses the memory of deleted objects again, so an ``id`` is no key for a source.
+
+    Args:
+        first: Source of the deleted recorder.
+        other: Source of the result.
+        use: Is called with the recorder of ``first``.
+
+    Returns:
+        None if somebody keeps what ``use`` got, or if the memory was not used again.
+    """
+    # One round is enough, unless something else takes the memory.
+    for _ in range(20):
+        source = ReadRecorder(first)
+        address, reference = id(source), weakref.ref(source)
+        use(source)
+        del source
+        if reference() is not None:
+            gc.collect()
+        if reference() is not None:
+            return None
+        others = []  # alive, so that each of them is elsewhere
+        for _ in range(100):
+            found = ReadRecorder(other)
+            if id(found) == address:
+                return found
+            others.append(found)
+    return None
+
+
 class MixedSource:
     """A source with some tensors of one source, and all others of another one of equal names."""
 
@@ -366,3 +475,48 @@ def parts_of_program(program: ExportedProgram) -> dict[str, Bits]:
         **{name: ("bool", bytes([flag])) for name, flag in flags.items()},
         "the graph": ("text", str(program.graph).encode()),
     }
+
+
+# -- plans of two copies --------------------------------------------------------------------------
+
+PREFIX = "second."
+"""Prefix of the copies in a ``CopiedPlan``."""
+
+
+class CopiedPlan:
+    """A plan with a copy of every leaf and row under a prefix.
+
+    Attributes:
+        data: Data of the plan with both copies.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan, one = plan, plan.data
+        leaves = [leaf.model_copy(update={"fqn": PREFIX + leaf.fqn}) for leaf in one.leaves]
+        ties = [tuple(PREFIX + name for name in tie) for tie in one.ties]
+        self._copies = {
+            "leaves": tuple(leaves),
+            "ties": tuple(ties),
+            "ledger": tuple(map(_copied, one.ledger)),
+        }
+        both = {name: getattr(one, name) + copies for name, copies in self._copies.items()}
+        self.data: Any = one.model_copy(update=both)
+
+    def copies_only(self) -> CopiedPlan:
+        """A plan with the copies, and without the leaves and rows that they were made from."""
+        found = type(self)(self._plan)
+        found.data = found.data.model_copy(update=self._copies)
+        return found
+
+    def pinned(self, name: str) -> torch.Tensor:
+        """The tensor of the first plan."""
+        return self._plan.pinned(name)
+
+
+def _copied(row: Any) -> Any:
+    slot = row.slot.model_copy(update={"name": PREFIX + row.slot.name})
+    sources = tuple(PREFIX + name for name in row.sources)
+    fqn = getattr(row.value, "fqn", None)
+    # Only the value of a plain weight has a name in it.
+    value = row.value if fqn is None else row.value.model_copy(update={"fqn": PREFIX + fqn})
+    return row.model_copy(update={"slot": slot, "sources": sources, "value": value})

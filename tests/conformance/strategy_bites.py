@@ -67,13 +67,65 @@ class Good(StrategySuite):
         return self.make_request(1, "b")
 
 
+class Packs(Plain):
+    """A correct strategy, which maps ``<layer>.qk`` to ``<layer>.q`` above ``<layer>.k``."""
+
+    def map(self, request: MapRequest) -> Any:
+        values, declined = {}, {}
+        for row in request.wanted:
+            parts = self.parts(row.slot)
+            if all(self.is_usable(row.slot, part, request) for part in parts):
+                load = self.load(row.slot, request)
+                values[row.slot.key] = SlotValue(row.slot, self.name, parts, load)
+            else:
+                declined[row.slot.key] = "its parts are missing, or do not fit"
+        return Mapped(values, declined)
+
+    def parts(self, slot: Any) -> tuple[str, ...]:
+        layer = slot.name.removesuffix("qk")
+        return f"{layer}q", f"{layer}k"
+
+    def is_usable(self, slot: Any, part: str, request: MapRequest) -> bool:
+        if part not in request.source.names():
+            return False
+        info = request.source.info(part)
+        return (info.dtype, info.shape) == (slot.dtype, (2, 3))
+
+    def load(self, slot: Any, request: MapRequest) -> Any:
+        return lambda: torch.cat([request.source.get(part) for part in self.parts(slot)])
+
+
+class GoodPacks(Good):
+    """One slot that has two sources, which are no leaves of the plan."""
+
+    strategy = Packs
+
+    def request(self, weights: dict[str, torch.Tensor]) -> MapRequest:
+        module = FakeModule([OpenEngine("e", {"l.qk": torch.zeros(4, 3)})])
+        plan = plan_for(module, leaves=())
+        return MapRequest(plan, module, TensorMap(weights), plan.ledger)
+
+    def drawn(self, seed: int) -> dict[str, torch.Tensor]:
+        g = torch.Generator().manual_seed(seed)
+        return {f"l.{part}": torch.randn(2, 3, generator=g) for part in "qk"}
+
+    def make_request(self, seed: int, *lacking: str) -> MapRequest:
+        return self.request(self.drawn(seed))
+
+    def expected(self, seed: int) -> dict[tuple[str, str], torch.Tensor]:
+        return {("e", "l.qk"): torch.cat(list(self.drawn(seed).values()))}
+
+    def make_lacking(self) -> MapRequest:
+        return self.request({"l.q": self.drawn(1)["l.q"]})
+
+
 BITES: list[Bite] = []
 
 
-def breaks(check: str, says: str) -> Any:
+def breaks(check: str, says: str, good: type[Good] = Good) -> Any:
     def note(strategy: type) -> type:
-        suite = type(strategy.__name__, (Good,), {"strategy": strategy})
-        BITES.append(Bite(f"test_{check}", suite, says, Good))
+        suite = type(strategy.__name__, (good,), {"strategy": strategy})
+        BITES.append(Bite(f"test_{check}", suite, says, good))
         return strategy
 
     return note
@@ -280,3 +332,150 @@ class ListsItsFormula(Plain):
 class NewFormulaEachTime(Plain):
     def value(self, slot: Any, request: MapRequest) -> Any:
         return super().value(slot, request)._replace(formula=object())
+
+
+@breaks("values_name_their_strategy_and_sources", "'e/l.qk' has strategy 'plain'", GoodPacks)
+@breaks("it_does_not_guess", "the source lacks a tensor, but every row has a value", GoodPacks)
+class FillsUp(Packs):
+    """Takes zeros for a missing ``k``."""
+
+    def is_usable(self, slot: Any, part: str, request: MapRequest) -> bool:
+        return (part.endswith("k") and part not in request.source.names()) or super().is_usable(
+            slot, part, request
+        )
+
+    def load(self, slot: Any, request: MapRequest) -> Any:
+        names = request.source.names()
+        return lambda: torch.cat(
+            [request.source.get(p) if p in names else torch.zeros(2, 3) for p in self.parts(slot)]
+        )
+
+
+class GoodPacksEnough(GoodPacks):
+    """A request that lacks a tensor, and shows nothing of ``FillsUp``."""
+
+    def make_lacking(self) -> MapRequest:
+        return self.request({"l.k": self.drawn(1)["l.k"]})
+
+
+breaks("it_does_not_guess", "without 'l.k', 'e/l.qk' got another value", GoodPacksEnough)(FillsUp)
+
+
+@breaks(
+    "requests_do_not_affect_one_another",
+    "after other requests, 'e/b' are answered in another way than by a new strategy",
+)
+class RemembersNames(Plain):
+    """Keeps the names of the first source."""
+
+    def map(self, request: MapRequest) -> Any:
+        self.names = getattr(self, "names", set(request.source.names()))
+        found = super().map(request)
+        values = {key: value for key, value in found.values.items() if key[1] in self.names}
+        return Mapped(values, {r.slot.key: "-" for r in request.wanted if r.slot.key not in values})
+
+
+@breaks("requests_do_not_affect_one_another", "after other requests, 'e/a', 'e/b', 'e/c' are answ")
+class RemembersTheLast(Plain):
+    """Every load reads the source of the last request."""
+
+    def map(self, request: MapRequest) -> Any:
+        self.last = request
+        return super().map(request)
+
+    def load(self, slot: Any, request: MapRequest) -> Any:
+        return lambda: self.last.source.get(slot.name)
+
+
+@breaks("requests_do_not_affect_one_another", "a new source got the values of a deleted one: 'e/a'")
+class CachesById(Plain):
+    def __init__(self) -> None:
+        self.held: dict[Any, torch.Tensor] = {}
+
+    def load(self, slot: Any, request: MapRequest) -> Any:
+        key, get = (id(request.source), slot.name), request.source.get
+        return lambda: self.held.setdefault(key, get(slot.name))
+
+
+BUFFER = torch.zeros(2, 3)
+
+
+@breaks("loaded_values_stay_as_they_are", "values changed when others were loaded: 'e/a'")
+class ReusesMemory(Plain):
+    def load(self, slot: Any, request: MapRequest) -> Any:
+        room = BUFFER.reshape(-1)[: slot.count].view(slot.shape)
+        return lambda: room.copy_(request.source.get(slot.name))
+
+
+@breaks("sources_are_not_kept", "tensors of the source are kept: 'a', 'b', 'c'")
+class KeepsSources(Plain):
+    def map(self, request: MapRequest) -> Any:
+        self.seen = request
+        return super().map(request)
+
+
+@breaks("sources_are_not_kept", "tensors of the source are kept: 'a', 'b', 'c'")
+class KeepsTensors(Plain):
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def load(self, slot: Any, request: MapRequest) -> Any:
+        def load() -> torch.Tensor:
+            self.seen.append(request.source.get(slot.name))
+            return self.seen[-1].clone()
+
+        return load
+
+
+@breaks("nothing_is_changed", "it wrote to tensors of the source: 'a', 'b', 'c'")
+class MasksInPlace(Plain):
+    def load(self, slot: Any, request: MapRequest) -> Any:
+        def load() -> torch.Tensor:
+            found = request.source.get(slot.name)
+            return found.masked_fill_(found.abs() < 1e-30, 0)
+
+        return load
+
+
+@breaks(
+    "sources_that_do_not_fit_are_declined",
+    r"'l.k' in float64 \(2, 3\) instead of float32 \(2, 3\) was made into a value of 'e/l.qk'",
+    GoodPacks,
+)
+class Casts(Packs):
+    def is_usable(self, slot: Any, part: str, request: MapRequest) -> bool:
+        return part in request.source.names() and request.source.info(part).shape == (2, 3)
+
+    def load(self, slot: Any, request: MapRequest) -> Any:
+        load = super().load(slot, request)
+        return lambda: load().float()
+
+
+@breaks(
+    "sources_that_do_not_fit_are_declined",
+    r"'l.k' in float32 \(3, 2\) instead of float32 \(2, 3\) was made into a value of 'e/l.qk'",
+    GoodPacks,
+)
+class CountsElements(Packs):
+    def is_usable(self, slot: Any, part: str, request: MapRequest) -> bool:
+        if part not in request.source.names():
+            return False
+        info = request.source.info(part)
+        return (info.dtype, info.count) == (slot.dtype, 6)
+
+    def load(self, slot: Any, request: MapRequest) -> Any:
+        get = request.source.get
+        return lambda: torch.cat([get(part).reshape(2, 3) for part in self.parts(slot)])
+
+
+@breaks(
+    "slots_of_other_layers_get_their_own_values",
+    "values are missing or wrong: 'e/l.qk'",
+    GoodPacks,
+)
+class OneForAll(Packs):
+    """Every load reads the parts of the last slot."""
+
+    def load(self, slot: Any, request: MapRequest) -> Any:
+        self.last = slot
+        return lambda: torch.cat([request.source.get(part) for part in self.parts(self.last)])

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from refitkit.errors import Problem, WeightMismatchError
-from refitkit.model import OutputMeasure, TensorInfo
+from refitkit.model import Metric, OutputMeasure, TensorInfo
 from refitkit.protocols import Made, TransformRequest, WeightGroup
 from refitkit.recipe import TensorMap
 from refitkit.testing import TransformSuite
@@ -305,7 +306,10 @@ class MeasuresSources(Plain):
         return super().measure(value).model_copy(update={"name": "w"})
 
 
-@breaks("measures_tell_the_true_error", "the error of 'w.q' is .*, but its measure is 0.0")
+@breaks(
+    "measures_tell_the_true_error",
+    "the largest absolute error of 'w.q' is .*, but its measure says 0.0. Set max_abs_error",
+)
 class Flatters(Plain):
     def measure(self, value: torch.Tensor) -> OutputMeasure:
         return super().measure(value).model_copy(update={"max_abs_error": 0.0})
@@ -392,3 +396,88 @@ class RefusesWithoutWords(Unpacks):
             return super().groups(request)
         except WeightMismatchError:
             raise WeightMismatchError("") from None
+
+
+@breaks("a_part_of_a_group_is_refused", "an incomplete group in a partial refit was accepted")
+class TakesScalesInPart(Plain):
+    def groups(self, request: TransformRequest) -> Any:
+        if request.partial and "w" not in request.source.names():
+            return []
+        return super().groups(request)
+
+
+@breaks("the_source_is_not_changed", "it wrote to tensors of the source: 'w'")
+class RepairsInPlace(Plain):
+    def values(self, value: torch.Tensor) -> Any:
+        return quantized(value.nan_to_num_())
+
+
+@breaks("the_source_is_not_changed", "it wrote to tensors of the source: 'w'")
+class RepairsUnseen(Plain):
+    """Writes through NumPy, and only where an element is not finite."""
+
+    def values(self, value: torch.Tensor) -> Any:
+        array = value.numpy()
+        array[~np.isfinite(array)] = 0
+        return quantized(value)
+
+
+@breaks("the_same_each_time", "a new source got the results of a deleted one: 'w.q', 'w.scale'")
+class KeepsById(Plain):
+    def __init__(self) -> None:
+        self.made: dict[int, Any] = {}
+
+    def make(self, source: Any) -> Any:
+        return self.made.setdefault(id(source), super().make(source))
+
+
+@breaks(
+    "entries_with_other_dimensions_are_not_reshaped",
+    r"'w' of shape \(3, 2\) instead of \(2, 3\) was made into 'w.q', 'w.scale'",
+)
+class CountsElements(Plain):
+    def values(self, value: torch.Tensor) -> Any:
+        return quantized(value.reshape(2, 3))
+
+
+class OfRows(Plain):
+    """A correct transform that refuses other shapes, and takes ``(in, out)`` as it is meant."""
+
+    def values(self, value: torch.Tensor) -> Any:
+        return quantized(value if value.shape == (2, 3) else value.T.contiguous())
+
+
+class Judges(Plain):
+    """A correct transform whose measures have metrics only."""
+
+    def measure(self, value: torch.Tensor) -> OutputMeasure:
+        error = error_of(value)
+        metric = Metric(name="error", value=error, limit=LIMIT)
+        return OutputMeasure(name="w.q", ok=metric.ok, metrics=(metric,))
+
+
+class GoodOfRows(Good):
+    transform = OfRows
+
+
+class GoodJudges(Good):
+    transform = Judges
+
+
+@breaks(
+    "measures_tell_the_true_error",
+    "the largest absolute error of 'w.q' is .*, but its measure says 0.25. Set max_abs_error",
+    GoodJudges,
+)
+class JudgesByOther(Judges):
+    def measure(self, value: torch.Tensor) -> OutputMeasure:
+        metric = Metric(name="share", value=0.25, limit=LIMIT)
+        return OutputMeasure(name="w.q", ok=True, metrics=(metric,))
+
+
+@breaks(
+    "entries_with_other_dimensions_are_not_reshaped", "'w' of shape .3, 2. instead of", GoodOfRows
+)
+class ReshapesOthers(Plain):
+    def values(self, value: torch.Tensor) -> Any:
+        return quantized(value if value.shape == (2, 3) else value.reshape(2, 3))
