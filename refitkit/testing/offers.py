@@ -6,11 +6,15 @@ It checks what hooks return, and that the plugin ignores targets, weights and mo
 
 from __future__ import annotations
 
+import json
 from contextlib import contextmanager, suppress
 from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from safetensors.torch import save_file
 
 from refitkit.config import TOLERANCES, Config
 from refitkit.errors import PluginError, Problem, RefitError, SourceError
@@ -72,30 +76,36 @@ class OfferSuite:
         self._require_none("refitkit_load_module", target=object(), config=Config(), tools=Tools())
 
     def test_foreign_weights_are_left_to_others(self) -> None:
-        """``refitkit_load_weights`` returns None for an object of unknown type."""
-        self._require_none(
-            "refitkit_load_weights",
-            source=object(),
-            config=Config(),
-            open_weights=_refuse_to_open,
-        )
+        """``refitkit_load_weights`` returns None for unknown objects, and for built-in formats."""
+        self._require_hook("refitkit_load_weights")
+        more: dict[str, Any] = {"config": Config(), "open_weights": _refuse_to_open}
+        self._require_none("refitkit_load_weights", source=object(), **more)
+        origins = {info.name: info.origin for info in self.host.plugins()}
+        if origins.get(self.plugin) == "built-in":
+            return
+        with TemporaryDirectory(prefix="refitkit-") as folder:
+            for path in _files_of_weights(Path(folder)):
+                what = f"a {path.suffix} file" if path.is_file() else "a folder of weights"
+                self._require_none("refitkit_load_weights", what=what, source=path, **more)
 
     def test_parts_for_other_backends_are_left_to_others(self) -> None:
         """``refitkit_partition`` returns None for a backend of another plugin."""
-        arguments = {"program": None, "module": None, "backend": "no such backend"}
-        more = {"options": {}, "config": Config(), "tools": Tools()}
+        arguments: Any = {"program": None, "module": None, "backend": "no such backend"}
+        more: dict[str, Any] = {"options": {}, "config": Config(), "tools": Tools()}
         self._require_none("refitkit_partition", **arguments, **more)
 
-    def _require_none(self, hook: str, **arguments: Any) -> None:
+    def _require_none(
+        self, hook: str, what: str = "an argument of unknown type", **arguments: Any
+    ) -> None:
         self._require_hook(hook)
         advice = "Return None: the host then asks the next plugin."
         try:
             result = self.host.call_one(self.plugin, hook, **arguments)
         except Exception as exc:
-            found = f"it raised {type(exc).__name__} for an argument of unknown type: {exc}"
+            found = f"it raised {type(exc).__name__} for {what}: {exc}"
             raise Breach(hook, found, advice) from exc
         if result is not None:
-            found = f"it returned a {type(result).__name__} for an argument of unknown type."
+            found = f"it returned a {type(result).__name__} for {what}."
             raise Breach(hook, found, advice)
 
     # -- offers with modules and weights of others ---------------------------------------------
@@ -259,6 +269,21 @@ def _module(weights: Mapping[str, torch.Tensor] | None = None) -> FakeModule:
 
 def _weights() -> dict[str, torch.Tensor]:
     return {"w": torch.arange(1.0, 7.0).reshape(2, 3), "b": torch.ones(2)}
+
+
+def _files_of_weights(folder: Path) -> list[Path]:
+    """Files and a folder that the built-in plugins read."""
+    inner = folder / "model"
+    inner.mkdir()
+    paths = [folder / "one.safetensors", inner / "model.safetensors"]
+    for path in paths:
+        save_file(_weights(), path)
+    for path in (folder / "one.pt", folder / "one.pth", folder / "one.bin"):
+        torch.save(_weights(), path)
+        paths.append(path)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(_weights(), "one.safetensors")}))
+    return [*paths, index, inner]
 
 
 class _Reference(torch.nn.Module):
