@@ -40,7 +40,7 @@ class Size(NamedTuple):
 
 
 LIMITS = {
-    "refitkit": Size(221, 1214, 0),
+    "refitkit": Size(221, 1216, 0),
     "refitkit.builtin": Size(90, 192, 0),
     "refitkit.builtin.aotinductor": Size(14, 37, 0),
     "refitkit.builtin.checks": Size(3, 2, 0),

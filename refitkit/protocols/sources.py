@@ -28,7 +28,11 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class WeightSource(Protocol, metaclass=Ability):
-    """A set of weights, read lazily by FQN."""
+    """A set of weights, read lazily by FQN.
+
+    A new source returns what its file or store holds now, even if an earlier one returned other
+    data. Files that it opened are closed when it is dropped, at the latest.
+    """
 
     @property
     def description(self) -> str:
@@ -57,7 +61,9 @@ class WeightSource(Protocol, metaclass=Ability):
         """Return the tensor of an entry.
 
         Called when a value is needed, possibly several times for one entry, and from any thread.
-        The caller does not write to the tensor, and copies it to keep it.
+        The source neither writes to the tensor nor reuses its memory while the caller has it,
+        whatever is read meanwhile. Others may write to it: it may belong to a live module. The
+        caller does not write to it, and copies it to keep it after the refit.
 
         Args:
             fqn: Name of the entry.

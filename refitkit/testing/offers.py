@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import time
 import weakref
 from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from safetensors.torch import save_file
 
 from refitkit.config import TOLERANCES, Config
 from refitkit.errors import PluginError, Problem, RefitError, SourceError
@@ -92,13 +96,17 @@ class OfferSuite:
         self._require_none("refitkit_load_module", target=object(), config=Config(), tools=Tools())
 
     def test_foreign_weights_are_left_to_others(self) -> None:
-        """``refitkit_load_weights`` returns None for an object of unknown type."""
-        self._require_none(
-            "refitkit_load_weights",
-            source=object(),
-            config=Config(),
-            open_weights=_refuse_to_open,
-        )
+        """``refitkit_load_weights`` returns None for unknown objects, and for built-in formats."""
+        self._require_hook("refitkit_load_weights")
+        more: dict[str, Any] = {"config": Config(), "open_weights": _refuse_to_open}
+        self._require_none("refitkit_load_weights", source=object(), **more)
+        origins = {info.name: info.origin for info in self.host.plugins()}
+        if origins.get(self.plugin) == "built-in":
+            return
+        with TemporaryDirectory(prefix="refitkit-") as folder:
+            for path in _files_of_weights(Path(folder)):
+                what = f"a {path.suffix} file" if path.is_file() else "a folder of weights"
+                self._require_none("refitkit_load_weights", what=what, source=path, **more)
 
     def test_parts_for_other_backends_are_left_to_others(self) -> None:
         """``refitkit_partition`` returns None for a backend of another plugin."""
@@ -363,6 +371,21 @@ def _module(weights: Mapping[str, torch.Tensor] | None = None) -> FakeModule:
 
 def _weights() -> dict[str, torch.Tensor]:
     return {"w": torch.arange(1.0, 7.0).reshape(2, 3), "b": torch.ones(2)}
+
+
+def _files_of_weights(folder: Path) -> list[Path]:
+    """Files and a folder that the built-in plugins read."""
+    inner = folder / "model"
+    inner.mkdir()
+    paths = [folder / "one.safetensors", inner / "model.safetensors"]
+    for path in paths:
+        save_file(_weights(), path)
+    for path in (folder / "one.pt", folder / "one.pth", folder / "one.bin"):
+        torch.save(_weights(), path)
+        paths.append(path)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(_weights(), "one.safetensors")}))
+    return [*paths, index, inner]
 
 
 class _Reference(torch.nn.Module):

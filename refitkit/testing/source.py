@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
 from threading import Barrier
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from refitkit.errors import RefitError
 from refitkit.model import TensorInfo
@@ -16,23 +20,30 @@ from refitkit.testing.breach import Breach, SuiteError, skip
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from types import FrameType
+    from types import CodeType, FrameType
 
-    import torch
+    Place = tuple[CodeType, int, str, str]
 
+_NO_STATE = "Share no position, buffer or current name between calls, or take a lock."
+_OWN_DATA = "Keep no data that outlives the source, or only with a sign of its version."
 _UNKNOWN = "no.such.name"
 _INFO = "WeightSource.info"
 _GET = "WeightSource.get"
 _NAMES = "WeightSource.names"
 _REVISION = "KnowsRevisions.revision"
+_DIGEST = "Include a digest of all bits or a sign of the data, or return None."
 _CHANGE = "MayChange.require_unchanged"
+_MANY = 16  # sources, more than anyone keeps open on purpose
+_PLACES = 500  # of the code that are tried at most
+_PATIENCE = 0.005  # seconds for a read that waits for a lock; too short a time hides a fault only
+_OPEN_FILES = Path("/proc/self/fd")
 
 
 class SourceSuite:
     """Every contract of :class:`refitkit.protocols.WeightSource`.
 
-    Write ``make_source`` and ``truth``; if possible also ``reads``, ``make_unusable`` and
-    ``make_rewritable``.
+    Write ``make_source`` and ``truth``; if possible also ``make_source_of``, ``reads``,
+    ``make_unusable`` and ``make_rewritable``.
     """
 
     def make_source(self) -> WeightSource:
@@ -42,6 +53,17 @@ class SourceSuite:
     def truth(self) -> Mapping[str, torch.Tensor]:
         """The tensors by FQN that the source was made from, *read without the source*."""
         raise NotImplementedError("Write truth: the tensors that make_source puts in.")
+
+    def make_source_of(
+        self,
+        tensors: Mapping[str, torch.Tensor],  # noqa: ARG002 - for authors
+    ) -> WeightSource | None:
+        """A new source of these tensors, which replace those of the last call if they can.
+
+        Write them to the same path each time, for example. None if a source of this kind cannot
+        have any tensors.
+        """
+        return None
 
     def reads(self, source: Any) -> int | None:  # noqa: ARG002 - for authors
         """Number of reads of tensor data since the source was made, counted *below* the source.
@@ -60,7 +82,8 @@ class SourceSuite:
     def make_rewritable(self) -> tuple[WeightSource, Callable[[], WeightSource]] | None:
         """A source of ``truth``, and a function that writes other tensors where the source reads.
 
-        The function keeps names, dtypes and shapes. It goes past the source, as another process
+        The function keeps names, dtypes and shapes, and writes the same tensors whenever
+        ``make_rewritable`` is called. It goes past the source, as another process
         would: it writes a file in place, for example. It returns a new source of the new data.
         None if nobody can write to what a source of this kind reads.
         """
@@ -127,6 +150,23 @@ class SourceSuite:
                 found = f"{what} returned a value."
                 raise Breach(f"WeightSource.{member}", found, "Raise KeyError.")
 
+    def test_similar_names_are_apart(self) -> None:
+        """Each of several names that nearly equal another has its own tensor."""
+        names = ("a.b_c.d", "a_b_c.d", "a.b.c.d", "aXb_c.d", "a.b_c.d1", "a.b_c.d10", "b_c.d")
+        tensors = {name: torch.full((2,), float(n)) for n, name in enumerate(names)}
+        source = self.make_source_of(tensors)
+        if source is None:
+            skip("make_source_of() returned None, so names cannot be chosen")
+        if sorted(source.names()) != sorted(names):
+            wrong = sorted({*source.names()} ^ {*names}) or ["some are repeated"]
+            text = f"it returned wrong names: {oracles.quoted(wrong)}."
+            raise Breach(_NAMES, text, "Keep names as they are.")
+        found = {name: source.get(name) for name in names}
+        wrong = oracles.differing(oracles.snapshot(found), oracles.snapshot(tensors))
+        if wrong:
+            text = f"it returned tensors of other names for {oracles.quoted(wrong)}."
+            raise Breach(_GET, text, "Compare names as they are, without patterns.")
+
     # -- tensors ----------------------------------------------------------------------------
 
     def test_tensors_are_bit_equal(self) -> None:
@@ -170,9 +210,61 @@ class SourceSuite:
             text = f"reads of another source changed {oracles.quoted(wrong)}."
             raise Breach(_GET, text, "Share no state that reading uses up.")
 
+    def test_dropped_sources_close_their_files(self) -> None:
+        """Sources that nobody holds any more have no open files."""
+        if not _OPEN_FILES.exists():
+            skip(f"{_OPEN_FILES} does not exist, so open files cannot be counted")
+
+        def use() -> None:
+            self.make_source().get(next(iter(self.truth())))
+
+        counts = []
+        for times in (1, _MANY):
+            for _ in range(times):
+                use()
+            gc.collect()  # a source may be part of a cycle
+            counts.append(len(list(_OPEN_FILES.iterdir())))
+        if counts[1] - counts[0] >= _MANY:
+            found = f"{_MANY} sources that were dropped left {counts[1] - counts[0]} files open."
+            raise Breach("WeightSource", found, "Close files when the source is dropped.")
+
+    def test_other_sources_are_not_remembered(self) -> None:
+        """A source returns the data that is there, whatever earlier sources of it returned."""
+        truth = oracles.snapshot(self.truth())
+        new = self._read_after_rewrite(read_before=False)
+        if new is None:
+            skip("make_rewritable() returned None, so no data can be rewritten")
+        changed = oracles.differing(new, truth)
+        if not changed:
+            text = "The function that make_rewritable() returned changed no tensor, or the new "
+            raise SuiteError(f"{text}source returned those of the old one.")
+        again: Any = self._read_after_rewrite(read_before=True)
+        wrong = [name for name in changed if again[name] == truth[name]]
+        if wrong:
+            text = "after data was read and rewritten, a new source returned the old data for "
+            raise Breach(_GET, f"{text}{oracles.quoted(wrong)}.", _OWN_DATA)
+
+    def _read_after_rewrite(self, *, read_before: bool) -> dict[str, oracles.Bits] | None:
+        """The tensors of a new source of rewritten data; the old one may have been read."""
+        made = self.make_rewritable()
+        if made is None:
+            return None
+        source, rewrite = made
+        truth = self.truth()
+        if read_before:
+            found = oracles.snapshot({name: source.get(name) for name in truth})
+            wrong = oracles.differing(found, oracles.snapshot(truth))
+            if wrong:
+                text = "it returned what an earlier source returned for "
+                raise Breach(_GET, f"{text}{oracles.quoted(wrong)}.", _OWN_DATA)
+        other = rewrite()
+        return {name: oracles.bits(other.get(name)) for name in truth}
+
     def test_two_threads_read_at_once(self) -> None:
         """``get`` returns the right tensors to two threads that call it at the same time."""
         source, truth = self.make_source(), oracles.snapshot(self.truth())
+        self._require_interruptible(source, truth)
+        source = self.make_source()
         start = Barrier(2)
 
         def wrong_in(names: Sequence[str]) -> list[str]:
@@ -199,8 +291,45 @@ class SourceSuite:
             raise Breach(_GET, found, "Keep no state between the steps of a read.") from exc
         if wrong:
             found = f"two threads that read at once got wrong tensors for {oracles.quoted(wrong)}."
-            advice = "Share no position, buffer or current name between calls, or take a lock."
-            raise Breach(_GET, found, advice)
+            raise Breach(_GET, found, _NO_STATE)
+
+    @staticmethod
+    def _require_interruptible(source: WeightSource, truth: Mapping[str, oracles.Bits]) -> None:
+        """One thread reads while another stands before each line of its read, in turn."""
+        # The longest ones of other bits: a source may not read empty ones.
+        by_length = sorted(truth, key=lambda name: len(truth[name][1]), reverse=True)
+        one = by_length[0]
+        other = next((name for name in by_length if truth[name] != truth[one]), "")
+        if not other:
+            return
+        places: dict[Place, None] = {}
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as interrupted:
+
+            def read(at: Place | None) -> list[str]:
+                """Names whose tensors are wrong."""
+                reads: list[Future[torch.Tensor]] = []
+
+                def visit(place: Place) -> None:
+                    places.setdefault(place)
+                    if place == at and not reads:
+                        reads.append(reader.submit(source.get, other))
+                        wait(reads, _PATIENCE)  # longer if the source waits for a lock
+
+                found = [(one, _visited(lambda: source.get(one), visit))]
+                found += [(other, future.result()) for future in reads]
+                return [name for name, tensor in found if oracles.bits(tensor) != truth[name]]
+
+            try:
+                wrong = interrupted.submit(read, None).result()
+                for place in list(places)[:_PLACES]:
+                    wrong += interrupted.submit(read, place).result()
+            except Exception as exc:
+                found = f"it raised {type(exc).__name__} when two threads read at once: {exc}."
+                raise Breach(_GET, found, "Keep no state between the steps of a read.") from exc
+        if wrong:
+            names = oracles.quoted(sorted({*wrong}))
+            found = f"two threads that read at once got wrong tensors for {names}."
+            raise Breach(_GET, found, _NO_STATE)
 
     def test_changed_data_is_noticed(self) -> None:
         """If data is rewritten between two reads, ``get`` or ``require_unchanged`` raises.
@@ -314,19 +443,39 @@ class SourceSuite:
     def test_revisions_change_with_the_data(self) -> None:
         """Entries of other bits, in any source and at any time, have other revisions, or None."""
         made: Any = self.make_rewritable()
-        if made is None or not isinstance(made[0], KnowsRevisions):
-            skip("make_rewritable() returned None, or its source has no revision")
-        source, rewrite = made
-        truth = self.truth()
-        before: dict[str, Any] = {name: source.revision(name) for name in truth}
-        other = rewrite()
-        for name, tensor in truth.items():
-            after = other.revision(name)
-            is_same = after is not None and after == before[name]
-            if is_same and oracles.bits(other.get(name)) != oracles.bits(tensor):
-                found = f"{name!r} has equal revisions before and after its data was rewritten."
-                advice = "Include a digest or a sign of the data, or return None."
-                raise Breach(_REVISION, found, advice)
+        is_rewritable = made is not None and isinstance(made[0], KnowsRevisions)
+        if is_rewritable:
+            source, rewrite = made
+            truth = self.truth()
+            before = {name: source.revision(name) for name in truth}
+            other = rewrite()
+            for name, tensor in truth.items():
+                after = other.revision(name)
+                is_same = after is not None and after == before[name]
+                if is_same and oracles.bits(other.get(name)) != oracles.bits(tensor):
+                    found = f"{name!r} has equal revisions before and after its data was rewritten."
+                    raise Breach(_REVISION, found, _DIGEST)
+        if not self._require_revisions_of_all_elements() and not is_rewritable:
+            skip("make_rewritable() and make_source_of() returned None, or there is no revision")
+
+    def _require_revisions_of_all_elements(self) -> bool:
+        """Entries that differ in one element have other revisions; False if none can be made."""
+        known: dict[Any, int | None] = {}
+        # More elements than a digest of the beginning or the end would cover.
+        size = 300_007
+        for place in (None, 0, size // 2 + 1, size - 5_000, size - 1):
+            tensor = torch.arange(float(size))
+            if place is not None:
+                tensor[place] = -1.0
+            source: Any = self.make_source_of({"layer.weight": tensor})
+            if source is None or not isinstance(source, KnowsRevisions):
+                return False
+            revision = source.revision("layer.weight")
+            if revision is not None and revision in known:
+                found = f"tensors that differ in element {place} of {size} have equal revisions."
+                raise Breach(_REVISION, found, _DIGEST)
+            known[revision] = place
+        return True
 
     def test_what_cannot_be_a_weight_is_told(self) -> None:
         """``info`` says why an entry cannot be a weight; ``get`` returns a tensor or refuses."""
@@ -358,3 +507,21 @@ def _take_turns(frame: FrameType, event: str, arg: object) -> Any:  # noqa: ARG0
     """
     time.sleep(0)
     return _take_turns
+
+
+def _visited(read: Callable[[], torch.Tensor], visit: Callable[[Place], None]) -> torch.Tensor:
+    """Read, and call a function before each line, and around each call of a C function."""
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        name = getattr(arg, "__qualname__", "") if event.startswith("c_") else ""
+        visit((frame.f_code, frame.f_lineno, event, name))
+        return trace
+
+    before = sys.gettrace(), sys.getprofile()  # of a debugger
+    sys.settrace(trace)
+    sys.setprofile(trace)
+    try:
+        return read()
+    finally:
+        sys.settrace(before[0])
+        sys.setprofile(before[1])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,10 +21,15 @@ if TYPE_CHECKING:
 
     from refitkit.protocols import OpenedModule, VerifyRequest
 
+    Judge = Callable[[OpenedModule], VerificationResult]
+    Change = Callable[[Any], Any]
+
 _PREPARE = "Verifier.prepare"
 _JUDGE = "what Verifier.prepare returns"  # the function that checks a module; it has no name
 Key = tuple[str, str]
 _LEAST = 0.1  # of the largest output whose sign a verifier has to see, far above all tolerances
+_SCALE = 1e4  # of outputs beside a smaller one
+_SEED = 987_654_321  # that no verifier sets
 
 
 class VerifierSuite:
@@ -112,10 +119,11 @@ class VerifierSuite:
         request = self.make_request()
         judge = self.make_verifier().prepare(request)
         self.write(request, self._values(request))
-        with _negated_outputs(request.module) as sizes:
+        with _changed_outputs(request.module, _negated_all) as calls:
             is_accepted = self._judged(judge, request.module).ok
+        sizes = [_size(leaf) for _, outputs in calls for leaf in _tensors(outputs)]
         what = "a module that returns all outputs with the wrong sign"
-        if not sizes:
+        if not calls:
             request = self.make_request()
             judge = self.make_verifier().prepare(request)
             self.write(request, {key: _negated(v) for key, v in self._values(request).items()})
@@ -127,6 +135,84 @@ class VerifierSuite:
         if is_accepted:
             advice = "Compare values with their signs: (a - b).abs(), not a.abs() - b.abs()."
             raise Breach(_JUDGE, f"it accepted {what}.", advice)
+
+    def test_wrong_outputs_are_rejected(self) -> None:
+        """Right weights with NaN, infinity, a lost output or another shape are rejected.
+
+        A verifier that reads weights has to reject NaN in these.
+        """
+        request = self.make_request()
+        judge = self.make_verifier().prepare(request)
+        values = self._values(request)
+        self.write(request, values)
+        with _changed_outputs(request.module, _same) as calls:
+            self._judged(judge, request.module)
+        if calls:
+            for what, change in _wrong_changes(calls[-1][1]):
+                with _changed_outputs(request.module, change):
+                    self._require_rejection(judge, request.module, f"a module {what}")
+        elif any(_can_be_nan(value) for value in values.values()):
+            request = self.make_request()
+            judge = self.make_verifier().prepare(request)
+            spoilt = {key: _ending(v, float("nan")) for key, v in values.items()}
+            self.write(request, spoilt)
+            self._require_rejection(judge, request.module, "a module that has NaN in all weights")
+
+    def test_every_output_counts(self) -> None:
+        """An output with the wrong sign is rejected beside larger ones; NaN is, where 0 is right.
+
+        The outputs of the module, and of the reference, are replaced for it.
+        """
+        outputs, count = self._right_outputs(), 0
+        for what, wanted, found in _hidden_faults(outputs):
+            request = self._expecting(wanted)
+            judge = self._prepared(self.make_verifier(), request)
+            self.write(request, self._values(request))
+            with _changed_outputs(request.module, partial(_replaced, by=wanted)):
+                if not self._is_accepted(judge, request.module):
+                    continue  # the reference has no effect, so nothing can be hidden
+            with _changed_outputs(request.module, partial(_replaced, by=found)) as calls:
+                is_accepted = self._is_accepted(judge, request.module)
+            count += bool(calls)
+            if calls and is_accepted:
+                advice = "Judge each output by itself, and reject NaN."
+                raise Breach(_JUDGE, f"it accepted a module {what}.", advice)
+        if not count:
+            skip("the verifier compares no outputs with a reference that is given")
+
+    def test_the_module_that_it_gets_is_judged(self) -> None:
+        """The verdict is on the module that the check gets, not on that of the request."""
+        for is_right in (True, False):
+            request = self.make_request()
+            judge = self.make_verifier().prepare(request)
+            # As if the module published: the check gets one that has the staged weights.
+            other = request.module.reopen()
+            right = other if is_right else request.module
+            self.write(replace(request, module=right), self._values(request))
+            if self._judged(judge, other).ok is not is_right:
+                weights = "the new weights" if is_right else "the old weights"
+                found = f"it got a module with {weights}, and returned ok={not is_right}."
+                raise Breach(_JUDGE, found, "Check the module that you get, not request.module.")
+
+    def test_requests_do_not_mix(self) -> None:
+        """One verifier judges two requests, each by its own values and reference."""
+        requests = self.make_request(), self._other_request()
+        if requests[1] is None:
+            skip("the verifier refuses the request with other values or another reference")
+        verifier = self.make_verifier()
+        judges = [self._prepared(verifier, request) for request in requests]
+        fresh = self._other_request()
+        alone = self._prepared(self.make_verifier(), fresh)
+        values = self._values(self.make_request())
+        for request in (*requests, fresh):
+            self.write(request, values)
+        wanted = True, self._is_accepted(alone, fresh.module)
+        for n, (judge, request) in enumerate(zip(judges, requests, strict=True)):
+            if self._is_accepted(judge, request.module) is not wanted[n]:
+                which = ("first", "second")[n]
+                found = f"of two requests on one verifier, the {which} got the other's verdict."
+                advice = "Keep the facts of a request in the returned check, not in the verifier."
+                raise Breach(_PREPARE, found, advice)
 
     def test_old_weights_are_rejected(self) -> None:
         """A module that still has its old weights is rejected."""
@@ -184,9 +270,16 @@ class VerifierSuite:
     def test_nothing_is_changed(self) -> None:
         """Neither ``prepare`` nor the check changes the module, the values or the inputs.
 
-        That includes the training flags of torch modules, and a reference that the user passed.
+        That includes the training flags of torch modules, a reference that the user passed, and
+        the state of torch: its modes, defaults and seed.
         """
+        with _usual_torch():
+            self._require_no_side_effects()
+            self._require_kept_outputs()
+
+    def _require_no_side_effects(self) -> None:
         request = self.make_request()
+        torch.manual_seed(_SEED)
         before = self._state(request)
         judge = self.make_verifier().prepare(request)
         self._require_unchanged(request, before, _PREPARE)
@@ -198,6 +291,51 @@ class VerifierSuite:
         before = self._state(request)
         self._judged(judge, request.module)
         self._require_unchanged(request, before, _JUDGE)
+
+    def _require_kept_outputs(self) -> None:
+        """Expected outputs that the user passed stay as they are, NaN included."""
+        if self.make_request().inputs is None:
+            return
+        reference = pytree.tree_map_only(
+            torch.Tensor, lambda leaf: _ending(leaf, float("nan")), self._right_outputs()
+        )
+        request = replace(self.make_request(), reference=reference)
+        before = [oracles.bits(leaf) for leaf in _tensors(reference)]
+        with suppress(RefitError):  # it may refuse outputs as a reference
+            judge = self.make_verifier().prepare(request)
+            self._is_accepted(judge, request.module)
+        if [oracles.bits(leaf) for leaf in _tensors(reference)] != before:
+            found = "it changed the expected outputs that the user passed as the reference."
+            raise Breach(_PREPARE, found, "Copy tensors before writing to them.")
+
+    def test_it_probes_the_module(self) -> None:
+        """It calls ``probe``, never ``run``, which may write buffers of the module."""
+        request = self.make_request()
+        with _changed_outputs(request.module, _same) as calls:
+            judge = self.make_verifier().prepare(request)
+            self.write(request, self._values(request))
+            self._judged(judge, request.module)
+        if any(name == "run" for name, _ in calls):
+            raise Breach(_JUDGE, "it called run of the module.", "Call probe instead of run.")
+
+    def test_references_are_computed_in_prepare(self) -> None:
+        """The check calls no reference: calls of the module wait for the check."""
+        outputs, times = self._right_outputs(), [0]
+
+        def reference(*_: Any, **__: Any) -> Any:
+            times[0] += 1
+            return _copied(outputs)
+
+        request = replace(self.make_request(), reference=reference)
+        judge = self._prepared(self.make_verifier(), request)
+        before = times[0]
+        self.write(request, self._values(request))
+        self._is_accepted(judge, request.module)
+        if times[0] > before:
+            found = "its check called the reference, while calls of the module wait."
+            raise Breach(_PREPARE, found, "Compute the reference in prepare.")
+        if not before:
+            skip("the verifier calls no reference")
 
     def test_it_refuses_before_anything_is_written(self) -> None:
         """``prepare`` raises a typed error for a request that the verifier cannot check."""
@@ -220,6 +358,7 @@ class VerifierSuite:
         found.update({f"value {key}": oracles.bits(value) for key, value in values.items()})
         found.update(_torch_state("module", request.module))
         found.update(_torch_state("reference", request.reference))
+        found.update(_ambient_state())
         return found
 
     def _require_unchanged(
@@ -231,14 +370,65 @@ class VerifierSuite:
             advice = "Only read: call probe instead of run, and copy tensors before writing."
             raise Breach(contract, found, advice)
 
+    # -- requests with another reference ------------------------------------------------------
+
+    def _right_outputs(self) -> Any:
+        """The outputs of the module of a request with the new values."""
+        request = self.make_request()
+        if request.inputs is None:
+            skip("the request has no inputs, so the verifier compares no outputs")
+        self.write(request, self._values(request))
+        return _copied(request.module.probe(*request.inputs))
+
+    def _expecting(self, outputs: Any) -> VerifyRequest:
+        """A request whose reference has other outputs; a callable, if the author's is one."""
+        request = self.make_request()
+        if callable(request.reference):
+            return replace(request, reference=lambda *_, **__: _copied(outputs))
+        return replace(request, reference=_copied(outputs))
+
+    def _other_request(self) -> Any:
+        """A request that expects other values and outputs; None if the verifier refuses it."""
+        request = self.make_request()
+        if request.inputs is not None:
+            request = self._expecting(_negated_all(self._right_outputs()))
+        values = {
+            key: oracles.slot_value(value.slot, _negated(value.load()))
+            for key, value in request.values.items()
+        }
+        request = replace(request, values=values)
+        try:
+            self.make_verifier().prepare(request)
+        except RefitError:
+            return None
+        return request
+
+    @staticmethod
+    def _prepared(verifier: Verifier, request: VerifyRequest) -> Judge:
+        try:
+            return verifier.prepare(request)
+        except RefitError as exc:
+            skip(f"the verifier refuses a request with another reference: {exc.message}")
+
+    @staticmethod
+    def _is_accepted(judge: Judge, module: OpenedModule) -> bool:
+        """Whether a module is accepted. An exception rejects it: refitkit rolls back then, too."""
+        try:
+            return judge(module).ok
+        except Exception:  # noqa: BLE001 - of any kind
+            return False
+
+    def _require_rejection(self, judge: Judge, module: OpenedModule, what: str) -> None:
+        if self._is_accepted(judge, module):
+            advice = "Compare structure, shape and values; NaN and infinity are never right."
+            raise Breach(_JUDGE, f"it accepted {what}.", advice)
+
     @staticmethod
     def _values(request: VerifyRequest) -> dict[Key, torch.Tensor]:
         return {key: value.load() for key, value in request.values.items()}
 
     @staticmethod
-    def _judged(
-        judge: Callable[[OpenedModule], VerificationResult], module: OpenedModule
-    ) -> VerificationResult:
+    def _judged(judge: Judge, module: OpenedModule) -> VerificationResult:
         # At this point the new weights are live: an error would come too late to refuse.
         try:
             result: Any = judge(module)
@@ -269,40 +459,164 @@ def _torch_state(name: str, owner: object) -> dict[str, oracles.Bits]:
     return found
 
 
+def _ambient_state() -> dict[str, oracles.Bits]:
+    """The state of torch that a verifier could leave behind."""
+    state = {
+        "torch.is_grad_enabled()": torch.is_grad_enabled(),
+        "torch.is_inference_mode_enabled()": torch.is_inference_mode_enabled(),
+        "torch.is_autocast_enabled()": torch.is_autocast_enabled("cpu"),
+        "torch.get_default_dtype()": torch.get_default_dtype(),
+        "torch.get_default_device()": torch.get_default_device(),
+        "torch.get_num_threads()": torch.get_num_threads(),
+        "torch.are_deterministic_algorithms_enabled()": (
+            torch.are_deterministic_algorithms_enabled()
+        ),
+        # The seed, not the state: a reference of the user may draw random numbers.
+        "torch.initial_seed()": torch.initial_seed(),
+    }
+    return {
+        name: oracles.bits(torch.tensor(list(str(value).encode()), device="cpu"))
+        for name, value in state.items()
+    }
+
+
 @contextmanager
-def _negated_outputs(module: Any) -> Iterator[list[float]]:
-    """Have calls of a module return negated outputs; yields the largest output of each call."""
-    sizes: list[float] = []
+def _usual_torch() -> Iterator[None]:
+    """Start from torch's usual state, and restore the present one afterwards.
+
+    An earlier check may have left the state as the verifier leaves it.
+    """
+    grad, dtype, threads = (
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+    )
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.set_grad_enabled(True)
+            torch.set_default_dtype(torch.float32)
+            yield
+    finally:
+        torch.set_grad_enabled(grad)
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _changed_outputs(module: Any, change: Change) -> Iterator[list[tuple[str, Any]]]:
+    """Have calls of a module return changed outputs.
+
+    Yields a list of the calls: the name of the called method, and what the module returned.
+    """
+    calls: list[tuple[str, Any]] = []
     depth = [0]
 
-    def negating(call: Callable[..., Any]) -> Callable[..., Any]:
-        def negated(*args: Any, **kwargs: Any) -> Any:
+    def changing(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def changed(*args: Any, **kwargs: Any) -> Any:
             depth[0] += 1
             try:
                 found = call(*args, **kwargs)
             finally:
                 depth[0] -= 1
-            if depth[0]:  # run, which probe calls: negate once
+            if depth[0]:  # run, which probe calls: change once
                 return found
-            tensors = [t for t in pytree.tree_leaves(found) if isinstance(t, torch.Tensor)]
-            sizes.append(max(map(_size, tensors), default=0.0))
-            return pytree.tree_map_only(torch.Tensor, _negated, found)
+            calls.append((name, found))
+            return change(found)
 
-        return negated
+        return changed
 
     attributes: dict[str, Any] | None = getattr(module, "__dict__", None)
     if attributes is None:
         skip("the module has fixed attributes, so its outputs cannot be replaced")
     before = dict(attributes)
-    calls = [name for name in ("run", "probe", "probe_from") if hasattr(module, name)]
+    names = [name for name in ("run", "probe", "probe_from") if hasattr(module, name)]
     # Past __setattr__, which a module may refuse.
-    attributes.update({name: negating(getattr(module, name)) for name in calls})
+    attributes.update({name: changing(name, getattr(module, name)) for name in names})
     try:
-        yield sizes
+        yield calls
     finally:
-        for name in calls:
+        for name in names:
             attributes.pop(name, None)
             attributes.update({name: before[name]} if name in before else {})
+
+
+def _wrong_changes(outputs: Any) -> Iterator[tuple[str, Change]]:
+    """Functions that spoil outputs like these, with what they do."""
+    for n, leaf in enumerate(pytree.tree_leaves(outputs)):
+        if isinstance(leaf, torch.Tensor) and _can_be_nan(leaf):
+            for number in (float("nan"), float("inf")):
+                spoil = partial(_ending, last=number)
+                yield f"with {number} in output {n}", partial(_with_leaf, number=n, change=spoil)
+        if isinstance(leaf, torch.Tensor):
+            reshape = partial(torch.unsqueeze, dim=0)
+            what = f"that returns output {n} in another shape"
+            yield what, partial(_with_leaf, number=n, change=reshape)
+    yield "that returns another number of outputs", _of_other_number
+
+
+def _hidden_faults(outputs: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Right outputs, wrong ones that a careless comparison takes for equal, and what is wrong."""
+    leaves, spec = pytree.tree_flatten(outputs)
+    floats = [
+        n for n, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and _can_be_nan(leaf)
+    ]
+    for n in floats:
+        zero, nan = ([*leaves], [*leaves])
+        zero[n], nan[n] = _ending(leaves[n], 0.0), _ending(leaves[n], float("nan"))
+        what = f"with NaN in output {n}, where the reference is 0"
+        yield what, pytree.tree_unflatten(zero, spec), pytree.tree_unflatten(nan, spec)
+    for n in floats:
+        large = [leaf * _SCALE if m in floats and m != n else leaf for m, leaf in enumerate(leaves)]
+        is_finite = all(bool(torch.isfinite(large[m]).all()) for m in floats)
+        if len(floats) > 1 and is_finite and _size(leaves[n]) >= _LEAST:
+            wrong = [-leaf if m == n else leaf for m, leaf in enumerate(large)]
+            what = f"that returns output {n} with the wrong sign, beside larger ones"
+            yield what, pytree.tree_unflatten(large, spec), pytree.tree_unflatten(wrong, spec)
+
+
+def _of_other_number(outputs: Any) -> Any:
+    """Outputs without the last one; two of them if there is only one."""
+    if isinstance(outputs, dict) and outputs:
+        return dict(list(outputs.items())[:-1])
+    return outputs[:-1] if type(outputs) in (list, tuple) and outputs else (outputs, outputs)
+
+
+def _with_leaf(outputs: Any, number: int, change: Change) -> Any:
+    leaves, spec = pytree.tree_flatten(outputs)
+    leaves[number] = change(leaves[number])
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def _ending(tensor: torch.Tensor, last: float) -> torch.Tensor:
+    """A copy with another last element, if it can be NaN."""
+    copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+    if _can_be_nan(tensor):
+        copy.view(-1)[-1] = last
+    return copy
+
+
+def _can_be_nan(tensor: torch.Tensor) -> bool:
+    return bool(tensor.numel()) and (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _same(outputs: Any) -> Any:
+    return outputs
+
+
+def _replaced(_: Any, by: Any) -> Any:
+    return _copied(by)
+
+
+def _copied(outputs: Any) -> Any:
+    return pytree.tree_map_only(torch.Tensor, lambda leaf: leaf.detach().clone(), outputs)
+
+
+def _tensors(outputs: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+
+
+def _negated_all(outputs: Any) -> Any:
+    return pytree.tree_map_only(torch.Tensor, _negated, outputs)
 
 
 def _negated(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import refitkit
@@ -132,6 +133,17 @@ class ReadsAll(Plain):
     @refitkit.hookimpl
     def refitkit_load_weights(self, source: object) -> Any:
         return {}
+
+
+@breaks(
+    "foreign_weights_are_left_to_others",
+    "refitkit_load_weights: it raised PluginError for a .safetensors file: .* not mine",
+)
+class ReadsFormatsOfOthers(Plain):
+    @refitkit.hookimpl
+    def refitkit_load_weights(self, source: object) -> Any:
+        if isinstance(source, Path):
+            raise OSError("not mine")
 
 
 @breaks(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from threading import Barrier, BrokenBarrierError
+import re
+from tempfile import TemporaryFile
+from threading import Event, Lock
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from refitkit.errors import SourceError
 from refitkit.model import TensorInfo
 from refitkit.testing import SourceSuite
+from refitkit.testing.oracles import bits
 from tests.conformance.bites import Bite
 
 TRUTH = {
@@ -35,6 +37,7 @@ class Plain:
     """A correct source."""
 
     description = "three tensors in memory"
+    kept: ClassVar[dict[str, torch.Tensor]] = {}  # by all sources, for those that do
 
     def __init__(self) -> None:
         self.store = Store()
@@ -52,6 +55,41 @@ class Plain:
         if fqn in self.odd:
             raise SourceError(f"{fqn} is {self.odd[fqn]}.")
         return self.store.read(fqn) if fqn in TRUTH else TRUTH[fqn]
+
+
+class Chosen:
+    """A correct source of any tensors. Its revisions are their bits."""
+
+    description = "tensors in memory"
+
+    def __init__(self, tensors: Any) -> None:
+        self.tensors = dict(tensors)
+
+    def names(self) -> Any:
+        return self.tensors.keys()
+
+    def info(self, fqn: str) -> Any:
+        tensor = self.tensors[fqn]
+        return TensorInfo(dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
+
+    def get(self, fqn: str) -> torch.Tensor:
+        return self.tensors[fqn]
+
+    def revision(self, fqn: str) -> Any:
+        return bits(self.tensors[fqn])
+
+
+class GoodChosen(SourceSuite):
+    source: type[Chosen] = Chosen
+
+    def make_source(self) -> Any:
+        return self.source(TRUTH)
+
+    def truth(self) -> dict[str, torch.Tensor]:
+        return TRUTH
+
+    def make_source_of(self, tensors: Any) -> Any:
+        return self.source(tensors)
 
 
 class Good(SourceSuite):
@@ -75,7 +113,7 @@ class Good(SourceSuite):
 BITES: list[Bite] = []
 
 
-def breaks(check: str, says: str, good: type[Good] = Good) -> Any:
+def breaks(check: str, says: str, good: type[Good | GoodChosen] = Good) -> Any:
     def note(source: type) -> type:
         suite = type(source.__name__, (good,), {"source": source})
         BITES.append(Bite(f"test_{check}", suite, says, good))
@@ -219,33 +257,35 @@ class IgnoresCase(Plain):
         return super().get(fqn.lower())
 
 
-@breaks("two_threads_read_at_once", "two threads that read at once got wrong tensors for 'a'|'c'")
-class OneCursor(Plain):
-    """Looks a name up in one step, and reads the current one in the next."""
+@breaks("two_threads_read_at_once", "two threads that read at once got wrong tensors for 'b'")
+class ReadsInTwoSteps(Plain):
+    """Looks a name up in one step, and reads the current one in the next. Each has a lock."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.meeting = Barrier(2)
+        self.lock = Lock()
 
     def get(self, fqn: str) -> torch.Tensor:
-        self.cursor = fqn
-        with suppress(BrokenBarrierError):
-            self.meeting.wait(10)  # for the other thread, so that the fault is certain
-        return super().get(self.cursor)
+        with self.lock:
+            self.cursor = fqn
+        with self.lock:
+            return super().get(self.cursor)
 
 
 @breaks("two_threads_read_at_once", "it raised ValueError when two threads read at once: busy")
-class OneReader(Plain):
+class OpensOnce(Plain):
+    """Opens its file in the first read, and refuses others meanwhile."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.meeting, self.readers = Barrier(2), 0
+        self.first, self.is_open, self.refused = Lock(), False, Event()
 
     def get(self, fqn: str) -> torch.Tensor:
-        self.readers += 1
-        with suppress(BrokenBarrierError):
-            self.meeting.wait(10)
-        if self.readers > 1:
-            self.meeting.abort()
+        if self.first.acquire(blocking=False):
+            self.refused.wait(2)  # for the other thread, so that the fault is certain
+            self.is_open = True
+        if not self.is_open:
+            self.refused.set()
             raise ValueError("busy")
         return super().get(fqn)
 
@@ -321,11 +361,12 @@ class RevisedByName(Revised):
 class Shared(Plain):
     """A correct source of tensors that others can write to."""
 
-    changed = False  # by others
+    changed = False  # by others, after it was opened
+    shift = 0
 
     def get(self, fqn: str) -> torch.Tensor:
         found = super().get(fqn)
-        return found + 1 if self.changed else found
+        return found + self.shift if self.shift else found
 
     def require_unchanged(self) -> None:
         if self.changed:
@@ -340,7 +381,9 @@ class GoodShared(Good):
 
         def rewrite() -> Any:
             source.changed = True
-            return Rewritten(Plain())
+            other = self.source()
+            source.shift = other.shift = 1
+            return other
 
         return source, rewrite
 
@@ -372,3 +415,46 @@ class Breaks(Shared):
         if self.changed:
             raise ValueError("short")
         return super().get(fqn)
+
+
+@breaks("dropped_sources_close_their_files", "16 sources that were dropped left 16 files open")
+class LeavesFilesOpen(Plain):
+    files: ClassVar[list[Any]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files.append(TemporaryFile())  # noqa: SIM115 - the fault
+
+
+@breaks(
+    "other_sources_are_not_remembered",
+    "a new source returned the old data for 'a', 'b'|returned what an earlier source returned",
+    GoodShared,
+)
+class Remembers(Shared):
+    def get(self, fqn: str) -> torch.Tensor:
+        return self.kept.setdefault(fqn, super().get(fqn))
+
+
+@breaks("similar_names_are_apart", "returned tensors of other names for 'a.b_c.d'", GoodChosen)
+class ReadsPatterns(Chosen):
+    def get(self, fqn: str) -> torch.Tensor:
+        pattern = fqn.replace(".", "[.]").replace("_", ".")
+        return [value for name, value in self.tensors.items() if re.fullmatch(pattern, name)][-1]
+
+
+@breaks("similar_names_are_apart", "it returned wrong names: 'a.b.c.d1'", GoodChosen)
+class RenamesEntries(Chosen):
+    def __init__(self, tensors: Any) -> None:
+        super().__init__({name.replace("_", "."): value for name, value in tensors.items()})
+
+
+@breaks(
+    "revisions_change_with_the_data",
+    "tensors that differ in element 150004 of 300007 have equal revisions",
+    GoodChosen,
+)
+class RevisedByEnds(Chosen):
+    def revision(self, fqn: str) -> Any:
+        kind, raw = super().revision(fqn)
+        return kind, raw[:4096], raw[-4096:]

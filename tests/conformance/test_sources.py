@@ -60,6 +60,9 @@ class TestStateDict(SourceSuite):
     def make_source(self) -> Any:
         return opened(net().state_dict())
 
+    def make_source_of(self, tensors: Any) -> Any:
+        return opened(tensors)
+
     def truth(self) -> Mapping[str, torch.Tensor]:
         return copies()
 
@@ -117,6 +120,10 @@ class TestSafetensors(SourceSuite):
     def truth(self) -> Mapping[str, torch.Tensor]:
         return copies()
 
+    def make_source_of(self, tensors: Any) -> Any:
+        save_file(tensors, folder() / "any.safetensors")
+        return opened(folder() / "any.safetensors")
+
     def make_rewritable(self) -> Any:
         return rewritable(folder() / "rewritten.safetensors", save_file)
 
@@ -170,6 +177,10 @@ class TestTorchFile(SourceSuite):
     def truth(self) -> Mapping[str, torch.Tensor]:
         return copies()
 
+    def make_source_of(self, tensors: Any) -> Any:
+        torch.save(tensors, folder() / "any.pt")
+        return opened(folder() / "any.pt")
+
     def make_rewritable(self) -> Any:
         return rewritable(folder() / "rewritten.pt", torch.save)
 
@@ -180,12 +191,18 @@ class TestTensorMap(TestStateDict):
     def make_source(self) -> Any:
         return TensorMap(CountingMapping(copies()))
 
+    def make_source_of(self, tensors: Any) -> Any:
+        return TensorMap(CountingMapping(tensors))
+
 
 class TestReadRecorder(TestStateDict):
     """The recorder of the kit."""
 
     def make_source(self) -> Any:
         return ReadRecorder(TensorMap(copies()))
+
+    def make_source_of(self, tensors: Any) -> Any:
+        return ReadRecorder(TensorMap(tensors))
 
     def reads(self, source: Any) -> int:
         return len(source.read)

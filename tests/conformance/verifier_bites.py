@@ -65,13 +65,49 @@ class Good(VerifierSuite):
         return replace(self.make_request(), inputs=None)
 
 
+class Referring(Plain):
+    """A correct verifier, which compares outputs with a reference."""
+
+    def prepare(self, request: VerifyRequest) -> Any:
+        assert request.inputs is not None
+        args, kwargs = request.inputs
+        given = request.reference
+        wanted = given(*args, **kwargs) if callable(given) else given
+        return lambda module: self.judge(module.probe(args, kwargs), wanted)
+
+    def judge(self, found: Any, wanted: Any) -> Any:
+        if found.keys() != wanted.keys():
+            return VerificationResult(verifier=self.name, ok=False, note="other outputs")
+        return super().judge(found, wanted)
+
+
+class GoodReferring(Good):
+    verifier = Referring
+
+    def make_request(self) -> VerifyRequest:
+        right = {f"e/{name}": value * 2.0 for name, value in NEW.items()}
+        return replace(super().make_request(), reference=lambda _: right)
+
+
+class Reading(Plain):
+    """A correct verifier, which reads weights."""
+
+    def prepare(self, request: VerifyRequest) -> Any:
+        wanted = {f"e/{name}": v.load() for (_, name), v in request.values.items()}
+        return lambda module: self.judge(module.holds(), wanted)
+
+
+class GoodReading(Good):
+    verifier = Reading
+
+
 BITES: list[Bite] = []
 
 
-def breaks(check: str, says: str) -> Any:
+def breaks(check: str, says: str, good: type[Good] = Good) -> Any:
     def note(verifier: type) -> type:
-        suite = type(verifier.__name__, (Good,), {"verifier": verifier})
-        BITES.append(Bite(f"test_{check}", suite, says, Good))
+        suite = type(verifier.__name__, (good,), {"verifier": verifier})
+        BITES.append(Bite(f"test_{check}", suite, says, good))
         return verifier
 
     return note
@@ -231,3 +267,116 @@ class SetsTheFlag(Plain):
             return judge(module)
 
         return judged
+
+
+@breaks("wrong_outputs_are_rejected", "it accepted a module with nan in output 0", GoodReferring)
+class NanPasses(Referring):
+    def measure(self, name: str, found: torch.Tensor, wanted: torch.Tensor) -> Any:
+        error = (found - wanted).abs().max()
+        return OutputMeasure(name=name, ok=not error > 0, note="differs")
+
+
+@breaks("wrong_outputs_are_rejected", "a module with inf in output 0", GoodReferring)
+class InfinityPasses(Referring):
+    def measure(self, name: str, found: torch.Tensor, wanted: torch.Tensor) -> Any:
+        return super().measure(name, found.where(~found.isinf(), wanted), wanted)
+
+
+@breaks("wrong_outputs_are_rejected", "a module that returns another number", GoodReferring)
+class LosesOutputs(Referring):
+    def judge(self, found: Any, wanted: Any) -> Any:
+        return super().judge(found, {name: wanted[name] for name in found})
+
+
+@breaks("wrong_outputs_are_rejected", "that returns output 0 in another shape", GoodReferring)
+class CountsElements(Referring):
+    def measure(self, name: str, found: torch.Tensor, wanted: torch.Tensor) -> Any:
+        return super().measure(name, found.reshape(-1), wanted.reshape(-1))
+
+
+@breaks("wrong_outputs_are_rejected", "a module that has NaN in all weights", GoodReading)
+class SkipsNan(Reading):
+    def measure(self, name: str, found: torch.Tensor, wanted: torch.Tensor) -> Any:
+        return super().measure(name, found.where(~found.isnan(), wanted), wanted)
+
+
+@breaks("every_output_counts", "with NaN in output 0, where the reference is 0", GoodReferring)
+class MasksNan(Referring):
+    def measure(self, name: str, found: torch.Tensor, wanted: torch.Tensor) -> Any:
+        return super().measure(name, found.nan_to_num(), wanted.nan_to_num())
+
+
+@breaks("every_output_counts", "output 0 with the wrong sign, beside larger ones", GoodReferring)
+class ComparesAllTogether(Referring):
+    def judge(self, found: Any, wanted: Any) -> Any:
+        found, wanted = (torch.cat([v.reshape(-1) for v in vs.values()]) for vs in (found, wanted))
+        error = (found - wanted).norm() / wanted.norm()
+        return VerificationResult(verifier=self.name, ok=bool(error < 0.01), note=f"{error}")
+
+
+@breaks("the_module_that_it_gets_is_judged", "the new weights, and returned ok=False")
+class JudgesTheRequest(Plain):
+    def prepare(self, request: VerifyRequest) -> Any:
+        judge = super().prepare(request)
+        return lambda _: judge(request.module)
+
+
+@breaks("requests_do_not_mix", "the first got the other's verdict", GoodReferring)
+class KeepsTheLast(Referring):
+    def prepare(self, request: VerifyRequest) -> Any:
+        self.last = super().prepare(request)
+
+        def judged(module: Any) -> Any:
+            return self.last(module)
+
+        return judged
+
+
+@breaks("requests_do_not_mix", "the second got the other's verdict")
+class KeepsTheFirst(Plain):
+    def prepare(self, request: VerifyRequest) -> Any:
+        self.first = getattr(self, "first", None) or super().prepare(request)
+        return self.first
+
+
+@breaks("it_probes_the_module", "it called run of the module")
+class Runs(Plain):
+    def prepare(self, request: VerifyRequest) -> Any:
+        judge = super().prepare(request)
+
+        def judged(module: Any) -> Any:
+            module.run((torch.tensor(1.0),), {})
+            return judge(module)
+
+        return judged
+
+
+@breaks("references_are_computed_in_prepare", "its check called the reference", GoodReferring)
+class RefersLate(Referring):
+    def prepare(self, request: VerifyRequest) -> Any:
+        prepare = super().prepare
+
+        def judged(module: Any) -> Any:
+            return prepare(request)(module)
+
+        return judged
+
+
+@breaks("nothing_is_changed", r"it changed 'torch.is_grad_enabled\(\)'")
+class LeavesGradOff(Plain):
+    def prepare(self, request: VerifyRequest) -> Any:
+        torch.set_grad_enabled(False)
+        return super().prepare(request)
+
+
+@breaks("nothing_is_changed", r"it changed 'torch.initial_seed\(\)'")
+class SetsTheSeed(Plain):
+    def prepare(self, request: VerifyRequest) -> Any:
+        torch.manual_seed(0)
+        return super().prepare(request)
+
+
+@breaks("nothing_is_changed", "it changed the expected outputs that the user", GoodReferring)
+class CleansReferences(Referring):
+    def measure(self, name: str, found: torch.Tensor, wanted: torch.Tensor) -> Any:
+        return super().measure(name, found, wanted.nan_to_num_())
