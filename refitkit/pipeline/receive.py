@@ -507,7 +507,8 @@ class ReceivingTask(RefitTask):
         if mapping is None:
             raise RuntimeError("a refit is mapped once it is prepared")
         self._mapping = mapping
-        return replace(prepared, received=self._finish)
+        # the entries of a staged value cannot be read again, so an error names slots
+        return replace(prepared, received=self._finish, name_weights=lambda: None)
 
     # -- staging as entries arrive -----------------------------------------------------------
 

@@ -334,23 +334,18 @@ class WatchedSource(ReadRecorder):
         """Wrap a source."""
         super().__init__(source)
         self.storages: list[tuple[str, Storage]] = []
-        self._copies: list[tuple[str, torch.Tensor, int, Bits]] = []
+        self._copies: list[tuple[str, torch.Tensor, tuple[object, ...]]] = []
 
     def get(self, fqn: str) -> torch.Tensor:
         """A copy of the tensor of the wrapped source."""
         copy = super().get(fqn).detach().clone()
-        self._copies.append((fqn, copy, _version(copy), bits(copy)))
+        self._copies.append((fqn, copy, _marks(copy)))
         self.storages.append((fqn, Storage(copy)))
         return copy
 
     def written(self) -> list[str]:
-        """Sorted names of tensors that were written to, even if no bit changed."""
-        found = (
-            fqn
-            for fqn, copy, version, before in self._copies
-            if _version(copy) != version or bits(copy) != before
-        )
-        return sorted(set(found))
+        """Sorted names of tensors that were written to or reshaped, even if no bit changed."""
+        return sorted({fqn for fqn, copy, before in self._copies if _marks(copy) != before})
 
 
 def kept_of(source: WeightSource, use: Callable[[WatchedSource], object]) -> list[str]:
@@ -364,9 +359,11 @@ def kept_of(source: WeightSource, use: Callable[[WatchedSource], object]) -> lis
     return sorted({fqn for fqn, storage in storages if alive or not storage.expired()})
 
 
-def _version(tensor: torch.Tensor) -> int:
+def _marks(tensor: torch.Tensor) -> tuple[object, ...]:
+    """What changes if somebody writes to a tensor, or changes its shape in place."""
     # Torch counts the writes to a tensor, except in inference mode.
-    return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001 - torch has no other name
+    version = 0 if tensor.is_inference() else tensor._version  # noqa: SLF001 - no other name
+    return version, tuple(tensor.shape), tensor.stride(), bits(tensor)
 
 
 def with_odd_values(value: torch.Tensor) -> torch.Tensor:

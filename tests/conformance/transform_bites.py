@@ -294,6 +294,18 @@ class InPlace(Plain):
         return found
 
 
+@breaks("the_source_is_not_changed", "it wrote to tensors of the source: 'w'")
+class ReshapesInPlace(Plain):
+    """It refuses what it has reshaped before."""
+
+    def values(self, value: torch.Tensor) -> Any:
+        if value.dim() != 2:
+            raise WeightMismatchError("It has no two dimensions.")
+        found = quantized(value.clone())
+        value.unsqueeze_(-1)
+        return found
+
+
 @breaks("measures_are_honest", "'w.q' has ok=True, the error .* and the limit 0.0")
 class Lenient(Plain):
     def measure(self, value: torch.Tensor) -> OutputMeasure:

@@ -18,6 +18,7 @@ from refitkit.errors import (
     ConfigError,
     ModuleLostError,
     PluginError,
+    Problem,
     RefitError,
     SourceError,
     UpdateStateError,
@@ -40,6 +41,7 @@ from tests.fakes import (
     FakeEngine,
     FakeModule,
     GradualEngine,
+    GradualFilling,
     Loaded,
     OpenEngine,
     call_row,
@@ -613,6 +615,24 @@ def test_the_faults_reach_every_step_of_staging() -> None:
     scene.receiver.finish_weight_update()
     assert {"e0.begin", "e0.add", "e0.finish", "e1.commit"} <= set(wire.calls)
     assert len(wire.calls) < 40
+
+
+def test_an_engine_that_refuses_values_at_the_end_is_believed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Engines that cannot be read judge their values themselves, and name slots."""
+
+    def refuse(_: object) -> None:
+        raise WeightMismatchError("Not finite.", problems=[Problem("e0.bias", "non-finite")])
+
+    scene = Scene()
+    with monkeypatch.context() as patch:
+        patch.setattr(GradualFilling, "finish", refuse)
+        scene.receiver.start_weight_update()
+        scene.send(scene.weights())
+        with pytest.raises(WeightMismatchError, match=r"e0\.bias: non-finite"):
+            scene.receiver.finish_weight_update()
+    assert scene.is_as_before()
 
 
 class Transport:
