@@ -40,7 +40,7 @@ class Size(NamedTuple):
 
 
 LIMITS = {
-    "refitkit": Size(221, 1216, 0),
+    "refitkit": Size(222, 1222, 0),
     "refitkit.builtin": Size(90, 192, 0),
     "refitkit.builtin.aotinductor": Size(14, 37, 0),
     "refitkit.builtin.checks": Size(3, 2, 0),
@@ -53,7 +53,7 @@ LIMITS = {
     "refitkit.builtin.weights": Size(7, 12, 0),
     "refitkit.cli": Size(23, 66, 0),
     "refitkit.files": Size(7, 3, 0),
-    "refitkit.live": Size(2, 1, 0),
+    "refitkit.live": Size(3, 3, 0),
     "refitkit.model": Size(8, 14, 0),
     "refitkit.pipeline": Size(24, 119, 0),
     "refitkit.program": Size(9, 12, 0),

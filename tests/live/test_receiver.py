@@ -25,7 +25,7 @@ from refitkit.errors import (
     VerificationError,
     WeightMismatchError,
 )
-from refitkit.live.receiver import digest_of_bytes
+from refitkit.live import digest_of_bytes
 from refitkit.model import (
     Aborted,
     Failed,
