@@ -156,5 +156,6 @@ def test_a_plan_with_a_wrong_scheme(int8, with_scheme, same):
 def test_the_error_names_the_float_weight(int8, same):
     weights = int8.floats(1).state_dict()
     del weights[FLOAT]
-    found = problems_with(int8, weights, same)
-    assert found[VALUES, "missing"].hint.startswith(f"pass {FLOAT!r} in float32: it is quantized;")
+    (problem,) = problems_with(int8, weights, same).values()
+    assert (problem.subject, problem.kind) == (FLOAT, "missing")
+    assert problem.hint.startswith("pass it")

@@ -17,7 +17,7 @@ from refitkit_quant.scheme import PLUGIN, WHERE, Scheme, TorchaoWeight, problems
 from refitkit_quant.source import TransformSource
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping
 
     from refitkit.model import Leaf
     from refitkit.protocols import Plan, TransformRequest, WeightGroup
@@ -52,19 +52,6 @@ class QuantTransform:
     def attach(self, _program: object, _plan: Plan) -> Any:
         """The scheme of the settings, as plain data; None without one."""
         return None if self._scheme is None else self._scheme.model_dump(mode="json")
-
-    def explain_missing(
-        self, request: TransformRequest, missing: Sequence[str]
-    ) -> Mapping[str, str]:
-        """The float weight from which each missing entry is quantized."""
-        scheme = self._scheme_for(request.plan)
-        makers = {
-            entry.name: weight
-            for weight in (scheme.weights if scheme else ())
-            for entry in weight.entries
-            if entry not in (weight.weight, getattr(weight, "input_amax", None))
-        }
-        return {name: _to_pass(makers[name]) for name in missing if name in makers}
 
     def _scheme_for(self, plan: Plan) -> Scheme | None:
         if self._scheme is None and PLUGIN in plan.data.attached:
@@ -120,11 +107,6 @@ def attached_scheme(plan: Plan) -> Scheme:
     # the plan's program has these ops, and a verifier may run it
     register_ops(scheme)
     return scheme
-
-
-def _to_pass(weight: QuantizedWeight) -> str:
-    names = [weight.weight.name, *(weight.also if isinstance(weight, TorchaoWeight) else ())]
-    return f"pass {' or '.join(map(repr, names))} in {weight.weight.dtype}: it is quantized"
 
 
 def _groups_of(
