@@ -9,13 +9,16 @@ import contextlib
 import dis
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import refitkit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+T = TypeVar("T")
 
 PACKAGE = Path(refitkit.__file__).parent
 _HELPERS = {contextlib.__file__, threading.__file__}
@@ -99,6 +102,16 @@ class Points:
 def in_refitkit(file: str) -> bool:
     """Whether a file is one of refitkit's."""
     return file.startswith(str(PACKAGE))
+
+
+def in_new_thread(function: Callable[[], T]) -> T:
+    """The result of a function that is interrupted at a chosen place.
+
+    CPython 3.11 may go on handling an exception in the thread in which a trace function raises: all
+    later exceptions of that thread would have it as their context.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
 
 
 def in_a_thread(function: Callable[[], Any]) -> Any:

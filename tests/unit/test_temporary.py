@@ -18,6 +18,7 @@ import pytest
 from refitkit.files import temporary
 from refitkit.files.temporary import TemporaryFolder, part_file, part_folder, set_aside
 from tests.forking import Child, forked
+from tests.interrupting import in_new_thread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -416,6 +417,10 @@ class Interrupter:
 
 def created(scratch: Path, at: int | None) -> tuple[int, BaseException | None]:
     """Create a file with an interrupt; the number of instructions, and the error."""
+    return in_new_thread(lambda: _created(scratch, at))
+
+
+def _created(scratch: Path, at: int | None) -> tuple[int, BaseException | None]:
     interrupter, tracer = Interrupter(at), sys.gettrace()
     error: BaseException | None = None
     sys.settrace(interrupter)

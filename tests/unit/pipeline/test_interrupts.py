@@ -16,6 +16,7 @@ import pytest
 from refitkit import pipeline
 from refitkit.errors import ModuleLostError, RefitError
 from tests.fakes import same_state, weights_for
+from tests.interrupting import in_new_thread
 from tests.unit.pipeline.test_transaction import Scene
 
 if TYPE_CHECKING:
@@ -52,6 +53,10 @@ class Interrupter:
 
 
 def refit_interrupted(scene: Scene, at: int | None) -> Interrupter:
+    return in_new_thread(lambda: _refit_interrupted(scene, at))
+
+
+def _refit_interrupted(scene: Scene, at: int | None) -> Interrupter:
     interrupter, tracer = Interrupter(at), sys.gettrace()
     sys.settrace(interrupter)
     try:
