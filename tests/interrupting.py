@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import gc
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -48,15 +49,23 @@ class Points:
         self.at, self.count, self.where = at, 0, ""
         self._within, self._lines = within, lines
         self._last: dict[Any, str] = {}
+        self._is_collecting = False
 
     def __enter__(self) -> Self:
+        # finalizers that a collection runs may belong to earlier runs, and Python ignores what they
+        # raise; after it, CPython 3.11 may call the wrong object at the end of a with statement
+        gc.callbacks.append(self._note_collection)
         self._before = sys.gettrace()
         sys.settrace(self._call)
         return self
 
     def __exit__(self, *_: object) -> None:
         sys.settrace(self._before)
+        gc.callbacks.remove(self._note_collection)
         self._last.clear()
+
+    def _note_collection(self, phase: str, _info: object) -> None:
+        self._is_collecting = phase == "start"
 
     def _call(self, frame: Any, event: str, argument: Any) -> Any:
         if not self._is_traced(frame):
@@ -78,6 +87,8 @@ class Points:
         return self._step
 
     def _point(self, frame: Any) -> None:
+        if self._is_collecting:
+            return
         self.count += 1
         if self.count - 1 == self.at:
             self.where = self._stack(frame)
